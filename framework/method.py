@@ -1,0 +1,54 @@
+"""`Method`: the thin base class of every method in lightspan. A convenience, never a requirement of callbacks or
+optimisers.
+"""
+
+from typing import Any
+
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.report import print_report
+from lightspan.optim.schedules import ScheduleCallable
+
+
+class Method(LightningModule):
+    """Holds how a method is optimised; a subclass writes its `training_step` and, for probes, `features`.
+
+    Args:
+        optimizer: called with the parameter groups. The recipe binds lr and every other setting.
+        lr_scheduler: called with the optimiser and the run's number of optimiser steps; stepped after each of them.
+        groups: which parameters train together; see `lightspan.optim.groups`.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: ScheduleCallable | None = None,
+        groups: ParameterGroups | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.groups = groups or ParameterGroups()
+
+    def features(self, batch: Any) -> Tensor:
+        """What probes read: float [B, D], taken before any projector. Raises: UserError where a method defines none."""
+        raise UserError(
+            f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.groups.build(self))
+        print_report(optimizer)
+        if self.lr_scheduler is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise UserError(
+                "a learning-rate schedule needs the run's length; set trainer.max_steps or trainer.max_epochs"
+            )
+        scheduler = self.lr_scheduler(optimizer, int(total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

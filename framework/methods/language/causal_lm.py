@@ -1,0 +1,65 @@
+"""Causal language modelling: predict each token from those before it.
+
+Source: Bengio et al. 2003; decoder-only as in Radford et al. 2018. Shapes: B sequences, T positions, V vocabulary, D
+width.
+"""
+
+import math
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightspan.datamodules.batches import TextBatch
+from lightspan.method import Method
+from lightspan.objectives.language import next_token_loss
+from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.schedules import ScheduleCallable
+
+
+class CausalLM(Method):
+    """Trains `backbone`, a transformers causal language model, on windows of T + 1 tokens.
+
+    Args:
+        backbone: maps input_ids int64 [B T] to an output with `logits` [B T V].
+        bytes_per_token: mean bytes that a token stands for, > 0; 1 for byte-level models. Turns nats per token into
+            bits per byte.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        optimizer: OptimizerCallable,
+        lr_scheduler: ScheduleCallable | None = None,
+        groups: ParameterGroups | None = None,
+        bytes_per_token: float = 1.0,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, groups)
+        self.backbone = backbone
+        self.bits_per_nat_and_byte = 1 / (math.log(2) * bytes_per_token)
+
+    def loss(self, batch: TextBatch) -> Tensor:
+        """Nats per token: position t predicts token t + 1."""
+        tokens_BT1 = batch["tokens"]
+        return next_token_loss(self.backbone(input_ids=tokens_BT1[:, :-1]).logits, tokens_BT1[:, 1:])
+
+    def features(self, batch: TextBatch) -> Tensor:
+        """Last hidden states averaged over positions, [B D]."""
+        return self.backbone.base_model(input_ids=batch["tokens"][:, :-1]).last_hidden_state.mean(dim=1)
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss_nats", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        loss, size = self.loss(batch), len(batch["tokens"])
+        self.log("val/loss_nats", loss, batch_size=size, prog_bar=True, sync_dist=True)
+        self.log("val/bits_per_byte", loss * self.bits_per_nat_and_byte, batch_size=size, sync_dist=True)
+
+    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
+        self.log("test/loss_nats", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
+
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """Logits [B T V]."""
+        return self.backbone(input_ids=batch["tokens"][:, :-1]).logits

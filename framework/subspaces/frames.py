@@ -1,0 +1,91 @@
+"""Orthonormal frames of one side of a matrix: how they are made, and the maps between weights and coordinates.
+
+Shapes: B matrices of one shape, M rows (the kept side), N columns (the projected side), R rank.
+A frame Q_BNR has orthonormal columns. `push(z) = z Q^T` lifts coordinates to weights, `pull(G) = G Q` is its adjoint:
+<push(z), G> = <z, pull(G)>.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pull(gradient_BMN: Tensor, frame_BNR: Tensor) -> Tensor:
+    """Coordinates [B M R] of gradients; the adjoint of `push`."""
+    return gradient_BMN @ frame_BNR
+
+
+def push(coordinates_BMR: Tensor, frame_BNR: Tensor) -> Tensor:
+    """Weights-shaped [B M N] matrices from coordinates; the adjoint of `pull`."""
+    return coordinates_BMR @ frame_BNR.mT
+
+
+def random_frame(batch: int, size: int, rank: int, seed: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random orthonormal frames [B N R] from a seed alone: the same on every device, since they are drawn on the CPU in
+    float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(batch, size, rank, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(normal).Q.to(dtype=dtype, device=device)
+
+
+def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor) -> Tensor:
+    """Orthonormal columns with the span of `y`, by CholeskyQR twice; what `y` leaves open is filled from `anchor`.
+
+    Two passes bring the orthogonality error to rounding as long as cond(y)^2 fits the Gram's precision (Yamamoto et al.
+    2015), so columns are scaled to unit length first and the r x r Gram is formed in float64. Gradients may be rank
+    deficient or zero: a trace of the anchor (relative size `nudge`) makes dependent columns independent again, at a
+    cost of nudge^2 in captured energy. A matrix whose Gram is still not positive definite, say by a NaN, keeps its
+    anchor whole. Neither case asks the host, so nothing synchronises.
+
+    Args:
+        anchor_BNR: orthonormal columns, such as the frame of the step before.
+    """
+    # Above the rounding of y, so that dependent columns are told from noise; its square above the rounding of the Gram.
+    nudge = 1e-6 if y_BNR.dtype == torch.float64 else 1e-4
+    tiny = torch.finfo(y_BNR.dtype).tiny
+    q_BNR = (y_BNR / y_BNR.norm(dim=1, keepdim=True).clamp_min(tiny) + nudge * anchor_BNR).double()
+    q_BNR = q_BNR / q_BNR.norm(dim=1, keepdim=True)
+    identity_RR = torch.eye(y_BNR.shape[-1], device=y_BNR.device, dtype=torch.float64)
+    sound_B11 = torch.ones(len(y_BNR), 1, 1, dtype=torch.bool, device=y_BNR.device)
+    for _ in range(2):
+        factor_BRR, info_B = torch.linalg.cholesky_ex(q_BNR.mT @ q_BNR)
+        sound_B11 = (
+            sound_B11 & (info_B == 0)[:, None, None] & factor_BRR.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        )
+        factor_BRR = torch.where(sound_B11, factor_BRR, identity_RR)
+        q_BNR = torch.linalg.solve_triangular(factor_BRR, q_BNR.mT, upper=False).mT
+    return torch.where(sound_B11, q_BNR.to(y_BNR.dtype), anchor_BNR)
+
+
+def block_power_step(gradient_BMN: Tensor, frame_BNR: Tensor) -> Tensor:
+    """One step of subspace iteration towards the top right singular vectors: orth(G^T orth(G Q)).
+
+    The inner orthonormalisation halves the exponent of the condition number that the outer one meets: cond(G) instead
+    of cond(G)^2. `frame` warm-starts it and stands in where the gradient has no direction to give.
+    """
+    z_BMR = pull(gradient_BMN, frame_BNR)
+    kept_BMR = cholesky_qr2(
+        z_BMR, anchor_BNR=torch.eye(*z_BMR.shape[1:], dtype=z_BMR.dtype, device=z_BMR.device).expand_as(z_BMR)
+    )
+    return cholesky_qr2(gradient_BMN.mT @ kept_BMR, anchor_BNR=frame_BNR)
+
+
+def dct_matrix(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Orthonormal DCT-II basis [N N]: column j is the cosine of frequency j, so x @ matrix = DCT-II(x) with norm
+    'ortho'.
+
+    Built in float64 with the phase reduced modulo 4N in integers: in float32, or without the reduction, the columns are
+    off orthonormal by 2e-4 at N = 4096.
+    """
+    index = torch.arange(size, dtype=torch.int64)
+    phase = torch.outer(2 * index + 1, index) % (4 * size)
+    matrix = torch.cos(phase.double() * (torch.pi / (2 * size))) * (2 / size) ** 0.5
+    matrix[:, 0] *= 0.5**0.5
+    return matrix.to(dtype=dtype, device=device)
+
+
+def top_columns(energy_BN: Tensor, rank: int) -> Tensor:
+    """Indices [B R] of the largest energies, ascending: a sorted set keeps each column's moments in place when the set
+    stays.
+    """
+    return energy_BN.topk(rank, dim=-1).indices.sort(dim=-1).values

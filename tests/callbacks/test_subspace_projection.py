@@ -1,0 +1,132 @@
+"""SubspaceProjection in a LightningModule that knows nothing of lightspan."""
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightspan.callbacks.subspace_projection import SubspaceProjection
+from lightspan.errors import UserError
+from lightspan.optim.low_rank import LowRank
+
+
+class Plain(lightning.LightningModule):
+    """Anyone's module: AdamW, a per-step schedule, and a record of the rates it trained with."""
+
+    def __init__(self, optimizer=torch.optim.AdamW):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 4))
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.3
+        self.make, self.rates, self.norms, self.losses = optimizer, [], [], []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.net(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.norms.append(torch.stack([p.grad.norm() for p in self.parameters()]).norm().item())
+
+    def configure_optimizers(self):
+        optimizer = self.make(self.parameters(), lr=0.02)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def loader(batch_size):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 10, generator=generator)
+    return DataLoader(TensorDataset(x, (x[:, :4]).argmax(dim=1)), batch_size=batch_size)
+
+
+def fit(module, callbacks, tmp_path, batch_size=16, **options):
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=options.pop("max_steps", 20),
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+    trainer.fit(module, loader(batch_size))
+    return trainer
+
+
+def test_one_line_makes_anyones_optimiser_low_rank_and_it_learns(tmp_path):
+    module = Plain()
+    trainer = fit(module, [SubspaceProjection(rank=3)], tmp_path, max_steps=80)
+    assert isinstance(trainer.optimizers[0], LowRank)
+    assert trainer.optimizers[0].state[module.net[0].weight]["exp_avg"].shape == (16, 3)
+    assert sum(module.losses[-8:]) < 0.6 * sum(module.losses[:8])
+
+
+@pytest.mark.filterwarnings("error:.*lr_scheduler.step.*:UserWarning")
+def test_the_schedule_goes_on_as_without_the_callback(tmp_path):
+    plain, projected = Plain(), Plain()
+    fit(plain, [], tmp_path)
+    fit(projected, [SubspaceProjection(rank=3)], tmp_path)
+    assert projected.rates == plain.rates
+    assert projected.rates[-1] < projected.rates[0]
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
+    whole, parts = Plain(), Plain()
+    fit(whole, [SubspaceProjection(rank=3)], tmp_path, batch_size=32)
+    fit(parts, [SubspaceProjection(rank=3)], tmp_path, batch_size=8, accumulate_grad_batches=4)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_clipping_sees_the_whole_gradient(tmp_path):
+    module = Plain()
+    fit(module, [SubspaceProjection(rank=3)], tmp_path, gradient_clip_val=0.05)
+    assert max(module.norms) <= 0.05 * (1 + 1e-5)
+    assert max(module.norms) > 0.049
+
+
+def test_a_checkpoint_taken_under_the_callback_resumes_bit_for_bit(tmp_path):
+    # One batch an epoch: a plain DataLoader forgets its place within an epoch, which is not what is tested here.
+    straight, first, second = Plain(), Plain(), Plain()
+    fit(straight, [SubspaceProjection(rank=3, refresh=3)], tmp_path, batch_size=64, max_steps=16)
+    trainer = fit(first, [SubspaceProjection(rank=3, refresh=3)], tmp_path, batch_size=64, max_steps=8)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = lightning.Trainer(
+        accelerator="cpu", max_steps=16, max_epochs=-1, callbacks=[SubspaceProjection(rank=3, refresh=3)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    resumed.fit(second, loader(64), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (SubspaceProjection(rank=64), r"rank=64 is not below the shorter side of any matrix \(the largest is 10\)"),
+        (
+            SubspaceProjection(rank=2, match=["encoder.*"]),
+            r"pattern 'encoder\.\*' matches no trained parameter of Plain",
+        ),
+    ],
+)
+def test_what_cannot_be_projected_is_refused_before_the_first_step(callback, message, tmp_path):
+    module = Plain()
+    with pytest.raises(UserError, match=message):
+        fit(module, [callback], tmp_path)
+    assert module.losses == []
+
+
+def test_an_optimiser_without_adams_moments_is_refused(tmp_path):
+    with pytest.raises(UserError, match="only Adam and AdamW can be made low-rank, this module's optimiser is SGD"):
+        fit(Plain(torch.optim.SGD), [SubspaceProjection(rank=2)], tmp_path)

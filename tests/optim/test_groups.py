@@ -1,0 +1,170 @@
+"""Parameter groups, schedules and conversion: who is in which group, and what follows a changed optimiser."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
+
+from lightspan.errors import UserError
+from lightspan.optim.convert import hand_over, to_low_rank
+from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.report import print_report, treatment
+from lightspan.optim.schedules import WarmupCosine
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.hidden, self.norm = nn.Embedding(10, 8), nn.Linear(8, 12), nn.LayerNorm(12)
+        self.conv, self.frozen, self.lm_head = nn.Conv2d(3, 9, 3), nn.Linear(8, 8), nn.Linear(12, 10, bias=False)
+        self.frozen.requires_grad_(False)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+
+
+def names(groups):
+    return {group["name"]: [name for name, _ in group["params"]] for group in groups}
+
+
+def test_every_trainable_parameter_is_in_the_group_its_kind_asks_for():
+    assert names(ParameterGroups().build(Model())) == {
+        "matrices": ["hidden.weight", "conv.weight"],
+        "embeddings": ["cls_token", "wte.weight", "lm_head.weight"],
+        "vectors": ["hidden.bias", "norm.weight", "norm.bias", "conv.bias"],
+    }
+
+
+def test_only_matrices_decay_and_only_they_are_projected():
+    optimizer = LowRank(ParameterGroups(other_lr=0.5).build(Model()), lr=0.1, rank=4, weight_decay=0.2)
+    rows = [(g["name"], g["lr"], g["weight_decay"], g["project"]) for g in optimizer.param_groups]
+    assert rows == [("matrices", 0.1, 0.2, True), ("embeddings", 0.5, 0.0, False), ("vectors", 0.5, 0.0, False)]
+    assert [optimizer.projected(p, g) for g in optimizer.param_groups for p in g["params"]] == [True, True] + [
+        False
+    ] * 7
+
+
+def test_the_same_groups_fit_torchs_own_optimisers():
+    optimizer = torch.optim.AdamW(ParameterGroups(other_lr=0.5).build(Model()), lr=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5, 0.5]
+
+
+def test_a_module_with_nothing_to_train_and_a_rate_of_zero_are_refused():
+    with pytest.raises(UserError, match="Linear has no parameter with requires_grad=True"):
+        ParameterGroups().build(nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(UserError, match=r"groups.other_lr=0.0 must be above 0"):
+        ParameterGroups(other_lr=0.0).build(Model())
+
+
+def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
+    model = Model()
+    optimizer = LowRank(ParameterGroups().build(model), rank=4)
+    planned = [treatment(optimizer, p, g) for g in optimizer.param_groups for p in g["params"]]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for t, parameter in zip(planned, [p for g in optimizer.param_groups for p in g["params"]], strict=True):
+        assert t.state_numbers == sum(v.numel() for k, v in optimizer.state[parameter].items() if k != "step")
+    print_report(optimizer)
+    assert {t.how for t in planned} == {"rank 4 of 8", "rank 4 of 9", "AdamW: a vector", "AdamW: not to be projected"}
+    assert "of AdamW's" in capsys.readouterr().out
+
+
+def parameter(size=2):
+    return nn.Parameter(torch.zeros(size, size))
+
+
+def rates(scheduler, optimizer, steps):
+    out = []
+    for _ in range(steps):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+def test_warmup_rises_in_equal_steps_to_the_peak_and_the_cosine_ends_at_the_floor():
+    optimizer = torch.optim.SGD([parameter()], lr=2.0)
+    got = rates(WarmupCosine(optimizer, total_steps=100, warmup=0.1, final=0.1), optimizer, 102)
+    assert got[:11] == pytest.approx([2.0 * (s + 1) / 11 for s in range(11)])
+    assert got[55] == pytest.approx(2.0 * 0.55)
+    assert got[100:] == pytest.approx([0.2, 0.2])
+    assert all(a > b for a, b in pairwise(got[10:100]))
+
+
+def test_groups_keep_the_ratio_of_their_rates_throughout():
+    optimizer = torch.optim.SGD([{"params": [parameter()], "lr": 1.0}, {"params": [parameter()], "lr": 0.25}], lr=1.0)
+    scheduler = WarmupCosine(optimizer, total_steps=20)
+    for _ in range(20):
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"] / 4)
+
+
+def test_a_schedule_loaded_halfway_goes_on_as_if_it_had_never_stopped():
+    def make():
+        optimizer = torch.optim.SGD([parameter()], lr=1.0)
+        return optimizer, WarmupCosine(optimizer, total_steps=20)
+
+    optimizer, scheduler = make()
+    straight = rates(scheduler, optimizer, 20)
+    first, early = make()
+    rates(early, first, 7)
+    second, late = make()
+    second.load_state_dict(first.state_dict())
+    late.load_state_dict(early.state_dict())
+    assert rates(late, second, 13) == straight[7:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"total_steps": 0}, "total_steps=0"), ({"warmup": 1.0}, "warmup=1.0"), ({"final": 2.0}, "final=2.0")],
+)
+def test_schedules_refuse_what_lies_outside_their_ranges(options, message):
+    with pytest.raises(UserError, match=message):
+        WarmupCosine(torch.optim.SGD([parameter()], lr=1.0), **{"total_steps": 10, **options})
+
+
+def test_conversion_keeps_groups_rates_and_decay_and_projects_what_matches():
+    model = Model()
+    groups = [{"params": list(model.hidden.parameters()), "lr": 0.3}, {"params": list(model.conv.parameters())}]
+    old = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), weight_decay=0.2)
+    new = to_low_rank(old, model, ["hidden.*"], rank=4)
+    assert [(g["lr"], g["betas"], g["weight_decay"]) for g in new.param_groups] == [
+        (0.3, (0.8, 0.9), 0.2),
+        (0.1, (0.8, 0.9), 0.2),
+    ]
+    projected = [p for g in new.param_groups for p in g["params"] if new.projected(p, g)]
+    assert len(projected) == 1
+    assert projected[0] is model.hidden.weight
+
+
+def test_conversion_refuses_what_it_cannot_carry():
+    model = Model()
+    with pytest.raises(UserError, match=r"only Adam and AdamW can be made low-rank, this module's optimiser is SGD"):
+        to_low_rank(torch.optim.SGD(model.parameters(), lr=0.1), model, ["*"], rank=4)
+    with pytest.raises(
+        UserError, match=r"pattern 'hiden\.\*' matches no trained parameter of Model; names look like hidden"
+    ):
+        to_low_rank(torch.optim.AdamW(model.parameters()), model, ["hiden.*"], rank=4)
+    with pytest.raises(UserError, match=r"Adam with weight_decay=0.1 adds the decay to the gradient"):
+        to_low_rank(torch.optim.Adam(model.parameters(), weight_decay=0.1), model, ["*"], rank=4)
+    with pytest.raises(UserError, match="amsgrad=True has no low-rank counterpart"):
+        to_low_rank(torch.optim.AdamW(model.parameters(), amsgrad=True), model, ["*"], rank=4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_chained_schedule_goes_on_after_the_optimiser_was_exchanged():
+    def chain(optimizer):
+        parts = [LinearLR(optimizer, 0.1, total_iters=3), ConstantLR(optimizer, 0.5, total_iters=100)]
+        return SequentialLR(optimizer, parts, milestones=[3])
+
+    model = nn.Linear(4, 4)
+    plain = torch.optim.AdamW(model.parameters(), lr=1.0)
+    expected = rates(chain(plain), plain, 6)
+    old = torch.optim.AdamW(model.parameters(), lr=1.0)
+    scheduler = chain(old)
+    new = to_low_rank(old, model, ["*"], rank=2)
+    hand_over(scheduler, new)
+    assert rates(scheduler, new, 6) == expected

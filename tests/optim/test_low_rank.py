@@ -1,0 +1,299 @@
+"""LowRank: the limits in which it is a known optimiser, a slow twin written from the equations, state, resume, bad
+input.
+"""
+
+import copy
+import io
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from lightspan.errors import UserError
+from lightspan.optim.bases import ColumnSelection, DCTBasis, PowerBasis
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.residuals import Fira
+
+BETAS, EPS = (0.9, 0.99), 1e-8
+
+
+def matrices(*shapes, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+def give_gradients(parameters, step, scale=1.0):
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in parameters:
+        p.grad = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def train(optimizer, parameters, steps, start=0):
+    for step in range(start, start + steps):
+        give_gradients(parameters, step)
+        optimizer.step()
+
+
+class FirstColumns(ColumnSelection):
+    """The identity matrix as fixed basis: coordinates are the weight's own columns."""
+
+    def build_matrix(self, size, *, dtype, device):
+        return torch.eye(size, dtype=dtype, device=device)
+
+
+def test_full_rank_on_the_identity_is_torchs_adamw():
+    # rank 5 of 5 counts as full, so one more column is added that never has a gradient
+    (low,), (full,) = matrices((8, 6)), matrices((8, 6))
+    ours = LowRank([low], lr=0.1, rank=5, basis=FirstColumns(), residual=None, betas=BETAS, weight_decay=0.1, refresh=3)
+    theirs = torch.optim.AdamW([full], lr=0.1, betas=BETAS, eps=EPS, weight_decay=0.1)
+    for step in range(12):
+        give_gradients([low, full], step)
+        low.grad[:, 5] = 0
+        full.grad = low.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(low.data, full.data, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("basis", [DCTBasis(), PowerBasis()])
+def test_unprojected_parameters_get_torchs_fused_adamw_bit_for_bit(basis):
+    ours, theirs = (matrices((8, 6), (6,), (4, 4), dtype=torch.float32) for _ in range(2))
+    groups = [{"params": ours[:2]}, {"params": ours[2:], "project": False, "lr": 0.02, "weight_decay": 0.0}]
+    low = LowRank(groups, lr=0.1, rank=2, basis=basis, weight_decay=0.1)
+    full = torch.optim.AdamW(
+        [{"params": theirs[1:2]}, {"params": theirs[2:], "lr": 0.02, "weight_decay": 0.0}],
+        lr=0.1,
+        weight_decay=0.1,
+        fused=True,
+    )
+    for step in range(5):
+        for side in (ours, theirs):
+            give_gradients(side, step)
+        low.step()
+        full.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
+def slow_twin(weight, frames, gradients, *, lr, weight_decay, residual_limit=None):
+    """Float64, one matrix, written from the papers' equations with given frames; moments are rotated when the frame
+    changes.
+    """
+    (b1, b2), m, v, previous, old = BETAS, 0.0, 0.0, None, None
+    for t, (q, g) in enumerate(zip(frames, gradients, strict=True), start=1):
+        r = g @ q
+        if old is not None and not torch.equal(old, q):
+            overlap = old.T @ q
+            m_hat, v_hat = m / (1 - b1 ** (t - 1)), v / (1 - b2 ** (t - 1))
+            variance = (v_hat - m_hat**2).clamp_min(0)
+            unknown = (1 - (overlap**2).sum(0)).clamp_min(0)
+            m_hat = m_hat @ overlap
+            m, v = (
+                m_hat * (1 - b1 ** (t - 1)),
+                (variance @ overlap**2 + m_hat**2 + unknown * r**2) * (1 - b2 ** (t - 1)),
+            )
+        old = q
+        m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r**2
+        u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + EPS)
+        update = u @ q.T
+        if residual_limit:
+            e = (u.norm(dim=1) / r.norm(dim=1))[:, None] * (g - r @ q.T)
+            if previous is not None and e.norm() > residual_limit * previous:
+                e = e / e.norm() * residual_limit * previous
+            previous, update = e.norm(), update + e
+        weight = (1 - lr * weight_decay) * weight - lr * update
+    return weight
+
+
+@pytest.mark.parametrize("residual", [None, Fira(1.01)])
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 3, 2, 1)])
+def test_power_low_rank_equals_its_slow_twin(shape, residual):
+    (weight,) = matrices(shape)
+    start = weight.detach().clone()
+    optimizer = LowRank([weight], lr=0.1, rank=3, residual=residual, betas=BETAS, eps=EPS, weight_decay=0.1, refresh=4)
+    frames, gradients = [], []
+    for step in range(20):
+        give_gradients([weight], step)
+        optimizer.step()
+        frames.append(optimizer.state[weight]["basis.frame"].clone())
+        gradients.append(weight.grad.flatten(1))
+    assert sum(not torch.equal(a, b) for a, b in pairwise(frames)) == 4
+    tall = [g if g.shape[0] >= g.shape[1] else g.T for g in gradients]
+    first = start.flatten(1) if start.flatten(1).shape[0] >= start.flatten(1).shape[1] else start.flatten(1).T
+    expected = slow_twin(first, frames, tall, lr=0.1, weight_decay=0.1, residual_limit=residual and residual.limit)
+    got = weight.detach().flatten(1)
+    torch.testing.assert_close(got if got.shape == expected.shape else got.T, expected, atol=1e-10, rtol=0)
+
+
+def test_a_wide_matrix_moves_like_the_transpose_of_a_tall_one():
+    (tall,) = matrices((9, 5))
+    wide = nn.Parameter(tall.detach().T.clone())
+    ours = [LowRank([p], lr=0.1, rank=2, refresh=3) for p in (tall, wide)]
+    for step in range(8):
+        give_gradients([tall], step)
+        wide.grad = tall.grad.T.clone()
+        for optimizer in ours:
+            optimizer.step()
+    torch.testing.assert_close(tall.data, wide.data.T, atol=1e-12, rtol=0)
+
+
+def test_matrices_do_not_influence_one_another():
+    together = matrices((9, 5), (9, 5), (5, 9), (4, 4))
+    alone = matrices((9, 5), (9, 5), (5, 9), (4, 4))[1]
+    joint = LowRank(together, lr=0.1, rank=2, basis=DCTBasis(), refresh=1)
+    single = LowRank([alone], lr=0.1, rank=2, basis=DCTBasis(), refresh=1)
+    for step in range(6):
+        give_gradients(together, step)
+        alone.grad = together[1].grad.clone()
+        joint.step()
+        single.step()
+    torch.testing.assert_close(together[1].data, alone.data, atol=1e-12, rtol=0)
+
+
+def test_after_the_first_step_refreshes_are_spread_over_the_steps():
+    parameters = matrices(*[(6, 4)] * 8)
+    optimizer = LowRank(parameters, rank=2, refresh=4)
+    changed = []
+    for step in range(13):
+        before = [optimizer.state[p]["basis.frame"].clone() if p in optimizer.state else None for p in parameters]
+        give_gradients(parameters, step)
+        optimizer.step()
+        after = [optimizer.state[p]["basis.frame"] for p in parameters]
+        changed.append(sum(b is None or not torch.equal(a, b) for a, b in zip(after, before, strict=True)))
+    assert changed[0] == 8
+    assert changed[4:] == [2] * 9
+
+
+def test_a_parameter_without_gradient_stands_still_and_is_refreshed_when_it_first_has_one():
+    with_gradient, without = matrices((6, 4), (6, 4))
+    optimizer = LowRank([with_gradient, without], lr=0.1, rank=2, refresh=50)
+    start = without.detach().clone()
+    for step in range(3):
+        give_gradients([with_gradient], step)
+        optimizer.step()
+    assert torch.equal(without, start)
+    assert optimizer.state[without]["step"] == 0
+    assert optimizer.state[with_gradient]["step"] == 3
+    give_gradients([without], 7)
+    with_gradient.grad = None
+    optimizer.step()
+    assert not torch.equal(without, start)
+    assert optimizer.state[without]["age"].tolist() == [1.0, 1.0]
+
+
+def test_a_zero_gradient_moves_nothing_but_the_decay():
+    (weight,) = matrices((6, 4))
+    start = weight.detach().clone()
+    optimizer = LowRank([weight], lr=0.1, rank=2, weight_decay=0.5)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, start * 0.95)
+
+
+def test_gradients_are_left_as_they_were():
+    (weight,) = matrices((6, 4))
+    give_gradients([weight], 0)
+    before = weight.grad.clone()
+    LowRank([weight], rank=2).step()
+    assert torch.equal(weight.grad, before)
+
+
+@pytest.mark.parametrize("basis", [PowerBasis(), DCTBasis()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_k_steps_saved_and_loaded_and_k_more_equal_2k_bit_for_bit(basis, dtype):
+    shapes = (9, 5), (5, 9), (9, 5), (4,), (3, 2)
+    straight = matrices(*shapes, dtype=dtype)
+
+    def make(parameters):
+        return LowRank(parameters, lr=0.05, rank=2, basis=copy.deepcopy(basis), refresh=3, weight_decay=0.1)
+
+    optimizer = make(straight)
+    train(optimizer, straight, 7)
+    saved = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "weights": [p.detach() for p in straight]}, saved)
+    train(optimizer, straight, 7, start=7)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)
+    resumed = [nn.Parameter(w) for w in loaded["weights"]]
+    second = make(resumed)
+    second.load_state_dict(loaded["optimizer"])
+    train(second, resumed, 7, start=7)
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    for a, b in zip(straight, resumed, strict=True):
+        assert optimizer.state[a].keys() == second.state[b].keys()
+        assert all(torch.equal(optimizer.state[a][key], second.state[b][key]) for key in optimizer.state[a])
+        assert all(optimizer.state[a][key].dtype == second.state[b][key].dtype for key in optimizer.state[a])
+
+
+def test_state_replaced_from_outside_is_picked_up():
+    (weight,) = matrices((6, 4))
+    optimizer = LowRank([weight], lr=0.1, rank=2)
+    train(optimizer, [weight], 2)
+    twin = copy.deepcopy(weight)
+    moved = LowRank([twin], lr=0.1, rank=2)
+    moved.load_state_dict(optimizer.state_dict())
+    moved.state[twin] = {key: value.clone() for key, value in moved.state[twin].items()}
+    train(optimizer, [weight], 2, start=2)
+    train(moved, [twin], 2, start=2)
+    assert torch.equal(weight, twin)
+
+
+def test_state_has_the_promised_size_and_shares_no_storage_twice():
+    (weight,) = matrices((12, 8), dtype=torch.float32)
+    optimizer = LowRank([weight], rank=2)
+    train(optimizer, [weight], 1)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in optimizer.state[weight].values()}
+    numbers = 2 * 12 * 2 + 8 * 2 + 2 + 1 + 1  # moments, frame, age, limiter, step
+    assert sum(storages.values()) == 4 * numbers
+
+
+def test_the_closure_runs_with_gradients_enabled():
+    (weight,) = matrices((6, 4))
+    optimizer = LowRank([weight], rank=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+@pytest.mark.parametrize("residual", [None, Fira()])
+def test_a_least_squares_problem_of_rank_two_is_solved_in_rank_three(residual):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(20, 2, generator=generator) @ torch.randn(2, 12, generator=generator)
+    weight = nn.Parameter(torch.zeros(20, 12))
+    optimizer = LowRank([weight], lr=0.1, rank=3, residual=residual, refresh=10)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        weight.grad = weight.detach() - target
+        optimizer.step()
+    assert (weight - target).norm() < 0.01 * target.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "LowRank rank=0 must be at least 1"),
+        ({"lr": -1.0}, "LowRank lr=-1.0 must be at least 0"),
+        ({"betas": (0.9, 1.0)}, r"LowRank betas=\(0.9, 1.0\) must be in \[0, 1\)"),
+        ({"refresh": 0}, "LowRank refresh=0 must be at least 1"),
+        ({"rank": 9}, r"rank=9 is not below the shorter side of any matrix \(the largest is 4\).*at most 2"),
+    ],
+)
+def test_bad_settings_are_refused_with_value_and_limit(options, message):
+    with pytest.raises(UserError, match=message):
+        LowRank(matrices((6, 4), (3, 3)), **options)
+
+
+def test_vectors_alone_are_refused():
+    with pytest.raises(UserError, match="no matrix to project"):
+        LowRank(matrices((6,)), rank=2)
+
+
+def test_a_limiter_that_could_only_shrink_is_refused():
+    with pytest.raises(UserError, match=r"limit=1.0 must be above 1"):
+        Fira(1.0)
