@@ -49,7 +49,9 @@ def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **opt
                 f"Adam with weight_decay={group['weight_decay']} adds the decay to the gradient, which no subspace "
                 "can carry; use AdamW"
             )
-        kept = {key: group[key] for key in ("lr", "initial_lr", "betas", "eps", "weight_decay", "name") if key in group}
+        kept: dict[str, Any] = {
+            key: group[key] for key in ("lr", "initial_lr", "betas", "eps", "weight_decay", "name") if key in group
+        }
         groups.append({"params": [(names.get(id(p), ""), p) for p in group["params"]], "project": list(match), **kept})
     return LowRank(groups, **options)
 

@@ -137,7 +137,7 @@ class LowRank(Optimizer):
         self._buckets = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -183,7 +183,7 @@ class LowRank(Optimizer):
         views = []
         for i, parameter in enumerate(parameters):
             view = {key: stack[i] for key, stack in state.tensors().items()}
-            view["step"] = torch.zeros((), dtype=torch.float32)
+            view["step"] = torch.tensor(0.0)
             for key, value in self.state[parameter].items():
                 view[key].copy_(value)
             self.state[parameter] = view
@@ -242,7 +242,7 @@ class LowRank(Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
-            [p.grad for p in parameters],  # type: ignore[misc]
+            [p.grad for p in parameters],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],

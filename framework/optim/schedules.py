@@ -5,6 +5,7 @@ second edit.
 import math
 from collections.abc import Callable
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -49,5 +50,5 @@ class WarmupCosine(LRScheduler):
         done = min((step - warmup_steps) / max(self.total_steps - warmup_steps, 1), 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]

@@ -1,0 +1,83 @@
+# Everything runs from .venv, which the targets create as needed: `make quickstart` on a machine with Python >= 3.11.
+# An install is marked done by a stamp that is removed before pip starts and written after pip has succeeded,
+# so an interrupted install is done again, and so is one that is older than pyproject.toml.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+QUICKSTART := build/quickstart
+
+# One thread a process: the tests start process pairs, and two cores are what they are timed on.
+OMP_NUM_THREADS ?= 1
+# Nothing under test may reach for a hub or a tracking server.
+OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help quickstart test check format evidence lock docker-test clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  PYTHON=python3.12 make ... picks the interpreter of a new .venv (now: $(PYTHON)); it must be 3.11 or newer."
+
+quickstart: $(BASE) ## train one small language model twice, AdamW against low rank, and compare them (minutes)
+	rm -rf $(QUICKSTART)
+	$(BIN)/lightspan fit language/quickstart_adamw --run $(QUICKSTART)/adamw
+	$(BIN)/lightspan fit language/quickstart --run $(QUICKSTART)/lowrank
+	$(BIN)/lightspan report $(QUICKSTART)/adamw $(QUICKSTART)/lowrank --out $(QUICKSTART)/report.html
+
+test: $(DEV) ## run the tests; ARGS="-k resume -x" goes to pytest
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV) ## lint, formatting, types, Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/lib build/bdist.* build/typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy -p lightspan
+	$(BIN)/hadolint docker/Dockerfile
+	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh; else echo "shellcheck is not installed: scripts not linted"; fi
+
+format: $(DEV) ## rewrite the sources as `make check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of them, hours)
+	$(OFFLINE) $(BIN)/python -m pytest evidence $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
+
+lock: ## write docker/requirements.lock from a resolution in a new environment
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade pip
+	build/lock/bin/python docker/lock.py pyproject.toml docker/requirements.lock
+	rm -rf build/lock
+
+docker-test: $(DEV) ## build the CPU image with buildah and train in it (root, Debian)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -m docker tests/test_docker.py $(ARGS)
+
+clean: ## remove .venv, build output and caches (runs/ stays)
+	rm -rf $(VENV) build dist lightspan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv that an interrupted run left, or whose interpreter is gone, is cleared; a sound one is kept.
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "make: there is no '$(PYTHON)' on the PATH; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), lightspan needs 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv module (Debian and Ubuntu keep it apart: apt-get install python3-venv)" >&2; exit 2; }
+	@if $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then :; else $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $@
+
+$(BASE): pyproject.toml setup.py | $(VENV)/.created
+	@rm -f $@
+	$(BIN)/python -m pip install --disable-pip-version-check --editable .
+	@touch $@
+
+$(DEV): pyproject.toml setup.py | $(VENV)/.created
+	@rm -f $(BASE) $@
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $(BASE) $@

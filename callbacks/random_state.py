@@ -1,0 +1,62 @@
+"""Random numbers that depend on seed, step and rank alone, so that a resumed run draws what it would have drawn."""
+
+import hashlib
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class RandomState(Callback):
+    """Seeds Python, NumPy and torch (CPU and GPUs) anew before every training batch, every epoch and every validation.
+
+    A checkpoint would have to keep the state of every generator on every rank, and would still be wrong: between the
+    step where it is taken and the next batch, validation and new data iterators draw numbers too. Here the state is a
+    pure function instead: of (seed, batches trained, rank) for a training batch, of (seed, epoch, rank) for the start
+    of an epoch, and of (seed, rank) for validation, so that every validation meets the same draws. Straight, stopped
+    anywhere and resumed, with or without validation: dropout and all other draws of a step are the same bits.
+
+    Put it first among the callbacks: hooks of callbacks before it see the old state.
+
+    Args:
+        seed: by default that of `seed_everything`, else torch's initial seed on rank 0. A resumed run keeps the seed of
+            its checkpoint, whatever is given here.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._seed is None:
+            global_seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning's seed_everything leaves it
+            self._seed = int(global_seed) if global_seed else torch.initial_seed()
+        self._seed = int(trainer.strategy.broadcast(self._seed))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reseed("epoch", trainer.current_epoch, trainer.global_rank)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._reseed("batch", trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reseed("validation", 0, trainer.global_rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seed = state_dict["seed"]
+
+    def _reseed(self, phase: str, index: int, rank: int) -> None:
+        seed = derived_seed(self._seed, phase, index, rank)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+
+def derived_seed(*key: int | str | None) -> int:
+    """An integer in [0, 2**63) that looks random and depends on nothing but `key`, on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

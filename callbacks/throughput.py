@@ -1,0 +1,77 @@
+"""How fast a run goes and how much memory it holds, measured over windows of steps."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightspan.analysis.memory import MIB, rss_bytes
+from lightspan.errors import UserError
+
+
+class Throughput(Callback):
+    """Logs throughput/samples_per_s, throughput/tokens_per_s, memory/rss_mib and, on CUDA, memory/device_peak_mib.
+
+    Samples and tokens are counted over all ranks (every rank counted as busy as this one); tokens only where the batch
+    is a mapping with "tokens" [B T+1], of which T are predicted. Time is wall time, waiting for data and writing
+    checkpoints included, validation excluded. The device is waited for once a window, never in between.
+
+    Args:
+        every_n_steps: optimiser steps in a window, >= 1.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps={every_n_steps}: a window has at least 1 optimiser step")
+        self.every_n_steps = every_n_steps
+        self._restart(0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        samples, tokens = batch_counts(batch)
+        self._samples += samples * trainer.world_size
+        self._tokens += tokens * trainer.world_size
+        if trainer.global_step - self._first_step < self.every_n_steps:
+            return
+        on_cuda = pl_module.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(pl_module.device)
+        seconds = time.perf_counter() - self._began_s
+        metrics = {"throughput/samples_per_s": self._samples / seconds, "memory/rss_mib": rss_bytes() / MIB}
+        if self._tokens:
+            metrics["throughput/tokens_per_s"] = self._tokens / seconds
+        if on_cuda:
+            metrics["memory/device_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
+        self.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+        self._restart(trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused_s = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began_s += time.perf_counter() - self._paused_s
+
+    def _restart(self, step: int) -> None:
+        self._began_s = self._paused_s = time.perf_counter()
+        self._first_step, self._samples, self._tokens = step, 0, 0
+
+
+def batch_counts(batch: Any) -> tuple[int, int]:
+    """(samples, tokens) of a batch: rows of its first tensor with a batch axis, and B T of "tokens" [B T+1], else 0."""
+    tokens = batch.get("tokens") if isinstance(batch, Mapping) else None
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1) if isinstance(tokens, Tensor) and tokens.ndim == 2 else 0
+    return _rows(batch) or 0, predicted
+
+
+def _rows(batch: Any) -> int | None:
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((rows for part in parts if (rows := _rows(part)) is not None), None)

@@ -1,0 +1,43 @@
+"""The batches that datamodules hand to methods: typed mappings, one for each modality.
+
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views.
+"""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class TextBatch(TypedDict):
+    """Windows of text as token ids.
+
+    tokens: int64 [B, T+1], each in [0, vocab_size). `tokens[:, :-1]` is read, `tokens[:, 1:]` is predicted.
+    """
+
+    tokens: Tensor
+
+
+class ImageBatch(TypedDict):
+    """One picture a sample, standardised channel by channel to about zero mean and unit variance.
+
+    image: float32 [B, C, H, W].
+    label: int64 [B], each in [0, num_classes). A method that learns without labels leaves it alone.
+    index: int64 [B], the sample's place in its dataset; the same on every rank and in every epoch.
+    """
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class ViewsBatch(TypedDict):
+    """Several views of each picture. Row i of every view comes from the same picture.
+
+    views: V tensors, float32 [B, C, H, W], standardised as in `ImageBatch`; H and W may differ between views.
+    label: int64 [B].
+    index: int64 [B].
+    """
+
+    views: list[Tensor]
+    label: Tensor
+    index: Tensor

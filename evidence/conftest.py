@@ -1,0 +1,64 @@
+"""The `evidence` fixture, `--system`, and the page that is built anew when a run ends; see evidence/README.md."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # evidence/ is a folder of tests, not a package
+
+from build_docs import build  # noqa: E402
+from recorder import Recorder, unmet  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--system", help="run one system's evidence: its number (42) or its name (quickstart)")
+
+
+def system_of(path: Path) -> str:
+    return path.stem.removeprefix("test_")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--system")
+    if wanted is None:
+        return
+    chosen = [i for i in items if wanted in (system_of(i.path), system_of(i.path).split("_")[0])]
+    if not chosen:
+        known = ", ".join(sorted(system_of(path) for path in HERE.glob("test_*.py"))) or "none"
+        raise pytest.UsageError(f"--system {wanted} matches no file test_{wanted}*.py in evidence/; there are: {known}")
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="module")
+def evidence(request: pytest.FixtureRequest) -> Recorder:
+    """Records figures and claims of this file; see evidence/README.md."""
+    title = (request.module.__doc__ or "").strip().split("\n")[0]
+    system = system_of(request.path)
+    return Recorder(system, title, HERE / "results" / f"{system}.json")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    recorder = pyfuncitem.funcargs.get("evidence")
+    if not isinstance(recorder, Recorder):
+        return (yield)
+    before = len(recorder.record["claims"])
+    complete = False
+    try:
+        result = yield
+        complete = True
+    finally:
+        recorder.write(complete)
+    fallen_short = unmet(recorder.record["claims"][before:])
+    if fallen_short:
+        pytest.fail(f"recorded, and not held:\n{fallen_short}", pytrace=False)
+    return result
+
+
+def pytest_sessionfinish() -> None:
+    if (HERE / "results").is_dir():
+        build(HERE / "results", HERE.parent / "docs" / "evidence.md")

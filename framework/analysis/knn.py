@@ -1,0 +1,55 @@
+"""Nearest-neighbour classification on frozen features: the probe that has nothing to tune.
+
+Source: Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (CVPR 2018,
+arXiv 1805.01978), section 3.4. Shapes: N bank rows, M query rows, D features, K neighbours, C classes, Q rows a chunk.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lightspan.errors import UserError
+
+
+def knn_accuracy(
+    bank_ND: Tensor,
+    bank_labels_N: Tensor,
+    query_MD: Tensor,
+    query_labels_M: Tensor,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    chunk: int = 1024,
+) -> float:
+    """Share of queries whose class is the one that their k nearest bank rows by cosine vote for, in [0, 1].
+
+    A neighbour of similarity s votes with exp(s / temperature) as in Wu et al., with 1 where temperature is None. Of
+    classes with equal votes the smallest wins. Similarities are computed in float32 at least.
+
+    Args:
+        bank_ND, query_MD: features, any scale; a row of zeros is equally far from everything.
+        bank_labels_N, query_labels_M: int64, >= 0.
+        k: neighbours, in [1, N].
+        temperature: > 0, or None for equal votes.
+        chunk: queries at a time; memory is chunk * N similarities. The answer does not depend on it.
+    Raises: UserError for k or temperature out of range, features that are not finite, or no query.
+    """
+    if not 1 <= k <= len(bank_ND):
+        raise UserError(f"knn k={k} is outside [1, {len(bank_ND)}], the rows in the bank; lower k or use a larger bank")
+    if temperature is not None and temperature <= 0:
+        raise UserError(f"knn temperature={temperature} must be above 0, or null for equal votes")
+    if not len(query_MD):
+        raise UserError("knn got no query rows; give it at least one validation sample")
+    bank_ND, query_MD = (normalize(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (bank_ND, query_MD))
+    if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
+        raise UserError("features hold NaN or infinite values, so they have no neighbours; the model has diverged")
+    classes = 1 + int(torch.cat((bank_labels_N, query_labels_M)).max())
+    correct = 0
+    for query_QD, labels_Q in zip(query_MD.split(chunk), query_labels_M.split(chunk), strict=True):
+        similarity_QK, neighbour_QK = (query_QD @ bank_ND.T).topk(k)
+        # Relative to the nearest one: the same vote, and no overflow at a small temperature.
+        nearness_QK = similarity_QK - similarity_QK[:, :1]
+        weight_QK = torch.ones_like(nearness_QK) if temperature is None else (nearness_QK / temperature).exp()
+        votes_QC = torch.zeros(len(query_QD), classes, dtype=weight_QK.dtype, device=weight_QK.device)
+        votes_QC.scatter_add_(1, bank_labels_N[neighbour_QK], weight_QK)
+        correct += int((votes_QC.argmax(dim=1) == labels_Q).sum())
+    return correct / len(query_MD)

@@ -1,0 +1,132 @@
+"""The `lightspan` command.
+
+Every verb's module is imported only when the verb is used, and none of them loads torch at import.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from lightspan import __version__
+from lightspan.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: where its two functions live, and whether it takes flags (`key.path=value`) anywhere on the line."""
+
+    name: str
+    help: str
+    module: str
+    add_arguments: str = "add_arguments"
+    run: str = "run"
+    flags: bool = False
+
+
+VERBS = (
+    Verb("recipes", "list the catalogue", "catalogue", "add_recipes_arguments", "run_recipes"),
+    Verb(
+        "show",
+        "print a recipe, or its merged form",
+        "catalogue",
+        "add_show_arguments",
+        "run_show",
+        True,
+    ),
+    Verb("copy", "copy a recipe to a file of your own", "catalogue", "add_copy_arguments", "run_copy"),
+    Verb(
+        "check",
+        "find every mistake before a run",
+        "catalogue",
+        "add_check_arguments",
+        "run_check",
+        True,
+    ),
+    Verb("plan", "estimate memory before anything starts", "plan", flags=True),
+    Verb("fit", "train", "run", "add_fit_arguments", "run_fit", True),
+    Verb("validate", "measure a checkpoint on validation data", "run", "add_evaluate_arguments", "run_validate", True),
+    Verb("test", "measure a checkpoint on test data", "run", "add_evaluate_arguments", "run_test", True),
+    Verb("predict", "write the predictions of a checkpoint", "run", "add_evaluate_arguments", "run_predict", True),
+    Verb("report", "set runs side by side on one HTML page", "report"),
+    Verb("export", "write a checkpoint for other libraries", "export"),
+    Verb("doctor", "look for problems of this machine and installation", "doctor"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line; returns its exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return _run([argument for argument in arguments if argument != "--debug"])
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"lightspan: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("\nlightspan: stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains like every other part of the command: in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows what it takes")
+
+
+def _run(arguments: list[str]) -> int:
+    verb = next((verb for verb in VERBS if arguments and arguments[0] == verb.name), None)
+    if verb is None:
+        return _without_verb(arguments)
+    from lightspan.config.flags import split_flags
+
+    flags, rest = split_flags(arguments[1:]) if verb.flags else ([], arguments[1:])
+    module = importlib.import_module(f"lightspan.commands.{verb.module}")
+    parser = _Parser(
+        prog=f"lightspan {verb.name}", description=verb.help[0].upper() + verb.help[1:] + ".", allow_abbrev=False
+    )
+    getattr(module, verb.add_arguments)(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    try:
+        args = parser.parse_intermixed_args(rest)
+    except SystemExit:  # argparse has printed the help
+        return 0
+    if verb.flags:
+        args.flags = flags
+    args.command_line = ["lightspan", *arguments]
+    return int(getattr(module, verb.run)(args))
+
+
+def _without_verb(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in ("-V", "--version"):
+        print(f"lightspan {__version__}")
+        return 0
+    if arguments and arguments[0] not in ("-h", "--help", "help"):
+        from lightspan.config.problems import nearest
+
+        names = [verb.name for verb in VERBS]
+        raise UserError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], names)}there are: {', '.join(names)}")
+    print("usage: lightspan VERB ...   (lightspan VERB --help tells more)\n")
+    for verb in VERBS:
+        print(f"  {verb.name:<10} {verb.help}")
+    print("\nStart with: lightspan recipes; lightspan fit language/quickstart")
+    return 0 if arguments else USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Arguments that several verbs share."""
+
+import argparse
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """RECIPE, overlays, flags and --allow-module, as `args.recipe`, `.overlays`, `.flags` and `.allow_modules`.
+
+    Flags are taken out of the command line before argparse sees it, so they may stand anywhere.
+    """
+    parser.add_argument("recipe", metavar="RECIPE", help="a name that `lightspan recipes` lists, or a .yaml file")
+    parser.add_argument(
+        "-c",
+        "--config",
+        dest="overlays",
+        action="append",
+        default=[],
+        metavar="OVERLAY",
+        help="a .yaml file or a scale/NAME laid over the recipe; repeat it, later wins",
+    )
+    parser.add_argument(
+        "--allow-module",
+        dest="allow_modules",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package of your own that the configuration may name; it is recorded with the run",
+    )
+    parser.set_defaults(flags=[])
+    parser.epilog = (
+        "Flags: key.path=value, --key.path=value or --key.path value, anywhere on the line and always above recipe and "
+        "overlays. Example: trainer.max_steps=200 model.init_args.optimizer.init_args.lr=1e-3"
+    )

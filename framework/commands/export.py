@@ -1,0 +1,222 @@
+"""`lightspan export CKPT --to FORMAT`: weights for other programs, first read back with their loader."""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightspan.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lightspan.config.build import Resolved
+
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+RECORD = "export.json"  # tells a folder that an export may replace from one that it must not
+LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; a faithful export differs by nothing, another attention kernel by less
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=Path, help="RUN/checkpoints/NAME.ckpt, or RUN for its last one"
+    )
+    parser.add_argument("--to", required=True, choices=("safetensors", "huggingface"), help="format to write")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder, if the checkpoint stands elsewhere")
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe to build the model from where no run folder is left")
+    parser.add_argument(
+        "--allow-module",
+        dest="allow_modules",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package of your own that the configuration may name",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the export, or nothing: the folder appears once it was read back and found equal. 1 if it was not."""
+    from lightspan.config.build import build
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    resolved = _resolved(args, checkpoint)
+    out = args.out or _run_folder(args, checkpoint) / "export" / args.to
+    refuse_occupied(out, args.overwrite)
+    model = build(resolved).model
+    model.configure_model()
+    load_weights(model, checkpoint)
+    if args.to == "huggingface":
+        from lightspan.commands.huggingface import require_pretrained
+
+        require_pretrained(model)
+    with whole_folder(out) as folder:
+        difference = (_to_safetensors if args.to == "safetensors" else _to_huggingface)(model, folder, resolved.name)
+        what = "tensor" if args.to == "safetensors" else "output"
+        print(f"read back with {args.to}: largest {what} difference {difference:.3g}")
+        limit = 0.0 if args.to == "safetensors" else LARGEST_DIFFERENCE
+        if not difference <= limit:
+            print(f"that is more than {limit:g}: nothing was written")
+            return 1
+        record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}
+        (folder / RECORD).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
+    files = sorted(path.name for path in out.iterdir())
+    print(f"wrote {out}: {', '.join(files)}")
+    return 0
+
+
+def find_checkpoint(given: Path) -> Path:
+    """The checkpoint that CKPT names: a file, or a run folder's last one. Raises: UserError where there is none."""
+    path = given / LAST_CHECKPOINT if given.is_dir() else given
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist; name RUN/checkpoints/NAME.ckpt or a run folder")
+    return path
+
+
+def load_weights(model: "LightningModule", checkpoint: Path) -> None:
+    """Puts the checkpoint's weights into `model`, all of them and nothing else.
+
+    Raises: UserError for a file that is no checkpoint, is cut off, or belongs to another model.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{checkpoint} holds more than tensors and plain data, or is no checkpoint: {_first_line(error)}; it is "
+            "not opened, since unpickling foreign objects runs their code"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(
+            f"{checkpoint} cannot be read ({_first_line(error)}); it is damaged or cut off: "
+            "take another checkpoint of the run"
+        ) from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{checkpoint} has no 'state_dict', so it is no checkpoint of `lightspan fit`")
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is unknown to the model" for name in state if name not in own]
+    wrong += [
+        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model than {type(model).__name__} of this run: "
+            f"{'; '.join(wrong[:3])}{more}; name the run folder that it comes from with --run"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raises: UserError if `out` is there and may not be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / RECORD).is_file():
+        raise UserError(f"--out {str(out)!r} exists and is no earlier export; name a folder that does not exist yet")
+    if not overwrite:
+        raise UserError(f"--out {str(out)!r} holds an earlier export; add --overwrite to replace it, or name another")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `out` if the block wrote RECORD last, and is removed otherwise."""
+    from lightspan.files import explained_os_errors
+
+    out = out.absolute()
+    mark = secrets.token_hex(4)
+    folder, old = (out.with_name(f".lightspan-{mark}-{out.name}.{end}") for end in ("tmp", "old"))
+    with explained_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        try:
+            yield folder
+            if not (folder / RECORD).is_file():
+                return
+            mode = (folder / RECORD).stat().st_mode
+            for path in folder.iterdir():
+                path.chmod(mode)  # safetensors makes files that only their owner can read
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if out.exists():
+                out.rename(old)
+            folder.rename(out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> float:
+    """Writes model.safetensors with all of `model.state_dict()`; returns the largest difference of what is read back.
+
+    Tensors that share memory are stored once; the file's metadata names the others, as safetensors does it.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_model
+
+    path = folder / "model.safetensors"
+    save_model(model, str(path), metadata={"format": "pt", "recipe": recipe, **_version()})
+    largest = 0.0
+    with safe_open(str(path), framework="pt") as file:
+        stored = file.metadata() or {}
+        for name, tensor in model.state_dict().items():
+            back = file.get_tensor(stored.get(name, name))
+            if back.dtype != tensor.dtype or back.shape != tensor.shape:
+                return float("inf")
+            if not torch.equal(back, tensor) and tensor.numel():
+                apart = (back.to(torch.float64) - tensor.to(torch.float64)).abs()
+                # NaN is unequal to itself, also where it was stored well.
+                largest = max(largest, float(apart[~(back.isnan() & tensor.isnan())].nan_to_num(float("inf")).amax()))
+    return largest
+
+
+def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> float:
+    from lightspan.commands.huggingface import largest_output_difference
+
+    backbone: Any = model.backbone
+    backbone.save_pretrained(folder)
+    return largest_output_difference(backbone, folder)
+
+
+def _resolved(args: argparse.Namespace, checkpoint: Path) -> "Resolved":
+    from lightspan.config.build import load_resolved, resolve
+
+    if args.recipe:
+        return resolve(args.recipe, (), (), args.allow_modules)
+    return load_resolved(_run_folder(args, checkpoint), args.allow_modules)
+
+
+def _run_folder(args: argparse.Namespace, checkpoint: Path) -> Path:
+    if args.run:
+        return args.run
+    folder = checkpoint.absolute().parent.parent
+    if args.recipe or (folder / "resolved.yaml").is_file():
+        return folder
+    raise UserError(
+        f"{str(folder)!r} has no resolved.yaml, so the model of {checkpoint.name} is not known; "
+        "name its run folder with --run, or its recipe with --recipe"
+    )
+
+
+def _version() -> dict[str, str]:
+    from lightspan import __version__
+
+    return {"lightspan": __version__}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,65 @@
+"""Reads an exported Hugging Face folder back with transformers alone and compares what both models say."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lightspan.errors import UserError
+
+ROWS, TOKENS, SEED = 2, 64, 0
+
+
+def require_pretrained(model: nn.Module) -> None:
+    """Raises: UserError unless `model.backbone` is a transformers model, which is what the format can hold."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, PreTrainedModel):
+        what = (
+            f"its backbone is a {type(backbone).__name__}" if backbone is not None else "it has no attribute `backbone`"
+        )
+        raise UserError(
+            f"--to huggingface exports methods whose backbone is a transformers model, and {type(model).__name__} is "
+            f"none: {what}; use --to safetensors"
+        )
+
+
+def largest_output_difference(backbone: PreTrainedModel, folder: Path) -> float:
+    """The largest difference between outputs of `backbone` and of the model that transformers loads from `folder`.
+
+    Compared in float32 on one seeded batch: logits of causal language models, last hidden states of all others.
+    """
+    causal = type(backbone) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    loader = AutoModelForCausalLM if causal else AutoModel
+    loaded = loader.from_pretrained(folder, local_files_only=True, dtype=backbone.dtype)
+    inputs = _inputs(backbone)
+    ours, theirs = (_output(part, inputs, causal) for part in (backbone if causal else backbone.base_model, loaded))
+    return float((ours - theirs).abs().amax())
+
+
+def _output(model: Any, inputs: dict[str, Tensor], causal: bool) -> Tensor:
+    was_training, dtype = model.training, model.dtype
+    try:
+        with torch.no_grad():
+            output = model.float().eval()(**inputs)
+    finally:
+        model.to(dtype).train(was_training)
+    return output.logits if causal else output.last_hidden_state
+
+
+def _inputs(backbone: PreTrainedModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    config, name = backbone.config, backbone.main_input_name
+    if name == "input_ids":
+        length = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
+        return {name: torch.randint(config.vocab_size, (ROWS, length), generator=generator)}
+    if name == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {name: torch.randn(ROWS, config.num_channels, height, width, generator=generator)}
+    raise UserError(
+        f"--to huggingface can check models that read input_ids or pixel_values, and {type(backbone).__name__} reads "
+        f"{name}; use --to safetensors"
+    )

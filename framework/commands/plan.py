@@ -1,0 +1,148 @@
+"""`lightspan plan RECIPE`: what a run will hold in memory, before anything starts."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightspan.errors import UserError
+
+if TYPE_CHECKING:
+    from lightspan.commands.planned_step import Plan
+
+MIB, GIB = 2**20, 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from lightspan.commands.arguments import add_recipe_arguments
+
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="memory of one rank (default: that of the device, or what this machine has free)",
+    )
+    parser.add_argument("--real", action="store_true", help="run the step on real tensors, here: slower and exact")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="run folder: writes DIR/plan.json and sets the plan against the peak in DIR/summary.json",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan. Raises: UserError for a recipe that does not build or cannot be planned."""
+    from lightspan.commands.planned_step import make_plan
+    from lightspan.config.build import build, resolve
+
+    if args.memory is not None and not args.memory > 0:
+        raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    built = build(resolved)
+    if built.datamodule is None:
+        raise UserError(f"{resolved.name} has no data, so there is no batch to plan with; add `data:` to it")
+    limit = None if args.memory is None else int(args.memory * GIB)
+    plan = make_plan(built.trainer, built.model, built.datamodule, limit, real=args.real)
+    measured = measured_peak(args.run) if args.run else None
+    _print(plan, resolved.name, measured)
+    if args.run:
+        from lightspan.files import write_atomic
+
+        path = args.run / "plan.json"
+        write_atomic(path, json.dumps(as_json(plan, measured), indent=2) + "\n")
+        print(f"wrote {path}")
+    return 0
+
+
+def shares(plan: "Plan") -> list[tuple[str, int, float]]:
+    """(what, bytes, share of the sum) for everything that a step holds."""
+    step = plan.step
+    parts = [
+        ("weights", step.weights),
+        ("gradients", step.gradients),
+        ("optimiser state", step.optimizer_state),
+        (f"activations, {step.rows} samples", step.activations),
+        ("batch", step.batch),
+    ]
+    if plan.buckets:
+        parts.append(("gradient buckets of DDP", plan.buckets))
+    total = sum(size for _, size in parts) or 1
+    return [(name, size, size / total) for name, size in parts]
+
+
+def verdict(plan: "Plan") -> str:
+    """Which part rules, and what that means for whoever wants to save memory."""
+    step = plan.step
+    activations, state = _mib(step.activations), _mib(step.optimizer_state)
+    if step.activations > step.optimizer_state:
+        return (
+            f"Activations rule, not optimiser state ({activations} against {state} MiB): a leaner optimiser saves at "
+            f"most {state} MiB; a smaller micro-batch with more accumulation, or activation checkpointing, saves more."
+        )
+    return (
+        f"Optimiser state outweighs activations ({state} against {activations} MiB): "
+        "a low-rank optimiser is where to save."
+    )
+
+
+def measured_peak(run_dir: Path) -> tuple[str, float] | None:
+    """(key, MiB) of the peak that the run's summary recorded: of the device where it had one, else of the process."""
+    path = run_dir / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); mend or remove it") from error
+    for key in ("peak_device_mib", "peak_rss_mib"):
+        if isinstance(summary.get(key), int | float):
+            return key, float(summary[key])
+    return None
+
+
+def as_json(plan: "Plan", measured: tuple[str, float] | None) -> dict[str, Any]:
+    """The plan in bytes as the content of plan.json, with the measured peak (MiB) where there is one."""
+    recorded = {} if measured is None else {f"measured_{measured[0]}": measured[1]}
+    return {**dataclasses.asdict(plan), "planned_total": plan.total, **recorded}
+
+
+def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"One optimiser step of {name}, per rank", title_justify="left")
+    for heading in ("", "MiB", "share"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for what, size, share in shares(plan):
+        table.add_row(what, _mib(size), f"{100 * share:.1f} %")
+    table.add_section()
+    table.add_row("most of these alive at once, with temporaries", _mib(plan.step.peak + plan.buckets), "")
+    if plan.process:
+        table.add_row("Python, libraries and data in this process", _mib(plan.process), "")
+        table.add_row("together", _mib(plan.total), "")
+    console = Console()
+    console.print(table)
+    lines = [verdict(plan), _fit_line(plan)]
+    if measured is not None:
+        key, mib = measured
+        error = 100 * (plan.total / MIB - mib) / mib
+        lines.append(f"The finished run recorded {key} {mib:,.1f}; the plan is {error:+.1f} % off.")
+    lines += [f"Note: {note}." for note in plan.notes]
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def _fit_line(plan: "Plan") -> str:
+    has = f"{plan.memory / GIB:.1f} GiB ({plan.memory_source})"
+    if plan.largest_rows is None:
+        return f"Memory: {has}; too few samples in a batch to tell the largest micro-batch."
+    if plan.largest_rows == 0:
+        return f"Memory: {has}: not even a micro-batch of 1 sample fits."
+    fits = "fits" if plan.step.rows <= plan.largest_rows else "does NOT fit"
+    return f"Memory: {has}: the micro-batch of {plan.step.rows} {fits}; the largest that does is {plan.largest_rows:,}."
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.1f}"

@@ -1,0 +1,241 @@
+"""Plans the training step of a built recipe: its own precision, optimisers and callbacks, on fake tensors."""
+
+import contextlib
+import dataclasses
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.optim import Optimizer
+
+from lightspan.analysis.memory import rss_bytes
+from lightspan.commands.step_memory import (
+    OptimizerStopped,
+    StepMemory,
+    batch_rows,
+    faked,
+    idle_state_bytes,
+    largest_rows,
+    resized,
+    step_memory,
+)
+from lightspan.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes on one rank.
+
+    Attributes:
+        step: what one step holds.
+        buckets: copies of the gradients that DDP keeps for communication.
+        process: resident beside the step on a CPU run: interpreter, libraries, data; 0 on a device.
+        memory: what a rank has, and where that figure is from.
+        largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
+        notes: what was not counted the usual way, and why.
+    """
+
+    step: StepMemory
+    buckets: int
+    process: int
+    memory: int
+    memory_source: str
+    largest_rows: int | None
+    notes: list[str]
+
+    @property
+    def total(self) -> int:
+        """What the run is expected to peak at."""
+        return self.step.peak + self.buckets + self.process
+
+
+def make_plan(
+    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule, limit: int | None, real: bool = False
+) -> Plan:
+    """Counts one step on a batch laid out like the datamodule's first one, and searches the largest micro-batch.
+
+    Args:
+        limit: bytes of one rank, or None for what the device or this machine has.
+        real: count a step on real tensors; a fake step that cannot run falls back to that by itself.
+    Raises: UserError for what cannot be planned: manual optimisation, a batch without tensors.
+    """
+    if not module.automatic_optimization:
+        raise UserError(
+            f"{type(module).__name__} optimises by hand (automatic_optimization=False), so its optimiser step cannot "
+            "be told from its training_step; measure it by a short run: `lightspan fit RECIPE trainer.max_steps=10`"
+        )
+    step = _Step(trainer, module, datamodule)
+    rows = batch_rows(step.batch)
+    if rows == 0:
+        raise UserError(f"the first batch of {type(datamodule).__name__} holds no tensor with samples along axis 0")
+    on_device = trainer.strategy.root_device.type != "cpu"
+    process = 0 if on_device else max(0, rss_bytes() - _parameter_bytes(module))
+    memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
+    buckets = _parameter_bytes(module) if _keeps_buckets(trainer) else 0
+    largest, notes = None, ["counted by a real step"]
+    here: StepMemory | None = None
+    if not real:
+        try:
+            here, notes = step.fake(rows), []
+            largest = largest_rows(memory - process - buckets, step.fake, here, step.fake(2 * rows))
+        except UserError:
+            raise
+        except Exception as error:  # from whichever library needs numbers where there are only shapes
+            here, notes = None, [f"counted by a real step, since a fake one stopped ({_first_line(error)})"]
+    if here is None:
+        here = step.real(rows)
+        if rows >= 4:
+            half = step.real(rows // 2)
+            largest = largest_rows(memory - process - buckets, _line(half, here), half, here)
+            notes.append(f"the largest micro-batch lies on a line through real steps of {half.rows} and {rows} samples")
+    return Plan(here, buckets, process, memory, source, largest, [*notes, *step.notes, *_sharding_notes(trainer)])
+
+
+def available_memory(device: torch.device) -> tuple[int, str]:
+    """(bytes, where from): all of a CUDA device, or what the machine has free for new processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's or a cluster job's own limit
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        return int(text), "the memory limit of this container or job"
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                # What this process holds already is counted in the plan.
+                return int(line.split()[1]) * 1024 + rss_bytes(), "free on this machine"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "all of this machine"
+
+
+class _Step:
+    """One training step of a module as its trainer would run it."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> None:
+        self.trainer = trainer
+        self.notes: list[str] = []
+        self._idle_state: int | None = None
+        trainer.strategy.connect(module)
+        module.trainer = datamodule.trainer = trainer
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        module.setup("fit")
+        module.configure_model()
+        # Schedules ask how long the run is. To memory any length is the same, and the true one may need all the data.
+        trainer.fit_loop.max_epochs = -1
+        trainer.fit_loop.epoch_loop.max_steps = max(trainer.max_steps, 1000)
+        self.batch = trainer.precision_plugin.convert_input(next(iter(datamodule.train_dataloader())))
+        trainer.precision_plugin.convert_module(module)
+        self.module = module.train()
+
+    def real(self, rows: int) -> StepMemory:
+        """Counts a step on real tensors; it changes the weights."""
+        return self._measure(rows, self._optimizers)
+
+    def fake(self, rows: int) -> StepMemory:
+        """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real one."""
+        if self._idle_state is None:
+            try:
+                return self._fake(rows, self._optimizers)
+            except OptimizerStopped as stopped:
+                with _silent():
+                    self._idle_state = idle_state_bytes(self.module, self._optimizers())
+                self.notes.append(
+                    f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
+                )
+        found = self._fake(rows, list)
+        return dataclasses.replace(found, optimizer_state=self._idle_state, peak=found.peak + self._idle_state)
+
+    def _fake(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
+        mode = FakeTensorMode()
+        with faked(self.module, mode), mode:
+            return self._measure(rows, make_optimizers)
+
+    def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
+        passes = min(2, self.trainer.accumulate_grad_batches)
+        with _silent(), _no_logging(self.module):
+            return step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
+
+    def _loss(self, batch: Any) -> Tensor:
+        with self.trainer.precision_plugin.train_step_context():
+            output = self.module.training_step(batch, 0)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise UserError(f"{type(self.module).__name__}.training_step gave no loss for the first batch, so no plan")
+        return loss
+
+    def _optimizers(self) -> list[Optimizer]:
+        """As the trainer sets them up, with whatever the callbacks then make of them."""
+        strategy = self.trainer.strategy
+        strategy.setup_optimizers(self.trainer)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if _prepares_optimizers(callback):
+                callback.on_fit_start(self.trainer, self.module)
+        return list(strategy.optimizers)
+
+
+def _prepares_optimizers(callback: Callback) -> bool:
+    """Whether a callback's `on_fit_start` may be called without a fit: not if it saves, searches or prints.
+
+    Lightning's own all do one of these, except the fine-tuning ones, which freeze parameters.
+    """
+    if isinstance(callback, BaseFinetuning):
+        return True
+    return not isinstance(callback, Checkpoint) and not type(callback).__module__.startswith("lightning.")
+
+
+def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
+    """Steps of other sizes, their peak on the line through two measured ones."""
+    slope = (large.peak - small.peak) / (large.rows - small.rows)
+    return lambda rows: dataclasses.replace(large, rows=rows, peak=round(large.peak + slope * (rows - large.rows)))
+
+
+def _keeps_buckets(trainer: Trainer) -> bool:
+    strategy = trainer.strategy
+    return isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
+
+
+def _sharding_notes(trainer: Trainer) -> list[str]:
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        return []
+    return [
+        f"{type(strategy).__name__} divides what stands here over the ranks; this is the plan of one undivided rank"
+    ]
+
+
+@contextlib.contextmanager
+def _no_logging(module: LightningModule) -> Iterator[None]:
+    """`self.log` needs a running loop; here it does nothing."""
+
+    def ignore(*_args: Any, **_kwargs: Any) -> None: ...
+
+    module.log = module.log_dict = ignore  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.log, module.log_dict
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What a run prints when it starts would only repeat itself here."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _parameter_bytes(module: LightningModule) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,0 +1,217 @@
+"""What one training step holds in memory, counted from the step's own tensors.
+
+The step runs on fake tensors (shapes and storages without data), so a model far larger than this machine can be
+planned in seconds, and any optimiser is planned from its own code instead of a formula. Where a real step looks at
+numbers to choose its way, a fake one takes the general way: transformers, for one, then builds the causal mask that it
+otherwise leaves out, a few percent of a small model's activations.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightspan.analysis.memory import state_bytes
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one rank, every storage counted once and whole.
+
+    Attributes:
+        rows: samples in the micro-batch.
+        weights: parameters and buffers.
+        batch: the micro-batch itself.
+        activations: tensors kept for the backward pass, without weights and batch.
+        gradients: `.grad` of all parameters after the backward pass.
+        optimizer_state: tensors in the optimisers' state after a step.
+        peak: all of the above as far as it is alive at once, with temporaries, at the worst moment of the first two
+            steps: between operations, not inside one, and without the allocator's rounding.
+    """
+
+    rows: int
+    weights: int
+    batch: int
+    activations: int
+    gradients: int
+    optimizer_state: int
+    peak: int
+
+
+class OptimizerStopped(RuntimeError):
+    """An optimiser's step could not run, as on fake tensors where it reads numbers."""
+
+
+def step_memory(
+    module: nn.Module,
+    batch: Any,
+    loss_of: Callable[[Any], Tensor],
+    make_optimizers: Callable[[], list[Optimizer]],
+    backward_passes: int = 1,
+) -> StepMemory:
+    """Runs two optimiser steps and counts.
+
+    Two, because the first makes the state and the second meets it while activations are alive.
+
+    Args:
+        module: its parameters are trained for real, unless they are fake (see `faked`).
+        batch: a tensor or nested containers of tensors with the samples along axis 0.
+        loss_of: the forward pass, from the batch to a scalar.
+        make_optimizers: called once, after the first backward pass; a list of none plans everything else.
+        backward_passes: micro-batches per optimiser step, >= 1; gradients stay alive between them.
+    Raises: OptimizerStopped where an optimiser's step cannot run on these tensors.
+    """
+    own = [*module.parameters(), *module.buffers()]
+    inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    given = _storages([*own, *inputs])
+    saved: dict[int, Any] = {}
+    optimizers: list[Optimizer] = []
+    gradients = 0
+    with _LiveBytes(given) as live:
+        for _ in range(2):
+            for _ in range(backward_passes):
+                saved.clear()
+                with torch.autograd.graph.saved_tensors_hooks(_noting(saved), lambda tensor: tensor):
+                    loss = loss_of(batch)
+                activations = sum(storage.nbytes() for key, storage in saved.items() if key not in given)
+                # The count must not keep alive what the backward pass frees.
+                saved.clear()
+                loss.backward()
+                del loss
+            gradients = _nbytes(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
+            optimizers = optimizers or make_optimizers()
+            _step(optimizers)
+            module.zero_grad(set_to_none=True)
+    return StepMemory(
+        rows=batch_rows(batch),
+        weights=_nbytes(own),
+        batch=_nbytes(inputs),
+        activations=activations,
+        gradients=gradients,
+        optimizer_state=sum(map(state_bytes, optimizers)),
+        peak=_nbytes([*own, *inputs]) + live.peak,
+    )
+
+
+def idle_state_bytes(module: nn.Module, optimizers: list[Optimizer]) -> int:
+    """Bytes of optimiser state after one real step on zero gradients, which only weight decay lets move a weight."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    _step(optimizers)
+    module.zero_grad(set_to_none=True)
+    return sum(map(state_bytes, optimizers))
+
+
+@contextlib.contextmanager
+def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, `module` holds fake parameters and buffers of `mode` (shared ones stay shared); after, its own again."""
+    kept = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    try:
+        for part, parameters, buffers in kept:
+            part._parameters.update({name: _fake(p, mode) for name, p in parameters.items()})  # type: ignore[misc]
+            part._buffers.update({name: _fake(b, mode) for name, b in buffers.items()})
+        yield
+    finally:
+        for part, parameters, buffers in kept:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+
+
+def batch_rows(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor that has an axis; 0 where there is none."""
+    return next((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def resized(batch: Any, rows: int) -> Any:
+    """A batch of the same layout and `rows` samples of zeros; what does not run along the samples is kept."""
+    old = batch_rows(batch)
+
+    def resize(leaf: Any) -> Any:
+        along = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == old
+        return torch.zeros((rows, *leaf.shape[1:]), dtype=leaf.dtype) if along else leaf
+
+    return tree_map(resize, batch)
+
+
+def largest_rows(limit: int, measure: Callable[[int], StepMemory], small: StepMemory, large: StepMemory) -> int:
+    """The largest micro-batch whose measured peak is at most `limit` bytes; 0 where not even one sample fits.
+
+    The line through two measured sizes gives a first guess; whatever grows faster than the batch is then met by
+    measuring the guess itself and shrinking it until it fits.
+    """
+    per_row = (large.peak - small.peak) / (large.rows - small.rows)
+    rows = int((limit - small.peak) / max(per_row, 1) + small.rows)
+    while rows > 0:
+        peak = measure(rows).peak
+        if peak <= limit:
+            return rows
+        rows = min(rows - 1, int(rows * limit / peak))
+    return 0
+
+
+def _step(optimizers: list[Optimizer]) -> None:
+    for optimizer in optimizers:
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise OptimizerStopped(f"{type(optimizer).__name__}: {error}") from error
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, from birth to death; `peak` is the most that lived at once."""
+
+    def __init__(self, known: dict[int, Any]) -> None:
+        super().__init__()
+        self._known = known
+        self._alive: dict[int, weakref.finalize] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._meet(leaf.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._alive:
+            return
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self._alive[key] = weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._alive[key]
+
+
+def _noting(saved: dict[int, Any]) -> Callable[[Tensor], Tensor]:
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    return pack
+
+
+def _fake(tensor: Tensor | None, mode: FakeTensorMode) -> Tensor | None:
+    return None if tensor is None else mode.from_tensor(tensor)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage for storage in found}
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(storage.nbytes() for storage in _storages(tensors).values())

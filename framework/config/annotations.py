@@ -1,0 +1,164 @@
+"""Whether a plain value fits a type annotation, as far as source alone can tell.
+
+Three answers: it fits, it does not, and unknown (None) for everything but numbers, texts, literals, lists, mappings and
+their unions. Unknown is left to the typed builder.
+"""
+
+import ast
+from typing import Any
+
+from lightspan.config.signatures import resolve, signature_of
+from lightspan.config.source import Definition, Source
+
+_SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
+_MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
+_TEXTS = ("str", "Path", "PathLike", "_PATH")
+_NAMES = {"int": (int,), "float": (int, float), "bool": (bool,), **dict.fromkeys(_TEXTS, (str,))}
+_BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
+_MAX_DEPTH = 10
+
+
+def fits(value: Any, annotation: ast.expr, source: Source, depth: int = 0) -> bool | None:
+    """Whether plain data (scalars, lists, dicts) fits an annotation written in a module; None where unknown."""
+    if depth > _MAX_DEPTH:
+        return None
+    union = members(annotation, source)
+    if len(union) > 1:
+        answers = [fits(value, member, where, depth + 1) for member, where in union]
+        return True if True in answers else None if None in answers else False
+    annotation, source = union[0]
+    if isinstance(annotation, ast.Constant) and annotation.value is None:
+        return value is None
+    name = _name(annotation)
+    if name in _NAMES:
+        return isinstance(value, _NAMES[name]) and (name == "bool" or not isinstance(value, bool))
+    if name in _MAPPINGS:
+        return isinstance(value, dict)
+    if name in _SEQUENCES:
+        if not isinstance(value, list):
+            return False
+        inner = _arguments(annotation)
+        if not inner or (name in ("tuple", "Tuple") and len(inner) > 1):
+            return True
+        answers = [fits(item, inner[0], source, depth + 1) for item in value]
+        return False if False in answers else None if None in answers else True
+    if name == "Literal":
+        choices = literal_choices(annotation)
+        return None if choices is None else any(value == choice and type(value) is type(choice) for choice in choices)
+    return None
+
+
+def members(annotation: ast.expr, source: Source, depth: int = 0) -> list[tuple[ast.expr, Source]]:
+    """The members of a union (one for any other annotation), aliases and quoted annotations resolved."""
+    if depth > _MAX_DEPTH:
+        return [(annotation, source)]
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        try:
+            return members(ast.parse(annotation.value, mode="eval").body, source, depth + 1)
+        except SyntaxError:
+            return [(annotation, source)]
+    inner: list[ast.expr] = []
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        inner = [annotation.left, annotation.right]
+    name = _name(annotation)
+    if name == "Optional":
+        inner = [*_arguments(annotation), ast.Constant(None)]
+    elif name == "Union":
+        inner = _arguments(annotation)
+    elif name in ("Annotated", "Final"):
+        inner = _arguments(annotation)[:1]
+    elif isinstance(annotation, ast.Name | ast.Attribute) and name not in (*_NAMES, *_SEQUENCES, *_MAPPINGS):
+        found = resolve(annotation, source)
+        if isinstance(found, Definition) and isinstance(found.node, ast.Subscript | ast.BinOp):
+            return members(found.node, found.source, depth + 1)
+    if not inner:
+        return [(annotation, source)]
+    return [pair for member in inner for pair in members(member, source, depth + 1)]
+
+
+def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
+    """Whether a text given for this annotation can only be taken as a text: no class, no callable, nothing unknown."""
+    for member, where in members(annotation, source):
+        name = _name(member)
+        inner = _arguments(member)
+        plain = name in _NAMES or name == "Literal" or (isinstance(member, ast.Constant) and member.value is None)
+        if name in _SEQUENCES or name in _MAPPINGS:
+            plain = bool(inner) and all(
+                takes_only_plain(item, where)
+                for item in inner
+                if not (isinstance(item, ast.Constant) and item.value is Ellipsis)
+            )
+        if not plain:
+            return False
+    return True
+
+
+def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
+    """How many leading arguments the caller supplies to a class given for this annotation.
+
+    `Callable[[Optimizer, int], ...]` supplies 2, `Callable[..., X]` any number (-1), a plain class none (0); None where
+    there is no annotation.
+    """
+    if annotation is None:
+        return None
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return bound_arguments(annotation.left, source) or bound_arguments(annotation.right, source)
+    name = _name(annotation)
+    if name in ("Optional", "Union"):
+        return next((count for member in _arguments(annotation) if (count := bound_arguments(member, source))), 0)
+    if name == "Callable":
+        inner = _arguments(annotation)
+        return len(inner[0].elts) if inner and isinstance(inner[0], ast.List) else -1
+    if name in _BOUND:
+        return _BOUND[name]
+    # Only a name that says Callable is looked up: reading the source of every class would cost more than all else.
+    found = resolve(annotation, source) if name.endswith("Callable") else None
+    if isinstance(found, Definition) and isinstance(found.node, ast.expr):
+        return bound_arguments(found.node, found.source)
+    return -1 if name.endswith("Callable") else 0
+
+
+def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:
+    """The class that a mapping without class_path would fill, or None where it is no class in readable source."""
+    for member, where in members(annotation, source):
+        found = resolve(member, where)
+        if isinstance(found, Definition) and isinstance(found.node, ast.ClassDef) and signature_of(found):
+            return found
+    return None
+
+
+def literal_choices(annotation: ast.expr) -> list[Any] | None:
+    """The values of `Literal[...]`, or None where one is not written as a plain value."""
+    try:
+        return [ast.literal_eval(item) for item in _arguments(annotation)]
+    except ValueError:
+        return None
+
+
+def describe(annotation: ast.expr, source: Source) -> str:
+    """The annotation in a user's words: `a whole number or null`."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", **dict.fromkeys(_TEXTS, "a text")}
+    parts = []
+    for member, _ in members(annotation, source):
+        name = _name(member)
+        if isinstance(member, ast.Constant) and member.value is None:
+            parts.append("null")
+        elif name == "Literal" and (choices := literal_choices(member)):
+            parts.append("one of " + ", ".join(repr(choice) for choice in choices))
+        elif name in _SEQUENCES and (inner := _arguments(member)):
+            parts.append(f"a list of {describe(inner[0], source)}")
+        else:
+            parts.append(words.get(name, ast.unparse(member)))
+    return " or ".join(dict.fromkeys(parts))
+
+
+def _name(annotation: ast.expr) -> str:
+    target = annotation.value if isinstance(annotation, ast.Subscript) else annotation
+    return ast.unparse(target).split(".")[-1] if isinstance(target, ast.Name | ast.Attribute) else ""
+
+
+def _arguments(annotation: ast.expr) -> list[ast.expr]:
+    if not isinstance(annotation, ast.Subscript):
+        return []
+    inside = annotation.slice
+    return list(inside.elts) if isinstance(inside, ast.Tuple) else [inside]

@@ -1,0 +1,235 @@
+"""Finds everything wrong with a merged configuration, from source alone: nothing is imported.
+
+What cannot be told from source passes here and meets the typed builder later.
+"""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from lightspan.config import allow
+from lightspan.config.annotations import (
+    bound_arguments,
+    dataclass_of,
+    describe,
+    fits,
+    literal_choices,
+    members,
+    takes_only_plain,
+)
+from lightspan.config.merge import CLASS_SETTINGS, KEYED
+from lightspan.config.problems import Problem, nearest
+from lightspan.config.secrets import find_secrets_and_placeholders
+from lightspan.config.signatures import Parameter, Signature, signature, signature_of
+from lightspan.config.source import Absent, Definition, locate
+from lightspan.config.tree import KeyPath, Node, dotted, plain
+
+ROOT_KEYS = ("seed_everything", "trainer", "model", "data")
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+LONG_LIST = 15  # allowed names are listed up to here, or where no near name was found
+SPEC_KEYS = ("class_path", *CLASS_SETTINGS)
+
+
+def find_problems(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
+    """Every problem of a merged tree, in the order of the file.
+
+    Args:
+        root: the tree, entries removed by null already gone.
+        modules: names given with --allow-module.
+    """
+    problems = [Problem(*refusal) for refusal in allow.check(root, modules)]
+    problems += find_secrets_and_placeholders(root)
+    checker = _Checker(modules, problems)
+    checker.root(root)
+    return list(dict.fromkeys(problems))
+
+
+class _Checker:
+    def __init__(self, modules: Sequence[str], problems: list[Problem]) -> None:
+        self.modules, self.problems = modules, problems
+
+    def say(self, node: Node, path: KeyPath, message: str) -> None:
+        self.problems.append(Problem(node.where, dotted(path), message))
+
+    def root(self, root: Node) -> None:
+        for key, node in root.value.items():
+            if key not in ROOT_KEYS:
+                self.say(node, (key,), f"unknown key; {nearest(key, ROOT_KEYS)}allowed here: {', '.join(ROOT_KEYS)}")
+        seed = root.child("seed_everything")
+        if seed is not None and (isinstance(seed.value, float | str | dict | list) or seed.value is None):
+            self.say(seed, ("seed_everything",), f"must be a whole number, got {plain(seed)!r}")
+        trainer = root.child("trainer")
+        if trainer is not None:
+            self.trainer(trainer)
+        for key in ("model", "data"):
+            node = root.child(key)
+            if node is None or node.value is None:
+                if key == "model":
+                    self.say(root, ("model",), "missing; a recipe names its model with class_path and init_args")
+            elif not isinstance(node.value, dict) or "class_path" not in node.value:
+                self.incomplete(node, (key,))
+            else:
+                self.spec(node, (key,), 0)
+
+    def trainer(self, node: Node) -> None:
+        if not isinstance(node.value, dict):
+            self.say(node, ("trainer",), f"must be a mapping of Trainer settings, got {plain(node)!r}")
+            return
+        others = {}
+        for key, child in node.value.items():
+            if ("trainer", key) in KEYED:
+                self.keyed(child, ("trainer", key))
+            else:
+                others[key] = child
+        known = signature(TRAINER)
+        if isinstance(known, Signature):
+            names = (name for name in known.parameters if ("trainer", name) not in KEYED)
+            self.arguments(others, ("trainer",), Signature({n: known.parameters[n] for n in names}), "Trainer")
+
+    def keyed(self, node: Node, path: KeyPath) -> None:
+        if path[-1] == "logger" and isinstance(node.value, bool):
+            return
+        if not isinstance(node.value, dict):
+            if node.value is not None:
+                self.say(node, path, "must be a mapping of a name of your choice to class_path and init_args")
+            return
+        if "class_path" in node.value:
+            self.say(node, path, "give the entry a name: {my_name: {class_path: ..., init_args: ...}}")
+            return
+        for name, child in node.value.items():
+            if not isinstance(child.value, dict) or "class_path" not in child.value:
+                self.incomplete(child, (*path, name))
+            else:
+                self.spec(child, (*path, name), 0)
+
+    def incomplete(self, node: Node, path: KeyPath) -> None:
+        found = (
+            f"got the keys {', '.join(map(str, node.value))}"
+            if isinstance(node.value, dict)
+            else f"got {plain(node)!r}"
+        )
+        self.say(node, path, f"has no class_path (nothing below sets one either); {found}")
+
+    def spec(self, node: Node, path: KeyPath, bound: int) -> None:
+        """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones)."""
+        for key, child in node.value.items():
+            if key not in SPEC_KEYS:
+                inner = node.child("init_args")
+                hint = f"did you mean {dotted((*path, 'init_args', key))}? " if inner is not None else ""
+                self.say(
+                    child, (*path, key), f"unknown key beside class_path; {hint}allowed here: {', '.join(SPEC_KEYS)}"
+                )
+        class_node = node.value["class_path"]
+        class_path = class_node.value
+        settings = node.child("init_args") or Node({}, class_node.where)
+        if not isinstance(settings.value, dict):
+            if settings.value is not None:
+                self.say(settings, (*path, "init_args"), f"must be a mapping, got {plain(settings)!r}")
+            settings = Node({}, settings.where)
+        known: Signature | None = None
+        if allow.refusal(class_path, self.modules) is None:
+            known = self.class_signature(class_node, path)
+        if known is None:
+            self.untyped(settings, (*path, "init_args"))
+            return
+        owner = class_path.split(".")[-1]
+        parameters = list(known.parameters.values())
+        if bound < 0:
+            bound = next((i for i, parameter in enumerate(parameters) if not parameter.required), len(parameters))
+        own = Signature({parameter.name: parameter for parameter in parameters[bound:]}, known.open)
+        self.arguments(settings.value, (*path, "init_args"), own, owner)
+        extra = node.child("dict_kwargs")
+        given = {*settings.value, *(extra.value if extra is not None and isinstance(extra.value, dict) else ())}
+        for parameter in own.parameters.values():
+            if parameter.required and parameter.name not in given:
+                annotation = parameter.annotation
+                kind = f" ({describe(annotation, parameter.source)})" if annotation is not None else ""
+                self.say(class_node, (*path, "init_args", parameter.name), f"missing, {owner} requires it{kind}")
+
+    def class_signature(self, node: Node, path: KeyPath) -> Signature | None:
+        found = locate(node.value)
+        if isinstance(found, Absent):
+            module, name = found.module, node.value.removeprefix(found.module + ".").split(".")[0]
+            hint = nearest(name, found.names) or f"it has {', '.join(sorted(found.names)[:12])}" if found.names else ""
+            self.say(node, (*path, "class_path"), f"module {module} has no {name}; {hint}".rstrip("; "))
+        elif isinstance(found, Definition):
+            top = found.source.name.split(".")[0]
+            tops = {prefix.split(".")[0] for prefix in (*allow.SAFE_PREFIXES, *self.modules)}
+            if top not in tops:
+                message = f"{node.value} is defined in {found.source.name}, outside the allowed modules"
+                self.say(node, (*path, "class_path"), message)
+                return None
+            return signature_of(found)
+        return None
+
+    def arguments(self, given: dict[Any, Node], path: KeyPath, known: Signature, owner: str) -> None:
+        for name, node in given.items():
+            parameter = known.parameters.get(name)
+            if parameter is None:
+                if known.open:
+                    self.untyped(node, (*path, name))
+                else:
+                    hint = nearest(name, known.parameters)
+                    names = (
+                        "" if hint and len(known.parameters) > LONG_LIST else ", ".join(known.parameters) or "nothing"
+                    )
+                    allowed = f"{owner} takes: {names}" if names else ""
+                    self.say(node, (*path, name), f"unknown; {hint}{allowed}".rstrip())
+            elif parameter.annotation is None:
+                self.untyped(node, (*path, name))
+            else:
+                self.value(node, (*path, name), parameter.annotation, parameter)
+
+    def value(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
+        source = parameter.source
+        if isinstance(node.value, dict) and "class_path" in node.value:
+            self.spec(node, path, bound_arguments(annotation, source) or 0)
+            return
+        if isinstance(node.value, dict) and "init_args" in node.value:
+            self.incomplete(node, path)
+            return
+        if fits(plain(node), annotation, source) is False:
+            self.say(node, path, self.wrong_type(node, annotation, parameter))
+        elif isinstance(node.value, dict) and (target := dataclass_of(annotation, source)) is not None:
+            known = signature_of(target)
+            if known is not None:
+                self.arguments(node.value, path, known, getattr(target.node, "name", ""))
+        elif isinstance(node.value, list | dict):
+            self.untyped(node, path)
+        elif isinstance(node.value, str) and not takes_only_plain(annotation, source):
+            self.text(node, path)
+
+    def wrong_type(self, node: Node, annotation: ast.expr, parameter: Parameter) -> str:
+        value = plain(node)
+        choices = [
+            c
+            for m, _ in members(annotation, parameter.source)
+            for c in (literal_choices(m) or ())
+            if "Literal" in ast.unparse(m)
+        ]
+        hint = nearest(value, choices) if isinstance(value, str) else ""
+        if isinstance(value, float) and value.is_integer():
+            hint = f"write {int(value)}"
+        return f"must be {describe(annotation, parameter.source)}, got {value!r}; {hint}".rstrip("; ")
+
+    def untyped(self, node: Node, path: KeyPath) -> None:
+        """A value whose type is unknown: only the classes in it can be checked."""
+        if isinstance(node.value, dict):
+            if "class_path" in node.value:
+                self.spec(node, path, -1)
+                return
+            if "init_args" in node.value and path[-1] != "init_args":
+                self.incomplete(node, path)
+                return
+            for key, child in node.value.items():
+                self.untyped(child, (*path, key))
+        elif isinstance(node.value, list):
+            for index, child in enumerate(node.value):
+                self.untyped(child, (*path, index))
+        elif isinstance(node.value, str):
+            self.text(node, path)
+
+    def text(self, node: Node, path: KeyPath) -> None:
+        message = allow.text_refusal(node.value, self.modules)
+        if message is not None:
+            self.say(node, path, message)

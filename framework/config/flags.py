@@ -1,0 +1,61 @@
+"""Flags of the command line: `a.b.c=value`, `--a.b.c=value` and `--a.b.c value` say the same, wherever they stand."""
+
+import re
+
+from lightspan.config.tree import COMMAND_LINE, Key, Node, parse
+from lightspan.errors import UserError
+
+_KEY = r"[A-Za-z_][\w-]*(?:\.[\w-]+)*"
+_ASSIGNMENT = re.compile(rf"^({_KEY})=(.*)$", re.DOTALL)
+_OPTION_WITH_VALUE = re.compile(r"^--([A-Za-z_]\w*(?:\.[\w-]+)+|seed_everything)=(.*)$", re.DOTALL)
+_OPTION = re.compile(r"^--([A-Za-z_]\w*(?:\.[\w-]+)+|seed_everything)$")
+
+
+def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separates flags from all other arguments.
+
+    Returns: (flags as `a.b.c=value`, the rest), each in the order given.
+    Raises: UserError where `--a.b.c` has no value.
+    """
+    flags: list[str] = []
+    rest: list[str] = []
+    position = 0
+    while position < len(arguments):
+        token = arguments[position]
+        position += 1
+        if token == "--":
+            rest += arguments[position:]
+            break
+        if _ASSIGNMENT.match(token):
+            flags.append(token)
+        elif match := _OPTION_WITH_VALUE.match(token):
+            flags.append(f"{match[1]}={match[2]}")
+        elif match := _OPTION.match(token):
+            if position == len(arguments) or arguments[position].startswith("--"):
+                raise UserError(f"{token} has no value; write {token} VALUE or {match[1]}=VALUE")
+            flags.append(f"{match[1]}={arguments[position]}")
+            position += 1
+        else:
+            rest.append(token)
+    return flags, rest
+
+
+def flag_layer(flags: list[str]) -> Node:
+    """Flags as one layer; of two flags for one key the later wins.
+
+    Raises: UserError for a flag without `=` or one that sets a key below a plain value.
+    """
+    root: dict[Key, Node] = {}
+    for flag in flags:
+        match = _ASSIGNMENT.match(flag)
+        if match is None:
+            raise UserError(f"flag {flag!r}: not of the form key.path=value")
+        *parents, last = match[1].split(".")
+        branch = root
+        for key in parents:
+            node = branch.setdefault(key, Node({}, COMMAND_LINE))
+            if not isinstance(node.value, dict):
+                raise UserError(f"flag {flag!r}: {key!r} was already set to {node.value!r} by an earlier flag")
+            branch = node.value
+        branch[last] = parse(match[2], COMMAND_LINE, line_numbers=False)
+    return Node(root, COMMAND_LINE)

@@ -1,0 +1,95 @@
+"""Layers into one tree: base < recipe < overlays < flags, always in this order.
+
+Mappings merge key by key and everything else is replaced. Two rules go beyond that. A class named anew drops the
+settings of the class before it, and a note says so. `null` under `trainer.callbacks` or `trainer.logger` removes that
+entry.
+"""
+
+from collections.abc import Iterable
+
+from lightspan.config.tree import Key, KeyPath, Node, dotted, plain
+
+CLASS_SETTINGS = ("init_args", "dict_kwargs")
+KEYED = (("trainer", "callbacks"), ("trainer", "logger"))  # mappings name -> class
+
+
+def merge_layers(layers: Iterable[Node]) -> tuple[Node, list[str]]:
+    """Folds layers from the left; returns the tree and the notes to show to the user."""
+    notes: list[str] = []
+    result = Node({}, "")
+    for layer in layers:
+        result = merge(result, layer, notes)
+    return result, notes
+
+
+def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath = ()) -> Node:
+    """`high` over `low`: the value of `high` wins, and remembers what it replaced."""
+    notes = [] if notes is None else notes
+    if not (isinstance(low.value, dict) and isinstance(high.value, dict)):
+        return Node(high.value, high.where, (*low.replaced, Node(low.value, low.where), *high.replaced))
+    kept: dict[Key, Node] = dict(low.value)
+    dropped: dict[Key, Node] = {}
+    old, new = low.child("class_path"), high.child("class_path")
+    if old is not None and new is not None and old.value != new.value:
+        dropped = {key: kept.pop(key) for key in CLASS_SETTINGS if key in kept}
+        names = [str(name) for node in dropped.values() if isinstance(node.value, dict) for name in node.value]
+        if names:
+            notes.append(
+                f"{new.where} {dotted(path)}: class {old.value} -> {new.value}; its settings were dropped: "
+                + ", ".join(names)
+            )
+    merged = dict(kept)
+    for key, node in high.value.items():
+        if key in kept:
+            merged[key] = merge(kept[key], node, notes, (*path, key))
+        elif key in dropped:
+            merged[key] = Node(node.value, node.where, (*dropped[key].replaced, dropped[key], *node.replaced))
+        else:
+            merged[key] = node
+    lost = tuple(Node({key: node}, node.where) for key, node in dropped.items() if key not in merged)
+    return Node(merged, low.where or high.where, (*low.replaced, *lost, *high.replaced))
+
+
+def without_removed(root: Node) -> Node:
+    """The tree without the entries of `trainer.callbacks` and `trainer.logger` that a layer set to null."""
+    trainer = root.child("trainer")
+    if trainer is None or not isinstance(trainer.value, dict):
+        return root
+    values = dict(trainer.value)
+    for _, name in KEYED:
+        node = values.get(name)
+        if node is not None and isinstance(node.value, dict):
+            values[name] = Node(
+                {key: child for key, child in node.value.items() if child.value is not None}, node.where, node.replaced
+            )
+    return Node({**root.value, "trainer": Node(values, trainer.where, trainer.replaced)}, root.where, root.replaced)
+
+
+def explain(root: Node, path: KeyPath) -> list[str] | None:
+    """Who set the value at `path` and what it replaced, latest first; None where no layer ever set it."""
+    entries = _history(root, path)
+    if not entries:
+        return None
+    lines = []
+    if root.at(path) is None:
+        lines.append(f"{dotted(path)} is not set: a change of class or a null above it dropped it")
+    for rank, node in enumerate(reversed(entries)):
+        verb = "set" if rank == 0 and root.at(path) is not None else "before"
+        lines.append(f"{verb:>6}  {node.where:<40}  {dotted(path)} = {_short(node)}")
+    return lines
+
+
+def _history(node: Node, path: KeyPath) -> list[Node]:
+    """All nodes that ever stood at `path`, oldest first."""
+    if not path:
+        return [*node.replaced, node]
+    entries: list[Node] = []
+    for earlier in node.replaced:
+        entries += _history(earlier, path)
+    child = node.child(path[0])
+    return entries + (_history(child, path[1:]) if child is not None else [])
+
+
+def _short(node: Node) -> str:
+    text = repr(plain(node)) if isinstance(node.value, dict | list | str) else str(plain(node))
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,97 @@
+"""Where a run comes from: versions, command line without secrets, commit, start time."""
+
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightspan import __version__
+from lightspan.config.resolve import Resolved
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "jsonargparse",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+    "timm",
+    "webdataset",
+    "safetensors",
+    "triton",
+    "numpy",
+)
+HIDDEN = "***"
+_SECRET_OPTION = re.compile(r"(?i)(key|token|secret|passw)")
+_SECRET_VALUE = re.compile(
+    r"(?:wandb_v\d_\w{8,}|hf_\w{8,}|gh[pousr]_\w{8,}|sk-[\w-]{8,}|AKIA[A-Z0-9]{12,}|\b[0-9a-f]{40}\b)"
+)
+
+
+def provenance(resolved: Resolved, arguments: Sequence[str], overlays: Sequence[str]) -> dict[str, Any]:
+    """The content of provenance.json.
+
+    Args:
+        resolved: the configuration of the run.
+        arguments: the command line; secrets in it are hidden here.
+        overlays: as given with -c.
+    """
+    return {
+        "lightspan": __version__,
+        "recipe": resolved.name,
+        "overlays": list(overlays),
+        "allow_modules": list(resolved.allow_modules),
+        "argv": redacted(arguments),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(Path.cwd()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "notes": resolved.notes,
+        "sources": resolved.sources,
+    }
+
+
+def redacted(arguments: Sequence[str]) -> list[str]:
+    """A command line with everything that looks like a secret hidden."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        last = name.split(".")[-1]
+        if hide_next and not argument.startswith("--"):
+            shown.append(HIDDEN)
+        elif equals and _SECRET_OPTION.search(last):
+            shown.append(f"{name}={HIDDEN}")
+        else:
+            shown.append(_SECRET_VALUE.sub(HIDDEN, argument))
+        hide_next = argument.startswith("--") and not equals and bool(_SECRET_OPTION.search(last))
+    return shown
+
+
+def commit(folder: Path) -> str | None:
+    """The git commit of a folder, with `+changes` where files differ from it; None outside a repository."""
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=5).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    loaded = getattr(sys.modules.get(package), "__version__", None)
+    try:
+        return str(loaded) if loaded else metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,124 @@
+"""Recipes by name or path, with what they build on.
+
+The catalogue is the folder of the installed package `lightspan.recipes`: `language/quickstart` names the file
+`language/quickstart.yaml`. `base:` names one or several other recipes, or files relative to the one that says so.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lightspan.config.tree import Node, plain, read
+from lightspan.errors import UserError
+
+ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
+OVERLAY_FOLDER = "scale"  # holds where to run, not what
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file and all that it builds on.
+
+    Attributes:
+        name: `family/name` in the catalogue, or the file's stem.
+        path: the file.
+        about: the recipe's own description, possibly empty.
+        layers: base files first, the recipe itself last; without `about` and `base`.
+    """
+
+    name: str
+    path: Path
+    about: dict[str, Any]
+    layers: tuple[Node, ...]
+
+
+def catalogue_folder() -> Path:
+    """Where the recipes of the installed package lie."""
+    return Path(str(resources.files("lightspan.recipes")))
+
+
+def catalogue_names(*, overlays: bool = False) -> list[str]:
+    """All recipes of the catalogue as `family/name`, sorted; with `overlays`, the scale overlays instead."""
+    folder = catalogue_folder()
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/**/*.yaml"))
+    return sorted(name for name in names if name.startswith(OVERLAY_FOLDER + "/") == overlays)
+
+
+def find(name: str, folder: Path | None = None) -> Path:
+    """The file that a recipe or overlay name means: a path, or a name in the catalogue.
+
+    Args:
+        name: `family/name`, or a path that ends in .yaml or .yml.
+        folder: what a relative path is relative to; by default the current folder.
+    Raises: UserError with the nearest names where there is none.
+    """
+    if name.endswith(SUFFIXES):
+        path = (folder or Path()) / Path(name).expanduser()
+        if path.is_file():
+            return path
+        inside = catalogue_folder() / name
+        if inside.is_file():
+            return inside
+        raise UserError(f"recipe file {path} does not exist; `lightspan recipes` lists the names of the catalogue")
+    inside = catalogue_folder() / f"{name}.yaml"
+    if inside.is_file() and catalogue_folder() in inside.resolve().parents:
+        return inside
+    if Path(name).is_file():
+        raise UserError(f"recipe {name!r} is a file without the ending .yaml; rename it")
+    known = catalogue_names() + catalogue_names(overlays=True)
+    tails = {known_name.split("/")[-1]: known_name for known_name in known}
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [
+        tails[tail] for tail in difflib.get_close_matches(name.split("/")[-1], list(tails), n=3)
+    ]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`lightspan recipes` lists all; a file name ends in .yaml"
+    raise UserError(f"unknown recipe {name!r}: {hint}")
+
+
+def label(path: Path) -> str:
+    """How messages call a file: as seen from the current folder where that is shorter."""
+    path = path.absolute()
+    return os.path.relpath(path) if Path.cwd() in path.parents else str(path)
+
+
+def load(name: str) -> Recipe:
+    """Reads a recipe and its bases. Raises: UserError for a missing file, bad YAML, or bases that form a cycle."""
+    path = find(name)
+    own = read(path, label(path))
+    about = own.child("about")
+    if about is not None and not isinstance(about.value, dict):
+        raise UserError(f"{about.where} about: must be a mapping with the keys {', '.join(ABOUT_KEYS)}")
+    catalogue = catalogue_folder()
+    inside = catalogue.resolve() in path.resolve().parents
+    shown = path.resolve().relative_to(catalogue.resolve()).with_suffix("").as_posix() if inside else path.stem
+    return Recipe(shown, path, plain(about) if about is not None else {}, tuple(_with_bases(own, path, ())))
+
+
+def load_overlay(name: str) -> list[Node]:
+    """An overlay, after what it builds on."""
+    path = find(name)
+    return _with_bases(read(path, label(path)), path, ())
+
+
+def _with_bases(root: Node, path: Path, chain: tuple[Path, ...]) -> list[Node]:
+    if path.resolve() in chain:
+        names = " -> ".join(label(step) for step in (*chain[chain.index(path.resolve()) :], path))
+        raise UserError(f"{label(path)}: base: goes in a circle: {names}")
+    chain = (*chain, path.resolve())
+    layers: list[Node] = []
+    base = root.child("base")
+    if base is not None:
+        nodes = base.value if isinstance(base.value, list) else [base]
+        for node in nodes:
+            if not isinstance(node.value, str):
+                raise UserError(f"{node.where} base: must be a recipe name or a list of names, got {plain(node)!r}")
+            try:
+                below = find(node.value, path.parent)
+            except UserError as error:
+                raise UserError(f"{node.where} base: {error}") from error
+            layers += _with_bases(read(below, label(below)), below, chain)
+    own = {key: child for key, child in root.value.items() if key not in ("about", "base")}
+    return [*layers, Node(own, root.where)]

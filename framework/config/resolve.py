@@ -1,0 +1,155 @@
+"""From a recipe's name to one checked configuration, without importing torch.
+
+`resolve` is what every verb starts from. It raises one UserError with all problems at once.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightspan.config import allow, recipes
+from lightspan.config.check import ROOT_KEYS, find_problems
+from lightspan.config.flags import flag_layer
+from lightspan.config.merge import KEYED, merge_layers, without_removed
+from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
+from lightspan.errors import UserError
+
+RESOLVED_FILE = "resolved.yaml"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A merged and checked configuration.
+
+    Attributes:
+        config: plain data; callbacks and loggers are still mappings by name, `${run}` is not filled in.
+        notes: what the user should know, such as settings dropped with a class.
+        sources: `key.path` -> where its value was written, for every scalar.
+        about: the recipe's description.
+        name: the recipe's name, or the stem of its file.
+        tree: the merged tree with its history, entries removed by null included.
+        allow_modules: names given with --allow-module.
+    """
+
+    config: dict[str, Any]
+    notes: list[str]
+    sources: dict[str, str]
+    about: dict[str, Any]
+    name: str
+    tree: Node = field(repr=False)
+    allow_modules: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The content of resolved.yaml: `about` first, then the configuration."""
+        return {"about": self.about, **self.config} if self.about else dict(self.config)
+
+
+def merged(recipe: str, overlays: Sequence[str], flags: Sequence[str]) -> tuple[recipes.Recipe, Node, list[str]]:
+    """The recipe and its layers merged, not yet checked: (recipe, tree with history, notes)."""
+    found = recipes.load(recipe)
+    layers = [*found.layers]
+    for overlay in overlays:
+        layers += recipes.load_overlay(overlay)
+    if flags:
+        layers.append(flag_layer(list(flags)))
+    tree, notes = merge_layers(layers)
+    return found, tree, notes
+
+
+def resolve(
+    recipe: str, overlays: Sequence[str] = (), flags: Sequence[str] = (), allow_modules: Sequence[str] = ()
+) -> Resolved:
+    """Merges and checks a recipe.
+
+    Args:
+        recipe: a name of the catalogue or a path.
+        overlays: names or paths, later wins.
+        flags: `key.path=value`, after all overlays.
+        allow_modules: top-level modules beyond the allow-list; also looked up in the current folder.
+    Raises: UserError naming every problem with its file and line.
+    """
+    _open_modules(allow_modules)
+    found, tree, notes = merged(recipe, overlays, flags)
+    return _checked(tree, notes, found.about, found.name, tuple(allow_modules), recipes.label(found.path))
+
+
+def with_layer(resolved: Resolved, layer: dict[str, Any]) -> Resolved:
+    """The configuration with one more layer on top, checked again."""
+    tree, notes = merge_layers([resolved.tree, wrap(layer, COMMAND_LINE)])
+    notes = resolved.notes + notes
+    return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, COMMAND_LINE)
+
+
+def load_resolved(run_dir: Path | str, allow_modules: Sequence[str] = ()) -> Resolved:
+    """Reads back what a run folder was trained with. It is data like any recipe, and checked like one.
+
+    Raises: UserError where there is no resolved.yaml, or it names a class that is not allowed.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / RESOLVED_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{run_dir} is no run folder: it has no {RESOLVED_FILE}; give the folder that `lightspan fit` named"
+        )
+    _open_modules(allow_modules)
+    root = read(path, recipes.label(path))
+    about = root.child("about")
+    tree = Node({key: node for key, node in root.value.items() if key != "about"}, root.where)
+    return _checked(
+        tree, [], plain(about) if about is not None else {}, _recorded_name(run_dir), tuple(allow_modules), str(path)
+    )
+
+
+def _checked(
+    tree: Node, notes: list[str], about: dict[str, Any], name: str, modules: tuple[str, ...], origin: str
+) -> Resolved:
+    clean = without_removed(tree)
+    problems = find_problems(clean if clean.where else Node(clean.value, origin), modules)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(
+            f"{count} in the configuration of {name}:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    config = plain(clean)
+    ordered = {key: config[key] for key in ROOT_KEYS if key in config}
+    sources = {
+        dotted(path): node.where for path, node in walk(clean) if path and not isinstance(node.value, dict | list)
+    }
+    return Resolved(ordered, notes, sources, about, name, tree, modules)
+
+
+def with_lists(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as the Trainer takes it: named callbacks and loggers become lists."""
+    trainer = dict(config.get("trainer", {}))
+    for _, key in KEYED:
+        if isinstance(trainer.get(key), dict):
+            trainer[key] = list(trainer[key].values())
+    if trainer.get("logger") == []:
+        trainer["logger"] = False  # an empty list would mean the default logger
+    return {**config, "trainer": trainer}
+
+
+def with_run_folder(value: Any, run_dir: Path) -> Any:
+    """Fills in `${run}` in every text."""
+    if isinstance(value, dict):
+        return {key: with_run_folder(child, run_dir) for key, child in value.items()}
+    if isinstance(value, list):
+        return [with_run_folder(child, run_dir) for child in value]
+    return value.replace("${run}", str(run_dir)) if isinstance(value, str) else value
+
+
+def _open_modules(modules: Sequence[str]) -> None:
+    allow.refuse_modules(modules)
+    here = str(Path.cwd())
+    if modules and here not in sys.path:
+        sys.path.append(here)  # last, so that nothing installed is shadowed
+
+
+def _recorded_name(run_dir: Path) -> str:
+    try:
+        return str(json.loads((run_dir / "provenance.json").read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return run_dir.name

@@ -1,0 +1,160 @@
+"""Constructor parameters of classes and functions, read from source.
+
+Follows base classes where a class has no constructor of its own or passes `**kwargs` on. What cannot be read is left
+open: an open signature accepts unknown names, and the typed builder has the last word.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from lightspan.config.source import Absent, Definition, Source, locate, lookup
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter; `source` is the module whose names its annotation uses."""
+
+    name: str
+    annotation: ast.expr | None
+    required: bool
+    source: Source
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a class or function takes, without self.
+
+    Attributes:
+        parameters: by name, in order.
+        open: whether further names may be accepted that could not be read.
+    """
+
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    open: bool = False
+
+
+@cache
+def signature(class_path: str) -> Signature | Absent | None:
+    """The signature of what a full import path names.
+
+    Returns: Absent where its module is known to have no such name, None where nothing can be told.
+    """
+    found = locate(class_path)
+    return signature_of(found) if isinstance(found, Definition) else found
+
+
+def signature_of(definition: Definition) -> Signature | None:
+    """The signature of a class or function definition; None for any other name."""
+    if isinstance(definition.node, ast.ClassDef):
+        return _of_class(definition.node, definition.source, 0)
+    if isinstance(definition.node, ast.FunctionDef):
+        return _of_function(definition.node, definition.source, skip_first=False)
+    return None
+
+
+def is_dataclass(definition: Definition | Absent | None) -> bool:
+    """Whether the definition is a class decorated as a dataclass."""
+    return (
+        isinstance(definition, Definition)
+        and isinstance(definition.node, ast.ClassDef)
+        and any("dataclass" in ast.unparse(decorator) for decorator in definition.node.decorator_list)
+    )
+
+
+def base_definitions(node: ast.ClassDef, source: Source) -> Iterator[Definition | None]:
+    """The base classes of a class, `object` and Generic left out; None for one that cannot be read."""
+    for base in node.bases:
+        expression = base.value if isinstance(base, ast.Subscript) else base
+        name = ast.unparse(expression)
+        if name.split(".")[-1] in ("object", "Generic", "Protocol", "ABC"):
+            continue
+        found = resolve(expression, source)
+        yield found if isinstance(found, Definition) else None
+
+
+def resolve(expression: ast.expr, source: Source) -> Definition | Absent | None:
+    """What a name or dotted name in a module's source stands for."""
+    if isinstance(expression, ast.Name):
+        return lookup(source, expression.id)
+    if isinstance(expression, ast.Attribute):
+        full = _full_name(ast.unparse(expression), source)
+        return locate(full) if full is not None else None
+    return None
+
+
+def _full_name(name: str, source: Source) -> str | None:
+    """`nn.Module` as `torch.nn.Module`, by the imports of the module."""
+    first, _, rest = name.partition(".")
+    for statement in source.tree.body:
+        if isinstance(statement, ast.Import):
+            for alias in statement.names:
+                if (alias.asname or alias.name.split(".")[0]) == first:
+                    return f"{alias.name if alias.asname else first}.{rest}"
+        elif isinstance(statement, ast.ImportFrom) and not statement.level:
+            for alias in statement.names:
+                if (alias.asname or alias.name) == first:
+                    return f"{statement.module}.{alias.name}.{rest}"
+    return None
+
+
+def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
+    if depth > 12:
+        return Signature(open=True)
+    for statement in node.body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+            own = _of_function(statement, source, skip_first=True)
+            if not own.open:
+                return own
+            inherited = _inherited(node, source, depth)
+            # The constructor may itself supply what its base requires.
+            optional = {name: replace(p, required=False) for name, p in inherited.parameters.items()}
+            return Signature(
+                own.parameters | {n: p for n, p in optional.items() if n not in own.parameters}, inherited.open
+            )
+    if is_dataclass(Definition(node, source)):
+        inherited = _inherited(node, source, depth)
+        return Signature({**inherited.parameters, **_fields(node, source)}, inherited.open)
+    if any(isinstance(statement, ast.FunctionDef) and statement.name == "__new__" for statement in node.body):
+        return Signature(open=True)
+    return _inherited(node, source, depth)
+
+
+def _inherited(node: ast.ClassDef, source: Source, depth: int) -> Signature:
+    """What the first base with parameters takes; open where a base cannot be read."""
+    if node.keywords:  # a metaclass may change how the class is called
+        return Signature(open=True)
+    for base in base_definitions(node, source):
+        if base is None or not isinstance(base.node, ast.ClassDef):
+            return Signature(open=True)
+        taken = _of_class(base.node, base.source, depth + 1)
+        if taken.parameters or taken.open:
+            return taken
+    # A class at the root that takes **kwargs itself hands them to nobody that could be read here.
+    has_own = any(isinstance(s, ast.FunctionDef) and s.name == "__init__" for s in node.body)
+    return Signature(open=has_own)
+
+
+def _of_function(node: ast.FunctionDef, source: Source, *, skip_first: bool) -> Signature:
+    positional = node.args.posonlyargs + node.args.args
+    first_default = len(positional) - len(node.args.defaults)
+    parameters = [
+        Parameter(argument.arg, argument.annotation, index < first_default, source)
+        for index, argument in enumerate(positional)
+    ][1 if skip_first else 0 :]
+    parameters += [
+        Parameter(argument.arg, argument.annotation, default is None, source)
+        for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    ]
+    return Signature({parameter.name: parameter for parameter in parameters}, node.args.kwarg is not None)
+
+
+def _fields(node: ast.ClassDef, source: Source) -> dict[str, Parameter]:
+    return {
+        statement.target.id: Parameter(statement.target.id, statement.annotation, statement.value is None, source)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and "ClassVar" not in ast.unparse(statement.annotation)
+    }

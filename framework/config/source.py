@@ -1,0 +1,177 @@
+"""Reads Python source without importing it: where a name is defined, following re-exports.
+
+Only the top-level package is looked up through the import system (which runs no code of it); below it the files are
+walked. So a configuration can be checked against classes whose libraries take seconds to import, or must not be
+imported at all.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+MAX_STAR_DEPTH = 3  # deeper chains of `from x import *` are given up as unknown
+DYNAMIC = ("sys.modules", "globals()", "def __getattr__(name")  # such a module may hold names its source does not show
+MAPPED = ("callbacks", "datamodules", "recipes", "triton_kernels")  # folders of lightspan that may lie beside its own
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed module. `name` is dotted, `is_package` where it is an __init__.py."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+    is_package: bool
+    is_dynamic: bool
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a name stands for, and the module whose names its annotations use."""
+
+    node: ast.ClassDef | ast.FunctionDef | ast.expr
+    source: Source
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The module is known in full and has no such name."""
+
+    module: str
+    names: tuple[str, ...]
+
+
+@cache
+def module_file(name: str) -> Path | None:
+    """The source file of a module, or None where there is none on the Python path."""
+    top, *rest = name.split(".")
+    # lightspan is mapped from several folders in an editable install, and importing it runs nothing heavy.
+    root_name, below = (f"{top}.{rest[0]}", rest[1:]) if top == "lightspan" and rest else (top, rest)
+    try:
+        spec = importlib.util.find_spec(root_name)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    path = Path(spec.origin)
+    for part in below:
+        if path.name != "__init__.py":
+            return None
+        package = path.parent / part / "__init__.py"
+        path = package if package.is_file() else path.parent / f"{part}.py"
+        if not path.is_file():
+            return None
+    return path
+
+
+@cache
+def load(name: str) -> Source | None:
+    """A module's source, or None where it has none or does not parse."""
+    path = module_file(name)
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return Source(name, path, tree, path.name == "__init__.py", any(mark in text for mark in DYNAMIC))
+
+
+def locate(dotted: str) -> Definition | Absent | None:
+    """The class, function or alias that a full import path names; None where that cannot be told."""
+    parts = dotted.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        source = load(".".join(parts[:cut]))
+        if source is not None:
+            if cut == len(parts) - 1:
+                return lookup(source, parts[-1])
+            if (source.path.parent / parts[cut]).is_dir() or module_file(".".join(parts[: cut + 1])) is not None:
+                return None  # a module that does not parse, or a folder without __init__.py
+            # `a.b.C` where a is a module and b neither a module nor a name in it.
+            found = lookup(source, parts[cut])
+            return Absent(source.name, found.names + _submodules(source)) if isinstance(found, Absent) else None
+    return None
+
+
+def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | None:
+    """What `name` means inside a module; None where that cannot be told from source."""
+    stars: list[str] = []
+    names: list[str] = []
+    for statement in _top_level(source.tree.body):
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+            names.append(statement.name)
+            if statement.name == name:
+                return Definition(statement, source)
+        elif isinstance(statement, ast.ImportFrom):
+            origin = absolute(source, statement)
+            for alias in statement.names:
+                if alias.name == "*":
+                    stars.append(origin)
+                    continue
+                names.append(alias.asname or alias.name)
+                if names[-1] == name:
+                    return _follow(origin, alias.name, depth)
+        elif isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    names.append(target.id)
+                    if target.id == name:
+                        return Definition(statement.value, source)
+        elif isinstance(statement, ast.Import):
+            names += [alias.asname or alias.name.split(".")[0] for alias in statement.names]
+    if name in names:
+        return None
+    unknown = (
+        source.is_dynamic and source.name != "lightspan"
+    )  # the lazy names of lightspan are no classes to configure
+    for origin in stars:
+        below = load(origin) if depth < MAX_STAR_DEPTH else None
+        found = lookup(below, name, depth + 1) if below is not None else None
+        if isinstance(found, Definition):
+            return found
+        if isinstance(found, Absent):
+            names += found.names
+        else:
+            unknown = True
+    return None if unknown else Absent(source.name, tuple(name for name in names if not name.startswith("_")))
+
+
+def absolute(source: Source, statement: ast.ImportFrom) -> str:
+    """The full name of the module that an import statement reads from."""
+    if not statement.level:
+        return statement.module or ""
+    parts = source.name.split(".")
+    parts = parts[: len(parts) - statement.level + source.is_package]
+    return ".".join([*parts, statement.module] if statement.module else parts)
+
+
+def _follow(origin: str, name: str, depth: int) -> Definition | Absent | None:
+    below = load(origin)
+    if below is None or depth > 12:
+        return None
+    found = lookup(below, name, depth + 1)
+    # A broken re-export is the library's affair, never the user's misspelling.
+    return found if isinstance(found, Definition) else None
+
+
+def _submodules(source: Source) -> tuple[str, ...]:
+    folder = source.path.parent
+    files = folder.glob("*.py"), (path.parent for path in folder.glob("*/__init__.py"))
+    names = tuple(path.stem for paths in files for path in paths if not path.stem.startswith("_"))
+    return names + MAPPED if source.name == "lightspan" else names
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run at import, in either branch of an `if` or `try`."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.If):
+            yield from _top_level(statement.body + statement.orelse)
+        elif isinstance(statement, ast.Try):
+            handlers = [inner for handler in statement.handlers for inner in handler.body]
+            yield from _top_level(statement.body + handlers + statement.orelse)

@@ -1,0 +1,215 @@
+"""YAML as a tree that remembers where every value stands.
+
+A `Node` is a scalar, a mapping or a list, plus the place it was written (`file:line`, or `command line`) and the nodes
+that it replaced while layers were merged. Reading is strict: one document, a mapping at the root, no duplicate keys, no
+tags beyond the plain ones. `1e-3` is a number, `on`, `yes`, `2024-01-01` and `1:30` are text.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightspan.errors import UserError
+
+Key = str | int
+KeyPath = tuple[Key, ...]
+Scalar = str | int | float | bool | None
+
+MAX_NODES = 20_000  # an alias may repeat a branch: this ends the exponential ones
+MAX_DEPTH = 64
+COMMAND_LINE = "command line"
+
+_FLOAT = re.compile(
+    r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_RESOLVERS: dict[str, tuple[re.Pattern[str], str]] = {
+    "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN\0"),
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "int": (re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+)$"), "-+0123456789"),
+    "float": (_FLOAT, "-+0123456789."),
+    "merge": (re.compile(r"^<<$"), "<"),
+}
+_PREFIX = "tag:yaml.org,2002:"
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Takes for numbers what `_RESOLVERS` says, and nothing else."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that either this loader or a YAML 1.1 loader would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {
+    first: list(pairs) for first, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _RESOLVERS.items():
+    _letters = ["" if letter == "\0" else letter for letter in _first]
+    _Loader.add_implicit_resolver(_PREFIX + _name, _pattern, _letters)
+    _Dumper.add_implicit_resolver(_PREFIX + _name, _pattern, _letters)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value of a configuration.
+
+    Attributes:
+        value: a scalar, `dict[Key, Node]` or `list[Node]`.
+        where: `file:line` of the value, or `command line`.
+        replaced: what stood here in earlier layers, oldest first.
+    """
+
+    value: Any
+    where: str
+    replaced: tuple["Node", ...] = ()
+
+    def child(self, key: Key) -> "Node | None":
+        """The node under `key`, or None where this is no mapping or has no such key."""
+        return self.value.get(key) if isinstance(self.value, dict) else None
+
+    def at(self, path: KeyPath) -> "Node | None":
+        """The node at `path`, or None."""
+        node: Node | None = self
+        for key in path:
+            node = node.child(key) if node is not None else None
+        return node
+
+
+def dotted(path: KeyPath) -> str:
+    """`("trainer", "max_steps")` as `trainer.max_steps`."""
+    return ".".join(str(key) for key in path)
+
+
+def plain(node: Node) -> Any:
+    """The tree as ordinary dicts, lists and scalars."""
+    if isinstance(node.value, dict):
+        return {key: plain(child) for key, child in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(child) for child in node.value]
+    return node.value
+
+
+def walk(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
+    """Every node with its path, parents first."""
+    yield path, node
+    children: Iterable[tuple[Key, Node]] = ()
+    if isinstance(node.value, dict):
+        children = node.value.items()
+    elif isinstance(node.value, list):
+        children = enumerate(node.value)
+    for key, child in children:
+        yield from walk(child, (*path, key))
+
+
+def wrap(value: Any, where: str) -> Node:
+    """Ordinary data as a tree whose every value stands at `where`."""
+    if isinstance(value, dict):
+        return Node({key: wrap(child, where) for key, child in value.items()}, where)
+    if isinstance(value, list | tuple):
+        return Node([wrap(child, where) for child in value], where)
+    return Node(value, where)
+
+
+def read(path: Path, label: str | None = None) -> Node:
+    """Reads a YAML file whose root is a mapping; an empty file is an empty mapping.
+
+    Args:
+        path: the file.
+        label: how messages call the file; by default the path as given.
+    Raises: UserError where the file cannot be read or is not such a file.
+    """
+    label = label or str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{label}: not a YAML file: byte {error.start} is not UTF-8 text") from error
+    except OSError as error:
+        raise UserError(f"{label}: cannot be read: {error.strerror or error}") from error
+    root = parse(text, label)
+    if root.value is None:
+        return Node({}, f"{label}:1")
+    if not isinstance(root.value, dict):
+        kind = "a list" if isinstance(root.value, list) else f"the text or number {str(root.value)[:60]!r}"
+        raise UserError(f"{root.where}: not a configuration: its root is {kind}, it must be a mapping (key: value)")
+    return root
+
+
+def parse(text: str, label: str, *, line_numbers: bool = True) -> Node:
+    """One YAML document as a tree. Raises: UserError naming `label` and the line."""
+    try:
+        loader = _Loader(text)
+        try:
+            document = loader.get_single_node()
+            if document is None:
+                return Node(None, label)
+            return _Builder(loader, label, line_numbers).build(document, ())
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{label}:{mark.line + 1}" if mark is not None and line_numbers else label
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{place}: not YAML: {problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{label}: not YAML: {str(error).splitlines()[0]}") from error
+
+
+def dump(value: Any) -> str:
+    """Plain data as YAML that `parse` reads back to the same data; keys keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Builder:
+    def __init__(self, loader: Any, label: str, line_numbers: bool) -> None:
+        self.loader, self.label, self.line_numbers, self.count = loader, label, line_numbers, 0
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Node:
+        where = self.place(node)
+        self.count += 1
+        if self.count > MAX_NODES or len(path) > MAX_DEPTH:
+            raise UserError(f"{where}: more than {MAX_NODES} values or {MAX_DEPTH} levels; aliases may not grow so far")
+        if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
+            return Node(self.mapping(node, path), where)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
+            return Node([self.build(child, (*path, index)) for index, child in enumerate(node.value)], where)
+        if isinstance(node, yaml.ScalarNode) and node.tag in _SCALAR_TAGS:
+            try:
+                return Node(self.loader.construct_object(node), where)
+            except ValueError as error:
+                raise UserError(
+                    f"{where} {dotted(path)}: {node.value!r} is not a valid {node.tag[len(_PREFIX) :]}"
+                ) from error
+        raise UserError(f"{where} {dotted(path)}: the YAML tag {node.tag!r} is refused; write plain values")
+
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[Key, Node]:
+        result: dict[Key, Node] = {}
+        for key_node, value_node in node.value:
+            where = self.place(key_node)
+            if key_node.tag == _PREFIX + "merge":
+                raise UserError(f"{where}: '<<' is refused; name the other file under base: instead")
+            key = self.loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str | int) or isinstance(key, bool) or key_node.tag not in _SCALAR_TAGS:
+                raise UserError(f"{where} {dotted(path)}: a key must be text or a whole number, got {key_node.value!r}")
+            if key in result:
+                raise UserError(
+                    f"{where} {dotted((*path, key))}: duplicate key, first given at {result[key].where}; keep one"
+                )
+            child = self.build(value_node, (*path, key))
+            # A value is known by the line of its key: a block mapping starts one line lower.
+            result[key] = Node(child.value, where)
+        return result
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.label}:{node.start_mark.line + 1}" if self.line_numbers else self.label
+
+
+_SCALAR_TAGS = {_PREFIX + name for name in ("null", "bool", "int", "float", "str")}

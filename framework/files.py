@@ -1,0 +1,107 @@
+"""Files written whole or not at all: a temporary name in the same folder, fsync, rename, fsync of the folder.
+
+A reader, a crash or a full disk therefore never meets half a file: either the old content stands or the new one.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightspan.errors import UserError
+
+_LEFTOVER_PREFIX, _LEFTOVER_SUFFIX = ".lightspan-", ".tmp"
+
+_ANOTHER_FOLDER = "choose a folder you may write to with --run"
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose a folder on another disk with --run"),
+    errno.EDQUOT: ("your disk quota is used up", "delete files of yours or choose a folder on another disk with --run"),
+    errno.EFBIG: (
+        "the file would be larger than the file system or `ulimit -f` allows",
+        "raise the limit or choose a folder on another disk with --run",
+    ),
+    errno.EROFS: ("the file system is read-only", _ANOTHER_FOLDER),
+    errno.EACCES: ("permission is denied", _ANOTHER_FOLDER),
+    errno.EPERM: ("the operation is not permitted", _ANOTHER_FOLDER),
+    errno.ENOTDIR: (
+        "a part of this path is a file, not a folder",
+        "rename that file or choose another folder with --run",
+    ),
+    errno.EEXIST: ("a file stands where a folder is needed", "rename that file or choose another folder with --run"),
+    errno.EISDIR: ("a folder of this name stands there", "rename that folder or choose another one with --run"),
+}
+
+
+@contextlib.contextmanager
+def explained_os_errors(path: Path) -> Iterator[None]:
+    """Turn the write errors a user can mend (full disk, read-only folder, ...) into a `UserError` that names `path`.
+
+    Errors that carry the name of a file outside the folder of `path` pass through: they are about something else.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0)
+        if reason is None or not _concerns(error, path):
+            raise
+        what, way_out = reason
+        raise UserError(f"cannot write {path}: {what} ({os.strerror(error.errno or 0)}); {way_out}") from error
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return True  # a failed write to an open file carries no name
+    named = Path(error.filename).absolute()
+    folder = path.absolute().parent
+    return named == folder or folder in named.parents or named in folder.parents
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path` (made if missing); on success it becomes `path` in one step.
+
+    When the block raises, also by Ctrl-C, the temporary file is removed and whatever stood at `path` stays as it was.
+
+    Raises: UserError when the disk is full, the folder is read-only or cannot be one; other errors pass through.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{_LEFTOVER_PREFIX}{secrets.token_hex(4)}-{path.name}{_LEFTOVER_SUFFIX}")
+    with explained_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8, newlines untouched) to `path`, whole or not at all.
+
+    Raises: UserError as `atomic_path` does.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files that killed processes left in `folder`; call it only where nobody else is writing."""
+    for leftover in Path(folder).glob(f"{_LEFTOVER_PREFIX}*{_LEFTOVER_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; the rename itself has happened by then.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,35 @@
+"""The MLP head that self-supervised losses look through; probes read the features before it."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+
+
+class Projector(nn.Module):
+    """Linear - BatchNorm - ReLU for each hidden width, then a Linear: [B in_features] -> [B out_features].
+
+    Args:
+        in_features: the backbone's `num_features`.
+        hidden: widths of the hidden layers, at least one.
+        out_features: embedding width.
+        bias: of the linear layers. A hidden one is undone by the BatchNorm behind it; published heads keep it or not.
+    """
+
+    def __init__(self, in_features: int, hidden: list[int], out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        widths = [in_features, *hidden, out_features]
+        if not hidden or min(widths) < 1:
+            raise UserError(
+                f"Projector widths in_features={in_features}, hidden={hidden}, out_features={out_features}: each must "
+                "be at least 1 and hidden needs at least one entry; for a plain linear map use torch.nn.Linear"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths[:-1]):
+            layers += [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-2], out_features, bias=bias))
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        return self.layers(x_BF)

@@ -1,0 +1,79 @@
+"""Redundancy reduction: the Barlow Twins loss and the mixed-sample term that guards it against overfitting.
+
+Source: Zbontar et al., "Barlow Twins", 2021, arXiv 2103.03230, eq. 1-2 (standardisation, C, L_BT); Bandara et al.,
+"Guarding Barlow Twins Against Overfitting with Mixed Samples", 2023, arXiv 2312.02151, and the formula in the README of
+the authors' code (targets and L_reg). That code's ImageNet script has a Z2^T Z2 in the second target, for which L_reg
+is not zero at a = 1; here the formula holds. Its factor 0.5 and its warm-up of the weight are left out.
+Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (`lightspan.distributed` has the scale).
+Half precision is widened to float32, also under autocast: a correlation of bfloat16 numbers has two digits.
+"""
+
+import torch
+from torch import Tensor
+
+from lightspan.distributed import all_reduce_sum
+from lightspan.errors import UserError
+
+# Added to the variance, so that a feature that is constant over the batch gives 0 with a finite gradient, not NaN.
+# Small enough for a feature of unit variance to move by 5e-13: equalities hold to 1e-10 as without it.
+VARIANCE_EPS = 1e-12
+
+
+def _widen(x_BD: Tensor) -> Tensor:
+    return x_BD.to(torch.promote_types(x_BD.dtype, torch.float32))
+
+
+def _global_rows(x_BD: Tensor) -> Tensor:
+    return all_reduce_sum(torch.tensor(float(len(x_BD)), dtype=x_BD.dtype, device=x_BD.device))
+
+
+def standardise(x_BD: Tensor) -> Tensor:
+    """Each feature to mean 0 and unbiased standard deviation 1 over the batch of all ranks.
+
+    Raises: UserError if the batch of all ranks has fewer than 2 rows.
+    """
+    x_BD = _widen(x_BD)
+    rows = _global_rows(x_BD)
+    if rows < 2:
+        raise UserError(f"batch of {int(rows)}: standardising needs at least 2 rows; raise data.init_args.batch_size")
+    centred_BD = x_BD - all_reduce_sum(x_BD.sum(dim=0)) / rows
+    variance_D = all_reduce_sum(centred_BD.square().sum(dim=0)) / (rows - 1)
+    return centred_BD * (variance_D + VARIANCE_EPS).rsqrt()
+
+
+def cross_correlation(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    """C = A^T B / B, [D D], over the batch of all ranks; row i of both comes from image i."""
+    with torch.autocast(a_BD.device.type, enabled=False):
+        return all_reduce_sum(_widen(a_BD).T @ _widen(b_BD)) / _global_rows(_widen(a_BD))
+
+
+def barlow_twins_loss(z1_BD: Tensor, z2_BD: Tensor, off_diagonal_weight: float) -> Tensor:
+    """L_BT = sum_i (C_ii - 1)^2 + off_diagonal_weight * sum_{i != j} C_ij^2 (2103.03230 eq. 1).
+
+    Args:
+        z1_BD, z2_BD: standardised embeddings of two views.
+        off_diagonal_weight: lambda, dimensionless, >= 0.
+    Returns: scalar >= 0, a sum over D^2 entries.
+    """
+    c_DD = cross_correlation(z1_BD, z2_BD)
+    diagonal_D = c_DD.diagonal()
+    # Masked, not subtracted (all squares minus the diagonal's): the difference of near-equal sums loses digits.
+    off_diagonal_DD = c_DD - torch.diag(diagonal_D)
+    return (diagonal_D - 1).square().sum() + off_diagonal_weight * off_diagonal_DD.square().sum()
+
+
+def mixed_regulariser(zm_BD: Tensor, z1_BD: Tensor, z2_BD: Tensor, mix: Tensor, permutation_B: Tensor) -> Tensor:
+    """L_reg = ||Zm^T Z1 / B - T1||_F^2 + ||Zm^T Z2 / B - T2||_F^2 with T_v = (a Z1 + (1 - a) Z2[p])^T Z_v / B.
+
+    Zero for an encoder that is linear in its input; gradients flow through the targets as well.
+
+    Args:
+        zm_BD: standardised embedding of a * x1 + (1 - a) * x2[p].
+        z1_BD, z2_BD: standardised embeddings of x1 and x2.
+        mix: a, scalar in [0, 1]. Ranks may differ in a and p: both act on their own rows alone.
+        permutation_B: p, int64, a permutation of this rank's rows.
+    Returns: scalar >= 0, a sum over 2 D^2 entries.
+    """
+    # C is linear in its left side, so each difference is one product: (Zm - a Z1 - (1 - a) Z2[p])^T Z_v / B.
+    departure_BD = zm_BD - (mix * z1_BD + (1 - mix) * z2_BD[permutation_B])
+    return cross_correlation(departure_BD, z1_BD).square().sum() + cross_correlation(departure_BD, z2_BD).square().sum()

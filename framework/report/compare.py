@@ -1,0 +1,174 @@
+"""The comparison of runs as plain data: one row a figure, one cell a run; page and console print the same rows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightspan.report.runs import Run
+
+Better = Literal["lower", "higher", "neither"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is compared: the key in summary.json, how it is called, its unit, and which end is better.
+
+    `relative` is how another run is told against the first: as a ratio, as a difference, or not at all.
+    """
+
+    key: str
+    label: str
+    unit: str
+    better: Better
+    relative: Literal["ratio", "difference", "none"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run's figure.
+
+    `relative` is told against the first run ("" for the first); `best`: no run is better; `share`: value / largest.
+    """
+
+    text: str
+    relative: str
+    best: bool
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    figure: Figure
+    cells: list[Cell]
+
+
+FIGURES = (
+    Figure("val_loss_nats", "Validation loss", "nats", "lower", "difference"),
+    Figure("val_bits_per_byte", "Validation loss", "bits per byte", "lower", "difference"),
+    Figure("optimizer_state_mib", "Optimiser state", "MiB", "lower", "ratio"),
+    Figure("step_ms_median", "Median step", "ms", "lower", "ratio"),
+    Figure("peak_device_mib", "Peak device memory", "MiB", "lower", "ratio"),
+    Figure("peak_rss_mib", "Peak host memory", "MiB", "lower", "ratio"),
+    Figure("seconds", "Wall time", "s", "lower", "ratio"),
+    Figure("steps", "Steps", "", "neither", "none"),
+    Figure("parameters", "Parameters", "", "neither", "none"),
+    Figure("trainable_parameters", "Trainable parameters", "", "neither", "none"),
+)
+TIMES, MINUS, NARROW_SPACE = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
+_SCORES = ("val_", "probe_", "test_")
+
+
+def compare(runs: Sequence[Run]) -> list[Row]:
+    """Rows for every figure that at least one run has: losses first, then other scores, then cost, then size."""
+    known = {figure.key for figure in FIGURES}
+    scores = dict.fromkeys(
+        key
+        for run in runs
+        for key, value in run.summary.items()
+        if key.startswith(_SCORES) and _finite(value) is not None
+    )
+    extra = [_score(key) for key in scores if key not in known]
+    figures = (*FIGURES[:2], *extra, *FIGURES[2:])
+    return [_row(figure, runs) for figure in figures if any(_shown(run, figure) for run in runs)]
+
+
+def headline(runs: Sequence[Run]) -> list[str]:
+    """One sentence for every run after the first: its loss and its cost against the first run's."""
+    rows = {row.figure.key: row for row in compare(runs)}
+    wanted = {
+        "val_loss_nats": "{} nats validation loss",
+        "optimizer_state_mib": "{} optimiser state",
+        "step_ms_median": "{} step time",
+    }
+    sentences = []
+    for at, run in enumerate(runs[1:], start=1):
+        parts = [
+            text.format(rows[key].cells[at].relative)
+            for key, text in wanted.items()
+            if key in rows and rows[key].cells[at].relative
+        ]
+        if parts:
+            sentences.append(f"{run.name} against {runs[0].name}: {', '.join(parts)}")
+    return sentences
+
+
+def differences(configs: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The dotted keys whose values differ between configurations, with each one's value ("—" where it has none)."""
+    flat = [flatten(config) for config in configs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    table = [(key, [one.get(key, "—") for one in flat]) for key in keys]
+    return [(key, values) for key, values in table if len(set(values)) > 1]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings and lists as {dotted key: text}; empty ones keep their key."""
+    if isinstance(value, dict | list) and value:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {
+            k: v for key, child in pairs for k, v in flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: "null" if value is None else str(value)} if prefix else {}
+
+
+def number(value: float, decimals: int | None = None) -> str:
+    """Readable at a glance: whole numbers whole, thousands apart, otherwise `decimals` or four significant digits."""
+    if not math.isfinite(value):
+        return str(value)
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    if (value == int(value) and abs(value) < 1e15) or abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", NARROW_SPACE)
+    return f"{value:.4g}" if abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def _score(key: str) -> Figure:
+    better: Better = "neither"
+    if any(word in key for word in ("loss", "error", "perplexity", "bits")):
+        better = "lower"
+    elif any(word in key for word in ("acc", "auc", "f1")):
+        better = "higher"
+    return Figure(
+        key, key.replace("_", " ").capitalize(), "nats" if key.endswith("_nats") else "", better, "difference"
+    )
+
+
+def _row(figure: Figure, runs: Sequence[Run]) -> Row:
+    values = [_finite(run.summary.get(figure.key)) for run in runs]
+    known = [value for value in values if value is not None]
+    contest = len(runs) > 1 and figure.better != "neither" and len(set(known)) > 1
+    winner = (min if figure.better == "lower" else max)(known) if contest else None
+    top = max(known, default=0.0)
+    has_bar = figure.relative == "ratio" and top > 0
+    return Row(
+        figure,
+        [
+            Cell(
+                text=_shown(run, figure) or "—",
+                relative=_relative(figure, values[0], value) if at else "",
+                best=winner is not None and value == winner,
+                share=value / top if has_bar and value is not None else None,
+            )
+            for at, (run, value) in enumerate(zip(runs, values, strict=True))
+        ],
+    )
+
+
+def _relative(figure: Figure, first: float | None, value: float | None) -> str:
+    if first is None or value is None or figure.relative == "none":
+        return ""
+    if figure.relative == "ratio":
+        return f"{TIMES}{value / first:.2f}" if first > 0 else ""
+    return f"{value - first:+.4f}".replace("-", MINUS)
+
+
+def _shown(run: Run, figure: Figure) -> str:
+    value = run.summary.get(figure.key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return ""
+    return number(float(value), 4 if figure.relative == "difference" else None)
+
+
+def _finite(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None

@@ -1,0 +1,166 @@
+"""The report as one self-contained HTML page: no script, no font, no picture and no style from anywhere else."""
+
+import shlex
+from collections.abc import Sequence
+from html import escape
+
+import yaml
+
+import lightspan
+from lightspan.report.chart import COLOURS, draw
+from lightspan.report.compare import Row, compare, differences, flatten, headline
+from lightspan.report.runs import Run
+from lightspan.report.sections import Section, sections
+from lightspan.report.style import CSS
+
+LONGEST_BAR_REM = 5.0  # one scale for all columns, however wide they are
+
+
+def render(runs: Sequence[Run], title: str) -> str:
+    """The whole page for `runs` (at least one). Every text that came from a file is escaped."""
+    parts = [
+        _head(runs, title),
+        _legend(runs),
+        _comparison(runs, compare(runs)),
+        f'<div class="sections">{"".join(_charts(section) for section in sections(runs))}</div>',
+        _samples(runs),
+        _configuration(runs),
+        _provenance(runs),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        # The policy makes the promise binding: the page can load nothing, whatever a metric is called.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
+        f"<footer>lightspan {escape(lightspan.__version__)} · lightspan report "
+        f"{escape(' '.join(str(run.folder) for run in runs))}</footer>"
+        "</main></body></html>\n"
+    )
+
+
+def _head(runs: Sequence[Run], title: str) -> str:
+    described = {run.name: str(run.config["about"].get("title", "")) for run in runs if _has_about(run)}
+    distinct = set(described.values())
+    texts = distinct if len(distinct) == 1 else [f"{name}: {text}" for name, text in described.items() if text]
+    what = "".join(f'<p class="lead">{escape(text)}</p>' for text in texts if text not in ("", title))
+    lead = "".join(f'<p class="lead"><b>{escape(sentence)}.</b></p>' for sentence in headline(runs))
+    return f"<header><h1>{escape(title)}</h1>{what}{lead}</header>"
+
+
+def _has_about(run: Run) -> bool:
+    return isinstance(run.config.get("about"), dict)
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    names = (f"<span>{_key(at)}{escape(run.name)}</span>" for at, run in enumerate(runs))
+    return f'<div class="legend">{"".join(names)}</div>'
+
+
+def _key(at: int) -> str:
+    dashed = " dashed" if at >= COLOURS else ""
+    return f'<i class="key{dashed}" style="border-color:var(--run{at % COLOURS})"></i>'
+
+
+def _comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    heads = []
+    for run in runs:
+        badge = "" if run.summary.get("finished", True) else '<span class="badge">stopped early</span>'
+        heads.append(f'<th scope="col">{escape(run.name)}{badge}</th>')
+    lines = []
+    for row in rows:
+        unit = f" <small>{escape(row.figure.unit)}</small>" if row.figure.unit else ""
+        cells = []
+        for at, cell in enumerate(row.cells):
+            bar = ""
+            if cell.share is not None:
+                width, colour = f"{LONGEST_BAR_REM * cell.share:.2f}rem", f"var(--run{at % COLOURS})"
+                bar = f'<i class="bar" style="width:{width};background:{colour}"></i>'
+            relative = f"<small>{escape(cell.relative)}</small>" if cell.relative else ""
+            mark = ' class="best" title="best of these runs"' if cell.best else ""
+            cells.append(f'<td{mark}><span class="value">{escape(cell.text)}</span>{bar}{relative}</td>')
+        lines.append(f'<tr><th scope="row">{escape(row.figure.label)}{unit}</th>{"".join(cells)}</tr>')
+    note = f'<p class="note">Green: best. Small figures: against {escape(runs[0].name)}.</p>' if len(runs) > 1 else ""
+    table = f"<table><thead><tr><th></th>{''.join(heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<h2>Comparison</h2><div class="scroll">{table}</div>{note}' if rows else ""
+
+
+def _charts(section: Section) -> str:
+    # Groups of one chart stand two to a row on wide screens.
+    wide = ' class="wide"' if len(section.charts) > 1 else ""
+    charts = "".join(draw(chart) for chart in section.charts)
+    return f'<section{wide}><h2>{escape(section.title)}</h2><div class="charts">{charts}</div></section>'
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    if not any(run.samples for run in runs):
+        return ""
+    blocks = []
+    for at, run in enumerate(runs):
+        if not run.samples:
+            continue
+        *earlier, last = run.samples
+        older = "".join(
+            f"<p>step {escape(str(sample.get('step', '?')))}</p><pre>{escape(str(sample.get('text', '')))}</pre>"
+            for sample in earlier
+        )
+        more = f"<details><summary>{len(earlier)} earlier</summary>{older}</details>" if earlier else ""
+        blocks.append(
+            f"<div><p>{_key(at)} {escape(run.name)}, step {escape(str(last.get('step', '?')))}</p>"
+            f"<pre>{escape(str(last.get('text', '')))}</pre>{more}</div>"
+        )
+    return f'<h2>Samples</h2><div class="samples">{"".join(blocks)}</div>'
+
+
+def _configuration(runs: Sequence[Run]) -> str:
+    if not any(run.config for run in runs):
+        return ""
+    changed = differences([{key: value for key, value in run.config.items() if key != "about"} for run in runs])
+    if len(runs) == 1:
+        shown = ""
+    elif changed:
+        shown = _plain_table(runs, changed)
+    else:
+        shown = '<p class="lead">All runs have the same configuration.</p>'
+    whole = "".join(
+        f"<details><summary>whole configuration of {escape(run.name)}</summary>"
+        f"<pre>{escape(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre></details>"
+        for run in runs
+        if run.config
+    )
+    return f"<h2>{'Configuration' if len(runs) == 1 else 'What differs in the configuration'}</h2>{shown}{whole}"
+
+
+def _provenance(runs: Sequence[Run]) -> str:
+    if not any(run.provenance for run in runs):
+        return ""
+    flat = [flatten({key: _command(value) for key, value in run.provenance.items()}) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    folded = {"packages.": "package versions", "sources.": "places where the settings were written"}
+    rows = [(key, [one.get(key, "—") for one in flat]) for key in keys]
+    table = _plain_table(runs, [row for row in rows if not row[0].startswith(tuple(folded))])
+    for prefix, what in folded.items():
+        inner = [(key.removeprefix(prefix), values) for key, values in rows if key.startswith(prefix)]
+        if inner:
+            table += f"<details><summary>{len(inner)} {what}</summary>{_plain_table(runs, inner)}</details>"
+    return f"<h2>Provenance</h2>{table}"
+
+
+def _command(value: object) -> object:
+    """A list, such as the command line, as one line that a shell would take."""
+    return shlex.join(map(str, value)) if isinstance(value, list) else value
+
+
+def _plain_table(runs: Sequence[Run], rows: Sequence[tuple[str, list[str]]]) -> str:
+    """Text by key and run; a value that all runs share stands once."""
+    heads = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
+    lines = []
+    for key, values in rows:
+        if len(runs) > 1 and len(set(values)) == 1:
+            cells = f'<td class="shared" colspan="{len(runs)}">{escape(values[0])}</td>'
+        else:
+            cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+        lines.append(f'<tr><th scope="row">{escape(key)}</th>{cells}</tr>')
+    table = f"<thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table class="plain">{table}</table></div>'

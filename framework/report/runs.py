@@ -1,0 +1,191 @@
+"""Reads run folders: what a training run left behind, without torch and without trusting the files.
+
+A run folder holds metrics.jsonl (one JSON object a line: step, time_s and metrics) and, as far as the run got,
+summary.json (flat figures), resolved.yaml (the whole configuration), provenance.json (versions, command, commit) and
+samples.jsonl ({"step", "text"} a line).
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightspan.errors import UserError
+from lightspan.report.curves import XY
+
+AXES = ("step", "time_s", "epoch")
+METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES = (
+    "metrics.jsonl",
+    "summary.json",
+    "resolved.yaml",
+    "provenance.json",
+    "samples.jsonl",
+)
+_SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One logged value; `step` counts optimiser steps, `time_s` seconds since the fit began (NaN if not logged)."""
+
+    step: int
+    time_s: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml as it stands."""
+
+    name: str
+    folder: Path
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+    def metrics(self) -> list[str]:
+        """Names of all metrics over steps, in the order in which they first appear; parts of a spectrum are none."""
+        names = (key for row in self.rows for key, value in row.items() if key not in AXES and _is_value(value))
+        return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
+
+    def points(self, metric: str) -> list[Point]:
+        """Every logged value of `metric` in order; null in the file is a value that was not finite, and becomes NaN."""
+        return [
+            Point(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
+            for row in self.rows
+            if metric in row and _is_value(row[metric])
+        ]
+
+    def spectra(self) -> dict[str, tuple[int, list[XY]]]:
+        """{name: (step, [(index, value)])} of the last spectrum that was logged as spectrum/NAME/INDEX."""
+        found: dict[str, tuple[int, list[XY]]] = {}
+        for row in self.rows:
+            parts: dict[str, list[XY]] = {}
+            for key, value in row.items():
+                if (match := _SPECTRUM.match(key)) and _is_number(value):
+                    parts.setdefault(match[1], []).append((float(match[2]), float(value)))
+            found |= {name: (int(row["step"]), sorted(points)) for name, points in parts.items()}
+        return found
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads all run folders and gives every run a name of its own.
+
+    Raises: UserError for a folder that is no run, holds no metric, or holds a file that does not parse.
+    """
+    return [load_run(folder, name) for folder, name in zip(folders, unique_names(folders), strict=True)]
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many parents in front as tell them apart (a folder named twice: "-2")."""
+    parts = [folder.resolve().parts for folder in folders]
+    names: list[str] = []
+    for own in parts:
+        depth, rivals = 1, [other for other in parts if other != own]
+        while depth < len(own) and any(other[-depth:] == own[-depth:] for other in rivals):
+            depth += 1
+        names.append("/".join(own[-depth:]))
+    return [f"{name}-{1 + names[:at].count(name)}" if name in names[:at] else name for at, name in enumerate(names)]
+
+
+def load_run(folder: Path, name: str) -> Run:
+    """Reads one run folder; see `load_runs`."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"run folder {str(folder)!r} {what}; name the folder in which `lightspan fit` wrote {METRICS}")
+    if not (folder / METRICS).is_file():
+        inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))
+        hint = f"it holds the runs {', '.join(inside)}: name those" if inside else "name the folder that --run named"
+        raise UserError(f"{str(folder)!r} is no run folder: it has no {METRICS}; {hint}")
+    rows = _read_lines(folder / METRICS)
+    for row in rows:
+        if not isinstance(row.get("step"), int):
+            raise UserError(f"{folder / METRICS}: a line has no whole-number 'step': {json.dumps(row)[:120]}")
+    run = Run(
+        name=name,
+        folder=folder,
+        rows=_shared_rate_names(rows),
+        summary=_read_mapping(folder / SUMMARY),
+        config=_read_mapping(folder / RESOLVED),
+        provenance=_read_mapping(folder / PROVENANCE),
+        samples=_read_lines(folder / SAMPLES) if (folder / SAMPLES).is_file() else [],
+    )
+    if not run.metrics():
+        raise UserError(
+            f"run {str(folder)!r} logged no metric: {METRICS} has {len(rows)} lines without one; "
+            "let the run reach trainer.log_every_n_steps, or lower that number"
+        )
+    return run if run.summary else _with_derived_summary(run)
+
+
+def _with_derived_summary(run: Run) -> Run:
+    """A run that was stopped wrote no summary: its last values stand in, and `finished` says so."""
+    last = {name.replace("/", "_"): run.points(name)[-1].value for name in run.metrics()}
+    times = [_number(row.get("time_s")) for row in run.rows]
+    seconds = {"seconds": max(times)} if all(map(math.isfinite, times)) else {}
+    derived = {**last, "steps": max(row["step"] for row in run.rows), **seconds, "finished": False}
+    return Run(run.name, run.folder, run.rows, derived, run.config, run.provenance, run.samples)
+
+
+def _shared_rate_names(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`lr-AdamW/matrices` becomes `lr/matrices`, so that runs with different optimisers share a chart.
+
+    A run that logs the rates of several optimisers keeps the full names.
+    """
+    rows = list(rows)
+    prefix = re.compile(r"^lr-[^/]+")
+    owners = {found.group() for row in rows for key in row if (found := prefix.match(key))}
+    if len(owners) != 1:
+        return rows
+    return [{prefix.sub("lr", key): value for key, value in row.items()} for row in rows]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines. A last line that was cut off in mid-write is what a killed run leaves: it is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                continue
+            raise UserError(f"{path}:{number} is not JSON ({error.msg}): {line[:80]!r}; mend or remove it") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}; mend or remove it")
+        rows.append(row)
+    return rows
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} does not parse ({' '.join(str(error).split())}); mend or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a mapping; mend or remove it")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_value(value: object) -> bool:
+    return value is None or _is_number(value)
+
+
+def _number(value: Any) -> float:
+    return float(value) if _is_number(value) else math.nan

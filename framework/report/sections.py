@@ -1,0 +1,125 @@
+"""Which charts a set of runs gives: every metric that at least one run logged, in groups, one curve a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightspan.report.chart import Chart, Curve
+from lightspan.report.curves import LONG, finite, smooth
+from lightspan.report.runs import Run
+
+_GROUPS = (
+    ("val", "Validation", ("val",)),
+    ("train", "Training", ("train",)),
+    ("probe", "Probes", ("probe", "probes", "knn", "linear")),
+    ("lr", "Learning rates", ("lr",)),
+    ("throughput", "Throughput", ("throughput", "time", "step")),
+    ("memory", "Memory", ("memory",)),
+    ("spectrum", "Spectra", ("spectrum", "spectra")),
+    ("other", "Other metrics", ()),
+)
+_UNITS = (
+    ("bits_per_byte", "bits per byte"),
+    ("_nats", "nats"),
+    ("_mib", "MiB"),
+    ("_gib", "GiB"),
+    ("_ms", "ms"),
+    ("_per_s", "per second"),
+    ("_per_sec", "per second"),
+    ("per_second", "per second"),
+    ("_seconds", "s"),
+    ("_s", "s"),
+    ("acc", "fraction correct"),
+    ("accuracy", "fraction correct"),
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    key: str
+    title: str
+    charts: list[Chart]
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """The non-empty groups in reading order: validation first, then training, probes and what they cost."""
+    metrics = list(dict.fromkeys(name for run in runs for name in run.metrics()))
+    found = {key: [name for name in metrics if group_of(name) == key] for key, _, _ in _GROUPS}
+    out = []
+    for key, title, _ in _GROUPS:
+        charts = [_over_steps(runs, name) for name in found[key]]
+        if key == "val" and charts:
+            charts[1:1] = [_over_time(runs, found[key][0]), *_against_first(runs, found[key][0])]
+        if key == "spectrum":
+            charts = _spectra(runs) + charts
+        charts = [
+            chart for chart in charts if any(finite(curve.points) for curve in chart.curves) or chart.title in metrics
+        ]
+        if charts:
+            out.append(Section(key, title, charts))
+    return out
+
+
+def group_of(metric: str) -> str:
+    """The group of a metric, by its first word: `val/loss_nats`, `val_loss`, `lr-AdamW`."""
+    head = metric.split("/")[0]
+    for key, _, words in _GROUPS:
+        if head in words:
+            return key
+    for key, _, words in _GROUPS:
+        if any(head.startswith((f"{word}_", f"{word}-")) for word in words):
+            return key
+    return "other"
+
+
+def unit_of(metric: str) -> str:
+    """The unit that a metric's name ends on, or "" where it names none."""
+    if group_of(metric) == "lr":
+        return "rate"
+    return next((unit for ending, unit in _UNITS if metric.endswith(ending)), "")
+
+
+def _over_steps(runs: Sequence[Run], metric: str) -> Chart:
+    curves, note = [], ""
+    for at, run in enumerate(runs):
+        points = [(float(point.step), point.value) for point in run.points(metric)]
+        if not points:
+            continue
+        smoothed: list[tuple[float, float]] = []
+        if group_of(metric) in ("train", "throughput") and len(finite(points)) >= LONG:
+            span = max(5, round(len(points) / 40))
+            smoothed = smooth(finite(points), span)
+            note = f"thin: every logged value; thick: running mean over {span} of them"
+        curves.append(Curve(run.name, at, points, smoothed))
+    return Chart(metric, "optimiser steps", unit_of(metric), curves, note=note)
+
+
+def _over_time(runs: Sequence[Run], metric: str) -> Chart:
+    curves = [
+        Curve(run.name, at, [(point.time_s, point.value) for point in run.points(metric)])
+        for at, run in enumerate(runs)
+    ]
+    kept = [curve for curve in curves if finite(curve.points)]
+    return Chart(f"{metric} by wall time", "seconds since the fit began", unit_of(metric), kept)
+
+
+def _against_first(runs: Sequence[Run], metric: str) -> list[Chart]:
+    """How far the other runs lie from the first at the same steps: curves that agree to a line's width differ here."""
+    first = {point.step: point.value for point in runs[0].points(metric)}
+    curves = []
+    for at, run in enumerate(runs[1:], start=1):
+        shared = [(float(p.step), p.value - first[p.step]) for p in run.points(metric) if p.step in first]
+        if finite(shared):
+            curves.append(Curve(run.name, at, shared))
+    title, note = f"{metric} minus that of {runs[0].name}", "where both logged it at the same step"
+    return [Chart(title, "optimiser steps", unit_of(metric), curves, note=note)] if curves else []
+
+
+def _spectra(runs: Sequence[Run]) -> list[Chart]:
+    spectra = [run.spectra() for run in runs]
+    charts = []
+    for name in dict.fromkeys(name for found in spectra for name in found):
+        curves = [Curve(run.name, at, spectra[at][name][1]) for at, run in enumerate(runs) if name in spectra[at]]
+        steps = dict.fromkeys(str(found[name][0]) for found in spectra if name in found)
+        note = f"as logged at step {', '.join(steps)}"
+        charts.append(Chart(name, "index", "value", curves, log_y=True, note=note))
+    return charts

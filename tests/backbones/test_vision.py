@@ -1,0 +1,69 @@
+import pytest
+import timm
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from lightspan.backbones.vision import SmallConvNet, timm_backbone
+from lightspan.errors import UserError
+
+
+def test_a_timm_backbone_gives_pooled_features_of_the_width_it_names() -> None:
+    network = timm_backbone("resnet10t", in_chans=1).eval()
+    assert network(torch.randn(2, 1, 32, 32)).shape == (2, network.num_features)
+
+
+def test_without_the_small_stem_the_network_is_timms_own() -> None:
+    torch.manual_seed(0)
+    ours = timm_backbone("resnet18", in_chans=1).eval()
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet18", in_chans=1, num_classes=0).eval()
+    x = torch.randn(1, 1, 32, 32)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_the_small_stem_keeps_the_resolution_up_to_the_first_stage() -> None:
+    network = timm_backbone("resnet18", in_chans=1, small_stem=True)
+    seen: list[torch.Size] = []
+    network.layer1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    assert network(torch.randn(2, 1, 8, 8)).shape == (2, network.num_features)
+    assert seen == [torch.Size([2, 64, 8, 8])]
+
+
+def test_a_misspelt_name_gets_a_suggestion() -> None:
+    with pytest.raises(UserError, match=r"timm has no network named 'resnet81'; did you mean .*resnet"):
+        timm_backbone("resnet81")
+
+
+def test_the_small_stem_is_refused_where_it_does_not_fit() -> None:
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 has no ResNet stem .* set small_stem to false"):
+        timm_backbone("vit_tiny_patch16_224", small_stem=True)
+    with pytest.raises(UserError, match="small_stem=true replaces the first convolution"):
+        timm_backbone("resnet18", small_stem=True, pretrained=True)
+
+
+@pytest.mark.parametrize("size", [8, 28, 5])
+def test_small_conv_net_maps_any_resolution_to_its_features(size: int) -> None:
+    network = SmallConvNet(in_chans=2, width=6, stages=3)
+    assert network.num_features == 24
+    assert network(torch.randn(3, 2, size, size)).shape == (3, 24)
+
+
+def test_small_conv_net_refuses_zero_stages() -> None:
+    with pytest.raises(UserError, match="SmallConvNet: in_chans=1, width=32 and stages=0 must each be at least 1"):
+        SmallConvNet(stages=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # instantiate_classes: the name that all of 4.40+ has
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        ({"class_path": "lightspan.backbones.vision.timm_backbone", "init_args": {"name": "resnet10t"}}, "ResNet"),
+        ({"class_path": "lightspan.backbones.vision.SmallConvNet", "init_args": {"width": 4}}, "SmallConvNet"),
+    ],
+)
+def test_yaml_names_a_backbone_by_class_path(spec: dict, kind: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--backbone", type=nn.Module)
+    built = parser.instantiate_classes(parser.parse_object({"backbone": spec}))
+    assert type(built.backbone).__name__ == kind

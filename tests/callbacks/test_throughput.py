@@ -1,0 +1,65 @@
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightspan.callbacks.throughput import Throughput, batch_counts
+from lightspan.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("batch", "counts"),
+    [
+        ({"tokens": torch.zeros(3, 9, dtype=torch.int64)}, (3, 24)),
+        ({"image": torch.zeros(5, 1, 2, 2), "label": torch.zeros(5)}, (5, 0)),
+        ({"views": [torch.zeros(7, 3), torch.zeros(7, 3)], "label": torch.zeros(7)}, (7, 0)),
+        ((torch.tensor(1.0), torch.zeros(2, 3)), (2, 0)),
+        (torch.zeros(4), (4, 0)),
+        ({"name": "x"}, (0, 0)),
+    ],
+)
+def test_samples_and_tokens_of_a_batch(batch, counts):
+    assert batch_counts(batch) == counts
+
+
+class Rates(Callback):
+    """What stands in the metrics after each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float | None] = []
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        rate = trainer.callback_metrics.get("throughput/samples_per_s")
+        self.seen.append(None if rate is None else rate.item())
+
+
+def test_rates_are_over_windows_and_leave_validation_out(make_trainer, net, batches, slow):
+    """Batches of 4 samples take 1 s; validations take 7 s."""
+    rates = Rates()
+    trainer = make_trainer(max_steps=6, callbacks=[slow, Throughput(2), rates], val_check_interval=1)
+    trainer.fit(net(), batches(10), batches(1))
+    assert rates.seen == [None, *[4.0] * 5]
+    assert trainer.callback_metrics["memory/rss_mib"] > 20
+    assert "throughput/tokens_per_s" not in trainer.callback_metrics
+
+
+def test_a_window_shows_how_fast_it_was(make_trainer, net, batches, clock):
+    """The seconds of a batch are its number, from 1."""
+
+    class Slower(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            clock.advance(batch_idx + 1)
+
+    rates = Rates()
+    make_trainer(max_steps=4, callbacks=[Slower(), Throughput(2), rates]).fit(net(), batches(10))
+    assert rates.seen == [None, *map(pytest.approx, [8 / 3, 8 / 3, 8 / 7])]
+
+
+def test_micro_batches_count_in_full(make_trainer, net, batches, slow):
+    rates = Rates()
+    make_trainer(max_steps=2, callbacks=[slow, Throughput(1), rates], accumulate_grad_batches=3).fit(net(), batches(6))
+    assert rates.seen == [None, None, *[4.0] * 4]
+
+
+def test_a_window_has_at_least_one_step():
+    with pytest.raises(UserError, match="every_n_steps=0: a window has at least 1 optimiser step"):
+        Throughput(0)

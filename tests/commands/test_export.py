@@ -1,0 +1,223 @@
+"""`lightspan export`: what is written is what was trained, read back by the format's own loader, or nothing is."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightspan.commands import export as command
+from lightspan.commands import huggingface
+from lightspan.config.build import build, load_resolved
+from lightspan.errors import UserError
+
+CONFIG: dict[str, Any] = {
+    "about": {"title": "t", "paper": "none", "family": "language"},
+    "trainer": {"max_steps": 1, "accelerator": "cpu", "logger": {}, "enable_checkpointing": False},
+    "model": {
+        "class_path": "lightspan.methods.language.causal_lm.CausalLM",
+        "init_args": {
+            "backbone": {
+                "class_path": "lightspan.backbones.language.llama",
+                "init_args": {"width": 32, "depth": 1, "heads": 2, "mlp_width": 64, "context": 16},
+            },
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+        },
+    },
+    "data": {"class_path": "lightspan.datamodules.text.ByteText", "init_args": {"batch_size": 4, "context": 16}},
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run folder with a checkpoint whose weights no other seed would give."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "resolved.yaml").write_text(json.dumps(CONFIG))
+    (folder / "provenance.json").write_text(json.dumps({"recipe": "language/tiny"}))
+    model = build(load_resolved(folder)).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    torch.save({"state_dict": model.state_dict(), "global_step": 1}, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+def saved(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def run_export(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_safetensors_hold_every_tensor_of_the_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    assert run_export(run_dir, "--to", "safetensors") == 0
+    path = run_dir / "export" / "safetensors" / "model.safetensors"
+    loaded, expected = load_file(path), saved(run_dir)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    with safe_open(path, "pt") as file:
+        assert {"recipe": "language/tiny", "format": "pt"}.items() <= file.metadata().items()
+    assert "largest tensor difference 0" in capsys.readouterr().out
+
+
+def test_tensors_that_share_memory_are_stored_once(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    assert command._to_safetensors(tied, tmp_path, "r") == 0  # type: ignore[arg-type]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert len(file.keys()) == 1
+
+
+def test_a_tensor_that_is_not_a_number_still_reads_back_equal(tmp_path: Path) -> None:
+    broken = nn.Linear(2, 1, bias=False)
+    broken.weight.data[0, 0] = float("nan")
+    assert command._to_safetensors(broken, tmp_path, "r") == 0  # type: ignore[arg-type]
+
+
+def test_huggingface_loads_without_lightspan_and_says_the_same(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert run_export(run_dir / "checkpoints" / "last.ckpt", "--to", "huggingface") == 0
+    loaded = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "huggingface", local_files_only=True)
+    expected = {name.removeprefix("backbone."): tensor for name, tensor in saved(run_dir).items()}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    ours = build(load_resolved(run_dir)).model
+    ours.load_state_dict(saved(run_dir))
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=tokens).logits, ours.backbone.eval()(input_ids=tokens).logits)
+    assert "largest output difference 0" in capsys.readouterr().out
+    record = json.loads((run_dir / "export" / "huggingface" / "export.json").read_text())
+    assert (record["recipe"], record["largest_difference"]) == ("language/tiny", 0)
+
+
+def test_the_comparison_sees_a_changed_weight(tmp_path: Path) -> None:
+    from lightspan.backbones.language import llama
+
+    model = llama(width=32, depth=1, heads=2, mlp_width=64, context=16)
+    model.save_pretrained(tmp_path)
+    assert huggingface.largest_output_difference(model, tmp_path) == 0
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] += 0.5
+    assert huggingface.largest_output_difference(model, tmp_path) > 1e-3
+
+
+def test_encoders_are_compared_by_their_hidden_states(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8)
+    config.patch_size = 4
+    model = ViTModel(config)
+    model.save_pretrained(tmp_path)
+    assert huggingface.largest_output_difference(model, tmp_path) == 0
+
+
+def test_an_export_that_differs_is_not_written(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface, "largest_output_difference", lambda backbone, folder: 2e-6)
+    assert run_export(run_dir, "--to", "huggingface") == 1
+    assert list((run_dir / "export").iterdir()) == []
+    assert "that is more than 1e-06: nothing was written" in capsys.readouterr().out
+
+
+def test_an_export_that_dies_half_way_leaves_the_earlier_one(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_export(run_dir, "--to", "huggingface")
+    out = run_dir / "export" / "huggingface"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def die(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface, "largest_output_difference", die)
+    with pytest.raises(KeyboardInterrupt):
+        run_export(run_dir, "--to", "huggingface", "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in out.parent.iterdir()] == ["huggingface"]
+
+
+def test_an_earlier_export_is_replaced_only_on_demand(run_dir: Path) -> None:
+    run_export(run_dir, "--to", "safetensors")
+    with pytest.raises(UserError, match="holds an earlier export; add --overwrite to replace it"):
+        run_export(run_dir, "--to", "safetensors")
+    assert run_export(run_dir, "--to", "safetensors", "--overwrite") == 0
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(run_dir: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"--out '.*/mine' exists and is no earlier export"):
+        run_export(run_dir, "--to", "safetensors", "--out", mine, "--overwrite")
+    assert (mine / "thesis.tex").read_text() == "x"
+
+
+def test_a_checkpoint_elsewhere_needs_its_run_folder_or_recipe(run_dir: Path, tmp_path: Path) -> None:
+    away = tmp_path / "away" / "model.ckpt"
+    away.parent.mkdir()
+    (run_dir / "checkpoints" / "last.ckpt").rename(away)
+    with pytest.raises(UserError, match=r"has no resolved.yaml, so the model of model.ckpt is not known; .* --run"):
+        run_export(away, "--to", "safetensors")
+    assert run_export(away, "--to", "safetensors", "--run", run_dir, "--out", tmp_path / "out") == 0
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(CONFIG))
+    assert run_export(away, "--to", "safetensors", "--recipe", recipe, "--out", tmp_path / "out2") == 0
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint '.*/checkpoints/last.ckpt' does not exist"):
+        run_export(tmp_path, "--to", "safetensors")
+
+
+def test_a_truncated_checkpoint_is_named(run_dir: Path) -> None:
+    path = run_dir / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"last.ckpt cannot be read .*; it is damaged or cut off"):
+        run_export(run_dir, "--to", "safetensors")
+    assert not (run_dir / "export").exists()
+
+
+def test_a_checkpoint_with_foreign_objects_is_not_opened(run_dir: Path) -> None:
+    torch.save({"state_dict": {}, "object": argparse.Namespace(a=1)}, run_dir / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="it is not opened, since unpickling foreign objects runs their code"):
+        run_export(run_dir, "--to", "safetensors")
+
+
+def test_a_checkpoint_of_another_model_is_named_with_what_differs(run_dir: Path) -> None:
+    state = saved(run_dir)
+    state["backbone.extra"] = torch.zeros(1)
+    state["backbone.lm_head.weight"] = torch.zeros(7, 32)
+    torch.save({"state_dict": state}, run_dir / "checkpoints" / "last.ckpt")
+    unknown, wrong = "backbone.extra is unknown to the model", r"backbone.lm_head.weight is \[7, 32\], not \[256, 32\]"
+    message = f"another model than CausalLM of this run: {unknown}; {wrong}; name the run folder"
+    with pytest.raises(UserError, match=message):
+        run_export(run_dir, "--to", "safetensors")
+
+
+def test_a_file_without_weights_is_no_checkpoint(run_dir: Path) -> None:
+    torch.save([1, 2], run_dir / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="has no 'state_dict', so it is no checkpoint"):
+        run_export(run_dir, "--to", "safetensors")
+
+
+def test_huggingface_needs_a_transformers_backbone() -> None:
+    module = nn.Module()
+    with pytest.raises(UserError, match="Module is none: it has no attribute `backbone`; use --to safetensors"):
+        huggingface.require_pretrained(module)
+    module.backbone = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="its backbone is a Linear; use --to safetensors"):
+        huggingface.require_pretrained(module)

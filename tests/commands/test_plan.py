@@ -1,0 +1,235 @@
+"""`lightspan plan`: what it says of a recipe is what the recipe's own step, optimiser and callbacks do."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightspan.analysis.memory import state_bytes
+from lightspan.commands import plan as command
+from lightspan.commands.plan import measured_peak, shares, verdict
+from lightspan.commands.planned_step import Plan, available_memory, make_plan
+from lightspan.commands.step_memory import StepMemory
+from lightspan.errors import UserError
+
+GIB = 2**30
+
+
+class Regression(LightningModule):
+    def __init__(self, optimizer: Any = torch.optim.AdamW) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.make_optimizer = optimizer
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        steps = int(self.trainer.estimated_stepping_batches)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)]
+
+
+class Numbers(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.randn(24, 16), torch.randn(24, 4)), batch_size=8)
+
+
+def trainer(tmp_path: Path, **options: Any) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{"max_epochs": 1, "accelerator": "cpu", "default_root_dir": tmp_path, **quiet, **options})
+
+
+def planned(
+    tmp_path: Path, module: LightningModule, limit: int | None = GIB, real: bool = False, **options: Any
+) -> Plan:
+    return make_plan(trainer(tmp_path, **options), module, Numbers(), limit, real)
+
+
+def test_the_plan_is_what_training_then_holds(tmp_path: Path) -> None:
+    module = Regression()
+    plan = planned(tmp_path, module)
+    run = trainer(tmp_path)
+    run.fit(module, datamodule=Numbers())
+    assert plan.step.optimizer_state == state_bytes(run.optimizers[0])
+    assert plan.step.weights == sum(p.numel() * p.element_size() for p in module.parameters())
+    assert plan.step.activations == 4 * 8 * (32 + 4)
+    assert plan.notes == []
+
+
+def test_planning_changes_no_weight_and_writes_nothing(tmp_path: Path) -> None:
+    module = Regression()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    planned(tmp_path, module)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_callback_that_exchanges_the_optimizer_is_planned_with(tmp_path: Path) -> None:
+    class Plain(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), momentum=0.9)]
+
+    plan = planned(tmp_path, Regression(), callbacks=[Plain()])
+    assert plan.step.optimizer_state == plan.step.gradients
+
+
+def test_an_optimizer_that_reads_numbers_is_planned_by_an_idle_step(tmp_path: Path) -> None:
+    module = Regression(torch.optim.Adafactor)
+    plan = planned(tmp_path, module)
+    run = trainer(tmp_path)
+    run.fit(module, datamodule=Numbers())
+    assert plan.step.optimizer_state == state_bytes(run.optimizers[0]) > 0
+    assert plan.largest_rows is not None
+    assert len(plan.notes) == 1
+    assert "optimiser state counted by a real step on zero gradients" in plan.notes[0]
+
+
+def test_a_model_that_reads_numbers_is_planned_by_a_real_step(tmp_path: Path) -> None:
+    class Reading(Regression):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * 2 if loss.item() > 0 else loss
+
+    plan = planned(tmp_path, Reading())
+    assert plan.step.activations >= 4 * 8 * (32 + 4)
+    assert plan.step.optimizer_state == planned(tmp_path, Regression()).step.optimizer_state
+    assert plan.largest_rows is not None
+    assert plan.largest_rows > 8
+    assert "counted by a real step, since a fake one stopped (DataDependentOutputException" in plan.notes[0]
+    assert plan.notes[1] == "the largest micro-batch lies on a line through real steps of 4 and 8 samples"
+
+
+def test_a_real_step_on_demand_counts_the_same(tmp_path: Path) -> None:
+    real = planned(tmp_path, Regression(), real=True)
+    assert real.step == planned(tmp_path, Regression()).step
+    assert real.notes[0] == "counted by a real step"
+
+
+def test_half_precision_weights_take_half(tmp_path: Path) -> None:
+    single, half = (planned(tmp_path, Regression(), precision=precision).step for precision in ("32-true", "bf16-true"))
+    assert half.weights * 2 == single.weights
+    assert half.gradients * 2 == single.gradients
+
+
+def test_the_largest_batch_uses_the_memory_given(tmp_path: Path) -> None:
+    plan = planned(tmp_path, Regression())
+    small = planned(tmp_path, Regression(), limit=plan.total + 10 * 2**20)
+    assert plan.largest_rows is not None
+    assert small.largest_rows is not None
+    assert 8 < small.largest_rows < plan.largest_rows
+    assert planned(tmp_path, Regression(), limit=1).largest_rows == 0
+
+
+def test_manual_optimization_is_refused(tmp_path: Path) -> None:
+    module = Regression()
+    module.automatic_optimization = False
+    with pytest.raises(UserError, match=r"Regression optimises by hand .* measure it by a short run"):
+        planned(tmp_path, module)
+
+
+def test_a_step_without_a_loss_is_refused(tmp_path: Path) -> None:
+    class Skipping(Regression):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            return None
+
+    with pytest.raises(UserError, match=r"Skipping.training_step gave no loss for the first batch"):
+        planned(tmp_path, Skipping())
+
+
+def plan_of(activations: int, state: int) -> Plan:
+    step = StepMemory(8, weights=100, batch=1, activations=activations, gradients=100, optimizer_state=state, peak=500)
+    return Plan(step, buckets=0, process=0, memory=GIB, memory_source="--memory", largest_rows=9, notes=[])
+
+
+def test_the_verdict_says_what_rules() -> None:
+    mib = 2**20
+    assert "Activations rule, not optimiser state (9.0 against 2.0 MiB)" in verdict(plan_of(9 * mib, 2 * mib))
+    assert "saves at most 2.0 MiB" in verdict(plan_of(9 * mib, 2 * mib))
+    assert "Optimiser state outweighs activations (9.0 against 2.0 MiB)" in verdict(plan_of(2 * mib, 9 * mib))
+
+
+def test_shares_add_up() -> None:
+    rows = shares(plan_of(300, 200))
+    assert sum(size for _, size, _ in rows) == 100 + 100 + 200 + 300 + 1
+    assert sum(share for *_, share in rows) == pytest.approx(1)
+
+
+def test_memory_of_this_machine_is_a_sane_number() -> None:
+    size, source = available_memory(torch.device("cpu"))
+    assert 2**28 < size < 2**50
+    assert "this" in source
+
+
+@pytest.mark.parametrize(
+    ("summary", "found"),
+    [
+        ({"peak_rss_mib": 900.0, "peak_device_mib": 70.0}, ("peak_device_mib", 70.0)),
+        ({"peak_rss_mib": 900.0}, ("peak_rss_mib", 900.0)),
+        ({}, None),
+    ],
+)
+def test_the_measured_peak_is_the_devices_where_there_was_one(tmp_path: Path, summary: Any, found: Any) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert measured_peak(tmp_path) == found
+
+
+RECIPE = """
+about: {title: t, paper: none, family: language, modality: text, needs: n, expected: e, time: 1 s, evidence: none}
+trainer: {max_steps: 4, accelerator: cpu, logger: {}, enable_checkpointing: false}
+model:
+  class_path: lightspan.methods.language.causal_lm.CausalLM
+  init_args:
+    backbone:
+      class_path: lightspan.backbones.language.llama
+      init_args: {width: 32, depth: 1, heads: 2, mlp_width: 64, context: 16}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
+data:
+  class_path: lightspan.datamodules.text.ByteText
+  init_args: {batch_size: 4}
+"""
+
+
+def run_plan(*arguments: object, flags: tuple[str, ...] = ()) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args([str(argument) for argument in arguments])
+    args.flags = list(flags)
+    return command.run(args)
+
+
+def test_the_command_prints_the_plan_and_sets_it_against_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE)
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"peak_rss_mib": 1000.0}))
+    assert run_plan(recipe, "--run", folder, "--memory", 2, flags=("data.init_args.context=16",)) == 0
+    printed = capsys.readouterr().out
+    for text in ("One optimiser step of", "optimiser state", "activations, 4 samples", "2.0 GiB (--memory)"):
+        assert text in printed
+    assert "The finished run recorded peak_rss_mib 1,000.0; the plan is" in printed
+    written = json.loads((folder / "plan.json").read_text())
+    assert written["measured_peak_rss_mib"] == 1000.0
+    assert written["step"]["optimizer_state"] > 2 * written["step"]["gradients"] > 0
+    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "summary.json"]
+
+
+def test_memory_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--memory 0 must be more than 0 GiB"):
+        run_plan(tmp_path / "any.yaml", "--memory", 0)

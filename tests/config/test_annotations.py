@@ -1,0 +1,99 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+from lightspan.config.annotations import bound_arguments, describe, fits, takes_only_plain
+from lightspan.config.source import Source
+
+MODULE = """
+from collections.abc import Callable
+from typing import Literal, Optional, Union
+import torch
+Mode = Literal["min", "max"]
+Size = Union[int, list[int]]
+Schedule = Callable[[object, int], object]
+ScheduleCallable = Callable[[object, int], object]
+class Net: ...
+"""
+SOURCE = Source("m", Path("m.py"), ast.parse(MODULE), False, False)
+
+
+def annotation(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "bad"),
+    [
+        ("int", [0, -3], [1.5, True, "3", None, [1]]),
+        ("float", [0.5, 3], [True, "1e-3", None]),
+        ("bool", [True], [0, 1, "true", None]),
+        ("str", ["", "x"], [3, None, True]),
+        ("int | None", [3, None], ["x", 2.0]),
+        ("Optional[float]", [None, 1], ["x"]),
+        ("Union[int, str]", [1, "a"], [1.5, None]),
+        ("Mode", ["min", "max"], ["avg", 1, None]),
+        ("Literal[1, '2']", [1, "2"], [2, "1", True]),
+        ("Size", [3, [1, 2]], ["3", [1.5], None]),
+        ("list[float]", [[], [1, 2.5]], [3, ["a"], [1, None]]),
+        ("tuple[float, float]", [[0.9, 0.95]], [0.9, "x"]),
+        ("dict[str, int]", [{}], [[], 3]),
+        ("'int | None'", [3, None], ["x"]),
+        ("Path", ["a/b"], [3]),
+    ],
+)
+def test_values_fit_or_do_not(text, good, bad):
+    assert [fits(value, annotation(text), SOURCE) for value in good] == [True] * len(good)
+    assert [fits(value, annotation(text), SOURCE) for value in bad] == [False] * len(bad)
+
+
+@pytest.mark.parametrize("text", ["Net", "torch.dtype", "Any", "Schedule", "Unknown", "int | Net", "list[Net]"])
+def test_what_source_cannot_decide_is_neither(text):
+    value = ["x"] if text.startswith("list") else "x"
+    assert fits(value, annotation(text), SOURCE) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("str", True),
+        ("str | None", True),
+        ("Mode", True),
+        ("list[str]", True),
+        ("dict[str, int]", True),
+        ("Path", True),
+        ("str | Net", False),
+        ("Net", False),
+        ("Schedule", False),
+        ("Any", False),
+        ("dict", False),
+        ("list[Net]", False),
+    ],
+)
+def test_a_text_is_safe_only_where_nothing_else_could_be_made_of_it(text, plain):
+    assert takes_only_plain(annotation(text), SOURCE) is plain
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("OptimizerCallable", 1),
+        ("ScheduleCallable | None", 2),
+        ("Callable[[int, int, int], Net]", 3),
+        ("Callable[..., Net]", -1),
+        ("UnreadableCallable", -1),
+        ("Optional[OptimizerCallable]", 1),
+        ("Net", 0),
+        ("Net | None", 0),
+    ],
+)
+def test_callers_supply_as_many_arguments_as_the_annotation_says(text, count):
+    assert bound_arguments(annotation(text), SOURCE) == count
+
+
+def test_a_type_is_described_in_words():
+    assert describe(annotation("int | None"), SOURCE) == "a whole number or null"
+    assert describe(annotation("Mode"), SOURCE) == "one of 'min', 'max'"
+    assert describe(annotation("list[float]"), SOURCE) == "a list of a number"
+    assert describe(annotation("Net"), SOURCE) == "Net"

@@ -1,0 +1,155 @@
+"""resolve and build against a package of a user's own, in tests/tiny_project."""
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightspan.config.build import build, load_resolved, resolve, with_layer
+from lightspan.config.tree import dump
+from lightspan.errors import UserError
+
+RECIPE = str(Path(__file__).parents[1] / "tiny_project" / "tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _project(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(RECIPE).parent))
+
+
+def tiny(*flags: str):
+    return resolve(RECIPE, [], flags, ["tiny_lab"])
+
+
+def test_the_configuration_becomes_typed_objects(tmp_path):
+    built = build(tiny("trainer.max_steps=5", "data.init_args.batch_size=4"), tmp_path)
+    assert type(built.model).__name__ == "Tiny"
+    assert built.model.layer.out_features == 3
+    assert built.datamodule.batch_size == 4
+    assert built.trainer.max_steps == 5
+    assert built.model.configure_optimizers().defaults["lr"] == 1e-3
+
+
+def test_the_run_folder_is_filled_in_and_nothing_is_written_by_building(tmp_path):
+    built = build(tiny(), tmp_path / "run")
+    assert built.trainer.default_root_dir == str(tmp_path / "run")
+    assert built.trainer.checkpoint_callback.dirpath == str(tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run").exists()
+
+
+def test_named_callbacks_become_a_list_and_random_state_is_the_first(tmp_path):
+    names = [type(callback).__name__ for callback in build(tiny(), tmp_path).trainer.callbacks]
+    assert names[0] == "RandomState"
+    assert "ProgressLine" in names
+    assert "ThroughputX" not in names
+
+
+def test_a_callback_set_to_null_is_not_built(tmp_path):
+    built = build(tiny("trainer.callbacks.throughput=null"), tmp_path)
+    assert "Throughput" not in [type(callback).__name__ for callback in built.trainer.callbacks]
+
+
+def test_without_loggers_there_is_no_logger_at_all(tmp_path):
+    assert (
+        build(tiny("trainer.logger={jsonl: null}", "trainer.callbacks.learning_rate=null"), tmp_path).trainer.loggers
+        == []
+    )
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    first, second = build(tiny(), tmp_path).model, build(tiny(), tmp_path).model
+    other = build(tiny("seed_everything=1"), tmp_path).model
+    assert (first.layer.weight == second.layer.weight).all()
+    assert not (first.layer.weight == other.layer.weight).all()
+
+
+def test_building_says_nothing(tmp_path, capsys, caplog):
+    with caplog.at_level(logging.INFO):
+        build(tiny(), tmp_path)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "")
+    assert "litlogger" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["model.init_args.width=0"], "tiny_lab.parts.Tiny: width=0 must be at least 1"),
+        (["model.init_args.layer=5"], "command line model.init_args.layer: Not a valid subclass of Module"),
+        (
+            ["model.init_args.layer={class_path: lightning.pytorch.callbacks.Timer}"],
+            "model.init_args.layer: Import path lightning.pytorch.callbacks.Timer does not correspond to a subclass of",
+        ),
+        (["data.class_path=torch.nn.ReLU"], "data: Import path torch.nn.ReLU does not correspond to a subclass of"),
+        (["trainer.accelerator=gpuu"], "the Trainer refuses its settings: You selected an invalid accelerator name"),
+        (["trainer.max_time=3 hours"], "the Trainer refuses its settings: `Timer(duration='3 hours')`"),
+        (["trainer.devices=-5"], "the Trainer refuses its settings"),
+        (["trainer.callbacks.throughput.init_args.every_n_steps=0"], "every_n_steps=0: a window has at least 1"),
+    ],
+)
+def test_what_only_the_builder_can_know_is_one_readable_line(tmp_path, flags, message):
+    resolved = tiny(*flags)
+    with pytest.raises(UserError) as error:
+        build(resolved, tmp_path)
+    assert message in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_the_builder_itself_refuses_what_slipped_past_the_check(tmp_path, monkeypatch):
+    (tmp_path / "slipped_module.py").write_text("open('sprung', 'w').close()\nclass Model: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    unchecked = replace(tiny(), config={**tiny().config, "model": {"class_path": "slipped_module.Model"}})
+    with pytest.raises(UserError, match=r"model: .*slipped_module"):
+        build(unchecked, tmp_path / "run")
+    assert "slipped_module" not in sys.modules
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_caller_of_resolve_learns_where_every_value_came_from():
+    resolved = tiny("trainer.max_steps=5")
+    assert resolved.sources["trainer.max_steps"] == "command line"
+    assert resolved.sources["model.init_args.width"].endswith("tiny.yaml:12")
+    assert resolved.about["title"] == "One linear layer"
+    assert resolved.name == "tiny"
+
+
+def test_flags_stand_above_overlays_and_overlays_above_the_recipe(tmp_path):
+    for name, steps in (("a", 11), ("b", 12)):
+        (tmp_path / f"{name}.yaml").write_text(f"trainer: {{max_steps: {steps}, max_epochs: {steps}}}\n")
+    overlays = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
+    config = resolve(RECIPE, overlays, ["trainer.max_steps=13"], ["tiny_lab"]).config
+    assert (config["trainer"]["max_steps"], config["trainer"]["max_epochs"]) == (13, 12)
+    assert resolve(RECIPE, overlays[::-1], [], ["tiny_lab"]).config["trainer"]["max_steps"] == 11
+
+
+def test_a_resolved_file_reads_back_to_the_same_configuration(tmp_path):
+    resolved = tiny()
+    (tmp_path / "resolved.yaml").write_text(dump(resolved.document()))
+    again = load_resolved(tmp_path, ["tiny_lab"])
+    assert again.config == resolved.config
+    assert again.about == resolved.about
+    assert yaml.safe_load((tmp_path / "resolved.yaml").read_text()) == resolved.document()
+
+
+def test_a_resolved_file_is_not_trusted(tmp_path):
+    (tmp_path / "resolved.yaml").write_text(dump(tiny().document()))
+    with pytest.raises(UserError, match=r"tiny_lab\.parts\.Tiny is outside the allowed modules"):
+        load_resolved(tmp_path)
+    with pytest.raises(UserError, match=r"is no run folder: it has no resolved\.yaml"):
+        load_resolved(tmp_path / "elsewhere")
+
+
+def test_a_later_layer_is_checked_like_any_other():
+    with pytest.raises(UserError, match=r"command line trainer\.max_stepz: unknown; did you mean max_steps"):
+        with_layer(tiny(), {"trainer": {"max_stepz": 3}})
+    assert with_layer(tiny(), {"trainer": {"max_steps": 3}}).config["trainer"]["max_steps"] == 3
+
+
+def test_a_name_that_is_no_module_cannot_be_allowed():
+    with pytest.raises(UserError, match="--allow-module 'a/b': not a module name"):
+        resolve(RECIPE, [], [], ["a/b"])

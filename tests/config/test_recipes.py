@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+
+from lightspan.config import recipes
+from lightspan.config.merge import merge_layers
+from lightspan.config.resolve import resolve
+from lightspan.config.tree import plain
+from lightspan.errors import UserError
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def merged(path: Path) -> dict:
+    return plain(merge_layers(recipes.load(str(path)).layers)[0])
+
+
+def test_the_catalogue_is_not_empty_and_every_recipe_says_what_it_is():
+    names = recipes.catalogue_names()
+    assert "language/quickstart" in names
+    for name in names:
+        about = recipes.load(name).about
+        assert list(about) == list(recipes.ABOUT_KEYS), name
+        assert about["family"] == name.split("/")[0], name
+
+
+@pytest.mark.parametrize("name", recipes.catalogue_names())
+def test_every_recipe_of_the_catalogue_passes_the_check(name):
+    assert resolve(name).config["model"]["class_path"].startswith("lightspan.")
+
+
+def test_bases_lie_below_in_the_order_given(tmp_path):
+    write(tmp_path, a="x: 1\ny: 1\nz: 1\n", b="y: 2\nz: 2\n", c="base: [a.yaml, b.yaml]\nz: 3\n")
+    assert merged(tmp_path / "c.yaml") == {"x": 1, "y": 2, "z": 3}
+
+
+def test_bases_of_bases_and_names_of_the_catalogue(tmp_path):
+    write(tmp_path, a="base: defaults\nx: 1\n", b="base: ./a.yaml\n")
+    result = merged(tmp_path / "b.yaml")
+    assert result["x"] == 1
+    assert "checkpoint" in result["trainer"]["callbacks"]
+
+
+def test_the_description_of_a_base_is_not_inherited(tmp_path):
+    write(tmp_path, a="base: language/quickstart\n")
+    assert recipes.load(str(tmp_path / "a.yaml")).about == {}
+
+
+def test_a_circle_of_bases_is_shown(tmp_path):
+    write(tmp_path, a="base: b.yaml\n", b="base: c.yaml\n", c="base: b.yaml\n")
+    with pytest.raises(UserError, match=r"goes in a circle: .*b\.yaml -> .*c\.yaml -> .*b\.yaml"):
+        recipes.load(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("language/quickstrat", "unknown recipe 'language/quickstrat': did you mean language/quickstart"),
+        ("quickstart", "did you mean language/quickstart or"),
+        ("zzzzzzzz", "`lightspan recipes` lists all; a file name ends in .yaml"),
+        ("gone.yaml", "recipe file gone.yaml does not exist"),
+        ("../cli", "unknown recipe '../cli'"),
+    ],
+)
+def test_unknown_recipes_get_the_nearest_name(name, message):
+    with pytest.raises(UserError) as error:
+        recipes.find(name)
+    assert message in str(error.value)
+
+
+def test_a_missing_base_is_placed(tmp_path):
+    write(tmp_path, a="x: 1\nbase: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"a\.yaml:2 base: recipe file .*nowhere\.yaml does not exist"):
+        recipes.load(str(tmp_path / "a.yaml"))
+
+
+def test_files_below_the_current_folder_are_called_by_their_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipes.label(tmp_path / "a.yaml") == "a.yaml"
+    assert recipes.label(Path("/elsewhere/a.yaml")) == "/elsewhere/a.yaml"

@@ -1,0 +1,170 @@
+"""Views: ranges, sizes, and that each setting does what it says and nothing else."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightspan.datamodules.views import Plain, TwoViews, Views, seeded
+from lightspan.errors import UserError
+
+# Nothing random at all: each test switches on one thing.
+STILL = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0}
+
+
+@pytest.fixture
+def picture() -> Tensor:
+    return torch.rand(3, 12, 10, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_seeded_block_is_a_function_of_its_seed_and_leaves_the_generator_as_it_was() -> None:
+    before = torch.get_rng_state()
+    with seeded(5):
+        first = torch.rand(3)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(1)
+    with seeded(5):
+        assert torch.equal(first, torch.rand(3))
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError), seeded(6):
+        raise RuntimeError
+    assert torch.equal(before, torch.get_rng_state())
+    with seeded(2**63 - 1):
+        assert not torch.equal(first, torch.rand(3))
+
+
+def test_plain_repeats_the_image() -> None:
+    image = torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8)
+    views = Plain(3)(image)
+    assert len(views) == 3
+    assert all(torch.allclose(view, torch.tensor([[[0.0, 1.0], [0.2, 0.4]]])) for view in views)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(4, 30),
+    width=st.integers(4, 30),
+    seed=st.integers(0, 2**40),
+    whole=st.booleans(),
+)
+def test_views_keep_size_and_range_for_any_image(
+    channels: int, height: int, width: int, seed: int, whole: bool
+) -> None:
+    views = TwoViews(
+        scale=(0.05, 1.0), degrees=45, saturation=0.8, hue=0.5, grey=0.5, blur=0.5, blur_sigma=(0.1, 9.0), jitter=1.0
+    )
+    with seeded(seed):
+        image = torch.rand(channels, height, width)
+        image = (image * 255).to(torch.uint8) if whole else image
+        before = image.clone()
+        made = views(image)
+    assert [(view.shape, view.dtype) for view in made] == [((channels, height, width), torch.float32)] * 2
+    assert all(0 <= view.min() <= view.max() <= 1 for view in made)
+    assert torch.equal(image, before)
+
+
+def test_with_everything_switched_off_the_image_comes_back(picture: Tensor) -> None:
+    for view in TwoViews(**STILL)(picture):
+        assert torch.allclose(view, picture, atol=1e-6)
+
+
+def test_the_two_views_are_drawn_independently(picture: Tensor) -> None:
+    with seeded(0):
+        first, second = TwoViews()(picture)
+    assert not torch.equal(first, second)
+
+
+def test_a_mirror_turns_left_and_right(picture: Tensor) -> None:
+    for view in TwoViews(**STILL | {"flip": 1.0})(picture):
+        assert torch.allclose(view, picture.flip(2), atol=1e-6)
+
+
+def test_a_crop_keeps_the_share_of_the_area_it_is_given() -> None:
+    """A ramp tells where the crop was taken: its slope falls by the side of the crop."""
+    ramp = torch.linspace(0, 1, 40).expand(1, 40, 40).clone()
+    views = TwoViews(**STILL | {"scale": (0.25, 0.25)})
+    with seeded(1):
+        spans = torch.stack([view.max() - view.min() for _ in range(20) for view in views(ramp)])
+    assert torch.allclose(spans, torch.tensor(19 / 39), atol=0.02)
+
+
+def test_crops_reach_every_corner() -> None:
+    image = torch.zeros(1, 8, 8)
+    image[0, 0, 0] = image[0, 0, 7] = image[0, 7, 0] = image[0, 7, 7] = 1
+    views = TwoViews(**STILL | {"scale": (0.25, 0.25)})
+    with seeded(2):
+        made = torch.stack([view for _ in range(300) for view in views(image)])
+    corners = [made[:, 0, 0, 0], made[:, 0, 0, 7], made[:, 0, 7, 0], made[:, 0, 7, 7]]
+    assert all((corner > 0.5).any() for corner in corners)
+
+
+def test_a_turn_keeps_the_middle_and_lets_black_in_at_the_corners() -> None:
+    with seeded(3):
+        made = [view for _ in range(10) for view in TwoViews(**STILL | {"degrees": 45.0})(torch.ones(1, 21, 21))]
+    assert all(view[0, 10, 10] == pytest.approx(1) for view in made)
+    assert min(view[0, 0, 0] for view in made) < 0.01
+    assert len({float(view.mean()) for view in made}) > 10
+
+
+def test_brightness_scales_and_contrast_pulls_towards_the_mean() -> None:
+    image = torch.tensor([0.2, 0.4]).repeat(1, 4, 2)
+    with seeded(4):
+        for view in TwoViews(**STILL | {"jitter": 1.0, "brightness": 0.5, "contrast": 0.0})(image):
+            assert torch.allclose(view / image, (view / image)[0, 0, 0])
+            assert 0.5 <= (view / image)[0, 0, 0] <= 1.5
+        for view in TwoViews(**STILL | {"jitter": 1.0, "brightness": 0.0, "contrast": 0.5})(image):
+            assert view.mean() == pytest.approx(0.3, abs=1e-6)
+            assert 0.05 <= view.max() - view.mean() <= 0.15
+
+
+def test_colour_settings_act_on_colour_and_leave_grey_images_alone(picture: Tensor) -> None:
+    colour = STILL | {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.9, "hue": 0.5, "grey": 1.0}
+    with seeded(5):
+        for view in TwoViews(**colour)(picture):
+            assert torch.allclose(view[0], view[1])
+            assert torch.allclose(view[0], view[2])
+        for view in TwoViews(**colour)(picture[:1]):
+            assert torch.allclose(view, picture[:1], atol=1e-6)
+
+
+def test_blur_lowers_the_spread_and_keeps_a_flat_image(picture: Tensor) -> None:
+    views = TwoViews(**STILL | {"blur": 1.0, "blur_sigma": (2.0, 2.0)})
+    assert all(view.std() < picture.std() / 2 for view in views(picture))
+    flat = torch.full((1, 8, 8), 0.5)
+    assert all(torch.allclose(view, flat) for view in views(flat))
+
+
+def test_one_setting_does_not_shift_the_draws_of_another(picture: Tensor) -> None:
+    with seeded(6):
+        plain = TwoViews(jitter=0.0, flip=0.0)(picture)
+    with seeded(6):
+        mirrored = TwoViews(jitter=0.0, flip=1.0)(picture)
+    assert all(torch.equal(a, b.flip(2)) for a, b in zip(plain, mirrored, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": (0.0, 1.0)}, r"scale=\[0.0, 1.0\] must be two numbers with 0 < least <= most <= 1"),
+        ({"scale": (0.5, 1.5)}, r"scale=\[0.5, 1.5\] must be"),
+        ({"ratio": (2.0, 1.0)}, r"ratio=\[2.0, 1.0\] must be two numbers with 0 < least <= most$"),
+        ({"flip": 1.5}, r"TwoViews flip=1.5 is outside \[0, 1\]"),
+        ({"hue": 0.6}, r"TwoViews hue=0.6 is outside \[0, 0.5\]"),
+        ({"degrees": -1.0}, r"TwoViews degrees=-1.0 is outside \[0, 180\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TwoViews(**arguments)
+
+
+def test_no_view_is_too_few() -> None:
+    with pytest.raises(UserError, match="count=0 views is too few"):
+        Plain(0)
+
+
+def test_views_is_abstract() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Views()  # type: ignore[abstract]

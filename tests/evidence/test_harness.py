@@ -1,0 +1,129 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EVIDENCE = Path(__file__).resolve().parents[2] / "evidence"
+
+TOY = '''"""A toy system: what the harness records."""
+
+
+def test_measures(evidence):
+    evidence.figure("accuracy", 0.5, seed=0, unit="%")
+    evidence.figure("accuracy", 0.7, seed=1, unit="%")
+    assert evidence.claim("gain", {0: 1.0, 1: 2.0}, at_least=1.5, unit="points")
+    assert not evidence.claim("cost", 2.0, at_most=1.6)
+    assert not evidence.claim("loss", {0: float("nan"), 1: 1.0}, at_most=9.0)
+    evidence.note("Chosen on seed 100.")
+    evidence.figure("after the claim that failed", 3)
+
+
+def test_stands_by_itself(evidence):
+    evidence.claim("exact", 0.0, at_most=0.0)
+'''
+
+BROKEN = '''"""Stops in the middle."""
+
+
+def test_measures(evidence):
+    evidence.figure("accuracy", 0.5, seed=0)
+    raise RuntimeError("power cut")
+'''
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that holds the harness and two toy systems."""
+    root = tmp_path_factory.mktemp("house")
+    (root / "evidence").mkdir()
+    for name in ("conftest.py", "recorder.py", "build_docs.py"):
+        shutil.copy(EVIDENCE / name, root / "evidence" / name)
+    (root / "evidence" / "test_77_toy.py").write_text(TOY)
+    (root / "evidence" / "test_broken.py").write_text(BROKEN)
+    (root / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
+    return root
+
+
+def run(house: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "evidence", *args]
+    return subprocess.run(command, cwd=house, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def toy(house: Path) -> tuple[subprocess.CompletedProcess[str], dict]:
+    done = run(house, "--system", "77")
+    return done, json.loads((house / "evidence" / "results" / "77_toy.json").read_text())
+
+
+def test_a_claim_that_does_not_hold_fails_its_test_alone_and_names_the_figures(toy: tuple) -> None:
+    done, _ = toy
+    assert done.returncode == 1
+    assert "1 failed, 1 passed" in done.stdout
+    assert "cost: 2.0 , wanted at_most 1.6" in done.stdout
+    assert "loss: None , wanted at_most 9.0, per seed {'0': None, '1': 1.0}" in done.stdout
+    assert "gain" not in done.stdout.split("recorded, and not held:")[1].split("=====")[0]
+
+
+def test_every_figure_is_recorded_also_those_that_fall_short(toy: tuple) -> None:
+    _, record = toy
+    assert record["title"] == "A toy system: what the harness records."
+    assert record["command"] == "make evidence SYSTEM=77"
+    assert record["complete"]
+    assert [(c["name"], c["value"], c["held"]) for c in record["claims"]] == [
+        ("gain", 1.5, True),
+        ("cost", 2.0, False),
+        ("loss", None, False),
+        ("exact", 0.0, True),
+    ]
+    assert record["claims"][0]["per_seed"] == {"0": 1.0, "1": 2.0}
+    assert [(f["value"], f["seed"]) for f in record["figures"]] == [(0.5, 0), (0.7, 1), (3.0, None)]
+
+
+def test_the_record_says_what_was_measured_on_what(toy: tuple) -> None:
+    _, record = toy
+    assert record["versions"]["torch"]
+    assert record["versions"]["lightspan"]
+    for key in ("date", "python", "cpu", "cores"):
+        assert record[key], key
+    assert {"commit", "uncommitted_changes", "threads"} <= record.keys()
+
+
+def test_a_system_picks_its_file_alone_and_an_unknown_one_is_refused(house: Path, toy: tuple) -> None:
+    assert not (house / "evidence" / "results" / "broken.json").exists()
+    done = run(house, "--system", "7")
+    assert done.returncode == 4
+    assert "--system 7 matches no file test_7*.py in evidence/; there are: 77_toy, broken" in done.stderr + done.stdout
+
+
+def test_a_run_that_stops_in_the_middle_leaves_its_figures_marked_incomplete(house: Path, toy: tuple) -> None:
+    done = run(house, "--system", "broken")
+    assert "power cut" in done.stdout
+    record = json.loads((house / "evidence" / "results" / "broken.json").read_text())
+    assert not record["complete"]
+    assert record["figures"][0]["value"] == 0.5
+    page = (house / "docs" / "evidence.md").read_text()
+    assert "stopped before its end" in page.split("## broken")[1].split("##")[0]
+
+
+def test_the_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:
+    page = (house / "docs" / "evidence.md").read_text()
+    assert "| gain | 0: 1, 1: 2 | 1.5 points | >= 1.5 | yes |" in page
+    assert "| cost |  | 2 | <= 1.6 | **no** |" in page
+    assert "| loss | 0: not finite, 1: 1 | not finite | <= 9 | **no** |" in page
+    assert "| accuracy | 0: 0.5, 1: 0.7 | 0.6 % |" in page
+    assert "- Chosen on seed 100." in page
+    assert "`make evidence SYSTEM=77`" in page
+
+
+def test_a_claim_without_a_margin_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EVIDENCE)
+    from recorder import Recorder
+
+    recorder = Recorder("toy", "", tmp_path / "toy.json")
+    with pytest.raises(ValueError, match="claim 'gain' needs exactly one of at_least= and at_most="):
+        recorder.claim("gain", 1.0)
+    with pytest.raises(ValueError, match="claim 'gain' has no figures"):
+        recorder.claim("gain", {}, at_least=0.0)

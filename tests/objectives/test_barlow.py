@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.objectives.barlow import barlow_twins_loss, cross_correlation, mixed_regulariser, standardise
+
+
+def double(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def test_loss_of_a_case_worked_by_hand() -> None:
+    # Columns (1, -1) have unbiased standard deviation sqrt(2), so Z = (1, -1) / sqrt(2) and every |C_ij| = 1/2.
+    a = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    za, zb = standardise(a), standardise(b)
+    torch.testing.assert_close(cross_correlation(za, zb), torch.tensor([[0.5, -0.5], [0.5, -0.5]], dtype=torch.float64))
+    expected = (0.5 - 1) ** 2 + (-0.5 - 1) ** 2 + 0.1 * (0.5**2 + 0.5**2)
+    torch.testing.assert_close(barlow_twins_loss(za, zb, 0.1), scalar(expected), rtol=1e-11, atol=0)
+
+
+@given(rows=st.integers(6, 30), width=st.integers(1, 9), weight=st.floats(0, 2), seed=st.integers(0, 99))
+def test_loss_equals_the_one_from_numpys_correlation_coefficients(
+    rows: int, width: int, weight: float, seed: int
+) -> None:
+    a, b = 3 * double(rows, width, seed=seed) + 1, double(rows, width, seed=seed + 1000) - 2
+    # Unbiased deviations with a division by B leave Pearson's coefficient times (B - 1) / B.
+    c = np.corrcoef(a.numpy().T, b.numpy().T)[:width, width:] * (rows - 1) / rows
+    expected = sum((c[i, j] - 1) ** 2 if i == j else weight * c[i, j] ** 2 for i in range(width) for j in range(width))
+    loss = barlow_twins_loss(standardise(a), standardise(b), weight)
+    assert loss.item() == pytest.approx(expected, rel=1e-8, abs=1e-10)
+
+
+def test_loss_is_unchanged_when_the_samples_of_both_views_are_permuted_together() -> None:
+    a, b, p = double(20, 6), double(20, 6, seed=1), torch.randperm(20)
+    before = barlow_twins_loss(standardise(a), standardise(b), 0.3)
+    torch.testing.assert_close(barlow_twins_loss(standardise(a[p]), standardise(b[p]), 0.3), before, rtol=1e-12, atol=0)
+    assert not torch.allclose(barlow_twins_loss(standardise(a[p]), standardise(b), 0.3), before, rtol=1e-3)
+
+
+def test_loss_is_unchanged_when_the_views_swap_and_when_features_are_shifted_and_scaled() -> None:
+    a, b = double(20, 6), double(20, 6, seed=1)
+    before = barlow_twins_loss(standardise(a), standardise(b), 0.3)
+    torch.testing.assert_close(barlow_twins_loss(standardise(b), standardise(a), 0.3), before, rtol=1e-12, atol=0)
+    shifted = a * torch.linspace(0.5, 4, 6, dtype=torch.float64) + 7
+    torch.testing.assert_close(barlow_twins_loss(standardise(shifted), standardise(b), 0.3), before, rtol=1e-10, atol=0)
+
+
+def regulariser_by_the_formula(zm: Tensor, z1: Tensor, z2: Tensor, a: float, p: Tensor) -> float:
+    """The README's formula term by term, in numpy."""
+    rows = len(z1)
+    m, x, y, xp = zm.numpy(), z1.numpy(), z2.numpy(), z2[p].numpy()
+    target_1 = a * x.T @ x / rows + (1 - a) * xp.T @ x / rows
+    target_2 = a * x.T @ y / rows + (1 - a) * xp.T @ y / rows
+    return ((m.T @ x / rows - target_1) ** 2).sum() + ((m.T @ y / rows - target_2) ** 2).sum()
+
+
+@given(mix=st.floats(0, 1), seed=st.integers(0, 99))
+def test_regulariser_equals_the_formula_of_the_authors_readme(mix: float, seed: int) -> None:
+    zm, z1, z2 = (standardise(double(12, 5, seed=seed + k)) for k in range(3))
+    p = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    value = mixed_regulariser(zm, z1, z2, scalar(mix), p).item()
+    assert value == pytest.approx(regulariser_by_the_formula(zm, z1, z2, mix, p), rel=1e-10, abs=1e-14)
+
+
+@pytest.mark.parametrize("mix", [0.0, 1.0])
+def test_regulariser_vanishes_where_the_mixture_is_one_of_the_views(mix: float) -> None:
+    torch.manual_seed(0)
+    encode = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)).double()
+    x1, x2, p = double(32, 6), double(32, 6, seed=1), torch.randperm(32)
+    z1, z2, zm = (standardise(encode(x)) for x in (x1, x2, mix * x1 + (1 - mix) * x2[p]))
+    assert mixed_regulariser(zm, z1, z2, scalar(mix), p).item() < 1e-10
+    halfway = standardise(encode(0.5 * x1 + 0.5 * x2[p]))
+    assert mixed_regulariser(halfway, z1, z2, scalar(0.5), p).item() > 1e-2
+
+
+@given(mix=st.floats(0, 1))
+def test_regulariser_vanishes_for_a_linear_encoder_without_standardisation(mix: float) -> None:
+    x1, x2, weight, p = double(32, 6), double(32, 6, seed=1), double(6, 8, seed=2), torch.randperm(32)
+    zm = (mix * x1 + (1 - mix) * x2[p]) @ weight
+    assert mixed_regulariser(zm, x1 @ weight, x2 @ weight, scalar(mix), p).item() < 1e-20
+
+
+def test_gradients_pass_gradcheck_and_flow_through_the_targets() -> None:
+    e1, e2, em = (double(6, 3, seed=k).requires_grad_() for k in range(3))
+    p = torch.tensor([3, 0, 1, 5, 2, 4])
+
+    def barlow(a: Tensor, b: Tensor) -> Tensor:
+        return barlow_twins_loss(standardise(a), standardise(b), 0.2)
+
+    def mixed(m: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return mixed_regulariser(standardise(m), standardise(a), standardise(b), scalar(0.4), p)
+
+    assert torch.autograd.gradcheck(barlow, (e1, e2))
+    # Finite differences move the targets too, so a stop-gradient on them would fail here.
+    assert torch.autograd.gradcheck(mixed, (em, e1, e2))
+
+
+def test_a_dead_feature_gives_finite_loss_and_gradients() -> None:
+    x = double(8, 3).float()
+    x[:, 1] = 0.1
+    x.requires_grad_()
+    z = standardise(x)
+    barlow_twins_loss(z, z, 0.2).backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert z[:, 1].abs().max() < 0.1
+
+
+def test_autocast_does_not_narrow_the_correlations() -> None:
+    x1, x2 = double(16, 5).float(), double(16, 5, seed=1).float()
+    expected = cross_correlation(standardise(x1), standardise(x2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cross_correlation(standardise(x1), standardise(x2)), expected)
+    half = cross_correlation(standardise(x1.bfloat16()), standardise(x2.bfloat16()))
+    assert half.dtype == torch.float32
+
+
+def test_one_row_cannot_be_standardised() -> None:
+    with pytest.raises(UserError, match=r"batch of 1: standardising needs at least 2 rows; raise .*batch_size"):
+        standardise(torch.zeros(1, 4))

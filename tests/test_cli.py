@@ -1,0 +1,232 @@
+"""The command line: what the verbs print, that the quick ones stay quick, and a whole run from fit to resume."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightspan
+from lightspan.cli import VERBS, main
+
+PROJECT = Path(__file__).parent / "tiny_project"
+TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
+
+
+@pytest.fixture(autouse=True)
+def _project(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(PROJECT))
+    monkeypatch.setenv("LIGHTSPAN_RUN", "")  # restored afterwards: a run sets it for its other ranks
+    monkeypatch.chdir(tmp_path)
+
+
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recipes"],
+        ["show", "language/quickstart"],
+        ["show", "language/quickstart", "--resolved"],
+        ["show", "language/quickstart", "--why", "trainer.max_steps"],
+        ["copy", "language/quickstart", "mine.yaml"],
+        ["check", "language/quickstart"],
+        ["check", "language/quickstart", "trainer.max_stepz=1"],
+        *([verb.name, "--help"] for verb in VERBS),
+        ["--help"],
+    ],
+    ids=" ".join,
+)
+def test_these_never_import_torch_and_answer_in_half_a_second(arguments):
+    code = (
+        "import sys, time; from lightspan.cli import main\n"
+        f"status = main({arguments!r})\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        # CPU time of the whole process, start included: wall time on an idle machine, and steady on a busy one.
+        "assert time.process_time() < 0.5, time.process_time()\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (2 if "trainer.max_stepz=1" in arguments else 0), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_recipes_lists_the_catalogue_one_line_each(capsys):
+    assert main(["recipes"]) == 0
+    header, *rows = lines(capsys)
+    assert header.split("\t") == ["name", "family", "modality", "paper", "evidence"]
+    assert any(row.startswith("language/quickstart\tlanguage\ttext\t") for row in rows)
+    assert main(["recipes", "--family", "language"]) == 0
+    assert all("\tlanguage\t" in row for row in lines(capsys)[1:])
+
+
+def test_show_prints_the_description_and_the_file(capsys):
+    assert main(["show", "language/quickstart"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("language/quickstart\n  title      Byte-level Llama")
+    assert "class_path: lightspan.methods.language.causal_lm.CausalLM" in text
+
+
+def test_show_resolved_prints_yaml_that_is_itself_a_recipe(capsys):
+    assert main(["show", *TINY, "--resolved", "trainer.max_steps=5"]) == 0
+    Path("again.yaml").write_text(capsys.readouterr().out)
+    assert main(["check", "again.yaml", "--allow-module", "tiny_lab"]) == 0
+    assert "max_steps: 5" in Path("again.yaml").read_text()
+
+
+def test_show_why_tells_the_history_of_one_key(capsys):
+    Path("over.yaml").write_text("\ntrainer: {max_steps: 99}\n")
+    assert main(["show", *TINY, "-c", "over.yaml", "--why", "trainer.max_steps", "--trainer.max_steps", "7"]) == 0
+    assert [line.split()[0] + " " + line.split()[-1] for line in lines(capsys)] == ["set 7", "before 99", "before 8"]
+    assert main(["show", *TINY, "--why", "trainer.max_stepz"]) == 2
+    assert "sets 'trainer.max_stepz'; did you mean trainer.max_steps?" in capsys.readouterr().err
+
+
+def test_copy_writes_a_file_that_passes_the_check_and_never_replaces_one(capsys):
+    assert main(["copy", "language/quickstart", "sub/mine.yaml"]) == 0
+    assert main(["check", "sub/mine.yaml"]) == 0
+    assert main(["copy", "language/quickstart", "sub/mine.yaml"]) == 2
+    assert "sub/mine.yaml exists; remove it or choose another name" in capsys.readouterr().err
+
+
+def test_notes_go_to_stderr_so_that_printed_yaml_stays_yaml(capsys):
+    assert main(["show", *TINY, "--resolved", "model.init_args.optimizer.class_path=torch.optim.SGD"]) == 0
+    captured = capsys.readouterr()
+    assert "torch.optim.AdamW -> torch.optim.SGD; its settings were dropped: lr" in captured.err
+    assert "note" not in captured.out
+
+
+def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
+    assert main(["fit", "--run", "r", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "tiny -> " in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("step ")] == ["4", "8"]
+    assert "next: lightspan report" in out
+    assert "litlogger" not in out
+    assert "Epoch" not in out  # the bar is for terminals
+
+    run = Path("r")
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics if "val/loss" in entry] == [3, 7]
+    assert "val/loss" in (run / "csv" / "metrics.csv").read_text().splitlines()[0]
+    assert json.loads((run / "summary.json").read_text())["finished"] is True
+    record = json.loads((run / "provenance.json").read_text())
+    assert record["recipe"] == "tiny"
+    assert record["lightspan"] == lightspan.__version__
+    assert record["allow_modules"] == ["tiny_lab"]
+    assert {"torch", "lightning"} <= set(record["packages"])
+    assert record["argv"][:2] == ["lightspan", "fit"]
+
+    # A longer run is the same experiment, another width is not; never would lose the run.
+    assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=12"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 11
+    assert json.loads((run / "provenance.json").read_text())["earlier"][0]["recipe"] == "tiny"
+    assert main(["fit", "--run", "r", *TINY, "data.init_args.batch_size=4"]) == 2
+    assert "data.init_args.batch_size: not set -> 4" in capsys.readouterr().err
+    assert main(["fit", "--run", "r", *TINY, "--resume", "never"]) == 2
+    assert "already holds a run; give another --run DIR" in capsys.readouterr().err
+
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    assert main(["validate", *TINY, "--ckpt", checkpoint, "--run", "v"]) == 0
+    assert json.loads(Path("v/validate.json").read_text())["val/loss"] == pytest.approx(
+        metrics[-1]["val/loss"], abs=0.1
+    )
+    assert main(["test", *TINY, "--ckpt", checkpoint, "--run", "t"]) == 0
+    assert main(["predict", *TINY, "--ckpt", checkpoint, "--run", "p"]) == 0
+    import torch
+
+    assert torch.load("p/predictions.pt", weights_only=True)[0].shape == (8, 3)
+
+
+def test_resuming_gives_the_bits_of_a_straight_run():
+    import torch
+
+    sizes = ["trainer.max_epochs=2", "trainer.max_steps=-1"]  # 8 steps an epoch
+    assert main(["fit", "--run", "straight", *TINY, *sizes]) == 0
+    assert main(["fit", "--run", "halves", *TINY, "trainer.max_epochs=1", "trainer.max_steps=-1"]) == 0
+    assert main(["fit", "--run", "halves", *TINY, *sizes]) == 0
+    straight, halves = (
+        torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("straight", "halves")
+    )
+    assert all(torch.equal(straight[name], halves[name]) for name in straight)
+
+
+def test_a_fresh_default_folder_is_named_by_recipe_and_time_and_never_resumes(capsys):
+    assert main(["fit", *TINY, "trainer.max_steps=1"]) == 0
+    assert main(["fit", *TINY, "trainer.max_steps=1"]) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert len(list(Path("runs/tiny").iterdir())) == 2
+
+
+def test_a_dry_run_builds_and_writes_nothing(capsys):
+    assert main(["fit", *TINY, "--dry-run", "--run", "r"]) == 0
+    assert lines(capsys)[-1] == "tiny: builds; Tiny with 15 parameters. Nothing was written."
+    assert list(Path().iterdir()) == []
+
+
+def test_an_allowed_module_is_found_in_the_current_folder(tmp_path):
+    shutil.copytree(PROJECT, tmp_path / "mine")
+    command = [sys.executable, "-m", "lightspan.cli", "check", "tiny.yaml", "--allow-module", "tiny_lab"]
+    done = subprocess.run([*command, "model.init_args.widht=3"], cwd=tmp_path / "mine", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "model.init_args.widht: unknown; did you mean width?" in done.stderr
+
+
+def test_wandb_is_offline_without_a_key_and_takes_none_from_the_configuration(monkeypatch):
+    from lightspan.commands.run import _wandb_layer
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert _wandb_layer()["trainer"]["logger"]["wandb"]["init_args"]["offline"] is True
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert _wandb_layer()["trainer"]["logger"]["wandb"]["init_args"]["offline"] is False
+    assert "k" * 40 not in json.dumps(_wandb_layer())
+
+
+def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["fit", *TINY]) == 2
+    assert "give --run DIR so that all of them share one folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "unknown verb 'fitt'; did you mean fit? there are: recipes, show,"),
+        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` shows what it takes"),
+        (["check", "language/quickstart", "--trainer.max_steps"], "--trainer.max_steps has no value"),
+        (["recipes", "--family", "langage"], "no recipe has the family 'langage'; did you mean language?"),
+        (["validate", *TINY, "--ckpt", "gone.ckpt"], "--ckpt gone.ckpt: no such file"),
+        (["fit", *TINY, "--resume", "gone.ckpt"], "--resume gone.ckpt: no such file; give auto, never or the path"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightspan: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["check", "nowhere.yaml", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_version_and_the_module_form():
+    done = subprocess.run([sys.executable, "-m", "lightspan", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"lightspan {lightspan.__version__}\n"
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m lightspan show language/quickstart --resolved | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

