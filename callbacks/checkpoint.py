@@ -140,7 +140,17 @@ class Checkpoint(ModelCheckpoint):
             return
         super().on_train_epoch_end(trainer, pl_module)
         ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if ends and self._kept_step != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
+        if ends or (self._every_n_epochs and self._should_save_on_train_epoch_end(trainer)):
+            self._keep_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self._every_n_epochs and not self._should_save_on_train_epoch_end(trainer):
+            self._keep_last(trainer)
+
+    def _keep_last(self, trainer: Trainer) -> None:
+        # Lightning writes last.ckpt only where it also ranked a file, so not when the metric did not improve.
+        if self._kept_step != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:

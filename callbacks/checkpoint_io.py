@@ -32,7 +32,7 @@ class WholeFileCheckpointIO(CheckpointIO):
                 f"storage_options={storage_options!r}: checkpoints go to local files, which have none; omit it"
             )
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            writer = _KeepsOSError(file)
+            writer: Any = _KeepsOSError(file)
             try:
                 torch.save(checkpoint, writer)
             except RuntimeError as error:
@@ -77,7 +77,8 @@ class _KeepsOSError:
     """A file for torch.save that remembers why a write failed."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:

@@ -57,7 +57,7 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         file = self.experiment
-        line = {"step": int(step or 0), "time_s": round(time.monotonic() - self._started_s, 3)}
+        line: dict[str, Any] = {"step": int(step or 0), "time_s": round(time.monotonic() - self._started_s, 3)}
         line |= {name: plain_number(value) for name, value in metrics.items()}
         with explained_os_errors(self._path):
             file.write(json.dumps(line, allow_nan=False) + "\n")

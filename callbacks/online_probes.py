@@ -102,7 +102,7 @@ class OnlineProbes(Callback):
             }
             if self.linear:
                 metrics["probe/linear_accuracy"] = linear_probe_accuracy(*sides, l2=self.linear_l2)
-        self.log_dict(metrics, batch_size=1, sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(metrics, batch_size=1, sync_dist=trainer.world_size > 1)
 
 
 @contextmanager

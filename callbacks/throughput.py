@@ -49,7 +49,7 @@ class Throughput(Callback):
             metrics["throughput/tokens_per_s"] = self._tokens / seconds
         if on_cuda:
             metrics["memory/device_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
-        self.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+        pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
         self._restart(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

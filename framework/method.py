@@ -40,6 +40,9 @@ class Method(LightningModule):
             f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
         )
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs nothing: a method without a loss worth validating is watched by probes. Others log `val/...` here."""
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.groups.build(self))
         print_report(optimizer)

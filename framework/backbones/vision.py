@@ -58,7 +58,7 @@ class SmallConvNet(nn.Module):
         super().__init__()
         if min(in_chans, width, stages) < 1:
             raise UserError(
-                f"SmallConvNet: in_chans={in_chans}, width={width}, stages={stages} -- each must be at least 1"
+                f"SmallConvNet: in_chans={in_chans}, width={width} and stages={stages} must each be at least 1"
             )
         layers: list[nn.Module] = []
         for stage in range(stages):
