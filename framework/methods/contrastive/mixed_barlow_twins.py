@@ -1,0 +1,95 @@
+"""Mixed Barlow Twins: redundancy reduction that does not decay in long training, for one forward pass more.
+
+Source: Bandara, De Melo, Patel, "Guarding Barlow Twins Against Overfitting with Mixed Samples", 2023, arXiv 2312.02151.
+The two terms of the loss are in `lightspan.objectives.barlow`; here they are put together:
+L = L_BT + lam_reg * lam * L_reg, on x_m = a x1 + (1 - a) x2[p] with a ~ Beta(alpha, alpha), one a and one p per step.
+As in the authors' code each rank draws its own a and p for its own rows. Statistics and correlations, which that code
+takes per rank, run over all ranks; with sync_batchnorm N ranks therefore give the gradient of one.
+Shapes: B batch of this rank, C H W image, D embedding width.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
+from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.schedules import ScheduleCallable
+
+
+class MixedBarlowTwins(Method):
+    """Two views of an image must agree feature by feature, and a mixture of images must embed as their mixture.
+
+    Args:
+        backbone: [B C H W] -> [B num_features]; what probes read.
+        projector: [B num_features] -> [B D]. Wide (D of 512 and more) is where the mixed term is needed.
+        lam: weight of the off-diagonal correlations, >= 0.
+        lam_reg: weight of the mixed term relative to `lam`, >= 0; at 0 this is Barlow Twins and the third forward pass
+            is left out.
+        alpha: of the Beta distribution of a, > 0; 1 is uniform.
+        normalize: scale each embedding to length 1 before it is standardised, as the authors' code does on small images
+            and neither paper mentions.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: ScheduleCallable | None = None,
+        groups: ParameterGroups | None = None,
+        lam: float = 1 / 128,
+        lam_reg: float = 4.0,
+        alpha: float = 1.0,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, groups)
+        if lam < 0 or lam_reg < 0 or alpha <= 0:
+            raise UserError(f"lam={lam} and lam_reg={lam_reg} must be at least 0, and alpha={alpha} above 0")
+        width, expected = getattr(backbone, "num_features", None), getattr(projector, "in_features", None)
+        if width is not None and expected is not None and width != expected:
+            raise UserError(
+                f"projector.in_features={expected}, but {type(backbone).__name__} gives {width} features; "
+                f"set projector.init_args.in_features to {width}"
+            )
+        self.backbone, self.projector = backbone, projector
+        self.lam, self.lam_reg, self.alpha, self.normalize = lam, lam_reg, alpha, normalize
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def embed(self, image_BCHW: Tensor) -> Tensor:
+        """Embedding before it is standardised, [B D]."""
+        e_BD = self.projector(self.backbone(image_BCHW))
+        return F.normalize(e_BD, dim=1) if self.normalize else e_BD
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x1_BCHW, x2_BCHW = batch["views"]
+        e1_BD, e2_BD = self.embed(x1_BCHW), self.embed(x2_BCHW)
+        z1_BD, z2_BD = standardise(e1_BD), standardise(e2_BD)
+        barlow = barlow_twins_loss(z1_BD, z2_BD, self.lam)
+        regulariser = self.regulariser(x1_BCHW, x2_BCHW, z1_BD, z2_BD) if self.lam_reg > 0 else torch.zeros_like(barlow)
+        loss = barlow + self.lam_reg * self.lam * regulariser
+        # 1 when unit-length embeddings fill the sphere evenly, 0 when all images share one.
+        spread = F.normalize(e1_BD.detach(), dim=1).std(dim=0, correction=0).mean() * e1_BD.shape[1] ** 0.5
+        self.log_dict(
+            {
+                "train/loss": loss,
+                "train/barlow": barlow,
+                "train/mix_regulariser": regulariser,
+                "train/embedding_spread": spread,
+            }
+        )
+        return loss
+
+    def regulariser(self, x1_BCHW: Tensor, x2_BCHW: Tensor, z1_BD: Tensor, z2_BD: Tensor) -> Tensor:
+        """L_reg of one mixture, drawn from torch's CPU generator on every device: a resumed run then draws the same."""
+        mix = torch.distributions.Beta(self.alpha, self.alpha).sample().to(x1_BCHW)
+        permutation_B = torch.randperm(len(x1_BCHW)).to(x1_BCHW.device)
+        zm_BD = standardise(self.embed(mix * x1_BCHW + (1 - mix) * x2_BCHW[permutation_B]))
+        return mixed_regulariser(zm_BD, z1_BD, z2_BD, mix, permutation_B)
