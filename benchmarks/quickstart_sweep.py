@@ -27,7 +27,7 @@ def online_loss(name: str, rates: Point) -> float:
     """Trains one point and returns the mean training loss of its last fifth, in nats per byte."""
     from lightning.pytorch import Callback
 
-    from lightspan.config.build import build, resolve
+    from lightspan.config.build import build, resolve, with_layer
 
     class Losses(Callback):
         values: list[float] = []  # noqa: RUF012 - one run a process
@@ -36,12 +36,10 @@ def online_loss(name: str, rates: Point) -> float:
             self.values.append(outputs["loss"].item())
 
     flags = [f"{key}={rate!r}" for key, rate in zip(RATE_KEYS, rates, strict=True)]
-    quiet = [
-        f"trainer.callbacks.{key}=null" for key in ("throughput", "learning_rate", "progress", "summary", "checkpoint")
-    ]
-    quiet += [f"trainer.logger.{key}=null" for key in ("jsonl", "csv", "tensorboard")]
-    settings = [f"seed_everything={SEED}", f"data.init_args.seed={SEED}", "trainer.limit_val_batches=0"]
-    built = build(resolve(RECIPES[name], flags=[*flags, *quiet, *settings, "trainer.enable_checkpointing=false"]))
+    flags += [f"seed_everything={SEED}", f"data.init_args.seed={SEED}", "trainer.limit_val_batches=0"]
+    resolved = resolve(RECIPES[name], flags=[*flags, "trainer.enable_checkpointing=false"])
+    bare = {kind: dict.fromkeys(resolved.config["trainer"][kind]) for kind in ("callbacks", "logger")}
+    built = build(with_layer(resolved, {"trainer": bare}))
     losses = Losses()
     losses.values = []
     built.trainer.callbacks.append(losses)
