@@ -18,7 +18,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart test check format evidence lock docker-test clean
+.PHONY: help quickstart readme test check format evidence lock docker-test clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,7 +29,10 @@ quickstart: $(BASE) ## train one small language model twice, AdamW against low r
 	rm -rf $(QUICKSTART)
 	$(BIN)/lightspan fit language/quickstart_adamw --run $(QUICKSTART)/adamw
 	$(BIN)/lightspan fit language/quickstart --run $(QUICKSTART)/lowrank
-	$(BIN)/lightspan report $(QUICKSTART)/adamw $(QUICKSTART)/lowrank --out $(QUICKSTART)/report.html
+	$(BIN)/lightspan report $(QUICKSTART)/adamw $(QUICKSTART)/lowrank --title "Quickstart: AdamW and low rank" --out $(QUICKSTART)/report.html --png $(QUICKSTART)/curves.png
+
+readme: quickstart ## run the quickstart and put its figures and its picture into the README
+	$(BIN)/python tools/readme_figures.py
 
 test: $(DEV) ## run the tests; ARGS="-k resume -x" goes to pytest
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(ARGS)

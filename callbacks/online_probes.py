@@ -4,18 +4,17 @@ Shapes: N bank rows, M validation rows, D features.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.analysis.spectra import effective_rank, singular_values
+from lightspan.callbacks.detached import detached
 from lightspan.errors import UserError
 
 
@@ -77,7 +76,7 @@ class OnlineProbes(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One batch before the first step, so that what cannot work fails now and not an epoch later.
-        with _detached(pl_module):
+        with detached(pl_module):
             next(iter(_encoded(trainer, pl_module, trainer.datamodule.bank_dataloader())))  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +91,7 @@ class OnlineProbes(Callback):
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        with _detached(pl_module):
+        with detached(pl_module):
             bank_ND, bank_labels_N = _features(trainer, pl_module, datamodule.bank_dataloader)
             val_MD, val_labels_M = _features(trainer, pl_module, datamodule.val_dataloader)
             sides = (bank_ND, bank_labels_N, val_MD, val_labels_M)
@@ -103,19 +102,6 @@ class OnlineProbes(Callback):
             if self.linear:
                 metrics["probe/linear_accuracy"] = linear_probe_accuracy(*sides, l2=self.linear_l2)
         pl_module.log_dict(metrics, batch_size=1, sync_dist=trainer.world_size > 1)
-
-
-@contextmanager
-def _detached(module: LightningModule) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the mode of every submodule and all random states as before outside."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        with torch.no_grad(), isolate_rng():
-            module.eval()
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _encoded(

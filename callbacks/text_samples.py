@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
+from lightspan.callbacks.detached import detached
 from lightspan.errors import UserError
 
 
@@ -50,17 +50,14 @@ class TextSamples(Callback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    @torch.no_grad()
     def write(self, module: LightningModule) -> str:
         """The prompt and its continuation; bytes that are no text come out as replacement characters."""
         generator = torch.Generator().manual_seed(self.seed)
         tokens_1T = torch.tensor([list(self.prompt.encode())], device=module.device)
-        training = module.training
-        module.eval()
-        for _ in range(self.length):
-            logits_V: Tensor = module.backbone(input_ids=tokens_1T[:, -self.context :]).logits[0, -1]  # type: ignore[operator, union-attr]
-            probabilities_V = (logits_V.float().cpu() / self.temperature).softmax(dim=-1)
-            token = torch.multinomial(probabilities_V, 1, generator=generator).to(module.device)
-            tokens_1T = torch.cat([tokens_1T, token[None]], dim=1)
-        module.train(training)
+        with detached(module):
+            for _ in range(self.length):
+                output = module.backbone(input_ids=tokens_1T[:, -self.context :])  # type: ignore[operator]
+                probabilities_V = (output.logits[0, -1].float().cpu() / self.temperature).softmax(dim=-1)
+                token = torch.multinomial(probabilities_V, 1, generator=generator).to(module.device)
+                tokens_1T = torch.cat([tokens_1T, token[None]], dim=1)
         return bytes(tokens_1T[0].tolist()).decode("utf-8", "replace")

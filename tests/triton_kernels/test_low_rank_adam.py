@@ -77,14 +77,15 @@ signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 aligned = [n for n in kernel.arg_names if n.endswith("_ptr")]
 attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
 for capability in (80, 90):
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(kernel.arg_names.index("BLOCK"),): BLOCK},
-    attrs=attrs) compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    block = {(kernel.arg_names.index("BLOCK"),): BLOCK}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=block, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "k.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True,
-        check=True).stdout
+        command = [tools / "cuobjdump", "-res-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     stack = [int(n) for n in re.findall(r"STACK:(\\d+)", usage)]
     assert stack and max(stack) == 0, usage
     print("sm", capability, "ok")
