@@ -18,6 +18,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OVERLAY",
         help="a .yaml file or a scale/NAME laid over the recipe; repeat it, later wins",
     )
+    add_allow_module_argument(parser)
+    parser.set_defaults(flags=[])
+    parser.epilog = (
+        "Flags: key.path=value, --key.path=value or --key.path value, anywhere on the line and always above recipe and "
+        "overlays. Example: trainer.max_steps=200 model.init_args.optimizer.init_args.lr=1e-3"
+    )
+
+
+def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
+    """--allow-module PACKAGE, any number of times, as `args.allow_modules`."""
     parser.add_argument(
         "--allow-module",
         dest="allow_modules",
@@ -25,9 +35,4 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PACKAGE",
         help="a package of your own that the configuration may name; it is recorded with the run",
-    )
-    parser.set_defaults(flags=[])
-    parser.epilog = (
-        "Flags: key.path=value, --key.path=value or --key.path value, anywhere on the line and always above recipe and "
-        "overlays. Example: trainer.max_steps=200 model.init_args.optimizer.init_args.lr=1e-3"
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightspan.commands.arguments import add_allow_module_argument
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,14 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder, if the checkpoint stands elsewhere")
     parser.add_argument("--recipe", metavar="RECIPE", help="recipe to build the model from where no run folder is left")
-    parser.add_argument(
-        "--allow-module",
-        dest="allow_modules",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="a package of your own that the configuration may name",
-    )
+    add_allow_module_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
