@@ -157,9 +157,7 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
         # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), its teardown done.
         if not built.trainer.interrupted:
             raise
-        print(
-            f"\nlightspan: stopped by Ctrl-C at step {built.trainer.global_step}; {_way_on(run_dir)}", file=sys.stderr
-        )
+        print(f"\nlightspan: stopped at step {built.trainer.global_step}; {_way_on(run_dir)}", file=sys.stderr)
         return INTERRUPTED, None
     except MisconfigurationException as error:
         raise UserError(f"the Trainer refuses this run: {error}") from error
