@@ -13,10 +13,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.ranks import evaluation_loader, train_loader
+from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.views import Views, seeded
 from lightspan.errors import UserError
 
@@ -124,7 +123,7 @@ class ImageData(LightningDataModule, ABC):
         mean, std = channel_moments(training.images.reshape(len(kept), *self.image_shape))
         self.train = ImageSamples(training, mean, std, self.views)
         self.bank, self.val, self.test = (ImageSamples(data, mean, std) for data in (training, validation, test))
-        rank_zero_info(
+        say(
             f"images: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
             f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))}"
         )

@@ -3,9 +3,16 @@
 from collections.abc import Sequence
 
 from lightning import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightspan.datamodules.loader import Dataset, EvaluationLoader, ExactLoader, split_batch
 from lightspan.errors import UserError
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Prints one line on the first rank: what was found, before training starts."""
+    print(line, flush=True)
 
 
 def data_rank(trainer: Trainer | None) -> tuple[int, int]:

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.ranks import evaluation_loader, train_loader
+from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
 from lightspan.errors import UserError
 
 SEPARATOR = b"\0"  # stands between files; a file that holds it is taken for binary and skipped
@@ -124,7 +123,7 @@ class ByteText(LightningDataModule):
         self.train = self._windows("training", sides[False], skipped)
         self.val = self._windows("validation", sides[True], skipped)
         total = sum(len(content) for side in sides.values() for content in side)
-        rank_zero_info(
+        say(
             f"text: {len(sides[False])} training and {len(sides[True])} validation files, {total / 1e6:.1f} MB, "
             f"{len(self.train)} and {len(self.val)} windows of {self.context + 1} bytes"
             + (f"; {skipped} binary or unreadable files skipped" if skipped else "")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
 from lightspan.datamodules.text import ByteText, Windows, find_files, in_validation
 from lightspan.errors import UserError
@@ -130,7 +129,7 @@ def test_the_standard_library_is_read_without_its_tests_and_installed_packages()
 
 
 def test_binary_and_unreadable_files_are_skipped_and_counted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "binary.py").write_bytes(b"MZ\0\0" * 100)
     (folder / "locked.py").write_bytes(b"x" * 100)
@@ -142,11 +141,10 @@ def test_binary_and_unreadable_files_are_skipped_and_counted(
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", guarded)
-    monkeypatch.setattr(rank_zero_module.log, "propagate", True)
-    with caplog.at_level("INFO"):
-        data = ByteText([str(folder)], context=9, val_fraction=0.25)
-        data.setup()
-    (message,) = [record.message for record in caplog.records if record.message.startswith("text:")]
+    data = ByteText([str(folder)], context=9, val_fraction=0.25)
+    data.setup()
+    message = capsys.readouterr().out
+    assert message.startswith("text:")
     assert "2 binary or unreadable files skipped" in message
     assert "windows of 10 bytes" in message
     assert data.train is not None
