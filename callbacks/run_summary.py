@@ -65,7 +65,8 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         summary = self._write(trainer, pl_module, finished=True)
         if self.print_table and trainer.is_global_zero:
-            Console().print(summary_table(summary, str(self.path)))
+            Console().print(summary_table(summary))
+            print(f"wrote {self.path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._started_s is not None and trainer.global_step > 0:
@@ -150,9 +151,9 @@ class StepTimer:
         )
 
 
-def summary_table(summary: dict[str, Any], title: str) -> Table:
+def summary_table(summary: dict[str, Any]) -> Table:
     """The summary as two columns, numbers shortened to what one compares."""
-    table = Table("", "", title=title, show_header=False, title_justify="left")
+    table = Table("", "", show_header=False)
     for name, value in summary.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     return table

@@ -55,7 +55,7 @@ def test_frozen_parameters_are_counted_apart(make_trainer, net, batches, tmp_pat
 def test_a_table_is_printed_at_the_end(make_trainer, net, batches, tmp_path, capsys):
     fit(make_trainer, net(), batches, tmp_path, print_table=True)
     printed = capsys.readouterr().out
-    assert "summary.json" in printed.replace("\n", "")
+    assert f"wrote {tmp_path / 'summary.json'}" in printed
     assert "optimizer_state_mib" in printed
 
 
