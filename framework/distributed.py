@@ -6,6 +6,8 @@ the mean over ranks that DDP and FSDP take is dL/d(theta): what one rank with th
 way is therefore neither multiplied nor divided by the number of ranks.
 """
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,18 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank in the default process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def leave() -> None:
+    """Ends the default process group, all ranks in step; does nothing without one. For the end of a process's work.
+
+    A gloo group that is still there when the interpreter exits, or that one rank ends while another still talks to it,
+    can abort the process after all its work is done, and a launcher would take that for a failure.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a DDP reducer nobody uses any more still holds the group
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightspan.distributed import all_reduce_sum, rank, world_size
+from lightspan.distributed import all_reduce_sum, leave, rank, world_size
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 
 RANKS, ROWS = 2, 12
@@ -56,7 +56,8 @@ def one_rank(index: int, folder: str) -> None:
     loss.backward()
     out = {"total": total.detach(), "x_grad": x.grad, "loss": loss.detach(), "grad": gradients(model)}
     torch.save(out, Path(folder, f"{index}.pt"))
-    dist.destroy_process_group()
+    del model, loss
+    leave()
 
 
 @pytest.fixture(scope="module")

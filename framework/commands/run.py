@@ -147,12 +147,15 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
     """Runs a Trainer function; returns (exit status, its result) and turns what a user can mend into a UserError."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from lightspan.distributed import leave
     from lightspan.files import explained_os_errors
 
     before = signal.getsignal(signal.SIGINT)
     try:
         with explained_os_errors(run_dir / PROVENANCE_FILE):
-            return 0, function()
+            result = function()
+        leave()
+        return 0, result
     except (KeyboardInterrupt, SystemExit):
         # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), its teardown done.
         if not built.trainer.interrupted:

@@ -18,6 +18,7 @@ from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.jsonl_logger import JsonlLogger
 from lightspan.callbacks.online_probes import OnlineProbes
+from lightspan.distributed import leave
 from lightspan.errors import UserError
 
 
@@ -201,6 +202,7 @@ def one_rank(rank: str, rendezvous: str, out: str) -> None:
     )
     (metrics,) = trainer.validate(module, datamodule=Data(), verbose=False)
     Path(out, f"{rank}.json").write_text(json.dumps(metrics))
+    leave()
 
 
 def test_two_ranks_log_what_one_logs(make_trainer, net, tmp_path):

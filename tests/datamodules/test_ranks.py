@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.ranks import evaluation_loader, train_loader
+from lightspan.distributed import leave
 
 
 class Numbers:
@@ -71,7 +72,9 @@ def run(folder: Path, steps: int, devices: int, checkpoint: Path | None = None) 
     )
     trainer.fit(module, datamodule=Data(), ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(folder / f"ranks={devices}.ckpt")
-    return {"trained": module.trained, "validated": module.validated, "weight": module.weight.item()}
+    result = {"trained": module.trained, "validated": module.validated, "weight": module.weight.item()}
+    leave()
+    return result
 
 
 if __name__ == "__main__":
