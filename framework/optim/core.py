@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightspan.optim.bases import Basis, BasisState, Moments
 from lightspan.optim.residuals import Fira
+from lightspan.subspaces.frames import pull
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
 
@@ -80,7 +81,7 @@ def refresh(
     part.basis = new
     if not first:
         frame_bNR = basis.frame(new, gradient_bMN.shape[-1], gradient_bMN.dtype)
-        part.moments = basis.carry(part.moments, gradient_bMN @ frame_bNR, old, new, betas)
+        part.moments = basis.carry(part.moments, pull(gradient_bMN, frame_bNR), old, new, betas)
     state.write_part(index, part)
 
 
