@@ -18,7 +18,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format evidence lock docker-test clean
+.PHONY: help quickstart readme test check format evidence bench lm-quality lock docker-test clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,16 @@ format: $(DEV) ## rewrite the sources as `make check` wants them
 
 evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of them, hours)
 	$(OFFLINE) $(BIN)/python -m pytest evidence $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
+
+bench: $(BASE) ## measure the optimisers against others (half an hour, idle machine) and rebuild docs/benchmarks.md
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/optim_step.py --json benchmarks/results/optim_step.json
+	$(BIN)/python benchmarks/build_docs.py
+
+lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart's text (hours; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lm_quality.py final
+	$(BIN)/python benchmarks/lm_quality.py table
+	$(BIN)/python benchmarks/build_docs.py
 
 lock: ## write docker/requirements.lock from a resolution in a new environment
 	rm -rf build/lock

@@ -1,11 +1,16 @@
 """One line that turns any LightningModule's Adam into a low-rank optimiser."""
 
+from typing import Literal
+
 from lightning import Callback, LightningModule, Trainer
 
 from lightspan.optim.bases import Basis
 from lightspan.optim.convert import hand_over, to_low_rank
-from lightspan.optim.report import print_report
-from lightspan.optim.residuals import Fira
+from lightspan.optim.inner import Adam, Inner
+from lightspan.optim.moments import Float32Moments, MomentStorage
+from lightspan.optim.residuals import Fira, Residual
+from lightspan.optim.triggers import Trigger
+from lightspan.optim.wiring import wire
 
 
 class SubspaceProjection(Callback):
@@ -13,14 +18,14 @@ class SubspaceProjection(Callback):
     64.
 
     The optimisers are exchanged after Lightning has built them and before a checkpoint is loaded into them. They keep
-    groups, rates, betas and weight decay, and their schedulers go on. Gradients are accumulated and clipped whole, as
-    without the callback; the projection happens inside the step.
+    groups, rates, betas and weight decay, and their schedulers go on. Accumulation works as without the callback, and
+    the Trainer's clipping by norm is done inside the step.
 
     Args:
         rank: dimension of the subspace, >= 1 and below the shorter side of at least one matched matrix.
         match: shell-style patterns of parameter names; matched parameters that are vectors or too small keep AdamW, as
             the printed table says. Leave out embeddings and the output head where you can.
-        basis, residual, refresh, seed: see `lightspan.optim.low_rank.LowRank`.
+        basis, residual, inner, moments, refresh, scale, backward, seed: see `lightspan.optim.low_rank.LowRank`.
     Raises: UserError when fitting starts: for a pattern without a match, a rank too large, or an optimiser other than
     Adam and AdamW.
     """
@@ -30,17 +35,30 @@ class SubspaceProjection(Callback):
         rank: int = 64,
         match: list[str] | None = None,
         basis: Basis | None = None,
-        residual: Fira | None = Fira(),  # noqa: B008 - frozen
-        refresh: int = 50,
+        residual: Residual | None = Fira(),  # noqa: B008 - frozen
+        inner: Inner = Adam(),  # noqa: B008 - frozen
+        moments: MomentStorage = Float32Moments(),  # noqa: B008 - frozen
+        refresh: int | Trigger = 50,
+        scale: float = 1.0,
+        backward: Literal["whole", "hooks", "projected"] = "whole",
         seed: int = 0,
     ) -> None:
         self.match = match or ["*"]
-        self.options = {"rank": rank, "basis": basis, "residual": residual, "refresh": refresh, "seed": seed}
+        self.options = {
+            "rank": rank,
+            "basis": basis,
+            "residual": residual,
+            "inner": inner,
+            "moments": moments,
+            "refresh": refresh,
+            "scale": scale,
+            "backward": backward,
+            "seed": seed,
+        }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         low_rank = {id(old): to_low_rank(old, pl_module, self.match, **self.options) for old in trainer.optimizers}
         for config in trainer.lr_scheduler_configs:
             hand_over(config.scheduler, low_rank[id(config.scheduler.optimizer)])
         trainer.strategy.optimizers = [low_rank[id(old)] for old in trainer.optimizers]
-        for optimizer in trainer.optimizers:
-            print_report(optimizer)
+        wire(trainer, pl_module, trainer.optimizers)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.report import print_report
 from lightspan.optim.schedules import ScheduleCallable
+from lightspan.optim.wiring import wire
 
 
 class Method(LightningModule):
@@ -45,7 +45,7 @@ class Method(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.groups.build(self))
-        print_report(optimizer)
+        wire(self.trainer, self, [optimizer])
         if self.lr_scheduler is None:
             return optimizer
         total_steps = self.trainer.estimated_stepping_batches

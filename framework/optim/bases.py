@@ -1,65 +1,99 @@
-"""The frame each matrix is projected on: how it is chosen from a gradient, and how moments move when it changes.
+"""The frame each matrix is projected on, and how it is chosen from a gradient.
+
+| basis           | frame                                                            | state per matrix |
+|-----------------|------------------------------------------------------------------|------------------|
+| PowerBasis      | top singular directions, tracked by block power iteration        | N R numbers      |
+| SVDBasis        | top singular directions, recomputed                              | N R numbers      |
+| RandomBasis     | random orthonormal, drawn anew                                   | N R numbers      |
+| GaussianBasis   | independent normal entries of variance 1 / R, drawn anew         | N R numbers      |
+| ColumnSelection | the R best columns of one fixed orthonormal matrix: DCTBasis,    | R integers       |
+|                 | HadamardBasis, KroneckerDCTBasis, RandomColumns, IdentityBasis   |                  |
 
 Shapes: B matrices of one shape, M rows (kept), N columns (projected, N <= M), R rank.
-State of a basis is a mapping of stacked plain tensors, so that it can be saved, moved and sharded like any optimiser
-state.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightspan.errors import UserError
+from lightspan.optim.carries import Carry, Gather, Keep, Rotate
+from lightspan.optim.layout import Layout, State
 from lightspan.subspaces import frames
-from lightspan.triton_kernels.low_rank_adam import bias_correction
-
-BasisState = dict[str, Tensor]
-
-
-@dataclass
-class Moments:
-    """Adam's moments in coordinates, and how many steps each column has seen.
-
-    first_BMR, second_BMR: raw (not bias-corrected) running means of g and g^2. age_BR: float, >= 0.
-    """
-
-    first_BMR: Tensor
-    second_BMR: Tensor
-    age_BR: Tensor
+from lightspan.subspaces.transforms import dct, hadamard_factors, kronecker_dct_factors, kronecker_matrix
+from lightspan.triton_kernels.backproject_update import backproject_update
+from lightspan.triton_kernels.dct_energies import dct_energies
+from lightspan.triton_kernels.kronecker_energies import kronecker_energies
+from lightspan.triton_kernels.kronecker_gather import kronecker_gather
+from lightspan.triton_kernels.kronecker_scatter_update import kronecker_scatter_update
+from lightspan.triton_kernels.project import project
 
 
 class Basis(ABC):
-    """A family of orthonormal frames. All functions are pure; the optimiser owns the state."""
+    """A family of frames. It owns no state; the optimiser hands it in.
+
+    Args:
+        carry: what becomes of moments when a frame changes; see `lightspan.optim.carries`.
+    """
+
+    orthonormal = True
+    momentum = 0.0
+    """Share of the lifted first moment in what `refresh` sees, in [0, 1); the rest is the gradient."""
+
+    def __init__(self, carry: Carry) -> None:
+        self.carry = carry
 
     @abstractmethod
-    def initial(
-        self, batch: int, size: int, rank: int, seed: int, *, dtype: torch.dtype, device: torch.device
-    ) -> BasisState:
-        """State before any gradient was seen, from a seed alone."""
+    def initial(self, layout: Layout) -> State:
+        """State before any gradient was seen, of final shape."""
 
     @abstractmethod
-    def state_numbers(self, size: int, rank: int) -> int:
-        """Numbers stored per matrix, for the report before training."""
+    def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
+        """State chosen anew from gradients [M N]; `first` marks a state that no gradient has shaped yet."""
 
     @abstractmethod
-    def refresh(self, gradient_BMN: Tensor, state: BasisState, *, first: bool) -> BasisState:
-        """State chosen anew from the gradients; `first` marks a state no gradient has shaped yet."""
-
-    @abstractmethod
-    def frame(self, state: BasisState, size: int, dtype: torch.dtype) -> Tensor:
+    def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
 
-    @abstractmethod
-    def carry(
-        self, moments: Moments, gradient_BMR: Tensor, old: BasisState, new: BasisState, betas: tuple[float, float]
-    ) -> Moments:
-        """Moments of the old frame in the coordinates of the new one. `gradient` is the present one, in new
-        coordinates.
-        """
+    def project(
+        self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Coordinates [B M R] of the gradients, and their squared row norms [B M] if `energy`, else [0 M]."""
+        return project(gradients, self.frame(state, layout), energy)
+
+    def update(
+        self,
+        weights: Sequence[Tensor],
+        coefficients_BMR: Tensor,
+        state: State,
+        layout: Layout,
+        gradients: Sequence[Tensor],
+        scale_BM: Tensor,
+        lr: Tensor,
+        keep: Tensor,
+        seed: Tensor | None,
+    ) -> None:
+        """W <- keep W - lr (coefficients Q^T + scale o G), in place; see triton_kernels/backproject_update.py."""
+        frame_BNR = self.frame(state, layout)[..., : coefficients_BMR.shape[-1]]
+        backproject_update(weights, coefficients_BMR, frame_BNR, gradients, scale_BM, lr, keep, seed)
 
 
-class PowerBasis(Basis):
+class _DenseBasis(Basis):
+    """A frame that is stored as it is."""
+
+    _dtype: torch.dtype | None = None
+
+    def initial(self, layout: Layout) -> State:
+        return {"frame": layout.zeros(layout.size, layout.rank, dtype=self._dtype)}
+
+    def frame(self, state: State, layout: Layout) -> Tensor:
+        return state["frame"]
+
+
+class PowerBasis(_DenseBasis):
     """Top singular directions, tracked by one warm step of block power iteration with CholeskyQR2 at each refresh.
 
     On gradients of small language models one such step captures what a fresh SVD captures, within half a percent of the
@@ -67,109 +101,277 @@ class PowerBasis(Basis):
 
     Args:
         first_iterations: power steps from the random start, taken at a matrix's first refresh.
+        precision: in which frames are stored. bfloat16 halves them, and costs a relative 2^-9 of orthonormality.
+        momentum: share in [0, 1) of Adam's bias-corrected first moment, lifted, in what the frame follows: LDAdam's rho
+            (arXiv 2410.16103). The rest is the gradient of the refresh alone.
+        carry: Rotate, or Keep to leave moments in the old frame's coordinates.
     """
 
-    def __init__(self, first_iterations: int = 3) -> None:
+    def __init__(
+        self,
+        first_iterations: int = 3,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        momentum: float = 0.0,
+        carry: Rotate | Keep = Rotate(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(carry)
+        if first_iterations < 1:
+            raise UserError(f"PowerBasis first_iterations={first_iterations} must be at least 1")
+        if not 0 <= momentum < 1:
+            raise UserError(f"PowerBasis momentum={momentum} must be in [0, 1)")
+        self.momentum = momentum
         self.first_iterations = first_iterations
+        self._dtype = torch.bfloat16 if precision == "bfloat16" else None
 
-    def initial(
-        self, batch: int, size: int, rank: int, seed: int, *, dtype: torch.dtype, device: torch.device
-    ) -> BasisState:
-        return {"frame": frames.random_frame(batch, size, rank, seed, dtype=dtype, device=device)}
-
-    def state_numbers(self, size: int, rank: int) -> int:
-        return size * rank
-
-    def refresh(self, gradient_BMN: Tensor, state: BasisState, *, first: bool) -> BasisState:
-        frame_BNR = state["frame"]
+    def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
+        if first:
+            seeds, dtype, device = layout.seeds, layout.dtype, layout.device
+            frame_BNR = frames.random_frame(seeds, layout.size, layout.rank, dtype=dtype, device=device)
+        else:
+            frame_BNR = state["frame"].to(layout.dtype)
+        gradients = [gradient.to(layout.dtype) for gradient in gradients]
         for _ in range(self.first_iterations if first else 1):
-            frame_BNR = frames.block_power_step(gradient_BMN, frame_BNR)
-        return {"frame": frame_BNR}
+            frame_BNR = frames.block_power_step(gradients, frame_BNR)
+        return {"frame": frame_BNR.to(state["frame"].dtype)}
 
-    def frame(self, state: BasisState, size: int, dtype: torch.dtype) -> Tensor:
-        return state["frame"]
 
-    def carry(
-        self, moments: Moments, gradient_BMR: Tensor, old: BasisState, new: BasisState, betas: tuple[float, float]
-    ) -> Moments:
-        """Rotation by the overlap O = Q_old^T Q_new, in the manner of LDAdam (Robert et al. 2024, arXiv 2410.16103).
+class SVDBasis(_DenseBasis):
+    """Top singular directions, by a full SVD at each refresh: GaLore's choice, and the yardstick of the others.
 
-        On bias-corrected moments: the mean moves linearly, m O. The second moment splits into squared mean and
-        variance, and variances of uncorrelated old coordinates add up with weights O^2. A new direction owns a share
-        c_j = sum_i O_ij^2 <= 1 of the old ones; about the rest, 1 - c_j, nothing is known but the present gradient,
-        whose square stands in. Without that floor a direction from outside the old span would meet a denominator near
-        zero. Squares below the squared mean, which running means of unequal length allow, come out raised to it.
-        """
-        correction1_B1R, correction2_B1R = (bias_correction(moments.age_BR, beta)[:, None] for beta in betas)
-        overlap_BRR = old["frame"].mT @ new["frame"]
-        share_BRR = overlap_BRR.square()
-        unknown_B1R = (1 - share_BRR.sum(dim=1, keepdim=True)).clamp_min(0)
-        mean_BMR, square_BMR = moments.first_BMR / correction1_B1R, moments.second_BMR / correction2_B1R
-        variance_BMR = (square_BMR - mean_BMR.square()).clamp_min_(0)
-        mean_BMR = mean_BMR @ overlap_BRR
-        square_BMR = (variance_BMR @ share_BRR).add_(mean_BMR.square()).addcmul_(gradient_BMR.square(), unknown_B1R)
-        return Moments(mean_BMR * correction1_B1R, square_BMR * correction2_B1R, moments.age_BR)
+    Args:
+        carry: Keep, as GaLore does, or Rotate.
+    """
+
+    def __init__(self, carry: Rotate | Keep = Keep()) -> None:  # noqa: B008 - frozen
+        super().__init__(carry)
+
+    def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
+        vectors = [torch.linalg.svd(g.to(layout.dtype), full_matrices=False).Vh[: layout.rank].mT for g in gradients]
+        return {"frame": torch.stack(vectors)}
+
+
+class _DrawnBasis(_DenseBasis):
+    """A random frame, drawn anew at each refresh from the matrix' seed and the number of draws so far."""
+
+    def initial(self, layout: Layout) -> State:
+        return {**super().initial(layout), "draws": layout.zeros(dtype=torch.int64)}
+
+    @abstractmethod
+    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
+        """Frames [B N R] from seeds."""
+
+    def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
+        # A large odd factor keeps the streams of neighbouring seeds apart.
+        seeds = [seed + 1_000_003 * draw for seed, draw in zip(layout.seeds, state["draws"].tolist(), strict=True)]
+        return {"frame": self.draw(seeds, layout), "draws": state["draws"] + 1}
+
+
+class RandomBasis(_DrawnBasis):
+    """Random orthonormal frames, whatever the gradient.
+
+    Args:
+        carry: Rotate or Keep.
+    """
+
+    def __init__(self, carry: Rotate | Keep = Rotate()) -> None:  # noqa: B008 - frozen
+        super().__init__(carry)
+
+    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
+        return frames.random_frame(seeds, layout.size, layout.rank, dtype=layout.dtype, device=layout.device)
+
+
+class GaussianBasis(_DrawnBasis):
+    """Independent normal entries of variance 1 / R: norms are kept in the mean, angles are not (APOLLO, arXiv
+    2412.05270, section 4.2). Goes with the Apollo residual only.
+    """
+
+    orthonormal = False
+
+    def __init__(self) -> None:
+        super().__init__(Keep())
+
+    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
+        normal_BNR = frames.gaussian(seeds, layout.size, layout.rank) / layout.rank**0.5
+        return normal_BNR.to(dtype=layout.dtype, device=layout.device)
 
 
 class ColumnSelection(Basis):
-    """The R columns of one fixed orthonormal matrix that carry the most gradient energy (DCT-AdamW, arXiv 2505.17967,
+    """The R columns of one fixed orthonormal matrix D that carry the most gradient (DCT-AdamW, arXiv 2505.17967,
     section 3).
 
     For an orthonormal D the choice by squared column norms of G D is optimal: |G - G D_I D_I^T|^2 = |G|^2 - sum_{j in
     I} s_j^2. A matrix stores R integers; D is made once per size and shared.
+
+    Args:
+        norm: of the columns that are compared: 2, or 1 as in the published code.
+        carry: Gather, which is exact here, or Keep.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Literal[1, 2] = 2, carry: Gather | Rotate | Keep = Gather()) -> None:  # noqa: B008 - frozen
+        super().__init__(carry)
+        if norm not in (1, 2):
+            raise UserError(f"norm={norm} must be 1 or 2")
+        self.norm = norm
         self._matrices: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     @abstractmethod
     def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The fixed orthonormal matrix [N N]."""
+        """The fixed orthonormal matrix D [N N]."""
 
-    def matrix(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The fixed matrix, made once per size, dtype and device. It is a constant, so it is no part of the saved
-        state.
-        """
-        key = (size, dtype, device)
+    def matrix(self, layout: Layout) -> Tensor:
+        """D, made once per size, dtype and device. It is a constant, so it is no part of the saved state."""
+        key = (layout.size, layout.dtype, layout.device)
         if key not in self._matrices:
-            self._matrices[key] = self.build_matrix(size, dtype=dtype, device=device)
+            self._matrices[key] = self.build_matrix(layout.size, dtype=layout.dtype, device=layout.device)
         return self._matrices[key]
 
-    def initial(
-        self, batch: int, size: int, rank: int, seed: int, *, dtype: torch.dtype, device: torch.device
-    ) -> BasisState:
-        return {"columns": torch.arange(rank, device=device).repeat(batch, 1)}
+    def constants(self) -> list[Tensor]:
+        """The matrices that exist now, shared by all parameters of a size."""
+        return list(self._matrices.values())
 
-    def state_numbers(self, size: int, rank: int) -> int:
-        return rank
+    def initial(self, layout: Layout) -> State:
+        first = torch.arange(layout.rank, device=layout.device)
+        return {"columns": first.repeat(layout.batch, 1)}
 
-    def refresh(self, gradient_BMN: Tensor, state: BasisState, *, first: bool) -> BasisState:
-        rank = state["columns"].shape[1]
-        matrix_NN = self.matrix(gradient_BMN.shape[-1], gradient_BMN.dtype, gradient_BMN.device)
-        energy_BN = (gradient_BMN @ matrix_NN).square().sum(dim=1)
-        return {"columns": frames.top_columns(energy_BN, rank)}
+    def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
+        """Squared column norms [B N] of G D."""
+        matrix_NN = self.matrix(layout)
+        return torch.stack([project([g], matrix_NN[None], False)[0][0].square().sum(dim=0) for g in gradients])
 
-    def frame(self, state: BasisState, size: int, dtype: torch.dtype) -> Tensor:
-        columns_BR = state["columns"]
-        return self.matrix(size, dtype, columns_BR.device)[:, columns_BR].permute(1, 0, 2)
+    def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
+        if self.norm == 2:
+            score_BN = self.energies(gradients, layout)
+        else:
+            matrix_1NN = self.matrix(layout)[None]
+            score_BN = torch.stack([project([g], matrix_1NN, False)[0][0].abs().sum(dim=0) for g in gradients])
+        return {"columns": frames.top_columns(score_BN, layout.rank)}
 
-    def carry(
-        self, moments: Moments, gradient_BMR: Tensor, old: BasisState, new: BasisState, betas: tuple[float, float]
-    ) -> Moments:
-        """A gather: the overlap of two column sets of one orthonormal matrix is a partial permutation.
-
-        Columns that stay keep their moments and age exactly; new ones start at zero with age 0.
-        """
-        same_BRR = old["columns"][:, :, None] == new["columns"][:, None, :]
-        stays_BR, source_BR = same_BRR.any(dim=1), same_BRR.to(torch.int8).argmax(dim=1)
-        source_BMR = source_BR[:, None, :].expand_as(moments.first_BMR)
-        first_BMR = moments.first_BMR.gather(2, source_BMR) * stays_BR[:, None, :]
-        second_BMR = moments.second_BMR.gather(2, source_BMR) * stays_BR[:, None, :]
-        return Moments(first_BMR, second_BMR, moments.age_BR.gather(1, source_BR) * stays_BR)
+    def frame(self, state: State, layout: Layout) -> Tensor:
+        # Rows of the transpose are contiguous, which makes the copy cheap and suits the product that follows.
+        return self.matrix(layout).mT[state["columns"]].mT
 
 
 class DCTBasis(ColumnSelection):
-    """Selection from the DCT-II basis: cosines sorted by frequency, the constant column included."""
+    """Columns of the DCT-II basis: cosines by frequency, the constant one included.
+
+    Args:
+        fast: whether column norms come from a fast transform instead of a product with D. The basis is the same; on
+            CPUs the product is faster up to some thousand columns.
+        norm, carry: see ColumnSelection.
+    """
+
+    def __init__(
+        self,
+        fast: bool = False,
+        norm: Literal[1, 2] = 2,
+        carry: Gather | Rotate | Keep = Gather(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(norm, carry)
+        self.fast = fast
 
     def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return frames.dct_matrix(size, dtype=dtype, device=device)
+
+    def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
+        if layout.device.type == "cuda":
+            return dct_energies(gradients)
+        if self.fast:
+            return torch.stack([dct(g.to(layout.dtype)).square().sum(dim=0) for g in gradients])
+        return super().energies(gradients, layout)
+
+
+class _KroneckerColumns(ColumnSelection):
+    """Columns of a Kronecker product of two small orthonormal factors: on a GPU the transform costs two products with
+    the factors, and neither D nor the frame is formed.
+    """
+
+    def __init__(self, norm: Literal[1, 2] = 2, carry: Gather | Rotate | Keep = Gather()) -> None:  # noqa: B008 - frozen
+        super().__init__(norm, carry)
+        self._factors: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @abstractmethod
+    def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Orthonormal factors [a a] and [b b], a b = N."""
+
+    def factors(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The factors, made once per size, dtype and device."""
+        key = (layout.size, layout.dtype, layout.device)
+        if key not in self._factors:
+            self._factors[key] = self.build_factors(layout.size, dtype=layout.dtype, device=layout.device)
+        return self._factors[key]
+
+    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return kronecker_matrix(*self.build_factors(size, dtype=dtype, device=device))
+
+    def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
+        if layout.device.type == "cuda":
+            return kronecker_energies(gradients, *self.factors(layout))
+        return super().energies(gradients, layout)
+
+    def project(
+        self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool
+    ) -> tuple[Tensor, Tensor]:
+        if layout.device.type == "cuda":
+            return kronecker_gather(gradients, state["columns"], *self.factors(layout), energy)
+        return super().project(gradients, state, layout, energy=energy)
+
+    def update(
+        self,
+        weights: Sequence[Tensor],
+        coefficients_BMR: Tensor,
+        state: State,
+        layout: Layout,
+        gradients: Sequence[Tensor],
+        scale_BM: Tensor,
+        lr: Tensor,
+        keep: Tensor,
+        seed: Tensor | None,
+    ) -> None:
+        if layout.device.type != "cuda" or coefficients_BMR.shape[-1] == 0:
+            super().update(weights, coefficients_BMR, state, layout, gradients, scale_BM, lr, keep, seed)
+            return
+        kronecker_scatter_update(
+            weights, coefficients_BMR, state["columns"], *self.factors(layout), gradients, scale_BM, lr, keep, seed
+        )
+
+
+class HadamardBasis(_KroneckerColumns):
+    """Columns of a Hadamard matrix for powers of two; for other sizes of Hadamard times DCT of the odd part."""
+
+    def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        return hadamard_factors(size, dtype=dtype, device=device)
+
+
+class KroneckerDCTBasis(_KroneckerColumns):
+    """Columns of the Kronecker product of two DCTs, of the two most balanced factors of N; for a prime N the DCT."""
+
+    def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        return kronecker_dct_factors(size, dtype=dtype, device=device)
+
+
+class RandomColumns(ColumnSelection):
+    """Columns of one random orthonormal matrix: shows what selection alone brings, without the DCT.
+
+    Args:
+        seed: of the matrix.
+        norm, carry: see ColumnSelection.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        norm: Literal[1, 2] = 2,
+        carry: Gather | Rotate | Keep = Gather(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(norm, carry)
+        self.seed = seed
+
+    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return frames.random_frame([self.seed], size, size, dtype=dtype, device=device)[0]
+
+
+class IdentityBasis(ColumnSelection):
+    """The weight's own columns: those with the largest gradients train, the others rest."""
+
+    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.eye(size, dtype=dtype, device=device)

@@ -1,10 +1,11 @@
-"""One step of a low-rank optimiser on a list of matrices of one shape. Pure in everything but the state it is handed.
+"""One step of a low-rank optimiser on a list of matrices of one shape, in two halves.
 
-    R = G Q                         coordinates of the gradient (pull)
-    U = Adam(R)                     direction, moments of shape M x R
-    W <- (1 - lr wd) W - lr (U Q^T + s o (G - R Q^T))
-with Q chosen anew by `basis` for the matrices that are due, and s from `residual` (0 without one). The last line is
-computed as U Q^T + s o (G - R Q^T) = (U - s o R) Q^T + s o G: one back-projection, whatever the residual.
+    R = A Q                          coordinates of A = G, or of A = G + E with error feedback
+    U = inner(R)                     direction; Adam's moments have shape M x R
+    W <- (1 - lr wd) W - lr (U Q^T + what `residual` makes of A - R Q^T)
+with Q chosen anew by `basis` for the matrices that are due. The first half projects and writes nothing, so that all
+matrices can be clipped together, or refused, before any of them moves. The second half updates weights and state in
+place.
 
 Shapes: B matrices, M rows (the kept, longer side), N columns (the projected side), R rank. Wide matrices come in
 transposed.
@@ -15,122 +16,214 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.optim.bases import Basis, BasisState, Moments
-from lightspan.optim.residuals import Fira
-from lightspan.subspaces.frames import pull
-from lightspan.triton_kernels.low_rank_adam import low_rank_adam
+from lightspan.optim.bases import Basis
+from lightspan.optim.carries import FrameChange
+from lightspan.optim.inner import Adam, Inner, Numbers
+from lightspan.optim.layout import Layout, State, part_of, write_part
+from lightspan.optim.moments import Float32Moments, MomentStorage
+from lightspan.optim.residuals import Dropped, Residual
+from lightspan.optim.triggers import Trigger
+from lightspan.subspaces.frames import push
+from lightspan.triton_kernels.low_rank_adam import bias_correction
+from lightspan.triton_kernels.row_resident_step import row_resident_step
+
+WEIGHT_STREAM = 1 << 48
+"""Keeps the noise that rounds weights apart from the noise that rounds moments in the same step."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The switches of a low-rank optimiser; each published one is a choice of them."""
+
+    basis: Basis
+    residual: Residual
+    inner: Inner
+    moments: MomentStorage
+    trigger: Trigger
+
+    def initial(self, layout: Layout) -> State:
+        """State before the first step. The parts' names differ, so one mapping holds them all."""
+        parts = (
+            self.basis.initial(layout),
+            self.inner.initial(layout, self.moments),
+            self.residual.initial(layout),
+            self.trigger.initial(layout),
+        )
+        return {key: value for part in parts for key, value in part.items()}
+
+    def takes_one_pass(self, state: State) -> bool:
+        """Whether a step needs nothing but its own rows: Adam in float32 on a stored frame, without residual."""
+        plain = isinstance(self.inner, Adam) and isinstance(self.moments, Float32Moments)
+        return plain and isinstance(self.residual, Dropped) and not self.trigger.needs_energy and "frame" in state
 
 
 @dataclass
-class LowRankState:
-    """Stacked state of B matrices: tensors only, each with B as its first axis. `limiter_B` is used by residuals
-    alone.
+class Change:
+    """Frames chosen anew for the matrices at `positions`; `first` where no gradient had shaped the old ones."""
+
+    positions: list[int]
+    first: bool
+    basis: State
+
+
+@dataclass
+class Projection:
+    """What the first half of a step found out.
+
+    Args:
+        gradients: what was projected, by matrix; None where only coordinates are left.
+        energy_BM: squared row norms of what was projected, or empty [0 M].
     """
 
-    moments: Moments
-    basis: BasisState
-    limiter_B: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By the names under which an optimiser saves them."""
-        moments = self.moments
-        named = {"exp_avg": moments.first_BMR, "exp_avg_sq": moments.second_BMR, "age": moments.age_BR}
-        return {**named, "limiter": self.limiter_B, **{f"basis.{key}": value for key, value in self.basis.items()}}
-
-    @staticmethod
-    def from_tensors(named: dict[str, Tensor]) -> "LowRankState":
-        """Inverse of `tensors`."""
-        basis = {key.removeprefix("basis."): value for key, value in named.items() if key.startswith("basis.")}
-        return LowRankState(Moments(named["exp_avg"], named["exp_avg_sq"], named["age"]), basis, named["limiter"])
-
-    def part(self, index: Tensor) -> "LowRankState":
-        """A copy that holds the matrices `index` only."""
-        return LowRankState.from_tensors({key: value[index] for key, value in self.tensors().items()})
-
-    def write_part(self, index: Tensor, part: "LowRankState") -> None:
-        """Writes a part back in place, so that views of this state stay views."""
-        mine = self.tensors()
-        for key, value in part.tensors().items():
-            mine[key][index] = value
+    gradients: list[Tensor | None]
+    coordinates_BMR: Tensor
+    energy_BM: Tensor
+    changes: list[Change]
 
 
-def initial_state(
-    batch: int, rows: int, size: int, rank: int, basis: Basis, seed: int, *, dtype: torch.dtype, device: torch.device
-) -> LowRankState:
-    """Zero moments, age 0, and the basis' own start."""
-    zeros = torch.zeros(batch, rows, rank, dtype=dtype, device=device)
-    moments = Moments(zeros, zeros.clone(), torch.zeros(batch, rank, dtype=dtype, device=device))
-    start = basis.initial(batch, size, rank, seed, dtype=dtype, device=device)
-    return LowRankState(moments, start, torch.zeros(batch, dtype=dtype, device=device))
-
-
-def refresh(
-    gradients: list[Tensor],
-    state: LowRankState,
-    due: list[int],
-    basis: Basis,
-    betas: tuple[float, float],
+def project_step(
+    gradients: list[Tensor | None],
+    pending: dict[int, Tensor],
+    state: State,
+    layout: Layout,
+    rule: Rule,
     *,
-    first: bool,
+    first: list[int],
+    due: list[int],
+    energy: bool,
+    beta1: float,
+) -> Projection:
+    """The first half: new frames where due, and coordinates in them. Nothing is written.
+
+    Args:
+        gradients: [M N] by matrix, in any float dtype; None where there is none, or only a pending part.
+        pending: coordinates [M R] that came without their gradient, by position; such matrices cannot be due.
+        first, due: positions whose frame is chosen for the first time, or anew.
+        energy: whether row norms are wanted.
+        beta1: of Adam's first moment, for a basis that follows it.
+    """
+    changes, seen = [], state
+    for positions, is_first in ((first, True), (due, False)):
+        if positions:
+            index = torch.tensor(positions, device=layout.device)
+            chosen = [gradient for i in positions if (gradient := gradients[i]) is not None]
+            assert len(chosen) == len(positions), "a frame is chosen from whole gradients"
+            part, part_layout = part_of(state, index), layout.part(positions)
+            if rule.basis.momentum and not is_first:
+                chosen = _with_momentum(chosen, part, part_layout, rule, beta1)
+            basis = rule.basis.refresh(chosen, part, part_layout, first=is_first)
+            changes.append(Change(positions, is_first, basis))
+            seen = {**seen, **{key: seen[key].index_copy(0, index, value) for key, value in basis.items()}}
+    whole = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+    if len(whole) == layout.batch:
+        coordinates_BMR, energy_BM = rule.basis.project(list(whole.values()), seen, layout, energy=energy)
+    else:
+        coordinates_BMR, energy_BM = layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0]
+        if whole:
+            index = torch.tensor(list(whole), device=layout.device)
+            held = part_of(seen, index), layout.part(list(whole))
+            coordinates_BMR[index], _ = rule.basis.project(list(whole.values()), *held, energy=False)
+    for i, coordinates_MR in pending.items():
+        coordinates_BMR[i] += coordinates_MR
+    return Projection(gradients, coordinates_BMR, energy_BM, changes)
+
+
+def update_step(
+    weights: list[Tensor],
+    state: State,
+    layout: Layout,
+    rule: Rule,
+    projection: Projection,
+    numbers: Numbers,
+    *,
+    lr: Tensor,
+    keep: Tensor,
+    clip: Tensor | None,
 ) -> None:
-    """Chooses the basis of the matrices `due` anew and carries their moments into it, in place."""
-    index = torch.tensor(due, device=state.limiter_B.device)
-    gradient_bMN = torch.stack([gradients[i] for i in due])
-    part = state.part(index)
-    old, new = part.basis, basis.refresh(gradient_bMN, part.basis, first=first)
-    part.basis = new
-    if not first:
-        frame_bNR = basis.frame(new, gradient_bMN.shape[-1], gradient_bMN.dtype)
-        part.moments = basis.carry(part.moments, pull(gradient_bMN, frame_bNR), old, new, betas)
-    state.write_part(index, part)
+    """The second half: moments, weights [M N] and the rest of the state, in place.
+
+    Args:
+        lr, keep: 0-d; keep = 1 - lr * weight decay.
+        clip: 0-d factor that the gradients still have to be multiplied with; None for none.
+    """
+    coordinates_BMR, energy_BM = projection.coordinates_BMR, projection.energy_BM
+    if clip is not None:
+        clip = clip.to(coordinates_BMR.dtype)
+        coordinates_BMR.mul_(clip)
+        energy_BM = energy_BM * clip.square()
+    source_BR, lost = _change_frames(state, layout, rule, projection, numbers)
+    direction_BMR = rule.inner.direction(coordinates_BMR, state, source_BR, layout, rule.moments, numbers)
+    coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state)
+    whole: list[Tensor] = []
+    if len(scale_BM):
+        whole = [gradient for gradient in projection.gradients if gradient is not None]
+        scale_BM = scale_BM if clip is None else scale_BM * clip
+    seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
+    rule.basis.update(weights, coefficients_BMR, state, layout, whole, scale_BM, lr, keep, seed)
+    if rule.residual.feeds_back:
+        accumulated = [gradient for gradient in projection.gradients if gradient is not None]
+        frame_BNR = rule.basis.frame(state, layout)
+        rule.residual.remember(accumulated, coordinates_BMR, frame_BNR, lost, state, numbers.betas)
+    if rule.trigger.needs_energy:
+        changed = [i for change in projection.changes for i in change.positions]
+        refreshed = torch.tensor(changed, device=layout.device) if changed else None
+        rule.trigger.observe(coordinates_BMR, energy_BM, refreshed, state)
 
 
-def low_rank_step(
+def step_in_one_pass(
     weights: list[Tensor],
     gradients: list[Tensor],
-    state: LowRankState,
+    state: State,
+    rule: Rule,
+    numbers: Numbers,
     *,
-    basis: Basis,
-    residual: Fira | None,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    lr: Tensor,
+    keep: Tensor,
 ) -> None:
-    """Updates B weights [M N] and their state in place; `gradients` [M N] are in the state's dtype and stay as they
-    are.
+    """Both halves in one kernel, for rules with `takes_one_pass` in steps without a change of frame or clipping."""
+    state["age"].add_(1)
+    moments, seed = (state["exp_avg"], state["exp_avg_sq"], state["age"]), numbers.seed + WEIGHT_STREAM
+    row_resident_step(weights, gradients, state["frame"], *moments, *numbers.betas, numbers.eps, lr, keep, seed)
+
+
+def _change_frames(
+    state: State, layout: Layout, rule: Rule, projection: Projection, numbers: Numbers
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """Writes new frames and carries moments into them.
+
+    Returns where each column's moments stand [B R], None if in place; and what first moments lost [M N], by matrix.
     """
-    moments, size = state.moments, gradients[0].shape[-1]
-    frame_BNR = basis.frame(state.basis, size, gradients[0].dtype)
-    coordinates_BMR = torch.empty_like(moments.first_BMR)
-    for gradient_MN, frame_NR, out_MR in zip(gradients, frame_BNR, coordinates_BMR, strict=True):
-        torch.mm(gradient_MN, frame_NR, out=out_MR)
-    moments.age_BR.add_(1)
-    direction_BMR = low_rank_adam(coordinates_BMR, moments.first_BMR, moments.second_BMR, moments.age_BR, *betas, eps)
-    scale_BM = None
-    if residual is not None:
-        energy_BM = torch.stack([torch.linalg.vector_norm(g, dim=-1) for g in gradients]).square_()
-        scale_BM, norm_B = residual.scales(direction_BMR, coordinates_BMR, energy_BM, state.limiter_B)
-        state.limiter_B.copy_(norm_B)
-        direction_BMR.addcmul_(coordinates_BMR, scale_BM[:, :, None], value=-1)
-    for i, (weight_MN, gradient_MN) in enumerate(zip(weights, gradients, strict=True)):
-        scale_M1 = None if scale_BM is None else scale_BM[i, :, None]
-        _apply(weight_MN, direction_BMR[i], frame_BNR[i], gradient_MN, scale_M1, lr, 1 - lr * weight_decay)
+    source_BR: Tensor | None = None
+    lost: dict[int, Tensor] = {}
+    for change in projection.changes:
+        index = torch.tensor(change.positions, device=layout.device)
+        part, part_layout = part_of(state, index), layout.part(change.positions)
+        if not change.first and "exp_avg" in state:  # otherwise there is nothing to carry
+            old, new = (rule.basis.frame(basis, part_layout).to(layout.dtype) for basis in (part, change.basis))
+            seen = FrameChange(old, new, part, change.basis, projection.coordinates_BMR[index], numbers.betas)
+            before_BMN = _lifted(part, old, rule) if rule.residual.keeps_lost_moments else None
+            moved_bR = rule.basis.carry.carry(part, seen, rule.moments, numbers.seed)
+            if before_BMN is not None:
+                left = before_BMN - _lifted(part, new, rule)
+                lost.update(zip(change.positions, left, strict=True))
+            if moved_bR is not None:
+                if source_BR is None:
+                    source_BR = torch.arange(layout.rank, device=layout.device).repeat(layout.batch, 1)
+                source_BR[index] = moved_bR
+        write_part(state, index, {**part, **change.basis})
+    return source_BR, lost
 
 
-def _apply(
-    weight_MN: Tensor,
-    direction_MR: Tensor,
-    frame_NR: Tensor,
-    gradient_MN: Tensor,
-    scale_M1: Tensor | None,
-    lr: float,
-    keep: float,
-) -> None:
-    """W <- keep W - lr (direction Q^T + scale o G), rounded once to the weight's dtype."""
-    wide_MN = weight_MN if weight_MN.dtype == direction_MR.dtype else weight_MN.to(direction_MR.dtype)
-    wide_MN.addmm_(direction_MR, frame_NR.mT, beta=keep, alpha=-lr)
-    if scale_M1 is not None:
-        wide_MN.addcmul_(gradient_MN, scale_M1, value=-lr)
-    if wide_MN is not weight_MN:
-        weight_MN.copy_(wide_MN)
+def _with_momentum(gradients: list[Tensor], part: State, layout: Layout, rule: Rule, beta1: float) -> list[Tensor]:
+    """rho m_hat Q^T + (1 - rho) G, by matrix."""
+    share = rule.basis.momentum
+    correction_B1R = bias_correction(part["age"], beta1)[:, None]
+    mean_BMR = rule.moments.load(part, "exp_avg") / correction_B1R
+    lifted_BMN = push(mean_BMR, rule.basis.frame(part, layout).to(layout.dtype))
+    return [
+        torch.lerp(g.to(layout.dtype), lifted_MN, share) for g, lifted_MN in zip(gradients, lifted_BMN, strict=True)
+    ]
+
+
+def _lifted(part: State, frame_BNR: Tensor, rule: Rule) -> Tensor:
+    return push(rule.moments.load(part, "exp_avg"), frame_BNR)

@@ -1,93 +1,173 @@
-"""`LowRank`: Adam whose moments live in a low-dimensional subspace of each matrix; everything else gets plain AdamW."""
+"""`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from lightspan.errors import UserError
+from lightspan.optim import elementwise
 from lightspan.optim.bases import Basis, PowerBasis
-from lightspan.optim.core import LowRankState, initial_state, low_rank_step, refresh
+from lightspan.optim.core import Projection, Rule, project_step, step_in_one_pass, update_step
 from lightspan.optim.groups import matches
-from lightspan.optim.residuals import Fira
+from lightspan.optim.inner import Adam, Inner, Numbers
+from lightspan.optim.layout import Layout, State, canonical, canonical_gradient, part_of, write_part
+from lightspan.optim.moments import Float32Moments, MomentStorage
+from lightspan.optim.ranks import RankByEnergy
+from lightspan.optim.residuals import Dropped, Fira, Residual
+from lightspan.optim.triggers import Every, Trigger
 
-
-def canonical(tensor: Tensor) -> Tensor:
-    """A view [M N] with M >= N: trailing axes flattened (a convolution is out x in*k*k), transposed when wide."""
-    matrix = tensor.flatten(1)
-    return matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix
+SEED_STRIDE = 1 << 24
+"""Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
 
 
 @dataclass
-class _Bucket:
-    """Projected parameters of one group and one shape; their stacked state is what `Optimizer.state` shows in views."""
+class Bucket:
+    """Projected parameters of one group, shape and layout; `Optimizer.state` shows their stacked state in views.
+
+    Args:
+        done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
+        noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
+            matrices, which the saved state knows, so a resumed run rounds as the straight one.
+        pending: coordinates [M R] of gradients that are gone, by position; see `lightspan.optim.gradients`.
+    """
 
     group: dict[str, Any]
     parameters: list[Tensor]
-    phases: list[int]
-    state: LowRankState
-    views: list[dict[str, Tensor]]
+    phases: list[float]
+    layout: Layout
+    state: State
+    views: list[State]
+    done: list[int]
+    noise: Tensor
+    pending: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Work:
+    """A bucket's share of one step: the matrices that have a gradient."""
+
+    bucket: Bucket
+    active: list[int]
+    index: Tensor | None
+    layout: Layout
+    state: State
+    gradients: list[Tensor | None]
+    pending: dict[int, Tensor]
+    first: list[int]
+    due: list[int]
+    projection: Projection | None = None
+
+    def parameters(self) -> list[Tensor]:
+        return [self.bucket.parameters[i] for i in self.active]
 
 
 class LowRank(Optimizer):
-    """Decoupled-weight-decay Adam with moments in a subspace of each matrix. State per M x N matrix (N <= M): 2 M R + N
-    R numbers.
+    """Optimises matrices inside subspaces, everything else with AdamW, in one step. State per M x N matrix (N <= M) of
+    the default: 2 M R + N R numbers.
 
     A parameter is projected if its group allows it (key `project`: a bool, default True, or a list of name patterns),
-    it has two or more axes, and `rank` is below its shorter side; the longer side is kept. All others get torch's
-    AdamW, in the same step. With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD
-    basis; `residual=None` gives GaLore's update (arXiv 2403.03507).
+    it has two or more axes, and `rank` is below its shorter side; the longer side is kept. With the defaults this is
+    Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis. `lightspan.optim.presets` has the published
+    optimisers.
 
     Args:
         params: parameters, named parameters, or groups of either; `lightspan.optim.groups` makes good groups.
-        lr: step size, >= 0. Coordinates are normalised as Adam normalises, so rates are those of AdamW, a little
-            larger.
-        rank: dimension of the subspace, >= 1. State shrinks in proportion to rank / shorter side.
-        basis: how frames are chosen; None means `PowerBasis()`.
-        residual: what happens to the gradient outside the frame; None drops it.
+        lr: step size, >= 0, a float or a 0-d tensor. Adam's directions are normalised in coordinates, so rates are
+            those of AdamW, a little larger.
+        rank: dimension of the subspace, >= 1, or `RankByEnergy` for one of each matrix' own. State shrinks in
+            proportion to rank / shorter side.
+        basis: how frames are chosen; None means `PowerBasis()`. See `lightspan.optim.bases`.
+        residual: what happens to the gradient outside the frame; None drops it. See `lightspan.optim.residuals`.
+        inner: the rule in coordinates. See `lightspan.optim.inner`.
+        moments: in which precision moments are stored. See `lightspan.optim.moments`.
+        refresh: when a matrix' frame is chosen anew: a number of steps, or a `Trigger`. Refreshes are staggered over
+            the matrices, so that no single step pays for all of them; the first step has to.
+        scale: factor on the update of projected matrices (GaLore's alpha), decay apart.
         betas, eps, weight_decay: as in torch.optim.AdamW.
-        refresh: optimiser steps between two choices of a matrix' frame, >= 1. Refreshes are staggered over the
-            matrices, so that no single step pays for all of them; the first step has to.
-        seed: of the frames that tracking starts from.
-    Raises: UserError for values out of range, and if `rank` is below the shorter side of no parameter.
+        max_norm: clips the global norm of all gradients inside the step, as torch.nn.utils.clip_grad_norm_ would,
+            without writing the gradients. None does not clip.
+        backward: "whole" needs gradients as usual. "hooks" takes each micro-batch's gradient to coordinates as soon as
+            it is there and frees it; "projected" never forms it in nn.Linear. Both need `residual=None` and
+            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then taken inside the frames.
+        check_finite: whether a gradient that is not finite raises before anything is changed. Costs one host
+            synchronisation a step on GPUs; without it the step can be captured in a CUDA graph.
+        seed: of random frames and of stochastic rounding.
+    Raises: UserError for values out of range or parts that do not fit, if `rank` is below the shorter side of no
+        parameter, and in `step` for a gradient that is not finite.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        rank: int = 64,
+        lr: float | Tensor = 1e-3,
+        rank: int | RankByEnergy = 64,
         basis: Basis | None = None,
-        residual: Fira | None = Fira(),  # noqa: B008 - frozen
+        residual: Residual | None = Fira(),  # noqa: B008 - frozen
+        inner: Inner = Adam(),  # noqa: B008 - frozen
+        moments: MomentStorage = Float32Moments(),  # noqa: B008 - frozen
+        refresh: int | Trigger = 50,
+        scale: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        refresh: int = 50,
+        max_norm: float | None = None,
+        backward: Literal["whole", "hooks", "projected"] = "whole",
+        check_finite: bool = True,
         seed: int = 0,
     ) -> None:
+        self.rank_rule = rank if isinstance(rank, RankByEnergy) else None
+        rank = rank.most if isinstance(rank, RankByEnergy) else rank
         for name, value, sound, limit in (
             ("lr", lr, lr >= 0, "at least 0"),
             ("rank", rank, rank >= 1, "at least 1"),
+            ("scale", scale, scale > 0, "above 0"),
             ("betas", betas, all(0 <= beta < 1 for beta in betas), "in [0, 1)"),
             ("eps", eps, eps >= 0, "at least 0"),
             ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-            ("refresh", refresh, refresh >= 1, "at least 1"),
+            ("max_norm", max_norm, max_norm is None or max_norm > 0, "above 0, or None"),
         ):
             if not sound:
                 raise UserError(f"LowRank {name}={value} must be {limit}")
-        self.basis = basis or PowerBasis()
-        self.residual = residual
-        self.seed = seed
+        trigger = Every(refresh) if isinstance(refresh, int) else refresh
+        self.rule = Rule(basis or PowerBasis(), residual or Dropped(), inner, moments, trigger)
+        self.scale, self.max_norm, self.backward = scale, max_norm, backward
+        self.check_finite, self.seed = check_finite, seed
+        self.attached = False
+        self._require_fit()
         self._names: dict[Tensor, str] = {}
-        self._buckets: list[_Bucket] | None = None
+        self._ranks: dict[Tensor, int] = {}
+        self._buckets: list[Bucket] | None = None
+        self._places: dict[Tensor, tuple[Bucket, int]] = {}
         defaults = {"lr": lr, "rank": rank, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "refresh": refresh, "project": True})
+        super().__init__(params, {**defaults, "project": True})
         self._require_one_projected()
+
+    def _require_fit(self) -> None:
+        rule = self.rule
+        if rule.basis.momentum and not isinstance(rule.inner, Adam):
+            raise UserError(
+                f"PowerBasis momentum={rule.basis.momentum} follows Adam's first moment; leave inner=Adam()"
+            )
+        if rule.residual.needs_orthonormal and not rule.basis.orthonormal:
+            raise UserError(
+                f"{type(rule.basis).__name__} has no orthonormal frames, which residual="
+                f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose RandomBasis"
+            )
+        if self.backward != "whole" and self.rank_rule is not None:
+            raise UserError(
+                f"rank=RankByEnergy() looks at whole gradients; set backward='whole', not {self.backward!r}"
+            )
+        if self.backward != "whole" and (rule.residual.needs_gradient or rule.trigger.needs_energy):
+            raise UserError(
+                f"backward={self.backward!r} keeps only coordinates of the gradient, but residual="
+                f"{type(rule.residual).__name__} or refresh={type(rule.trigger).__name__} needs all of it; "
+                "set residual=None and refresh to a number of steps, or backward='whole'"
+            )
 
     def _require_one_projected(self) -> None:
         candidates = [
@@ -101,7 +181,7 @@ class LowRank(Optimizer):
                 "LowRank got no matrix to project: pass parameters with two or more axes in a group with project=True"
             )
         side, group = max(candidates, key=lambda candidate: candidate[0])
-        if not any(group["rank"] < side for side, group in candidates):
+        if self.rank_rule is None and not any(group["rank"] < side for side, group in candidates):
             raise UserError(
                 f"rank={group['rank']} is not below the shorter side of any matrix (the largest is {side}), so nothing "
                 f"would be projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
@@ -113,8 +193,24 @@ class LowRank(Optimizer):
         return project if isinstance(project, bool) else matches(self._names.get(parameter, ""), project)
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Whether this parameter's moments live in a subspace."""
-        return self.allowed(parameter, group) and parameter.ndim > 1 and group["rank"] < min(canonical(parameter).shape)
+        """Whether this parameter's state lives in a subspace."""
+        if parameter.ndim < 2 or not self.allowed(parameter, group):
+            return False
+        return self.rank_of(parameter, group) < min(canonical(parameter).shape)
+
+    def rank_of(self, parameter: Tensor, group: dict[str, Any]) -> int:
+        """The rank of this parameter; before the first step of a `RankByEnergy` the largest it may get."""
+        return self._ranks.get(parameter, group["rank"])
+
+    def initial_state(self, parameter: Tensor, group: dict[str, Any], device: torch.device | None = None) -> State:
+        """The state of one parameter before its first step; on the meta device it costs nothing and shows its size."""
+        chosen = {"rank": torch.tensor(self._ranks[parameter])} if parameter in self._ranks else {}
+        if not self.projected(parameter, group):
+            like = torch.empty_like(parameter, device=device) if device else parameter
+            return {**elementwise.initial_state(like, self.rule.moments), **chosen}
+        layout = _layout([parameter], self.rank_of(parameter, group), [self.seed], device or parameter.device)
+        state = {key: value[0] for key, value in self.rule.initial(layout).items()}
+        return {**state, **chosen, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -123,7 +219,7 @@ class LowRank(Optimizer):
         self._buckets = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buckets": None}
+        return {**self.__dict__, "_buckets": None, "_places": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -134,7 +230,14 @@ class LowRank(Optimizer):
         for parameter, number in zip(parameters, numbers, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][key] = value.to(device=self.state[parameter][key].device, copy=True)
-        self._buckets = None
+                if key == "rank":
+                    self._ranks[parameter] = int(value)
+        self._buckets, self._places = None, {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for bucket in self._buckets or []:
+            bucket.pending.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -142,15 +245,43 @@ class LowRank(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for bucket in self._current_buckets():
-            self._step_projected(bucket)
-        for group in self.param_groups:
-            self._step_elementwise(group)
+        if self.backward != "whole" and not self.attached:
+            raise UserError(
+                f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
+                "before the first backward pass (SubspaceProjection and Method do)"
+            )
+        self._choose_ranks()
+        self._places = {}
+        works = [work for bucket in self.buckets() if (work := self._work(bucket)) is not None]
+        plain = [self._elementwise_of(group) for group in self.param_groups]
+        self._require_finite_when_due(works)
+        for work in works:
+            if not (self.rule.residual.feeds_back or self._takes_one_pass(work)):
+                self._project(work, self.max_norm is not None)
+        clip = self._clip(works, plain)
+        for work in works:
+            if self.rule.residual.feeds_back:
+                whole = [gradient for gradient in work.gradients if gradient is not None]
+                one = torch.ones((), device=work.layout.device) if clip is None else clip
+                accumulated = self.rule.residual.accumulate(whole, work.state, one)
+                work.gradients = [matrix_MN.to(work.layout.dtype) for matrix_MN in accumulated]
+                self._project(work, False)
+        self._require_finite(works, plain)
+        for work in works:
+            self._update(work, clip)
+        for number, (group, parameters) in enumerate(zip(self.param_groups, plain, strict=True)):
+            if parameters:
+                gradients, states = (
+                    [p.grad for p in parameters if p.grad is not None],
+                    [self.state[p] for p in parameters],
+                )
+                noise = states[0]["step"].long() + SEED_STRIDE * (self.seed - number - 1)
+                elementwise.step_elementwise(parameters, gradients, states, group, self.rule.moments, clip, noise)
         return loss
 
-    def _current_buckets(self) -> list[_Bucket]:
-        """Stacks are rebuilt whenever someone, a checkpoint or a device move, replaced the state they are viewed
-        through.
+    def buckets(self) -> list[Bucket]:
+        """Stacks of same-shape matrices, rebuilt whenever someone, a checkpoint or a device move, replaced the state
+        they are viewed through.
         """
         if self._buckets is None or any(
             self.state[p] is not view
@@ -158,101 +289,176 @@ class LowRank(Optimizer):
             for p, view in zip(bucket.parameters, bucket.views, strict=True)
         ):
             self._buckets = self._build_buckets()
+            self._places = {}
         return self._buckets
 
-    def _build_buckets(self) -> list[_Bucket]:
+    def place(self, parameter: Tensor) -> tuple[Bucket, int]:
+        """The bucket of a projected parameter, and its position there. Looks for replaced state once a step."""
+        if not self._places:
+            self._places = {p: (b, i) for b in self.buckets() for i, p in enumerate(b.parameters)}
+        return self._places[parameter]
+
+    def due_next(self, bucket: Bucket, positions: list[int]) -> tuple[list[int], list[int]]:
+        """Of `positions`, those whose frame the coming step chooses for the first time, and those it chooses anew."""
+        done = [bucket.done[i] for i in positions]
+        first = [p for p, steps in enumerate(done) if steps == 0]
+        later = [p for p, steps in enumerate(done) if steps > 0]
+        if not later:
+            return first, []
+        index = torch.tensor([positions[p] for p in later], device=bucket.layout.device)
+        state = bucket.state if len(later) == len(bucket.parameters) else part_of(bucket.state, index)
+        due = self.rule.trigger.due([done[p] for p in later], [bucket.phases[positions[p]] for p in later], state)
+        return first, [later[i] for i in due]
+
+    def _build_buckets(self) -> list[Bucket]:
         members: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
         every = [(p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)]
         groups = {id(group): group for group in self.param_groups}
         for order, (parameter, group) in enumerate(every):
-            phase = order * group["refresh"] // len(every)
-            wide = parameter.flatten(1).shape[0] < parameter.flatten(1).shape[1]
-            key = (id(group), *canonical(parameter).shape, wide, parameter.dtype, parameter.device)
-            members[key].append((parameter, phase))
-        return [
-            self._build_bucket(groups[key[0]], pairs, self.seed + number)
-            for number, (key, pairs) in enumerate(members.items())
-        ]
+            matrix = canonical(parameter)
+            rank = self.rank_of(parameter, group)
+            key = (id(group), matrix.shape, matrix.stride(), parameter.dtype, parameter.device, rank)
+            members[key].append((parameter, order))
+        return [self._build_bucket(groups[key[0]], pairs, len(every)) for key, pairs in members.items()]
 
-    def _build_bucket(self, group: dict[str, Any], pairs: list[tuple[Tensor, int]], seed: int) -> _Bucket:
-        parameters, phases = [p for p, _ in pairs], [phase for _, phase in pairs]
-        first = parameters[0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        rows, size = canonical(first).shape
-        state = initial_state(len(pairs), rows, size, group["rank"], self.basis, seed, dtype=dtype, device=first.device)
+    def _build_bucket(self, group: dict[str, Any], pairs: list[tuple[Tensor, int]], total: int) -> Bucket:
+        parameters = [p for p, _ in pairs]
+        seeds = [self.seed * SEED_STRIDE + order for _, order in pairs]
+        layout = _layout(parameters, self.rank_of(parameters[0], group), seeds, parameters[0].device)
+        state = self.rule.initial(layout)
         views = []
         for i, parameter in enumerate(parameters):
-            view = {key: stack[i] for key, stack in state.tensors().items()}
+            view = {key: stack[i] for key, stack in state.items()}
             view["step"] = torch.tensor(0.0)
+            if parameter in self._ranks:
+                view["rank"] = torch.tensor(layout.rank)
             for key, value in self.state[parameter].items():
                 view[key].copy_(value)
             self.state[parameter] = view
             views.append(view)
-        return _Bucket(group, parameters, phases, state, views)
+        done = [int(view["step"]) for view in views]
+        noise = torch.full((), seeds[0] + sum(done), dtype=torch.int64, device=layout.device)
+        return Bucket(group, parameters, [order / total for _, order in pairs], layout, state, views, done, noise)
 
-    def _step_projected(self, bucket: _Bucket) -> None:
-        active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None]
+    def _choose_ranks(self) -> None:
+        if self.rank_rule is None or self._ranks:
+            return
+        every = [(p, g) for g in self.param_groups for p in g["params"] if self.allowed(p, g) and p.ndim > 1]
+        with_gradient = [p for p, _ in every if p.grad is not None]
+        for parameter, rank in zip(with_gradient, self.rank_rule.choose(with_gradient), strict=True):
+            self._ranks[parameter] = rank
+        self._buckets = None
+
+    def _work(self, bucket: Bucket) -> _Work | None:
+        active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
         if not active:
-            return
-        group, dtype = bucket.group, bucket.state.limiter_B.dtype
-        everyone = len(active) == len(bucket.parameters)
-        index = None if everyone else torch.tensor(active, device=bucket.state.limiter_B.device)
-        state = bucket.state if index is None else bucket.state.part(index)
-        weights = [canonical(bucket.parameters[i]) for i in active]
-        gradients = [canonical(bucket.parameters[i].grad).to(dtype) for i in active]  # type: ignore[arg-type]
-        first, due = [], []
-        for position, i in enumerate(active):
-            step = bucket.views[i]["step"].add_(1)  # a CPU scalar: reading it asks no device
-            done = int(step) - 1
-            if done == 0:
-                first.append(position)
-            elif (done - bucket.phases[i]) % group["refresh"] == 0:
-                due.append(position)
-        for positions, is_first in ((first, True), (due, False)):
-            if positions:
-                refresh(gradients, state, positions, self.basis, group["betas"], first=is_first)
-        low_rank_step(
-            weights,
-            gradients,
-            state,
-            basis=self.basis,
-            residual=self.residual,
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-        if index is not None:
-            bucket.state.write_part(index, state)
+            return None
+        first, due = self.due_next(bucket, active)
+        layout, state, index = bucket.layout, bucket.state, None
+        if len(active) < len(bucket.parameters):
+            index = torch.tensor(active, device=layout.device)
+            layout, state = layout.part(active), part_of(state, index)
+        gradients: list[Tensor | None] = [
+            None if (p := bucket.parameters[i]).grad is None else canonical_gradient(p.grad, p) for i in active
+        ]
+        pending = {place: bucket.pending[i] for place, i in enumerate(active) if i in bucket.pending}
+        return _Work(bucket, active, index, layout, state, gradients, pending, first, due)
 
-    def _step_elementwise(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None and not self.projected(p, group)]
-        if not parameters:
+    def _takes_one_pass(self, work: _Work) -> bool:
+        stops_between = self.check_finite or self.max_norm is not None or self.backward != "whole"
+        return not (stops_between or work.first or work.due) and self.rule.takes_one_pass(work.state)
+
+    def _project(self, work: _Work, norms: bool) -> None:
+        energy = self.rule.residual.needs_energy or self.rule.trigger.needs_energy or norms
+        work.projection = project_step(
+            work.gradients, work.pending, work.state, work.layout, self.rule,
+            first=work.first, due=work.due, energy=energy and self.backward == "whole",
+            beta1=work.bucket.group["betas"][0],
+        )  # fmt: skip
+
+    def _clip(self, works: list[_Work], plain: list[list[Tensor]]) -> Tensor | None:
+        """The factor that brings the global norm down to `max_norm`, 0-d; None without clipping."""
+        if self.max_norm is None:
+            return None
+        squares = [_square_norm(p.grad) for ps in plain for p in ps if p.grad is not None]
+        for work in works:
+            if work.projection is None:
+                squares += [_square_norm(gradient) for gradient in work.gradients if gradient is not None]
+            elif self.backward == "whole":
+                squares.append(work.projection.energy_BM.sum())
+            else:
+                squares.append(work.projection.coordinates_BMR.square().sum())
+        device = squares[0].device
+        norm = torch.stack([square.to(device, torch.float64) for square in squares]).sum().sqrt()
+        return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
+
+    def _require_finite_when_due(self, works: list[_Work]) -> None:
+        """A frame must not be chosen from NaN: an SVD raises on it, a power step would hide it."""
+        if self.check_finite:
+            chosen = [work.gradients[i] for work in works for i in (*work.first, *work.due)]
+            sums = [gradient.sum(dtype=torch.float32) for gradient in chosen if gradient is not None]
+            if sums and not torch.stack(sums).isfinite().all():
+                self._raise_not_finite()
+
+    def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
+        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates."""
+        if not self.check_finite:
             return
+        sums = [work.projection.coordinates_BMR.sum() for work in works if work.projection is not None]
+        sums += [p.grad.sum(dtype=torch.float32) for ps in plain for p in ps if p.grad is not None]
+        if sums and not torch.stack([s.float() for s in sums]).isfinite().all():
+            self._raise_not_finite()
+
+    def _raise_not_finite(self) -> None:
+        every = [p for group in self.param_groups for p in group["params"]]
+        wrong = [p for p in every if p.grad is not None and not p.grad.isfinite().all()]
+        names = [self._names.get(p) or f"a parameter of shape {tuple(p.shape)}" for p in wrong]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise UserError(
+            f"the gradient of {shown or 'a parameter that is kept in coordinates'} is not finite (NaN or infinity); "
+            "neither weights nor optimiser state were changed. Lower the learning rate, clip with max_norm, or look at "
+            "the batch; check_finite=False goes on regardless"
+        )
+
+    def _update(self, work: _Work, clip: Tensor | None) -> None:
+        group, device = work.bucket.group, work.layout.device
+        for i in work.active:
+            work.bucket.done[i] += 1
+            work.bucket.views[i]["step"].fill_(work.bucket.done[i])
+        # On the device and in double: a rate from a scheduler's tensor must not wait for the host.
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=device)
+        weights, numbers = (
+            [canonical(p) for p in work.parameters()],
+            Numbers(group["betas"], group["eps"], work.bucket.noise),
+        )
+        rates = {"lr": lr * self.scale, "keep": 1 - lr * group["weight_decay"]}
+        if work.projection is None:
+            gradients = [gradient for gradient in work.gradients if gradient is not None]
+            step_in_one_pass(weights, gradients, work.state, self.rule, numbers, **rates)
+        else:
+            late = None if self.rule.residual.feeds_back else clip
+            update_step(weights, work.state, work.layout, self.rule, work.projection, numbers, **rates, clip=late)
+        work.bucket.noise.add_(len(work.active))
+        work.bucket.pending.clear()
+        if work.index is not None:
+            write_part(work.bucket.state, work.index, work.state)
+
+    def _elementwise_of(self, group: dict[str, Any]) -> list[Tensor]:
+        """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""
+        parameters = [p for p in group["params"] if p.grad is not None and not self.projected(p, group)]
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros(
-                        (), dtype=torch.float32, device=parameter.device
-                    ),  # the fused step reads it on the device
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
-        states = [self.state[p] for p in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [p.grad for p in parameters],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+                self.state[parameter] = self.initial_state(parameter, group)
+        return parameters
+
+
+def _square_norm(gradient: Tensor) -> Tensor:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradient, dtype=wide).square()
+
+
+def _layout(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:
+    first = parameters[0]
+    rows, size = canonical(first).shape
+    wide = first.shape[0] == size and rows != size
+    return Layout(rows, size, rank, wide, torch.promote_types(first.dtype, torch.float32), device, tuple(seeds))

@@ -5,8 +5,13 @@ A frame Q_BNR has orthonormal columns. `push(z) = z Q^T` lifts coordinates to we
 <push(z), G> = <z, pull(G)>.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from lightspan.triton_kernels.gram import gram
+from lightspan.triton_kernels.project import project
 
 
 def pull(gradient_BMN: Tensor, frame_BNR: Tensor) -> Tensor:
@@ -19,13 +24,17 @@ def push(coordinates_BMR: Tensor, frame_BNR: Tensor) -> Tensor:
     return coordinates_BMR @ frame_BNR.mT
 
 
-def random_frame(batch: int, size: int, rank: int, seed: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random orthonormal frames [B N R] from a seed alone: the same on every device, since they are drawn on the CPU in
-    float64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(batch, size, rank, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(normal).Q.to(dtype=dtype, device=device)
+def gaussian(seeds: Sequence[int], size: int, rank: int) -> Tensor:
+    """Standard normal matrices [B N R] in float64, one a seed: the same on every device, since the CPU draws them."""
+    draws = [
+        torch.randn(size, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+    ]
+    return torch.stack(draws)
+
+
+def random_frame(seeds: Sequence[int], size: int, rank: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random orthonormal frames [B N R], uniform over subspaces, one a seed."""
+    return torch.linalg.qr(gaussian(seeds, size, rank)).Q.to(dtype=dtype, device=device)
 
 
 def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor) -> Tensor:
     identity_RR = torch.eye(y_BNR.shape[-1], device=y_BNR.device, dtype=torch.float64)
     sound_B11 = torch.ones(len(y_BNR), 1, 1, dtype=torch.bool, device=y_BNR.device)
     for _ in range(2):
-        factor_BRR, info_B = torch.linalg.cholesky_ex(q_BNR.mT @ q_BNR)
+        factor_BRR, info_B = torch.linalg.cholesky_ex(gram(q_BNR))
         sound_B11 = (
             sound_B11 & (info_B == 0)[:, None, None] & factor_BRR.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         )
@@ -57,17 +66,17 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor) -> Tensor:
     return torch.where(sound_B11, q_BNR.to(y_BNR.dtype), anchor_BNR)
 
 
-def block_power_step(gradient_BMN: Tensor, frame_BNR: Tensor) -> Tensor:
-    """One step of subspace iteration towards the top right singular vectors: orth(G^T orth(G Q)).
+def block_power_step(gradients: Sequence[Tensor], frame_BNR: Tensor) -> Tensor:
+    """One step of subspace iteration towards the top right singular vectors of B gradients [M N]: orth(G^T orth(G Q)).
 
     The inner orthonormalisation halves the exponent of the condition number that the outer one meets: cond(G) instead
     of cond(G)^2. `frame` warm-starts it and stands in where the gradient has no direction to give.
     """
-    z_BMR = pull(gradient_BMN, frame_BNR)
-    kept_BMR = cholesky_qr2(
-        z_BMR, anchor_BNR=torch.eye(*z_BMR.shape[1:], dtype=z_BMR.dtype, device=z_BMR.device).expand_as(z_BMR)
-    )
-    return cholesky_qr2(gradient_BMN.mT @ kept_BMR, anchor_BNR=frame_BNR)
+    z_BMR, _ = project(gradients, frame_BNR, False)
+    identity_MR = torch.eye(*z_BMR.shape[1:], dtype=z_BMR.dtype, device=z_BMR.device)
+    kept_BMR = cholesky_qr2(z_BMR, anchor_BNR=identity_MR.expand_as(z_BMR))
+    y_BNR, _ = project([gradient.mT for gradient in gradients], kept_BMR, False)
+    return cholesky_qr2(y_BNR, anchor_BNR=frame_BNR)
 
 
 def dct_matrix(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -65,7 +65,7 @@ def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for t, parameter in zip(planned, [p for g in optimizer.param_groups for p in g["params"]], strict=True):
-        assert t.state_numbers == sum(v.numel() for k, v in optimizer.state[parameter].items() if k != "step")
+        assert t.state_bytes == sum(v.nbytes for v in optimizer.state[parameter].values())
     print_report(optimizer)
     assert {t.how for t in planned} == {"rank 4 of 8", "rank 4 of 9", "AdamW: a vector", "AdamW: not to be projected"}
     assert "of AdamW's" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def low_rank_gradient(rows, size, rank, seed=0, noise=0.0):
 @given(rows=st.integers(1, 9), size=st.integers(1, 9), data=st.data())
 def test_pull_is_the_adjoint_of_push(rows, size, data):
     rank = data.draw(st.integers(1, size))
-    frame = random_frame(2, size, rank, seed=3, **DOUBLE)
+    frame = random_frame([3, 4], size, rank, **DOUBLE)
     gradient, coordinates = (
         torch.randn(2, rows, size, dtype=torch.float64),
         torch.randn(2, rows, rank, dtype=torch.float64),
@@ -43,7 +43,7 @@ def test_pull_is_the_adjoint_of_push(rows, size, data):
 
 
 def test_a_random_frame_depends_on_its_seed_alone():
-    a, again, other = (random_frame(2, 7, 3, seed, **SINGLE) for seed in (5, 5, 6))
+    a, again, other = (random_frame([seed, 9], 7, 3, **SINGLE) for seed in (5, 5, 6))
     assert torch.equal(a, again)
     assert not torch.equal(a, other)
     assert orthonormality_error(a) < 1e-6
@@ -54,7 +54,7 @@ def test_cholesky_qr2_spans_what_it_was_given(dtype):
     y = torch.randn(3, 40, 8, dtype=dtype, generator=torch.Generator().manual_seed(0)) * torch.logspace(
         0, 5, 8, dtype=dtype
     )
-    q = cholesky_qr2(y, random_frame(3, 40, 8, seed=1, dtype=dtype, device=y.device))
+    q = cholesky_qr2(y, random_frame([1, 2, 3], 40, 8, dtype=dtype, device=y.device))
     assert orthonormality_error(q) < 20 * torch.finfo(dtype).eps
     outside = y - q @ (q.mT @ y)
     nudge = 1e-3 if dtype == torch.float32 else 1e-5
@@ -64,14 +64,14 @@ def test_cholesky_qr2_spans_what_it_was_given(dtype):
 def test_dependent_and_zero_columns_are_completed_to_a_frame_that_keeps_their_span():
     y = torch.randn(1, 30, 6, generator=torch.Generator().manual_seed(0))
     y[..., 3], y[..., 4] = y[..., 0], 0.0
-    q = cholesky_qr2(y, random_frame(1, 30, 6, seed=1, **SINGLE))
+    q = cholesky_qr2(y, random_frame([1], 30, 6, **SINGLE))
     assert orthonormality_error(q) < 1e-5
     assert ((y - q @ (q.mT @ y)).norm() / y.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_matrix_without_direction_keeps_its_anchor_and_leaves_its_neighbours_alone(value):
-    anchor = random_frame(2, 12, 4, seed=1, **SINGLE)
+    anchor = random_frame([1, 2], 12, 4, **SINGLE)
     y = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
     alone = cholesky_qr2(y, anchor)
     y[0] = value
@@ -82,9 +82,9 @@ def test_a_matrix_without_direction_keeps_its_anchor_and_leaves_its_neighbours_a
 
 def test_power_steps_find_the_top_singular_subspace():
     gradient = low_rank_gradient(50, 30, 5, noise=0.01)
-    frame = random_frame(2, 30, 5, seed=2, **DOUBLE)
+    frame = random_frame([2, 3], 30, 5, **DOUBLE)
     for _ in range(4):
-        frame = block_power_step(gradient, frame)
+        frame = block_power_step(list(gradient), frame)
     best = torch.linalg.svdvals(gradient)[:, :5].square().sum(dim=1)
     captured = pull(gradient, frame).square().sum(dim=(1, 2))
     assert (captured / best > 1 - 1e-8).all()
@@ -92,7 +92,7 @@ def test_power_steps_find_the_top_singular_subspace():
 
 def test_a_warm_step_on_a_rank_deficient_gradient_holds_all_of_its_energy():
     gradient = low_rank_gradient(20, 16, 3).float()
-    frame = block_power_step(gradient, random_frame(2, 16, 8, seed=2, **SINGLE))
+    frame = block_power_step(list(gradient), random_frame([2, 3], 16, 8, **SINGLE))
     assert orthonormality_error(frame) < 1e-5
     kept = pull(gradient, frame).square().sum(dim=(1, 2)) / gradient.square().sum(dim=(1, 2))
     assert (kept > 1 - 1e-5).all()

@@ -1,0 +1,152 @@
+"""Gradients that never last: projected as soon as they are there, or never formed. For `LowRank(backward=...)`.
+
+"hooks": when a parameter's gradient G of a micro-batch is complete, G Q is added to the parameter's coordinates and G
+is freed. Sums of coordinates are coordinates of sums, so accumulation is exact, and the step clips what it has.
+
+"projected": for y = x W^T of nn.Linear, G = dY^T X, so G Q = dY^T (X Q) costs 2 T R (M + N) instead of 2 T M N
+operations for T tokens, and G never exists. (For a weight with M < N it is X^T (dY Q).) What is left to hooks: matrices
+of other layers.
+
+In a step that chooses a matrix' frame anew, that matrix' gradient is formed and accumulated as usual: the frame needs
+all of it. Refreshes are staggered, so these are few.
+
+Shapes: T tokens, M out features, N in features, R rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightspan.distributed import world_size
+from lightspan.errors import UserError
+from lightspan.optim.layout import canonical_gradient
+from lightspan.optim.low_rank import LowRank
+
+
+class Sink:
+    """Where the coordinates of one parameter's gradient are added up, in the optimiser's own bucket."""
+
+    def __init__(self, optimizer: LowRank, parameter: Tensor) -> None:
+        self.optimizer, self.parameter = optimizer, parameter
+
+    def frame(self) -> Tensor | None:
+        """The frame [N R] of the coming step; None if that step needs the whole gradient."""
+        bucket, position = self.optimizer.place(self.parameter)
+        first, due = self.optimizer.due_next(bucket, [position])
+        if first or due:
+            return None
+        state = {key: value[position : position + 1] for key, value in bucket.state.items()}
+        return self.optimizer.rule.basis.frame(state, bucket.layout.part([position]))[0]
+
+    def add(self, coordinates_MR: Tensor) -> None:
+        """Adds one micro-batch's coordinates."""
+        bucket, position = self.optimizer.place(self.parameter)
+        wide = coordinates_MR.to(bucket.layout.dtype)
+        if position in bucket.pending:
+            bucket.pending[position].add_(wide)
+        else:
+            bucket.pending[position] = wide.clone() if wide is coordinates_MR else wide
+
+    def take(self, parameter: Tensor) -> None:
+        """Post-accumulate hook: turns the gradient into coordinates and frees it."""
+        frame_NR = self.frame()
+        if frame_NR is None or parameter.grad is None:
+            return
+        gradient_MN = canonical_gradient(parameter.grad, parameter)
+        self.add(gradient_MN @ frame_NR.to(gradient_MN.dtype))
+        parameter.grad = None
+
+
+class _ProjectedProduct(torch.autograd.Function):
+    """x W^T + b whose backward pass puts the coordinates of W's gradient into a sink and gives W none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, frame: Tensor, sink: Sink) -> Tensor:
+        wide = weight_MN.shape[0] < weight_MN.shape[1]
+        # For tall weights X Q is all that the gradient needs of X, and much smaller.
+        ctx.save_for_backward(x if wide else x @ frame, weight_MN, frame)
+        ctx.sink, ctx.wide, ctx.has_bias = sink, wide, bias_M is not None
+        return nn.functional.linear(x, weight_MN, bias_M)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved, weight_MN, frame = ctx.saved_tensors
+        gradient_TM, saved_T = gradient.reshape(-1, gradient.shape[-1]), saved.reshape(-1, saved.shape[-1])
+        if ctx.wide:
+            ctx.sink.add(saved_T.mT @ (gradient_TM @ frame))
+        else:
+            ctx.sink.add(gradient_TM.mT @ saved_T)
+        of_x = gradient @ weight_MN if ctx.needs_input_grad[0] else None
+        of_bias = gradient_TM.sum(dim=0) if ctx.has_bias else None
+        return of_x, None, of_bias, None, None
+
+
+class ProjectedLinear(nn.Linear):
+    """nn.Linear whose weight's gradient reaches the optimiser in coordinates. Parameters, state dict and outputs are
+    those of nn.Linear; `attach` turns existing layers into it, and `detach` back.
+    """
+
+    sink: Sink | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = torch.is_grad_enabled() and self.weight.requires_grad
+        frame = self.sink.frame() if training and self.sink is not None else None
+        if frame is None:
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return _ProjectedProduct.apply(x.to(dtype), self.weight.to(dtype), bias, frame.to(dtype), self.sink)
+
+
+class Attachment:
+    """Undoes what `attach` did."""
+
+    def __init__(self, linears: list[ProjectedLinear], handles: list[RemovableHandle], optimizer: LowRank) -> None:
+        self.linears, self.handles, self.optimizer = linears, handles, optimizer
+
+    def detach(self) -> None:
+        """Gives the layers back their class and removes the hooks."""
+        for linear in self.linears:
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            del linear.sink
+        for handle in self.handles:
+            handle.remove()
+        self.optimizer.attached = False
+
+
+def attach(model: nn.Module, optimizer: LowRank) -> Attachment:
+    """Connects the gradients of a model with an optimiser made for `backward="hooks"` or `"projected"`.
+
+    Call it after the model has its final device and dtype and before the first backward pass. A weight that two layers
+    share, or that a parametrisation computes, stays with hooks.
+
+    Raises: UserError if the optimiser wants whole gradients, or several processes train: what they reduce are whole
+        gradients.
+    """
+    if optimizer.backward == "whole":
+        raise UserError("this optimiser wants whole gradients; make it with backward='hooks' or backward='projected'")
+    if world_size() > 1:
+        raise UserError(
+            f"backward={optimizer.backward!r} works in one process, this run has {world_size()}: data-parallel "
+            "strategies reduce whole gradients; set backward='whole'"
+        )
+    projected = {p for group in optimizer.param_groups for p in group["params"] if optimizer.projected(p, group)}
+    owners: dict[Tensor, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    linears: list[ProjectedLinear] = []
+    for parameter in projected:
+        modules = owners.get(parameter, [])
+        if optimizer.backward == "projected" and len(modules) == 1 and type(modules[0]) is nn.Linear:
+            linear = modules[0]
+            linear.__class__ = ProjectedLinear
+            assert isinstance(linear, ProjectedLinear)
+            linear.sink = Sink(optimizer, parameter)
+            linears.append(linear)
+    handles = [p.register_post_accumulate_grad_hook(Sink(optimizer, p).take) for p in projected]
+    optimizer.attached = True
+    return Attachment(linears, handles, optimizer)

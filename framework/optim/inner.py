@@ -1,0 +1,168 @@
+"""The rule that turns coordinates of a gradient into a direction: Adam, SGD with momentum, or orthogonalisation.
+
+Shapes: B matrices, M rows (kept), R rank.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.optim.layout import Layout, State
+from lightspan.optim.moments import MomentStorage
+from lightspan.triton_kernels.low_rank_adam import low_rank_adam
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What an inner rule needs of its parameter group: Adam's betas and eps, and a seed (int64, 0-d) for roundings."""
+
+    betas: tuple[float, float]
+    eps: float
+    seed: Tensor
+
+
+class Inner(ABC):
+    """A rule in coordinates. Its state moves with the frame; see `lightspan.optim.carries`."""
+
+    @abstractmethod
+    def initial(self, layout: Layout, storage: MomentStorage) -> State:
+        """State before the first step."""
+
+    @abstractmethod
+    def direction(
+        self,
+        coordinates_BMR: Tensor,
+        state: State,
+        source_BR: Tensor | None,
+        layout: Layout,
+        storage: MomentStorage,
+        numbers: Numbers,
+    ) -> Tensor:
+        """The direction [B M R], a tensor of its own; updates `state` in place.
+
+        Args:
+            source_BR: where each column's state stands, -1 for nowhere; None if every column stands where it belongs.
+        """
+
+
+@dataclass(frozen=True)
+class Adam(Inner):
+    """Adam (Kingma & Ba 2015) with the group's betas and eps, and an age per column for its bias correction."""
+
+    def initial(self, layout: Layout, storage: MomentStorage) -> State:
+        moments = {
+            **storage.initial(layout, "exp_avg", layout.rank),
+            **storage.initial(layout, "exp_avg_sq", layout.rank),
+        }
+        return {**moments, "age": layout.zeros(layout.rank)}
+
+    def direction(
+        self,
+        coordinates_BMR: Tensor,
+        state: State,
+        source_BR: Tensor | None,
+        layout: Layout,
+        storage: MomentStorage,
+        numbers: Numbers,
+    ) -> Tensor:
+        state["age"].add_(1)
+        moments, scales = (state["exp_avg"], state["exp_avg_sq"]), ("exp_avg_scale", "exp_avg_sq_scale")
+        return low_rank_adam(
+            coordinates_BMR, *moments, state["age"], *numbers.betas, numbers.eps,
+            *(state.get(name) for name in scales), source_BR, numbers.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SGD(Inner):
+    """Momentum: m <- momentum m + r, and m is the direction (torch.optim.SGD without dampening).
+
+    Args:
+        momentum: in [0, 1).
+    """
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"SGD momentum={self.momentum} must be in [0, 1)")
+
+    def initial(self, layout: Layout, storage: MomentStorage) -> State:
+        return storage.initial(layout, "exp_avg", layout.rank)
+
+    def direction(
+        self,
+        coordinates_BMR: Tensor,
+        state: State,
+        source_BR: Tensor | None,
+        layout: Layout,
+        storage: MomentStorage,
+        numbers: Numbers,
+    ) -> Tensor:
+        first_BMR = storage.load(state, "exp_avg")
+        if source_BR is not None:
+            index_BMR = source_BR.clamp_min(0)[:, None].expand_as(first_BMR)
+            first_BMR = first_BMR.gather(2, index_BMR) * (source_BR >= 0)[:, None]
+        first_BMR = first_BMR * self.momentum + coordinates_BMR
+        storage.save(first_BMR, state, "exp_avg", numbers.seed)
+        return first_BMR
+
+
+@dataclass(frozen=True)
+class NewtonSchulz(Inner):
+    """Orthogonalised coordinates, without state: momentum lies outside, in an error feedback that forgets the captured
+    part slowly (Trion and Dion; arXiv 2505.17967, section 4).
+
+    Five steps of X <- a X + (b A + c A^2) X, A = X X^T, on the coordinates divided by their Frobenius norm.
+
+    Args:
+        steps: iterations, >= 1.
+        scale: factor by the matrix' shape out x in: "kj" sqrt(max(1, out / in)), "kimi" 0.2 sqrt(max(out, in)),
+            "dion" sqrt(out / in), "none" 1.
+    """
+
+    steps: int = 5
+    scale: Literal["kj", "kimi", "dion", "none"] = "kj"
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"NewtonSchulz steps={self.steps} must be at least 1")
+
+    def initial(self, layout: Layout, storage: MomentStorage) -> State:
+        return {}
+
+    def direction(
+        self,
+        coordinates_BMR: Tensor,
+        state: State,
+        source_BR: Tensor | None,
+        layout: Layout,
+        storage: MomentStorage,
+        numbers: Numbers,
+    ) -> Tensor:
+        rows, columns = layout.shape
+        factors = {
+            "kj": max(1.0, rows / columns) ** 0.5,
+            "kimi": 0.2 * max(rows, columns) ** 0.5,
+            "dion": (rows / columns) ** 0.5,
+            "none": 1.0,
+        }
+        return newton_schulz(coordinates_BMR, self.steps, self.COEFFICIENTS).mul_(factors[self.scale])
+
+
+def newton_schulz(x_BMR: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
+    """Singular values pushed towards 1, singular vectors kept. The Gram matrix is formed on the shorter side."""
+    a, b, c = coefficients
+    x = x_BMR / (torch.linalg.matrix_norm(x_BMR, keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT.contiguous() if tall else x

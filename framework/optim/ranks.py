@@ -1,0 +1,77 @@
+"""A rank for each matrix from its first gradient: as much energy as asked for, within a budget of bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.optim.layout import canonical_gradient
+
+
+@dataclass(frozen=True)
+class RankByEnergy:
+    """The smallest rank that captures a share of the energy of a matrix' first gradient, within a budget.
+
+    Early gradients of most networks have a few strong directions and a long tail; matrices differ in both. If the
+    ranks of the energy target would cost more than `budget_mib`, directions are taken in order of the share of energy
+    that they bring per byte, over all matrices, until the budget is spent. Spectra fall, so no other choice within the
+    budget captures more in sum. Ranks are chosen in the first step and are part of the saved state.
+
+    Args:
+        energy: share in (0, 1].
+        least, most: bounds on every rank, 1 <= least <= most.
+        budget_mib: of float32 moments and frames of all projected matrices together; None for no bound.
+    """
+
+    energy: float = 0.9
+    least: int = 4
+    most: int = 256
+    budget_mib: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:
+            raise UserError(f"RankByEnergy energy={self.energy} must be in (0, 1]")
+        if not 1 <= self.least <= self.most:
+            raise UserError(f"RankByEnergy needs 1 <= least <= most, got least={self.least}, most={self.most}")
+
+    def choose(self, parameters: Sequence[Tensor]) -> list[int]:
+        """One rank for each parameter, from its `grad`. Raises: UserError if `least` everywhere exceeds the budget."""
+        gradients = [canonical_gradient(p.grad, p) for p in parameters if p.grad is not None]
+        shares = [_energy_shares(gradient) for gradient in gradients]
+        bytes_per_rank = [4 * (2 * gradient.shape[0] + gradient.shape[1]) for gradient in gradients]
+        wanted = [self._wanted(share_N) for share_N in shares]
+        if self.budget_mib is None:
+            return wanted
+        left = self.budget_mib * 2**20 - sum(
+            min(self.least, rank) * size for rank, size in zip(wanted, bytes_per_rank, strict=True)
+        )
+        if left < 0:
+            raise UserError(
+                f"RankByEnergy budget_mib={self.budget_mib} does not even hold rank {self.least} for all "
+                f"{len(gradients)} matrices; raise it by {-left / 2**20:.2f} MiB or lower `least`"
+            )
+        offers = sorted(
+            (-float(share) / size, number)
+            for number, (share_N, size) in enumerate(zip(shares, bytes_per_rank, strict=True))
+            for share in share_N[self.least : wanted[number]]
+        )
+        ranks = [min(self.least, rank) for rank in wanted]
+        for _, number in offers:
+            if bytes_per_rank[number] <= left:
+                left -= bytes_per_rank[number]
+                ranks[number] += 1
+        return ranks
+
+    def _wanted(self, share_N: Tensor) -> int:
+        reached = int((share_N.cumsum(0) < self.energy).sum()) + 1
+        return min(max(reached, self.least), self.most, len(share_N))
+
+
+def _energy_shares(gradient_MN: Tensor) -> Tensor:
+    """Squared singular values over their sum [N], falling; on the CPU. A zero gradient has no strong direction."""
+    wide_MN = gradient_MN.double()
+    values_N = torch.linalg.eigvalsh(wide_MN.mT @ wide_MN).flip(0).clamp_min_(0).cpu()
+    total = values_N.sum()
+    return values_N / total if total > 0 else torch.full_like(values_N, 1 / len(values_N))

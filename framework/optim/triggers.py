@@ -1,0 +1,113 @@
+"""When a matrix' frame is chosen anew: by the clock, or when it captures too little of the gradient.
+
+Shapes: B matrices, M rows, R rank.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.optim.layout import Layout, State
+
+
+class Trigger(ABC):
+    """Decides on the host which matrices are due; what it measures on the device is part of the state."""
+
+    needs_energy = False
+    """Whether `observe` reads the row norms of the gradients."""
+
+    def initial(self, layout: Layout) -> State:
+        """State before the first step."""
+        return {}
+
+    @abstractmethod
+    def due(self, steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
+        """Positions of the matrices whose frame is to be chosen anew now; a matrix' first step is not asked about.
+
+        Args:
+            steps: optimiser steps that each matrix has taken, >= 1.
+            phases: in [0, 1), spread over all matrices of the optimiser, so that they need not all be due at once.
+        """
+
+    def observe(self, coordinates_BMR: Tensor, energy_BM: Tensor, refreshed: Tensor | None, state: State) -> None:
+        """Sees every step if `needs_energy`; `refreshed` are the positions whose frame is new."""
+        raise NotImplementedError(f"{type(self).__name__} measures nothing")
+
+
+@dataclass(frozen=True)
+class Every(Trigger):
+    """A fixed number of steps after the last time, staggered over the matrices.
+
+    Args:
+        steps: >= 1.
+    """
+
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"refresh={self.steps} must be at least 1 step")
+
+    def due(self, steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
+        return [
+            i
+            for i, (step, phase) in enumerate(zip(steps, phases, strict=True))
+            if (step - int(phase * self.steps)) % self.steps == 0
+        ]
+
+
+@dataclass(frozen=True)
+class WhenCapturedFalls(Trigger):
+    """When the share of the gradient's energy inside the frame falls below `below` times its value after the last
+    refresh. Frames of matrices whose gradients stay in one subspace live long, others are chosen anew often.
+
+    The share is a running mean over about ten steps. The device is asked once in `check` steps for all matrices of one
+    shape.
+
+    Args:
+        below: in (0, 1).
+        check: steps between two looks, >= 1.
+        at_most: steps after which a frame is chosen anew whatever it captures, >= check.
+    """
+
+    below: float = 0.7
+    check: int = 10
+    at_most: int = 500
+
+    needs_energy = True
+    _KEPT = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.below < 1:
+            raise UserError(f"WhenCapturedFalls below={self.below} must be in (0, 1)")
+        if not 1 <= self.check <= self.at_most:
+            raise UserError(
+                f"WhenCapturedFalls needs 1 <= check <= at_most, got check={self.check}, at_most={self.at_most}"
+            )
+
+    def initial(self, layout: Layout) -> State:
+        return {key: layout.zeros() for key in ("captured", "captured_first", "frame_age")}
+
+    def due(self, steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
+        asked = [
+            i for i, (s, p) in enumerate(zip(steps, phases, strict=True)) if (s + int(p * self.check)) % self.check == 0
+        ]
+        if not asked:
+            return []
+        fallen = (
+            (state["captured"] < self.below * state["captured_first"]) | (state["frame_age"] >= self.at_most)
+        ).tolist()
+        return [i for i in asked if fallen[i]]
+
+    def observe(self, coordinates_BMR: Tensor, energy_BM: Tensor, refreshed: Tensor | None, state: State) -> None:
+        inside_B = coordinates_BMR.square().sum(dim=(1, 2))
+        share_B = inside_B / energy_BM.sum(dim=1).clamp_min(1e-30)
+        state["captured"].lerp_(share_B, 1 - self._KEPT)
+        state["frame_age"].add_(1)
+        if refreshed is not None:
+            for key in ("captured", "captured_first"):
+                state[key][refreshed] = share_B[refreshed]
+            state["frame_age"][refreshed] = 1

@@ -1,0 +1,92 @@
+"""The hot path asks the host for nothing, and a compiler can see through it.
+
+No GPU is needed to see a synchronisation: tensors on the meta device have shapes and no values, so whatever waits for a
+value raises.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from lightspan.optim.bases import DCTBasis, HadamardBasis, KroneckerDCTBasis, PowerBasis
+from lightspan.optim.core import Projection, update_step
+from lightspan.optim.inner import SGD, Adam, NewtonSchulz, Numbers
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+
+RULES = {
+    "default": {},
+    "dropped": {"residual": None},
+    "apollo": {"residual": Apollo()},
+    "feedback": {"residual": ErrorFeedback("int8"), "basis": DCTBasis()},
+    "hadamard": {"basis": HadamardBasis(), "residual": None},
+    "kronecker": {"basis": KroneckerDCTBasis()},
+    "orthogonalised": {"inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.9)},
+    "momentum": {"inner": SGD()},
+}
+
+
+@pytest.mark.parametrize("refresh", [10**6, 1], ids=["steady", "refreshing"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_never_waits_for_the_device(rule, refresh):
+    weights = [nn.Parameter(torch.empty(32, 16, device="meta")) for _ in range(3)]
+    weights += [nn.Parameter(torch.empty(16, 32, device="meta"))]  # vectors are torch.optim.AdamW's
+    optimizer = LowRank(
+        weights, lr=1e-3, rank=4, refresh=refresh, max_norm=1.0, weight_decay=0.1, check_finite=False, **RULES[rule]
+    )
+    optimizer.param_groups[0]["lr"] = torch.full(
+        (), 1e-3, device="meta"
+    )  # as a scheduler for captured graphs leaves it
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()
+    assert all(value.is_meta for weight in weights for key, value in optimizer.state[weight].items() if key != "step")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_step_in_one_pass_is_the_step_in_two_halves(dtype):
+    sides = []
+    for check_finite in (True, False):  # only without the check may both halves be one kernel
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in ((9, 6), (6, 9), (9, 6))]
+        optimizer = LowRank(weights, lr=0.1, rank=3, residual=None, refresh=4, check_finite=check_finite)
+        for _ in range(9):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            optimizer.step()
+        sides.append(weights)
+    assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True))
+
+
+def test_the_check_for_finite_gradients_is_what_waits():
+    weight = nn.Parameter(torch.empty(32, 16, device="meta"))
+    optimizer = LowRank([weight], rank=4)
+    weight.grad = torch.empty_like(weight)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("inner", [Adam(), NewtonSchulz()])
+def test_the_second_half_of_a_step_compiles_as_one_graph(inner):
+    torch.manual_seed(0)
+    weights = [torch.randn(8, 6) for _ in range(2)]
+    residual = Fira() if isinstance(inner, Adam) else ErrorFeedback(kept=0.5)
+    optimizer = LowRank([nn.Parameter(w) for w in weights], rank=3, basis=PowerBasis(), inner=inner, residual=residual)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    bucket = optimizer.buckets()[0]
+    gradients = [torch.randn(8, 6) for _ in range(2)]
+    results = []
+    for run in (update_step, torch.compile(update_step, fullgraph=True, backend="aot_eager")):
+        moved, state = [w.clone() for w in weights], {key: value.clone() for key, value in bucket.state.items()}
+        coordinates, energy = optimizer.rule.basis.project(gradients, state, bucket.layout, energy=True)
+        run(
+            moved, state, bucket.layout, optimizer.rule, Projection(list(gradients), coordinates, energy, []),
+            Numbers((0.9, 0.99), 1e-8, torch.tensor(1)),
+            lr=torch.tensor(0.1), keep=torch.tensor(0.99), clip=torch.tensor(0.5),
+        )  # fmt: skip
+        results.append([*moved, *state.values()])
+    for straight, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(straight, compiled)

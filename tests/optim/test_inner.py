@@ -1,0 +1,81 @@
+"""Inner rules against torch's own optimisers and against the definition of orthogonalisation."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightspan.errors import UserError
+from lightspan.optim.inner import SGD, Adam, NewtonSchulz, Numbers, newton_schulz
+from lightspan.optim.layout import Layout
+from lightspan.optim.moments import Float32Moments
+
+STORAGE = Float32Moments()
+NUMBERS = Numbers((0.9, 0.99), 1e-8, torch.tensor(0))
+
+
+def layout(rows=6, rank=4, wide=False, size=5):
+    return Layout(rows, size, rank, wide, torch.float64, torch.device("cpu"), (0, 1))
+
+
+def directions(inner, steps=8):
+    generator, like = torch.Generator().manual_seed(0), layout()
+    state = inner.initial(like, STORAGE)
+    given = [torch.randn(2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(steps)]
+    return given, [inner.direction(g.clone(), state, None, like, STORAGE, NUMBERS).clone() for g in given]
+
+
+@pytest.mark.parametrize(
+    ("inner", "theirs"),
+    [
+        (Adam(), lambda p: torch.optim.Adam(p, lr=1.0, betas=(0.9, 0.99))),
+        (SGD(0.9), lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9)),
+        (SGD(0.0), lambda p: torch.optim.SGD(p, lr=1.0)),
+    ],
+)
+def test_in_coordinates_it_is_torchs_optimiser(inner, theirs):
+    given, got = directions(inner)
+    weight = nn.Parameter(torch.zeros(2, 6, 4, dtype=torch.float64))
+    optimizer = theirs([weight])
+    for g, u in zip(given, got, strict=True):
+        before = weight.detach().clone()
+        weight.grad = g
+        optimizer.step()
+        torch.testing.assert_close(before - weight, u, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40), (1, 5)])
+def test_newton_schulz_keeps_singular_vectors_and_brings_values_near_one(shape):
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    found = u.mT @ newton_schulz(x, 5, NewtonSchulz.COEFFICIENTS) @ vh.mT
+    values = found.diagonal(dim1=1, dim2=2)
+    assert (found - torch.diag_embed(values)).abs().max() < 1e-10
+    assert ((values > 0.65) & (values < 1.25)).all()
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("kj", 2.0), ("kimi", 0.2 * 20**0.5), ("dion", 2.0), ("none", 1.0)])
+def test_conventions_scale_by_the_parameters_own_shape(scale, factor):
+    x = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tall, wide = layout(20, 3, size=5), layout(20, 3, wide=True, size=5)
+    plain = newton_schulz(x, 5, NewtonSchulz.COEFFICIENTS)
+    u = NewtonSchulz(scale=scale).direction(x, {}, None, tall, STORAGE, NUMBERS)
+    torch.testing.assert_close(u, factor * plain)
+    inverse = {"kj": 1.0, "dion": 0.5}.get(scale, factor)
+    u = NewtonSchulz(scale=scale).direction(x, {}, None, wide, STORAGE, NUMBERS)
+    torch.testing.assert_close(u, inverse * plain)
+
+
+def test_a_zero_gradient_gives_a_zero_direction():
+    for inner in (Adam(), SGD(), NewtonSchulz()):
+        state = inner.initial(layout(), STORAGE)
+        u = inner.direction(torch.zeros(2, 6, 4, dtype=torch.float64), state, None, layout(), STORAGE, NUMBERS)
+        assert torch.equal(u, torch.zeros_like(u))
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: SGD(1.0), r"SGD momentum=1.0 must be in \[0, 1\)"),
+    (lambda: NewtonSchulz(0), "steps=0 must be at least 1"),
+])  # fmt: skip
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

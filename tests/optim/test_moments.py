@@ -1,0 +1,70 @@
+"""Stored moments: what a format may lose, and that second moments can fall as well as rise."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightspan.optim.bases import DCTBasis
+from lightspan.optim.layout import Layout
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+
+FORMATS = [Float32Moments(), BFloat16Moments(), Int8Moments()]
+
+
+def layout(dtype=torch.float32):
+    return Layout(9, 6, 5, False, dtype, torch.device("cpu"), (0, 1))
+
+
+def sample():
+    return torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_what_is_saved_is_loaded_within_the_formats_precision(storage, name):
+    state = storage.initial(layout(), name, 5)
+    assert torch.equal(storage.load(state, name), torch.zeros(2, 9, 5))
+    moment = sample().square() if name == "exp_avg_sq" else sample()
+    storage.save(moment, state, name, torch.tensor(1))
+    limit = {Float32Moments: 0.0, BFloat16Moments: 2**-7, Int8Moments: 2 / 127}[type(storage)]
+    largest = moment.abs().amax(-1, keepdim=True)
+    assert ((storage.load(state, name) - moment).abs() <= limit * largest).all()
+
+
+def test_bytes_per_number_are_four_two_and_one_and_a_scale_a_row():
+    sizes = [sum(t.nbytes for t in storage.initial(layout(), "exp_avg", 5).values()) for storage in FORMATS]
+    assert sizes == [4 * 90, 2 * 90, 90 + 4 * 18]
+
+
+def stored_sum(state, storage):
+    stacked = {key: value[None] for key, value in state.items() if key.startswith("exp_avg_sq")}
+    return float(storage.load(stacked, "exp_avg_sq").sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", FORMATS)
+def test_second_moments_decay_when_gradients_vanish(storage, dtype):
+    """Rounded to nearest, a bfloat16 moment of 1.5 is still 1.5 after 3000 decays by 0.999; it should be 0.075."""
+    weight = nn.Parameter(torch.zeros(8, 6, dtype=dtype))
+    optimizer = LowRank([weight], lr=0.0, rank=3, basis=DCTBasis(), residual=None, moments=storage, refresh=10**6)
+    weight.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    optimizer.step()
+    start = stored_sum(optimizer.state[weight], storage)
+    weight.grad = torch.zeros_like(weight)
+    for _ in range(400):
+        optimizer.step()
+    assert stored_sum(optimizer.state[weight], storage) / start == pytest.approx(0.999**400, rel=0.1)
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+def test_training_solves_least_squares_in_every_format(storage):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(20, 2, generator=generator) @ torch.randn(2, 12, generator=generator)
+    weight = nn.Parameter(torch.zeros(20, 12))
+    optimizer = LowRank([weight], lr=0.1, rank=3, moments=storage, refresh=10)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        weight.grad = weight.detach() - target
+        optimizer.step()
+    assert (weight - target).norm() < 0.02 * target.norm()

@@ -1,0 +1,82 @@
+"""A rank for each matrix: enough for the energy, no more than the budget, and the same after a resume."""
+
+import io
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from lightspan.errors import UserError
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.ranks import RankByEnergy
+
+
+def with_spectrum(values, rows=12, columns=8, seed=0):
+    """A parameter whose gradient has the given singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64)).Q
+    weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float64))
+    weight.grad = left * torch.tensor(values, dtype=torch.float64) @ right.T
+    return weight
+
+
+STEEP, FLAT = [8.0, 1, 1, 0.5, 0.1, 0.1, 0.1, 0.1], [1.0] * 8
+
+
+def test_the_rank_is_the_smallest_that_captures_the_energy():
+    assert RankByEnergy(0.9, least=1).choose([with_spectrum(STEEP), with_spectrum(FLAT)]) == [1, 8]
+    assert RankByEnergy(0.99, least=1).choose([with_spectrum(STEEP)]) == [3]
+    assert RankByEnergy(0.9, least=2, most=5).choose([with_spectrum(STEEP), with_spectrum(FLAT)]) == [2, 5]
+
+
+def test_within_a_budget_no_other_choice_captures_more():
+    weights = [
+        with_spectrum(STEEP),
+        with_spectrum([3.0, 2, 2, 1, 1, 0.5, 0.2, 0.1], seed=1),
+        with_spectrum(FLAT, seed=2),
+    ]
+    cost = 4 * (2 * 12 + 8)
+    chosen = RankByEnergy(0.999, least=1, budget_mib=9 * cost / 2**20).choose(weights)
+    assert sum(chosen) == 9
+    shares = [torch.linalg.svdvals(w.grad).square() / w.grad.square().sum() for w in weights]
+
+    def captured(ranks):
+        return sum(float(share[:r].sum()) for share, r in zip(shares, ranks, strict=True))
+
+    best = max(captured(r) for r in product(range(1, 9), repeat=3) if sum(r) <= 9)
+    assert captured(chosen) == pytest.approx(best)
+
+
+def test_an_impossible_budget_says_by_how_much():
+    with pytest.raises(UserError, match=r"budget_mib=1e-06 does not even hold rank 4 for all 1 matrices; raise it by"):
+        RankByEnergy(budget_mib=1e-6).choose([with_spectrum(FLAT)])
+
+
+def test_ranks_are_chosen_in_the_first_step_and_survive_a_resume():
+    def make():
+        weights = [with_spectrum(STEEP), with_spectrum(FLAT, seed=1), with_spectrum(STEEP, seed=2)]
+        return weights, LowRank(weights, lr=0.1, rank=RankByEnergy(0.9, least=2), refresh=2)
+
+    straight, optimizer = make()
+    optimizer.step()
+    assert [optimizer.state[w]["exp_avg"].shape[1] for w in straight] == [2, 8, 2]
+    assert [int(optimizer.state[w]["rank"]) for w in straight] == [2, 8, 2]
+    saved = io.BytesIO()
+    torch.save({"state": optimizer.state_dict(), "weights": [w.data for w in straight]}, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)
+    resumed, second = make()
+    second.load_state_dict(loaded["state"])
+    for w, value in zip(resumed, loaded["weights"], strict=True):
+        w.data.copy_(value)
+    for _ in range(4):
+        optimizer.step()
+        second.step()
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+def test_it_needs_whole_gradients():
+    with pytest.raises(UserError, match=r"looks at whole gradients; set backward='whole'"):
+        LowRank([with_spectrum(FLAT)], rank=RankByEnergy(), residual=None, backward="hooks")

@@ -1,0 +1,225 @@
+"""The weight update: reference against float64, kernel against reference, rounding of bfloat16, compiled code."""
+
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import Spec, compile_ahead
+from torch import Tensor
+
+from lightspan.triton_kernels import backproject_update as module
+from lightspan.triton_kernels.backproject_update import (
+    backproject_update,
+    backproject_update_reference,
+    backproject_update_triton,
+    blocks,
+)
+from lightspan.triton_kernels.launch import triton
+from lightspan.triton_kernels.rounding import WINDOW
+
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+PATHS = [backproject_update_reference, pytest.param(backproject_update_triton, marks=needs_triton)]
+
+SHAPES = [(1, 1, 1), (3, 2, 5), (65, 131, 17), (64, 70, 33), (5, 4, 0)]  # M, N, R
+LAYOUTS = ["rows", "columns", "unaligned"]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of the result
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
+    if layout == "columns":
+        return matrix.mT.contiguous().mT
+    if layout == "unaligned":
+        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
+    return matrix
+
+
+def problem(
+    shape: tuple[int, int, int], dtype: torch.dtype, residual: bool, layout: str = "rows",
+    gradient_dtype: torch.dtype | None = None, gradient_layout: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of the op by name. The step U Q^T consists of small integers, which are exact in every dtype."""
+    M, N, R = shape
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=wide)
+
+    gradients = [normal(M, N).to(gradient_dtype or dtype) for _ in range(2 if residual else 0)]
+    return {
+        "weights": [laid_out(normal(M, N).to(dtype), layout) for _ in range(2)],
+        "direction_BMR": torch.randint(-2, 3, (2, M, R), generator=generator).to(wide),
+        "frame_BNR": torch.randint(-1, 2, (2, N, R), generator=generator).to(wide),
+        "gradients": [laid_out(gradient, gradient_layout or layout) for gradient in gradients],
+        "scale_BM": normal(2 if residual else 0, M).abs(),
+        "lr": torch.tensor(0.25, dtype=wide),
+        "keep": torch.tensor(0.9, dtype=wide),
+        "seed": None,
+    }
+
+
+def formula(problem: dict[str, Any]) -> Tensor:
+    """The new weights in float64, before they are rounded."""
+    wide = {name: value.double() for name, value in problem.items() if isinstance(value, Tensor)}
+    step = wide["direction_BMR"] @ wide["frame_BNR"].mT
+    if problem["gradients"]:
+        step = step + wide["scale_BM"][:, :, None] * torch.stack(problem["gradients"]).double()
+    return wide["keep"] * torch.stack(problem["weights"]).double() - wide["lr"] * step
+
+
+def updated(path: Any, problem: dict[str, Any], **changes: Any) -> Tensor:
+    weights = [weight.clone() for weight in problem["weights"]]
+    assert [weight.stride() for weight in weights] == [weight.stride() for weight in problem["weights"]]
+    for weight, given in zip(weights, problem["weights"], strict=True):
+        if given.data_ptr() % 16:
+            weight.set_(laid_out(weight, "unaligned"))
+    assert path(**{**problem, **changes, "weights": weights}) is None
+    return torch.stack(weights)
+
+
+def rounding(path: Any, dtype: torch.dtype) -> float:
+    """Triton's interpreter truncates to bfloat16, where the hardware rounds to nearest."""
+    truncates = path is backproject_update_triton and dtype == torch.bfloat16
+    return 2 * TOLERANCE[dtype] if truncates else TOLERANCE[dtype]
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    # Terms of about 10 may cancel: float32's sums err by 10 * 2^-23 in any dtype.
+    noise = 1e-14 if got.dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(got.to(expected.dtype), expected, rtol=tolerance, atol=noise)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_paths_equal_the_formula_in_float64(path, residual, shape, layout, dtype):
+    given = problem(shape, dtype, residual, layout)
+    close(updated(path, given), formula(given), rounding(path, dtype))
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_float64_is_computed_in_float64(layout):
+    given = problem((7, 5, 3), torch.float64, True, layout)
+    close(updated(backproject_update, given), formula(given), 1e-14)
+    close(updated(backproject_update_triton, given), formula(given), 1e-14)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("weight_layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_gradients_may_differ_from_weights_in_dtype_and_layout(path, weight_layout, dtypes):
+    other = {"rows": "columns", "columns": "rows"}[weight_layout]
+    given = problem((7, 5, 3), dtypes[0], True, weight_layout, gradient_dtype=dtypes[1], gradient_layout=other)
+    close(updated(path, given), formula(given), rounding(path, dtypes[0]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_frames_and_directions_may_be_bfloat16(path):
+    given = problem((7, 5, 3), torch.float32, False)
+    given = given | {name: given[name].bfloat16() for name in ("frame_BNR", "direction_BMR")}
+    close(updated(path, given), formula(given), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nothing_moves_without_step_and_decay(path, dtype):
+    given = problem((7, 5, 3), dtype, False)
+    still = {"direction_BMR": torch.zeros(2, 7, 3), "keep": torch.tensor(1.0), "seed": torch.tensor(1)}
+    assert torch.equal(updated(path, given, **still), torch.stack(given["weights"]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_seeds_make_bfloat16_one_of_the_two_neighbours(path):
+    given = problem((33, 40, 3), torch.bfloat16, True, "columns")
+    exact = updated(path, given | {"weights": [weight.float() for weight in given["weights"]]})
+    got = updated(path, given, seed=torch.tensor(5)).float()
+    down = exact.view(torch.int32).bitwise_and(-65536)
+    assert ((got == down.view(torch.float32)) | (got == (down + 65536).view(torch.float32))).all()
+    nearest = updated(path, given).float()
+    assert 0.2 < (got != nearest).double().mean() < 0.8
+    assert torch.equal(got, updated(path, given, seed=torch.tensor(5)).float())
+    assert not torch.equal(got, updated(path, given, seed=torch.tensor(6)).float())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_seeds_keep_steps_on_average_that_nearest_loses(path):
+    M, N, step = 200, 300, 2.0**-12  # a thirty-second of bfloat16's unit above 1
+    given = {
+        "weights": [torch.ones(M, N, dtype=torch.bfloat16) for _ in range(2)],
+        "direction_BMR": torch.full((2, M, 1), -step), "frame_BNR": torch.ones(2, N, 1), "gradients": [],
+        "scale_BM": torch.empty(0, M), "lr": torch.tensor(1.0), "keep": torch.tensor(1.0),
+    }  # fmt: skip
+    assert (updated(path, given, seed=None) == 1).all()
+    got = updated(path, given, seed=torch.tensor(2)).double()
+    share = step / 2**-7
+    allowed = 5 * 2**-7 * (share * (1 - share) / (2 * M * N)) ** 0.5
+    assert abs(got.mean().item() - 1 - step) < allowed
+    assert not torch.equal(got[0], got[1])  # every matrix has noise of its own
+
+
+def test_tiles_of_the_reference_change_nothing(monkeypatch):
+    given = problem((65, 131, 17), torch.float32, True, "columns")
+    whole = updated(backproject_update_reference, given)
+    monkeypatch.setattr(module, "WINDOW", 300)
+    close(updated(backproject_update_reference, given), whole, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("shape", [(2, WINDOW + 5), (1400, 700)])
+def test_rows_beyond_a_window_and_several_tiles_have_noise_of_their_own(shape):
+    weight = torch.ones(shape, dtype=torch.bfloat16)
+    nothing = torch.empty(1, shape[0], 0), torch.empty(1, shape[1], 0), [], torch.empty(0, shape[0])
+    between = torch.tensor(1 + 2.0**-8)  # halfway to the next bfloat16
+    backproject_update([weight], *nothing, torch.tensor(0.0), between, torch.tensor(3))
+    first, second = weight.flatten()[: 2 * (weight.numel() // 2)].chunk(2)
+    assert (first != second).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_op_is_registered_soundly(dtype, residual):
+    given = problem((7, 5, 3), dtype, residual)
+    torch.library.opcheck(backproject_update, tuple({**given, "seed": torch.tensor(1)}.values()))
+
+
+def spec(
+    rank: int, dtype: str, precision: str = "ieee", transposed: bool = False, residual: bool = True, seeded: bool = True
+) -> Spec:
+    sizes = blocks(rank, 2 if dtype == "bf16" else 4)
+    element, one = {"bf16": "tl.bfloat16", "fp32": "tl.float32"}[dtype], "m" if transposed else "n"
+    flags = {"BACKPROJECT": rank > 0, "SEEDED": seeded, "ALIGNED": True, "UPCAST": False, "PRECISION": precision}
+    constants = {"WEIGHT": element, "GRADIENT": element if residual else None, f"weight_stride_{one}": 1, **flags}
+    constants |= {name: size for name, size in sizes.items() if name.isupper()}
+    if residual:
+        constants |= {f"gradient_stride_{one}": 1}
+    else:
+        constants |= {"gradients_ptr": None, "scale_ptr": None}
+    if not seeded:
+        constants |= {"seed_ptr": None}
+    types = {
+        "weights_ptr": "*i64", "direction_ptr": f"*{dtype}", "frame_ptr": f"*{dtype}", "gradients_ptr": "*i64",
+        "scale_ptr": "*fp32", "lr_ptr": "*fp32", "keep_ptr": "*fp32", "seed_ptr": "*i64",
+        **dict.fromkeys(("M", "N", "R", "weight_stride_m", "weight_stride_n"), "i32"),
+        **dict.fromkeys(("gradient_stride_m", "gradient_stride_n"), "i32"),
+    }  # fmt: skip
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    matrix_instructions = rank > 0 and (dtype == "bf16" or precision == "tf32")
+    options = {"num_warps": sizes["num_warps"]}
+    return Spec(
+        "backproject_update:backproject_update_kernel", types, constants, list(types), matrix_instructions, options
+    )
+
+
+@needs_triton
+def test_the_kernel_compiles_for_gpus_without_spills():
+    compile_ahead(
+        spec(64, "bf16", residual=False),
+        spec(128, "bf16"),
+        spec(256, "bf16", transposed=True),
+        spec(0, "bf16"),
+        spec(128, "fp32", "tf32", seeded=False),
+        spec(128, "fp32", "ieee", seeded=False),
+        spec(0, "fp32", seeded=False),
+    )

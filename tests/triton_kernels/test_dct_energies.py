@@ -1,0 +1,174 @@
+"""Column energies under the DCT: scipy, the matrix, kernel against reference, accuracy, compiled code."""
+
+import pytest
+import scipy.fft
+import torch
+from ahead_of_time import TARGETS, Spec, compile_ahead
+from torch import Tensor
+
+from lightspan.subspaces.frames import dct_matrix
+from lightspan.triton_kernels import kronecker_energies
+from lightspan.triton_kernels.dct_energies import (
+    dct_energies,
+    dct_energies_reference,
+    dct_energies_triton,
+    fits,
+    tables,
+    tile,
+    two_factors,
+)
+from lightspan.triton_kernels.kronecker_energies import operands
+from lightspan.triton_kernels.launch import triton
+
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+
+SHAPES = [(1, 1), (5, 2), (3, 7), (17, 12), (2, 13), (19, 60), (2, 256), (1, 660)]  # M, N
+LAYOUTS = ["rows", "columns", "unaligned"]
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
+    if layout == "columns":
+        return matrix.mT.contiguous().mT
+    if layout == "unaligned":
+        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
+    return matrix
+
+
+def problem(shape: tuple[int, int], dtype: torch.dtype, layout: str = "rows") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [laid_out(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), layout) for _ in range(2)]
+
+
+def formula(gradients: list[Tensor]) -> Tensor:
+    transformed = scipy.fft.dct(torch.stack(gradients).double().numpy(), norm="ortho")
+    return torch.tensor(transformed).square().sum(dim=1)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    # Against the mean energy of a column: a small one may be the square of a difference of large numbers.
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance * expected.mean().item())
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 4096)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_reference_equals_scipy_in_float64(shape, layout, dtype):
+    gradients = problem(shape, dtype, layout)
+    got = dct_energies(gradients)
+    assert got.dtype == torch.float32
+    close(got, formula(gradients))
+
+
+@pytest.mark.parametrize("size", [1, 6, 7, 257])
+def test_float64_is_computed_in_float64_and_equals_the_product_with_the_matrix(size):
+    gradients = problem((4, size), torch.float64)
+    basis = dct_matrix(size, dtype=torch.float64, device=torch.device("cpu"))
+    for path in (dct_energies, dct_energies_triton):
+        got = path(gradients)
+        assert got.dtype == torch.float64
+        close(got, (torch.stack(gradients) @ basis).square().sum(dim=1), 1e-12)
+
+
+def test_a_cosine_has_all_its_energy_in_its_own_column():
+    basis = dct_matrix(24, dtype=torch.float64, device=torch.device("cpu"))
+    for path in (dct_energies_reference, dct_energies_triton):
+        energy = path([3 * basis[:, 5:6].mT.float()])[0]
+        expected = torch.zeros(24)
+        expected[5] = 9.0
+        torch.testing.assert_close(energy, expected, atol=1e-5, rtol=1e-6)
+
+
+def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
+    gradients = problem((33, 12), torch.float32, "columns")
+    whole = dct_energies_reference(gradients)
+    monkeypatch.setattr(kronecker_energies, "CACHED", 60)
+    close(dct_energies_reference(gradients), whole)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_equals_the_reference(shape, layout, dtype):
+    gradients = problem(shape, dtype, layout)
+    got = dct_energies_triton(gradients)
+    assert got.dtype == torch.float32
+    close(got, dct_energies_reference(gradients))
+
+
+@needs_triton
+@pytest.mark.parametrize("path", [dct_energies_reference, dct_energies_triton])
+def test_float32_errs_by_a_hundred_thousandth_of_the_total(path):
+    monkey = problem((4, 1024), torch.float32)
+    truth = formula(monkey)
+    assert ((path(monkey).double() - truth).abs().sum(dim=1) < 1e-5 * truth.sum(dim=1)).all()
+
+
+@needs_triton
+def test_the_kernel_reads_float16_and_sums_in_one_order():
+    gradients = problem((19, 12), torch.float16)
+    got = dct_energies_triton(gradients)
+    close(got, formula(gradients))
+    assert torch.equal(got, dct_energies_triton(gradients))
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [131, 2 * 131])
+def test_sizes_that_do_not_fit_take_the_reference(size):
+    gradients = problem((2, size), torch.bfloat16)
+    assert not fits(torch.bfloat16, size)
+    close(dct_energies_triton(gradients), formula(gradients))
+
+
+@needs_triton
+def test_what_fits_keeps_within_the_shared_memory_of_every_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert fits(torch.bfloat16, 64 * 128)
+    assert not fits(torch.bfloat16, 128 * 128)
+    assert fits(torch.float32, 64 * 64)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert not fits(torch.float32, 64 * 64)
+
+
+def test_tables_are_unit_circles():
+    first, twiddle, second = tables(12, torch.device("cpu"))
+    assert (first.shape, twiddle.shape, second.shape) == ((2, 3, 3), (2, 3, 4), (2, 4, 4))
+    for table, length in ((first, 1.0), (twiddle, 1.0), (second, 2 / 12)):
+        torch.testing.assert_close(table.square().sum(dim=0), torch.full(table.shape[1:], length))
+
+
+def test_the_op_keeps_its_contract():
+    torch.library.opcheck(dct_energies, (problem((5, 12), torch.bfloat16, "columns"),))
+    torch.library.opcheck(dct_energies, (problem((5, 7), torch.float64),))
+
+
+NAMES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+
+
+def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
+    element = getattr(torch, NAMES[dtype].removeprefix("tl."))
+    sizes = tile(size, element, transposed)
+    options = {"num_warps": sizes.pop("num_warps")}
+    constants = {name: NAMES.get(str(value), value) for name, value in operands(element).items()}
+    constants |= {"ELEMENT": NAMES[dtype], "ALIGNED": True, "INDEX": "tl.int32", **sizes}
+    constants |= {"stride_m" if transposed else "stride_n": 1}
+    if target == "gfx942":
+        constants |= {"STAGES": 1}
+    types = {
+        "table_ptr": "*i64",
+        **dict.fromkeys(("first_ptr", "twiddle_ptr", "second_ptr", "partial_ptr"), "*fp32"),
+        **dict.fromkeys(("M", "stride_m", "stride_n"), "i32"),
+    }  # fmt: skip
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    return Spec("dct_energies:dct_energies_kernel", types, constants, list(types), True, options, (target,))
+
+
+@needs_triton
+def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch):
+    monkeypatch.setattr(kronecker_energies, "INTERPRETED", False)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    sizes = [(4096, "bf16", False), (4096, "bf16", True), (1024, "bf16", False)]
+    assert all(fits(torch.bfloat16, size) for size, *_ in sizes)
+    assert two_factors(4096) == (64, 64)
+    compile_ahead(*(spec(*size, target) for size in sizes for target in TARGETS), spec(1024, "fp32", False, "sm_90"))

@@ -1,0 +1,170 @@
+"""Column energies in a Kronecker basis: reference against float64, kernel against reference, layouts, compiled code."""
+
+import pytest
+import torch
+from ahead_of_time import TARGETS, Spec, compile_ahead
+from torch import Tensor
+
+from lightspan.triton_kernels import kronecker_energies as module
+from lightspan.triton_kernels.kronecker_energies import (
+    blocks,
+    fits,
+    index_type,
+    kronecker_energies,
+    kronecker_energies_reference,
+    kronecker_energies_triton,
+    operands,
+)
+from lightspan.triton_kernels.launch import tl, triton
+
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+
+SHAPES = [(1, 1, 1), (5, 3, 4), (19, 1, 13), (17, 16, 16), (3, 20, 33)]  # M, a, b
+LAYOUTS = ["rows", "columns", "unaligned"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = 2e-5  # squares of float32 sums over at most 660 numbers; half inputs are widened first
+
+
+def laid_out(matrix: Tensor, layout: str) -> Tensor:
+    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
+    if layout == "columns":
+        return matrix.mT.contiguous().mT
+    if layout == "unaligned":
+        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
+    return matrix
+
+
+def problem(
+    shape: tuple[int, int, int], dtype: torch.dtype, layout: str = "rows", wide: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Two gradients, and factors that are not symmetric, so that a transposed one shows."""
+    (M, a, b), generator = shape, torch.Generator().manual_seed(0)
+    gradients = [torch.randn(M, a * b, generator=generator, dtype=wide).to(dtype) for _ in range(2)]
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q for n in (a, b))
+    return [laid_out(gradient, layout) for gradient in gradients], left.to(wide), right.to(wide)
+
+
+def formula(gradients: list[Tensor], left: Tensor, right: Tensor) -> Tensor:
+    return (torch.stack(gradients).double() @ torch.kron(left.double(), right.double())).square().sum(dim=1)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    # Against the mean energy of a column: a small one may be the square of a difference of large numbers.
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance * expected.mean().item())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_equals_the_dense_product_in_float64(shape, layout, dtype):
+    given = problem(shape, dtype, layout)
+    got = kronecker_energies(*given)
+    assert got.dtype == torch.float32
+    close(got, formula(*given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_float64_factors_give_float64(dtype):
+    given = problem((7, 3, 5), dtype, wide=torch.float64)
+    for path in (kronecker_energies, kronecker_energies_triton):
+        got = path(*given)
+        assert got.dtype == torch.float64
+        close(got, formula(*given), 1e-13)
+
+
+def test_an_orthonormal_basis_keeps_all_energy():
+    gradients, left, right = problem((9, 4, 6), torch.float64, wide=torch.float64)
+    kept = kronecker_energies(gradients, left, right).sum(dim=1)
+    torch.testing.assert_close(kept, torch.stack(gradients).square().sum(dim=(1, 2)))
+
+
+def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
+    given = problem((33, 3, 4), torch.float32, "columns")
+    whole = kronecker_energies_reference(*given)
+    monkeypatch.setattr(module, "CACHED", 60)
+    close(kronecker_energies_reference(*given), whole)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_equals_the_reference(shape, layout, dtype):
+    given = problem(shape, dtype, layout)
+    got = kronecker_energies_triton(*given)
+    assert got.dtype == torch.float32
+    close(got, kronecker_energies_reference(*given))
+
+
+@needs_triton
+def test_the_kernel_reads_float16_and_sums_in_one_order():
+    given = problem((19, 3, 4), torch.float16)
+    got = kronecker_energies_triton(*given)
+    close(got, formula(*given))
+    assert torch.equal(got, kronecker_energies_triton(*given))
+
+
+@needs_triton
+def test_factors_may_be_transposed_views_and_bfloat16():
+    gradients, left, right = problem((4, 3, 20), torch.float32)
+    left, right = left.bfloat16().mT, right.bfloat16().mT
+    close(kronecker_energies_triton(gradients, left, right), formula(gradients, left, right))
+    close(kronecker_energies_reference(gradients, left, right), formula(gradients, left, right))
+
+
+@needs_triton
+def test_factors_that_do_not_fit_take_the_reference():
+    given = problem((2, 1, 131), torch.bfloat16)
+    assert not fits(torch.bfloat16, *given[1:])
+    close(kronecker_energies_triton(*given), formula(*given))
+
+
+def test_the_op_keeps_its_contract():
+    torch.library.opcheck(kronecker_energies, problem((5, 3, 4), torch.bfloat16, "columns"))
+    torch.library.opcheck(kronecker_energies, problem((5, 3, 4), torch.float64, wide=torch.float64))
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [1, 16, 33, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiles", [1, 2, 4])
+def test_rows_of_a_program_are_whole_groups(size, dtype, tiles):
+    for transposed in (False, True):
+        sizes = blocks(size, size, dtype, transposed, tiles)
+        assert sizes["ROWS"] % sizes["GROUP"] == 0
+        assert size <= sizes["PADDED_A"] == sizes["PADDED_B"] >= 16
+
+
+@needs_triton
+def test_offsets_within_a_row_are_64_bits_where_32_would_overflow():
+    assert index_type(4096, 1, 2**19 - 1) == tl.int32
+    assert index_type(4096, 1, 2**19) == tl.int64
+
+
+NAMES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+
+
+def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
+    element = getattr(torch, NAMES[dtype].removeprefix("tl."))
+    sizes = blocks(size, size, element, transposed)
+    options = {"num_warps": sizes.pop("num_warps")}
+    constants = {name: NAMES.get(str(value), value) for name, value in operands(element).items()}
+    constants |= {"ELEMENT": NAMES[dtype], "ALIGNED": True, "INDEX": "tl.int32", **sizes}
+    constants |= {"stride_m" if transposed else "stride_n": 1}
+    if target == "gfx942":
+        constants |= {"STAGES": 1}
+    types = {
+        "table_ptr": "*i64", "left_ptr": "*fp32", "right_ptr": "*fp32", "partial_ptr": "*fp32",
+        **dict.fromkeys(("M", "stride_m", "stride_n"), "i32"),
+    }  # fmt: skip
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    kernel = "kronecker_energies:kronecker_energies_kernel"
+    return Spec(kernel, types, constants, list(types), True, options, (target,))
+
+
+@needs_triton
+def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch):
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    sizes = [(64, "bf16", False), (64, "bf16", True), (32, "bf16", False)]  # 4096 and 1024 columns
+    compile_ahead(*(spec(*size, target) for size in sizes for target in TARGETS), spec(64, "fp32", False, "sm_90"))

@@ -1,0 +1,203 @@
+"""Moments in bytes: neighbours, averages, exact values, of the reference and of the kernels' helpers (interpreted)."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightspan.triton_kernels.launch import tl, triton
+from lightspan.triton_kernels.quantised_moments import decode_first, decode_second, encode_first, encode_second
+
+CODES = {True: torch.arange(-127, 128).to(torch.int8), False: torch.arange(256).to(torch.uint8)}
+
+if triton is not None:
+    from lightspan.triton_kernels.quantised_moments import decode_block, encode_block
+
+    @triton.jit
+    def encode_kernel(
+        x_ptr, codes_ptr, scale_ptr, decoded_ptr, seed, FIRST: tl.constexpr, M: tl.constexpr, R: tl.constexpr
+    ):
+        row, column = tl.arange(0, M), tl.arange(0, R)
+        offset = row[:, None] * R + column[None, :]
+        codes, scale = encode_block(tl.load(x_ptr + offset), tl.rand(seed, offset), FIRST)
+        tl.store(codes_ptr + offset, codes)
+        tl.store(scale_ptr + row, scale)
+        tl.store(decoded_ptr + offset, decode_block(codes, scale[:, None], FIRST))
+
+
+def by_reference(x_BMR: Tensor, seed: int, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    codes_BMR, scale_BM = (encode_first if first else encode_second)(x_BMR, torch.tensor(seed))
+    return codes_BMR, scale_BM, (decode_first if first else decode_second)(codes_BMR, scale_BM)
+
+
+def by_kernel(x_BMR: Tensor, seed: int, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the kernels' helpers; sizes are powers of two here."""
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    x_MR = x_BMR.reshape(-1, x_BMR.shape[-1])
+    codes_MR = torch.empty(x_MR.shape, dtype=torch.int8 if first else torch.uint8)
+    scale_M, decoded_MR = torch.empty(len(x_MR)), torch.empty_like(x_MR)
+    encode_kernel[(1,)](x_MR, codes_MR, scale_M, decoded_MR, seed, first, *x_MR.shape)
+    return codes_MR.view(x_BMR.shape), scale_M.view(x_BMR.shape[:-1]), decoded_MR.view(x_BMR.shape)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch.sqrt splits even tensors this small; on a busy machine its threads wait for each other for milliseconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+encoders = pytest.mark.parametrize("encode", [by_reference, by_kernel])
+moments = pytest.mark.parametrize("first", [True, False])
+
+
+def levels(first: bool) -> Tensor:
+    """All levels at scale 1, ascending, by the formulas of the module's docstring in float64."""
+    k = CODES[first].double()
+    return k.sign() * (k / 127) ** 2 if first else (k / 255) ** 4
+
+
+def sample(first: bool, shape: tuple[int, ...] = (2, 8, 64)) -> Tensor:
+    """Magnitudes over five decades."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * 10 ** (-5 * torch.rand(shape, generator=generator))
+    return x if first else x.square()
+
+
+@encoders
+@moments
+def test_a_decoded_moment_is_one_of_the_two_neighbouring_levels(encode, first):
+    x = sample(first)
+    _, scale, decoded = encode(x, 3, first)
+    torch.testing.assert_close(scale, x.abs().amax(-1), rtol=0, atol=0)
+    relative = x.double() / scale[..., None].double()
+    table = levels(first)
+    upper = torch.searchsorted(table, relative).clamp_min(1)
+    distance = torch.stack([table[upper - 1], table[upper]]) * scale[..., None] - decoded
+    # The fourth power of k / 255 in float32 multiplies two roundings by four and adds three: 11 * 6e-8.
+    assert (distance.abs().amin(0) <= 7e-7 * decoded.abs()).all()
+
+
+@encoders
+@moments
+def test_a_decoded_moment_is_right_on_average(encode, first):
+    x = sample(first, (1, 1, 64))
+    x = x if first else x.clamp_min(4e-10 * x.max())  # above level 1, below which moments are held up
+    shots = 64
+    decoded = torch.stack([encode(x.expand(1, 32, 64).contiguous(), seed, first)[2] for seed in range(shots)])
+    error = decoded.double().mean((0, 2)) - x.double().squeeze(1)
+    standard_error = decoded.double().std((0, 2)) / (shots * 32) ** 0.5
+    assert (error.abs() <= 4 * standard_error + 1e-7 * x.abs().squeeze(1)).all()
+
+
+@encoders
+@moments
+@pytest.mark.parametrize("scale", [1.0, 0.37, 3e-12, 7e20])
+def test_values_on_a_level_stay(encode, first, scale):
+    codes = torch.zeros(1, 1, 256, dtype=CODES[first].dtype)
+    codes[..., : len(CODES[first])] = CODES[first]
+    decoded = (decode_first if first else decode_second)(codes, torch.full((1, 1), scale))
+    for seed in range(8):
+        again, _, _ = encode(decoded, seed, first)
+        assert torch.equal(again, codes)
+
+
+@encoders
+@moments
+def test_a_block_of_zeros_stays_zeros_beside_others(encode, first):
+    x = sample(first)
+    x[1, 3] = 0
+    codes, scale, decoded = encode(x, 0, first)
+    assert not codes[1, 3].any()
+    assert scale[1, 3] == 0
+    assert not decoded[1, 3].any()
+    assert decoded[1, 2].any()
+
+
+@encoders
+@moments
+def test_blocks_of_one_element_are_exact(encode, first):
+    x = sample(first, (1, 32, 1))
+    assert torch.equal(encode(x, 0, first)[2], x)
+
+
+@encoders
+def test_a_positive_second_moment_is_never_stored_as_zero(encode):
+    x = torch.full((1, 4, 64), 1e-20)
+    x[..., 0] = 1.0
+    codes, _, decoded = encode(x, 0, False)
+    assert (codes[..., 1:] == 1).all()
+    torch.testing.assert_close(decoded[..., 1:].sqrt(), torch.full((1, 4, 63), 255.0**-2))
+
+
+@encoders
+@moments
+def test_seeds_decide_the_bits(encode, first):
+    x = sample(first)
+    codes = encode(x, 11, first)[0]
+    assert torch.equal(codes, encode(x, 11, first)[0])
+    assert not torch.equal(codes, encode(x, 12, first)[0])
+
+
+def test_both_moments_of_one_seed_are_rounded_independently():
+    # Both lie midway between levels, so that equal random numbers would send both up or both down.
+    x = torch.full((1, 64, 64), 63.5)
+    first, second = (x / 127) ** 2, (x / 255) ** 4
+    first[..., 0], second[..., 0] = 1.0, 1.0
+    up_first = encode_first(first, torch.tensor(5))[0][..., 1:] == 64
+    up_second = encode_second(second, torch.tensor(5))[0][..., 1:] == 64
+    agreement = (up_first == up_second).double().mean()
+    assert abs(agreement - 0.5) < 4 * 0.5 / (64 * 63) ** 0.5 + 0.01  # shares of ups are 0.5 within 1 %
+
+
+def nearest(x_BMR: Tensor) -> Tensor:
+    """Second moments rounded to the nearest level."""
+    table, scale_BM1 = levels(False).float(), x_BMR.amax(-1, keepdim=True)
+    upper = torch.searchsorted(table, x_BMR / scale_BM1).clamp_min(1)
+    pair = torch.stack([table[upper - 1], table[upper]]) * scale_BM1
+    return pair.gather(0, (pair - x_BMR).abs().argmin(0, keepdim=True))[0]
+
+
+def test_a_second_moment_without_gradient_decays_where_rounding_to_nearest_would_freeze_it():
+    # The largest number of the block is held by its gradient; a block that decays as a whole keeps its codes.
+    v = torch.full((1, 4, 256), 0.5)
+    v[..., 0] = 1.0
+    rounded, frozen = v, nearest(v)
+    for step in range(1500):
+        rounded, frozen = rounded * 0.999, frozen * 0.999
+        rounded[..., 0], frozen[..., 0] = 1.0, 1.0
+        rounded = decode_second(*encode_second(rounded, torch.tensor(step)))
+        frozen = nearest(frozen) if step < 10 else frozen
+        if step == 9:
+            assert torch.equal(frozen, nearest(v))
+    # Roundings spread one number by 20 %, the mean of 1020 by 0.6 %.
+    assert abs(rounded[..., 1:].mean() / (0.5 * 0.999**1500) - 1) < 0.03
+
+
+@moments
+def test_codes_move_as_their_moments_do(first):
+    x = sample(first)
+    codes, scale, decoded = by_reference(x, 0, first)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal((decode_first if first else decode_second)(codes[..., order], scale), decoded[..., order])
+
+
+@moments
+def test_stacks_longer_than_a_piece_are_encoded_to_their_end(first, monkeypatch):
+    monkeypatch.setattr("lightspan.triton_kernels.quantised_moments.PIECE", 100)  # one row of 64 at a time
+    x = sample(first)
+    error = (by_reference(x, 0, first)[2] - x).abs()
+    assert (error <= 0.016 * x.abs().amax(-1, keepdim=True)).all()  # the widest gap: 2 / 127 and 4 / 255 of the scale
+
+
+@moments
+def test_a_nan_shows_in_its_whole_row_alone(first):
+    x = sample(first)
+    x[0, 1, 5] = torch.nan
+    decoded = by_reference(x, 0, first)[2]
+    assert decoded[0, 1].isnan().all()
+    assert decoded.isnan().sum() == 64

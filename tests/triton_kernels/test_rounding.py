@@ -1,0 +1,116 @@
+"""Stochastic rounding, by the reference's pool and by the kernels' Philox: neighbours, mean, exact values, seeds."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightspan.triton_kernels.launch import tl, triton
+from lightspan.triton_kernels.rounding import WINDOW, noise_pool, stochastic_round
+
+if triton is not None:
+    from lightspan.triton_kernels.rounding import round_stochastically
+
+    @triton.jit
+    def round_kernel(x_ptr, out_ptr, seed_ptr, total, BLOCK: tl.constexpr):
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offset, mask=offset < total, other=0.0)
+        tl.store(out_ptr + offset, round_stochastically(x, tl.load(seed_ptr), offset), mask=offset < total)
+
+
+def by_kernel(x: Tensor, seed: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    round_kernel[(triton.cdiv(x.numel(), 65_536),)](x, out, seed, x.numel(), BLOCK=65_536)
+    return out
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def rounder(request):
+    if request.param == "reference":
+        return stochastic_round
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    return by_kernel
+
+
+def seed(number: int) -> Tensor:
+    return torch.tensor(number)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_result_is_one_of_the_two_neighbours(rounder):
+    x = normal(10_000) * torch.logspace(-30, 30, 10_000)
+    bits = x.view(torch.int32)
+    down = bits.bitwise_and(-65536).view(torch.float32)  # towards zero
+    up = (bits.bitwise_and(-65536) + 65536).view(torch.float32)
+    got = rounder(x, seed(1)).float()
+    assert ((got == down) | (got == up)).all()
+    assert (got == down).any()
+    assert (got == up).any()
+
+
+def test_every_element_is_right_on_average_over_seeds(rounder):
+    x = normal(200)
+    rounds = torch.stack([rounder(x, seed(number)).double() for number in range(400)])
+    spread = x.abs() * 2**-7 / 2  # a bfloat16 unit is at most 2^-7 of x; half of it bounds the standard deviation
+    assert ((rounds.mean(dim=0) - x).abs() <= 5 * spread / 400**0.5).all()
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.25, 0.9])
+def test_the_share_rounded_up_is_the_fraction_cut_off(rounder, fraction):
+    total = 200_000
+    x = torch.full((total,), 1 + fraction * 2**-7)
+    share = (rounder(x, seed(3)) > 1).double().mean().item()
+    assert abs(share - fraction) < 5 * (fraction * (1 - fraction) / total) ** 0.5 + 2**-16
+
+
+def test_values_of_bfloat16_stay_exact(rounder):
+    x = normal(10_000).bfloat16()
+    x[:3] = torch.tensor([0.0, -0.0, 1e-40])
+    got = rounder(x.float(), seed(4))
+    assert torch.equal(got.view(torch.int16), x.view(torch.int16))
+
+
+def test_infinities_and_every_nan_stay_what_they_are(rounder):
+    # The largest payload is the NaN of GPUs, the smallest a signalling one: noise would turn them to zero and infinity.
+    payloads = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32)
+    for number in range(20):
+        assert rounder(payloads.view(torch.float32), seed(number)).isnan().all()
+    infinite = torch.tensor([torch.inf, -torch.inf])
+    assert torch.equal(rounder(infinite, seed(5)).float(), infinite)
+
+
+def test_a_nan_does_not_change_the_numbers_beside_it(rounder):
+    x = normal(100)
+    expected = rounder(x, seed(6))
+    x[50] = torch.nan
+    got = rounder(x, seed(6))
+    assert torch.equal(got[:50], expected[:50])
+    assert torch.equal(got[51:], expected[51:])
+
+
+def test_equal_seeds_give_equal_bits_and_other_seeds_others(rounder):
+    x = normal(10_000)
+    first = rounder(x, seed(7))
+    assert torch.equal(first, rounder(x, seed(7)))
+    for other in (8, -7, 2**40 + 7):
+        assert not torch.equal(first, rounder(x, seed(other)))
+
+
+def test_the_layout_of_the_input_does_not_matter(rounder):
+    x = normal(30, 40)
+    assert torch.equal(rounder(x.mT.contiguous().mT, seed(9)), rounder(x, seed(9)))
+    assert rounder(torch.empty(0, 3), seed(9)).shape == (0, 3)
+
+
+def test_windows_of_the_reference_do_not_repeat_each_other():
+    first, second = stochastic_round(torch.full((2 * WINDOW,), 1.0 + 2**-8), seed(10)).chunk(2)
+    assert (first != second).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_pool_holds_every_integer_equally_often():
+    counts = torch.bincount(noise_pool(torch.device("cpu")), minlength=2**16)
+    assert (counts == 2 * WINDOW // 2**16).all()

@@ -1,0 +1,271 @@
+"""Error feedback: what a step leaves out is stored, in full or in few bits, and added to the next gradient.
+
+For an input A = clip G + E with coordinates R = A Q in an orthonormal frame, the new error is
+    E <- A - (1 - kept) R Q^T.
+kept = 0 is error feedback (Karimireddy et al. 2019, algorithm 2, with projection as the compressor): only what lies
+outside the frame comes back. kept = mu makes E the momentum of Dion (Ahn & Xu 2025, algorithm 1): a share mu of what
+was applied stays as well.
+
+Two ops, because the one writes what the other reads. The dtype of the codes is the format:
+    float64, float32, bfloat16   the error itself, rounded to nearest; no scales
+    int8                         codes -127..127
+    uint8                        two 4-bit codes -7..7 a byte in two's complement: the low nibble holds the even column
+Integer formats have one float32 scale per row and BLOCK columns: E = code * scale, scale = max|E| / largest code. A
+block below SMALLEST is stored as zeros, scale included, so that nothing is ever divided by zero.
+
+Shapes: B matrices, M rows, N columns, R rank, K stored columns (N, or ceil(N / 2) for uint8), S scales a row
+(ceil(N / BLOCK), or 0 for float formats). No backward: optimiser steps only.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightspan.errors import UserError
+from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
+
+BLOCK = 128
+SMALLEST = 2.0**-100  # 127 / SMALLEST is still finite in float32
+LARGEST_CODE = {torch.float64: 0, torch.float32: 0, torch.bfloat16: 0, torch.int8: 127, torch.uint8: 7}
+STORAGE = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+
+
+def zero_error(batch: int, rows: int, columns: int, storage: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes [B M K] and scales [B M S] of an error of zero.
+
+    Args:
+        storage: one of STORAGE: "float64", "float32", "bfloat16", "int8", "int4".
+    """
+    if storage not in STORAGE:
+        raise UserError(f"error storage {storage!r} is unknown; choose one of {', '.join(STORAGE)}")
+    dtype = STORAGE[storage]
+    stored, scales = -(-columns // 2) if dtype == torch.uint8 else columns, -(-columns // BLOCK)
+    return (
+        torch.zeros(batch, rows, stored, dtype=dtype, device=device),
+        torch.zeros(batch, rows, scales if LARGEST_CODE[dtype] else 0, device=device),
+    )
+
+
+def working_dtype(codes_BMK: Tensor) -> torch.dtype:
+    if codes_BMK.dtype not in LARGEST_CODE:
+        known = ", ".join(str(dtype) for dtype in LARGEST_CODE)
+        raise UserError(f"error codes of {codes_BMK.dtype} have no meaning; store the error as one of {known}")
+    return torch.float64 if codes_BMK.dtype == torch.float64 else torch.float32
+
+
+def quantise_error_reference(
+    a: Sequence[Tensor], coordinates_BMR: Tensor, frame_BNR: Tensor, kept: float, codes_BMK: Tensor, scales_BMS: Tensor
+) -> None:
+    """The definition, and the CPU path."""
+    dtype = working_dtype(codes_BMK)
+    a_BMN = torch.stack([matrix.to(dtype) for matrix in a])
+    error_BMN = torch.baddbmm(a_BMN, coordinates_BMR.to(dtype), frame_BNR.to(dtype).mT, alpha=-(1 - kept))
+    largest = LARGEST_CODE[codes_BMK.dtype]
+    if not largest:
+        codes_BMK.copy_(error_BMN)
+        return
+    columns = error_BMN.shape[2]
+    error_BMSC = pad(error_BMN, (0, -columns % BLOCK)).unflatten(2, (-1, BLOCK))
+    most_BMS = error_BMSC.abs().amax(dim=3)
+    most_BMS = torch.where(most_BMS < SMALLEST, 0.0, most_BMS)
+    inverse_BMS1 = torch.where(most_BMS == 0, 0.0, most_BMS.reciprocal() * largest)[..., None]
+    scales_BMS.copy_(most_BMS / largest)
+    code_BMN = (error_BMSC * inverse_BMS1).add_(0.5).floor_().to(torch.int8).flatten(2)
+    if largest == 7:
+        # the padding is an even number of zeros, so an odd last column finds its partner there
+        code_BMN = code_BMN.view(torch.uint8) & 15
+        code_BMN = code_BMN[..., 0::2] | code_BMN[..., 1::2] << 4
+    codes_BMK.copy_(code_BMN[..., : codes_BMK.shape[2]])
+
+
+def add_error_reference(gradients: Sequence[Tensor], codes_BMK: Tensor, scales_BMS: Tensor, clip: Tensor) -> Tensor:
+    """The definition, and the CPU path."""
+    dtype = working_dtype(codes_BMK)
+    out_BMN = torch.stack([gradient.to(dtype) for gradient in gradients]).mul_(clip.to(dtype))
+    if not LARGEST_CODE[codes_BMK.dtype]:
+        return out_BMN.add_(codes_BMK.to(dtype))
+    columns = out_BMN.shape[2]
+    if codes_BMK.dtype == torch.uint8:
+        # the shift up and back down as signed numbers extends the sign bit of a nibble
+        nibbles_BMK2 = torch.stack((codes_BMK << 4, codes_BMK & 240), dim=3).view(torch.int8) >> 4
+        codes_BMK = nibbles_BMK2.flatten(2)[..., :columns]
+    codes_BMSC = pad(codes_BMK, (0, -columns % BLOCK)).unflatten(2, (-1, BLOCK))
+    return out_BMN.add_((codes_BMSC * scales_BMS[..., None]).flatten(2)[..., :columns])
+
+
+if triton is not None:
+
+    @triton.jit
+    def matrix_pointer(table_ptr, matrix, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+        pointer = tl.load(table_ptr + matrix).to(tl.pointer_type(ELEMENT))
+        return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+    @triton.jit
+    def quantise_error_kernel(
+        table_ptr, coordinates_ptr, frame_ptr, codes_ptr, scales_ptr,
+        lost, rows, columns, rank, stored, scales, stride_m, stride_n,
+        ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+        UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    ):  # fmt: skip
+        matrix = tl.program_id(2).to(tl.int64)
+        row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        block = tl.program_id(1).to(tl.int64)
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        part = tl.arange(0, BLOCK_R)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        coordinates_ptr += (matrix * rows + row)[:, None] * rank + part[None, :]
+        frame_ptr += (matrix * columns + column)[None, :] * rank + part[:, None]
+        captured = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            left = rank - start
+            coordinates = tl.load(coordinates_ptr + start, mask=(row < rows)[:, None] & (part < left)[None, :], other=0)
+            frame = tl.load(frame_ptr + start, mask=(part < left)[:, None] & (column < columns)[None, :], other=0)
+            if UPCAST:
+                coordinates, frame = coordinates.to(tl.float32), frame.to(tl.float32)
+            captured = tl.dot(coordinates, frame, captured, input_precision=PRECISION)
+        a_ptr = matrix_pointer(table_ptr, matrix, ELEMENT, ALIGNED)
+        a_ptr += row[:, None] * stride_m + column[None, :] * stride_n
+        error = tl.load(a_ptr, mask=inside, other=0.0).to(tl.float32) - lost * captured
+        if LARGEST == 0:
+            codes_ptr += (matrix * rows + row)[:, None] * stored + column[None, :]
+            tl.store(codes_ptr, error.to(codes_ptr.dtype.element_ty), mask=inside)
+        else:
+            most = tl.max(tl.abs(error), axis=1)
+            empty = most < SMALLEST
+            scale = tl.where(empty, 0.0, most / LARGEST)
+            inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, most) * LARGEST)
+            code = tl.floor(error * inverse[:, None] + 0.5).to(tl.int32)
+            tl.store(scales_ptr + (matrix * rows + row) * scales + block, scale, mask=row < rows)
+            if LARGEST == 127:
+                codes_ptr += (matrix * rows + row)[:, None] * stored + column[None, :]
+                tl.store(codes_ptr, code.to(tl.int8), mask=inside)
+            else:
+                low, high = tl.split(tl.reshape(code, (BLOCK_M, BLOCK // 2, 2)))
+                byte = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+                codes_ptr += (matrix * rows + row)[:, None] * stored + byte[None, :]
+                packed = (low & 15) | ((high & 15) << 4)
+                tl.store(codes_ptr, packed.to(tl.uint8), mask=(row < rows)[:, None] & (byte < stored)[None, :])
+
+    @triton.jit
+    def add_error_kernel(
+        table_ptr, codes_ptr, scales_ptr, clip_ptr, out_ptr, rows, columns, stored, scales, stride_m, stride_n,
+        ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        matrix = tl.program_id(2).to(tl.int64)
+        row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        block = tl.program_id(1).to(tl.int64)
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        gradient_ptr = matrix_pointer(table_ptr, matrix, ELEMENT, ALIGNED)
+        gradient_ptr += row[:, None] * stride_m + column[None, :] * stride_n
+        gradient = tl.load(gradient_ptr, mask=inside, other=0.0).to(tl.float32)
+        if LARGEST == 7:
+            byte = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+            codes_ptr += (matrix * rows + row)[:, None] * stored + byte[None, :]
+            packed = tl.load(codes_ptr, mask=(row < rows)[:, None] & (byte < stored)[None, :], other=0).to(tl.int32)
+            # flipping the sign bit and taking 8 away extends the sign of a nibble
+            error = tl.interleave(((packed & 15) ^ 8) - 8, ((packed >> 4) ^ 8) - 8).to(tl.float32)
+        else:
+            codes_ptr += (matrix * rows + row)[:, None] * stored + column[None, :]
+            error = tl.load(codes_ptr, mask=inside, other=0).to(tl.float32)
+        if LARGEST > 0:
+            scale = tl.load(scales_ptr + (matrix * rows + row) * scales + block, mask=row < rows, other=0.0)
+            error *= scale[:, None]
+        out_ptr += (matrix * rows + row)[:, None] * columns + column[None, :]
+        tl.store(out_ptr, tl.load(clip_ptr).to(tl.float32) * gradient + error, mask=inside)
+
+
+def blocks(rank: int) -> dict[str, int]:
+    """Block sizes of a rank. Frames are read in slices of 32 columns: whole ones would not fit gfx942's 64 KiB."""
+    return {"BLOCK_M": 64, "BLOCK": BLOCK, "BLOCK_R": 16 if rank <= 16 else 32}
+
+
+def quantise_error_triton(
+    a: Sequence[Tensor], coordinates_BMR: Tensor, frame_BNR: Tensor, kept: float, codes_BMK: Tensor, scales_BMS: Tensor
+) -> None:
+    """Launches the kernel. Float64 takes the reference: GPUs have no tensor cores to gain from there."""
+    if working_dtype(codes_BMK) == torch.float64:
+        return quantise_error_reference(a, coordinates_BMR, frame_BNR, kept, codes_BMK, scales_BMS)
+    assert codes_BMK.is_contiguous()
+    assert scales_BMS.is_contiguous()
+    coordinates_BMR, frame_BNR = coordinates_BMR.contiguous(), frame_BNR.contiguous()
+    (rows, columns), rank = a[0].shape, coordinates_BMR.shape[2]
+    sizes = blocks(rank)
+    quantise_error_kernel[(triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(columns, BLOCK), len(a))](
+        address_table(list(a)), coordinates_BMR, frame_BNR, codes_BMK, scales_BMS,
+        1 - kept, rows, columns, rank, codes_BMK.shape[2], scales_BMS.shape[2], *a[0].stride(),
+        ELEMENT=element_type(a[0].dtype), ALIGNED=all(matrix.data_ptr() % 16 == 0 for matrix in a),
+        LARGEST=LARGEST_CODE[codes_BMK.dtype], SMALLEST=SMALLEST,
+        UPCAST=INTERPRETED or coordinates_BMR.dtype != frame_BNR.dtype,
+        PRECISION="ieee" if INTERPRETED or torch.get_float32_matmul_precision() == "highest" else "tf32",
+        **sizes, num_warps=8,
+    )  # fmt: skip
+    return None
+
+
+def add_error_triton(gradients: Sequence[Tensor], codes_BMK: Tensor, scales_BMS: Tensor, clip: Tensor) -> Tensor:
+    """Launches the kernel; float64 takes the reference."""
+    if working_dtype(codes_BMK) == torch.float64:
+        return add_error_reference(gradients, codes_BMK, scales_BMS, clip)
+    assert codes_BMK.is_contiguous()
+    assert scales_BMS.is_contiguous()
+    (rows, columns), first = gradients[0].shape, gradients[0]
+    out_BMN = torch.empty(len(gradients), rows, columns, device=first.device)
+    sizes = blocks(1)
+    add_error_kernel[(triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(columns, BLOCK), len(gradients))](
+        address_table(list(gradients)), codes_BMK, scales_BMS, clip, out_BMN,
+        rows, columns, codes_BMK.shape[2], scales_BMS.shape[2], *first.stride(),
+        ELEMENT=element_type(first.dtype), ALIGNED=all(gradient.data_ptr() % 16 == 0 for gradient in gradients),
+        LARGEST=LARGEST_CODE[codes_BMK.dtype], BLOCK_M=sizes["BLOCK_M"], BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+    return out_BMN
+
+
+@torch.library.custom_op("lightspan::quantise_error", mutates_args=("codes_BMK", "scales_BMS"))
+def quantise_error(
+    a: Sequence[Tensor], coordinates_BMR: Tensor, frame_BNR: Tensor, kept: float, codes_BMK: Tensor, scales_BMS: Tensor
+) -> None:
+    """Stores E = A - (1 - kept) R Q^T in `codes` and `scales`, which `zero_error` makes.
+
+    Args:
+        a: B matrices [M N] in float32 (float64 for float64 codes), of one layout.
+        kept: share of the captured part that stays in the error; 0 for error feedback, mu for Dion's momentum.
+    """
+    quantise_error_reference(a, coordinates_BMR, frame_BNR, kept, codes_BMK, scales_BMS)
+
+
+@torch.library.custom_op("lightspan::add_error", mutates_args=())
+def add_error(gradients: Sequence[Tensor], codes_BMK: Tensor, scales_BMS: Tensor, clip: Tensor) -> Tensor:
+    """clip * G + E as a contiguous [B M N] tensor in float32, or in float64 if the codes are.
+
+    Args:
+        gradients: B matrices [M N] of one layout, any float dtype.
+        clip: 0-d factor of the gradients alone; the error was stored clipped.
+    """
+    return add_error_reference(gradients, codes_BMK, scales_BMS, clip)
+
+
+@quantise_error.register_fake
+def _(
+    a: Sequence[Tensor], coordinates_BMR: Tensor, frame_BNR: Tensor, kept: float, codes_BMK: Tensor, scales_BMS: Tensor
+) -> None:
+    return None
+
+
+@add_error.register_fake
+def _(gradients: Sequence[Tensor], codes_BMK: Tensor, scales_BMS: Tensor, clip: Tensor) -> Tensor:
+    return codes_BMK.new_empty((len(gradients), *gradients[0].shape), dtype=working_dtype(codes_BMK))
+
+
+if triton is not None:
+    quantise_error.register_kernel("cuda")(quantise_error_triton)
+    add_error.register_kernel("cuda")(add_error_triton)

@@ -1,0 +1,43 @@
+"""What every launcher needs: Triton if it is installed, and lists of same-shape matrices as a table of addresses.
+
+An optimiser's matrices are separate tensors; a launch per matrix would leave the GPU idle between small ones. A kernel
+takes an int64 table of their addresses instead and finds its matrix by a program index:
+`tl.load(table_ptr + matrix).to(tl.pointer_type(ELEMENT))`.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU-only installs come without Triton; the references are their path
+    triton = tl = None
+
+# The interpreter computes with bfloat16 bit patterns as if they were integers: kernels widen operands before `tl.dot`.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def address_table(matrices: list[Tensor]) -> Tensor:
+    """Addresses [B] of B matrices of one shape, dtype and layout, on their device.
+
+    The copy to the device is asynchronous, and ordered before the launch that follows it on the same stream.
+    """
+    first = matrices[0]
+    for matrix in matrices:
+        if (matrix.shape, matrix.stride(), matrix.dtype) != (first.shape, first.stride(), first.dtype):
+            raise UserError(
+                f"matrices of one launch must agree in shape, strides and dtype: {tuple(matrix.shape)} "
+                f"{matrix.stride()} {matrix.dtype} beside {tuple(first.shape)} {first.stride()} {first.dtype}"
+            )
+    table = torch.tensor([matrix.data_ptr() for matrix in matrices], dtype=torch.int64)
+    return table.pin_memory().to(first.device, non_blocking=True) if first.is_cuda else table
+
+
+def element_type(dtype: torch.dtype) -> "tl.dtype":
+    """Triton's name of a torch dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
