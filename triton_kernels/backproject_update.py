@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
-from lightspan.triton_kernels.project import dot_precision, one_dnn_linear
+from lightspan.triton_kernels.project import dot_precision, fast_products
 from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_
 
 if triton is not None:
@@ -39,30 +39,30 @@ def backproject_update_reference(
     rate, kept = lr.item(), keep.item()
     scratch = torch.empty(2, min(M * N, max(M, N, WINDOW)), dtype=wide, device=weights[0].device)
     for b, weight in enumerate(weights):
-        left, right = direction_BMR[b].to(operand), (frame_BNR[b].to(wide) * -rate).to(operand)
+        left, right = (direction_BMR[b].to(wide) * -rate).to(operand), frame_BNR[b].to(operand)
         residual = [gradients[b], scale_BM[b, :, None].expand(M, N)] if gradients else []
         if weight.stride(1) != 1:  # a transposed view: its memory is rows of the transpose
             weight, left, right, residual = weight.mT, right, left, [factor.mT for factor in residual]
-        linear = one_dnn_linear(left)
+        if dtype == wide:
+            with fast_products():
+                weight.addmm_(left, right.mT, beta=kept) if right.shape[1] else weight.mul_(kept)
+            if residual:
+                weight.addcmul_(*residual, value=-rate)
+            continue
         height, width = weight.shape
         count = -(-height // max(1, WINDOW // width))
         parts = zip(*(whole.chunk(count) for whole in (weight, left, *residual)), strict=True)
         for number, (tile, left_part, *residual_part) in enumerate(parts, start=b * count):
             total, step = scratch[:, : tile.numel()].view(2, *tile.shape)
-            total = tile if dtype == wide else total.copy_(tile)
-            if right.shape[1] == 0:
-                total.mul_(kept)
-            else:
-                product = linear(left_part, right) if linear else left_part @ right.mT
+            total.copy_(tile).mul_(kept)
+            if right.shape[1]:
                 # Adding bfloat16 to float32 directly takes longer than widening it first.
-                product = product if operand == wide else step.copy_(product)
-                torch.add(product, total, alpha=kept, out=total)
+                total.add_(step.copy_(left_part @ right.mT))
             if residual_part:
                 total.addcmul_(*residual_part, value=-rate)
             if dtype == torch.bfloat16 and seed is not None:
                 stochastic_round_(total, int(seed), tile=number * -(-width // WINDOW))
-            if total is not tile:
-                tile.copy_(total)
+            tile.copy_(total)
 
 
 def blocks(rank: int, operand_size: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ takes an int64 table of their addresses instead and finds its matrix by a progra
 """
 
 import os
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def address_table(matrices: list[Tensor]) -> Tensor:
     """Addresses [B] of B matrices of one shape, dtype and layout, on their device.
 
-    The copy to the device is asynchronous, and ordered before the launch that follows it on the same stream.
+    Tables are kept: weights stay where they are, gradients come back to the same places, and a captured CUDA graph goes
+    on reading the table that it was captured with.
     """
     first = matrices[0]
     for matrix in matrices:
@@ -34,8 +36,12 @@ def address_table(matrices: list[Tensor]) -> Tensor:
                 f"matrices of one launch must agree in shape, strides and dtype: {tuple(matrix.shape)} "
                 f"{matrix.stride()} {matrix.dtype} beside {tuple(first.shape)} {first.stride()} {first.dtype}"
             )
-    table = torch.tensor([matrix.data_ptr() for matrix in matrices], dtype=torch.int64)
-    return table.pin_memory().to(first.device, non_blocking=True) if first.is_cuda else table
+    return _table(tuple(matrix.data_ptr() for matrix in matrices), first.device)
+
+
+@lru_cache(maxsize=4096)
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64).to(device)
 
 
 def element_type(dtype: torch.dtype) -> "tl.dtype":

@@ -66,12 +66,12 @@ def walsh_hadamard_reference(x: Tensor) -> Tensor:
     out_PN = torch.empty_like(x, memory_format=torch.contiguous_format).view(-1, size)
     rows = max(1, REFERENCE_TILE // size)
     for tile_PN, target_PN in zip(x.reshape(-1, size).split(rows), out_PN.split(rows), strict=True):
-        tile, inner = tile_PN.to(wide), 1
+        part, inner = tile_PN.to(wide), 1
         for block in blocks(size, REFERENCE_BLOCK):
             factor = _small_matrix(block, wide, x.device)
-            tile = factor @ tile.reshape(-1, block, inner) if inner > 1 else tile.reshape(-1, block) @ factor
+            part = factor @ part.reshape(-1, block, inner) if inner > 1 else part.reshape(-1, block) @ factor
             inner *= block
-        target_PN.copy_(tile.view_as(target_PN))
+        target_PN.copy_(part.view_as(target_PN))
     return out_PN.view(x.shape)
 
 

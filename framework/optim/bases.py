@@ -23,7 +23,7 @@ from lightspan.errors import UserError
 from lightspan.optim.carries import Carry, Gather, Keep, Rotate
 from lightspan.optim.layout import Layout, State
 from lightspan.subspaces import frames
-from lightspan.subspaces.transforms import dct, hadamard_factors, kronecker_dct_factors, kronecker_matrix
+from lightspan.subspaces.transforms import hadamard_factors, kronecker_dct_factors, kronecker_matrix
 from lightspan.triton_kernels.backproject_update import backproject_update
 from lightspan.triton_kernels.dct_energies import dct_energies
 from lightspan.triton_kernels.kronecker_energies import kronecker_energies
@@ -255,14 +255,14 @@ class DCTBasis(ColumnSelection):
     """Columns of the DCT-II basis: cosines by frequency, the constant one included.
 
     Args:
-        fast: whether column norms come from a fast transform instead of a product with D. The basis is the same; on
-            CPUs the product is faster up to some thousand columns.
+        fast: whether column norms come from a fast transform instead of a product with D. The basis is the same, and D
+            is then only needed for the columns that were chosen.
         norm, carry: see ColumnSelection.
     """
 
     def __init__(
         self,
-        fast: bool = False,
+        fast: bool = True,
         norm: Literal[1, 2] = 2,
         carry: Gather | Rotate | Keep = Gather(),  # noqa: B008 - frozen
     ) -> None:
@@ -273,11 +273,7 @@ class DCTBasis(ColumnSelection):
         return frames.dct_matrix(size, dtype=dtype, device=device)
 
     def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
-        if layout.device.type == "cuda":
-            return dct_energies(gradients)
-        if self.fast:
-            return torch.stack([dct(g.to(layout.dtype)).square().sum(dim=0) for g in gradients])
-        return super().energies(gradients, layout)
+        return dct_energies(gradients) if self.fast else super().energies(gradients, layout)
 
 
 class _KroneckerColumns(ColumnSelection):
@@ -304,9 +300,7 @@ class _KroneckerColumns(ColumnSelection):
         return kronecker_matrix(*self.build_factors(size, dtype=dtype, device=device))
 
     def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
-        if layout.device.type == "cuda":
-            return kronecker_energies(gradients, *self.factors(layout))
-        return super().energies(gradients, layout)
+        return kronecker_energies(gradients, *self.factors(layout))
 
     def project(
         self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool

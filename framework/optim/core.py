@@ -27,7 +27,7 @@ from lightspan.subspaces.frames import push
 from lightspan.triton_kernels.low_rank_adam import bias_correction
 from lightspan.triton_kernels.row_resident_step import row_resident_step
 
-WEIGHT_STREAM = 1 << 48
+WEIGHT_STREAM = 1 << 61
 """Keeps the noise that rounds weights apart from the noise that rounds moments in the same step."""
 
 

@@ -337,7 +337,7 @@ class LowRank(Optimizer):
             self.state[parameter] = view
             views.append(view)
         done = [int(view["step"]) for view in views]
-        noise = torch.full((), seeds[0] + sum(done), dtype=torch.int64, device=layout.device)
+        noise = torch.full((), seeds[0] * SEED_STRIDE + sum(done), dtype=torch.int64, device=layout.device)
         return Bucket(group, parameters, [order / total for _, order in pairs], layout, state, views, done, noise)
 
     def _choose_ranks(self) -> None:

@@ -17,7 +17,7 @@ from lightspan.optim.bases import (
 )
 from lightspan.optim.layout import Layout
 
-FIXED = [DCTBasis(), DCTBasis(fast=True), HadamardBasis(), KroneckerDCTBasis(), RandomColumns(), IdentityBasis()]
+FIXED = [DCTBasis(), DCTBasis(fast=False), HadamardBasis(), KroneckerDCTBasis(), RandomColumns(), IdentityBasis()]
 ORTHONORMAL = [*FIXED, PowerBasis(), SVDBasis(), RandomBasis()]
 SIZES = [2, 6, 7, 8, 12, 13]
 
@@ -85,7 +85,7 @@ def test_fast_transform_and_product_select_the_same_columns_of_the_same_basis(si
     given = gradients(rows=13, size=size)
     slow, fast = (refreshed(DCTBasis(fast=fast), like, given) for fast in (False, True))
     assert torch.equal(slow["columns"], fast["columns"])
-    torch.testing.assert_close(DCTBasis(fast=True).matrix(like), DCTBasis().matrix(like))
+    torch.testing.assert_close(DCTBasis(fast=True).matrix(like), DCTBasis(fast=False).matrix(like))
 
 
 def test_two_sizes_in_one_model_get_a_matrix_each():

@@ -21,6 +21,7 @@ from lightspan.triton_kernels.kronecker_energies import operands
 from lightspan.triton_kernels.launch import triton
 
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+PATHS = [dct_energies_reference, pytest.param(dct_energies_triton, marks=needs_triton)]
 
 SHAPES = [(1, 1), (5, 2), (3, 7), (17, 12), (2, 13), (19, 60), (2, 256), (1, 660)]  # M, N
 LAYOUTS = ["rows", "columns", "unaligned"]
@@ -60,23 +61,23 @@ def test_the_reference_equals_scipy_in_float64(shape, layout, dtype):
     close(got, formula(gradients))
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", [1, 6, 7, 257])
-def test_float64_is_computed_in_float64_and_equals_the_product_with_the_matrix(size):
+def test_float64_is_computed_in_float64_and_equals_the_product_with_the_matrix(path, size):
     gradients = problem((4, size), torch.float64)
     basis = dct_matrix(size, dtype=torch.float64, device=torch.device("cpu"))
-    for path in (dct_energies, dct_energies_triton):
-        got = path(gradients)
-        assert got.dtype == torch.float64
-        close(got, (torch.stack(gradients) @ basis).square().sum(dim=1), 1e-12)
+    got = path(gradients)
+    assert got.dtype == torch.float64
+    close(got, (torch.stack(gradients) @ basis).square().sum(dim=1), 1e-12)
 
 
-def test_a_cosine_has_all_its_energy_in_its_own_column():
+@pytest.mark.parametrize("path", PATHS)
+def test_a_cosine_has_all_its_energy_in_its_own_column(path):
     basis = dct_matrix(24, dtype=torch.float64, device=torch.device("cpu"))
-    for path in (dct_energies_reference, dct_energies_triton):
-        energy = path([3 * basis[:, 5:6].mT.float()])[0]
-        expected = torch.zeros(24)
-        expected[5] = 9.0
-        torch.testing.assert_close(energy, expected, atol=1e-5, rtol=1e-6)
+    energy = path([3 * basis[:, 5:6].mT.float()])[0]
+    expected = torch.zeros(24)
+    expected[5] = 9.0
+    torch.testing.assert_close(energy, expected, atol=1e-5, rtol=1e-6)
 
 
 def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
@@ -97,12 +98,11 @@ def test_the_kernel_equals_the_reference(shape, layout, dtype):
     close(got, dct_energies_reference(gradients))
 
 
-@needs_triton
-@pytest.mark.parametrize("path", [dct_energies_reference, dct_energies_triton])
+@pytest.mark.parametrize("path", PATHS)
 def test_float32_errs_by_a_hundred_thousandth_of_the_total(path):
-    monkey = problem((4, 1024), torch.float32)
-    truth = formula(monkey)
-    assert ((path(monkey).double() - truth).abs().sum(dim=1) < 1e-5 * truth.sum(dim=1)).all()
+    gradients = problem((4, 1024), torch.float32)
+    truth = formula(gradients)
+    assert ((path(gradients).double() - truth).abs().sum(dim=1) < 1e-5 * truth.sum(dim=1)).all()
 
 
 @needs_triton

@@ -82,9 +82,16 @@ def test_a_whole_orthonormal_frame_keeps_all_energy():
 def test_without_one_dnn_torch_gives_the_same(layout, monkeypatch):
     gradients, frame_BNR = problem((65, 70, 17), torch.float32, layout)
     expected = project_reference(gradients, frame_BNR, True)
-    monkeypatch.setattr(module, "one_dnn_linear", lambda x: None)
+    monkeypatch.setattr(module, "_one_dnn_is_exact", lambda: False)
     for got, wanted in zip(project_reference(gradients, frame_BNR, True), expected, strict=True):
         close(got, wanted, 1e-5)
+
+
+def test_asking_for_fast_products_leaves_torchs_settings_as_they_were():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), module.fast_products():
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 @needs_triton

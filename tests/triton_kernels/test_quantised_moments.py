@@ -58,7 +58,7 @@ moments = pytest.mark.parametrize("first", [True, False])
 def levels(first: bool) -> Tensor:
     """All levels at scale 1, ascending, by the formulas of the module's docstring in float64."""
     k = CODES[first].double()
-    return k.sign() * (k / 127) ** 2 if first else (k / 255) ** 4
+    return (k / 127) ** 3 if first else (k / 255) ** 4
 
 
 def sample(first: bool, shape: tuple[int, ...] = (2, 8, 64)) -> Tensor:
@@ -108,6 +108,21 @@ def test_values_on_a_level_stay(encode, first, scale):
 
 @encoders
 @moments
+@pytest.mark.parametrize("scale", [1.0, 0.37, 3e-12, 7e20])
+def test_midway_between_the_codes_of_two_levels_numbers_go_to_either_and_to_no_third(encode, first, scale):
+    """There the root may give the code above or below; only if it is off by half a code is neither a neighbour."""
+    lower = torch.arange(127 if first else 255)
+    share = ((lower + 0.5) / 127) ** 3 if first else ((lower + 0.5) / 255) ** 4
+    x = torch.ones(1, 32, 256)
+    x[..., : len(lower)] = share
+    above = encode(x * scale, 0, first)[0][0, :, : len(lower)] - lower
+    assert ((above == 0) | (above == 1)).all()
+    assert (above.sum(0) > 0).all()
+    assert (above[:, 1:].sum(0) < 32).all()  # a positive second moment never falls to level 0
+
+
+@encoders
+@moments
 def test_a_block_of_zeros_stays_zeros_beside_others(encode, first):
     x = sample(first)
     x[1, 3] = 0
@@ -146,7 +161,7 @@ def test_seeds_decide_the_bits(encode, first):
 def test_both_moments_of_one_seed_are_rounded_independently():
     # Both lie midway between levels, so that equal random numbers would send both up or both down.
     x = torch.full((1, 64, 64), 63.5)
-    first, second = (x / 127) ** 2, (x / 255) ** 4
+    first, second = (x / 127) ** 3, (x / 255) ** 4
     first[..., 0], second[..., 0] = 1.0, 1.0
     up_first = encode_first(first, torch.tensor(5))[0][..., 1:] == 64
     up_second = encode_second(second, torch.tensor(5))[0][..., 1:] == 64
@@ -191,7 +206,7 @@ def test_stacks_longer_than_a_piece_are_encoded_to_their_end(first, monkeypatch)
     monkeypatch.setattr("lightspan.triton_kernels.quantised_moments.PIECE", 100)  # one row of 64 at a time
     x = sample(first)
     error = (by_reference(x, 0, first)[2] - x).abs()
-    assert (error <= 0.016 * x.abs().amax(-1, keepdim=True)).all()  # the widest gap: 2 / 127 and 4 / 255 of the scale
+    assert (error <= 0.024 * x.abs().amax(-1, keepdim=True)).all()  # the widest gap: 3 / 127 and 4 / 255 of the scale
 
 
 @moments

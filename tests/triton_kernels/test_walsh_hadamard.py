@@ -15,6 +15,8 @@ from lightspan.triton_kernels.walsh_hadamard import (
     walsh_hadamard_reference,
 )
 
+needs_triton = pytest.mark.skipif(module.triton is None, reason="Triton is not installed")
+
 SIZES = [1, 2, 8, 32, 64, 128, 256, 1024, 2048]
 
 
@@ -78,11 +80,10 @@ def test_blocks_multiply_to_the_length_and_fit_the_dot(size):
     assert max(found) <= 2 * min(found)
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 1), (5, 2), (1, 16), (65, 8), (2, 64), (3, 256), (1, 2**13)])
 def test_the_kernel_equals_the_reference(shape, dtype):
-    if module.triton is None:
-        pytest.skip("Triton is not installed")
     x = normal(*reversed(shape), dtype=dtype).mT  # strided
     # Both sum in float32, in different orders; what they round to a half type may fall to either neighbour.
     tolerance = {"atol": 2e-6, "rtol": 0} if dtype == torch.float32 else {"atol": 1e-5, "rtol": torch.finfo(dtype).eps}
@@ -91,11 +92,9 @@ def test_the_kernel_equals_the_reference(shape, dtype):
     torch.testing.assert_close(got, walsh_hadamard_reference(x), **tolerance)
 
 
-@pytest.mark.parametrize("transform", ["reference", "triton"])
+@pytest.mark.parametrize("transform", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_lose_less_than_twice_what_plain_torch_loses(transform, dtype):
-    if module.triton is None:
-        pytest.skip("Triton is not installed")
     x = normal(4, 1024, dtype=dtype)
     truth = walsh_hadamard_reference(x.double())
     loss = (getattr(module, f"walsh_hadamard_{transform}")(x).double() - truth).abs().max()
@@ -113,8 +112,8 @@ def spec(source, out, inner, block):
     )
 
 
+@needs_triton
 def test_the_kernel_compiles_for_gpus_without_spills():
-    pytest.importorskip("triton")
     compile_ahead(
         spec("bf16", "fp32", 1, 64),  # 4096 = 64 * 64 in two passes
         spec("fp32", "bf16", 64, 64),
