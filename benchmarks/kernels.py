@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -184,7 +184,7 @@ OPS = (
     Op("add_error, int8", error_feedback, lambda x: (x.gradients, *x.error("int8"), x.one), FULL),
     Op("add_error, int4", error_feedback, lambda x: (x.gradients, *x.error("int4"), x.one), FULL),
 )  # fmt: skip
-IN_STEPS = {*("project", "low_rank_adam, float32", "row_resident_step"), *(op.name for op in OPS[4:6])}
+IN_STEPS = {op.name for op in OPS if op.module in (project, backproject_update, row_resident_step)} | {OPS[1].name}
 
 
 @dataclass(frozen=True)
@@ -322,15 +322,16 @@ def worst_error(got: Tensor, expected: Tensor, packed: bool = False) -> float:
 def verified_traffic(op: Op, arguments: tuple[Any, ...]) -> int:
     """Bytes that have to be moved. Raises: UserError if the op differs from its reference."""
     mine, theirs = cloned(arguments), cloned(arguments)
-    pairs = zip(tensors([op.run(*mine), mine]), tensors([op.reference(*theirs), theirs]), strict=True)
-    error = max(worst_error(got, expected, op.packed) for got, expected in pairs)
+    result, expected = op.run(*mine), op.reference(*theirs)
+    pairs = zip(tensors([result, mine]), tensors([expected, theirs]), strict=True)
+    error = max(worst_error(*pair, op.packed) for pair in pairs)
     if error > op.tolerance:
         raise UserError(f"wrong on this device: off by {error:.2g} of a row where {op.tolerance:g} is allowed")
     schema = getattr(torch.ops.lightspan, op.function).default._schema
     named = list(zip(schema.arguments, arguments, strict=False))  # the last ones may be left to their defaults
     changed = [value for argument, value in named if argument.is_write]
     read = [value for argument, value in named if not (argument.is_write and op.overwrites)]
-    return size(read) + size(changed) + size(op.run(*mine))
+    return size(read) + size(changed) + size(result)
 
 
 def reason(failure: Exception) -> str:
@@ -346,9 +347,11 @@ def measure_ops(
 ) -> tuple[list[Row], float]:
     """Rows of the ops that are right, and bytes a second of the large copy."""
     inputs, traffic = Inputs(sizes, gpu.device), {}
+    uneven = Inputs(replace(sizes, rows=sizes.rows - 3, columns=sizes.columns // 2, rank=sizes.rank - 3), gpu.device)
     cases: dict[str, Case] = {}
     for op in ops:
         try:
+            verified_traffic(op, op.arguments(uneven))
             arguments = op.arguments(inputs)
             traffic[op.name] = verified_traffic(op, arguments)
             cases[op.name] = (partial(op.run, *arguments), True)
@@ -407,12 +410,10 @@ def require_equal_capture(gpu: Dry, step: Step, sizes: Sizes) -> None:
         parameters = [Parameter(weight.clone())]
         optimizer = optimizer_of(step, parameters, sizes.rank, adamw(parameters, [gradient]))
         once = partial(take, step, optimizer, parameters, False)
-        if captured:
-            gpu.capture(once)()
-        else:
-            for _ in range(WARMUP + 1):
-                once()
-        moves.append(parameters[0].detach().float() - weight.float())
+        repeat = gpu.capture(once) if captured else once
+        for _ in range(1 if captured else WARMUP + 1):
+            repeat()
+        moves.append((parameters[0].detach().float() - weight.float()).cpu())  # waits: a graph must outlive its replay
     if (error := worst_error(moves[1], moves[0])) > HALF:
         raise UserError(f"the captured step moves weights otherwise than the eager one: off by {error:.2g} of a row")
 
@@ -423,7 +424,8 @@ def measure_steps(
     """Rows of all steps over these matrices, eager and captured, against AdamW of the same mode and clipping."""
     parameters = [Parameter(torch.randn(shape, device=gpu.device).bfloat16()) for shape in shapes]
     gradients = [torch.randn(shape, device=gpu.device).mul_(1e-3).bfloat16() for shape in shapes]
-    peer, cases, rows = adamw(parameters, gradients), {}, []
+    peer, rows = adamw(parameters, gradients), []
+    cases: dict[str, Case] = {}
     for step in STEPS:
         once = partial(take, step, optimizer_of(step, parameters, rank, peer), parameters)
         once(True)
@@ -455,7 +457,9 @@ def layers_that_fit(sizes: Sizes, free: int) -> int:
 @torch.no_grad()
 def benchmark(gpu: Dry, sizes: Sizes, ops: Sequence[Op], rounds: int) -> Row:
     """All figures, as they are written to the file."""
-    started, refused, steps, layers = time.perf_counter(), {}, {}, 0
+    started, layers = time.perf_counter(), 0
+    refused: dict[str, str] = {}
+    steps: dict[str, list[Row]] = {}
     rows, bandwidth = measure_ops(gpu, sizes, ops, rounds, refused)
     if wrong := sorted(IN_STEPS & refused.keys()):
         refused["whole steps"] = f"made of what is wrong: {'; '.join(wrong)}"
@@ -516,6 +520,8 @@ def main(argv: list[str] | None = None, ops: Sequence[Op] = OPS) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default 30)")
     parser.add_argument("--dry-run", action="store_true", help="no GPU, no meaning; written only with --json")
     arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: there is no median of fewer than one")
     try:
         result = (
             benchmark(Dry(), TINY, ops, 1)

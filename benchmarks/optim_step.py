@@ -285,6 +285,9 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     ranks = arguments.ranks or list(sizes.ranks)
     rounds = arguments.rounds or (2 if arguments.quick else 9)
     torch.set_num_threads(arguments.threads)
+    # As the first activations of a training run do: after a large block has been freed, glibc keeps memory instead of
+    # handing it back, and no optimiser's temporaries cost page faults in every step.
+    torch.zeros(31 * 2**18)
     before = os.getloadavg()
     cases = [*torch_cases(), *peer_cases(ranks), *own_cases(ranks)]
     wanted = [part.lower() for part in arguments.only]

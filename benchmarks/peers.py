@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightspan.analysis.memory import MIB
 from lightspan.optim import presets
+from lightspan.optim.bases import PowerBasis
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Int8Moments
 from lightspan.optim.triggers import Every
@@ -25,7 +26,7 @@ NEVER = 10**9  # a refresh gap that no run reaches
 VARIANTS: dict[str, dict[str, Any]] = {
     "LowRank": {},
     "LowRank no residual": {"residual": None},
-    "LowRank int8": {"moments": Int8Moments()},
+    "LowRank int8": {"moments": Int8Moments(), "basis": PowerBasis(precision="bfloat16")},
 }
 PRESETS = ("galore", "dct_adamw", "trion", "ldadam", "fira", "apollo", "apollo_mini")
 PAPER_GAP = 200  # optimiser steps between two refreshes in the scripts of GaLore, Fira and APOLLO

@@ -36,7 +36,13 @@ def address_table(matrices: list[Tensor]) -> Tensor:
                 f"matrices of one launch must agree in shape, strides and dtype: {tuple(matrix.shape)} "
                 f"{matrix.stride()} {matrix.dtype} beside {tuple(first.shape)} {first.stride()} {first.dtype}"
             )
-    return _table(tuple(matrix.data_ptr() for matrix in matrices), first.device)
+    table = _table(tuple(matrix.data_ptr() for matrix in matrices), first.device)
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table
+
+
+_captured: list[Tensor] = []  # what graphs read must outlive the cache
 
 
 @lru_cache(maxsize=4096)

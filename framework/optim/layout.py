@@ -67,12 +67,16 @@ def canonical(weight: Tensor) -> Tensor:
 
 def canonical_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """The gradient as `canonical` shows the weight, a view where its memory allows one."""
-    matrix, like = _matrix(gradient, weight), canonical(weight)
-    return matrix if matrix.stride() == like.stride() else torch.empty_like(like, dtype=matrix.dtype).copy_(matrix)
+    matrix = _matrix(gradient, weight)
+    if gradient.stride() == weight.stride():
+        return matrix
+    return torch.empty_like(canonical(weight), dtype=matrix.dtype).copy_(matrix)
 
 
 def _matrix(tensor: Tensor, like: Tensor) -> Tensor:
-    strides = like.stride()
-    trailing = sorted(range(1, like.ndim), key=lambda axis: -strides[axis])
-    matrix = tensor.detach().permute(0, *trailing).reshape(tensor.shape[0], -1)
+    matrix = tensor.detach()
+    if like.ndim > 2:
+        strides = like.stride()
+        trailing = sorted(range(1, like.ndim), key=lambda axis: -strides[axis])
+        matrix = matrix.permute(0, *trailing).reshape(tensor.shape[0], -1)
     return matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix

@@ -251,8 +251,9 @@ class LowRank(Optimizer):
                 "before the first backward pass (SubspaceProjection and Method do)"
             )
         self._choose_ranks()
-        self._places = {}
-        works = [work for bucket in self.buckets() if (work := self._work(bucket)) is not None]
+        buckets = self.buckets()
+        works = [work for bucket in buckets if (work := self._work(bucket)) is not None]
+        self._places = _places(buckets)
         plain = [self._elementwise_of(group) for group in self.param_groups]
         self._require_finite_when_due(works)
         for work in works:
@@ -277,6 +278,7 @@ class LowRank(Optimizer):
                 )
                 noise = states[0]["step"].long() + SEED_STRIDE * (self.seed - number - 1)
                 elementwise.step_elementwise(parameters, gradients, states, group, self.rule.moments, clip, noise)
+        self._places = {}
         return loss
 
     def buckets(self) -> list[Bucket]:
@@ -295,7 +297,7 @@ class LowRank(Optimizer):
     def place(self, parameter: Tensor) -> tuple[Bucket, int]:
         """The bucket of a projected parameter, and its position there. Looks for replaced state once a step."""
         if not self._places:
-            self._places = {p: (b, i) for b in self.buckets() for i, p in enumerate(b.parameters)}
+            self._places = _places(self.buckets())
         return self._places[parameter]
 
     def due_next(self, bucket: Bucket, positions: list[int]) -> tuple[list[int], list[int]]:
@@ -305,8 +307,9 @@ class LowRank(Optimizer):
         later = [p for p, steps in enumerate(done) if steps > 0]
         if not later:
             return first, []
-        index = torch.tensor([positions[p] for p in later], device=bucket.layout.device)
-        state = bucket.state if len(later) == len(bucket.parameters) else part_of(bucket.state, index)
+        state = bucket.state
+        if len(later) < len(bucket.parameters):
+            state = part_of(state, torch.tensor([positions[p] for p in later], device=bucket.layout.device))
         due = self.rule.trigger.due([done[p] for p in later], [bucket.phases[positions[p]] for p in later], state)
         return first, [later[i] for i in due]
 
@@ -425,8 +428,13 @@ class LowRank(Optimizer):
         for i in work.active:
             work.bucket.done[i] += 1
             work.bucket.views[i]["step"].fill_(work.bucket.done[i])
-        # On the device and in double: a rate from a scheduler's tensor must not wait for the host.
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=device)
+        # On the device, and filled there: a copy from the host would wait for it.
+        rate = group["lr"]
+        lr = (
+            rate.to(device, torch.float64)
+            if isinstance(rate, Tensor)
+            else torch.full((), rate, dtype=torch.float64, device=device)
+        )
         weights, numbers = (
             [canonical(p) for p in work.parameters()],
             Numbers(group["betas"], group["eps"], work.bucket.noise),
@@ -445,11 +453,15 @@ class LowRank(Optimizer):
 
     def _elementwise_of(self, group: dict[str, Any]) -> list[Tensor]:
         """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""
-        parameters = [p for p in group["params"] if p.grad is not None and not self.projected(p, group)]
+        parameters = [p for p in group["params"] if p.grad is not None and p not in self._places]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = self.initial_state(parameter, group)
         return parameters
+
+
+def _places(buckets: list[Bucket]) -> dict[Tensor, tuple[Bucket, int]]:
+    return {p: (bucket, i) for bucket in buckets for i, p in enumerate(bucket.parameters)}
 
 
 def _square_norm(gradient: Tensor) -> Tensor:

@@ -1,0 +1,253 @@
+"""docs/benchmarks.md from small made-up results: every figure in its cell, every goal with its verdict."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def build_docs() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))  # of lm_quality, which it imports when it has something to show
+        spec = importlib.util.spec_from_file_location("benchmark_docs", ROOT / "benchmarks" / "build_docs.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def optimizer(steady: float, refresh: float | None = None, **others: Any) -> dict[str, Any]:
+    row = {"dtype": "float32", "rank": 64 if refresh else None, "steady_x": steady, "refresh_x": refresh}
+    return row | {"amortised_x": steady + 0.5, "state_mib": 82.5, "steady_ms": 4 * steady, "unheard_of": [1]} | others
+
+
+OPTIM_STEP: dict[str, Any] = {
+    "date": "2026-11-20",
+    "threads": 2,
+    "rounds": 9,
+    "optimizers": {
+        "torch AdamW fused": optimizer(1.0),
+        "torch Muon (matrices)": optimizer(85.0, state_mib=40.5),
+        "galore-torch r64": optimizer(6.0, 400.0, gap=200),
+        "apollo-torch r64": optimizer(10.0, 20.0),
+        "lightspan LowRank r64": optimizer(3.25, 39.0, gap=50, slowest_to_median=1.25, state_mib=17.3),
+        "lightspan LowRank r64 bf16": optimizer(1.75, 9.0, dtype="bfloat16"),
+        "lightspan LowRank int8 r64": optimizer(4.5, 45.0, state_mib=5.75, constants_mib={"a": 0.5, "b": 0.25}),
+    },
+    "train_step": {"adamw_ms": 100.0, "adamw_median_ms": 110.0, "projected_backward_ms": 80.0, "novel_ms": 200.0},
+    "skipped": {"fira r64": "pip install fira"},
+    "machine": {"cpu": "Abacus 3", "cores": 2, "torch": "2.13", "peers": {"galore-torch": "1.0"}},
+    "load": {"before": [0.5, 0.5, 0.5], "after": [1.0, 0.5, 0.5]},
+}
+
+
+def lm_rows() -> list[dict[str, Any]]:
+    """Two seeds of AdamW and of ours, which ends 0.02 nats above it on average at a quarter of its state."""
+
+    def row(name: str, seed: int, stage: str, loss: float | None, state: int) -> dict[str, Any]:
+        times = {"wall_s": 10.0, "cpu_s": 9.0, "step_wall_ms": 30.0, "step_cpu_ms": 20.0}
+        curve = [[1, 10.0, 9.0, loss]] if loss else []
+        key = {"optimizer": name, "lr": 2e-3, "other_lr": 1e-2, "seed": seed, "stage": stage}
+        known = key | times | {"steps": 1, "online_loss": 2.0, "val_loss": loss, "state_bytes": state, "curve": curve}
+        return known | {"date": "2026-11-21", "unheard_of": None}
+
+    losses = {("adamw", 0): 1.7, ("adamw", 1): 1.75, ("low_rank", 0): 1.73, ("low_rank", 1): 1.76}
+    sweeps = [row(name, 100, "sweep", None, 0) for name in ("adamw", "low_rank")]
+    state = {"adamw": 8 * 2**20, "low_rank": 2 * 2**20}
+    return sweeps + [row(name, seed, "final", loss, state[name]) for (name, seed), loss in losses.items()]
+
+
+def kernels_record() -> dict[str, Any]:
+    def row(name: str, us: float, x_adamw: float | None, **others: Any) -> dict[str, Any]:
+        return {"name": name, "us": us, "gb_per_s": 2500.4, "share_of_floor": 0.8125, "x_adamw": x_adamw} | others
+
+    one = [row("torch AdamW fused", 120.0, 1.0, mode="graph"), row("LowRank no residual", 40.5, 0.34, mode="graph")]
+    many = [row("LowRank, max_norm", 30000.0, 0.5, mode="eager"), row("LowRank, max_norm", 20000.0, 0.4, mode="graph")]
+    versions = {
+        "driver": "570.1",
+        "cuda": "12.9",
+        "torch": "2.13",
+        "triton": "3.9",
+        "date": "2026-11-22",
+        "seconds": 200,
+    }
+    return versions | {
+        "card": "Abacus G",
+        "shape": {"matrices": 4, "rows": 4096, "columns": 4096, "rank": 128},
+        "copy_gb_per_s": 2990.0,
+        "layers": {"measured": 16, "scaled_to": 32},
+        "ops": [row("project", 50.0, 0.25, x_copy=1.25, unheard_of=1)],
+        "steps": {"one matrix": one, "LLaMA-7B": many},
+        "refused": {"dct_energies": "off by 0.5"},
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    for name, content in (("optim_step", OPTIM_STEP), ("lm_quality", lm_rows()), ("kernels_abacus", kernels_record())):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def sections(page: str) -> dict[str, str]:
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in page.split("\n## ")[1:]}
+
+
+def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tmp_path: Path) -> None:
+    found = sections(build_docs.page(tmp_path))
+    assert list(found) == ["One step on a CPU", "Loss on equal tokens", "Kernels on a GPU"]
+    assert {body.strip() for body in found.values()} == {"not yet measured"}
+    assert build_docs.readme_table(tmp_path) == "not yet measured\n"
+
+
+def test_steps_stand_in_their_columns(build_docs: ModuleType, results: Path) -> None:
+    body = sections(build_docs.page(results))["One step on a CPU"]
+    head = "| optimiser | dtype | rank | gap | steady, ms | steady x | refresh x | amortised x | slowest | state, MiB "
+    for line in (
+        head + "| constants, MiB |\n|---|---|---|---|---|---|---|---|---|---|---|",
+        "| torch AdamW fused | float32 |  |  | 4.00 | 1.00 |  | 1.50 |  | 82.50 |  |",
+        "| galore-torch r64 | float32 | 64 | 200 | 24.00 | 6.00 | 400.00 | 6.50 |  | 82.50 |  |",
+        "| lightspan LowRank r64 | float32 | 64 | 50 | 13.00 | 3.25 | 39.00 | 3.75 | 1.25 | 17.30 |  |",
+        "| lightspan LowRank int8 r64 | float32 | 64 |  | 18.00 | 4.50 | 45.00 | 5.00 |  | 5.75 | 0.75 |",
+        "| lightspan projected backward | 80.0 |  | 0.80 |",
+        "| torch AdamW fused | 100.0 | 110.0 | 1.00 |",
+        "| novel | 200.0 |  | 2.00 |",
+        "- not run: fira r64: pip install fira",
+    ):
+        assert f"\n{line}\n" in body
+    assert body.strip().endswith(
+        "`python benchmarks/optim_step.py --json benchmarks/results/optim_step.json`, Abacus 3 (2 cores), date "
+        "2026-11-20, threads 2, rounds 9, torch 2.13, galore-torch 1.0, load 0.50 0.50 0.50 to 1.00 0.50 0.50."
+    )
+
+
+def test_goals_of_the_step_are_shown_met_or_not(build_docs: ModuleType, results: Path) -> None:
+    body = sections(build_docs.page(results))["One step on a CPU"]
+    lines = body[body.index("| goal |") :].splitlines()
+    assert lines[2:12] == [
+        "| steady step of lightspan LowRank r64, x AdamW | <= 4 | 3.25 | yes |",
+        "| steady step of lightspan LowRank no residual r64, x AdamW | <= 4 |  | not yet measured |",
+        "| steady step of lightspan LowRank r64 bf16, x AdamW | <= 2 | 1.75 | yes |",
+        "| steady step of lightspan LowRank no residual r64 bf16, x AdamW | <= 2 |  | not yet measured |",
+        "| steady step of galore-torch over that of lightspan LowRank, rank 64 | >= 2.5 | 1.846 | **no** |",
+        "| steady step of apollo-torch over that of lightspan LowRank, rank 64 | >= 2.5 | 3.077 | yes |",
+        "| steady step of fira over that of lightspan LowRank, rank 64 | >= 5 |  | not yet measured |",
+        "| refresh step of lightspan LowRank r64 over its steady step | <= 10 | 12 | **no** |",
+        "| state of lightspan LowRank int8 r64 | <= 6 MiB | 5.75 MiB | yes |",
+        "| whole training step, projected backward over AdamW | <= 0.85 | 0.8 | yes |",
+    ]
+
+
+def test_losses_are_compared_seed_by_seed(build_docs: ModuleType, results: Path) -> None:
+    body = sections(build_docs.page(results))["Loss on equal tokens"]
+    assert "| low_rank | 0.002 / 0.01 | 1.7450 (1.7300, 1.7600) | +0.0200 | 2.00 (0.25x) | 20.0 (1.00x) |" in body
+    assert "| validation loss, low_rank minus adamw | <= 0.01 nats | 0.02 nats | **no** |" in body
+    assert "| optimiser state, low_rank over adamw | <= 0.35 | 0.25 | yes |" in body
+    assert body.strip().endswith("`python benchmarks/lm_quality.py final`, 2026-11-21.")
+    assert "![" not in body
+    (results / "lm_quality.png").touch()
+    assert "](../benchmarks/results/lm_quality.png)" in build_docs.page(results)
+
+
+def test_a_diverged_run_meets_no_goal(build_docs: ModuleType, results: Path) -> None:
+    rows = [row | {"val_loss": None, "curve": []} if row["optimizer"] == "low_rank" else row for row in lm_rows()]
+    (results / "lm_quality.json").write_text(json.dumps(rows))
+    assert "| <= 0.01 nats | not finite nats | **no** |" in build_docs.page(results)
+
+
+def test_a_sweep_alone_is_no_measurement(build_docs: ModuleType, results: Path) -> None:
+    sweeps = [row for row in lm_rows() if row["stage"] == "sweep"]
+    (results / "lm_quality.json").write_text(json.dumps(sweeps))
+    assert sections(build_docs.page(results))["Loss on equal tokens"].strip() == "not yet measured"
+
+
+def test_a_card_has_its_ops_its_steps_and_its_goals(build_docs: ModuleType, results: Path) -> None:
+    body = sections(build_docs.page(results))["Kernels on a GPU"]
+    for line in (
+        "### Abacus G",
+        "| op | us | GB/s | of the floor | x AdamW | x copy |",
+        "| project | 50.0 | 2500 | 81% | 0.25 | 1.25 |",
+        "Whole steps on one matrix.",
+        "Whole steps on LLaMA-7B, 16 of 32 layers, scaled.",
+        "| LowRank, max_norm | graph | 20000.0 | 2500 | 81% | 0.40 |",
+        "| LowRank no residual, graph, one matrix: time | <= 50 us | 40.5 us | yes |",
+        "| LowRank no residual, graph, one matrix: share of the copy's bandwidth | >= 70 % | 81.25 % | yes |",
+        "| LowRank, max_norm, eager, LLaMA-7B: x AdamW with clip_grad_norm_ | <= 0.45 | 0.5 | **no** |",
+        "| LowRank, max_norm, graph, LLaMA-7B: x AdamW with clip_grad_norm_ | <= 0.45 | 0.4 | yes |",
+        "| LowRank no residual, max_norm, eager, LLaMA-7B: x AdamW with clip_grad_norm_ | <= 0.45 |  "
+        "| not yet measured |",
+        "- not timed: dct_energies: off by 0.5",
+    ):
+        assert f"\n{line}\n" in body
+    assert body.strip().endswith(
+        "`python benchmarks/kernels.py`, date 2026-11-22, driver 570.1, cuda 12.9, torch 2.13, triton 3.9, 200 s."
+    )
+
+
+def test_the_file_of_a_dry_run_makes_a_page(build_docs: ModuleType, tmp_path: Path) -> None:
+    """The builder reads what the GPU benchmark writes, not only what this file makes up."""
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, kernels)
+        spec.loader.exec_module(kernels)
+        assert kernels.main(["--dry-run", "--json", str(tmp_path / "kernels_dry.json")]) == 0
+    body = sections(build_docs.page(tmp_path))["Kernels on a GPU"]
+    assert body.count("\n| ") == 2 + len(kernels.OPS) + 4 * len(kernels.STEPS) + 2 + 6
+    assert "not yet measured" not in body
+
+
+def test_the_readme_gets_a_compact_table(build_docs: ModuleType, results: Path) -> None:
+    assert build_docs.readme_table(results).splitlines() == [
+        "| optimiser | steady, x AdamW | refresh, x | amortised, x | state, MiB |",
+        "|---|---|---|---|---|",
+        "| torch AdamW fused | 1.00 |  | 1.50 | 82.50 |",
+        "| galore-torch, rank 64 | 6.00 | 400.00 | 6.50 | 82.50 |",
+        "| apollo-torch, rank 64 | 10.00 | 20.00 | 10.50 | 82.50 |",
+        "| fira, rank 64 | not yet measured |  |  |  |",
+        "| torch Muon | 85.00 |  | 85.50 | 40.50 |",
+        "| lightspan LowRank, rank 64, float32 | 3.25 | 39.00 | 3.75 | 17.30 |",
+        "| lightspan LowRank, rank 64, bfloat16 | 1.75 | 9.00 | 2.25 | 82.50 |",
+        "| lightspan LowRank, rank 64, int8 moments | 4.50 | 45.00 | 5.00 | 5.75 |",
+        "",
+        "lightspan projected backward: a whole training step takes 0.80x AdamW's.",
+    ]
+
+
+@pytest.mark.parametrize("between", ["", "an older table\n"])
+def test_only_what_stands_between_the_markers_is_replaced(build_docs: ModuleType, results: Path, between: str) -> None:
+    root, (begin, end) = results.parents[1], (build_docs.BEGIN, build_docs.END)
+    (root / "README.md").write_text(f"before\n{begin}{between}{end}after\n")
+    for _ in range(2):
+        build_docs.build(root)
+        assert (root / "README.md").read_text() == f"before\n{begin}{build_docs.readme_table(results)}{end}after\n"
+    assert (root / "docs" / "benchmarks.md").read_text() == build_docs.page(results)
+
+
+def test_a_readme_without_both_markers_stays_as_it_is(build_docs: ModuleType) -> None:
+    for readme in ("text\n", f"text\n{build_docs.BEGIN}text\n", f"text\n{build_docs.END}{build_docs.BEGIN}text\n"):
+        assert build_docs.with_fragment(readme, "table\n") == readme
+
+
+def test_the_committed_page_is_that_of_the_committed_results(build_docs: ModuleType) -> None:
+    """After a new measurement: `python benchmarks/build_docs.py`."""
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == build_docs.page(ROOT / "benchmarks" / "results")
+
+
+def test_the_committed_readme_has_that_table_or_an_empty_place_for_it(build_docs: ModuleType) -> None:
+    readme, table = (ROOT / "README.md").read_text(), build_docs.readme_table(ROOT / "benchmarks" / "results")
+    assert readme in (build_docs.with_fragment(readme, table), build_docs.with_fragment(readme, ""))
