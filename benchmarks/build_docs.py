@@ -37,8 +37,9 @@ README_ROWS = {  # names in the results: what the README calls them
     "apollo-torch r64": "apollo-torch, rank 64",
     "fira r64": "fira, rank 64",
     "torch Muon (matrices)": "torch Muon",
-    "lightspan LowRank r64": "lightspan LowRank, rank 64, float32",
-    "lightspan LowRank r64 bf16": "lightspan LowRank, rank 64, bfloat16",
+    "lightspan LowRank r64": "lightspan LowRank, rank 64",
+    "lightspan LowRank no residual r64": "lightspan LowRank without residual, rank 64",
+    "lightspan LowRank r64 bf16": "lightspan LowRank, rank 64, bfloat16 weights",
     "lightspan LowRank int8 r64": "lightspan LowRank, rank 64, int8 moments",
 }
 TRAIN_STEPS = {

@@ -61,14 +61,14 @@ SWEEP_SEED, FINAL_SEEDS = 100, (0, 1, 2)
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 # Where the search of the matrices' rate starts. All lie on one grid of factor two, and all searches can leave theirs.
 START = {
-    "adamw": 2e-3,
+    "adamw": 1e-3,
     "muon": 4e-3,
     "low_rank": 4e-3,
-    "galore": 16e-3,
+    "galore": 8e-3,
     "dct_adamw": 4e-3,
     "trion": 16e-3,
     "ldadam": 4e-3,
-    "fira": 16e-3,
+    "fira": 8e-3,
     "apollo": 8e-3,
     "apollo_mini": 8e-3,
 }

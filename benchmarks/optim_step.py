@@ -301,6 +301,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "shapes": {"matrices": sizes.matrices, "others": sizes.others},
         "threads": arguments.threads,
+        "date": time.strftime("%Y-%m-%d"),
         "rounds": rounds,
         "optimizers": {run.case.name: figures(run, reference_ms) for run in runs},
         "train_step": measure_train_step(sizes, rounds),
@@ -339,4 +340,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Last on the path, or kernels.py beside this file passes for the package that other libraries import by that name.
+    sys.path.append(sys.path.pop(0))
     main()

@@ -24,7 +24,7 @@ class Spec:
     Args:
         kernel: `module:function`, module below lightspan.triton_kernels.
         types: of the arguments that are no constants, in Triton's spelling ("*bf16", "*i64", "i32", "fp32").
-        types: of the arguments that are no constants, in the spelling of Triton ("*bf16", "*i64", "i32", "fp32").
+        constants: of constexpr arguments; "tl.NAME" is that dtype. Strides that are 1 in the launch belong here.
         aligned: arguments that are multiples of 16 in the launch; pointers nearly always are.
         tensor_cores: whether the CUDA code must hold matrix instructions.
         options: num_warps, num_stages as in the launcher.

@@ -10,6 +10,7 @@ Shapes: B matrices, M rows, N columns, R rank. No backward: optimiser steps only
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def _one_dnn_is_exact() -> bool:
 
 @contextmanager
 def _one_dnn_allowed() -> Iterator[None]:
-    backend = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:

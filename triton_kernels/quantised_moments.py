@@ -19,8 +19,10 @@ the zero-point problem of Li et al. 2023, arXiv 2309.01507.
 
 The columns of a row share nothing but the scale: to reorder codes is to reorder moments.
 
-Shapes: B matrices, M rows, R coordinates.
+Shapes: B matrices, M rows, R coordinates, K rows that are encoded at once.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch import Tensor
 from lightspan.triton_kernels.launch import tl, triton
 from lightspan.triton_kernels.rounding import noise_pool, window_start
 
+MAX_RANK = 8192  # one program holds whole rows; longer ones take the reference path, which waits for a GPU
 # Both moments of a step are rounded with one seed; this, added bit by bit, makes a second stream of it.
 SECOND_STREAM = 0x5851F42D4C957F2D
 PIECE = 2**17  # numbers that the reference encodes at once: its temporaries stay in the processor's caches
@@ -43,19 +46,11 @@ def decode_second(codes_BMR: Tensor, scale_BM: Tensor) -> Tensor:
     return (codes_BMR * (1 / 255)).square_().square_().mul_(scale_BM[..., None])
 
 
-def encode_first(m_BMR: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [B M R] and scales [B M] of first moments; equal seeds (0-d, int64) give equal codes."""
-    return _encode(m_BMR, int(seed), first=True)
-
-
-def encode_second(v_BMR: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [B M R] and scales [B M] of second moments; independent of `encode_first` under the same seed."""
-    return _encode(v_BMR, int(seed) ^ SECOND_STREAM, first=False)
-
-
-def _encode(x_BMR: Tensor, seed: int, *, first: bool) -> tuple[Tensor, Tensor]:
+def encode_reference(x_BMR: Tensor, seed: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:
+    """The definition of both encoders, and the CPU path."""
+    stream = int(seed) if first else int(seed) ^ SECOND_STREAM
     x_BMR = x_BMR.to(torch.float32).contiguous()
-    codes_BMR = torch.empty(x_BMR.shape, dtype=torch.int8 if first else torch.uint8, device=x_BMR.device)
+    codes_BMR = torch.empty(x_BMR.shape, dtype=_code_type(first), device=x_BMR.device)
     scale_BM = x_BMR.amax(dim=-1)
     if first:
         torch.maximum(scale_BM, x_BMR.amin(dim=-1).neg_(), out=scale_BM)
@@ -63,10 +58,14 @@ def _encode(x_BMR: Tensor, seed: int, *, first: bool) -> tuple[Tensor, Tensor]:
     rows = max(1, PIECE // x_BMR.shape[-1])
     pieces = (t.view(-1, t.shape[-1]).split(rows) for t in (x_BMR, scale_BM[..., None], codes_BMR))
     for number, (x_KR, scale_K1, codes_KR) in enumerate(zip(*pieces, strict=True)):
-        start = window_start(seed, number)
+        start = window_start(stream, number)
         noise_KR = noise_pool(x_KR.device)[start : start + x_KR.numel()].view(x_KR.shape)
         codes_KR.copy_(_nearby_codes(x_KR, scale_K1, noise_KR, first))
     return codes_BMR, scale_BM
+
+
+def _code_type(first: bool) -> torch.dtype:
+    return torch.int8 if first else torch.uint8
 
 
 def _nearby_codes(x_KR: Tensor, scale_K1: Tensor, noise_KR: Tensor, first: bool) -> Tensor:
@@ -108,12 +107,15 @@ if triton is not None:
     @triton.jit
     def encode_block(x, uniform, FIRST: tl.constexpr):
         """Codes [rows, columns] and scales [rows] of whole rows; `uniform` in [0, 1) is drawn for every element."""
-        magnitude = tl.abs(x)
-        scale = tl.max(magnitude, axis=1)
+        # As integers magnitudes keep their order and a NaN is the largest; tl.max of floats would lose it.
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        magnitude = bits.to(tl.float32, bitcast=True)
+        scale = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
         scale_column = scale[:, None]
-        share = magnitude / tl.where(scale_column == 0, 1.0, scale_column)
-        # The smallest share keeps the logarithm finite, and has code 0 as zero has.
-        root = tl.exp2(tl.log2(tl.maximum(share, 1e-30)) * (1 / 3)) if FIRST else tl.sqrt(tl.sqrt(share))
+        # The smallest share keeps the logarithm finite, and has code 0 as zero has. A NaN becomes it, too: its code has
+        # to be a number, and it decodes to NaN by its scale.
+        share = tl.maximum(magnitude / tl.where(scale_column == 0, 1.0, scale_column), 1e-30)
+        root = tl.exp2(tl.log2(share) * (1 / 3)) if FIRST else tl.sqrt(tl.sqrt(share))
         code = tl.floor(root * (127 if FIRST else 255) + 0.5)
         level = decode_block(code, scale_column, FIRST)
         other = tl.where(magnitude < level, code - 1, code + 1)
@@ -124,3 +126,72 @@ if triton is not None:
         else:
             codes = tl.where((code == 0) & (x > 0), 1.0, code).to(tl.int32).to(tl.uint8)
         return codes, scale
+
+    @triton.jit
+    def encode_kernel(
+        x_ptr, codes_ptr, scale_ptr, seed_ptr, rows, rank,
+        FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # int64: rows * rank may pass 2**31
+        column = tl.arange(0, BLOCK_R)
+        offset = row[:, None] * rank + column[None, :]
+        inside = (row < rows)[:, None] & (column < rank)[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        # Both moments of one seed take the same integers of Philox and different words of them.
+        uniform_first, uniform_second, _, _ = tl.rand4x(tl.load(seed_ptr), offset, n_rounds=7)
+        codes, scale = encode_block(x, uniform_first if FIRST else uniform_second, FIRST)
+        tl.store(codes_ptr + offset, codes, mask=inside)
+        tl.store(scale_ptr + row, scale, mask=row < rows)
+
+
+def blocks(rank: int) -> dict[str, int]:
+    """Tile of whole rows, 16 numbers a thread; with 32 a thread spills registers on Hopper."""
+    block_rank = triton.next_power_of_2(rank)
+    numbers = max(2048, block_rank)
+    return {"BLOCK_M": numbers // block_rank, "BLOCK_R": block_rank, "num_warps": numbers // 512}
+
+
+def encode_triton(x_BMR: Tensor, seed: Tensor, *, first: bool) -> tuple[Tensor, Tensor]:
+    """Launches the kernel."""
+    rank = x_BMR.shape[-1]
+    if rank > MAX_RANK:
+        return encode_reference(x_BMR, seed, first=first)
+    codes_BMR, scale_BM = _empty_codes(x_BMR, first)
+    tile, rows = blocks(rank), scale_BM.numel()
+    encode_kernel[(triton.cdiv(rows, tile["BLOCK_M"]),)](
+        x_BMR.contiguous(), codes_BMR, scale_BM, seed, rows, rank, FIRST=first, **tile
+    )
+    return codes_BMR, scale_BM
+
+
+def _empty_codes(x_BMR: Tensor, first: bool) -> tuple[Tensor, Tensor]:
+    codes_BMR = torch.empty(x_BMR.shape, dtype=_code_type(first), device=x_BMR.device)
+    return codes_BMR, torch.empty(x_BMR.shape[:-1], dtype=torch.float32, device=x_BMR.device)
+
+
+@torch.library.custom_op("lightspan::encode_first", mutates_args=())
+def encode_first(m_BMR: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [B M R] and scales [B M] of first moments, any float dtype; equal seeds (0-d, int64, on their device)
+    give equal codes."""
+    return encode_reference(m_BMR, seed, first=True)
+
+
+@torch.library.custom_op("lightspan::encode_second", mutates_args=())
+def encode_second(v_BMR: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [B M R] and scales [B M] of second moments; independent of `encode_first` under the same seed."""
+    return encode_reference(v_BMR, seed, first=False)
+
+
+@encode_first.register_fake
+def _(m_BMR: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_codes(m_BMR, True)
+
+
+@encode_second.register_fake
+def _(v_BMR: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_codes(v_BMR, False)
+
+
+if triton is not None:
+    encode_first.register_kernel("cuda")(partial(encode_triton, first=True))
+    encode_second.register_kernel("cuda")(partial(encode_triton, first=False))

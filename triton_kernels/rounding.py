@@ -6,6 +6,7 @@ exponent is what rounding up to the next power of two means; past the largest nu
 nearest loses every step shorter than 2^-9 of the weight; this keeps it on average (Gupta et al. 2015, section 3.1).
 
 The reference takes its integers from a pool, the kernels from Philox: their bits differ, their distribution does not.
+The kernels read the seed on the device; the reference reads it on the host, which would have to wait for a GPU.
 """
 
 import math
@@ -55,15 +56,15 @@ def stochastic_round_(x: Tensor, seed: int, tile: int = 0) -> Tensor:
     return x
 
 
-def stochastic_round(x_fp32: Tensor, seed: Tensor) -> Tensor:
-    """bfloat16 of the shape of `x_fp32`; equal seeds (0-d, int64) give equal bits. The definition and the CPU path."""
-    x_fp32 = x_fp32.contiguous()
-    rounded = torch.empty_like(x_fp32, dtype=torch.bfloat16)
+def stochastic_round_reference(x_fp32: Tensor, seed: Tensor) -> Tensor:
+    """The definition, and the CPU path."""
+    x_fp32, number = x_fp32.contiguous(), int(seed)
+    rounded = torch.empty(x_fp32.shape, dtype=torch.bfloat16, device=x_fp32.device)
     # One window of scratch: a float32 copy of everything costs three times the rounding itself in page faults.
-    scratch = torch.empty(min(x_fp32.numel(), WINDOW), device=x_fp32.device)
+    scratch = torch.empty(min(x_fp32.numel(), WINDOW), dtype=torch.float32, device=x_fp32.device)
     pieces = zip(x_fp32.view(-1).split(WINDOW), rounded.view(-1).split(WINDOW), strict=True)
     for tile, (piece, out) in enumerate(pieces):
-        out.copy_(stochastic_round_(scratch[: len(piece)].copy_(piece), int(seed), tile))
+        out.copy_(stochastic_round_(scratch[: len(piece)].copy_(piece), number, tile))
     return rounded
 
 
@@ -78,3 +79,35 @@ if triton is not None:
         noise = tl.randint(seed, offset, n_rounds=7).to(tl.int32, bitcast=True) & 0xFFFF
         bits = tl.where(x == x, x.to(tl.int32, bitcast=True) + noise, 0x7FC00000)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+    @triton.jit
+    def stochastic_round_kernel(x_ptr, out_ptr, seed_ptr, total, BLOCK: tl.constexpr):
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: total may pass 2**31
+        x = tl.load(x_ptr + offset, mask=offset < total, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offset, round_stochastically(x, tl.load(seed_ptr), offset), mask=offset < total)
+
+
+BLOCK = {"BLOCK": 2048, "num_warps": 4}  # 16 numbers a thread
+
+
+def stochastic_round_triton(x_fp32: Tensor, seed: Tensor) -> Tensor:
+    """Launches the kernel over the memory of a contiguous tensor, whatever its shape."""
+    rounded = torch.empty(x_fp32.shape, dtype=torch.bfloat16, device=x_fp32.device)
+    total = x_fp32.numel()
+    stochastic_round_kernel[(triton.cdiv(total, BLOCK["BLOCK"]),)](x_fp32.contiguous(), rounded, seed, total, **BLOCK)
+    return rounded
+
+
+@torch.library.custom_op("lightspan::stochastic_round", mutates_args=())
+def stochastic_round(x_fp32: Tensor, seed: Tensor) -> Tensor:
+    """bfloat16 of the shape of `x_fp32`, contiguous; equal seeds (0-d, int64, on its device) give equal bits."""
+    return stochastic_round_reference(x_fp32, seed)
+
+
+@stochastic_round.register_fake
+def _(x_fp32: Tensor, seed: Tensor) -> Tensor:
+    return torch.empty(x_fp32.shape, dtype=torch.bfloat16, device=x_fp32.device)
+
+
+if triton is not None:
+    stochastic_round.register_kernel("cuda")(stochastic_round_triton)

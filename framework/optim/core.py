@@ -18,17 +18,14 @@ from torch import Tensor
 
 from lightspan.optim.bases import Basis
 from lightspan.optim.carries import FrameChange
-from lightspan.optim.inner import Adam, Inner, Numbers
-from lightspan.optim.layout import Layout, State, part_of, write_part
+from lightspan.optim.inner import Adam, Inner, Numbers, Setting
+from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, part_of, write_part
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Dropped, Residual
 from lightspan.optim.triggers import Trigger
 from lightspan.subspaces.frames import push
 from lightspan.triton_kernels.low_rank_adam import bias_correction
 from lightspan.triton_kernels.row_resident_step import row_resident_step
-
-WEIGHT_STREAM = 1 << 61
-"""Keeps the noise that rounds weights apart from the noise that rounds moments in the same step."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,8 @@ def update_step(
         coordinates_BMR.mul_(clip)
         energy_BM = energy_BM * clip.square()
     source_BR, lost = _change_frames(state, layout, rule, projection, numbers)
-    direction_BMR = rule.inner.direction(coordinates_BMR, state, source_BR, layout, rule.moments, numbers)
+    setting = Setting(layout, rule.moments, numbers, source_BR)
+    direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
     coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state)
     whole: list[Tensor] = []
     if len(scale_BM):

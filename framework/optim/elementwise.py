@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lightspan.optim.layout import Layout, State
+from lightspan.optim.layout import WEIGHT_STREAM, Layout, State
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.triton_kernels.rounding import stochastic_round
 
 SMALLEST_QUANTISED = 4096
 """Smaller parameters keep float32 moments: they weigh nothing, and norms are sensitive."""
+LONGEST_QUANTISED_ROW = 8192
+"""Longer rows keep float32 moments: one scale would have to serve too many numbers."""
 
 
 def initial_state(parameter: Tensor, moments: MomentStorage) -> State:
     """Zero moments by name, of the parameter's own shape, and the number of steps."""
-    storage = moments if parameter.numel() >= SMALLEST_QUANTISED else Float32Moments()
     width = parameter.shape[-1] if parameter.ndim else 1
+    quantise = parameter.numel() >= SMALLEST_QUANTISED and width <= LONGEST_QUANTISED_ROW
+    storage = moments if quantise else Float32Moments()
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     layout = Layout(parameter.numel() // width, width, width, False, dtype, parameter.device, (0,))
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}  # the fused step reads it there
@@ -41,8 +44,8 @@ def step_elementwise(
         gradients = [gradient * clip for gradient in gradients]
     plain: list[int] = []
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
-        if parameter.dtype == state["exp_avg"].dtype:
-            plain.append(i)
+        if parameter.dtype == state["exp_avg"].dtype and parameter.dtype.itemsize >= 4:
+            plain.append(i)  # lower precision would be rounded to nearest, weights and moments alike
         else:
             _step_widened(parameter, gradients[i], state, group, moments, seed + i)
     if plain:
@@ -67,7 +70,7 @@ def _step_widened(
     for name in ("exp_avg", "exp_avg_sq"):
         storage.save(wide[name].reshape(rows[name].shape), rows, name, seed)
         state[name].copy_(rows[name].reshape(parameter.shape))
-    parameter.copy_(stochastic_round(weight, seed) if parameter.dtype == torch.bfloat16 else weight)
+    parameter.copy_(stochastic_round(weight, seed + WEIGHT_STREAM) if parameter.dtype == torch.bfloat16 else weight)
 
 
 def _adamw(parameters: list[Tensor], gradients: list[Tensor], states: list[State], group: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class Sink:
     def frame(self) -> Tensor | None:
         """The frame [N R] of the coming step; None if that step needs the whole gradient."""
         bucket, position = self.optimizer.place(self.parameter)
-        first, due = self.optimizer.due_next(bucket, [position])
+        first, due = bucket.due([position], self.optimizer.rule)
         if first or due:
             return None
         state = {key: value[position : position + 1] for key, value in bucket.state.items()}

@@ -18,63 +18,54 @@ from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
 @dataclass(frozen=True)
 class Numbers:
-    """What an inner rule needs of its parameter group: Adam's betas and eps, and a seed (int64, 0-d) for roundings."""
+    """What a step takes from its parameter group: Adam's betas and eps, and a seed (int64, 0-d) for roundings."""
 
     betas: tuple[float, float]
     eps: float
     seed: Tensor
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What an inner rule works with besides coordinates and its own state.
+
+    Args:
+        source_BR: where each column's state stands, -1 for nowhere; None if every column stands where it belongs.
+    """
+
+    layout: Layout
+    moments: MomentStorage
+    numbers: Numbers
+    source_BR: Tensor | None = None
+
+
 class Inner(ABC):
     """A rule in coordinates. Its state moves with the frame; see `lightspan.optim.carries`."""
 
     @abstractmethod
-    def initial(self, layout: Layout, storage: MomentStorage) -> State:
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
         """State before the first step."""
 
     @abstractmethod
-    def direction(
-        self,
-        coordinates_BMR: Tensor,
-        state: State,
-        source_BR: Tensor | None,
-        layout: Layout,
-        storage: MomentStorage,
-        numbers: Numbers,
-    ) -> Tensor:
-        """The direction [B M R], a tensor of its own; updates `state` in place.
-
-        Args:
-            source_BR: where each column's state stands, -1 for nowhere; None if every column stands where it belongs.
-        """
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
+        """The direction [B M R], a tensor of its own; updates `state` in place."""
 
 
 @dataclass(frozen=True)
 class Adam(Inner):
     """Adam (Kingma & Ba 2015) with the group's betas and eps, and an age per column for its bias correction."""
 
-    def initial(self, layout: Layout, storage: MomentStorage) -> State:
-        moments = {
-            **storage.initial(layout, "exp_avg", layout.rank),
-            **storage.initial(layout, "exp_avg_sq", layout.rank),
-        }
-        return {**moments, "age": layout.zeros(layout.rank)}
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
+        first, second = (moments.initial(layout, name, layout.rank) for name in ("exp_avg", "exp_avg_sq"))
+        return {**first, **second, "age": layout.zeros(layout.rank)}
 
-    def direction(
-        self,
-        coordinates_BMR: Tensor,
-        state: State,
-        source_BR: Tensor | None,
-        layout: Layout,
-        storage: MomentStorage,
-        numbers: Numbers,
-    ) -> Tensor:
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
         state["age"].add_(1)
-        moments, scales = (state["exp_avg"], state["exp_avg_sq"]), ("exp_avg_scale", "exp_avg_sq_scale")
+        numbers, moments = setting.numbers, (state["exp_avg"], state["exp_avg_sq"], state["age"])
+        scales = (state.get("exp_avg_scale"), state.get("exp_avg_sq_scale"))
         return low_rank_adam(
-            coordinates_BMR, *moments, state["age"], *numbers.betas, numbers.eps,
-            *(state.get(name) for name in scales), source_BR, numbers.seed,
-        )  # fmt: skip
+            coordinates_BMR, *moments, *numbers.betas, numbers.eps, *scales, setting.source_BR, numbers.seed
+        )
 
 
 @dataclass(frozen=True)
@@ -91,24 +82,16 @@ class SGD(Inner):
         if not 0 <= self.momentum < 1:
             raise UserError(f"SGD momentum={self.momentum} must be in [0, 1)")
 
-    def initial(self, layout: Layout, storage: MomentStorage) -> State:
-        return storage.initial(layout, "exp_avg", layout.rank)
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
+        return moments.initial(layout, "exp_avg", layout.rank)
 
-    def direction(
-        self,
-        coordinates_BMR: Tensor,
-        state: State,
-        source_BR: Tensor | None,
-        layout: Layout,
-        storage: MomentStorage,
-        numbers: Numbers,
-    ) -> Tensor:
-        first_BMR = storage.load(state, "exp_avg")
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
+        first_BMR, source_BR = setting.moments.load(state, "exp_avg"), setting.source_BR
         if source_BR is not None:
             index_BMR = source_BR.clamp_min(0)[:, None].expand_as(first_BMR)
             first_BMR = first_BMR.gather(2, index_BMR) * (source_BR >= 0)[:, None]
         first_BMR = first_BMR * self.momentum + coordinates_BMR
-        storage.save(first_BMR, state, "exp_avg", numbers.seed)
+        setting.moments.save(first_BMR, state, "exp_avg", setting.numbers.seed)
         return first_BMR
 
 
@@ -134,19 +117,11 @@ class NewtonSchulz(Inner):
         if self.steps < 1:
             raise UserError(f"NewtonSchulz steps={self.steps} must be at least 1")
 
-    def initial(self, layout: Layout, storage: MomentStorage) -> State:
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return {}
 
-    def direction(
-        self,
-        coordinates_BMR: Tensor,
-        state: State,
-        source_BR: Tensor | None,
-        layout: Layout,
-        storage: MomentStorage,
-        numbers: Numbers,
-    ) -> Tensor:
-        rows, columns = layout.shape
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
+        rows, columns = setting.layout.shape
         factors = {
             "kj": max(1.0, rows / columns) ** 0.5,
             "kimi": 0.2 * max(rows, columns) ** 0.5,

@@ -8,6 +8,9 @@ from torch import Tensor
 State = dict[str, Tensor]
 """Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""
 
+SECOND_STREAM, WEIGHT_STREAM = 1 << 60, 1 << 61
+"""Added to a step's seed: the noise that rounds second moments, weights and first moments has nothing in common."""
+
 
 @dataclass(frozen=True)
 class Layout:

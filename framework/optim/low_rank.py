@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightspan.errors import UserError
 from lightspan.optim import elementwise
 from lightspan.optim.bases import Basis, PowerBasis
+from lightspan.optim.buckets import SEED_STRIDE, Bucket, layout_of
 from lightspan.optim.core import Projection, Rule, project_step, step_in_one_pass, update_step
 from lightspan.optim.groups import matches
 from lightspan.optim.inner import Adam, Inner, Numbers
@@ -20,31 +21,6 @@ from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Dropped, Fira, Residual
 from lightspan.optim.triggers import Every, Trigger
-
-SEED_STRIDE = 1 << 24
-"""Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
-
-
-@dataclass
-class Bucket:
-    """Projected parameters of one group, shape and layout; `Optimizer.state` shows their stacked state in views.
-
-    Args:
-        done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
-        noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
-            matrices, which the saved state knows, so a resumed run rounds as the straight one.
-        pending: coordinates [M R] of gradients that are gone, by position; see `lightspan.optim.gradients`.
-    """
-
-    group: dict[str, Any]
-    parameters: list[Tensor]
-    phases: list[float]
-    layout: Layout
-    state: State
-    views: list[State]
-    done: list[int]
-    noise: Tensor
-    pending: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -208,7 +184,7 @@ class LowRank(Optimizer):
         if not self.projected(parameter, group):
             like = torch.empty_like(parameter, device=device) if device else parameter
             return {**elementwise.initial_state(like, self.rule.moments), **chosen}
-        layout = _layout([parameter], self.rank_of(parameter, group), [self.seed], device or parameter.device)
+        layout = layout_of([parameter], self.rank_of(parameter, group), [self.seed], device or parameter.device)
         state = {key: value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, **chosen, "step": torch.tensor(0.0)}
 
@@ -300,19 +276,6 @@ class LowRank(Optimizer):
             self._places = _places(self.buckets())
         return self._places[parameter]
 
-    def due_next(self, bucket: Bucket, positions: list[int]) -> tuple[list[int], list[int]]:
-        """Of `positions`, those whose frame the coming step chooses for the first time, and those it chooses anew."""
-        done = [bucket.done[i] for i in positions]
-        first = [p for p, steps in enumerate(done) if steps == 0]
-        later = [p for p, steps in enumerate(done) if steps > 0]
-        if not later:
-            return first, []
-        state = bucket.state
-        if len(later) < len(bucket.parameters):
-            state = part_of(state, torch.tensor([positions[p] for p in later], device=bucket.layout.device))
-        due = self.rule.trigger.due([done[p] for p in later], [bucket.phases[positions[p]] for p in later], state)
-        return first, [later[i] for i in due]
-
     def _build_buckets(self) -> list[Bucket]:
         members: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
         every = [(p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)]
@@ -322,26 +285,19 @@ class LowRank(Optimizer):
             rank = self.rank_of(parameter, group)
             key = (id(group), matrix.shape, matrix.stride(), parameter.dtype, parameter.device, rank)
             members[key].append((parameter, order))
-        return [self._build_bucket(groups[key[0]], pairs, len(every)) for key, pairs in members.items()]
-
-    def _build_bucket(self, group: dict[str, Any], pairs: list[tuple[Tensor, int]], total: int) -> Bucket:
-        parameters = [p for p, _ in pairs]
-        seeds = [self.seed * SEED_STRIDE + order for _, order in pairs]
-        layout = _layout(parameters, self.rank_of(parameters[0], group), seeds, parameters[0].device)
-        state = self.rule.initial(layout)
-        views = []
-        for i, parameter in enumerate(parameters):
-            view = {key: stack[i] for key, stack in state.items()}
-            view["step"] = torch.tensor(0.0)
-            if parameter in self._ranks:
-                view["rank"] = torch.tensor(layout.rank)
-            for key, value in self.state[parameter].items():
-                view[key].copy_(value)
-            self.state[parameter] = view
-            views.append(view)
-        done = [int(view["step"]) for view in views]
-        noise = torch.full((), seeds[0] * SEED_STRIDE + sum(done), dtype=torch.int64, device=layout.device)
-        return Bucket(group, parameters, [order / total for _, order in pairs], layout, state, views, done, noise)
+        buckets = []
+        for key, pairs in members.items():
+            parameters, orders = [p for p, _ in pairs], [order for _, order in pairs]
+            seeds = [self.seed * SEED_STRIDE + order for order in orders]
+            layout, phases = layout_of(parameters, key[-1], seeds, key[-2]), [order / len(every) for order in orders]
+            saved, names = [self.state[p] for p in parameters], [self._names.get(p, "") for p in parameters]
+            for parameter, known in zip(parameters, saved, strict=True):
+                if not known and parameter in self._ranks:
+                    known["rank"] = torch.tensor(self._ranks[parameter])
+            bucket = Bucket.build(groups[key[0]], parameters, phases, layout, self.rule, saved, names)
+            self.state.update(zip(parameters, bucket.views, strict=True))
+            buckets.append(bucket)
+        return buckets
 
     def _choose_ranks(self) -> None:
         if self.rank_rule is None or self._ranks:
@@ -356,7 +312,7 @@ class LowRank(Optimizer):
         active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
         if not active:
             return None
-        first, due = self.due_next(bucket, active)
+        first, due = bucket.due(active, self.rule)
         layout, state, index = bucket.layout, bucket.state, None
         if len(active) < len(bucket.parameters):
             index = torch.tensor(active, device=layout.device)
@@ -467,10 +423,3 @@ def _places(buckets: list[Bucket]) -> dict[Tensor, tuple[Bucket, int]]:
 def _square_norm(gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return torch.linalg.vector_norm(gradient, dtype=wide).square()
-
-
-def _layout(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:
-    first = parameters[0]
-    rows, size = canonical(first).shape
-    wide = first.shape[0] == size and rows != size
-    return Layout(rows, size, rank, wide, torch.promote_types(first.dtype, torch.float32), device, tuple(seeds))

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.optim.layout import Layout, State
+from lightspan.optim.layout import SECOND_STREAM, Layout, State
 from lightspan.triton_kernels.quantised_moments import decode_first, decode_second, encode_first, encode_second
 from lightspan.triton_kernels.rounding import stochastic_round
-
-SECOND_STREAM = 1 << 60
-"""Keeps the noise of the two moments of one step apart."""
 
 
 class MomentStorage(ABC):

@@ -12,6 +12,7 @@ from lightspan.optim.bases import DCTBasis, HadamardBasis, KroneckerDCTBasis, Po
 from lightspan.optim.core import Projection, update_step
 from lightspan.optim.inner import SGD, Adam, NewtonSchulz, Numbers
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.moments import BFloat16Moments, Int8Moments
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 
 RULES = {
@@ -23,14 +24,17 @@ RULES = {
     "kronecker": {"basis": KroneckerDCTBasis()},
     "orthogonalised": {"inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.9)},
     "momentum": {"inner": SGD()},
+    "int8": {"moments": Int8Moments()},
+    "bfloat16 moments": {"moments": BFloat16Moments()},
 }
 
 
 @pytest.mark.parametrize("refresh", [10**6, 1], ids=["steady", "refreshing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_step_never_waits_for_the_device(rule, refresh):
-    weights = [nn.Parameter(torch.empty(32, 16, device="meta")) for _ in range(3)]
-    weights += [nn.Parameter(torch.empty(16, 32, device="meta"))]  # vectors are torch.optim.AdamW's
+def test_a_step_never_waits_for_the_device(rule, dtype, refresh):
+    weights = [nn.Parameter(torch.empty(32, 16, dtype=dtype, device="meta")) for _ in range(3)]
+    weights += [nn.Parameter(torch.empty(16, 32, dtype=dtype, device="meta"))]  # vectors are torch.optim.AdamW's
     optimizer = LowRank(
         weights, lr=1e-3, rank=4, refresh=refresh, max_norm=1.0, weight_decay=0.1, check_finite=False, **RULES[rule]
     )

@@ -13,7 +13,7 @@ from torch import nn
 from lightspan.errors import UserError
 from lightspan.optim.bases import DCTBasis, IdentityBasis, PowerBasis
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.residuals import Fira
+from lightspan.optim.residuals import ErrorFeedback, Fira
 
 BETAS, EPS = (0.9, 0.99), 1e-8
 
@@ -292,3 +292,33 @@ def test_vectors_alone_are_refused():
 def test_a_limiter_that_could_only_shrink_is_refused():
     with pytest.raises(UserError, match=r"limit=1.0 must be above 1"):
         Fira(1.0)
+
+
+def saved_state(**options):
+    (weight,) = matrices((12, 8), dtype=torch.float32)
+    optimizer = LowRank([("net.weight", weight)], **options)
+    train(optimizer, [weight], 1)
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            {},
+            {"basis": DCTBasis()},
+            r"state of net.weight holds age, exp_avg, .* keeps .*columns.*resume with the basis",
+        ),
+        (
+            {"residual": ErrorFeedback("int8")},
+            {"residual": ErrorFeedback("int4")},
+            r"state of net.weight has error of shape \(12, 8\), this optimiser needs \(12, 4\)",
+        ),
+    ],
+)
+def test_state_of_another_rule_is_refused_with_the_difference(before, now, message):
+    (weight,) = matrices((12, 8), dtype=torch.float32)
+    optimizer = LowRank([("net.weight", weight)], rank=3, **now)
+    optimizer.load_state_dict(saved_state(rank=3, **before))
+    with pytest.raises(UserError, match=message):
+        train(optimizer, [weight], 1)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
 from lightspan.triton_kernels import backproject_update as module
@@ -14,24 +15,12 @@ from lightspan.triton_kernels.backproject_update import (
     backproject_update_triton,
     blocks,
 )
-from lightspan.triton_kernels.launch import triton
 from lightspan.triton_kernels.rounding import WINDOW
 
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 PATHS = [backproject_update_reference, pytest.param(backproject_update_triton, marks=needs_triton)]
 
 SHAPES = [(1, 1, 1), (3, 2, 5), (65, 131, 17), (64, 70, 33), (5, 4, 0)]  # M, N, R
-LAYOUTS = ["rows", "columns", "unaligned"]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding of the result
-
-
-def laid_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
-    if layout == "columns":
-        return matrix.mT.contiguous().mT
-    if layout == "unaligned":
-        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
-    return matrix
 
 
 def problem(

@@ -4,6 +4,7 @@ import pytest
 import scipy.fft
 import torch
 from ahead_of_time import TARGETS, Spec, compile_ahead
+from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
 from lightspan.subspaces.frames import dct_matrix
@@ -18,22 +19,10 @@ from lightspan.triton_kernels.dct_energies import (
     two_factors,
 )
 from lightspan.triton_kernels.kronecker_energies import operands
-from lightspan.triton_kernels.launch import triton
 
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 PATHS = [dct_energies_reference, pytest.param(dct_energies_triton, marks=needs_triton)]
 
 SHAPES = [(1, 1), (5, 2), (3, 7), (17, 12), (2, 13), (19, 60), (2, 256), (1, 660)]  # M, N
-LAYOUTS = ["rows", "columns", "unaligned"]
-
-
-def laid_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
-    if layout == "columns":
-        return matrix.mT.contiguous().mT
-    if layout == "unaligned":
-        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
-    return matrix
 
 
 def problem(shape: tuple[int, int], dtype: torch.dtype, layout: str = "rows") -> list[Tensor]:

@@ -3,11 +3,9 @@
 import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import needs_triton
 
 from lightspan.triton_kernels.gram import SPLIT, blocks, gram, gram_reference, gram_triton
-from lightspan.triton_kernels.launch import triton
-
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 
 SHAPES = [
     (1, 1, 1),

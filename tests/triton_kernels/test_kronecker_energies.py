@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ahead_of_time import TARGETS, Spec, compile_ahead
+from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
 from lightspan.triton_kernels import kronecker_energies as module
@@ -15,23 +16,11 @@ from lightspan.triton_kernels.kronecker_energies import (
     kronecker_energies_triton,
     operands,
 )
-from lightspan.triton_kernels.launch import tl, triton
-
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+from lightspan.triton_kernels.launch import tl
 
 SHAPES = [(1, 1, 1), (5, 3, 4), (19, 1, 13), (17, 16, 16), (3, 20, 33)]  # M, a, b
-LAYOUTS = ["rows", "columns", "unaligned"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = 2e-5  # squares of float32 sums over at most 660 numbers; half inputs are widened first
-
-
-def laid_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
-    if layout == "columns":
-        return matrix.mT.contiguous().mT
-    if layout == "unaligned":
-        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
-    return matrix
 
 
 def problem(

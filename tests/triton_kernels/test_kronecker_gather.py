@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ahead_of_time import TARGETS, Spec, compile_ahead
+from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
 from lightspan.triton_kernels import kronecker_energies
@@ -14,21 +15,8 @@ from lightspan.triton_kernels.kronecker_gather import (
     kronecker_gather_triton,
     slot_map,
 )
-from lightspan.triton_kernels.launch import triton
-
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 
 SHAPES = [(1, 1, 1, 1), (5, 3, 4, 5), (19, 1, 13, 13), (17, 16, 16, 3), (3, 20, 33, 7)]  # M, a, b, R
-LAYOUTS = ["rows", "columns", "unaligned"]
-
-
-def laid_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
-    if layout == "columns":
-        return matrix.mT.contiguous().mT
-    if layout == "unaligned":
-        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
-    return matrix
 
 
 def problem(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_of_time import TARGETS, Spec, compile_ahead
+from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
 from lightspan.triton_kernels import kronecker_energies
@@ -14,24 +15,12 @@ from lightspan.triton_kernels.kronecker_scatter_update import (
     kronecker_scatter_update_reference,
     kronecker_scatter_update_triton,
 )
-from lightspan.triton_kernels.launch import triton
 
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 PATHS = [kronecker_scatter_update_reference, pytest.param(kronecker_scatter_update_triton, marks=needs_triton)]
 
 SHAPES = [(1, 1, 1, 1), (5, 3, 4, 5), (17, 1, 13, 13), (3, 20, 33, 7), (4, 3, 4, 0)]  # M, a, b, R
-LAYOUTS = ["rows", "columns", "unaligned"]
 # One rounding of the result; of bfloat16 two, since the interpreter truncates and the reference rounds the product too.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
-
-
-def laid_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
-    if layout == "columns":
-        return matrix.mT.contiguous().mT
-    if layout == "unaligned":
-        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
-    return matrix
 
 
 def problem(

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import needs_triton
 from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.triton_kernels import low_rank_adam as module
-from lightspan.triton_kernels.launch import triton
 from lightspan.triton_kernels.low_rank_adam import (
     blocks,
     low_rank_adam,
@@ -18,7 +18,6 @@ from lightspan.triton_kernels.low_rank_adam import (
 )
 from lightspan.triton_kernels.quantised_moments import decode_first, decode_second, encode_first, encode_second
 
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 implementations = pytest.mark.parametrize(
     "adam", [low_rank_adam_reference, pytest.param(low_rank_adam_triton, marks=needs_triton)]
 )

@@ -3,27 +3,15 @@
 import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
 from lightspan.triton_kernels import project as module
-from lightspan.triton_kernels.launch import triton
 from lightspan.triton_kernels.project import blocks, project, project_reference, project_triton
 
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
-
 SHAPES = [(1, 1, 1), (3, 2, 5), (65, 70, 17), (64, 131, 33), (2, 5, 300)]  # M, N, R; 300 takes two tiles of the rank
-LAYOUTS = ["rows", "columns", "unaligned"]
 # A product of bfloat16 is rounded to it once, by at most 2^-9; the sums of float32 err by less than 1e-5 here.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 1e-5}
-
-
-def laid_out(matrix: Tensor, layout: str) -> Tensor:
-    """The same numbers by rows, as the transposed view of a wide matrix, or at an address that 16 does not divide."""
-    if layout == "columns":
-        return matrix.mT.contiguous().mT
-    if layout == "unaligned":
-        return torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape)
-    return matrix
 
 
 def problem(shape: tuple[int, int, int], dtype: torch.dtype, layout: str = "rows") -> tuple[list[Tensor], Tensor]:

@@ -1,45 +1,37 @@
-"""Moments in bytes: neighbours, averages, exact values, of the reference and of the kernels' helpers (interpreted)."""
+"""Moments in bytes: neighbours, averages, exact values, of the reference and of the kernel (interpreted)."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import needs_triton
 from torch import Tensor
 
-from lightspan.triton_kernels.launch import tl, triton
-from lightspan.triton_kernels.quantised_moments import decode_first, decode_second, encode_first, encode_second
+from lightspan.triton_kernels import quantised_moments as module
+from lightspan.triton_kernels.quantised_moments import (
+    blocks,
+    decode_first,
+    decode_second,
+    encode_first,
+    encode_reference,
+    encode_second,
+    encode_triton,
+)
 
 CODES = {True: torch.arange(-127, 128).to(torch.int8), False: torch.arange(256).to(torch.uint8)}
-
-if triton is not None:
-    from lightspan.triton_kernels.quantised_moments import decode_block, encode_block
-
-    @triton.jit
-    def encode_kernel(
-        x_ptr, codes_ptr, scale_ptr, decoded_ptr, seed, FIRST: tl.constexpr, M: tl.constexpr, R: tl.constexpr
-    ):
-        row, column = tl.arange(0, M), tl.arange(0, R)
-        offset = row[:, None] * R + column[None, :]
-        codes, scale = encode_block(tl.load(x_ptr + offset), tl.rand(seed, offset), FIRST)
-        tl.store(codes_ptr + offset, codes)
-        tl.store(scale_ptr + row, scale)
-        tl.store(decoded_ptr + offset, decode_block(codes, scale[:, None], FIRST))
+SHAPES = [(2, 8, 64), (1, 1, 1), (2, 5, 3), (1, 2049, 1), (3, 17, 31), (1, 3, 1100)]
 
 
 def by_reference(x_BMR: Tensor, seed: int, first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    codes_BMR, scale_BM = (encode_first if first else encode_second)(x_BMR, torch.tensor(seed))
+    """Codes, scales, and the moments that they stand for."""
+    codes_BMR, scale_BM = encode_reference(x_BMR, torch.tensor(seed), first=first)
     return codes_BMR, scale_BM, (decode_first if first else decode_second)(codes_BMR, scale_BM)
 
 
 def by_kernel(x_BMR: Tensor, seed: int, first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by the kernels' helpers; sizes are powers of two here."""
-    if triton is None:
-        pytest.skip("Triton is not installed")
-    x_MR = x_BMR.reshape(-1, x_BMR.shape[-1])
-    codes_MR = torch.empty(x_MR.shape, dtype=torch.int8 if first else torch.uint8)
-    scale_M, decoded_MR = torch.empty(len(x_MR)), torch.empty_like(x_MR)
-    encode_kernel[(1,)](x_MR, codes_MR, scale_M, decoded_MR, seed, first, *x_MR.shape)
-    return codes_MR.view(x_BMR.shape), scale_M.view(x_BMR.shape[:-1]), decoded_MR.view(x_BMR.shape)
+    codes_BMR, scale_BM = encode_triton(x_BMR, torch.tensor(seed), first=first)
+    return codes_BMR, scale_BM, (decode_first if first else decode_second)(codes_BMR, scale_BM)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +43,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-encoders = pytest.mark.parametrize("encode", [by_reference, by_kernel])
+encoders = pytest.mark.parametrize("encode", [by_reference, pytest.param(by_kernel, marks=needs_triton)])
 moments = pytest.mark.parametrize("first", [True, False])
 
 
@@ -70,8 +62,9 @@ def sample(first: bool, shape: tuple[int, ...] = (2, 8, 64)) -> Tensor:
 
 @encoders
 @moments
-def test_a_decoded_moment_is_one_of_the_two_neighbouring_levels(encode, first):
-    x = sample(first)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_decoded_moment_is_one_of_the_two_neighbouring_levels(encode, first, shape):
+    x = sample(first, shape)
     _, scale, decoded = encode(x, 3, first)
     torch.testing.assert_close(scale, x.abs().amax(-1), rtol=0, atol=0)
     relative = x.double() / scale[..., None].double()
@@ -158,13 +151,13 @@ def test_seeds_decide_the_bits(encode, first):
     assert not torch.equal(codes, encode(x, 12, first)[0])
 
 
-def test_both_moments_of_one_seed_are_rounded_independently():
+@encoders
+def test_both_moments_of_one_seed_are_rounded_independently(encode):
     # Both lie midway between levels, so that equal random numbers would send both up or both down.
     x = torch.full((1, 64, 64), 63.5)
     first, second = (x / 127) ** 3, (x / 255) ** 4
     first[..., 0], second[..., 0] = 1.0, 1.0
-    up_first = encode_first(first, torch.tensor(5))[0][..., 1:] == 64
-    up_second = encode_second(second, torch.tensor(5))[0][..., 1:] == 64
+    up_first, up_second = encode(first, 5, True)[0][..., 1:] == 64, encode(second, 5, False)[0][..., 1:] == 64
     agreement = (up_first == up_second).double().mean()
     assert abs(agreement - 0.5) < 4 * 0.5 / (64 * 63) ** 0.5 + 0.01  # shares of ups are 0.5 within 1 %
 
@@ -209,10 +202,85 @@ def test_stacks_longer_than_a_piece_are_encoded_to_their_end(first, monkeypatch)
     assert (error <= 0.024 * x.abs().amax(-1, keepdim=True)).all()  # the widest gap: 3 / 127 and 4 / 255 of the scale
 
 
+@encoders
 @moments
-def test_a_nan_shows_in_its_whole_row_alone(first):
+@pytest.mark.parametrize("nan", [0x7FC00000, -1])  # with a sign and a full payload is how a GPU may make it
+def test_a_nan_shows_in_its_whole_row_alone(encode, first, nan):
     x = sample(first)
-    x[0, 1, 5] = torch.nan
-    decoded = by_reference(x, 0, first)[2]
+    x[0, 1, 5] = torch.tensor(nan, dtype=torch.int32).view(torch.float32)
+    decoded = encode(x, 0, first)[2]
     assert decoded[0, 1].isnan().all()
     assert decoded.isnan().sum() == 64
+
+
+@encoders
+@moments
+def test_strides_and_dtype_of_the_moments_do_not_matter(encode, first):
+    x = sample(first, (2, 5, 7))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        expected = encode(x.to(dtype).float(), 1, first)
+        for got, same in zip(encode(x.to(dtype).mT.contiguous().mT, 1, first), expected, strict=True):
+            assert torch.equal(got, same)
+            assert got.is_contiguous()
+
+
+@encoders
+@moments
+def test_no_rows_are_no_codes(encode, first):
+    codes, scale, _ = encode(torch.empty(2, 0, 5), 0, first)
+    assert codes.shape == (2, 0, 5)
+    assert scale.shape == (2, 0)
+
+
+@needs_triton
+@moments
+def test_rows_beyond_a_programs_reach_take_the_reference(first, monkeypatch):
+    monkeypatch.setattr(module, "MAX_RANK", 63)
+    monkeypatch.setattr(module, "encode_kernel", None)
+    for got, expected in zip(by_kernel(sample(first), 2, first), by_reference(sample(first), 2, first), strict=True):
+        assert torch.equal(got, expected)
+
+
+@moments
+def test_the_operator_encodes_as_the_reference_and_is_well_formed(first):
+    operator, x = (encode_first if first else encode_second), sample(first, (2, 5, 7))
+    for got, expected in zip(operator(x, torch.tensor(4)), by_reference(x, 4, first), strict=False):
+        assert torch.equal(got, expected)
+    torch.library.opcheck(operator, (x.mT, torch.tensor(4)))
+
+
+@moments
+def test_moments_without_values_are_encoded_and_decoded_to_their_shapes(first):
+    x, seed = torch.empty(2, 3, 5, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    codes, scale = (encode_first if first else encode_second)(x, seed)
+    decoded = (decode_first if first else decode_second)(codes, scale)
+    assert codes.is_meta
+    assert (codes.shape, codes.dtype) == (x.shape, CODES[first].dtype)
+    assert (scale.shape, scale.dtype) == ((2, 3), torch.float32)
+    assert (decoded.shape, decoded.dtype) == (x.shape, torch.float32)
+
+
+def specification(rank: int, *, first: bool) -> Spec:
+    """The kernel as the launcher specialises it for rows in multiples of 16."""
+    pointers = {"x_ptr": "*fp32", "codes_ptr": "*i8" if first else "*u8", "scale_ptr": "*fp32", "seed_ptr": "*i64"}
+    tile = blocks(rank)
+    constants = {"FIRST": first, "BLOCK_M": tile["BLOCK_M"], "BLOCK_R": tile["BLOCK_R"]}
+    if rank == 1:
+        constants["rank"] = 1
+    return Spec(
+        kernel="quantised_moments:encode_kernel",
+        types=pointers | {"rows": "i32"} | ({} if rank == 1 else {"rank": "i32"}),
+        constants=constants,
+        aligned=[*pointers, "rows", *(["rank"] if rank % 16 == 0 else [])],
+        options={"num_warps": tile["num_warps"]},
+    )
+
+
+@needs_triton
+def test_the_kernel_compiles_ahead_of_time_without_spills():
+    compile_ahead(
+        specification(1, first=False),
+        specification(7, first=True),
+        specification(module.MAX_RANK, first=True),
+        specification(module.MAX_RANK, first=False),
+    )

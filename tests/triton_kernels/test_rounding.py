@@ -2,35 +2,23 @@
 
 import pytest
 import torch
+from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import needs_triton
 from torch import Tensor
 
-from lightspan.triton_kernels.launch import tl, triton
-from lightspan.triton_kernels.rounding import WINDOW, noise_pool, stochastic_round
-
-if triton is not None:
-    from lightspan.triton_kernels.rounding import round_stochastically
-
-    @triton.jit
-    def round_kernel(x_ptr, out_ptr, seed_ptr, total, BLOCK: tl.constexpr):
-        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offset, mask=offset < total, other=0.0)
-        tl.store(out_ptr + offset, round_stochastically(x, tl.load(seed_ptr), offset), mask=offset < total)
+from lightspan.triton_kernels.rounding import (
+    BLOCK,
+    WINDOW,
+    noise_pool,
+    stochastic_round,
+    stochastic_round_reference,
+    stochastic_round_triton,
+)
 
 
-def by_kernel(x: Tensor, seed: Tensor) -> Tensor:
-    x = x.contiguous()
-    out = torch.empty(x.shape, dtype=torch.bfloat16)
-    round_kernel[(triton.cdiv(x.numel(), 65_536),)](x, out, seed, x.numel(), BLOCK=65_536)
-    return out
-
-
-@pytest.fixture(params=["reference", "kernel"])
+@pytest.fixture(params=[stochastic_round_reference, pytest.param(stochastic_round_triton, marks=needs_triton)])
 def rounder(request):
-    if request.param == "reference":
-        return stochastic_round
-    if triton is None:
-        pytest.skip("Triton is not installed")
-    return by_kernel
+    return request.param
 
 
 def seed(number: int) -> Tensor:
@@ -102,13 +90,52 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_others(rounder):
 
 def test_the_layout_of_the_input_does_not_matter(rounder):
     x = normal(30, 40)
-    assert torch.equal(rounder(x.mT.contiguous().mT, seed(9)), rounder(x, seed(9)))
-    assert rounder(torch.empty(0, 3), seed(9)).shape == (0, 3)
+    got = rounder(x.mT.contiguous().mT, seed(9))
+    assert torch.equal(got, rounder(x, seed(9)))
+    assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 3, 0), (1, 2049), (3, 5, 7, 1)])
+def test_any_shape_is_rounded_to_its_end(rounder, shape):
+    x = torch.full(shape, 1.0 + 2**-8)
+    got = rounder(x, seed(11))
+    assert got.shape == shape
+    assert got.dtype == torch.bfloat16
+    assert ((got == 1) | (got == 1 + 2**-7)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_types_are_rounded_as_the_float32_that_they_convert_to(rounder, dtype):
+    x = normal(50).to(dtype)
+    assert torch.equal(rounder(x, seed(12)), rounder(x.float(), seed(12)))
 
 
 def test_windows_of_the_reference_do_not_repeat_each_other():
     first, second = stochastic_round(torch.full((2 * WINDOW,), 1.0 + 2**-8), seed(10)).chunk(2)
     assert (first != second).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_operator_rounds_as_the_reference_and_is_well_formed():
+    x = normal(3, 5).mT
+    assert torch.equal(stochastic_round(x, seed(13)), stochastic_round_reference(x, seed(13)))
+    torch.library.opcheck(stochastic_round, (x, seed(13)))
+
+
+def test_a_tensor_without_values_is_rounded_to_its_shape():
+    got = stochastic_round(torch.empty(4, 5, device="meta"), torch.empty((), dtype=torch.int64, device="meta"))
+    assert got.is_meta
+    assert (got.shape, got.dtype) == ((4, 5), torch.bfloat16)
+
+
+@needs_triton
+def test_the_kernel_compiles_ahead_of_time_without_spills():
+    types = {"x_ptr": "*fp32", "out_ptr": "*bf16", "seed_ptr": "*i64", "total": "i32"}
+    constants, options = {"BLOCK": BLOCK["BLOCK"]}, {"num_warps": BLOCK["num_warps"]}
+    kernel, pointers = "rounding:stochastic_round_kernel", ["x_ptr", "out_ptr", "seed_ptr"]
+    compile_ahead(
+        Spec(kernel, types, constants, aligned=[*pointers, "total"], options=options),
+        Spec(kernel, types | {"total": "i64"}, constants, aligned=pointers, options=options),
+    )
 
 
 def test_the_pool_holds_every_integer_equally_often():

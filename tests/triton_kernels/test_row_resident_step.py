@@ -3,10 +3,10 @@
 import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import needs_triton
 from torch import Tensor
 
 from lightspan.triton_kernels import row_resident_step as module
-from lightspan.triton_kernels.launch import triton
 from lightspan.triton_kernels.row_resident_step import (
     blocks,
     row_resident_step,
@@ -14,7 +14,6 @@ from lightspan.triton_kernels.row_resident_step import (
     row_resident_step_triton,
 )
 
-needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 implementations = pytest.mark.parametrize(
     "step", [row_resident_step_reference, pytest.param(row_resident_step_triton, marks=needs_triton)]
 )

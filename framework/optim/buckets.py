@@ -1,0 +1,103 @@
+"""Parameters that step together: matrices of one group, shape and layout, with their state stacked."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.optim.core import Rule
+from lightspan.optim.layout import Layout, State, canonical, part_of
+
+SEED_STRIDE = 1 << 24
+"""Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
+
+
+@dataclass
+class Bucket:
+    """Projected parameters of one group, shape and layout; `Optimizer.state` shows their stacked state in views.
+
+    Args:
+        phases: in [0, 1), spread over all matrices of the optimiser; see `lightspan.optim.triggers`.
+        done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
+        noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
+            matrices, which the saved state knows, so a resumed run rounds as the straight one.
+        pending: coordinates [M R] of gradients that are gone, by position; see `lightspan.optim.gradients`.
+    """
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    phases: list[float]
+    layout: Layout
+    state: State
+    views: list[State]
+    done: list[int]
+    noise: Tensor
+    pending: dict[int, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def build(
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        phases: list[float],
+        layout: Layout,
+        rule: Rule,
+        saved: list[State],
+        names: list[str],
+    ) -> "Bucket":
+        """Stacks what is there of the parameters' state, in the order given; what is not there starts afresh.
+
+        Raises: UserError for state that another rule or another rank has left.
+        """
+        state = rule.initial(layout)
+        views = []
+        for i, known in enumerate(saved):
+            view = {key: stack[i] for key, stack in state.items()}
+            view["step"] = torch.tensor(0.0)
+            if "rank" in known:
+                view["rank"] = torch.tensor(layout.rank)
+            if known.keys() - {"rank"}:
+                _require_same_kind(names[i], known, view)
+            for key, value in known.items():
+                view[key].copy_(value)
+            views.append(view)
+        done = [int(view["step"]) for view in views]
+        noise = torch.full((), layout.seeds[0] * SEED_STRIDE + sum(done), dtype=torch.int64, device=layout.device)
+        return Bucket(group, parameters, phases, layout, state, views, done, noise)
+
+    def due(self, positions: list[int], rule: Rule) -> tuple[list[int], list[int]]:
+        """Of `positions`, those whose frame the coming step chooses for the first time, and those it chooses anew; as
+        indices into `positions`.
+        """
+        first = [place for place, i in enumerate(positions) if self.done[i] == 0]
+        later = [place for place, i in enumerate(positions) if self.done[i] > 0]
+        if not later:
+            return first, []
+        matrices, state = [positions[place] for place in later], self.state
+        if len(matrices) < len(self.parameters):
+            state = part_of(state, torch.tensor(matrices, device=self.layout.device))
+        due = rule.trigger.due([self.done[i] for i in matrices], [self.phases[i] for i in matrices], state)
+        return first, [later[place] for place in due]
+
+
+def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:
+    """How the step sees parameters of one shape."""
+    first = parameters[0]
+    rows, size = canonical(first).shape
+    wide = first.shape[0] == size and rows != size
+    return Layout(rows, size, rank, wide, torch.promote_types(first.dtype, torch.float32), device, tuple(seeds))
+
+
+def _require_same_kind(name: str, known: State, view: State) -> None:
+    if known.keys() != view.keys():
+        raise UserError(
+            f"the saved optimiser state of {name or 'a parameter'} holds {', '.join(sorted(known))}, this optimiser "
+            f"keeps {', '.join(sorted(view))}; resume with the basis, residual, inner rule and moments of that run"
+        )
+    for key, value in known.items():
+        if value.shape != view[key].shape:
+            raise UserError(
+                f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, this "
+                f"optimiser needs {tuple(view[key].shape)}; resume with the settings it was saved with"
+            )
