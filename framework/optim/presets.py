@@ -13,7 +13,8 @@
 Each equals its paper's equations (tests/optim/test_presets.py). Where published code departs from its paper, the paper
 is followed. `LowRank` without a preset is what this project recommends.
 
-All take what `LowRank` takes; options given here are bound first.
+All take what `LowRank` takes, but for the parts that make them what they are. In a recipe a preset is a class path like
+any other; the lower-case names are theirs in tables and result files.
 """
 
 from collections.abc import Iterable
@@ -26,84 +27,90 @@ from lightspan.optim.low_rank import LowRank
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 
 
-def galore(
-    params: Iterable[Any],
-    lr: float = 1e-2,
-    rank: int = 128,
-    refresh: int = 200,
-    scale: float = 0.25,
-    **options: Any,
-) -> LowRank:
+class GaLore(LowRank):
     """GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2), with decoupled weight decay."""
-    return LowRank(params, lr, rank, basis=SVDBasis(), residual=None, refresh=refresh, scale=scale, **options)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        rank: int = 128,
+        refresh: int = 200,
+        scale: float = 0.25,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, rank, SVDBasis(), None, refresh=refresh, scale=scale, **options)
 
 
-def fira(
-    params: Iterable[Any],
-    lr: float = 1e-2,
-    rank: int = 128,
-    refresh: int = 200,
-    scale: float = 0.25,
-    limit: float = 1.01,
-    **options: Any,
-) -> LowRank:
-    """Fira (Chen et al. 2024, arXiv 2410.01623, algorithm 1). `limit` is gamma of the norm-growth limiter."""
-    return LowRank(params, lr, rank, basis=SVDBasis(), residual=Fira(limit), refresh=refresh, scale=scale, **options)
+class FiraAdam(LowRank):
+    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1). `limit` is gamma of the norm-growth limiter."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        rank: int = 128,
+        refresh: int = 200,
+        scale: float = 0.25,
+        limit: float = 1.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, rank, SVDBasis(), Fira(limit), refresh=refresh, scale=scale, **options)
 
 
-def apollo(
-    params: Iterable[Any],
-    lr: float = 1e-2,
-    rank: int = 256,
-    refresh: int = 200,
-    scale: float = 1.0,
-    limit: float | None = 1.01,
-    **options: Any,
-) -> LowRank:
+class APOLLO(LowRank):
     """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1), scales per channel of the longer side."""
-    residual = Apollo("channel", limit)
-    return LowRank(params, lr, rank, basis=GaussianBasis(), residual=residual, refresh=refresh, scale=scale, **options)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        rank: int = 256,
+        refresh: int = 200,
+        scale: float = 1.0,
+        limit: float | None = 1.01,
+        **options: Any,
+    ) -> None:
+        residual = Apollo("channel", limit)
+        super().__init__(params, lr, rank, GaussianBasis(), residual, refresh=refresh, scale=scale, **options)
 
 
-def apollo_mini(
-    params: Iterable[Any],
-    lr: float = 1e-2,
-    rank: int = 1,
-    refresh: int = 200,
-    scale: float = 128.0**0.5,
-    limit: float | None = 1.01,
-    **options: Any,
-) -> LowRank:
+class APOLLOMini(LowRank):
     """APOLLO-Mini (arXiv 2412.05270, section 4.3): rank 1, one scale per matrix, alpha = sqrt(128)."""
-    residual = Apollo("tensor", limit)
-    return LowRank(params, lr, rank, basis=GaussianBasis(), residual=residual, refresh=refresh, scale=scale, **options)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        rank: int = 1,
+        refresh: int = 200,
+        scale: float = 128.0**0.5,
+        limit: float | None = 1.01,
+        **options: Any,
+    ) -> None:
+        residual = Apollo("tensor", limit)
+        super().__init__(params, lr, rank, GaussianBasis(), residual, refresh=refresh, scale=scale, **options)
 
 
-def ldadam(
-    params: Iterable[Any],
-    lr: float = 1e-3,
-    rank: int = 128,
-    betas: tuple[float, float] = (0.908, 0.99),
-    rho: float = 0.908,
-    **options: Any,
-) -> LowRank:
+class LDAdam(LowRank):
     """LDAdam (Robert et al. 2024, arXiv 2410.16103, algorithm 1): a new frame and rotated moments in every step. Its
     first frames come from power steps instead of an SVD. `rho` is the share of the momentum that frames follow.
     """
-    basis, residual = PowerBasis(momentum=rho, carry=Rotate(floor=False)), ErrorFeedback(of_moments=True)
-    return LowRank(params, lr, rank, basis=basis, residual=residual, refresh=1, betas=betas, **options)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        rank: int = 128,
+        betas: tuple[float, float] = (0.908, 0.99),
+        rho: float = 0.908,
+        **options: Any,
+    ) -> None:
+        basis, residual = PowerBasis(momentum=rho, carry=Rotate(floor=False)), ErrorFeedback(of_moments=True)
+        super().__init__(params, lr, rank, basis, residual, refresh=1, betas=betas, **options)
 
 
-def dct_adamw(
-    params: Iterable[Any],
-    lr: float = 1e-3,
-    rank: int = 128,
-    refresh: int = 1,
-    error_feedback: Literal["float32", "bfloat16", "int8", "int4"] | None = "int8",
-    rotate: bool = True,
-    norm: Literal[1, 2] = 2,
-    **options: Any,
-) -> LowRank:
+class DCTAdamW(LowRank):
     """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967, algorithm 2).
 
     Args:
@@ -112,24 +119,43 @@ def dct_adamw(
             default has it.
         norm: by which columns are compared; 2 loses least energy, the published code's default is 1.
     """
-    basis = DCTBasis(norm=norm, carry=Gather(own_age=False) if rotate else Keep())
-    residual = None if error_feedback is None else ErrorFeedback(error_feedback)
-    return LowRank(params, lr, rank, basis=basis, residual=residual, refresh=refresh, **options)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        rank: int = 128,
+        refresh: int = 1,
+        error_feedback: Literal["float32", "bfloat16", "int8", "int4"] | None = "int8",
+        rotate: bool = True,
+        norm: Literal[1, 2] = 2,
+        **options: Any,
+    ) -> None:
+        basis = DCTBasis(norm=norm, carry=Gather(own_age=False) if rotate else Keep())
+        residual = None if error_feedback is None else ErrorFeedback(error_feedback)
+        super().__init__(params, lr, rank, basis, residual, refresh=refresh, **options)
 
 
-def trion(
-    params: Iterable[Any],
-    lr: float = 2e-2,
-    rank: int = 128,
-    momentum: float = 0.95,
-    convention: Literal["kj", "kimi", "dion", "none"] = "kj",
-    **options: Any,
-) -> LowRank:
+class Trion(LowRank):
     """Trion (arXiv 2505.17967, algorithm 1): Dion with DCT columns and Newton-Schulz on the coordinates.
 
     Args:
         momentum: mu in [0, 1), the share of the captured part that stays.
         convention: factor by shape, see `NewtonSchulz`.
     """
-    residual, inner = ErrorFeedback(kept=momentum), NewtonSchulz(scale=convention)
-    return LowRank(params, lr, rank, basis=DCTBasis(carry=Keep()), residual=residual, inner=inner, refresh=1, **options)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-2,
+        rank: int = 128,
+        momentum: float = 0.95,
+        convention: Literal["kj", "kimi", "dion", "none"] = "kj",
+        **options: Any,
+    ) -> None:
+        residual, inner = ErrorFeedback(kept=momentum), NewtonSchulz(scale=convention)
+        super().__init__(params, lr, rank, DCTBasis(carry=Keep()), residual, inner, refresh=1, **options)
+
+
+galore, fira, apollo, apollo_mini = GaLore, FiraAdam, APOLLO, APOLLOMini
+ldadam, dct_adamw, trion = LDAdam, DCTAdamW, Trion
