@@ -33,7 +33,7 @@ from lightspan.optim.presets import dct_adamw, galore
 RECIPE, RANK, WIDTH = "language/dct_adamw", 16, 64
 SEEDS = (0, 1, 2)
 SHARED = {"rank": RANK, "betas": (0.9, 0.95), "weight_decay": 0.1}
-RATES = {"DCT": 4e-3, "fixed": 4e-3, "SVD": 4e-3, "slots": 4e-3}
+RATES = {"DCT": 3.2e-2, "fixed": 8e-3, "SVD": 1.6e-2, "slots": 3.2e-2}
 
 
 class MeasuredDCT(DCTBasis):
