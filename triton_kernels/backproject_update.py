@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
-from lightspan.triton_kernels.project import dot_precision, fast_products
+from lightspan.triton_kernels.project import dot_precision
 from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_
 
 if triton is not None:
@@ -44,8 +44,7 @@ def backproject_update_reference(
         if weight.stride(1) != 1:  # a transposed view: its memory is rows of the transpose
             weight, left, right, residual = weight.mT, right, left, [factor.mT for factor in residual]
         if dtype == wide:
-            with fast_products():
-                weight.addmm_(left, right.mT, beta=kept) if right.shape[1] else weight.mul_(kept)
+            weight.addmm_(left, right.mT, beta=kept) if right.shape[1] else weight.mul_(kept)
             if residual:
                 weight.addcmul_(*residual, value=-rate)
             continue

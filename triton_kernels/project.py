@@ -7,49 +7,12 @@ its registers hold, so that G is read once up to rank 256.
 Shapes: B matrices, M rows, N columns, R rank. No backward: optimiser steps only.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
-
-
-@cache
-def _one_dnn_is_exact() -> bool:
-    """Whether torch's matmul is as exact through oneDNN as without: where it may round operands, a product shows it."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(64, 64, generator=generator) for _ in range(2))
-    with _one_dnn_allowed():
-        product = left @ right
-    exact = left.double() @ right.double()
-    return bool((product - exact).norm() < 1e-6 * exact.norm())
-
-
-@contextmanager
-def _one_dnn_allowed() -> Iterator[None]:
-    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
-
-
-def fast_products() -> AbstractContextManager[None]:
-    """A context in which float32 products on the CPU go to oneDNN, if that costs no accuracy on this processor.
-
-    torch hands them to MKL, which is slow on AMD processors: for 24 matrices of 10.6 M weights and rank 64, projection
-    and update in place took 8.4 and 8.0 ms on two EPYC cores, with oneDNN 4.3 and 5.6. The only way there without a
-    copy is to allow lower precision, of which oneDNN makes use on processors with bfloat16 tiles; on those MKL stays.
-    """
-    return _one_dnn_allowed() if _one_dnn_is_exact() else nullcontext()
 
 
 def row_energies(gradient_MN: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,16 +29,15 @@ def project_reference(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bo
     (B, _, R), M = frame_BNR.shape, gradients[0].shape[0]
     coordinates_BMR = frame_BNR.new_empty((B, M, R), dtype=wide)
     energy_BM = frame_BNR.new_empty((B if energy else 0, M), dtype=wide)
-    with fast_products():
-        for b, gradient_MN in enumerate(gradients):
-            operand_MN = gradient_MN if gradient_MN.dtype == torch.bfloat16 else gradient_MN.to(wide)
-            frame_NR = frame_BNR[b].to(operand_MN.dtype)
-            if operand_MN.dtype == wide:
-                torch.mm(operand_MN, frame_NR, out=coordinates_BMR[b])
-            else:
-                coordinates_BMR[b] = operand_MN @ frame_NR
-            if energy:
-                energy_BM[b] = row_energies(gradient_MN, wide)
+    for b, gradient_MN in enumerate(gradients):
+        operand_MN = gradient_MN if gradient_MN.dtype == torch.bfloat16 else gradient_MN.to(wide)
+        frame_NR = frame_BNR[b].to(operand_MN.dtype)
+        if operand_MN.dtype == wide:
+            torch.mm(operand_MN, frame_NR, out=coordinates_BMR[b])
+        else:
+            coordinates_BMR[b] = operand_MN @ frame_NR
+        if energy:
+            energy_BM[b] = row_energies(gradient_MN, wide)
     return coordinates_BMR, energy_BM
 
 

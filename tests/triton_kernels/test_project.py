@@ -6,7 +6,6 @@ from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
-from lightspan.triton_kernels import project as module
 from lightspan.triton_kernels.project import blocks, project, project_reference, project_triton
 
 SHAPES = [(1, 1, 1), (3, 2, 5), (65, 70, 17), (64, 131, 33), (2, 5, 300)]  # M, N, R; 300 takes two tiles of the rank
@@ -64,22 +63,6 @@ def test_a_whole_orthonormal_frame_keeps_all_energy():
     frame_BNR = torch.linalg.qr(torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     coordinates_BMR, energy_BM = project(gradients, frame_BNR, True)
     close(energy_BM, coordinates_BMR.square().sum(dim=2), 1e-13)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_one_dnn_torch_gives_the_same(layout, monkeypatch):
-    gradients, frame_BNR = problem((65, 70, 17), torch.float32, layout)
-    expected = project_reference(gradients, frame_BNR, True)
-    monkeypatch.setattr(module, "_one_dnn_is_exact", lambda: False)
-    for got, wanted in zip(project_reference(gradients, frame_BNR, True), expected, strict=True):
-        close(got, wanted, 1e-5)
-
-
-def test_asking_for_fast_products_leaves_torchs_settings_as_they_were():
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.raises(KeyError), module.fast_products():
-        raise KeyError
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 @needs_triton
