@@ -53,7 +53,7 @@ format: $(DEV) ## rewrite the sources as `make check` wants them
 evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of them, hours)
 	$(OFFLINE) $(BIN)/python -m pytest evidence $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
-bench: $(BASE) ## measure the optimisers against others (half an hour, idle machine) and rebuild docs/benchmarks.md
+bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machine) and rebuild docs/benchmarks.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/optim_step.py --json benchmarks/results/optim_step.json
 	$(BIN)/python benchmarks/build_docs.py

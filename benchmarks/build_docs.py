@@ -47,6 +47,7 @@ TRAIN_STEPS = {
     "projected_backward": "lightspan projected backward",
     "whole_backward": "lightspan whole backward",
 }
+BOTH_PRODUCTS = ("lightspan LowRank no residual", "lightspan LowRank", "galore-torch", "fira")
 PEER_GOALS = {"galore-torch": 2.5, "apollo-torch": 2.5, "fira": 5.0}
 Row = dict[str, Any]
 Goal = tuple[str, str, float, float | None, str]  # name, "<=" or ">=", target, measured or None, unit
@@ -118,6 +119,15 @@ def step_goals(optimizers: dict[str, Row], train: Row) -> Iterator[Goal]:
     yield "whole training step, projected backward over AdamW", "<=", 0.85, whole, ""
 
 
+def above_the_products(optimizers: dict[str, Row]) -> Iterator[str]:
+    """`NAME ratio` of every method that makes both products in a steady step, and of no more than these."""
+    for ending in ("r64", "r64 bf16"):
+        products = optimizers.get(f"the two products alone {ending}", {}).get("steady_ms")
+        for method in BOTH_PRODUCTS:
+            if row := optimizers.get(f"{method} {ending}"):
+                yield f"{method} {ending} {number(ratio(row['steady_ms'], products))}"
+
+
 def optim_step(results: Path) -> list[str]:
     """Section on single steps on a CPU."""
     record = read(results / "optim_step.json")
@@ -128,6 +138,8 @@ def optim_step(results: Path) -> list[str]:
         "x is against torch's fused float32 AdamW of the same run. In a refresh step all matrices change their frames;",
         "left to their schedule, ours do so in turns. Amortised is over the method's own gap, slowest is the slowest",
         "step of a period over the median one. Constants are kept once for all matrices, beside the state.",
+        "The two products alone, coordinates from gradients and steps from coordinates in torch.mm, bound every method",
+        "that projects and projects back.",
         "",
     ]
     columns = (
@@ -141,6 +153,8 @@ def optim_step(results: Path) -> list[str]:
         constants = sum((row.get("constants_mib") or {}).values()) or None
         rows.append((name, *setting, *(number(row.get(key)) for key in keys), number(constants)))
     lines += markdown(columns, rows)
+    if above := list(above_the_products(optimizers)):
+        lines += [f"Steady steps over the two products alone: {', '.join(above)}.", ""]
     if train:
         steps = [key.removesuffix("_ms") for key in train if key.endswith("_ms") and not key.endswith("_median_ms")]
         lines += ["A whole training step of a small Llama: forward, backward, optimiser.", ""]

@@ -29,7 +29,18 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from peers import LR, NEVER, Case, own_cases, own_gap, peer_cases, short_name, state_and_constants, torch_cases
+from peers import (
+    LR,
+    NEVER,
+    Case,
+    floor_cases,
+    own_cases,
+    own_gap,
+    peer_cases,
+    short_name,
+    state_and_constants,
+    torch_cases,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -51,7 +62,7 @@ class Sizes:
 
     layers: int = 6
     width: int = 384
-    ranks: tuple[int, ...] = (64, 128)
+    ranks: tuple[int, ...] = (64,)
     model_width: int = 512
     model_depth: int = 4
     model_rank: int = 64
@@ -289,7 +300,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     # handing it back, and no optimiser's temporaries cost page faults in every step.
     torch.zeros(31 * 2**18)
     before = os.getloadavg()
-    cases = [*torch_cases(), *peer_cases(ranks), *own_cases(ranks)]
+    cases = [*torch_cases(), *floor_cases(ranks), *peer_cases(ranks), *own_cases(ranks)]
     wanted = [part.lower() for part in arguments.only]
     if unknown := [part for part in wanted if not any(part in case.name.lower() for case in cases)]:
         raise SystemExit(
@@ -316,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 9)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
-    parser.add_argument("--ranks", type=int, nargs="+", help="of every low-rank optimiser (default 64 128)")
+    parser.add_argument("--ranks", type=int, nargs="+", help="of every low-rank optimiser (default 64)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="those whose names contain one of these")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 2 rounds: whether it works, not how fast")
     arguments = parser.parse_args(argv)

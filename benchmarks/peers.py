@@ -78,6 +78,33 @@ def torch_cases() -> Iterator[Case]:
         )
 
 
+class _Products(Optimizer):
+    """The two products of a low-rank step and nothing else: coordinates of the gradients, and steps from them."""
+
+    def __init__(self, matrices: list[Parameter], rank: int) -> None:
+        super().__init__(matrices, {})
+        self.frames = {p: torch.randn(p.shape[1], rank, dtype=p.dtype) for p in matrices}
+        self.steps = {p.shape: torch.empty_like(p) for p in matrices}  # one a shape, as no method keeps more
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p, frame_NR in self.frames.items():
+            torch.mm(p.grad @ frame_NR, frame_NR.mT, out=self.steps[p.shape])
+
+
+def floor_cases(ranks: Iterable[int]) -> Iterator[Case]:
+    """What no optimiser that projects and projects back can be faster than."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for rank in ranks:
+            ending = f" r{rank}" + (" bf16" if dtype == torch.bfloat16 else "")
+            yield Case(
+                f"the two products alone{ending}",
+                lambda matrices, others, gap, r=rank: _Products(matrices, r),
+                rank,
+                dtype,
+            )
+
+
 def peer_cases(ranks: Iterable[int]) -> Iterator[Case]:
     """Other packages', every low-rank one at every rank."""
     for rank in ranks:
