@@ -18,7 +18,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format evidence bench lm-quality lock docker-test clean
+.PHONY: help quickstart readme test check format deepspeed evidence bench lm-quality lock docker-test cluster-test clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,11 @@ format: $(DEV) ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# DeepSpeed compiles its CPU communication where TORCH_EXTENSIONS_DIR says; tests look there and never compile.
+deepspeed: $(DEV) ## install DeepSpeed and compile its CPU communication (a minute), for the tests of ZeRO
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check --editable '.[deepspeed]'
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/build/torch_extensions PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()'
+
 evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of them, hours)
 	$(OFFLINE) $(BIN)/python -m pytest evidence $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
@@ -72,6 +77,10 @@ lock: ## write docker/requirements.lock from a resolution in a new environment
 
 docker-test: $(DEV) ## build the CPU image with buildah and train in it (root, Debian)
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -m docker tests/test_docker.py $(ARGS)
+
+cluster-test: $(DEV) ## start a SLURM of two nodes here, preempt and requeue a run in it (root, Debian)
+	@{ command -v sbatch && command -v slurmctld && command -v slurmd && command -v munged; } >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -m slurm tests/cluster $(ARGS)
 
 clean: ## remove .venv, build output and caches (runs/ stays)
 	rm -rf $(VENV) build dist lightspan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

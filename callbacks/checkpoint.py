@@ -1,35 +1,56 @@
 """Checkpoints at the right moments, and refused in words when they do not fit.
 
-`Checkpoint` is the callback; it brings `WholeFileCheckpointIO` with it, so that one line in a Trainer is enough.
+`Checkpoint` is the callback; it brings `WholeFileCheckpointIO`, and `FolderCheckpoints` for sharded models, with it, so
+that one line in a Trainer is enough.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightspan import __version__
-from lightspan.callbacks.checkpoint_io import FORMAT, WholeFileCheckpointIO
+from lightspan.callbacks.checkpoint_background import Background
+from lightspan.callbacks.checkpoint_folder import FolderCheckpoints
+from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO, refuse_newer, refuse_torn
+from lightspan.callbacks.checkpoint_manifest import (
+    COMPLETE,
+    FORMAT,
+    checkpoints,
+    fault,
+    header,
+    point_latest,
+    seal_folder,
+)
 from lightspan.callbacks.jsonl_logger import JsonlLogger
+from lightspan.callbacks.random_state import random_states, restore_random_states
+from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.files import remove_leftovers
 
 
 class Checkpoint(ModelCheckpoint):
-    """Keeps `last.ckpt` and `step=N.ckpt`, each a whole file, at every validation or every `every_n_train_steps`.
+    """Keeps `last.ckpt` and `step=N.ckpt`, each whole, at every validation or every `every_n_train_steps`.
 
-    On top of Lightning's ModelCheckpoint: files are whole or absent; a failed write names the last whole one and leaves
-    it; a checkpoint of another model, a torn or a foreign file is refused in words; the last step of a run is always
-    kept, as taken between two steps, so that a run which `max_steps` cut inside an epoch resumes on its very next
-    batch; a JsonlLogger drops the lines after the step that training resumes from.
+    On top of Lightning's ModelCheckpoint: checkpoints are whole or absent, also the folders of a sharded model; each
+    has a manifest, and the pointer `latest` follows the newest whole one; a failed write names the last whole one and
+    leaves it; a checkpoint of another model, a torn or a foreign file is refused in words; the last step of a run is
+    always kept, as taken between two steps, so that a run which `max_steps` cut inside an epoch resumes on its very
+    next batch; the random states of every rank and the run ids of the loggers are inside; a JsonlLogger drops the
+    lines after the step that training resumes from.
 
     Args:
         dirpath: folder; by default `trainer.default_root_dir`/checkpoints.
@@ -40,6 +61,9 @@ class Checkpoint(ModelCheckpoint):
             where there is none.
         train_time_interval: time between checkpoints, instead of steps.
         save_weights_only: leave out optimiser and loop state; such a file cannot be resumed from.
+        in_background: copy the state to CPU memory at the step and write it while training goes on. The next moment to
+            save and the end of fit wait for it. Takes the checkpoint's size in CPU memory, twice where `last.ckpt` and
+            `step=N.ckpt` are due at once.
     """
 
     def __init__(
@@ -52,6 +76,7 @@ class Checkpoint(ModelCheckpoint):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         save_weights_only: bool = False,
+        in_background: bool = False,
     ) -> None:
         if dirpath is not None and "://" in dirpath:
             raise UserError(
@@ -73,13 +98,21 @@ class Checkpoint(ModelCheckpoint):
         self._fit_check: RemovableHandle | None = None
         self._wrote: dict[str, Any] = {}
         self._kept_step: int | None = None
+        self._in_background = in_background
+        self._background: Background | None = None
+        self._folders: FolderCheckpoints | None = None
+        self._submitted_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFileCheckpointIO()
         super().setup(trainer, pl_module, stage)
+        if self._in_background and stage == "fit":
+            self._background = Background()
+        if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFileCheckpointIO):
+            trainer.strategy.checkpoint_io = WholeFileCheckpointIO(self._background)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._take_over(trainer, trainer.strategy)
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(self.dirpath)
         # Lightning calls no callback between reading a checkpoint and filling the model; a hook of the module is there.
@@ -91,6 +124,8 @@ class Checkpoint(ModelCheckpoint):
             "format": FORMAT,
             "model": class_path(pl_module),
             "optimizers": [class_path(optimizer) for optimizer in trainer.optimizers],
+            "loggers": _run_ids(trainer),
+            "random_states": _of_every_rank(random_states()),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -103,24 +138,31 @@ class Checkpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
-        before, now = self._wrote.get("optimizers"), [class_path(optimizer) for optimizer in trainer.optimizers]
-        if before is not None and before != now:
-            raise UserError(
-                f"checkpoint {trainer.ckpt_path} was trained with {', '.join(before)}, this run uses {', '.join(now)}: "
-                "their states do not fit; resume with the optimiser that wrote it"
-            )
+        _refuse_other_optimizers(trainer, self._wrote)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._drop_fit_check()
         _load_positions(trainer)
+        _go_on_drawing(self._wrote.get("random_states"))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        with self._naming_the_last_whole():
+            self._wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._drop_fit_check()
         super().on_exception(trainer, pl_module, exception)
+        try:
+            self._wait()
+        except UserError as error:  # the run ends by its own exception
+            exception.add_note(str(error))
+        self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._drop_fit_check()
+        self._close()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -154,13 +196,69 @@ class Checkpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        try:
+        with self._naming_the_last_whole():
+            if self._submitted_step != trainer.global_step:
+                self._wait()
+            seals = trainer.is_global_zero and _writes_folders(trainer)
+            if seals and Path(filepath).is_dir():
+                (Path(filepath) / COMPLETE).unlink(missing_ok=True)
             super()._save_checkpoint(trainer, filepath)
-            self._kept_step = trainer.global_step
+            self._kept_step = self._submitted_step = trainer.global_step
+            if seals:
+                stamp = {"loggers": _run_ids(trainer), "random_states": [None] * world_size()}
+                seal_folder(Path(filepath), header({"global_step": trainer.global_step, "lightspan": stamp}))
+            if trainer.is_global_zero:
+                self._after_writing(filepath, point_latest)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if trainer.is_global_zero:
+            self._after_writing(filepath, trainer.strategy.checkpoint_io.remove_checkpoint)
+
+    def _after_writing(self, filepath: str, job: Callable[[Path], None]) -> None:
+        """Does a job that needs all earlier checkpoints to be whole: at once, or behind them in the background."""
+        if self._background is None:
+            job(Path(filepath))
+        else:
+            self._background.submit(Path(filepath), partial(job, Path(filepath)))
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Writes last.ckpt at the end of an optimiser step, on all ranks; returns once it is whole."""
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        with self._naming_the_last_whole():
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._background is not None:
+            self._background.wait()
+
+    def _close(self) -> None:
+        if self._background is not None:
+            self._background.close()
+        if self._folders is not None:
+            self._folders.close()
+
+    @contextlib.contextmanager
+    def _naming_the_last_whole(self) -> Iterator[None]:
+        try:
+            yield
         except UserError as error:
-            whole = sorted(Path(filepath).parent.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-            kept = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+            whole = next((path for path in checkpoints(Path(self.dirpath or "")) if fault(path, False) is None), None)
+            kept = f"the last whole checkpoint is {whole}" if whole else "there is no checkpoint yet"
             raise UserError(f"{error}; {kept}") from error
+
+    def _take_over(self, trainer: Trainer, strategy: ModelParallelStrategy) -> None:
+        def check(rest: dict[str, Any], weights: dict[str, Any], path: Path) -> None:
+            stamp = rest.get("lightspan", {})
+            refuse_newer(stamp, path)
+            module = trainer.lightning_module
+            check_fits(weights, module, str(path), stamp.get("model"), module.strict_loading)
+            if trainer.state.fn == TrainerFn.FITTING:
+                _refuse_other_optimizers(trainer, stamp)
+
+        self._folders = FolderCheckpoints(strategy, self._background, check, refuse_torn)
+        if strategy._save_distributed_checkpoint:
+            setattr(strategy, "save_checkpoint", self._folders.save)  # noqa: B010
+        setattr(strategy, "load_checkpoint", self._folders.load)  # noqa: B010
 
     def _drop_fit_check(self) -> None:
         if self._fit_check is not None:
@@ -184,6 +282,47 @@ def _load_positions(trainer: Trainer) -> None:
         loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
         loop._combined_loader_states_to_load = []
         iter(loop._data_fetcher)  # the iterator made before knows nothing of the position
+
+
+def _refuse_other_optimizers(trainer: Trainer, stamp: Mapping[str, Any]) -> None:
+    before, now = stamp.get("optimizers"), [class_path(optimizer) for optimizer in trainer.optimizers]
+    if before is not None and before != now:
+        raise UserError(
+            f"checkpoint {trainer.ckpt_path} was trained with {', '.join(before)}, this run uses {', '.join(now)}: "
+            "their states do not fit; resume with the optimiser that wrote it"
+        )
+
+
+def _writes_folders(trainer: Trainer) -> bool:
+    """Whether the strategy writes a folder in place by itself: not atomic, but with a marker known when torn."""
+    strategy = trainer.strategy
+    return type(strategy) is DeepSpeedStrategy or (
+        isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
+    )
+
+
+def _run_ids(trainer: Trainer) -> dict[str, str]:
+    return {class_path(logger): str(logger.version) for logger in trainer.loggers if logger.version}
+
+
+def _of_every_rank(states: dict[str, Any]) -> list[dict[str, Any]]:
+    gathered: list[Any] = [states] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, states)
+    return gathered
+
+
+def _go_on_drawing(states: Sequence[dict[str, Any]] | None) -> None:
+    if states is None:
+        return
+    if len(states) == world_size():
+        restore_random_states(states[rank()])
+    elif rank() == 0:
+        warnings.warn(
+            f"the checkpoint holds the random states of {len(states)} ranks and this run has {world_size()}: they are "
+            "not restored; with the callback RandomState every step draws the same on any machine",
+            stacklevel=2,
+        )
 
 
 def _refuses_other_models(trainer: Trainer) -> Callable[..., None]:

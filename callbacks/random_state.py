@@ -13,8 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class RandomState(Callback):
     """Seeds Python, NumPy and torch (CPU and GPUs) anew before every training batch, every epoch and every validation.
 
-    A checkpoint would have to keep the state of every generator on every rank, and would still be wrong: between the
-    step where it is taken and the next batch, validation and new data iterators draw numbers too. Here the state is a
+    The generators' states that `Checkpoint` keeps of every rank are not enough: between the step where they are taken
+    and the next batch, validation and new data iterators draw numbers too, and another number of ranks needs others.
+    Here the state is a
     pure function instead: of (seed, batches trained, rank) for a training batch, of (seed, epoch, rank) for the start
     of an epoch, and of (seed, rank) for validation, so that every validation meets the same draws. Straight, stopped
     anywhere and resumed, with or without validation: dropout and all other draws of a step are the same bits.
@@ -55,6 +56,29 @@ class RandomState(Callback):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of this process's generators (Python, NumPy, torch, every GPU) as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    name, key, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(key, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Sets the generators to what `random_states` returned; GPUs only where their number is the same."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, key, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, key.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 def derived_seed(*key: int | str | None) -> int:

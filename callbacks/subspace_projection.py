@@ -7,10 +7,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightspan.optim.bases import Basis
 from lightspan.optim.convert import hand_over, to_low_rank
 from lightspan.optim.inner import Adam, Inner
+from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Fira, Residual
 from lightspan.optim.triggers import Trigger
-from lightspan.optim.wiring import wire
+from lightspan.optim.wiring import refuse_flat_partitions, wire
 
 
 class SubspaceProjection(Callback):
@@ -57,6 +58,7 @@ class SubspaceProjection(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_flat_partitions(trainer.strategy, [LowRank])
         low_rank = {id(old): to_low_rank(old, pl_module, self.match, **self.options) for old in trainer.optimizers}
         for config in trainer.lr_scheduler_configs:
             hand_over(config.scheduler, low_rank[id(config.scheduler.optimizer)])

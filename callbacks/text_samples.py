@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightspan.callbacks.detached import detached
 from lightspan.errors import UserError
+from lightspan.strategies import gathered
 
 
 class TextSamples(Callback):
@@ -43,9 +44,11 @@ class TextSamples(Callback):
         self.temperature, self.context, self.seed = temperature, context, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with gathered(pl_module):
+            text = self.write(pl_module)
         if not trainer.is_global_zero:
             return
-        line = json.dumps({"step": trainer.global_step, "text": self.write(pl_module)})
+        line = json.dumps({"step": trainer.global_step, "text": text})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -4,16 +4,19 @@ Why not torch's DataLoader alone: Lightning replaces its sampler by a padded, ra
 in an epoch it stands. Lightning leaves a loader of our own alone, and saves its `state_dict` with the loops.
 """
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from lightspan.datamodules.order import Order, sample_seeds
 from lightspan.errors import UserError
 
 Key = tuple[int, int]  # (index, seed) of one sample
+MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unreadable
 
 
 class Dataset(Protocol):
@@ -27,14 +30,24 @@ class Dataset(Protocol):
     def sample(self, index: int, seed: int) -> Mapping[str, Any]: ...
 
 
-def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order of one epoch: a permutation of range(length), a pure function of its arguments, int64 [length]."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0]))).permutation(length)
+class Damaged(Exception):
+    """Raised by `Dataset.sample` for a sample that cannot be read and that the user allows to be replaced."""
 
 
-def sample_seeds(seed: int, epoch: int, length: int) -> np.ndarray:
-    """One seed a sample, by sample index: a pure function of (seed, epoch, index), int64 [length]."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 1]))).integers(2**63, size=length)
+class Replacement(NamedTuple):
+    """The index of a damaged sample, that of the one that took its place, and what is wrong with the first."""
+
+    damaged: int
+    by: int
+    reason: str
+
+
+class _Fetched(NamedTuple):
+    """A sample or batch on its way out of a worker. DataLoader would wrap a user's error in a traceback."""
+
+    data: Any
+    replaced: tuple[Replacement, ...] = ()
+    error: str | None = None
 
 
 class _Samples:
@@ -43,8 +56,25 @@ class _Samples:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: Key) -> Mapping[str, Any]:
-        return self.dataset.sample(*key)
+    def __getitem__(self, key: Key) -> _Fetched:
+        index, seed = key
+        reason = ""
+        for attempt in range(MAX_DAMAGED):
+            # The place of a damaged sample goes to another, drawn from its seed alone: the same on any ranks.
+            chosen = index if attempt == 0 else _drawn(seed, attempt, len(self.dataset))
+            try:
+                sample = self.dataset.sample(chosen, seed)
+            except Damaged as error:
+                reason = reason or str(error)
+            except UserError as error:
+                return _Fetched(None, error=str(error))
+            else:
+                return _Fetched(sample, (Replacement(index, chosen, reason),) if attempt else ())
+        return _Fetched(None, error=f"{MAX_DAMAGED} samples drawn one after another are damaged, the first: {reason}")
+
+
+def _drawn(seed: int, attempt: int, length: int) -> int:
+    return int(np.random.SeedSequence([seed, attempt]).generate_state(1, np.uint64)[0] % length)
 
 
 class _Keys:
@@ -57,16 +87,43 @@ class _Keys:
         return self.batches
 
 
-def _load(dataset: Dataset, batches: Iterator[list[Key]], num_workers: int, pin_memory: bool) -> Iterator[Any]:
+def _collate(samples: list[_Fetched]) -> _Fetched:
+    failed = next((sample for sample in samples if sample.error is not None), None)
+    if failed is not None:
+        return failed
+    try:
+        batch = default_collate([sample.data for sample in samples])
+    except (RuntimeError, TypeError, KeyError) as error:
+        return _Fetched(
+            None,
+            error=f"samples do not fit into one batch: {error}; set data.init_args.image_size for images of several "
+            "sizes, and leave fields of several shapes out of data.init_args.fields",
+        )
+    return _Fetched(batch, tuple(replacement for sample in samples for replacement in sample.replaced))
+
+
+def _outlive_warnings(worker: int) -> None:
+    """A scheduler warns every process of a job; a worker that died of it would take the last step along."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _load(
+    dataset: Dataset, batches: Iterator[list[Key]], num_workers: int, pin_memory: bool
+) -> Iterator[tuple[Any, tuple[Replacement, ...]]]:
     loader: DataLoader[Any] = DataLoader(
         _Samples(dataset),  # type: ignore[arg-type]
         batch_sampler=_Keys(batches),
         num_workers=num_workers,
-        collate_fn=default_collate,
+        collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # DataLoader would draw from the global generator otherwise
+        worker_init_fn=_outlive_warnings,
     )
-    return iter(loader)
+    for data, replaced, error in loader:
+        if error is not None:
+            raise UserError(error)
+        yield data, replaced
 
 
 def _keys(indices: np.ndarray, seeds: np.ndarray) -> list[Key]:
@@ -77,9 +134,14 @@ class ExactLoader:
     """Training batches: shuffled anew each epoch, resumable at any batch, one stream of samples on any number of ranks.
 
     An optimiser step consumes `batch_size` consecutive samples of the epoch's order; they are cut first into
-    `accumulate` parts, then into ranks, so the union over ranks is what one rank would see. The tail of an epoch that
-    does not fill a batch is dropped; it is another tail each epoch. The position counts samples of batches handed out,
-    never those that workers have fetched ahead, and says nothing of ranks or workers.
+    `accumulate` parts, then into ranks, so the union over ranks is what one rank would see. What happens to the tail of
+    an epoch that does not fill a batch, the order says. All ranks take the same number of batches. The position counts
+    samples of batches handed out, never those that workers have fetched ahead, and says nothing of ranks or workers.
+
+    Attributes:
+        consumed: samples handed out since the first epoch began, over all ranks together.
+        round_samples: samples that all ranks together consume for one micro-batch each.
+        replaced: damaged samples in the batches handed out on this rank since the loader was made.
 
     Args:
         dataset: the samples.
@@ -90,6 +152,7 @@ class ExactLoader:
         num_workers: processes that fetch; 0 fetches in this process. Batches are bit-equal for any number.
         limit_batches: Trainer(limit_train_batches=...): the epoch ends there. A count, or a fraction of the epoch.
         pin_memory: hand out batches in page-locked memory.
+        order: of the samples; None mixes them all and drops the tail.
 
     Raises: UserError for a batch size that does not divide or leaves no full batch.
     """
@@ -105,6 +168,7 @@ class ExactLoader:
         num_workers: int = 0,
         limit_batches: int | float = 1.0,
         pin_memory: bool = False,
+        order: Order | None = None,
     ) -> None:
         self.micro_batch = split_batch(batch_size, world_size, accumulate)
         if batch_size > len(dataset):
@@ -117,8 +181,15 @@ class ExactLoader:
         assert 0 <= rank < world_size
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.num_workers, self.limit_batches, self.pin_memory = num_workers, limit_batches, pin_memory
-        self.epoch, self.samples = 0, 0
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.order = Order((len(dataset),)) if order is None else order
+        assert len(self.order) == len(dataset)
+        limited = min(limit_batches, len(self)) if isinstance(limit_batches, int) else int(limit_batches * len(self))
+        self.round_samples = self.micro_batch * world_size
+        self._between_epochs = self.round_samples * limited  # samples from one `iter` to the next
+        self._epoch_samples = len(dataset) if self.order.carries else self._between_epochs
+        self.consumed = 0
+        self.replaced: list[Replacement] = []
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on this rank; constant, also after a resume in the middle of an epoch."""
@@ -126,35 +197,63 @@ class ExactLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of the current epoch; the next epoch where the current one is finished."""
-        round_samples = self.micro_batch * self.world_size  # consumed by all ranks together for one micro-batch each
-        limit = self.limit_batches
-        end = round_samples * (min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self)))
-        epoch, samples = (self.epoch, self.samples) if self.samples < end else (self.epoch + 1, 0)
-        for batch in _load(self.dataset, self._batches(epoch, samples, end), self.num_workers, self.pin_memory):
-            samples += round_samples
+        if not self._between_epochs:
+            return
+        consumed = self.consumed
+        end = (consumed // self._between_epochs + 1) * self._between_epochs
+        for batch, replaced in _load(self.dataset, self._batches(consumed, end), self.num_workers, self.pin_memory):
+            consumed += self.round_samples
             # Before the yield: a checkpoint is written while the consumer still works on this batch.
-            self.epoch, self.samples = epoch, samples
+            self.consumed = consumed
+            self.replaced += replaced
             yield batch
 
-    def _batches(self, epoch: int, start: int, end: int) -> Iterator[list[Key]]:
-        order = epoch_order(self.seed, epoch, len(self.dataset))
-        seeds = sample_seeds(self.seed, epoch, len(self.dataset))
-        first = self.rank * self.micro_batch
-        for at in range(start + first, end, self.micro_batch * self.world_size):
-            yield _keys(order[at : at + self.micro_batch], seeds)
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(epoch, first, last) of the samples from `start` to `stop` of the whole stream: order(epoch)[first:last]."""
+        while start < stop:
+            epoch, first = divmod(start, self._epoch_samples)
+            last = min(self._epoch_samples, first + stop - start)
+            yield epoch, first, last
+            start += last - first
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: `samples` consumed of `epoch` by all ranks together, and what it can be resumed with."""
+    def _batches(self, start: int, stop: int) -> Iterator[list[Key]]:
+        drawn, order, seeds = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        for at in range(start + self.rank * self.micro_batch, stop, self.round_samples):
+            keys: list[Key] = []
+            for epoch, first, last in self.spans(at, at + self.micro_batch):
+                if epoch != drawn:
+                    drawn, order = epoch, self.order.epoch(self.seed, epoch)
+                    seeds = sample_seeds(self.seed, epoch, len(self.dataset))
+                keys += _keys(order[first:last], seeds)
+            yield keys
+
+    def description(self) -> dict[str, Any]:
+        """What the whole stream of samples follows from, in JSON's types: with it, a position can be looked up."""
         return {
-            "epoch": self.epoch,
-            "samples": self.samples,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "epoch_samples": self._epoch_samples,
+            "sizes": list(self.order.sizes),
+            "window": self.order.window,
+            "content": self.order.content,
+            "skips_damaged": self.order.skips_damaged,
+            "damage": list(self.order.damage),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: `samples` consumed of `epoch` by all ranks together, and what it can be resumed with."""
+        epoch = max(self.consumed - 1, 0) // max(self._epoch_samples, 1)
+        state = {
+            "epoch": epoch,
+            "samples": self.consumed - epoch * self._epoch_samples,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "length": len(self.dataset),
             "accumulate": self.accumulate,
         }
+        return state | ({"content": self.order.content, "window": self.order.window} if self.order.content else {})
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a position, on any number of ranks and workers.
 
         Raises: UserError where the order is not the one that was saved, or is cut into another number of micro-batches:
@@ -165,14 +264,17 @@ class ExactLoader:
             ("seed", "data.init_args.seed"),
             ("batch_size", "data.init_args.batch_size"),
             ("length", "the data (its number of training samples)"),
+            ("content", "the data (the content of its shards)"),
+            ("window", "data.init_args.window"),
             ("accumulate", "trainer.accumulate_grad_batches (the number of devices may change)"),
         ):
-            if state_dict.get(name) != here[name]:
+            if state_dict.get(name) != here.get(name):
                 raise UserError(
-                    f"the checkpoint has data {name} {state_dict.get(name)}, this run has {here[name]}, so "
+                    f"the checkpoint has data {name} {state_dict.get(name)}, this run has {here.get(name)}, so "
                     f"it cannot go on with the next sample; set {setting} back to what it was, or start a new run"
                 )
-        self.epoch, self.samples = state_dict["epoch"], state_dict["samples"]
+        # An epoch that is now limited to fewer samples has ended.
+        self.consumed = state_dict["epoch"] * self._epoch_samples + min(state_dict["samples"], self._epoch_samples)
 
 
 class EvaluationLoader:
@@ -207,7 +309,8 @@ class EvaluationLoader:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        return _load(self.dataset, self._batches(), self.num_workers, self.pin_memory)
+        for batch, _ in _load(self.dataset, self._batches(), self.num_workers, self.pin_memory):
+            yield batch
 
     def _batches(self) -> Iterator[list[Key]]:
         seeds = sample_seeds(0, 0, len(self.dataset))  # fixed, so that a random view is the same in every evaluation

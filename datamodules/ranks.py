@@ -6,6 +6,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightspan.datamodules.loader import Dataset, EvaluationLoader, ExactLoader, split_batch
+from lightspan.datamodules.order import Order
 from lightspan.errors import UserError
 
 
@@ -33,12 +34,17 @@ def micro_batch_size(batch_size: int, trainer: Trainer | None) -> int:
 
 
 def train_loader(
-    dataset: Dataset, batch_size: int, seed: int, num_workers: int, trainer: Trainer | None
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    trainer: Trainer | None,
+    order: Order | None = None,
 ) -> ExactLoader:
     """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks."""
     rank, world_size = data_rank(trainer)
     if trainer is None:
-        return ExactLoader(dataset, batch_size, seed, num_workers=num_workers)
+        return ExactLoader(dataset, batch_size, seed, num_workers=num_workers, order=order)
     if overfit := trainer.overfit_batches:  # type: ignore[attr-defined]  # a connector of the trainer sets it
         raise UserError(
             f"trainer.overfit_batches={overfit} would see other samples each epoch, since the order is "
@@ -54,6 +60,7 @@ def train_loader(
         num_workers,
         trainer.limit_train_batches,
         pins_memory(trainer),
+        order,
     )
 
 

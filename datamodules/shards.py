@@ -1,52 +1,48 @@
 """Streams samples from WebDataset tar shards, local or over https."""
 
-import hashlib
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
+from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.ranks import data_rank, micro_batch_size, pins_memory
-from lightspan.datamodules.tars import check_fields, check_shard, decode_fields, expand_braces, read_samples
+from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.shard_cache import ShardCache
+from lightspan.datamodules.shard_samples import OpenShard, ShardOpener, ShardSamples
+from lightspan.datamodules.tars import check_fields, check_shard, decode_fields, expand_braces
 from lightspan.datamodules.views import Views, seeded
 from lightspan.errors import UserError
 
-
-class _Failure(str):
-    """A user's error on its way out of a worker: DataLoader would wrap the exception in a traceback."""
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Makes a sample of the members of a shard. The fields are those of `Shards`; mean and std are [3, 1, 1]."""
+    """Makes the values of a sample from its members. The fields are those of `Shards`; mean and std are [3, 1, 1]."""
 
     fields: dict[str, str]
     image_size: int | None
     views: Views | None
     mean: Tensor
     std: Tensor
-    seed: int
 
-    def __call__(self, members: dict[str, Any], turn: tuple[int, int]) -> dict[str, Any]:
+    def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         sample = decode_fields(members, self.fields)
-        # A shard's samples have no running number; a hash of where they lie is as good, and the same on every rank.
-        name = f"{members['__url__']}\0{members['__key__']}".encode("utf-8", "surrogateescape")
-        index = int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
         if "image" in sample:
             image = self._standardised(self._resized(sample.pop("image")).float() / 255)
             if self.views is None:
                 sample["image"] = image
             else:
-                with seeded(_number([self.seed, *turn, index])):
+                with seeded(seed):
                     sample["views"] = [self._standardised(view) for view in self.views(image)]
-        return {**sample, "index": torch.tensor(index)}
+        return sample
 
     def _resized(self, image: Tensor) -> Tensor:
         if self.image_size is None:
@@ -59,128 +55,22 @@ class Decoding:
         return (image - self.mean) / self.std
 
 
-def _number(entropy: list[int]) -> int:
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
-
-
-class ShardStream(IterableDataset[Any]):
-    """Samples of the given shards, which workers take in turn; a `_Failure` in place of a user's error.
-
-    Args:
-        shards: of this rank.
-        decode: makes the samples.
-        max_member_bytes: the largest member that is read.
-        shuffle_buffer: None passes once over the shards in order. A number passes over them without end, in an order
-            drawn for each pass, and mixes that many samples.
-    """
-
-    def __init__(
-        self, shards: Sequence[str], decode: Decoding, max_member_bytes: int, shuffle_buffer: int | None
-    ) -> None:
-        self.shards, self.decode = shards, decode
-        self.max_member_bytes, self.shuffle_buffer = max_member_bytes, shuffle_buffer
-        self.epoch = 0  # iterations begun: each starts with an order of its own
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        shards = self.shards[number::workers]
-        try:
-            if self.shuffle_buffer is None:
-                yield from (self.decode(members, (0, 0)) for members in self._read(shards))
-            else:
-                yield from self._endless(shards, self.shuffle_buffer, number)
-        except UserError as error:
-            yield _Failure(error)
-
-    def _endless(self, shards: Sequence[str], shuffle_buffer: int, worker: int) -> Iterator[Any]:
-        sweep = 0
-        while True:
-            turn = (self.epoch, sweep)
-            generator = np.random.Generator(np.random.PCG64([self.decode.seed, *turn, worker]))
-            ordered = [shards[i] for i in generator.permutation(len(shards))]
-            count = 0
-            for members in shuffle(self._read(ordered), shuffle_buffer, generator):
-                yield self.decode(members, turn)
-                count += 1
-            if not count:
-                raise UserError(f"shards {', '.join(shards)} hold no sample; correct data.init_args.shards")
-            sweep += 1
-
-    def _read(self, shards: Sequence[str]) -> Iterator[dict[str, Any]]:
-        for shard in shards:  # one by one: members of two shards never form one sample
-            yield from read_samples(shard, self.max_member_bytes)
-
-
-def shuffle(samples: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:
-    """The same samples, each held back at random among about `size` others; their order stays where size is below 2."""
-    held: list[Any] = []
-    for sample in samples:
-        if len(held) < max(size, 1):
-            held.append(sample)
-            continue
-        place = int(generator.integers(len(held)))
-        yield held[place]
-        held[place] = sample
-    yield from (held[i] for i in generator.permutation(len(held)))
-
-
-class ShardLoader:
-    """Batches of a `ShardStream`. It has no length: how many samples there are is unknown until the shards are read.
-
-    Its state is the number of epochs begun: a resumed run draws new orders and does not repeat the first.
-    """
-
-    def __init__(self, stream: ShardStream, batch_size: int, num_workers: int, pin_memory: bool) -> None:
-        self.stream, self.batch_size, self.pin_memory = stream, batch_size, pin_memory
-        self.num_workers = min(num_workers, len(stream.shards))
-
-    def __iter__(self) -> Iterator[Any]:
-        loader: DataLoader[Any] = DataLoader(
-            self.stream,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=_collate,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),
-        )
-        self.stream.epoch += 1  # before the workers take their copy
-        for batch in loader:
-            if isinstance(batch, _Failure):
-                raise UserError(str(batch))
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.stream.epoch}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.stream.epoch = state_dict["epoch"]
-
-
-def _collate(samples: list[Any]) -> Any:
-    for sample in samples:
-        if isinstance(sample, _Failure):
-            return sample
-    try:
-        return default_collate(samples)
-    except (RuntimeError, TypeError, KeyError) as error:
-        return _Failure(
-            f"samples do not fit into one batch: {error}; set data.init_args.image_size for images of several sizes, "
-            "and leave fields of several shapes out of data.init_args.fields"
-        )
-
-
 class Shards(LightningDataModule):
     """Batches from WebDataset tar shards: members `KEY.ENDING` that lie side by side form one sample.
 
-    A batch maps each name of `fields` to its values, and `index` to int64 [B], a hash of shard and key. The field
-    `image` becomes float32 [B, 3, H, W], standardised, as in `ImageBatch`; in training with `views` it becomes `views`,
-    as in `ViewsBatch`. `cls` members become int64 [B], `npy` members tensors [B, ...], `txt` members lists of str.
+    A batch maps each name of `fields` to its values, and `index` to int64 [B], the sample's number through all shards.
+    The field `image` becomes float32 [B, 3, H, W], standardised, as in `ImageBatch`; in training with `views` it
+    becomes `views`, as in `ViewsBatch`. `cls` members become int64 [B], `npy` members tensors [B, ...], `txt` members
+    lists of str.
 
-    Shard i goes to rank i % ranks, and a rank's shards to its workers in turn. Training passes over its shards without
-    end, so that ranks whose shards differ in size stay in step: bound the run by trainer.max_steps, and epochs by
-    trainer.limit_train_batches. That ranks see every sample equally often where shards are uneven, and that a resumed
-    run goes on at its sample, is not given here; the other datamodules give both.
+    Every sample is seen exactly once in each epoch on any number of ranks and workers, whatever the sizes of the
+    shards, and a run that stops at any step goes on with the next sample, also on other ranks: see `ExactLoader` and
+    `Order`. For this each shard needs an index, SHARD.index.json, as `lightspan data pack` writes it; a shard without
+    one is read once from end to end when the run starts, and its index is kept in the run folder.
+
+    Memory: 16 bytes a sample on each rank for the order, 20 for the index. Reading: only `window` shards are in use at
+    a time, sample by sample in mixed order, so they should fit into the memory that the system has for its file cache.
+    Shards behind https are fetched whole, once for each machine.
 
     Args:
         shards: local paths and https addresses; `{000..099}` and `{a,b}` are written out. `pipe:` and every other
@@ -192,13 +82,19 @@ class Shards(LightningDataModule):
         image_size: H = W in pixels; the shorter side is scaled to it and the middle cut out. None leaves images as is.
         views: makes the views of a training image.
         mean, std: of the image's channels in [0, 1], for standardising.
-        shuffle_buffer: training samples held back to mix them, for each worker.
+        window: shards whose training samples are mixed with one another, >= 1.
         seed: of the order and of the views.
-        num_workers: processes that read; a rank uses at most one for each of its shards.
+        num_workers: processes that fetch batches.
         max_member_mib: the largest member that is read, in MiB.
+        skip_damaged: True trains without what cannot be read: missing shards and cut-off ends are left out before the
+            order is drawn; the place of any other damaged sample goes to one drawn from the seed, the same on any
+            number of ranks.
+        cache_dir: folder for copies of shards behind https; None takes ~/.cache/lightspan/shards.
+        cache_gib: size in GiB above which the copies used longest ago are deleted.
 
-    Raises: UserError before the first step for a pattern, scheme or field that cannot work; while reading for a shard
-        that is missing, no tar, cut short, or unsafe, naming it.
+    Raises: UserError before the first step for a pattern, scheme or field that cannot work, and, unless `skip_damaged`,
+        for a shard that is missing, no tar, or cut short; while reading for a sample that is damaged, naming shard,
+        sample and byte.
     """
 
     def __init__(
@@ -211,10 +107,13 @@ class Shards(LightningDataModule):
         views: Views | None = None,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        shuffle_buffer: int = 1000,
+        window: int = 16,
         seed: int = 0,
         num_workers: int = 0,
         max_member_mib: int = 256,
+        skip_damaged: bool = False,
+        cache_dir: str | None = None,
+        cache_gib: float = 64,
     ) -> None:
         super().__init__()
         fields = {"image": "jpg|jpeg|png|webp", "label": "cls"} if fields is None else fields
@@ -224,35 +123,69 @@ class Shards(LightningDataModule):
             raise UserError("shards is an empty list; name at least one tar file")
         if image_size is not None and image_size < 1:
             raise UserError(f"image_size={image_size} pixels is too small; it must be at least 1")
+        if window < 1:
+            raise UserError(f"window={window} shards is too few; it must be at least 1")
         if min(std) <= 0:
             raise UserError(f"std={list(std)} must be above 0 in every channel")
         mean_C11, std_C11 = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
-        self.decode = Decoding(fields, image_size, views, mean_C11, std_C11, seed)
-        self.batch_size, self.shuffle_buffer, self.num_workers = batch_size, shuffle_buffer, num_workers
-        self.max_member_bytes = max_member_mib * 2**20
+        self.decode = Decoding(fields, image_size, views, mean_C11, std_C11)
+        self.batch_size, self.window, self.seed, self.num_workers = batch_size, window, seed, num_workers
+        self.max_member_bytes, self.skip_damaged = max_member_mib * 2**20, skip_damaged
+        self.cache = ShardCache(cache_dir, int(cache_gib * GIB))
+        self.train: ShardSamples | None = None
+        self.val: ShardSamples | None = None
 
-    def train_dataloader(self) -> ShardLoader:
-        trainer = self.trainer
-        if trainer and trainer.max_steps == -1 and isinstance(trainer.limit_train_batches, float):
+    def setup(self, stage: str | None = None) -> None:
+        """Find the samples of all shards, once; only the first rank reads, and the others take over what it found."""
+        if self.train is not None:
+            return
+        self.train = self._samples("shards", self.shards, self.decode)
+        self.val = self._samples("val_shards", self.val_shards, replace(self.decode, views=None))
+        say(
+            f"shards: {len(self.shards)} with {len(self.train):,} training samples, {len(self.val_shards)} with "
+            f"{len(self.val):,} validation samples"
+        )
+        for damage in self.train.damage + self.val.damage:
+            say(f"left out: {damage}")
+
+    def train_dataloader(self) -> ExactLoader:
+        assert self.train is not None
+        order = self.train.order(self.window)
+        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        assert self.val is not None
+        return evaluation_loader(self.val, self.batch_size, self.num_workers, self.trainer) if self.val_shards else []
+
+    def _samples(self, setting: str, shards: list[str], decode: Decoding) -> ShardSamples:
+        opened, problem = [], None
+        if self.trainer is None or self.trainer.is_global_zero:
+            try:
+                opened = self._opened(setting, shards)
+            except UserError as error:
+                problem = str(error)
+        if self.trainer is not None:  # all ranks must draw the same order, also where one of them misses a shard
+            opened, problem = self.trainer.strategy.broadcast((opened, problem))
+        if problem is not None:
+            raise UserError(problem)
+        return ShardSamples(opened, decode, self.cache, self.max_member_bytes, self.skip_damaged)
+
+    def _opened(self, setting: str, shards: list[str]) -> list[OpenShard]:
+        scans = Path(self.trainer.default_root_dir) / "shards" if self.trainer else None
+        opener = ShardOpener(self.cache, scans, self.max_member_bytes)
+        opened = [
+            opener.open(shard)
+            for shard in track(shards, f"opening {setting}", transient=True, disable=not sys.stdout.isatty())
+        ]
+        damage = [shard.damage for shard in opened if shard.damage is not None]
+        if damage and not self.skip_damaged:
             raise UserError(
-                "training shards are read without end, so no epoch of this run would end; set trainer.max_steps, or "
-                "trainer.limit_train_batches to a whole number"
+                f"{damage[0]}{f' (and {len(damage) - 1} more damaged shards)' if damage[1:] else ''}; put the shard "
+                "back or fetch it again, or train without these samples with data.init_args.skip_damaged=true"
             )
-        return self._loader(self.shards, self.decode, self.shuffle_buffer)
-
-    def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
-        return self._loader(self.val_shards, replace(self.decode, views=None), None) if self.val_shards else []
-
-    def _loader(self, shards: list[str], decode: Decoding, shuffle_buffer: int | None) -> ShardLoader:
-        rank, world_size = data_rank(self.trainer)
-        if len(shards) < world_size:
-            raise UserError(
-                f"{len(shards)} shards are too few for {world_size} ranks, of which each reads its own; split them "
-                f"into at least {world_size}, or use fewer devices"
-            )
-        stream = ShardStream(shards[rank::world_size], decode, self.max_member_bytes, shuffle_buffer)
-        micro = micro_batch_size(self.batch_size, self.trainer)
-        return ShardLoader(stream, micro, self.num_workers, pins_memory(self.trainer))
+        if shards and not sum(shard.usable for shard in opened):
+            raise UserError(f"{setting} {', '.join(shards[:5])} hold no sample; correct data.init_args.{setting}")
+        return opened
 
 
 def _written_out(setting: str, patterns: list[str]) -> list[str]:

@@ -11,16 +11,16 @@ import re
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from lightspan.errors import UserError
 
@@ -93,8 +93,17 @@ def open_shard(shard: str) -> BinaryIO:
 # From streams to samples
 
 
-def read_members(shard: str, max_member_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files in a tar, plain or compressed, in order.
+class Member(NamedTuple):
+    """A regular file of a tar. Its headers and padded content lie in bytes [start, end) of the unpacked tar."""
+
+    name: str
+    content: bytes
+    start: int
+    end: int
+
+
+def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterator[Member]:
+    """The regular files in a tar, plain or compressed, in order. `shard` is its name in messages.
 
     Raises: UserError that names the shard where it is no tar, is cut short, or holds a link, a device, a name that
         leaves its folder, or a member above `max_member_bytes`.
@@ -119,8 +128,9 @@ def read_members(shard: str, max_member_bytes: int) -> Iterator[tuple[str, bytes
             check_size(header)
             return header
 
+    end = 0
     try:
-        with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as archive:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as archive:
             for member in archive:
                 name = member.name
                 if member.isdir() or META.match(name):
@@ -132,24 +142,34 @@ def read_members(shard: str, max_member_bytes: int) -> Iterator[tuple[str, bytes
                 check_size(member)  # once more: an extended header may have changed the size
                 content = archive.extractfile(member)
                 assert content is not None
-                yield name, content.read()
+                data = content.read()
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                yield Member(name, data, member.offset, end)
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         complete = Header.end_seen
     except (tarfile.TarError, OSError, EOFError, HTTPException, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"shard {shard} is not a tar file, or is cut short ({error}); write or fetch it again"
+            f"shard {shard} is not a tar file, or is cut short after byte {end} ({error}); write or fetch it again"
         ) from error
     if not complete:
-        raise UserError(f"shard {shard} is cut short: it has no end mark; write or fetch it again")
+        raise UserError(f"shard {shard} is cut short after byte {end}: it has no end mark; write or fetch it again")
 
 
-def read_samples(shard: str, max_member_bytes: int) -> Iterator[dict[str, Any]]:
-    """The samples of a shard, undecoded: {"__key__": name without ending, ending in lower case: bytes, ...}."""
-    members = ({"fname": name, "data": data, "__url__": shard} for name, data in read_members(shard, max_member_bytes))
+def sample_key(name: str) -> str | None:
+    """The key of the sample that a member belongs to: its name up to the first dot; None for one that has no ending."""
+    key: str | None = base_plus_ext(name)[0]
+    return key
+
+
+def group_members(members: Iterable[Member], shard: str) -> Iterator[dict[str, Any]]:
+    """Samples, undecoded: {"__key__": name without ending, ending in lower case: bytes, ...}.
+
+    Raises: UserError for two members of one name.
+    """
     try:
-        yield from group_by_keys(members)
+        yield from group_by_keys({"fname": member.name, "data": member.content, "__url__": shard} for member in members)
     except ValueError as error:
         if isinstance(error, UserError):
             raise

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CPU image where no image registry can be reached, and trains in it for five steps as its own user.
 #
-# Usage:  docker/build-local.sh            (root on Debian; apt-get install --no-install-recommends buildah debootstrap)
+# Usage:  docker/build-local.sh      (root on Debian; apt-get install --no-install-recommends buildah netavark debootstrap)
 #
 # The base image is made here: a minimal Debian of this machine's release with this machine's Python in /usr/local, where
 # the official Python images keep theirs. Everything after FROM is docker/Dockerfile as it stands. PIP_FIND_LINKS (a
@@ -19,7 +19,8 @@ die() {
 }
 [[ "$(id -u)" == 0 ]] || die "needs root: debootstrap and buildah's chroot isolation do"
 for tool in buildah debootstrap "${python}"; do
-    command -v "${tool}" >/dev/null || die "${tool} is missing: apt-get install --no-install-recommends buildah debootstrap"
+    command -v "${tool}" >/dev/null ||
+        die "${tool} is missing: apt-get install --no-install-recommends buildah netavark debootstrap"
 done
 
 work="$(mktemp -d)"

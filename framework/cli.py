@@ -4,6 +4,7 @@ Every verb's module is imported only when the verb is used, and none of them loa
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
 import traceback
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from lightspan import __version__
+from lightspan.callbacks.signal_flag import remembered
 from lightspan.errors import UserError
 
 USER_ERROR = 2
@@ -51,11 +53,16 @@ VERBS = (
     ),
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
     Verb("fit", "train", "run", "add_fit_arguments", "run_fit", True),
+    Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
     Verb("validate", "measure a checkpoint on validation data", "run", "add_evaluate_arguments", "run_validate", True),
     Verb("test", "measure a checkpoint on test data", "run", "add_evaluate_arguments", "run_test", True),
     Verb("predict", "write the predictions of a checkpoint", "run", "add_evaluate_arguments", "run_predict", True),
+    Verb("prove-resume", "show that a killed and resumed run equals a straight one", "prove_resume", flags=True),
     Verb("report", "set runs side by side on one HTML page", "report"),
     Verb("export", "write a checkpoint for other libraries", "export"),
+    Verb("fsck", "find torn checkpoints of a run and move them out of the way", "fsck"),
+    Verb("data", "pack a folder into shards, or verify shards", "data"),
+    Verb("ledger", "account for the samples that a run consumed", "ledger"),
     Verb("doctor", "look for problems of this machine and installation", "doctor"),
 )
 
@@ -65,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        return _run([argument for argument in arguments if argument != "--debug"])
+        # A scheduler may warn a job while it still loads its libraries: the warning must not kill it there.
+        with remembered() if arguments[:1] == ["fit"] else contextlib.nullcontext():
+            return _run([argument for argument in arguments if argument != "--debug"])
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -123,7 +132,7 @@ def _without_verb(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], names)}there are: {', '.join(names)}")
     print("usage: lightspan VERB ...   (lightspan VERB --help tells more)\n")
     for verb in VERBS:
-        print(f"  {verb.name:<10} {verb.help}")
+        print(f"  {verb.name:<12} {verb.help}")
     print("\nStart with: lightspan recipes; lightspan fit language/quickstart")
     return 0 if arguments else USER_ERROR
 

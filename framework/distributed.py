@@ -7,10 +7,14 @@ way is therefore neither multiplied nor divided by the number of ranks.
 """
 
 import gc
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BUCKET_BYTES = 25 * 2**20
+"""Most bytes of a collective over many tensors: DDP's size, large enough for full bandwidth."""
 
 
 def world_size() -> int:
@@ -56,3 +60,50 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     Every rank must call it, in the same order and with the same shape, and must run backward when any rank does.
     """
     return _AllReduceSum.apply(x) if world_size() > 1 else x
+
+
+def mean_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replaces tensors by their means over all ranks, in place and bit-equal on all of them.
+
+    They travel in few large collectives, each under way while the next is packed. Every rank must pass the same shapes
+    and dtypes in the same order.
+    """
+    # Divided before the sum, as DDP does: half-precision sums of many ranks could overflow.
+    _in_buckets(tensors, lambda flat: dist.all_reduce(flat.div_(world_size()), async_op=True))
+
+
+def copy_of_first_rank(tensors: Sequence[Tensor]) -> None:
+    """Replaces tensors by those of rank 0, in place; shapes, dtypes and order must be equal on all ranks."""
+    _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0, async_op=True))
+
+
+def _in_buckets(tensors: Sequence[Tensor], start: Callable[[Tensor], dist.Work]) -> None:
+    under_way: tuple[list[Tensor], Tensor, dist.Work] | None = None
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.detach().flatten() for tensor in bucket])
+        started = bucket, flat, start(flat)
+        if under_way is not None:
+            _unpack(*under_way)
+        under_way = started
+    if under_way is not None:
+        _unpack(*under_way)
+
+
+def _unpack(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
+    work.wait()
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.detach().copy_(part.view(tensor.shape))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype and device, of up to `BUCKET_BYTES` or one tensor, in an order that depends on
+    nothing but shapes, dtypes and the given order.
+    """
+    open_ones: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = open_ones.setdefault((tensor.dtype, tensor.device), [])
+        if bucket and sum(held.nbytes for held in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = open_ones[tensor.dtype, tensor.device] = []
+        bucket.append(tensor)
+    yield from open_ones.values()

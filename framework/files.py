@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary name in the same folder, fsync, rename, fsync of the folder.
+"""Files and folders written whole or not at all: a temporary name beside them, fsync, rename, fsync of the folder.
 
 A reader, a crash or a full disk therefore never meets half a file: either the old content stands or the new one.
 """
@@ -7,12 +7,13 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from lightspan.errors import UserError
 
-_LEFTOVER_PREFIX, _LEFTOVER_SUFFIX = ".lightspan-", ".tmp"
+_LEFTOVER_PREFIX, _LEFTOVER_SUFFIX, _ASIDE_SUFFIX = ".lightspan-", ".tmp", ".old"
 
 _ANOTHER_FOLDER = "choose a folder you may write to with --run"
 _REASONS = {
@@ -59,22 +60,26 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, over_folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` (made if missing); on success it becomes `path` in one step.
 
     When the block raises, also by Ctrl-C, the temporary file is removed and whatever stood at `path` stays as it was.
+    A folder at `path` is refused, or with `over_folder` replaced as `replace_folder` does it.
 
     Raises: UserError when the disk is full, the folder is read-only or cannot be one; other errors pass through.
     """
     path = Path(path)
-    temporary = path.with_name(f"{_LEFTOVER_PREFIX}{secrets.token_hex(4)}-{path.name}{_LEFTOVER_SUFFIX}")
+    temporary = temporary_path(path, secrets.token_hex(4))
     with explained_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _fsync(temporary)
-            os.replace(temporary, path)
-            _fsync(path.parent)
+            if over_folder and path.is_dir():
+                replace_folder(temporary, path)
+            else:
+                _fsync(temporary)
+                os.replace(temporary, path)
+                _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -88,11 +93,65 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def temporary_path(path: Path, mark: str) -> Path:
+    """The name beside `path` that it is written under; equal marks give equal names, so that ranks can share one."""
+    return path.with_name(f"{_LEFTOVER_PREFIX}{mark}-{path.name}{_LEFTOVER_SUFFIX}")
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Give the finished `temporary` the name `path`, with everything in it on disk, where one of the two is a folder.
+
+    A folder that stands at `path` moves aside first, since no rename replaces a folder that is not empty; a process
+    killed between the two renames leaves it there, and `put_back` returns it.
+    """
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            _fsync(Path(folder, name))
+        _fsync(Path(folder))
+    if temporary.is_file():
+        _fsync(temporary)
+    aside = path.with_name(f"{_LEFTOVER_PREFIX}{secrets.token_hex(4)}-{path.name}{_ASIDE_SUFFIX}")
+    if path.exists():
+        os.rename(path, aside)
+    os.rename(temporary, path)
+    _fsync(path.parent)
+    remove(aside)
+
+
+def put_back(folder: Path) -> None:
+    """Return what `replace_folder` moved aside and a killed process did not replace; harmless on several ranks."""
+    for aside in folder.glob(f"{_LEFTOVER_PREFIX}*{_ASIDE_SUFFIX}"):
+        place = folder / aside.name.removeprefix(_LEFTOVER_PREFIX).removesuffix(_ASIDE_SUFFIX).split("-", 1)[1]
+        if not place.exists():
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.rename(aside, place)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there. A folder gives up its name first, so that no half of it keeps that."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path if path.name.startswith(_LEFTOVER_PREFIX) else temporary_path(path, secrets.token_hex(4))
+    if doomed != path:
+        os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes left in `folder`: temporary files and folders, and those moved aside."""
+    return sorted(p for end in (_LEFTOVER_SUFFIX, _ASIDE_SUFFIX) for p in folder.glob(f"{_LEFTOVER_PREFIX}*{end}"))
+
+
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes left in `folder`; call it only where nobody else is writing."""
-    for leftover in Path(folder).glob(f"{_LEFTOVER_PREFIX}*{_LEFTOVER_SUFFIX}"):
+    """Delete what killed processes left in `folder`, once what they moved aside is back in its place.
+
+    Call it only where nobody else is writing.
+    """
+    put_back(Path(folder))
+    for leftover in leftovers(Path(folder)):
         with contextlib.suppress(OSError):
-            leftover.unlink()
+            remove(leftover)
 
 
 def _fsync(path: Path) -> None:

@@ -12,6 +12,7 @@ from lightspan.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
 from lightspan.optim.wiring import wire
+from lightspan.strategies import shard
 
 
 class Method(LightningModule):
@@ -42,6 +43,10 @@ class Method(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs nothing: a method without a loss worth validating is watched by probes. Others log `val/...` here."""
+
+    def configure_model(self) -> None:
+        """Shards the method where the strategy asks for it; see `lightspan.strategies`."""
+        shard(self)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.groups.build(self))

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import rank_processes
+from rank_processes import callback
 
 import lightspan
 from lightspan.cli import VERBS, main
@@ -223,6 +226,15 @@ def test_debug_shows_the_traceback(capsys):
 def test_the_version_and_the_module_form():
     done = subprocess.run([sys.executable, "-m", "lightspan", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"lightspan {lightspan.__version__}\n"
+
+
+def test_a_warning_that_comes_during_imports_ends_the_run_before_its_first_step_and_asks_for_a_new_start(tmp_path):
+    warned = callback("warned", "tiny_lab.warned.Warned")
+    ended = rank_processes.fit(tmp_path / "run", *warned)
+    assert ended.statuses == [143], ended.said
+    assert "preempted by SIGUSR1 before the first step" in ended.said
+    without = rank_processes.fit(tmp_path / "without", *warned, "trainer.callbacks.preemption=null")
+    assert without.statuses == [-signal.SIGUSR1], without.said  # nobody obeys it: it does what it always did
 
 
 def test_a_closed_pipe_is_no_error():

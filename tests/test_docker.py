@@ -60,6 +60,7 @@ def test_the_final_stage_runs_as_an_ordinary_user_and_passes_signals_on() -> Non
     final = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
     assert re.search(r"^USER 10001:10001$", final, re.MULTILINE)
     assert re.search(r'^ENTRYPOINT \["lightspan"\]$', final, re.MULTILINE)
+    assert "STOPSIGNAL" not in final  # SIGTERM, which a run answers with a checkpoint
     assert "apt-get" not in final
     assert "pip install" not in final
 
@@ -75,7 +76,7 @@ def test_only_what_the_image_needs_reaches_the_build() -> None:
 @pytest.mark.docker
 def test_the_image_builds_and_trains() -> None:
     if os.geteuid() != 0 or not shutil.which("buildah") or not shutil.which("debootstrap"):
-        pytest.skip("needs root, buildah and debootstrap (apt-get install --no-install-recommends buildah debootstrap)")
+        pytest.skip("needs root and: apt-get install --no-install-recommends buildah netavark debootstrap")
     script = ROOT / "docker" / "build-local.sh"
     done = subprocess.run(
         [script], capture_output=True, text=True, timeout=1800, env=os.environ | {"PYTHON": sys.executable}

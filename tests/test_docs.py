@@ -52,3 +52,9 @@ def test_commands_use_options_and_recipes_that_exist(command: str, help_of: dict
             assert argument.partition("=")[0] in help_of[verb]
     recipes = [a for a in arguments if re.fullmatch(r"(language|contrastive)/\w+", a)]
     assert not [name for name in recipes if not (ROOT / "recipes" / f"{name}.yaml").is_file()]
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text())
+    assert len(named) > 30
+    assert not [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]

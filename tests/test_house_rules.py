@@ -29,18 +29,20 @@ MAY_USE: dict[str, set[str]] = {
     "nn": set(),
     "backbones": {"nn"},
     "analysis": {"subspaces"},
-    "method": {"optim"},
+    "strategies": {"optim"},
+    "deepspeed": {"optim", "callbacks"},
+    "method": {"optim", "strategies"},
     "methods": {
         *("method", "subspaces", "optim", "adapters", "objectives"),
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
-    "callbacks": {"subspaces", "optim", "analysis"},
+    "callbacks": {"subspaces", "optim", "analysis", "strategies"},
     "datamodules": set(),
     "recipes": set(),
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"
-TOP = {"__init__", "__main__", "cli", "commands", "config", "report"}
+TOP = {"__init__", "__main__", "cli", "commands", "config", "launch", "report"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
 # Pure tensor code, usable without a trainer.

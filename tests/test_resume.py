@@ -1,11 +1,16 @@
 """k steps, a checkpoint, a new process' worth of objects, and k more steps equal 2k steps bit for bit."""
 
+import argparse
 import json
 
 import pytest
 import torch
 
+from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
+from lightspan.callbacks.checkpoint_manifest import point_latest
 from lightspan.cli import main
+from lightspan.commands.run_folder import checkpoint_to_resume, run_ids
+from lightspan.errors import UserError
 
 LANGUAGE = [
     "language/quickstart",
@@ -75,3 +80,61 @@ def test_resumed_run_equals_straight_run(flags, half, tmp_path):
     after = [row for row in losses(straight) if row[0] > half]
     assert after
     assert [row for row in losses(resumed) if row[0] > half] == after
+
+
+# Which checkpoint a run goes on from.
+
+
+def resume(run, how="auto"):
+    return checkpoint_to_resume(argparse.Namespace(resume=how, run=run), run)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with whole checkpoints of steps 2 and 4; the pointer names the second."""
+    for step in (2, 4):
+        path = tmp_path / "checkpoints" / f"step={step}.ckpt"
+        stamp = {"loggers": {"lightning.pytorch.loggers.wandb.WandbLogger": "abc123"}}
+        content = {"state_dict": {"w": torch.ones(9)}, "global_step": step, "lightspan": stamp}
+        WholeFileCheckpointIO().save_checkpoint(content, path)
+    point_latest(path)
+    return tmp_path
+
+
+def test_a_run_goes_on_from_the_one_that_latest_names_and_a_fresh_one_from_none(run, tmp_path_factory, capsys):
+    assert resume(run) == run / "checkpoints" / "step=4.ckpt"
+    assert resume(tmp_path_factory.mktemp("fresh")) is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c[:200] + bytes([c[200] ^ 1]) + c[201:], lambda c: b""])
+def test_a_torn_one_is_never_picked_and_the_fall_back_is_said(run, capsys, change):
+    newest = run / "checkpoints" / "step=4.ckpt"
+    newest.write_bytes(change(newest.read_bytes()))
+    assert resume(run) == run / "checkpoints" / "step=2.ckpt"
+    err = capsys.readouterr().err
+    assert str(newest) in err
+    assert f"going on from {run / 'checkpoints' / 'step=2.ckpt'}" in err
+
+
+def test_a_run_without_a_whole_one_is_not_silently_started_anew(run):
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole: .*step=4.ckpt is cut off.*lightspan fsck"):
+        resume(run)
+    assert main(["fsck", str(run)]) == 1
+    assert resume(run) is None
+
+
+def test_never_refuses_a_run_of_any_form(run):
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(UserError, match=r"--resume never: .* already holds a run"):
+        resume(run, "never")
+
+
+def test_run_ids_of_the_loggers_are_known_before_torch_is(run):
+    assert run_ids(run / "checkpoints" / "step=4.ckpt") == {"lightning.pytorch.loggers.wandb.WandbLogger": "abc123"}
+    (run / "old.ckpt").write_bytes(b"PK")
+    assert run_ids(run / "old.ckpt") == {}

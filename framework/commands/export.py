@@ -3,14 +3,14 @@
 import argparse
 import contextlib
 import json
-import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightspan.callbacks.checkpoint_manifest import COMPLETE, fault
 from lightspan.commands.arguments import add_allow_module_argument
+from lightspan.commands.run_folder import newest_checkpoint
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
     from lightspan.config.build import Resolved
 
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECORD = "export.json"  # tells a folder that an export may replace from one that it must not
 LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; a faithful export differs by nothing, another attention kernel by less
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "checkpoint", metavar="CKPT", type=Path, help="RUN/checkpoints/NAME.ckpt, or RUN for its last one"
+        "checkpoint",
+        metavar="CKPT",
+        type=Path,
+        help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest whole one",
     )
     parser.add_argument("--to", required=True, choices=("safetensors", "huggingface"), help="format to write")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
@@ -66,11 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_checkpoint(given: Path) -> Path:
-    """The checkpoint that CKPT names: a file, or a run folder's last one. Raises: UserError where there is none."""
-    path = given / LAST_CHECKPOINT if given.is_dir() else given
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist; name RUN/checkpoints/NAME.ckpt or a run folder")
-    return path
+    """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError where there is none."""
+    if given.is_file() or (given.is_dir() and ((given / COMPLETE).exists() or given.suffix == ".ckpt")):
+        return given
+    found = newest_checkpoint(given) if given.is_dir() else None
+    if found is None:
+        raise UserError(f"checkpoint {str(given)!r} does not exist; name RUN/checkpoints/NAME.ckpt or a run folder")
+    return found
 
 
 def load_weights(model: "LightningModule", checkpoint: Path) -> None:
@@ -82,8 +86,15 @@ def load_weights(model: "LightningModule", checkpoint: Path) -> None:
 
     import torch
 
+    from lightspan.callbacks.checkpoint_folder import read_folder
+
+    if found := fault(checkpoint):
+        raise UserError(f"{checkpoint} {found.text}" + ("; take another checkpoint of the run" if found.torn else ""))
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if checkpoint.is_dir():
+            content = read_folder(checkpoint, optimizers=False)
+        else:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{checkpoint} holds more than tensors and plain data, or is no checkpoint: {_first_line(error)}; it is "
@@ -91,8 +102,7 @@ def load_weights(model: "LightningModule", checkpoint: Path) -> None:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(
-            f"{checkpoint} cannot be read ({_first_line(error)}); it is damaged or cut off: "
-            "take another checkpoint of the run"
+            f"{checkpoint} cannot be read ({_first_line(error)}): take another checkpoint of the run"
         ) from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -127,14 +137,12 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `out` if the block wrote RECORD last, and is removed otherwise."""
-    from lightspan.files import explained_os_errors
+    from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
 
     out = out.absolute()
-    mark = secrets.token_hex(4)
-    folder, old = (out.with_name(f".lightspan-{mark}-{out.name}.{end}") for end in ("tmp", "old"))
+    folder = temporary_path(out, secrets.token_hex(4))
     with explained_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         try:
             yield folder
             if not (folder / RECORD).is_file():
@@ -142,14 +150,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
             mode = (folder / RECORD).stat().st_mode
             for path in folder.iterdir():
                 path.chmod(mode)  # safetensors makes files that only their owner can read
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            if out.exists():
-                out.rename(old)
-            folder.rename(out)
+            replace_folder(folder, out)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(folder)
 
 
 def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> float:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightspan.commands.planned_step import Plan
 
 MIB, GIB = 2**20, 2**30
+ONE_PROCESS = {"strategy": "auto", "devices": 1, "num_nodes": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="memory of one rank (default: that of the device, or what this machine has free)",
     )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="plan one of N processes under the recipe's strategy, here, without them (default: those of the recipe)",
+    )
     parser.add_argument("--real", action="store_true", help="run the step on real tensors, here: slower and exact")
     parser.add_argument(
         "--run",
@@ -35,17 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises: UserError for a recipe that does not build or cannot be planned."""
+    from lightspan.commands.division import division, strategy_of
     from lightspan.commands.planned_step import make_plan
-    from lightspan.config.build import build, resolve
+    from lightspan.config.build import build, resolve, with_layer
 
     if args.memory is not None and not args.memory > 0:
         raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")
     resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
-    built = build(resolved)
+    if args.ranks is not None and args.ranks < 1:
+        raise UserError(f"--ranks {args.ranks} must be at least 1")
+    strategy = strategy_of(resolved.config.get("trainer", {}).get("strategy"))
+    ranks, nodes = args.ranks or _ranks(resolved.config), _whole(resolved.config, "num_nodes")
+    # Planned in this process: its ranks, and a GPU that is elsewhere, need not exist here.
+    elsewhere = {} if resolved.config.get("trainer", {}).get("accelerator") == "cpu" else {"accelerator": "auto"}
+    built = build(with_layer(resolved, {"trainer": {**ONE_PROCESS, **elsewhere}}))
     if built.datamodule is None:
         raise UserError(f"{resolved.name} has no data, so there is no batch to plan with; add `data:` to it")
     limit = None if args.memory is None else int(args.memory * GIB)
-    plan = make_plan(built.trainer, built.model, built.datamodule, limit, real=args.real)
+    shared = division(strategy, built.model, ranks, nodes)
+    plan = make_plan(built.trainer, built.model, built.datamodule, limit, args.real, shared)
     measured = measured_peak(args.run) if args.run else None
     _print(plan, resolved.name, measured)
     if args.run:
@@ -67,8 +82,8 @@ def shares(plan: "Plan") -> list[tuple[str, int, float]]:
         (f"activations, {step.rows} samples", step.activations),
         ("batch", step.batch),
     ]
-    if plan.buckets:
-        parts.append(("gradient buckets of DDP", plan.buckets))
+    if plan.division.extra:
+        parts.append((plan.division.extra_name, plan.division.extra))
     total = sum(size for _, size in parts) or 1
     return [(name, size, size / total) for name, size in parts]
 
@@ -113,13 +128,14 @@ def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"One optimiser step of {name}, per rank", title_justify="left")
+    ranks = f", one of {plan.division.ranks} ranks" if plan.division.ranks > 1 else ""
+    table = Table(title=f"One optimiser step of {name}{ranks}", title_justify="left")
     for heading in ("", "MiB", "share"):
         table.add_column(heading, justify="right" if heading else "left")
     for what, size, share in shares(plan):
         table.add_row(what, _mib(size), f"{100 * share:.1f} %")
     table.add_section()
-    table.add_row("most of these alive at once, with temporaries", _mib(plan.step.peak + plan.buckets), "")
+    table.add_row("most of these alive at once, with temporaries", _mib(plan.step.peak), "")
     if plan.process:
         table.add_row("Python, libraries and data in this process", _mib(plan.process), "")
         table.add_row("together", _mib(plan.total), "")
@@ -132,6 +148,16 @@ def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
         lines.append(f"The finished run recorded {key} {mib:,.1f}; the plan is {error:+.1f} % off.")
     lines += [f"Note: {note}." for note in plan.notes]
     console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def _ranks(config: dict[str, Any]) -> int:
+    return _whole(config, "devices") * _whole(config, "num_nodes")
+
+
+def _whole(config: dict[str, Any], key: str) -> int:
+    """A number of the trainer; 1 where it is left to the machine, which is not asked here."""
+    value = config.get("trainer", {}).get(key)
+    return len(value) if isinstance(value, list) else value if isinstance(value, int) and value > 0 else 1
 
 
 def _fit_line(plan: "Plan") -> str:

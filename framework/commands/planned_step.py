@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightspan.analysis.memory import rss_bytes
+from lightspan.commands.division import Division
 from lightspan.commands.step_memory import (
     OptimizerStopped,
     StepMemory,
@@ -27,6 +27,7 @@ from lightspan.commands.step_memory import (
     resized,
     step_memory,
 )
+from lightspan.datamodules.loader import ExactLoader, split_batch
 from lightspan.errors import UserError
 
 
@@ -36,7 +37,7 @@ class Plan:
 
     Attributes:
         step: what one step holds.
-        buckets: copies of the gradients that DDP keeps for communication.
+        division: how a strategy shares it out over ranks; `step` is one rank's share.
         process: resident beside the step on a CPU run: interpreter, libraries, data; 0 on a device.
         memory: what a rank has, and where that figure is from.
         largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
@@ -44,7 +45,7 @@ class Plan:
     """
 
     step: StepMemory
-    buckets: int
+    division: Division
     process: int
     memory: int
     memory_source: str
@@ -54,17 +55,23 @@ class Plan:
     @property
     def total(self) -> int:
         """What the run is expected to peak at."""
-        return self.step.peak + self.buckets + self.process
+        return self.step.peak + self.process
 
 
 def make_plan(
-    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule, limit: int | None, real: bool = False
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    limit: int | None,
+    real: bool = False,
+    division: Division = Division(),  # noqa: B008 - frozen
 ) -> Plan:
     """Counts one step on a batch laid out like the datamodule's first one, and searches the largest micro-batch.
 
     Args:
         limit: bytes of one rank, or None for what the device or this machine has.
         real: count a step on real tensors; a fake step that cannot run falls back to that by itself.
+        division: of the step over ranks; the trainer itself is one of a single process.
     Raises: UserError for what cannot be planned: manual optimisation, a batch without tensors.
     """
     if not module.automatic_optimization:
@@ -72,20 +79,19 @@ def make_plan(
             f"{type(module).__name__} optimises by hand (automatic_optimization=False), so its optimiser step cannot "
             "be told from its training_step; measure it by a short run: `lightspan fit RECIPE trainer.max_steps=10`"
         )
-    step = _Step(trainer, module, datamodule)
-    rows = batch_rows(step.batch)
+    step = _Step(trainer, module, datamodule, division)
+    rows = step.rows
     if rows == 0:
         raise UserError(f"the first batch of {type(datamodule).__name__} holds no tensor with samples along axis 0")
     on_device = trainer.strategy.root_device.type != "cpu"
     process = 0 if on_device else max(0, rss_bytes() - _parameter_bytes(module))
     memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
-    buckets = _parameter_bytes(module) if _keeps_buckets(trainer) else 0
     largest, notes = None, ["counted by a real step"]
     here: StepMemory | None = None
     if not real:
         try:
             here, notes = step.fake(rows), []
-            largest = largest_rows(memory - process - buckets, step.fake, here, step.fake(2 * rows))
+            largest = largest_rows(memory - process, step.fake, here, step.fake(2 * rows))
         except UserError:
             raise
         except Exception as error:  # from whichever library needs numbers where there are only shapes
@@ -94,9 +100,9 @@ def make_plan(
         here = step.real(rows)
         if rows >= 4:
             half = step.real(rows // 2)
-            largest = largest_rows(memory - process - buckets, _line(half, here), half, here)
+            largest = largest_rows(memory - process, _line(half, here), half, here)
             notes.append(f"the largest micro-batch lies on a line through real steps of {half.rows} and {rows} samples")
-    return Plan(here, buckets, process, memory, source, largest, [*notes, *step.notes, *_sharding_notes(trainer)])
+    return Plan(here, division, process, memory, source, largest, [*notes, *step.notes])
 
 
 def available_memory(device: torch.device) -> tuple[int, str]:
@@ -116,10 +122,12 @@ def available_memory(device: torch.device) -> tuple[int, str]:
 
 
 class _Step:
-    """One training step of a module as its trainer would run it."""
+    """One training step of a module as its trainer would run it, on one of the ranks it is divided over."""
 
-    def __init__(self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule) -> None:
-        self.trainer = trainer
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule, division: Division
+    ) -> None:
+        self.trainer, self.division = trainer, division
         self.notes: list[str] = []
         self._idle_state: int | None = None
         trainer.strategy.connect(module)
@@ -131,7 +139,11 @@ class _Step:
         # Schedules ask how long the run is. To memory any length is the same, and the true one may need all the data.
         trainer.fit_loop.max_epochs = -1
         trainer.fit_loop.epoch_loop.max_steps = max(trainer.max_steps, 1000)
-        self.batch = trainer.precision_plugin.convert_input(next(iter(datamodule.train_dataloader())))
+        loader = datamodule.train_dataloader()
+        self.batch = trainer.precision_plugin.convert_input(next(iter(loader)))
+        self.rows = batch_rows(self.batch)
+        if isinstance(loader, ExactLoader):  # it gives one process what all ranks together would see
+            self.rows = split_batch(loader.batch_size, division.ranks, trainer.accumulate_grad_batches)
         trainer.precision_plugin.convert_module(module)
         self.module = module.train()
 
@@ -151,7 +163,8 @@ class _Step:
                     f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
                 )
         found = self._fake(rows, list)
-        return dataclasses.replace(found, optimizer_state=self._idle_state, peak=found.peak + self._idle_state)
+        state = -(-self._idle_state // self.division.optimizer_state)
+        return dataclasses.replace(found, optimizer_state=state, peak=found.peak + state)
 
     def _fake(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         mode = FakeTensorMode()
@@ -161,7 +174,8 @@ class _Step:
     def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         passes = min(2, self.trainer.accumulate_grad_batches)
         with _silent(), _no_logging(self.module):
-            return step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
+            whole = step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
+        return self.division.of(whole)
 
     def _loss(self, batch: Any) -> Tensor:
         with self.trainer.precision_plugin.train_step_context():
@@ -196,20 +210,6 @@ def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
     """Steps of other sizes, their peak on the line through two measured ones."""
     slope = (large.peak - small.peak) / (large.rows - small.rows)
     return lambda rows: dataclasses.replace(large, rows=rows, peak=round(large.peak + slope * (rows - large.rows)))
-
-
-def _keeps_buckets(trainer: Trainer) -> bool:
-    strategy = trainer.strategy
-    return isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
-
-
-def _sharding_notes(trainer: Trainer) -> list[str]:
-    strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        return []
-    return [
-        f"{type(strategy).__name__} divides what stands here over the ranks; this is the plan of one undivided rank"
-    ]
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from lightspan.commands.run_folder import (
     is_first_rank,
     refuse_other_experiment,
     run_folder,
+    run_ids,
     write_run_files,
 )
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
@@ -60,8 +61,6 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_fit(args: argparse.Namespace) -> int:
     resolved = _resolve(args)
-    if args.wandb:
-        resolved = with_layer(resolved, _wandb_layer())
     if args.dry_run:
         built = build(resolved)
         print_notes(resolved.notes)
@@ -72,10 +71,14 @@ def run_fit(args: argparse.Namespace) -> int:
     checkpoint = checkpoint_to_resume(args, run_dir)
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
+    if args.wandb:
+        resolved = with_layer(resolved, _wandb_layer(checkpoint))
     if is_first_rank():  # said before torch is loaded, which takes seconds
         print_notes(resolved.notes)
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
     built = build(resolved, run_dir)
+    _obey_signals(built)
+    _meet_after_restart(built)
     if is_first_rank():
         write_run_files(resolved, run_dir, args, checkpoint)
         if checkpoint is None:
@@ -97,7 +100,7 @@ def run_fit(args: argparse.Namespace) -> int:
         write_csv(run_dir)
     if status == 0 and is_first_rank():
         print(f"done: {run_dir}\nnext: lightspan report {run_dir}")
-        if (run_dir / LAST_CHECKPOINT).is_file():
+        if (run_dir / LAST_CHECKPOINT).exists():
             print(f"      lightspan export {run_dir / LAST_CHECKPOINT} --to safetensors")
     return status
 
@@ -116,7 +119,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace, verb: str) -> int:
     resolved = _resolve(args)
-    if not args.ckpt.is_file():
+    if not args.ckpt.exists():
         raise UserError(f"--ckpt {args.ckpt}: no such file; a run keeps its checkpoints in RUN/checkpoints")
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
         raise UserError(f"--run {args.run} holds a training run; give {verb} a folder of its own or leave --run out")
@@ -147,6 +150,7 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
     """Runs a Trainer function; returns (exit status, its result) and turns what a user can mend into a UserError."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from lightspan.callbacks.preemption import Preempted
     from lightspan.distributed import leave
     from lightspan.files import explained_os_errors
 
@@ -156,6 +160,11 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
             result = function()
         leave()
         return 0, result
+    except Preempted as leaving:
+        leave()
+        if is_first_rank():
+            print(f"lightspan: {leaving}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
+        return int(leaving.code or 0), None
     except (KeyboardInterrupt, SystemExit):
         # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), its teardown done.
         if not built.trainer.interrupted:
@@ -179,6 +188,35 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
         signal.signal(signal.SIGINT, before)
 
 
+def _obey_signals(built: Built) -> None:
+    """Gives signals back their usual meaning where no callback of the run obeys them."""
+    from lightspan.callbacks.preemption import Preemption
+    from lightspan.callbacks.signal_flag import installed
+
+    flag = installed()
+    callbacks = built.trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    if flag is not None and not any(isinstance(callback, Preemption) for callback in callbacks):
+        flag.release()
+
+
+def _meet_after_restart(built: Built) -> None:
+    """Ranks that torchrun starts again meet under keys of their own.
+
+    torchrun keeps its store over a restart (torch 2.13), and by its default keys a rank can find the address of one
+    that was killed and wait for it in vain. Lightning takes a process group that is there as it is.
+    """
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if start == 0 or ranks == 1:
+        return
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(f"start-{start}", dist.TCPStore(address, port, ranks, is_master=False))
+    on_cpu = built.trainer.strategy.root_device.type == "cpu"
+    dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=int(os.environ["RANK"]), world_size=ranks)
+
+
 def _functions(error: BaseException) -> set[str]:
     """Names of the functions that an error passed through."""
     return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
@@ -186,7 +224,7 @@ def _functions(error: BaseException) -> set[str]:
 
 def _way_on(run_dir: Path) -> str:
     last = run_dir / LAST_CHECKPOINT
-    if not last.is_file():
+    if not last.exists():
         return "no checkpoint was written yet"
     return f"{last} is whole; the same command with --run {run_dir} goes on from it"
 
@@ -196,9 +234,12 @@ def _few_lines(text: str) -> str:
     return " ".join(line if len(line) < 300 else line[:297] + "..." for line in lines[:4])
 
 
-def _wandb_layer() -> dict[str, Any]:
+def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:
+    """The tracker, offline without a key; a run that goes on keeps its id there."""
     offline = not os.environ.get("WANDB_API_KEY")
-    settings = {"project": "lightspan", "save_dir": "${run}", "offline": offline}
+    settings: dict[str, Any] = {"project": "lightspan", "save_dir": "${run}", "offline": offline}
+    if checkpoint is not None and (run_id := run_ids(checkpoint).get("lightning.pytorch.loggers.wandb.WandbLogger")):
+        settings |= {"id": run_id, "resume": "allow"}
     spec = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": settings}
     return {"trainer": {"logger": {"wandb": spec}}}
 

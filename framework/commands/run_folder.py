@@ -3,16 +3,19 @@
 import argparse
 import json
 import os
+import sys
 from datetime import datetime
 from pathlib import Path
 
+from lightspan.callbacks.checkpoint_manifest import checkpoints, manifest, newest_whole
 from lightspan.config import identity, provenance
 from lightspan.config.resolve import RESOLVED_FILE, Resolved, load_resolved
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 
 PROVENANCE_FILE = "provenance.json"
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+CHECKPOINTS = "checkpoints"
+LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
 _RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
 
 
@@ -38,24 +41,56 @@ def run_folder(given: Path | None, name: str) -> Path:
 
 
 def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
-    """The checkpoint that --resume means, or None for a fresh start. Raises: UserError where it would lose a run."""
-    last = run_dir / LAST_CHECKPOINT
+    """The checkpoint that --resume means, or None for a fresh start. Raises: UserError where it would lose a run.
+
+    `auto` takes the newest whole one and says on stderr what it passed over. Folders of a sharded run, which the first
+    rank chooses for all, are read by that one alone to compare their sha256.
+    """
+    folder = run_dir / CHECKPOINTS
+    holds_run = bool(checkpoints(folder))
     if args.resume == "auto":
-        return last if args.run is not None and last.is_file() else None
+        return newest_checkpoint(run_dir) if args.run is not None else None
     if args.resume == "never":
-        if last.is_file():
+        if holds_run:
             raise UserError(
                 f"--resume never: {run_dir} already holds a run; give another --run DIR or delete that folder"
             )
         return None
     path = Path(args.resume)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"--resume {args.resume}: no such file; give auto, never or the path of a checkpoint")
-    if last.is_file() and run_dir not in path.absolute().parents:
+    if holds_run and run_dir not in path.absolute().parents:
         raise UserError(
             f"--resume {path}: {run_dir} holds another run, which would be overwritten; give another --run DIR"
         )
     return path.absolute()
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None where the run never had one; torn ones are named on stderr.
+
+    Raises: UserError when there are checkpoints and not one of them is whole.
+    """
+    from lightspan.files import put_back
+
+    folder = run_dir / CHECKPOINTS
+    put_back(folder)
+    found, passed = newest_whole(folder, read_folders=is_first_rank())
+    reasons = [f"{path} {fault.text}" for path, fault in passed.items()]
+    if found is None and passed:
+        raise UserError(
+            f"no checkpoint of {run_dir} is whole: {'; '.join(reasons)}. `lightspan fsck {run_dir}` moves them out of "
+            "the way, and the run then starts anew"
+        )
+    if reasons and is_first_rank():
+        print(f"lightspan: {'; '.join(reasons)}; going on from {found}", file=sys.stderr)
+    return found
+
+
+def run_ids(checkpoint: Path) -> dict[str, str]:
+    """{class path of a logger: the id of its run} as a checkpoint's manifest tells; empty where it tells nothing."""
+    loggers = (manifest(checkpoint) or {}).get("loggers")
+    return {str(name): str(run) for name, run in loggers.items()} if isinstance(loggers, dict) else {}
 
 
 def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:

@@ -44,6 +44,7 @@ _HARMLESS = (
     r".*The dirpath has changed from .*",  # a checkpoint was taken along into another run folder
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*GPU available but not used.*",
+    r".*The `srun` command is available on your system but is not used.*",
     r"[\s\S]*JsonargparseDeprecationWarning",
     r"[\s\S]*was deprecated in v4[\s\S]*removed in v5",  # jsonargparse: LightningCLI still calls what it deprecates
     r".*You are using `torch.load` with `weights_only=.*",

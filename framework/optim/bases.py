@@ -130,8 +130,9 @@ class PowerBasis(_DenseBasis):
         else:
             frame_BNR = state["frame"].to(layout.dtype)
         gradients = [gradient.to(layout.dtype) for gradient in gradients]
+        total = None if layout.shards is None else layout.total
         for _ in range(self.first_iterations if first else 1):
-            frame_BNR = frames.block_power_step(gradients, frame_BNR)
+            frame_BNR = frames.block_power_step(gradients, frame_BNR, total, layout.first_row)
         return {"frame": frame_BNR.to(state["frame"].dtype)}
 
 
@@ -146,7 +147,8 @@ class SVDBasis(_DenseBasis):
         super().__init__(carry)
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        vectors = [torch.linalg.svd(g.to(layout.dtype), full_matrices=False).Vh[: layout.rank].mT for g in gradients]
+        whole = (layout.gathered(gradient.to(layout.dtype)) for gradient in gradients)  # one at a time
+        vectors = [torch.linalg.svd(g, full_matrices=False).Vh[: layout.rank].mT for g in whole]
         return {"frame": torch.stack(vectors)}
 
 
@@ -239,12 +241,14 @@ class ColumnSelection(Basis):
         return torch.stack([project([g], matrix_NN[None], False)[0][0].square().sum(dim=0) for g in gradients])
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        if self.norm == 2:
+        if not layout.rows:  # a rank may hold none of a small matrix; transforms refuse to work on nothing
+            score_BN = layout.zeros(layout.size)
+        elif self.norm == 2:
             score_BN = self.energies(gradients, layout)
         else:
             matrix_1NN = self.matrix(layout)[None]
             score_BN = torch.stack([project([g], matrix_1NN, False)[0][0].abs().sum(dim=0) for g in gradients])
-        return {"columns": frames.top_columns(score_BN, layout.rank)}
+        return {"columns": frames.top_columns(layout.total(score_BN), layout.rank)}
 
     def frame(self, state: State, layout: Layout) -> Tensor:
         # Rows of the transpose are contiguous, which makes the copy cheap and suits the product that follows.

@@ -1,17 +1,20 @@
 """Parameters that step together: matrices of one group, shape and layout, with their state stacked."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightspan.errors import UserError
 from lightspan.optim.core import Rule
-from lightspan.optim.layout import Layout, State, canonical, part_of
+from lightspan.optim.layout import Layout, State, is_wide, matrix_shape, part_of, shards_of
 
 SEED_STRIDE = 1 << 24
 """Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
+SHARD_STRIDE = 1 << 40
+"""Between the seeds of two ranks that hold rows of one matrix: they round different numbers."""
 
 
 @dataclass
@@ -50,20 +53,28 @@ class Bucket:
 
         Raises: UserError for state that another rule or another rank has left.
         """
-        state = rule.initial(layout)
+        state, shards = rule.initial(layout), layout.shards
+        by_row = set() if shards is None else _keys_by_row(rule, layout)
         views = []
         for i, known in enumerate(saved):
             view = {key: stack[i] for key, stack in state.items()}
+            if shards is not None:
+                view.update({key: shards.distributed(view[key]) for key in by_row})
             view["step"] = torch.tensor(0.0)
             if "rank" in known:
                 view["rank"] = torch.tensor(layout.rank)
             if known.keys() - {"rank"}:
                 _require_same_kind(names[i], known, view)
             for key, value in known.items():
-                view[key].copy_(value)
+                if shards is not None and key in by_row:
+                    rows = value.to_local() if isinstance(value, DTensor) else shards.own(value)
+                    state[key][i].copy_(rows)
+                else:
+                    view[key].copy_(value)
             views.append(view)
         done = [int(view["step"]) for view in views]
-        noise = torch.full((), layout.seeds[0] * SEED_STRIDE + sum(done), dtype=torch.int64, device=layout.device)
+        seed = layout.seeds[0] * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
+        noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
         return Bucket(group, parameters, phases, layout, state, views, done, noise)
 
     def due(self, positions: list[int], rule: Rule) -> tuple[list[int], list[int]]:
@@ -83,10 +94,18 @@ class Bucket:
 
 def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:
     """How the step sees parameters of one shape."""
-    first = parameters[0]
-    rows, size = canonical(first).shape
-    wide = first.shape[0] == size and rows != size
-    return Layout(rows, size, rank, wide, torch.promote_types(first.dtype, torch.float32), device, tuple(seeds))
+    first, shards = parameters[0], shards_of(parameters[0])
+    rows, size = matrix_shape(first)
+    held, dtype = rows if shards is None else shards.rows, torch.promote_types(first.dtype, torch.float32)
+    return Layout(held, size, rank, is_wide(first), dtype, device, tuple(seeds), shards)
+
+
+def _keys_by_row(rule: Rule, layout: Layout) -> set[str]:
+    """The state that has a part for every row: what grows by one with the rows."""
+    small, large = (
+        rule.initial(replace(layout, rows=rows, device=torch.device("meta"))) for rows in (layout.rows, layout.rows + 1)
+    )
+    return {key for key, value in small.items() if value.shape != large[key].shape}
 
 
 def _require_same_kind(name: str, known: State, view: State) -> None:

@@ -151,13 +151,14 @@ def update_step(
     source_BR, lost = _change_frames(state, layout, rule, projection, numbers)
     setting = Setting(layout, rule.moments, numbers, source_BR)
     direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
-    coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state)
+    coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state, layout.total)
     whole: list[Tensor] = []
     if len(scale_BM):
         whole = [gradient for gradient in projection.gradients if gradient is not None]
         scale_BM = scale_BM if clip is None else scale_BM * clip
     seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
-    rule.basis.update(weights, coefficients_BMR, state, layout, whole, scale_BM, lr, keep, seed)
+    if layout.rows:  # a rank may hold none of a small matrix
+        rule.basis.update(weights, coefficients_BMR, state, layout, whole, scale_BM, lr, keep, seed)
     if rule.residual.feeds_back:
         accumulated = [gradient for gradient in projection.gradients if gradient is not None]
         frame_BNR = rule.basis.frame(state, layout)
@@ -165,7 +166,7 @@ def update_step(
     if rule.trigger.needs_energy:
         changed = [i for change in projection.changes for i in change.positions]
         refreshed = torch.tensor(changed, device=layout.device) if changed else None
-        rule.trigger.observe(coordinates_BMR, energy_BM, refreshed, state)
+        rule.trigger.observe(coordinates_BMR, energy_BM, refreshed, state, layout.total)
 
 
 def step_in_one_pass(
@@ -180,6 +181,8 @@ def step_in_one_pass(
 ) -> None:
     """Both halves in one kernel, for rules with `takes_one_pass` in steps without a change of frame or clipping."""
     state["age"].add_(1)
+    if not len(weights[0]):
+        return
     moments, seed = (state["exp_avg"], state["exp_avg_sq"], state["age"]), numbers.seed + WEIGHT_STREAM
     row_resident_step(weights, gradients, state["frame"], *moments, *numbers.betas, numbers.eps, lr, keep, seed)
 

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from lightspan.optim.layout import WEIGHT_STREAM, Layout, State
 from lightspan.optim.moments import Float32Moments, MomentStorage
+from lightspan.optim.sharding import Shards, local, ranks_of
 from lightspan.triton_kernels.rounding import stochastic_round
 
 SMALLEST_QUANTISED = 4096
@@ -17,17 +19,30 @@ LONGEST_QUANTISED_ROW = 8192
 
 
 def initial_state(parameter: Tensor, moments: MomentStorage) -> State:
-    """Zero moments by name, of the parameter's own shape, and the number of steps."""
+    """Zero moments by name, of the parameter's own shape, and the number of steps; sharded as the parameter is."""
     width = parameter.shape[-1] if parameter.ndim else 1
-    quantise = parameter.numel() >= SMALLEST_QUANTISED and width <= LONGEST_QUANTISED_ROW
+    quantise = parameter.numel() >= SMALLEST_QUANTISED and width <= LONGEST_QUANTISED_ROW and _has_whole_rows(parameter)
     storage = moments if quantise else Float32Moments()
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     layout = Layout(parameter.numel() // width, width, width, False, dtype, parameter.device, (0,))
+    ranks = ranks_of(parameter)
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}  # the fused step reads it there
     for name in ("exp_avg", "exp_avg_sq"):
         for key, value in storage.initial(layout, name, width).items():
             state[key] = torch.empty_like(parameter, dtype=value.dtype).zero_() if key == name else value[0]
+            if key != name and ranks is not None:
+                shards = Shards(ranks, len(value[0]), moved=False)
+                state[key] = shards.distributed(shards.own(value[0]))
     return state
+
+
+def _has_whole_rows(parameter: Tensor) -> bool:
+    """Whether each row, which shares one scale, lies on one rank, in the order in which ranks split scales."""
+    ranks = ranks_of(parameter)
+    if ranks is None:
+        return True
+    assert isinstance(parameter, DTensor)
+    return parameter.ndim == 2 and parameter.placements[ranks.axis].is_shard(0)
 
 
 def step_elementwise(
@@ -40,11 +55,15 @@ def step_elementwise(
     seed: Tensor,
 ) -> None:
     """One step of AdamW on every parameter; torch's fused one for all that it can take in one call."""
+    parameters, gradients = [local(p) for p in parameters], [local(g) for g in gradients]
+    states = [{key: local(value) for key, value in state.items()} for state in states]
     if clip is not None:
         gradients = [gradient * clip for gradient in gradients]
     plain: list[int] = []
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
-        if parameter.dtype == state["exp_avg"].dtype and parameter.dtype.itemsize >= 4:
+        if not parameter.numel():  # of a small parameter a rank may hold nothing
+            state["step"].add_(1)
+        elif parameter.dtype == state["exp_avg"].dtype and parameter.dtype.itemsize >= 4:
             plain.append(i)  # lower precision would be rounded to nearest, weights and moments alike
         else:
             _step_widened(parameter, gradients[i], state, group, moments, seed + i)

@@ -8,7 +8,7 @@ operations for T tokens, and G never exists. (For a weight with M < N it is X^T 
 of other layers.
 
 In a step that chooses a matrix' frame anew, that matrix' gradient is formed and accumulated as usual: the frame needs
-all of it. Refreshes are staggered, so these are few.
+all of it. Refreshes are staggered, so these are few. Among data-parallel ranks, see `lightspan.optim.reduction`.
 
 Shapes: T tokens, M out features, N in features, R rank.
 """
@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightspan.distributed import world_size
 from lightspan.errors import UserError
 from lightspan.optim.layout import canonical_gradient
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.reduction import Reduction
 
 
 class Sink:
@@ -33,10 +36,9 @@ class Sink:
 
     def frame(self) -> Tensor | None:
         """The frame [N R] of the coming step; None if that step needs the whole gradient."""
-        bucket, position = self.optimizer.place(self.parameter)
-        first, due = bucket.due([position], self.optimizer.rule)
-        if first or due:
+        if self._takes_whole():
             return None
+        bucket, position = self.optimizer.place(self.parameter)
         state = {key: value[position : position + 1] for key, value in bucket.state.items()}
         return self.optimizer.rule.basis.frame(state, bucket.layout.part([position]))[0]
 
@@ -57,6 +59,27 @@ class Sink:
         gradient_MN = canonical_gradient(parameter.grad, parameter)
         self.add(gradient_MN @ frame_NR.to(gradient_MN.dtype))
         parameter.grad = None
+
+    def exists(self) -> bool:
+        """Whether a backward pass has reached the parameter since gradients were last cleared."""
+        bucket, position = self.optimizer.place(self.parameter)
+        return self.parameter.grad is not None or position in bucket.pending
+
+    def tensor(self) -> Tensor:
+        """The gradient of a step that needs all of it, otherwise the coordinates; zeros, kept, where none exists."""
+        bucket, position = self.optimizer.place(self.parameter)
+        if self._takes_whole():
+            if self.parameter.grad is None:
+                self.parameter.grad = torch.zeros_like(self.parameter)
+            return self.parameter.grad
+        if position not in bucket.pending:
+            layout = bucket.layout
+            bucket.pending[position] = torch.zeros(layout.rows, layout.rank, dtype=layout.dtype, device=layout.device)
+        return bucket.pending[position]
+
+    def _takes_whole(self) -> bool:
+        bucket, position = self.optimizer.place(self.parameter)
+        return any(bucket.due([position], self.optimizer.rule))
 
 
 class _ProjectedProduct(torch.autograd.Function):
@@ -104,36 +127,48 @@ class ProjectedLinear(nn.Linear):
 class Attachment:
     """Undoes what `attach` did."""
 
-    def __init__(self, linears: list[ProjectedLinear], handles: list[RemovableHandle], optimizer: LowRank) -> None:
-        self.linears, self.handles, self.optimizer = linears, handles, optimizer
+    def __init__(
+        self,
+        linears: list[ProjectedLinear],
+        handles: list[RemovableHandle],
+        reduction: Reduction | None,
+        optimizer: LowRank,
+    ) -> None:
+        self.linears, self.handles, self.reduction, self.optimizer = linears, handles, reduction, optimizer
 
     def detach(self) -> None:
-        """Gives the layers back their class and removes the hooks."""
+        """Gives the layers back their class and removes the hooks. After it DDP has to be built anew."""
         for linear in self.linears:
             linear.__class__ = nn.Linear  # type: ignore[assignment]
             del linear.sink
         for handle in self.handles:
             handle.remove()
+        if self.reduction is not None:
+            self.reduction.remove()
         self.optimizer.attached = False
 
 
 def attach(model: nn.Module, optimizer: LowRank) -> Attachment:
     """Connects the gradients of a model with an optimiser made for `backward="hooks"` or `"projected"`.
 
-    Call it after the model has its final device and dtype and before the first backward pass. A weight that two layers
-    share, or that a parametrisation computes, stays with hooks.
+    Call it after the model has its final device and dtype, before DistributedDataParallel is built around it, and
+    before the first backward pass. A weight that two layers share, or that a parametrisation computes, stays with
+    hooks. Among several ranks the projected parameters get rank 0's values, and every rank's step reduces them: all
+    ranks have to take it.
 
-    Raises: UserError if the optimiser wants whole gradients, or several processes train: what they reduce are whole
-        gradients.
+    Raises: UserError if the optimiser wants whole gradients, if DDP already holds the model, or if it is sharded.
     """
     if optimizer.backward == "whole":
         raise UserError("this optimiser wants whole gradients; make it with backward='hooks' or backward='projected'")
-    if world_size() > 1:
+    if isinstance(model, DistributedDataParallel):
+        raise UserError("DDP already reduces whole gradients of this model; attach first, then build DDP around it")
+    # A list: ranks reduce in this order, and sets have another one in every process.
+    projected = [p for group in optimizer.param_groups for p in group["params"] if optimizer.projected(p, group)]
+    if any(isinstance(p, DTensor) for p in projected):
         raise UserError(
-            f"backward={optimizer.backward!r} works in one process, this run has {world_size()}: data-parallel "
-            "strategies reduce whole gradients; set backward='whole'"
+            f"backward={optimizer.backward!r} keeps coordinates of whole matrices, and this model is sharded; set "
+            "backward='whole', or train with DDP"
         )
-    projected = {p for group in optimizer.param_groups for p in group["params"] if optimizer.projected(p, group)}
     owners: dict[Tensor, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -147,6 +182,8 @@ def attach(model: nn.Module, optimizer: LowRank) -> Attachment:
             assert isinstance(linear, ProjectedLinear)
             linear.sink = Sink(optimizer, parameter)
             linears.append(linear)
-    handles = [p.register_post_accumulate_grad_hook(Sink(optimizer, p).take) for p in projected]
+    sinks = [Sink(optimizer, p) for p in projected]
+    handles = [sink.parameter.register_post_accumulate_grad_hook(sink.take) for sink in sinks]
+    reduction = Reduction(optimizer, model, sinks) if world_size() > 1 else None
     optimizer.attached = True
-    return Attachment(linears, handles, optimizer)
+    return Attachment(linears, handles, reduction, optimizer)

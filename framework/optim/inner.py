@@ -128,7 +128,9 @@ class NewtonSchulz(Inner):
             "dion": (rows / columns) ** 0.5,
             "none": 1.0,
         }
-        return newton_schulz(coordinates_BMR, self.steps, self.COEFFICIENTS).mul_(factors[self.scale])
+        whole_BMR = setting.layout.gathered(coordinates_BMR)
+        orthogonal_BMR = newton_schulz(whole_BMR, self.steps, self.COEFFICIENTS).mul_(factors[self.scale])
+        return setting.layout.own_rows(orthogonal_BMR)
 
 
 def newton_schulz(x_BMR: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:

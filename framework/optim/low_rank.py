@@ -12,14 +12,26 @@ from torch.optim import Optimizer
 from lightspan.errors import UserError
 from lightspan.optim import elementwise
 from lightspan.optim.bases import Basis, PowerBasis
-from lightspan.optim.buckets import SEED_STRIDE, Bucket, layout_of
+from lightspan.optim.buckets import SEED_STRIDE, SHARD_STRIDE, Bucket, layout_of
 from lightspan.optim.core import Projection, Rule, project_step, step_in_one_pass, update_step
 from lightspan.optim.groups import matches
 from lightspan.optim.inner import Adam, Inner, Numbers
-from lightspan.optim.layout import Layout, State, canonical, canonical_gradient, part_of, write_part
+from lightspan.optim.layout import (
+    Layout,
+    State,
+    canonical,
+    canonical_gradient,
+    is_wide,
+    matrix_shape,
+    part_of,
+    put,
+    shards_of,
+    write_part,
+)
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Dropped, Fira, Residual
+from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
 
 
@@ -50,6 +62,9 @@ class LowRank(Optimizer):
     it has two or more axes, and `rank` is below its shorter side; the longer side is kept. With the defaults this is
     Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis. `lightspan.optim.presets` has the published
     optimisers.
+
+    Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
+    sharded with them. Steps give what one process gives, but for the order of sums.
 
     Args:
         params: parameters, named parameters, or groups of either; `lightspan.optim.groups` makes good groups.
@@ -147,10 +162,7 @@ class LowRank(Optimizer):
 
     def _require_one_projected(self) -> None:
         candidates = [
-            (min(canonical(p).shape), g)
-            for g in self.param_groups
-            for p in g["params"]
-            if self.allowed(p, g) and p.ndim > 1
+            (matrix_shape(p)[1], g) for g in self.param_groups for p in g["params"] if self.allowed(p, g) and p.ndim > 1
         ]
         if not candidates:
             raise UserError(
@@ -172,7 +184,7 @@ class LowRank(Optimizer):
         """Whether this parameter's state lives in a subspace."""
         if parameter.ndim < 2 or not self.allowed(parameter, group):
             return False
-        return self.rank_of(parameter, group) < min(canonical(parameter).shape)
+        return self.rank_of(parameter, group) < matrix_shape(parameter)[1]
 
     def rank_of(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """The rank of this parameter; before the first step of a `RankByEnergy` the largest it may get."""
@@ -253,6 +265,8 @@ class LowRank(Optimizer):
                     [self.state[p] for p in parameters],
                 )
                 noise = states[0]["step"].long() + SEED_STRIDE * (self.seed - number - 1)
+                if (ranks := ranks_of(parameters[0])) is not None:
+                    noise = noise + SHARD_STRIDE * ranks.index
                 elementwise.step_elementwise(parameters, gradients, states, group, self.rule.moments, clip, noise)
         self._places = {}
         return loss
@@ -281,9 +295,11 @@ class LowRank(Optimizer):
         every = [(p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)]
         groups = {id(group): group for group in self.param_groups}
         for order, (parameter, group) in enumerate(every):
-            matrix = canonical(parameter)
-            rank = self.rank_of(parameter, group)
-            key = (id(group), matrix.shape, matrix.stride(), parameter.dtype, parameter.device, rank)
+            part, shards, rank = local(parameter), shards_of(parameter), self.rank_of(parameter, group)
+            # Matrices of one shape with their axes in one order in memory; the rows of moved ones are made alike.
+            matrix = part if shards is not None and shards.moved else canonical(parameter)
+            look = (matrix.shape, matrix.stride(), matrix_shape(parameter), is_wide(parameter), shards)
+            key = (id(group), look, parameter.dtype, parameter.device, rank)
             members[key].append((parameter, order))
         buckets = []
         for key, pairs in members.items():
@@ -302,6 +318,11 @@ class LowRank(Optimizer):
     def _choose_ranks(self) -> None:
         if self.rank_rule is None or self._ranks:
             return
+        if self._ranks_of_parameters():
+            raise UserError(
+                "rank=RankByEnergy() looks at whole gradients, and this model is sharded; set rank to a number, or "
+                "train with DDP"
+            )
         every = [(p, g) for g in self.param_groups for p in g["params"] if self.allowed(p, g) and p.ndim > 1]
         with_gradient = [p for p, _ in every if p.grad is not None]
         for parameter, rank in zip(with_gradient, self.rank_rule.choose(with_gradient), strict=True):
@@ -339,38 +360,53 @@ class LowRank(Optimizer):
         """The factor that brings the global norm down to `max_norm`, 0-d; None without clipping."""
         if self.max_norm is None:
             return None
-        squares = [_square_norm(p.grad) for ps in plain for p in ps if p.grad is not None]
+        squares = [(ranks_of(p), _square_norm(local(p.grad))) for ps in plain for p in ps if p.grad is not None]
         for work in works:
+            shards = work.layout.shards
+            ranks = None if shards is None else shards.ranks
             if work.projection is None:
-                squares += [_square_norm(gradient) for gradient in work.gradients if gradient is not None]
+                squares += [(ranks, _square_norm(gradient)) for gradient in work.gradients if gradient is not None]
             elif self.backward == "whole":
-                squares.append(work.projection.energy_BM.sum())
+                squares.append((ranks, work.projection.energy_BM.sum()))
             else:
-                squares.append(work.projection.coordinates_BMR.square().sum())
-        device = squares[0].device
-        norm = torch.stack([square.to(device, torch.float64) for square in squares]).sum().sqrt()
+                squares.append((ranks, work.projection.coordinates_BMR.square().sum()))
+        norm = total_over(squares).sqrt()
         return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
 
     def _require_finite_when_due(self, works: list[_Work]) -> None:
         """A frame must not be chosen from NaN: an SVD raises on it, a power step would hide it."""
         if self.check_finite:
             chosen = [work.gradients[i] for work in works for i in (*work.first, *work.due)]
-            sums = [gradient.sum(dtype=torch.float32) for gradient in chosen if gradient is not None]
-            if sums and not torch.stack(sums).isfinite().all():
-                self._raise_not_finite()
+            self._require_finite_sums([g.sum(dtype=torch.float32) for g in chosen if g is not None])
 
     def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
         """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates."""
         if not self.check_finite:
             return
         sums = [work.projection.coordinates_BMR.sum() for work in works if work.projection is not None]
-        sums += [p.grad.sum(dtype=torch.float32) for ps in plain for p in ps if p.grad is not None]
-        if sums and not torch.stack([s.float() for s in sums]).isfinite().all():
-            self._raise_not_finite()
+        sums += [local(p.grad).sum(dtype=torch.float32) for ps in plain for p in ps if p.grad is not None]
+        self._require_finite_sums(sums)
+
+    def _require_finite_sums(self, sums: list[Tensor]) -> None:
+        """All ranks raise or none does; each comes here with sums of its own parts of the same gradients."""
+        if sums:
+            wrong = (~torch.stack([s.float() for s in sums]).isfinite()).sum()
+            for ranks in self._ranks_of_parameters():
+                wrong = ranks.total(wrong)
+            if wrong:
+                self._raise_not_finite()
+
+    def _ranks_of_parameters(self) -> list[Ranks]:
+        """The different groups of ranks among which parameters are split; none in a run that shards nothing."""
+        every = dict.fromkeys(ranks_of(p) for group in self.param_groups for p in group["params"])
+        return [ranks for ranks in every if ranks is not None]
 
     def _raise_not_finite(self) -> None:
-        every = [p for group in self.param_groups for p in group["params"]]
-        wrong = [p for p in every if p.grad is not None and not p.grad.isfinite().all()]
+        every = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        flags = torch.stack([(~local(p.grad).isfinite()).sum() for p in every])
+        for ranks in self._ranks_of_parameters():
+            flags = ranks.total(flags)
+        wrong = [p for p, flag in zip(every, flags.tolist(), strict=True) if flag]
         names = [self._names.get(p) or f"a parameter of shape {tuple(p.shape)}" for p in wrong]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise UserError(
@@ -402,6 +438,8 @@ class LowRank(Optimizer):
         else:
             late = None if self.rule.residual.feeds_back else clip
             update_step(weights, work.state, work.layout, self.rule, work.projection, numbers, **rates, clip=late)
+        if work.layout.shards is not None and work.layout.shards.moved:
+            put(weights, work.parameters())
         work.bucket.noise.add_(len(work.active))
         work.bucket.pending.clear()
         if work.index is not None:

@@ -9,13 +9,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.optim.layout import canonical
+from lightspan.optim.layout import matrix_shape
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.sharding import local
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What one parameter gets. `state_bytes` is what the optimiser keeps, `adamw_bytes` what AdamW would keep."""
+    """What one parameter gets. `state_bytes` is what this rank keeps of its state, `adamw_bytes` what AdamW would."""
 
     group: str
     shape: tuple[int, ...]
@@ -29,7 +30,7 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     """How `LowRank` treats a parameter, and why."""
     if optimizer.projected(parameter, group):
         most = "up to " if optimizer.rank_rule else ""
-        how = f"rank {most}{optimizer.rank_of(parameter, group)} of {min(canonical(parameter).shape)}"
+        how = f"rank {most}{optimizer.rank_of(parameter, group)} of {matrix_shape(parameter)[1]}"
     elif parameter.ndim < 2:
         how = "AdamW: a vector"
     elif not optimizer.allowed(parameter, group):
@@ -37,10 +38,10 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     else:
         how = f"AdamW: rank {group['rank']} is not below its shorter side"
     state = optimizer.initial_state(parameter, group, torch.device("meta"))
-    kept = sum(tensor.nbytes for tensor in state.values())
+    kept = sum(local(tensor).nbytes for tensor in state.values())
     wide = torch.promote_types(parameter.dtype, torch.float32).itemsize
     name, shape, rate = group.get("name", "parameters"), tuple(parameter.shape), float(group["lr"])
-    return Treatment(name, shape, rate, how, kept, 2 * wide * parameter.numel())
+    return Treatment(name, shape, rate, how, kept, 2 * wide * local(parameter).numel())
 
 
 @rank_zero_only

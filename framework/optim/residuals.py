@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
+from lightspan.optim.sharding import Total, alone
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 
@@ -42,12 +43,18 @@ class Residual(ABC):
 
     @abstractmethod
     def terms(
-        self, direction_BMR: Tensor, coordinates_BMR: Tensor, energy_BM: Tensor, state: State
+        self,
+        direction_BMR: Tensor,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        state: State,
+        total: Total = alone,
     ) -> tuple[Tensor, Tensor]:
         """(coefficients [B M R] or [B M 0], scale [B M] or [0 M]) of the update; may work in place on the direction.
 
         Args:
             energy_BM: squared row norms of the gradient, if `needs_energy`.
+            total: continues sums over rows to those of other ranks.
         """
 
     def remember(
@@ -72,7 +79,12 @@ class Dropped(Residual):
     needs_gradient = False
 
     def terms(
-        self, direction_BMR: Tensor, coordinates_BMR: Tensor, energy_BM: Tensor, state: State
+        self,
+        direction_BMR: Tensor,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        state: State,
+        total: Total = alone,
     ) -> tuple[Tensor, Tensor]:
         return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
 
@@ -117,13 +129,18 @@ class Fira(Residual):
         return {"limiter": layout.zeros()}
 
     def terms(
-        self, direction_BMR: Tensor, coordinates_BMR: Tensor, energy_BM: Tensor, state: State
+        self,
+        direction_BMR: Tensor,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        state: State,
+        total: Total = alone,
     ) -> tuple[Tensor, Tensor]:
         inside_BM = torch.linalg.vector_norm(coordinates_BMR, dim=-1)
         tiny = torch.finfo(energy_BM.dtype).tiny
         scale_BM = torch.linalg.vector_norm(direction_BMR, dim=-1) / inside_BM.clamp_min(tiny)
         outside_BM = (energy_BM - inside_BM.square()).clamp_min_(0)
-        norm_B = (scale_BM.square() * outside_BM).sum(dim=-1).sqrt()
+        norm_B = total((scale_BM.square() * outside_BM).sum(dim=-1)).sqrt()
         scale_BM = limit_growth(scale_BM, norm_B, self.limit, state)
         return direction_BMR.addcmul_(coordinates_BMR, scale_BM[:, :, None], value=-1), scale_BM
 
@@ -153,14 +170,19 @@ class Apollo(Residual):
         return {} if self.limit is None else {"limiter": layout.zeros()}
 
     def terms(
-        self, direction_BMR: Tensor, coordinates_BMR: Tensor, energy_BM: Tensor, state: State
+        self,
+        direction_BMR: Tensor,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        state: State,
+        total: Total = alone,
     ) -> tuple[Tensor, Tensor]:
         norms = [torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR)]
         if self.per == "tensor":
-            norms = [torch.linalg.vector_norm(n, dim=-1, keepdim=True).expand_as(n) for n in norms]
+            norms = [total(n.square().sum(dim=-1, keepdim=True)).sqrt().expand_as(n) for n in norms]
         scale_BM = norms[0] / norms[1].clamp_min(torch.finfo(energy_BM.dtype).tiny)
         if self.limit is not None:
-            norm_B = (scale_BM.square() * energy_BM).sum(dim=-1).sqrt()
+            norm_B = total((scale_BM.square() * energy_BM).sum(dim=-1)).sqrt()
             scale_BM = limit_growth(scale_BM, norm_B, self.limit, state)
         return direction_BMR[..., :0], scale_BM
 
@@ -204,7 +226,12 @@ class ErrorFeedback(Residual):
         return list(add_error(gradients, state["error"], state["error_scale"], clip))
 
     def terms(
-        self, direction_BMR: Tensor, coordinates_BMR: Tensor, energy_BM: Tensor, state: State
+        self,
+        direction_BMR: Tensor,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        state: State,
+        total: Total = alone,
     ) -> tuple[Tensor, Tensor]:
         return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
+from lightspan.optim.sharding import Total, alone
 
 
 class Trigger(ABC):
@@ -32,8 +33,17 @@ class Trigger(ABC):
             phases: in [0, 1), spread over all matrices of the optimiser, so that they need not all be due at once.
         """
 
-    def observe(self, coordinates_BMR: Tensor, energy_BM: Tensor, refreshed: Tensor | None, state: State) -> None:
-        """Sees every step if `needs_energy`; `refreshed` are the positions whose frame is new."""
+    def observe(
+        self,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        refreshed: Tensor | None,
+        state: State,
+        total: Total = alone,
+    ) -> None:
+        """Sees every step if `needs_energy`; `refreshed` are the positions whose frame is new, and `total` continues
+        sums over rows to those of other ranks.
+        """
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
 
@@ -102,9 +112,16 @@ class WhenCapturedFalls(Trigger):
         ).tolist()
         return [i for i in asked if fallen[i]]
 
-    def observe(self, coordinates_BMR: Tensor, energy_BM: Tensor, refreshed: Tensor | None, state: State) -> None:
-        inside_B = coordinates_BMR.square().sum(dim=(1, 2))
-        share_B = inside_B / energy_BM.sum(dim=1).clamp_min(1e-30)
+    def observe(
+        self,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        refreshed: Tensor | None,
+        state: State,
+        total: Total = alone,
+    ) -> None:
+        inside_B = total(coordinates_BMR.square().sum(dim=(1, 2)))
+        share_B = inside_B / total(energy_BM.sum(dim=1)).clamp_min(1e-30)
         state["captured"].lerp_(share_B, 1 - self._KEPT)
         state["frame_age"].add_(1)
         if refreshed is not None:

@@ -5,7 +5,7 @@ A frame Q_BNR has orthonormal columns. `push(z) = z Q^T` lifts coordinates to we
 <push(z), G> = <z, pull(G)>.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def random_frame(seeds: Sequence[int], size: int, rank: int, *, dtype: torch.dty
     return torch.linalg.qr(gaussian(seeds, size, rank)).Q.to(dtype=dtype, device=device)
 
 
-def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor) -> Tensor:
+def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Orthonormal columns with the span of `y`, by CholeskyQR twice; what `y` leaves open is filled from `anchor`.
 
     Two passes bring the orthogonality error to rounding as long as cond(y)^2 fits the Gram's precision (Yamamoto et al.
@@ -48,16 +48,18 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor) -> Tensor:
 
     Args:
         anchor_BNR: orthonormal columns, such as the frame of the step before.
+        total: sums over ranks, if `y` and `anchor` are this rank's rows of taller ones; nothing else travels.
     """
+    norms, summed_gram = (_column_norms, gram) if total is None else _over_ranks(total)
     # Above the rounding of y, so that dependent columns are told from noise; its square above the rounding of the Gram.
     nudge = 1e-6 if y_BNR.dtype == torch.float64 else 1e-4
     tiny = torch.finfo(y_BNR.dtype).tiny
-    q_BNR = (y_BNR / y_BNR.norm(dim=1, keepdim=True).clamp_min(tiny) + nudge * anchor_BNR).double()
-    q_BNR = q_BNR / q_BNR.norm(dim=1, keepdim=True)
+    q_BNR = (y_BNR / norms(y_BNR).clamp_min(tiny) + nudge * anchor_BNR).double()
+    q_BNR = q_BNR / norms(q_BNR)
     identity_RR = torch.eye(y_BNR.shape[-1], device=y_BNR.device, dtype=torch.float64)
     sound_B11 = torch.ones(len(y_BNR), 1, 1, dtype=torch.bool, device=y_BNR.device)
     for _ in range(2):
-        factor_BRR, info_B = torch.linalg.cholesky_ex(gram(q_BNR))
+        factor_BRR, info_B = torch.linalg.cholesky_ex(summed_gram(q_BNR))
         sound_B11 = (
             sound_B11 & (info_B == 0)[:, None, None] & factor_BRR.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         )
@@ -66,17 +68,36 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor) -> Tensor:
     return torch.where(sound_B11, q_BNR.to(y_BNR.dtype), anchor_BNR)
 
 
-def block_power_step(gradients: Sequence[Tensor], frame_BNR: Tensor) -> Tensor:
+def _column_norms(y_BNR: Tensor) -> Tensor:
+    return y_BNR.norm(dim=1, keepdim=True)
+
+
+def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Column norms and Gram matrix of blocks whose rows lie on several ranks."""
+    return (lambda y_BNR: total(_column_norms(y_BNR).square()).sqrt(), lambda y_BNR: total(gram(y_BNR)))
+
+
+def block_power_step(
+    gradients: Sequence[Tensor],
+    frame_BNR: Tensor,
+    total: Callable[[Tensor], Tensor] | None = None,
+    first_row: int = 0,
+) -> Tensor:
     """One step of subspace iteration towards the top right singular vectors of B gradients [M N]: orth(G^T orth(G Q)).
 
     The inner orthonormalisation halves the exponent of the condition number that the outer one meets: cond(G) instead
     of cond(G)^2. `frame` warm-starts it and stands in where the gradient has no direction to give.
+
+    Args:
+        total: sums over ranks, if the gradients are this rank's rows of taller ones, from row `first_row` on. Norms, R
+            x R and N x R numbers travel.
     """
     z_BMR, _ = project(gradients, frame_BNR, False)
-    identity_MR = torch.eye(*z_BMR.shape[1:], dtype=z_BMR.dtype, device=z_BMR.device)
-    kept_BMR = cholesky_qr2(z_BMR, anchor_BNR=identity_MR.expand_as(z_BMR))
+    (rows, rank), options = z_BMR.shape[1:], {"dtype": z_BMR.dtype, "device": z_BMR.device}
+    identity_MR = torch.eye(first_row + rows, rank, **options)[first_row:]
+    kept_BMR = cholesky_qr2(z_BMR, identity_MR.expand_as(z_BMR), total)
     y_BNR, _ = project([gradient.mT for gradient in gradients], kept_BMR, False)
-    return cholesky_qr2(y_BNR, anchor_BNR=frame_BNR)
+    return cholesky_qr2(y_BNR if total is None else total(y_BNR), anchor_BNR=frame_BNR)
 
 
 def dct_matrix(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import lightspan.files
+from lightspan.callbacks import checkpoint as checkpoint_module
 from lightspan.callbacks.checkpoint import Checkpoint, check_fits
-from lightspan.callbacks.checkpoint_io import FORMAT, WholeFileCheckpointIO
+from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
+from lightspan.callbacks.checkpoint_manifest import FORMAT, LATEST, fault, manifest, newest_whole, seal_folder
 from lightspan.callbacks.jsonl_logger import JsonlLogger
 from lightspan.errors import UserError
 
@@ -19,7 +22,7 @@ def ckpt(tmp_path: Path, name: str = "last.ckpt") -> Path:
 
 
 def files(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    return sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name != LATEST)
 
 
 def fit(make_trainer, module, batches, steps=3, ckpt_path=None, checkpoint=None, **options):
@@ -239,10 +242,10 @@ def test_a_foreign_file_is_refused(tmp_path, content, message):
         WholeFileCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+def test_a_missing_file_and_a_folder_that_is_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nothing.ckpt does not exist"):
         WholeFileCheckpointIO().load_checkpoint(tmp_path / "nothing.ckpt")
-    with pytest.raises(UserError, match="is a folder, not a checkpoint file"):
+    with pytest.raises(UserError, match="has no COMPLETE file: its save was cut off, or lightspan did not write it"):
         WholeFileCheckpointIO().load_checkpoint(tmp_path)
 
 
@@ -330,3 +333,44 @@ def test_validation_reads_a_checkpoint_of_another_optimiser_and_leaves_the_log_a
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
     trainer.validate(module, batches(2), ckpt_path=path, verbose=False)
     assert '"step": 9' in (tmp_path / "metrics.jsonl").read_text()
+
+
+# Forms of checkpoints beside each other.
+
+
+def test_a_file_takes_the_place_of_the_folder_that_a_sharded_run_left(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    (path / "shard").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"last.ckpt: a folder of this name stands there"):
+        WholeFileCheckpointIO().save_checkpoint({"state_dict": {}}, path)  # a folder, but no checkpoint of ours
+    seal_folder(path, {"format": FORMAT})
+    WholeFileCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 7}, path)
+    assert WholeFileCheckpointIO().load_checkpoint(path)["global_step"] == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class WritesFolders(SingleDeviceStrategy):
+    """Stands for DeepSpeed's: a folder, written in place by the strategy itself."""
+
+    killed = False
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
+        Path(filepath).mkdir(parents=True, exist_ok=True)
+        (Path(filepath) / "states").write_text(str(checkpoint["global_step"]))
+        if self.killed:
+            raise KeyboardInterrupt
+
+
+def test_a_folder_that_a_strategy_writes_by_itself_is_marked_and_one_cut_off_is_not(
+    make_trainer, net, batches, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint_module, "_writes_folders", lambda trainer: True)
+    strategy = WritesFolders(device="cpu")
+    fit(make_trainer, net(), batches, strategy=strategy)
+    assert newest_whole(tmp_path / "checkpoints") == (ckpt(tmp_path), {})
+    assert manifest(ckpt(tmp_path))["step"] == 3
+    monkeypatch.setattr(WritesFolders, "killed", True)
+    with pytest.raises(SystemExit):
+        fit(make_trainer, net(), batches, strategy=WritesFolders(device="cpu"))
+    assert "has no COMPLETE file" in fault(ckpt(tmp_path)).text

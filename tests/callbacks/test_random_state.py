@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.random_state import RandomState, derived_seed
+from lightspan.callbacks.random_state import RandomState, derived_seed, random_states, restore_random_states
 
 
 def snapshot(trainer, module) -> dict[str, torch.Tensor]:
@@ -59,20 +59,45 @@ def test_stopped_and_resumed_equals_straight(make_trainer, net, batches, tmp_pat
     assert_bit_equal(snapshot(trainer, module), straight)
 
 
-def test_without_it_the_resumed_run_differs(make_trainer, net, batches, tmp_path):
-    """The test above can fail: dropout does see the difference."""
+def fit_without_the_callback(make_trainer, net, batches, steps, ckpt_path=None, stray_draws=0):
+    module = net()
+    torch.rand(stray_draws)
+    trainer = make_trainer(max_steps=steps, enable_checkpointing=True, callbacks=[Checkpoint()])
+    trainer.fit(module, batches(5), ckpt_path=ckpt_path, weights_only=True)
+    return snapshot(trainer, module)
 
-    def fit(steps, ckpt_path=None, draws=0):
-        module = net()
-        torch.rand(draws)
-        trainer = make_trainer(max_steps=steps, enable_checkpointing=True, callbacks=[Checkpoint()])
-        trainer.fit(module, batches(5), ckpt_path=ckpt_path)
-        return snapshot(trainer, module)
 
-    straight = fit(4)
-    fit(2)
-    resumed = fit(4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt", draws=13)
+def test_the_states_in_a_checkpoint_do_where_nothing_else_draws(make_trainer, net, batches, tmp_path):
+    """Without the callback too: the checkpoint holds every generator's state."""
+    straight = fit_without_the_callback(make_trainer, net, batches, 4)
+    fit_without_the_callback(make_trainer, net, batches, 2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert_bit_equal(fit_without_the_callback(make_trainer, net, batches, 4, last, stray_draws=13), straight)
+
+
+def test_without_the_callback_and_the_states_the_resumed_run_differs(make_trainer, net, batches, tmp_path):
+    """The tests above can fail: dropout does see the difference."""
+    straight = fit_without_the_callback(make_trainer, net, batches, 4)
+    fit_without_the_callback(make_trainer, net, batches, 2)
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    del content["lightspan"]["random_states"]
+    content["lightspan"]["format"] = 1  # what an older lightspan wrote, and still loads
+    torch.save(content, tmp_path / "old.ckpt")
+    resumed = fit_without_the_callback(make_trainer, net, batches, 4, tmp_path / "old.ckpt", stray_draws=13)
     assert any(not torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def draws_of_all() -> tuple[float, float, float, float]:
+    return random.random(), random.gauss(0, 1), float(np.random.randn()), torch.rand(()).item()
+
+
+def test_restored_states_draw_the_same_numbers_again_after_a_trip_through_a_file(tmp_path):
+    random.gauss(0, 1), np.random.randn()  # each keeps the second number of a pair
+    torch.save(random_states(), tmp_path / "states.pt")
+    first = draws_of_all()
+    assert draws_of_all() != first
+    restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert draws_of_all() == first
 
 
 def test_weights_do_not_depend_on_validation(make_trainer, net, batches):

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from lightspan.callbacks.checkpoint_folder import write_folder
 from lightspan.commands import export as command
 from lightspan.commands import huggingface
 from lightspan.config.build import build, load_resolved
@@ -68,6 +70,34 @@ def test_safetensors_hold_every_tensor_of_the_checkpoint(run_dir: Path, capsys: 
     with safe_open(path, "pt") as file:
         assert {"recipe": "language/tiny", "format": "pt"}.items() <= file.metadata().items()
     assert "largest tensor difference 0" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_sharded_run_gives_the_same_safetensors(run_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    expected = saved(run_dir)
+    path = run_dir / "checkpoints" / "last.ckpt"
+    path.unlink()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        write_folder({"state_dict": dict(expected)}, {"global_step": 1}, path)
+    finally:
+        dist.destroy_process_group()
+    for given, out in ((run_dir, tmp_path / "a"), (path, tmp_path / "b")):
+        assert run_export(given, "--to", "safetensors", "--out", out) == 0
+        loaded = load_file(out / "model.safetensors")
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    (path / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"last.ckpt is damaged: __0_0.distcp is not as the manifest says"):
+        run_export(path, "--to", "safetensors", "--out", tmp_path / "c")
+
+
+def test_a_newer_one_that_is_torn_is_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "checkpoints" / "step=2.ckpt").write_bytes(b"PK half")
+    (run_dir / "checkpoints" / "latest").write_text("step=2.ckpt")
+    assert run_export(run_dir, "--to", "safetensors") == 0
+    assert "step=2.ckpt is cut off after 7 bytes" in capsys.readouterr().err
 
 
 def test_tensors_that_share_memory_are_stored_once(tmp_path: Path) -> None:
@@ -179,15 +209,19 @@ def test_a_checkpoint_elsewhere_needs_its_run_folder_or_recipe(run_dir: Path, tm
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"checkpoint '.*/checkpoints/last.ckpt' does not exist"):
+    with pytest.raises(
+        UserError, match=r"checkpoint '.*' does not exist; name RUN/checkpoints/NAME.ckpt or a run folder"
+    ):
         run_export(tmp_path, "--to", "safetensors")
 
 
 def test_a_truncated_checkpoint_is_named(run_dir: Path) -> None:
     path = run_dir / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"last.ckpt cannot be read .*; it is damaged or cut off"):
+    with pytest.raises(UserError, match=r"no checkpoint of .*/run is whole: .*last.ckpt is cut off after \d+ bytes"):
         run_export(run_dir, "--to", "safetensors")
+    with pytest.raises(UserError, match=r"last.ckpt is cut off .*; take another checkpoint of the run"):
+        run_export(path, "--to", "safetensors")
     assert not (run_dir / "export").exists()
 
 

@@ -1,6 +1,7 @@
 """`lightspan plan`: what it says of a recipe is what the recipe's own step, optimiser and callbacks do."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
+from lightspan.commands.division import Division, division, strategy_of
 from lightspan.commands.plan import measured_peak, shares, verdict
 from lightspan.commands.planned_step import Plan, available_memory, make_plan
 from lightspan.commands.step_memory import StepMemory
 from lightspan.errors import UserError
+from lightspan.strategies import FSDP2
 
 GIB = 2**30
 
@@ -153,7 +156,7 @@ def test_a_step_without_a_loss_is_refused(tmp_path: Path) -> None:
 
 def plan_of(activations: int, state: int) -> Plan:
     step = StepMemory(8, weights=100, batch=1, activations=activations, gradients=100, optimizer_state=state, peak=500)
-    return Plan(step, buckets=0, process=0, memory=GIB, memory_source="--memory", largest_rows=9, notes=[])
+    return Plan(step, Division(), process=0, memory=GIB, memory_source="--memory", largest_rows=9, notes=[])
 
 
 def test_the_verdict_says_what_rules() -> None:
@@ -233,3 +236,71 @@ def test_the_command_prints_the_plan_and_sets_it_against_the_run(
 def test_memory_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--memory 0 must be more than 0 GiB"):
         run_plan(tmp_path / "any.yaml", "--memory", 0)
+
+
+class Blocks(nn.Module):
+    """A root of 10 numbers, two blocks of 20 and one of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = nn.Parameter(torch.zeros(10))
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(3, 1)])
+
+
+def test_full_sharding_divides_what_stands_and_adds_what_is_gathered() -> None:
+    """Gathered: the root, the two largest blocks, and twice the gradient of the largest part."""
+    shared = division(FSDP2(replicas=2), Blocks(), ranks=8)
+    assert (shared.weights, shared.gradients, shared.optimizer_state) == (4, 4, 4)
+    assert shared.extra == 4 * (10 + 20 + 20 + 2 * 20)
+    step = StepMemory(8, weights=100, batch=1, activations=30, gradients=100, optimizer_state=200, peak=440)
+    rank = shared.of(step)
+    assert (rank.weights, rank.gradients, rank.optimizer_state, rank.activations) == (25, 25, 50, 30)
+    assert rank.peak == 25 + 25 + 50 + 40 + shared.extra
+
+
+def test_data_parallel_ranks_have_all_of_it_and_buckets_of_gradients() -> None:
+    shared = division(strategy_of("ddp"), Blocks(), ranks=8)
+    step = StepMemory(8, weights=100, batch=1, activations=30, gradients=100, optimizer_state=200, peak=440)
+    assert shared.of(step) == dataclasses.replace(step, peak=440 + shared.extra)
+    assert shared.extra == 4 * 54
+    views = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}
+    assert division(strategy_of(views), Blocks(), ranks=8).extra == 0
+
+
+@pytest.mark.parametrize(("stage", "divided"), [(1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))])
+def test_zero_divides_more_with_every_stage(stage: int, divided: tuple[int, int, int]) -> None:
+    pytest.importorskip("deepspeed")
+    zero = strategy_of({"class_path": "lightspan.deepspeed.ZeRO", "init_args": {"stage": stage}})
+    shared = division(zero, Blocks(), ranks=4)
+    assert (shared.weights, shared.gradients, shared.optimizer_state) == divided
+
+
+def test_one_rank_is_the_whole_step() -> None:
+    assert division(FSDP2(), Blocks(), ranks=1) == Division()
+
+
+def test_what_cannot_be_divided_is_refused() -> None:
+    with pytest.raises(UserError, match=r"FSDP2 replicas=3 does not divide 8 ranks"):
+        division(FSDP2(replicas=3), Blocks(), ranks=8)
+    with pytest.raises(UserError, match=r"trainer.strategy='nonsense' cannot be planned"):
+        strategy_of("nonsense")
+
+
+def test_ranks_that_are_not_here_are_planned_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of 4 ranks has a sample of the batch of 4, and a quarter of AdamW's state."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    size = ("data.init_args.context=16",)
+    for ranks in (1, 4):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        flags = (*size, "trainer.strategy.class_path=lightspan.strategies.FSDP2", "trainer.accelerator=auto")
+        assert run_plan(recipe, "--run", folder, "--memory", 2, "--ranks", ranks, flags=flags) == 0
+    assert "one of 4 ranks" in capsys.readouterr().out
+    one, quarter = (json.loads((tmp_path / name / "plan.json").read_text())["step"] for name in ("1", "4"))
+    assert (one["rows"], quarter["rows"]) == (4, 1)
+    assert quarter["optimizer_state"] == pytest.approx(one["optimizer_state"] / 4, abs=4)
+    with pytest.raises(UserError, match=r"batch_size=4 .* does not divide into 3 ranks"):
+        run_plan(recipe, "--ranks", 3, flags=size)
+    with pytest.raises(UserError, match=r"--ranks 0 must be at least 1"):
+        run_plan(recipe, "--ranks", 0, flags=size)

@@ -13,7 +13,8 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightspan.datamodules.loader import EvaluationLoader, ExactLoader, epoch_order, sample_seeds
+from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.order import Order, sample_seeds
 from lightspan.datamodules.ranks import data_rank, evaluation_loader, micro_batch_size, train_loader
 from lightspan.errors import UserError
 
@@ -33,6 +34,10 @@ class Numbers:
 
 def indices(batches: Iterator[dict[str, Tensor]]) -> list[list[int]]:
     return [batch["index"].tolist() for batch in batches]
+
+
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return Order((length,)).epoch(seed, epoch)
 
 
 def flat(parts: Iterable[list[int]]) -> list[int]:

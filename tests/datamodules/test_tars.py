@@ -3,15 +3,10 @@
 import gzip
 import io
 import json
-import shutil
-import ssl
-import subprocess
 import tarfile
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +19,8 @@ from lightspan.datamodules.tars import (
     check_shard,
     decode_fields,
     expand_braces,
+    group_members,
     open_shard,
-    read_members,
-    read_samples,
 )
 from lightspan.errors import UserError
 
@@ -43,6 +37,15 @@ def tar_bytes(members: dict[str, bytes], mode: str = "w", **changes: object) -> 
                 setattr(header, attribute, value)
             archive.addfile(header, io.BytesIO(content))
     return stream.getvalue()
+
+
+def read_members(shard: str, max_member_bytes: int) -> Iterator[tars.Member]:
+    with open_shard(shard) as stream:
+        yield from tars.read_members(stream, shard, max_member_bytes)
+
+
+def read_samples(shard: str, max_member_bytes: int) -> Iterator[dict[str, object]]:
+    return group_members(read_members(shard, max_member_bytes), shard)
 
 
 @pytest.fixture
@@ -90,63 +93,22 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         open_shard(str(tmp_path / "none.tar"))
 
 
-class Server(BaseHTTPRequestHandler):
-    files: ClassVar[dict[str, bytes]] = {}
-
-    def do_GET(self) -> None:
-        if self.path == "/downgrade.tar":
-            self.send_response(302)
-            self.send_header("Location", "http://127.0.0.1:9/a.tar")
-            self.end_headers()
-        elif self.path in self.files:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(self.files[self.path])
-        else:
-            self.send_error(404)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def https_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the server's certificate")
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield f"https://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 def test_shards_are_read_over_https_and_nothing_leads_out_of_it(
-    https_server: str, monkeypatch: pytest.MonkeyPatch
+    https_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tar_bytes({"a.txt": b"hello", "b.txt": b"world" * 5000})
-    monkeypatch.setattr(Server, "files", {"/a.tar": whole, "/cut.tar": whole[:9000]})
-    assert [sample["txt"] for sample in read_samples(f"{https_server}/a.tar", MIB)] == [b"hello", b"world" * 5000]
+    https_server.files |= {"/a.tar": whole, "/cut.tar": whole[:9000]}
+    address = https_server.address
+    assert [sample["txt"] for sample in read_samples(f"{address}/a.tar", MIB)] == [b"hello", b"world" * 5000]
     with pytest.raises(UserError, match=r"cut\.tar is not a tar file, or is cut short"):
-        list(read_samples(f"{https_server}/cut.tar", MIB))
+        list(read_samples(f"{address}/cut.tar", MIB))
     with pytest.raises(UserError, match=r"none\.tar cannot be opened: .*404"):
-        list(read_samples(f"{https_server}/none.tar", MIB))
+        list(read_samples(f"{address}/none.tar", MIB))
     with pytest.raises(UserError, match=r"shard http://127.0.0.1:9/a.tar is neither"):
-        list(read_samples(f"{https_server}/downgrade.tar", MIB))
+        list(read_samples(f"{address}/downgrade.tar", MIB))
     monkeypatch.delenv("SSL_CERT_FILE")
     with pytest.raises(UserError, match=r"(?i)cannot be opened: .*certificate"):
-        list(read_samples(f"{https_server}/a.tar", MIB))
+        list(read_samples(f"{address}/a.tar", MIB))
 
 
 # Archives

@@ -1,0 +1,174 @@
+"""A loss or gradient that is not finite ends the run with its batch named, or costs the step; never the weights."""
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightspan.distributed import rank, world_size
+from lightspan.errors import UserError
+
+
+class FiniteLoss(Callback):
+    """Looks at the losses of an optimiser step and at its gradients, before the optimiser sees them.
+
+    One host synchronisation an optimiser step, on any number of ranks and accumulated micro-batches: the losses and the
+    largest gradient stay on the device, their maxima are reduced over ranks there, and one small tensor is read. All
+    ranks read the same numbers, so all of them stop, or skip, the same step.
+
+    "stop" raises on every rank before the optimiser's step: no weight, no optimiser state and no checkpoint has seen
+    the batch, so the last checkpoint is a good one. "skip" clears the gradients of that step on all ranks instead: the
+    optimiser finds none and changes nothing, while step, schedule and data go on; the figure `skipped_steps` is logged.
+    Skipping cannot heal a network that is not finite itself, such as running means that took in the batch: then, and
+    after `most_skips` steps, it stops too.
+
+    `LowRank` looks at its gradients itself unless check_finite=False. With this callback that is a second look, of
+    use only where backward="hooks" or "projected" keeps gradients in coordinates: those are seen by the optimiser
+    alone, which then stops the run under either policy. With gradient scaling (16-mixed) infinite gradients are part of
+    the method, and with DeepSpeed they are out of reach: the loss alone is watched, and "skip" is refused.
+
+    Args:
+        policy: "stop" or "skip".
+        most_skips: skipped steps of this run, resumes included, that are still tolerated; >= 0.
+
+    Raises: UserError, with step, epoch, place in the epoch, samples where the batch names them, rank, and the first
+        parameter or gradient that is not finite.
+    """
+
+    def __init__(self, policy: Literal["stop", "skip"] = "stop", most_skips: int = 10) -> None:
+        if policy not in ("stop", "skip"):
+            raise UserError(f"policy={policy!r} must be 'stop' or 'skip'")
+        if most_skips < 0:
+            raise UserError(f"most_skips={most_skips} must be at least 0")
+        self.policy, self.most_skips = policy, most_skips
+        self.skipped = 0
+        self._losses: list[Tensor] = []
+        self._batches: list[str | Tensor] = []
+        self._sees_gradients = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._sees_gradients = not (scaled or trainer.strategy.handles_gradient_accumulation)
+        if self.policy == "skip" and not self._sees_gradients:
+            what = "16-mixed skips such steps itself" if scaled else "DeepSpeed keeps the gradients to itself"
+            raise UserError(f"FiniteLoss(policy='skip'): {what}; use policy='stop' or another precision or strategy")
+        self._losses, self._batches = [], []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        index = batch.get("index") if isinstance(batch, dict) else None
+        self._batches.append(index if isinstance(index, Tensor) else _position(trainer, batch_idx))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._losses.append(loss.detach().abs().float().max())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        largest = torch.stack([*self._losses, self._largest_gradient(optimizer, pl_module)])
+        losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
+        # NaN as infinity, which a maximum over ranks keeps on every backend.
+        largest = largest.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        if world_size() > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if all(map(math.isfinite, largest.tolist())):  # the one time the host waits
+            return
+        broken = _first_broken(_values(pl_module))
+        reason = self._reason(trainer, pl_module, losses, batches, broken)
+        if self.policy == "stop":
+            raise UserError(f"{reason}. Lower the learning rate, clip gradients, or look at that batch")
+        if _anywhere(broken is not None, pl_module.device):
+            raise UserError(f"{reason}. Skipping the step would not heal the network itself")
+        self.skipped += 1
+        if self.skipped > self.most_skips:
+            raise UserError(f"{reason}. It is skip number {self.skipped}, above most_skips={self.most_skips}")
+        optimizer.zero_grad(set_to_none=True)
+        if trainer.is_global_zero:
+            print(f"skipped: {reason} ({self.skipped} of at most {self.most_skips})", flush=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.policy == "skip":
+            pl_module.log("skipped_steps", float(self.skipped), on_step=True, on_epoch=False, batch_size=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+
+    def _largest_gradient(self, optimizer: Optimizer, module: LightningModule) -> Tensor:
+        """Largest absolute value among this rank's gradients, 0-d on the device; NaN and infinity show in it."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients or not self._sees_gradients:
+            return torch.zeros((), device=module.device)
+        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in local]
+        dense = [gradient for gradient in dense if gradient.numel()]  # a rank may hold an empty shard
+        if not dense:
+            return torch.zeros((), device=module.device)
+        return nn.utils.get_total_norm(dense, norm_type=math.inf).float()
+
+    def _reason(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        losses: list[Tensor],
+        batches: list[str | Tensor],
+        broken: str | None,
+    ) -> str:
+        bad = [place for loss, place in zip(losses, batches, strict=False) if not loss.isfinite()]
+        found = broken or _first_broken(_gradients(module))
+        mine = []
+        if bad:
+            mine.append(f"the loss of {_named(bad[0])} is not finite")
+        if found:
+            mine.append(f"{found} is not finite" + ("" if bad else f", after {_named(batches[-1])}" if batches else ""))
+        everyone: list[Any] = [mine]
+        if world_size() > 1:
+            everyone = [None] * world_size()
+            dist.all_gather_object(everyone, [f"rank {rank()}: {line}" for line in mine])
+        return f"step {trainer.global_step}, epoch {trainer.current_epoch}: " + "; ".join(chain(*everyone))
+
+
+def _position(trainer: Trainer, batch_idx: int) -> str:
+    """Where a batch stands, as text: by the loader's own count of samples where it keeps one."""
+    state_dict = getattr(trainer.train_dataloader, "state_dict", None)
+    position = None if state_dict is None else state_dict().get("samples")
+    return f"batch {batch_idx}" + (f", which ends at sample {position} of the epoch's order" if position else "")
+
+
+def _named(place: str | Tensor) -> str:
+    if isinstance(place, str):
+        return place
+    indices = place.flatten().tolist()
+    return f"samples {indices[:8]}" + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+
+
+def _values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((f"parameter {name}", parameter) for name, parameter in module.named_parameters())
+    yield from ((f"buffer {name}", buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
+
+
+def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((f"the gradient of {n}", p.grad) for n, p in module.named_parameters() if p.grad is not None)
+
+
+def _first_broken(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
+    for name, tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not (local.coalesce().values() if local.is_sparse else local).isfinite().all():
+            return name
+    return None
+
+
+def _anywhere(mine: bool, device: torch.device) -> bool:
+    flag = torch.tensor(float(mine), device=device)
+    if world_size() > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)

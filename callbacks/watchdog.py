@@ -1,0 +1,272 @@
+"""A run that stands still names the rank that holds it up, shows where every rank stands, and ends."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from lightspan.errors import UserError
+from lightspan.files import write_atomic
+
+HUNG = 124
+"""Exit status of a run that stood still, as of timeout(1)."""
+LAST_WORDS_S = 5.0
+"""Most seconds that ranks wait for each other's stacks."""
+_COLLECTIVES = str(Path("torch", "distributed"))
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank tells the others: hooks passed since fit began, where that was, how long it has not moved, where its
+    main thread is, and whether it has seen the run stand still. `turn` counts the messages, so that a silent rank
+    shows; `waits` is whether the main thread is inside a collective operation, or a backward pass that may hold one.
+    """
+
+    rank: int
+    beats: int
+    step: int
+    after: str
+    idle_s: float
+    at: str
+    waits: bool
+    turn: int
+    gave_up: bool
+
+
+class Watchdog(Callback):
+    """Ends a run in which any rank passes no hook for `timeout_s` seconds.
+
+    A thread of each rank writes the rank's heartbeat to `folder`/heartbeats and reads the others'; the hooks only
+    count, so a step pays nothing. When a rank does not move, or its thread is silent because a library holds the
+    interpreter, every rank writes the stacks of all its threads to `folder`/stacks/rank-N.txt, and the rank that
+    passed the fewest hooks is named, of several the one outside a collective operation: the others wait for it there.
+    All processes then end with status 124, which also works where the main thread sits inside a collective. A rank
+    whose interpreter is stuck writes its stacks all the same, from C, and ends with status 1.
+
+    The time has to cover the longest stretch without a hook: a compilation in the first step, a checkpoint, a batch
+    that takes long to load. Collectives of their own accord time out later or never (10 minutes with NCCL and 30 with
+    gloo by default), and without a name.
+
+    Args:
+        folder: the run folder, shared by all ranks; "" is the trainer's default_root_dir.
+        timeout_s: seconds without a hook, > 0.
+        every_s: seconds between two looks; a tenth of `timeout_s`, at most 10, by default.
+
+    Raises: UserError for a value out of range.
+    """
+
+    def __init__(self, folder: str = "", timeout_s: float = 1800.0, every_s: float | None = None) -> None:
+        if not timeout_s > 0:
+            raise UserError(f"timeout_s={timeout_s} must be above 0 seconds; leave the callback out to wait for ever")
+        self.timeout_s = timeout_s
+        self.every_s = min(timeout_s / 10, 10.0) if every_s is None else every_s
+        if not 0 < self.every_s < timeout_s:
+            raise UserError(f"every_s={every_s} must be above 0 and below timeout_s={timeout_s}")
+        self.folder = folder
+        self._last_words_s = min(LAST_WORDS_S, timeout_s)
+        self._beats, self._after, self._moved_s = 0, "the start", 0.0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stacks: TextIO | None = None
+        self._armed = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        folder = Path(self.folder or trainer.default_root_dir)
+        stacks = folder / "stacks" / f"rank-{trainer.global_rank}.txt"
+        stacks.parent.mkdir(parents=True, exist_ok=True)
+        heartbeat = _heartbeat_path(folder, trainer.global_rank)
+        heartbeat.unlink(missing_ok=True)  # of an earlier start
+        trainer.strategy.barrier("watchdog")  # no rank reads what an earlier start left
+        self._beat("setup")
+        self._over.clear()
+        self._stacks = stacks.open("w")
+        self._arm()
+        self._thread = threading.Thread(target=self._watch, args=(trainer, folder), daemon=True, name="watchdog")
+        self._thread.start()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._beat("the start of training")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._beat("the start of a batch")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        self._beat("the loss")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._beat("the backward pass")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._beat("the gradients")
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        self._beat("the end of a batch")
+
+    def on_validation_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+        self._beat("the start of a validation batch")
+
+    def on_validation_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        self._beat("the end of a validation batch")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._beat("validation")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._beat("the start of a checkpoint")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop(trainer)
+
+    def _beat(self, after: str) -> None:
+        self._after, self._moved_s = after, time.monotonic()
+        self._beats += 1
+
+    def _stop(self, trainer: Trainer) -> None:
+        self._over.set()
+        if self._thread is None or self._stacks is None:
+            return
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
+        stacks = Path(self._stacks.name)
+        self._thread = self._stacks = None
+        for left in (stacks, _heartbeat_path(stacks.parents[1], trainer.global_rank)):
+            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the last rank's is the one that leaves it empty
+                left.parent.rmdir()
+
+    def _arm(self) -> None:
+        """Starts the C side's own clock, for the case that no thread here runs again; late, so that it is only that."""
+        assert self._stacks is not None
+        late_s = self.timeout_s + 3 * self.every_s + 2 * self._last_words_s
+        self._armed = self._beats
+        faulthandler.dump_traceback_later(late_s, file=self._stacks, exit=True)
+
+    def _watch(self, trainer: Trainer, folder: Path) -> None:
+        others = _Others(folder, trainer.world_size)
+        turn = 0
+        while not self._over.wait(self.every_s):
+            if self._armed != self._beats:
+                self._arm()
+            turn += 1
+            self._tell(trainer, folder, turn)
+            if others.stand_still(self.timeout_s):
+                self._give_up(trainer, folder, others, turn + 1)
+
+    def _tell(self, trainer: Trainer, folder: Path, turn: int, gave_up: bool = False) -> None:
+        idle_s = time.monotonic() - self._moved_s
+        rank, step = trainer.global_rank, trainer.global_step
+        mine = Heartbeat(rank, self._beats, step, self._after, idle_s, *_main_thread(), turn, gave_up)
+        with contextlib.suppress(OSError, UserError):  # a full disk must not end the run from here
+            write_atomic(_heartbeat_path(folder, mine.rank), json.dumps(asdict(mine)))
+
+    def _give_up(self, trainer: Trainer, folder: Path, others: "_Others", turn: int) -> None:
+        assert self._stacks is not None
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._tell(trainer, folder, turn, gave_up=True)
+        until_s = time.monotonic() + self._last_words_s + 2 * self.every_s
+        while not others.all_gave_up() and time.monotonic() < until_s:
+            time.sleep(self.every_s / 10)
+            others.read()
+        if trainer.global_rank == others.speaker():
+            said = others.account(self.timeout_s)
+            print(f"lightspan: {said}; stacks in {folder / 'stacks'}", file=sys.stderr, flush=True)
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs == [] and trainer.local_rank != 0:
+            _wait_for_parent(self._last_words_s)  # Lightning kills its rank 0 when a rank it started ends
+        os._exit(HUNG)
+
+
+class _Others:
+    """All ranks' heartbeats as this rank has read them; its own among them."""
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self._folder, self._ranks = folder, ranks
+        self._last: dict[int, Heartbeat] = {}
+        self._heard_s = dict.fromkeys(range(ranks), time.monotonic())
+
+    def read(self) -> None:
+        for rank in range(self._ranks):
+            try:
+                told = Heartbeat(**json.loads(_heartbeat_path(self._folder, rank).read_text()))
+            except (OSError, ValueError, TypeError):
+                continue
+            if rank not in self._last or told.turn != self._last[rank].turn:
+                self._last[rank], self._heard_s[rank] = told, time.monotonic()
+
+    def stand_still(self, timeout_s: float) -> bool:
+        self.read()
+        return any(told.gave_up or told.idle_s > timeout_s for told in self._last.values()) or bool(
+            self._silent(timeout_s)
+        )
+
+    def all_gave_up(self) -> bool:
+        return len(self._last) == self._ranks and all(told.gave_up for told in self._last.values())
+
+    def speaker(self) -> int:
+        """The first rank that can still speak."""
+        return min((rank for rank, told in self._last.items() if told.gave_up), default=0)
+
+    def account(self, timeout_s: float) -> str:
+        quiet = self._silent(timeout_s)
+        if quiet:
+            held = [f"rank {rank} has been silent for {self._idle_s(rank):.0f} s{self._where(rank)}" for rank in quiet]
+            return "; ".join(held)
+        fewest = min(told.beats for told in self._last.values())
+        late = sorted(rank for rank, told in self._last.items() if told.beats == fewest)
+        late = [rank for rank in late if not self._last[rank].waits] or late
+        if len(late) < self._ranks or self._ranks == 1:
+            return "; ".join(f"rank {rank} hangs{self._where(rank)}" for rank in late) + (
+                "; the others wait for it" if self._ranks > 1 else ""
+            )
+        return f"all {self._ranks} ranks hang at the same point{self._where(0)}"
+
+    def _where(self, rank: int) -> str:
+        told = self._last.get(rank)
+        return (
+            "" if told is None else f" at {told.at}, in step {told.step} {self._idle_s(rank):.0f} s after {told.after}"
+        )
+
+    def _idle_s(self, rank: int) -> float:
+        told = self._last.get(rank)
+        return (0.0 if told is None else told.idle_s) + time.monotonic() - self._heard_s[rank]
+
+    def _silent(self, timeout_s: float) -> list[int]:
+        return [rank for rank, heard_s in self._heard_s.items() if time.monotonic() - heard_s > timeout_s]
+
+
+def _heartbeat_path(folder: Path, rank: int) -> Path:
+    return folder / "heartbeats" / f"rank-{rank}.json"
+
+
+def _main_thread() -> tuple[str, bool]:
+    """(place, whether it waits for other ranks) of this process's main thread."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "an unknown place", False
+    place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+    while frame is not None:
+        if _COLLECTIVES in frame.f_code.co_filename or frame.f_code.co_name == "_engine_run_backward":
+            return place, True
+        frame = frame.f_back
+    return place, False
+
+
+def _wait_for_parent(limit_s: float) -> None:
+    parent, until_s = os.getppid(), time.monotonic() + limit_s
+    while os.getppid() == parent and time.monotonic() < until_s:
+        time.sleep(0.1)

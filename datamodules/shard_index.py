@@ -1,0 +1,148 @@
+"""Where each sample of a tar shard lies, so that it can be read alone and its bytes can be trusted.
+
+An index lies beside its shard as SHARD.index.json: {"format", "bytes", "sha256" of the shard, and for each of its
+samples "starts" and "ends" in bytes and the "crc32" of what lies between}.
+"""
+
+import hashlib
+import io
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightspan.datamodules.tars import group_members, read_members, sample_key
+from lightspan.errors import UserError
+
+FORMAT = 1
+SUFFIX = ".index.json"
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+_END = bytes(1024)  # the end mark of a tar
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """N samples of one shard, in the order in which they lie.
+
+    size: bytes of the whole shard. sha256: of the whole shard. starts, ends: int64 [N], bytes; crc32: uint32 [N].
+    """
+
+    shard: str
+    size: int
+    sha256: str
+    starts: np.ndarray
+    ends: np.ndarray
+    crc32: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def to_json(self) -> str:
+        document = {"format": FORMAT, "bytes": self.size, "sha256": self.sha256}
+        return json.dumps(document | {name: getattr(self, name).tolist() for name in ("starts", "ends", "crc32")})
+
+    def where(self, number: int) -> str:
+        """Names one sample in messages."""
+        return f"shard {self.shard}: sample {number} at byte {self.starts[number]}"
+
+
+def from_json(text: str | bytes, shard: str) -> ShardIndex:
+    """The index of `shard` from its file's text. Raises: UserError for what is no such index."""
+    try:
+        document = json.loads(text)
+        if document["format"] != FORMAT:
+            raise ValueError(f"its format is {document['format']}, this lightspan reads {FORMAT}")
+        starts, ends = (np.array(document[name], dtype=np.int64) for name in ("starts", "ends"))
+        index = ShardIndex(
+            shard,
+            int(document["bytes"]),
+            str(document["sha256"]),
+            starts,
+            ends,
+            np.array(document["crc32"], dtype=np.uint32),
+        )
+        borders = np.stack([starts, ends], axis=1).ravel()  # raises where their numbers differ
+        if len(index.crc32) != len(index) or (np.diff(borders) < 0).any() or not _within(borders, index.size):
+            raise ValueError("its samples overlap or leave the shard")
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{shard}{SUFFIX} is not the index of a shard ({error}); delete it, and the shard is scanned instead"
+        ) from error
+    return index
+
+
+def _within(borders: np.ndarray, size: int) -> bool:
+    return not len(borders) or bool(borders[0] >= 0 and borders[-1] <= size)
+
+
+def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str | None]:
+    """Reads a whole shard; returns (index, None), or (index of the whole samples before the damage, what is wrong).
+
+    Args:
+        path: the shard on this machine.
+        shard: its name in messages and in the index.
+        max_member_bytes: the largest member that is read.
+
+    Raises: UserError for a compressed shard.
+    """
+    spans: list[tuple[int, int]] = []
+    last: str | None = None
+    damage = None
+    with path.open("rb") as stream:
+        if stream.read(6).startswith(_PACKED):
+            raise UserError(
+                f"shard {shard} is compressed, so its samples cannot be found by their place; unpack it to a plain "
+                ".tar, or write it anew with `lightspan data pack`"
+            )
+        stream.seek(0)
+        try:
+            for member in read_members(stream, shard, max_member_bytes):
+                key = sample_key(member.name)
+                if key is None:
+                    continue
+                start = spans.pop()[0] if key == last else member.start
+                spans.append((start, member.end))
+                last = key
+        except UserError as error:
+            spans = spans[:-1]  # members of the last sample may be lost
+            damage = f"{error} ({len(spans)} whole samples lie before)"
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = stream.tell()
+        checks = []
+        for start, end in spans:
+            stream.seek(start)
+            checks.append(zlib.crc32(stream.read(end - start)))
+    borders = np.array(spans, dtype=np.int64).reshape(-1, 2)
+    index = ShardIndex(shard, size, digest, borders[:, 0], borders[:, 1], np.array(checks, dtype=np.uint32))
+    return index, damage
+
+
+def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: int) -> dict[str, Any]:
+    """One sample, undecoded, as `group_members` gives it.
+
+    Raises: UserError that names shard, sample and byte where it is missing, cut short, or not what the index says.
+    """
+    start, end = int(index.starts[number]), int(index.ends[number])
+    try:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            content = stream.read(end - start)
+    except OSError as error:
+        raise UserError(f"{index.where(number)} cannot be read: {error}; put the shard back") from error
+    if len(content) < end - start:
+        raise UserError(f"{index.where(number)} is cut short; write or fetch the shard again")
+    found = zlib.crc32(content)
+    if found != index.crc32[number]:
+        raise UserError(
+            f"{index.where(number)} is damaged: its CRC-32 is {found:08x}, the index says {index.crc32[number]:08x}; "
+            "write or fetch the shard again"
+        )
+    members = read_members(io.BytesIO(content + _END), index.shard, max_member_bytes)
+    samples = list(group_members(members, index.shard))
+    if len(samples) != 1:
+        raise UserError(f"{index.where(number)}: {len(samples)} samples lie there, so {SUFFIX} is not its index")
+    return samples[0]

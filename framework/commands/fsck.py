@@ -1,0 +1,85 @@
+"""`lightspan fsck RUN`: which checkpoints of a run are whole, torn ones out of the way, the pointer mended."""
+
+import argparse
+from pathlib import Path
+
+from lightspan.callbacks.checkpoint_manifest import (
+    LATEST,
+    Fault,
+    checkpoints,
+    fault,
+    latest,
+    manifest,
+    newest_whole,
+    point_latest,
+)
+from lightspan.commands.run_folder import CHECKPOINTS
+from lightspan.errors import UserError
+from lightspan.files import explained_os_errors, leftovers, put_back
+
+QUARANTINE = "quarantine"
+TORN = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder that no run is writing to now")
+    parser.add_argument("--dry-run", action="store_true", help="look and tell, move nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one line a checkpoint; moves torn ones to RUN/checkpoints/quarantine, deletes none. 1 if one was torn."""
+    folder = args.run_folder / CHECKPOINTS
+    if not folder.is_dir():
+        raise UserError(f"{str(folder)!r} does not exist; name a run folder, which holds {CHECKPOINTS}/")
+    if not args.dry_run:
+        put_back(folder)
+    found = {path: fault(path) for path in checkpoints(folder)}
+    found |= {path: Fault("was left unfinished by a killed process") for path in leftovers(folder)}
+    _print_table(found, latest(folder))
+    torn = [path for path, wrong in found.items() if wrong is not None and wrong.torn]
+    for path in torn if not args.dry_run else []:
+        print(f"moved {path.name} to {_quarantine(path)}")
+    if not args.dry_run:
+        _mend_pointer(folder)
+    print(f"{len(found) - len(torn)} whole, {len(torn)} torn" + (", nothing moved" if args.dry_run and torn else ""))
+    return TORN if torn else 0
+
+
+def _print_table(found: dict[Path, Fault | None], pointed: Path | None) -> None:
+    width = max([len(path.name) for path in found] + [10])
+    print(f"{'checkpoint':<{width}}  {'step':>9}  {'MiB':>10}  state")
+    for path, wrong in found.items():
+        told = manifest(path) or {}
+        state = "whole" if wrong is None else wrong.text
+        if wrong is None and not told:
+            state = "whole (format 1: check sums of its records, no manifest)"
+        if path == pointed:
+            state += f"  <- {LATEST}"
+        print(f"{path.name:<{width}}  {told.get('step', '?')!s:>9}  {_bytes(path) / 2**20:>10.2f}  {state}")
+
+
+def _bytes(path: Path) -> int:
+    return sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
+
+
+def _quarantine(path: Path) -> Path:
+    name = path.name.removeprefix(".")
+    place = path.parent / QUARANTINE / name
+    for number in range(2, 10_000):
+        if not place.exists():
+            break
+        place = place.with_name(f"{name}.{number}")
+    with explained_os_errors(place):
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+    return place
+
+
+def _mend_pointer(folder: Path) -> None:
+    """The pointer stays where it names a whole checkpoint; otherwise it moves to the newest whole one, or goes."""
+    pointed, (whole, _) = latest(folder), newest_whole(folder)
+    if whole is None:
+        (folder / LATEST).unlink(missing_ok=True)
+    elif whole != pointed:
+        point_latest(whole)
+        print(f"{LATEST} now names {whole.name}")

@@ -1,0 +1,147 @@
+"""`lightspan ledger RUN`: which samples a run consumed, and whether any was repeated, skipped or never seen."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightspan.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEDGER_FILE, FORMAT = "ledger.json", 1
+SHOWN = 20  # samples or damaged samples that are listed by name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder whose recipe has the Ledger callback")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the account of a run. Exit status 0 where it is exact: nothing repeated, skipped or damaged; else 1."""
+    ledger = read_ledger(args.run)
+    account = balance(ledger)
+    print("\n".join(lines(account, ledger)))
+    return 0 if account.exact else 1
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a ledger amounts to. N samples of the data set.
+
+    consumed: samples trained on, each as often as it was. epochs: {epoch: samples consumed of it}.
+    repeated, skipped: [(epoch, first, last)] places of an epoch's order consumed more than once, or passed over.
+    dropped: samples in tails of epochs that did not fill a batch, which is no error.
+    times: int64 [N], how often each sample was trained on. replaced: damaged samples that gave up their place.
+    """
+
+    consumed: int
+    epochs: dict[int, int]
+    repeated: list[tuple[int, int, int]]
+    skipped: list[tuple[int, int, int]]
+    dropped: int
+    times: "np.ndarray"
+    replaced: int
+    left_out: int
+
+    @property
+    def exact(self) -> bool:
+        return not (self.repeated or self.skipped or self.replaced or self.left_out)
+
+
+def read_ledger(run_dir: Path) -> dict[str, Any]:
+    """The ledger of a run folder. Raises: UserError where there is none, or none of this format."""
+    path = run_dir / LEDGER_FILE
+    try:
+        ledger = json.loads(path.read_text(encoding="utf-8"))
+        if ledger["format"] != FORMAT:
+            raise ValueError(f"its format is {ledger['format']}, this lightspan reads {FORMAT}")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); a run keeps a ledger where trainer.callbacks has "
+            "{class_path: lightspan.callbacks.ledger.Ledger, init_args: {path: ${run}/ledger.json}}"
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not the ledger of a run: {error}; name another run folder") from error
+    return dict(ledger)
+
+
+def balance(ledger: dict[str, Any]) -> Account:
+    """Counts every place of every epoch, and every sample; memory: about 24 bytes a sample."""
+    import numpy as np
+
+    from lightspan.datamodules.order import Order
+
+    data, ranges = ledger["data"], ledger["ranges"]
+    order = Order(tuple(data["sizes"]), data["window"])
+    length, used = len(order), data["epoch_samples"]
+    last_epoch = max((epoch for epoch, _, _ in ranges), default=-1)
+    times = np.zeros(length, dtype=np.int64)
+    epochs: dict[int, int] = {}
+    repeated: list[tuple[int, int, int]] = []
+    skipped: list[tuple[int, int, int]] = []
+    for epoch in range(last_epoch + 1):
+        changes = np.zeros(length + 1, dtype=np.int64)
+        for _, first, last in (span for span in ranges if span[0] == epoch):
+            changes[first] += 1
+            changes[last] -= 1
+        counts = np.cumsum(changes[:-1])  # of each place in this epoch's order
+        end = used if epoch < last_epoch else int(np.flatnonzero(counts)[-1]) + 1
+        repeated += [(epoch, first, last) for first, last in runs_of(counts > 1)]
+        skipped += [(epoch, first, last) for first, last in runs_of(counts[:end] == 0)]
+        times[order.epoch(data["seed"], epoch)] += counts
+        epochs[epoch] = int(counts.sum())
+    for entry in ledger["replaced"]:
+        times[entry["damaged"]] -= 1
+        times[entry["by"]] += 1
+    return Account(
+        consumed=sum(epochs.values()),
+        epochs=epochs,
+        repeated=repeated,
+        skipped=skipped,
+        dropped=max(last_epoch, 0) * (length - used),
+        times=times,
+        replaced=len(ledger["replaced"]),
+        left_out=len(data["damage"]),
+    )
+
+
+def runs_of(flags: "np.ndarray") -> list[tuple[int, int]]:
+    """[first, last) of every stretch of true values."""
+    import numpy as np
+
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def lines(account: Account, ledger: dict[str, Any]) -> list[str]:
+    """The account as text."""
+    unseen = (account.times == 0).nonzero()[0].tolist()
+    text = [
+        f"samples     {len(account.times):,} in the training set, {account.consumed:,} consumed in "
+        f"{len(account.epochs)} epochs, batches of {ledger['data']['batch_size']:,}",
+        f"seen        each sample {account.times.min():,} to {account.times.max():,} times",
+        f"repeats     {_places(account.repeated)}",
+        f"skips       {_places(account.skipped)}",
+        f"damaged     {account.replaced:,} samples replaced by others, {account.left_out:,} shards not whole",
+        f"tails       {account.dropped:,} samples of finished epochs did not fill a batch",
+        f"never seen  {len(unseen):,}{': ' + _some(unseen) if unseen else ''}",
+    ]
+    text += [f"  left out: {damage}" for damage in ledger["data"]["damage"][:SHOWN]]
+    for entry in ledger["replaced"][:SHOWN]:
+        text.append(f"  step {entry['step']}: sample {entry['damaged']} replaced by {entry['by']}: {entry['reason']}")
+    more = max(0, account.replaced - SHOWN) + max(0, account.left_out - SHOWN)
+    return [*text, *([f"  ... and {more:,} more"] if more else [])]
+
+
+def _places(spans: list[tuple[int, int, int]]) -> str:
+    total = sum(last - first for _, first, last in spans)
+    return f"{total:,}" + "".join(
+        f"; epoch {epoch}: places {first} to {last - 1}" for epoch, first, last in spans[:SHOWN]
+    )
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:SHOWN])) + (", ..." if numbers[SHOWN:] else "")

@@ -1,0 +1,334 @@
+"""`lightspan prove-resume`: a recipe run straight, and the same run killed at random steps and resumed, compared."""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.metrics_csv import METRICS_FILE
+from lightspan.commands.run_folder import LAST_CHECKPOINT
+from lightspan.config.resolve import Resolved, resolve, with_layer
+from lightspan.config.tree import dump
+from lightspan.errors import UserError
+from lightspan.files import write_atomic
+
+DIFFERENT = 1
+LOSS_TOLERANCE = 1e-5
+"""Largest relative difference of losses between numbers of ranks: sums are taken in another order."""
+_PLACES = ("batch_start", "before_backward", "before_step", "batch_end")  # those of `callbacks.proof.KillAt`
+_RUN = {"save_dir": "${run}"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--kills", type=int, default=2, metavar="N", help="how often a run is killed (default 2)")
+    parser.add_argument("--ranks", default="1", metavar="1,2", help="numbers of ranks to prove it on (default 1)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimiser steps of a run (default 20)")
+    parser.add_argument("--every", type=int, metavar="N", help="steps between checkpoints (default: --steps / 5)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the steps and places of the kills (default 0)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs there, instead of deleting them")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    ranks: list[int]
+    kills: int
+    steps: int
+    every: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL of one rank in the step after `step` finished ones, at a place of `callbacks.proof.KillAt`."""
+
+    step: int
+    place: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One start of a run: on how many ranks, and who is killed in it; None: it finishes."""
+
+    ranks: int
+    kill: Kill | None
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when everything promised is equal, else 1. Raises: UserError for impossible numbers, and for a run that fails
+    by itself.
+    """
+    settings = _settings(args)
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    before = signal.signal(signal.SIGTERM, _stop)  # by default it would leave the ranks running
+    try:
+        return _in_folder(args, resolved, settings)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _in_folder(args: argparse.Namespace, resolved: Resolved, settings: _Settings) -> int:
+    if args.keep is None:
+        with tempfile.TemporaryDirectory(prefix="lightspan-prove-") as folder:
+            return _prove(resolved, settings, Path(folder))
+    if args.keep.exists() and any(args.keep.iterdir()):
+        raise UserError(f"--keep {args.keep} is not empty; name a new folder")
+    args.keep.mkdir(parents=True, exist_ok=True)
+    return _prove(resolved, settings, args.keep.absolute())
+
+
+def _settings(args: argparse.Namespace) -> _Settings:
+    try:
+        ranks = [int(part) for part in args.ranks.split(",")]
+    except ValueError:
+        ranks = []
+    if not ranks or min(ranks) < 1 or len(set(ranks)) < len(ranks):
+        raise UserError(f"--ranks {args.ranks!r} must be different whole numbers from 1 up, such as 1,2")
+    if not 1 <= args.kills < args.steps:
+        raise UserError(f"--kills {args.kills} must be at least 1 and below --steps {args.steps}")
+    every = max(1, args.steps // 5) if args.every is None else args.every
+    if not 1 <= every <= args.steps:
+        raise UserError(f"--every {every} must be at least 1 and at most --steps {args.steps}")
+    return _Settings(ranks, args.kills, args.steps, every, args.seed)
+
+
+def _prove(resolved: Resolved, settings: _Settings, folder: Path) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console, runs = Console(highlight=False, soft_wrap=True), _runs(settings)
+    console.print(f"{resolved.name}: {settings.steps} steps, a checkpoint every {settings.every}, seed {settings.seed}")
+    for name, legs in runs.items():
+        for kill in (leg.kill for leg in legs if leg.kill is not None):
+            console.print(f"  {name}: rank {kill.rank} is killed in step {kill.step}, at {kill.place}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(map(len, runs.values())))
+        for name, legs in runs.items():
+            for number, leg in enumerate(legs, 1):
+                progress.update(task, description=f"{name}, start {number} of {len(legs)}")
+                _start(resolved, settings, folder / name, leg)
+                progress.advance(task)
+    differing = 0
+    for claim, difference in _verdicts(settings, folder):
+        differing += difference is not None
+        console.print(
+            f"equal      {claim}" if difference is None else f"DIFFERENT  {claim}: {difference}", markup=False
+        )
+    return DIFFERENT if differing else 0
+
+
+def _runs(settings: _Settings) -> dict[str, list[Leg]]:
+    """Folder name -> the starts of that run. Equal settings give equal kills."""
+    draw = random.Random(settings.seed)
+    runs: dict[str, list[Leg]] = {}
+    for count in settings.ranks:
+        runs[f"straight-{count}"] = [Leg(count, None)]
+        runs[f"killed-{count}"] = _legs(draw, settings, [count])
+    if len(settings.ranks) > 1:
+        runs["changing"] = _legs(draw, settings, settings.ranks)
+    return runs
+
+
+def _legs(draw: random.Random, settings: _Settings, ranks: Sequence[int]) -> list[Leg]:
+    """The starts of a run that is killed at growing steps, on the numbers of ranks in turn."""
+    counts = [ranks[number % len(ranks)] for number in range(settings.kills + 1)]
+    steps = sorted(draw.sample(range(settings.steps), settings.kills))
+    kills = [
+        Kill(step, draw.choice(_PLACES), draw.randrange(count)) for step, count in zip(steps, counts, strict=False)
+    ]
+    return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]
+
+
+def _verdicts(settings: _Settings, folder: Path) -> Iterator[tuple[str, str | None]]:
+    """(claim, the first difference or None)."""
+    for count in settings.ranks:
+        found = first_difference(folder / f"straight-{count}", folder / f"killed-{count}")
+        yield f"killed-{count} and straight-{count}: checkpoint, samples and logged figures bit for bit", found
+    first = f"straight-{settings.ranks[0]}"
+    others = [f"straight-{count}" for count in settings.ranks[1:]] + ["changing"] * (len(settings.ranks) > 1)
+    for name in others:
+        found = _first_other_batch(folder / first, folder / name, LOSS_TOLERANCE)
+        yield f"{name} and {first}: samples the same, losses within {LOSS_TOLERANCE:g}", found
+
+
+def _start(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -> None:
+    """Runs one leg. Raises: UserError when it ends in another way than it was to."""
+    recipe = run_dir.with_name(f"{run_dir.name}.yaml")
+    write_atomic(recipe, dump(with_layer(resolved, _changes(resolved, settings, run_dir, leg)).document()))
+    command = [sys.executable, "-m", "lightspan", "fit", str(recipe), "--run", str(run_dir)]
+    for module in resolved.allow_modules:
+        command += ["--allow-module", module]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = run_dir / "output.txt"
+    statuses = _ranks_of(command, leg.ranks, log)
+    killed = -signal.SIGKILL in statuses
+    if killed != (leg.kill is not None) or (not killed and any(statuses)):
+        last = log.read_text(errors="replace").strip().splitlines()[-15:]
+        status = next((status for status in statuses if status), 0)
+        wanted = "be killed" if leg.kill else "finish"
+        raise UserError(
+            f"{run_dir.name} on {leg.ranks} rank(s) was to {wanted} but ended with status {status}; its last lines:\n"
+            + "\n".join(last)
+        )
+
+
+def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -> dict[str, Any]:
+    """What a proof changes in the recipe: its length, its checkpoints, its logs, and the kill."""
+    checkpoint = {"dirpath": "${run}/checkpoints", "every_n_train_steps": settings.every, "save_top_k": 1}
+    callbacks: dict[str, Any] = {
+        "checkpoint": {"class_path": "lightspan.callbacks.checkpoint.Checkpoint", "init_args": checkpoint},
+        "proof_trace": {"class_path": "lightspan.callbacks.proof.Trace", "init_args": {"folder": f"{run_dir}/trace"}},
+    }
+    if leg.kill is not None:
+        kill = {"step": leg.kill.step, "place": leg.kill.place, "rank": leg.kill.rank}
+        callbacks["proof_kill"] = {"class_path": "lightspan.callbacks.proof.KillAt", "init_args": kill}
+    trainer: dict[str, Any] = {
+        "max_steps": settings.steps,
+        "max_epochs": -1,
+        "devices": leg.ranks,
+        "log_every_n_steps": 1,
+        "callbacks": callbacks,
+        "logger": {"jsonl": {"class_path": "lightspan.callbacks.jsonl_logger.JsonlLogger", "init_args": _RUN}},
+    }
+    given = resolved.config.get("trainer", {})
+    loggers = given.get("logger")
+    trainer["logger"] |= {name: None for name in (loggers if isinstance(loggers, dict) else {}) if name != "jsonl"}
+    if max(settings.ranks) > 1 and "strategy" not in given:  # the same on every leg, or it would be another experiment
+        trainer["strategy"] = "ddp"
+    return {"trainer": trainer}
+
+
+def _ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
+    """Starts the ranks as a launcher would; when one dies the rest is killed. Exit statuses, None for those killed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alone = {key: value for key, value in os.environ.items() if key != "LIGHTSPAN_RUN"}
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        with log.open("ab") as file:
+            for rank in range(ranks):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+                launched = alone | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                variables = alone if ranks == 1 else launched
+                started = subprocess.Popen(command, env=variables, stdout=file, stderr=file, start_new_session=True)
+                processes.append(started)
+        while not any(process.poll() for process in processes) and any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+        return [process.poll() for process in processes]
+    finally:
+        for process in processes:  # with its data workers, which are in its session
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def first_difference(straight: Path, killed: Path) -> str | None:
+    """What two runs on the same ranks do not share bit for bit, named; None where they share everything."""
+    for part, expected in _parts(straight / LAST_CHECKPOINT).items():
+        for place, difference in differences(expected, _parts(killed / LAST_CHECKPOINT)[part], part):
+            return f"{place} {difference}"
+    return _first_other_batch(straight, killed, 0.0) or _first_other_line(straight, killed)
+
+
+def _parts(path: Path) -> dict[str, Any]:
+    from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
+
+    stored = WholeFileCheckpointIO().load_checkpoint(path)
+    parts = {key: stored.get(key) for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")}
+    fit = stored.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+    return {**parts, "data position": fit.get("combined_loader")}
+
+
+def differences(expected: Any, found: Any, place: str) -> Iterator[tuple[str, str]]:
+    """(place, what differs) of two trees of dicts, lists, tensors and plain values; a tensor differs in any bit."""
+    import torch
+
+    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
+        if expected.shape != found.shape or expected.dtype != found.dtype:
+            yield place, f"is {found.dtype} {list(found.shape)} instead of {expected.dtype} {list(expected.shape)}"
+        elif not torch.equal(expected.view(-1).view(torch.uint8), found.view(-1).view(torch.uint8)):
+            away = (expected.double() - found.double()).abs()
+            yield place, f"differs in {int((away != 0).sum())} of {away.numel()} numbers, by up to {away.max():.3g}"
+    elif isinstance(expected, dict) and isinstance(found, dict):
+        for key in dict.fromkeys([*expected, *found]):
+            if key in expected and key in found:
+                yield from differences(expected[key], found[key], f"{place}.{key}")
+            else:
+                yield (
+                    f"{place}.{key}",
+                    "is only in the straight run" if key in expected else "is only in the killed run",
+                )
+    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(expected) == len(found):
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            yield from differences(one, other, f"{place}[{number}]")
+    elif expected != found:
+        yield place, f"is {found!r:.80} instead of {expected!r:.80}"
+
+
+def _first_other_batch(one: Path, other: Path, tolerance: float) -> str | None:
+    """The first batch with other samples over all ranks, or a mean loss further away than `tolerance` relative."""
+    expected, found = _trace(one), _trace(other)
+    for batch in sorted(expected.keys() | found.keys()):
+        if batch not in expected or batch not in found:
+            return f"batch {batch} is only in {one.name if batch in expected else other.name}"
+        (samples, loss), (other_samples, other_loss) = expected[batch], found[batch]
+        missing = sorted(set(samples) - set(other_samples))
+        if samples != other_samples:
+            first = missing[0] if missing else "none, but other counts"
+            return f"batch {batch} has other samples: {len(missing)} of {len(samples)} missing, the first {first}"
+        if not abs(loss - other_loss) <= tolerance * abs(loss):
+            return f"the loss of batch {batch} is {other_loss!r} instead of {loss!r}"
+    return None if expected else "no batch was seen at all"
+
+
+def _trace(run_dir: Path) -> dict[int, tuple[list[str], float]]:
+    """Batch number -> (digests of its samples over all ranks, sorted; mean loss over ranks), by its last attempt."""
+    last: dict[int, dict[str, Any]] = {}
+    for path in sorted((run_dir / "trace").glob("rank-*.jsonl")):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that the kill cut
+                entry = json.loads(line)
+                attempts = last.setdefault(entry["batch"], {})
+                attempts[path.stem] = entry
+    trace = {}
+    for batch, by_rank in last.items():
+        newest = max(entry["start_s"] for entry in by_rank.values())
+        entries = [entry for entry in by_rank.values() if entry["start_s"] == newest]
+        losses = [entry["loss"] for entry in entries]
+        trace[batch] = (sorted(d for entry in entries for d in entry["samples"]), sum(losses) / len(losses))
+    return trace
+
+
+def _first_other_line(straight: Path, killed: Path) -> str | None:
+    """The first logged figure that differs; times, speeds and memory are no part of the promise."""
+    expected, found = _logged(straight), _logged(killed)
+    for step, name in dict.fromkeys([*expected, *found]):
+        one, other = expected.get((step, name)), found.get((step, name))
+        if one != other:
+            return f"the logged {name} of step {step} is {other!r} instead of {one!r}"
+    return None
+
+
+def _logged(run_dir: Path) -> dict[tuple[int, str], Any]:
+    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    free = ("step", "time_s", "throughput/", "memory/")
+    return {(line["step"], name): value for line in lines for name, value in line.items() if not name.startswith(free)}

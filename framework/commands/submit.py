@@ -1,0 +1,205 @@
+"""`lightspan submit RECIPE --to slurm|kubernetes|local`: the same recipe, started by somebody else."""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.catalogue import print_notes
+from lightspan.commands.run_folder import run_folder
+from lightspan.config.resolve import Resolved, resolve
+from lightspan.config.tree import dump
+from lightspan.errors import UserError
+from lightspan.launch import kubernetes, slurm, torchrun
+from lightspan.launch.job import Job, cores_of, job_name, leave_of, seconds
+
+_IMAGE = re.compile(r"[\w./:@+~-]+")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--to", required=True, choices=tuple(_TARGETS), help="who starts the ranks")
+    parser.add_argument("--print", action="store_true", help="write the job to the console and submit nothing")
+    parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)")
+    parser.add_argument("--nodes", type=_count, metavar="N", help="machines (default: the recipe's trainer.num_nodes)")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=_count,
+        metavar="G",
+        help="GPUs and ranks of each (default: the recipe's trainer.devices)",
+    )
+    parser.add_argument("--time", metavar="LIMIT", help="time limit: minutes, H:M:S or D-H:M:S")
+    parser.add_argument("--image", metavar="IMAGE", help="container image (Kubernetes needs one)")
+    parser.add_argument(
+        "--wandb", action="store_true", help="also log to Weights & Biases; offline without WANDB_API_KEY"
+    )
+    parser.add_argument("--partition", metavar="NAME", help="SLURM: where to queue")
+    parser.add_argument(
+        "--container", choices=slurm.RUNTIMES, help="SLURM: what runs --image (default: apptainer; pyxis is enroot's)"
+    )
+    parser.add_argument(
+        "--kind", choices=kubernetes.KINDS, help="Kubernetes: manifest (default: job for one node, jobset for several)"
+    )
+    parser.add_argument(
+        "--claim", metavar="NAME", help="Kubernetes: PersistentVolumeClaim for /runs (default: lightspan-runs)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks the recipe, then prints or submits its job. Raises: UserError for bad input or a missing tool."""
+    _refuse_strangers(args)
+    resolved = _on_the_asked_devices(args)
+    print_notes(resolved.notes)
+    return _TARGETS[args.to](args, resolved)
+
+
+def _to_slurm(args: argparse.Namespace, resolved: Resolved) -> int:
+    job = _job_of_files(args, resolved)
+    return _hand_over(args, slurm.batch_script(job, args.partition, args.container or "apptainer"), ["sbatch"])
+
+
+def _to_kubernetes(args: argparse.Namespace, resolved: Resolved) -> int:
+    if args.image is None:
+        raise UserError("--to kubernetes needs --image IMAGE, which the nodes can pull; docker/README.md builds one")
+    claim = args.claim or "lightspan-runs"
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim):
+        raise UserError(f"--claim {claim!r} cannot be a Kubernetes name: lower-case letters, digits, '-' and '.'")
+    folder = _folder_in_the_volume(args.run, resolved.name)
+    recipe = kubernetes.recipe_path(job_name(resolved.name))
+    job = _job(args, resolved, folder, [recipe])
+    documents = kubernetes.manifests(job, dump(resolved.document()), claim, args.kind)
+    return _hand_over(args, kubernetes.to_yaml(documents), ["kubectl", "apply", "-f", "-"])
+
+
+def _to_this_machine(args: argparse.Namespace, resolved: Resolved) -> int:
+    job = _job_of_files(args, resolved)
+    if job.nodes > 1:
+        raise UserError(f"--to local starts ranks on this machine alone, not on {job.nodes}; use --to slurm")
+    command = torchrun.local_command(job)
+    if args.print:
+        settings = [f"{name}={value}" for name, value in torchrun.environment(job).items()]
+        print(shlex.join(["env", *settings, *command] if settings else command))
+        return 0
+    if find_spec("torch") is None:
+        raise UserError("torchrun is not installed: pip install torch, or look at the command with --print")
+    return subprocess.run(command, env=os.environ | torchrun.environment(job)).returncode
+
+
+_TARGETS: dict[str, Callable[[argparse.Namespace, Resolved], int]] = {
+    "slurm": _to_slurm,
+    "kubernetes": _to_kubernetes,
+    "local": _to_this_machine,
+}
+_ONLY_FOR = {
+    "partition": ("slurm",),
+    "container": ("slurm",),
+    "kind": ("kubernetes",),
+    "claim": ("kubernetes",),
+    "time": ("slurm", "kubernetes"),
+    "image": ("slurm", "kubernetes"),
+}
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _refuse_strangers(args: argparse.Namespace) -> None:
+    for option, targets in _ONLY_FOR.items():
+        if getattr(args, option) is not None and args.to not in targets:
+            raise UserError(f"--{option} has no meaning for --to {args.to}, only for {' and '.join(targets)}")
+    if args.container is not None and args.image is None:
+        raise UserError(f"--container {args.container} needs --image IMAGE")
+    if args.image is not None and not _IMAGE.fullmatch(args.image):
+        raise UserError(
+            f"--image {args.image!r} is no image: a name such as registry/name:tag, or a path without spaces"
+        )
+    if args.time is not None:
+        seconds(args.time)
+
+
+def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
+    """The configuration on as many devices as the options say; the flags it took are left in `args.flags`."""
+    if args.nodes is not None:
+        args.flags.append(f"trainer.num_nodes={args.nodes}")
+    if args.gpus_per_node is not None:
+        args.flags.append(f"trainer.devices={args.gpus_per_node}")
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    accelerator = resolved.config["trainer"].get("accelerator", "auto")
+    if args.gpus_per_node is not None and accelerator == "cpu":
+        raise UserError(
+            f"--gpus-per-node {args.gpus_per_node}: {resolved.name} runs on the CPU "
+            f"({resolved.sources['trainer.accelerator']}); use trainer.devices=N, or add trainer.accelerator=gpu"
+        )
+    if args.gpus_per_node is not None and accelerator == "auto":
+        # Asked for, so a node without them is an error and not a slow run.
+        args.flags.append("trainer.accelerator=gpu")
+        resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    return resolved
+
+
+def _job_of_files(args: argparse.Namespace, resolved: Resolved) -> Job:
+    """The job where recipe and run folder lie on this machine, or on storage that the others share with it."""
+    folder = run_folder(args.run and Path(args.run), resolved.name)
+    return _job(args, resolved, str(folder), [args.recipe, *_options("-c", args.overlays), *args.flags])
+
+
+def _job(args: argparse.Namespace, resolved: Resolved, folder: str, recipe: list[str]) -> Job:
+    trainer = resolved.config["trainer"]
+    arguments = ["fit", *recipe, "--run", folder, *_options("--allow-module", args.allow_modules)]
+    return Job(
+        name=job_name(resolved.name, PurePosixPath(folder).name),
+        arguments=(*arguments, "--wandb") if args.wandb else tuple(arguments),
+        run=folder,
+        workdir=str(Path.cwd()),
+        nodes=_number(trainer.get("num_nodes", 1), "trainer.num_nodes", "--nodes"),
+        ranks_per_node=_number(trainer.get("devices", "auto"), "trainer.devices", "--gpus-per-node"),
+        gpus=trainer.get("accelerator") in ("gpu", "cuda"),
+        cores=cores_of(resolved.config),
+        preemption=leave_of(resolved.config),
+        time=args.time,
+        image=args.image,
+        wandb=args.wandb,
+    )
+
+
+def _number(value: Any, key: str, option: str) -> int:
+    if isinstance(value, list):
+        value = len(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{key}={value!r} says nothing about a machine that is not there yet; give {option} a number")
+    return value
+
+
+def _options(option: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def _folder_in_the_volume(given: str | None, name: str) -> str:
+    """The run folder inside the pods."""
+    if given is None:
+        new = run_folder(None, name)
+        return f"{kubernetes.RUNS}/{new.parent.name}/{new.name}"
+    folder = PurePosixPath(kubernetes.RUNS) / given
+    if folder.parts[:2] != ("/", "runs") or len(folder.parts) < 3 or ".." in folder.parts:
+        raise UserError(f"--run {given}: on Kubernetes a run lies in {kubernetes.RUNS}, on the claimed volume")
+    return str(folder)
+
+
+def _hand_over(args: argparse.Namespace, text: str, command: list[str]) -> int:
+    if args.print:
+        sys.stdout.write(text)
+        return 0
+    if shutil.which(command[0]) is None:
+        raise UserError(f"{command[0]} is not installed here; run this where it is, or look at the job with --print")
+    return subprocess.run(command, input=text, text=True).returncode

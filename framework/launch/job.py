@@ -1,0 +1,116 @@
+"""A run that somebody else will start: how many ranks, on what, for how long, and how long it may take to leave."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lightspan.errors import UserError
+
+LEAVING_S = 30
+"""Seconds beyond the budget of a checkpoint: one step to finish before it, and the ranks' way out after it."""
+RESTARTS = 3
+"""How often a launcher starts a run again that failed. A run that was preempted does not count, where one can tell."""
+
+_PREEMPTION = "lightspan.callbacks.preemption.Preemption"
+_BUDGET_S, _EXIT_CODE = 60.0, 143  # the callback's defaults, which cannot be read without torch; a test compares them
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of `lightspan fit`.
+
+    Attributes:
+        name: lower-case letters, digits and dashes, at most 40 characters.
+        arguments: what follows `lightspan`, unquoted: `fit RECIPE --run DIR ...`.
+        run: the absolute run folder.
+        workdir: the absolute folder that paths among the arguments are relative to.
+        nodes, ranks_per_node: >= 1.
+        gpus: whether each rank has a GPU of its own.
+        cores: processor cores a rank keeps busy, its data workers included.
+        preemption: how the run leaves when it is told to; None where nothing in it obeys a signal.
+        time: time limit in SLURM's words, or None for the cluster's own.
+        image: container image, or None.
+        wandb: whether the run logs to Weights & Biases.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    run: str
+    workdir: str
+    nodes: int
+    ranks_per_node: int
+    gpus: bool
+    cores: int
+    preemption: "Leave | None"
+    time: str | None = None
+    image: str | None = None
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Leave:
+    """What the run's `Preemption` callback promises.
+
+    Attributes:
+        callback: its name in the recipe.
+        budget_s: whole seconds from the signal to a whole checkpoint.
+        exit_code: status of a run that left because it was told to.
+    """
+
+    callback: str
+    budget_s: int
+    exit_code: int
+
+    @property
+    def grace_s(self) -> int:
+        """Seconds that a launcher has to leave between its signal and the end."""
+        return self.budget_s + LEAVING_S
+
+
+def leave_of(config: dict[str, Any]) -> Leave | None:
+    """How a resolved configuration leaves, or None where it has no `Preemption` callback. Raises: UserError."""
+    for name, spec in (config.get("trainer", {}).get("callbacks") or {}).items():
+        if spec.get("class_path") == _PREEMPTION:
+            settings = spec.get("init_args") or {}
+            budget_s, exit_code = settings.get("budget_s", _BUDGET_S), settings.get("exit_code", _EXIT_CODE)
+            if not isinstance(budget_s, int | float) or not isinstance(exit_code, int):
+                raise UserError(f"budget_s={budget_s!r} and exit_code={exit_code!r} of the Preemption must be numbers")
+            return Leave(name, math.ceil(budget_s), exit_code)
+    return None
+
+
+def cores_of(config: dict[str, Any]) -> int:
+    """One core for a rank and one for each of its data workers."""
+    workers = (config.get("data", {}).get("init_args") or {}).get("num_workers", 0)
+    return 1 + (workers if isinstance(workers, int) else 0)
+
+
+def job_name(*parts: str) -> str:
+    """Lower-case letters, digits and dashes out of any text: a name for SLURM and a DNS label for Kubernetes.
+
+    At most 40 characters, since Kubernetes makes host names of up to 63 out of it; of longer texts the end is kept.
+    """
+    text = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+    name = text if len(text) <= 40 else text[-40:].lstrip("-")
+    # A DNS label that names a service begins with a letter.
+    return name if name[:1].isalpha() else f"run-{name[-36:].lstrip('-')}".rstrip("-")
+
+
+def seconds(time: str) -> int:
+    """A time limit in SLURM's words as seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises: UserError."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        raise UserError(f"--time {time!r} is no time; write minutes, H:M:S or D-H:M:S, for example 12:00:00")
+    parts = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, rest = [*parts, 0, 0][:3]
+        total = ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + rest
+    elif len(parts) == 3:
+        total = (parts[0] * 60 + parts[1]) * 60 + parts[2]
+    else:
+        total = parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
+    if total == 0:
+        raise UserError(f"--time {time!r} is no time at all; give at least 1 minute, or leave --time out")
+    return total

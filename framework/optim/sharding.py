@@ -1,0 +1,149 @@
+"""Which rows of a matrix a rank holds, and what ranks have to tell each other about the rest.
+
+A step treats the rows of a matrix one by one, so a rank steps the rows it holds. Only sums over rows leave it: what
+chooses a frame, norms of whole matrices, and whether gradients are finite. All of them run over the ranks among which
+the matrix is split; replicas of a hybrid mesh compute the same and have nothing to say to each other.
+
+Shapes: B matrices, M rows of whole matrices, m rows of this rank.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from lightspan.errors import UserError
+
+Total = Callable[[Tensor], Tensor]
+"""A sum over the ranks that hold the other rows of a matrix."""
+
+
+def alone(part: Tensor) -> Tensor:
+    """The `Total` of a matrix that this rank holds whole."""
+    return part
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks among which a tensor is split: one axis of a device mesh."""
+
+    mesh: DeviceMesh
+    axis: int
+
+    @property
+    def count(self) -> int:
+        return self.mesh.size(self.axis)
+
+    @property
+    def index(self) -> int:
+        """This rank's place among them."""
+        return self.mesh.get_local_rank(self.axis)
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum of every rank's `part`; the same bits on every rank."""
+        whole = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=self.mesh.get_group(self.axis))
+        return whole
+
+    def placements(self, shard: int) -> tuple[Placement, ...]:
+        """Split along tensor axis `shard` among these ranks, the same everywhere else."""
+        return tuple(Shard(shard) if axis == self.axis else Replicate() for axis in range(self.mesh.ndim))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the rows of matrices of one shape lie on ranks: as torch.chunk splits them, so the last ones may have fewer
+    or none.
+
+    Args:
+        total: M.
+        moved: whether the parameter itself is split along its projected side, so that the rows of gradient and weight
+            travel to their rank and back in every step.
+    """
+
+    ranks: Ranks
+    total: int
+    moved: bool
+
+    @property
+    def chunk(self) -> int:
+        """Rows of the first rank."""
+        return -(-self.total // self.ranks.count)
+
+    @property
+    def start(self) -> int:
+        """First row of this rank."""
+        return min(self.ranks.index * self.chunk, self.total)
+
+    @property
+    def rows(self) -> int:
+        """m."""
+        return min(self.chunk, self.total - self.start)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Whole matrices [..., M, any] from every rank's rows [..., m, any]."""
+        padded = part.new_zeros(*part.shape[:-2], self.chunk, part.shape[-1])
+        padded[..., : self.rows, :] = part
+        parts = [torch.empty_like(padded) for _ in range(self.ranks.count)]
+        dist.all_gather(parts, padded, group=self.ranks.mesh.get_group(self.ranks.axis))
+        return torch.cat(parts, dim=-2)[..., : self.total, :]
+
+    def own(self, whole: Tensor, axis: int = 0) -> Tensor:
+        """This rank's rows of a tensor that has all of them along `axis`."""
+        return whole.narrow(axis, self.start, self.rows)
+
+    def distributed(self, part: Tensor) -> DTensor:
+        """State with this rank's rows as its first axis as a DTensor: checkpoints save it once, and load it on another
+        number of ranks. It shares memory with `part`.
+        """
+        shape = torch.Size((self.total, *part.shape[1:]))
+        return from_local(part, self.ranks, 0, shape)
+
+
+def from_local(part: Tensor, ranks: Ranks, axis: int, shape: torch.Size) -> DTensor:
+    """A DTensor of `shape` split along `axis`, of which this rank holds `part`."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, ranks.mesh, ranks.placements(axis), run_check=False, shape=shape, stride=stride)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def ranks_of(tensor: Tensor) -> Ranks | None:
+    """The ranks among which a tensor is split; None if this one holds it whole.
+
+    Raises: UserError for a tensor that is split along several axes of its mesh.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh, placements = tensor.device_mesh, tensor.placements
+    split = [axis for axis, placement in enumerate(placements) if mesh.size(axis) > 1 and not placement.is_replicate()]
+    if not split:
+        return None
+    if len(split) > 1 or type(placements[split[0]]) is not Shard:
+        raise UserError(
+            f"a parameter of shape {tuple(tensor.shape)} lies on its mesh as {placements}; LowRank can step one "
+            "that is split along a single axis of the mesh. Shard it without tensor parallelism (strategy FSDP2), or "
+            "use AdamW"
+        )
+    return Ranks(mesh, split[0])
+
+
+def total_over(parts: Iterable[tuple[Ranks | None, Tensor]]) -> Tensor:
+    """Sum of 0-d `parts` in float64; each counts once over the ranks that share its tensor. At least one part."""
+    by_ranks: dict[Ranks | None, list[Tensor]] = {}
+    for ranks, part in parts:
+        by_ranks.setdefault(ranks, []).append(part)
+    device = next(iter(by_ranks.values()))[0].device
+    sums = []
+    for ranks, members in by_ranks.items():
+        mine = torch.stack([part.to(device, torch.float64) for part in members]).sum()
+        sums.append(mine if ranks is None else ranks.total(mine))
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]

@@ -1,0 +1,176 @@
+"""FSDP2 and hybrid sharding for any LightningModule: one place that decides what is sharded, and along which axis.
+
+Under the strategy `FSDP2`, `shard(module)` splits a module block by block, then what is left of it. Under every other
+strategy it does nothing, so a module calls it in `configure_model` whatever it will be trained with; `Method` does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from lightspan.distributed import copy_of_first_rank
+from lightspan.errors import UserError
+from lightspan.optim.layout import is_wide
+
+FORWARD_METHODS = ("training_step", "validation_step", "test_step", "predict_step", "features")
+"""What is called on a LightningModule from outside in the place of `forward`."""
+
+
+class FSDP2(ModelParallelStrategy):
+    """Fully sharded data parallelism: weights, gradients and optimiser state are split over the ranks.
+
+    Every rank works on its own samples, as with DDP. A block's weights are gathered before it runs and let go after it.
+    Unlike Lightning's class, whose defaults split a model over the nodes alone, it uses all ranks.
+
+    Args:
+        replicas: copies of the model, >= 1, each split over (ranks / replicas) neighbouring ranks: hybrid sharding
+            (HSDP), where weights travel inside a copy only and gradients between copies once a step. "nodes" keeps
+            one copy on each node.
+        activation_checkpointing: whether activations inside a block are computed again in the backward pass instead of
+            kept.
+        compile: whether blocks are compiled by torch.compile.
+        save_distributed_checkpoint: whether a checkpoint is a folder to which every rank writes its part; otherwise
+            rank 0 gathers everything and writes one file.
+        process_group_backend: as of ModelParallelStrategy.
+    Raises: UserError when training starts, if `replicas` does not divide the number of ranks, or for a module that
+        never calls `shard`.
+    """
+
+    def __init__(
+        self,
+        replicas: int | Literal["nodes"] = 1,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=process_group_backend
+        )
+        if replicas != "nodes" and replicas < 1:
+            raise UserError(f"FSDP2 replicas={replicas} must be at least 1, or 'nodes' for one on each node")
+        self.replicas = replicas
+        self.activation_checkpointing = activation_checkpointing
+        self.compile = compile
+        self.mesh: DeviceMesh | None = None
+
+    def setup_environment(self) -> None:
+        ranks = self.num_nodes * self.num_processes
+        replicas = self.num_nodes if self.replicas == "nodes" else self.replicas
+        if ranks % replicas:
+            divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+            raise UserError(
+                f"FSDP2 replicas={replicas} does not divide the {ranks} ranks ({self.num_nodes} nodes of "
+                f"{self.num_processes}); choose one of {divisors}"
+            )
+        self._data_parallel_size, self._tensor_parallel_size = ranks, 1
+        super().setup_environment()
+        if replicas == 1:
+            self.mesh = self.device_mesh["data_parallel"]
+        else:
+            sizes, names = (replicas, ranks // replicas), ("replica", "shard")
+            self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+
+    def setup(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if not is_overridden("configure_model", module) or not isinstance(module, FSDPModule):
+            raise UserError(
+                f"{type(module).__name__} was not sharded: let its configure_model(self) call "
+                "lightspan.strategies.shard(self), or train with trainer.strategy=ddp"
+            )
+        super().setup(trainer)
+
+    def shard(self, module: LightningModule) -> None:
+        """Splits a module over `mesh`; does nothing to one that is split already."""
+        if isinstance(module, FSDPModule):
+            return
+        assert self.mesh is not None
+        for block in blocks(module):
+            if self.activation_checkpointing:
+                checkpoint(block)
+            if self.compile:
+                block.compile()
+        shard_blocks(module, self.mesh)
+        for name in FORWARD_METHODS:
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
+
+
+def shard(module: LightningModule) -> None:
+    """For `configure_model`: splits the module if it has a Trainer whose strategy is `FSDP2`."""
+    if module._trainer is not None and isinstance(strategy := module._trainer.strategy, FSDP2):
+        strategy.shard(module)
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The parts of a module that are gathered one at a time, inner ones first: elements of ModuleLists, and of
+    Sequentials that repeat one composite class, where they have parameters.
+    """
+    found: dict[nn.Module, None] = {}
+    for container in module.modules():
+        elements = list(container.children())
+        listed = isinstance(container, nn.ModuleList)
+        repeated = isinstance(container, nn.Sequential) and len({type(element) for element in elements}) == 1
+        if listed or (repeated and len(elements) > 1 and any(elements[0].children())):
+            found.update((e, None) for e in elements if _has_forward(e) and any(True for _ in e.parameters()))
+    return list(found)[::-1]
+
+
+def shard_blocks(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Splits the blocks of a module, then the module, over a mesh [shards] or [replicas, shards].
+
+    All ranks start from rank 0's weights and buffers. Matrices with fewer rows than columns are split along their
+    columns where these divide evenly, all others along their rows: that is the longer side, which a low-rank optimiser
+    steps row by row.
+    """
+    for part in (*blocks(module), module):
+        tensors = [t for t in (*part.parameters(), *part.buffers()) if not isinstance(t, DTensor) and not t.is_meta]
+        for tensor in tensors:
+            tensor.data = tensor.data.to(_device(mesh))
+        copy_of_first_rank(tensors)
+        fully_shard(part, mesh=mesh, shard_placement_fn=_along_longer_side(mesh.size(mesh.ndim - 1)))
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, parts of a sharded module can be called by themselves, without a step of the whole one around them. All
+    ranks have to enter and to call the same; does nothing to a module that is not sharded.
+    """
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def _along_longer_side(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    def placement(parameter: Tensor) -> Shard | None:
+        # FSDP2 can split an axis other than the first only evenly.
+        wide = parameter.ndim > 1 and is_wide(parameter) and parameter.shape[1] % ranks == 0
+        return Shard(1) if wide else None
+
+    return placement
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)

@@ -1,0 +1,51 @@
+"""Ranks that stop for good: who is named, with which stack, and how the processes end."""
+
+import pytest
+import rank_processes
+from rank_processes import callback
+
+from lightspan.callbacks.watchdog import HUNG, Watchdog
+from lightspan.errors import UserError
+
+
+def watchdog(timeout_s: float) -> list[str]:
+    return [f"trainer.callbacks.watchdog.init_args.{key}" for key in (f"timeout_s={timeout_s}", "every_s=0.2")]
+
+
+def test_the_rank_that_hangs_is_named_with_its_stack_while_the_other_sits_in_a_collective(tmp_path):
+    hang = callback("hang", "tiny_lab.faults.HangAt", step=3, rank=1)
+    ended = rank_processes.fit(tmp_path, *watchdog(4), *hang, ranks=2)
+    assert ended.statuses == [HUNG, HUNG], ended.said
+    assert HUNG == 124
+    assert ended.said.count("lightspan: rank 1 hangs at stuck_on_purpose (faults.py:") == 1, ended.said
+    assert "s after the loss; the others wait for it; stacks in" in ended.said
+    stacks = [(tmp_path / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "stuck_on_purpose" in stacks[1]
+    assert "backward" in stacks[0]
+    assert "stuck_on_purpose" not in stacks[0]
+
+
+def test_a_rank_that_holds_its_interpreter_shows_its_stack_all_the_same(tmp_path):
+    hang = callback("hang", "tiny_lab.faults.HangAt", step=2, holds_interpreter="true")
+    ended = rank_processes.fit(tmp_path, *watchdog(2), *hang)
+    assert ended.statuses == [1], ended.said
+    assert "stuck_on_purpose" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_run_that_moves_is_left_alone_and_nothing_of_the_watch_is_left(tmp_path):
+    ended = rank_processes.fit(tmp_path, *watchdog(30))
+    assert ended.statuses == [0], ended.said
+    assert not (tmp_path / "stacks").exists()
+    assert not (tmp_path / "heartbeats").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timeout_s": 0}, "timeout_s=0 must be above 0 seconds"),
+        ({"timeout_s": 5, "every_s": 5}, "every_s=5 must be above 0 and below timeout_s=5"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Watchdog(**arguments)

@@ -1,0 +1,64 @@
+"""An https server on this machine, with a certificate that this process trusts."""
+
+import shutil
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+
+@dataclass
+class HttpsServer:
+    """address: https://HOST:PORT. files: {path: content}, to be filled by a test. asked: the paths that were read."""
+
+    address: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def https_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpsServer]:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the server's certificate")
+    served = HttpsServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            served.asked.append(self.path)
+            if self.path == "/downgrade.tar":
+                self.send_response(302)
+                self.send_header("Location", "http://127.0.0.1:9/a.tar")
+                self.end_headers()
+            elif self.path in served.files:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(served.files[self.path])
+            else:
+                self.send_error(404)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    served.address = f"https://127.0.0.1:{server.server_port}"
+    yield served
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -1,0 +1,41 @@
+"""Small tar shards for tests."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from lightspan.datamodules.shard_index import SUFFIX, scan
+
+
+def write_shard(path: Path, numbers: Iterable[int], width: int = 6, index: bool = True) -> str:
+    """One sample for each number, labelled with it: a picture of `width` x 4 pixels whose red is the number."""
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            picture = io.BytesIO()
+            Image.new("RGB", (width, 4), (number, 0, 255)).save(picture, "PNG")
+            for ending, content in (("png", picture.getvalue()), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"{number:04}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    if index:
+        Path(f"{path}{SUFFIX}").write_text(scan(path, str(path), 2**20)[0].to_json())
+    return str(path)
+
+
+def write_shards(folder: Path, sizes: Iterable[int]) -> list[str]:
+    """Shards of these sizes whose samples are labelled 0, 1, ... through all of them."""
+    shards, first = [], 0
+    for number, size in enumerate(sizes):
+        shards.append(write_shard(folder / f"part-{number}.tar", range(first, first + size)))
+        first += size
+    return shards
+
+
+def damage(shard: str, at: int) -> None:
+    """Turns one byte of a shard into another."""
+    content = bytearray(Path(shard).read_bytes())
+    content[at] ^= 0xFF
+    Path(shard).write_bytes(content)

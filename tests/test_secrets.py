@@ -1,0 +1,72 @@
+"""Keys in the environment are used and never written down: not by the run, and not by Weights & Biases beside it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent / "tiny_project"
+PLANTED = {
+    "WANDB_API_KEY": "feedc0de00112233445566778899aabbccddeeff",
+    "HF_TOKEN": "hf_PlantedPlantedPlantedPlantedPlant",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret/access/key/0123456789abcd",
+}
+
+
+def tracked_fit(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two steps of the tiny project with --wandb, in a home and a temporary folder of its own below `folder`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    for place in ("home", "tmp"):
+        (folder / place).mkdir()
+    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(PROJECT)}
+    run = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab", "--run", "run", "--wandb", "trainer.max_steps=2"]
+    command = [sys.executable, "-m", "lightspan", "fit", *run, "trainer.log_every_n_steps=1"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**clean, **own, **environment})
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_planted_keys_are_nowhere_after_a_tracked_run(tmp_path: Path) -> None:
+    done = tracked_fit(tmp_path, **PLANTED, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    records = list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
+    assert len(records) == 1
+    assert b"train/loss" in records[0].read_bytes()  # the tracker was at work, and its records are searchable
+    for name, key in PLANTED.items():
+        assert key not in done.stdout + done.stderr, name
+        assert not [path for path in files_of(tmp_path) if key.encode() in path.read_bytes()], name
+
+
+def test_without_a_key_the_tracker_stays_offline(tmp_path: Path) -> None:
+    done = tracked_fit(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("run/wandb/offline-run-*"))) == 1
+    assert not list(tmp_path.glob("run/wandb/run-*"))
+
+
+@pytest.mark.parametrize("key", PLANTED.values(), ids=PLANTED)
+def test_a_key_on_the_command_line_is_refused_without_being_repeated(key: str, tmp_path: Path) -> None:
+    recipe = str(PROJECT / "tiny.yaml")
+    command = [
+        sys.executable,
+        "-m",
+        "lightspan",
+        "submit",
+        recipe,
+        "--allow-module",
+        "tiny_lab",
+        "--to",
+        "slurm",
+        "--print",
+    ]
+    flag = f"model.init_args.api_key={key}"
+    done = subprocess.run(
+        [*command, flag], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROJECT)}
+    )
+    assert done.returncode == 2
+    assert "looks like a secret" in done.stderr
+    assert key not in done.stdout + done.stderr

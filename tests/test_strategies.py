@@ -1,0 +1,169 @@
+"""The strategy FSDP2 through Lightning's Trainer: the losses of one process, a checkpoint that changes rank count, and
+what it refuses."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning import LightningModule, Trainer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from lightspan.distributed import leave, rank, world_size
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.optim.low_rank import LowRank
+from lightspan.strategies import FSDP2, blocks
+
+STEPS, BATCH = 6, 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 16), nn.Linear(16, 10)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return x_BD + self.down(self.up(x_BD).tanh())
+
+
+class Regression(Method):
+    """Both blocks are sharded by themselves; `head` belongs to the module as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda groups: LowRank(groups, lr=1e-2, rank=3, refresh=4))
+        torch.manual_seed(0)
+        self.stem = nn.Linear(7, 10)
+        self.body = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(10, 5)
+        self.losses: list[torch.Tensor] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.global_step)
+        x_BD, target_BD = (
+            torch.randn(BATCH, width, generator=generator).chunk(world_size())[rank()] for width in (7, 5)
+        )
+        loss = nn.functional.mse_loss(self.head(self.body(self.stem(x_BD))), target_BD)
+        self.losses.append(loss.detach().double())
+        return loss
+
+
+def fit(
+    folder: str, ranks: int, steps: int, strategy: FSDP2 | str, resume: str | None = None
+) -> tuple[Trainer, Regression]:
+    trainer = Trainer(
+        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=steps, gradient_clip_val=0.5, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    module = Regression()
+    trainer.fit(module, DataLoader(range(3 * STEPS)), ckpt_path=resume, weights_only=True)
+    return trainer, module
+
+
+def global_losses(trainer: Trainer, module: Regression) -> list[float]:
+    return trainer.strategy.reduce(torch.stack(module.losses), reduce_op="mean").tolist()
+
+
+def one_rank(index: int, ranks: int, port: int, folder: str) -> None:
+    """Under the environment of torchrun, so that Lightning starts no processes of its own."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0",
+        "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+    }  # fmt: skip
+    checkpoint = f"{folder}/two"
+    if ranks == 2:
+        trainer, module = fit(folder, ranks, STEPS, FSDP2())
+        trainer.save_checkpoint(checkpoint)
+        split = {
+            name for name, p in module.named_parameters() if isinstance(p, DTensor) and p.to_local().shape != p.shape
+        }
+        again = fit(folder, ranks, STEPS, FSDP2(activation_checkpointing=True))
+        out = {
+            "losses": global_losses(trainer, module),
+            "split": sorted(split),
+            "groups": sorted(name for name, part in module.named_modules() if isinstance(part, FSDPModule)),
+            "recomputed": global_losses(*again),
+        }
+    else:
+        out = {"losses": global_losses(*fit(folder, ranks, 2 * STEPS, FSDP2(), resume=checkpoint))}
+    torch.save(out, Path(folder, f"{ranks}-{index}.pt"))
+    leave()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+    folder, found = tmp_path_factory.mktemp("fsdp2"), {}
+    for ranks in (2, 1):
+        mp.spawn(one_rank, args=(ranks, free_port(), str(folder)), nprocs=ranks)
+        found[ranks] = [torch.load(folder / f"{ranks}-{index}.pt", weights_only=True) for index in range(ranks)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return global_losses(*fit(str(tmp_path_factory.mktemp("one")), 1, 2 * STEPS, "auto"))
+
+
+def test_two_ranks_of_a_trainer_give_the_losses_of_one_process(runs, straight):
+    for out in runs[2]:
+        torch.testing.assert_close(out["losses"], straight[:STEPS], rtol=1e-5, atol=0)
+
+
+def test_recomputed_activations_change_no_loss(runs):
+    for out in runs[2]:
+        assert out["recomputed"] == out["losses"]
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_on_one(runs, straight):
+    torch.testing.assert_close(runs[1][0]["losses"], straight[STEPS:], rtol=1e-5, atol=0)
+
+
+def test_blocks_and_the_rest_are_split(runs):
+    names = {name for name, _ in Regression().named_parameters()}
+    for out in runs[2]:
+        assert out["groups"] == ["", "body.0", "body.1"]
+        assert set(out["split"]) == names
+
+
+def test_blocks_are_elements_of_lists_and_of_repeating_sequentials_inner_ones_first():
+    inner = nn.ModuleList([Block(), nn.Tanh()])
+    outer = nn.ModuleList([nn.Sequential(inner[0], nn.Linear(10, 10))])
+    mlp = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    model = nn.ModuleDict({"outer": outer, "inner": inner, "mlp": mlp, "body": nn.Sequential(Block(), Block())})
+    found = blocks(model)
+    assert set(found) == {outer[0], inner[0], *model["body"]}
+    assert found.index(inner[0]) < found.index(outer[0])
+
+
+@pytest.mark.parametrize("replicas", [0, -1])
+def test_a_number_of_replicas_below_one_is_refused(replicas):
+    with pytest.raises(UserError, match=f"replicas={replicas} must be at least 1, or 'nodes'"):
+        FSDP2(replicas=replicas)
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused_with_those_that_do():
+    strategy = FSDP2(replicas=4)
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 2
+    with pytest.raises(UserError, match=r"replicas=4 does not divide the 6 ranks .* choose one of 1, 2, 3, 6"):
+        strategy.setup_environment()
+
+
+def test_a_module_that_is_not_sharded_is_refused_with_the_line_it_needs(tmp_path):
+    strategy = FSDP2()
+    strategy.connect(LightningModule())
+    strategy._lightning_module = LightningModule()
+    with pytest.raises(UserError, match=r"configure_model\(self\) call lightspan.strategies.shard\(self\)"):
+        strategy.setup(Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False))

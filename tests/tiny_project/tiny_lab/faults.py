@@ -1,0 +1,78 @@
+"""What goes wrong in a run, on purpose and at an exact place; and rows that a resumed run takes up where it left."""
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule
+from torch import Tensor
+
+from lightspan.datamodules.ranks import train_loader
+
+
+class _Rows:
+    def __init__(self, poisoned: int | None) -> None:
+        self.rows = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        if poisoned is not None:
+            self.rows[poisoned] = torch.nan
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int, seed: int) -> Tensor:
+        return self.rows[index]
+
+
+class ExactRows(LightningDataModule):
+    """64 rows in an exact order over any number of ranks; the row `poisoned`, if any, is NaN."""
+
+    def __init__(self, batch_size: int = 8, num_workers: int = 0, poisoned: int | None = None) -> None:
+        super().__init__()
+        self.batch_size, self.num_workers, self.poisoned = batch_size, num_workers, poisoned
+
+    def train_dataloader(self) -> Any:
+        return train_loader(_Rows(self.poisoned), self.batch_size, 0, self.num_workers, self.trainer)
+
+
+class SignalAt(Callback):
+    """Sends a signal to this very process, or to all its children too, while it computes step `step` on rank `rank`.
+
+    With `marker`, a file that is made first, it does so once and not again in a restarted run.
+    """
+
+    def __init__(self, step: int, name: str, rank: int = 0, marker: str | None = None, children: bool = False) -> None:
+        self.step, self.number, self.rank, self.children = step, signal.Signals[name], rank, children
+        self.marker = None if marker is None else Path(marker)
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if (trainer.global_step, trainer.global_rank) != (self.step, self.rank):
+            return
+        if self.marker is not None:
+            if self.marker.exists():
+                return
+            self.marker.touch()
+        if self.children:
+            for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+                os.kill(int(child), self.number)
+        os.kill(os.getpid(), self.number)
+
+
+class HangAt(Callback):
+    """Rank `rank` stops at step `step` for good; with `holds_interpreter` none of its threads runs any more."""
+
+    def __init__(self, step: int, rank: int = 0, holds_interpreter: bool = False) -> None:
+        self.step, self.rank, self.holds_interpreter = step, rank, holds_interpreter
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            stuck_on_purpose(self.holds_interpreter)
+
+
+def stuck_on_purpose(holds_interpreter: bool) -> None:
+    if holds_interpreter:
+        ctypes.PyDLL(None).sleep(3600)  # PyDLL: a call that keeps the interpreter's lock
+    time.sleep(3600)
