@@ -187,10 +187,10 @@ def test_wandb_is_offline_without_a_key_and_takes_none_from_the_configuration(mo
     from lightspan.commands.run import _wandb_layer
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert _wandb_layer()["trainer"]["logger"]["wandb"]["init_args"]["offline"] is True
+    assert _wandb_layer(None)["trainer"]["logger"]["wandb"]["init_args"]["offline"] is True
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert _wandb_layer()["trainer"]["logger"]["wandb"]["init_args"]["offline"] is False
-    assert "k" * 40 not in json.dumps(_wandb_layer())
+    assert _wandb_layer(None)["trainer"]["logger"]["wandb"]["init_args"]["offline"] is False
+    assert "k" * 40 not in json.dumps(_wandb_layer(None))
 
 
 def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):

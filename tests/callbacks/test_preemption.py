@@ -148,6 +148,15 @@ def test_over_budget_before_the_step_ends_the_checkpoint_before_is_kept(make_tra
     assert saved_step(tmp_path) == 2
 
 
+@pytest.fixture
+def keeps_ctrl_c():
+    """A KeyboardInterrupt in `fit` makes Lightning ignore Ctrl-C for the rest of the process."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keeps_ctrl_c")
 def test_over_budget_while_writing_leaves_with_the_checkpoint_before(
     make_trainer, net, batches, tmp_path, monkeypatch, capsys
 ):
