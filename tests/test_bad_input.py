@@ -230,7 +230,14 @@ def test_ctrl_c_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     flags = ["trainer.max_steps=100000", "trainer.val_check_interval=2", "data.init_args.pause_s=0.01"]
     command = [sys.executable, "-m", "lightspan", "fit", *TINY, "--run", "r", *flags]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        cwd=tmp_path,
+        # A shell that runs the tests in the background has Ctrl-C ignored, and processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     last = tmp_path / "r" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
