@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
+from lightspan.callbacks.checkpoint import Checkpoint
 from lightspan.callbacks.signal_flag import SignalFlag, installed
 from lightspan.errors import UserError
 
@@ -187,8 +188,8 @@ class Preemption(Callback):
         timer.start()
         try:
             # Ours also waits for a write in the background; any other callback's folder gets a plain checkpoint.
-            save_now = getattr(trainer.checkpoint_callback, "save_now", None)
-            trainer.save_checkpoint(path) if save_now is None else save_now(trainer)
+            keeper = trainer.checkpoint_callback
+            keeper.save_now(trainer) if isinstance(keeper, Checkpoint) else trainer.save_checkpoint(path)
         finally:
             timer.cancel()
         return f"after step {trainer.global_step}"

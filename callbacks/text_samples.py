@@ -44,6 +44,7 @@ class TextSamples(Callback):
         self.temperature, self.context, self.seed = temperature, context, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before other ranks are sent away: the blocks of a sharded model are gathered by all of them.
         with gathered(pl_module):
             text = self.write(pl_module)
         if not trainer.is_global_zero:

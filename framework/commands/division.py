@@ -11,9 +11,9 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
-from torch import Tensor, nn
+from torch import nn
 
-from lightspan.commands.step_memory import StepMemory
+from lightspan.commands.step_memory import StepMemory, nbytes
 from lightspan.errors import UserError
 from lightspan.strategies import FSDP2, blocks
 
@@ -78,11 +78,13 @@ def division(strategy: Strategy | None, module: nn.Module, ranks: int, nodes: in
 
     Raises: UserError where it is not known how it divides, or replicas do not divide the ranks.
     """
-    weights = _bytes(p for p in module.parameters())
-    gradients = _bytes(p for p in module.parameters() if p.requires_grad)
+    weights = nbytes(module.parameters())
+    gradients = nbytes(p for p in module.parameters() if p.requires_grad)
     if strategy is None or ranks == 1:
         return Division(ranks)
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, DeepSpeedStrategy):  # before DDP, whose subclass it is
+        return _zero(strategy, weights, gradients, ranks)
+    if isinstance(strategy, DDPStrategy):
         views = strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
         return Division(ranks, extra=0 if views else gradients, extra_name="gradient buckets of DDP")
     if isinstance(strategy, FSDP2):
@@ -91,8 +93,6 @@ def division(strategy: Strategy | None, module: nn.Module, ranks: int, nodes: in
             raise UserError(f"FSDP2 replicas={replicas} does not divide {ranks} ranks; choose a divisor")
         shards = ranks // replicas
         return Division(ranks, shards, shards, shards, _gathered(module), "blocks gathered whole")
-    if isinstance(strategy, DeepSpeedStrategy):
-        return _zero(strategy, weights, gradients, ranks)
     kind = "splits the model as its module says" if isinstance(strategy, ModelParallelStrategy) else "is not known here"
     raise UserError(
         f"{type(strategy).__name__} {kind}, so what a rank holds cannot be planned; plan with -c scale/ddp, "
@@ -106,8 +106,8 @@ def _gathered(module: nn.Module) -> int:
     """
     inside = blocks(module)
     of_blocks = {id(p) for block in inside for p in block.parameters()}
-    root = _bytes(p for p in module.parameters() if id(p) not in of_blocks)
-    sizes = sorted((_bytes(block.parameters()) for block in inside), reverse=True)
+    root = nbytes(p for p in module.parameters() if id(p) not in of_blocks)
+    sizes = sorted((nbytes(block.parameters()) for block in inside), reverse=True)
     return root + sum(sizes[:2]) + 2 * max([root, *sizes[:1]])
 
 
@@ -125,8 +125,3 @@ def _zero(strategy: DeepSpeedStrategy, weights: int, gradients: int, ranks: int)
         weights // ranks + bucket,
         "ZeRO's own copy of its weights, and a bucket of gradients",
     )
-
-
-def _bytes(parameters: Any) -> int:
-    tensors: dict[int, Tensor] = {id(p): p for p in parameters}
-    return sum(p.numel() * p.element_size() for p in tensors.values())

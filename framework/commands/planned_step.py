@@ -24,6 +24,7 @@ from lightspan.commands.step_memory import (
     faked,
     idle_state_bytes,
     largest_rows,
+    nbytes,
     resized,
     step_memory,
 )
@@ -84,7 +85,7 @@ def make_plan(
     if rows == 0:
         raise UserError(f"the first batch of {type(datamodule).__name__} holds no tensor with samples along axis 0")
     on_device = trainer.strategy.root_device.type != "cpu"
-    process = 0 if on_device else max(0, rss_bytes() - _parameter_bytes(module))
+    process = 0 if on_device else max(0, rss_bytes() - nbytes(module.parameters()))
     memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
     largest, notes = None, ["counted by a real step"]
     here: StepMemory | None = None
@@ -230,10 +231,6 @@ def _silent() -> Iterator[None]:
     """What a run prints when it starts would only repeat itself here."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def _parameter_bytes(module: LightningModule) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _first_line(error: BaseException) -> str:

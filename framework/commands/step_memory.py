@@ -86,18 +86,18 @@ def step_memory(
                 saved.clear()
                 loss.backward()
                 del loss
-            gradients = _nbytes(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
+            gradients = nbytes(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
             optimizers = optimizers or make_optimizers()
             _step(optimizers)
             module.zero_grad(set_to_none=True)
     return StepMemory(
         rows=batch_rows(batch),
-        weights=_nbytes(own),
-        batch=_nbytes(inputs),
+        weights=nbytes(own),
+        batch=nbytes(inputs),
         activations=activations,
         gradients=gradients,
         optimizer_state=sum(map(state_bytes, optimizers)),
-        peak=_nbytes([*own, *inputs]) + live.peak,
+        peak=nbytes([*own, *inputs]) + live.peak,
     )
 
 
@@ -213,5 +213,6 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
     return {storage._cdata: storage for storage in found}
 
 
-def _nbytes(tensors: Iterable[Tensor]) -> int:
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each counted once."""
     return sum(storage.nbytes() for storage in _storages(tensors).values())

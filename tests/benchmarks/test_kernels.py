@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from lightspan.triton_kernels.launch import triton
+from kernel_inputs import needs_triton
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 GPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the benchmark would run on it")
@@ -126,7 +125,7 @@ def test_fewer_layers_are_measured_where_memory_is_short(kernels: ModuleType) ->
         kernels.layers_that_fit(sizes, 2**30)
 
 
-@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@needs_triton
 def test_interpreted_kernels_pass_the_check(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tolerances leave room for what kernels and references round differently, stochastic rounding included."""
     uneven = kernels.Sizes(matrices=2, rows=21, columns=8, rank=1)

@@ -186,13 +186,15 @@ def test_stretches_cover_exactly_the_true_places(flags: list[bool]) -> None:
 
 
 def test_a_loader_without_an_order_leaves_no_ledger_and_a_folder_without_one_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Plain(LightningDataModule):
         def train_dataloader(self) -> DataLoader:
             return DataLoader([{"index": torch.tensor(0)}])  # type: ignore[arg-type]
 
-    fit(tmp_path, Plain(), 1)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, Plain(), 1)
+    assert "no ledger is kept: a DataLoader has no order of samples blind to ranks" in caplog.text
     assert not (tmp_path / "ledger.json").exists()
     assert main(["ledger", str(tmp_path)]) == 2
     assert "lightspan.callbacks.ledger.Ledger" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import needs_triton
 from torch import Tensor
 
 from lightspan.errors import UserError
@@ -148,7 +149,7 @@ def exact_case(shape: tuple[int, int, int, int], transposed: bool) -> tuple[list
     return matrices, integers(batch, rows, rank, seed=1), integers(batch, columns, rank, seed=2)
 
 
-@pytest.mark.skipif(error_feedback.triton is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize(
     ("shape", "transposed"), [((1, 1, 1, 1), False), ((2, 65, 131, 33), True), ((1, 3, 256, 16), False)]
@@ -170,7 +171,7 @@ def test_the_kernels_equal_the_reference(storage: str, shape: tuple[int, int, in
     torch.testing.assert_close(fast, error_feedback.add_error_reference(gradients, *expected, clip), rtol=1e-6, atol=0)
 
 
-@pytest.mark.skipif(error_feedback.triton is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_kernels_take_every_float_dtype(dtype: torch.dtype) -> None:
     a, coordinates, frame = exact_case((1, 5, 130, 3), False)
@@ -232,7 +233,7 @@ def spec_of_add(codes: str, largest: int, transposed: bool) -> Spec:
     )
 
 
-@pytest.mark.skipif(error_feedback.triton is None, reason="Triton is not installed")
+@needs_triton
 def test_the_kernels_compile_ahead_of_time() -> None:
     compile_ahead(
         spec_of_quantise("*u8", 7, "*bf16", transposed=False),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
+from kernel_inputs import needs_triton
 from scipy.linalg import hadamard
 
 from lightspan.errors import UserError
@@ -14,8 +15,6 @@ from lightspan.triton_kernels.walsh_hadamard import (
     walsh_hadamard,
     walsh_hadamard_reference,
 )
-
-needs_triton = pytest.mark.skipif(module.triton is None, reason="Triton is not installed")
 
 SIZES = [1, 2, 8, 32, 64, 128, 256, 1024, 2048]
 
