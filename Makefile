@@ -60,7 +60,7 @@ evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of 
 
 bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machine) and rebuild docs/benchmarks.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'
-	$(BIN)/python benchmarks/optim_step.py --json benchmarks/results/optim_step.json
+	$(BIN)/python benchmarks/optim_step.py --keep
 	$(BIN)/python benchmarks/build_docs.py
 
 lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart's text (hours; goes on where it stopped)

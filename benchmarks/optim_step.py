@@ -1,6 +1,6 @@
 """How long one optimiser step takes, and how much state it keeps: ours, torch's and other packages', in one process.
 
-    python benchmarks/optim_step.py [--only NAME ...] [--json FILE|-]
+    python benchmarks/optim_step.py [--only NAME ...] [--keep | --json FILE|-]
 
 Every figure is a ratio to torch's fused float32 AdamW of the same run, minimum over minimum: rounds are interleaved, so
 that a busy machine is busy for all. Per optimiser: the steady step, in which no frame is chosen anew; the refresh step,
@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -48,10 +49,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightspan.backbones.language import llama
+from lightspan.files import write_atomic
 from lightspan.optim.gradients import attach
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank import LowRank
 
+RESULTS = Path(__file__).parent / "results"
 REFERENCE = "torch AdamW fused"
 REFRESH_ROUNDS = 3  # a refresh by SVD takes seconds
 
@@ -266,6 +269,12 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "peers": versions}
 
 
+def kept(cpu: str) -> Path:
+    """The results file of a processor: ratios of arithmetic to memory traffic hold for one only."""
+    name = re.sub(r"\([a-z]*\)|[^a-z0-9]+", " ", cpu.lower())
+    return RESULTS / f"optim_step_{'_'.join(name.split())}.json"
+
+
 def table(result: dict[str, Any]) -> Table:
     """The optimisers, one a row."""
     title = f"One step: x is against {REFERENCE}; mean is over the gap; slowest is the slowest step over the median one"
@@ -324,7 +333,9 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+    written.add_argument("--keep", action="store_true", help="write them to results/optim_step_<processor>.json")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 9)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     parser.add_argument("--ranks", type=int, nargs="+", help="of every low-rank optimiser (default 64)")
@@ -346,8 +357,8 @@ def main(argv: list[str] | None = None) -> None:
     console.print(about, highlight=False)
     if arguments.json == "-":
         print(json.dumps(result, indent=1))
-    elif arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    elif path := kept(host["cpu"]) if arguments.keep else arguments.json:
+        write_atomic(Path(path), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -123,3 +123,11 @@ def test_every_optimiser_of_torch_and_ours_takes_its_place(
     assert len(runs) > 20
     for run in runs:
         assert run.case.refreshes == (run.gap is not None) == (run.refreshing is not None), run.case.name
+
+
+@pytest.mark.parametrize(
+    ("cpu", "name"),
+    [("AMD EPYC", "amd_epyc"), ("Intel(R) Xeon(R) Processor @ 2.1GHz", "intel_xeon_processor_2_1ghz")],
+)
+def test_results_are_kept_by_processor(optim_step: ModuleType, cpu: str, name: str) -> None:
+    assert optim_step.kept(cpu).name == f"optim_step_{name}.json"
