@@ -32,6 +32,7 @@ recipe's own precision training itself can make more of a last bit than that, so
 """
 DOUBLE = "float64"
 _PLACES = ("batch_start", "before_backward", "before_step", "batch_end")  # those of `callbacks.proof.KillAt`
+_FLOAT64 = {"class_path": "lightning.pytorch.plugins.precision.DoublePrecision"}
 _RUN = {"save_dir": "${run}"}
 
 
@@ -65,13 +66,13 @@ class Kill:
 
 @dataclass(frozen=True)
 class Leg:
-    """One start of a run: on how many ranks, who is killed in it (None: it finishes), and in which precision (None: in
-    the recipe's own).
+    """One start of a run: on how many ranks, who is killed in it (None: it finishes), and whether in float64 instead of
+    the recipe's own precision.
     """
 
     ranks: int
     kill: Kill | None
-    precision: str | None = None
+    double: bool = False
 
 
 def run(args: argparse.Namespace) -> int:
@@ -157,9 +158,9 @@ def _runs(settings: _Settings) -> dict[str, list[Leg]]:
         runs[f"killed-{count}"] = _legs(draw, settings, [count])
     if len(settings.ranks) > 1:
         for count in settings.ranks:
-            runs[f"straight-{count}-{DOUBLE}"] = [Leg(count, None, "64-true")]
+            runs[f"straight-{count}-{DOUBLE}"] = [Leg(count, None, double=True)]
         changing = _legs(draw, settings, settings.ranks)
-        runs[f"changing-{DOUBLE}"] = [replace(leg, precision="64-true") for leg in changing]
+        runs[f"changing-{DOUBLE}"] = [replace(leg, double=True) for leg in changing]
     return runs
 
 
@@ -233,8 +234,9 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
     trainer["logger"] |= {name: None for name in (loggers if isinstance(loggers, dict) else {}) if name != "jsonl"}
     if max(settings.ranks) > 1 and "strategy" not in given:  # the same on every leg, or it would be another experiment
         trainer["strategy"] = "ddp"
-    if leg.precision is not None:
-        trainer["precision"] = leg.precision
+    if leg.double:  # as a plugin, since Lightning refuses precision=64-true together with a sharding strategy
+        plugins = given.get("plugins") or []
+        trainer |= {"precision": None, "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), _FLOAT64]}
     return {"trainer": trainer}
 
 
@@ -308,7 +310,7 @@ def differences(expected: Any, found: Any, place: str) -> Iterator[tuple[str, st
 
 def _first_other_batch(one: Path, other: Path, tolerance: float | None = None) -> str | None:
     """The first batch with other samples over all ranks, or a mean loss further away than `tolerance`, relative."""
-    expected, found = _trace(one), _trace(other)
+    expected, found = trace_of(one), trace_of(other)
     for batch in sorted(expected.keys() | found.keys()):
         if batch not in expected or batch not in found:
             return f"batch {batch} is only in {one.name if batch in expected else other.name}"
@@ -324,13 +326,13 @@ def _first_other_batch(one: Path, other: Path, tolerance: float | None = None) -
 
 def _largest_difference(one: Path, other: Path) -> float:
     """The largest relative difference of the mean losses of batches that both runs saw; NaN where one is NaN."""
-    expected, found = _trace(one), _trace(other)
+    expected, found = trace_of(one), trace_of(other)
     pairs = [(expected[batch][1], found[batch][1]) for batch in expected.keys() & found.keys()]
     away = [abs(loss - other_loss) / max(abs(loss), sys.float_info.min) for loss, other_loss in pairs]
     return math.nan if any(map(math.isnan, away)) else max(away, default=0.0)
 
 
-def _trace(run_dir: Path) -> dict[int, tuple[list[str], float]]:
+def trace_of(run_dir: Path) -> dict[int, tuple[list[str], float]]:
     """Batch number -> (digests of its samples over all ranks, sorted; mean loss over ranks), by its last attempt."""
     last: dict[int, dict[str, Any]] = {}
     for path in sorted((run_dir / "trace").glob("rank-*.jsonl")):

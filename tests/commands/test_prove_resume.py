@@ -78,8 +78,8 @@ def test_kills_are_drawn_from_the_seed_alone_and_change_the_ranks_in_turn():
     assert runs == prove_resume._runs(settings())
     assert runs != prove_resume._runs(settings(seed=1))
     assert [leg.ranks for leg in runs["changing-float64"]] == [1, 2, 1, 2]
-    assert {leg.precision for leg in runs["straight-2-float64"] + runs["changing-float64"]} == {"64-true"}
-    assert {leg.precision for leg in runs["straight-2"] + runs["killed-2"]} == {None}
+    assert all(leg.double for leg in runs["straight-2-float64"] + runs["changing-float64"])
+    assert not any(leg.double for leg in runs["straight-2"] + runs["killed-2"])
     kills = [leg.kill for leg in runs["killed-2"]]
     assert kills[-1] is None
     steps = [kill.step for kill in kills if isinstance(kill, Kill)]
