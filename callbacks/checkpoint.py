@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -115,6 +116,8 @@ class Checkpoint(ModelCheckpoint):
             self._take_over(trainer, trainer.strategy)
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(self.dirpath)
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            pl_module.double()  # Lightning does so after it has loaded the weights, which float32 would have rounded
         # Lightning calls no callback between reading a checkpoint and filling the model; a hook of the module is there.
         self._fit_check = pl_module.register_load_state_dict_pre_hook(_refuses_other_models(trainer))
 

@@ -6,8 +6,10 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 PROJECT = Path(__file__).parent / "tiny_project"
 TINY = [
@@ -16,7 +18,9 @@ TINY = [
     *("trainer.limit_val_batches=0", "trainer.max_steps=12"),
 ]
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "lightning.pytorch", "lightning.pytorch.cli"])
+_server.set_forkserver_preload(
+    ["torch", "lightning.pytorch", "lightning.pytorch.cli", "transformers.models.llama.modeling_llama"]
+)
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,19 @@ def fit(run: Path, *flags: str, ranks: int = 1) -> Ended:
     return launch([*arguments, "trainer.strategy=ddp"] if ranks > 1 else arguments, ranks, run)
 
 
-def launch(arguments: list[str], ranks: int, folder: Path, timeout_s: float = 60.0) -> Ended:
+def launch(
+    arguments: list[str],
+    ranks: int,
+    folder: Path,
+    timeout_s: float = 60.0,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Ended:
     """One command line on `ranks` processes, as a launcher from outside starts them; when one is killed, all are."""
     folder.mkdir(parents=True, exist_ok=True)
     port, logs = free_port(), [folder / f"rank-{rank}.log" for rank in range(ranks)]
     processes = [
-        _server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log))) for rank, log in enumerate(logs)
+        _server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log), dict(environment)))
+        for rank, log in enumerate(logs)
     ]
     for process in processes:
         process.start()
@@ -63,7 +74,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _rank(arguments: list[str], rank: int, ranks: int, port: int, log: str) -> None:
+def _rank(arguments: list[str], rank: int, ranks: int, port: int, log: str, environment: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -72,7 +83,7 @@ def _rank(arguments: list[str], rank: int, ranks: int, port: int, log: str) -> N
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as under the command itself
     import torch
 

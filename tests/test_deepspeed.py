@@ -4,10 +4,8 @@
 """
 
 import contextlib
-import importlib.util
 import os
 import pickle
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch.multiprocessing as mp
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from tiny_project.tiny_lab import zero
 from torch import nn
 
 from lightspan.callbacks.checkpoint_manifest import fault, manifest
@@ -28,12 +27,7 @@ from lightspan.method import Method
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.schedules import WarmupCosine
 
-EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(__file__).parents[1] / "build/torch_extensions"))
-BUILT = (EXTENSIONS / "deepspeed_shm_comm/deepspeed_shm_comm.so").is_file()
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None or not BUILT,
-    reason=f"DeepSpeed is not installed, or its CPU communication is not built in {EXTENSIONS}: run `make deepspeed`",
-)
+needs_deepspeed = pytest.mark.skipif(not zero.READY, reason=zero.NOT_READY)
 RANKS, STEPS, HALF, MICRO, STAGES = 2, 6, 3, 2, (1, 2, 3)
 
 
@@ -74,28 +68,6 @@ class Plain(LightningModule):
         return torch.optim.Muon(self.parameters())
 
 
-def on_cpu(stage):
-    """`ZeRO` without Lightning's demand for CUDA."""
-    from lightning.fabric.utilities.seed import reset_seed
-
-    from lightspan.deepspeed import ZeRO
-
-    class OnCPU(ZeRO):
-        def setup_environment(self):
-            super(DeepSpeedStrategy, self).setup_environment()
-
-        def setup_distributed(self):
-            reset_seed()
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
-
-        @property
-        def root_device(self):
-            return torch.device("cpu", self.local_rank)
-
-    return OnCPU(stage=stage, process_group_backend="gloo")
-
-
 class KeepWeights(Callback):
     def on_train_end(self, trainer, pl_module):
         whole = contextlib.nullcontext()
@@ -128,7 +100,7 @@ def fit(folder, strategy, ranks, resume=None):
 
 def refusal(folder, stage, module, resume=None):
     try:
-        make_trainer(folder, on_cpu(stage), RANKS).fit(module, ckpt_path=resume, weights_only=True)
+        make_trainer(folder, zero.OnCPU(stage), RANKS).fit(module, ckpt_path=resume, weights_only=True)
     except UserError as error:
         return str(error)
     return ""
@@ -140,17 +112,13 @@ def one_shard(checkpoint):
 
 def one_rank(index, folder):
     torch.set_num_threads(1)
-    # ninja, which DeepSpeed asks whether its build is new enough, lies beside the interpreter.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    os.environ.update(
-        LOCAL_RANK=str(index), NODE_RANK="0", DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(EXTENSIONS), PATH=path
-    )
+    os.environ.update(LOCAL_RANK=str(index), NODE_RANK="0", **zero.environment())
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=RANKS)
     out = {}
     for stage in STAGES:
         here = f"{folder}/{stage}"
-        out[f"straight {stage}"] = fit(here, on_cpu(stage), [index])
-        out[f"resumed {stage}"] = fit(f"{here}-resumed", on_cpu(stage), [index], f"{here}/epoch={HALF - 1}.ckpt")
+        out[f"straight {stage}"] = fit(here, zero.OnCPU(stage), [index])
+        out[f"resumed {stage}"] = fit(f"{here}-resumed", zero.OnCPU(stage), [index], f"{here}/epoch={HALF - 1}.ckpt")
         low_rank = Net(lambda groups: LowRank(groups, rank=2), ranks=[index])
         out[f"LowRank {stage}"] = refusal(folder, stage, low_rank)
         out[f"Muon {stage}"] = refusal(folder, stage, Plain())

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ from lightspan.files import write_atomic
 
 DIFFERENT = 1
 LOSS_TOLERANCE = 1e-5
-"""Largest relative difference of losses between numbers of ranks: sums are taken in another order."""
+"""Largest relative difference of losses between numbers of ranks, in float64: sums are taken in another order. In a
+recipe's own precision training itself can make more of a last bit than that, so nothing is asked of losses there.
+"""
+DOUBLE = "float64"
 _PLACES = ("batch_start", "before_backward", "before_step", "batch_end")  # those of `callbacks.proof.KillAt`
+_FLOAT64 = {"class_path": "lightning.pytorch.plugins.precision.DoublePrecision"}
 _RUN = {"save_dir": "${run}"}
 
 
@@ -61,10 +66,13 @@ class Kill:
 
 @dataclass(frozen=True)
 class Leg:
-    """One start of a run: on how many ranks, and who is killed in it; None: it finishes."""
+    """One start of a run: on how many ranks, who is killed in it (None: it finishes), and whether in float64 instead of
+    the recipe's own precision.
+    """
 
     ranks: int
     kill: Kill | None
+    double: bool = False
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
     """
     settings = _settings(args)
     resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    own = resolved.config.get("trainer", {}).get("max_steps")
+    if isinstance(own, int) and 0 <= own < settings.steps:
+        raise UserError(
+            f"--steps {settings.steps} is more than the recipe's trainer.max_steps={own}; lower the one or raise the "
+            "other"
+        )
     before = signal.signal(signal.SIGTERM, _stop)  # by default it would leave the ranks running
     try:
         return _in_folder(args, resolved, settings)
@@ -143,7 +157,10 @@ def _runs(settings: _Settings) -> dict[str, list[Leg]]:
         runs[f"straight-{count}"] = [Leg(count, None)]
         runs[f"killed-{count}"] = _legs(draw, settings, [count])
     if len(settings.ranks) > 1:
-        runs["changing"] = _legs(draw, settings, settings.ranks)
+        for count in settings.ranks:
+            runs[f"straight-{count}-{DOUBLE}"] = [Leg(count, None, double=True)]
+        changing = _legs(draw, settings, settings.ranks)
+        runs[f"changing-{DOUBLE}"] = [replace(leg, double=True) for leg in changing]
     return runs
 
 
@@ -162,11 +179,16 @@ def _verdicts(settings: _Settings, folder: Path) -> Iterator[tuple[str, str | No
     for count in settings.ranks:
         found = first_difference(folder / f"straight-{count}", folder / f"killed-{count}")
         yield f"killed-{count} and straight-{count}: checkpoint, samples and logged figures bit for bit", found
-    first = f"straight-{settings.ranks[0]}"
-    others = [f"straight-{count}" for count in settings.ranks[1:]] + ["changing"] * (len(settings.ranks) > 1)
+    if len(settings.ranks) == 1:
+        return
+    first, *others = [f"straight-{count}" for count in settings.ranks]
     for name in others:
-        found = _first_other_batch(folder / first, folder / name, LOSS_TOLERANCE)
-        yield f"{name} and {first}: samples the same, losses within {LOSS_TOLERANCE:g}", found
+        found = _first_other_batch(folder / first, folder / name)
+        away = _largest_difference(folder / first, folder / name)
+        yield f"{name} and {first}: samples the same (losses, rounded as the recipe does, within {away:.1g})", found
+    for name in (*(f"{other}-{DOUBLE}" for other in others), f"changing-{DOUBLE}"):
+        found = _first_other_batch(folder / f"{first}-{DOUBLE}", folder / name, LOSS_TOLERANCE)
+        yield f"{name} and {first}-{DOUBLE}: samples the same, losses within {LOSS_TOLERANCE:g}", found
 
 
 def _start(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -> None:
@@ -194,6 +216,7 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
     """What a proof changes in the recipe: its length, its checkpoints, its logs, and the kill."""
     checkpoint = {"dirpath": "${run}/checkpoints", "every_n_train_steps": settings.every, "save_top_k": 1}
     callbacks: dict[str, Any] = {
+        "proof_length": {"class_path": "lightspan.callbacks.proof.StopAfter", "init_args": {"steps": settings.steps}},
         "checkpoint": {"class_path": "lightspan.callbacks.checkpoint.Checkpoint", "init_args": checkpoint},
         "proof_trace": {"class_path": "lightspan.callbacks.proof.Trace", "init_args": {"folder": f"{run_dir}/trace"}},
     }
@@ -201,8 +224,6 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
         kill = {"step": leg.kill.step, "place": leg.kill.place, "rank": leg.kill.rank}
         callbacks["proof_kill"] = {"class_path": "lightspan.callbacks.proof.KillAt", "init_args": kill}
     trainer: dict[str, Any] = {
-        "max_steps": settings.steps,
-        "max_epochs": -1,
         "devices": leg.ranks,
         "log_every_n_steps": 1,
         "callbacks": callbacks,
@@ -213,6 +234,9 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
     trainer["logger"] |= {name: None for name in (loggers if isinstance(loggers, dict) else {}) if name != "jsonl"}
     if max(settings.ranks) > 1 and "strategy" not in given:  # the same on every leg, or it would be another experiment
         trainer["strategy"] = "ddp"
+    if leg.double:  # as a plugin, since Lightning refuses precision=64-true together with a sharding strategy
+        plugins = given.get("plugins") or []
+        trainer |= {"precision": None, "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), _FLOAT64]}
     return {"trainer": trainer}
 
 
@@ -284,9 +308,9 @@ def differences(expected: Any, found: Any, place: str) -> Iterator[tuple[str, st
         yield place, f"is {found!r:.80} instead of {expected!r:.80}"
 
 
-def _first_other_batch(one: Path, other: Path, tolerance: float) -> str | None:
-    """The first batch with other samples over all ranks, or a mean loss further away than `tolerance` relative."""
-    expected, found = _trace(one), _trace(other)
+def _first_other_batch(one: Path, other: Path, tolerance: float | None = None) -> str | None:
+    """The first batch with other samples over all ranks, or a mean loss further away than `tolerance`, relative."""
+    expected, found = trace_of(one), trace_of(other)
     for batch in sorted(expected.keys() | found.keys()):
         if batch not in expected or batch not in found:
             return f"batch {batch} is only in {one.name if batch in expected else other.name}"
@@ -295,12 +319,20 @@ def _first_other_batch(one: Path, other: Path, tolerance: float) -> str | None:
         if samples != other_samples:
             first = missing[0] if missing else "none, but other counts"
             return f"batch {batch} has other samples: {len(missing)} of {len(samples)} missing, the first {first}"
-        if not abs(loss - other_loss) <= tolerance * abs(loss):
+        if tolerance is not None and not abs(loss - other_loss) <= tolerance * abs(loss):
             return f"the loss of batch {batch} is {other_loss!r} instead of {loss!r}"
     return None if expected else "no batch was seen at all"
 
 
-def _trace(run_dir: Path) -> dict[int, tuple[list[str], float]]:
+def _largest_difference(one: Path, other: Path) -> float:
+    """The largest relative difference of the mean losses of batches that both runs saw; NaN where one is NaN."""
+    expected, found = trace_of(one), trace_of(other)
+    pairs = [(expected[batch][1], found[batch][1]) for batch in expected.keys() & found.keys()]
+    away = [abs(loss - other_loss) / max(abs(loss), sys.float_info.min) for loss, other_loss in pairs]
+    return math.nan if any(map(math.isnan, away)) else max(away, default=0.0)
+
+
+def trace_of(run_dir: Path) -> dict[int, tuple[list[str], float]]:
     """Batch number -> (digests of its samples over all ranks, sorted; mean loss over ranks), by its last attempt."""
     last: dict[int, dict[str, Any]] = {}
     for path in sorted((run_dir / "trace").glob("rank-*.jsonl")):

@@ -46,8 +46,9 @@ def test_when_one_rank_is_killed_the_others_are_too_and_show_as_such(tmp_path):
 def test_one_and_two_ranks_and_a_run_that_changes_between_them(capsys):
     assert main([*COMMAND, "--kills", "1", "--ranks", "1,2"]) == 0
     said = capsys.readouterr().out
-    assert said.count("\nequal ") == 4
-    assert "equal      changing and straight-1: samples the same, losses within 1e-05" in said
+    assert said.count("\nequal ") == 5
+    assert "equal      straight-2 and straight-1: samples the same (losses, rounded as the recipe does, within" in said
+    assert "equal      changing-float64 and straight-1-float64: samples the same, losses within 1e-05" in said
 
 
 @pytest.mark.usefixtures("quick_starts")
@@ -76,7 +77,9 @@ def test_kills_are_drawn_from_the_seed_alone_and_change_the_ranks_in_turn():
     runs = prove_resume._runs(settings())
     assert runs == prove_resume._runs(settings())
     assert runs != prove_resume._runs(settings(seed=1))
-    assert [leg.ranks for leg in runs["changing"]] == [1, 2, 1, 2]
+    assert [leg.ranks for leg in runs["changing-float64"]] == [1, 2, 1, 2]
+    assert all(leg.double for leg in runs["straight-2-float64"] + runs["changing-float64"])
+    assert not any(leg.double for leg in runs["straight-2"] + runs["killed-2"])
     kills = [leg.kill for leg in runs["killed-2"]]
     assert kills[-1] is None
     steps = [kill.step for kill in kills if isinstance(kill, Kill)]
@@ -129,6 +132,7 @@ def test_samples_and_losses_are_compared_over_all_ranks_and_by_the_last_attempt(
     assert found == "batch 1 has other samples: 1 of 2 missing, the first d"
     further = trace(tmp_path / "further", [[line(0, ["a", "b"], 1.0001)]])
     assert "the loss of batch 0 is 1.0001 instead of 1.0" in prove_resume._first_other_batch(one, further, 1e-5)
+    assert prove_resume._largest_difference(one, further) == pytest.approx(1e-4)
     shorter = trace(tmp_path / "shorter", [[line(0, ["a", "b"], 1.0)]])
     assert prove_resume._first_other_batch(one, shorter, 1e-5) == "batch 1 is only in one"
 
@@ -140,6 +144,7 @@ def test_samples_and_losses_are_compared_over_all_ranks_and_by_the_last_attempt(
         (["--ranks", "two"], "--ranks 'two' must be different whole numbers"),
         (["--kills", "8"], "--kills 8 must be at least 1 and below --steps 8"),
         (["--every", "9"], "--every 9 must be at least 1 and at most --steps 8"),
+        (["trainer.max_steps=7"], "--steps 8 is more than the recipe's trainer.max_steps=7"),
     ],
 )
 def test_impossible_numbers_are_refused(arguments, message, capsys):
