@@ -29,7 +29,8 @@ class RandomSubspace(Optimizer):
     gradients of the parameters as usual. Schedules act on `param_groups`, whose settings `inner` gets in each step.
 
     Weight decay, from `inner` or from a group, pulls at the whole of theta: its gradient decay * theta is taken to the
-    coordinates, and joins that of the loss or, for an AdamW, the step itself. All other settings are one for all groups.
+    coordinates, and joins that of the loss or, for an AdamW, the step itself. All other settings are common to all
+    groups.
 
     The state is that of the coordinates: d numbers and what `inner` keeps for them, plus the sha256 of theta_0. theta_0
     is in memory only, so a state is loaded into an optimiser that was built on the same initial weights. Sharded
@@ -58,7 +59,7 @@ class RandomSubspace(Optimizer):
         layer_scales: bool = False,
         start: Sequence[Tensor] | None = None,
     ) -> None:
-        # A placeholder says which settings `inner` has; the coordinates cannot be made before their parameters are known.
+        # A placeholder says which settings `inner` has: coordinates cannot be made before their parameters are known.
         defaults = inner([torch.zeros(1, requires_grad=True)]).defaults
         self._slice: AffineSlice | None = None
         super().__init__(params, {key: value for key, value in defaults.items() if key != "params"})

@@ -1,15 +1,15 @@
-"""Random linear maps from d coordinates to D weights at once, made again from (size, dim, seed) wherever they are needed.
+"""Random linear maps from d coordinates to D weights, made again from (size, dim, seed) wherever they are needed.
 
-theta = theta_0 + P z trains D weights through d numbers (Li et al. 2018, "Measuring the Intrinsic Dimension of Objective
-Landscapes", arXiv 1804.08838). `push(z) = P z` lifts coordinates to weights, `pull(g) = P^T g` is its adjoint:
-<push(z), g> = <z, pull(g)>. Columns of P have unit length over all D rows, never tensor by tensor, so that a step of
-length 1 in a coordinate is one of length 1 in the weights.
+theta = theta_0 + P z trains D weights through d numbers (Li et al. 2018, "Measuring the Intrinsic Dimension of
+Objective Landscapes", arXiv 1804.08838). `push(z) = P z` lifts coordinates to weights, `pull(g) = P^T g` is its
+adjoint: <push(z), g> = <z, pull(g)>. Columns of P have unit length over all D rows, never tensor by tensor, so that a
+step of length 1 in a coordinate is one of length 1 in the weights. They are orthogonal up to chance.
 
-| kind     | columns have unit length    | push and pull   | kept                        |
-|----------|-----------------------------|-----------------|-----------------------------|
-| Dense    | exactly, nearly orthogonal  | D d             | 4 D d bytes, d D <= 10^8    |
-| Sparse   | exactly, nearly orthogonal  | d sqrt(D)       | 9 d sqrt(D) bytes           |
-| Fastfood | on average, exactly for D=L; orthogonal for D=L up to G | D log D | 8 L bytes, whatever d |
+| kind     | unit length                | time of push or pull | kept                     |
+|----------|----------------------------|----------------------|--------------------------|
+| Dense    | exact                      | D d                  | 4 D d bytes, D d <= 10^8 |
+| Sparse   | exact                      | d sqrt(D)            | 9 d sqrt(D) bytes        |
+| Fastfood | exact for D = L, else mean | D log D              | 8 L bytes, whatever d    |
 
 The CPU draws everything, normal numbers in float64, so a seed means the same map on every machine and device; products
 are those of the device. Scales go to the coordinates, so unit length holds to the rounding of the argument's dtype.
@@ -160,8 +160,9 @@ class Fastfood(Projection):
     2013). H Walsh-Hadamard of size L, the power of two from D on, never stored, with entries +-1 in this equation; B
     random signs; Pi a permutation; G normal. Time D log D and 8 L bytes, whatever d.
 
-    B changes the signs of d numbers alone. The padding makes the first transform M = 2^ceil(log2 d) numbers long, not L:
-    its result is L / M copies of theirs. So push costs a gather and one long transform, pull one and a scatter.
+    B changes the signs of d numbers alone. Padding with zeros makes the first transform M = 2^ceil(log2 d) numbers
+    long, not L: its result is L / M copies of theirs. So push costs a gather and one long transform, pull one and a
+    scatter.
 
     Coordinates beyond L have no effect: a tensor with fewer weights than that sees the first L of them, which matters
     for `PerTensor` alone. A slice costs as much as all rows.
