@@ -34,7 +34,7 @@ def two_nn_fit(points_ND: Tensor, discard: float = 0.1) -> Tensor:
     """Slope of the line through the origin and (log mu_i, -log(1 - i / N)), mu rising (section 2 of the paper), 0-d.
 
     The largest ratios come from points whose density changes, and are noisy: `discard` of them have no say. With it the
-    fit bears outliers that the likelihood does not.
+    fit bears outliers better than the likelihood. Infinite when all ratios are 1.
 
     Args:
         discard: share in [0, 1) of the largest ratios left out; the last one always is, since its ordinate is infinite.
@@ -47,7 +47,8 @@ def two_nn_fit(points_ND: Tensor, discard: float = 0.1) -> Tensor:
     kept = min(count - 1, max(1, round(count * (1 - discard))))
     share_N = torch.arange(1, kept + 1, dtype=mu_N.dtype, device=mu_N.device) / count
     x_N, y_N = mu_N[:kept].log(), -torch.log1p(-share_N)
-    return (x_N * y_N).sum() / x_N.square().sum()
+    slope = (x_N * y_N).sum() / x_N.square().sum()
+    return torch.where(x_N.any(), slope, torch.full_like(slope, torch.inf))
 
 
 def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
