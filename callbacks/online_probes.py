@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.analysis.spectra import effective_rank, singular_values
-from lightspan.callbacks.detached import detached
+from lightspan.callbacks.detached import detached, features_of, of_all_ranks
 from lightspan.errors import UserError
 
 
@@ -110,15 +109,11 @@ def _encoded(
     """(features [B D], label [B], index [B]) of each batch."""
     for batch in loader:
         batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), module.device)
-        with trainer.precision_plugin.forward_context():
-            features_BD = module.features(batch)  # type: ignore[operator]
-        if not isinstance(features_BD, Tensor) or features_BD.ndim != 2:
-            got = list(features_BD.shape) if isinstance(features_BD, Tensor) else type(features_BD).__name__
-            raise UserError(f"{type(module).__name__}.features(batch) returned {got}; probes need a tensor [B, D]")
+        features_BD = features_of(trainer, module, batch)
         missing = [name for name in ("label", "index") if name not in batch]
         if missing:
             raise UserError(f"a batch for the probes has no {' and no '.join(missing)}: it holds {sorted(batch)}")
-        yield features_BD.detach().float(), batch["label"], batch["index"]
+        yield features_BD, batch["label"], batch["index"]
 
 
 def _features(
@@ -126,11 +121,5 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     """(features [N D], labels [N]) of all ranks' samples, in the order of their index, each once."""
     columns = [torch.cat(parts) for parts in zip(*_encoded(trainer, module, make_loader()), strict=True)]
-    if trainer.world_size > 1:
-        columns = [torch.cat(gather_all_tensors(column.contiguous())) for column in columns]
-    features_ND, labels_N, index_N = columns
-    order_N = index_N.argsort(stable=True)
-    first_N = torch.ones_like(order_N, dtype=torch.bool)
-    first_N[1:] = index_N[order_N].diff() != 0
-    kept_N = order_N[first_N]
-    return features_ND[kept_N], labels_N[kept_N]
+    features_ND, labels_N = of_all_ranks(trainer, columns[:2], columns[2])
+    return features_ND, labels_N

@@ -1,6 +1,8 @@
 """How many dimensions a matrix really uses. All functions are pure, take any device, and compute in float32 or wider.
+NaN in gives NaN out.
 
-Shapes: N rows (samples), D columns (features), S singular values.
+Measures of singular values treat leading axes as a batch: [... S] gives [...].
+Shapes: N rows (samples), D columns (features), S singular values, R columns of a frame.
 """
 
 import torch
@@ -13,24 +15,50 @@ def singular_values(matrix_ND: Tensor, center: bool = False) -> Tensor:
     return torch.linalg.svdvals(wide_ND - wide_ND.mean(dim=0) if center else wide_ND)
 
 
+def gram_singular_values(gram_NN: Tensor) -> Tensor:
+    """Singular values [... S] of matrices X from X^T X or X X^T [... S S], falling; NaN for a Gram that is not finite.
+
+    A Gram has the square of X's condition number: in float64 values below 1e-8 of the largest are rounding errors.
+    """
+    sound = gram_NN.isfinite().all(dim=-1).all(dim=-1)[..., None]
+    # LAPACK refuses the whole batch for one NaN, and to look for it here would make a device wait.
+    energy_S = torch.linalg.eigvalsh(torch.where(sound[..., None], gram_NN, torch.zeros_like(gram_NN))).flip(-1)
+    return torch.where(sound, energy_S.clamp_min(0).sqrt(), torch.full_like(energy_S, torch.nan))
+
+
 def effective_rank(values_S: Tensor) -> Tensor:
     """exp of the entropy of the singular values as shares of their sum; in [1, S], S when all are equal, 0 for zeros.
 
     Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007), definition 1.
     """
-    total = values_S.sum()
-    share_S = values_S / torch.where(total > 0, total, torch.ones_like(total))
-    return torch.where(total > 0, torch.special.entr(share_S).sum().exp(), torch.zeros_like(total))
+    total = values_S.sum(dim=-1)
+    share_S = values_S / torch.where(total == 0, torch.ones_like(total), total)[..., None]
+    return torch.where(total == 0, torch.zeros_like(total), torch.special.entr(share_S).sum(dim=-1).exp())
 
 
 def participation_ratio(values_S: Tensor) -> Tensor:
     """(sum e)^2 / sum e^2 over the energies e = s^2; in [1, S], S when all are equal, 0 for zeros."""
-    return _ratio(values_S.square().sum().square(), values_S.pow(4).sum())
+    share_S = energy_shares(values_S)
+    return _ratio(share_S.sum(dim=-1), share_S.square().sum(dim=-1))
 
 
 def stable_rank(values_S: Tensor) -> Tensor:
     """Squared Frobenius norm over squared spectral norm; in [1, S], never above the rank, 0 for zeros."""
-    return _ratio(values_S.square().sum(), values_S.square().amax())
+    return _ratio(values_S.square().sum(dim=-1), values_S.square().amax(dim=-1))
+
+
+def energy_shares(values_S: Tensor) -> Tensor:
+    """s^2 over their sum, [... S]; zeros for zeros."""
+    energy_S = values_S.square()
+    return _ratio(energy_S, energy_S.sum(dim=-1, keepdim=True))
+
+
+def leading_energy(values_S: Tensor, rank: int) -> Tensor:
+    """Share of the energy in the `rank` strongest directions, which no frame of that rank exceeds; in [0, 1], [...].
+
+    `values_S` falls, as `singular_values` gives it.
+    """
+    return energy_shares(values_S)[..., :rank].sum(dim=-1)
 
 
 def captured_energy(matrix_ND: Tensor, basis_DR: Tensor) -> Tensor:
@@ -39,5 +67,5 @@ def captured_energy(matrix_ND: Tensor, basis_DR: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    safe = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
-    return torch.where(denominator > 0, numerator / safe, torch.zeros_like(numerator))
+    safe = torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / safe)

@@ -14,6 +14,7 @@ _GROUPS = (
     ("lr", "Learning rates", ("lr",)),
     ("throughput", "Throughput", ("throughput", "time", "step")),
     ("memory", "Memory", ("memory",)),
+    ("dimension", "Dimensions", ("dimension",)),
     ("spectrum", "Spectra", ("spectrum", "spectra")),
     ("other", "Other metrics", ()),
 )
@@ -28,6 +29,10 @@ _UNITS = (
     ("per_second", "per second"),
     ("_seconds", "s"),
     ("_s", "s"),
+    ("_energy", "share"),
+    ("_rank", "dimensions"),
+    ("participation_ratio", "dimensions"),
+    ("_nn", "dimensions"),
     ("acc", "fraction correct"),
     ("accuracy", "fraction correct"),
 )
@@ -46,17 +51,24 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     found = {key: [name for name in metrics if group_of(name) == key] for key, _, _ in _GROUPS}
     out = []
     for key, title, _ in _GROUPS:
-        charts = [_over_steps(runs, name) for name in found[key]]
+        charts = [_over_steps(runs, name) for name in found[key] if not _profiled(name)]
         if key == "val" and charts:
             charts[1:1] = [_over_time(runs, found[key][0]), *_against_first(runs, found[key][0])]
         if key == "spectrum":
             charts = _spectra(runs) + charts
+        if key == "dimension":
+            charts += _profiles(runs, found[key])
         charts = [
             chart for chart in charts if any(finite(curve.points) for curve in chart.curves) or chart.title in metrics
         ]
         if charts:
             out.append(Section(key, title, charts))
     return out
+
+
+def _profiled(metric: str) -> bool:
+    """Whether a metric is that of one matrix, dimension/MEASURE/MATRIX: a network has too many for a chart each."""
+    return group_of(metric) == "dimension" and metric.count("/") > 1
 
 
 def group_of(metric: str) -> str:
@@ -122,4 +134,23 @@ def _spectra(runs: Sequence[Run]) -> list[Chart]:
         steps = dict.fromkeys(str(found[name][0]) for found in spectra if name in found)
         note = f"as logged at step {', '.join(steps)}"
         charts.append(Chart(name, "index", "value", curves, log_y=True, note=note))
+    return charts
+
+
+def _profiles(runs: Sequence[Run], metrics: Sequence[str]) -> list[Chart]:
+    """The last values of dimension/MEASURE/MATRIX over the matrices, in the order in which they were logged."""
+    measures: dict[str, list[str]] = {}
+    for name in filter(_profiled, metrics):
+        measures.setdefault("/".join(name.split("/")[:2]), []).append(name)
+    charts = []
+    for measure, names in measures.items():
+        last = [{at: run.points(name)[-1:] for at, name in enumerate(names)} for run in runs]
+        curves = [
+            Curve(run.name, at, [(float(x), point.value) for x, points in last[at].items() for point in points])
+            for at, run in enumerate(runs)
+        ]
+        ends = [name.removeprefix(f"{measure}/") for name in (names[0], names[-1])]
+        note = f"last values; 0 is {ends[0]}, {len(names) - 1} is {ends[1]}"
+        drawn = [curve for curve in curves if finite(curve.points)]
+        charts.append(Chart(f"{measure} by matrix", "matrix", unit_of(measure), drawn, note=note))
     return charts

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from lightspan.analysis.spectra import (
     captured_energy,
     effective_rank,
+    energy_shares,
+    gram_singular_values,
+    leading_energy,
     participation_ratio,
     singular_values,
     stable_rank,
@@ -53,3 +56,36 @@ def test_captured_energy_is_the_share_of_the_kept_columns():
     assert captured_energy(x, torch.eye(3)[:, 1:]).item() == pytest.approx(16 / 25)
     assert captured_energy(x, torch.eye(3)).item() == pytest.approx(1)
     assert captured_energy(torch.zeros(2, 3), torch.eye(3)).item() == 0
+
+
+@pytest.mark.parametrize("measure", [*MEASURES, energy_shares, lambda values: leading_energy(values, 2)])
+def test_a_batch_is_measured_one_by_one(measure):
+    values = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort(-1, True).values
+    values[1, 2] = 0
+    one_by_one = torch.stack([torch.stack([measure(v) for v in row]) for row in values])
+    assert torch.equal(measure(values), one_by_one)
+
+
+def test_the_leading_energy_is_what_the_best_frame_captures():
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    best = torch.linalg.svd(x).Vh[:2].mT
+    assert leading_energy(singular_values(x), 2).item() == pytest.approx(captured_energy(x, best).item())
+    other = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    assert captured_energy(x, other) < captured_energy(x, best)
+    assert leading_energy(singular_values(x), 6).item() == pytest.approx(1)
+
+
+def test_a_gram_of_either_side_gives_the_singular_values():
+    x = torch.randn(3, 20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.linalg.svdvals(x)
+    assert torch.allclose(gram_singular_values(x.mT @ x), expected)
+    assert torch.allclose(gram_singular_values(x @ x.mT)[:, :6], expected)
+    assert gram_singular_values(x @ x.mT)[:, 6:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_one_matrix_that_is_not_finite_leaves_the_others_alone(measure):
+    gram = torch.stack((torch.eye(3), torch.full((3, 3), torch.nan), 4 * torch.eye(3)))
+    measured = measure(gram_singular_values(gram))
+    assert measured[[0, 2]].tolist() == pytest.approx([3, 3])
+    assert measured[1].isnan()

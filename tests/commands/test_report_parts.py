@@ -165,12 +165,24 @@ def test_any_chart_is_well_formed(points: list[tuple[float, float]], log_y: bool
         ("lr-AdamW", "lr", "rate"),
         ("throughput/tokens_per_s", "throughput", "per second"),
         ("memory/rss_mib", "memory", "MiB"),
+        ("dimension/features_two_nn", "dimension", "dimensions"),
+        ("dimension/gradient_top_energy", "dimension", "share"),
         ("value/x", "other", ""),
         ("gradient_norm", "other", ""),
     ],
 )
 def test_metrics_are_grouped_by_their_first_word(metric: str, group: str, unit: str) -> None:
     assert (group_of(metric), unit_of(metric)) == (group, unit)
+
+
+def test_figures_of_single_matrices_share_one_chart_of_last_values(make_run: MakeRun) -> None:
+    names = ["dimension/gradient_effective_rank", *(f"dimension/gradient_effective_rank/{at}.weight" for at in "abc")]
+    rows = [{"step": s, "time_s": 1.0 * s, **{name: s + at for at, name in enumerate(names)}} for s in (10, 20)]
+    (section,) = sections(load_runs([make_run("one", rows=rows), make_run("two", rows=rows[:1])]))
+    over_steps, profile = section.charts
+    assert (over_steps.title, profile.title) == (names[0], f"{names[0]} by matrix")
+    assert [curve.points for curve in profile.curves] == [[(0, 21), (1, 22), (2, 23)], [(0, 11), (1, 12), (2, 13)]]
+    assert profile.note == "last values; 0 is a.weight, 2 is c.weight"
 
 
 def test_two_runs_also_get_the_difference_at_shared_steps(make_run: MakeRun) -> None:

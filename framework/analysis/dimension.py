@@ -1,0 +1,75 @@
+"""Dimension of the manifold that points lie on, from the distances to their two nearest neighbours (TwoNN).
+
+Source: Facco, d'Errico, Rodriguez, Laio, "Estimating the intrinsic dimension of datasets by a minimal neighborhood
+information", Scientific Reports 7 (2017), arXiv 1803.06992. Where density is constant up to the second neighbour, the
+ratio mu = r2 / r1 of a point's two distances has P(mu <= t) = 1 - t^-d (equation 4): the dimension d and nothing else.
+Ratios know no scale and no rotation, and dimensions that the manifold leaves empty do not count. Estimates fall short
+where points are few for the dimension, which is so above d = 20 for thousands of points.
+
+What a linear map can see, such as the participation ratio of centred features, is in `lightspan.analysis.spectra`; it
+is never below the dimension of a flat manifold, and much above that of a curved one.
+
+Shapes: N points, D coordinates, Q points a chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+
+
+def two_nn_likelihood(points_ND: Tensor) -> Tensor:
+    """The dimension that makes the ratios likeliest, freed of its bias: (N - 1) / sum log mu, 0-d float64.
+
+    d / N times the sum of the logarithms is a Gamma variable of shape N, so the relative standard error is
+    1 / sqrt(N - 2). Infinite when all ratios are 1, as on a lattice.
+
+    Raises: UserError as `neighbour_ratios`.
+    """
+    mu_N = neighbour_ratios(points_ND)
+    return (len(mu_N) - 1) / mu_N.log().sum()
+
+
+def two_nn_fit(points_ND: Tensor, discard: float = 0.1) -> Tensor:
+    """Slope of the line through the origin and (log mu_i, -log(1 - i / N)), mu rising (section 2 of the paper), 0-d.
+
+    The largest ratios come from points whose density changes, and are noisy: `discard` of them have no say. With it the
+    fit bears outliers better than the likelihood. Infinite when all ratios are 1.
+
+    Args:
+        discard: share in [0, 1) of the largest ratios left out; the last one always is, since its ordinate is infinite.
+    Raises: UserError as `neighbour_ratios`, and for `discard` out of range.
+    """
+    if not 0 <= discard < 1:
+        raise UserError(f"TwoNN discard={discard} must be at least 0 and below 1; the paper takes 0.1")
+    mu_N = neighbour_ratios(points_ND).sort().values
+    count = len(mu_N)
+    kept = min(count - 1, max(1, round(count * (1 - discard))))
+    share_N = torch.arange(1, kept + 1, dtype=mu_N.dtype, device=mu_N.device) / count
+    x_N, y_N = mu_N[:kept].log(), -torch.log1p(-share_N)
+    slope = (x_N * y_N).sum() / x_N.square().sum()
+    return torch.where(x_N.any(), slope, torch.full_like(slope, torch.inf))
+
+
+def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
+    """mu = r2 / r1 >= 1 of each different point, float64, in no particular order; equal rows count once.
+
+    Args:
+        chunk: points at a time; memory is chunk * N distances. The answer does not depend on it.
+    Raises: UserError for fewer than 3 different points, or coordinates that are not finite.
+    """
+    if not points_ND.isfinite().all():
+        raise UserError("TwoNN got NaN or infinite coordinates, which have no neighbours; the model has diverged")
+    different_ND = points_ND.detach().double().unique(dim=0)
+    if len(different_ND) < 3:
+        raise UserError(
+            f"TwoNN got {len(different_ND)} different points of {len(points_ND)}, and needs 3: each has to have two "
+            "neighbours; give more points, or look for features that have collapsed"
+        )
+    ratios = []
+    for points_QD in different_ND.split(chunk):
+        # Differences, not |a|^2 + |b|^2 - 2ab: close neighbours far from the origin would drown in rounding errors.
+        distance_QN = torch.cdist(points_QD, different_ND, compute_mode="donot_use_mm_for_euclid_dist")
+        _, first_Q, second_Q = distance_QN.topk(3, largest=False).values.unbind(dim=1)  # each is its own nearest
+        ratios.append(second_Q / first_Q)
+    return torch.cat(ratios)
