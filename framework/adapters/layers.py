@@ -79,6 +79,11 @@ class LayerShape:
         return torch.Size(self.weight).numel() // self.out_features
 
     @property
+    def modes(self) -> tuple[int, ...]:
+        """Sizes of the weight's axes in one order for all layers: O, input channels of one group, kernel."""
+        return self.weight[::-1] if self.transposed else self.weight
+
+    @property
     def largest_rank(self) -> int:
         """The rank that a change of this weight can have."""
         return min(self.out_features, self.fan_in)
