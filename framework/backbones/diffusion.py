@@ -3,7 +3,7 @@
 Source: Peebles, Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748, section 3.2, the variant
 adaLN-Zero: level and class set shift, scale and gate of every block, and all gates start at 0. The noise alone is
 predicted; the paper's learned variance is left out.
-Shapes: B batch, C H W image, N patches, D width, P pixels of a patch.
+Shapes: B batch, C H W image, N patches, D width, K classes and one more, P numbers of a patch.
 """
 
 import math
@@ -80,7 +80,8 @@ class DiT(nn.Module):
         place_ND = build_sincos2d_pos_embed([self.grid, self.grid], width)
         self.register_buffer("place_ND", place_ND, persistent=False)
         self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(num_classes + 1, width)
+        # A table as a layer over one-hot classes: adapters take it like any other, so that a task can have its own.
+        self.label = nn.Linear(num_classes + 1, width, bias=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = _zero(nn.Linear(width, 2 * width))
@@ -89,17 +90,18 @@ class DiT(nn.Module):
 
     def _start(self) -> None:
         for name, layer in self.named_modules():
-            if isinstance(layer, nn.Linear) and not name.endswith(("modulation", "head")):
+            if isinstance(layer, nn.Linear) and name.startswith("blocks") and not name.endswith("modulation"):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.weight.shape[0], -1))
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: as the linear layer that it is
         for layer in (self.level[0], self.level[2], self.label):
             nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, noisy_BCHW: Tensor, level_B: Tensor, label_B: Tensor | None = None) -> Tensor:
         if label_B is None:
             label_B = torch.full_like(level_B, self.num_classes, dtype=torch.int64)
-        condition_BD = self.level(level_waves(level_B).to(noisy_BCHW.dtype)) + self.label(label_B)
+        one_hot_BK = F.one_hot(label_B, self.num_classes + 1).to(noisy_BCHW.dtype)
+        condition_BD = self.level(level_waves(level_B).to(noisy_BCHW.dtype)) + self.label(one_hot_BK)
         x_BND = self.patch_embed(noisy_BCHW) + self.place_ND
         for block in self.blocks:
             x_BND = block(x_BND, condition_BD)
