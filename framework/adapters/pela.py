@@ -9,13 +9,13 @@ Shapes: B rows, O outputs, I inputs, R rank.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from lightspan.distributed import rank as process_rank
 from lightspan.errors import UserError
+from lightspan.patterns import matches, require_matches
 
 EXCLUDED = ("*norm*", "*head*", "*patch_embed*", "*downsample*")
 """Patterns of layers that stay whole, as in the authors' code."""
@@ -97,13 +97,11 @@ def plan(model: nn.Module, ratio: float, exclude: list[str]) -> list[Cut]:
     if not ratio >= 1:
         raise UserError(f"ratio={ratio} must be at least 1: a layer keeps 1/ratio of its weights")
     linear = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, nn.Linear)}
-    for pattern in set(exclude) - set(EXCLUDED):
-        if not any(fnmatchcase(name, pattern) for name in linear):
-            raise UserError(f"exclude pattern {pattern!r} matches no linear layer of {type(model).__name__}")
+    require_matches([p for p in exclude if p not in EXCLUDED], list(linear), f"linear layer of {type(model).__name__}")
     cuts = []
     for name, layer in linear.items():
         rank: int | None = rank_within(layer.out_features, layer.in_features, ratio)
-        whole = any(fnmatchcase(name, pattern) for pattern in exclude) or layer.out_features < FEWEST_OUTPUTS
+        whole = matches(name, exclude) or layer.out_features < FEWEST_OUTPUTS
         cuts.append(Cut(name, layer.out_features, layer.in_features, None if whole or not rank else rank))
     if not any(cut.rank for cut in cuts):
         raise UserError(
