@@ -2,11 +2,16 @@
 
 from lightspan.adapters.adapter import AdapterSpec
 from lightspan.adapters.codyra import GatedLoRA
+from lightspan.adapters.diffscaler import DiffScaler
 from lightspan.adapters.flora import FLoRA
+from lightspan.adapters.full import Full
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.svfit import SVFit
 
 CASES: dict[str, AdapterSpec] = {
+    "DiffScaler": DiffScaler(rank=2),
+    "scale and shift": DiffScaler(rank=0),
+    "Full": Full(),
     "LoRA": LoRA(rank=1, alpha=2.0),
     "SVFit": SVFit(),
     "SVFit-energy": SVFit(energy=0.8),

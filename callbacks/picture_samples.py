@@ -1,0 +1,73 @@
+"""What a generative model draws by now, as one picture beside the run's figures."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torchvision.io import encode_png
+from torchvision.utils import make_grid
+
+from lightspan.callbacks.detached import detached
+from lightspan.errors import UserError
+from lightspan.files import write_atomic
+from lightspan.strategies import gathered
+
+
+class PictureSamples(Callback):
+    """Writes a grid of drawn images to FOLDER/samples-STEP.png every few epochs and when training ends, a column a class.
+
+    For modules with `sample(label, shape, steps=..., eta=..., guidance=..., seed=...)` -> [B C H W], such as
+    `DenoisingDiffusion`, and 1 or 3 channels. Training goes on as without it.
+
+    Args:
+        folder: where the pictures go.
+        shape: C H W of an image.
+        classes: one column each.
+        rows: images of each class, >= 1.
+        every_n_epochs: 0 draws at the end alone.
+        steps, eta, guidance, seed: as the module's `sample` takes them.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        shape: tuple[int, int, int],
+        classes: list[int],
+        rows: int = 8,
+        every_n_epochs: int = 0,
+        steps: int = 50,
+        eta: float = 0.0,
+        guidance: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if not classes or rows < 1 or every_n_epochs < 0 or shape[0] not in (1, 3):
+            raise UserError(
+                f"PictureSamples needs classes, at least one of rows={rows}, every_n_epochs={every_n_epochs} of at "
+                f"least 0, and 1 or 3 channels in shape={list(shape)}"
+            )
+        self.folder, self.shape, self.classes, self.rows = Path(folder), shape, classes, rows
+        self.every_n_epochs = every_n_epochs
+        self.steps, self.eta, self.guidance, self.seed = steps, eta, guidance, seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not callable(getattr(pl_module, "sample", None)):
+            raise UserError(f"{type(pl_module).__name__} has no sample(), which PictureSamples calls; remove it")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, module: LightningModule) -> None:
+        # Before other ranks are sent away: the blocks of a sharded model are gathered by all of them.
+        label_B = torch.tensor(self.classes * self.rows, device=module.device)
+        with gathered(module), detached(module):
+            images_BCHW = module.sample(  # type: ignore[operator]
+                label_B, tuple(self.shape), steps=self.steps, eta=self.eta, guidance=self.guidance, seed=self.seed
+            )
+        if trainer.is_global_zero:
+            grid_CHW = make_grid(images_BCHW.float().cpu(), nrow=len(self.classes), normalize=True, pad_value=0.5)
+            content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
+            write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)

@@ -1,0 +1,172 @@
+"""PELA: each linear layer becomes two thinner ones, cut from its singular value decomposition.
+
+Source: Guo, Wang, Kankanhalli, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", CVPR 2024,
+arXiv 2310.10700, section 3.1. W ~ (U_r S_r^1/2) (S_r^1/2 V_r^T); both factors carry half of the spectrum, so that
+neither trains at a scale of its own. What trains them afterwards is in `lightspan.methods.compression.pela`.
+Shapes: B rows, O outputs, I inputs, R rank.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.distributed import rank as process_rank
+from lightspan.errors import UserError
+from lightspan.patterns import matches, require_matches
+
+EXCLUDED = ("*norm*", "*head*", "*patch_embed*", "*downsample*")
+"""Patterns of layers that stay whole, as in the authors' code."""
+FEWEST_OUTPUTS = 10  # as in the authors' code: a layer this thin has nothing to give
+
+
+def rank_within(outputs: int, inputs: int, ratio: float) -> int:
+    """Largest r with r (O + I) <= O I / ratio: two factors of this rank hold at most 1/ratio of the layer's weights."""
+    return math.floor(outputs * inputs / (ratio * (outputs + inputs)))
+
+
+def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U_r S_r^1/2 [O R] and S_r^1/2 V_r^T [R I]: their product is the nearest matrix of this rank, in the weight's dtype.
+
+    Raises: UserError for a rank outside [1, min(O, I)].
+    """
+    if not 1 <= rank <= min(weight_OI.shape):
+        raise UserError(f"rank={rank} is outside [1, {min(weight_OI.shape)}], the shorter side of {[*weight_OI.shape]}")
+    wide_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
+    u_OK, s_K, v_KI = torch.linalg.svd(wide_OI, full_matrices=False)
+    root_R = s_K[:rank].sqrt()
+    return (u_OK[:, :rank] * root_R).to(weight_OI.dtype), (root_R[:, None] * v_KI[:rank]).to(weight_OI.dtype)
+
+
+class FactorisedLinear(nn.Module):
+    """y = (x A) B + bias: [B I] -> [B O] through R numbers, with A = down.weight^T and B = up.weight^T.
+
+    Starts as the truncated SVD of `layer`, whose bias it takes over. `weight` is the product, made when asked for.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = layer.in_features, layer.out_features, rank
+        up_OR, down_RI = balanced_factors(layer.weight, rank)
+        # On meta, since the random weights that a Linear starts with would be drawn for nothing.
+        self.down = nn.Linear(layer.in_features, rank, bias=False, device="meta")
+        self.up = nn.Linear(rank, layer.out_features, bias=False, device="meta")
+        self.down.weight, self.up.weight = nn.Parameter(down_RI), nn.Parameter(up_OR)
+        self.up.bias = layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.up.bias
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return self.up(self.down(x_BI))
+
+    def dense(self) -> nn.Linear:
+        """The one layer that computes the same."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = nn.Parameter(self.weight.detach()), self.bias  # type: ignore[assignment]
+        return layer.train(self.training)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What happens to one linear layer of shape [outputs, inputs]; `rank` is None for one that stays whole."""
+
+    name: str
+    outputs: int
+    inputs: int
+    rank: int | None
+
+    @property
+    def weights(self) -> int:
+        """Weights left, biases apart."""
+        return self.outputs * self.inputs if self.rank is None else self.rank * (self.outputs + self.inputs)
+
+
+def plan(model: nn.Module, ratio: float, exclude: list[str]) -> list[Cut]:
+    """One entry for each linear layer below `model`.
+
+    Raises: UserError for a ratio below 1, a pattern that matches nothing but the defaults, or a plan without a cut.
+    """
+    if not ratio >= 1:
+        raise UserError(f"ratio={ratio} must be at least 1: a layer keeps 1/ratio of its weights")
+    linear = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, nn.Linear)}
+    require_matches([p for p in exclude if p not in EXCLUDED], list(linear), f"linear layer of {type(model).__name__}")
+    cuts = []
+    for name, layer in linear.items():
+        rank: int | None = rank_within(layer.out_features, layer.in_features, ratio)
+        whole = matches(name, exclude) or layer.out_features < FEWEST_OUTPUTS
+        cuts.append(Cut(name, layer.out_features, layer.in_features, None if whole or not rank else rank))
+    if not any(cut.rank for cut in cuts):
+        raise UserError(
+            f"no linear layer of {type(model).__name__} can be factorised at ratio={ratio} with exclude={exclude}: "
+            f"{len(cuts)} found; lower the ratio or exclude fewer"
+        )
+    _refuse_shared(model, [cut.name for cut in cuts if cut.rank])
+    return cuts
+
+
+def factorise(model: nn.Module, ratio: float = 2.0, exclude: list[str] | None = None) -> nn.Module:
+    """Replaces linear layers of `model` by `FactorisedLinear` in place, prints what became of each, returns `model`.
+
+    Args:
+        ratio: c >= 1; a replaced layer keeps at most 1/c of its weights.
+        exclude: shell-style patterns of layer names that stay whole; None is `EXCLUDED`.
+    Raises: UserError as `plan` does, and for a layer whose weight another one uses too.
+    """
+    cuts = plan(model, ratio, list(EXCLUDED) if exclude is None else exclude)
+    for cut in cuts:
+        if cut.rank:
+            layer = model.get_submodule(cut.name)
+            assert isinstance(layer, nn.Linear)
+            _put(model, cut.name, FactorisedLinear(layer, cut.rank).train(layer.training))
+    if process_rank() == 0:
+        print("\n".join(table(cuts)), flush=True)
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replaces each `FactorisedLinear` of `model` by its product, in place; returns `model`, which computes the same."""
+    for name, layer in list(factorised(model)):
+        _put(model, name, layer.dense())
+    return model
+
+
+def factorised(model: nn.Module) -> Iterator[tuple[str, FactorisedLinear]]:
+    """Name and layer of every `FactorisedLinear` below `model`."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, FactorisedLinear))
+
+
+def table(cuts: list[Cut]) -> list[str]:
+    """Lines to print: a layer each, then the sum."""
+    width = max(len(cut.name) for cut in cuts)
+    lines = [
+        f"{cut.name:{width}}  {cut.outputs:>6} x {cut.inputs:<6} "
+        + (f"rank {cut.rank:<5} {cut.weights / (cut.outputs * cut.inputs):6.1%}" if cut.rank else "whole")
+        for cut in cuts
+    ]
+    before, after = sum(cut.outputs * cut.inputs for cut in cuts), sum(cut.weights for cut in cuts)
+    return [*lines, f"{'weights of linear layers':{width}}  {before:,} -> {after:,}, {after / before:.1%}"]
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _refuse_shared(model: nn.Module, names: list[str]) -> None:
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for name in names:
+        sharing = holders[id(model.get_submodule(name).weight)]
+        if len(sharing) > 1:
+            raise UserError(
+                f"{' and '.join(sharing)} are one tensor, which factorising {name} would part; add {name} to exclude"
+            )

@@ -1,0 +1,42 @@
+"""A network with the weights of an earlier run."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from lightspan.errors import UserError
+
+
+def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.Module:
+    """Loads `module`, all of it, from a safetensors file and returns it.
+
+    Args:
+        path: as `lightspan export RUN --to safetensors` writes it.
+        prefix: of the names in the file that belong to `module`; other names are left alone.
+    Raises: UserError for a file that is not there, is none of this kind, or belongs to another network.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is no whole safetensors file ({error}); export it again") from error
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name} is not in the network" for name in state.keys() - own.keys()]
+    wrong += [
+        f"{name} is {[*state[name].shape]}, not {[*own[name].shape]}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"the tensors named {prefix}* in {file} do not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    module.load_state_dict(state)
+    return module

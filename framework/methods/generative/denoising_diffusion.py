@@ -1,0 +1,127 @@
+"""Denoising diffusion: learn to tell the noise in an image, then draw images by taking it out level by level.
+
+Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, algorithms 1 and 2; Song et al.,
+"Denoising Diffusion Implicit Models", 2020, arXiv 2010.02502 (fewer levels when drawing); Ho, Salimans, 2022, arXiv
+2207.12598 (guidance by the same network without its class). The equations are in `lightspan.objectives.diffusion`.
+Shapes: B batch of this rank, C H W image, T noise levels.
+"""
+
+from typing import Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from lightspan.datamodules.batches import ImageBatch
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.objectives.diffusion import add_noise, cosine_kept, linear_kept, noise_prediction_loss, step_back
+from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.schedules import ScheduleCallable
+
+VALIDATION_LEVELS, VALIDATION_SEED = 10, 0
+
+
+class DenoisingDiffusion(Method):
+    """Trains `backbone` to predict noise.
+
+    Args:
+        backbone: noisy [B C H W], level int64 [B], label int64 [B] or None -> predicted noise [B C H W].
+        schedule: how noise grows over the levels; linear as in DDPM, cosine for small images.
+        levels: T, >= 2.
+        label_dropout: share of training images whose class the network is not told, in [0, 1]; 1 trains without
+            classes. Anything above 0 needs a network that takes `num_classes` as no class, as `DiT` does.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: ScheduleCallable | None = None,
+        groups: ParameterGroups | None = None,
+        schedule: Literal["linear", "cosine"] = "linear",
+        levels: int = 1000,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, groups)
+        if levels < 2 or not 0 <= label_dropout <= 1:
+            raise UserError(f"levels={levels} must be at least 2 and label_dropout={label_dropout} lie in [0, 1]")
+        self.backbone, self.label_dropout = backbone, label_dropout
+        kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
+        self.register_buffer("kept_T", kept_T.float(), persistent=False)
+
+    def loss(self, batch: ImageBatch, level_B: Tensor, noise_BCHW: Tensor, told_B: Tensor) -> Tensor:
+        """Mean squared error of the noise predicted at these levels; where `told` is false the class is withheld."""
+        noisy_BCHW = add_noise(batch["image"], noise_BCHW, self.kept_T[level_B])  # type: ignore[index]
+        label_B = self.labels(batch["label"], told_B)
+        return noise_prediction_loss(self.backbone(noisy_BCHW, level_B, label_B), noise_BCHW)
+
+    def labels(self, label_B: Tensor, told_B: Tensor) -> Tensor | None:
+        """Classes as the network takes them, None where it takes none."""
+        nobody = getattr(self.backbone, "num_classes", 0)
+        return torch.where(told_B, label_B, nobody) if nobody else None
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        image_BCHW = batch["image"]
+        rows, device = len(image_BCHW), image_BCHW.device
+        # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
+        level_B = torch.randint(len(self.kept_T), (rows,)).to(device)  # type: ignore[arg-type]
+        noise_BCHW, told_B = torch.randn(image_BCHW.shape).to(image_BCHW), torch.rand(rows) >= self.label_dropout
+        loss = self.loss(batch, level_B, noise_BCHW, told_B.to(device))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.log("val/loss", self.held_out_loss(batch, batch_idx), batch_size=len(batch["image"]), sync_dist=True)
+
+    def held_out_loss(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Mean loss at ten levels spread evenly, classes told, with noise that is the same in every call."""
+        image_BCHW = batch["image"]
+        generator = torch.Generator().manual_seed(VALIDATION_SEED + batch_idx)
+        losses = []
+        for level in torch.linspace(0, len(self.kept_T) - 1, 2 * VALIDATION_LEVELS + 1)[1::2].long().tolist():  # type: ignore[arg-type]
+            noise_BCHW = torch.randn(image_BCHW.shape, generator=generator).to(image_BCHW)
+            level_B = torch.full((len(image_BCHW),), level, device=image_BCHW.device)
+            losses.append(self.loss(batch, level_B, noise_BCHW, torch.ones_like(level_B, dtype=torch.bool)))
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        label_B: Tensor,
+        shape: tuple[int, int, int],
+        steps: int = 50,
+        eta: float = 0.0,
+        guidance: float = 1.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Images [B C H W] of these classes, standardised as the training images were.
+
+        Args:
+            label_B: int64; for a network without classes it counts the images alone.
+            shape: C H W.
+            steps: levels visited, evenly spread, in [1, T].
+            eta: 0 for DDIM, 1 for the ancestral sampler of DDPM, as in `step_back`.
+            guidance: the prediction is taken this many times as far from the one without class; 1 leaves it, and more
+                gives images more typical of their class and less varied.
+            seed: of all noise, which the CPU draws.
+        Raises: UserError for steps or eta out of range.
+        """
+        levels, device = len(self.kept_T), label_B.device  # type: ignore[arg-type]
+        if not 1 <= steps <= levels or not 0 <= eta <= 1:
+            raise UserError(f"steps={steps} must lie in [1, {levels}] and eta={eta} in [0, 1]")
+        generator = torch.Generator().manual_seed(seed)
+        told_B = torch.ones_like(label_B, dtype=torch.bool)
+        x_BCHW = torch.randn(len(label_B), *shape, generator=generator).to(device)
+        visited = torch.linspace(levels - 1, 0, steps).round().long().tolist()
+        kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]  # type: ignore[index]
+        for i, level in enumerate(visited):
+            level_B = torch.full_like(label_B, level)
+            predicted_BCHW = self.backbone(x_BCHW, level_B, self.labels(label_B, told_B))
+            if guidance != 1:
+                without_BCHW = self.backbone(x_BCHW, level_B, self.labels(label_B, ~told_B))
+                predicted_BCHW = without_BCHW + guidance * (predicted_BCHW - without_BCHW)
+            fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(device)
+            here_B, next_B = (k.expand(len(label_B)) for k in kept[i : i + 2])
+            x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW)
+        return x_BCHW

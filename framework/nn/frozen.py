@@ -1,0 +1,25 @@
+"""A network that only looks on: a teacher, a reference."""
+
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+
+class Frozen(nn.Module):
+    """Calls `module` without gradients, always in evaluation mode, whatever the mode of the module around it.
+
+    The weights it is given no longer require gradients.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)

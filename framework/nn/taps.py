@@ -1,0 +1,36 @@
+"""Hidden features of a forward pass, without a second one and without an edit to the network."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+
+
+def blocks_of(model: nn.Module, containers: Sequence[str]) -> list[nn.Module]:
+    """The children of the named containers (`blocks`, or `layers.0.blocks`), in their order.
+
+    Raises: UserError for a name that is no container of `model`.
+    """
+    found: list[nn.Module] = []
+    known = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
+    for name in containers:
+        if name not in known:
+            raise UserError(
+                f"{type(model).__name__} has no container {name!r}; it has {', '.join(known) or 'none at all'}"
+            )
+        found += known[name].children()
+    return found
+
+
+@contextmanager
+def tapped(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside, the output of each of these modules joins the list whenever one is called."""
+    outputs: list[Tensor] = []
+    handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

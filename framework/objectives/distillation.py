@@ -1,0 +1,48 @@
+"""What a student owes its teacher: hidden features, outputs, weights.
+
+Source: Guo, Wang, Kankanhalli, "PELA", 2024, arXiv 2310.10700, section 3.2 (features, perturbation), with the details
+of the authors' code: features of all layers weigh the same, and the norm of the perturbation is that of the largest
+entry. Nothing here sends a gradient into the teacher.
+Shapes: L layers, O outputs and I inputs of one layer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightspan.errors import UserError
+
+
+def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """(1/L) sum_l MSE(f_l^s, f_l^t), a scalar >= 0.
+
+    Args:
+        student, teacher: one tensor a layer, of any shape, pairwise alike.
+    Raises: UserError for no layer, or for a pair of different shapes.
+    """
+    shapes = [[[*x.shape] for x in side] for side in (student, teacher)]
+    if not student or shapes[0] != shapes[1]:
+        raise UserError(f"student features {shapes[0]} and teacher features {shapes[1]} must be as many and alike")
+    return torch.stack([mean_squared(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
+
+
+def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference over all entries, in float32 or wider; logits are distilled with it too."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return F.mse_loss(student.to(wide), teacher.detach().to(wide))
+
+
+def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> Tensor:
+    """(1/L) sum_l (max_ij |W_l^s - W_l^t| - eps)^2: the largest entry of each residual is drawn to `eps`.
+
+    Its gradient goes through that entry alone. Factors may move as long as their product stays near the weight; a
+    residual below `eps` is drawn up to it.
+
+    Args:
+        student, teacher: weights [O I], one a layer.
+        eps: >= 0, in units of a weight.
+    """
+    largest = [(s_OI - t_OI.detach()).abs().max() for s_OI, t_OI in zip(student, teacher, strict=True)]
+    return (torch.stack(largest) - eps).square().mean()

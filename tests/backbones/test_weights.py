@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightspan.backbones.weights import with_weights
+from lightspan.errors import UserError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tensors = {"backbone.weight": torch.ones(2, 3), "backbone.bias": torch.zeros(2), "head.weight": torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_a_part_of_the_file_fills_the_whole_network(file: Path) -> None:
+    network = nn.Linear(3, 2)
+    assert with_weights(network, str(file)) is network
+    assert torch.equal(network.weight, torch.ones(2, 3))
+    assert torch.equal(network.bias, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("network", "prefix", "message"),
+    [
+        (nn.Linear(3, 2, bias=False), "backbone.", r"bias is not in the network"),
+        (nn.Linear(4, 2), "backbone.", r"named backbone\.\* .* fit Linear: weight is \[2, 3\], not \[2, 4\]"),
+        (nn.Linear(3, 2), "student.", r"bias is missing; weight is missing"),
+    ],
+)
+def test_another_networks_weights_are_refused(file: Path, network: nn.Module, prefix: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        with_weights(network, str(file), prefix)
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(UserError, match=r"no weights at \S+gone\.safetensors; .*lightspan export RUN"):
+        with_weights(nn.Linear(3, 2), str(tmp_path / "gone.safetensors"))
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(UserError, match="no whole safetensors file"):
+        with_weights(nn.Linear(3, 2), str(file))

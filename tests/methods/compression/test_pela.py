@@ -1,0 +1,133 @@
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightspan.adapters.pela import factorised
+from lightspan.errors import UserError
+from lightspan.methods.compression.pela import PELA
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+
+
+def vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2)
+
+
+def method(**settings: Any) -> PELA:
+    built = PELA(vit(), SGD, **({"ratio": 2.0} | settings))
+    built.log_dict = lambda values, **_: built.__dict__.update(logged=values)  # type: ignore[method-assign]
+    return built
+
+
+def images(rows: int = 6) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"image": torch.randn(rows, 1, 8, 8, generator=generator), "label": torch.arange(rows) % 10}
+
+
+def blocks(network: VisionTransformer, image: Tensor) -> list[Tensor]:
+    x, found = network._pos_embed(network.patch_embed(image)), []
+    for block in network.blocks:
+        x = block(x)
+        found.append(x)
+    return found
+
+
+def test_the_loss_is_the_papers_sum() -> None:
+    model, batch, whole = method(alpha=0.7, beta=0.2, lam=3.0, eps=0.01), images(), vit().eval()
+    student = model.backbone
+    expected = F.cross_entropy(student(batch["image"]), batch["label"])
+    pairs = list(zip(blocks(student, batch["image"]), blocks(whole, batch["image"]), strict=True))
+    expected = expected + 0.7 * sum((s - t).square().mean() for s, t in pairs) / 2
+    expected = expected + 0.2 * (student(batch["image"]) - whole(batch["image"])).square().mean()
+    residuals = [(layer.weight - whole.get_submodule(name).weight).abs().max() for name, layer in factorised(student)]
+    assert len(residuals) == 8
+    expected = expected + 3.0 * sum((largest - 0.01) ** 2 for largest in residuals) / 8
+    torch.testing.assert_close(model.training_step(batch, 0), expected, rtol=1e-5, atol=0)
+
+
+def test_terms_with_weight_zero_leave_the_task_alone_and_are_still_logged() -> None:
+    model, batch = method(alpha=0.0, beta=0.0, lam=0.0), images()
+    loss = model.training_step(batch, 0)
+    assert torch.equal(loss, F.cross_entropy(model.backbone(batch["image"]), batch["label"]))
+    assert {"train/features", "train/logits", "train/perturbation"} < model.logged.keys()
+
+
+def test_the_student_runs_once_a_step() -> None:
+    model, calls = method(), []
+    model.backbone.register_forward_hook(lambda *call: calls.append(1))
+    model.training_step(images(), 0)
+    assert calls == [1]
+
+
+def test_the_teacher_is_the_given_network_and_gets_neither_gradient_nor_training_mode() -> None:
+    model = method().train()
+    before = copy.deepcopy(model.teacher.state_dict())
+    assert before.keys() == {f"module.{name}" for name in vit().state_dict()}
+    assert all(torch.equal(before[f"module.{name}"], value) for name, value in vit().state_dict().items())
+    model.training_step(images(), 0).backward()
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
+    assert not any(module.training for module in model.teacher.modules())
+
+
+def test_a_given_task_loss_takes_the_place_of_cross_entropy() -> None:
+    model, batch = method(task_loss=nn.CrossEntropyLoss(label_smoothing=0.3), alpha=0.0, lam=0.0), images()
+    expected = F.cross_entropy(model.backbone(batch["image"]), batch["label"], label_smoothing=0.3)
+    assert torch.equal(model.training_step(batch, 0), expected)
+
+
+def test_features_are_what_the_head_reads() -> None:
+    model, batch = method().eval(), images()
+    features = model.features(batch)
+    assert features.shape == (6, 32)
+    torch.testing.assert_close(model.backbone.head(features), model.predict_step(batch, 0), rtol=0, atol=1e-6)
+
+
+class NoTask(nn.Module):
+    def forward(self, logits_BK: Tensor, label_B: Tensor) -> Tensor:
+        return 0 * logits_BK.sum()
+
+
+def test_distillation_alone_brings_the_features_back_to_the_teachers() -> None:
+    model, batch = method(alpha=1.0, task_loss=NoTask()), images()
+    before = float(model.training_step(batch, 0))
+    del model.log_dict  # the Trainer provides the real one
+    model.optimizer = partial(torch.optim.Adam, lr=1e-3)
+    trainer = Trainer(
+        max_steps=12,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader([batch] * 12, batch_size=None))
+    assert float(trainer.callback_metrics["train/loss"]) < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": -1.0}, r"alpha=-1\.0, beta=0\.0, lam=1\.0 and eps=0\.001 must each be at least 0"),
+        ({"hidden": ["stages"]}, r"VisionTransformer has no container 'stages'; it has blocks"),
+        ({"ratio": 0.2}, r"ratio=0\.2 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        method(**settings)
+
+
+def test_features_of_a_network_without_timms_head_are_refused() -> None:
+    model = PELA(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))), SGD, hidden=["1"])
+    with pytest.raises(UserError, match="Sequential has no timm forward_head"):
+        model.features(images())

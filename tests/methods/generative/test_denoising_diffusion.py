@@ -1,0 +1,167 @@
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightspan.backbones.diffusion import DiT
+from lightspan.errors import UserError
+from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
+from lightspan.objectives.diffusion import add_noise, linear_kept
+
+ADAM = partial(torch.optim.Adam, lr=3e-3)
+
+
+class Spy(nn.Module):
+    """Predicts zero and remembers what it was asked."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, noisy: Tensor, level: Tensor, label: Tensor) -> Tensor:
+        self.asked.append((noisy, level, label))
+        return noisy * self.weight
+
+
+class Knows(nn.Module):
+    """The exact noise predictor of a world with one image."""
+
+    num_classes = 0
+
+    def __init__(self, image: Tensor, kept_T: Tensor) -> None:
+        super().__init__()
+        self.image, self.kept_T = image, kept_T
+
+    def forward(self, noisy: Tensor, level: Tensor, label: Tensor | None) -> Tensor:
+        assert label is None
+        kept = self.kept_T[level].view(-1, 1, 1, 1)
+        return (noisy - kept.sqrt() * self.image) / (1 - kept).sqrt()
+
+
+def method(backbone: nn.Module, **settings: Any) -> DenoisingDiffusion:
+    built = DenoisingDiffusion(backbone, ADAM, **settings)
+    built.log = lambda name, value, **_: built.__dict__.setdefault("logged", {}).update({name: value})  # type: ignore[method-assign]
+    return built
+
+
+def images(rows: int = 64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"image": torch.randn(rows, 1, 4, 4, generator=generator), "label": torch.arange(rows) % 10}
+
+
+def test_the_loss_of_a_network_that_says_nothing_is_the_variance_of_the_noise() -> None:
+    spy = Spy()
+    torch.manual_seed(0)
+    loss = method(spy).training_step(images(512), 0)
+    assert loss.item() == pytest.approx(1, abs=0.05)
+    ((noisy, level, label),) = spy.asked
+    assert noisy.shape == (512, 1, 4, 4)
+    assert 0 <= level.min() < 50
+    assert 950 < level.max() < 1000
+    assert ((label == 10).float().mean() - 0.1).abs() < 0.05
+    assert torch.equal(label[label < 10], images(512)["label"][label < 10])
+
+
+def test_what_the_network_sees_is_the_noised_image() -> None:
+    spy, batch = Spy(), images(8)
+    model = method(spy)
+    level, noise = torch.arange(8) * 100, torch.randn(8, 1, 4, 4)
+    model.loss(batch, level, noise, torch.ones(8, dtype=torch.bool))
+    expected = add_noise(batch["image"], noise, linear_kept(1000).float()[level])
+    assert torch.equal(spy.asked[0][0], expected)
+
+
+@pytest.mark.parametrize(("dropout", "told"), [(0.0, True), (1.0, False)])
+def test_classes_are_told_or_withheld(dropout: float, told: bool) -> None:
+    spy = Spy()
+    method(spy, label_dropout=dropout).training_step(images(), 0)
+    assert torch.equal(spy.asked[0][2], images()["label"] if told else torch.full((64,), 10))
+
+
+def test_the_same_generator_state_gives_the_same_step() -> None:
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        losses.append(method(Spy()).training_step(images(), 0))
+    assert torch.equal(*losses)
+
+
+def test_held_out_loss_repeats_and_visits_ten_levels_evenly() -> None:
+    spy = Spy()
+    model = method(spy)
+    model.validation_step(images(), 0)
+    first = model.logged["val/loss"]
+    assert [int(level[0]) for _, level, _ in spy.asked] == [49, 149, 249, 349, 449, 549, 649, 749, 849, 949]
+    torch.randn(5)
+    assert torch.equal(model.held_out_loss(images(), 0), first)
+    assert not torch.equal(model.held_out_loss(images(), 1), first)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_a_perfect_network_draws_the_one_image_there_is(schedule: Any, eta: float, steps: int) -> None:
+    image = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    model = method(nn.Identity(), schedule=schedule).double()
+    model.backbone = Knows(image, model.kept_T)
+    drawn = model.sample(torch.zeros(3, dtype=torch.int64), (1, 4, 4), steps=steps, eta=eta)
+    torch.testing.assert_close(drawn, image.expand(3, -1, -1, -1).float(), rtol=0, atol=2e-3, check_dtype=False)
+
+
+def test_drawing_is_a_function_of_seed_and_class() -> None:
+    torch.manual_seed(0)
+    model = method(DiT(4, 2, width=16, depth=1, heads=2, num_classes=10))
+    nn.init.normal_(model.backbone.head.weight, std=0.3)
+    nn.init.normal_(model.backbone.modulation.weight, std=0.3)
+    draw = partial(model.sample, shape=(1, 4, 4), steps=4)
+    labels = torch.tensor([1, 2])
+    assert torch.equal(draw(labels), draw(labels))
+    assert not torch.equal(draw(labels), draw(labels, seed=1))
+    assert not torch.equal(draw(labels), draw(labels.flip(0)))
+    assert not torch.equal(draw(labels), draw(labels, guidance=2.0))
+    nobody = torch.full_like(labels, 10)
+    torch.testing.assert_close(draw(labels, guidance=0.0), draw(nobody), rtol=1e-5, atol=1e-5)
+
+
+def test_training_lowers_the_held_out_loss() -> None:
+    torch.manual_seed(0)
+    pattern = torch.sign(torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(5)))
+    batch = {"image": pattern.expand(32, -1, -1, -1), "label": torch.zeros(32, dtype=torch.int64)}
+    model = method(DiT(4, 2, width=16, depth=1, heads=2, num_classes=10))
+    before = model.held_out_loss(batch, 0).item()
+    del model.log  # the Trainer provides the real one
+    trainer = Trainer(
+        max_steps=40,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader([batch] * 40, batch_size=None))
+    assert model.held_out_loss(batch, 0).item() < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"levels": 1}, r"levels=1 must be at least 2"),
+        ({"label_dropout": 1.5}, r"label_dropout=1\.5 lie in \[0, 1\]"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        method(Spy(), **settings)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 1001}, {"eta": -0.1}, {"eta": 1.1}])
+def test_steps_and_eta_outside_their_range_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"steps=\d+ must lie in \[1, 1000\] and eta=.* in \[0, 1\]"):
+        method(Spy()).sample(torch.zeros(1, dtype=torch.int64), (1, 4, 4), **bad)
