@@ -91,7 +91,7 @@ def adapt(
 
     Layers of other kinds that a pattern also matches (a block, a norm, a dropout) are passed over. BatchNorm and other
     layers whose parameters are frozen keep their running statistics: they are switched to eval, which `model.train()`
-    undoes and `freeze_statistics` does again. Adapters of an earlier call with another name go on training.
+    undoes and `freeze_statistics` does again. What an earlier call left to train goes on training.
 
     Args:
         model: changed in place.
@@ -121,7 +121,8 @@ def adapt(
     if not_mergeable := [layer for layer in built if not built[layer].mergeable]:
         _refuse_weight_readers(parents, {layer: chosen[layer] for layer in not_mergeable})
     for parameter_name, parameter in parameters.items():
-        parameter.requires_grad_(matches(parameter_name, train))
+        goes_on = bool(inside) and parameter.requires_grad
+        parameter.requires_grad_(goes_on or matches(parameter_name, train))
     rows = []
     for layer, adapter in built.items():
         adapter.spec = spec
