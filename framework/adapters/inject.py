@@ -20,7 +20,7 @@ from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
 
 # Their fast paths read the weights of their parts, so a part's own forward need not run.
-_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _replace(parents: Iterable[nn.Module], old: nn.Module, new: nn.Module) -> No
 def _refuse_weight_readers(parents: Iterable[nn.Module], chosen: dict[str, nn.Module]) -> None:
     for parent in parents:
         for name, layer in chosen.items():
-            if isinstance(parent, _READS_WEIGHTS) and any(part is layer for part in parent.modules()):
+            if isinstance(parent, READS_WEIGHTS) and any(part is layer for part in parent.modules()):
                 raise UserError(
                     f"{name} is part of {_kind(parent)}, which reads its weight instead of calling it, and this "
                     "adapter's change is none of the weight; leave it out, or choose an adapter that can be merged"
