@@ -74,7 +74,6 @@ class RandomSubspace(Optimizer):
         self.inner = inner([part for part in (self.z_d, self.scales_l) if part.numel()])
         self._decoupled = bool(defaults.get("decoupled_weight_decay"))
         self._digest = self._slice.start_sha256()
-        self._publish()
 
     @property
     def slice(self) -> AffineSlice:
@@ -121,6 +120,13 @@ class RandomSubspace(Optimizer):
             raise UserError("the subspace is drawn for the parameters it has; build a new RandomSubspace to add others")
         super().add_param_group(param_group)
 
+    def state_dict(self) -> dict[str, Any]:
+        # The state is empty before the first step: that is how torch's distributed checkpoints know they have to make
+        # one, with what `inner` keeps in it, to load into. Other checkpoints of that moment still hold the coordinates.
+        if not self.state:
+            self._publish()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads coordinates and what `inner` keeps, and moves the parameters there.
 
@@ -157,6 +163,8 @@ class RandomSubspace(Optimizer):
         for name, own in ((COORDINATES, self.z_d), (SCALES, self.scales_l)):
             kept = self.inner.state.get(own, {})
             state.update({f"{name}_{key}": value for key, value in kept.items() if value is not None})
+        for parameter in self.slice.parameters:
+            self.state[parameter] = {}  # torch's distributed checkpoints ask every parameter that trains for an entry
         self.state[self.slice.parameters[0]] = state
 
     def _pull(self, g_D: Tensor) -> tuple[Tensor, Tensor]:

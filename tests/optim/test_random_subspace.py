@@ -87,7 +87,10 @@ def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def subspace(model, inner=partial(SGD, lr=0.5), dim=9, **options) -> RandomSubspace:
+PLAIN = partial(SGD, lr=0.5)
+
+
+def subspace(model, inner=PLAIN, dim=9, **options) -> RandomSubspace:
     return RandomSubspace(model.named_parameters(), inner, dim, **options)
 
 
@@ -337,7 +340,8 @@ def test_the_state_is_d_numbers_and_those_of_the_inner_optimiser() -> None:
     model = net()
     optimizer = subspace(model, partial(Adam, lr=0.05), dim=14, layer_scales=True)
     train(model, optimizer)
-    (state,) = optimizer.state_dict()["state"].values()
+    state, *others = optimizer.state_dict()["state"].values()
+    assert not any(others)
     assert {key: tuple(value.shape) for key, value in state.items()} == {
         "coordinates": (9,), "coordinates_step": (), "coordinates_exp_avg": (9,), "coordinates_exp_avg_sq": (9,),
         "scales": (5,), "scales_step": (), "scales_exp_avg": (5,), "scales_exp_avg_sq": (5,), "start_sha256": (32,),
