@@ -42,8 +42,8 @@ class PictureSamples(Callback):
     ) -> None:
         if not classes or rows < 1 or every_n_epochs < 0 or shape[0] not in (1, 3):
             raise UserError(
-                f"PictureSamples needs classes, at least one of rows={rows}, every_n_epochs={every_n_epochs} of at "
-                f"least 0, and 1 or 3 channels in shape={list(shape)}"
+                f"PictureSamples needs a class or more, rows={rows} of at least 1, every_n_epochs={every_n_epochs} of "
+                f"at least 0, and 1 or 3 channels in shape={list(shape)}"
             )
         self.folder, self.shape, self.classes, self.rows = Path(folder), shape, classes, rows
         self.every_n_epochs = every_n_epochs

@@ -5,11 +5,10 @@ arXiv 2310.10700. The surgery is `lightspan.adapters.pela`, the terms are `light
 L = L_task + alpha L_features + beta L_logits + lam L_perturbation.
 The authors' code runs the student twice in a step; here one pass gives features and logits. Their beta is 0, and their
 scripts for image classifiers switch the perturbation off, which the paper does not.
-Shapes: B batch of this rank, C H W image, K classes, D width.
+Shapes: B batch of this rank, C H W image, F features, K classes.
 """
 
 import copy
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -27,12 +26,14 @@ from lightspan.optim.schedules import ScheduleCallable
 
 
 class PELA(Method):
-    """Cuts `backbone` to low rank and trains what is left to do what the whole did.
+    """Cuts a trained `backbone` to low rank and trains what is left, and `head`, to do what the whole did.
 
-    Afterwards `backbone` is an ordinary, smaller network: fine-tune it with any method, its teacher left behind.
+    Afterwards they are an ordinary, smaller network under the names that `Classifier` has: fine-tune it with any
+    method, its teacher left behind.
 
     Args:
-        backbone: a trained network, [B C H W] -> logits [B K].
+        backbone: trained, [B C H W] -> [B F].
+        head: trained, [B F] -> logits [B K]; stays whole.
         ratio, exclude: which layers are factorised and how far, as in `lightspan.adapters.pela.factorise`.
         hidden: containers whose children's outputs are distilled, all in one pass; None is ["blocks"].
         alpha, beta, lam: weights of features, logits and perturbation, each >= 0.
@@ -43,6 +44,7 @@ class PELA(Method):
     def __init__(
         self,
         backbone: nn.Module,
+        head: nn.Module,
         optimizer: OptimizerCallable,
         lr_scheduler: ScheduleCallable | None = None,
         groups: ParameterGroups | None = None,
@@ -60,46 +62,51 @@ class PELA(Method):
             raise UserError(f"alpha={alpha}, beta={beta}, lam={lam} and eps={eps} must each be at least 0")
         self.hidden = hidden or ["blocks"]
         blocks_of(backbone, self.hidden)
-        self.teacher = Frozen(copy.deepcopy(backbone))
-        self.backbone = factorise(backbone, ratio, exclude)
+        self.teacher = Frozen(nn.Sequential(copy.deepcopy(backbone), copy.deepcopy(head)))
+        self.backbone, self.head = factorise(backbone, ratio, exclude), head
         self.alpha, self.beta, self.lam, self.eps = alpha, beta, lam, eps
         self.task_loss = task_loss or nn.CrossEntropyLoss()
 
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits [B K]."""
+        return self.head(self.backbone(image_BCHW))
+
     def features(self, batch: ImageBatch) -> Tensor:
-        """What the network's own head reads, [B D]."""
-        if not hasattr(self.backbone, "forward_head"):
-            raise UserError(f"{type(self.backbone).__name__} has no timm forward_head, so its features are not known")
-        return self.backbone.forward_head(self.backbone.forward_features(batch["image"]), pre_logits=True)  # type: ignore[operator]
+        """[B F], before the head."""
+        return self.backbone(batch["image"])
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        image_BCHW, label_B = batch["image"], batch["label"]
-        with tapped(blocks_of(self.teacher.module, self.hidden)) as whole:
-            target_BK = self.teacher(image_BCHW)
+        with tapped(blocks_of(self.original, self.hidden)) as whole:
+            target_BK = self.teacher(batch["image"])
         with tapped(blocks_of(self.backbone, self.hidden)) as cut:
-            logits_BK = self.backbone(image_BCHW)
+            logits_BK = self(batch["image"])
         terms = {
-            "task": self.task_loss(logits_BK, label_B),
-            "features": feature_distillation(cut, whole),
-            "logits": mean_squared(logits_BK, target_BK),
-            "perturbation": self.perturbation(),
+            "task": (1.0, self.task_loss(logits_BK, batch["label"])),
+            "features": (self.alpha, feature_distillation(cut, whole)),
+            "logits": (self.beta, mean_squared(logits_BK, target_BK)),
+            "perturbation": (self.lam, self.perturbation()),
         }
-        weights = {"task": 1.0, "features": self.alpha, "logits": self.beta, "perturbation": self.lam}
-        loss = sum((weights[name] * terms[name] for name in terms if weights[name]), torch.zeros_like(terms["task"]))
-        self.log_dict({"train/loss": loss} | {f"train/{name}": term for name, term in terms.items()})
+        loss = torch.stack([weight * term for weight, term in terms.values() if weight]).sum()
+        self.log_dict({"train/loss": loss} | {f"train/{name}": term for name, (_, term) in terms.items()})
         return loss
+
+    @property
+    def original(self) -> nn.Module:
+        """The backbone before it was cut."""
+        return self.teacher.module[0]  # type: ignore[index]
 
     def perturbation(self) -> Tensor:
         """L_perturbation of all factorised layers."""
         layers = dict(factorised(self.backbone))
-        originals = [self.teacher.module.get_submodule(name).weight for name in layers]
+        originals = [self.original.get_submodule(name).weight for name in layers]
         return weight_perturbation([layer.weight for layer in layers.values()], originals, self.eps)  # type: ignore[misc]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        logits_BK, size = self.backbone(batch["image"]), len(batch["label"])
-        accuracy = (logits_BK.argmax(dim=1) == batch["label"]).float().mean()
-        loss = self.task_loss(logits_BK, batch["label"])
-        self.log_dict({"val/accuracy": accuracy, "val/loss": loss}, batch_size=size, sync_dist=True, prog_bar=True)
+        logits_BK, label_B = self(batch["image"]), batch["label"]
+        accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()
+        measured = {"val/accuracy": accuracy, "val/loss": self.task_loss(logits_BK, label_B)}
+        self.log_dict(measured, batch_size=len(label_B), sync_dist=True, prog_bar=True)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Logits [B K]."""
-        return self.backbone(batch["image"])
+        return self(batch["image"])

@@ -19,11 +19,16 @@ SGD = partial(torch.optim.SGD, lr=0.05)
 
 def vit() -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2)
+    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=0, embed_dim=32, depth=2, num_heads=2)
+
+
+def head() -> nn.Linear:
+    torch.manual_seed(5)
+    return nn.Linear(32, 10)
 
 
 def method(**settings: Any) -> PELA:
-    built = PELA(vit(), SGD, **({"ratio": 2.0} | settings))
+    built = PELA(vit(), head(), SGD, **({"ratio": 2.0} | settings))
     built.log_dict = lambda values, **_: built.__dict__.update(logged=values)  # type: ignore[method-assign]
     return built
 
@@ -43,11 +48,11 @@ def blocks(network: VisionTransformer, image: Tensor) -> list[Tensor]:
 
 def test_the_loss_is_the_papers_sum() -> None:
     model, batch, whole = method(alpha=0.7, beta=0.2, lam=3.0, eps=0.01), images(), vit().eval()
-    student = model.backbone
-    expected = F.cross_entropy(student(batch["image"]), batch["label"])
+    student, logits = model.backbone, model(batch["image"])
+    expected = F.cross_entropy(logits, batch["label"])
     pairs = list(zip(blocks(student, batch["image"]), blocks(whole, batch["image"]), strict=True))
     expected = expected + 0.7 * sum((s - t).square().mean() for s, t in pairs) / 2
-    expected = expected + 0.2 * (student(batch["image"]) - whole(batch["image"])).square().mean()
+    expected = expected + 0.2 * (logits - head()(whole(batch["image"]))).square().mean()
     residuals = [(layer.weight - whole.get_submodule(name).weight).abs().max() for name, layer in factorised(student)]
     assert len(residuals) == 8
     expected = expected + 3.0 * sum((largest - 0.01) ** 2 for largest in residuals) / 8
@@ -57,7 +62,7 @@ def test_the_loss_is_the_papers_sum() -> None:
 def test_terms_with_weight_zero_leave_the_task_alone_and_are_still_logged() -> None:
     model, batch = method(alpha=0.0, beta=0.0, lam=0.0), images()
     loss = model.training_step(batch, 0)
-    assert torch.equal(loss, F.cross_entropy(model.backbone(batch["image"]), batch["label"]))
+    assert torch.equal(loss, F.cross_entropy(model(batch["image"]), batch["label"]))
     assert {"train/features", "train/logits", "train/perturbation"} < model.logged.keys()
 
 
@@ -70,26 +75,33 @@ def test_the_student_runs_once_a_step() -> None:
 
 def test_the_teacher_is_the_given_network_and_gets_neither_gradient_nor_training_mode() -> None:
     model = method().train()
-    before = copy.deepcopy(model.teacher.state_dict())
-    assert before.keys() == {f"module.{name}" for name in vit().state_dict()}
-    assert all(torch.equal(before[f"module.{name}"], value) for name, value in vit().state_dict().items())
+    given = nn.Sequential(vit(), head()).state_dict()
+    assert all(torch.equal(model.teacher.module.state_dict()[name], value) for name, value in given.items())
     model.training_step(images(), 0).backward()
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
-    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
+    trained = [*model.backbone.parameters(), *model.head.parameters()]
+    assert all(parameter.grad is not None for parameter in trained)
     assert not any(module.training for module in model.teacher.modules())
 
 
 def test_a_given_task_loss_takes_the_place_of_cross_entropy() -> None:
     model, batch = method(task_loss=nn.CrossEntropyLoss(label_smoothing=0.3), alpha=0.0, lam=0.0), images()
-    expected = F.cross_entropy(model.backbone(batch["image"]), batch["label"], label_smoothing=0.3)
+    expected = F.cross_entropy(model(batch["image"]), batch["label"], label_smoothing=0.3)
     assert torch.equal(model.training_step(batch, 0), expected)
 
 
 def test_features_are_what_the_head_reads() -> None:
     model, batch = method().eval(), images()
-    features = model.features(batch)
-    assert features.shape == (6, 32)
-    torch.testing.assert_close(model.backbone.head(features), model.predict_step(batch, 0), rtol=0, atol=1e-6)
+    assert model.features(batch).shape == (6, 32)
+    assert torch.equal(model.head(model.features(batch)), model.predict_step(batch, 0))
+
+
+def test_it_validates_with_the_share_of_right_answers() -> None:
+    model, batch = method(), images()
+    batch["label"] = model(batch["image"]).argmax(dim=1)
+    batch["label"][0] = (batch["label"][0] + 1) % 10
+    model.validation_step(batch, 0)
+    assert model.logged["val/accuracy"].item() == pytest.approx(5 / 6)
 
 
 class NoTask(nn.Module):
@@ -125,9 +137,3 @@ def test_distillation_alone_brings_the_features_back_to_the_teachers() -> None:
 def test_bad_settings_are_refused_before_training(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
-
-
-def test_features_of_a_network_without_timms_head_are_refused() -> None:
-    model = PELA(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))), SGD, hidden=["1"])
-    with pytest.raises(UserError, match="Sequential has no timm forward_head"):
-        model.features(images())

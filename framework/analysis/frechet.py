@@ -1,0 +1,41 @@
+"""How far apart two sets of images are, as Gaussians in a space of a few features.
+
+Source: Dowson, Landau, 1982 (the distance of Gaussians); Heusel et al., 2017, arXiv 1706.08500 (its use on features of
+images). Shapes: N, M rows, D features, R directions.
+"""
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+
+
+def principal_directions(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean [D] and the `count` directions of largest variance [D R], orthonormal columns, in float64.
+
+    Raises: UserError for a count outside [1, min(N - 1, D)].
+    """
+    most = min(len(rows_ND) - 1, rows_ND.shape[1])
+    if not 1 <= count <= most:
+        raise UserError(f"{count} principal directions are outside [1, {most}], what {list(rows_ND.shape)} rows span")
+    mean_D = rows_ND.double().mean(dim=0)
+    return mean_D, torch.linalg.svd(rows_ND.double() - mean_D, full_matrices=False).Vh[:count].T
+
+
+def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), >= 0, with unbiased covariances; 0 for equal moments.
+
+    Small sets look farther apart than they are: compare only distances of equally large sets.
+
+    Raises: UserError for fewer than 2 rows, or sets of different width.
+    """
+    if min(len(a_ND), len(b_MD)) < 2 or a_ND.shape[1] != b_MD.shape[1]:
+        raise UserError(f"sets of {list(a_ND.shape)} and {list(b_MD.shape)} need at least 2 rows and equal width")
+    a_ND, b_MD = a_ND.double(), b_MD.double()
+    c_a_DD, c_b_DD = (torch.atleast_2d(rows.T.cov()) for rows in (a_ND, b_MD))
+    # tr (C_a C_b)^1/2 from the symmetric product A C_b A with A = C_a^1/2, whose eigenvalues are real.
+    values_D, vectors_DD = torch.linalg.eigh(c_a_DD)
+    root_DD = vectors_DD * values_D.clamp_min(0).sqrt() @ vectors_DD.T
+    cross = torch.linalg.eigvalsh(root_DD @ c_b_DD @ root_DD).clamp_min(0).sqrt().sum()
+    distance = (a_ND.mean(dim=0) - b_MD.mean(dim=0)).square().sum() + c_a_DD.trace() + c_b_DD.trace() - 2 * cross
+    return float(distance.clamp_min(0))

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.io import read_image
+
+from lightspan.callbacks.picture_samples import PictureSamples
+from lightspan.errors import UserError
+
+
+class Draws(LightningModule):
+    """Draws flat images as bright as their class, and uses up random numbers on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(2, 1), nn.Dropout())
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.seen.append(float(torch.rand(1)))
+        return self.layer(batch).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def sample(self, label: Tensor, shape: tuple[int, int, int], **settings: float) -> Tensor:
+        assert not self.layer[1].training
+        assert settings == {"steps": 5, "eta": 1.0, "guidance": 2.0, "seed": 3}
+        torch.rand(10)
+        return label.float().view(-1, 1, 1, 1).expand(-1, *shape)
+
+
+def fit(callbacks: list[PictureSamples], model: LightningModule | None = None) -> LightningModule:
+    torch.manual_seed(0)
+    model = model or Draws()
+    torch.manual_seed(1)
+    trainer = Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(torch.randn(6, 2), batch_size=2))
+    return model
+
+
+def samples(folder: Path, **settings: object) -> PictureSamples:
+    options = {"shape": (1, 4, 4), "classes": [0, 2, 4], "rows": 2, "steps": 5, "eta": 1.0, "guidance": 2.0, "seed": 3}
+    return PictureSamples(str(folder), **(options | settings))  # type: ignore[arg-type]
+
+
+def test_a_grid_with_a_column_a_class_is_written_when_asked_and_at_the_end(tmp_path: Path) -> None:
+    fit([samples(tmp_path / "pictures", every_n_epochs=3)])
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "samples-0000009.png",
+        "samples-0000012.png",
+    ]
+    grid = read_image(str(tmp_path / "pictures/samples-0000012.png"))
+    assert grid.shape == (3, 2 * 6 + 2, 3 * 6 + 2)
+    assert [int(grid[0, y, x]) for y in (4, 10) for x in (4, 10, 16)] == [0, 128, 255] * 2
+
+
+def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
+    with_it, without = fit([samples(tmp_path, every_n_epochs=1)]), fit([])
+    assert with_it.seen == without.seen
+    assert torch.equal(with_it.layer[0].weight, without.layer[0].weight)
+
+
+class Silent(Draws):
+    sample = None  # type: ignore[assignment]
+
+
+def test_a_module_that_draws_nothing_and_bad_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Silent has no sample\(\), which PictureSamples calls"):
+        fit([samples(tmp_path)], Silent())
+    with pytest.raises(UserError, match=r"rows=0"):
+        samples(tmp_path, rows=0)
+    with pytest.raises(UserError, match=r"1 or 3 channels in shape=\[2, 4, 4\]"):
+        samples(tmp_path, shape=(2, 4, 4))
