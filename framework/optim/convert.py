@@ -1,6 +1,5 @@
 """Turns an Adam-type optimiser into a low-rank one in place of it: same parameters, groups, rates and schedulers."""
 
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -8,8 +7,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightspan.errors import UserError
-from lightspan.optim.groups import matches
 from lightspan.optim.low_rank import LowRank
+from lightspan.patterns import require_matches
 
 
 def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **options: Any) -> LowRank:
@@ -32,13 +31,7 @@ def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **opt
         )
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     trained = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-    for pattern in match:
-        if not any(matches(name, [pattern]) for name in trained):
-            close = get_close_matches(pattern.strip("*."), trained, n=3, cutoff=0.4) or trained[:3]
-            raise UserError(
-                f"pattern {pattern!r} matches no trained parameter of {type(module).__name__}; names look like "
-                + ", ".join(close)
-            )
+    require_matches(match, trained, f"trained parameter of {type(module).__name__}")
     groups = []
     for group in optimizer.param_groups:
         for key in ("amsgrad", "maximize"):

@@ -10,17 +10,12 @@ Three groups, named in the optimiser's `param_groups`:
 """
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from lightspan.errors import UserError
-
-
-def matches(name: str, patterns: list[str]) -> bool:
-    """Whether a dotted parameter name matches any shell-style pattern (`*` crosses dots)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+from lightspan.patterns import matches
 
 
 @dataclass(frozen=True)
