@@ -78,7 +78,7 @@ class Adapted(nn.Module):
     """A frozen layer with adapters by name. The sum of all active ones is added to what the layer gives.
 
     Attributes:
-        base: the layer, never written to but by `absorb`.
+        base: the layer, never written to but by `write` and `absorb`.
         active: names of the adapters in use; others keep their numbers and change nothing.
         enabled: False leaves the layer alone, whatever is active.
     """
@@ -171,13 +171,17 @@ class Adapted(nn.Module):
         self.changed_bias(self.active)
 
     @torch.no_grad()
-    def absorb(self, names: Sequence[str]) -> None:
-        """Writes the changes of adapters into the layer's own weight and bias, and drops the adapters."""
+    def write(self, names: Sequence[str]) -> None:
+        """Writes the changes of adapters into the layer's own weight and bias, in place; the adapters stay as well."""
         self.unmerge()
         weight, bias = self.changed_weight(names), self.changed_bias(names)
         self.base.weight.copy_(weight)
         if bias is not None:
             self.base.bias.copy_(bias)
+
+    def absorb(self, names: Sequence[str]) -> None:
+        """`write`, and without the adapters."""
+        self.write(names)
         self.active = [name for name in self.active if name not in names]
         for name in names:
             del self.adapters[name]

@@ -20,7 +20,7 @@ from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
 
 # Their fast paths read the weights of their parts, so a part's own forward need not run.
-_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def adapt(
 
     Layers of other kinds that a pattern also matches (a block, a norm, a dropout) are passed over. BatchNorm and other
     layers whose parameters are frozen keep their running statistics: they are switched to eval, which `model.train()`
-    undoes and `freeze_statistics` does again. Adapters of an earlier call with another name go on training.
+    undoes and `freeze_statistics` does again. What an earlier call left to train goes on training.
 
     Args:
         model: changed in place.
@@ -121,7 +121,8 @@ def adapt(
     if not_mergeable := [layer for layer in built if not built[layer].mergeable]:
         _refuse_weight_readers(parents, {layer: chosen[layer] for layer in not_mergeable})
     for parameter_name, parameter in parameters.items():
-        parameter.requires_grad_(matches(parameter_name, train))
+        goes_on = bool(inside) and parameter.requires_grad
+        parameter.requires_grad_(goes_on or matches(parameter_name, train))
     rows = []
     for layer, adapter in built.items():
         adapter.spec = spec
@@ -263,7 +264,7 @@ def _replace(parents: Iterable[nn.Module], old: nn.Module, new: nn.Module) -> No
 def _refuse_weight_readers(parents: Iterable[nn.Module], chosen: dict[str, nn.Module]) -> None:
     for parent in parents:
         for name, layer in chosen.items():
-            if isinstance(parent, _READS_WEIGHTS) and any(part is layer for part in parent.modules()):
+            if isinstance(parent, READS_WEIGHTS) and any(part is layer for part in parent.modules()):
                 raise UserError(
                     f"{name} is part of {_kind(parent)}, which reads its weight instead of calling it, and this "
                     "adapter's change is none of the weight; leave it out, or choose an adapter that can be merged"

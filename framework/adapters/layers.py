@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from lightspan.errors import UserError
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-TAKEN = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D"
+TAKEN = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D with floating-point weights"
 
 
 def supported(layer: nn.Module) -> bool:
-    """Whether `LayerShape.of` can read the layer: one of `TAKEN`, or a subclass, with a weight of floating numbers."""
+    """Whether `LayerShape.of` can read the layer: one of `TAKEN`, or a subclass."""
     weight = getattr(layer, "weight", None)
     known = isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or _is_transposed(layer)
     return known and isinstance(weight, Tensor) and weight.is_floating_point()
@@ -57,7 +57,7 @@ class LayerShape:
     def of(cls, layer: nn.Module) -> "LayerShape":
         """Raises: UserError for a layer that is none of `TAKEN`."""
         if not supported(layer):
-            raise UserError(f"adapters take {TAKEN} with floating-point weights, not {type(layer).__name__}")
+            raise UserError(f"adapters take {TAKEN}, not {type(layer).__name__}")
         weight = tuple(layer.weight.shape)
         if not isinstance(layer, tuple(_CONVOLUTIONS)):
             return cls(weight, transposed=_is_transposed(layer))
