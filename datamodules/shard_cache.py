@@ -7,10 +7,11 @@ import shutil
 import ssl
 import time
 from collections.abc import Iterator
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 
-from lightspan.datamodules.tars import SCHEME, open_shard
+from lightspan.datamodules.tars import SCHEME, open_shard, retried
 from lightspan.errors import UserError
 from lightspan.files import atomic_path
 
@@ -44,7 +45,7 @@ class ShardCache:
         if not _is_copy(copy, size):
             with _locked(copy.with_suffix(".lock")):
                 if not _is_copy(copy, size):  # another process may have been first
-                    _fetch(shard, copy, size)
+                    retried(partial(_fetch, shard, copy, size))
                     self._evict()
         with contextlib.suppress(OSError):
             os.utime(copy)  # its last use
@@ -72,8 +73,11 @@ def _fetch(shard: str, copy: Path, size: int | None) -> None:
             with temporary.open("wb") as file:
                 shutil.copyfileobj(stream, file, 2**20)
         except (HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            raise UserError(f"shard {shard} broke off while it was fetched: {error}; start the run again") from error
+            raise UserError(f"shard {shard} broke off while it was fetched: {error}") from error
         found = temporary.stat().st_size
+        if promised is not None and found < promised:
+            short = IncompleteRead(b"", promised - found)
+            raise UserError(f"shard {shard} broke off after {found:,} of {promised:,} bytes") from short
         if expected is not None and found != expected:
             raise UserError(f"shard {shard} came with {found:,} bytes instead of {expected:,}; fetch or write it again")
 

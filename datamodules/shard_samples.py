@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -13,7 +14,7 @@ from lightspan.datamodules.loader import Damaged
 from lightspan.datamodules.order import Order
 from lightspan.datamodules.shard_cache import ShardCache
 from lightspan.datamodules.shard_index import SUFFIX, ShardIndex, from_json, read_sample, scan
-from lightspan.datamodules.tars import SCHEME, open_shard
+from lightspan.datamodules.tars import SCHEME, open_shard, retried
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 
@@ -70,9 +71,16 @@ def _index_text(shard: str) -> bytes | None:
     name = shard + SUFFIX
     if not SCHEME.match(shard) and not Path(name).expanduser().is_file():
         return None
-    try:
+
+    def fetch() -> bytes:
         with open_shard(name) as stream:
-            text = stream.read(MAX_INDEX_BYTES + 1)
+            try:
+                return stream.read(MAX_INDEX_BYTES + 1)
+            except (OSError, HTTPException) as error:
+                raise UserError(f"{name} cannot be read: {error}") from error
+
+    try:
+        text = retried(fetch)
     except UserError as error:
         if _absent(error):
             return None

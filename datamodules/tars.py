@@ -8,13 +8,17 @@ import io
 import itertools
 import json
 import re
+import socket
+import ssl
+import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +31,8 @@ from lightspan.errors import UserError
 MAX_SHARDS = 100_000  # what one pattern may expand to
 MAX_PIXELS = 2**26  # of one image, before it is decoded
 TIMEOUT_S = 60  # without a byte from the server
+PAUSES_S = (1.0, 4.0, 15.0)  # before each new attempt at a fetch that failed
+T = TypeVar("T")
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")  # one letter alone is a drive
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebDataset's convention
 
@@ -88,6 +94,37 @@ def open_shard(shard: str) -> BinaryIO:
         return Path(shard).expanduser().open("rb")
     except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
         raise UserError(f"shard {shard} cannot be opened: {error}; correct data.init_args.shards") from error
+
+
+def retried(fetch: Callable[[], T]) -> T:
+    """`fetch()`, once more after each of PAUSES_S where the network or the server may only have stumbled.
+
+    Raises: the UserError of `fetch` that is caused by anything else, or of the last attempt, with their number.
+    """
+    for pause_s in PAUSES_S:
+        try:
+            return fetch()
+        except UserError as error:
+            if not _may_pass(error.__cause__):
+                raise
+            print(f"lightspan: {error}; once more in {pause_s:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause_s)
+    try:
+        return fetch()
+    except UserError as error:
+        raise UserError(f"{error} (attempt {len(PAUSES_S) + 1}, the last)") from error.__cause__
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    if isinstance(cause, urllib.error.HTTPError):
+        return cause.code in (408, 425, 429) or cause.code >= 500  # too slow, too early, too many, not our fault
+    if isinstance(cause, urllib.error.URLError) and isinstance(cause.reason, BaseException):
+        cause = cause.reason
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return False
+    if isinstance(cause, socket.gaierror):
+        return cause.errno == socket.EAI_AGAIN
+    return isinstance(cause, HTTPException | ConnectionError | TimeoutError | ssl.SSLError)
 
 
 # From streams to samples

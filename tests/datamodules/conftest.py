@@ -11,14 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from lightspan.datamodules import tars
+
 
 @dataclass
 class HttpsServer:
-    """address: https://HOST:PORT. files: {path: content}, to be filled by a test. asked: the paths that were read."""
+    """address: https://HOST:PORT. files: {path: content}, to be filled by a test. asked: the paths that were read.
+    stumbles: {path: what to answer first, each once}: a status, or "cut" for half of the content.
+    """
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    stumbles: dict[str, list[int | str]] = field(default_factory=dict)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "PAUSES_S", (0.01, 0.02, 0.03))
 
 
 @pytest.fixture
@@ -30,14 +40,20 @@ def https_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ht
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             served.asked.append(self.path)
-            if self.path == "/downgrade.tar":
+            stumble = served.stumbles.get(self.path)
+            now = stumble.pop(0) if stumble else None
+            if isinstance(now, int):
+                self.send_error(now)
+            elif self.path == "/downgrade.tar":
                 self.send_response(302)
                 self.send_header("Location", "http://127.0.0.1:9/a.tar")
                 self.end_headers()
             elif self.path in served.files:
+                content = served.files[self.path]
                 self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(served.files[self.path])
+                self.wfile.write(content[: len(content) // 2] if now == "cut" else content)
             else:
                 self.send_error(404)
 

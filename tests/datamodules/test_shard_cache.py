@@ -31,6 +31,32 @@ def test_a_copy_is_fetched_once_and_anew_where_its_size_is_wrong(https_server: A
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".tar", ".lock"}
 
 
+def test_a_server_that_stumbles_is_asked_again_and_the_address_is_named(
+    https_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, shard = ShardCache(str(tmp_path / "cache"), 10**6), f"{https_server.address}/a.tar"
+    https_server.files["/a.tar"] = b"x" * 1000
+    https_server.stumbles["/a.tar"] = [503, "cut", 429]
+    assert cache.local(shard).read_bytes() == b"x" * 1000
+    assert https_server.asked == ["/a.tar"] * 4
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert said[0] == f"lightspan: shard {shard} cannot be opened: HTTP Error 503: Service Unavailable; correct " + (
+        "data.init_args.shards; once more in 0.01 s"
+    )
+    assert said[1] == f"lightspan: shard {shard} broke off after 500 of 1,000 bytes; once more in 0.02 s"
+
+
+def test_attempts_end_and_what_a_server_refuses_is_asked_for_once(https_server: Any, tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 10**6)
+    https_server.stumbles["/a.tar"] = [500] * 9
+    with pytest.raises(UserError, match=r"/a\.tar cannot be opened: HTTP Error 500.*\(attempt 4, the last\)"):
+        cache.local(f"{https_server.address}/a.tar")
+    with pytest.raises(UserError, match=r"/b\.tar cannot be opened: HTTP Error 404"):
+        cache.local(f"{https_server.address}/b.tar")
+    assert https_server.asked == [*["/a.tar"] * 4, "/b.tar"]
+
+
 def test_copies_used_longest_ago_are_deleted_but_none_in_use(https_server: Any, tmp_path: Path) -> None:
     cache = ShardCache(str(tmp_path / "cache"), 2500)
     names = "abcd"
