@@ -1,5 +1,6 @@
 """The README's own code, taken from the page and run."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+
+from lightspan.optim.subspace_file import apply_subspace
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,6 +70,46 @@ def test_the_callback_example_trains_a_module_that_knows_nothing_of_lightspan(tm
     exec(code, names)
     state = names["trainer"].optimizers[0].state[names["your_module"].layers.weight]
     assert state["exp_avg"].shape == (80, 64)
+
+
+def trained(model, optimizer=None):
+    """Three steps on noise, of what the model lets train."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 32, 32, generator=generator)).square().mean().backward()
+        optimizer.step()
+    model.eval()
+
+
+def test_a_torchvision_model_is_adapted_and_opened_with_peft(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    code = block("python", "from lightspan.adapters.inject import adapt")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5)
+    pretrained = copy.deepcopy(model).eval()
+    exec(code, {"model": model, "train": trained})
+    x = torch.randn(2, 3, 32, 32)
+    before = pretrained(x)
+    opened = peft.PeftModel.from_pretrained(pretrained, "tuned").eval()
+    torch.testing.assert_close(opened(x), model(x))
+    assert not torch.allclose(before, model(x), atol=1e-3)
+
+
+def test_all_weights_are_trained_in_500_directions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=5)
+    start = copy.deepcopy(model)
+    exec(block("python", "from functools import partial"), {"model": model, "train": trained})
+    assert Path("tuned.safetensors").stat().st_size < 10_000  # with the names of 170 parameters
+    apply_subspace("tuned.safetensors", start)
+    for (name, expected), found in zip(model.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(expected, found), name
 
 
 def test_the_overlay_example_checks_and_says_who_set_what(tmp_path):
