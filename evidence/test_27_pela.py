@@ -21,6 +21,7 @@ import contextlib
 import copy
 import io
 import itertools
+import sys
 from functools import partial
 
 import numpy as np
@@ -37,7 +38,7 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2), 100, 400
 WIDTH, CLASSES, RATIO = 64, 10, 4.0
-FULL = {"epochs": 40, "batch": 64, "lr": 1e-3}
+FULL = {"epochs": 40, "batch": 64, "lr": 3e-3}
 EPOCHS, BATCH = 3, 8
 TRANSFER = {"epochs": 30, "batch": 20}
 RATES = {"PELA": 4e-3, "task": 4e-3, "random": 2e-3, "transfer full": 1e-3, "transfer PELA": 1e-3}
@@ -87,10 +88,10 @@ def accuracy(network: nn.Module, data: ImageData) -> float:
     return 100 * float(torch.cat(right).float().mean())
 
 
-def whole(seed: int, val_size: int) -> Classifier:
+def whole(seed: int, val_size: int, lr: float = FULL["lr"]) -> Classifier:
     """The transformer that is to be cut, trained."""
     seed_everything(seed, verbose=False)
-    classifier = Classifier(vit(), CLASSES, **recipe(FULL["lr"]))
+    classifier = Classifier(vit(), CLASSES, **recipe(lr))
     fit(classifier, Digits(int(FULL["batch"]), val_size=val_size, seed=seed), int(FULL["epochs"]))
     return classifier
 
@@ -166,24 +167,31 @@ def test_pela_keeps_the_accuracy_of_the_network_it_cuts(evidence) -> None:
     evidence.claim("parameters of the backbone, PELA over whole", kept, at_most=2 / 3)
 
 
-def search() -> None:
-    """Prints validation accuracies on the search seed."""
+def search(arms: list[str]) -> None:
+    """Prints validation accuracies of the search seed."""
     original, data = whole(SEARCH_SEED, VALIDATION), Digits(val_size=VALIDATION)
     data.setup()
-    print(f"whole network {accuracy(original, data):.2f} %", flush=True)
-    best = (0.0, nn.Module())
-    for alpha, lr in itertools.product((3.0, 10.0, 30.0), (4e-3, 8e-3, 1.6e-2)):
-        method = shrink(original, SEARCH_SEED, VALIDATION, lr, alpha, 1.0)
-        best = max(best, (accuracy(method, data), method.backbone), key=lambda pair: pair[0])
-        print(f"PELA alpha {alpha:g} lr {lr:g}: {accuracy(method, data):.2f} %", flush=True)
+
+    def show(arm: str, setting: str, network: nn.Module) -> None:
+        print(f"{arm} {setting}: {accuracy(network, data):.2f} %", flush=True)
+
+    nine = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, 1.6e-2)
+    show("whole", f"lr {FULL['lr']:g}", original)
+    if "whole" in arms:
+        for lr in (1e-3, 1e-2):
+            show("whole", f"lr {lr:g}", whole(SEARCH_SEED, VALIDATION, lr))
+    if "PELA" in arms:
+        for alpha, lr in itertools.product((1.0, 3.0, 10.0), (4e-3, 8e-3, 1.6e-2)):
+            show("PELA", f"alpha {alpha:g} lr {lr:g}", shrink(original, SEARCH_SEED, VALIDATION, lr, alpha, 1.0))
     for arm, start in (("task", original), ("random", untrained(SEARCH_SEED))):
-        for lr in (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, 1.6e-2):
-            reached = accuracy(shrink(start, SEARCH_SEED, VALIDATION, lr, 0.0, 0.0), data)
-            print(f"{arm} lr {lr:g}: {reached:.2f} %", flush=True)
-    for arm, backbone in (("transfer full", original.backbone), ("transfer PELA", best[1])):
-        for lr in (1e-3, 2e-3, 4e-3):
-            print(f"{arm} lr {lr:g}: {transfer(backbone, SEARCH_SEED, VALIDATION, lr):.2f} %", flush=True)
+        for lr in nine if arm in arms else ():
+            show(arm, f"lr {lr:g}", shrink(start, SEARCH_SEED, VALIDATION, lr, 0.0, 0.0))
+    if "transfer" in arms:
+        small = shrink(original, SEARCH_SEED, VALIDATION, RATES["PELA"], ALPHA, 1.0).backbone
+        for arm, backbone in (("transfer full", original.backbone), ("transfer PELA", small)):
+            for lr in (1e-3, 2e-3, 4e-3):
+                print(f"{arm} lr {lr:g}: {transfer(backbone, SEARCH_SEED, VALIDATION, lr):.2f} %", flush=True)
 
 
 if __name__ == "__main__":
-    search()
+    search(sys.argv[1:] or ["whole", "PELA", "task", "random", "transfer"])

@@ -37,7 +37,9 @@ def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
     u_OK, s_K, v_KI = torch.linalg.svd(wide_OI, full_matrices=False)
     root_R = s_K[:rank].sqrt()
-    return (u_OK[:, :rank] * root_R).to(weight_OI.dtype), (root_R[:, None] * v_KI[:rank]).to(weight_OI.dtype)
+    factors = u_OK[:, :rank] * root_R, root_R[:, None] * v_KI[:rank]
+    up_OR, down_RI = (factor.to(weight_OI.dtype).contiguous() for factor in factors)  # the SVD's are strided
+    return up_OR, down_RI
 
 
 class FactorisedLinear(nn.Module):

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lightspan.errors import UserError
@@ -21,7 +20,10 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
     if not file.is_file():
         raise UserError(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
     try:
-        state = load_file(file)
+        with safe_open(file, "pt") as stored:
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+            # Of tensors that share memory one is stored, and the metadata names the others.
+            state |= {name: state[kept] for name, kept in (stored.metadata() or {}).items() if kept in state}
     except SafetensorError as error:
         raise UserError(f"{file} is no whole safetensors file ({error}); export it again") from error
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

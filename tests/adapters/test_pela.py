@@ -59,6 +59,7 @@ def test_a_cut_layer_keeps_its_mode_its_dtype_and_its_bias() -> None:
     whole = layer().to(torch.bfloat16).eval()
     cut = FactorisedLinear(whole, 4)
     assert {p.dtype for p in cut.parameters()} == {torch.bfloat16}
+    assert all(p.is_contiguous() for p in cut.parameters())  # or safetensors would refuse them
     assert cut.bias is whole.bias
     assert (cut.in_features, cut.out_features, cut.rank) == (40, 24, 4)
     network = nn.Sequential(whole, nn.Linear(24, 24).bfloat16())

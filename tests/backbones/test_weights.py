@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from lightspan.backbones.weights import with_weights
@@ -21,6 +21,19 @@ def test_a_part_of_the_file_fills_the_whole_network(file: Path) -> None:
     assert with_weights(network, str(file)) is network
     assert torch.equal(network.weight, torch.ones(2, 3))
     assert torch.equal(network.bias, torch.zeros(2))
+
+
+def test_tensors_that_share_memory_come_back_under_both_names(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        network = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+        network[1].weight = network[0].weight
+        return nn.ModuleDict({"backbone": network})
+
+    saved, network = tied(), tied()["backbone"]
+    save_model(saved, str(tmp_path / "model.safetensors"))
+    with_weights(network, str(tmp_path / "model.safetensors"))
+    assert torch.equal(network[1].weight, saved["backbone"][0].weight)
+    assert network[1].weight is network[0].weight
 
 
 @pytest.mark.parametrize(

@@ -74,16 +74,23 @@ class DenoisingDiffusion(Method):
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self.log("val/loss", self.held_out_loss(batch, batch_idx), batch_size=len(batch["image"]), sync_dist=True)
 
-    def held_out_loss(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Mean loss at ten levels spread evenly, classes told, with noise that is the same in every call."""
+    def held_out_loss(self, batch: ImageBatch, batch_idx: int, told: bool = True) -> Tensor:
+        """Mean loss at ten levels spread evenly, with noise that is the same in every call for the same `batch_idx`."""
         image_BCHW = batch["image"]
         generator = torch.Generator().manual_seed(VALIDATION_SEED + batch_idx)
         losses = []
-        for level in torch.linspace(0, len(self.kept_T) - 1, 2 * VALIDATION_LEVELS + 1)[1::2].long().tolist():  # type: ignore[arg-type]
+        for level in self.spread(VALIDATION_LEVELS):
             noise_BCHW = torch.randn(image_BCHW.shape, generator=generator).to(image_BCHW)
             level_B = torch.full((len(image_BCHW),), level, device=image_BCHW.device)
-            losses.append(self.loss(batch, level_B, noise_BCHW, torch.ones_like(level_B, dtype=torch.bool)))
+            losses.append(self.loss(batch, level_B, noise_BCHW, torch.full_like(level_B, told, dtype=torch.bool)))
         return torch.stack(losses).mean()
+
+    def spread(self, count: int) -> list[int]:
+        """The middles of `count` equal parts of all levels, rising. Neither end is among them: at the upper one a
+        cosine schedule keeps so little of an image that no prediction of the noise says what it was.
+        """
+        levels = len(self.kept_T)  # type: ignore[arg-type]
+        return torch.linspace(0, levels - 1, 2 * count + 1, dtype=torch.float64)[1::2].round().long().tolist()
 
     @torch.no_grad()
     def sample(
@@ -100,7 +107,7 @@ class DenoisingDiffusion(Method):
         Args:
             label_B: int64; for a network without classes it counts the images alone.
             shape: C H W.
-            steps: levels visited, evenly spread, in [1, T].
+            steps: levels visited, as `spread` gives them, in [1, T].
             eta: 0 for DDIM, 1 for the ancestral sampler of DDPM, as in `step_back`.
             guidance: the prediction is taken this many times as far from the one without class; 1 leaves it, and more
                 gives images more typical of their class and less varied.
@@ -113,7 +120,7 @@ class DenoisingDiffusion(Method):
         generator = torch.Generator().manual_seed(seed)
         told_B = torch.ones_like(label_B, dtype=torch.bool)
         x_BCHW = torch.randn(len(label_B), *shape, generator=generator).to(device)
-        visited = torch.linspace(levels - 1, 0, steps).round().long().tolist()
+        visited = self.spread(steps)[::-1]
         kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]  # type: ignore[index]
         for i, level in enumerate(visited):
             level_B = torch.full_like(label_B, level)

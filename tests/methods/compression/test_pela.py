@@ -1,18 +1,23 @@
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightspan.adapters.pela import factorised
+from lightspan.config.build import build
+from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.compression.pela import PELA
+from lightspan.methods.supervised.classifier import Classifier
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 
@@ -137,3 +142,26 @@ def test_distillation_alone_brings_the_features_back_to_the_teachers() -> None:
 def test_bad_settings_are_refused_before_training(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
+
+
+def test_the_recipes_hand_the_network_on_from_one_to_the_next(tmp_path: Path) -> None:
+    file, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    whole = build(resolve("compression/vit")).model
+    save_file(whole.state_dict(), file)
+    paths = [f"model.init_args.{part}.init_args.path={file}" for part in ("backbone", "head")]
+    svd, pela = (build(resolve(f"compression/{name}", flags=paths)) for name in ("svd", "pela"))
+    assert (svd.model.alpha, svd.model.beta, svd.model.lam) == (0, 0, 0)
+    assert pela.model.alpha > 0 < pela.model.lam
+    assert torch.equal(pela.model.original.blocks[0].attn.qkv.weight, whole.backbone.blocks[0].attn.qkv.weight)
+    assert torch.equal(pela.model.head.weight, whole.head.weight)
+    assert len(list(factorised(pela.model.backbone))) == 16
+    pela.datamodule.size = 80
+    pela.datamodule.setup("fit")
+    pela.model.log_dict = lambda values, **_: None
+    assert pela.model.training_step(next(iter(pela.datamodule.train_dataloader())), 0).isfinite()
+
+    save_file(pela.model.state_dict(), cut)
+    tuned = build(resolve("compression/pela_finetune", flags=[f"model.init_args.backbone.init_args.path={cut}"])).model
+    assert isinstance(tuned, Classifier)
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(tuned.eval().backbone(x), pela.model.eval().backbone(x))

@@ -1,13 +1,18 @@
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.diffusion import DiT
+from lightspan.callbacks.adaptation import Adaptation
+from lightspan.config.build import build
+from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.objectives.diffusion import add_noise, linear_kept
@@ -98,7 +103,7 @@ def test_held_out_loss_repeats_and_visits_ten_levels_evenly() -> None:
     model = method(spy)
     model.validation_step(images(), 0)
     first = model.logged["val/loss"]
-    assert [int(level[0]) for _, level, _ in spy.asked] == [49, 149, 249, 349, 449, 549, 649, 749, 849, 949]
+    assert [int(level[0]) for _, level, _ in spy.asked] == [50, 150, 250, 350, 450, 549, 649, 749, 849, 949]
     torch.randn(5)
     assert torch.equal(model.held_out_loss(images(), 0), first)
     assert not torch.equal(model.held_out_loss(images(), 1), first)
@@ -113,6 +118,10 @@ def test_a_perfect_network_draws_the_one_image_there_is(schedule: Any, eta: floa
     model.backbone = Knows(image, model.kept_T)
     drawn = model.sample(torch.zeros(3, dtype=torch.int64), (1, 4, 4), steps=steps, eta=eta)
     torch.testing.assert_close(drawn, image.expand(3, -1, -1, -1).float(), rtol=0, atol=2e-3, check_dtype=False)
+
+
+def test_drawing_with_every_step_visits_every_level_once() -> None:
+    assert method(Spy()).spread(1000) == list(range(1000))
 
 
 def test_drawing_is_a_function_of_seed_and_class() -> None:
@@ -165,3 +174,22 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_steps_and_eta_outside_their_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"steps=\d+ must lie in \[1, 1000\] and eta=.* in \[0, 1\]"):
         method(Spy()).sample(torch.zeros(1, dtype=torch.int64), (1, 4, 4), **bad)
+
+
+def test_the_recipe_of_diffscaler_trains_a_bank_on_the_pretrained_network_alone(tmp_path: Path) -> None:
+    pretrained = build(resolve("generative/diffusion")).model
+    save_file(pretrained.state_dict(), tmp_path / "model.safetensors")
+    flags = [f"model.init_args.backbone.init_args.path={tmp_path / 'model.safetensors'}"]
+    whole, bank = (build(resolve(f"generative/{name}", flags=flags)) for name in ("diffusion_finetune", "diffscaler"))
+    numbers = sum(p.numel() for p in pretrained.parameters())
+    assert sum(p.numel() for p in whole.model.parameters() if p.requires_grad) == numbers
+    for callback in bank.trainer.callbacks:
+        if isinstance(callback, Adaptation):
+            callback.adapt(bank.model)
+    trained = {name: p for name, p in bank.model.named_parameters() if p.requires_grad}
+    assert all(".adapters.default." in name for name in trained)
+    assert 0.05 < sum(p.numel() for p in trained.values()) / numbers < 0.15
+    bank.datamodule.setup("fit")
+    batch = next(iter(bank.datamodule.train_dataloader()))
+    assert set(batch["label"].tolist()) == {5, 6, 7, 8, 9}
+    assert torch.equal(bank.model.held_out_loss(batch, 0), whole.model.held_out_loss(batch, 0))
