@@ -2,10 +2,13 @@
 
 import functools
 import math
+import warnings
 
 import pytest
 import torch
+from lightning import Trainer
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel
 
 from lightspan.errors import UserError
@@ -99,3 +102,17 @@ def test_evaluation_logs_loss_and_accuracy_under_its_stage(monkeypatch) -> None:
 def test_one_class_is_refused() -> None:
     with pytest.raises(UserError, match="num_classes=1 leaves nothing to tell apart"):
         model(1)
+
+
+def test_accuracy_of_an_evaluation_is_the_share_of_all_texts_whatever_the_batches() -> None:
+    method, given = model(), batch((5, 3, 8, 1, 2))
+    rows = [{name: tensor[i] for name, tensor in given.items()} for i in range(5)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(enable_checkpointing=False, **quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (logged,) = trainer.validate(method, DataLoader(rows, batch_size=2), verbose=False)
+    with torch.no_grad():
+        loss, accuracy = method.eval().loss_and_accuracy(given)
+    assert logged["val/accuracy"] == pytest.approx(accuracy.item())
+    assert logged["val/loss_nats"] == pytest.approx(loss.item(), rel=1e-5)
