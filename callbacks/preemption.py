@@ -56,7 +56,7 @@ class Preemption(Callback):
             kills the run, rank 0 included, when one of them ends otherwise.
         requeue_on: signals after which rank 0 calls `scontrol requeue` once the checkpoint is whole, where
             SLURM_JOB_ID is set. SIGTERM is not among them by default: SLURM itself requeues what it preempts so, and a
-            job that its user cancels gets it too.
+            job that its user cancels gets it too. A requeue ends the job, so all ranks ignore `signals` from then on.
 
     Raises: UserError for an unknown signal or a value out of range.
     """
@@ -199,6 +199,8 @@ class Preemption(Callback):
             return
         received, when = self._leaving
         self._end_exchange()
+        if self._job_after(received) is not None and self._flag is not None:
+            self._flag.ignore()  # SLURM ends what it requeues, and would end this process in its teardown
         self._requeue(trainer, received)
         trainer.strategy.barrier("preempted")  # rank 0 has asked for the new start before any rank is gone
         raise Preempted(
@@ -211,9 +213,13 @@ class Preemption(Callback):
         outside = environment is None or environment.creates_processes_externally
         return 0 if started_by_lightning and not outside and trainer.local_rank != 0 else self.exit_code
 
+    def _job_after(self, received: signal.Signals) -> str | None:
+        """The SLURM job to requeue after this signal."""
+        return _slurm_job() if received in self.requeue_on else None
+
     def _requeue(self, trainer: Trainer, received: signal.Signals) -> None:
-        job = _slurm_job()
-        if job is None or received not in self.requeue_on or not trainer.is_global_zero:
+        job = self._job_after(received)
+        if job is None or not trainer.is_global_zero:
             return
         try:
             done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=30)

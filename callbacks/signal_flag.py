@@ -55,6 +55,14 @@ class SignalFlag:
         self.received = None
         self.watch(())
 
+    def ignore(self) -> None:
+        """Forgets what came, and has its signals do nothing for as long as the process lasts."""
+        for number in self._before:
+            if signal.getsignal(number) is self:
+                signal.signal(number, signal.SIG_IGN)
+        self._before.clear()
+        self.received = None
+
     def release(self) -> None:
         """Puts the handlers of before back, and lets a signal that came do what it would have done."""
         self.watch(())

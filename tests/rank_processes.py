@@ -6,10 +6,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+
+import torch.multiprocessing
 
 PROJECT = Path(__file__).parent / "tiny_project"
 TINY = [
@@ -65,6 +67,11 @@ def launch(
     said = "".join(log.read_text() for log in logs)
     assert in_time, said
     return Ended([process.exitcode or 0 for process in processes], said)
+
+
+def start(function: Callable[..., None], ranks: int, *arguments: object) -> None:
+    """`function(rank, *arguments)` on `ranks` processes. Raises what one of them raises, and ends the others then."""
+    torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def free_port() -> int:

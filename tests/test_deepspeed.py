@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -133,7 +133,7 @@ def one_rank(index, folder):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    mp.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
+    rank_processes.start(one_rank, RANKS, str(folder))
     return folder, [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(RANKS)]
 
 

@@ -2,12 +2,14 @@
 what it refuses."""
 
 import os
-import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
-import torch.multiprocessing as mp
 from lightning import LightningModule, Trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -70,6 +72,17 @@ def global_losses(trainer: Trainer, module: Regression) -> list[float]:
     return trainer.strategy.reduce(torch.stack(module.losses), reduce_op="mean").tolist()
 
 
+@contextmanager
+def without_inductor() -> Iterator[None]:
+    """Blocks are traced and differentiated as torch.compile does it, but not turned into C++, which takes minutes."""
+    whole = nn.Module.compile
+    nn.Module.compile = partialmethod(whole, backend="aot_eager")
+    try:
+        yield
+    finally:
+        nn.Module.compile = whole
+
+
 def one_rank(index: int, ranks: int, port: int, folder: str) -> None:
     """Under the environment of torchrun, so that Lightning starts no processes of its own."""
     torch.set_num_threads(1)
@@ -85,11 +98,26 @@ def one_rank(index: int, ranks: int, port: int, folder: str) -> None:
             name for name, p in module.named_parameters() if isinstance(p, DTensor) and p.to_local().shape != p.shape
         }
         again = fit(folder, ranks, STEPS, FSDP2(activation_checkpointing=True))
+        with without_inductor():
+            compiled = fit(folder, ranks, STEPS, FSDP2(compile=True))
+        bodies = [block._compiled_call_impl for block in compiled[1].body]
         out = {
             "losses": global_losses(trainer, module),
             "split": sorted(split),
             "groups": sorted(name for name, part in module.named_modules() if isinstance(part, FSDPModule)),
             "recomputed": global_losses(*again),
+            "compiled": global_losses(*compiled),
+            "compiled blocks": sum(body is not None for body in bodies),
+        }
+    elif ranks == 4:
+        trainer, module = fit(folder, ranks, STEPS, FSDP2(replicas=2))
+        weight = module.body[0].up.weight
+        assert isinstance(weight, DTensor)
+        out = {
+            "losses": global_losses(trainer, module),
+            "mesh": list(weight.device_mesh.shape),
+            "placements": [str(placement) for placement in weight.placements],
+            "local": list(weight.to_local().shape),
         }
     else:
         out = {"losses": global_losses(*fit(folder, ranks, 2 * STEPS, FSDP2(), resume=checkpoint))}
@@ -97,17 +125,11 @@ def one_rank(index: int, ranks: int, port: int, folder: str) -> None:
     leave()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     folder, found = tmp_path_factory.mktemp("fsdp2"), {}
-    for ranks in (2, 1):
-        mp.spawn(one_rank, args=(ranks, free_port(), str(folder)), nprocs=ranks)
+    for ranks in (2, 1, 4):
+        rank_processes.start(one_rank, ranks, ranks, rank_processes.free_port(), str(folder))
         found[ranks] = [torch.load(folder / f"{ranks}-{index}.pt", weights_only=True) for index in range(ranks)]
     return found
 
@@ -125,6 +147,18 @@ def test_two_ranks_of_a_trainer_give_the_losses_of_one_process(runs, straight):
 def test_recomputed_activations_change_no_loss(runs):
     for out in runs[2]:
         assert out["recomputed"] == out["losses"]
+
+
+def test_compiled_blocks_change_no_loss(runs):
+    for out in runs[2]:
+        assert out["compiled blocks"] == 2
+        torch.testing.assert_close(out["compiled"], out["losses"], rtol=1e-6, atol=0)
+
+
+def test_two_copies_on_two_ranks_each_give_the_losses_of_one_process(runs, straight):
+    for out in runs[4]:
+        assert (out["mesh"], out["placements"], out["local"]) == ([2, 2], ["R", "S(0)"], [8, 10])
+        torch.testing.assert_close(out["losses"], straight[:STEPS], rtol=1e-5, atol=0)
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(runs, straight):

@@ -32,8 +32,13 @@ def parameter_counts(module: nn.Module) -> tuple[int, int]:
 
 def peak_rss_bytes() -> int:
     """Largest resident set of this process since it started; child processes such as data workers are not in it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        # On Linux this one also knows the peak of the process that started this one.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def rss_bytes() -> int:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightspan.analysis.memory import rss_bytes
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         step: what one step holds.
         division: how a strategy shares it out over ranks; `step` is one rank's share.
-        process: resident beside the step on a CPU run: interpreter, libraries, data; 0 on a device.
+        process: resident beside the step on a CPU run: interpreter, libraries in use, data; 0 on a device.
         memory: what a rank has, and where that figure is from.
         largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
         notes: what was not counted the usual way, and why.
@@ -85,7 +86,7 @@ def make_plan(
     if rows == 0:
         raise UserError(f"the first batch of {type(datamodule).__name__} holds no tensor with samples along axis 0")
     on_device = trainer.strategy.root_device.type != "cpu"
-    process = 0 if on_device else max(0, rss_bytes() - nbytes(module.parameters()))
+    process = 0 if on_device else max(0, _rss_at_work() - nbytes(module.parameters()))
     memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
     largest, notes = None, ["counted by a real step"]
     here: StepMemory | None = None
@@ -120,6 +121,21 @@ def available_memory(device: torch.device) -> tuple[int, str]:
                 # What this process holds already is counted in the plan.
                 return int(line.split()[1]) * 1024 + rss_bytes(), "free on this machine"
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "all of this machine"
+
+
+def _rss_at_work() -> int:
+    """Resident bytes of this process once it has computed: libraries bring in their code with its first use, some 20
+    MiB that a process which has only built its model does not show.
+    """
+    x_BHTD = torch.ones(2, 2, 8, 16, requires_grad=True)
+    weight_DD, kernel = (torch.ones(shape, requires_grad=True) for shape in ((16, 16), (2, 2, 3, 3)))
+    y_BHTD = functional.layer_norm(x_BHTD @ weight_DD, (16,))
+    y_BHTD = functional.scaled_dot_product_attention(y_BHTD, y_BHTD, y_BHTD, is_causal=True)
+    y_BHTD = functional.batch_norm(functional.conv2d(y_BHTD, kernel, padding=1), None, None, training=True)
+    logits_BV = functional.gelu(y_BHTD).flatten(0, 2)
+    functional.cross_entropy(logits_BV, torch.zeros(len(logits_BV), dtype=torch.long)).backward()
+    torch.optim.AdamW([weight_DD, kernel]).step()
+    return rss_bytes()
 
 
 class _Step:

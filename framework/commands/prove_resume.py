@@ -200,7 +200,7 @@ def _start(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -> 
         command += ["--allow-module", module]
     run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir / "output.txt"
-    statuses = _ranks_of(command, leg.ranks, log)
+    statuses = ranks_of(command, leg.ranks, log)
     killed = -signal.SIGKILL in statuses
     if killed != (leg.kill is not None) or (not killed and any(statuses)):
         last = log.read_text(errors="replace").strip().splitlines()[-15:]
@@ -240,7 +240,7 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
     return {"trainer": trainer}
 
 
-def _ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
+def ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
     """Starts the ranks as a launcher would; when one dies the rest is killed. Exit statuses, None for those killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

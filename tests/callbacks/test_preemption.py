@@ -13,7 +13,7 @@ from rank_processes import callback
 from lightspan.callbacks.checkpoint import Checkpoint
 from lightspan.callbacks.preemption import PREEMPTED, Preempted, Preemption
 from lightspan.callbacks.random_state import RandomState
-from lightspan.callbacks.signal_flag import SignalFlag, installed, remembered
+from lightspan.callbacks.signal_flag import WARNINGS, SignalFlag, installed, remembered
 from lightspan.errors import UserError
 
 
@@ -201,8 +201,16 @@ def test_slurm_is_asked_to_requeue_after_the_checkpoint(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with pytest.raises(Preempted):
-        fit(make_trainer, net, batches, [Send(2, number)])
+    before = {each: signal.getsignal(each) for each in WARNINGS}
+    try:
+        with pytest.raises(Preempted):
+            fit(make_trainer, net, batches, [Send(2, number)])
+        # A requeue ends the job: what is left of this process must not be ended by it, whatever the exit status.
+        kept = signal.SIG_IGN if said else signal.SIG_DFL
+        assert {signal.getsignal(each) for each in WARNINGS} == {kept}
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else None) == ("requeue 77\n" if said else None)
     assert said in capsys.readouterr().err

@@ -31,14 +31,14 @@ def quick_starts(monkeypatch):
         log.write_text(ended.said)
         return ended.statuses
 
-    monkeypatch.setattr(prove_resume, "_ranks_of", start)
+    monkeypatch.setattr(prove_resume, "ranks_of", start)
 
 
 def test_when_one_rank_is_killed_the_others_are_too_and_show_as_such(tmp_path):
     code = (
         "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)"
     )
-    statuses = prove_resume._ranks_of([sys.executable, "-c", code], 2, tmp_path / "output.txt")
+    statuses = prove_resume.ranks_of([sys.executable, "-c", code], 2, tmp_path / "output.txt")
     assert statuses == [None, -signal.SIGKILL]
 
 

@@ -1,0 +1,102 @@
+"""How far `lightspan plan` is off: the memory it names before a run, against the peak that the run then records.
+
+    python benchmarks/plan_error.py [RECIPE ...]
+
+Each case trains a few steps in processes of its own, started as a launcher would, and plans one of these ranks. On a
+CPU both figures are of the whole process: interpreter, libraries, data, and the step. So the error is given twice: of
+the whole, and of what the step adds, which is the peak less the plan's own figure for the process.
+
+Validation, probes and text samples are left out, since a plan is of training steps. ZeRO is measured with the
+optimisers that it takes, and where DeepSpeed's CPU communication is built (`make deepspeed`).
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightspan.commands.prove_resume import ranks_of
+from lightspan.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "plan_error.json"
+PROJECT = ROOT / "tests" / "tiny_project"  # its ZeRO does without a GPU
+EXTENSIONS = ROOT / "build" / "torch_extensions"
+RECIPES = {  # and whether ZeRO takes its optimiser
+    "language/quickstart": False,
+    "language/quickstart_adamw": True,
+    "language/dct_adamw": False,
+    "contrastive/barlow_twins": True,
+    "contrastive/mixed_barlow_twins": True,
+}
+FLAGS = {
+    "language": ("trainer.max_steps=6", "trainer.limit_val_batches=0"),
+    "contrastive": ("trainer.max_steps=6", "trainer.limit_val_batches=0", "trainer.callbacks.probes=null"),
+}
+STRATEGIES: dict[str, tuple[int, str | None, dict[str, Any]]] = {  # ranks, class, its arguments
+    "one process": (1, None, {}),
+    "ddp": (2, "lightning.pytorch.strategies.DDPStrategy", {}),
+    "fsdp2": (2, "lightspan.strategies.FSDP2", {}),
+    "zero1": (2, "tiny_lab.zero.OnCPU", {"stage": 1}),
+    "zero2": (2, "tiny_lab.zero.OnCPU", {"stage": 2}),
+    "zero3": (2, "tiny_lab.zero.OnCPU", {"stage": 3}),
+}
+
+
+def measure(recipe: str, strategy: str) -> dict[str, Any]:
+    """Runs and plans one case; sizes in MiB, of rank 0."""
+    ranks, class_path, arguments = STRATEGIES[strategy]
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name, "run")
+        run.mkdir()
+        flags = [recipe, *FLAGS[recipe.split("/")[0]], "trainer.accelerator=cpu", f"trainer.devices={ranks}"]
+        if class_path is not None:
+            flags += [f"trainer.strategy.class_path={class_path}", "--allow-module", "tiny_lab"]
+            flags += [f"trainer.strategy.init_args.{key}={value}" for key, value in arguments.items()]
+        command = [sys.executable, "-m", "lightspan"]
+        statuses = ranks_of([*command, "fit", *flags, "--run", str(run)], ranks, run / "output.txt")
+        if any(statuses):
+            raise SystemExit(f"{recipe}, {strategy}: ended with {statuses}\n{(run / 'output.txt').read_text()[-2000:]}")
+        subprocess.run([*command, "plan", *flags, "--run", str(run)], check=True, capture_output=True)
+        plan = json.loads((run / "plan.json").read_text())
+    planned, process, peak = plan["planned_total"] / 2**20, plan["process"] / 2**20, plan["measured_peak_rss_mib"]
+    step = plan["step"]
+    parts = {part: step[part] / 2**20 for part in ("weights", "gradients", "optimizer_state", "activations")}
+    sizes = {"planned_mib": planned, "measured_mib": peak, "process_mib": process, **parts}
+    return {
+        "recipe": recipe, "strategy": strategy, "ranks": ranks, "rows": step["rows"],
+        **{key: round(value, 1) for key, value in sizes.items()},
+        "error": round(planned / peak - 1, 4),
+        "step_error": round((planned - process) / (peak - process) - 1, 4),
+    }  # fmt: skip
+
+
+def main(recipes: list[str]) -> None:
+    built = (EXTENSIONS / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").is_file()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja, which DeepSpeed asks for
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "PATH": path}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
+    rows = json.loads(RESULTS.read_text())["cases"] if RESULTS.is_file() else []
+    for recipe in recipes:
+        for strategy in STRATEGIES:
+            if strategy.startswith("zero") and not (built and RECIPES[recipe]):
+                continue
+            row = measure(recipe, strategy)
+            rows = [old for old in rows if (old["recipe"], old["strategy"]) != (recipe, strategy)] + [row]
+            print(
+                "{recipe:32} {strategy:12} {planned_mib:7.1f} {measured_mib:7.1f} MiB {error:+.1%} {step_error:+.1%}".format(
+                    **row
+                ),
+                flush=True,
+            )
+            record = {"date": str(datetime.date.today()), "machine": platform.machine(), "cases": rows}
+            write_atomic(RESULTS, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(RECIPES))
