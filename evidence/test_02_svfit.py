@@ -8,10 +8,10 @@ An MLP 64-128-128-10 is pretrained on scikit-learn's digits for 30 epochs, then 
 - random: as many numbers, as a diagonal between random orthogonal frames of the same sizes.
 - LoRA: rank 2 on the same weights, 1172 numbers.
 
-Three domains: inverted contrast, digits turned by 20 degrees, stripes behind the digits. The claims are about the first;
-the same differences on the two others stand beside them as figures, because there they are smaller or turn round. Each
-arm has the learning rate of the same search for each domain, on seeds 100 to 102 and a validation part that no claim
-uses. `python evidence/test_02_svfit.py` repeats it.
+Three domains: inverted contrast, digits turned by 20 degrees, stripes behind the digits. The claims are about the
+first; the same differences on the two others stand beside them as figures, because there they are smaller or turn
+round. Each arm has the learning rate of the same search for each domain, on seeds 100 to 102 and a validation part that
+no claim uses. `python evidence/test_02_svfit.py` repeats it.
 """
 
 from collections.abc import Callable

@@ -31,7 +31,7 @@ from lightspan.adapters.lora import LoRA
 from lightspan.callbacks.rank_selection import threshold
 
 SEEDS, SEARCH_SEEDS, RANK = (0, 1, 2, 3, 4), (100, 101, 102), 8
-TRUE_RANKS, WIDTH, ROWS, FIT_STEPS, NOISE = (0, 1, 2, 4), 32, 1024, 1500, 0.1
+TRUE_RANKS, WIDTH, ROWS, FIT_STEPS, NOISE = (0, 1, 2, 4), 32, 16384, 1500, 0.1
 DOMAINS, EPOCHS = (30, 60, 90, 120, 150), 30
 
 
@@ -74,10 +74,15 @@ def fit(seed: int, rate: float, kappa_max: float | None, gates: str = "normal") 
         for layer, rank in zip(teacher[::2], true, strict=True):
             left, right = (torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q[:, :rank] for _ in range(2))
             layer.weight += left @ right.T  # every component is as large as the largest of the weight's
-        x, unseen = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+        x, unseen = torch.randn(ROWS, WIDTH), torch.randn(4096, WIDTH)
         y, unseen_y = teacher(x), teacher(unseen)
         y = y + NOISE * y.std() * torch.randn_like(y)
-    kept = train(student, lambda: F.mse_loss(student(x), y), rate, FIT_STEPS, kappa_max, gates)
+
+    def loss() -> Tensor:
+        rows = torch.randint(ROWS, (256,))
+        return F.mse_loss(student(x[rows]), y[rows])
+
+    kept = train(student, loss, rate, FIT_STEPS, kappa_max, gates)
     with torch.no_grad():
         error = (F.mse_loss(student(unseen), unseen_y) / unseen_y.var()).item()
     return error, true, list(kept.values())
