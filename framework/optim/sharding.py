@@ -136,6 +136,32 @@ def ranks_of(tensor: Tensor) -> Ranks | None:
     return Ranks(mesh, split[0])
 
 
+def split_axis(tensor: Tensor, ranks: Ranks) -> int:
+    """The axis along which `tensor` is split among these ranks, its `ranks_of`."""
+    assert isinstance(tensor, DTensor)
+    placement = tensor.placements[ranks.axis]
+    assert isinstance(placement, Shard)
+    return placement.dim
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Of a plain tensor of the shape of `like` the view that this rank holds of `like`; all of it if that is not split.
+
+    Raises: UserError as `ranks_of` does.
+    """
+    ranks = ranks_of(like)
+    if ranks is None:
+        return whole
+    axis = split_axis(like, ranks)
+    return Shards(ranks, like.shape[axis], moved=False).own(whole, axis)
+
+
+def whole_of(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor, on every rank, of which this rank holds `part` as it holds `like`. All ranks must call it."""
+    ranks = ranks_of(like)
+    return part if ranks is None else from_local(part, ranks, split_axis(like, ranks), like.shape).full_tensor()
+
+
 def total_over(parts: Iterable[tuple[Ranks | None, Tensor]]) -> Tensor:
     """Sum of 0-d `parts` in float64; each counts once over the ranks that share its tensor. At least one part."""
     by_ranks: dict[Ranks | None, list[Tensor]] = {}

@@ -1,0 +1,148 @@
+"""theta = theta_0 + lambda P z: the weights of a network as a point of a random affine slice through their start.
+
+Source: Li et al. 2018, arXiv 1804.08838 (without lambda), Aghajanyan et al. 2021, arXiv 2012.13255 (SAID: a trained
+factor lambda_l for each layer l, 1 at the start).
+Shapes: D weights end to end in the order of the parameters, d coordinates, l layers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.optim.sharding import Ranks, local, own_part, ranks_of, whole_of
+from lightspan.subspaces.projections import PerTensor, Projection, ProjectionCallable
+
+
+class AffineSlice:
+    """The parameters, where they started, and the map that moves them.
+
+    Arithmetic is in float32 or wider, whatever the dtype of the parameters. The start stays in memory, in their dtype.
+    Of sharded parameters (FSDP2) a rank keeps and writes its own part; the map itself is whole on every rank.
+
+    Args:
+        parameters: what moves; each has its weights where the slice starts.
+        names: of the parameters, or "" where there is none. Those that agree up to the last dot are one layer.
+        start: theta_0 where it is not what the parameters hold now; taken over, not copied.
+        scaled: whether there are lambdas. They count towards `dim`.
+    Raises: UserError where `dim` leaves no coordinate or exceeds D.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        dim: int,
+        projection: ProjectionCallable,
+        seed: int,
+        per_tensor: bool = False,
+        scaled: bool = False,
+        start: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.parameters, self.names = list(parameters), list(names)
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.layers = _layers(self.names)
+        self.scales_count = max(self.layers) + 1 if scaled else 0
+        if not self.scales_count < dim <= sum(self.sizes):
+            limit = f"more than its {self.scales_count} layer scales" if scaled else "at least 1"
+            raise UserError(
+                f"RandomSubspace dim={dim} must be {limit} and at most the {sum(self.sizes):,} weights that train"
+            )
+        coordinates = dim - self.scales_count
+        self.projection: Projection = (
+            PerTensor(self.sizes, coordinates, seed, projection)
+            if per_tensor
+            else projection(sum(self.sizes), coordinates, seed)
+        )
+        self.dtype = torch.float32
+        for parameter in self.parameters:
+            self.dtype = torch.promote_types(self.dtype, parameter.dtype)
+        self.device = self.parameters[0].device
+        held = [local(parameter.detach()).clone() for parameter in self.parameters] if start is None else start
+        self.start = [part.to(device=p.device, dtype=p.dtype) for part, p in zip(held, self.parameters, strict=True)]
+        self.ranks = _one_split(self.parameters)
+
+    def origin(self) -> tuple[Tensor, Tensor]:
+        """z = 0 [d] and lambda = 1 [l], or [0] where there are no lambdas."""
+        z_d = torch.zeros(self.projection.dim, dtype=self.dtype, device=self.device)
+        return z_d, z_d.new_ones(self.scales_count)
+
+    @torch.no_grad()
+    def write(self, z_d: Tensor, scales_l: Tensor) -> None:
+        """Puts theta into the parameters. At z = 0 they get their start, bit for bit."""
+        for number, moved in enumerate(self._parts(self.projection.push(z_d))):
+            if len(scales_l):
+                moved = moved * scales_l[self.layers[number]]
+            local(self.parameters[number].detach()).copy_(self.start[number] + moved)
+
+    def flat(self, tensors: Sequence[Tensor | None], factors: Sequence[float] | None = None) -> Tensor:
+        """This rank's parts of parameter-shaped tensors, end to end [D] and zero elsewhere; None counts as zeros.
+
+        Parameters that all ranks of a sharded model hold are taken from the first one.
+        """
+        flat_D = torch.zeros(self.projection.size, dtype=self.dtype, device=self.device)
+        factors = factors or [1.0] * len(tensors)
+        for part, tensor, factor, parameter in zip(self._parts(flat_D), tensors, factors, self.parameters, strict=True):
+            first = self.ranks is None or self.ranks.index == 0 or ranks_of(parameter) is not None
+            if tensor is not None and factor and first:
+                part.add_(local(tensor.detach()), alpha=factor)
+        return flat_D
+
+    @torch.no_grad()
+    def pull(self, g_D: Tensor, z_d: Tensor, scales_l: Tensor) -> tuple[Tensor, Tensor]:
+        """What `g_D`, a gradient in the weights from `flat`, is in the coordinates [d] and in the lambdas [l], summed
+        over ranks; it changes `g_D`.
+
+        d/dz = P^T (lambda g), and d/dlambda_l = <g, P z> over the weights of layer l.
+        """
+        by_scale_l = torch.zeros_like(scales_l)
+        if len(scales_l):
+            for number, (g, moved) in enumerate(
+                zip(self._parts(g_D), self._parts(self.projection.push(z_d)), strict=True)
+            ):
+                layer = self.layers[number]
+                by_scale_l[layer] += (g * moved).sum()
+                g.mul_(scales_l[layer])
+        by_z_d = self.projection.pull(g_D)
+        if self.ranks is None:
+            return by_z_d, by_scale_l
+        total = self.ranks.total(torch.cat([by_z_d, by_scale_l]))
+        return total[: len(by_z_d)], total[len(by_z_d) :]
+
+    def start_sha256(self) -> Tensor:
+        """uint8 [32]: of the shapes, dtypes and bytes of theta_0, the same on any number of ranks, all of which must
+        call it.
+        """
+        digest = hashlib.sha256()
+        for part, parameter in zip(self.start, self.parameters, strict=True):
+            digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(whole_of(part, parameter).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+    def _parts(self, flat_D: Tensor) -> list[Tensor]:
+        """Views of D numbers, in the shape of each parameter or of what this rank holds of it."""
+        return [
+            own_part(piece.view(parameter.shape), parameter)
+            for piece, parameter in zip(flat_D.split(self.sizes), self.parameters, strict=True)
+        ]
+
+
+def _layers(names: Sequence[str]) -> list[int]:
+    """The number of each parameter's layer: parameters whose names agree up to the last dot share one."""
+    numbers: dict[str, int] = {}
+    return [
+        numbers.setdefault(name.rpartition(".")[0] if name else f"{i}", len(numbers)) for i, name in enumerate(names)
+    ]
+
+
+def _one_split(parameters: Sequence[Tensor]) -> Ranks | None:
+    """The ranks among which the parameters are split. Raises: UserError where there are several such groups."""
+    found = {ranks for parameter in parameters if (ranks := ranks_of(parameter)) is not None}
+    if len(found) > 1:
+        raise UserError(
+            f"the parameters are split among {len(found)} different groups of ranks; RandomSubspace takes one: shard "
+            "the model with the strategy FSDP2"
+        )
+    return next(iter(found), None)

@@ -1,0 +1,95 @@
+"""A trained network as a seed and d numbers: what a run in a random subspace leaves, and how weights are made of it.
+
+The file is safetensors: the coordinates z [d] and, if there are any, the layer scales [l]; its metadata name the kind
+of projection, its seed, the parameters in order, and the sha256 of theta_0. Buffers, such as running statistics of
+batch norm, are not weights and not in it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from lightspan.errors import UserError
+from lightspan.files import write_atomic
+from lightspan.optim.affine import AffineSlice
+from lightspan.optim.random_subspace import COORDINATES, SCALES, START, RandomSubspace
+from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, ProjectionCallable, Sparse
+
+FORMAT = "lightspan random subspace 1"
+KINDS: tuple[type[Dense] | type[Sparse] | type[Fastfood], ...] = (Dense, Sparse, Fastfood)
+
+
+def save_subspace(optimizer: RandomSubspace, path: str | Path) -> None:
+    """Writes where `optimizer` stands, whole or not at all.
+
+    Raises: UserError for parameters without names, or that have one twice.
+    """
+    moved = optimizer.slice
+    if not all(moved.names) or len(set(moved.names)) < len(moved.names):
+        raise UserError(
+            "a subspace file names its parameters, and this RandomSubspace got them without names; build it with "
+            "module.named_parameters()"
+        )
+    projection = moved.projection
+    one = projection.parts[0] if isinstance(projection, PerTensor) else projection
+    state = optimizer.state[moved.parameters[0]]
+    facts = {
+        "format": FORMAT,
+        "projection": type(one).__name__,
+        "seed": str(projection.seed),
+        "per_tensor": json.dumps(isinstance(projection, PerTensor)),
+        "weights": str(projection.size),
+        "parameters": json.dumps(moved.names),
+        START: bytes(state[START].tolist()).hex(),
+    }
+    numbers = {name: state[name].cpu().contiguous() for name in (COORDINATES, SCALES) if state[name].numel()}
+    write_atomic(path, save(numbers, facts))
+
+
+def apply_subspace(path: str | Path, module: nn.Module, projection: ProjectionCallable | None = None) -> None:
+    """Gives `module`, which holds the initial weights of a run, the weights that the run ended with.
+
+    The bits are those of the run on the same device and number of threads; elsewhere sums can differ in the last bit.
+
+    Args:
+        projection: makes P where the run used a class that is not one of lightspan's.
+    Raises: UserError for a file that is none of this kind, and for a module with other parameters or other weights.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = file.metadata() or {}
+            numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as a subspace file: {error}") from error
+    if facts.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a file of a random subspace ({FORMAT!r} is missing from its metadata); "
+            "IntrinsicDimension writes one at the end of a run"
+        )
+    names, known = json.loads(facts["parameters"]), dict(module.named_parameters())
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(f"{type(module).__name__} has no parameter {missing[0]!r}, which {path} moves")
+    kind = projection or next((kind for kind in KINDS if kind.__name__ == facts["projection"]), None)
+    if kind is None:
+        raise UserError(f"{path} was made with a projection {facts['projection']!r} of your own; pass projection=")
+    z_d, scales_l = numbers[COORDINATES], numbers.get(SCALES, torch.zeros(0))
+    moved = AffineSlice(
+        [known[name] for name in names],
+        names,
+        len(z_d) + len(scales_l),
+        kind,
+        int(facts["seed"]),
+        per_tensor=json.loads(facts["per_tensor"]),
+        scaled=len(scales_l) > 0,
+    )
+    if str(moved.projection.size) != facts["weights"] or bytes(moved.start_sha256().tolist()).hex() != facts[START]:
+        raise UserError(
+            f"the weights of this {type(module).__name__} are not those that the run of {path} started from (sha256 "
+            f"{facts[START][:12]}...); build it with the same seed or the same pretrained weights"
+        )
+    moved.write(z_d.to(moved.device), scales_l.to(moved.device))
