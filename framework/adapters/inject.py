@@ -253,6 +253,13 @@ def fold(model: nn.Module) -> None:
         _replace(parents, layer, layer.base)
 
 
+def remove(model: nn.Module) -> None:
+    """Makes plain layers again, as they were before `adapt`; the adapters and their changes go."""
+    parents = list(model.modules())
+    for layer in adapted_layers(model).values():
+        _replace(parents, layer, layer.base)
+
+
 def _replace(parents: Iterable[nn.Module], old: nn.Module, new: nn.Module) -> None:
     """Puts `new` in every place where `old` stands, so that a layer used twice is adapted in both."""
     for parent in parents:
