@@ -14,7 +14,7 @@ from lightspan.strategies import gathered
 
 
 class PictureSamples(Callback):
-    """Writes a grid of drawn images to FOLDER/samples-STEP.png every few epochs and when training ends, a column a class.
+    """Writes a grid of drawn images, a column a class, to FOLDER/samples-STEP.png every few epochs and in the end.
 
     For modules with `sample(label, shape, steps=..., eta=..., guidance=..., seed=...)` -> [B C H W], such as
     `DenoisingDiffusion`, and 1 or 3 channels. Training goes on as without it.

@@ -1,4 +1,4 @@
-"""PELA (arXiv 2310.10700) on digits: a factorised transformer, distilled for three epochs, against what it was cut from.
+"""PELA (arXiv 2310.10700) on digits: a factorised transformer after three epochs, and what it was cut from.
 
 A vision transformer of 4 blocks and width 64 learns the 8 x 8 digits until its training loss stops. Its linear layers
 are then factorised to a quarter of their weights, and each arm has the same three epochs over the same images:

@@ -28,7 +28,7 @@ def rank_within(outputs: int, inputs: int, ratio: float) -> int:
 
 
 def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U_r S_r^1/2 [O R] and S_r^1/2 V_r^T [R I]: their product is the nearest matrix of this rank, in the weight's dtype.
+    """U_r S_r^1/2 [O R] and S_r^1/2 V_r^T [R I], whose product is the nearest matrix of this rank, in its dtype.
 
     Raises: UserError for a rank outside [1, min(O, I)].
     """
@@ -134,7 +134,7 @@ def factorise(model: nn.Module, ratio: float = 2.0, exclude: list[str] | None = 
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replaces each `FactorisedLinear` of `model` by its product, in place; returns `model`, which computes the same."""
+    """Replaces each `FactorisedLinear` by its product, in place; returns `model`, which computes the same."""
     for name, layer in list(factorised(model)):
         _put(model, name, layer.dense())
     return model

@@ -28,7 +28,7 @@ def level_waves(level_B: Tensor, frequencies: int = FREQUENCIES) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each between a modulated norm and a gate: x_BND, condition_BD -> x_BND; at start the identity."""
+    """Attention and MLP, each between a modulated norm and a gate: x_BND, condition_BD -> x_BND. Starts as identity."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()

@@ -57,7 +57,8 @@ def test_one_step_with_the_true_noise_lands_on_the_same_image_at_the_next_level(
     grain = (stepped - following[0].sqrt() * clean) / (1 - following[0]).sqrt()
     if eta == 0:
         torch.testing.assert_close(grain, noise, rtol=0, atol=1e-12)
-    old, new = (torch.linalg.lstsq(torch.stack([noise.flatten(), fresh.flatten()], 1), grain.flatten()).solution).tolist()
+    parts = torch.stack([noise.flatten(), fresh.flatten()], dim=1)
+    old, new = torch.linalg.lstsq(parts, grain.flatten()).solution.tolist()
     assert old**2 + new**2 == pytest.approx(1)
     assert stepped.shape == clean.shape
     last = step_back(add_noise(clean, noise, kept), noise, kept, torch.ones(4), eta, fresh)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from lightspan.adapters.layers import whole
 from lightspan.adapters.pela import factorise, factorised
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
@@ -76,13 +77,13 @@ class PELA(Method):
         return self.backbone(batch["image"])
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        with tapped(blocks_of(self.original, self.hidden)) as whole:
+        with tapped(blocks_of(self.original, self.hidden)) as uncut:
             target_BK = self.teacher(batch["image"])
         with tapped(blocks_of(self.backbone, self.hidden)) as cut:
             logits_BK = self(batch["image"])
         terms = {
             "task": (1.0, self.task_loss(logits_BK, batch["label"])),
-            "features": (self.alpha, feature_distillation(cut, whole)),
+            "features": (self.alpha, feature_distillation(cut, uncut)),
             "logits": (self.beta, mean_squared(logits_BK, target_BK)),
             "perturbation": (self.lam, self.perturbation()),
         }
@@ -96,10 +97,11 @@ class PELA(Method):
         return self.teacher.module[0]  # type: ignore[index]
 
     def perturbation(self) -> Tensor:
-        """L_perturbation of all factorised layers."""
+        """L_perturbation of all factorised layers; ranks that hold parts of them gather these first."""
         layers = dict(factorised(self.backbone))
-        originals = [self.original.get_submodule(name).weight for name in layers]
-        return weight_perturbation([layer.weight for layer in layers.values()], originals, self.eps)  # type: ignore[misc]
+        products = [whole(layer.up.weight) @ whole(layer.down.weight) for layer in layers.values()]
+        originals = [whole(self.original.get_submodule(name).weight) for name in layers]  # type: ignore[arg-type]
+        return weight_perturbation(products, originals, self.eps)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         logits_BK, label_B = self(batch["image"]), batch["label"]

@@ -1,23 +1,28 @@
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from lightning import Trainer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightspan.adapters.layers import whole
 from lightspan.adapters.pela import factorised
 from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.strategies import shard_blocks
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 
@@ -32,15 +37,15 @@ def head() -> nn.Linear:
     return nn.Linear(32, 10)
 
 
-def method(**settings: Any) -> PELA:
-    built = PELA(vit(), head(), SGD, **({"ratio": 2.0} | settings))
+def method(dtype: torch.dtype = torch.float32, **settings: Any) -> PELA:
+    built = PELA(vit().to(dtype), head().to(dtype), SGD, **({"ratio": 2.0} | settings))
     built.log_dict = lambda values, **_: built.__dict__.update(logged=values)  # type: ignore[method-assign]
     return built
 
 
-def images(rows: int = 6) -> dict[str, Tensor]:
+def images(rows: int = 6, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {"image": torch.randn(rows, 1, 8, 8, generator=generator), "label": torch.arange(rows) % 10}
+    return {"image": torch.randn(rows, 1, 8, 8, generator=generator).to(dtype), "label": torch.arange(rows) % 10}
 
 
 def blocks(network: VisionTransformer, image: Tensor) -> list[Tensor]:
@@ -52,13 +57,13 @@ def blocks(network: VisionTransformer, image: Tensor) -> list[Tensor]:
 
 
 def test_the_loss_is_the_papers_sum() -> None:
-    model, batch, whole = method(alpha=0.7, beta=0.2, lam=3.0, eps=0.01), images(), vit().eval()
+    model, batch, uncut = method(alpha=0.7, beta=0.2, lam=3.0, eps=0.01), images(), vit().eval()
     student, logits = model.backbone, model(batch["image"])
     expected = F.cross_entropy(logits, batch["label"])
-    pairs = list(zip(blocks(student, batch["image"]), blocks(whole, batch["image"]), strict=True))
+    pairs = list(zip(blocks(student, batch["image"]), blocks(uncut, batch["image"]), strict=True))
     expected = expected + 0.7 * sum((s - t).square().mean() for s, t in pairs) / 2
-    expected = expected + 0.2 * (logits - head()(whole(batch["image"]))).square().mean()
-    residuals = [(layer.weight - whole.get_submodule(name).weight).abs().max() for name, layer in factorised(student)]
+    expected = expected + 0.2 * (logits - head()(uncut(batch["image"]))).square().mean()
+    residuals = [(layer.weight - uncut.get_submodule(name).weight).abs().max() for name, layer in factorised(student)]
     assert len(residuals) == 8
     expected = expected + 3.0 * sum((largest - 0.01) ** 2 for largest in residuals) / 8
     torch.testing.assert_close(model.training_step(batch, 0), expected, rtol=1e-5, atol=0)
@@ -144,16 +149,43 @@ def test_bad_settings_are_refused_before_training(settings: dict[str, Any], mess
         method(**settings)
 
 
+def one_rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    model = method(torch.float64, alpha=2.0, beta=0.5)
+    shard_blocks(model, init_device_mesh("cpu", (2,)))
+    register_fsdp_forward_method(model, "training_step")
+    model.training_step(
+        {name: tensor.chunk(2)[index] for name, tensor in images(dtype=torch.float64).items()}, 0
+    ).backward()
+    gradients = {name: whole(p.grad).contiguous() for name, p in model.named_parameters() if p.grad is not None}
+    if index == 0:
+        save_file(gradients, f"{folder}/gradients.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_sharded_ranks_get_the_gradient_of_one(tmp_path: Path) -> None:
+    mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    alone = method(torch.float64, alpha=2.0, beta=0.5)
+    alone.training_step(images(dtype=torch.float64), 0).backward()
+    expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    sharded = load_file(tmp_path / "gradients.safetensors")
+    assert sharded.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(sharded[name], gradient, rtol=1e-6, atol=1e-12)
+
+
 def test_the_recipes_hand_the_network_on_from_one_to_the_next(tmp_path: Path) -> None:
     file, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
-    whole = build(resolve("compression/vit")).model
-    save_file(whole.state_dict(), file)
+    uncut = build(resolve("compression/vit")).model
+    save_file(uncut.state_dict(), file)
     paths = [f"model.init_args.{part}.init_args.path={file}" for part in ("backbone", "head")]
     svd, pela = (build(resolve(f"compression/{name}", flags=paths)) for name in ("svd", "pela"))
     assert (svd.model.alpha, svd.model.beta, svd.model.lam) == (0, 0, 0)
     assert pela.model.alpha > 0 < pela.model.lam
-    assert torch.equal(pela.model.original.blocks[0].attn.qkv.weight, whole.backbone.blocks[0].attn.qkv.weight)
-    assert torch.equal(pela.model.head.weight, whole.head.weight)
+    assert torch.equal(pela.model.original.blocks[0].attn.qkv.weight, uncut.backbone.blocks[0].attn.qkv.weight)
+    assert torch.equal(pela.model.head.weight, uncut.head.weight)
     assert len(list(factorised(pela.model.backbone))) == 16
     pela.datamodule.size = 80
     pela.datamodule.setup("fit")
