@@ -30,6 +30,7 @@ COMMANDS = {
     "optim_step": "python benchmarks/optim_step.py --keep",
     "lm_quality": "python benchmarks/lm_quality.py final",
     "kernels": "python benchmarks/kernels.py",
+    "plan_error": "python benchmarks/plan_error.py",
 }
 README_ROWS = {  # names in the results: what the README calls them
     "torch AdamW fused": "torch AdamW fused",
@@ -291,6 +292,35 @@ def card(record: Row) -> list[str]:
     return [*lines, *provenance(COMMANDS["kernels"], *about)]
 
 
+def plan_error(results: Path) -> list[str]:
+    """Section on what `lightspan plan` foretells."""
+    record = read(results / "plan_error.json")
+    if record is None:
+        return [MISSING, ""]
+    lines = [
+        "Memory of rank 0 as `lightspan plan` names it before a run, and the peak that a run of a few steps records.",
+        "Without a GPU both are of the whole process, most of which is Python with its libraries; what the step itself",
+        "adds is shown beside it. What a plan does not see: buffers inside an operation, the rounding and the gaps of",
+        "the allocator, and the libraries of process groups and of DeepSpeed (23 MiB for its import alone).",
+        "",
+    ]
+    columns = ("recipe", "strategy", "ranks", "samples", "planned, MiB", "of these the step", "measured, MiB", "off by")
+    rows = [
+        (
+            *(str(case[key]) for key in ("recipe", "strategy", "ranks", "rows")),
+            number(case["planned_mib"], ".0f"),
+            number(case["planned_mib"] - case["process_mib"], ".0f"),
+            number(case["measured_mib"], ".0f"),
+            number(case["error"], "+.1%"),
+        )
+        for case in record["cases"]
+    ]
+    lines += markdown(columns, rows)
+    worst = 100 * max(abs(case["error"]) for case in record["cases"])
+    lines += goals([("largest error of a plan", "<=", 15, worst, " %")])
+    return [*lines, *provenance(COMMANDS["plan_error"], facts(record, "machine", "date", "torch"))]
+
+
 def page(results: Path) -> str:
     """docs/benchmarks.md."""
     cards = [line for path in sorted(results.glob("kernels_*.json")) for line in card(read(path))]
@@ -298,6 +328,7 @@ def page(results: Path) -> str:
         "One step on a CPU": optim_step(results),
         "Loss on equal tokens": lm_quality(results),
         "Kernels on a GPU": cards or [MISSING, ""],
+        "Memory that a plan foretells": plan_error(results),
     }
     return "\n".join([HEADER, *(line for title, lines in sections.items() for line in (f"## {title}", "", *lines))])
 

@@ -111,7 +111,12 @@ def sections(page: str) -> dict[str, str]:
 
 def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tmp_path: Path) -> None:
     found = sections(build_docs.page(tmp_path))
-    assert list(found) == ["One step on a CPU", "Loss on equal tokens", "Kernels on a GPU"]
+    assert list(found) == [
+        "One step on a CPU",
+        "Loss on equal tokens",
+        "Kernels on a GPU",
+        "Memory that a plan foretells",
+    ]
     assert {body.strip() for body in found.values()} == {"not yet measured"}
     assert build_docs.readme_table(tmp_path) == "not yet measured\n"
 
@@ -200,6 +205,18 @@ def test_a_card_has_its_ops_its_steps_and_its_goals(build_docs: ModuleType, resu
     assert body.strip().endswith(
         "`python benchmarks/kernels.py`, date 2026-11-22, driver 570.1, cuda 12.9, torch 2.13, triton 3.9, 200 s."
     )
+
+
+def test_a_plan_stands_beside_the_peak_of_its_run(build_docs: ModuleType, results: Path) -> None:
+    case = {"recipe": "language/a", "strategy": "ddp", "ranks": 2, "rows": 4, "planned_mib": 110.4, "process_mib": 80.0}
+    cases = [case | {"measured_mib": 100.0, "error": 0.104}, case | {"measured_mib": 137.0, "error": -0.1942}]
+    record = {"date": "2026-11-23", "machine": "abacus", "torch": "2.13", "cases": cases}
+    (results / "plan_error.json").write_text(json.dumps(record))
+    body = sections(build_docs.page(results))["Memory that a plan foretells"]
+    assert "| language/a | ddp | 2 | 4 | 110 | 30 | 100 | +10.4% |" in body
+    assert "| language/a | ddp | 2 | 4 | 110 | 30 | 137 | -19.4% |" in body
+    assert "| largest error of a plan | <= 15 % | 19.42 % | **no** |" in body
+    assert body.strip().endswith("`python benchmarks/plan_error.py`, machine abacus, date 2026-11-23, torch 2.13.")
 
 
 def test_the_file_of_a_dry_run_makes_a_page(build_docs: ModuleType, tmp_path: Path) -> None:
