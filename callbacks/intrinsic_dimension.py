@@ -15,6 +15,7 @@ from lightspan.errors import UserError
 from lightspan.optim.convert import hand_over
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import save_subspace
+from lightspan.optim.wiring import average_in_coordinates
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 
 FILE = "subspace.safetensors"
@@ -26,7 +27,8 @@ class IntrinsicDimension(Callback):
 
     The optimiser is exchanged for `RandomSubspace` around one of its own class and settings, after Lightning has built
     it and before a checkpoint is loaded into it; its schedulers go on. Rates have to be those of the coordinates, 10 to
-    100 times the usual ones. Weight decay pulls at the whole of the weights.
+    100 times the usual ones. Weight decay pulls at the whole of the weights. Under DDP ranks exchange d numbers a step,
+    unless gradients are clipped or the module has buffers.
 
     A checkpoint holds the coordinates, not the initial weights: a run is resumed with the module built as it was (same
     seed or same pretrained weights), which is checked. When fitting ends the run as a seed and d numbers goes to
@@ -83,6 +85,7 @@ class IntrinsicDimension(Callback):
         for config in trainer.lr_scheduler_configs:
             hand_over(config.scheduler, new)
         trainer.strategy.optimizers = [new]
+        average_in_coordinates(trainer, pl_module, new)
         _announce(new)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightspan.distributed import mean_over_ranks
 from lightspan.errors import UserError
 from lightspan.optim.affine import AffineSlice
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
@@ -34,7 +35,8 @@ class RandomSubspace(Optimizer):
 
     The state is that of the coordinates: d numbers and what `inner` keeps for them, plus the sha256 of theta_0. theta_0
     is in memory only, so a state is loaded into an optimiser that was built on the same initial weights. Sharded
-    parameters (FSDP2) are written where they are; ranks sum d numbers.
+    parameters (FSDP2) are written where they are; ranks sum d numbers. With `averages` set, gradients are a rank's
+    own and their mean is taken in the coordinates; `lightspan.optim.wiring.average_in_coordinates` does it for DDP.
 
     Args:
         params: parameters, named parameters, or groups of either. Frozen ones stay out of the subspace.
@@ -74,6 +76,7 @@ class RandomSubspace(Optimizer):
         self.inner = inner([part for part in (self.z_d, self.scales_l) if part.numel()])
         self._decoupled = bool(defaults.get("decoupled_weight_decay"))
         self._digest = self._slice.start_sha256()
+        self.averages = False
 
     @property
     def slice(self) -> AffineSlice:
@@ -88,7 +91,8 @@ class RandomSubspace(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients = [parameter.grad for parameter in self.slice.parameters]
-        if all(gradient is None for gradient in gradients):
+        # A rank without a gradient still takes part in the mean.
+        if not self.averages and all(gradient is None for gradient in gradients):
             return loss
         self._require_one_setting()
         settings = {key: value for key, value in self.param_groups[0].items() if key in self._shared}
@@ -100,6 +104,8 @@ class RandomSubspace(Optimizer):
         if decay_D is not None and not self._decoupled:
             g_D += decay_D
         pulled = self._pull(g_D)
+        if self.averages:
+            mean_over_ranks(pulled)
         if not all(bool(part.isfinite().all()) for part in pulled):
             raise UserError(
                 "the gradient is not finite, and in a random subspace that reaches every weight; nothing was changed. "

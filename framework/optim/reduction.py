@@ -49,7 +49,7 @@ class Reduction:
         parameters = {share.parameter for share in shares}
         copy_of_first_rank([share.parameter for share in shares])
         self.names = [name for name, p in model.named_parameters(remove_duplicate=False) if p in parameters]
-        _let_ddp_ignore(model, [*_ignored(model), *self.names])
+        leave_out_of_ddp(model, self.names)
         self.handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -79,6 +79,11 @@ class Reduction:
         dist.all_reduce(exists_P, op=dist.ReduceOp.MAX)
         reached = [share for share, exists in zip(self.shares, exists_P.tolist(), strict=True) if exists]
         mean_over_ranks([share.tensor() for share in reached])
+
+
+def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
+    """A DDP that is built around `model` later neither copies nor reduces these parameters."""
+    _let_ddp_ignore(model, [*_ignored(model), *names])
 
 
 def nothing_left_for_ddp(model: nn.Module) -> bool:

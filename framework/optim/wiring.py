@@ -11,7 +11,8 @@ from lightspan.distributed import world_size
 from lightspan.errors import UserError
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.reduction import nothing_left_for_ddp
+from lightspan.optim.random_subspace import RandomSubspace
+from lightspan.optim.reduction import leave_out_of_ddp, nothing_left_for_ddp
 from lightspan.optim.report import print_report
 
 MATRIX_OPTIMIZERS = (LowRank, Muon, Adafactor)
@@ -56,6 +57,21 @@ def refuse_flat_partitions(strategy: Strategy, optimizers: list[type[Optimizer]]
             )
 
 
+def average_in_coordinates(trainer: Trainer, module: LightningModule, optimizer: RandomSubspace) -> None:
+    """Under DDP ranks then exchange d numbers a step instead of D gradients; does nothing under other strategies.
+
+    DDP keeps its work where it is needed: for clipping, which has to see mean gradients, and for buffers, which it
+    copies from the first rank.
+    """
+    strategy = trainer.strategy
+    wrapped = isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel)
+    if not wrapped or trainer.gradient_clip_val or any(True for _ in module.buffers()):
+        return
+    optimizer.averages = True
+    leave_out_of_ddp(module, optimizer.slice.names)
+    _build_ddp_anew(strategy, module)
+
+
 def _attach_under_ddp(trainer: Trainer, module: LightningModule, kept: list[LowRank]) -> None:
     """Lightning builds DDP before it asks for optimisers, so DDP is built anew without what `kept` reduces."""
     strategy = trainer.strategy
@@ -66,6 +82,10 @@ def _attach_under_ddp(trainer: Trainer, module: LightningModule, kept: list[LowR
         )
     for optimizer in kept:
         attach(module, optimizer)
+    _build_ddp_anew(strategy, module)
+
+
+def _build_ddp_anew(strategy: DDPStrategy, module: LightningModule) -> None:
     strategy.model = module
     gc.collect()  # the hooks of the first DDP end with it
     if not nothing_left_for_ddp(module):

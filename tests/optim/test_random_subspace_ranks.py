@@ -99,6 +99,11 @@ def one_rank(rank: int, folder: str) -> None:
         replica = net()
         wrapped = DistributedDataParallel(replica)
         losses = train(wrapped, build(replica.named_parameters()), range(STEPS), rank, 2)
+        alone = net()
+        optimizer = build(alone.named_parameters())
+        optimizer.averages = True
+        shares = train(alone, optimizer, range(STEPS), rank, 2)
+        out[name, "coordinates"] = {"losses": shares, "weights": [p.detach() for p in alone.parameters()]}
         out[name, "DDP"] = {"losses": losses, "weights": [p.detach() for p in replica.parameters()]}
     projection, half = Fastfood(101, 9, 7), 51
     g_D = torch.arange(101, dtype=torch.float64).sin()
@@ -120,7 +125,7 @@ def runs(folder: Path) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("how", ["FSDP2", "DDP"])
+@pytest.mark.parametrize("how", ["FSDP2", "DDP", "coordinates"])
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_two_ranks_train_as_one_process(runs, name, how) -> None:
     model = net()
