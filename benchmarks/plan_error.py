@@ -99,9 +99,7 @@ def main(recipes: list[str]) -> None:
             row = measure(recipe, strategy)
             rows = [old for old in rows if (old["recipe"], old["strategy"]) != (recipe, strategy)] + [row]
             rows.sort(key=lambda row: (list(RECIPES).index(row["recipe"]), list(STRATEGIES).index(row["strategy"])))
-            said = (
-                "{recipe:32} {strategy:12} {planned_mib:7.1f} planned, {measured_mib:7.1f} measured, {error:+.1%}"
-            )
+            said = "{recipe:32} {strategy:12} {planned_mib:7.1f} planned, {measured_mib:7.1f} measured, {error:+.1%}"
             print(said.format(**row), flush=True)
             about = {"date": str(datetime.date.today()), "machine": platform.machine(), "torch": version("torch")}
             write_atomic(RESULTS, json.dumps({**about, "cases": rows}, indent=1) + "\n")
