@@ -29,6 +29,8 @@ from lightspan.errors import UserError
 from lightspan.files import atomic_path, write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+LARGEST = 2**24
+"""Most numbers of one layer's lora_A; it grows with the square of a convolution's groups."""
 _NO_LORA_WITH = ("use_dora", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config")
 
 
@@ -52,6 +54,11 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
             up_OR, down_RI = (whole(t).detach() for t in adapter.low_rank())
         except UserError as error:
             raise UserError(f"{layer}: {error}") from error
+        if (numbers := down_RI.numel() * adapter.layer.groups**2) > LARGEST:
+            raise UserError(
+                f"{layer} cannot go into a PEFT LoRA folder: PEFT's lora_A sees all channels of a grouped convolution, "
+                f"and would take {numbers:,} numbers; fold it, or leave that layer out"
+            )
         down, up = _as_layers(adapter.layer, up_OR, down_RI)
         ranks[layer] = len(down)
         tensors |= {f"{PREFIX}{layer}.lora_A.weight": down, f"{PREFIX}{layer}.lora_B.weight": up}
@@ -157,6 +164,10 @@ def _refuse_what_peft_cannot_run(model: nn.Module, layer: str, module: Adapted, 
         reason = "it changes the bias too"
     elif not shape.linear and (set(shape.dilation) != {1} or shape.padding_mode != "zeros"):
         reason = f"PEFT runs it without dilation={shape.dilation} and padding_mode={shape.padding_mode!r}"
+    elif shape.groups**2 * math.prod(shape.weight[1:]) * module.adapters[name].low_rank()[1].shape[0] > LARGEST:
+        reason = (
+            f"PEFT has no grouped lora_A, and the dense one of {shape.groups} groups takes over {LARGEST:,} numbers"
+        )
     elif any(isinstance(p, READS_WEIGHTS) and any(part is module for part in p.modules()) for p in model.modules()):
         reason = "it is part of an attention that reads its weight, where PEFT's LoRA would be passed over"
     if reason:
