@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapted
-from lightspan.adapters.inject import READS_WEIGHTS, Injection, adapt, adapted_layers, plain_tensors
+from lightspan.adapters.inject import READS_WEIGHTS, adapt, adapted_layers, plain_tensors
 from lightspan.adapters.layers import LayerShape, whole
 from lightspan.adapters.lora import LoRA
+from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, write_atomic
@@ -103,7 +104,7 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     injections = []
     for layer, pair in pairs.items():
         down, up = pair["A"], pair["B"]
-        shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])  # type: ignore[arg-type]
+        shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])
         up_OR, down_RI = _as_matrices(shape, down, up, f"{folder}, {layer}")
         spec = LoRA(len(down_RI), _scale(config, layer, len(down)) * len(down_RI), config.get("lora_dropout", 0.0))
         injections.append(adapt(model, [glob.escape(layer)], spec, name, show=False))
