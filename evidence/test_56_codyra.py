@@ -183,14 +183,15 @@ def test_adaptive_ranks_forget_less(evidence) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for arm, kappas in (("LoRA", (None,)), ("CoDyRA", (1e-3, 3e-3, 1e-2))):
-        for rate, kappa in itertools.product((3e-3, 1e-2, 3e-2), kappas):
+    for arm, kappas in (("LoRA", (None,)), ("CoDyRA", (1e-2, 2e-2))):
+        for rate, kappa in itertools.product((3e-3, 1e-2), kappas):
             runs = [fit(seed, rate, kappa) for seed in SEARCH_SEEDS]
             error, rho = np.mean([r[0] for r in runs]), np.mean([spearmanr(r[1], r[2]).statistic for r in runs])
-            print("fit", arm, rate, kappa, f"{error:.5f} {rho:.2f}", [r[1:] for r in runs], flush=True)
-    grids = {"LoRA": ((50, 100, 200, 400), (None,)), "CoDyRA": ((200,), (1e-3, 3e-3, 1e-2, 3e-2))}
-    for arm, (lengths, kappas) in grids.items():
-        for rate, steps, kappa in itertools.product((1e-3, 3e-3, 1e-2), lengths, kappas):
+            print("fit", arm, rate, kappa, f"{error:.6f} {rho:.2f}", [r[1:] for r in runs], flush=True)
+    for rate in (1e-3, 3e-3, 1e-2):
+        settings = [("LoRA", steps, None) for steps in (100, 200)]
+        settings += [("CoDyRA", 200, ratio * rate) for ratio in (1, 3)]
+        for arm, steps, kappa in settings:
             runs = [continual(seed, rate, steps, kappa, "choose") for seed in SEARCH_SEEDS]
             means = {name: round(float(np.mean([r[name] for r in runs])), 1) for name in runs[0]}
             print("continual", arm, rate, steps, kappa, means, flush=True)
