@@ -42,7 +42,8 @@ def draw(labels: np.ndarray, noise: float, generator: np.random.Generator) -> np
         noise: standard deviation of each pixel's grain, where white is 1.
     """
     radius, angle, light, dark = (
-        generator.uniform(*ends, len(labels)) for ends in ((5.0, 10.0), (0, 2 * np.pi), (0.6, 1.0), (0.0, 0.35))
+        generator.uniform(least, most, len(labels))
+        for least, most in ((5.0, 10.0), (0.0, 2 * np.pi), (0.6, 1.0), (0.0, 0.35))
     )
     centre = SIDE / 2 - 0.5 + generator.uniform(-1, 1, (len(labels), 2)) * (SIDE / 2 - radius)[:, None]
     y, x = np.mgrid[:SIDE, :SIDE]

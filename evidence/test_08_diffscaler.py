@@ -42,7 +42,7 @@ OLD, NEW = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 PRETRAINING = {"steps": 1000, "batch": 64, "lr": 2e-3}
 STEPS, BATCH, RANK = 200, 64, 8
 LAYERS = ["*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2"]
-RATES = {"DiffScaler": 1e-2, "scale and shift": 1e-2, "BitFit": 1e-2, "full": 1e-3}
+RATES = {"DiffScaler": 1e-2, "scale and shift": 9e-2, "BitFit": 3e-2, "full": 9e-3}
 DRAWS, DIRECTIONS, SAMPLING_STEPS = 4, 16, 25
 PICTURE = Path(__file__).parent / "results" / "08_diffscaler.png"
 
@@ -180,18 +180,18 @@ def search() -> None:
     print(f"frozen: {loss(whole, new):.4f} with classes, {loss(whole, new, told=False):.4f} without", flush=True)
     print(f"loss on 0 to 4: {loss(whole, old):.4f}", flush=True)
     for arm in RATES:
-        known: dict[float, float] = {}
+        known: dict[int, float] = {}
 
-        def held_out(rate: float, arm: str = arm, known: dict[float, float] = known) -> float:
-            if rate not in known:
-                known[rate] = loss(tuned(whole, arm, SEARCH_SEED, VALIDATION, rate), new)
-                print(f"{arm} lr {rate:.2g}: {known[rate]:.4f}", flush=True)
-            return known[rate]
+        def held_out(power: int, arm: str = arm, known: dict[int, float] = known) -> float:
+            if power not in known:
+                rate = (1e-3 if arm == "full" else 1e-2) * 3.0**power  # where the search starts
+                known[power] = loss(tuned(whole, arm, SEARCH_SEED, VALIDATION, rate), new)
+                print(f"{arm} lr {rate:.2g}: {known[power]:.4f}", flush=True)
+            return known[power]
 
-        best = RATES[arm]
-        while (better := min((best / 3, best, best * 3), key=held_out)) != best:
+        best = 0
+        while (better := min((best - 1, best, best + 1), key=held_out)) != best:
             best = better
-        print(f"{arm}: {best:.2g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ WIDTH, CLASSES, RATIO = 64, 10, 4.0
 FULL = {"epochs": 40, "batch": 64, "lr": 3e-3}
 EPOCHS, BATCH = 3, 8
 TRANSFER = {"epochs": 30, "batch": 20}
-RATES = {"PELA": 4e-3, "task": 4e-3, "random": 2e-3, "transfer full": 1e-3, "transfer PELA": 1e-3}
-ALPHA = 10.0
+RATES = {"PELA": 1.6e-2, "task": 2.8e-3, "random": 4e-3, "transfer full": 1e-3, "transfer PELA": 1e-3}
+ALPHA = 3.0
 
 
 class RotatedDigits(Digits):

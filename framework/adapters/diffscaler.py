@@ -70,7 +70,7 @@ class Affiner(Adapter):
             return self.layer.down(x, self.down_RC)
         # At the centre of an empty kernel of the layer's size: stride, padding and groups are then the layer's.
         kernel = self.down_RC.new_zeros(self.rank, *self.layer.weight[1:])
-        kernel[(..., *(size // 2 for size in kernel.shape[2:]))] = self.down_RC
+        kernel.flatten(2)[..., kernel[0, 0].numel() // 2] = self.down_RC
         return self.layer.convolve(x, self.layer.for_each_group(kernel))
 
     def _beside(self, values_O: Tensor) -> Tensor:

@@ -94,8 +94,9 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: as the linear layer that it is
-        for layer in (self.level[0], self.level[2], self.label):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (*self.level, self.label):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, noisy_BCHW: Tensor, level_B: Tensor, label_B: Tensor | None = None) -> Tensor:
         if label_B is None:
