@@ -1,6 +1,7 @@
 """The script that `lightspan submit` renders, on a real SLURM of two nodes: run, preempted, requeued, finished."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ def test_a_preempted_job_requeues_and_ends_with_the_weights_of_an_undisturbed_on
     cluster.run("scancel", "--signal=USR1", job)
     cluster.wait(job, "PENDING")
     assert cluster.look(job)["Restarts"] == "1", cluster.log(job)
-    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")  # SLURM lets a requeued job wait two minutes
+    # SLURM lets a requeued job wait two minutes: a node refuses to start one in the very second in which it ended it.
+    time.sleep(3)
+    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
     cluster.wait(job, "COMPLETED")
 
     log = cluster.log(job)
