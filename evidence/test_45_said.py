@@ -1,0 +1,210 @@
+"""SAID and DID (arXiv 2012.13255) on digits: a pretrained start needs fewer random dimensions than a random one.
+
+A net 64-128-128-10 learns the digits 0 to 4, gets a new head, and is fine-tuned on 5 to 9 inside Fastfood subspaces of
+all its weights, one projection over all of them. d90 is the smallest dimension of a grid at which the mean over three
+seeds reaches 0.9 of what the same start reaches when all weights train; only the part of the grid around it is trained.
+SAID pays for the factors of its three layers out of its dimensions. Seeds draw initial weights, head, subspace, order,
+and the ten images of a class of the 10-shot task. Figures are accuracies on test images of 5 to 9.
+
+Rates of Adam come from one search for every row of `RATES`, on seeds 100 and 101 and training images held out, by
+factors of about three until both neighbours of the best are worse: `python evidence/test_45_said.py` repeats it.
+Subspaces are compared there at d = 32. Shorter pretraining takes the rates of the longest.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache, partial
+from statistics import mean
+
+import torch
+from test_41_intrinsic_dimension import GRID, SHARE, tensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.analysis.linear_probe import linear_probe_accuracy
+from lightspan.backbones.vision import MLP, he_normal_
+from lightspan.datamodules.images import Digits
+from lightspan.methods.supervised.classifier import Classifier
+from lightspan.optim.random_subspace import RandomSubspace
+
+SEEDS, SEARCH_SEEDS = (0, 1, 2), (100, 101)
+BATCH, EQUAL_DIM, LAYERS = 64, 32, 3
+LONGEST = 50
+RATES_TRIED = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+FIRST_TRIED = {"all weights": 1e-3, "DID": 3e-1, "SAID": 3e-1}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is fine-tuned, and on how much.
+
+    Args:
+        epochs: of pretraining on 0 to 4; 0 is a random start.
+        shots: training images of each class of 5 to 9; None for all.
+    """
+
+    epochs: int
+    shots: int | None = None
+
+    @property
+    def name(self) -> str:
+        start = f"pretrained for {self.epochs} epochs" if self.epochs else "random"
+        return f"{start}, {self.images}"
+
+    @property
+    def images(self) -> str:
+        return "all images" if self.shots is None else f"{self.shots} a class"
+
+    @property
+    def steps(self) -> int:
+        return 480 if self.shots is None else 240
+
+
+RATES: dict[str, dict[str, float]] = {}
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    while done < steps:
+        for rows in torch.randperm(len(x), generator=generator).split(BATCH)[: steps - done]:
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+
+
+@cache
+def started(epochs: int, seed: int, held_out: bool) -> Classifier:
+    """What fine-tuning begins from; do not change it."""
+    torch.manual_seed(seed)
+    model = Classifier(MLP(Digits.image_shape, (128, 128)), 10, torch.optim.Adam)
+    x, y, _, _ = tensors(Digits, held_out)
+    x, y = x[y < 5], y[y < 5]
+    descend(model, torch.optim.Adam(model.parameters(), lr=1e-3), x, y, epochs * math.ceil(len(x) / BATCH), seed)
+    torch.manual_seed(1000 + seed)
+    he_normal_(model.head)  # every start gets the same new head
+    return model
+
+
+@cache
+def task(shots: int | None, seed: int, held_out: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels of 5 to 9, to train on and to judge."""
+    x, y, judged_x, judged_y = tensors(Digits, held_out)
+    generator = torch.Generator().manual_seed(seed)
+    places = [(y == label).nonzero()[:, 0] for label in range(5, 10)]
+    kept = torch.cat([p[torch.randperm(len(p), generator=generator)[:shots]] for p in places])
+    return x[kept], y[kept], judged_x[judged_y > 4], judged_y[judged_y > 4]
+
+
+@cache
+def finetune(start: Start, arm: str, dim: int, lr: float, seed: int, held_out: bool = False) -> float:
+    """Accuracy in per cent; `dim` says nothing where all weights train."""
+    x, y, judged_x, judged_y = task(start.shots, seed, held_out)
+    model = Classifier(MLP(Digits.image_shape, (128, 128)), 10, torch.optim.Adam)
+    model.load_state_dict(started(start.epochs, seed, held_out).state_dict())
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    if arm != "all weights":
+        inner, named = partial(torch.optim.Adam, lr=lr), model.named_parameters()
+        optimizer = RandomSubspace(named, inner, dim, seed=seed, layer_scales=arm == "SAID")
+    descend(model, optimizer, x, y, start.steps, seed)
+    with torch.no_grad():
+        return 100 * (model(judged_x).argmax(1) == judged_y).float().mean().item()
+
+
+def reached(start: Start, arm: str, dim: int = 0) -> dict[int, float]:
+    """Accuracy of each seed at the rate that was found."""
+    lr = RATES[Start(start.epochs and LONGEST, start.shots).name][arm]
+    return {seed: finetune(start, arm, dim, lr, seed) for seed in SEEDS}
+
+
+def d90(evidence, start: Start, first: int) -> float:
+    """Of the mean over seeds: from the grid's point at `first` up to one on the line, and down to one below it."""
+    whole = reached(start, "all weights")
+    for seed, value in whole.items():
+        evidence.figure(f"accuracy with all weights, {start.name}", value, seed, "%")
+    line, points = SHARE * mean(whole.values()), {}
+
+    def holds(dim: int) -> bool:
+        points[dim] = mean(reached(start, "DID", dim).values())
+        print(f"{start.name}, d = {dim}: {points[dim]:.1f} (line {line:.1f})", flush=True)
+        return points[dim] >= line
+
+    begin = GRID.index(first)
+    found = next((i for i in range(begin, len(GRID)) if holds(GRID[i])), len(GRID))
+    while found == begin and begin > 0 and holds(GRID[begin - 1]):
+        found = begin = begin - 1
+    result = GRID[found] if found < len(GRID) else math.inf
+    evidence.figure(f"d90, {start.name}", result)
+    curve = ", ".join(f"{dim}: {points[dim]:.1f}" for dim in sorted(points))
+    evidence.note(f"{start.name}, line {line:.1f} %: mean accuracy in % of DID at d: {curve}.")
+    return result
+
+
+def record_lines(evidence, start: Start) -> None:
+    """What needs no subspace: the largest class, and a linear probe on the features of the start."""
+    for seed in SEEDS:
+        x, y, judged_x, judged_y = task(start.shots, seed, held_out=False)
+        with torch.no_grad():
+            features, judged = (started(start.epochs, seed, False).backbone(images) for images in (x, judged_x))
+        accuracy = 100 * linear_probe_accuracy(features, y, judged, judged_y)
+        evidence.figure(f"accuracy of a linear probe on frozen features, {start.name}", accuracy, seed, "%")
+    largest = 100 * judged_y.bincount().max().item() / len(judged_y)
+    evidence.figure(f"accuracy of the largest class, {start.images}", largest, unit="%")
+
+
+def test_a_pretrained_start_has_fewer_dimensions(evidence) -> None:
+    evidence.note(f"Rates: {RATES}.")
+    for shots in (None, 10):
+        found = {}
+        for epochs in (LONGEST, 0):
+            start = Start(epochs, shots)
+            record_lines(evidence, start)
+            found[epochs] = d90(evidence, start, first=50 if shots is None else 30)
+        ratio = found[LONGEST] / found[0]
+        evidence.claim(f"d90 of the pretrained start over that of the random one, {start.images}", ratio, at_most=0.6)
+
+
+def test_factors_of_layers_pay_for_themselves(evidence) -> None:
+    start = Start(LONGEST)
+    found = {arm: reached(start, arm, EQUAL_DIM) for arm in ("DID", "SAID")}
+    for arm, accuracies in found.items():
+        for seed, accuracy in accuracies.items():
+            evidence.figure(f"accuracy in {EQUAL_DIM} dimensions, {arm}", accuracy, seed, "%")
+    gains = {seed: found["SAID"][seed] - found["DID"][seed] for seed in SEEDS}
+    evidence.claim(f"SAID minus DID in {EQUAL_DIM} dimensions", gains, at_least=-1.0, unit="points")
+    evidence.claim("seeds of 3 on which SAID is better", sum(gain > 0 for gain in gains.values()), at_least=2.0)
+    evidence.claim("share of d that the factors take", LAYERS / EQUAL_DIM, at_most=0.1)
+
+
+def test_longer_pretraining_never_needs_more_dimensions(evidence) -> None:
+    found = {epochs: d90(evidence, Start(epochs), first=50) for epochs in (1, 10)}
+    found[LONGEST] = d90(evidence, Start(LONGEST), first=50)
+    for shorter, longer in ((1, 10), (10, LONGEST)):
+        name = f"d90 after {longer} epochs of pretraining minus d90 after {shorter}"
+        evidence.claim(name, found[longer] - found[shorter], at_most=0.0)
+
+
+def search(start: Start, arm: str) -> float:
+    """The best rate: from the first tried uphill, until both neighbours are worse."""
+    scores: dict[int, float] = {}
+
+    def score(i: int) -> float:
+        if not 0 <= i < len(RATES_TRIED):
+            return -math.inf
+        if i not in scores:
+            scores[i] = mean(finetune(start, arm, EQUAL_DIM, RATES_TRIED[i], s, held_out=True) for s in SEARCH_SEEDS)
+        return scores[i]
+
+    best = RATES_TRIED.index(FIRST_TRIED[arm])
+    while (next_best := max((best, best - 1, best + 1), key=score)) != best:
+        best = next_best
+    print(f"# {start.name}, {arm}", {RATES_TRIED[i]: round(scores[i], 1) for i in sorted(scores)}, flush=True)
+    return RATES_TRIED[best]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for start in (Start(epochs, shots) for shots in (None, 10) for epochs in (LONGEST, 0)):
+        arms = ("all weights", "DID", "SAID") if start == Start(LONGEST) else ("all weights", "DID")
+        print(f'    "{start.name}": { ({arm: search(start, arm) for arm in arms}) },'.replace("'", '"'), flush=True)
