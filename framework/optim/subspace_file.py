@@ -1,8 +1,8 @@
 """A trained network as a seed and d numbers: what a run in a random subspace leaves, and how weights are made of it.
 
 The file is safetensors: the coordinates z [d] and, if there are any, the layer scales [l]; its metadata name the kind
-of projection, its seed, the parameters in order, and the sha256 of theta_0. Buffers, such as running statistics of batch
-norm, are not weights and not in it.
+of projection, its seed, the parameters in order, and the sha256 of theta_0. Buffers, such as running statistics of
+batch norm, are not weights and not in it.
 """
 
 import json

@@ -4,7 +4,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lightspan.backbones.vision import SmallConvNet, timm_backbone
+from lightspan.backbones.vision import MLP, LeNet, SmallConvNet, timm_backbone
 from lightspan.errors import UserError
 
 
@@ -47,6 +47,27 @@ def test_small_conv_net_maps_any_resolution_to_its_features(size: int) -> None:
     network = SmallConvNet(in_chans=2, width=6, stages=3)
     assert network.num_features == 24
     assert network(torch.randn(3, 2, size, size)).shape == (3, 24)
+
+
+@pytest.mark.parametrize(("network", "shape"), [(MLP((2, 5, 4), (7, 6)), (2, 5, 4)), (LeNet((3, 17, 20)), (3, 17, 20))])
+def test_nets_of_one_image_size_give_features_of_the_width_they_name(network: nn.Module, shape: tuple) -> None:
+    features = network(torch.randn(3, *shape))
+    assert features.shape == (3, network.num_features)
+    assert features.min() >= 0
+
+
+def test_weights_start_he_normal() -> None:
+    torch.manual_seed(0)
+    first, second = (layer.weight for layer in MLP(hidden=(400, 300)).modules() if isinstance(layer, nn.Linear))
+    assert first.std().item() == pytest.approx((2 / 784) ** 0.5, rel=0.01)
+    assert second.std().item() == pytest.approx((2 / 400) ** 0.5, rel=0.01)
+
+
+def test_shapes_that_leave_no_network_are_refused() -> None:
+    with pytest.raises(UserError, match=r"MLP: in_shape=\(1, 28, 28\) and hidden=\(5, 0\)"):
+        MLP(hidden=(5, 0))
+    with pytest.raises(UserError, match=r"LeNet: in_shape=\(1, 15, 28\) must have a channel and 16 x 16 pixels"):
+        LeNet((1, 15, 28))
 
 
 def test_small_conv_net_refuses_zero_stages() -> None:

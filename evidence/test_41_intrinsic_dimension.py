@@ -1,0 +1,259 @@
+"""Intrinsic dimension (arXiv 1804.08838): in how many random dimensions nets learn digits, real and shuffled labels.
+
+d90 is the smallest dimension of a grid at which the mean over three seeds reaches 0.9 of what the same net reaches when
+all its weights train ("local" baseline). True labels are judged on test images, shuffled ones on the training images,
+which is all that can be learnt of them. Seeds draw initial weights, subspace, order of samples and the shuffling.
+
+Rates of Adam come from one search for every row of `RATES`, four rates for the baseline and four for the subspace, on
+seed 100 and images held out of training: `python evidence/test_41_intrinsic_dimension.py` repeats it. Only the part of
+the grid around d90 is trained: down to a point below the line, and up to d90.
+
+The paper trained on all of MNIST for 100 epochs, this run on 4,000 digits for 30 (FC) and 20 (LeNet), with a lower
+baseline, so the two columns of d90 are neighbours, not copies. Dense maps end at 10^8 entries, d = 500 for the largest
+net: where Fastfood's d90 is larger, there is no dense curve.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import cache, partial
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.backbones.vision import MLP, LeNet
+from lightspan.datamodules.images import Digits, ImageData, ImageSamples, MNIST5k
+from lightspan.methods.supervised.classifier import Classifier
+from lightspan.optim.random_subspace import RandomSubspace
+from lightspan.subspaces.projections import DENSE_LIMIT, Dense, Fastfood, ProjectionCallable, Sparse
+
+SEEDS = (0, 1, 2)
+BATCH = 128
+SHARE = 0.9
+GRID = [10, 15, 20, 25, 30, 35, 40, 50, 60, 70, 85, 100, 125, 150, 175, 200, 250, 300, 350, 400, 500, 600, 750, 900]
+GRID += [1100, 1350, 1650, 2000, 2500, 3000, 3700, 4500, 5500]
+PROJECTIONS: dict[str, ProjectionCallable] = {"Fastfood": Fastfood, "sparse": Sparse, "dense": Dense}
+DIRECT_RATES, SUBSPACE_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1, 3e-1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A net on a data set.
+
+    Args:
+        width: of the two hidden layers; 0 for LeNet.
+        shuffled: whether labels are permuted among the training images, and judged there.
+        searched_at: the dimension that rates of the subspace are compared at.
+    """
+
+    name: str
+    data: type[ImageData]
+    width: int
+    epochs: int
+    searched_at: int
+    shuffled: bool = False
+
+    def model(self) -> nn.Module:
+        shape = self.data.image_shape
+        backbone = MLP(shape, (self.width, self.width)) if self.width else LeNet(shape)
+        return Classifier(backbone, 10, torch.optim.Adam)
+
+    @property
+    def weights(self) -> int:
+        return sum(p.numel() for p in self.model().parameters())
+
+
+DIGITS = {w: Task(f"digits 64-{w}-{w}-10", Digits, w, 100, 100) for w in (50, 100, 200, 400)}
+SHUFFLED = {w: Task(f"shuffled 64-{w}-{w}-10", Digits, w, 300, 1000, shuffled=True) for w in (100, 200)}
+MNIST = {
+    "FC": Task("MNIST-5k 784-200-200-10", MNIST5k, 200, 30, 300),
+    "LeNet": Task("MNIST-5k LeNet", MNIST5k, 0, 20, 200),
+}
+PAPER = {"FC": 750, "LeNet": 290}  # on the whole of MNIST
+
+RATES: dict[str, tuple[float, float]] = {
+    "digits 64-50-50-10": (3e-4, 0.03),
+    "digits 64-100-100-10": (1e-2, 0.1),
+    "digits 64-200-200-10": (3e-4, 0.03),
+    "digits 64-400-400-10": (3e-4, 0.1),
+    "shuffled 64-100-100-10": (1e-3, 0.1),
+    "shuffled 64-200-200-10": (3e-4, 0.1),
+    "MNIST-5k 784-200-200-10": (3e-3, 0.1),
+    "MNIST-5k LeNet": (3e-3, 0.1),
+}
+"""Of the baseline and of the subspace."""
+
+
+@cache
+def tensors(data: type[ImageData], held_out: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, then those that judge: the test images, or a fifth of the training images."""
+    made = data(val_size=0)  # type: ignore[call-arg]
+    if held_out:
+        made = data(val_size=287 if data is Digits else 800)  # type: ignore[call-arg]
+    made.setup()
+    return *_whole(made.train), *_whole(made.val)
+
+
+def _whole(samples: ImageSamples | None) -> tuple[Tensor, Tensor]:
+    assert samples is not None
+    batch = [samples.sample(i, 0) for i in range(len(samples))]
+    return torch.stack([s["image"] for s in batch]), torch.stack([s["label"] for s in batch])
+
+
+def train(task: Task, dim: int | None, kind: str, lr: float, seed: int, held_out: bool = False) -> float:
+    """Accuracy in per cent after the last epoch; `dim` None trains all weights."""
+    x, y, judged_x, judged_y = tensors(task.data, held_out)
+    generator = torch.Generator().manual_seed(seed)
+    if task.shuffled:
+        y = y[torch.randperm(len(y), generator=generator)]
+        judged_x, judged_y = x, y
+    torch.manual_seed(seed)
+    model, inner = task.model(), partial(torch.optim.Adam, lr=lr)
+    if dim is None:
+        optimizer = inner(model.parameters())
+    else:
+        optimizer = RandomSubspace(model.named_parameters(), inner, dim, PROJECTIONS[kind], seed=seed)
+    for _ in range(task.epochs):
+        order = torch.randperm(len(x), generator=generator)
+        for rows in order.split(BATCH):
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        return 100 * (model(judged_x).argmax(1) == judged_y).float().mean().item()
+
+
+@dataclass
+class Curve:
+    """Accuracies over the grid, one a seed, and where they pass the line."""
+
+    task: Task
+    line: dict[int, float]
+    accuracies: dict[int, dict[int, float]]
+
+    def reaches(self, dim: int, kind: str) -> bool:
+        """Trains at one point of the grid and says whether the mean over seeds is on the line."""
+        found = {seed: train(self.task, dim, kind, RATES[self.task.name][1], seed) for seed in SEEDS}
+        self.accuracies = dict(sorted({**self.accuracies, dim: found}.items()))
+        each = " ".join(f"{value:.1f}" for value in found.values())
+        print(f"{self.task.name}, {kind}, d={dim}: {each} (line {mean(self.line.values()):.1f})", flush=True)
+        return mean(found.values()) >= mean(self.line.values())
+
+    @property
+    def d90(self) -> float:
+        """Of the mean over seeds; infinite where the grid ends below the line."""
+        line = mean(self.line.values())
+        return next((d for d, found in self.accuracies.items() if mean(found.values()) >= line), math.inf)
+
+    def of_seed(self, seed: int) -> float:
+        """Of one seed, against its own line, within what was trained for the mean."""
+        return next((d for d, found in self.accuracies.items() if found[seed] >= self.line[seed]), math.inf)
+
+
+@cache
+def baseline(task: Task) -> dict[int, float]:
+    return {seed: train(task, None, "", RATES[task.name][0], seed) for seed in SEEDS}
+
+
+@cache
+def climb(task: Task, kind: str, start: float) -> Curve:
+    """The curve around d90, from the grid's point before `start`: down to a point below the line, and up to d90 or to
+    the end of the grid.
+    """
+    curve = Curve(task, {seed: SHARE * value for seed, value in baseline(task).items()}, {})
+    grid = [d for d in GRID if d <= most(task, kind)]
+    first = max((i for i, d in enumerate(grid) if d < start), default=0)
+    for dim in reversed(grid[: first + 1]):
+        if not curve.reaches(dim, kind):
+            break
+    for dim in grid[first + 1 :]:
+        if math.isfinite(curve.d90) or curve.reaches(dim, kind):
+            break
+    return curve
+
+
+def climbs(task: Task, start: int) -> dict[str, Curve]:
+    """The curves of all projections; the others begin where Fastfood has its d90."""
+    first = climb(task, "Fastfood", start)
+    others = [kind for kind in PROJECTIONS if kind != "Fastfood" and most(task, kind) >= first.d90]
+    return {"Fastfood": first, **{kind: climb(task, kind, first.d90) for kind in others}}
+
+
+def most(task: Task, kind: str) -> int:
+    """The largest dimension that a projection can have."""
+    return min(task.weights, DENSE_LIMIT // task.weights) if kind == "dense" else task.weights
+
+
+def record(evidence, curve: Curve, kind: str) -> None:
+    for seed in SEEDS:
+        evidence.figure(f"d90, {curve.task.name}, {kind}", curve.of_seed(seed), seed)
+    evidence.figure(f"d90 of the mean, {curve.task.name}, {kind}", curve.d90)
+    points = ", ".join(f"{d}: {mean(found.values()):.1f}" for d, found in curve.accuracies.items())
+    evidence.note(f"{curve.task.name}, {kind}, D = {curve.task.weights}: mean accuracy in % at d: {points}.")
+
+
+def record_baseline(evidence, task: Task) -> None:
+    for seed, value in baseline(task).items():
+        evidence.figure(f"accuracy with all weights, {task.name}", value, seed, "%")
+
+
+def spread(values) -> float:
+    values = list(values)
+    return max(values) / min(values) if all(map(math.isfinite, values)) else math.inf
+
+
+def test_digits_have_a_dimension_that_width_and_projection_hardly_move_and_shuffling_does(evidence) -> None:
+    found = {}
+    for width in (100, 200):
+        record_baseline(evidence, DIGITS[width])
+        for kind, curve in climbs(DIGITS[width], start=100).items():
+            found[width, kind] = curve
+            record(evidence, curve, kind)
+    for kind in PROJECTIONS:
+        ratio = spread(found[width, kind].d90 for width in (100, 200))
+        evidence.claim(f"d90 of the two nets, larger over smaller, {kind}", ratio, at_most=2.0)
+    for width in (100, 200):
+        share = max(found[width, kind].d90 for kind in PROJECTIONS) / DIGITS[width].weights
+        evidence.claim(f"largest d90 over D, width {width}", share, at_most=0.1)
+        ratio = spread(found[width, kind].d90 for kind in PROJECTIONS)
+        evidence.claim(f"d90 of the three projections, largest over smallest, width {width}", ratio, at_most=1.5)
+    for width, task in SHUFFLED.items():
+        record_baseline(evidence, task)
+        curve = climb(task, "Fastfood", start=3000)
+        record(evidence, curve, "Fastfood")
+        ratio = curve.d90 / found[width, "Fastfood"].d90
+        evidence.claim(f"d90 of shuffled over true labels, width {width}", ratio, at_least=4.0)
+
+
+def test_d90_hardly_grows_with_the_width(evidence) -> None:
+    curves = {}
+    for width, task in DIGITS.items():
+        record_baseline(evidence, task)
+        curves[width] = climb(task, "Fastfood", start=100)
+        if width in (50, 400):
+            record(evidence, curves[width], "Fastfood")
+    sizes = [task.weights for task in DIGITS.values()]
+    evidence.figure("D, widest over narrowest of four nets", max(sizes) / min(sizes))
+    evidence.figure("d90, largest over smallest of four nets", spread(curve.d90 for curve in curves.values()))
+
+
+def test_mnist_beside_the_papers_numbers(evidence) -> None:
+    for name, task in MNIST.items():
+        record_baseline(evidence, task)
+        for kind, curve in climbs(task, start=300).items():
+            record(evidence, curve, kind)
+        evidence.figure(f"d90 in the paper, on all of MNIST, {name}", PAPER[name])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tasks = [*DIGITS.values(), *SHUFFLED.values(), *MNIST.values()]
+    for task in [t for t in tasks if len(sys.argv) < 2 or t.name.startswith(sys.argv[1])]:
+        best = []
+        for rates, dim in ((DIRECT_RATES, None), (SUBSPACE_RATES, task.searched_at)):
+            scores = {rate: train(task, dim, "Fastfood", rate, 100, held_out=True) for rate in rates}
+            best.append(max(scores, key=scores.__getitem__))
+            print(task.name, dim or "all", {rate: round(score, 2) for rate, score in scores.items()}, flush=True)
+        print(f'    "{task.name}": ({best[0]:g}, {best[1]:g}),', flush=True)
