@@ -24,10 +24,10 @@ from lightspan.analysis.spectra import (
 )
 from lightspan.callbacks.detached import detached, features_of, of_all_ranks
 from lightspan.errors import UserError
-from lightspan.optim.groups import matches, refuse_unmatched
 from lightspan.optim.layout import canonical, canonical_gradient, shards_of
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.sharding import Ranks
+from lightspan.patterns import matches, require_matches
 
 MEASURES = ("effective_rank", "stable_rank", "top_energy")
 GRAM_NUMBERS = 2**25
@@ -100,7 +100,7 @@ class DimensionTracker(Callback):
                     "coordinates alone; set backward='whole', or remove the callback"
                 )
         names = [name for name, p in pl_module.named_parameters() if p.requires_grad and p.ndim > 1]
-        refuse_unmatched(self.match, names, f"trained matrix of {type(pl_module).__name__}")
+        require_matches(self.match, names, f"trained matrix of {type(pl_module).__name__}")
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

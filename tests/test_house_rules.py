@@ -15,12 +15,13 @@ PACKAGES = {
     "framework": "lightspan",
 }
 
-GROUND = {"", "errors", "files", "distributed"}  # "" is `import lightspan` itself
+GROUND = {"", "errors", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
 # Floor -> the other floors it may use. The command line (cli, commands, config, report) stands on top and may use all.
 MAY_USE: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "distributed": set(),
+    "patterns": set(),
     "triton_kernels": set(),
     "subspaces": {"triton_kernels"},
     "optim": {"subspaces", "triton_kernels"},
@@ -36,7 +37,7 @@ MAY_USE: dict[str, set[str]] = {
         *("method", "subspaces", "optim", "adapters", "objectives"),
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
-    "callbacks": {"subspaces", "optim", "analysis", "strategies"},
+    "callbacks": {"subspaces", "optim", "adapters", "analysis", "strategies"},
     "datamodules": set(),
     "recipes": set(),
 }
@@ -46,7 +47,7 @@ TOP = {"__init__", "__main__", "cli", "commands", "config", "launch", "report"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
 # Pure tensor code, usable without a trainer.
-WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "objectives", "nn", "backbones")
+WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "adapters", "objectives", "nn", "backbones")
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -7,8 +7,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightspan.errors import UserError
-from lightspan.optim.groups import refuse_unmatched
 from lightspan.optim.low_rank import LowRank
+from lightspan.patterns import require_matches
 
 
 def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **options: Any) -> LowRank:
@@ -31,7 +31,7 @@ def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **opt
         )
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     trained = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-    refuse_unmatched(match, trained, f"trained parameter of {type(module).__name__}")
+    require_matches(match, trained, f"trained parameter of {type(module).__name__}")
     groups = []
     for group in optimizer.param_groups:
         for key in ("amsgrad", "maximize"):

@@ -9,28 +9,13 @@ Three groups, named in the optimiser's `param_groups`:
 | vectors    | norms, biases, tokens, scalars                      | no    | no        |
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from lightspan.errors import UserError
-
-
-def matches(name: str, patterns: list[str]) -> bool:
-    """Whether a dotted parameter name matches any shell-style pattern (`*` crosses dots)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
-    """Raises: UserError for a pattern that matches none of `names`, the names of `what`; it shows names like it."""
-    for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in names):
-            close = get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4) or names[:3]
-            raise UserError(f"pattern {pattern!r} matches no {what}; names look like " + ", ".join(close))
+from lightspan.patterns import matches
 
 
 @dataclass(frozen=True)

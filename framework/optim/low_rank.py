@@ -14,7 +14,6 @@ from lightspan.optim import elementwise
 from lightspan.optim.bases import Basis, PowerBasis
 from lightspan.optim.buckets import SEED_STRIDE, SHARD_STRIDE, Bucket, layout_of
 from lightspan.optim.core import Projection, Rule, project_step, step_in_one_pass, update_step
-from lightspan.optim.groups import matches
 from lightspan.optim.inner import Adam, Inner, Numbers
 from lightspan.optim.layout import (
     Layout,
@@ -33,6 +32,7 @@ from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Dropped, Fira, Residual
 from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
+from lightspan.patterns import matches
 
 
 @dataclass

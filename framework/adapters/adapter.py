@@ -1,0 +1,204 @@
+"""`Adapter`, a trainable change of one frozen layer, and `Adapted`, the layer with its adapters side by side.
+
+The layer is never written to: its output y is computed as ever, and each active adapter adds its change to it. So an
+adapter that starts at zero starts at the pretrained output bit for bit, switching adapters off gives it back bit for
+bit, and adapters that know nothing of each other can share a layer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightspan.adapters.layers import LayerShape, whole
+from lightspan.errors import UserError
+
+
+class Adapter(nn.Module, ABC):
+    """A trainable change of one frozen layer; zero when it is made.
+
+    A subclass keeps what it trains as parameters, and what it holds fixed as parameters that need no gradient, so that
+    sharding splits both. It keeps no reference to the layer.
+
+    Args:
+        layer: what is changed; its weight may be read here and is not kept.
+    """
+
+    mergeable = True
+    """Whether the change is one of weight and bias, so that `delta` gives it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = LayerShape.of(layer)
+        self.spec: AdapterSpec | None = None  # which `adapt` enters, and an adapter file names
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to the frozen layer's output `y` at its input `x`; broadcasts to the shape of `y`."""
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """The change of the weight, weight-shaped, materialised here alone. Raises: UserError if there is none."""
+
+    def bias_delta(self) -> Tensor | None:
+        """The change of the bias [O]; None for adapters that leave it."""
+        return None
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(up [O R], down [R I]) whose product is `delta` as a matrix [O I], R as small as it gets.
+
+        Raises: UserError, with the reason, for a change without low rank.
+        """
+        raise UserError(f"{type(self).__name__} has no low-rank form, which a PEFT LoRA folder needs")
+
+    def stored(self) -> dict[str, Tensor]:
+        """What an adapter file keeps: everything, for adapters that cannot make some of it again from the layer."""
+        return {name: whole(tensor).detach() for name, tensor in self.state_dict().items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `stored`. Raises: UserError for tensors of another adapter."""
+        try:
+            self.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"not the tensors of this adapter: {' '.join(str(error).split())}") from error
+
+
+class AdapterSpec(ABC):
+    """What a recipe names: the settings of one kind of adapter. Subclasses are frozen dataclasses of plain values."""
+
+    @abstractmethod
+    def build(self, layer: nn.Module, name: str) -> Adapter:
+        """The adapter of one layer. `name` is the layer's dotted name, for messages. Raises: UserError."""
+
+
+class Adapted(nn.Module):
+    """A frozen layer with adapters by name. The sum of all active ones is added to what the layer gives.
+
+    Attributes:
+        base: the layer, never written to but by `write` and `absorb`.
+        active: names of the adapters in use; others keep their numbers and change nothing.
+        enabled: False leaves the layer alone, whatever is active.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: list[str] = []
+        self.enabled = True
+        # Not part of checkpoints: what they stand for is in there already.
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.register_buffer("merged_bias", None, persistent=False)
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Puts an adapter beside the others and makes it active."""
+        assert name not in self.adapters
+        self.unmerge()
+        self.adapters[name] = adapter
+        self.active.append(name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged and self.enabled:
+            changed = {"weight": self.merged_weight} | ({} if self.merged_bias is None else {"bias": self.merged_bias})
+            return functional_call(self.base, changed, (x, *args), kwargs)
+        y = self.base(x, *args, **kwargs)
+        out = y
+        for name in self.active if self.enabled else ():
+            # Half-precision layers keep their adapters in float32; a change that small would be lost otherwise.
+            out = out + self.adapters[name](x, y).to(y.dtype)
+        return out
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with all active changes, differentiable. Code that reads a layer's weight past its forward
+        (nn.MultiheadAttention does with its `out_proj`) therefore gets the adapted one.
+        """
+        if self.merged and self.enabled:
+            return self.merged_weight
+        return self.changed_weight(self.active if self.enabled else [])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias with all active changes, as `weight`."""
+        if self.merged and self.enabled:
+            return self.base.bias if self.merged_bias is None else self.merged_bias
+        return self.changed_bias(self.active if self.enabled else [])
+
+    def changed_weight(self, names: Sequence[str]) -> Tensor:
+        """The layer's weight plus the changes of the named adapters."""
+        return _sum(self.base.weight, [self.adapters[name].delta() for name in names])
+
+    def changed_bias(self, names: Sequence[str]) -> Tensor | None:
+        """The layer's bias plus the changes of the named adapters; None without either. Raises: UserError for a change
+        of a bias that the layer does not have, which no plain layer of its kind could hold.
+        """
+        deltas = [delta for name in names if (delta := self.adapters[name].bias_delta()) is not None]
+        if deltas and self.base.bias is None:
+            raise UserError("a change of the bias cannot be put into a layer without one; build it with bias=True")
+        return _sum(self.base.bias, deltas) if deltas else self.base.bias
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """One product instead of several until `unmerge`: the sum of weight and changes, kept beside the weight.
+
+        Done twice it is the same as done once. The layer's own weight stays as it is, so `unmerge` has nothing to
+        compute. Training goes on only after it. Raises: UserError for a change that is none of the weight.
+        """
+        self.require_mergeable()
+        bias = self.changed_bias(self.active)
+        self.merged_weight = self.changed_weight(self.active).detach().clone()
+        self.merged_bias = None if bias is self.base.bias else bias.detach().clone()
+
+    def unmerge(self) -> None:
+        """Back to the layer and its adapters apart, bit for bit as before `merge`."""
+        self.merged_weight, self.merged_bias = None, None
+
+    def require_mergeable(self) -> None:
+        """Raises: UserError if the active changes are not all of the weight and of a bias that the layer has."""
+        for name in self.active:
+            if not self.adapters[name].mergeable:
+                raise UserError(
+                    f"the change of adapter {name!r} is none of the weight alone, so no plain layer can hold it; keep "
+                    "the adapter, or deactivate it first"
+                )
+        self.changed_bias(self.active)
+
+    @torch.no_grad()
+    def write(self, names: Sequence[str]) -> None:
+        """Writes the changes of adapters into the layer's own weight and bias, in place; the adapters stay as well."""
+        self.unmerge()
+        weight, bias = self.changed_weight(names), self.changed_bias(names)
+        self.base.weight.copy_(weight)
+        if bias is not None:
+            self.base.bias.copy_(bias)
+
+    def absorb(self, names: Sequence[str]) -> None:
+        """`write`, and without the adapters."""
+        self.write(names)
+        self.active = [name for name in self.active if name not in names]
+        for name in names:
+            del self.adapters[name]
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a layer has (`in_features`, `stride`) is read from it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+
+def _sum(tensor: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """Added up in the widest of the dtypes and rounded once; `tensor` itself without deltas."""
+    total = tensor
+    for delta in deltas:
+        total = total + delta
+    return total.to(tensor.dtype)

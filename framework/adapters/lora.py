@@ -1,0 +1,83 @@
+"""LoRA: a change of rank r, from two trained matrices.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv 2106.09685, equation 3:
+y = W x + (alpha / r) B A x, with A random and B zero. For convolutions as Hugging Face PEFT has it: A a kernel to r
+channels, B a 1x1 kernel; that is the same on the weight read as a matrix [O I].
+Shapes: O output features, I inputs of one of them (see `lightspan.adapters.layers`), R rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.adapters.adapter import Adapter, AdapterSpec
+from lightspan.adapters.layers import LayerShape
+from lightspan.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoRA(AdapterSpec):
+    """Args:
+    rank: r, from 1 to the rank of the layer's weight.
+    alpha: the change is scaled by alpha / r, > 0; None is r, a scale of 1.
+    dropout: share of inputs that the change does not see while training, in [0, 1).
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"LoRA rank={self.rank} must be at least 1")
+        if self.alpha is not None and self.alpha <= 0:
+            raise UserError(f"LoRA alpha={self.alpha} must be above 0; leave it out for a scale of 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA dropout={self.dropout} must be in [0, 1)")
+
+    def build(self, layer: nn.Module, name: str) -> "LoRAUpdate":
+        require_rank(self.rank, layer, name)
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        return LoRAUpdate(layer, self.rank, scale, self.dropout)
+
+
+class LoRAUpdate(Adapter):
+    """scale * up down, `down` drawn as nn.Linear draws its weights, `up` zero."""
+
+    def __init__(self, layer: nn.Module, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(layer)
+        options = like(layer)
+        self.down_RI = nn.Parameter(torch.empty(rank, self.layer.fan_in, **options))
+        self.up_OR = nn.Parameter(torch.zeros(self.layer.out_features, rank, **options))
+        nn.init.kaiming_uniform_(self.down_RI, a=math.sqrt(5))
+        self.factor, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.to(self.down_RI.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return self.layer.up(self.layer.down(x, self.down_RI), self.up_OR * self.factor)
+
+    def delta(self) -> Tensor:
+        return self.layer.shaped(self.up_OR * self.factor @ self.down_RI)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.up_OR * self.factor, self.down_RI
+
+
+def require_rank(rank: int, layer: nn.Module, name: str) -> None:
+    """Raises: UserError for a rank that no change of the layer's weight can have."""
+    largest = LayerShape.of(layer).largest_rank
+    if rank > largest:
+        shape = " x ".join(map(str, layer.weight.shape))  # type: ignore[union-attr, operator]
+        raise UserError(f"rank={rank} is above {largest}, the largest for {name} of shape {shape}; lower it")
+
+
+def like(layer: nn.Module) -> dict[str, torch.dtype | torch.device]:
+    """Device and dtype of a layer's adapter: the layer's own, but float32 for half-precision layers."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}

@@ -1,0 +1,110 @@
+"""SVFit: train the singular values of a pretrained weight, and keep its singular vectors.
+
+Source: "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values", 2024, arXiv
+2409.05926. W = U S V^T; of W' = U_r diag(s) V_r^T + W_e only s trains. Here the trained numbers are the shift s - s0,
+and the layer runs with its own weight: y = W x + U_r ((s - s0) * (V_r^T x)) is the same function without a stored W_e,
+exact at the start, and weight decay pulls towards the pretrained weight instead of towards zero.
+Shapes: O output features, I inputs of one of them (see `lightspan.adapters.layers`), R rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.adapters.adapter import Adapter, AdapterSpec
+from lightspan.adapters.layers import LayerShape, whole
+from lightspan.adapters.lora import like, require_rank
+from lightspan.errors import UserError
+
+
+@dataclass(frozen=True)
+class SVFit(AdapterSpec):
+    """Args:
+    rank: singular values that train, the largest ones; None is all of them, which is where the paper's rule ends.
+    energy: instead of `rank`, the share of the squared singular values that the trained ones have at least, in (0, 1].
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.energy is not None:
+            raise UserError(f"SVFit takes rank={self.rank} or energy={self.energy}, not both")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"SVFit rank={self.rank} must be at least 1; leave it out for all singular values")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UserError(f"SVFit energy={self.energy} must be in (0, 1]")
+
+    def build(self, layer: nn.Module, name: str) -> "SVFitUpdate":
+        if self.rank is not None:
+            require_rank(self.rank, layer, name)
+        left_OR, values_R, right_RI = frames(layer)
+        rank = self.rank or len(values_R)
+        if self.energy is not None:
+            share_R = values_R.double().square().cumsum(0)
+            rank = int((share_R < self.energy * share_R[-1]).sum()) + 1
+        return SVFitUpdate(layer, left_OR[:, :rank], values_R[:rank], right_RI[:rank])
+
+
+def frames(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O R], s [R] and V^T [R I] of the layer's weight, in float32 or wider: half precision has no SVD."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    matrix_OI = LayerShape.of(layer).matrix(weight.detach()).to(like(layer)["dtype"])
+    left_OR, values_R, right_RI = torch.linalg.svd(matrix_OI, full_matrices=False)
+    return left_OR, values_R, right_RI
+
+
+class SVFitUpdate(Adapter):
+    """left diag(shift) right, with fixed frames.
+
+    An adapter file keeps the shifts alone, and the frames are computed anew from the layer. They come out the same up
+    to rounding, but for singular values that (nearly) coincide; so the file also keeps what the change does to one
+    fixed input, and another outcome is refused.
+    """
+
+    def __init__(self, layer: nn.Module, left_OR: Tensor, values_R: Tensor, right_RI: Tensor) -> None:
+        super().__init__(layer)
+        self.left_OR = _fixed(left_OR)
+        self.values_R = _fixed(values_R)
+        self.right_RI = _fixed(right_RI)
+        self.shift_R = nn.Parameter(torch.zeros_like(values_R))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.layer.down(x.to(self.right_RI.dtype), self.right_RI)
+        return self.layer.up(self.layer.scale(z, self.shift_R), self.left_OR)
+
+    def delta(self) -> Tensor:
+        return self.layer.shaped(self.left_OR * self.shift_R @ self.right_RI)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.left_OR * self.shift_R, self.right_RI
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"shift_R": whole(self.shift_R).detach(), "probe_O": self._probe()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        stored = tensors.get("shift_R")
+        if stored is None or stored.shape != self.shift_R.shape:
+            raise UserError(f"not the shifts of {len(self.shift_R)} singular values")
+        with torch.no_grad():
+            self.shift_R.copy_(stored)
+        probe_O = self._probe()
+        apart = (probe_O - tensors["probe_O"].to(probe_O)).norm()
+        limit = torch.finfo(probe_O.dtype).eps ** 0.5 * probe_O.norm()
+        if apart > limit:
+            raise UserError(
+                f"the singular vectors come out differently here (by {apart:.2g} on a fixed input): some singular "
+                "values of the layer nearly coincide; keep the whole checkpoint or a PEFT folder instead"
+            )
+
+    def _probe(self) -> Tensor:
+        left_OR, shift_R, right_RI = (whole(t).detach() for t in (self.left_OR, self.shift_R, self.right_RI))
+        x_I = torch.randn(right_RI.shape[1], generator=torch.Generator().manual_seed(0)).to(right_RI)
+        return left_OR @ (shift_R * (right_RI @ x_I))
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    """A parameter that needs no gradient; a copy without what it was cut from."""
+    return nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False)

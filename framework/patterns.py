@@ -1,0 +1,22 @@
+"""Names chosen by shell-style patterns, the one way in which this project lets a user point at parts of a module."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from lightspan.errors import UserError
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name matches any shell-style pattern (`*` crosses dots)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def require_matches(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
+    """Raises: UserError for a pattern that matches none of `names`, with the closest of them. `what` says what they
+    name, such as "trained parameter of CausalLM".
+    """
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            close = get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4) or names[:3]
+            raise UserError(f"pattern {pattern!r} matches no {what}; names look like {', '.join(close) or '(none)'}")

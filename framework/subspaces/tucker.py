@@ -1,0 +1,37 @@
+"""Tucker form: a tensor as a small core times one matrix along each of its axes.
+
+Source: De Lathauwer, De Moor, Vandewalle, "A Multilinear Singular Value Decomposition", 2000, equations 8 and 24-26.
+Shapes: a tensor of sizes d_1 ... d_N, a core of sizes r_1 ... r_N, factors [d_n r_n].
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Every fibre of `tensor` along `axis` multiplied by `matrix` [any, size of that axis]."""
+    return torch.tensordot(tensor, matrix, dims=([axis], [1])).movedim(-1, axis)
+
+
+def compose(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+    """core x_1 U_1 ... x_N U_N; None stands for the identity."""
+    for axis, factor in enumerate(factors):
+        core = core if factor is None else mode_product(core, factor, axis)
+    return core
+
+
+def unfolding(tensor: Tensor, axis: int) -> Tensor:
+    """The tensor as a matrix, with `axis` as its rows; the ranks of all unfoldings bound the core's sizes."""
+    return tensor.movedim(axis, 0).flatten(1)
+
+
+def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """(core, orthonormal factors) with the leading singular vectors of each unfolding: exact at full ranks, and within
+    sqrt(N) of the best Tucker form otherwise.
+    """
+    factors = [
+        torch.linalg.svd(unfolding(tensor, axis), full_matrices=False).U[:, :rank] for axis, rank in enumerate(ranks)
+    ]
+    return compose(tensor, [factor.mT for factor in factors]), factors

@@ -1,0 +1,161 @@
+"""PEFT folders, read by PEFT itself and read back, for every adapter that has a low-rank form."""
+
+import copy
+import json
+
+import pytest
+import torch
+from adapters.cases import CASES
+from adapters.small_net import images, perturb
+from torch import nn
+
+from lightspan.adapters.inject import adapt, adapted_layers, freeze_statistics
+from lightspan.adapters.lora import LoRA
+from lightspan.adapters.peft import load_peft, save_peft
+from lightspan.errors import UserError
+
+peft = pytest.importorskip("peft")
+
+LOW_RANK = [name for name, spec in CASES.items() if spec.build(nn.Linear(4, 4), "layer").mergeable]
+EVERY = pytest.mark.parametrize("name", LOW_RANK)
+
+
+class Net(nn.Module):
+    """Layers that PEFT's LoRA can run, two of whose names end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding="same", groups=12)
+        self.dense = nn.Linear(12, 10)
+        self.inner = nn.ModuleDict({"dense": nn.Linear(10, 8)})
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.depthwise(self.grouped(self.norm(self.stem(x)).tanh()).tanh()).tanh()
+        return self.head(self.inner["dense"](self.dense(h.mean(dim=(2, 3))).tanh()).tanh())
+
+
+MATCH = ["stem", "grouped", "depthwise", "dense", "inner.*"]
+
+
+def trained(spec, match=MATCH, train=("head.*",)):
+    model = Net().double().eval()
+    adapt(model, match, spec, train=train, show=False)
+    return perturb(model)
+
+
+@EVERY
+def test_peft_loads_the_folder_and_says_the_same(name, tmp_path, capsys):
+    model, x = trained(CASES[name]), images(dtype=torch.float64)
+    save_peft(model, tmp_path / "p")
+    theirs = peft.PeftModel.from_pretrained(Net().double().eval(), str(tmp_path / "p"))
+    difference = (theirs(x) - model(x)).abs().max().item()
+    with capsys.disabled():
+        print(f"\n{name}: largest difference under PEFT {difference:.2g}")
+    assert difference < 1e-12
+
+
+@EVERY
+def test_the_folder_is_read_back_as_a_lora_with_the_same_function(name, tmp_path):
+    model, x = trained(CASES[name]), images(dtype=torch.float64)
+    save_peft(model, tmp_path / "p")
+    again = Net().double().eval()
+    injection = load_peft(again, tmp_path / "p", show=False)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-12, atol=1e-12)
+    assert {row.module for row in injection.rows} == set(adapted_layers(model))
+    assert {n for n, p in again.named_parameters() if p.requires_grad and ".adapters." not in n} == {
+        "head.weight",
+        "head.bias",
+    }
+
+
+def test_layers_of_different_rank_are_told_apart_although_their_names_end_alike(tmp_path):
+    model, x = Net().double().eval(), images(dtype=torch.float64)
+    adapt(model, ["dense"], LoRA(rank=3, alpha=1.5), show=False)
+    adapt(model, ["inner.dense", "stem"], LoRA(rank=2), show=False)
+    perturb(model)
+    save_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (2, {"^dense": 3})
+    theirs = peft.PeftModel.from_pretrained(Net().double().eval(), str(tmp_path))
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "lora_alpha": 6,
+            "rank_pattern": {"inner.dense": 2},
+            "alpha_pattern": {"stem": 3},
+            "modules_to_save": ["head"],
+        },
+        {"lora_alpha": 6, "use_rslora": True},
+    ],
+)
+def test_a_folder_made_by_peft_loads_here(tmp_path, settings):
+    config = peft.LoraConfig(r=4, target_modules=["stem", "dense"], **settings)
+    theirs = perturb(peft.get_peft_model(Net().eval(), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, x = Net().eval(), images()
+    load_peft(ours, tmp_path, show=False)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_transformers_conv1d_goes_there_and_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=11, n_positions=8)
+    torch.manual_seed(0)
+    pretrained = transformers.GPT2LMHeadModel(config).double().eval()
+    model, tokens = copy.deepcopy(pretrained), torch.arange(8)[None]
+    adapt(model, ["*.c_attn"], CASES["SVFit"], show=False)
+    perturb(model)
+    save_peft(model, tmp_path)
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pretrained), str(tmp_path))
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, rtol=1e-10, atol=1e-10)
+    load_peft(pretrained, tmp_path, show=False)
+    torch.testing.assert_close(pretrained(tokens).logits, model(tokens).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_folder_cannot_hold_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"norm.bias trained by itself, and PEFT saves whole modules"):
+        save_peft(trained(LoRA(rank=2), train=["norm.bias"]), tmp_path)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, dilation=2))
+    adapt(model, ["0"], LoRA(rank=2), show=False)
+    with pytest.raises(UserError, match="0 cannot go into a PEFT LoRA folder: PEFT runs it without"):
+        save_peft(model, tmp_path)
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    adapt(attention, ["*.out_proj"], LoRA(rank=2), show=False)
+    with pytest.raises(UserError, match="it is part of an attention that reads its weight"):
+        save_peft(attention, tmp_path)
+    with pytest.raises(UserError, match="no layer has an adapter named 'default'"):
+        save_peft(Net(), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"is no PEFT folder with adapter_config.json and adapter_model.safetensors"):
+        load_peft(Net(), tmp_path)
+    save_peft(trained(LoRA(rank=2)), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    with pytest.raises(UserError, match="holds head.bias, which Sequential has no place for"):
+        load_peft(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    for change, message in (({"peft_type": "IA3"}, "of type 'IA3'; only LORA"), ({"use_dora": True}, "uses use_dora")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            load_peft(Net(), tmp_path)
+
+
+def test_running_statistics_travel_with_a_norm_that_trained(tmp_path):
+    model, x = Net().eval(), images()
+    adapt(model, ["stem"], LoRA(rank=2), train=["norm.*"], show=False)
+    freeze_statistics(model)
+    model.norm.running_mean += 0.5
+    save_peft(perturb(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Net().eval(), str(tmp_path))
+    torch.testing.assert_close(theirs(x), model(x))
