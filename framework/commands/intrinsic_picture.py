@@ -33,12 +33,13 @@ def picture(curve: Curve, metric: str, threshold: float, references: dict[str, A
     if curve.reached is not None:
         axes.axvline(curve.reached, color=_LINE, linewidth=1, linestyle=":")
         axes.annotate(
-            f"d = {curve.reached:,}", (curve.reached, curve.line), xytext=(5, -14), textcoords="offset points",
-            color=_LINE, fontweight="bold",
+            f"d = {curve.reached:,}", (curve.reached, curve.line), xytext=(-5, 5), textcoords="offset points",
+            color=_LINE, fontweight="bold", ha="right",
         )  # fmt: skip
     positive = [dim for dim in dims if dim > 0]
     if positive and max(positive) > 10 * min(positive):
-        axes.set_xscale("symlog", linthresh=min(positive))  # which has a place for d = 0
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)  # which has a place for d = 0
+        axes.set_xlim(dims[0] - 0.2 * min(positive), 1.15 * dims[-1])
     axes.set_xticks(dims, [f"{dim:,}" for dim in dims], rotation=45, ha="right", fontsize=8)
     axes.minorticks_off()
     axes.set(xlabel="dimension of the subspace d", ylabel=metric)
