@@ -14,11 +14,13 @@ OMP_NUM_THREADS ?= 1
 # Nothing under test may reach for a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ARGS ?=
+# Runs at a time of `make d90`.
+WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality lock docker-test cluster-test clean
+.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +76,13 @@ lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lm_quality.py final
 	$(BIN)/python benchmarks/lm_quality.py table
 	$(BIN)/python benchmarks/build_docs.py
+
+# The paper's network and grid. Rates and the line are read on 10,000 training images kept out of training.
+d90: $(BASE) ## intrinsic dimension of 784-200-200-10 on all of Fashion-MNIST (hours; goes on where it stopped)
+	$(BIN)/lightspan intrinsic-dimension subspace/direct_mnist --out build/d90 --workers $(WORKERS) --lrs 1e-3,1e-2,1e-1 \
+	  --grid 0,10,50,100,200,300,350,375,400,425,450,475,500,525,550,575,600,625,650,675,700,725,750,775,800,850,900,950,1000,1250,1500,2000 \
+	  trainer.max_epochs=100 trainer.check_val_every_n_epoch=10 model.init_args.optimizer.init_args.weight_decay=1e-5 \
+	  data.class_path=lightspan.datamodules.images.FashionMNIST data.init_args.source=full data.init_args.val_size=10000
 
 lock: ## write docker/requirements.lock from a resolution in a new environment
 	rm -rf build/lock

@@ -58,6 +58,12 @@ VERBS = (
     Verb("test", "measure a checkpoint on test data", "run", "add_evaluate_arguments", "run_test", True),
     Verb("predict", "write the predictions of a checkpoint", "run", "add_evaluate_arguments", "run_predict", True),
     Verb("prove-resume", "show that a killed and resumed run equals a straight one", "prove_resume", flags=True),
+    Verb(
+        "intrinsic-dimension",
+        "find how many random dimensions a recipe needs",
+        "intrinsic_dimension",
+        flags=True,
+    ),
     Verb("report", "set runs side by side on one HTML page", "report"),
     Verb("export", "write a checkpoint for other libraries", "export"),
     Verb("fsck", "find torn checkpoints of a run and move them out of the way", "fsck"),

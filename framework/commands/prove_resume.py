@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import random
 import signal
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.fits import end, exits_on_sigterm, fit_command, last_lines, start
 from lightspan.commands.metrics_csv import METRICS_FILE
 from lightspan.commands.run_folder import LAST_CHECKPOINT
 from lightspan.config.resolve import Resolved, resolve, with_layer
@@ -87,15 +87,8 @@ def run(args: argparse.Namespace) -> int:
             f"--steps {settings.steps} is more than the recipe's trainer.max_steps={own}; lower the one or raise the "
             "other"
         )
-    before = signal.signal(signal.SIGTERM, _stop)  # by default it would leave the ranks running
-    try:
+    with exits_on_sigterm():
         return _in_folder(args, resolved, settings)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number: int, _: Any) -> None:
-    sys.exit(128 + number)
 
 
 def _in_folder(args: argparse.Namespace, resolved: Resolved, settings: _Settings) -> int:
@@ -195,20 +188,15 @@ def _start(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -> 
     """Runs one leg. Raises: UserError when it ends in another way than it was to."""
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
     write_atomic(recipe, dump(with_layer(resolved, _changes(resolved, settings, run_dir, leg)).document()))
-    command = [sys.executable, "-m", "lightspan", "fit", str(recipe), "--run", str(run_dir)]
-    for module in resolved.allow_modules:
-        command += ["--allow-module", module]
-    run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir / "output.txt"
-    statuses = ranks_of(command, leg.ranks, log)
+    statuses = ranks_of(fit_command(recipe, run_dir, resolved.allow_modules), leg.ranks, log)
     killed = -signal.SIGKILL in statuses
     if killed != (leg.kill is not None) or (not killed and any(statuses)):
-        last = log.read_text(errors="replace").strip().splitlines()[-15:]
         status = next((status for status in statuses if status), 0)
         wanted = "be killed" if leg.kill else "finish"
         raise UserError(
             f"{run_dir.name} on {leg.ranks} rank(s) was to {wanted} but ended with status {status}; its last lines:\n"
-            + "\n".join(last)
+            + last_lines(log)
         )
 
 
@@ -245,24 +233,18 @@ def ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    alone = {key: value for key, value in os.environ.items() if key != "LIGHTSPAN_RUN"}
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        with log.open("ab") as file:
-            for rank in range(ranks):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-                launched = alone | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                variables = alone if ranks == 1 else launched
-                started = subprocess.Popen(command, env=variables, stdout=file, stderr=file, start_new_session=True)
-                processes.append(started)
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+            launched = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.append(start(command, log, launched if ranks > 1 else None))
         while not any(process.poll() for process in processes) and any(process.poll() is None for process in processes):
             time.sleep(0.1)
         return [process.poll() for process in processes]
     finally:
-        for process in processes:  # with its data workers, which are in its session
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        for process in processes:
+            end(process)
 
 
 def first_difference(straight: Path, killed: Path) -> str | None:
