@@ -300,10 +300,10 @@ def plan_error(results: Path) -> list[str]:
     lines = [
         "Memory of rank 0 as `lightspan plan` names it before a run, and the peak that a run of a few steps records.",
         "Without a GPU both are of the whole process, most of which is Python with its libraries; what the step itself",
-        "adds is shown beside it. What a plan does not see: the gaps that glibc's allocator leaves between tensors, which",
-        "are most of what a large step is short of (rows without gaps: MALLOC_MMAP_THRESHOLD_=65536 for the run, at a",
-        "cost in speed), buffers inside an operation, and the libraries of process groups and of DeepSpeed (23 MiB for",
-        "its import alone).",
+        "adds is shown beside it. What a plan does not see: the gaps that glibc's allocator leaves between tensors,",
+        "most of what a large step lacks here (rows without gaps: MALLOC_MMAP_THRESHOLD_=65536 for the run, at a cost",
+        "in speed), buffers inside an operation, and the libraries of process groups and of DeepSpeed (23 MiB for its",
+        "import alone).",
         "",
     ]
     columns = ("recipe", "strategy", "ranks", "samples", "planned, MiB", "of these the step", "measured, MiB", "off by")
