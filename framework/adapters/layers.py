@@ -7,6 +7,7 @@ steps, `down` to R numbers a position and `up` to O, and never needs the matrix 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
