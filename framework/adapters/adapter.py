@@ -103,7 +103,7 @@ class Adapted(nn.Module):
         self.active.append(name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged and self.enabled:
+        if self.merged_weight is not None and self.enabled:
             changed = {"weight": self.merged_weight} | ({} if self.merged_bias is None else {"bias": self.merged_bias})
             return functional_call(self.base, changed, (x, *args), kwargs)
         y = self.base(x, *args, **kwargs)
