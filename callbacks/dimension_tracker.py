@@ -168,7 +168,7 @@ class DimensionTracker(Callback):
             found |= {f"spectrum/{kind}/{i}": mean for i, mean in enumerate(means[len(MEASURES) :])}
         return found
 
-    def _rows(self, parts: dict[Key, tuple[Tensor, Tensor]]) -> dict[Key, list[float]]:
+    def _rows(self, parts: Mapping[Key, tuple[Tensor, Tensor]]) -> dict[Key, list[float]]:
         """MEASURES and leading energies of whole matrices, from this rank's rows [m N] of each and its parameter."""
         alike: dict[tuple[int, Ranks | None], list[Key]] = {}
         for key, (rows_mN, parameter) in parts.items():

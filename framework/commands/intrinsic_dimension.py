@@ -344,8 +344,8 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
     table = Table(title=Text(title), title_justify="left")
     for column in ("d", "mean", "lowest", "highest", "lr"):
         table.add_column(column, justify="right")
-    rows: dict[int | None, Point] = {None: curve.baseline, **curve.points}
-    for dim, point in rows.items():
+    rows: list[tuple[int | None, Point]] = [(None, curve.baseline), *curve.points.items()]
+    for dim, point in rows:
         values = point.values.values()
         cells = [_four(value) for value in (point.mean, min(values), max(values))] if values else ["failed", "", ""]
         rate = "" if point.lr is None else f"{point.lr:g}"
