@@ -138,7 +138,7 @@ def _without_verb(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], names)}there are: {', '.join(names)}")
     print("usage: lightspan VERB ...   (lightspan VERB --help tells more)\n")
     for verb in VERBS:
-        print(f"  {verb.name:<12} {verb.help}")
+        print(f"  {verb.name:<20} {verb.help}")
     print("\nStart with: lightspan recipes; lightspan fit language/quickstart")
     return 0 if arguments else USER_ERROR
 
