@@ -170,7 +170,7 @@ def adapted_accuracy(arm: str, seed: int, rate: float, scale: float, on: str) ->
         return 100 * (model(x).argmax(dim=1) == y).float().mean().item(), numbers
 
 
-FIT = {"FLoRA": (3e-2, 1.0), "flatten-LoRA": (1e-2, 1.0)}
+FIT = {"FLoRA": (3e-2, 1.0), "flatten-LoRA": (3e-2, 1.0)}
 DIGITS = {"FLoRA": (1e-2, 4.0), "flatten-LoRA": (3e-2, 0.25), "full": (1e-3, 1.0)}
 
 

@@ -16,7 +16,6 @@ setting is the one with the highest rank correlation, LoRA's the one with the sm
 """
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -146,7 +145,7 @@ def continual(seed: int, rate: float, steps: int, kappa_max: float | None, on: s
 
 
 FIT = {"LoRA": (3e-3, None), "CoDyRA": (1e-2, 1e-2)}
-CONTINUAL = {"LoRA": (3e-3, 200, None), "CoDyRA": (3e-3, 200, 5e-3)}
+CONTINUAL = {"LoRA": (3e-3, 100, None), "CoDyRA": (1e-3, 200, 1e-3)}
 
 
 def test_gates_recover_the_ranks_that_the_layers_need(evidence) -> None:
