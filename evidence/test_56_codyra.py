@@ -8,13 +8,14 @@ Continual: an MLP pretrained on scikit-learn's digits learns five domains one af
 degrees, each with adapters of rank 8 on all layers that are merged before the next domain. Reported after the last one:
 the mean accuracy over all five, that of the last one, and the drop on upright digits.
 
-Settings of both arms come from searches of equal size on seeds 100 to 102, in the continual part on images that no
-claim uses: a grid of rate and last threshold for CoDyRA; of as many rates and steps for LoRA, since fewer steps are the
-way in which a fixed rank forgets less. `python evidence/test_56_codyra.py` repeats them.
+Settings come from searches on seeds 100 to 102, in the continual part on seeds 100 and 101 and images that no claim
+uses, of equal size there: a grid of rate and last threshold for CoDyRA; of as many rates and steps for LoRA, since
+fewer steps are the way in which a fixed rank forgets less; the best average accuracy counts. For known ranks CoDyRA's
+setting is the one with the highest rank correlation, LoRA's the one with the smallest error.
+`python evidence/test_56_codyra.py` repeats them.
 """
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -143,8 +144,8 @@ def continual(seed: int, rate: float, steps: int, kappa_max: float | None, on: s
     return {"average": float(np.mean(final)), "last": final[-1], "drop": upright - accuracy(0)}
 
 
-FIT = {"LoRA": (1e-2, None), "CoDyRA": (1e-2, 5e-3)}
-CONTINUAL = {"LoRA": (3e-3, 200, None), "CoDyRA": (3e-3, 200, 5e-3)}
+FIT = {"LoRA": (3e-3, None), "CoDyRA": (1e-2, 1e-2)}
+CONTINUAL = {"LoRA": (3e-3, 100, None), "CoDyRA": (1e-3, 200, 1e-3)}
 
 
 def test_gates_recover_the_ranks_that_the_layers_need(evidence) -> None:
@@ -183,15 +184,18 @@ def test_adaptive_ranks_forget_less(evidence) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for arm, kappas in (("LoRA", (None,)), ("CoDyRA", (1e-2, 2e-2))):
-        for rate, kappa in itertools.product((3e-3, 1e-2), kappas):
+    for arm, settings in (
+        ("LoRA", ((3e-3, None), (1e-2, None))),
+        ("CoDyRA", ((3e-3, 1e-2), (3e-3, 2e-2), (1e-2, 1e-2))),
+    ):
+        for rate, kappa in settings:
             runs = [fit(seed, rate, kappa) for seed in SEARCH_SEEDS]
             error, rho = np.mean([r[0] for r in runs]), np.mean([spearmanr(r[1], r[2]).statistic for r in runs])
             print("fit", arm, rate, kappa, f"{error:.6f} {rho:.2f}", [r[1:] for r in runs], flush=True)
-    for rate in (1e-3, 3e-3, 1e-2):
+    for rate in (1e-3, 3e-3):
         settings = [("LoRA", steps, None) for steps in (100, 200)]
         settings += [("CoDyRA", 200, ratio * rate) for ratio in (1, 3)]
         for arm, steps, kappa in settings:
-            runs = [continual(seed, rate, steps, kappa, "choose") for seed in SEARCH_SEEDS]
+            runs = [continual(seed, rate, steps, kappa, "choose") for seed in SEARCH_SEEDS[:2]]
             means = {name: round(float(np.mean([r[name] for r in runs])), 1) for name in runs[0]}
             print("continual", arm, rate, steps, kappa, means, flush=True)
