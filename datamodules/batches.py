@@ -17,6 +17,21 @@ class TextBatch(TypedDict):
     tokens: Tensor
 
 
+class LabelledTextBatch(TypedDict):
+    """Texts of a tokenizer, cut or padded to one length, each with its class.
+
+    tokens: int64 [B, T].
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which stands at the end.
+    label: int64 [B], each in [0, num_classes).
+    index: int64 [B], the sample's place in its dataset.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    label: Tensor
+    index: Tensor
+
+
 class ImageBatch(TypedDict):
     """One picture a sample, standardised channel by channel to about zero mean and unit variance.
 

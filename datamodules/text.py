@@ -1,10 +1,11 @@
-"""Text as bytes: the Python standard library's own source, a folder, or files. No tokeniser, no download.
+"""Windows of text; as bytes: the Python standard library's own source, a folder, or files. No download.
 
 Shapes: T context length.
 """
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def in_validation(relative_path: str, val_fraction: float) -> bool:
 
 
 class Windows:
-    """Non-overlapping windows of `width` bytes over one long text; the tail that does not fill a window is unused."""
+    """Non-overlapping windows of `width` bytes or tokens over one long text; the tail that fills none is unused."""
 
     def __init__(self, text: np.ndarray, width: int) -> None:
-        self.windows = text[: len(text) // width * width].reshape(-1, width)  # uint8 [N, width]
+        self.windows = text[: len(text) // width * width].reshape(-1, width)  # whole numbers [N, width]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -55,8 +56,49 @@ class Windows:
         return {"tokens": torch.from_numpy(self.windows[index].astype(np.int64))}
 
 
-class ByteText(LightningDataModule):
-    """Batches of byte windows as `TextBatch`, tokens int64 [B, T+1] in [0, 256).
+class TextData(LightningDataModule, ABC):
+    """What texts cut into windows share: batches of `TextBatch`.
+
+    Args:
+        context: T, tokens a model reads at once.
+        batch_size: windows of one optimiser step over all ranks.
+        val_windows: evaluation reads this many windows, evenly spaced and always the same (all if there are fewer).
+        seed: of the order of training windows.
+        num_workers: processes that fetch batches.
+    """
+
+    def __init__(self, context: int, batch_size: int, val_windows: int, seed: int, num_workers: int) -> None:
+        super().__init__()
+        if context < 1:
+            raise UserError(f"context={context} tokens is too short; it must be at least 1")
+        if val_windows < 1:
+            raise UserError(f"val_windows={val_windows} leaves nothing to validate on; it must be at least 1")
+        self.context, self.batch_size, self.val_windows = context, batch_size, val_windows
+        self.seed, self.num_workers = seed, num_workers
+        self.train: Windows | None = None
+        self.val: Windows | None = None
+
+    @abstractmethod
+    def setup(self, stage: str | None = None) -> None:
+        """Sets `train` and `val`, once."""
+
+    def train_dataloader(self) -> ExactLoader:
+        assert self.train is not None
+        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        assert self.val is not None
+        return self.evaluate(self.val)
+
+    def evaluate(self, windows: Windows) -> EvaluationLoader:
+        """Loader of `val_windows` of these windows."""
+        count = min(self.val_windows, len(windows))
+        indices = [i * len(windows) // count for i in range(count)]
+        return evaluation_loader(windows, self.batch_size, self.num_workers, self.trainer, indices)
+
+
+class ByteText(TextData):
+    """Files as windows of bytes: `TextBatch`, tokens int64 [B, T+1] in [0, 256).
 
     Training and validation are split by file, so no validation text is ever trained on.
 
@@ -65,12 +107,8 @@ class ByteText(LightningDataModule):
             installed packages left out. A folder gives the files under it that end in `suffixes`, a file is taken as
             it is.
         suffixes: endings of the file names taken from folders.
-        context: T, tokens a model reads at once.
-        batch_size: windows of one optimiser step over all ranks.
         val_fraction: share of the files held out, in (0, 1).
-        val_windows: validation reads this many windows, evenly spaced and always the same (all if there are fewer).
-        seed: of the order of training windows.
-        num_workers: processes that fetch batches.
+        context, batch_size, val_windows, seed, num_workers: as in `TextData`.
 
     Raises: UserError at setup for a missing path, a folder without a matching file, or too little text.
     """
@@ -88,21 +126,14 @@ class ByteText(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        if context < 1:
-            raise UserError(f"context={context} tokens is too short; it must be at least 1")
+        super().__init__(context, batch_size, val_windows, seed, num_workers)
         if not 0 < val_fraction < 1:
             raise UserError(f"val_fraction={val_fraction} is outside (0, 1); 0.05 holds out one file in twenty")
-        if val_windows < 1:
-            raise UserError(f"val_windows={val_windows} leaves nothing to validate on; it must be at least 1")
         if paths is not None and not paths:
             raise UserError("paths is an empty list; name a folder or a file, or leave it out for the standard library")
         if not suffixes:
             raise UserError('suffixes is empty, so no file would match; name at least one, such as ".py"')
-        self.paths, self.suffixes, self.context, self.batch_size = paths, tuple(suffixes), context, batch_size
-        self.val_fraction, self.val_windows, self.seed, self.num_workers = val_fraction, val_windows, seed, num_workers
-        self.train: Windows | None = None
-        self.val: Windows | None = None
+        self.paths, self.suffixes, self.val_fraction = paths, tuple(suffixes), val_fraction
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the text, once."""
@@ -128,16 +159,6 @@ class ByteText(LightningDataModule):
             f"{len(self.train)} and {len(self.val)} windows of {self.context + 1} bytes"
             + (f"; {skipped} binary or unreadable files skipped" if skipped else "")
         )
-
-    def train_dataloader(self) -> ExactLoader:
-        assert self.train is not None
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
-
-    def val_dataloader(self) -> EvaluationLoader:
-        assert self.val is not None
-        count = min(self.val_windows, len(self.val))
-        indices = [i * len(self.val) // count for i in range(count)]
-        return evaluation_loader(self.val, self.batch_size, self.num_workers, self.trainer, indices)
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         if self.paths is None:

@@ -85,10 +85,12 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base = base
-        self.adapters = nn.ModuleDict()
+        self.base: Any = base
+        self.adapters: Any = nn.ModuleDict()
         self.active: list[str] = []
         self.enabled = True
+        self.merged_weight: Tensor | None
+        self.merged_bias: Tensor | None
         # Not part of checkpoints: what they stand for is in there already.
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
@@ -101,7 +103,7 @@ class Adapted(nn.Module):
         self.active.append(name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged and self.enabled:
+        if self.merged_weight is not None and self.enabled:
             changed = {"weight": self.merged_weight} | ({} if self.merged_bias is None else {"bias": self.merged_bias})
             return functional_call(self.base, changed, (x, *args), kwargs)
         y = self.base(x, *args, **kwargs)
@@ -116,7 +118,7 @@ class Adapted(nn.Module):
         """The weight with all active changes, differentiable. Code that reads a layer's weight past its forward
         (nn.MultiheadAttention does with its `out_proj`) therefore gets the adapted one.
         """
-        if self.merged and self.enabled:
+        if self.merged_weight is not None and self.enabled:
             return self.merged_weight
         return self.changed_weight(self.active if self.enabled else [])
 
@@ -154,7 +156,7 @@ class Adapted(nn.Module):
         self.require_mergeable()
         bias = self.changed_bias(self.active)
         self.merged_weight = self.changed_weight(self.active).detach().clone()
-        self.merged_bias = None if bias is self.base.bias else bias.detach().clone()
+        self.merged_bias = None if bias is None or bias is self.base.bias else bias.detach().clone()
 
     def unmerge(self) -> None:
         """Back to the layer and its adapters apart, bit for bit as before `merge`."""

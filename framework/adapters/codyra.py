@@ -10,7 +10,7 @@ Shapes: O output features, I inputs of one of them (see `lightspan.adapters.laye
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class GatedLoRAUpdate(Adapter):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """A stored adapter may have been pruned."""
         rank = len(tensors.get("gate_R", self.gate_R))
-        options = {"dtype": self.gate_R.dtype, "device": self.gate_R.device}
+        options: dict[str, Any] = {"dtype": self.gate_R.dtype, "device": self.gate_R.device}
         self.down_RI = nn.Parameter(torch.empty(rank, self.layer.fan_in, **options))
         self.up_OR = nn.Parameter(torch.empty(self.layer.out_features, rank, **options))
         self.gate_R = nn.Parameter(torch.empty(rank, **options))

@@ -5,7 +5,9 @@ A layer's weight is read as one matrix [O I]: O output features, I the inputs th
 steps, `down` to R numbers a position and `up` to O, and never needs the matrix [O I] itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +60,12 @@ class LayerShape:
         """Raises: UserError for a layer that is none of `TAKEN`."""
         if not supported(layer):
             raise UserError(f"adapters take {TAKEN}, not {type(layer).__name__}")
-        weight = tuple(layer.weight.shape)
+        weight = tuple(weight_of(layer).shape)
         if not isinstance(layer, tuple(_CONVOLUTIONS)):
             return cls(weight, transposed=_is_transposed(layer))
-        border = tuple(layer._reversed_padding_repeated_twice)
-        return cls(weight, False, layer.groups, layer.stride, layer.padding, layer.dilation, layer.padding_mode, border)
+        conv: Any = layer
+        border = tuple(conv._reversed_padding_repeated_twice)
+        return cls(weight, False, conv.groups, conv.stride, conv.padding, conv.dilation, conv.padding_mode, border)
 
     @property
     def linear(self) -> bool:
@@ -130,8 +133,15 @@ class LayerShape:
         return tensor if self.groups == 1 else tensor.repeat(self.groups, *(1,) * (tensor.ndim - 1))
 
     @property
-    def _convolution(self):  # type: ignore[no-untyped-def]
+    def _convolution(self) -> Callable[..., Tensor]:
         return (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """A layer's weight, for the type checker: a module's attributes may be anything to it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ Shapes: O output features, I inputs of one of them (see `lightspan.adapters.laye
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.layers import LayerShape
+from lightspan.adapters.layers import LayerShape, weight_of
 from lightspan.errors import UserError
 
 
@@ -72,12 +73,11 @@ def require_rank(rank: int, layer: nn.Module, name: str) -> None:
     """Raises: UserError for a rank that no change of the layer's weight can have."""
     largest = LayerShape.of(layer).largest_rank
     if rank > largest:
-        shape = " x ".join(map(str, layer.weight.shape))  # type: ignore[union-attr, operator]
+        shape = " x ".join(map(str, weight_of(layer).shape))
         raise UserError(f"rank={rank} is above {largest}, the largest for {name} of shape {shape}; lower it")
 
 
-def like(layer: nn.Module) -> dict[str, torch.dtype | torch.device]:
+def like(layer: nn.Module) -> dict[str, Any]:
     """Device and dtype of a layer's adapter: the layer's own, but float32 for half-precision layers."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(layer)
     return {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}

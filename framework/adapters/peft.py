@@ -21,14 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapted
-from lightspan.adapters.inject import READS_WEIGHTS, Injection, adapt, adapted_layers, plain_tensors
+from lightspan.adapters.inject import READS_WEIGHTS, adapt, adapted_layers, plain_tensors
 from lightspan.adapters.layers import LayerShape, whole
 from lightspan.adapters.lora import LoRA
+from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+LARGEST = 2**24
+"""Most numbers of one layer's lora_A; it grows with the square of a convolution's groups."""
 _NO_LORA_WITH = ("use_dora", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config")
 
 
@@ -52,6 +55,11 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
             up_OR, down_RI = (whole(t).detach() for t in adapter.low_rank())
         except UserError as error:
             raise UserError(f"{layer}: {error}") from error
+        if (numbers := down_RI.numel() * adapter.layer.groups**2) > LARGEST:
+            raise UserError(
+                f"{layer} cannot go into a PEFT LoRA folder: PEFT's lora_A sees all channels of a grouped convolution, "
+                f"and would take {numbers:,} numbers; fold it, or leave that layer out"
+            )
         down, up = _as_layers(adapter.layer, up_OR, down_RI)
         ranks[layer] = len(down)
         tensors |= {f"{PREFIX}{layer}.lora_A.weight": down, f"{PREFIX}{layer}.lora_B.weight": up}
@@ -96,7 +104,7 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     injections = []
     for layer, pair in pairs.items():
         down, up = pair["A"], pair["B"]
-        shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])  # type: ignore[arg-type]
+        shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])
         up_OR, down_RI = _as_matrices(shape, down, up, f"{folder}, {layer}")
         spec = LoRA(len(down_RI), _scale(config, layer, len(down)) * len(down_RI), config.get("lora_dropout", 0.0))
         injections.append(adapt(model, [glob.escape(layer)], spec, name, show=False))
@@ -157,6 +165,10 @@ def _refuse_what_peft_cannot_run(model: nn.Module, layer: str, module: Adapted, 
         reason = "it changes the bias too"
     elif not shape.linear and (set(shape.dilation) != {1} or shape.padding_mode != "zeros"):
         reason = f"PEFT runs it without dilation={shape.dilation} and padding_mode={shape.padding_mode!r}"
+    elif shape.groups**2 * math.prod(shape.weight[1:]) * module.adapters[name].low_rank()[1].shape[0] > LARGEST:
+        reason = (
+            f"PEFT has no grouped lora_A, and the dense one of {shape.groups} groups takes over {LARGEST:,} numbers"
+        )
     elif any(isinstance(p, READS_WEIGHTS) and any(part is module for part in p.modules()) for p in model.modules()):
         reason = "it is part of an attention that reads its weight, where PEFT's LoRA would be passed over"
     if reason:

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lightspan.adapters.adapter import Adapted, AdapterSpec
-from lightspan.adapters.inject import Injection, adapt, adapted_layers, digest, plain_tensors
-from lightspan.adapters.layers import whole
+from lightspan.adapters.inject import adapt, adapted_layers, digest, plain_tensors
+from lightspan.adapters.layers import weight_of, whole
+from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.files import atomic_path
@@ -131,13 +132,7 @@ def _with_adapter(model: nn.Module, name: str) -> dict[str, Adapted]:
 def _base_hash(layers: dict[str, nn.Module] | dict[str, Adapted]) -> str:
     """Of weights alone: biases may be trained."""
     bases = {layer: module.base if isinstance(module, Adapted) else module for layer, module in layers.items()}
-    return digest((layer, _weight(module)) for layer, module in bases.items())
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return digest((layer, weight_of(module)) for layer, module in bases.items())
 
 
 def _described(spec: AdapterSpec | None) -> dict[str, object]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.layers import LayerShape, whole
+from lightspan.adapters.layers import LayerShape, weight_of, whole
 from lightspan.adapters.lora import like, require_rank
 from lightspan.errors import UserError
 
@@ -49,9 +49,7 @@ class SVFit(AdapterSpec):
 
 def frames(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """U [O R], s [R] and V^T [R I] of the layer's weight, in float32 or wider: half precision has no SVD."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    matrix_OI = LayerShape.of(layer).matrix(weight.detach()).to(like(layer)["dtype"])
+    matrix_OI = LayerShape.of(layer).matrix(weight_of(layer).detach()).to(like(layer)["dtype"])
     left_OR, values_R, right_RI = torch.linalg.svd(matrix_OI, full_matrices=False)
     return left_OR, values_R, right_RI
 

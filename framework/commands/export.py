@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest whole one",
     )
-    parser.add_argument("--to", required=True, choices=("safetensors", "huggingface"), help="format to write")
+    parser.add_argument("--to", required=True, choices=("safetensors", "huggingface", "peft"), help="format to write")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder, if the checkpoint stands elsewhere")
@@ -39,21 +39,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the export, or nothing: the folder appears once it was read back and found equal. 1 if it was not."""
+    from lightspan.adapters.inject import fold
+    from lightspan.callbacks.adaptation import Adaptation
     from lightspan.config.build import build
 
     checkpoint = find_checkpoint(args.checkpoint)
     resolved = _resolved(args, checkpoint)
     out = args.out or _run_folder(args, checkpoint) / "export" / args.to
     refuse_occupied(out, args.overwrite)
-    model = build(resolved).model
+    built = build(resolved)
+    model = built.model
+    Adaptation.act(built.trainer, model)
     model.configure_model()
     load_weights(model, checkpoint)
     if args.to == "huggingface":
         from lightspan.commands.huggingface import require_pretrained
 
         require_pretrained(model)
+        fold(model)
     with whole_folder(out) as folder:
-        difference = (_to_safetensors if args.to == "safetensors" else _to_huggingface)(model, folder, resolved.name)
+        writers = {"safetensors": _to_safetensors, "huggingface": _to_huggingface, "peft": _to_peft}
+        difference = writers[args.to](model, folder, resolved.name)
         what = "tensor" if args.to == "safetensors" else "output"
         print(f"read back with {args.to}: largest {what} difference {difference:.3g}")
         limit = 0.0 if args.to == "safetensors" else LARGEST_DIFFERENCE
@@ -186,6 +192,15 @@ def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> floa
     backbone: Any = model.backbone
     backbone.save_pretrained(folder)
     return largest_output_difference(backbone, folder)
+
+
+def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
+    from lightspan.adapters.peft import save_peft
+    from lightspan.commands.peft_check import adapted_part, largest_difference
+
+    part = adapted_part(model)
+    save_peft(part, folder)
+    return largest_difference(part, folder)
 
 
 def _resolved(args: argparse.Namespace, checkpoint: Path) -> "Resolved":

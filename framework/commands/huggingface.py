@@ -31,25 +31,32 @@ def largest_output_difference(backbone: PreTrainedModel, folder: Path) -> float:
 
     Compared in float32 on one seeded batch: logits of causal language models, last hidden states of all others.
     """
-    causal = type(backbone) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    causal = is_causal(backbone)
     loader = AutoModelForCausalLM if causal else AutoModel
     loaded = loader.from_pretrained(folder, local_files_only=True, dtype=backbone.dtype)
-    inputs = _inputs(backbone)
-    ours, theirs = (_output(part, inputs, causal) for part in (backbone if causal else backbone.base_model, loaded))
+    inputs = seeded_inputs(backbone)
+    ours, theirs = (output(part, inputs, causal) for part in (backbone if causal else backbone.base_model, loaded))
     return float((ours - theirs).abs().amax())
 
 
-def _output(model: Any, inputs: dict[str, Tensor], causal: bool) -> Tensor:
+def is_causal(backbone: PreTrainedModel) -> bool:
+    """Whether it is a language model with logits."""
+    return type(backbone) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+
+
+def output(model: Any, inputs: dict[str, Tensor], causal: bool) -> Tensor:
+    """Logits of causal language models, last hidden states of all others, in float32 and without dropout."""
     was_training, dtype = model.training, model.dtype
     try:
         with torch.no_grad():
-            output = model.float().eval()(**inputs)
+            found = model.float().eval()(**inputs)
     finally:
         model.to(dtype).train(was_training)
-    return output.logits if causal else output.last_hidden_state
+    return found.logits if causal else found.last_hidden_state
 
 
-def _inputs(backbone: PreTrainedModel) -> dict[str, Tensor]:
+def seeded_inputs(backbone: PreTrainedModel) -> dict[str, Tensor]:
+    """A small batch of what the model reads. Raises: UserError for models that read neither tokens nor pixels."""
     generator = torch.Generator().manual_seed(SEED)
     config, name = backbone.config, backbone.main_input_name
     if name == "input_ids":

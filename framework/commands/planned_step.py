@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightspan.analysis.memory import rss_bytes
+from lightspan.callbacks.adaptation import Adaptation
 from lightspan.commands.division import Division
 from lightspan.commands.step_memory import (
     OptimizerStopped,
@@ -135,6 +136,7 @@ class _Step:
         module.trainer = datamodule.trainer = trainer
         datamodule.prepare_data()
         datamodule.setup("fit")
+        Adaptation.act(trainer, module)
         module.setup("fit")
         module.configure_model()
         # Schedules ask how long the run is. To memory any length is the same, and the true one may need all the data.

@@ -66,8 +66,8 @@ class AffineSlice:
 
     def origin(self) -> tuple[Tensor, Tensor]:
         """z = 0 [d] and lambda = 1 [l], or [0] where there are no lambdas."""
-        options = {"dtype": self.dtype, "device": self.device}
-        return torch.zeros(self.projection.dim, **options), torch.ones(self.scales_count, **options)
+        z_d = torch.zeros(self.projection.dim, dtype=self.dtype, device=self.device)
+        return z_d, z_d.new_ones(self.scales_count)
 
     @torch.no_grad()
     def write(self, z_d: Tensor, scales_l: Tensor) -> None:

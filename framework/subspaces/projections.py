@@ -30,6 +30,7 @@ from lightspan.triton_kernels.walsh_hadamard import walsh_hadamard
 DENSE_LIMIT = 10**8
 """Most entries of a dense map: 400 MB."""
 _DRAWN_AT_ONCE = 2**22  # normal numbers, in float64
+_BINS = 4096  # partial sums of a fold, so that none of them has too many terms for float32
 
 
 class Projection(ABC):
@@ -193,10 +194,7 @@ class Fastfood(Projection):
 
     def _pull(self, g: Tensor, start: int) -> Tensor:
         padded_L = torch.nn.functional.pad(g, (start, self.length - start - len(g)))
-        mixed_L = walsh_hadamard(padded_L).mul_(self.normal_L)
-        # Scattered by the whole permutation, then summed: no two writes meet, so the sum has one order on every device.
-        padded_L[self.order_L] = mixed_L
-        short_M = walsh_hadamard(padded_L.view(-1, self.short).sum(0))
+        short_M = walsh_hadamard(_folded(walsh_hadamard(padded_L).mul_(self.normal_L), self.order_L, self.short))
         pulled_d = short_M[: self.seen] * self.scale_d.to(g.dtype)
         return torch.nn.functional.pad(pulled_d, (0, self.dim - self.seen))
 
@@ -261,6 +259,17 @@ def _bernoulli(rows: int, columns: int, probability: float, generator: torch.Gen
     found = torch.cat(places)
     found = found[found < total]
     return found % rows, found // rows
+
+
+def _folded(values_L: Tensor, order_L: Tensor, length: int) -> Tensor:
+    """Sums of the values whose place modulo `length`, a power of two, is the same: [length], the same in every run."""
+    if values_L.is_cuda:  # sums of colliding writes would have no fixed order there; those of a permutation never meet
+        spread_L = torch.empty_like(values_L)
+        spread_L[order_L] = values_L
+        return spread_L.view(-1, length).sum(0)
+    # Ten times faster than scattering on a CPU, in a table that stays in its cache.
+    bins = min(len(values_L), max(length, _BINS))
+    return values_L.new_zeros(bins).index_add_(0, order_L & (bins - 1), values_L).view(-1, length).sum(0)
 
 
 def _power_of_two(size: int) -> int:

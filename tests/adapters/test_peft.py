@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         load_peft(Net(), tmp_path)
     save_peft(trained(LoRA(rank=2)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    with pytest.raises(UserError, match="holds head.bias, which Sequential has no place for"):
+    with pytest.raises(UserError, match=r"holds head.bias, which Sequential has no place for"):
         load_peft(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     for change, message in (({"peft_type": "IA3"}, "of type 'IA3'; only LORA"), ({"use_dora": True}, "uses use_dora")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))

@@ -24,10 +24,10 @@ def matrix(projection: Projection) -> torch.Tensor:
     return torch.stack([projection.push(e_d) for e_d in torch.eye(projection.dim, dtype=torch.float64)], dim=1)
 
 
-def published_fastfood(fast: Fastfood) -> torch.Tensor:
+def published_fastfood(fast: Fastfood, transform: torch.Tensor | None = None) -> torch.Tensor:
     """H G Pi H B over sqrt(L sum G^2) sqrt(D / L) with whole matrices, from what the projection drew."""
     L, D = fast.length, fast.size
-    H = torch.from_numpy(hadamard(L)).double()
+    H = torch.from_numpy(hadamard(L)).double() if transform is None else transform
     G = fast.normal_L.double()
     signs = torch.ones(L, dtype=torch.float64)
     signs[: fast.seen] = fast.scale_d.sign()
@@ -41,6 +41,19 @@ def published_fastfood(fast: Fastfood) -> torch.Tensor:
 def test_fastfood_is_the_explicit_product(size: int, dim: int) -> None:
     fast = Fastfood(size, dim, seed=3)
     torch.testing.assert_close(matrix(fast), published_fastfood(fast), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [64, 40, 8])
+def test_pull_is_the_gradient_and_orthonormal_transforms_in_the_backward_pass_alone_are_off_by_the_length(size) -> None:
+    """Code that goes round for SAID divides each transform of its backward pass by sqrt(L), not those of its forward
+    pass. L differs from tensor to tensor, so small tensors would come to lead.
+    """
+    fast, z_d, g_D = Fastfood(size, 6, 1), normal(6).requires_grad_(), normal(size, seed=1)
+    (published_fastfood(fast) @ z_d @ g_D).backward()
+    torch.testing.assert_close(fast.pull(g_D), z_d.grad, rtol=0, atol=1e-12)
+    orthonormal = torch.from_numpy(hadamard(fast.length)).double() / fast.length**0.5
+    ported_d = published_fastfood(fast, orthonormal).T @ g_D
+    torch.testing.assert_close(fast.length * ported_d, z_d.grad, rtol=0, atol=1e-12)
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 2**20))

@@ -41,6 +41,18 @@ def test_it_is_the_product_with_scipys_matrix(size):
     torch.testing.assert_close(x @ hadamard_matrix(size, torch.float64, x.device), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(2**16,), (3, 2**17), (2**21,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_long_rows_are_done_in_pieces_with_one_rounding(shape, dtype):
+    x = normal(*shape).to(dtype)
+    before = x.clone()
+    expected = butterfly(x.double()).view(shape).to(dtype)
+    exact = dtype == torch.float64  # near zero, errors of the float32 in between show in bfloat16
+    tolerance = {"atol": 1e-12, "rtol": 0} if exact else {"atol": 1e-5, "rtol": 8e-3}
+    torch.testing.assert_close(walsh_hadamard(x), expected, **tolerance)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("shape", [(2**17,), (2, 3, 16), (0, 8), (5, 2**16)])  # the last: several tiles of rows
 def test_applied_twice_it_changes_nothing(shape):
     x = normal(*shape)

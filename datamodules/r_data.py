@@ -1,0 +1,85 @@
+"""Data sets of R packages, read without R from where Debian and Ubuntu install them.
+
+An R package holds its data sets in two files. `Rdata.rdx` is a list in R's own serialisation whose `variables` give
+offset and length of each data set in `Rdata.rdb`. Such a piece is 4 bytes of unpacked size, big-endian, and then a zlib
+stream, or a letter and what it names: `2` bzip2, `Z` raw LZMA2, `0` nothing packed. Source: R's
+src/main/serialize.c, R_compress1 to R_compress3.
+"""
+
+import bz2
+import lzma
+import zlib
+from pathlib import Path
+from typing import Any
+
+from lightspan.errors import UserError
+
+LIBRARIES = (
+    Path("/usr/lib/R/site-library"),
+    Path("/usr/local/lib/R/site-library"),
+    Path("/usr/lib/R/library"),
+    Path("/usr/lib64/R/library"),
+)
+
+
+def read_r_data(package: str, names: tuple[str, ...], library: str | None = None) -> list[Any]:
+    """The named data sets: a vector of texts as a list of str, a data frame as a pandas DataFrame.
+
+    Args:
+        package: the R package, e.g. modeldata; as a Debian package r-cran-modeldata.
+        names: of its data sets.
+        library: folder that holds the package's folder; None looks where systems keep R's packages.
+    Raises: UserError naming what to install, or the file that is damaged.
+    """
+    try:
+        from rdata.conversion import DEFAULT_CLASS_MAP, convert
+        from rdata.parser import parse_data
+    except ImportError as error:
+        raise UserError("data of R packages are read with rdata, which is not installed: pip install rdata") from error
+    folder = find_package(package, library)
+    try:
+        index = convert(parse_data((folder / "Rdata.rdx").read_bytes(), extension=".rds"))["variables"]
+        content = (folder / "Rdata.rdb").read_bytes()
+        places = [(int(index[name][0]), int(index[name][1])) for name in names]
+        pieces = [unpack(content[at : at + size]) for at, size in places]
+        classes = {**DEFAULT_CLASS_MAP, "tbl_df": DEFAULT_CLASS_MAP["data.frame"]}  # a tibble is a data frame
+        return [plain(convert(parse_data(piece, extension=".rds"), classes)) for piece in pieces]
+    except (OSError, KeyError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(
+            f"{folder} does not hold {' and '.join(names)} of the R package {package} in a form that can be read "
+            f"({type(error).__name__}: {error}); install r-cran-{package.lower()} again"
+        ) from error
+
+
+def find_package(package: str, library: str | None) -> Path:
+    """Folder with the data of an installed R package. Raises: UserError where there is none."""
+    libraries = LIBRARIES if library is None else (Path(library).expanduser(),)
+    for place in libraries:
+        if (folder := place / package / "data").joinpath("Rdata.rdx").is_file():
+            return folder
+    raise UserError(
+        f"the R package {package} is not in {' or '.join(map(str, libraries))}; install it with `apt-get install "
+        f"r-cran-{package.lower()}`, or unpack it with `apt-get download r-cran-{package.lower()}` and `dpkg -x "
+        "r-cran-*.deb FOLDER` and set data.init_args.library=FOLDER/usr/lib/R/site-library"
+    )
+
+
+def unpack(piece: bytes) -> bytes:
+    """One piece of an `rdb` file. Raises: ValueError where its size is not the one it names."""
+    size, kind, rest = int.from_bytes(piece[:4], "big"), piece[4:5], piece[5:]
+    if kind == b"2":
+        data = bz2.decompress(rest)
+    elif kind == b"Z":
+        data = lzma.decompress(rest, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}])
+    elif kind == b"0":
+        data = rest
+    else:
+        data = zlib.decompress(piece[4:])
+    if len(data) != size:
+        raise ValueError(f"{len(data)} bytes where {size} are announced")
+    return data
+
+
+def plain(value: Any) -> Any:
+    """R's vectors as lists of Python's own types; data frames as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value

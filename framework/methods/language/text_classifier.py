@@ -1,0 +1,74 @@
+"""Classification of texts: the mean of an encoder's last states over the text's tokens, and one linear layer.
+
+Source: mean pooling as in Reimers and Gurevych, "Sentence-BERT", 2019, arXiv 1908.10084, section 3. Shapes: B texts, T
+positions, D width, K classes.
+"""
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from lightspan.datamodules.batches import LabelledTextBatch
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.pooling import masked_mean
+from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.schedules import ScheduleCallable
+
+
+class TextClassifier(Method):
+    """Trains `backbone`, a transformers encoder, and a new linear head with cross-entropy.
+
+    Args:
+        backbone: maps input_ids and attention_mask, int64 [B T], to an output with `last_hidden_state` [B T D].
+        num_classes: K, at least 2.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        num_classes: int,
+        optimizer: OptimizerCallable,
+        lr_scheduler: ScheduleCallable | None = None,
+        groups: ParameterGroups | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, groups)
+        if num_classes < 2:
+            raise UserError(f"num_classes={num_classes} leaves nothing to tell apart; it must be at least 2")
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, num_classes)
+
+    def features(self, batch: LabelledTextBatch) -> Tensor:
+        """Mean of the last states over the mask, [B D]."""
+        longest = int(batch["mask"].sum(dim=1).max())  # columns that are padding in every row cost time and say nothing
+        tokens_BT, mask_BT = batch["tokens"][:, :longest], batch["mask"][:, :longest]
+        states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
+        return masked_mean(states_BTD, mask_BT)
+
+    def training_step(self, batch: LabelledTextBatch, batch_idx: int) -> Tensor:
+        loss, accuracy = self.loss_and_accuracy(batch)
+        self.log("train/loss_nats", loss, prog_bar=True, sync_dist=True)
+        self.log("train/accuracy", accuracy, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: LabelledTextBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: LabelledTextBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    def predict_step(self, batch: LabelledTextBatch, batch_idx: int) -> Tensor:
+        """Logits [B K]."""
+        return self.head(self.features(batch))
+
+    def loss_and_accuracy(self, batch: LabelledTextBatch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats, and the share of texts whose largest logit is their label's."""
+        logits_BK = self.head(self.features(batch))
+        accuracy = (logits_BK.argmax(dim=1) == batch["label"]).float().mean()
+        return cross_entropy(logits_BK, batch["label"]), accuracy
+
+    def evaluate(self, batch: LabelledTextBatch, stage: str) -> None:
+        loss, accuracy = self.loss_and_accuracy(batch)
+        figures = {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}
+        self.log_dict(figures, batch_size=len(batch["label"]), prog_bar=True, sync_dist=True)
