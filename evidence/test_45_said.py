@@ -150,8 +150,8 @@ def record_lines(evidence, start: Start) -> None:
     """What needs no subspace: the largest class, and a linear probe on the features of the start."""
     for seed in SEEDS:
         x, y, judged_x, judged_y = task(start.shots, seed, held_out=False)
-        with torch.no_grad():
-            features, judged = (started(start.epochs, seed, False).backbone(images) for images in (x, judged_x))
+        backbone = started(start.epochs, seed, held_out=False).backbone
+        features, judged = (backbone(images).detach() for images in (x, judged_x))
         accuracy = 100 * linear_probe_accuracy(features, y, judged, judged_y)
         evidence.figure(f"accuracy of a linear probe on frozen features, {start.name}", accuracy, seed, "%")
     largest = 100 * judged_y.bincount().max().item() / len(judged_y)
