@@ -4,8 +4,8 @@
 
 A pass reads and writes L float32 numbers once: a copy on the same device, timed in the same rounds. A transform that
 sums pairs makes log2(L) of them, and Fastfood is published with two transforms. Every figure is the minimum of
-interleaved rounds; with one thread on a CPU it is the thread's own time, which waits for no other process. The target is
-4 times the floor. Results go to benchmarks/results/projections.json.
+interleaved rounds; with one thread on a CPU it is the thread's own time, which waits for no other process. The target
+is 4 times the floor. Results go to benchmarks/results/projections.json.
 """
 
 import argparse
