@@ -64,8 +64,9 @@ def average_in_coordinates(trainer: Trainer, module: LightningModule, optimizer:
     copies from the first rank.
     """
     strategy = trainer.strategy
-    wrapped = isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel)
-    if not wrapped or trainer.gradient_clip_val or any(True for _ in module.buffers()):
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        return
+    if trainer.gradient_clip_val or any(True for _ in module.buffers()):
         return
     optimizer.averages = True
     leave_out_of_ddp(module, optimizer.slice.names)
