@@ -16,7 +16,8 @@ from lightspan.errors import UserError
 
 peft = pytest.importorskip("peft")
 
-LOW_RANK = [name for name, spec in CASES.items() if spec.build(nn.Linear(4, 4), "layer").mergeable]
+BUILT = {name: spec.build(nn.Linear(4, 4), "layer") for name, spec in CASES.items()}
+LOW_RANK = [name for name, adapter in BUILT.items() if adapter.mergeable and adapter.bias_delta() is None]
 EVERY = pytest.mark.parametrize("name", LOW_RANK)
 
 
@@ -71,6 +72,14 @@ def test_the_folder_is_read_back_as_a_lora_with_the_same_function(name, tmp_path
         "head.weight",
         "head.bias",
     }
+
+
+def test_the_list_of_adapters_for_peft_is_not_empty_and_others_are_refused_by_layer(tmp_path):
+    assert LOW_RANK
+    for name in BUILT.keys() - set(LOW_RANK):
+        with pytest.raises(UserError, match="stem"):
+            save_peft(trained(CASES[name]), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_layers_of_different_rank_are_told_apart_although_their_names_end_alike(tmp_path):
