@@ -68,6 +68,11 @@ class PictureSamples(Callback):
                 label_B, tuple(self.shape), steps=self.steps, eta=self.eta, guidance=self.guidance, seed=self.seed
             )
         if trainer.is_global_zero:
-            grid_CHW = make_grid(images_BCHW.float().cpu(), nrow=len(self.classes), normalize=True, pad_value=0.5)
+            shown_BCHW = images_BCHW.float().cpu()
+            # A pixel gone astray would otherwise leave the rest of the picture grey.
+            ends = shown_BCHW.flatten().quantile(torch.tensor([0.005, 0.995])).tolist()
+            grid_CHW = make_grid(
+                shown_BCHW, nrow=len(self.classes), normalize=True, value_range=tuple(ends), pad_value=0.5
+            )
             content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
             write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)
