@@ -17,7 +17,7 @@ from functools import cache, partial
 from statistics import mean
 
 import torch
-from test_41_intrinsic_dimension import GRID, SHARE, tensors
+from intrinsic_dimension import GRID, SHARE, tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
