@@ -75,7 +75,7 @@ RATES: dict[str, tuple[float, float]] = {
     "digits 64-400-400-10": (3e-4, 0.1),
     "shuffled 64-100-100-10": (1e-3, 0.03),
     "shuffled 64-200-200-10": (3e-4, 0.03),
-    "MNIST-5k 784-200-200-10": (3e-3, 0.1),
+    "MNIST-5k 784-200-200-10": (3e-3, 0.03),
     "MNIST-5k LeNet": (3e-3, 0.1),
 }
 """Of the baseline and of the subspace."""

@@ -6,6 +6,9 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from rank_processes import callback
+from rank_processes import fit as launched
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -174,3 +177,14 @@ def test_what_cannot_be_trained_so_is_refused_before_the_first_step(tmp_path, ki
     with pytest.raises(UserError, match=message):
         fit(module, IntrinsicDimension(dim), tmp_path)
     assert module.losses == []
+
+
+def test_two_ranks_under_ddp_exchange_coordinates_and_train_as_one(tmp_path) -> None:
+    flags = callback("subspace", "lightspan.callbacks.intrinsic_dimension.IntrinsicDimension", dim=12)
+    numbers = []
+    for ranks in (1, 2):
+        ended = launched(tmp_path / f"{ranks}", *flags, ranks=ranks)
+        assert ended.statuses == [0] * ranks, ended.said
+        numbers.append(load_file(tmp_path / f"{ranks}" / "subspace.safetensors")["coordinates"])
+    assert numbers[0].norm() > 0
+    torch.testing.assert_close(numbers[1], numbers[0], rtol=1e-4, atol=1e-6)
