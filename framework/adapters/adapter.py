@@ -21,7 +21,8 @@ class Adapter(nn.Module, ABC):
     """A trainable change of one frozen layer; zero when it is made.
 
     A subclass keeps what it trains as parameters, and what it holds fixed as parameters that need no gradient, so that
-    sharding splits both. It keeps no reference to the layer.
+    sharding splits both. A reference to the layer, where its own
+    weight is part of the change, stays out of torch's sight.
 
     Args:
         layer: what is changed; its weight may be read here and is not kept.
