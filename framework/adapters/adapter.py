@@ -21,7 +21,7 @@ class Adapter(nn.Module, ABC):
     """A trainable change of one frozen layer; zero when it is made.
 
     A subclass keeps what it trains as parameters, and what it holds fixed as parameters that need no gradient, so that
-    sharding splits both. A reference to the layer, for changes made of its own weight, has to stay out of torch's sight.
+    sharding splits both. A reference to the layer, for a change made of its own weight, stays out of torch's sight.
 
     Args:
         layer: what is changed; its weight may be read here.
