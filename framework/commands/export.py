@@ -196,10 +196,11 @@ def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> floa
 
 def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
     from lightspan.adapters.peft import save_peft
-    from lightspan.commands.peft_check import adapted_part, largest_difference
+    from lightspan.commands.peft_check import adapted_part, largest_difference, require_changes
 
     part = adapted_part(model)
     save_peft(part, folder)
+    require_changes(part)
     return largest_difference(part, folder)
 
 

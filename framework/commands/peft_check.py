@@ -32,6 +32,16 @@ def adapted_part(model: nn.Module) -> nn.Module:
     return backbone if inside and isinstance(backbone, nn.Module) else model
 
 
+def require_changes(part: nn.Module) -> None:
+    """Raises: UserError where no adapter changes anything, so that the folder would say less than the run learned."""
+    adapters = [adapter for layer in adapted_layers(part).values() for adapter in layer.adapters.values()]
+    if not any(bool(adapter.low_rank()[0].any()) for adapter in adapters):
+        raise UserError(
+            "every adapter of this run is zero: nothing was trained, or RankSelection(merge=True) wrote the changes "
+            "into the weights; export those with --to huggingface or --to safetensors"
+        )
+
+
 def largest_difference(part: nn.Module, folder: Path) -> float:
     """The largest difference between outputs of `part` and of the frozen part under peft's LoRA from `folder`.
 
