@@ -30,6 +30,8 @@ COMMANDS = {
     "optim_step": "python benchmarks/optim_step.py --keep",
     "lm_quality": "python benchmarks/lm_quality.py final",
     "kernels": "python benchmarks/kernels.py",
+    "projections": "python benchmarks/projections.py",
+    "adapters": "python benchmarks/adapters.py --json benchmarks/results/adapters.json",
     "plan_error": "python benchmarks/plan_error.py",
 }
 README_ROWS = {  # names in the results: what the README calls them
@@ -323,6 +325,51 @@ def plan_error(results: Path) -> list[str]:
     return [*lines, *provenance(COMMANDS["plan_error"], facts(record, "machine", "date", "torch"))]
 
 
+def projections(results: Path) -> list[str]:
+    """Section on random projections of all weights."""
+    record = read(results / "projections.json")
+    if record is None:
+        return [MISSING, ""]
+    forms = {"push_ms": ".2f", "pull_ms": ".2f", "push_x_floor": ".2f", "pull_x_floor": ".2f", "kept_mib": ".1f"}
+    rows = [
+        (row["projection"], f"{row['weights']:,}", f"{row['dim']:,}", *(number(row[key], forms[key]) for key in forms))
+        for row in record["rows"]
+    ]
+    columns = ("projection", "weights", "d", "push, ms", "pull, ms", "push x floor", "pull x floor", "kept, MiB")
+    goal = (
+        "push of Fastfood, x floor, at worst",
+        "<=",
+        record["target_x_floor"],
+        record["worst_fastfood_push_x_floor"],
+    )
+    return [
+        "The floor is log2(D) passes over memory, as many as a fast transform makes of them.",
+        "",
+        *markdown(columns, rows),
+        *goals([(*goal, "")]),
+        *provenance(COMMANDS["projections"], facts(record, "device", "threads", "rounds", "torch")),
+    ]
+
+
+def adapters(results: Path) -> list[str]:
+    """Section on adapters beside LoRA."""
+    record = read(results / "adapters.json")
+    if record is None:
+        return [MISSING, ""]
+    rows = [
+        (row["layer"], row["work"], row["adapter"], number(row["ms"]), number(row["of_lora"], ".3f"))
+        for row in record["rows"]
+    ]
+    worst = max(row["of_lora"] for row in record["rows"] if row["adapter"] in ("SVFit", "FLoRA"))
+    return [
+        f"An adapted layer at rank {record['rank']}, with its frozen part, against LoRA in interleaved rounds.",
+        "",
+        *markdown(("layer", "work", "adapter", "ms", "x LoRA"), rows),
+        *goals([("SVFit and FLoRA, x LoRA, at worst", "<=", record["limit"], worst, "")]),
+        *provenance(COMMANDS["adapters"], facts(record, "processor", "threads", "rounds", "torch")),
+    ]
+
+
 def page(results: Path) -> str:
     """docs/benchmarks.md."""
     cards = [line for path in sorted(results.glob("kernels_*.json")) for line in card(read(path))]
@@ -331,6 +378,8 @@ def page(results: Path) -> str:
         "Loss on equal tokens": lm_quality(results),
         "Kernels on a GPU": cards or [MISSING, ""],
         "Memory that a plan foretells": plan_error(results),
+        "Random projections on a CPU": projections(results),
+        "Adapters on a CPU": adapters(results),
     }
     return "\n".join([HEADER, *(line for title, lines in sections.items() for line in (f"## {title}", "", *lines))])
 

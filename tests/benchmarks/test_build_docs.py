@@ -116,9 +116,27 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
         "Loss on equal tokens",
         "Kernels on a GPU",
         "Memory that a plan foretells",
+        "Random projections on a CPU",
+        "Adapters on a CPU",
     ]
     assert {body.strip() for body in found.values()} == {"not yet measured"}
     assert build_docs.readme_table(tmp_path) == "not yet measured\n"
+
+
+def test_projections_and_adapters_are_held_to_their_goals(build_docs: ModuleType, tmp_path: Path) -> None:
+    row = {"projection": "Fastfood", "weights": 2048, "dim": 16, "push_ms": 1.5, "pull_ms": 2.0, "push_x_floor": 5.0}
+    row |= {"pull_x_floor": 6.0, "kept_mib": 8.0}
+    made_up = {"rows": [row], "target_x_floor": 4.0, "worst_fastfood_push_x_floor": 5.0, "device": "Abacus 3"}
+    (tmp_path / "projections.json").write_text(json.dumps(made_up))
+    layers = [
+        {"layer": "l", "work": "w", "adapter": a, "ms": 1.0, "of_lora": x} for a, x in (("LoRA", 1), ("FLoRA", 1.1))
+    ]
+    (tmp_path / "adapters.json").write_text(json.dumps({"rows": layers, "limit": 1.15, "rank": 16}))
+    found = sections(build_docs.page(tmp_path))
+    assert "| Fastfood | 2,048 | 16 | 1.50 | 2.00 | 5.00 | 6.00 | 8.0 |" in found["Random projections on a CPU"]
+    assert "| push of Fastfood, x floor, at worst | <= 4 | 5 | **no** |" in found["Random projections on a CPU"]
+    assert "| l | w | FLoRA | 1.00 | 1.100 |" in found["Adapters on a CPU"]
+    assert "| SVFit and FLoRA, x LoRA, at worst | <= 1.15 | 1.1 | yes |" in found["Adapters on a CPU"]
 
 
 def test_steps_stand_in_their_columns(build_docs: ModuleType, results: Path) -> None:
