@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.prove_resume import ranks_of
+from lightspan.commands.fits import ranks_of
 from lightspan.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]

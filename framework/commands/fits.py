@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,25 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
+    """Starts the ranks as a launcher would; when one dies the rest is killed. Exit statuses, None for those killed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+            launched = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.append(start(command, log, launched if ranks > 1 else None))
+        while not any(process.poll() for process in processes) and any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+        return [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            end(process)
 
 
 def run_side_by_side(

@@ -6,18 +6,15 @@ import json
 import math
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments
-from lightspan.commands.fits import end, exits_on_sigterm, fit_command, last_lines, start
+from lightspan.commands.fits import exits_on_sigterm, fit_command, last_lines, ranks_of
 from lightspan.commands.metrics_csv import METRICS_FILE
 from lightspan.commands.run_folder import LAST_CHECKPOINT
 from lightspan.config.resolve import Resolved, resolve, with_layer
@@ -226,25 +223,6 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
         plugins = given.get("plugins") or []
         trainer |= {"precision": None, "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), _FLOAT64]}
     return {"trainer": trainer}
-
-
-def ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
-    """Starts the ranks as a launcher would; when one dies the rest is killed. Exit statuses, None for those killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-            launched = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            processes.append(start(command, log, launched if ranks > 1 else None))
-        while not any(process.poll() for process in processes) and any(process.poll() is None for process in processes):
-            time.sleep(0.1)
-        return [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            end(process)
 
 
 def first_difference(straight: Path, killed: Path) -> str | None:

@@ -11,6 +11,7 @@ from rank_processes import PROJECT, TINY
 
 from lightspan.cli import main
 from lightspan.commands import prove_resume
+from lightspan.commands.fits import ranks_of
 from lightspan.commands.prove_resume import DIFFERENT, Kill, differences
 
 COMMAND = ["prove-resume", *TINY, "--steps", "8"]
@@ -38,7 +39,7 @@ def test_when_one_rank_is_killed_the_others_are_too_and_show_as_such(tmp_path):
     code = (
         "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)"
     )
-    statuses = prove_resume.ranks_of([sys.executable, "-c", code], 2, tmp_path / "output.txt")
+    statuses = ranks_of([sys.executable, "-c", code], 2, tmp_path / "output.txt")
     assert statuses == [None, -signal.SIGKILL]
 
 
