@@ -17,10 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from digits import accuracy, pretrain, shuffled, step
 from scipy.ndimage import rotate
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.adapters.adapter import AdapterSpec
 from lightspan.adapters.inject import adapt
@@ -68,9 +67,7 @@ def splits(seed: int, domain: str) -> dict[str, tuple[Tensor, Tensor]]:
     """(pixels [N 64] in [0, 1], labels) of 900 images to pretrain on, and of the new domain 100 to adapt to, 200 to
     choose settings on and 397 to test on; no image is in two of them.
     """
-    data = load_digits()
-    order = np.random.default_rng(seed).permutation(len(data.images))
-    images, labels = data.images[order] / 16, data.target[order]
+    images, labels = shuffled(seed)
     parts = {
         "pretrain": slice(0, 900),
         "pool": slice(900, 1200),
@@ -89,23 +86,8 @@ def splits(seed: int, domain: str) -> dict[str, tuple[Tensor, Tensor]]:
 def pretrained(seed: int, x: Tensor, y: Tensor) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(x)).split(32):
-            step(model, optimizer, x[rows], y[rows])
+    pretrain(model, x, y, EPOCHS, batch=32, lr=1e-3)
     return model
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """In percent."""
-    return 100 * (model(x).argmax(dim=1) == y).float().mean().item()
 
 
 def run(arm: str, domain: str, seed: int, rate: float, on: str) -> tuple[float, int]:

@@ -8,21 +8,22 @@ Continual: an MLP pretrained on scikit-learn's digits learns five domains one af
 degrees, each with adapters of rank 8 on all layers that are merged before the next domain. Reported after the last one:
 the mean accuracy over all five, that of the last one, and the drop on upright digits.
 
-Settings come from searches on seeds 100 to 102, in the continual part on seeds 100 and 101 and images that no claim
-uses, of equal size there: a grid of rate and last threshold for CoDyRA; of as many rates and steps for LoRA, since
-fewer steps are the way in which a fixed rank forgets less; the best average accuracy counts. For known ranks CoDyRA's
-setting is the one with the highest rank correlation, LoRA's the one with the smallest error.
+Settings come from searches over whole grids on seeds 100 to 102, in the continual part by images that no claim uses.
+Known ranks: rate, and last threshold for CoDyRA, whose highest rank correlation counts; for LoRA the smallest error.
+Continual: rate and steps, since fewer steps are the way in which a fixed rank forgets less, and last threshold in units
+of the rate; the best average accuracy counts.
 `python evidence/test_56_codyra.py` repeats them.
 """
 
 import copy
 from collections.abc import Callable
+from itertools import product
+from statistics import mean
 
-import numpy as np
 import torch
+from digits import accuracy, pretrain, shuffled
 from scipy.ndimage import rotate
 from scipy.stats import spearmanr
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,9 +97,7 @@ def domains(seed: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Upright digits first, then the five domains: images to train on (600 upright, 140 a domain, all different ones),
     to choose settings on and to test on (the same images at every angle).
     """
-    data = load_digits()
-    order = np.random.default_rng(seed).permutation(len(data.images))
-    images, labels = data.images[order] / 16, data.target[order]
+    images, labels = shuffled(seed)
 
     def turned(part: slice, angle: float) -> tuple[Tensor, Tensor]:
         x = rotate(images[part], angle, axes=(2, 1), reshape=False, order=1) if angle else images[part]
@@ -118,20 +117,8 @@ def continual(seed: int, rate: float, steps: int, kappa_max: float | None, on: s
     parts = domains(seed)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    x, y = parts["train"][0]
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(x)).split(32):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-
-    def accuracy(domain: int) -> float:
-        x, y = parts[on][domain]
-        with torch.no_grad():
-            return 100 * (model(x).argmax(dim=1) == y).float().mean().item()
-
-    upright = accuracy(0)
+    pretrain(model, *parts["train"][0], EPOCHS, batch=32, lr=1e-3)
+    upright = accuracy(model, *parts[on][0])
     for x, y in parts["train"][1:]:
 
         def loss(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -140,8 +127,8 @@ def continual(seed: int, rate: float, steps: int, kappa_max: float | None, on: s
 
         train(model, loss, rate, steps, kappa_max)
         fold(model)
-    final = [accuracy(i) for i in range(1, len(DOMAINS) + 1)]
-    return {"average": float(np.mean(final)), "last": final[-1], "drop": upright - accuracy(0)}
+    now, *final = [accuracy(model, *part) for part in parts[on]]
+    return {"average": mean(final), "last": final[-1], "drop": upright - now}
 
 
 FIT = {"LoRA": (3e-3, None), "CoDyRA": (1e-2, 1e-2)}
@@ -182,20 +169,31 @@ def test_adaptive_ranks_forget_less(evidence) -> None:
     evidence.claim("drop on upright digits, CoDyRA over LoRA", drop, at_most=0.5)
 
 
+def search_known_ranks() -> None:
+    for arm, kappas in (("LoRA", (None,)), ("CoDyRA", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1))):
+        scores = {}
+        for rate, kappa in product((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), kappas):
+            runs = [fit(seed, rate, kappa) for seed in SEARCH_SEEDS]
+            error = mean(r[0] for r in runs)
+            rho = mean(float(spearmanr(r[1], r[2]).statistic) if len(set(r[2])) > 1 else 0.0 for r in runs)
+            print(f"fit {arm} {rate:g} {kappa}: error {error:.6f}, rank correlation {rho:.2f}", flush=True)
+            scores[rate, kappa] = -error if kappa is None else rho
+        print(f'"{arm}": {max(scores, key=scores.__getitem__)}', flush=True)
+
+
+def search_continual() -> None:
+    for arm, ratios in (("LoRA", (None,)), ("CoDyRA", (0.1, 0.3, 1.0, 3.0, 10.0))):
+        averages = {}
+        for rate, steps, ratio in product((3e-4, 1e-3, 3e-3, 1e-2), (50, 100, 200, 400), ratios):
+            kappa = None if ratio is None else ratio * rate
+            runs = [continual(seed, rate, steps, kappa, "choose") for seed in SEARCH_SEEDS]
+            means = {name: round(mean(r[name] for r in runs), 1) for name in runs[0]}
+            print(f"continual {arm} {rate:g} {steps} {kappa}: {means}", flush=True)
+            averages[rate, steps, kappa] = means["average"]
+        print(f'"{arm}": {max(averages, key=averages.__getitem__)}', flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for arm, settings in (
-        ("LoRA", ((3e-3, None), (1e-2, None))),
-        ("CoDyRA", ((3e-3, 1e-2), (3e-3, 2e-2), (1e-2, 1e-2))),
-    ):
-        for rate, kappa in settings:
-            runs = [fit(seed, rate, kappa) for seed in SEARCH_SEEDS]
-            error, rho = np.mean([r[0] for r in runs]), np.mean([spearmanr(r[1], r[2]).statistic for r in runs])
-            print("fit", arm, rate, kappa, f"{error:.6f} {rho:.2f}", [r[1:] for r in runs], flush=True)
-    for rate in (1e-3, 3e-3):
-        settings = [("LoRA", steps, None) for steps in (100, 200)]
-        settings += [("CoDyRA", 200, ratio * rate) for ratio in (1, 3)]
-        for arm, steps, kappa in settings:
-            runs = [continual(seed, rate, steps, kappa, "choose") for seed in SEARCH_SEEDS[:2]]
-            means = {name: round(float(np.mean([r[name] for r in runs])), 1) for name in runs[0]}
-            print("continual", arm, rate, steps, kappa, means, flush=True)
+    search_known_ranks()
+    search_continual()

@@ -1,6 +1,6 @@
 """SmolLM2-135M tuned on Austen's novels by SVFit, FLoRA, CoDyRA, LoRA and in all its weights, on the same few tokens.
 
-The pretrained model of `lightspan.backbones.pretrained.smollm2` reads five novels for 80 steps of 4 x 128 tokens, each
+The pretrained model of `lightspan.backbones.pretrained.smollm2` reads five novels for 20 steps of 4 x 128 tokens, each
 arm the same windows in the same order, and is tested on the sixth, which no arm reads. Adapters sit on the query and
 value projections of all 30 blocks; all other weights stay frozen. Adapters run beside bfloat16 weights, all-weight
 tuning keeps float32 ones and starts from the same bfloat16 values; both compute under bfloat16 autocast. SmolLM2 was
@@ -34,7 +34,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
 from lightspan.adapters.adapter import AdapterSpec
@@ -47,14 +46,14 @@ from lightspan.callbacks.rank_selection import threshold
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.schedules import WarmupCosine
 
-STEPS, BATCH, CONTEXT = 80, 4, 128
+STEPS, BATCH, CONTEXT = 20, 4, 128
 EVALUATION_WINDOWS = 40
 MATCH = ["*q_proj", "*v_proj"]
 ARMS = ("SVFit", "FLoRA", "CoDyRA", "LoRA", "all weights")
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 RATES = {"SVFit": 1e-1, "FLoRA": 3e-3, "CoDyRA": 1e-2, "LoRA": 1e-2, "all weights": 1e-4}
 LORA_RANK, LORA_RANKS = 16, (1, 4, 16)
-KAPPA_MAX = 0.029  # 80 steps of thresholds add up to what the paper's 500 up to 0.005 do, about 0.64
+KAPPA_MAX = 0.116  # 20 steps of thresholds add up to what the paper's 500 up to 0.005 do, about 0.64
 
 
 def spec(arm: str, rank: int) -> AdapterSpec | None:
@@ -88,7 +87,7 @@ def batches(folder: Path, split: str) -> Iterator[Tensor]:
 
 
 def loss_of(model: LlamaForCausalLM, tokens_BT1: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):  # faster than fused for 128 tokens
+    with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=tokens_BT1[:, :-1]).logits
     return next_token_loss(logits.float(), tokens_BT1[:, 1:])
 
