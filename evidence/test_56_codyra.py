@@ -132,7 +132,7 @@ def continual(seed: int, rate: float, steps: int, kappa_max: float | None, on: s
 
 
 FIT = {"LoRA": (3e-3, None), "CoDyRA": (1e-2, 1e-2)}
-CONTINUAL = {"LoRA": (3e-3, 100, None), "CoDyRA": (1e-3, 200, 1e-3)}
+CONTINUAL = {"LoRA": (3e-4, 400, None), "CoDyRA": (1e-3, 200, 1e-3)}
 
 
 def test_gates_recover_the_ranks_that_the_layers_need(evidence) -> None:
