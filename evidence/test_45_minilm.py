@@ -62,7 +62,7 @@ DIMS = (200, 1000)
 WHOLE = Arm(None)
 DID, SAID = ({dim: Arm(dim, scales=scales) for dim in DIMS} for scales in (False, True))
 RANDOM = Arm(200, pretrained=False)
-RATES = {WHOLE: 3e-5, DID[200]: 1.0, SAID[200]: 0.3, RANDOM: 1.0, DID[1000]: 0.3, SAID[1000]: 0.3}
+RATES = {WHOLE: 3e-5, DID[200]: 1.0, SAID[200]: 0.3, RANDOM: 3.0, DID[1000]: 0.3, SAID[1000]: 0.3}
 PENALTIES = {True: 1000.0, False: 1000.0}
 """Of the probe on pretrained and on random features."""
 
