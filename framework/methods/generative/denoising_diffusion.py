@@ -101,6 +101,7 @@ class DenoisingDiffusion(Method):
         eta: float = 0.0,
         guidance: float = 1.0,
         seed: int = 0,
+        clip: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Images [B C H W] of these classes, standardised as the training images were.
 
@@ -112,6 +113,9 @@ class DenoisingDiffusion(Method):
             guidance: the prediction is taken this many times as far from the one without class; 1 leaves it, and more
                 gives images more typical of their class and less varied.
             seed: of all noise, which the CPU draws.
+            clip: least and greatest value of a training image, as `ImageData.bounds` gives them; the clean image that
+                is predicted at each level is clipped to them, as in `step_back`. Else a small network, or a guided
+                one, wanders off to values that no image has.
         Raises: UserError for steps or eta out of range.
         """
         levels, device = len(self.kept_T), label_B.device  # type: ignore[arg-type]
@@ -130,5 +134,5 @@ class DenoisingDiffusion(Method):
                 predicted_BCHW = without_BCHW + guidance * (predicted_BCHW - without_BCHW)
             fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(device)
             here_B, next_B = (k.expand(len(label_B)) for k in kept[i : i + 2])
-            x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW)
+            x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW, clip)
         return x_BCHW

@@ -139,6 +139,21 @@ def test_drawing_is_a_function_of_seed_and_class() -> None:
     torch.testing.assert_close(draw(labels, guidance=0.0), draw(nobody), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_drawn_images_lie_in_the_range_they_are_clipped_to(eta: float) -> None:
+    torch.manual_seed(0)
+    model = method(DiT(4, 2, width=16, depth=1, heads=2, num_classes=10))
+    nn.init.normal_(model.backbone.head.weight, std=0.3)
+    draw = partial(model.sample, torch.arange(10), (1, 4, 4), steps=5, eta=eta, guidance=2.0)
+    least, greatest = torch.tensor([[[-0.5]]]), torch.tensor([[[0.75]]])
+    free, clipped = draw(), draw(clip=(least, greatest))
+    assert free.min() < least
+    assert free.max() > greatest
+    assert clipped.min() == least
+    assert clipped.max() == greatest
+    assert torch.equal(draw(clip=(-torch.inf * greatest, torch.inf * greatest)), free)
+
+
 def test_training_lowers_the_held_out_loss() -> None:
     torch.manual_seed(0)
     pattern = torch.sign(torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(5)))
