@@ -1,6 +1,6 @@
 """A frozen diffusion transformer that knows some classes learns to draw others, for the evidence of system 08.
 
-A transformer learns to tell the noise in images of the old classes. Each arm then has the same number of steps on the
+A transformer learns to tell noise and image of the old classes apart. Each arm then has the same number of steps on the
 new classes, and a table of classes of its own:
 
 - DiffScaler: scale, shift and a bottleneck of 8 in attention and MLP of every block; all else frozen.
@@ -12,8 +12,8 @@ What is measured: the loss on test images, mean over ten fixed levels and fixed 
 of as many drawn images as there are test images, in the space of the 16 principal directions of the training images.
 The frozen network is asked in the better of two ways, with the classes it never saw or without a class.
 
-Rates: one search for all arms on seed 100, by the loss on validation images that are neither trained nor tested on, by
-factors of three until both neighbours are worse.
+Rates: one search for all arms on seed 100, by the loss on validation images that are neither trained nor tested on. It
+goes from the rates of the task by factors of three until both neighbours are worse.
 """
 
 import copy
@@ -45,8 +45,6 @@ SEEDS, SEARCH_SEED = (0, 1, 2), 100
 OLD, NEW = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 RANK, LAYERS = 8, ["*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2"]
 DIRECTIONS, SAMPLING_STEPS = 16, 25
-FROM = {"DiffScaler": 1e-2, "scale and shift": 1e-2, "BitFit": 1e-2, "full": 1e-3}
-"""The rates where the search starts."""
 
 Judge = Callable[[Tensor], Tensor]
 """Images in [0, 1], [B C H W] -> the class of each, int64 [B]."""
@@ -68,6 +66,7 @@ class Task:
     network: Callable[[], DiT]
     rates: dict[str, float]
     schedule: Literal["linear", "cosine"]
+    prediction: Literal["noise", "velocity"]
     old_steps: int
     old_rate: float
     steps: int
@@ -82,7 +81,9 @@ class Task:
 
     def pretrained(self, seed: int, val_size: int = 0) -> DenoisingDiffusion:
         seed_everything(seed, verbose=False)
-        method = DenoisingDiffusion(self.network(), torch.optim.AdamW, schedule=self.schedule)
+        method = DenoisingDiffusion(
+            self.network(), torch.optim.AdamW, schedule=self.schedule, prediction=self.prediction
+        )
         fit(method, self.subset(OLD, seed, val_size), self.old_steps, self.old_rate)
         return method
 
@@ -220,7 +221,7 @@ def search(task: Task) -> None:
     new, old = (everything(task.subset(part, SEARCH_SEED, task.validation).val_dataloader()) for part in (NEW, OLD))
     print(f"frozen: {task.loss(whole, new):.4f} with classes, {task.loss(whole, new, told=False):.4f} without")
     print(f"loss on old classes: {task.loss(whole, old):.4f}", flush=True)
-    for arm, start in FROM.items():
+    for arm, start in task.rates.items():
         known: dict[int, float] = {}
 
         def held_out(power: int, arm: str = arm, start: float = start, known: dict[int, float] = known) -> float:

@@ -16,6 +16,7 @@ DIGITS = Task(
     network=partial(DiT, image_size=8, num_classes=10),
     rates={"DiffScaler": 1e-2, "scale and shift": 9e-2, "BitFit": 3e-2, "full": 9e-3},
     schedule="linear",
+    prediction="noise",
     old_steps=1000,
     old_rate=2e-3,
     steps=200,

@@ -2,8 +2,8 @@
 
 Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, eq. 4 (noising), 14 (loss), and
 their linear schedule; Nichol, Dhariwal, 2021, arXiv 2102.09672, eq. 17 (cosine schedule); Song et al., "Denoising
-Diffusion Implicit Models", 2020, arXiv 2010.02502, eq. 12 and 16 (the step back). Clipping as in the code
-published with Dhariwal, Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, arXiv 2105.05233.
+Diffusion Implicit Models", 2020, arXiv 2010.02502, eq. 12 and 16 (the step back); Salimans, Ho, 2022, arXiv 2202.00512,
+section 4 (velocity). Clipping as in the code published with Dhariwal, Nichol, 2021, arXiv 2105.05233.
 Shapes: T noise levels, B batch. kept (alpha bar) is the share of variance that is still the image, in (0, 1].
 """
 
@@ -34,10 +34,22 @@ def add_noise(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
     return kept.sqrt() * clean + (1 - kept).sqrt() * noise
 
 
-def noise_prediction_loss(predicted: Tensor, noise: Tensor) -> Tensor:
+def velocity(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
+    """v = sqrt(kept) noise - sqrt(1 - kept) x_0, of the images' shape: what x_t moves along as kept falls."""
+    kept = _beside(kept_B, clean)
+    return kept.sqrt() * noise - (1 - kept).sqrt() * clean
+
+
+def noise_of_velocity(v: Tensor, noisy: Tensor, kept_B: Tensor) -> Tensor:
+    """noise = sqrt(kept) v + sqrt(1 - kept) x_t, of the images' shape."""
+    kept = _beside(kept_B, noisy)
+    return kept.sqrt() * v + (1 - kept).sqrt() * noisy
+
+
+def prediction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all entries, in float32 or wider. Images and levels weigh the same."""
     wide = torch.promote_types(predicted.dtype, torch.float32)
-    return F.mse_loss(predicted.to(wide), noise.to(wide))
+    return F.mse_loss(predicted.to(wide), target.to(wide))
 
 
 def step_back(

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.objectives.diffusion import add_noise, cosine_kept, linear_kept, noise_prediction_loss, step_back
+from lightspan.objectives.diffusion import (
+    add_noise,
+    cosine_kept,
+    linear_kept,
+    noise_of_velocity,
+    prediction_loss,
+    step_back,
+    velocity,
+)
 
 SCHEDULES = pytest.mark.parametrize("kept_T", [linear_kept(1000), cosine_kept(1000), cosine_kept(50)])
 
@@ -44,9 +52,20 @@ def test_each_image_has_its_own_level() -> None:
     assert torch.equal(noisy[1:2], add_noise(clean[1:2], noise[1:2], kept[1:2]))
 
 
+def test_velocity_is_the_derivative_of_the_noisy_image_by_its_angle_and_gives_the_noise_back() -> None:
+    clean, noise, kept = draw(3, 1, 2, 2), draw(3, 1, 2, 2, seed=1), torch.tensor([1.0, 0.5, 0.1]).double()
+    angle = kept.sqrt().acos()
+    _, derivative = torch.func.jvp(
+        lambda a: add_noise(clean, noise, a.cos().square()), (angle[1:2],), (angle[1:2] * 0 + 1,)
+    )
+    v = velocity(clean, noise, kept)
+    torch.testing.assert_close(v[1:2], derivative[1:2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(noise_of_velocity(v, add_noise(clean, noise, kept), kept), noise, rtol=0, atol=1e-12)
+
+
 def test_the_loss_is_a_mean_and_widens_half_precision() -> None:
-    assert noise_prediction_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == pytest.approx(2.5)
-    assert noise_prediction_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).item() == 90_000
+    assert prediction_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == pytest.approx(2.5)
+    assert prediction_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).item() == 90_000
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
