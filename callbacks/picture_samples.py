@@ -16,8 +16,9 @@ from lightspan.strategies import gathered
 class PictureSamples(Callback):
     """Writes a grid of drawn images, a column a class, to FOLDER/samples-STEP.png every few epochs and in the end.
 
-    For modules with `sample(label, shape, steps=..., eta=..., guidance=..., seed=...)` -> [B C H W], such as
-    `DenoisingDiffusion`, and 1 or 3 channels. Training goes on as without it.
+    For modules with `sample(label, shape, steps=..., eta=..., guidance=..., seed=..., clip=...)` -> [B C H W], such as
+    `DenoisingDiffusion`, and 1 or 3 channels. Data modules with `bounds`, such as `ImageData`, say what is black and
+    what is white: images are clipped to it as they are drawn, and shown by it. Training goes on as without it.
 
     Args:
         folder: where the pictures go.
@@ -63,16 +64,22 @@ class PictureSamples(Callback):
     def draw(self, trainer: Trainer, module: LightningModule) -> None:
         # Before other ranks are sent away: the blocks of a sharded model are gathered by all of them.
         label_B = torch.tensor(self.classes * self.rows, device=module.device)
+        bounds = getattr(getattr(trainer, "datamodule", None), "bounds", None)
         with gathered(module), detached(module):
             images_BCHW = module.sample(  # type: ignore[operator]
-                label_B, tuple(self.shape), steps=self.steps, eta=self.eta, guidance=self.guidance, seed=self.seed
+                label_B,
+                tuple(self.shape),
+                steps=self.steps,
+                eta=self.eta,
+                guidance=self.guidance,
+                seed=self.seed,
+                clip=bounds,
             )
         if trainer.is_global_zero:
             shown_BCHW = images_BCHW.float().cpu()
-            # A pixel gone astray would otherwise leave the rest of the picture grey.
-            ends = shown_BCHW.flatten().quantile(torch.tensor([0.005, 0.995])).tolist()
-            grid_CHW = make_grid(
-                shown_BCHW, nrow=len(self.classes), normalize=True, value_range=tuple(ends), pad_value=0.5
-            )
+            # Without bounds: a pixel gone astray would leave the rest of the picture grey.
+            black, white = bounds or shown_BCHW.flatten().quantile(torch.tensor([0.005, 0.995]))
+            shown_BCHW = ((shown_BCHW - black) / (white - black).clamp_min(1e-5)).clamp(0, 1)
+            grid_CHW = make_grid(shown_BCHW, nrow=len(self.classes), pad_value=0.5)
             content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
             write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)

@@ -135,6 +135,12 @@ class ImageData(LightningDataModule, ABC):
             f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))}"
         )
 
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What black and white have become: the least and greatest value of a standardised image, each [C, 1, 1]."""
+        assert self.train is not None
+        return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
+
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None
         return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)

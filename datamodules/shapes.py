@@ -34,18 +34,24 @@ def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) ->
     return np.minimum(half_width - np.abs(u), half_height - np.abs(v))
 
 
-def draw(labels: np.ndarray, noise: float, generator: np.random.Generator) -> np.ndarray:
+def draw(labels: np.ndarray, noise: float, generator: np.random.Generator, variety: float = 1.0) -> np.ndarray:
     """One picture a label, uint8 [N, S, S]: place, size, angle, brightness of shape and ground, and grain are random.
 
     Args:
         labels: int64 [N], each in [0, 10), see `NAMES`.
         noise: standard deviation of each pixel's grain, where white is 1.
+        variety: how much of their ranges place, size and angle take: at 0 shapes are central, of one size, and upright.
     """
     radius, angle, light, dark = (
         generator.uniform(least, most, len(labels))
-        for least, most in ((5.0, 10.0), (0.0, 2 * np.pi), (0.6, 1.0), (0.0, 0.35))
+        for least, most in (
+            (7.5 - 2.5 * variety, 7.5 + 2.5 * variety),
+            (0.0, 2 * np.pi * variety),
+            (0.6, 1.0),
+            (0.0, 0.35),
+        )
     )
-    centre = SIDE / 2 - 0.5 + generator.uniform(-1, 1, (len(labels), 2)) * (SIDE / 2 - radius)[:, None]
+    centre = SIDE / 2 - 0.5 + variety * generator.uniform(-1, 1, (len(labels), 2)) * (SIDE / 2 - radius)[:, None]
     y, x = np.mgrid[:SIDE, :SIDE]
     images = np.empty((len(labels), SIDE, SIDE), dtype=np.uint8)
     for i, label in enumerate(labels):
@@ -63,7 +69,7 @@ class Shapes(ImageData):
 
     Args:
         size: training images; a quarter as many are drawn for testing, from another stream.
-        noise: as in `draw`, >= 0.
+        noise, variety: as in `draw`; noise >= 0, variety in [0, 1].
         draw_seed: of the pictures. `seed` is that of their order.
         batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
     """
@@ -82,17 +88,20 @@ class Shapes(ImageData):
         val_size: int = 0,
         seed: int = 0,
         num_workers: int = 0,
+        variety: float = 1.0,
     ) -> None:
         super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
-        if size < 4 * len(NAMES) or noise < 0 or draw_seed < 0:
+        if size < 4 * len(NAMES) or noise < 0 or draw_seed < 0 or not 0 <= variety <= 1:
             raise UserError(
-                f"size={size} must be at least {4 * len(NAMES)}, noise={noise} and draw_seed={draw_seed} at least 0"
+                f"size={size} must be at least {4 * len(NAMES)}, noise={noise} and draw_seed={draw_seed} at least 0, "
+                f"and variety={variety} lie in [0, 1]"
             )
-        self.size, self.noise, self.draw_seed = size, noise, draw_seed
+        self.size, self.noise, self.draw_seed, self.variety = size, noise, draw_seed, variety
 
     def load(self) -> tuple[Labelled, Labelled]:
         return self._drawn(self.size, stream=0), self._drawn(self.size // 4, stream=1)
 
     def _drawn(self, count: int, stream: int) -> Labelled:
         labels = np.arange(count, dtype=np.int64) % len(NAMES)
-        return Labelled(draw(labels, self.noise, np.random.default_rng((self.draw_seed, stream))), labels)
+        generator = np.random.default_rng((self.draw_seed, stream))
+        return Labelled(draw(labels, self.noise, generator, self.variety), labels)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.io import read_image
@@ -14,8 +14,9 @@ from lightspan.errors import UserError
 class Draws(LightningModule):
     """Draws flat images as bright as their class, and uses up random numbers on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
+        self.bounds = bounds
         self.layer = nn.Sequential(nn.Linear(2, 1), nn.Dropout())
         self.seen: list[float] = []
 
@@ -26,14 +27,27 @@ class Draws(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def sample(self, label: Tensor, shape: tuple[int, int, int], **settings: float) -> Tensor:
+    def sample(self, label: Tensor, shape: tuple[int, int, int], **settings: object) -> Tensor:
         assert not self.layer[1].training
-        assert settings == {"steps": 5, "eta": 1.0, "guidance": 2.0, "seed": 3}
+        assert settings == {"steps": 5, "eta": 1.0, "guidance": 2.0, "seed": 3, "clip": self.bounds}
         torch.rand(10)
         return label.float().view(-1, 1, 1, 1).expand(-1, *shape)
 
 
-def fit(callbacks: list[PictureSamples], model: LightningModule | None = None) -> LightningModule:
+class Bounded(LightningDataModule):
+    """Says that images lie between 0 and 8."""
+
+    bounds = (torch.zeros(1, 1, 1), torch.full((1, 1, 1), 8.0))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.randn(6, 2), batch_size=2)
+
+
+def fit(
+    callbacks: list[PictureSamples],
+    model: LightningModule | None = None,
+    data: LightningDataModule | DataLoader | None = None,
+) -> LightningModule:
     torch.manual_seed(0)
     model = model or Draws()
     torch.manual_seed(1)
@@ -46,7 +60,7 @@ def fit(callbacks: list[PictureSamples], model: LightningModule | None = None) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(torch.randn(6, 2), batch_size=2))
+    trainer.fit(model, data or DataLoader(torch.randn(6, 2), batch_size=2))
     return model
 
 
@@ -64,6 +78,12 @@ def test_a_grid_with_a_column_a_class_is_written_when_asked_and_at_the_end(tmp_p
     grid = read_image(str(tmp_path / "pictures/samples-0000012.png"))
     assert grid.shape == (3, 2 * 6 + 2, 3 * 6 + 2)
     assert [int(grid[0, y, x]) for y in (4, 10) for x in (4, 10, 16)] == [0, 128, 255] * 2
+
+
+def test_data_with_bounds_say_what_images_are_clipped_to_and_shown_by(tmp_path: Path) -> None:
+    fit([samples(tmp_path)], Draws(Bounded.bounds), Bounded())
+    grid = read_image(str(tmp_path / "samples-0000012.png"))
+    assert [int(grid[0, 4, x]) for x in (4, 10, 16)] == [0, 64, 128]
 
 
 def test_training_goes_on_as_without_it(tmp_path: Path) -> None:

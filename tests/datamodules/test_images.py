@@ -83,6 +83,16 @@ def test_training_images_have_zero_mean_and_unit_deviation(kind: type[ImageData]
     assert images.std(correction=0) == pytest.approx(1, abs=1e-5)
 
 
+def test_bounds_are_what_black_and_white_become() -> None:
+    data = Digits()
+    data.setup()
+    images = torch.cat([batch["image"] for batch in data.bank_dataloader()])
+    least, greatest = data.bounds
+    assert least.shape == greatest.shape == (1, 1, 1)
+    assert least.item() == images.min().item()
+    assert greatest.item() == pytest.approx(images.max().item(), rel=1e-6)
+
+
 def test_moments_are_those_of_each_channel() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 4), dtype=np.uint8)
     mean, std = channel_moments(pixels)

@@ -43,8 +43,18 @@ def test_shapes_differ_in_how_much_of_their_circle_they_cover() -> None:
     assert covered["frame"] < covered["square"]
 
 
+def test_without_variety_a_shape_differs_in_brightness_alone() -> None:
+    for label in range(len(NAMES)):
+        images = draw(np.full(20, label), 0.0, np.random.default_rng(0), variety=0.0).astype(float)
+        low, high = images.min(axis=(1, 2), keepdims=True), images.max(axis=(1, 2), keepdims=True)
+        outlines = (images - low) / (high - low)
+        assert np.abs(outlines - outlines[0]).max() < 0.02  # pixels are whole numbers out of 255
+
+
 def test_sizes_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match=r"size=39 must be at least 40, noise=0\.1 and draw_seed=0 at least 0"):
         Shapes(size=39)
     with pytest.raises(UserError, match=r"noise=-1\.0"):
         Shapes(noise=-1.0)
+    with pytest.raises(UserError, match=r"variety=1\.5 lie in \[0, 1\]"):
+        Shapes(variety=1.5)

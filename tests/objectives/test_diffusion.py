@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.objectives.diffusion import add_noise, cosine_kept, linear_kept, noise_prediction_loss, step_back
+from lightspan.objectives.diffusion import (
+    add_noise,
+    cosine_kept,
+    linear_kept,
+    noise_of_velocity,
+    prediction_loss,
+    step_back,
+    velocity,
+)
 
 SCHEDULES = pytest.mark.parametrize("kept_T", [linear_kept(1000), cosine_kept(1000), cosine_kept(50)])
 
@@ -44,9 +52,20 @@ def test_each_image_has_its_own_level() -> None:
     assert torch.equal(noisy[1:2], add_noise(clean[1:2], noise[1:2], kept[1:2]))
 
 
+def test_velocity_is_the_derivative_of_the_noisy_image_by_its_angle_and_gives_the_noise_back() -> None:
+    clean, noise, kept = draw(3, 1, 2, 2), draw(3, 1, 2, 2, seed=1), torch.tensor([1.0, 0.5, 0.1]).double()
+    angle = kept.sqrt().acos()
+    _, derivative = torch.func.jvp(
+        lambda a: add_noise(clean, noise, a.cos().square()), (angle[1:2],), (angle[1:2] * 0 + 1,)
+    )
+    v = velocity(clean, noise, kept)
+    torch.testing.assert_close(v[1:2], derivative[1:2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(noise_of_velocity(v, add_noise(clean, noise, kept), kept), noise, rtol=0, atol=1e-12)
+
+
 def test_the_loss_is_a_mean_and_widens_half_precision() -> None:
-    assert noise_prediction_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == pytest.approx(2.5)
-    assert noise_prediction_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).item() == 90_000
+    assert prediction_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == pytest.approx(2.5)
+    assert prediction_loss(torch.full((3,), 300.0).half(), torch.zeros(3).half()).item() == 90_000
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -75,3 +94,42 @@ def test_the_ancestral_step_has_the_mean_and_variance_of_ddpm() -> None:
     deviation = step_back(noisy, predicted, here, following, 1.0, zero + 1) - mean
     variance = beta * (1 - kept_T[t - 1]) / (1 - kept_T[t])
     torch.testing.assert_close(deviation.square(), variance.expand(5, 2), rtol=1e-9, atol=0)
+
+
+INFINITE = (torch.tensor(-math.inf), torch.tensor(math.inf))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_an_infinite_range_clips_nothing_to_the_last_bit(eta: float) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        noisy, predicted, fresh = (draw(4, 1, 3, 3, seed=seed).to(dtype) for seed in range(3))
+        step = noisy, predicted, torch.full((4,), 0.3), torch.full((4,), 0.7), eta, fresh
+        clipped = step_back(*step, clip=INFINITE)
+        assert clipped.dtype == dtype
+        assert torch.equal(clipped, step_back(*step))
+
+
+def test_the_noise_is_what_the_clipped_image_implies() -> None:
+    noisy, predicted, zero = draw(4, 2, 3, 3), draw(4, 2, 3, 3, seed=1), torch.zeros(4, 2, 3, 3).double()
+    kept, following = torch.full((4,), 0.25).double(), torch.full((4,), 0.7).double()
+    least, greatest = torch.tensor([[-0.5, -0.1], [0.2, 0.3]]).double().view(2, 2, 1, 1)  # a channel each
+    stepped = step_back(noisy, predicted, kept, following, 0.0, zero, clip=(least, greatest))
+    clean = ((noisy - math.sqrt(0.75) * predicted) / 0.5).clamp(least, greatest)
+    assert (clean == least).any()
+    assert (clean == greatest).any()
+    noise = (noisy - 0.5 * clean) / math.sqrt(0.75)
+    torch.testing.assert_close(stepped, add_noise(clean, noise, following), rtol=0, atol=1e-12)
+    last = step_back(noisy, predicted, kept, torch.ones(4), 0.0, zero, clip=(least, greatest))
+    assert torch.equal(last, clean)
+
+
+def test_the_clipped_ancestral_step_is_the_posterior_of_ddpm() -> None:
+    kept_T, t = linear_kept(1000), 400
+    before, here = kept_T[t - 1], kept_T[t]
+    beta = 1 - here / before
+    noisy, predicted, zero = draw(5, 2), draw(5, 2, seed=1), torch.zeros(5, 2).double()
+    clip = torch.tensor(-0.4).double(), torch.tensor(0.6).double()
+    clean = ((noisy - (1 - here).sqrt() * predicted) / here.sqrt()).clamp(*clip)
+    mean = (before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * noisy) / (1 - here)
+    stepped = step_back(noisy, predicted, here.expand(5), before.expand(5), 1.0, zero, clip)
+    torch.testing.assert_close(stepped, mean, rtol=0, atol=1e-12)

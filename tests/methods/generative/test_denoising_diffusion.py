@@ -15,7 +15,7 @@ from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
-from lightspan.objectives.diffusion import add_noise, linear_kept
+from lightspan.objectives.diffusion import add_noise, linear_kept, velocity
 
 ADAM = partial(torch.optim.Adam, lr=3e-3)
 
@@ -36,18 +36,19 @@ class Spy(nn.Module):
 
 
 class Knows(nn.Module):
-    """The exact noise predictor of a world with one image."""
+    """The exact predictor of a world with one image."""
 
     num_classes = 0
 
-    def __init__(self, image: Tensor, kept_T: Tensor) -> None:
+    def __init__(self, image: Tensor, kept_T: Tensor, prediction: str) -> None:
         super().__init__()
-        self.image, self.kept_T = image, kept_T
+        self.image, self.kept_T, self.prediction = image, kept_T, prediction
 
     def forward(self, noisy: Tensor, level: Tensor, label: Tensor | None) -> Tensor:
         assert label is None
-        kept = self.kept_T[level].view(-1, 1, 1, 1)
-        return (noisy - kept.sqrt() * self.image) / (1 - kept).sqrt()
+        kept = self.kept_T[level]
+        noise = (noisy - kept.sqrt().view(-1, 1, 1, 1) * self.image) / (1 - kept).sqrt().view(-1, 1, 1, 1)
+        return noise if self.prediction == "noise" else velocity(self.image, noise, kept)
 
 
 def method(backbone: nn.Module, **settings: Any) -> DenoisingDiffusion:
@@ -109,13 +110,18 @@ def test_held_out_loss_repeats_and_visits_ten_levels_evenly() -> None:
     assert not torch.equal(model.held_out_loss(images(), 1), first)
 
 
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [1, 7, 1000])
-def test_a_perfect_network_draws_the_one_image_there_is(schedule: Any, eta: float, steps: int) -> None:
+def test_a_perfect_network_loses_nothing_and_draws_the_one_image_there_is(
+    prediction: Any, schedule: Any, eta: float, steps: int
+) -> None:
     image = torch.randn(1, 1, 4, 4, dtype=torch.float64)
-    model = method(nn.Identity(), schedule=schedule).double()
-    model.backbone = Knows(image, model.kept_T)
+    model = method(nn.Identity(), schedule=schedule, prediction=prediction).double()
+    model.backbone = Knows(image, model.kept_T, prediction)
+    batch = {"image": image, "label": torch.zeros(1, dtype=torch.int64)}
+    assert model.held_out_loss(batch, 0).item() == pytest.approx(0, abs=1e-6)
     drawn = model.sample(torch.zeros(3, dtype=torch.int64), (1, 4, 4), steps=steps, eta=eta)
     torch.testing.assert_close(drawn, image.expand(3, -1, -1, -1).float(), rtol=0, atol=2e-3, check_dtype=False)
 
@@ -137,6 +143,21 @@ def test_drawing_is_a_function_of_seed_and_class() -> None:
     assert not torch.equal(draw(labels), draw(labels, guidance=2.0))
     nobody = torch.full_like(labels, 10)
     torch.testing.assert_close(draw(labels, guidance=0.0), draw(nobody), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_drawn_images_lie_in_the_range_they_are_clipped_to(eta: float) -> None:
+    torch.manual_seed(0)
+    model = method(DiT(4, 2, width=16, depth=1, heads=2, num_classes=10))
+    nn.init.normal_(model.backbone.head.weight, std=0.3)
+    draw = partial(model.sample, torch.arange(10), (1, 4, 4), steps=5, eta=eta, guidance=2.0)
+    least, greatest = torch.tensor([[[-0.5]]]), torch.tensor([[[0.75]]])
+    free, clipped = draw(), draw(clip=(least, greatest))
+    assert free.min() < least
+    assert free.max() > greatest
+    assert clipped.min() == least
+    assert clipped.max() == greatest
+    assert torch.equal(draw(clip=(-torch.inf * greatest, torch.inf * greatest)), free)
 
 
 def test_training_lowers_the_held_out_loss() -> None:
