@@ -1,6 +1,7 @@
 """Builds docs/evidence.md from evidence/results/*.json: `python evidence/build_docs.py`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ def margin(bound: dict[str, float]) -> str:
     return f"{'>=' if kind == 'at_least' else '<='} {number(value)}"
 
 
-def section(record: dict[str, Any]) -> str:
-    """One system: its claims, the other figures, and what they were measured on."""
+def section(record: dict[str, Any], picture: str | None) -> str:
+    """One system: its picture, its claims, the other figures, and what they were measured on."""
     lines = [f"## {record['system']}", "", record["title"], ""]
+    if picture:
+        lines += [f"![{record['title']}]({picture})", ""]
     if not record["complete"]:
         lines += ["**This run stopped before its end; figures are missing.**", ""]
     if record["claims"]:
@@ -69,9 +72,12 @@ def order(system: str) -> tuple[int, int, str]:
 
 
 def build(results: Path, page: Path) -> None:
-    """Replaces `page` by the tables of every JSON file in `results`."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")]
-    sections = [section(record) for record in sorted(records, key=lambda record: order(record["system"]))]
+    """Replaces `page` by the tables of every JSON file in `results`, each below the picture of its name, if any."""
+    sections = []
+    for path in sorted(results.glob("*.json"), key=lambda path: order(path.stem)):
+        picture = path.with_suffix(".png")
+        link = os.path.relpath(picture, page.parent) if picture.is_file() else None
+        sections.append(section(json.loads(path.read_text(encoding="utf-8")), link))
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(page, "\n".join([HEADER, *sections]))
 

@@ -12,7 +12,7 @@ def test_digits_have_a_dimension_that_width_and_projection_hardly_move(evidence)
         record_baseline(evidence, DIGITS[width])
         for kind, curve in climbs(DIGITS[width], start=150).items():
             found[width, kind] = curve
-            record(evidence, curve, kind)
+            record(evidence, curve)
     for kind in PROJECTIONS:
         ratio = spread(found[width, kind].d90 for width in (100, 200))
         evidence.claim(f"d90 of the two nets, larger over smaller, {kind}", ratio, at_most=2.0)

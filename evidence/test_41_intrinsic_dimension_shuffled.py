@@ -14,5 +14,5 @@ def test_labels_without_a_rule_take_many_more_dimensions(evidence) -> None:
         record_baseline(evidence, task)
         curve = climb(task, "Fastfood", start=2000)
         for label in (true, curve):
-            record(evidence, label, "Fastfood")
+            record(evidence, label)
         evidence.claim(f"d90 of shuffled over true labels, width {width}", curve.d90 / true.d90, at_least=4.0)

@@ -11,7 +11,7 @@ def test_d90_hardly_grows_with_the_width(evidence) -> None:
     for width, task in DIGITS.items():
         record_baseline(evidence, task)
         curves[width] = climb(task, "Fastfood", start=150)
-        record(evidence, curves[width], "Fastfood")
+        record(evidence, curves[width])
     sizes = [task.weights for task in DIGITS.values()]
     evidence.figure("D, widest over narrowest of four nets", max(sizes) / min(sizes))
     evidence.figure("d90, largest over smallest of four nets", spread(curve.d90 for curve in curves.values()))

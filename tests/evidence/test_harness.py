@@ -42,6 +42,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("conftest.py", "recorder.py", "build_docs.py"):
         shutil.copy(EVIDENCE / name, root / "evidence" / name)
     (root / "evidence" / "test_77_toy.py").write_text(TOY)
+    (root / "evidence" / "results").mkdir()
+    (root / "evidence" / "results" / "77_toy.png").touch()
     (root / "evidence" / "test_broken.py").write_text(BROKEN)
     (root / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
     return root
@@ -115,6 +117,7 @@ def test_the_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Pa
     assert "| loss | 0: not finite, 1: 1 | not finite | <= 9 | **no** |" in page
     assert "| accuracy | 0: 0.5, 1: 0.7 | 0.6 % |" in page
     assert "- Chosen on seed 100." in page
+    assert "![A toy system: what the harness records.](../evidence/results/77_toy.png)" in page
     assert "`make evidence SYSTEM=77`" in page
 
 
