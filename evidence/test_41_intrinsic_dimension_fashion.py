@@ -8,8 +8,8 @@ from intrinsic_dimension import FASHION
 
 
 def test_curves_of_the_fully_connected_net(evidence) -> None:
-    measure(evidence, FASHION["FC"], grid=(50, 200, 350, 500), dense=(50,))
+    measure(evidence, FASHION["FC"], grid=(10, 50, 200, 350, 500, 750, 1000), dense=(10, 50))
 
 
 def test_curves_of_lenet(evidence) -> None:
-    measure(evidence, FASHION["LeNet"], grid=(50, 150, 300, 400, 600), dense=(50, 300, 400))
+    measure(evidence, FASHION["LeNet"], grid=(10, 50, 150, 300, 400, 600), dense=(50, 300, 400))
