@@ -2,12 +2,13 @@
 
 A net 64-128-128-10 learns either the digits 0 to 4 or all digits turned by 20 degrees, gets a new head, and is fine-
 tuned on upright 5 to 9 inside Fastfood subspaces of all its weights, one projection over all of them. d90 is the
-smallest dimension of a grid at which the mean over three seeds reaches 0.9 of what the same start reaches when all
+smallest dimension of a grid at which the mean over ten seeds reaches 0.9 of what the same start reaches when all
 weights train; only the part of the grid around it is trained. SAID pays for the factors of its three layers out of
-its dimensions. Seeds draw initial weights, head, subspace, order, and the ten images of a class of the 10-shot task.
-Figures are accuracies on test images of 5 to 9.
+its dimensions. Seeds draw initial weights, head, subspace, order, and the ten images of a class of the 10-shot task;
+there are ten of them, since with three the sign of SAID minus DID was another on another processor. Figures are
+accuracies on test images of 5 to 9.
 
-As in the paper, the rate of Adam is searched for every start, arm and dimension of its own: on seeds 100 to 102 and
+As in the paper, the rate of Adam is searched for every start, arm and dimension of its own: on seeds 100 to 104 and
 training images held out, by factors of about three until both neighbours of the best are worse. The search is part of
 the run; notes give the rates beside the accuracies.
 
@@ -33,7 +34,7 @@ from lightspan.datamodules.images import Digits
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.optim.random_subspace import RandomSubspace
 
-SEEDS, SEARCH_SEEDS = (0, 1, 2), (100, 101, 102)
+SEEDS, SEARCH_SEEDS = tuple(range(10)), tuple(range(100, 105))
 BATCH, EQUAL_DIM, LAYERS = 64, 32, 3
 LONGEST = 50
 RATES_TRIED = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
@@ -199,7 +200,8 @@ def test_factors_of_layers_pay_for_themselves(evidence) -> None:
             evidence.figure(f"accuracy in {EQUAL_DIM} dimensions, {arm}", accuracy, seed, "%")
     gains = {seed: found["SAID"][seed] - found["DID"][seed] for seed in SEEDS}
     evidence.claim(f"SAID minus DID in {EQUAL_DIM} dimensions", gains, at_least=-1.0, unit="points")
-    evidence.claim("seeds of 3 on which SAID is better", sum(gain > 0 for gain in gains.values()), at_least=2.0)
+    better = mean(gain > 0 for gain in gains.values())
+    evidence.claim("share of seeds on which SAID is better", better, at_least=2 / 3)
     evidence.claim("share of d that the factors take", LAYERS / EQUAL_DIM, at_most=0.1)
 
 
