@@ -7,7 +7,7 @@ matrix (O k) x (C k) and has rank 2 and 240 numbers. The second truth is a chang
 Digits: a small network pretrained on scikit-learn's digits is adapted to inverted digits turned by 20 degrees, 20
 images a class. Convolutions get adapters and all else is frozen, the head too; full fine-tuning trains everything. The
 same claims are made at three budgets, the smallest with a twentieth of the network's numbers, the largest with a
-quarter.
+quarter, over 20 seeds, since on one of them the two differ by up to seven points either way.
 
 Rates and scales of all arms come from one search. Known truth: four settings an arm, on seed 100. Digits: on seeds 100
 to 102 and images that no claim uses, from (rate, scale) = (1e-2, 1) to better neighbours, by factors of about three in
@@ -33,7 +33,7 @@ from lightspan.adapters.flora import FLoRA
 from lightspan.adapters.inject import adapt
 from lightspan.subspaces.tucker import compose
 
-SEEDS, SEARCH_SEEDS = (0, 1, 2, 3, 4), (100, 101, 102)
+SEEDS, DIGITS_SEEDS, SEARCH_SEEDS = range(5), range(20), (100, 101, 102)
 RATES_TRIED, SCALES_TRIED = (
     (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     (1 / 64, 1 / 16, 0.25, 1.0, 4.0, 16.0, 64.0),
@@ -202,12 +202,12 @@ def test_a_tucker_change_is_found_at_half_the_error_of_flattened_kernels(evidenc
 
 def test_kernels_in_tucker_form_adapt_to_a_shifted_domain(evidence) -> None:
     evidence.note(f"Digits: rates and scales by one search on seeds {SEARCH_SEEDS}: {DIGITS}")
-    full = {seed: adapted_accuracy(*FULL, seed, *DIGITS[FULL], "test") for seed in SEEDS}
+    full = {seed: adapted_accuracy(*FULL, seed, *DIGITS[FULL], "test") for seed in DIGITS_SEEDS}
     for seed, (percent, numbers) in full.items():
         evidence.figure(f"accuracy, full ({numbers} numbers)", percent, seed, "%")
     for budget, ranks in RANKS.items():
         over_lora, behind_full, numbers = {}, {}, {}
-        for seed in SEEDS:
+        for seed in DIGITS_SEEDS:
             percents = {}
             for arm, rank in zip(FIT, ranks, strict=True):
                 percents[arm], numbers[arm] = adapted_accuracy(arm, rank, seed, *DIGITS[arm, rank], "test")
