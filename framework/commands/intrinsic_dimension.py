@@ -304,6 +304,7 @@ def _references(resolved: Resolved, settings: Settings) -> dict[str, Any]:
     except (OSError, ValueError):
         found = {}
     if {key: found.get(key) for key in wanted} != wanted:
+        print("measuring what needs no training: the untrained network, a linear probe on its features", flush=True)
         seeds = {seed: Fit(0, None, seed).drawn() for seed in range(settings.seeds)}
         found = references(direct, seeds, settings.metric) | wanted
         write_atomic(path, json.dumps(found, indent=2) + "\n")
@@ -334,7 +335,7 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
         **shown,
         **curve.record(),
     }
-    title = f"{resolved.name}: {settings.metric} in random subspaces of {shown['parameters']:,} weights"
+    title = f"{_named(resolved)}: {settings.metric} in random subspaces of {shown['parameters']:,} weights"
     files: dict[Path, str | bytes] = {
         settings.out / "result.json": json.dumps(record, indent=2, allow_nan=False) + "\n",
         settings.out / "curve.png": picture(curve, settings.metric, settings.threshold, shown, title),
@@ -360,6 +361,13 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
     reached = "no dimension of the grid reaches it" if curve.reached is None else f"reached at d = {curve.reached:,}"
     console.print(f"{reached}; by seed: {', '.join(str(d or 'not') for d in curve.by_seed().values())}")
     console.print(" ".join(["wrote", *map(str, files)]))
+
+
+def _named(resolved: Resolved) -> str:
+    """The recipe and, since flags may put another in its place, the class of its data."""
+    data = resolved.config.get("data")
+    path = data.get("class_path") if isinstance(data, dict) else None
+    return f"{resolved.name} on {path.rpartition('.')[2]}" if isinstance(path, str) else resolved.name
 
 
 _WHOLE = {"max": "the baseline", "min": "the way from untrained to the baseline"}

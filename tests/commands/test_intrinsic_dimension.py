@@ -161,7 +161,9 @@ def test_finished_runs_are_kept_torn_ones_done_again_and_other_settings_refused(
     assert result["baseline"]["per_seed"] == {"0": 1 / 15}
     assert result["parameters"] == 15
     assert (tmp_path / "out/curve.png").read_bytes().startswith(b"\x89PNG")
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert said.count("measuring what needs no training") == 1  # kept, like the runs
+    assert "tiny on Rows: val/loss in random subspaces of 15 weights" in said
     assert intrinsic_dimension(*arguments, "trainer.max_steps=20") == 2
     said = capsys.readouterr().err
     assert "holds a search with other settings (then -> now, in direct-seed0)" in said
