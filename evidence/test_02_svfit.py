@@ -1,7 +1,7 @@
 """SVFit (arXiv 2409.05926): singular values alone adapt a network to a shifted domain.
 
 An MLP 64-128-128-10 is pretrained on scikit-learn's digits for 30 epochs, then adapted to digits of another domain with
-10 images a class; test accuracy is on other images of that domain. Head and biases stay frozen in all arms:
+10 images a class; test accuracy is on other images of that domain. Biases stay frozen in all arms:
 
 - none: the pretrained network.
 - SVFit: all singular values of the three weights, 202 numbers.
