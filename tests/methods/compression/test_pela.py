@@ -121,7 +121,7 @@ class NoTask(nn.Module):
 
 def test_distillation_alone_brings_the_features_back_to_the_teachers() -> None:
     model, batch = method(alpha=1.0, task_loss=NoTask()), images()
-    before = float(model.training_step(batch, 0))
+    before = model.training_step(batch, 0).item()
     del model.log_dict  # the Trainer provides the real one
     model.optimizer = partial(torch.optim.Adam, lr=1e-3)
     trainer = Trainer(
