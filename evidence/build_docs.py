@@ -55,10 +55,12 @@ def section(record: dict[str, Any], picture: str | None) -> str:
     lines += [*(f"- {note}" for note in record["notes"]), *([""] if record["notes"] else [])]
     commit = record["commit"][:12] if record["commit"] else "none yet"
     state = " with uncommitted changes" if record["uncommitted_changes"] else ""
+    # A run whose work was done by processes of its own has no number of threads.
+    threads = f", {record['threads']} threads" if record["threads"] is not None else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     lines += [
         f"`{record['command']}`, {record['date']}, commit {commit}{state}, {record['seconds'] / 60:.1f} min on "
-        f"{record['cpu']} ({record['cores']} cores, {record['threads']} threads), Python {record['python']}, "
+        f"{record['cpu']} ({record['cores']} cores{threads}), Python {record['python']}, "
         f"{versions}.",
         "",
     ]

@@ -1,6 +1,7 @@
 """The curve of an intrinsic dimension as a PNG."""
 
 import io
+import textwrap
 from typing import Any
 
 from lightspan.commands.intrinsic_curve import Curve
@@ -47,7 +48,8 @@ def picture(curve: Curve, metric: str, threshold: float, references: dict[str, A
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    lines = textwrap.fill(title, 76)  # as many letters as are sure to fit the width
+    figure.suptitle(lines, fontsize=10, fontweight="bold", x=0.01, ha="left")
     buffer = io.BytesIO()
     # Software and date are left out, so that equal results give equal bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
