@@ -7,7 +7,7 @@ matrix (O k) x (C k) and has rank 2 and 240 numbers. The second truth is a chang
 Digits: a small network pretrained on scikit-learn's digits is adapted to inverted digits turned by 20 degrees, 20
 images a class. Convolutions get adapters and all else is frozen, the head too; full fine-tuning trains everything. The
 same claims are made at three budgets, the smallest with a twentieth of the network's numbers, the largest with a
-quarter, over 20 seeds, since on one of them the two differ by up to seven points either way.
+quarter, over 20 seeds, since on a single one either arm can lead by several points.
 
 Rates and scales of all arms come from one search. Known truth: four settings an arm, on seed 100. Digits: on seeds 100
 to 102 and images that no claim uses, from (rate, scale) = (1e-2, 1) to better neighbours, by factors of about three in

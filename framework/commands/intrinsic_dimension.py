@@ -366,8 +366,7 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
 def _named(resolved: Resolved) -> str:
     """The recipe and, since flags may put another in its place, the class of its data."""
     data = resolved.config.get("data")
-    path = data.get("class_path") if isinstance(data, dict) else None
-    return f"{resolved.name} on {path.rpartition('.')[2]}" if isinstance(path, str) else resolved.name
+    return f"{resolved.name} on {data['class_path'].rpartition('.')[2]}" if data else resolved.name
 
 
 _WHOLE = {"max": "the baseline", "min": "the way from untrained to the baseline"}
