@@ -58,6 +58,10 @@ class Basis(ABC):
     def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
 
+    def materialised(self, state: State, layout: Layout) -> State:
+        """The state with whatever several parts of one step would otherwise each make of it."""
+        return state
+
     def project(
         self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool
     ) -> tuple[Tensor, Tensor]:
@@ -250,9 +254,12 @@ class ColumnSelection(Basis):
             score_BN = torch.stack([project([g], matrix_1NN, False)[0][0].abs().sum(dim=0) for g in gradients])
         return {"columns": frames.top_columns(layout.total(score_BN), layout.rank)}
 
+    def materialised(self, state: State, layout: Layout) -> State:
+        return {**state, "frame": self.frame(state, layout)}
+
     def frame(self, state: State, layout: Layout) -> Tensor:
         # Rows of the transpose are contiguous, which makes the copy cheap and suits the product that follows.
-        return self.matrix(layout).mT[state["columns"]].mT
+        return state["frame"] if "frame" in state else self.matrix(layout).mT[state["columns"]].mT
 
 
 class DCTBasis(ColumnSelection):
@@ -305,6 +312,9 @@ class _KroneckerColumns(ColumnSelection):
 
     def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
         return kronecker_energies(gradients, *self.factors(layout))
+
+    def materialised(self, state: State, layout: Layout) -> State:
+        return state if layout.device.type == "cuda" else super().materialised(state, layout)
 
     def project(
         self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from lightspan.errors import UserError
 from lightspan.optim.core import Rule
-from lightspan.optim.layout import Layout, State, is_wide, matrix_shape, part_of, shards_of
+from lightspan.optim.layout import Layout, State, is_wide, matrix_shape, shards_of
 
 SEED_STRIDE = 1 << 24
 """Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
@@ -85,11 +85,8 @@ class Bucket:
         later = [place for place, i in enumerate(positions) if self.done[i] > 0]
         if not later:
             return first, []
-        matrices, state = [positions[place] for place in later], self.state
-        if len(matrices) < len(self.parameters):
-            state = part_of(state, torch.tensor(matrices, device=self.layout.device))
-        due = rule.trigger.due([self.done[i] for i in matrices], [self.phases[i] for i in matrices], state)
-        return first, [later[place] for place in due]
+        due = set(rule.trigger.due([positions[place] for place in later], self.done, self.phases, self.state))
+        return first, [place for place in later if positions[place] in due]
 
 
 def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:

@@ -3,7 +3,9 @@
 Shapes: B matrices, M rows, N columns (projected), R rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,18 +20,27 @@ class FrameChange:
     """Two frames of the same matrices, and what the new one sees.
 
     Args:
-        old_BNR, new_BNR: frames before and after.
+        make_old, make_new: give the frames [B N R] before and after.
         old, new: the basis' state before and after.
         coordinates_BMR: the present gradient in the new frame.
         betas: of Adam's moments.
     """
 
-    old_BNR: Tensor
-    new_BNR: Tensor
+    make_old: Callable[[], Tensor]
+    make_new: Callable[[], Tensor]
     old: State
     new: State
     coordinates_BMR: Tensor
     betas: tuple[float, float]
+
+    # On demand: moments that follow columns, or stay where they are, need no frame.
+    @cached_property
+    def old_BNR(self) -> Tensor:
+        return self.make_old()
+
+    @cached_property
+    def new_BNR(self) -> Tensor:
+        return self.make_new()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ transposed.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,12 +71,14 @@ class Projection:
     Args:
         gradients: what was projected, by matrix; None where only coordinates are left.
         energy_BM: squared row norms of what was projected, or empty [0 M].
+        seen: the basis' state that the coordinates belong to, with frames made where frames are used.
     """
 
     gradients: list[Tensor | None]
     coordinates_BMR: Tensor
     energy_BM: Tensor
     changes: list[Change]
+    seen: State
 
 
 def project_step(
@@ -102,7 +105,7 @@ def project_step(
     changes, seen = [], state
     for positions, is_first in ((first, True), (due, False)):
         if positions:
-            index = torch.tensor(positions, device=layout.device)
+            index = layout.select(positions)
             chosen = [gradient for i in positions if (gradient := gradients[i]) is not None]
             assert len(chosen) == len(positions), "a frame is chosen from whole gradients"
             part, part_layout = part_of(state, index), layout.part(positions)
@@ -110,19 +113,20 @@ def project_step(
                 chosen = _with_momentum(chosen, part, part_layout, rule, beta1)
             basis = rule.basis.refresh(chosen, part, part_layout, first=is_first)
             changes.append(Change(positions, is_first, basis))
-            seen = {**seen, **{key: seen[key].index_copy(0, index, value) for key, value in basis.items()}}
+            seen = {**seen, **{key: _with_part(seen[key], positions, index, value) for key, value in basis.items()}}
+    seen = rule.basis.materialised(seen, layout)
     whole = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
     if len(whole) == layout.batch:
         coordinates_BMR, energy_BM = rule.basis.project(list(whole.values()), seen, layout, energy=energy)
     else:
         coordinates_BMR, energy_BM = layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0]
         if whole:
-            index = torch.tensor(list(whole), device=layout.device)
+            index = layout.select(list(whole))
             held = part_of(seen, index), layout.part(list(whole))
             coordinates_BMR[index], _ = rule.basis.project(list(whole.values()), *held, energy=False)
     for i, coordinates_MR in pending.items():
         coordinates_BMR[i] += coordinates_MR
-    return Projection(gradients, coordinates_BMR, energy_BM, changes)
+    return Projection(gradients, coordinates_BMR, energy_BM, changes, seen)
 
 
 def update_step(
@@ -158,14 +162,14 @@ def update_step(
         scale_BM = scale_BM if clip is None else scale_BM * clip
     seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
     if layout.rows:  # a rank may hold none of a small matrix
-        rule.basis.update(weights, coefficients_BMR, state, layout, whole, scale_BM, lr, keep, seed)
+        rule.basis.update(weights, coefficients_BMR, projection.seen, layout, whole, scale_BM, lr, keep, seed)
     if rule.residual.feeds_back:
         accumulated = [gradient for gradient in projection.gradients if gradient is not None]
-        frame_BNR = rule.basis.frame(state, layout)
+        frame_BNR = rule.basis.frame(projection.seen, layout)
         rule.residual.remember(accumulated, coordinates_BMR, frame_BNR, lost, state, numbers.betas)
     if rule.trigger.needs_energy:
-        changed = [i for change in projection.changes for i in change.positions]
-        refreshed = torch.tensor(changed, device=layout.device) if changed else None
+        changed = sorted(i for change in projection.changes for i in change.positions)
+        refreshed = layout.select(changed) if changed else None
         rule.trigger.observe(coordinates_BMR, energy_BM, refreshed, state, layout.total)
 
 
@@ -197,22 +201,36 @@ def _change_frames(
     source_BR: Tensor | None = None
     lost: dict[int, Tensor] = {}
     for change in projection.changes:
-        index = torch.tensor(change.positions, device=layout.device)
-        part, part_layout = part_of(state, index), layout.part(change.positions)
+        index = layout.select(change.positions)
+        before, part_layout = part_of(state, index), layout.part(change.positions)
+        part = dict(before)
         if not change.first and "exp_avg" in state:  # otherwise there is nothing to carry
-            old, new = (rule.basis.frame(basis, part_layout).to(layout.dtype) for basis in (part, change.basis))
-            seen = FrameChange(old, new, part, change.basis, projection.coordinates_BMR[index], numbers.betas)
-            before_BMN = _lifted(part, old, rule) if rule.residual.keeps_lost_moments else None
+            frames = (partial(_frame, rule.basis, basis, part_layout) for basis in (before, change.basis))
+            seen = FrameChange(*frames, before, change.basis, projection.coordinates_BMR[index], numbers.betas)
+            before_BMN = _lifted(part, seen.old_BNR, rule) if rule.residual.keeps_lost_moments else None
             moved_bR = rule.basis.carry.carry(part, seen, rule.moments, numbers.seed)
             if before_BMN is not None:
-                left = before_BMN - _lifted(part, new, rule)
+                left = before_BMN - _lifted(part, seen.new_BNR, rule)
                 lost.update(zip(change.positions, left, strict=True))
             if moved_bR is not None:
                 if source_BR is None:
                     source_BR = torch.arange(layout.rank, device=layout.device).repeat(layout.batch, 1)
                 source_BR[index] = moved_bR
-        write_part(state, index, {**part, **change.basis})
+        write_part(state, index, {**part, **change.basis}, before)
     return source_BR, lost
+
+
+def _frame(basis: Basis, state: State, layout: Layout) -> Tensor:
+    return basis.frame(state, layout).to(layout.dtype)
+
+
+def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part: Tensor) -> Tensor:
+    """A stack with some matrices exchanged; the one given is not written."""
+    if len(positions) == len(stack):
+        return part
+    stack = stack.clone()
+    stack[index] = part
+    return stack
 
 
 def _with_momentum(gradients: list[Tensor], part: State, layout: Layout, rule: Rule, beta1: float) -> list[Tensor]:

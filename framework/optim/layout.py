@@ -1,7 +1,7 @@
 """How the low-rank step sees parameters: stacks of matrices of one shape, kept side first, and their state by name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Layout:
     device: torch.device
     seeds: tuple[int, ...]
     shards: Shards | None = None
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def batch(self) -> int:
@@ -61,6 +62,17 @@ class Layout:
         """The layout of some of the matrices."""
         return replace(self, seeds=tuple(self.seeds[i] for i in positions))
 
+    def select(self, positions: Sequence[int]) -> slice | Tensor:
+        """What picks some matrices, in ascending order, out of a stack: a slice if they are neighbours, which copies
+        nothing, otherwise their indices on the device. These are sent there once: a copy from the host waits for it.
+        """
+        key = tuple(positions)
+        if key == tuple(range(key[0], key[0] + len(key))):
+            return slice(key[0], key[0] + len(key))
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(key, device=self.device)
+        return self._indices[key]
+
     def total(self, part: Tensor) -> Tensor:
         """A sum over this rank's rows, continued over all others."""
         return alone(part) if self.shards is None else self.shards.ranks.total(part)
@@ -74,15 +86,20 @@ class Layout:
         return whole if self.shards is None else self.shards.own(whole, axis=-2)
 
 
-def part_of(state: State, index: Tensor) -> State:
-    """A copy that holds the matrices `index` only."""
+def part_of(state: State, index: slice | Tensor) -> State:
+    """The matrices `index` alone: views of the stack for a slice, otherwise copies."""
     return {key: value[index] for key, value in state.items()}
 
 
-def write_part(state: State, index: Tensor, part: State) -> None:
-    """Writes matrices back in place, so that views of the stack stay views."""
+def write_part(state: State, index: slice | Tensor, part: State, before: State) -> None:
+    """Writes matrices back in place, so that views of the stack stay views.
+
+    Args:
+        before: what `part_of` gave for `index`; of a slice, what is still the same tensor was written through it.
+    """
     for key, value in part.items():
-        state[key][index] = value
+        if isinstance(index, Tensor) or value is not before.get(key):
+            state[key][index] = value
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:

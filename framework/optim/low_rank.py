@@ -41,7 +41,7 @@ class _Work:
 
     bucket: Bucket
     active: list[int]
-    index: Tensor | None
+    index: slice | Tensor | None
     layout: Layout
     state: State
     gradients: list[Tensor | None]
@@ -336,7 +336,7 @@ class LowRank(Optimizer):
         first, due = bucket.due(active, self.rule)
         layout, state, index = bucket.layout, bucket.state, None
         if len(active) < len(bucket.parameters):
-            index = torch.tensor(active, device=layout.device)
+            index = layout.select(active)
             layout, state = layout.part(active), part_of(state, index)
         gradients: list[Tensor | None] = [
             None if (p := bucket.parameters[i]).grad is None else canonical_gradient(p.grad, p) for i in active
@@ -442,8 +442,8 @@ class LowRank(Optimizer):
             put(weights, work.parameters())
         work.bucket.noise.add_(len(work.active))
         work.bucket.pending.clear()
-        if work.index is not None:
-            write_part(work.bucket.state, work.index, work.state)
+        if isinstance(work.index, Tensor):  # a slice was stepped in place
+            write_part(work.bucket.state, work.index, work.state, {})
 
     def _elementwise_of(self, group: dict[str, Any]) -> list[Tensor]:
         """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""

@@ -25,19 +25,21 @@ class Trigger(ABC):
         return {}
 
     @abstractmethod
-    def due(self, steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
-        """Positions of the matrices whose frame is to be chosen anew now; a matrix' first step is not asked about.
+    def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
+        """Those of the matrices `asked`, positions in a stack, whose frame is to be chosen anew now; a matrix' first
+        step is not asked about.
 
         Args:
-            steps: optimiser steps that each matrix has taken, >= 1.
+            steps: optimiser steps that each matrix of the stack has taken.
             phases: in [0, 1), spread over all matrices of the optimiser, so that they need not all be due at once.
+            state: of the whole stack.
         """
 
     def observe(
         self,
         coordinates_BMR: Tensor,
         energy_BM: Tensor,
-        refreshed: Tensor | None,
+        refreshed: slice | Tensor | None,
         state: State,
         total: Total = alone,
     ) -> None:
@@ -61,12 +63,8 @@ class Every(Trigger):
         if self.steps < 1:
             raise UserError(f"refresh={self.steps} must be at least 1 step")
 
-    def due(self, steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
-        return [
-            i
-            for i, (step, phase) in enumerate(zip(steps, phases, strict=True))
-            if (step - int(phase * self.steps)) % self.steps == 0
-        ]
+    def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
+        return [i for i in asked if (steps[i] - int(phases[i] * self.steps)) % self.steps == 0]
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,8 @@ class WhenCapturedFalls(Trigger):
     def initial(self, layout: Layout) -> State:
         return {key: layout.zeros() for key in ("captured", "captured_first", "frame_age")}
 
-    def due(self, steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
-        asked = [
-            i for i, (s, p) in enumerate(zip(steps, phases, strict=True)) if (s + int(p * self.check)) % self.check == 0
-        ]
+    def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
+        asked = [i for i in asked if (steps[i] + int(phases[i] * self.check)) % self.check == 0]
         if not asked:
             return []
         fallen = (
@@ -116,7 +112,7 @@ class WhenCapturedFalls(Trigger):
         self,
         coordinates_BMR: Tensor,
         energy_BM: Tensor,
-        refreshed: Tensor | None,
+        refreshed: slice | Tensor | None,
         state: State,
         total: Total = alone,
     ) -> None:

@@ -29,9 +29,13 @@ def copied(state):
     return {key: value.clone() for key, value in state.items()}
 
 
+def change_of_frame(old, new, coordinates):
+    return FrameChange(lambda: old, lambda: new, {}, {}, coordinates, BETAS)
+
+
 def rotated(before, old, new, coordinates, floor=True):
     after = copied(before)
-    assert Rotate(floor).carry(after, FrameChange(old, new, {}, {}, coordinates, BETAS), STORAGE, SEED) is None
+    assert Rotate(floor).carry(after, change_of_frame(old, new, coordinates), STORAGE, SEED) is None
     return after
 
 
@@ -103,7 +107,7 @@ def test_rotation_works_on_stored_formats(storage):
     for key in ("exp_avg", "exp_avg_sq"):
         storage.save(exact[key], stored, key, SEED)
     frames = [random_frame([s, s + 1], 6, 3, dtype=torch.float32, device=torch.device("cpu")) for s in (0, 5)]
-    change = FrameChange(*frames, {}, {}, gradient().float(), BETAS)
+    change = change_of_frame(*frames, gradient().float())
     Rotate().carry(stored, change, storage, SEED)
     Rotate().carry(exact, change, STORAGE, SEED)
     for key in ("exp_avg", "exp_avg_sq"):
@@ -114,7 +118,7 @@ def test_rotation_works_on_stored_formats(storage):
 def test_keep_leaves_everything():
     before = moments(1, 4, 3)
     after = copied(before)
-    change = FrameChange(*(random_frame([s], 6, 3, **DOUBLE) for s in (0, 1)), {}, {}, gradient(1, 4), BETAS)
+    change = change_of_frame(*(random_frame([s], 6, 3, **DOUBLE) for s in (0, 1)), gradient(1, 4))
     assert Keep().carry(after, change, STORAGE, SEED) is None
     assert all(torch.equal(after[key], before[key]) for key in before)
 
@@ -122,7 +126,7 @@ def test_keep_leaves_everything():
 def gathered(before, old, new, rows=4, own_age=True):
     after = copied(before)
     change = FrameChange(
-        torch.empty(0), torch.empty(0), {"columns": torch.tensor([old])}, {"columns": torch.tensor([new])},
+        pytest.fail, pytest.fail, {"columns": torch.tensor([old])}, {"columns": torch.tensor([new])},
         torch.zeros(1, rows, len(old), dtype=torch.float64), BETAS,
     )  # fmt: skip
     return after, Gather(own_age).carry(after, change, STORAGE, SEED)

@@ -25,7 +25,7 @@ def run(rule, layout, weight, gradients, lr=0.1, weight_decay=0.1):
     state, weight = rule.initial(layout), weight.clone()
     for step, gradient in enumerate(gradients):
         first = [0] if step == 0 else []
-        due = rule.trigger.due([step], [0.0], state) if step else []
+        due = rule.trigger.due([0], [step], [0.0], state) if step else []
         projection = project_step(
             [gradient], {}, state, layout, rule, first=first, due=due, energy=rule.residual.needs_energy, beta1=0.9
         )

@@ -7,12 +7,15 @@ value raises.
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightspan.optim.bases import DCTBasis, HadamardBasis, KroneckerDCTBasis, PowerBasis
 from lightspan.optim.core import Projection, update_step
+from lightspan.optim.gradients import attach
 from lightspan.optim.inner import SGD, Adam, NewtonSchulz, Numbers
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
+from lightspan.optim.presets import DCTAdamW, LDAdam, Trion
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 
 RULES = {
@@ -87,10 +90,67 @@ def test_the_second_half_of_a_step_compiles_as_one_graph(inner):
         moved, state = [w.clone() for w in weights], {key: value.clone() for key, value in bucket.state.items()}
         coordinates, energy = optimizer.rule.basis.project(gradients, state, bucket.layout, energy=True)
         run(
-            moved, state, bucket.layout, optimizer.rule, Projection(list(gradients), coordinates, energy, []),
+            moved, state, bucket.layout, optimizer.rule, Projection(list(gradients), coordinates, energy, [], state),
             Numbers((0.9, 0.99), 1e-8, torch.tensor(1)),
             lr=torch.tensor(0.1), keep=torch.tensor(0.99), clip=torch.tensor(0.5),
         )  # fmt: skip
         results.append([*moved, *state.values()])
     for straight, compiled in zip(*results, strict=True):
         torch.testing.assert_close(straight, compiled)
+
+
+class Counted(TorchDispatchMode):
+    """Bytes that gathers write, and how many tensors came from lists on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered, self.from_host = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default):
+            self.gathered += out.nbytes
+        self.from_host += func is torch.ops.aten.lift_fresh.default  # what torch.tensor(list) makes
+        return out
+
+
+def counted_steps(make, steps, absent=()):
+    """What the last of some steps of four matrices and a vector costs."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(s, generator=generator)) for s in (*[(12, 8)] * 4, (8,))]
+    optimizer = make(weights)
+    for _ in range(steps):
+        for i, weight in enumerate(weights):
+            weight.grad = None if i in absent else torch.randn(weight.shape, generator=generator)
+        with Counted() as counted:
+            optimizer.step()
+    return counted, optimizer
+
+
+@pytest.mark.parametrize("absent", [(), (3,), (1,)], ids=["all", "the last missing", "a middle one missing"])
+def test_a_steady_step_sends_nothing_from_the_host_and_copies_state_only_where_matrices_are_missing(absent):
+    counted, _ = counted_steps(lambda weights: LowRank(weights, rank=4, refresh=8), 9, absent)  # one frame is due
+    assert counted.from_host == 0
+    assert (counted.gathered > 0) == (absent == (1,))  # neighbours in the stack are stepped where they are
+
+
+@pytest.mark.parametrize("preset", [LDAdam, Trion, DCTAdamW])
+def test_choosing_every_frame_in_every_step_copies_no_moments(preset):
+    counted, optimizer = counted_steps(lambda weights: preset(weights, lr=1e-3, rank=4), 3)
+    assert counted.from_host == 0
+    frames = sum(b.layout.batch * b.layout.size * b.layout.rank * 4 for b in optimizer.buckets())
+    # Selected columns are one gather of frames a step, whatever reads them.
+    assert counted.gathered == (0 if preset is LDAdam else frames)
+
+
+@pytest.mark.parametrize("backward", ["hooks", "projected"])
+def test_asking_whether_a_frame_is_due_copies_no_state(backward):
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    optimizer = LowRank(net.parameters(), rank=4, residual=None, refresh=100, backward=backward)
+    attach(net, optimizer)
+    for _ in range(3):
+        with Counted() as counted:
+            net(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (counted.gathered, counted.from_host) == (0, 0)

@@ -11,7 +11,7 @@ from lightspan.optim.triggers import Every, WhenCapturedFalls
 
 def test_by_the_clock_every_matrix_is_due_once_in_the_gap_and_not_all_at_once():
     trigger, phases = Every(5), [i / 10 for i in range(10)]
-    due = [trigger.due([step] * 10, phases, {}) for step in range(1, 21)]
+    due = [trigger.due(range(10), [step] * 10, phases, {}) for step in range(1, 21)]
     assert all(len(d) == 2 for d in due[4:])
     assert sorted(i for d in due[4:9] for i in d) == list(range(10))
 
