@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightspan.devices import widest_float
 from lightspan.errors import UserError
 from lightspan.triton_kernels.kronecker_energies import ROWS, blocks, index_type, operands, row_tiles
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
@@ -26,10 +27,11 @@ if triton is not None:
 
 
 def rotation(size: int, like: Tensor) -> Tensor:
-    """s_k exp(-i pi k / 2N) for the first half of k, from phases in float64."""
+    """s_k exp(-i pi k / 2N) for the first half of k, from phases in float64 where the device has it."""
     if size < 1:
         raise UserError(f"DCT of length {size}: the last axis must hold at least one number")
-    phase = torch.arange(size // 2 + 1, device=like.device).double() * (torch.pi / (2 * size))
+    index = torch.arange(size // 2 + 1, device=like.device).to(widest_float(like.device))
+    phase = index * (torch.pi / (2 * size))
     scale = torch.full_like(phase, (2 / size) ** 0.5)
     scale[0] = size**-0.5
     return torch.polar(scale, -phase).to(like.dtype.to_complex())

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightspan.errors import UserError
 from lightspan.optim.core import Rule
 from lightspan.optim.layout import Layout, State, is_wide, matrix_shape, shards_of
+from lightspan.optim.loading import require_same_kind
 
 SEED_STRIDE = 1 << 24
 """Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
@@ -64,7 +64,7 @@ class Bucket:
             if "rank" in known:
                 view["rank"] = torch.tensor(layout.rank)
             if known.keys() - {"rank"}:
-                _require_same_kind(names[i], known, view)
+                require_same_kind(names[i], known, view)
             for key, value in known.items():
                 if shards is not None and key in by_row:
                     rows = value.to_local() if isinstance(value, DTensor) else shards.own(value)
@@ -103,17 +103,3 @@ def _keys_by_row(rule: Rule, layout: Layout) -> set[str]:
         rule.initial(replace(layout, rows=rows, device=torch.device("meta"))) for rows in (layout.rows, layout.rows + 1)
     )
     return {key for key, value in small.items() if value.shape != large[key].shape}
-
-
-def _require_same_kind(name: str, known: State, view: State) -> None:
-    if known.keys() != view.keys():
-        raise UserError(
-            f"the saved optimiser state of {name or 'a parameter'} holds {', '.join(sorted(known))}, this optimiser "
-            f"keeps {', '.join(sorted(view))}; resume with the basis, residual, inner rule and moments of that run"
-        )
-    for key, value in known.items():
-        if value.shape != view[key].shape:
-            raise UserError(
-                f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, this "
-                f"optimiser needs {tuple(view[key].shape)}; resume with the settings it was saved with"
-            )

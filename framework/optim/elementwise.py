@@ -1,5 +1,10 @@
-"""AdamW for what is not projected, with the same moment formats and the same rounding of bfloat16 weights."""
+"""AdamW for what is not projected, with the same moment formats and the same rounding of bfloat16 weights.
 
+Shapes: P numbers of several parameters, end to end.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -7,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from lightspan.optim.layout import WEIGHT_STREAM, Layout, State
+from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, is_dense
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.sharding import Shards, local, ranks_of
 from lightspan.triton_kernels.rounding import stochastic_round
@@ -16,15 +21,17 @@ SMALLEST_QUANTISED = 4096
 """Smaller parameters keep float32 moments: they weigh nothing, and norms are sensitive."""
 LONGEST_QUANTISED_ROW = 8192
 """Longer rows keep float32 moments: one scale would have to serve too many numbers."""
+LONGEST_RUN = 1 << 22
+"""Numbers that are widened at once, unless one parameter alone has more: 16 MiB of float32."""
 
 
 def initial_state(parameter: Tensor, moments: MomentStorage) -> State:
     """Zero moments by name, of the parameter's own shape, and the number of steps; sharded as the parameter is."""
     width = parameter.shape[-1] if parameter.ndim else 1
     quantise = parameter.numel() >= SMALLEST_QUANTISED and width <= LONGEST_QUANTISED_ROW and _has_whole_rows(parameter)
-    storage = moments if quantise else Float32Moments()
+    storage = moments if quantise and not parameter.is_complex() else Float32Moments()
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    layout = Layout(parameter.numel() // width, width, width, False, dtype, parameter.device, (0,))
+    layout = Layout(parameter.numel() // max(width, 1), width, width, False, dtype, parameter.device, (0,))
     ranks = ranks_of(parameter)
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}  # the fused step reads it there
     for name in ("exp_avg", "exp_avg_sq"):
@@ -46,67 +53,142 @@ def _has_whole_rows(parameter: Tensor) -> bool:
 
 
 def step_elementwise(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    states: list[State],
+    parameters: Sequence[Tensor],
+    states: Sequence[State],
     group: dict[str, Any],
     moments: MomentStorage,
     clip: Tensor | None,
-    seed: Tensor,
+    seeds: Sequence[int],
 ) -> None:
-    """One step of AdamW on every parameter; torch's fused one for all that it can take in one call."""
-    parameters, gradients = [local(p) for p in parameters], [local(g) for g in gradients]
-    states = [{key: local(value) for key, value in state.items()} for state in states]
-    if clip is not None:
-        gradients = [gradient * clip for gradient in gradients]
-    plain: list[int] = []
+    """One step of AdamW on parameters of one group, all of which have a gradient: torch's fused one where weights and
+    moments are float32 or wider, otherwise widened, stepped and rounded once.
+
+    Args:
+        seeds: one a parameter; its roundings take what follows the seed, one a step.
+    """
+    by_kind: dict[Any, list[int]] = defaultdict(list)
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
-        if not parameter.numel():  # of a small parameter a rank may hold nothing
-            state["step"].add_(1)
-        elif parameter.dtype == state["exp_avg"].dtype and parameter.dtype.itemsize >= 4:
-            plain.append(i)  # lower precision would be rounded to nearest, weights and moments alike
+        quantised = local(state["exp_avg"]).dtype.itemsize < 4
+        # A rank's roundings are its own where it holds a part of its own, and the same as others' where it does not.
+        by_kind[quantised, parameter.dtype, parameter.device, ranks_of(parameter)].append(i)
+    for (quantised, _, device, _), members in by_kind.items():
+        held = [real(local(parameters[i])) for i in members]
+        gradients = [real(local(gradient)) for i in members if (gradient := parameters[i].grad) is not None]
+        own = [{key: local(value) for key, value in states[i].items()} for i in members]
+        starts = [seeds[i] for i in members]
+        factor = None if clip is None else clip.to(device)
+        if quantised:
+            for each in zip(held, gradients, own, starts, strict=True):
+                _step_quantised(*each, group, moments, factor)
+        elif held[0].dtype.itemsize < 4:
+            for run in _runs([part.numel() for part in held]):
+                _step_widened(held[run], gradients[run], own[run], starts[run.start], group, factor)
         else:
-            _step_widened(parameter, gradients[i], state, group, moments, seed + i)
-    if plain:
-        chosen = ([parameters[i] for i in plain], [gradients[i] for i in plain], [states[i] for i in plain])
-        _adamw(*chosen, group)
+            gradients = [gradient.to(part.dtype) for gradient, part in zip(gradients, held, strict=True)]
+            if factor is not None:
+                gradients = list(torch._foreach_mul(gradients, factor.to(gradients[0].dtype)))
+            _adamw(held, gradients, own, group)
+
+
+def _runs(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbours that are widened together."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > LONGEST_RUN:
+            yield slice(start, i)
+            start, total = i, 0
+        total += size
+    yield slice(start, len(sizes))
 
 
 def _step_widened(
-    parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any], moments: MomentStorage, seed: Tensor
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[State],
+    seed: int,
+    group: dict[str, Any],
+    clip: Tensor | None,
 ) -> None:
-    """In float32 from end to end, rounded once: low-precision weights, or quantised moments, or both."""
-    storage = Float32Moments() if state["exp_avg"].dtype == torch.float32 else moments
+    """Low-precision weights with float32 moments: all of them in a handful of kernels."""
+    shapes, sizes = [p.shape for p in parameters], [p.numel() for p in parameters]
+
+    def joined(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        whole_P = torch.cat([tensor.reshape(-1) for tensor in tensors]).float()
+        return whole_P, [part.view(shape) for part, shape in zip(whole_P.split(sizes), shapes, strict=True)]
+
+    wide_P, weights = joined(parameters)
+    gradient_P, wide_gradients = joined(gradients)
+    if clip is not None:
+        gradient_P.mul_(clip)
+    _adamw(weights, wide_gradients, states, group)
+    rounded_P = _rounded(wide_P, parameters[0].dtype, _noise(states[0], seed))
+    torch._foreach_copy_(parameters, [part.view(s) for part, s in zip(rounded_P.split(sizes), shapes, strict=True)])
+
+
+def _step_quantised(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: State,
+    seed: int,
+    group: dict[str, Any],
+    moments: MomentStorage,
+    clip: Tensor | None,
+) -> None:
+    """Moments in less than 32 bits: widened, stepped and rounded, the weight too where it is narrow."""
+    if not parameter.numel():  # of a small parameter a rank may hold nothing
+        state["step"].add_(1)
+        return
+    dtype, names = torch.promote_types(parameter.dtype, torch.float32), ("exp_avg", "exp_avg_sq")
     rows: State = {}
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in names:
         rows[name] = state[name].reshape(1, -1, parameter.shape[-1] if parameter.ndim else 1)
         if f"{name}_scale" in state:
             rows[f"{name}_scale"] = state[f"{name}_scale"][None]
-    wide = {name: storage.load(rows, name).reshape(parameter.shape) for name in ("exp_avg", "exp_avg_sq")}
-    weight = parameter.float()
-    weight = weight.clone() if weight is parameter else weight
-    _adamw([weight], [gradient.float()], [{**wide, "step": state["step"]}], group)
-    for name in ("exp_avg", "exp_avg_sq"):
-        storage.save(wide[name].reshape(rows[name].shape), rows, name, seed)
+    wide = {name: moments.load(rows, name).reshape(parameter.shape).to(dtype) for name in names}
+    weight = parameter if parameter.dtype == dtype else parameter.to(dtype)
+    gradient = gradient.to(dtype) if clip is None else gradient.to(dtype) * clip
+    _adamw([weight], [gradient], [{**wide, "step": state["step"]}], group)
+    noise = _noise(state, seed)
+    for name in names:
+        moments.save(wide[name].reshape(rows[name].shape), rows, name, noise)
         state[name].copy_(rows[name].reshape(parameter.shape))
-    parameter.copy_(stochastic_round(weight, seed + WEIGHT_STREAM) if parameter.dtype == torch.bfloat16 else weight)
+    if weight is not parameter:
+        parameter.copy_(_rounded(weight, parameter.dtype, noise))
+
+
+def _noise(state: State, seed: int) -> Tensor:
+    """The seed of this step's roundings, on the device; the number of steps is saved, so a resumed run rounds alike."""
+    return state["step"].long() + seed
+
+
+def _rounded(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    return stochastic_round(wide, noise + WEIGHT_STREAM) if dtype == torch.bfloat16 else wide.to(dtype)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, for which Adam's rule is torch's; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _adamw(parameters: list[Tensor], gradients: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
+    """torch's fused step. It reads memory from end to end and looks at no strides, so what lies otherwise than its
+    weight, or with gaps, is stepped in a copy.
+    """
+    moments = [[real(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")]
+    written, lists = [], [list(parameters), list(gradients), *moments]
+    for i, given in enumerate(zip(*lists, strict=True)):
+        dtype = given[0].dtype
+        like = given[0] if is_dense(given[0]) else given[0].contiguous()
+        for number, tensor in enumerate(given):
+            if tensor.stride() != like.stride() or tensor.dtype != dtype:
+                lists[number][i] = torch.empty_like(like).copy_(tensor)
+                if number != 1:  # the gradient is only read
+                    written.append((tensor, lists[number][i]))
     beta1, beta2 = group["betas"]
     adamw(
-        parameters,
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+        *lists[:2], *lists[2:], [], [state["step"] for state in states],
+        fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+        weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+    )  # fmt: skip
+    for tensor, copy in written:
+        tensor.copy_(copy)

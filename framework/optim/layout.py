@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,6 +103,11 @@ def write_part(state: State, index: slice | Tensor, part: State, before: State) 
             state[key][index] = value
 
 
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether a subspace can hold a parameter's state: it has two or more axes, and its numbers are real."""
+    return parameter.ndim > 1 and not parameter.is_complex()
+
+
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
     """(M, N) of a whole parameter with two or more axes, M >= N."""
     out, width = weight.shape[0], weight.shape[1:].numel()
@@ -129,42 +135,48 @@ def shards_of(weight: Tensor) -> Shards | None:
 
 
 def canonical(weight: Tensor) -> Tensor:
-    """A view [M N] of a parameter, M >= N: trailing axes flattened in memory order, transposed when wide.
+    """A matrix [M N] of a parameter, M >= N: trailing axes flattened in logical order, transposed when wide.
 
-    A convolution is out x (in * height * width), in channels-last memory out x (height * width * in). Of a sharded
-    parameter it has this rank's rows [m N], as a copy if they had to be fetched; `put` takes it back.
+    A convolution is out x (in * height * width), however it lies in memory, so state means the same in every memory
+    format. The matrix is a view where memory allows one, otherwise a copy, which `put` takes back. Of a sharded
+    parameter it has this rank's rows [m N].
     """
-    shards = shards_of(weight)
-    if shards is None or not shards.moved:
-        part = local(weight)
-        return _matrix(part, part, is_wide(weight))
-    return _moved(weight, shards.ranks, is_wide(weight))
+    shards, wide = shards_of(weight), is_wide(weight)
+    if shards is not None and shards.moved:
+        return _moved(weight, shards.ranks, wide)
+    return _matrix(local(weight), wide)
 
 
 def canonical_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient as `canonical` shows the weight, a view where its memory allows one."""
-    shards = shards_of(weight)
+    """The gradient as `canonical` shows the weight, with the same strides; a view where its memory allows one."""
+    shards, wide = shards_of(weight), is_wide(weight)
     if shards is not None and shards.moved:
-        return _moved(gradient, shards.ranks, is_wide(weight))
-    gradient, part = local(gradient), local(weight)
-    matrix = _matrix(gradient, part, is_wide(weight))
-    if gradient.stride() == part.stride():
+        return _moved(gradient, shards.ranks, wide)
+    matrix, strides = _matrix(local(gradient), wide), _strides(local(weight), wide)
+    if matrix.stride() == strides:
         return matrix
-    return torch.empty_like(_matrix(part, part, is_wide(weight)), dtype=matrix.dtype).copy_(matrix)
+    return torch.empty_strided(matrix.shape, strides, dtype=matrix.dtype, device=matrix.device).copy_(matrix)
 
 
-def put(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Brings rows that `canonical` fetched from other ranks back to where their parameters hold them."""
-    for rows_mN, weight in zip(rows, weights, strict=True):
+def put(matrices: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Brings matrices back to the parameters that `canonical` could not show as views; it must have made them."""
+    for matrix_mN, weight in zip(matrices, weights, strict=True):
         shards = shards_of(weight)
-        assert isinstance(weight, DTensor)
-        assert shards is not None
-        shape, wide = torch.Size((weight.shape[0], weight.shape[1:].numel())), is_wide(weight)
-        flat = from_local(rows_mN.mT if wide else rows_mN, shards.ranks, int(wide), shape)
-        part = flat.redistribute(placements=shards.ranks.placements(0)).to_local()
-        part = part.reshape(len(part), *weight.shape[1:])
-        there = from_local(part, shards.ranks, 0, weight.shape).redistribute(placements=weight.placements)
-        local(weight).copy_(there.to_local())
+        if shards is not None and shards.moved:
+            _put_moved(matrix_mN, weight, shards.ranks)
+        elif not _flattens(part := local(weight)):
+            part.copy_((matrix_mN.mT if is_wide(weight) else matrix_mN).reshape(part.shape))
+
+
+def _put_moved(rows_mN: Tensor, weight: Tensor, ranks: Ranks) -> None:
+    """Rows that came from other ranks go back there."""
+    assert isinstance(weight, DTensor)
+    shape, wide = torch.Size((weight.shape[0], weight.shape[1:].numel())), is_wide(weight)
+    flat = from_local(rows_mN.mT if wide else rows_mN, ranks, int(wide), shape)
+    part = flat.redistribute(placements=ranks.placements(0)).to_local()
+    part = part.reshape(len(part), *weight.shape[1:])
+    there = from_local(part, ranks, 0, weight.shape).redistribute(placements=weight.placements)
+    local(weight).copy_(there.to_local())
 
 
 def _moved(tensor: Tensor, ranks: Ranks, wide: bool) -> Tensor:
@@ -176,10 +188,26 @@ def _moved(tensor: Tensor, ranks: Ranks, wide: bool) -> Tensor:
     return matrix.mT if wide else matrix
 
 
-def _matrix(tensor: Tensor, like: Tensor, wide: bool) -> Tensor:
-    matrix = tensor.detach()
-    if like.ndim > 2:
-        strides = like.stride()
-        trailing = sorted(range(1, like.ndim), key=lambda axis: -strides[axis])
-        matrix = matrix.permute(0, *trailing).flatten(1)
+def _matrix(tensor: Tensor, wide: bool) -> Tensor:
+    matrix = tensor.detach().flatten(1)
     return matrix.mT if wide else matrix
+
+
+def _flattens(tensor: Tensor) -> bool:
+    """Whether the trailing axes merge without a copy."""
+    axes = [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] > 1]
+    return not tensor.numel() or all(
+        tensor.stride(outer) == tensor.stride(inner) * tensor.shape[inner] for outer, inner in pairwise(axes)
+    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory from end to end, in some order of its axes."""
+    order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
+    return tensor.is_contiguous() or tensor.permute(order).is_contiguous()
+
+
+def _strides(tensor: Tensor, wide: bool) -> tuple[int, ...]:
+    """Of `_matrix(tensor, wide)`, without the copy that it may be."""
+    like = tensor if _flattens(tensor) else torch.empty(tensor.shape, device="meta")
+    return _matrix(like, wide).stride()

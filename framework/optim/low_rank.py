@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightspan.devices import widest_float
 from lightspan.errors import UserError
 from lightspan.optim import elementwise
 from lightspan.optim.bases import Basis, PowerBasis
@@ -20,6 +22,7 @@ from lightspan.optim.layout import (
     State,
     canonical,
     canonical_gradient,
+    is_matrix,
     is_wide,
     matrix_shape,
     part_of,
@@ -27,9 +30,12 @@ from lightspan.optim.layout import (
     shards_of,
     write_part,
 )
+from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.ranks import RankByEnergy
+from lightspan.optim.norms import largest, square_norms
+from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
 from lightspan.optim.residuals import Dropped, Fira, Residual
+from lightspan.optim.settings import require_sound
 from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
 from lightspan.patterns import matches
@@ -113,17 +119,8 @@ class LowRank(Optimizer):
     ) -> None:
         self.rank_rule = rank if isinstance(rank, RankByEnergy) else None
         rank = rank.most if isinstance(rank, RankByEnergy) else rank
-        for name, value, sound, limit in (
-            ("lr", lr, lr >= 0, "at least 0"),
-            ("rank", rank, rank >= 1, "at least 1"),
-            ("scale", scale, scale > 0, "above 0"),
-            ("betas", betas, all(0 <= beta < 1 for beta in betas), "in [0, 1)"),
-            ("eps", eps, eps >= 0, "at least 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-            ("max_norm", max_norm, max_norm is None or max_norm > 0, "above 0, or None"),
-        ):
-            if not sound:
-                raise UserError(f"LowRank {name}={value} must be {limit}")
+        defaults = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True}
+        require_sound(type(self).__name__, {**defaults, "scale": scale, "max_norm": max_norm, "backward": backward})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
         self.rule = Rule(basis or PowerBasis(), residual or Dropped(), inner, moments, trigger)
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
@@ -134,8 +131,8 @@ class LowRank(Optimizer):
         self._ranks: dict[Tensor, int] = {}
         self._buckets: list[Bucket] | None = None
         self._places: dict[Tensor, tuple[Bucket, int]] = {}
-        defaults = {"lr": lr, "rank": rank, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "project": True})
+        self._built_for: tuple[list[Any], list[Any]] = [], []
+        super().__init__(params, {**defaults, "betas": tuple(betas)})
         self._require_one_projected()
 
     def _require_fit(self) -> None:
@@ -161,12 +158,13 @@ class LowRank(Optimizer):
             )
 
     def _require_one_projected(self) -> None:
-        candidates = [
-            (matrix_shape(p)[1], g) for g in self.param_groups for p in g["params"] if self.allowed(p, g) and p.ndim > 1
-        ]
+        if all(group["project"] is False for group in self.param_groups):
+            return  # asked for, say by one optimiser a parameter
+        candidates = [(matrix_shape(p)[1], g) for p, g in self._matrices()]
         if not candidates:
             raise UserError(
-                "LowRank got no matrix to project: pass parameters with two or more axes in a group with project=True"
+                f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a group "
+                "with project=True, or say project=False of all groups to have AdamW"
             )
         side, group = max(candidates, key=lambda candidate: candidate[0])
         if self.rank_rule is None and not any(group["rank"] < side for side, group in candidates):
@@ -175,6 +173,10 @@ class LowRank(Optimizer):
                 f"would be projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
             )
 
+    def _matrices(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Parameters that may be projected, whatever the rank, with their groups."""
+        return [(p, g) for g in self.param_groups for p in g["params"] if is_matrix(p) and self.allowed(p, g)]
+
     def allowed(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether the group's `project` lets this parameter be projected, its shape aside."""
         project = group["project"]
@@ -182,7 +184,7 @@ class LowRank(Optimizer):
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
-        if parameter.ndim < 2 or not self.allowed(parameter, group):
+        if not is_matrix(parameter) or not self.allowed(parameter, group):
             return False
         return self.rank_of(parameter, group) < matrix_shape(parameter)[1]
 
@@ -192,34 +194,87 @@ class LowRank(Optimizer):
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any], device: torch.device | None = None) -> State:
         """The state of one parameter before its first step; on the meta device it costs nothing and shows its size."""
+        like = torch.empty_like(parameter, device=device) if device else parameter
+        return self._initial_state(parameter, group, like)
+
+    def _initial_state(self, parameter: Tensor, group: dict[str, Any], like: Tensor) -> State:
+        """Of a parameter as `like` holds it."""
         chosen = {"rank": torch.tensor(self._ranks[parameter])} if parameter in self._ranks else {}
         if not self.projected(parameter, group):
-            like = torch.empty_like(parameter, device=device) if device else parameter
             return {**elementwise.initial_state(like, self.rule.moments), **chosen}
-        layout = layout_of([parameter], self.rank_of(parameter, group), [self.seed], device or parameter.device)
+        layout = layout_of([like], self.rank_of(parameter, group), [self.seed], like.device)
         state = {key: value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, **chosen, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises: UserError for settings out of range; the optimiser is then as it was."""
+        require_sound(f"{type(self).__name__} group {param_group.get('name', len(self.param_groups))!r}:", param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
         self._buckets = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buckets": None, "_places": {}}
+        """What a copy, or a pickle, is made of: as torch has it, without hooks and without what schedulers patched into
+        this object, which would act on it and its model. No backward pass is attached to the copy.
+        """
+        own = ("rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks")
+        kept = {key: self.__dict__[key] for key in own}
+        return {
+            **super().__getstate__(),
+            **kept,
+            "attached": False,
+            "_buckets": None,
+            "_places": {},
+            "_built_for": ([], []),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
-        column indices into floats and float32 moments of bfloat16 weights into bfloat16."""
-        super().load_state_dict(state_dict)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for parameter, number in zip(parameters, numbers, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                self.state[parameter][key] = value.to(device=self.state[parameter][key].device, copy=True)
-                if key == "rank":
-                    self._ranks[parameter] = int(value)
+        column indices into floats and float32 moments of bfloat16 weights into bfloat16.
+
+        What a group lacks there, it keeps. The rank is part of the saved groups.
+
+        Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.
+        """
+        load_between_hooks(self, state_dict, self._prepared, self._restore)
+
+    def _prepared(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What is to be loaded: groups complete, and all state in tensors of the expected shapes."""
+        every = numbered(self, given)
+        state = {
+            number: {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in held.items()}
+            for number, held in given["state"].items()
+        }
+        pairs = zip(self.param_groups, given["param_groups"], strict=True)
+        groups = [{**own, **saved} for own, saved in pairs]
+        kept, self._ranks = self._ranks, {p: int(state[n]["rank"]) for p, _, n in every if "rank" in state.get(n, {})}
+        try:
+            for parameter, group, number in numbered(self, {"param_groups": groups}):
+                if state.get(number, {}).keys() - {"rank"}:
+                    self._require_state(parameter, group, state[number])
+        except UserError:
+            self._ranks = kept
+            raise
+        return {**given, "state": state, "param_groups": groups}
+
+    def _require_state(self, parameter: Tensor, group: dict[str, Any], known: State) -> None:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        expected = self._initial_state(parameter, group, whole)
+        if isinstance(parameter, DTensor) and not self.projected(parameter, group):
+            # Which moments are quantised hangs on how the parameter is split; either kind steps.
+            expected, known = ({k: v for k, v in s.items() if not k.endswith("_scale")} for s in (expected, known))
+        require_same_kind(self._names.get(parameter, ""), known, expected)
+
+    def _restore(self, prepared: dict[str, Any]) -> None:
+        state, every = prepared["state"], numbered(self, prepared)
+        self.state.update({key: value for key, value in state.items() if key not in {number for *_, number in every}})
+        for parameter, group, number in every:
+            # The fused step reads its count of steps on the parameter's device, the others are the host's.
+            on_host = {"rank", "step"} if self.projected(parameter, group) else {"rank"}
+            for key, value in state.get(number, {}).items():
+                device = torch.device("cpu") if key in on_host else parameter.device
+                self.state[parameter][key] = value.to(device=device, copy=True)
         self._buckets, self._places = None, {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -238,6 +293,7 @@ class LowRank(Optimizer):
                 f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
                 "before the first backward pass (SubspaceProjection and Method do)"
             )
+        self._require_steppable()
         self._choose_ranks()
         buckets = self.buckets()
         works = [work for bucket in buckets if (work := self._work(bucket)) is not None]
@@ -258,16 +314,12 @@ class LowRank(Optimizer):
         self._require_finite(works, plain)
         for work in works:
             self._update(work, clip)
-        for number, (group, parameters) in enumerate(zip(self.param_groups, plain, strict=True)):
-            if parameters:
-                gradients, states = (
-                    [p.grad for p in parameters if p.grad is not None],
-                    [self.state[p] for p in parameters],
-                )
-                noise = states[0]["step"].long() + SEED_STRIDE * (self.seed - number - 1)
-                if (ranks := ranks_of(parameters[0])) is not None:
-                    noise = noise + SHARD_STRIDE * ranks.index
-                elementwise.step_elementwise(parameters, gradients, states, group, self.rule.moments, clip, noise)
+        numbers = {p: number for number, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for group, parameters in zip(self.param_groups, plain, strict=True):
+            states, seeds = (
+                [f(p) for p in parameters] for f in (self.state.__getitem__, lambda p: self._noise(p, numbers[p]))
+            )
+            elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
         self._places = {}
         return loss
 
@@ -275,14 +327,21 @@ class LowRank(Optimizer):
         """Stacks of same-shape matrices, rebuilt whenever someone, a checkpoint or a device move, replaced the state
         they are viewed through.
         """
-        if self._buckets is None or any(
-            self.state[p] is not view
-            for bucket in self._buckets
-            for p, view in zip(bucket.parameters, bucket.views, strict=True)
-        ):
-            self._buckets = self._build_buckets()
-            self._places = {}
+        look = [(p.device, p.dtype, p.stride()) for group in self.param_groups for p in group["params"]]
+        settings = [(group["rank"], group["project"]) for group in self.param_groups]
+        if self._buckets is None or (look, settings) != self._built_for or not all(map(self._is_seen, self._buckets)):
+            if self._buckets is not None and settings != self._built_for[1]:
+                self._forget_unstepped(self._built_for[1], settings)
+            self._buckets, self._places = self._build_buckets(), {}
+            self._built_for = look, settings
         return self._buckets
+
+    def _is_seen(self, bucket: Bucket) -> bool:
+        """Whether `state` still shows the bucket's tensors: Lightning puts others into the same dictionaries."""
+        return all(
+            self.state[p].keys() == view.keys() and all(self.state[p][key] is view[key] for key in view)
+            for p, view in zip(bucket.parameters, bucket.views, strict=True)
+        )
 
     def place(self, parameter: Tensor) -> tuple[Bucket, int]:
         """The bucket of a projected parameter, and its position there. Looks for replaced state once a step."""
@@ -311,22 +370,58 @@ class LowRank(Optimizer):
                 if not known and parameter in self._ranks:
                     known["rank"] = torch.tensor(self._ranks[parameter])
             bucket = Bucket.build(groups[key[0]], parameters, phases, layout, self.rule, saved, names)
-            self.state.update(zip(parameters, bucket.views, strict=True))
+            self.state.update((p, dict(view)) for p, view in zip(parameters, bucket.views, strict=True))
             buckets.append(bucket)
         return buckets
 
+    def _forget_unstepped(self, before: list[Any], now: list[Any]) -> None:
+        """Raises: UserError if a group's `rank` or `project` changed after its state had taken steps."""
+        if any(int(held["step"]) for held in self.state.values() if "step" in held):
+            changes = [f"{b} -> {n}" for b, n in zip(before, now, strict=True) if b != n]
+            raise UserError(
+                f"(rank, project) of a parameter group changed in the middle of training: {', '.join(changes)}. State "
+                "cannot follow; set it back, or build a new optimiser"
+            )
+        self.state.clear()
+
+    def _require_steppable(self) -> None:
+        """Raises: UserError for gradients or a mixed precision that the step cannot take, before anything is changed."""
+        if self.backward != "whole" and hasattr(self, "grad_scale"):
+            raise UserError(
+                f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
+                "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
+            )
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if parameter.grad.layout != torch.strided:
+                name = self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
+                raise UserError(
+                    f"the gradient of {name} is sparse ({parameter.grad.layout}); neither weights nor optimiser state "
+                    f"were changed. {type(self).__name__} takes dense gradients: make nn.Embedding with sparse=False, or "
+                    "give that parameter to torch.optim.SparseAdam"
+                )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Makes GradScaler hand over its scale as `grad_scale` instead of dividing gradients: a sign of its presence."""
+        return self.backward != "whole"
+
     def _choose_ranks(self) -> None:
-        if self.rank_rule is None or self._ranks:
+        """Ranks of the matrices that have their first gradient, within what others have left of the budget."""
+        if self.rank_rule is None:
+            return
+        new = [p for p, _ in self._matrices() if p.grad is not None and p not in self._ranks]
+        new = [p for p in new if not int(self.state[p].get("step", 0))]  # others took steps before ranks were chosen
+        if not new:
             return
         if self._ranks_of_parameters():
             raise UserError(
                 "rank=RankByEnergy() looks at whole gradients, and this model is sharded; set rank to a number, or "
                 "train with DDP"
             )
-        every = [(p, g) for g in self.param_groups for p in g["params"] if self.allowed(p, g) and p.ndim > 1]
-        with_gradient = [p for p, _ in every if p.grad is not None]
-        for parameter, rank in zip(with_gradient, self.rank_rule.choose(with_gradient), strict=True):
+        spent = sum(rank * bytes_per_rank(p) for p, rank in self._ranks.items())
+        for parameter, rank in zip(new, self.rank_rule.choose(new, spent), strict=True):
             self._ranks[parameter] = rank
+            self.state.pop(parameter, None)
         self._buckets = None
 
     def _work(self, bucket: Bucket) -> _Work | None:
@@ -360,16 +455,20 @@ class LowRank(Optimizer):
         """The factor that brings the global norm down to `max_norm`, 0-d; None without clipping."""
         if self.max_norm is None:
             return None
-        squares = [(ranks_of(p), _square_norm(local(p.grad))) for ps in plain for p in ps if p.grad is not None]
+        whole: dict[Ranks | None, list[Tensor]] = defaultdict(list)
+        for parameter in (p for ps in plain for p in ps):
+            whole[ranks_of(parameter)].append(_held_gradient(parameter))
+        squares = []
         for work in works:
             shards = work.layout.shards
             ranks = None if shards is None else shards.ranks
             if work.projection is None:
-                squares += [(ranks, _square_norm(gradient)) for gradient in work.gradients if gradient is not None]
+                whole[ranks] += [gradient for gradient in work.gradients if gradient is not None]
             elif self.backward == "whole":
                 squares.append((ranks, work.projection.energy_BM.sum()))
             else:
                 squares.append((ranks, work.projection.coordinates_BMR.square().sum()))
+        squares += [(ranks, square_norms(gradients)) for ranks, gradients in whole.items()]
         norm = total_over(squares).sqrt()
         return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
 
@@ -384,7 +483,7 @@ class LowRank(Optimizer):
         if not self.check_finite:
             return
         sums = [work.projection.coordinates_BMR.sum() for work in works if work.projection is not None]
-        sums += [local(p.grad).sum(dtype=torch.float32) for ps in plain for p in ps if p.grad is not None]
+        sums += largest([_held_gradient(p) for ps in plain for p in ps])
         self._require_finite_sums(sums)
 
     def _require_finite_sums(self, sums: list[Tensor]) -> None:
@@ -421,11 +520,11 @@ class LowRank(Optimizer):
             work.bucket.done[i] += 1
             work.bucket.views[i]["step"].fill_(work.bucket.done[i])
         # On the device, and filled there: a copy from the host would wait for it.
-        rate = group["lr"]
+        rate, wide = group["lr"], widest_float(device)
         lr = (
-            rate.to(device, torch.float64)
+            rate.to(device, wide).reshape(())
             if isinstance(rate, Tensor)
-            else torch.full((), rate, dtype=torch.float64, device=device)
+            else torch.full((), rate, dtype=wide, device=device)
         )
         weights, numbers = (
             [canonical(p) for p in work.parameters()],
@@ -438,8 +537,7 @@ class LowRank(Optimizer):
         else:
             late = None if self.rule.residual.feeds_back else clip
             update_step(weights, work.state, work.layout, self.rule, work.projection, numbers, **rates, clip=late)
-        if work.layout.shards is not None and work.layout.shards.moved:
-            put(weights, work.parameters())
+        put(weights, work.parameters())
         work.bucket.noise.add_(len(work.active))
         work.bucket.pending.clear()
         if isinstance(work.index, Tensor):  # a slice was stepped in place
@@ -453,11 +551,18 @@ class LowRank(Optimizer):
                 self.state[parameter] = self.initial_state(parameter, group)
         return parameters
 
+    def _noise(self, parameter: Tensor, number: int) -> int:
+        """Where the roundings of an unprojected parameter begin: below those of all matrices, a stream for each."""
+        ranks = ranks_of(parameter)
+        shard = 0 if ranks is None else ranks.index * SHARD_STRIDE
+        return (self.seed * SEED_STRIDE - 1 - number) * SEED_STRIDE + shard
+
 
 def _places(buckets: list[Bucket]) -> dict[Tensor, tuple[Bucket, int]]:
     return {p: (bucket, i) for bucket in buckets for i, p in enumerate(bucket.parameters)}
 
 
-def _square_norm(gradient: Tensor) -> Tensor:
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=wide).square()
+def _held_gradient(parameter: Tensor) -> Tensor:
+    """What this rank has of a gradient, in real numbers."""
+    assert parameter.grad is not None
+    return elementwise.real(local(parameter.grad))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightspan.devices import widest_float
 from lightspan.errors import UserError
-from lightspan.optim.layout import canonical_gradient
+from lightspan.optim.layout import canonical_gradient, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,21 @@ class RankByEnergy:
         if not 1 <= self.least <= self.most:
             raise UserError(f"RankByEnergy needs 1 <= least <= most, got least={self.least}, most={self.most}")
 
-    def choose(self, parameters: Sequence[Tensor]) -> list[int]:
-        """One rank for each parameter, from its `grad`. Raises: UserError if `least` everywhere exceeds the budget."""
+    def choose(self, parameters: Sequence[Tensor], spent: int = 0) -> list[int]:
+        """One rank for each parameter, from its `grad`.
+
+        Args:
+            spent: bytes of the budget that earlier choices took.
+        Raises: UserError if `least` everywhere exceeds the budget.
+        """
         gradients = [canonical_gradient(p.grad, p) for p in parameters if p.grad is not None]
         shares = [_energy_shares(gradient) for gradient in gradients]
-        bytes_per_rank = [4 * (2 * gradient.shape[0] + gradient.shape[1]) for gradient in gradients]
+        costs = [bytes_per_rank(parameter) for parameter in parameters if parameter.grad is not None]
         wanted = [self._wanted(share_N) for share_N in shares]
         if self.budget_mib is None:
             return wanted
-        left = self.budget_mib * 2**20 - sum(
-            min(self.least, rank) * size for rank, size in zip(wanted, bytes_per_rank, strict=True)
-        )
+        left = self.budget_mib * 2**20 - spent
+        left -= sum(min(self.least, rank) * size for rank, size in zip(wanted, costs, strict=True))
         if left < 0:
             raise UserError(
                 f"RankByEnergy budget_mib={self.budget_mib} does not even hold rank {self.least} for all "
@@ -54,13 +59,13 @@ class RankByEnergy:
             )
         offers = sorted(
             (-float(share) / size, number)
-            for number, (share_N, size) in enumerate(zip(shares, bytes_per_rank, strict=True))
+            for number, (share_N, size) in enumerate(zip(shares, costs, strict=True))
             for share in share_N[self.least : wanted[number]]
         )
         ranks = [min(self.least, rank) for rank in wanted]
         for _, number in offers:
-            if bytes_per_rank[number] <= left:
-                left -= bytes_per_rank[number]
+            if costs[number] <= left:
+                left -= costs[number]
                 ranks[number] += 1
         return ranks
 
@@ -69,9 +74,15 @@ class RankByEnergy:
         return min(max(reached, self.least), self.most, len(share_N))
 
 
+def bytes_per_rank(parameter: Tensor) -> int:
+    """What one more direction of a parameter costs in float32 moments and frame."""
+    rows, columns = matrix_shape(parameter)
+    return 4 * (2 * rows + columns)
+
+
 def _energy_shares(gradient_MN: Tensor) -> Tensor:
     """Squared singular values over their sum [N], falling; on the CPU. A zero gradient has no strong direction."""
-    wide_MN = gradient_MN.double()
+    wide_MN = gradient_MN.to(widest_float(gradient_MN.device))
     values_N = torch.linalg.eigvalsh(wide_MN.mT @ wide_MN).flip(0).clamp_min_(0).cpu()
     total = values_N.sum()
     return values_N / total if total > 0 else torch.full_like(values_N, 1 / len(values_N))

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from lightspan.devices import widest_float
 from lightspan.errors import UserError
 
 Total = Callable[[Tensor], Tensor]
@@ -163,13 +164,16 @@ def whole_of(part: Tensor, like: Tensor) -> Tensor:
 
 
 def total_over(parts: Iterable[tuple[Ranks | None, Tensor]]) -> Tensor:
-    """Sum of 0-d `parts` in float64; each counts once over the ranks that share its tensor. At least one part."""
+    """Sum of `parts`, vectors or 0-d, in float64 where the device has it; zero if there is none.
+
+    Each part counts once over the ranks that share its tensor.
+    """
     by_ranks: dict[Ranks | None, list[Tensor]] = {}
     for ranks, part in parts:
-        by_ranks.setdefault(ranks, []).append(part)
-    device = next(iter(by_ranks.values()))[0].device
+        by_ranks.setdefault(ranks, []).append(part.reshape(-1))
     sums = []
     for ranks, members in by_ranks.items():
-        mine = torch.stack([part.to(device, torch.float64) for part in members]).sum()
+        device = members[0].device
+        mine = torch.cat([part.to(device) for part in members]).sum(dtype=widest_float(device))
         sums.append(mine if ranks is None else ranks.total(mine))
-    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+    return torch.stack([part.to(sums[0].device) for part in sums]).sum() if sums else torch.zeros(())

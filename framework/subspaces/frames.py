@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightspan.devices import widest_float
 from lightspan.triton_kernels.gram import gram
 from lightspan.triton_kernels.project import project
 
@@ -44,20 +45,23 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor, total: Callable[[Tensor], Te
     2015), so columns are scaled to unit length first and the r x r Gram is formed in float64. Gradients may be rank
     deficient or zero: a trace of the anchor (relative size `nudge`) makes dependent columns independent again, at a
     cost of nudge^2 in captured energy. A matrix whose Gram is still not positive definite, say by a NaN, keeps its
-    anchor whole. Neither case asks the host, so nothing synchronises.
+    anchor whole. Neither case asks the host, so nothing synchronises. Devices without float64 leave it to the CPU.
 
     Args:
         anchor_BNR: orthonormal columns, such as the frame of the step before.
         total: sums over ranks, if `y` and `anchor` are this rank's rows of taller ones; nothing else travels.
     """
+    device = y_BNR.device
+    if widest_float(device) != torch.float64:
+        return cholesky_qr2(y_BNR.cpu(), anchor_BNR.cpu(), total).to(device)
     norms, summed_gram = (_column_norms, gram) if total is None else _over_ranks(total)
     # Above the rounding of y, so that dependent columns are told from noise; its square above the rounding of the Gram.
     nudge = 1e-6 if y_BNR.dtype == torch.float64 else 1e-4
     tiny = torch.finfo(y_BNR.dtype).tiny
     q_BNR = (y_BNR / norms(y_BNR).clamp_min(tiny) + nudge * anchor_BNR).double()
     q_BNR = q_BNR / norms(q_BNR)
-    identity_RR = torch.eye(y_BNR.shape[-1], device=y_BNR.device, dtype=torch.float64)
-    sound_B11 = torch.ones(len(y_BNR), 1, 1, dtype=torch.bool, device=y_BNR.device)
+    identity_RR = torch.eye(y_BNR.shape[-1], device=device, dtype=torch.float64)
+    sound_B11 = torch.ones(len(y_BNR), 1, 1, dtype=torch.bool, device=device)
     for _ in range(2):
         factor_BRR, info_B = torch.linalg.cholesky_ex(summed_gram(q_BNR))
         sound_B11 = (

@@ -48,9 +48,11 @@ def hadamard_factors(size: int, dtype: torch.dtype, device: torch.device) -> tup
     power = size & -size
     odd = size // power
     left = min((1 << i for i in range(power.bit_length())), key=lambda a: (max(a, size // a), a))
-    inner = hadamard_matrix(power // left, torch.float64, device)
-    right_bb = torch.kron(inner, dct_matrix(odd, dtype=torch.float64, device=device))
-    return hadamard_matrix(left, dtype, device), right_bb.to(dtype)
+    cpu = torch.device("cpu")  # not every device has float64
+    right_bb = torch.kron(
+        hadamard_matrix(power // left, torch.float64, cpu), dct_matrix(odd, dtype=torch.float64, device=cpu)
+    )
+    return hadamard_matrix(left, dtype, device), right_bb.to(dtype=dtype, device=device)
 
 
 def kronecker_matrix(left_aa: Tensor, right_bb: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""Loading state that an optimiser keeps in a form of its own: torch casts what it loads to the parameters' dtype."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightspan.errors import UserError
+
+
+def load_between_hooks(
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    restore: Callable[[dict[str, Any]], None],
+) -> None:
+    """torch's `load_state_dict`, but for the state itself, between the hooks that users have registered.
+
+    Args:
+        prepare: gets what users' pre-hooks made of `state_dict`, and returns what is to be loaded, or raises before
+            anything is changed.
+        restore: gets the same and sets `optimizer.state`, before users' post-hooks look at it.
+    """
+    prepared: dict[str, Any] = {}
+
+    def before(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        prepared.update(prepare(given))
+        return {**prepared, "state": {}}
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(lambda _: restore(prepared), prepend=True),
+    ]
+    try:
+        Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any], Any]]:
+    """(parameter, its group in `state_dict`, its number there), in order.
+
+    Raises: UserError where `state_dict` has other groups or other numbers of parameters in them.
+    """
+    own, saved = optimizer.param_groups, state_dict["param_groups"]
+    counts = [[len(group["params"]) for group in groups] for groups in (own, saved)]
+    if counts[0] != counts[1]:
+        raise UserError(
+            f"the saved optimiser state has parameter groups of {counts[1]} parameters, this "
+            f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and the parameter groups of that run"
+        )
+    return [
+        (parameter, theirs, number)
+        for ours, theirs in zip(own, saved, strict=True)
+        for parameter, number in zip(ours["params"], theirs["params"], strict=True)
+    ]
+
+
+def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    """Raises: UserError for saved state of a parameter that has other parts than expected, or parts of other shapes."""
+    if known.keys() != expected.keys():
+        raise UserError(
+            f"the saved optimiser state of {name or 'a parameter'} holds {', '.join(sorted(known))}, this optimiser "
+            f"keeps {', '.join(sorted(expected))}; resume with the basis, residual, inner rule and moments of that run"
+        )
+    for key, value in known.items():
+        if value.shape != expected[key].shape:
+            raise UserError(
+                f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, this "
+                f"optimiser needs {tuple(expected[key].shape)}; resume with the settings it was saved with"
+            )
