@@ -304,15 +304,10 @@ class LowRank(Optimizer):
             if not (self.rule.residual.feeds_back or self._takes_one_pass(work)):
                 self._project(work, self.max_norm is not None)
         clip = self._clip(works, plain)
-        for work in works:
-            if self.rule.residual.feeds_back:
-                whole = [gradient for gradient in work.gradients if gradient is not None]
-                one = torch.ones((), device=work.layout.device) if clip is None else clip
-                accumulated = self.rule.residual.accumulate(whole, work.state, one)
-                work.gradients = [matrix_MN.to(work.layout.dtype) for matrix_MN in accumulated]
-                self._project(work, False)
         self._require_finite(works, plain)
         for work in works:
+            if self.rule.residual.feeds_back:
+                self._accumulate(work, clip)
             self._update(work, clip)
         numbers = {p: number for number, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group, parameters in zip(self.param_groups, plain, strict=True):
@@ -451,6 +446,16 @@ class LowRank(Optimizer):
             beta1=work.bucket.group["betas"][0],
         )  # fmt: skip
 
+    def _accumulate(self, work: _Work, clip: Tensor | None) -> None:
+        """Projects gradients with what earlier steps left out. The sums are as large as the gradients in float32, so one
+        bucket's exist at a time: those of all would take back what quantised state saves.
+        """
+        whole = [gradient for gradient in work.gradients if gradient is not None]
+        one = torch.ones((), device=work.layout.device) if clip is None else clip
+        accumulated = self.rule.residual.accumulate(whole, work.state, one)
+        work.gradients = [matrix_MN.to(work.layout.dtype) for matrix_MN in accumulated]
+        self._project(work, False)
+
     def _clip(self, works: list[_Work], plain: list[list[Tensor]]) -> Tensor | None:
         """The factor that brings the global norm down to `max_norm`, 0-d; None without clipping."""
         if self.max_norm is None:
@@ -474,17 +479,21 @@ class LowRank(Optimizer):
 
     def _require_finite_when_due(self, works: list[_Work]) -> None:
         """A frame must not be chosen from NaN: an SVD raises on it, a power step would hide it."""
-        if self.check_finite:
+        if self.check_finite and not self.rule.residual.feeds_back:  # that projects after the check of all gradients
             chosen = [work.gradients[i] for work in works for i in (*work.first, *work.due)]
             self._require_finite_sums([g.sum(dtype=torch.float32) for g in chosen if g is not None])
 
     def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
-        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates."""
+        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates, where those exist."""
         if not self.check_finite:
             return
-        sums = [work.projection.coordinates_BMR.sum() for work in works if work.projection is not None]
-        sums += largest([_held_gradient(p) for ps in plain for p in ps])
-        self._require_finite_sums(sums)
+        sums, unprojected = [], [_held_gradient(p) for ps in plain for p in ps]
+        for work in works:
+            if work.projection is None:
+                unprojected += [gradient for gradient in work.gradients if gradient is not None]
+            else:
+                sums.append(work.projection.coordinates_BMR.sum())
+        self._require_finite_sums(sums + largest(unprojected))
 
     def _require_finite_sums(self, sums: list[Tensor]) -> None:
         """All ranks raise or none does; each comes here with sums of its own parts of the same gradients."""
@@ -538,6 +547,7 @@ class LowRank(Optimizer):
             late = None if self.rule.residual.feeds_back else clip
             update_step(weights, work.state, work.layout, self.rule, work.projection, numbers, **rates, clip=late)
         put(weights, work.parameters())
+        work.gradients, work.projection = [], None
         work.bucket.noise.add_(len(work.active))
         work.bucket.pending.clear()
         if isinstance(work.index, Tensor):  # a slice was stepped in place

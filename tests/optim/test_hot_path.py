@@ -4,6 +4,8 @@ No GPU is needed to see a synchronisation: tensors on the meta device have shape
 value raises.
 """
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -154,3 +156,23 @@ def test_asking_whether_a_frame_is_due_copies_no_state(backward):
         optimizer.step()
         optimizer.zero_grad()
     assert (counted.gathered, counted.from_host) == (0, 0)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_error_feedback_holds_the_sums_of_one_shape_at_a_time(monkeypatch, max_norm):
+    alive, accumulate = [], ErrorFeedback.accumulate
+
+    def watched(self, *arguments):
+        assert not any(reference() is not None for reference in alive)
+        sums = accumulate(self, *arguments)
+        alive[:] = [weakref.ref(matrix) for matrix in sums]
+        return sums
+
+    monkeypatch.setattr(ErrorFeedback, "accumulate", watched)
+    weights = [nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((12, 8), (9, 7), (16, 6))]
+    optimizer = LowRank(weights, rank=2, residual=ErrorFeedback("int8"), max_norm=max_norm)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert len(alive) == 1
