@@ -57,7 +57,7 @@ def expand_braces(pattern: str) -> list[str]:
 def check_shard(shard: str) -> None:
     """Raises: UserError unless `shard` can be a local path or an https address."""
     if not shard or "\0" in shard:
-        raise UserError(f"shard {shard!r} is {'no' if shard else 'not a'} name; correct data.init_args.shards")
+        raise UserError(f"shard {shard!r} is not the name of a file; correct data.init_args.shards")
     scheme = SCHEME.match(shard)
     if scheme and scheme[1].lower() != "https":
         raise UserError(
