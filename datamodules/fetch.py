@@ -92,6 +92,7 @@ def open_shard(shard: str) -> BinaryIO:
         if SCHEME.match(shard):
             return cast(BinaryIO, _opener().open(shard, timeout=TIMEOUT_S))
         path = local_path(shard)
+        path.stat()  # says more than the next line of what is missing
         require_regular_file(path, "shard")
         return path.open("rb")
     except UserError:

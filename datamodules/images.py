@@ -61,12 +61,16 @@ def evenly(labels: np.ndarray, size: int) -> np.ndarray:
 
 
 def channel_moments(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of uint8 [N, C, H, W] over 255: two float32 [C, 1, 1]. No float copy is made."""
+    """Mean and standard deviation of uint8 [N, C, H, W] over 255: two float32 [C, 1, 1]. No float copy is made.
+
+    A constant channel has the deviation 1 here, so that standardising makes it zero and not NaN.
+    """
     levels = np.arange(256) / 255
     counts_CL = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
     shares_CL = counts_CL / counts_CL.sum(axis=1, keepdims=True)
     mean_C = shares_CL @ levels
     std_C = np.sqrt((shares_CL * (levels - mean_C[:, None]) ** 2).sum(axis=1))
+    std_C[(counts_CL > 0).sum(axis=1) == 1] = 1
     return tuple(torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean_C, std_C))  # type: ignore[return-value]
 
 

@@ -68,17 +68,15 @@ class ShardOpener:
         return OpenShard(index, len(index), damage, scanned=True)
 
     def _kept(self, shard: str) -> Path | None:
-        """Where the index of a scan of this very shard is kept; None where none is.
+        """Where the index of a scan of this very shard is kept; None where none is. Raises: OSError where there is no shard.
 
         A remote shard needs no mark of its content, and is not fetched for it: its sha256 is compared when it is.
         """
-        if self.scans is None:
-            return None
         marks: list[str] = []
         if not SCHEME.match(shard):
             stat = local_path(shard).stat()
             marks = [str(stat.st_size), str(stat.st_mtime_ns)]
-        return self.scans / f"{_digest([shard, *marks])[:32]}{SUFFIX}"
+        return self.scans and self.scans / f"{_digest([shard, *marks])[:32]}{SUFFIX}"
 
     def _scanned(self, shard: str) -> tuple[ShardIndex, str | None]:
         """As `scan`; a remote shard that turns out to be damaged is fetched again, once."""
@@ -125,8 +123,8 @@ def _checked(index: ShardIndex) -> OpenShard:
         return OpenShard(index, len(index))
     try:
         path = local_path(index.shard)
-        require_regular_file(path, "shard")
         size = path.stat().st_size
+        require_regular_file(path, "shard")
     except OSError as error:
         return OpenShard(index, 0, f"shard {index.shard} is missing: {error}; it holds {len(index)} samples")
     if size == index.size:

@@ -16,7 +16,7 @@ def listed(folder: Path) -> dict[str, str]:
     try:
         require_regular_file(path, "list")
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); only folders that `data pack` wrote can be verified"
         ) from error
@@ -38,10 +38,8 @@ def problem_of(path: Path, sha256: str) -> str | None:
     try:
         if sha256_of(path) == sha256:
             return None
-    except OSError as error:
-        return f"{path}: missing or unreadable ({error.strerror})"
-    except UserError as error:
-        return f"{path}: {error}"
+    except (OSError, UserError) as error:
+        return f"{path}: missing or unreadable ({error})"
     found = f"{path}: its sha256 is not the one that was written"
     index_path = Path(f"{path}{SUFFIX}")
     if path.suffix != ".tar" or not index_path.is_file():

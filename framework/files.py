@@ -45,10 +45,32 @@ _REASONS = {
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
 )
+
+
+def irregular(path: str | Path) -> str | None:
+    """Why `path` is no regular file nor a link to one, as the end of a sentence about it; None where it is one.
+
+    Anything else may never end or never begin: a named pipe blocks whoever opens it, a device gives bytes for ever.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+    return None if stat.S_ISREG(mode) else f"is {kind}, not a regular file"
+
+
+def require_regular_file(path: str | Path, what: str = "") -> None:
+    """Raises: UserError where `path` is missing, cannot be reached, or is no regular file (nor a link to one).
+
+    `what` says in one word what it should be, for the message.
+    """
+    if reason := irregular(path):
+        raise UserError(f"{what} {path} {reason}; name a file".lstrip())
 
 
 @contextlib.contextmanager
@@ -103,16 +125,6 @@ def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--r
                 _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def require_regular_file(path: Path, what: str) -> None:
-    """Raises: UserError that names `what` where `path` is a folder, a device, a pipe or a socket, which could block a
-    reader or never end. A link counts as what it leads to. OSError where there is nothing.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kind = next((kind for test, kind in _KINDS if test(mode)), "something else")
-        raise UserError(f"{what} {path} is {kind}, not a regular file; name a file")
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

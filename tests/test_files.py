@@ -145,6 +145,12 @@ def test_what_could_block_a_reader_is_no_file(tmp_path: Path, make: Callable[[Pa
         require_regular_file(tmp_path / "x", "shard")
 
 
+def test_a_missing_file_and_a_name_that_can_be_none_are_refused(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path / "a\0", "null byte")):
+        with pytest.raises(UserError, match=rf"^/\S* cannot be read \(.*{reason}"):
+            require_regular_file(path)
+
+
 def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
