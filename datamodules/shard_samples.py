@@ -68,9 +68,10 @@ class ShardOpener:
         return OpenShard(index, len(index), damage, scanned=True)
 
     def _kept(self, shard: str) -> Path | None:
-        """Where the index of a scan of this very shard is kept; None where none is. Raises: OSError where there is no shard.
+        """Where the index of a scan of this very shard is kept; None where none is.
 
         A remote shard needs no mark of its content, and is not fetched for it: its sha256 is compared when it is.
+        Raises: OSError where there is no shard.
         """
         marks: list[str] = []
         if not SCHEME.match(shard):

@@ -71,7 +71,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 yield Member(name, data, member.offset, end)
             complete = Header.end_seen
-            while complete and (block := archive.fileobj.read(2**20)):  # type: ignore[union-attr]
+            while complete and (block := archive.fileobj.read(2**20)):
                 if block.strip(b"\0"):
                     raise UserError(
                         f"shard {shard} goes on after the end mark at byte {end}, as tars do that were joined without "

@@ -192,11 +192,8 @@ def test_a_damaged_index_is_refused(shards: list[str]) -> None:
 def test_what_a_scan_passed_over_is_said_and_how_to_do_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shard = tmp_path / "a.tar"
-    with tarfile.open(shard, "w") as archive:
-        for name in ("__background__/0.txt", "a.txt"):
-            archive.addfile(tarfile.TarInfo(name))
-    opened([str(shard)], fields={"text": "txt"})
+    shard = write_texts(tmp_path / "a.tar", {"__background__/0.txt": b"", "a.txt": b""})
+    opened([shard], fields={"text": "txt"})
     printed = capsys.readouterr().out
     assert f"shard {shard}: 1 members belong to no sample and are passed over, the first: '__background__" in printed
     assert "1 shards have no index, so they were read from end to end; `lightspan data index" in printed
@@ -282,6 +279,22 @@ def test_ranks_share_out_the_scans_and_all_find_the_same(
 # Degenerate data
 
 
+def test_values_that_fit_into_no_batch_are_told_with_the_setting(tmp_path: Path) -> None:
+    """A number of 30 digits is a value of JSON, and no int64."""
+    shard = write_texts(tmp_path / "a.tar", {"a.json": b"9" * 30})
+    with pytest.raises(UserError, match=r"samples do not fit into one batch: .*data\.init_args\.fields"):
+        list(opened([shard], fields={"x": "json"}, batch_size=1).train_dataloader())
+
+
+def write_texts(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return str(path)
+
+
 def test_one_sample_is_a_data_set(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "one.tar", [7])
     data = opened([shard], [shard], batch_size=1, views=TwoViews(), image_size=8)
@@ -297,15 +310,10 @@ def test_the_last_batch_of_a_validation_may_hold_one_sample(tmp_path: Path) -> N
 
 
 def test_empty_texts_and_constant_images_are_samples(tmp_path: Path) -> None:
-    shard = tmp_path / "a.tar"
     picture = io.BytesIO()
     Image.new("L", (1, 1), 0).save(picture, "PNG")
-    with tarfile.open(shard, "w") as archive:
-        for name, content in (("a.txt", b""), ("a.png", picture.getvalue())):
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            archive.addfile(header, io.BytesIO(content))
-    data = opened([str(shard)], fields={"text": "txt", "image": "png"}, batch_size=1, image_size=4, views=TwoViews())
+    shard = write_texts(tmp_path / "a.tar", {"a.txt": b"", "a.png": picture.getvalue()})
+    data = opened([shard], fields={"text": "txt", "image": "png"}, batch_size=1, image_size=4, views=TwoViews())
     (batch,) = data.train_dataloader()
     assert batch["text"] == [""]
     assert all(view.shape == (1, 3, 4, 4) and view.isfinite().all() for view in batch["views"])
