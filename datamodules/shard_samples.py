@@ -1,5 +1,6 @@
 """The samples of many tar shards by running number, read one by one where they lie."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -186,6 +187,12 @@ class ShardSamples:
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
+
+    def decoded_by(self, decode: Callable[[dict[str, Any], int], dict[str, Any]]) -> "ShardSamples":
+        """The same samples with other values."""
+        other = copy.copy(self)
+        other.decode = decode
+        return other
 
     def order(self, window: int) -> Order:
         """The order of training: shards in windows, every sample once in each epoch. See `Order`."""

@@ -24,7 +24,7 @@ from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 
 GIB = 2**30
-OPENED_BETWEEN_MEETINGS = 16  # shards that a rank opens until all ranks tell each other what they found
+OPENED_BETWEEN_MEETINGS = 4  # shards that a rank opens until all ranks tell each other what they found
 MAX_REMARKS = 10  # printed of one setting's shards
 T = TypeVar("T")
 
@@ -149,7 +149,9 @@ class Shards(LightningDataModule):
         if self.train is not None:
             return
         self.train = self._samples("shards", self.shards, self.decode)
-        self.val = self._samples("val_shards", self.val_shards, replace(self.decode, views=None))
+        plain = replace(self.decode, views=None)
+        self.bank = self.train.decoded_by(plain)
+        self.val = self._samples("val_shards", self.val_shards, plain)
         say(
             f"shards: {len(self.shards)} with {len(self.train):,} training samples, {len(self.val_shards)} with "
             f"{len(self.val):,} validation samples"
@@ -166,6 +168,10 @@ class Shards(LightningDataModule):
         assert self.train is not None
         order = self.train.order(self.window)
         return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+
+    def bank_dataloader(self) -> EvaluationLoader:
+        """The training samples without views, in order: what probes fit on."""
+        return evaluation_loader(self.bank, self.batch_size, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         assert self.val is not None
@@ -191,32 +197,38 @@ class Shards(LightningDataModule):
         All ranks must draw the same order, also where one of them misses a shard. They meet after every few shards, so
         that none waits longer for another than those take to be scanned.
         """
+        here, ranks = (rank(), world_size()) if self.trainer is not None else (0, 1)
         scans = Path(self.trainer.default_root_dir) / "shards" if self.trainer else None
         opener = ShardOpener(self.cache, scans, self.max_member_bytes)
         opened: list[OpenShard] = []
-        portion = OPENED_BETWEEN_MEETINGS * world_size()
-        starts = range(0, len(shards), portion)
-        for at in track(starts, f"opening {setting}", transient=True, disable=not sys.stdout.isatty()):
-            found: list[OpenShard | str] = []
-            for shard in shards[at : at + portion][rank() :: world_size()]:
-                try:
-                    found.append(opener.open(shard))
-                except UserError as error:
-                    found.append(str(error))
-            parts = _gathered(found)
+        portion = OPENED_BETWEEN_MEETINGS * ranks
+        silent = here > 0 or not sys.stdout.isatty()
+        for at in track(range(0, len(shards), portion), f"opening {setting}", transient=True, disable=silent):
+            parts = _gathered(_opened(opener, shards[at : at + portion][here::ranks]), ranks)
             for number in range(len(shards[at : at + portion])):
-                shard = parts[number % world_size()][number // world_size()]
-                if isinstance(shard, str):
-                    return [], shard
-                opened.append(shard)
+                found = parts[number % ranks][number // ranks]
+                if isinstance(found, str):
+                    return [], found
+                opened.append(found)
         return opened, None
 
 
-def _gathered(own: T) -> list[T]:
+def _opened(opener: ShardOpener, shards: list[str]) -> list[OpenShard | str]:
+    """The shards up to the first that cannot be opened, and then why."""
+    found: list[OpenShard | str] = []
+    for shard in shards:
+        try:
+            found.append(opener.open(shard))
+        except UserError as error:
+            return [*found, str(error)]
+    return found
+
+
+def _gathered(own: T, ranks: int) -> list[T]:
     """What each rank has, in the order of ranks. Every rank must call it."""
-    if world_size() == 1:
+    if ranks == 1:
         return [own]
-    parts: list[Any] = [None] * world_size()
+    parts: list[Any] = [None] * ranks
     dist.all_gather_object(parts, own)
     return parts
 

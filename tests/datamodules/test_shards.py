@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,7 +149,10 @@ def test_views_are_made_in_training_alone_and_are_a_function_of_the_seed(shards:
     assert all(torch.equal(a, b) for a, b in zip(one["views"], same["views"], strict=True))
     assert not torch.equal(one["views"][0], one["views"][1])
     assert not torch.equal(one["views"][0], other["views"][0])
-    assert "views" not in next(iter(opened(shards, shards, views=Plain()).val_dataloader()))
+    data = opened(shards, shards, views=Plain())
+    assert "views" not in next(iter(data.val_dataloader()))
+    assert labels(list(data.bank_dataloader())) == list(range(12))
+    assert "views" not in next(iter(data.bank_dataloader()))
 
 
 def test_image_size_scales_the_shorter_side_and_cuts_out_the_middle(tmp_path: Path) -> None:
@@ -227,7 +231,7 @@ class Ranks:
         monkeypatch.setattr(shards_module, "world_size", lambda: count)
         monkeypatch.setattr(shards_module, "_gathered", self.gathered)
 
-    def gathered(self, own: Any) -> list[Any]:
+    def gathered(self, own: Any, ranks: int) -> list[Any]:
         self.parts[self.own.rank] = own
         self.barrier.wait()
         parts = list(self.parts)
@@ -263,7 +267,14 @@ def test_ranks_share_out_the_scans_and_all_find_the_same(
     for shard in shards:
         Path(shard + SUFFIX).unlink()
     ranks = Ranks(count, monkeypatch)
-    found = ranks.run(lambda: opened(shards))
+
+    def of_trainer() -> Shards:
+        data = Shards(shards)
+        data.trainer = SimpleNamespace(default_root_dir=str(tmp_path))
+        data.setup()
+        return data
+
+    found = ranks.run(of_trainer)
     assert sorted(map(str, scanned)) == sorted(shards)
     assert alone.train is not None
     for data in found:
@@ -271,7 +282,7 @@ def test_ranks_share_out_the_scans_and_all_find_the_same(
         assert data.train.order(4) == alone.train.order(4)
     Path(shards[4]).write_bytes(b"\x1f\x8b\x08 packed")
     Path(shards[5]).write_bytes(b"\x1f\x8b\x08 packed")
-    refusals = ranks.run(lambda: opened(shards))
+    refusals = ranks.run(of_trainer)
     assert len(set(refusals)) == 1
     assert "part-4.tar is compressed" in refusals[0]
 
