@@ -53,7 +53,10 @@ def pack(
     damaged: list[str] = [] if left_out is None else left_out
     try:
         with explained_os_errors(out, "--out"):
-            temporary.mkdir(parents=True)
+            try:
+                temporary.mkdir(parents=True)
+            except FileNotFoundError as error:  # /proc and its like
+                raise UserError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from error
             with contextlib.closing(_Writer(temporary, shard_bytes)) as writer:
                 for count, number in enumerate(order, 1):
                     contents = _contents(samples[number], decode, damaged)

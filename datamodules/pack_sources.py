@@ -144,7 +144,8 @@ def _by_name(folder: Path, files: list[Path], remarks: list[str], as_files: bool
     if not as_files and not set(endings) & set(DECODERS):
         raise UserError(
             f"{folder} holds no file of an ending that can be decoded ({', '.join(DECODERS)}), but "
-            f"{', '.join(sorted(endings)[:5])}; convert the files, or pack them for other readers with --files"
+            f"{', '.join(sorted(endings)[:5])}, for an ending begins at the first dot of a name; convert or rename the "
+            "files, or pack them for other readers with --files"
         )
     if "cls" not in endings:
         remarks = [*remarks, "samples have no label: no folder holds images of one class, and no file ends in .cls"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from lightspan.datamodules.pack import SUMS_FILE
 from lightspan.datamodules.shard_index import SUFFIX, from_json, read_sample, scan, sha256_of
 from lightspan.errors import UserError
-from lightspan.files import require_regular_file, write_atomic
+from lightspan.files import irregular, write_atomic
 
 NO_LIMIT = 2**63  # of a member's size: these are the user's own shards
 
@@ -13,10 +13,11 @@ NO_LIMIT = 2**63  # of a member's size: these are the user's own shards
 def listed(folder: Path) -> dict[str, str]:
     """{name of a file: its sha256} as written by `pack`. Raises: UserError where there is no such list."""
     path = folder / SUMS_FILE
+    if reason := irregular(path):
+        raise UserError(f"{path} {reason}; only folders that `data pack` wrote can be verified")
     try:
-        require_regular_file(path, "list")
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); only folders that `data pack` wrote can be verified"
         ) from error
@@ -35,11 +36,13 @@ def unlisted(folder: Path, sums: dict[str, str]) -> list[str]:
 
 def problem_of(path: Path, sha256: str) -> str | None:
     """What is wrong with a packed file, for a shard down to its first damaged samples; None where nothing is."""
+    if reason := irregular(path):
+        return f"{path} {reason}"
     try:
         if sha256_of(path) == sha256:
             return None
-    except (OSError, UserError) as error:
-        return f"{path}: missing or unreadable ({error})"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
     found = f"{path}: its sha256 is not the one that was written"
     index_path = Path(f"{path}{SUFFIX}")
     if path.suffix != ".tar" or not index_path.is_file():

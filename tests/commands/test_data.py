@@ -102,7 +102,7 @@ def test_verify_names_what_is_missing_and_what_is_damaged_down_to_the_sample(
     capsys.readouterr()
     assert main(["data", "verify", str(out)]) == 1
     printed = capsys.readouterr().out
-    assert f"{out}/00000.tar: missing or unreadable" in printed
+    assert f"{out}/00000.tar cannot be read (No such file or directory)" in printed
     assert f"00001.tar: its sha256 is not the one that was written; 1 of 3 samples are damaged: 1 (byte {start})" in (
         printed
     )
@@ -132,6 +132,8 @@ def test_a_folder_that_fails_to_be_packed_leaves_nothing_behind(
         (["pack", "{}/none", "--out", "{}/out"], "none is not a folder"),
         (["pack", "{}", "--out", "{}/out", "--shard-size", "12X"], "--shard-size 12X is not a size from 1K up"),
         (["pack", "{}", "--out", "{}/out", "--seed", "-1"], "--seed -1 is negative"),
+        (["pack", "{}", "--out", "/proc/lightspan"], "cannot make the folder /proc/lightspan: No such file.*--out"),
+        (["index", "{}"], "holds no .tar file"),
         (["verify", "{}"], r"SHA256SUMS cannot be read .*only folders that `data pack` wrote"),
     ],
 )
@@ -233,7 +235,9 @@ def test_samples_that_lack_a_member_are_counted(tmp_path: Path) -> None:
 def test_endings_that_nothing_decodes_are_refused_unless_asked_for(tmp_path: Path) -> None:
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "a.bmp").write_bytes(b"BM")
-    with pytest.raises(UserError, match=r"no file of an ending that can be decoded .*, but bmp; convert"):
+    with pytest.raises(
+        UserError, match=r"no file of an ending that can be decoded .*, but bmp, for an ending begins at the first dot"
+    ):
         sources(tmp_path)
     assert len(sources(tmp_path, as_files=True).samples) == 1
 
