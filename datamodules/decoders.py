@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 MAX_PIXELS = 2**26  # of one image, before it is decoded
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -123,7 +123,7 @@ def decode_fields(sample: dict[str, Any], fields: dict[str, str]) -> dict[str, A
 
     Raises: UserError that names shard and sample where none is there or its bytes are not what the ending says.
     """
-    where = f"shard {sample['__url__']}: sample {sample['__key__']}"
+    where = f"shard {sample['__url__']}: sample {printable(sample['__key__'])}"
     decoded = {}
     for field, endings in fields.items():
         ending = next((ending for ending in endings.split("|") if ending in sample), None)

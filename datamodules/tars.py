@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebDataset's convention
 _NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)  # as the webdataset library splits names
@@ -36,7 +36,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
     def check_size(header: tarfile.TarInfo) -> None:
         if header.size > max_member_bytes:
             raise UserError(
-                f"shard {shard}: member {header.name} has {header.size:,} bytes, above the limit of "
+                f"shard {shard}: member {printable(header.name)} has {header.size:,} bytes, above the limit of "
                 f"{max_member_bytes:,}; raise data.init_args.max_member_mib if you trust the shard"
             )
 
@@ -61,9 +61,13 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise UserError(f"shard {shard}: member {name} is a link, a device or sparse; only files are read")
+                    raise UserError(
+                        f"shard {shard}: member {printable(name)} is a link, a device or sparse; only files are read"
+                    )
                 if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                    raise UserError(f"shard {shard}: member {name} leaves its folder; pack it with relative names")
+                    raise UserError(
+                        f"shard {shard}: member {printable(name)} leaves its folder; pack it with relative names"
+                    )
                 check_size(member)  # once more: an extended header may have changed the size
                 content = archive.extractfile(member)
                 assert content is not None
@@ -109,7 +113,9 @@ def group_members(members: Iterable[Member], shard: str) -> Iterator[dict[str, A
                 yield sample
             sample = {"__key__": key, "__url__": shard}
         if ending in sample:
-            raise UserError(f"shard {shard}: {member.name} is there twice; give each member of a sample its own ending")
+            raise UserError(
+                f"shard {shard}: {printable(member.name)} is there twice; give each member of a sample its own ending"
+            )
         sample[ending] = member.content
     if sample:
         yield sample
