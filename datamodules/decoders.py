@@ -128,7 +128,7 @@ def decode_fields(sample: dict[str, Any], fields: dict[str, str]) -> dict[str, A
     for field, endings in fields.items():
         ending = next((ending for ending in endings.split("|") if ending in sample), None)
         if ending is None:
-            there = ", ".join(name for name in sample if not name.startswith("__"))
+            there = printable(", ".join(name for name in sample if not name.startswith("__")))
             raise UserError(f"{where} has no .{endings.replace('|', ' or .')} member for {field}; it has {there}")
         try:
             decoded[field] = DECODERS[ending](sample[ending])

@@ -57,23 +57,19 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                name = member.name
+                name, what = PurePosixPath(member.name), f"shard {shard}: member {printable(member.name)}"
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise UserError(
-                        f"shard {shard}: member {printable(name)} is a link, a device or sparse; only files are read"
-                    )
-                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                    raise UserError(
-                        f"shard {shard}: member {printable(name)} leaves its folder; pack it with relative names"
-                    )
+                    raise UserError(f"{what} is a link, a device or sparse; only files are read")
+                if name.is_absolute() or ".." in name.parts:
+                    raise UserError(f"{what} leaves its folder; pack it with relative names")
                 check_size(member)  # once more: an extended header may have changed the size
                 content = archive.extractfile(member)
                 assert content is not None
                 data = content.read()
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                yield Member(name, data, member.offset, end)
+                yield Member(member.name, data, member.offset, end)
             complete = Header.end_seen
             while complete and (block := archive.fileobj.read(2**20)):
                 if block.strip(b"\0"):

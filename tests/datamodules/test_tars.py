@@ -126,6 +126,7 @@ def test_garbage_between_members_is_named(shard: Path) -> None:
         ("/etc/a.txt", {}, r"member /etc/a\.txt leaves its folder"),
         ("a.txt", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "member a.txt is a link, a device or sparse"),
         ("a.txt", {"type": tarfile.LNKTYPE, "linkname": "b.txt"}, "member a.txt is a link"),
+        ("a\x1b[31m.txt", {"type": tarfile.FIFOTYPE}, r"member a\\x1b\[31m\.txt is a link, a device"),
         ("a.txt", {"type": tarfile.FIFOTYPE}, "member a.txt is a link, a device"),
     ],
 )
