@@ -52,7 +52,7 @@ def pack(
     temporary = temporary_path(out, secrets.token_hex(4))
     damaged: list[str] = [] if left_out is None else left_out
     try:
-        with explained_os_errors(out, "--out"):
+        with explained_os_errors(out, setting="--out"):
             try:
                 temporary.mkdir(parents=True)
             except FileNotFoundError as error:  # /proc and its like

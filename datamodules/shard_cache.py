@@ -16,7 +16,8 @@ from lightspan.datamodules.shard_index import sha256_of
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, explained_os_errors, temporary_path
 
-IN_USE_S = 60
+# How long after its last use a file counts as in use: copies, and what is being fetched, which grows all the time.
+IN_USE_S = {".tar": 60, ".tmp": 3600}
 ROOM_BYTES = 2**26  # made at a time for a shard whose size nobody says
 SETTING = "data.init_args.cache_dir"
 
@@ -47,7 +48,7 @@ class ShardCache:
             return local_path(shard)
         copy = self._copy(shard)
         if not _is_copy(copy, size):
-            with explained_os_errors(copy, SETTING), self._lock(copy):
+            with explained_os_errors(copy, setting=SETTING), self._lock(copy):
                 if not _is_copy(copy, size):  # another process may have been first
                     retried(partial(self._fetch, shard, copy, size, sha256))
         with contextlib.suppress(OSError):  # its last use; the time it was written stays
@@ -63,7 +64,7 @@ class ShardCache:
         if not SCHEME.match(shard):
             return None
         copy = self._copy(shard)
-        with explained_os_errors(copy, SETTING), self._lock(copy):
+        with explained_os_errors(copy, setting=SETTING), self._lock(copy):
             if sha256 is not None and copy.is_file() and sha256_of(copy) == sha256:
                 return None  # another process may have been first
             retried(partial(self._fetch, shard, copy, None, sha256))
@@ -112,19 +113,19 @@ class ShardCache:
                 )
 
     def _make_room(self, incoming: int) -> None:
-        sizes, last_used = {}, {}
+        files = {}
         for path in self.folder.iterdir():
-            if path.suffix in (".tar", ".tmp"):  # what is being fetched counts too
+            if path.suffix in IN_USE_S:
                 with contextlib.suppress(OSError):  # another process may have deleted it
-                    stat = path.stat()
-                    sizes[path], last_used[path] = stat.st_size, stat.st_atime
-        total = incoming + sum(sizes.values())
-        for path in sorted(last_used, key=lambda path: last_used[path]):
-            if total <= self.limit_bytes or last_used[path] > time.time() - IN_USE_S:
+                    files[path] = path.stat()
+        total = incoming + sum(stat.st_size for stat in files.values())
+        last_used = {path: max(stat.st_atime, stat.st_mtime) for path, stat in files.items()}
+        for path in sorted(files, key=lambda path: last_used[path]):
+            if total <= self.limit_bytes:
                 return
-            if path.suffix == ".tar":
+            if last_used[path] < time.time() - IN_USE_S[path.suffix]:
                 path.unlink(missing_ok=True)
-                total -= sizes[path]
+                total -= files[path].st_size
 
     def _too_large(self, shard: str, what: str) -> str:
         return (

@@ -160,6 +160,6 @@ def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
 def test_a_write_error_names_the_setting_that_chose_the_folder(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"the disk is full .* with data\.init_args\.cache_dir$"),
-        explained_os_errors(tmp_path / "a", "data.init_args.cache_dir"),
+        explained_os_errors(tmp_path / "a", setting="data.init_args.cache_dir"),
     ):
         raise OSError(errno.ENOSPC, "no space")

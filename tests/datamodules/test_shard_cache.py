@@ -160,6 +160,9 @@ def test_room_is_made_before_a_shard_is_fetched_and_counts_what_is_under_way(htt
     first = cache.local(f"{https_server.address}/a.tar")
     os.utime(first, (1, 1))
     (folder / ".lightspan-1234-other.tar.tmp").write_bytes(b"x" * 1000)  # of another process
+    abandoned = folder / ".lightspan-5678-third.tar.tmp"
+    abandoned.write_bytes(b"x" * 100)
+    os.utime(abandoned, (0, 0))
     https_server.stumbles["/b.tar"] = ["cut"]
     room = []
     fetch_block = shard_cache._next_block
@@ -172,6 +175,7 @@ def test_room_is_made_before_a_shard_is_fetched_and_counts_what_is_under_way(htt
         patch.setattr(shard_cache, "_next_block", observed)
         cache.local(f"{https_server.address}/b.tar")
     assert not any(room)
+    assert not abandoned.exists()
     assert (folder / ".lightspan-1234-other.tar.tmp").exists()
 
 
