@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from lightspan.errors import UserError, printable
-from lightspan.files import require_regular_file
+from lightspan.files import expanded, require_regular_file
 
 MAX_SHARDS = 100_000  # what one pattern may expand to
 TIMEOUT_S = 60.0  # without a byte from the server
@@ -76,10 +76,7 @@ def check_shard(shard: str) -> None:
 
 def local_path(shard: str) -> Path:
     """Raises: UserError for the home folder of a user who does not exist."""
-    try:
-        return Path(shard).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"shard {shard}: {error}; correct data.init_args.shards") from error
+    return expanded(shard, "data.init_args.shards")
 
 
 def open_shard(shard: str) -> BinaryIO:

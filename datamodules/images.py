@@ -19,6 +19,7 @@ from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.views import Views, seeded
 from lightspan.errors import UserError
+from lightspan.files import expanded
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -227,7 +228,7 @@ class FashionMNIST(ImageData):
     def load(self) -> tuple[Labelled, Labelled]:
         if self.root is None and self.source == "shipped":
             return _shipped_fashion_mnist()
-        folder = Path(self.root).expanduser() if self.root is not None else DEBIAN_FASHION_MNIST
+        folder = DEBIAN_FASHION_MNIST if self.root is None else expanded(self.root, "data.init_args.root")
         paths = _find_idx(folder)
         if paths is not None:
             train_images, train_labels, test_images, test_labels = map(read_idx, paths)

@@ -14,7 +14,7 @@ from filelock import FileLock
 from lightspan.datamodules.fetch import SCHEME, local_path, open_shard, retried
 from lightspan.datamodules.shard_index import sha256_of
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, explained_os_errors, temporary_path
+from lightspan.files import atomic_path, expanded, explained_os_errors, temporary_path
 
 # How long after its last use a file counts as in use: copies, and what is being fetched, which grows all the time.
 IN_USE_S = {".tar": 60, ".tmp": 3600}
@@ -36,7 +36,7 @@ class ShardCache:
 
     def __init__(self, folder: str | None, limit_bytes: int) -> None:
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightspan" / "shards"
-        self.folder = Path(folder or default).expanduser()
+        self.folder = expanded(folder or default, SETTING)
         self.limit_bytes = limit_bytes
 
     def local(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:

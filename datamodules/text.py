@@ -17,7 +17,7 @@ from torch import Tensor
 from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
 from lightspan.errors import UserError
-from lightspan.files import require_regular_file
+from lightspan.files import expanded, require_regular_file
 
 SEPARATOR = b"\0"  # stands between files; a file that holds it is taken for binary and skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
@@ -170,7 +170,7 @@ class ByteText(TextData):
             yield from find_files(Path(os.__file__).resolve().parent, self.suffixes, LIBRARY_LEAVES_OUT)
             return
         for name in self.paths:
-            path = Path(name).expanduser()
+            path = expanded(name, "data.init_args.paths")
             if path.is_dir():
                 found = list(find_files(path, self.suffixes, frozenset({"__pycache__"})))
                 if not found:

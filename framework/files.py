@@ -127,6 +127,14 @@ def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--r
             temporary.unlink(missing_ok=True)
 
 
+def expanded(path: str | Path, setting: str) -> Path:
+    """`path` with `~` and `~user` written out. Raises: UserError that names `setting` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}; correct {setting}") from error
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8, newlines untouched) to `path`, whole or not at all.
 

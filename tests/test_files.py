@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, explained_os_errors, remove_leftovers, require_regular_file, write_atomic
+from lightspan.files import (
+    atomic_path,
+    expanded,
+    explained_os_errors,
+    remove_leftovers,
+    require_regular_file,
+    write_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -149,6 +156,12 @@ def test_a_missing_file_and_a_name_that_can_be_none_are_refused(tmp_path: Path) 
     for path, reason in ((tmp_path / "none", "No such file"), (tmp_path / "a\0", "null byte")):
         with pytest.raises(UserError, match=rf"^/\S* cannot be read \(.*{reason}"):
             require_regular_file(path)
+
+
+def test_the_home_of_nobody_is_told_with_the_setting() -> None:
+    assert expanded("~/x", "--out") == Path.home() / "x"
+    with pytest.raises(UserError, match=r"^~nobody-of-this-name/x: .*home.*; correct --out$"):
+        expanded("~nobody-of-this-name/x", "--out")
 
 
 def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:

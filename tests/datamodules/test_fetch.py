@@ -55,7 +55,7 @@ def test_what_can_be_no_name_is_refused(shard: str) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.tar cannot be opened: .*No such file.*data.init_args.shards"):
         open_shard(str(tmp_path / "none.tar"))
-    with pytest.raises(UserError, match=r"shard ~nobody-of-this-name/a\.tar: .*home"):
+    with pytest.raises(UserError, match=r"~nobody-of-this-name/a\.tar: .*home.*correct data\.init_args\.shards"):
         open_shard("~nobody-of-this-name/a.tar")
 
 
