@@ -74,9 +74,15 @@ class OnlineProbes(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # One batch before the first step, so that what cannot work fails now and not an epoch later.
+        # One batch of each before the first step, so that what cannot work fails now and not an epoch later.
         with detached(pl_module):
-            next(iter(_encoded(trainer, pl_module, trainer.datamodule.bank_dataloader())))  # type: ignore[attr-defined]
+            for name in ("bank_dataloader", "val_dataloader"):
+                loader = getattr(trainer.datamodule, name)()  # type: ignore[attr-defined]
+                if next(_encoded(trainer, pl_module, loader), None) is None:
+                    raise UserError(
+                        f"OnlineProbes reads {name}() of the datamodule, which gives no batch; give it samples (with "
+                        "shards: data.init_args.val_shards), or remove the callback"
+                    )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epochs = trainer.current_epoch + 1

@@ -19,6 +19,7 @@ from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.views import Views, seeded
 from lightspan.errors import UserError
+from lightspan.files import expanded
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -61,12 +62,16 @@ def evenly(labels: np.ndarray, size: int) -> np.ndarray:
 
 
 def channel_moments(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of uint8 [N, C, H, W] over 255: two float32 [C, 1, 1]. No float copy is made."""
+    """Mean and standard deviation of uint8 [N, C, H, W] over 255: two float32 [C, 1, 1]. No float copy is made.
+
+    A constant channel has the deviation 1 here, so that standardising makes it zero and not NaN.
+    """
     levels = np.arange(256) / 255
     counts_CL = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
     shares_CL = counts_CL / counts_CL.sum(axis=1, keepdims=True)
     mean_C = shares_CL @ levels
     std_C = np.sqrt((shares_CL * (levels - mean_C[:, None]) ** 2).sum(axis=1))
+    std_C[(counts_CL > 0).sum(axis=1) == 1] = 1
     return tuple(torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean_C, std_C))  # type: ignore[return-value]
 
 
@@ -223,7 +228,7 @@ class FashionMNIST(ImageData):
     def load(self) -> tuple[Labelled, Labelled]:
         if self.root is None and self.source == "shipped":
             return _shipped_fashion_mnist()
-        folder = Path(self.root).expanduser() if self.root is not None else DEBIAN_FASHION_MNIST
+        folder = DEBIAN_FASHION_MNIST if self.root is None else expanded(self.root, "data.init_args.root")
         paths = _find_idx(folder)
         if paths is not None:
             train_images, train_labels, test_images, test_labels = map(read_idx, paths)

@@ -93,7 +93,7 @@ def _collate(samples: list[_Fetched]) -> _Fetched:
         return failed
     try:
         batch = default_collate([sample.data for sample in samples])
-    except (RuntimeError, TypeError, KeyError) as error:
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
         return _Fetched(
             None,
             error=f"samples do not fit into one batch: {error}; set data.init_args.image_size for images of several "

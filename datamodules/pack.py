@@ -1,128 +1,77 @@
-"""Writes folders of files as tar shards with an index, and checks shards against what was written."""
+"""Writes samples as tar shards with an index."""
 
-import hashlib
+import contextlib
 import io
 import json
 import secrets
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from lightspan.datamodules.shard_index import SUFFIX, from_json, read_sample, scan
-from lightspan.datamodules.tars import DECODERS, sample_key
+from lightspan.datamodules.decoders import DECODERS, IMAGES, damage_of
+from lightspan.datamodules.pack_sources import Members
+from lightspan.datamodules.shard_index import SUFFIX, scan, sha256_of
+from lightspan.datamodules.tars import split_name
 from lightspan.errors import UserError
-from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
+from lightspan.files import explained_os_errors, remove, replace_folder, require_regular_file, temporary_path
 
 SUMS_FILE = "SHA256SUMS"  # in the format of sha256sum, which can check it too
 CLASSES_FILE = "classes.json"
-IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
-Members = dict[str, Path | bytes]  # one sample: {name in the shard: its content, or the file that holds it}
-
-
-def image_folder(folder: Path) -> tuple[list[Members], list[str]] | None:
-    """(samples, names of the classes) of a folder with one folder of images for each class; None for any other folder.
-
-    A sample has the members CLASS/NAME.ENDING and CLASS/NAME.cls, the number of its class in sorted order.
-    """
-    children = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    if not children or not all(child.is_dir() for child in children):
-        return None
-    samples: list[Members] = []
-    for number, child in enumerate(children):
-        for path in files_below(child):
-            if path.suffix[1:].lower() not in IMAGES:
-                return None
-            name = path.relative_to(folder).as_posix()
-            samples.append({name: path, f"{sample_key(name)}.cls": str(number).encode()})
-    return samples, [child.name for child in children]
-
-
-def file_folder(folder: Path) -> list[Members]:
-    """The files below a folder; those of one name up to the first dot form one sample."""
-    names = [(sample_key(name), name) for path in files_below(folder) if (name := path.relative_to(folder).as_posix())]
-    nameless = [name for key, name in names if key is None]
-    if nameless:
-        raise UserError(
-            f"{folder / nameless[0]} has no ending that could say what it holds, nor have {len(nameless) - 1} others; "
-            "rename it, or move it elsewhere"
-        )
-    grouped = groupby(sorted(names, key=lambda pair: (str(pair[0]), pair[1])), key=lambda pair: pair[0])
-    return [{name: folder / name for _, name in pairs} for _, pairs in grouped]
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Regular files in sorted order, without hidden ones. Links are not followed out of the folder."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not path.is_symlink() and not hidden:
-            found.append(path)
-    return found
-
-
-def sources(folder: Path) -> tuple[list[Members], list[str]]:
-    """(samples, class names) of a folder; no names where the folder is no image folder.
-
-    Raises: UserError where there is no such folder, nothing in it, or two files that would be the same member.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name the folder whose files are to be packed")
-    samples, classes = image_folder(folder) or (file_folder(folder), [])
-    if not samples:
-        raise UserError(f"{folder} holds no file to pack; name another folder")
-    counts = Counter(sample_key(next(iter(sample))) for sample in samples)
-    repeated = [key for key, count in counts.items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{folder}: {counts[repeated[0]]} images are named {repeated[0]} up to the first dot, so they would form "
-            f"one sample, and {len(repeated) - 1} more names are shared; rename them"
-        )
-    return samples, classes
-
-
-def pack(samples: list[Members], classes: list[str], out: Path, shard_bytes: int, seed: int | None) -> Iterator[int]:
+def pack(
+    samples: list[Members],
+    classes: list[str],
+    out: Path,
+    shard_bytes: int,
+    seed: int | None,
+    decode: bool = False,
+    left_out: list[str] | None = None,
+) -> Iterator[int]:
     """Writes `out`, a new folder: shards, their indices, SHA256SUMS, and classes.json where there are classes.
 
-    The folder appears when everything in it is whole, and never otherwise. The same input gives the same bytes.
+    The folder appears when everything in it is whole, and never otherwise. The same input gives the same bytes. What
+    has a decoder must decode; of images, only the header is read.
 
     Args:
         shard_bytes: a shard ends when it has reached this many bytes.
         seed: of the order in which the samples are written; None keeps them as they are. A training run mixes only the
             shards that are open together, so samples that are sorted by class should be written in random order.
+        decode: True decodes images to the end.
+        left_out: a list that gets a line for each sample that cannot be read or decoded, and is left out; None refuses
+            to pack where there is any, once all have been read.
 
-    Yields: after each sample, how many are written.
-    Raises: UserError where `out` exists, or cannot be written.
+    Yields: after each sample, how many are read.
+    Raises: UserError where `out` exists, or cannot be written, or samples are damaged.
     """
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder with --out, or remove that one")
     order = range(len(samples)) if seed is None else np.random.default_rng(seed).permutation(len(samples)).tolist()
     temporary = temporary_path(out, secrets.token_hex(4))
+    damaged: list[str] = [] if left_out is None else left_out
     try:
-        with explained_os_errors(out):
-            temporary.mkdir(parents=True)
-            written = 0
-            shards: list[Path] = []
-            remaining = iter(order)
-            for first in remaining:
-                shards.append(temporary / f"{len(shards):05}.tar")
-                with tarfile.open(shards[-1], "w") as archive:
-                    for number in _starting_with(first, remaining):
-                        _add(archive, samples[number])
-                        written += 1
-                        yield written
-                        if archive.offset >= shard_bytes:
-                            break
-            for shard in shards:
+        with explained_os_errors(out, setting="--out"):
+            try:
+                temporary.mkdir(parents=True)
+            except FileNotFoundError as error:  # /proc and its like
+                raise UserError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from error
+            with contextlib.closing(_Writer(temporary, shard_bytes)) as writer:
+                for count, number in enumerate(order, 1):
+                    contents = _contents(samples[number], decode, damaged)
+                    if contents is not None and (left_out is not None or not damaged):
+                        writer.add(contents)
+                    yield count
+            if damaged and left_out is None:
+                raise UserError(_refusal(damaged, len(samples)))
+            if not writer.shards:
+                raise UserError(f"no sample is left: {_refusal(damaged, len(samples))}")
+            for shard in writer.shards:
                 _write_index(shard)
             if classes:
                 (temporary / CLASSES_FILE).write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
-            sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+            sums = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
             (temporary / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
             replace_folder(temporary, out)
     finally:
@@ -130,32 +79,66 @@ def pack(samples: list[Members], classes: list[str], out: Path, shard_bytes: int
             remove(temporary)
 
 
-def _starting_with(first: int, rest: Iterable[int]) -> Iterator[int]:
-    yield first
-    yield from rest
-
-
-def _add(archive: tarfile.TarFile, sample: Members) -> None:
+def _contents(sample: Members, decode: bool, damaged: list[str]) -> dict[str, bytes] | None:
+    """The members of a sample; None with a new line in `damaged` where one cannot be read or decoded."""
+    contents = {}
     for name, source in sample.items():
         try:
-            content = source if isinstance(source, bytes) else source.read_bytes()
-        except OSError as error:
-            raise UserError(f"{source!s} cannot be read: {error.strerror}; mend or remove it") from error
-        member = tarfile.TarInfo(name)  # without times and owners, so that the same files give the same shard
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
+            contents[name] = source if isinstance(source, bytes) else _file_bytes(source)
+            parts = split_name(name)
+            damage = damage_of(parts[1], contents[name], decode) if parts else None
+        except (OSError, UserError) as error:
+            damage = str(error)
+        if damage is not None:
+            damaged.append(f"{source if isinstance(source, Path) else name}: {damage}")
+            return None
+    return contents
+
+
+def _file_bytes(path: Path) -> bytes:
+    require_regular_file(path, "file")
+    return path.read_bytes()
+
+
+def _refusal(damaged: list[str], count: int) -> str:
+    shown = "; ".join(sorted(damaged)[:5]) + ("; ..." if damaged[5:] else "")
+    return (
+        f"{len(damaged)} of {count} samples cannot be decoded, so training could not read them: {shown}. Correct or "
+        "remove these files, or leave them out with --skip-damaged"
+    )
+
+
+class _Writer:
+    """Writes samples to shards NUMBER.tar of a folder; one ends when it has reached `shard_bytes`."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shards: list[Path] = []
+        self._archive: tarfile.TarFile | None = None
+
+    def add(self, contents: dict[str, bytes]) -> None:
+        if self._archive is None:
+            self.shards.append(self.folder / f"{len(self.shards):05}.tar")
+            self._archive = tarfile.open(self.shards[-1], "w")  # noqa: SIM115  # `close` closes it
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)  # without times and owners, so that the same files give the same shard
+            member.size = len(content)
+            self._archive.addfile(member, io.BytesIO(content))
+        if self._archive.offset >= self.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
 
 
 def _write_index(shard: Path) -> None:
     index, damage = scan(shard, shard.name, max_member_bytes=2**63)
-    if damage is not None:
-        raise UserError(f"what was just written does not read back: {damage}; look for a fault of the disk")
+    if damage is not None or index.remarks:
+        what = damage or index.remarks[0]
+        raise UserError(f"what was just written does not read back: {what}; look for a fault of the disk")
     Path(f"{shard}{SUFFIX}").write_text(index.to_json(), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def pattern(folder: Path) -> str:
@@ -164,48 +147,14 @@ def pattern(folder: Path) -> str:
     return str(folder / (f"{{{names[0]}..{names[-1]}}}.tar" if len(names) > 1 else f"{names[0]}.tar"))
 
 
-def listed(folder: Path) -> dict[str, str]:
-    """{name of a file: its sha256} as written by `pack`. Raises: UserError where there is no such list."""
-    path = folder / SUMS_FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); only folders that `data pack` wrote can be verified"
-        ) from error
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    wrong = [name for name in sums if not name or Path(name).name != name]
-    if wrong or not sums:
-        raise UserError(f"{path} is not a list of sha256 sums of files beside it; pack the folder again")
-    return sums
-
-
-def problem_of(path: Path, sha256: str) -> str | None:
-    """What is wrong with a packed file, for a shard down to its first damaged samples; None where nothing is."""
-    try:
-        if _sha256(path) == sha256:
-            return None
-    except OSError as error:
-        return f"{path}: missing or unreadable ({error.strerror})"
-    found = f"{path}: its sha256 is not the one that was written"
-    index_path = Path(f"{path}{SUFFIX}")
-    if path.suffix != ".tar" or not index_path.is_file():
-        return found
-    damaged = []
-    try:
-        index = from_json(index_path.read_text(encoding="utf-8"), str(path))
-    except (UserError, OSError, UnicodeDecodeError):
-        return found
-    for number in range(len(index)):
-        try:
-            read_sample(index, number, path, max_member_bytes=2**63)
-        except UserError:
-            damaged.append(f"{number} (byte {index.starts[number]})")
-    shown = ", ".join(damaged[:10]) + (", ..." if damaged[10:] else "")
-    return f"{found}; {len(damaged)} of {len(index)} samples are damaged{': ' + shown if damaged else ''}"
-
-
-def fields_of(samples: list[Members]) -> list[str]:
-    """Endings of the first sample's members that have a decoder."""
-    endings = [name[len(str(sample_key(name))) + 1 :].lower() for name in samples[0]]
-    return [ending for ending in endings if ending in DECODERS]
+def fields_of(samples: list[Members]) -> dict[str, str]:
+    """{field: endings} that read what every sample has, as data.init_args.fields; other tools may read the rest."""
+    images, common = set(), None
+    for sample in samples:
+        endings = {parts[1] for name in sample if (parts := split_name(name)) is not None}
+        images |= endings & set(IMAGES)
+        has = {"image" if ending in IMAGES else ending for ending in endings}
+        common = has if common is None else common & has
+    names = {"image": "|".join(ending for ending in IMAGES if ending in images), "cls": "cls"}
+    fields = {field: names.get(field, field) for field in ("image", *DECODERS) if field in (common or ())}
+    return {"label" if field == "cls" else field: endings for field, endings in fields.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.errors import UserError
+from lightspan.files import expanded
 
 LIBRARIES = (
     Path("/usr/lib/R/site-library"),
@@ -53,7 +54,7 @@ def read_r_data(package: str, names: tuple[str, ...], library: str | None = None
 
 def find_package(package: str, library: str | None) -> Path:
     """Folder with the data of an installed R package. Raises: UserError where there is none."""
-    libraries = LIBRARIES if library is None else (Path(library).expanduser(),)
+    libraries = LIBRARIES if library is None else (expanded(library, "data.init_args.library"),)
     for place in libraries:
         if (folder := place / package / "data").joinpath("Rdata.rdx").is_file():
             return folder

@@ -1,5 +1,6 @@
 """The samples of many tar shards by running number, read one by one where they lie."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,24 +11,28 @@ from urllib.error import HTTPError
 
 import numpy as np
 
+from lightspan.datamodules.fetch import SCHEME, local_path, open_shard, retried
 from lightspan.datamodules.loader import Damaged
 from lightspan.datamodules.order import Order
 from lightspan.datamodules.shard_cache import ShardCache
 from lightspan.datamodules.shard_index import SUFFIX, ShardIndex, from_json, read_sample, scan
-from lightspan.datamodules.tars import SCHEME, open_shard, retried
 from lightspan.errors import UserError
-from lightspan.files import write_atomic
+from lightspan.files import require_regular_file, write_atomic
 
 MAX_INDEX_BYTES = 2**30  # of one shard's index file
 
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard whose samples are known. The first `usable` of them can be read; `damage` says what the others lack."""
+    """A shard whose samples are known. The first `usable` of them can be read; `damage` says what the others lack.
+
+    `scanned` is True where the whole shard had to be read to find them.
+    """
 
     index: ShardIndex
     usable: int
     damage: str | None = None
+    scanned: bool = False
 
 
 class ShardOpener:
@@ -51,25 +56,44 @@ class ShardOpener:
         if text is not None:
             return _checked(from_json(text, shard))
         try:
-            path = self.cache.local(shard)
-            stat = path.stat()
+            kept = self._kept(shard)
+            if kept and kept.is_file():
+                return _checked(from_json(kept.read_bytes(), shard, str(kept)))
+            index, damage = self._scanned(shard)
         except (OSError, UserError) as error:
             if isinstance(error, UserError) and not _absent(error):
                 raise  # the network may be at fault
             return OpenShard(_empty(shard), 0, f"shard {shard} is missing: {error}; its samples cannot be counted")
-        kept = self.scans and self.scans / f"{_digest([shard, str(stat.st_size), str(stat.st_mtime_ns)])[:32]}{SUFFIX}"
-        if kept and kept.is_file():
-            return _checked(from_json(kept.read_text(encoding="utf-8"), shard))
-        index, damage = scan(path, shard, self.max_member_bytes)
         if kept and damage is None:
             write_atomic(kept, index.to_json())
-        return OpenShard(index, len(index), damage)
+        return OpenShard(index, len(index), damage, scanned=True)
+
+    def _kept(self, shard: str) -> Path | None:
+        """Where the index of a scan of this very shard is kept; None where none is.
+
+        A remote shard needs no mark of its content, and is not fetched for it: its sha256 is compared when it is.
+        Raises: OSError where there is no shard.
+        """
+        marks: list[str] = []
+        if not SCHEME.match(shard):
+            stat = local_path(shard).stat()
+            marks = [str(stat.st_size), str(stat.st_mtime_ns)]
+        return self.scans and self.scans / f"{_digest([shard, *marks])[:32]}{SUFFIX}"
+
+    def _scanned(self, shard: str) -> tuple[ShardIndex, str | None]:
+        """As `scan`; a remote shard that turns out to be damaged is fetched again, once."""
+        index, damage = scan(self.cache.local(shard), shard, self.max_member_bytes)
+        copy = self.cache.renewed(shard) if damage else None
+        if copy is not None:
+            index, damage = scan(copy, shard, self.max_member_bytes)
+            damage = damage and f"{damage}; it was fetched twice, and the copy is {copy}"
+        return index, damage
 
 
 def _index_text(shard: str) -> bytes | None:
     """The index file beside a shard; None where there is none."""
     name = shard + SUFFIX
-    if not SCHEME.match(shard) and not Path(name).expanduser().is_file():
+    if not SCHEME.match(shard) and not local_path(name).exists():
         return None
 
     def fetch() -> bytes:
@@ -100,7 +124,9 @@ def _checked(index: ShardIndex) -> OpenShard:
     if SCHEME.match(index.shard):
         return OpenShard(index, len(index))
     try:
-        size = Path(index.shard).expanduser().stat().st_size
+        path = local_path(index.shard)
+        size = path.stat().st_size
+        require_regular_file(path, "shard")
     except OSError as error:
         return OpenShard(index, 0, f"shard {index.shard} is missing: {error}; it holds {len(index)} samples")
     if size == index.size:
@@ -147,12 +173,26 @@ class ShardSamples:
         self.indices = [shard.index for shard in shards]
         self.sizes = tuple(shard.usable for shard in shards)
         self.damage = tuple(shard.damage for shard in shards if shard.damage is not None)
+        scanned = sum(shard.scanned for shard in shards)
+        self.remarks = tuple(f"shard {index.shard}: {remark}" for index in self.indices for remark in index.remarks)
+        if scanned:
+            self.remarks = (
+                f"{scanned} shards have no index, so they were read from end to end; `lightspan data index FOLDER`, "
+                "where they lie, writes one beside each",
+                *self.remarks,
+            )
         self.firsts = np.concatenate([[0], np.cumsum(self.sizes)])  # number of each shard's first sample, then N
         self.decode, self.cache = decode, cache
         self.max_member_bytes, self.skip_damaged = max_member_bytes, skip_damaged
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
+
+    def decoded_by(self, decode: Callable[[dict[str, Any], int], dict[str, Any]]) -> "ShardSamples":
+        """The same samples with other values."""
+        other = copy.copy(self)
+        other.decode = decode
+        return other
 
     def order(self, window: int) -> Order:
         """The order of training: shards in windows, every sample once in each epoch. See `Order`."""
@@ -163,9 +203,8 @@ class ShardSamples:
         """The decoded fields and `index`. Raises: UserError, or `Damaged` where damaged samples are skipped."""
         block = int(np.searchsorted(self.firsts, index, side="right")) - 1
         number, shard = index - int(self.firsts[block]), self.indices[block]
-        path = self.cache.local(shard.shard, shard.size)
         try:
-            values = self.decode(read_sample(shard, number, path, self.max_member_bytes), seed)
+            values = self.decode(self._members(shard, number), seed)
         except UserError as error:
             where = shard.where(number)
             message = str(error) if where in str(error) else f"{where}: {error}"
@@ -173,3 +212,13 @@ class ShardSamples:
                 raise Damaged(message) from error
             raise UserError(f"{message}; or leave it out with data.init_args.skip_damaged=true") from error
         return {**values, "index": index}
+
+    def _members(self, shard: ShardIndex, number: int) -> dict[str, Any]:
+        path = self.cache.local(shard.shard, shard.size, shard.sha256)
+        try:
+            return read_sample(shard, number, path, self.max_member_bytes)
+        except UserError:
+            copy = self.cache.renewed(shard.shard, shard.sha256)
+            if copy is None:
+                raise
+            return read_sample(shard, number, copy, self.max_member_bytes)

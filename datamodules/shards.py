@@ -4,23 +4,29 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning import LightningDataModule
 from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from lightspan.datamodules.decoders import check_fields, decode_fields
+from lightspan.datamodules.fetch import check_shard, expand_braces
 from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.shard_cache import ShardCache
 from lightspan.datamodules.shard_samples import OpenShard, ShardOpener, ShardSamples
-from lightspan.datamodules.tars import check_fields, check_shard, decode_fields, expand_braces
 from lightspan.datamodules.views import Views, seeded
+from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 
 GIB = 2**30
+OPENED_BETWEEN_MEETINGS = 4  # shards that a rank opens until all ranks tell each other what they found
+MAX_REMARKS = 10  # printed of one setting's shards
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class Shards(LightningDataModule):
             order is drawn; the place of any other damaged sample goes to one drawn from the seed, the same on any
             number of ranks.
         cache_dir: folder for copies of shards behind https; None takes ~/.cache/lightspan/shards.
-        cache_gib: size in GiB above which the copies used longest ago are deleted.
+        cache_gib: GiB that all copies together may have; those used longest ago are deleted for new ones. A shard that
+            is larger by itself is refused.
 
     Raises: UserError before the first step for a pattern, scheme or field that cannot work, and, unless `skip_damaged`,
         for a shard that is missing, no tar, or cut short; while reading for a sample that is damaged, naming shard,
@@ -125,6 +132,8 @@ class Shards(LightningDataModule):
             raise UserError(f"image_size={image_size} pixels is too small; it must be at least 1")
         if window < 1:
             raise UserError(f"window={window} shards is too few; it must be at least 1")
+        if cache_gib <= 0 or max_member_mib < 1:
+            raise UserError(f"cache_gib={cache_gib} must be above 0, and max_member_mib={max_member_mib} at least 1")
         if min(std) <= 0:
             raise UserError(f"std={list(std)} must be above 0 in every channel")
         mean_C11, std_C11 = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
@@ -136,56 +145,92 @@ class Shards(LightningDataModule):
         self.val: ShardSamples | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the samples of all shards, once; only the first rank reads, and the others take over what it found."""
+        """Find the samples of all shards, once; each rank opens some, and all take over what the others found."""
         if self.train is not None:
             return
         self.train = self._samples("shards", self.shards, self.decode)
-        self.val = self._samples("val_shards", self.val_shards, replace(self.decode, views=None))
+        plain = replace(self.decode, views=None)
+        self.bank = self.train.decoded_by(plain)
+        self.val = self._samples("val_shards", self.val_shards, plain)
         say(
             f"shards: {len(self.shards)} with {len(self.train):,} training samples, {len(self.val_shards)} with "
             f"{len(self.val):,} validation samples"
         )
         for damage in self.train.damage + self.val.damage:
             say(f"left out: {damage}")
+        for samples in (self.train, self.val):
+            for remark in samples.remarks[:MAX_REMARKS]:
+                say(remark)
+            if len(samples.remarks) > MAX_REMARKS:
+                say(f"and {len(samples.remarks) - MAX_REMARKS} more remarks of this kind")
 
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None
         order = self.train.order(self.window)
         return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
 
+    def bank_dataloader(self) -> EvaluationLoader:
+        """The training samples without views, in order: what probes fit on."""
+        return evaluation_loader(self.bank, self.batch_size, self.num_workers, self.trainer)
+
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         assert self.val is not None
         return evaluation_loader(self.val, self.batch_size, self.num_workers, self.trainer) if self.val_shards else []
 
     def _samples(self, setting: str, shards: list[str], decode: Decoding) -> ShardSamples:
-        opened, problem = [], None
-        if self.trainer is None or self.trainer.is_global_zero:
-            try:
-                opened = self._opened(setting, shards)
-            except UserError as error:
-                problem = str(error)
-        if self.trainer is not None:  # all ranks must draw the same order, also where one of them misses a shard
-            opened, problem = self.trainer.strategy.broadcast((opened, problem))
+        opened, problem = self._opened(setting, shards)
+        damage = [shard.damage for shard in opened if shard.damage is not None]
+        if problem is None and damage and not self.skip_damaged:
+            problem = (
+                f"{damage[0]}{f' (and {len(damage) - 1} more damaged shards)' if damage[1:] else ''}; put the shard "
+                "back or fetch it again, or train without these samples with data.init_args.skip_damaged=true"
+            )
+        if problem is None and shards and not sum(shard.usable for shard in opened):
+            problem = f"{setting} {', '.join(shards[:5])} hold no sample; correct data.init_args.{setting}"
         if problem is not None:
             raise UserError(problem)
         return ShardSamples(opened, decode, self.cache, self.max_member_bytes, self.skip_damaged)
 
-    def _opened(self, setting: str, shards: list[str]) -> list[OpenShard]:
+    def _opened(self, setting: str, shards: list[str]) -> tuple[list[OpenShard], str | None]:
+        """Opens the shards, each on one rank; returns all of them in order on every rank, or the first that failed.
+
+        All ranks must draw the same order, also where one of them misses a shard. They meet after every few shards, so
+        that none waits longer for another than those take to be scanned.
+        """
+        here, ranks = (rank(), world_size()) if self.trainer is not None else (0, 1)
         scans = Path(self.trainer.default_root_dir) / "shards" if self.trainer else None
         opener = ShardOpener(self.cache, scans, self.max_member_bytes)
-        opened = [
-            opener.open(shard)
-            for shard in track(shards, f"opening {setting}", transient=True, disable=not sys.stdout.isatty())
-        ]
-        damage = [shard.damage for shard in opened if shard.damage is not None]
-        if damage and not self.skip_damaged:
-            raise UserError(
-                f"{damage[0]}{f' (and {len(damage) - 1} more damaged shards)' if damage[1:] else ''}; put the shard "
-                "back or fetch it again, or train without these samples with data.init_args.skip_damaged=true"
-            )
-        if shards and not sum(shard.usable for shard in opened):
-            raise UserError(f"{setting} {', '.join(shards[:5])} hold no sample; correct data.init_args.{setting}")
-        return opened
+        opened: list[OpenShard] = []
+        portion = OPENED_BETWEEN_MEETINGS * ranks
+        silent = here > 0 or not sys.stdout.isatty()
+        for at in track(range(0, len(shards), portion), f"opening {setting}", transient=True, disable=silent):
+            parts = _gathered(_opened(opener, shards[at : at + portion][here::ranks]), ranks)
+            for number in range(len(shards[at : at + portion])):
+                found = parts[number % ranks][number // ranks]
+                if isinstance(found, str):
+                    return [], found
+                opened.append(found)
+        return opened, None
+
+
+def _opened(opener: ShardOpener, shards: list[str]) -> list[OpenShard | str]:
+    """The shards up to the first that cannot be opened, and then why."""
+    found: list[OpenShard | str] = []
+    for shard in shards:
+        try:
+            found.append(opener.open(shard))
+        except UserError as error:
+            return [*found, str(error)]
+    return found
+
+
+def _gathered(own: T, ranks: int) -> list[T]:
+    """What each rank has, in the order of ranks. Every rank must call it."""
+    if ranks == 1:
+        return [own]
+    parts: list[Any] = [None] * ranks
+    dist.all_gather_object(parts, own)
+    return parts
 
 
 def _written_out(setting: str, patterns: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.ranks import evaluation_loader, say, train_loader
 from lightspan.errors import UserError
+from lightspan.files import expanded, require_regular_file
 
 SEPARATOR = b"\0"  # stands between files; a file that holds it is taken for binary and skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
@@ -131,6 +132,10 @@ class ByteText(TextData):
             raise UserError(f"val_fraction={val_fraction} is outside (0, 1); 0.05 holds out one file in twenty")
         if paths is not None and not paths:
             raise UserError("paths is an empty list; name a folder or a file, or leave it out for the standard library")
+        if paths is not None and "" in paths:
+            raise UserError(
+                "paths names an empty text, which would be the folder of this process; name a file or folder"
+            )
         if not suffixes:
             raise UserError('suffixes is empty, so no file would match; name at least one, such as ".py"')
         self.paths, self.suffixes, self.val_fraction = paths, tuple(suffixes), val_fraction
@@ -165,10 +170,8 @@ class ByteText(TextData):
             yield from find_files(Path(os.__file__).resolve().parent, self.suffixes, LIBRARY_LEAVES_OUT)
             return
         for name in self.paths:
-            path = Path(name).expanduser()
-            if path.is_file():
-                yield path.name, path
-            elif path.is_dir():
+            path = expanded(name, "data.init_args.paths")
+            if path.is_dir():
                 found = list(find_files(path, self.suffixes, frozenset({"__pycache__"})))
                 if not found:
                     raise UserError(
@@ -176,6 +179,9 @@ class ByteText(TextData):
                         "in data.init_args.paths, or the endings of its files in data.init_args.suffixes"
                     )
                 yield from found
+            elif path.exists():
+                require_regular_file(path, "text path")
+                yield path.name, path
             else:
                 raise UserError(f"text path {name} does not exist; correct data.init_args.paths, or leave it out")
 

@@ -67,7 +67,7 @@ VERBS = (
     Verb("report", "set runs side by side on one HTML page", "report"),
     Verb("export", "write a checkpoint for other libraries", "export"),
     Verb("fsck", "find torn checkpoints of a run and move them out of the way", "fsck"),
-    Verb("data", "pack a folder into shards, or verify shards", "data"),
+    Verb("data", "pack a folder into shards, verify them, or write their indices", "data"),
     Verb("ledger", "account for the samples that a run consumed", "ledger"),
     Verb("doctor", "look for problems of this machine and installation", "doctor"),
 )

@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,29 +16,68 @@ from lightspan.errors import UserError
 
 _LEFTOVER_PREFIX, _LEFTOVER_SUFFIX, _ASIDE_SUFFIX = ".lightspan-", ".tmp", ".old"
 
-_ANOTHER_FOLDER = "choose a folder you may write to with --run"
+_ANOTHER_FOLDER = "choose a folder you may write to with {setting}"
 _REASONS = {
-    errno.ENOSPC: ("the disk is full", "free some space or choose a folder on another disk with --run"),
-    errno.EDQUOT: ("your disk quota is used up", "delete files of yours or choose a folder on another disk with --run"),
+    errno.ENOSPC: ("the disk is full", "free some space or choose a folder on another disk with {setting}"),
+    errno.EDQUOT: (
+        "your disk quota is used up",
+        "delete files of yours or choose a folder on another disk with {setting}",
+    ),
     errno.EFBIG: (
         "the file would be larger than the file system or `ulimit -f` allows",
-        "raise the limit or choose a folder on another disk with --run",
+        "raise the limit or choose a folder on another disk with {setting}",
     ),
     errno.EROFS: ("the file system is read-only", _ANOTHER_FOLDER),
     errno.EACCES: ("permission is denied", _ANOTHER_FOLDER),
     errno.EPERM: ("the operation is not permitted", _ANOTHER_FOLDER),
     errno.ENOTDIR: (
         "a part of this path is a file, not a folder",
-        "rename that file or choose another folder with --run",
+        "rename that file or choose another folder with {setting}",
     ),
-    errno.EEXIST: ("a file stands where a folder is needed", "rename that file or choose another folder with --run"),
-    errno.EISDIR: ("a folder of this name stands there", "rename that folder or choose another one with --run"),
+    errno.EEXIST: (
+        "a file stands where a folder is needed",
+        "rename that file or choose another folder with {setting}",
+    ),
+    errno.EISDIR: ("a folder of this name stands there", "rename that folder or choose another one with {setting}"),
 }
 
 
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def irregular(path: str | Path) -> str | None:
+    """Why `path` is no regular file nor a link to one, as the end of a sentence about it; None where it is one.
+
+    Anything else may never end or never begin: a named pipe blocks whoever opens it, a device gives bytes for ever.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+    return None if stat.S_ISREG(mode) else f"is {kind}, not a regular file"
+
+
+def require_regular_file(path: str | Path, what: str = "") -> None:
+    """Raises: UserError where `path` is missing, cannot be reached, or is no regular file (nor a link to one).
+
+    `what` says in one word what it should be, for the message.
+    """
+    if reason := irregular(path):
+        raise UserError(f"{what} {path} {reason}; name a file".lstrip())
+
+
 @contextlib.contextmanager
-def explained_os_errors(path: Path) -> Iterator[None]:
+def explained_os_errors(path: Path, setting: str = "--run") -> Iterator[None]:
     """Turn the write errors a user can mend (full disk, read-only folder, ...) into a `UserError` that names `path`.
+
+    `setting` is what chooses the folder of `path`.
 
     Errors that carry the name of a file outside the folder of `path` pass through: they are about something else.
     """
@@ -48,7 +88,9 @@ def explained_os_errors(path: Path) -> Iterator[None]:
         if reason is None or not _concerns(error, path):
             raise
         what, way_out = reason
-        raise UserError(f"cannot write {path}: {what} ({os.strerror(error.errno or 0)}); {way_out}") from error
+        raise UserError(
+            f"cannot write {path}: {what} ({os.strerror(error.errno or 0)}); {way_out.format(setting=setting)}"
+        ) from error
 
 
 def _concerns(error: OSError, path: Path) -> bool:
@@ -60,17 +102,18 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path, over_folder: bool = False) -> Iterator[Path]:
+def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--run") -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` (made if missing); on success it becomes `path` in one step.
 
     When the block raises, also by Ctrl-C, the temporary file is removed and whatever stood at `path` stays as it was.
-    A folder at `path` is refused, or with `over_folder` replaced as `replace_folder` does it.
+    A folder at `path` is refused, or with `over_folder` replaced as `replace_folder` does it. `setting` is what chooses
+    the folder of `path`, for messages.
 
     Raises: UserError when the disk is full, the folder is read-only or cannot be one; other errors pass through.
     """
     path = Path(path)
     temporary = temporary_path(path, secrets.token_hex(4))
-    with explained_os_errors(path):
+    with explained_os_errors(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -82,6 +125,14 @@ def atomic_path(path: str | Path, over_folder: bool = False) -> Iterator[Path]:
                 _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def expanded(path: str | Path, setting: str) -> Path:
+    """`path` with `~` and `~user` written out. Raises: UserError that names `setting` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}; correct {setting}") from error
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -2,12 +2,20 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, explained_os_errors, remove_leftovers, write_atomic
+from lightspan.files import (
+    atomic_path,
+    expanded,
+    explained_os_errors,
+    remove_leftovers,
+    require_regular_file,
+    write_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -128,3 +136,43 @@ def test_leftovers_of_a_killed_process_are_found_and_nothing_else(tmp_path):
 def test_importing_files_loads_no_heavy_package():
     code = "import sys, lightspan.files; print(sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda path: path.mkdir(), "a folder"),
+        (os.mkfifo, "a named pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    ],
+)
+def test_what_could_block_a_reader_is_no_file(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match=rf"shard \S+/x is {kind}, not a regular file"):
+        require_regular_file(tmp_path / "x", "shard")
+
+
+def test_a_missing_file_and_a_name_that_can_be_none_are_refused(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path / "a\0", "null byte")):
+        with pytest.raises(UserError, match=rf"^/\S* cannot be read \(.*{reason}"):
+            require_regular_file(path)
+
+
+def test_the_home_of_nobody_is_told_with_the_setting() -> None:
+    assert expanded("~/x", "--out") == Path.home() / "x"
+    with pytest.raises(UserError, match=r"^~nobody-of-this-name/x: .*home.*; correct --out$"):
+        expanded("~nobody-of-this-name/x", "--out")
+
+
+def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    require_regular_file(tmp_path / "link", "shard")
+
+
+def test_a_write_error_names_the_setting_that_chose_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"the disk is full .* with data\.init_args\.cache_dir$"),
+        explained_os_errors(tmp_path / "a", setting="data.init_args.cache_dir"),
+    ):
+        raise OSError(errno.ENOSPC, "no space")

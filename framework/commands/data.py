@@ -1,23 +1,28 @@
-"""`lightspan data pack FOLDER --out DIR` and `lightspan data verify DIR`: write shards, see if they are whole."""
+"""`lightspan data pack FOLDER --out DIR`, `data verify DIR` and `data index DIR`: write shards and look after them."""
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("pack", "verify"), help="write shards, or compare them with their sha256")
+    parser.add_argument(
+        "action",
+        choices=("pack", "verify", "index"),
+        help="write shards; compare them with their sha256; write an index beside each shard that has none",
+    )
     parser.add_argument(
         "folder",
         metavar="FOLDER",
         type=Path,
         help="pack: the files to write; one folder of images for each class becomes labelled images, of other files "
-        "those of one name form one sample. verify: what `data pack` wrote",
+        "those of one name form one sample. verify: what `data pack` wrote. index: the folder of the shards",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="pack: folder to write; it must not exist")
     parser.add_argument(
@@ -25,10 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="pack: of the order of samples (default: 0)")
     parser.add_argument("--keep-order", action="store_true", help="pack: write the samples in sorted order instead")
+    parser.add_argument(
+        "--files", action="store_true", help="pack: files of one name form a sample, also where folders hold images"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="pack: decode each image to the end instead of its header alone"
+    )
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="pack: leave out what cannot be decoded, and name it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    return _pack(args) if args.action == "pack" else _verify(args)
+    return {"pack": _pack, "verify": _verify, "index": _index}[args.action](args)
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -40,32 +54,63 @@ def _pack(args: argparse.Namespace) -> int:
         raise UserError(f"--seed {args.seed} is negative; give a whole number from 0 up")
     from rich.progress import track
 
-    from lightspan.datamodules.pack import fields_of, pack, pattern, sources
+    from lightspan.datamodules.pack import fields_of, pack, pattern
+    from lightspan.datamodules.pack_sources import sources
 
-    samples, classes = sources(args.folder)
-    packing = pack(samples, classes, args.out, shard_bytes, None if args.keep_order else args.seed)
+    samples, classes, remarks = sources(args.folder, args.files)
+    left_out: list[str] = []
+    packing = pack(
+        samples,
+        classes,
+        args.out,
+        shard_bytes,
+        None if args.keep_order else args.seed,
+        args.decode,
+        left_out if args.skip_damaged else None,
+    )
     for _ in track(packing, "packing", total=len(samples), transient=True, disable=not sys.stdout.isatty()):
         pass
+    for line in (*remarks, *(f"left out: {line}" for line in sorted(left_out))):
+        print(printable(line))
     shards = len(list(args.out.glob("*.tar")))
-    of_classes = f" of {len(classes)} classes" if classes else ""
-    print(f"wrote {args.out}: {len(samples):,} samples{of_classes} in {shards} shards, members {fields_of(samples)}")
-    print(f"next: data.init_args.shards=[{pattern(args.out)}]")
+    shown = f"{', '.join(classes[:5])}{', ...' if classes[5:] else ''}"
+    of_classes = f" of {len(classes)} classes ({shown})" if classes else ""
+    fields = ", ".join(f"{field}: {endings}" for field, endings in fields_of(samples).items())
+    print(printable(f"wrote {args.out}: {len(samples) - len(left_out):,} samples{of_classes} in {shards} shards"))
+    settings = [f"data.init_args.shards=[{pattern(args.out)}]", f"data.init_args.fields={{{fields}}}"]
+    print(printable(f"next: {shlex.join(settings)}"))
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """Reads every file of a packed folder. Returns 1 where one is missing or damaged, and names it."""
+    """Reads every file of a packed folder. Returns 1 where one is missing, damaged or not listed, and names it."""
     from rich.progress import track
 
-    from lightspan.datamodules.pack import listed, problem_of
+    from lightspan.datamodules.verify import listed, problem_of, unlisted
 
     sums = listed(args.folder)
     checks = track(sums.items(), "verifying", transient=True, disable=not sys.stdout.isatty())
     problems = [problem for name, digest in checks if (problem := problem_of(args.folder / name, digest)) is not None]
-    for problem in problems:
-        print(problem)
+    strangers = [f"{args.folder / name}: was not written by `data pack`" for name in unlisted(args.folder, sums)]
+    for problem in problems + strangers:
+        print(printable(problem))
     print(f"{args.folder}: {len(sums) - len(problems)} of {len(sums)} files are as they were written")
-    return 1 if problems else 0
+    return 1 if problems or strangers else 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from rich.progress import track
+
+    from lightspan.datamodules.verify import without_index, write_index
+
+    shards, samples = without_index(args.folder), 0
+    for shard in track(shards, "indexing", transient=True, disable=not sys.stdout.isatty()):
+        count, remarks = write_index(shard)
+        samples += count
+        for remark in remarks:
+            print(printable(remark))
+    print(f"{args.folder}: wrote the index of {len(shards)} shards with {samples:,} samples")
+    return 0
 
 
 def parse_size(text: str) -> int:

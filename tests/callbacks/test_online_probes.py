@@ -274,6 +274,15 @@ def test_a_datamodule_without_a_bank_is_named(make_trainer, net):
     )
 
 
+def test_a_datamodule_without_validation_samples_is_named(make_trainer, net):
+    class NoValidation(Data):
+        def val_dataloader(self) -> list:
+            return []
+
+    message = r"val_dataloader\(\) of the datamodule, which gives no batch; .*data\.init_args\.val_shards"
+    refuses(make_trainer, net(), NoValidation(), OnlineProbes(), message)
+
+
 def test_batches_without_labels_are_named(make_trainer, net):
     data = Data()
     for sample in data.bank:

@@ -4,6 +4,7 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,30 +12,45 @@ from pathlib import Path
 
 import pytest
 
-from lightspan.datamodules import tars
+from lightspan.datamodules import fetch
 
 
 @dataclass
 class HttpsServer:
     """address: https://HOST:PORT. files: {path: content}, to be filled by a test. asked: the paths that were read.
-    stumbles: {path: what to answer first, each once}: a status, or "cut" for half of the content.
+    stumbles: {path: what to answer first, each once}: a status, "cut" for half of the content, or the lines of a whole
+    answer, with `pause_s` between them.
     """
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    stumbles: dict[str, list[int | str]] = field(default_factory=dict)
+    stumbles: dict[str, list[int | str | list[bytes]]] = field(default_factory=dict)
+    pause_s: float = 0
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tars, "PAUSES_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(fetch, "PAUSES_S", (0.01, 0.02, 0.03))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(certificate, its key) of 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the server's certificate")
+    folder = tmp_path_factory.mktemp("certificate")
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
+        "-addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return certificate, key
 
 
 @pytest.fixture
-def https_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpsServer]:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the server's certificate")
+def https_server(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpsServer]:
     served = HttpsServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -44,6 +60,11 @@ def https_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ht
             now = stumble.pop(0) if stumble else None
             if isinstance(now, int):
                 self.send_error(now)
+            elif isinstance(now, list):
+                self.close_connection = True
+                for line in now:
+                    self.wfile.write(line)
+                    time.sleep(served.pause_s)
             elif self.path == "/downgrade.tar":
                 self.send_response(302)
                 self.send_header("Location", "http://127.0.0.1:9/a.tar")
@@ -60,18 +81,18 @@ def https_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ht
         def log_message(self, *args: object) -> None:
             pass
 
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    context.load_cert_chain(*certificate)
+
+    class Server(HTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            pass  # the other side has given up, as it should
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     served.address = f"https://127.0.0.1:{server.server_port}"
     yield served

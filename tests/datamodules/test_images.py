@@ -101,6 +101,12 @@ def test_moments_are_those_of_each_channel() -> None:
     assert np.allclose(std[:, 0, 0], (pixels / 255).std(axis=(0, 2, 3)))
 
 
+def test_constant_images_become_zero_and_not_nan() -> None:
+    pixels = np.full((5, 1, 4, 4), 51, dtype=np.uint8)
+    samples = ImageSamples(Labelled(pixels, np.zeros(5, dtype=np.int64)), *channel_moments(pixels))
+    assert torch.equal(samples.sample(0, 0)["image"], torch.zeros(1, 4, 4))
+
+
 def test_the_bank_is_the_training_set_in_order_and_index_finds_the_image(kind: type[ImageData]) -> None:
     data = kind(views=Plain())  # type: ignore[call-arg]
     data.setup()

@@ -1,15 +1,21 @@
 """Copies of remote shards: fetched once, whole or not at all, and the oldest go first."""
 
+import errno
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_files import write_shards
+from lightning import Trainer
+from shard_files import damage, write_shard, write_shards
 
+from lightspan.datamodules import fetch, shard_cache
 from lightspan.datamodules.shard_cache import ShardCache
 from lightspan.datamodules.shards import Shards
 from lightspan.errors import UserError
+from lightspan.files import temporary_path
 
 
 def test_local_shards_stay_where_they_are(tmp_path: Path) -> None:
@@ -98,3 +104,174 @@ def test_a_remote_shard_that_is_not_there_may_be_skipped_but_a_silent_server_may
     silent = Shards([names[0], "https://127.0.0.1:9/a.tar"], skip_damaged=True, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"https://127\.0\.0\.1:9/a\.tar\S* cannot be opened: .*refused"):
         silent.setup()
+
+
+# What a server may do
+
+
+def kept(folder: Path) -> list[str]:
+    return [path.suffix for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_what_is_not_what_the_index_says_never_becomes_a_copy(https_server: Any, tmp_path: Path) -> None:
+    cache, shard = ShardCache(str(tmp_path / "cache"), 10**6), f"{https_server.address}/a.tar"
+    https_server.files["/a.tar"] = b"x" * 1000
+    with pytest.raises(
+        UserError, match=r"a\.tar came with the sha256 \w+, its index says 00; write shard and index again"
+    ):
+        cache.local(shard, 1000, "00")
+    assert kept(tmp_path / "cache") == []
+    assert cache.local(shard, 1000, hashlib.sha256(b"x" * 1000).hexdigest()).read_bytes() == b"x" * 1000
+
+
+def test_a_copy_that_proves_bad_is_fetched_again_unless_it_is_as_it_should_be(
+    https_server: Any, tmp_path: Path
+) -> None:
+    cache, shard = ShardCache(str(tmp_path / "cache"), 10**6), f"{https_server.address}/a.tar"
+    https_server.files["/a.tar"] = b"x" * 1000
+    digest = hashlib.sha256(b"x" * 1000).hexdigest()
+    copy = cache.local(shard)
+    assert cache.renewed(shard, digest) is None
+    copy.write_bytes(b"y" * 1000)
+    assert cache.renewed(shard, digest) == copy
+    assert copy.read_bytes() == b"x" * 1000
+    assert https_server.asked == ["/a.tar"] * 2
+    assert cache.renewed(str(copy)) is None  # a local shard
+
+
+def test_no_server_fills_the_disk(https_server: Any, tmp_path: Path) -> None:
+    cache, shard = ShardCache(str(tmp_path / "cache"), 2500), f"{https_server.address}/a.tar"
+    https_server.stumbles["/a.tar"] = [[b"HTTP/1.0 200 OK\r\n\r\n", *[b"x" * 1000] * 50]]
+    with pytest.raises(UserError, match=r"a\.tar does not say its size and does not end, above the 2,500 .*cache_gib"):
+        cache.local(shard)
+    https_server.stumbles["/a.tar"] = [[b"HTTP/1.0 200 OK\r\n\r\n", *[b"x" * 1000] * 50]]
+    with pytest.raises(UserError, match=r"a\.tar came with more than 1,000 bytes instead of 1,000"):
+        cache.local(shard, 1000)
+    https_server.files["/a.tar"] = b"x" * 5000
+    with pytest.raises(UserError, match=r"a\.tar has 5,000 bytes, above the 2,500 bytes that all copies"):
+        cache.local(shard)
+    assert kept(tmp_path / "cache") == []
+
+
+def test_room_is_made_before_a_shard_is_fetched_and_counts_what_is_under_way(https_server: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cache = ShardCache(str(folder), 2500)
+    https_server.files |= {f"/{name}.tar": b"x" * 1000 for name in "ab"}
+    first = cache.local(f"{https_server.address}/a.tar")
+    os.utime(first, (1, 1))
+    (folder / ".lightspan-1234-other.tar.tmp").write_bytes(b"x" * 1000)  # of another process
+    abandoned = folder / ".lightspan-5678-third.tar.tmp"
+    abandoned.write_bytes(b"x" * 100)
+    os.utime(abandoned, (0, 0))
+    https_server.stumbles["/b.tar"] = ["cut"]
+    room = []
+    fetch_block = shard_cache._next_block
+
+    def observed(*arguments: Any) -> bytes:
+        room.append(first.exists())
+        return fetch_block(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_cache, "_next_block", observed)
+        cache.local(f"{https_server.address}/b.tar")
+    assert not any(room)
+    assert not abandoned.exists()
+    assert (folder / ".lightspan-1234-other.tar.tmp").exists()
+
+
+def test_what_a_killed_process_left_of_a_shard_goes_when_it_is_fetched(https_server: Any, tmp_path: Path) -> None:
+    cache, shard = ShardCache(str(tmp_path / "cache"), 2500), f"{https_server.address}/a.tar"
+    https_server.files["/a.tar"] = b"x" * 1000
+    copy = cache.local(shard)
+    temporary_path(copy, "1234").write_bytes(b"x" * 500)
+    cache.renewed(shard)
+    assert kept(tmp_path / "cache") == [".tar"]
+
+
+def test_a_server_that_drips_a_shard_is_given_up(
+    https_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "PACE_S", 0.1)
+    monkeypatch.setattr(fetch, "PAUSES_S", ())
+    answer = [b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n", *[b"x"] * 30]
+    https_server.stumbles["/a.tar"], https_server.pause_s = [answer], 0.02
+    with pytest.raises(UserError, match=r"a\.tar broke off while it was fetched: the server sent \d+ bytes in 0 s"):
+        ShardCache(str(tmp_path / "cache"), 10**6).local(f"{https_server.address}/a.tar")
+    assert kept(tmp_path / "cache") == []
+
+
+def test_a_full_disk_is_told_with_the_setting_that_chose_it(
+    https_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    https_server.files["/a.tar"] = b"x" * 1000
+    monkeypatch.setattr(ShardCache, "_make_room", full)
+    with pytest.raises(UserError, match=r"the disk is full .* on another disk with data\.init_args\.cache_dir$"):
+        ShardCache(str(tmp_path / "cache"), 10**6).local(f"{https_server.address}/a.tar")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .* with data\.init_args\.cache_dir$"):
+        ShardCache(str(tmp_path / "file"), 10**6).local(f"{https_server.address}/a.tar")
+
+
+PAGE = [b"HTTP/1.0 200 OK\r\n\r\n", b"<html>come back later</html>"]
+
+
+def remote(https_server: Any, tmp_path: Path, **more: Any) -> Shards:
+    data = Shards([f"{https_server.address}/part-0.tar"], batch_size=4, cache_dir=str(tmp_path / "cache"), **more)
+    data.trainer = Trainer(accelerator="cpu", devices=1, logger=False, barebones=True, default_root_dir=tmp_path)
+    return data
+
+
+def test_a_page_instead_of_a_shard_is_not_cached_for_ever(https_server: Any, tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, [4])
+    https_server.files["/part-0.tar"] = Path(shard).read_bytes()
+    https_server.stumbles["/part-0.tar"] = [PAGE]
+    data = remote(https_server, tmp_path)
+    data.setup()
+    assert data.train is not None
+    assert len(data.train) == 4
+    https_server.stumbles["/part-1.tar"] = [PAGE, PAGE]
+    data = Shards([f"{https_server.address}/part-1.tar"], cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=rf"not a tar file.*fetched twice, and the copy is {tmp_path}/cache/\w+\.tar"):
+        data.setup()
+    https_server.files["/part-1.tar"] = https_server.files["/part-0.tar"]
+    data.setup()
+
+
+def test_a_copy_that_rots_is_fetched_again_once(https_server: Any, tmp_path: Path) -> None:
+    write_shards(tmp_path, [4])
+    for name in ("part-0.tar", "part-0.tar.index.json"):
+        https_server.files[f"/{name}"] = (tmp_path / name).read_bytes()
+    data = remote(https_server, tmp_path)
+    data.setup()
+    assert data.train is not None
+    data.train.sample(0, 0)
+    (copy,) = (tmp_path / "cache").glob("*.tar")
+    damage(str(copy), 600)
+    assert data.train.sample(0, 0)["label"] == 0
+    assert https_server.asked.count("/part-0.tar") == 2
+    index = json.loads(https_server.files["/part-0.tar.index.json"])
+    https_server.files["/part-0.tar.index.json"] = json.dumps(index | {"crc32": [0] * 4}).encode()
+    wrong = remote(https_server, tmp_path)  # its index, not its copy: fetching again would not help
+    wrong.setup()
+    assert wrong.train is not None
+    with pytest.raises(UserError, match="is damaged: its CRC-32"):
+        wrong.train.sample(0, 0)
+    assert https_server.asked.count("/part-0.tar") == 2
+
+
+def test_a_remote_shard_that_was_scanned_is_not_fetched_to_be_counted_again(https_server: Any, tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, [4])
+    https_server.files["/part-0.tar"] = Path(shard).read_bytes()
+    remote(https_server, tmp_path).setup()
+    for copy in (tmp_path / "cache").glob("*.tar"):
+        copy.unlink()
+    again = remote(https_server, tmp_path)
+    again.setup()
+    assert https_server.asked.count("/part-0.tar") == 1
+    https_server.files["/part-0.tar"] = Path(write_shard(tmp_path / "other.tar", range(4, 8))).read_bytes()
+    assert again.train is not None
+    with pytest.raises(UserError, match="came with the sha256"):
+        again.train.sample(0, 0)

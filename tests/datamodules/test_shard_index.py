@@ -3,6 +3,7 @@
 import gzip
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,10 @@ def test_compressed_shards_are_refused_with_the_way_out(shard: Path) -> None:
         {"starts": [0], "ends": [512], "crc32": [2**40]},
         {"starts": "many"},
         {"bytes": None},
+        {"sha256": "\ud800"},
+        {"sha256": ["0"]},
+        {"starts": [[0]], "ends": [[512]], "crc32": [[0]]},
+        {"remarks": 7},
     ],
 )
 def test_what_is_no_index_is_refused(shard: Path, changes: dict) -> None:
@@ -109,3 +114,31 @@ def test_what_is_no_index_is_refused(shard: Path, changes: dict) -> None:
         from_json(json.dumps(document | changes), "a.tar")
     with pytest.raises(UserError, match="is not the index of a shard"):
         from_json("[1, 2", "a.tar")
+
+
+def test_members_of_no_sample_and_samples_that_come_again_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("__background__/0.png", "a.txt", "b.txt", "a.txt", "a.cls", "noending"):
+            archive.addfile(tarfile.TarInfo(name))
+    index, wrong = scan(path, "odd.tar", MIB)
+    assert wrong is None
+    assert [read_sample(index, number, path, MIB)["__key__"] for number in range(len(index))] == ["a", "b", "a"]
+    members, again = from_json(index.to_json(), "odd.tar").remarks
+    assert members.startswith("2 members belong to no sample and are passed over, the first: '__background__/0.png'")
+    assert again.startswith("1 keys come again after other samples, the first: 'a'; each time counts as a sample")
+
+
+def test_joined_tars_are_damage_and_not_half_a_set(shard: Path) -> None:
+    whole = shard.read_bytes()
+    shard.write_bytes(whole + whole)
+    index, wrong = scan(shard, "a.tar", MIB)
+    assert "a.tar goes on after the end mark" in str(wrong)
+    assert len(index) == 5
+
+
+def test_an_index_that_asks_for_more_than_there_is_reads_nothing(shard: Path) -> None:
+    index, _ = scan(shard, "a.tar", MIB)
+    huge = replace(index, ends=np.append(index.ends[:-1], 2**60))
+    with pytest.raises(UserError, match=r"sample 5 at byte .* is cut short"):
+        read_sample(huge, 5, shard, MIB)

@@ -1,18 +1,29 @@
 """The shard datamodule: every sample once in each epoch on any ranks, and what is damaged is named or counted."""
 
+import io
 import json
+import os
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from PIL import Image
 from shard_files import damage, write_shard, write_shards
 from torch import Tensor, nn
 
 from lightspan.datamodules import shard_samples
+from lightspan.datamodules import shards as shards_module
 from lightspan.datamodules.loader import EvaluationLoader, ExactLoader, Replacement
-from lightspan.datamodules.shard_index import SUFFIX
+from lightspan.datamodules.shard_index import SUFFIX, scan
 from lightspan.datamodules.shards import Shards
 from lightspan.datamodules.views import Plain, TwoViews
 from lightspan.errors import UserError
@@ -138,7 +149,10 @@ def test_views_are_made_in_training_alone_and_are_a_function_of_the_seed(shards:
     assert all(torch.equal(a, b) for a, b in zip(one["views"], same["views"], strict=True))
     assert not torch.equal(one["views"][0], one["views"][1])
     assert not torch.equal(one["views"][0], other["views"][0])
-    assert "views" not in next(iter(opened(shards, shards, views=Plain()).val_dataloader()))
+    data = opened(shards, shards, views=Plain())
+    assert "views" not in next(iter(data.val_dataloader()))
+    assert labels(list(data.bank_dataloader())) == list(range(12))
+    assert "views" not in next(iter(data.bank_dataloader()))
 
 
 def test_image_size_scales_the_shorter_side_and_cuts_out_the_middle(tmp_path: Path) -> None:
@@ -177,6 +191,143 @@ def test_a_damaged_index_is_refused(shards: list[str]) -> None:
     Path(shards[1] + SUFFIX).write_text(json.dumps({"format": 1}))
     with pytest.raises(UserError, match=r"part-1\.tar\.index\.json is not the index of a shard"):
         opened(shards, skip_damaged=True)
+
+
+def test_what_a_scan_passed_over_is_said_and_how_to_do_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = write_texts(tmp_path / "a.tar", {"__background__/0.txt": b"", "a.txt": b""})
+    opened([shard], fields={"text": "txt"})
+    printed = capsys.readouterr().out
+    assert f"shard {shard}: 1 members belong to no sample and are passed over, the first: '__background__" in printed
+    assert "1 shards have no index, so they were read from end to end; `lightspan data index" in printed
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "."])
+def test_what_is_no_regular_file_is_refused_with_and_without_an_index(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=rf"shard {name} is (a device|a named pipe|a folder), not a regular file"):
+        opened([name], skip_damaged=True)
+    if name == "pipe":
+        shutil.copy(shards[0] + SUFFIX, name + SUFFIX)
+        with pytest.raises(UserError, match="shard pipe is a named pipe"):
+            opened([name])
+        os.mkfifo("part-9.tar" + SUFFIX)
+        shutil.copy(shards[0], "part-9.tar")
+        with pytest.raises(UserError, match=r"shard part-9\.tar\.index\.json is a named pipe"):
+            opened(["part-9.tar"])
+
+
+class Ranks:
+    """Several ranks as threads: what `Shards` asks torch.distributed for."""
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.own, self.parts = count, threading.local(), [None] * count
+        self.barrier = threading.Barrier(count, timeout=20)
+        monkeypatch.setattr(shards_module, "rank", lambda: self.own.rank)
+        monkeypatch.setattr(shards_module, "world_size", lambda: count)
+        monkeypatch.setattr(shards_module, "_gathered", self.gathered)
+
+    def gathered(self, own: Any, ranks: int) -> list[Any]:
+        self.parts[self.own.rank] = own
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
+
+    def run(self, work: Callable[[], Any]) -> list[Any]:
+        def of(rank: int) -> Any:
+            self.own.rank = rank
+            try:
+                return work()
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(of, range(self.count)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ranks_share_out_the_scans_and_all_find_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    shards = write_shards(tmp_path, [1, 2, 0, 3, 1, 1, 2, 1])
+    alone = opened(shards)
+    scanned = []
+
+    def counted(path: Path, *arguments: Any) -> Any:
+        scanned.append(path)
+        return scan(path, *arguments)
+
+    monkeypatch.setattr(shard_samples, "scan", counted)
+    monkeypatch.setattr(shards_module, "OPENED_BETWEEN_MEETINGS", 2)
+    for shard in shards:
+        Path(shard + SUFFIX).unlink()
+    ranks = Ranks(count, monkeypatch)
+
+    def of_trainer() -> Shards:
+        data = Shards(shards)
+        data.trainer = SimpleNamespace(default_root_dir=str(tmp_path))
+        data.setup()
+        return data
+
+    found = ranks.run(of_trainer)
+    assert sorted(map(str, scanned)) == sorted(shards)
+    assert alone.train is not None
+    for data in found:
+        assert data.train.sizes == alone.train.sizes
+        assert data.train.order(4) == alone.train.order(4)
+    Path(shards[4]).write_bytes(b"\x1f\x8b\x08 packed")
+    Path(shards[5]).write_bytes(b"\x1f\x8b\x08 packed")
+    refusals = ranks.run(of_trainer)
+    assert len(set(refusals)) == 1
+    assert "part-4.tar is compressed" in refusals[0]
+
+
+# Degenerate data
+
+
+def test_values_that_fit_into_no_batch_are_told_with_the_setting(tmp_path: Path) -> None:
+    """A number of 30 digits is a value of JSON, and no int64."""
+    shard = write_texts(tmp_path / "a.tar", {"a.json": b"9" * 30})
+    with pytest.raises(UserError, match=r"samples do not fit into one batch: .*data\.init_args\.fields"):
+        list(opened([shard], fields={"x": "json"}, batch_size=1).train_dataloader())
+
+
+def write_texts(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return str(path)
+
+
+def test_one_sample_is_a_data_set(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "one.tar", [7])
+    data = opened([shard], [shard], batch_size=1, views=TwoViews(), image_size=8)
+    assert [batch["label"].tolist() for batch in data.train_dataloader()] == [[7]]
+    assert [batch["label"].tolist() for batch in data.val_dataloader()] == [[7]]
+    with pytest.raises(UserError, match=r"batch_size=2 is larger than the training set of 1 samples"):
+        opened([shard], batch_size=2).train_dataloader()
+
+
+def test_the_last_batch_of_a_validation_may_hold_one_sample(tmp_path: Path) -> None:
+    data = opened(write_shards(tmp_path, [5]), [str(tmp_path / "part-0.tar")], batch_size=4)
+    assert [batch["label"].tolist() for batch in data.val_dataloader()] == [[0, 1, 2, 3], [4]]
+
+
+def test_empty_texts_and_constant_images_are_samples(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("L", (1, 1), 0).save(picture, "PNG")
+    shard = write_texts(tmp_path / "a.tar", {"a.txt": b"", "a.png": picture.getvalue()})
+    data = opened([shard], fields={"text": "txt", "image": "png"}, batch_size=1, image_size=4, views=TwoViews())
+    (batch,) = data.train_dataloader()
+    assert batch["text"] == [""]
+    assert all(view.shape == (1, 3, 4, 4) and view.isfinite().all() for view in batch["views"])
 
 
 # Damage
@@ -320,6 +471,9 @@ def test_a_trainer_trains_and_validates_on_shards(shards: list[str], tmp_path: P
         ({"shards": ["{a,b}.tar", "b.tar"]}, "shards names b.tar 2 times"),
         ({"shards": ["a.tar"], "fields": {"x": "pth"}}, "pickled members are never read"),
         ({"shards": ["a.tar"], "image_size": 0}, "image_size=0 pixels is too small"),
+        ({"shards": [""]}, "shard '' is not the name of a file"),
+        ({"shards": ["https://[::1"]}, r"shard https://\[::1 is no https address"),
+        ({"shards": ["a.tar"], "cache_gib": 0}, r"cache_gib=0 must be above 0"),
         ({"shards": ["a.tar"], "window": 0}, "window=0 shards is too few"),
         ({"shards": ["a.tar"], "std": (1.0, 0.0, 1.0)}, r"std=\[1\.0, 0\.0, 1\.0\] must be above 0"),
     ],

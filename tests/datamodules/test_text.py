@@ -173,6 +173,24 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
         ByteText([str(tmp_path / "none")]).setup()
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
+def test_a_path_that_would_never_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=rf"text path {name} is (a device|a named pipe), not a regular file"):
+        ByteText([name]).setup()
+
+
+def test_an_empty_file_is_a_text_of_no_bytes(tmp_path: Path) -> None:
+    for name, content in (("a.py", b""), ("b.py", b"ab"), ("c.py", b"")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "8.py").write_bytes(b"held out")  # by the hash of its name
+    data = ByteText([str(tmp_path)], context=1)
+    data.setup()
+    assert data.train is not None
+    assert data.train.windows.tobytes() == b"\0ab\0"
+
+
 def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1")
     with pytest.raises(UserError, match=r"too little training text: 5 bytes in 1 files .* context \+ 1 = 257 bytes"):
@@ -191,6 +209,7 @@ def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
         ({"val_windows": 0}, "val_windows=0 leaves nothing to validate on"),
         ({"paths": []}, "paths is an empty list"),
         ({"suffixes": ()}, "suffixes is empty"),
+        ({"paths": [""]}, "paths names an empty text"),
     ],
 )
 def test_impossible_settings_are_refused_at_once(arguments: dict, message: str) -> None:

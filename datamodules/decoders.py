@@ -1,0 +1,137 @@
+"""From the bytes of a shard's members to values: one explicit decoder for each ending, nothing run or unpickled."""
+
+import io
+import json
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lightspan.errors import UserError, printable
+
+MAX_PIXELS = 2**26  # of one image, before it is decoded
+IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+def open_image(content: bytes) -> Image.Image:
+    """An image whose header alone has been read. Raises: ValueError above MAX_PIXELS or for what is no image."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
+    except UnidentifiedImageError as error:
+        what = "it is no JPEG, PNG or WebP image" if content else "it is empty"
+        raise ValueError(what) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS:,}")
+    return image
+
+
+def decode_image(content: bytes) -> Tensor:
+    """uint8 [3, H, W], turned upright as the EXIF orientation says.
+
+    Grey becomes three equal channels; palettes and CMYK become RGB. Transparency is dropped, so the colours below it
+    show. 16 bits a channel become 8: grey v is round(v / 257), and colours lose their lower 8 bits.
+    Raises: ValueError above MAX_PIXELS or for what is no image, OSError and others of `UNDECODABLE` for a damaged one.
+    """
+    with open_image(content) as stored:
+        image = ImageOps.exif_transpose(stored)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would not scale but cut at 255
+            grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+            return torch.from_numpy(grey.astype(np.uint8)).repeat(3, 1, 1)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def decode_array(content: bytes) -> Tensor:
+    """The tensor of a .npy file. Raises: ValueError for an array of objects, which would need pickle."""
+    # Not np.load: it takes what begins as a zip file for a whole archive of arrays.
+    return torch.from_numpy(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False))
+
+
+def decode_text(content: bytes) -> str:
+    return content.decode("utf-8")
+
+
+def decode_class(content: bytes) -> int:
+    """The number of a class, in [0, 10^18). Raises: ValueError for anything else."""
+    digits = content.decode("ascii").strip()
+    if not re.fullmatch(r"\d{1,18}", digits):
+        shown = digits[:20] + "..." * (len(digits) > 20)
+        raise ValueError(f"{shown!r} is no class, which is a whole number from 0 up of at most 18 digits")
+    return int(digits)
+
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(IMAGES, decode_image),
+    "cls": decode_class,
+    "txt": decode_text,
+    "json": json.loads,
+    "npy": decode_array,
+}
+
+
+# What the decoders raise on bytes that are not what their ending says; Pillow and json add the last four.
+UNDECODABLE = (
+    ValueError,
+    TypeError,
+    OSError,
+    EOFError,
+    MemoryError,
+    SyntaxError,
+    RecursionError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def damage_of(ending: str, content: bytes, whole: bool) -> str | None:
+    """Why `content` cannot be decoded as its ending says; None where it can, or the ending has no decoder.
+
+    Args:
+        whole: False reads only the header of an image, which takes a thousandth of the time: it finds what is empty,
+            no image or too large, not what is cut short.
+    """
+    try:
+        if ending in IMAGES and not whole:
+            open_image(content).close()
+        elif ending in DECODERS:
+            DECODERS[ending](content)
+    except UNDECODABLE as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def check_fields(fields: dict[str, str]) -> None:
+    """Raises: UserError for an ending that has no decoder."""
+    if not fields:
+        raise UserError('fields is empty, so batches would be too; write for instance {image: "jpg|png", label: cls}')
+    for field, endings in fields.items():
+        for ending in endings.split("|"):
+            if ending not in DECODERS:
+                pickled = "; pickled members are never read" if ending in {"pkl", "pickle", "pyd", "pth", "pt"} else ""
+                raise UserError(
+                    f"fields: {field} asks for .{ending} members, which have no decoder{pickled}; decoders exist for "
+                    + ", ".join(DECODERS)
+                )
+
+
+def decode_fields(sample: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """{field: value}, each from the first of its endings (`"jpg|png"`) that the sample has.
+
+    Raises: UserError that names shard and sample where none is there or its bytes are not what the ending says.
+    """
+    where = f"shard {sample['__url__']}: sample {printable(sample['__key__'])}"
+    decoded = {}
+    for field, endings in fields.items():
+        ending = next((ending for ending in endings.split("|") if ending in sample), None)
+        if ending is None:
+            there = printable(", ".join(name for name in sample if not name.startswith("__")))
+            raise UserError(f"{where} has no .{endings.replace('|', ' or .')} member for {field}; it has {there}")
+        try:
+            decoded[field] = DECODERS[ending](sample[ending])
+        except UNDECODABLE as error:
+            raise UserError(f"{where}: its .{ending} member cannot be decoded: {error}") from error
+    return decoded

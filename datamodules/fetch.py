@@ -1,0 +1,162 @@
+"""Names of shards, and streams of their bytes: regular files of this machine, or https within limits of time."""
+
+import itertools
+import re
+import socket
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
+
+from lightspan.errors import UserError, printable
+from lightspan.files import expanded, require_regular_file
+
+MAX_SHARDS = 100_000  # what one pattern may expand to
+TIMEOUT_S = 60.0  # without a byte from the server
+# The least that a server must send in each such time of waiting for it. Together with a limit on bytes, which every
+# reader has, this ends each fetch, also one that drips.
+PACE_S, PACE_BYTES = 60.0, 2**20
+PAUSES_S = (1.0, 4.0, 15.0)  # before each new attempt at a fetch that failed
+T = TypeVar("T")
+SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")  # one letter alone is a drive
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{000..002}.tar` and `{a,b}.tar` written out, in order; several groups give every combination.
+
+    Raises: UserError where there would be more than MAX_SHARDS names.
+    """
+    parts = re.split(r"\{([^{}]*)\}", pattern)  # text, group, text, group, ..., text
+    choices: list[list[str] | range] = []
+    widths: list[int] = []
+    count = 1
+    for place, part in enumerate(parts):
+        bounds = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part) if place % 2 else None
+        if bounds:
+            first, last = int(bounds[1]), int(bounds[2])
+            choices.append(range(first, last + 1))
+            widths.append(len(bounds[1]))
+        else:
+            choices.append(part.split(",") if place % 2 else [part])
+            widths.append(0)
+        count *= len(choices[-1])
+    if not 0 < count <= MAX_SHARDS:
+        raise UserError(
+            f"shard pattern {pattern} stands for {count:,} shards, which must be 1 to {MAX_SHARDS:,}; ranges must rise"
+        )
+    names = ([str(value).zfill(width) for value in choice] for choice, width in zip(choices, widths, strict=True))
+    return ["".join(combination) for combination in itertools.product(*names)]
+
+
+def check_shard(shard: str) -> None:
+    """Raises: UserError unless `shard` can be a local path or an https address."""
+    if not shard or "\0" in shard:
+        raise UserError(f"shard {shard!r} is not the name of a file; correct data.init_args.shards")
+    scheme = SCHEME.match(shard)
+    if scheme and scheme[1].lower() != "https":
+        raise UserError(
+            f"shard {shard} is neither a local path nor https ({scheme[1]}: is refused, because it could run a command "
+            "or be read in the clear); download it, or serve it over https; a file name with a colon is written ./NAME"
+        )
+    if scheme:
+        try:
+            parts = urlsplit(shard)
+            named = bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            named = False
+        if not named:
+            raise UserError(f"shard {shard} is no https address; write https://HOST/NAME.tar")
+
+
+def local_path(shard: str) -> Path:
+    """Raises: UserError for the home folder of a user who does not exist."""
+    return expanded(shard, "data.init_args.shards")
+
+
+def open_shard(shard: str) -> BinaryIO:
+    """A stream of the shard's bytes. Reading from https raises TimeoutError where the server stalls or drips.
+
+    Raises: UserError for any other scheme, a missing file, what is no regular file, or a server's refusal.
+    """
+    check_shard(shard)
+    try:
+        if SCHEME.match(shard):
+            return cast(BinaryIO, _opener().open(shard, timeout=TIMEOUT_S))
+        path = local_path(shard)
+        path.stat()  # says more than the next line of what is missing
+        require_regular_file(path, "shard")
+        return path.open("rb")
+    except UserError:
+        raise
+    except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors, a malformed redirect none
+        raise UserError(f"shard {shard} cannot be opened: {printable(error)}; correct data.init_args.shards") from error
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """A redirect must not leave https."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        check_shard(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _PacedSocket(ssl.SSLSocket):
+    """Gives up on a server that drips. A timeout alone starts anew with each byte, in headers and in content alike."""
+
+    _waited_s, _received = 0.0, 0
+
+    def recv_into(self, *arguments: Any, **more: Any) -> int:
+        begin = time.monotonic()
+        received = super().recv_into(*arguments, **more)
+        self._waited_s += time.monotonic() - begin  # of the server alone: this side may be slow to write
+        self._received += received
+        if self._waited_s >= PACE_S:
+            if self._received < PACE_BYTES:
+                raise TimeoutError(
+                    f"the server sent {self._received:,} bytes in {self._waited_s:.0f} s, too slow to wait for"
+                )
+            self._waited_s, self._received = 0.0, 0
+        return received
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    context = ssl.create_default_context()
+    context.sslsocket_class = _PacedSocket
+    return urllib.request.build_opener(_HttpsOnly, urllib.request.HTTPSHandler(context=context))
+
+
+def retried(fetch: Callable[[], T]) -> T:
+    """`fetch()`, once more after each of PAUSES_S where the network or the server may only have stumbled.
+
+    Raises: the UserError of `fetch` that is caused by anything else, or of the last attempt, with their number.
+    """
+    for pause_s in PAUSES_S:
+        try:
+            return fetch()
+        except UserError as error:
+            if not _may_pass(error.__cause__):
+                raise
+            print(f"lightspan: {error}; once more in {pause_s:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause_s)
+    try:
+        return fetch()
+    except UserError as error:
+        raise UserError(f"{error} (attempt {len(PAUSES_S) + 1}, the last)") from error.__cause__
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    if isinstance(cause, urllib.error.HTTPError):
+        return cause.code in (408, 425, 429) or cause.code >= 500  # too slow, too early, too many, not our fault
+    if isinstance(cause, urllib.error.URLError) and isinstance(cause.reason, BaseException):
+        cause = cause.reason
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return False
+    if isinstance(cause, socket.gaierror):
+        return cause.errno == socket.EAI_AGAIN
+    return isinstance(cause, HTTPException | ConnectionError | TimeoutError | ssl.SSLError)

@@ -1,0 +1,170 @@
+"""From bytes to values: what decodes, to what, and what is refused by name."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightspan.datamodules import decoders
+from lightspan.datamodules.decoders import check_fields, damage_of, decode_fields, decode_image
+from lightspan.errors import UserError
+
+
+def encoded(value: object) -> bytes:
+    stream = io.BytesIO()
+    if isinstance(value, Image.Image):
+        value.save(stream, "PNG")
+    else:
+        np.save(stream, value, allow_pickle=True)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def sample(**members: bytes) -> dict[str, object]:
+    return {"__key__": "k7", "__url__": "a.tar", **members}
+
+
+def test_members_are_decoded_by_their_ending() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    members = sample(
+        png=encoded(Image.fromarray(pixels)),
+        cls=b"12\n",
+        txt="żółw".encode(),
+        json=json.dumps({"a": 1}).encode(),
+        npy=encoded(np.arange(3)),
+    )
+    fields = {"image": "jpg|png", "label": "cls", "caption": "txt", "about": "json", "vector": "npy"}
+    values = decode_fields(members, fields)
+    assert torch.equal(values["image"], torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(values["vector"], torch.arange(3))
+    assert (values["label"], values["caption"], values["about"]) == (12, "żółw", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        ("png", b"no image"),
+        ("png", encoded(Image.new("RGB", (64, 64)))[:60]),
+        ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+        ("cls", b"seven"),
+        ("txt", b"\xff\xfe\xff"),
+        ("json", b"{"),
+        ("png", b""),
+        ("json", b"[" * 100_000),
+        ("npy", b"\x93NUMPY"),
+        ("npy", encoded(np.array([{"an": "object"}], dtype=object))),
+        ("npy", encoded(np.zeros(3)).replace(b"(3,)", b"(9999999999999,)")),
+    ],
+)
+def test_bytes_that_are_not_what_their_ending_says_are_named(ending: str, content: bytes) -> None:
+    with pytest.raises(UserError, match=rf"shard a\.tar: sample k7: its \.{ending} member cannot be decoded"):
+        decode_fields(sample(**{ending: content}), {"field": ending})
+
+
+@pytest.mark.parametrize("content", [b"-1", b"9" * 30, b"1_0", b"", "٣".encode()])
+def test_a_class_is_a_whole_number_from_0_up(content: bytes) -> None:
+    with pytest.raises(UserError, match=r"sample k7: its \.cls member cannot be decoded: "):
+        decode_fields(sample(cls=content), {"label": "cls"})
+
+
+def test_an_array_that_begins_as_an_archive_is_refused() -> None:
+    for content in (b"PK\x03\x04", zipped()):
+        with pytest.raises(UserError, match=r"its \.npy member cannot be decoded: .*magic"):
+            decode_fields(sample(npy=content), {"x": "npy"})
+
+
+def zipped() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, a=np.zeros(2))
+    return stream.getvalue()
+
+
+# Pictures
+
+
+def saved(image: Image.Image, style: str, **more: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, style, **more)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def test_16_bit_grey_is_scaled_to_8_bits() -> None:
+    values = np.array([[0, 128, 129, 300, 30000, 65407, 65535]], dtype=np.uint16)
+    image = decode_image(saved(Image.fromarray(values), "PNG"))
+    assert torch.equal(image, torch.tensor([[0, 0, 1, 1, 117, 255, 255]], dtype=torch.uint8).expand(3, 1, 7))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation: int) -> None:
+    """The stored picture, turned as EXIF says, is the one that was meant."""
+    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode_image(saved(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif))
+    assert torch.equal(image[0], torch.from_numpy(upright))
+
+
+def test_what_is_no_rgb_becomes_it() -> None:
+    red = Image.new("RGB", (2, 2), (255, 0, 0))
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    pictures = {
+        "palette": saved(red.convert("P"), "PNG"),
+        "transparent": saved(clear, "PNG"),  # the colour below shows
+        "cmyk": saved(red.convert("CMYK"), "JPEG", quality=100),
+        "webp": saved(red, "WEBP", lossless=True),
+    }
+    for name, content in pictures.items():
+        close = (decode_image(content).int() - torch.tensor([255, 0, 0])[:, None, None]).abs().max()
+        assert close <= 2, name
+    grey = decode_image(saved(Image.new("L", (2, 2), 77), "PNG"))
+    assert torch.equal(grey, torch.full((3, 2, 2), 77, dtype=torch.uint8))
+    assert torch.equal(decode_image(saved(Image.new("1", (2, 2), 1), "PNG")), torch.full_like(grey, 255))
+
+
+def test_damage_is_found_in_headers_and_to_the_end_where_that_is_asked_for() -> None:
+    whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+    assert damage_of("jpg", whole, whole=True) is None
+    assert damage_of("jpg", whole[:1000], whole=False) is None
+    assert "truncated" in str(damage_of("jpg", whole[:1000], whole=True))
+    assert damage_of("jpg", b"", whole=False) == "it is empty"
+    assert damage_of("txt", b"", whole=False) is None
+    assert damage_of("unknown", b"anything", whole=True) is None
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "MAX_PIXELS", 99)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    with pytest.raises(UserError, match="10 x 10 pixels are above the limit of 99"):
+        decode_fields(sample(png=encoded(Image.new("L", (10, 10)))), {"image": "png"})
+
+
+def test_a_sample_without_the_member_is_named() -> None:
+    with pytest.raises(UserError, match=r"sample k7 has no \.jpg or \.png member for image; it has txt"):
+        decode_fields(sample(txt=b""), {"image": "jpg|png"})
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pickle", "pyd", "pth"])
+def test_pickled_members_have_no_decoder(ending: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"x asks for \.{ending} members, .* never read; decoders exist for jpg, .*npy"
+    ):
+        check_fields({"x": ending})
+
+
+def test_unknown_endings_and_no_fields_are_refused() -> None:
+    with pytest.raises(UserError, match=r"image asks for \.tif members, which have no decoder; decoders"):
+        check_fields({"image": "png|tif"})
+    with pytest.raises(UserError, match="fields is empty"):
+        check_fields({})
