@@ -1,8 +1,8 @@
 """Reads WebDataset tar shards that may come from strangers: members of plain tars, grouped into samples, undecoded.
 
 WebDataset's convention: members `KEY.ENDING` that lie side by side form one sample, and what is named `__LIKE_THIS__`
-describes the shard. The webdataset library is not used: its opener runs what follows `pipe:` in a shell, its decoder
-unpickles, and its expander has no limit on sizes.
+describes the shard. Of the webdataset library only the rule that splits names is used: its opener runs what follows
+`pipe:` in a shell, its decoder unpickles, and its expander has no limit on sizes.
 """
 
 import re
@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+from webdataset.tariterators import base_plus_ext
+
 from lightspan.errors import UserError, printable
 
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebDataset's convention
-_NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)  # as the webdataset library splits names
 
 
 class Member(NamedTuple):
@@ -89,8 +90,8 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
 
 def split_name(name: str) -> tuple[str, str] | None:
     """(key, ending in lower case) of a member, split at the first dot of its own name; None where it is no sample's."""
-    match = None if META.match(name) else _NAME.fullmatch(name)
-    return match and (match[1], match[2].lower())
+    key, ending = (None, None) if META.match(name) else base_plus_ext(name)
+    return None if key is None else (key, ending.lower())
 
 
 def group_members(members: Iterable[Member], shard: str) -> Iterator[dict[str, Any]]:
