@@ -49,7 +49,7 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
     if counts[0] != counts[1]:
         raise UserError(
             f"the saved optimiser state has parameter groups of {counts[1]} parameters, this "
-            f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and the parameter groups of that run"
+            f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and groups of that run"
         )
     return [
         (parameter, theirs, number)

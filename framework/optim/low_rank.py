@@ -163,8 +163,8 @@ class LowRank(Optimizer):
         candidates = [(matrix_shape(p)[1], g) for p, g in self._matrices()]
         if not candidates:
             raise UserError(
-                f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a group "
-                "with project=True, or say project=False of all groups to have AdamW"
+                f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a "
+                "group with project=True, or say project=False of all groups to have AdamW"
             )
         side, group = max(candidates, key=lambda candidate: candidate[0])
         if self.rank_rule is None and not any(group["rank"] < side for side, group in candidates):
@@ -220,14 +220,8 @@ class LowRank(Optimizer):
         """
         own = ("rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks")
         kept = {key: self.__dict__[key] for key in own}
-        return {
-            **super().__getstate__(),
-            **kept,
-            "attached": False,
-            "_buckets": None,
-            "_places": {},
-            "_built_for": ([], []),
-        }
+        unbuilt = {"_buckets": None, "_places": {}, "_built_for": ([], [])}
+        return {**super().__getstate__(), **kept, **unbuilt, "attached": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -316,9 +310,7 @@ class LowRank(Optimizer):
             self._update(work, clip)
         numbers = {p: number for number, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group, parameters in zip(self.param_groups, plain, strict=True):
-            states, seeds = (
-                [f(p) for p in parameters] for f in (self.state.__getitem__, lambda p: self._noise(p, numbers[p]))
-            )
+            states, seeds = [self.state[p] for p in parameters], [self._noise(p, numbers[p]) for p in parameters]
             elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
         self._places = {}
         return loss
@@ -385,7 +377,7 @@ class LowRank(Optimizer):
         self.state.clear()
 
     def _require_steppable(self) -> None:
-        """Raises: UserError for gradients or a mixed precision that the step cannot take, before anything is changed."""
+        """Raises: UserError for gradients or loss scaling that the step cannot take, before anything is changed."""
         if self.backward != "whole" and hasattr(self, "grad_scale"):
             raise UserError(
                 f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
@@ -396,13 +388,13 @@ class LowRank(Optimizer):
                 name = self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
                 raise UserError(
                     f"the gradient of {name} is sparse ({parameter.grad.layout}); neither weights nor optimiser state "
-                    f"were changed. {type(self).__name__} takes dense gradients: make nn.Embedding with sparse=False, or "
-                    "give that parameter to torch.optim.SparseAdam"
+                    f"were changed. {type(self).__name__} takes dense gradients: make nn.Embedding with sparse=False, "
+                    "or give that parameter to torch.optim.SparseAdam"
                 )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Makes GradScaler hand over its scale as `grad_scale` instead of dividing gradients: a sign of its presence."""
+        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is there."""
         return self.backward != "whole"
 
     def _choose_ranks(self) -> None:
