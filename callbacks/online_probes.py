@@ -76,7 +76,8 @@ class OnlineProbes(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One batch before the first step, so that what cannot work fails now and not an epoch later.
         with detached(pl_module):
-            next(iter(_encoded(trainer, pl_module, trainer.datamodule.bank_dataloader())))  # type: ignore[attr-defined]
+            for _ in _encoded(trainer, pl_module, trainer.datamodule.bank_dataloader()):  # type: ignore[attr-defined]
+                break
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epochs = trainer.current_epoch + 1

@@ -481,7 +481,7 @@ class LowRank(Optimizer):
     def _require_finite_sums(self, sums: list[Tensor]) -> None:
         """All ranks raise or none does; each comes here with sums of its own parts of the same gradients."""
         if sums:
-            wrong = (~torch.stack([s.float() for s in sums]).isfinite()).sum()
+            wrong = (~torch.cat([s.reshape(-1).to(sums[0].device, torch.float32) for s in sums]).isfinite()).sum()
             for ranks in self._ranks_of_parameters():
                 wrong = ranks.total(wrong)
             if wrong:

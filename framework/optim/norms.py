@@ -17,9 +17,9 @@ def square_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Largest magnitudes, one 0-d tensor for each tensor that holds numbers; NaN where one is NaN."""
+    """Largest magnitudes of the tensors that hold numbers, in vectors; NaN where one is NaN."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.numel():
             by_kind[tensor.device, tensor.dtype].append(tensor)
-    return [norm for part in by_kind.values() for norm in torch._foreach_norm(part, torch.inf)]
+    return [torch.stack(torch._foreach_norm(part, torch.inf)) for part in by_kind.values()]

@@ -291,7 +291,7 @@ def test_an_optimiser_without_any_matrix_is_made_when_asked_for() -> None:
         low.step()
         full.step()
     assert torch.equal(ours, theirs)
-    with pytest.raises(UserError, match="no matrix to project.*or say project=False of all groups"):
+    with pytest.raises(UserError, match=r"no matrix to project.*or say project=False of all groups"):
         LowRank([ours])
 
 
