@@ -73,7 +73,7 @@ def test_more_parameters_cost_no_more_kernels(dtype, max_norm) -> None:
             optimizer.step()
         calls.append(counted.calls)
     assert calls[0] == calls[1]
-    assert sum(calls[0].values()) <= 26
+    assert sum(calls[0].values()) <= 40
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
