@@ -58,6 +58,16 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
     ]
 
 
+def with_own_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with what its groups lack from those of the optimiser.
+
+    Raises: UserError as `numbered` does.
+    """
+    numbered(optimizer, state_dict)
+    pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    return {**state_dict, "param_groups": [{**own, **saved} for own, saved in pairs]}
+
+
 def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tensor]) -> None:
     """Raises: UserError for saved state of a parameter that has other parts than expected, or parts of other shapes."""
     if known.keys() != expected.keys():

@@ -30,12 +30,12 @@ from lightspan.optim.layout import (
     shards_of,
     write_part,
 )
-from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind
+from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.norms import largest, square_norms
+from lightspan.optim.norms import norms
 from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
 from lightspan.optim.residuals import Dropped, Fira, Residual
-from lightspan.optim.settings import require_sound
+from lightspan.optim.settings import require_fit, require_sound
 from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
 from lightspan.patterns import matches
@@ -126,7 +126,7 @@ class LowRank(Optimizer):
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
         self.check_finite, self.seed = check_finite, seed
         self.attached = False
-        self._require_fit()
+        require_fit(self.rule, backward, self.rank_rule is not None)
         self._names: dict[Tensor, str] = {}
         self._ranks: dict[Tensor, int] = {}
         self._buckets: list[Bucket] | None = None
@@ -134,28 +134,6 @@ class LowRank(Optimizer):
         self._built_for: tuple[list[Any], list[Any]] = [], []
         super().__init__(params, {**defaults, "betas": tuple(betas)})
         self._require_one_projected()
-
-    def _require_fit(self) -> None:
-        rule = self.rule
-        if rule.basis.momentum and not isinstance(rule.inner, Adam):
-            raise UserError(
-                f"PowerBasis momentum={rule.basis.momentum} follows Adam's first moment; leave inner=Adam()"
-            )
-        if rule.residual.needs_orthonormal and not rule.basis.orthonormal:
-            raise UserError(
-                f"{type(rule.basis).__name__} has no orthonormal frames, which residual="
-                f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose RandomBasis"
-            )
-        if self.backward != "whole" and self.rank_rule is not None:
-            raise UserError(
-                f"rank=RankByEnergy() looks at whole gradients; set backward='whole', not {self.backward!r}"
-            )
-        if self.backward != "whole" and (rule.residual.needs_gradient or rule.trigger.needs_energy):
-            raise UserError(
-                f"backward={self.backward!r} keeps only coordinates of the gradient, but residual="
-                f"{type(rule.residual).__name__} or refresh={type(rule.trigger).__name__} needs all of it; "
-                "set residual=None and refresh to a number of steps, or backward='whole'"
-            )
 
     def _require_one_projected(self) -> None:
         if all(group["project"] is False for group in self.param_groups):
@@ -234,23 +212,21 @@ class LowRank(Optimizer):
         load_between_hooks(self, state_dict, self._prepared, self._restore)
 
     def _prepared(self, given: dict[str, Any]) -> dict[str, Any]:
-        """What is to be loaded: groups complete, and all state in tensors of the expected shapes."""
-        every = numbered(self, given)
         state = {
-            number: {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in held.items()}
+            number: {k: torch.tensor(float(v)) if isinstance(v, int | float) else v for k, v in held.items()}
             for number, held in given["state"].items()
         }
-        pairs = zip(self.param_groups, given["param_groups"], strict=True)
-        groups = [{**own, **saved} for own, saved in pairs]
-        kept, self._ranks = self._ranks, {p: int(state[n]["rank"]) for p, _, n in every if "rank" in state.get(n, {})}
+        whole = with_own_groups(self, {**given, "state": state})
+        saved = [(p, group, whole["state"].get(number, {})) for p, group, number in numbered(self, whole)]
+        kept, self._ranks = self._ranks, {p: int(held["rank"]) for p, _, held in saved if "rank" in held}
         try:
-            for parameter, group, number in numbered(self, {"param_groups": groups}):
-                if state.get(number, {}).keys() - {"rank"}:
-                    self._require_state(parameter, group, state[number])
+            for parameter, group, held in saved:
+                if held.keys() - {"rank"}:
+                    self._require_state(parameter, group, held)
         except UserError:
             self._ranks = kept
             raise
-        return {**given, "state": state, "param_groups": groups}
+        return whole
 
     def _require_state(self, parameter: Tensor, group: dict[str, Any], known: State) -> None:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
@@ -287,7 +263,12 @@ class LowRank(Optimizer):
                 f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
                 "before the first backward pass (SubspaceProjection and Method do)"
             )
-        self._require_steppable()
+        if self.backward != "whole" and hasattr(self, "grad_scale"):
+            raise UserError(
+                f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
+                "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
+            )
+        self._require_dense_gradients()
         self._choose_ranks()
         buckets = self.buckets()
         works = [work for bucket in buckets if (work := self._work(bucket)) is not None]
@@ -376,13 +357,7 @@ class LowRank(Optimizer):
             )
         self.state.clear()
 
-    def _require_steppable(self) -> None:
-        """Raises: UserError for gradients or loss scaling that the step cannot take, before anything is changed."""
-        if self.backward != "whole" and hasattr(self, "grad_scale"):
-            raise UserError(
-                f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
-                "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
-            )
+    def _require_dense_gradients(self) -> None:
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if parameter.grad.layout != torch.strided:
                 name = self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
@@ -460,7 +435,7 @@ class LowRank(Optimizer):
                 squares.append((ranks, work.projection.energy_BM.sum()))
             else:
                 squares.append((ranks, work.projection.coordinates_BMR.square().sum()))
-        squares += [(ranks, square_norms(gradients)) for ranks, gradients in whole.items()]
+        squares += [(ranks, norms(gradients).square()) for ranks, gradients in whole.items()]
         norm = total_over(squares).sqrt()
         return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
 
@@ -475,7 +450,7 @@ class LowRank(Optimizer):
         if not self.check_finite:
             return
         sums = [work.projection.coordinates_BMR.sum() for work in works if work.projection is not None]
-        sums += largest([_held_gradient(p) for ps in plain for p in ps])
+        sums += [norms(held)] if (held := [_held_gradient(p) for ps in plain for p in ps]) else []
         self._require_finite_sums(sums)
 
     def _require_finite_sums(self, sums: list[Tensor]) -> None:

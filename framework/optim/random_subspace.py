@@ -15,7 +15,7 @@ from torch.optim import Adafactor, Optimizer, SparseAdam
 from lightspan.distributed import mean_over_ranks
 from lightspan.errors import UserError
 from lightspan.optim.affine import AffineSlice
-from lightspan.optim.loading import load_between_hooks, numbered
+from lightspan.optim.loading import load_between_hooks, numbered, with_own_groups
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -170,8 +170,7 @@ class RandomSubspace(Optimizer):
                 "built (their sha256 differ); build the model with the same seed or pretrained weights, and the "
                 "optimiser before any trained weights are loaded"
             )
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
-        return {**state_dict, "param_groups": [{**own, **theirs} for own, theirs in pairs]}
+        return with_own_groups(self, state_dict)
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         saved = self._saved(state_dict)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightspan.optim import elementwise
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.norms import largest, square_norms
+from lightspan.optim.norms import norms
 
 
 class Counted(TorchDispatchMode):
@@ -155,17 +155,6 @@ def test_norms_of_many_tensors_are_those_of_each(dtype) -> None:
         torch.randn(3, dtype=torch.float64)
     ]
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    found = sorted(square_norms(tensors).tolist())
-    assert found == pytest.approx(sorted(float(torch.linalg.vector_norm(t)) ** 2 for t in wide), rel=1e-5)
-    assert sorted(float(t) for part in largest(tensors) for t in part) == pytest.approx(
-        sorted(float(t.abs().max()) for t in wide if t.numel()), rel=1e-2
-    )
-    assert square_norms([]).tolist() == []
-
-
-def test_gradients_near_the_largest_number_count_as_finite() -> None:
-    parameters = vectors(2)
-    for p in parameters:
-        p.grad = torch.full_like(p, 3e38)  # their sum is infinite
-    plain(parameters).step()
-    assert all(p.isfinite().all() for p in parameters)
+    wanted = sorted(float(torch.linalg.vector_norm(t)) for t in wide)
+    assert sorted(norms(tensors).tolist()) == pytest.approx(wanted, rel=1e-5)
+    assert norms([]).tolist() == []
