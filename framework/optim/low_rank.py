@@ -24,6 +24,7 @@ from lightspan.optim.layout import (
     canonical_gradient,
     is_matrix,
     is_wide,
+    matrices,
     matrix_shape,
     part_of,
     put,
@@ -46,6 +47,7 @@ class _Work:
     """A bucket's share of one step: the matrices that have a gradient."""
 
     bucket: Bucket
+    owners: list[int]
     active: list[int]
     index: Tensor | None
     layout: Layout
@@ -56,8 +58,8 @@ class _Work:
     due: list[int]
     projection: Projection | None = None
 
-    def parameters(self) -> list[Tensor]:
-        return [self.bucket.parameters[i] for i in self.active]
+    def matrices(self) -> list[Tensor]:
+        return [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
 
 
 class LowRank(Optimizer):
@@ -138,7 +140,7 @@ class LowRank(Optimizer):
     def _require_one_projected(self) -> None:
         if all(group["project"] is False for group in self.param_groups):
             return  # asked for, say by one optimiser a parameter
-        candidates = [(matrix_shape(p)[1], g) for p, g in self._matrices()]
+        candidates = [(self.side(p, g), g) for p, g in self._matrices()]
         if not candidates:
             raise UserError(
                 f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a "
@@ -164,7 +166,20 @@ class LowRank(Optimizer):
         """Whether this parameter's state lives in a subspace."""
         if not is_matrix(parameter) or not self.allowed(parameter, group):
             return False
-        return self.rank_of(parameter, group) < matrix_shape(parameter)[1]
+        if self.stacked(parameter, group):
+            whole = self.backward == "whole" and self.rank_rule is None
+            return whole and not isinstance(parameter, DTensor)
+        return self.rank_of(parameter, group) < self.side(parameter, group)
+
+    def stacked(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a parameter [E out in] counts as E matrices, as the experts of a layer are: each of them is larger
+        than the group's rank on both sides. The kernels of one-dimensional convolutions are shorter.
+        """
+        return parameter.ndim == 3 and min(parameter.shape[1:]) > group["rank"]
+
+    def side(self, parameter: Tensor, group: dict[str, Any]) -> int:
+        """The shorter side of the parameter's matrix, or of each matrix in its stack."""
+        return min(parameter.shape[1:]) if self.stacked(parameter, group) else matrix_shape(parameter)[1]
 
     def rank_of(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """The rank of this parameter; before the first step of a `RankByEnergy` the largest it may get."""
@@ -180,8 +195,9 @@ class LowRank(Optimizer):
         chosen = {"rank": torch.tensor(self._ranks[parameter])} if parameter in self._ranks else {}
         if not self.projected(parameter, group):
             return {**elementwise.initial_state(like, self.rule.moments), **chosen}
-        layout = layout_of([like], self.rank_of(parameter, group), [self.seed], like.device)
-        state = {key: value[0] for key, value in self.rule.initial(layout).items()}
+        held, stacked = matrices(like, self.stacked(parameter, group)), self.stacked(parameter, group)
+        layout = layout_of(held, self.rank_of(parameter, group), [self.seed] * len(held), like.device)
+        state = {key: value if stacked else value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, **chosen, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -325,24 +341,29 @@ class LowRank(Optimizer):
     def _build_buckets(self) -> list[Bucket]:
         members: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
         every = [(p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)]
-        groups = {id(group): group for group in self.param_groups}
-        for order, (parameter, group) in enumerate(every):
+        groups, order = {id(group): group for group in self.param_groups}, 0
+        for parameter, group in every:
+            stacked = self.stacked(parameter, group)
+            held = matrices(parameter, stacked)
             part, shards, rank = local(parameter), shards_of(parameter), self.rank_of(parameter, group)
             # Matrices of one shape with their axes in one order in memory; the rows of moved ones are made alike.
-            matrix = part if shards is not None and shards.moved else canonical(parameter)
-            look = (matrix.shape, matrix.stride(), matrix_shape(parameter), is_wide(parameter), shards)
-            key = (id(group), look, parameter.dtype, parameter.device, rank)
+            matrix = part if shards is not None and shards.moved else canonical(held[0])
+            look = (matrix.shape, matrix.stride(), matrix_shape(held[0]), is_wide(held[0]), shards, len(held))
+            key = (id(group), stacked, look, parameter.dtype, parameter.device, rank)
             members[key].append((parameter, order))
+            order += len(held)
         buckets = []
         for key, pairs in members.items():
-            parameters, orders = [p for p, _ in pairs], [order for _, order in pairs]
-            seeds = [self.seed * SEED_STRIDE + order for order in orders]
-            layout, phases = layout_of(parameters, key[-1], seeds, key[-2]), [order / len(every) for order in orders]
+            parameters, stacked = [p for p, _ in pairs], key[1]
+            held = [matrices(p, stacked) for p in parameters]
+            places = [first + i for (_, first), own in zip(pairs, held, strict=True) for i in range(len(own))]
+            seeds = [self.seed * SEED_STRIDE + place for place in places]
+            layout, phases = layout_of(held[0], key[-1], seeds, key[-2]), [place / order for place in places]
             saved, names = [self.state[p] for p in parameters], [self._names.get(p, "") for p in parameters]
             for parameter, known in zip(parameters, saved, strict=True):
                 if not known and parameter in self._ranks:
                     known["rank"] = torch.tensor(self._ranks[parameter])
-            bucket = Bucket.build(groups[key[0]], parameters, phases, layout, self.rule, saved, names)
+            bucket = Bucket.build(groups[key[0]], parameters, stacked, phases, layout, self.rule, saved, names)
             self.state.update((p, dict(view)) for p, view in zip(parameters, bucket.views, strict=True))
             buckets.append(bucket)
         return buckets
@@ -392,19 +413,22 @@ class LowRank(Optimizer):
         self._buckets = None
 
     def _work(self, bucket: Bucket) -> _Work | None:
-        active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
-        if not active:
+        owners = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
+        if not owners:
             return None
+        active = [place for i in owners for place in bucket.places(i)]
         first, due = bucket.due(active, self.rule)
         layout, state, index = bucket.layout, bucket.state, None
-        if len(active) < len(bucket.parameters):
+        if len(active) < layout.batch:
             index = torch.tensor(active, device=layout.device)
             layout, state = layout.part(active), part_of(state, index)
-        gradients: list[Tensor | None] = [
-            None if (p := bucket.parameters[i]).grad is None else canonical_gradient(p.grad, p) for i in active
-        ]
+        gradients: list[Tensor | None] = []
+        for parameter in (bucket.parameters[i] for i in owners):
+            held = matrices(parameter, bucket.stacked)
+            own = [None] if parameter.grad is None else matrices(parameter.grad, bucket.stacked)
+            gradients += [None if g is None else canonical_gradient(g, p) for g, p in zip(own, held, strict=True)]
         pending = {place: bucket.pending[i] for place, i in enumerate(active) if i in bucket.pending}
-        return _Work(bucket, active, index, layout, state, gradients, pending, first, due)
+        return _Work(bucket, owners, active, index, layout, state, gradients, pending, first, due)
 
     def _takes_one_pass(self, work: _Work) -> bool:
         stops_between = self.check_finite or self.max_norm is not None or self.backward != "whole"
@@ -485,7 +509,8 @@ class LowRank(Optimizer):
         group, device = work.bucket.group, work.layout.device
         for i in work.active:
             work.bucket.done[i] += 1
-            work.bucket.views[i]["step"].fill_(work.bucket.done[i])
+        for i in work.owners:
+            work.bucket.views[i]["step"].fill_(work.bucket.done[work.bucket.places(i)[0]])
         # On the device, and filled there: a copy from the host would wait for it.
         rate, wide = group["lr"], widest_float(device)
         lr = (
@@ -494,7 +519,7 @@ class LowRank(Optimizer):
             else torch.full((), rate, dtype=wide, device=device)
         )
         weights, numbers = (
-            [canonical(p) for p in work.parameters()],
+            [canonical(p) for p in work.matrices()],
             Numbers(group["betas"], group["eps"], work.bucket.noise),
         )
         rates = {"lr": lr * self.scale, "keep": 1 - lr * group["weight_decay"]}
@@ -504,7 +529,7 @@ class LowRank(Optimizer):
         else:
             late = None if self.rule.residual.feeds_back else clip
             update_step(weights, work.state, work.layout, self.rule, work.projection, numbers, **rates, clip=late)
-        put(weights, work.parameters())
+        put(weights, work.matrices())
         work.bucket.noise.add_(len(work.active))
         work.bucket.pending.clear()
         if work.index is not None:

@@ -119,7 +119,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     ("saved", "loading"),
     [
         (adamw, make),
-        (lambda model: torch.optim.SGD(model.named_parameters(), lr=0.1), make),
+        (lambda model: torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9), make),
         (make, lambda model: presets.GaLore(model.named_parameters(), rank=3)),
         (make, partial(make, residual=None)),
         (make, partial(make, moments=BFloat16Moments(), residual=None)),
