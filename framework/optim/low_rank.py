@@ -67,9 +67,12 @@ class LowRank(Optimizer):
     the default: 2 M R + N R numbers.
 
     A parameter is projected if its group allows it (key `project`: a bool, default True, or a list of name patterns),
-    it has two or more axes, and `rank` is below its shorter side; the longer side is kept. With the defaults this is
-    Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis. `lightspan.optim.presets` has the published
-    optimisers.
+    it has two or more axes, and `rank` is below its shorter side; the longer side is kept. Axes after the first are
+    flattened, as of a convolution; but a parameter [E out in] whose slices are larger than the rank on both sides, as
+    the experts of a layer are, counts as E matrices (AdamW for them under FSDP2 and away from whole gradients).
+
+    With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
+    `lightspan.optim.presets` has the published optimisers.
 
     Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
     sharded with them. Steps give what one process gives, but for the order of sums.
@@ -92,12 +95,14 @@ class LowRank(Optimizer):
             without writing the gradients. None does not clip.
         backward: "whole" needs gradients as usual. "hooks" takes each micro-batch's gradient to coordinates as soon as
             it is there and frees it; "projected" never forms it in nn.Linear. Both need `residual=None` and
-            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then taken inside the frames.
+            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then taken inside the frames, and neither
+            torch's clip_grad_norm_ nor GradScaler sees what is in coordinates: the one has no effect on it, the other
+            is refused.
         check_finite: whether a gradient that is not finite raises before anything is changed. Costs one host
             synchronisation a step on GPUs; without it the step can be captured in a CUDA graph.
         seed: of random frames and of stochastic rounding.
     Raises: UserError for values out of range or parts that do not fit, if `rank` is below the shorter side of no
-        parameter, and in `step` for a gradient that is not finite.
+        parameter, unless all groups say project=False, and in `step` for a gradient that is sparse or not finite.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from lightspan.errors import UserError
 from lightspan.optim import presets
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments
+from lightspan.optim.moments import BFloat16Moments, Int8Moments
 from lightspan.optim.ranks import RankByEnergy
 
 
@@ -376,6 +376,19 @@ def test_parameters_without_numbers_are_stepped_over() -> None:
     assert [int(optimizer.state[p]["step"]) for p in parameters] == [2] * 5
     fresh = LowRank([nn.Parameter(p.detach().clone()) for p in parameters], rank=2)
     fresh.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("preset", [LowRank, presets.LDAdam, presets.DCTAdamW, presets.GaLore])
+@pytest.mark.parametrize("moments", [BFloat16Moments(), Int8Moments()])
+def test_float64_weights_stay_float64_whatever_their_moments_are_stored_in(moments, preset) -> None:
+    weights = [nn.Parameter(torch.ones(s, dtype=torch.float64)) for s in ((9, 6), (70, 60))]
+    optimizer = preset([{"params": weights[:1]}, {"params": weights[1:], "project": False}], rank=2, moments=moments)
+    for step in range(3):
+        for number, p in enumerate(weights):
+            generator = torch.Generator().manual_seed(2 * step + number)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    assert all((p.detach().float().double() != p.detach()).any() for p in weights)
 
 
 @pytest.mark.parametrize("backward", ["hooks", "projected"])
