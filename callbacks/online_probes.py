@@ -77,8 +77,11 @@ class OnlineProbes(Callback):
         # One batch of each before the first step, so that what cannot work fails now and not an epoch later.
         with detached(pl_module):
             for name in ("bank_dataloader", "val_dataloader"):
-                loader = getattr(trainer.datamodule, name)()  # type: ignore[attr-defined]
-                if next(_encoded(trainer, pl_module, loader), None) is None:
+                loader, encoded = getattr(trainer.datamodule, name)(), False
+                for _ in _encoded(trainer, pl_module, loader):
+                    encoded = True
+                    break
+                if not encoded:
                     raise UserError(
                         f"OnlineProbes reads {name}() of the datamodule, which gives no batch; give it samples (with "
                         "shards: data.init_args.val_shards), or remove the callback"

@@ -45,6 +45,8 @@ class AffineSlice:
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.layers = _layers(self.names)
         self.scales_count = max(self.layers) + 1 if scaled else 0
+        if not isinstance(dim, int):
+            raise UserError(f"RandomSubspace dim={dim} must be a whole number of coordinates")
         if not self.scales_count < dim <= sum(self.sizes):
             limit = f"more than its {self.scales_count} layer scales" if scaled else "at least 1"
             raise UserError(

@@ -23,9 +23,11 @@ class Bucket:
 
     Args:
         phases: in [0, 1), spread over all matrices of the optimiser; see `lightspan.optim.triggers`.
+        views: the state of each parameter.
         done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
         noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
             matrices, which the saved state knows, so a resumed run rounds as the straight one.
+        stacked: whether each parameter is a stack [E out in] of matrices, and its state one of theirs.
         pending: coordinates [M R] of gradients that are gone, by position; see `lightspan.optim.gradients`.
     """
 
@@ -37,12 +39,19 @@ class Bucket:
     views: list[State]
     done: list[int]
     noise: Tensor
+    stacked: bool = False
     pending: dict[int, Tensor] = field(default_factory=dict)
+
+    def places(self, number: int) -> range:
+        """Positions of the matrices that parameter `number` holds."""
+        count = len(self.done) // len(self.parameters)
+        return range(number * count, (number + 1) * count)
 
     @staticmethod
     def build(
         group: dict[str, Any],
         parameters: list[Tensor],
+        stacked: bool,
         phases: list[float],
         layout: Layout,
         rule: Rule,
@@ -55,9 +64,10 @@ class Bucket:
         """
         state, shards = rule.initial(layout), layout.shards
         by_row = set() if shards is None else _keys_by_row(rule, layout)
-        views = []
+        views, count = [], layout.batch // len(parameters)
         for i, known in enumerate(saved):
-            view = {key: stack[i] for key, stack in state.items()}
+            place = slice(i * count, (i + 1) * count) if stacked else i
+            view = {key: stack[place] for key, stack in state.items()}
             if shards is not None:
                 view.update({key: shards.distributed(view[key]) for key in by_row})
             view["step"] = torch.tensor(0.0)
@@ -72,10 +82,10 @@ class Bucket:
                 else:
                     view[key].copy_(value)
             views.append(view)
-        done = [int(view["step"]) for view in views]
+        done = [int(view["step"]) for view in views for _ in range(count)]
         seed = layout.seeds[0] * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
         noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
-        return Bucket(group, parameters, phases, layout, state, views, done, noise)
+        return Bucket(group, parameters, phases, layout, state, views, done, noise, stacked)
 
     def due(self, positions: list[int], rule: Rule) -> tuple[list[int], list[int]]:
         """Of `positions`, those whose frame the coming step chooses for the first time, and those it chooses anew; as

@@ -69,12 +69,12 @@ class Rotate:
 
     def carry(self, moments: State, change: FrameChange, storage: MomentStorage, seed: Tensor) -> Tensor | None:
         overlap_BRR = change.old_BNR.mT @ change.new_BNR
-        first_BMR = storage.load(moments, "exp_avg")
+        first_BMR = storage.load(moments, "exp_avg").to(overlap_BRR.dtype)  # float32 moments may serve float64 weights
         if "exp_avg_sq" not in moments:
             storage.save(first_BMR @ overlap_BRR, moments, "exp_avg", seed)
             return None
         corrections = [bias_correction(moments["age"], beta)[:, None] for beta in change.betas]
-        second_BMR = storage.load(moments, "exp_avg_sq")
+        second_BMR = storage.load(moments, "exp_avg_sq").to(overlap_BRR.dtype)
         mean_BMR, square_BMR = (m / c for m, c in zip((first_BMR, second_BMR), corrections, strict=True))
         variance_BMR, share_BRR = square_BMR - mean_BMR.square(), overlap_BRR.square()
         mean_BMR = mean_BMR @ overlap_BRR

@@ -237,7 +237,7 @@ def _with_momentum(gradients: list[Tensor], part: State, layout: Layout, rule: R
     """rho m_hat Q^T + (1 - rho) G, by matrix."""
     share = rule.basis.momentum
     correction_B1R = bias_correction(part["age"], beta1)[:, None]
-    mean_BMR = rule.moments.load(part, "exp_avg") / correction_B1R
+    mean_BMR = rule.moments.load(part, "exp_avg").to(layout.dtype) / correction_B1R
     lifted_BMN = push(mean_BMR, rule.basis.frame(part, layout).to(layout.dtype))
     return [
         torch.lerp(g.to(layout.dtype), lifted_MN, share) for g, lifted_MN in zip(gradients, lifted_BMN, strict=True)
@@ -245,4 +245,4 @@ def _with_momentum(gradients: list[Tensor], part: State, layout: Layout, rule: R
 
 
 def _lifted(part: State, frame_BNR: Tensor, rule: Rule) -> Tensor:
-    return push(rule.moments.load(part, "exp_avg"), frame_BNR)
+    return push(rule.moments.load(part, "exp_avg").to(frame_BNR.dtype), frame_BNR)

@@ -34,6 +34,10 @@ class Sink:
     def __init__(self, optimizer: LowRank, parameter: Tensor) -> None:
         self.optimizer, self.parameter = optimizer, parameter
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a model, or a pickle, holds no sink: it is attached to no optimiser."""
+        return type(None), ()
+
     def frame(self) -> Tensor | None:
         """The frame [N R] of the coming step; None if that step needs the whole gradient."""
         if self._takes_whole():
@@ -124,6 +128,11 @@ class ProjectedLinear(nn.Linear):
             return _ProjectedProduct.apply(x.to(dtype), self.weight.to(dtype), bias, frame.to(dtype), self.sink)
 
 
+def _may_attach(module: nn.Module) -> bool:
+    """Whether it is a plain nn.Linear, or the copy of one that was attached."""
+    return type(module) is nn.Linear or (type(module) is ProjectedLinear and module.sink is None)
+
+
 class Attachment:
     """Undoes what `attach` did."""
 
@@ -176,7 +185,7 @@ def attach(model: nn.Module, optimizer: LowRank) -> Attachment:
     linears: list[ProjectedLinear] = []
     for parameter in projected:
         modules = owners.get(parameter, [])
-        if optimizer.backward == "projected" and len(modules) == 1 and type(modules[0]) is nn.Linear:
+        if optimizer.backward == "projected" and len(modules) == 1 and _may_attach(modules[0]):
             linear = modules[0]
             linear.__class__ = ProjectedLinear
             assert isinstance(linear, ProjectedLinear)

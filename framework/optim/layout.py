@@ -108,6 +108,11 @@ def is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not parameter.is_complex()
 
 
+def matrices(parameter: Tensor, stacked: bool) -> list[Tensor]:
+    """The matrices that a parameter holds: itself, or the slices of a stack [E out in]."""
+    return list(parameter.unbind()) if stacked else [parameter]
+
+
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
     """(M, N) of a whole parameter with two or more axes, M >= N."""
     out, width = weight.shape[0], weight.shape[1:].numel()

@@ -49,13 +49,23 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
     if counts[0] != counts[1]:
         raise UserError(
             f"the saved optimiser state has parameter groups of {counts[1]} parameters, this "
-            f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and the parameter groups of that run"
+            f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and groups of that run"
         )
     return [
         (parameter, theirs, number)
         for ours, theirs in zip(own, saved, strict=True)
         for parameter, number in zip(ours["params"], theirs["params"], strict=True)
     ]
+
+
+def with_own_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with what its groups lack from those of the optimiser.
+
+    Raises: UserError as `numbered` does.
+    """
+    numbered(optimizer, state_dict)
+    pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    return {**state_dict, "param_groups": [{**own, **saved} for own, saved in pairs]}
 
 
 def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tensor]) -> None:

@@ -24,18 +24,19 @@ from lightspan.optim.layout import (
     canonical_gradient,
     is_matrix,
     is_wide,
+    matrices,
     matrix_shape,
     part_of,
     put,
     shards_of,
     write_part,
 )
-from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind
+from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.norms import largest, square_norms
+from lightspan.optim.norms import norms
 from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
 from lightspan.optim.residuals import Dropped, Fira, Residual
-from lightspan.optim.settings import require_sound
+from lightspan.optim.settings import require_fit, require_sound
 from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
 from lightspan.patterns import matches
@@ -46,6 +47,7 @@ class _Work:
     """A bucket's share of one step: the matrices that have a gradient."""
 
     bucket: Bucket
+    owners: list[int]
     active: list[int]
     index: slice | Tensor | None
     layout: Layout
@@ -56,8 +58,8 @@ class _Work:
     due: list[int]
     projection: Projection | None = None
 
-    def parameters(self) -> list[Tensor]:
-        return [self.bucket.parameters[i] for i in self.active]
+    def matrices(self) -> list[Tensor]:
+        return [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
 
 
 class LowRank(Optimizer):
@@ -65,9 +67,12 @@ class LowRank(Optimizer):
     the default: 2 M R + N R numbers.
 
     A parameter is projected if its group allows it (key `project`: a bool, default True, or a list of name patterns),
-    it has two or more axes, and `rank` is below its shorter side; the longer side is kept. With the defaults this is
-    Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis. `lightspan.optim.presets` has the published
-    optimisers.
+    it has two or more axes, and `rank` is below its shorter side; the longer side is kept. Axes after the first are
+    flattened, as of a convolution; but a parameter [E out in] whose slices are larger than the rank on both sides, as
+    the experts of a layer are, counts as E matrices (AdamW for them under FSDP2 and away from whole gradients).
+
+    With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
+    `lightspan.optim.presets` has the published optimisers.
 
     Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
     sharded with them. Steps give what one process gives, but for the order of sums.
@@ -90,12 +95,14 @@ class LowRank(Optimizer):
             without writing the gradients. None does not clip.
         backward: "whole" needs gradients as usual. "hooks" takes each micro-batch's gradient to coordinates as soon as
             it is there and frees it; "projected" never forms it in nn.Linear. Both need `residual=None` and
-            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then taken inside the frames.
+            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then taken inside the frames, and neither
+            torch's clip_grad_norm_ nor GradScaler sees what is in coordinates: the one has no effect on it, the other
+            is refused.
         check_finite: whether a gradient that is not finite raises before anything is changed. Costs one host
             synchronisation a step on GPUs; without it the step can be captured in a CUDA graph.
         seed: of random frames and of stochastic rounding.
     Raises: UserError for values out of range or parts that do not fit, if `rank` is below the shorter side of no
-        parameter, and in `step` for a gradient that is not finite.
+        parameter, unless all groups say project=False, and in `step` for a gradient that is sparse or not finite.
     """
 
     def __init__(
@@ -126,7 +133,7 @@ class LowRank(Optimizer):
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
         self.check_finite, self.seed = check_finite, seed
         self.attached = False
-        self._require_fit()
+        require_fit(self.rule, backward, self.rank_rule is not None)
         self._names: dict[Tensor, str] = {}
         self._ranks: dict[Tensor, int] = {}
         self._buckets: list[Bucket] | None = None
@@ -135,36 +142,14 @@ class LowRank(Optimizer):
         super().__init__(params, {**defaults, "betas": tuple(betas)})
         self._require_one_projected()
 
-    def _require_fit(self) -> None:
-        rule = self.rule
-        if rule.basis.momentum and not isinstance(rule.inner, Adam):
-            raise UserError(
-                f"PowerBasis momentum={rule.basis.momentum} follows Adam's first moment; leave inner=Adam()"
-            )
-        if rule.residual.needs_orthonormal and not rule.basis.orthonormal:
-            raise UserError(
-                f"{type(rule.basis).__name__} has no orthonormal frames, which residual="
-                f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose RandomBasis"
-            )
-        if self.backward != "whole" and self.rank_rule is not None:
-            raise UserError(
-                f"rank=RankByEnergy() looks at whole gradients; set backward='whole', not {self.backward!r}"
-            )
-        if self.backward != "whole" and (rule.residual.needs_gradient or rule.trigger.needs_energy):
-            raise UserError(
-                f"backward={self.backward!r} keeps only coordinates of the gradient, but residual="
-                f"{type(rule.residual).__name__} or refresh={type(rule.trigger).__name__} needs all of it; "
-                "set residual=None and refresh to a number of steps, or backward='whole'"
-            )
-
     def _require_one_projected(self) -> None:
         if all(group["project"] is False for group in self.param_groups):
             return  # asked for, say by one optimiser a parameter
-        candidates = [(matrix_shape(p)[1], g) for p, g in self._matrices()]
+        candidates = [(self.side(p, g), g) for p, g in self._matrices()]
         if not candidates:
             raise UserError(
-                f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a group "
-                "with project=True, or say project=False of all groups to have AdamW"
+                f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a "
+                "group with project=True, or say project=False of all groups to have AdamW"
             )
         side, group = max(candidates, key=lambda candidate: candidate[0])
         if self.rank_rule is None and not any(group["rank"] < side for side, group in candidates):
@@ -186,7 +171,20 @@ class LowRank(Optimizer):
         """Whether this parameter's state lives in a subspace."""
         if not is_matrix(parameter) or not self.allowed(parameter, group):
             return False
-        return self.rank_of(parameter, group) < matrix_shape(parameter)[1]
+        if self.stacked(parameter, group):
+            whole = self.backward == "whole" and self.rank_rule is None
+            return whole and not isinstance(parameter, DTensor)
+        return self.rank_of(parameter, group) < self.side(parameter, group)
+
+    def stacked(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a parameter [E out in] counts as E matrices, as the experts of a layer are: each of them is larger
+        than the group's rank on both sides. The kernels of one-dimensional convolutions are shorter.
+        """
+        return parameter.ndim == 3 and min(parameter.shape[1:]) > group["rank"]
+
+    def side(self, parameter: Tensor, group: dict[str, Any]) -> int:
+        """The shorter side of the parameter's matrix, or of each matrix in its stack."""
+        return min(parameter.shape[1:]) if self.stacked(parameter, group) else matrix_shape(parameter)[1]
 
     def rank_of(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """The rank of this parameter; before the first step of a `RankByEnergy` the largest it may get."""
@@ -202,8 +200,9 @@ class LowRank(Optimizer):
         chosen = {"rank": torch.tensor(self._ranks[parameter])} if parameter in self._ranks else {}
         if not self.projected(parameter, group):
             return {**elementwise.initial_state(like, self.rule.moments), **chosen}
-        layout = layout_of([like], self.rank_of(parameter, group), [self.seed], like.device)
-        state = {key: value[0] for key, value in self.rule.initial(layout).items()}
+        held, stacked = matrices(like, self.stacked(parameter, group)), self.stacked(parameter, group)
+        layout = layout_of(held, self.rank_of(parameter, group), [self.seed] * len(held), like.device)
+        state = {key: value if stacked else value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, **chosen, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -220,14 +219,8 @@ class LowRank(Optimizer):
         """
         own = ("rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks")
         kept = {key: self.__dict__[key] for key in own}
-        return {
-            **super().__getstate__(),
-            **kept,
-            "attached": False,
-            "_buckets": None,
-            "_places": {},
-            "_built_for": ([], []),
-        }
+        unbuilt = {"_buckets": None, "_places": {}, "_built_for": ([], [])}
+        return {**super().__getstate__(), **kept, **unbuilt, "attached": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -240,23 +233,21 @@ class LowRank(Optimizer):
         load_between_hooks(self, state_dict, self._prepared, self._restore)
 
     def _prepared(self, given: dict[str, Any]) -> dict[str, Any]:
-        """What is to be loaded: groups complete, and all state in tensors of the expected shapes."""
-        every = numbered(self, given)
         state = {
-            number: {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in held.items()}
+            number: {k: torch.tensor(float(v)) if isinstance(v, int | float) else v for k, v in held.items()}
             for number, held in given["state"].items()
         }
-        pairs = zip(self.param_groups, given["param_groups"], strict=True)
-        groups = [{**own, **saved} for own, saved in pairs]
-        kept, self._ranks = self._ranks, {p: int(state[n]["rank"]) for p, _, n in every if "rank" in state.get(n, {})}
+        whole = with_own_groups(self, {**given, "state": state})
+        saved = [(p, group, whole["state"].get(number, {})) for p, group, number in numbered(self, whole)]
+        kept, self._ranks = self._ranks, {p: int(held["rank"]) for p, _, held in saved if "rank" in held}
         try:
-            for parameter, group, number in numbered(self, {"param_groups": groups}):
-                if state.get(number, {}).keys() - {"rank"}:
-                    self._require_state(parameter, group, state[number])
+            for parameter, group, held in saved:
+                if held.keys() - {"rank"}:
+                    self._require_state(parameter, group, held)
         except UserError:
             self._ranks = kept
             raise
-        return {**given, "state": state, "param_groups": groups}
+        return whole
 
     def _require_state(self, parameter: Tensor, group: dict[str, Any], known: State) -> None:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
@@ -293,7 +284,12 @@ class LowRank(Optimizer):
                 f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
                 "before the first backward pass (SubspaceProjection and Method do)"
             )
-        self._require_steppable()
+        if self.backward != "whole" and hasattr(self, "grad_scale"):
+            raise UserError(
+                f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
+                "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
+            )
+        self._require_dense_gradients()
         self._choose_ranks()
         buckets = self.buckets()
         works = [work for bucket in buckets if (work := self._work(bucket)) is not None]
@@ -311,9 +307,7 @@ class LowRank(Optimizer):
             self._update(work, clip)
         numbers = {p: number for number, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group, parameters in zip(self.param_groups, plain, strict=True):
-            states, seeds = (
-                [f(p) for p in parameters] for f in (self.state.__getitem__, lambda p: self._noise(p, numbers[p]))
-            )
+            states, seeds = [self.state[p] for p in parameters], [self._noise(p, numbers[p]) for p in parameters]
             elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
         self._places = {}
         return loss
@@ -347,24 +341,29 @@ class LowRank(Optimizer):
     def _build_buckets(self) -> list[Bucket]:
         members: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
         every = [(p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)]
-        groups = {id(group): group for group in self.param_groups}
-        for order, (parameter, group) in enumerate(every):
+        groups, order = {id(group): group for group in self.param_groups}, 0
+        for parameter, group in every:
+            stacked = self.stacked(parameter, group)
+            held = matrices(parameter, stacked)
             part, shards, rank = local(parameter), shards_of(parameter), self.rank_of(parameter, group)
             # Matrices of one shape with their axes in one order in memory; the rows of moved ones are made alike.
-            matrix = part if shards is not None and shards.moved else canonical(parameter)
-            look = (matrix.shape, matrix.stride(), matrix_shape(parameter), is_wide(parameter), shards)
-            key = (id(group), look, parameter.dtype, parameter.device, rank)
+            matrix = part if shards is not None and shards.moved else canonical(held[0])
+            look = (matrix.shape, matrix.stride(), matrix_shape(held[0]), is_wide(held[0]), shards, len(held))
+            key = (id(group), stacked, look, parameter.dtype, parameter.device, rank)
             members[key].append((parameter, order))
+            order += len(held)
         buckets = []
         for key, pairs in members.items():
-            parameters, orders = [p for p, _ in pairs], [order for _, order in pairs]
-            seeds = [self.seed * SEED_STRIDE + order for order in orders]
-            layout, phases = layout_of(parameters, key[-1], seeds, key[-2]), [order / len(every) for order in orders]
+            parameters, stacked = [p for p, _ in pairs], key[1]
+            held = [matrices(p, stacked) for p in parameters]
+            places = [first + i for (_, first), own in zip(pairs, held, strict=True) for i in range(len(own))]
+            seeds = [self.seed * SEED_STRIDE + place for place in places]
+            layout, phases = layout_of(held[0], key[-1], seeds, key[-2]), [place / order for place in places]
             saved, names = [self.state[p] for p in parameters], [self._names.get(p, "") for p in parameters]
             for parameter, known in zip(parameters, saved, strict=True):
                 if not known and parameter in self._ranks:
                     known["rank"] = torch.tensor(self._ranks[parameter])
-            bucket = Bucket.build(groups[key[0]], parameters, phases, layout, self.rule, saved, names)
+            bucket = Bucket.build(groups[key[0]], parameters, stacked, phases, layout, self.rule, saved, names)
             self.state.update((p, dict(view)) for p, view in zip(parameters, bucket.views, strict=True))
             buckets.append(bucket)
         return buckets
@@ -379,25 +378,19 @@ class LowRank(Optimizer):
             )
         self.state.clear()
 
-    def _require_steppable(self) -> None:
-        """Raises: UserError for gradients or a mixed precision that the step cannot take, before anything is changed."""
-        if self.backward != "whole" and hasattr(self, "grad_scale"):
-            raise UserError(
-                f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
-                "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
-            )
+    def _require_dense_gradients(self) -> None:
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if parameter.grad.layout != torch.strided:
                 name = self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
                 raise UserError(
                     f"the gradient of {name} is sparse ({parameter.grad.layout}); neither weights nor optimiser state "
-                    f"were changed. {type(self).__name__} takes dense gradients: make nn.Embedding with sparse=False, or "
-                    "give that parameter to torch.optim.SparseAdam"
+                    f"were changed. {type(self).__name__} takes dense gradients: make nn.Embedding with sparse=False, "
+                    "or give that parameter to torch.optim.SparseAdam"
                 )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Makes GradScaler hand over its scale as `grad_scale` instead of dividing gradients: a sign of its presence."""
+        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is there."""
         return self.backward != "whole"
 
     def _choose_ranks(self) -> None:
@@ -420,19 +413,22 @@ class LowRank(Optimizer):
         self._buckets = None
 
     def _work(self, bucket: Bucket) -> _Work | None:
-        active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
-        if not active:
+        owners = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
+        if not owners:
             return None
+        active = [place for i in owners for place in bucket.places(i)]
         first, due = bucket.due(active, self.rule)
         layout, state, index = bucket.layout, bucket.state, None
-        if len(active) < len(bucket.parameters):
+        if len(active) < layout.batch:
             index = layout.select(active)
             layout, state = layout.part(active), part_of(state, index)
-        gradients: list[Tensor | None] = [
-            None if (p := bucket.parameters[i]).grad is None else canonical_gradient(p.grad, p) for i in active
-        ]
+        gradients: list[Tensor | None] = []
+        for parameter in (bucket.parameters[i] for i in owners):
+            held = matrices(parameter, bucket.stacked)
+            own = [None] * len(held) if parameter.grad is None else matrices(parameter.grad, bucket.stacked)
+            gradients += [None if g is None else canonical_gradient(g, p) for g, p in zip(own, held, strict=True)]
         pending = {place: bucket.pending[i] for place, i in enumerate(active) if i in bucket.pending}
-        return _Work(bucket, active, index, layout, state, gradients, pending, first, due)
+        return _Work(bucket, owners, active, index, layout, state, gradients, pending, first, due)
 
     def _takes_one_pass(self, work: _Work) -> bool:
         stops_between = self.check_finite or self.max_norm is not None or self.backward != "whole"
@@ -473,7 +469,7 @@ class LowRank(Optimizer):
                 squares.append((ranks, work.projection.energy_BM.sum()))
             else:
                 squares.append((ranks, work.projection.coordinates_BMR.square().sum()))
-        squares += [(ranks, square_norms(gradients)) for ranks, gradients in whole.items()]
+        squares += [(ranks, norms(gradients).square()) for ranks, gradients in whole.items()]
         norm = total_over(squares).sqrt()
         return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
 
@@ -487,18 +483,18 @@ class LowRank(Optimizer):
         """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates, where those exist."""
         if not self.check_finite:
             return
-        sums, unprojected = [], [_held_gradient(p) for ps in plain for p in ps]
+        unprojected, sums = [_held_gradient(p) for ps in plain for p in ps], []
         for work in works:
             if work.projection is None:
                 unprojected += [gradient for gradient in work.gradients if gradient is not None]
             else:
                 sums.append(work.projection.coordinates_BMR.sum())
-        self._require_finite_sums(sums + largest(unprojected))
+        self._require_finite_sums([*sums, norms(unprojected)] if unprojected else sums)
 
     def _require_finite_sums(self, sums: list[Tensor]) -> None:
         """All ranks raise or none does; each comes here with sums of its own parts of the same gradients."""
         if sums:
-            wrong = (~torch.stack([s.float() for s in sums]).isfinite()).sum()
+            wrong = (~torch.cat([s.reshape(-1).to(sums[0].device, torch.float32) for s in sums]).isfinite()).sum()
             for ranks in self._ranks_of_parameters():
                 wrong = ranks.total(wrong)
             if wrong:
@@ -527,7 +523,8 @@ class LowRank(Optimizer):
         group, device = work.bucket.group, work.layout.device
         for i in work.active:
             work.bucket.done[i] += 1
-            work.bucket.views[i]["step"].fill_(work.bucket.done[i])
+        for i in work.owners:
+            work.bucket.views[i]["step"].fill_(work.bucket.done[work.bucket.places(i)[0]])
         # On the device, and filled there: a copy from the host would wait for it.
         rate, wide = group["lr"], widest_float(device)
         lr = (
@@ -536,7 +533,7 @@ class LowRank(Optimizer):
             else torch.full((), rate, dtype=wide, device=device)
         )
         weights, numbers = (
-            [canonical(p) for p in work.parameters()],
+            [canonical(p) for p in work.matrices()],
             Numbers(group["betas"], group["eps"], work.bucket.noise),
         )
         rates = {"lr": lr * self.scale, "keep": 1 - lr * group["weight_decay"]}
@@ -546,7 +543,7 @@ class LowRank(Optimizer):
         else:
             late = None if self.rule.residual.feeds_back else clip
             update_step(weights, work.state, work.layout, self.rule, work.projection, numbers, **rates, clip=late)
-        put(weights, work.parameters())
+        put(weights, work.matrices())
         work.gradients, work.projection = [], None
         work.bucket.noise.add_(len(work.active))
         work.bucket.pending.clear()

@@ -7,19 +7,10 @@ import torch
 from torch import Tensor
 
 
-def square_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Squared Euclidean norms [T], in float32 or wider."""
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norms [T] in float32 or wider, in no particular order; not finite where a square is not."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
     parts = [torch.stack(torch._foreach_norm(part, 2, dtype=dtype)) for (_, dtype), part in by_kind.items()]
-    return torch.cat([part.to(parts[0].device) for part in parts]).square() if parts else torch.zeros(0)
-
-
-def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Largest magnitudes, one 0-d tensor for each tensor that holds numbers; NaN where one is NaN."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        if tensor.numel():
-            by_kind[tensor.device, tensor.dtype].append(tensor)
-    return [norm for part in by_kind.values() for norm in torch._foreach_norm(part, torch.inf)]
+    return torch.cat([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)

@@ -4,18 +4,22 @@ Source: Li et al. 2018, arXiv 1804.08838; with `layer_scales` SAID of Aghajanyan
 Shapes: D weights, d coordinates, l layers with a scale.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adafactor, Optimizer, SparseAdam
 
 from lightspan.distributed import mean_over_ranks
 from lightspan.errors import UserError
 from lightspan.optim.affine import AffineSlice
+from lightspan.optim.loading import load_between_hooks, numbered, with_own_groups
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
+
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+"""Makes an optimiser of parameters: lightning's type of this name, without loading a trainer for it."""
 
 COORDINATES, SCALES, START = "coordinates", "scales", "start_sha256"
 """Names in the state of the first trained parameter, which holds all there is; those of `inner` begin with the first
@@ -40,14 +44,16 @@ class RandomSubspace(Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of either. Frozen ones stay out of the subspace.
-        inner: makes the optimiser of the coordinates. Its rate is 10 to 100 times what it would be for the weights.
+        inner: makes the optimiser of the coordinates, one that takes a vector and steps by its gradient alone. Its rate
+            is 10 to 100 times what it would be for the weights.
         dim: d, lambdas included.
         projection: makes P from (size, dim, seed).
         seed: of P.
         per_tensor: each tensor has a projection of its own, all fed the same z; see `PerTensor`.
         layer_scales: SAID's lambda for each layer, or for each tensor where parameters come without names.
         start: theta_0 for parameters that have moved already, in their order.
-    Raises: UserError for a `dim` out of range or groups that differ, and in `step` for a gradient that is not finite.
+    Raises: UserError for a `dim` out of range, an `inner` that cannot step coordinates or groups that differ, and in
+        `step` for a gradient that is not finite.
     """
 
     def __init__(
@@ -61,21 +67,20 @@ class RandomSubspace(Optimizer):
         layer_scales: bool = False,
         start: Sequence[Tensor] | None = None,
     ) -> None:
-        # A placeholder says which settings `inner` has: coordinates cannot be made before their parameters are known.
-        defaults = inner([torch.zeros(1, requires_grad=True)]).defaults
+        defaults = _settings(inner)
         self._slice: AffineSlice | None = None
         super().__init__(params, {key: value for key, value in defaults.items() if key != "params"})
-        trained = [(*pair, group) for group in self.param_groups for pair in _trained(group)]
+        trained = [pair for group in self.param_groups for pair in _trained(group)]
         if not trained:
             raise UserError("RandomSubspace got no parameter with requires_grad=True; unfreeze what should train")
-        names, parameters, self._groups = zip(*trained, strict=True)
+        names, parameters = zip(*trained, strict=True)
         self._slice = AffineSlice(parameters, names, dim, projection, seed, per_tensor, layer_scales, start)
         self._shared = defaults.keys() - {"weight_decay"}
         self._require_one_setting()
         self.z_d, self.scales_l = (part.requires_grad_() for part in self._slice.origin())
         self.inner = inner([part for part in (self.z_d, self.scales_l) if part.numel()])
         self._decoupled = bool(defaults.get("decoupled_weight_decay"))
-        self._digest = self._slice.start_sha256()
+        self.start_sha256 = self._slice.start_sha256()
         self.averages = False
 
     @property
@@ -133,14 +138,25 @@ class RandomSubspace(Optimizer):
             self._publish()
         return super().state_dict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy, or a pickle, is made of: as torch has it, without hooks and what schedulers patched in."""
+        own = ("_slice", "_shared", "z_d", "scales_l", "inner", "_decoupled", "start_sha256", "averages")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads coordinates and what `inner` keeps, and moves the parameters there.
 
-        Raises: UserError for a state of another subspace, or of other initial weights.
+        Raises: UserError for a state of another subspace, or of other initial weights; nothing is changed then.
         """
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        place = [p for group in self.param_groups for p in group["params"]].index(self.slice.parameters[0])
-        saved = state_dict["state"].get(numbers[place], {})
+        load_between_hooks(self, state_dict, self._prepared, self._restore)
+
+    def _saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What `_publish` showed as the state of the first parameter that trains."""
+        numbers = (number for p, _, number in numbered(self, state_dict) if p is self.slice.parameters[0])
+        return state_dict["state"].get(next(numbers, None), {})
+
+    def _prepared(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved = self._saved(state_dict)
         for name, own in ((COORDINATES, self.z_d), (SCALES, self.scales_l)):
             if name not in saved or saved[name].shape != own.shape:
                 found = tuple(saved[name].shape) if name in saved else "missing"
@@ -148,13 +164,16 @@ class RandomSubspace(Optimizer):
                     f"the saved state has {name} of shape {found}, this RandomSubspace has {tuple(own.shape)}; resume "
                     "with the dim, layer_scales and optimiser of that run"
                 )
-        if not torch.equal(saved[START].cpu(), self._digest):
+        if not torch.equal(saved[START].cpu(), self.start_sha256):
             raise UserError(
                 "the saved coordinates belong to other initial weights than this model had when the optimiser was "
                 "built (their sha256 differ); build the model with the same seed or pretrained weights, and the "
                 "optimiser before any trained weights are loaded"
             )
-        super().load_state_dict({**state_dict, "state": {}})  # torch would cast state to the dtype of the parameters
+        return with_own_groups(self, state_dict)
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        saved = self._saved(state_dict)
         with torch.no_grad():
             for name, own in ((COORDINATES, self.z_d), (SCALES, self.scales_l)):
                 own.copy_(saved[name])
@@ -165,7 +184,11 @@ class RandomSubspace(Optimizer):
 
     def _publish(self) -> None:
         """Shows the coordinates and the inner state as the first parameter's state, under one name each."""
-        state: dict[str, Any] = {COORDINATES: self.z_d.detach(), SCALES: self.scales_l.detach(), START: self._digest}
+        state: dict[str, Any] = {
+            COORDINATES: self.z_d.detach(),
+            SCALES: self.scales_l.detach(),
+            START: self.start_sha256,
+        }
         for name, own in ((COORDINATES, self.z_d), (SCALES, self.scales_l)):
             kept = self.inner.state.get(own, {})
             state.update({f"{name}_{key}": value for key, value in kept.items() if value is not None})
@@ -178,7 +201,8 @@ class RandomSubspace(Optimizer):
 
     def _decay(self) -> Tensor | None:
         """decay * theta [D], the gradient of decay / 2 |theta|^2; None if no group decays."""
-        factors = [float(group.get("weight_decay", 0.0)) for group in self._groups]
+        decays = {p: float(group.get("weight_decay", 0.0)) for group in self.param_groups for p in group["params"]}
+        factors = [decays[parameter] for parameter in self.slice.parameters]
         return self.slice.flat(self.slice.parameters, factors) if any(factors) else None
 
     def _require_one_setting(self) -> None:
@@ -196,6 +220,34 @@ def _trained(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
     """(name or "", parameter) of what is not frozen."""
     names = group.get("param_names") or [""] * len(group["params"])
     return [pair for pair in zip(names, group["params"], strict=True) if pair[1].requires_grad]
+
+
+def _settings(inner: OptimizerCallable) -> dict[str, Any]:
+    """The settings of `inner`, from one on a placeholder: coordinates cannot be made before their parameters are known.
+
+    Raises: UserError for an optimiser that cannot step coordinates.
+    """
+    try:
+        tried = inner([torch.zeros(1, requires_grad=True)])
+    except UserError:
+        raise
+    except ValueError as error:  # as torch.optim.Muon does for vectors
+        raise UserError(
+            f"the coordinates of a RandomSubspace are a vector, and their optimiser refused one: {error}"
+        ) from error
+    kind = type(tried)
+    way_out = "; use another, such as torch.optim.Adam"
+    if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise UserError(
+            f"{kind.__name__} evaluates the loss several times a step, and a RandomSubspace has one gradient{way_out}"
+        )
+    if isinstance(tried, Adafactor):
+        raise UserError(
+            f"{kind.__name__} steps relative to the size of what it trains, and coordinates start at 0{way_out}"
+        )
+    if isinstance(tried, SparseAdam):
+        raise UserError(f"{kind.__name__} takes sparse gradients, and those of coordinates are dense{way_out}")
+    return tried.defaults
 
 
 def _copy(value: Any, device: torch.device) -> Any:

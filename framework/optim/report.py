@@ -9,7 +9,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.optim.layout import matrix_shape
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.sharding import local
 
@@ -30,11 +29,16 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     """How `LowRank` treats a parameter, and why."""
     if optimizer.projected(parameter, group):
         most = "up to " if optimizer.rank_rule else ""
-        how = f"rank {most}{optimizer.rank_of(parameter, group)} of {matrix_shape(parameter)[1]}"
+        how = f"rank {most}{optimizer.rank_of(parameter, group)} of {optimizer.side(parameter, group)}"
+        how += f", each of {len(parameter)}" if optimizer.stacked(parameter, group) else ""
     elif parameter.ndim < 2:
         how = "AdamW: a vector"
     elif not optimizer.allowed(parameter, group):
         how = "AdamW: not to be projected"
+    elif parameter.is_complex():
+        how = "AdamW: complex"
+    elif optimizer.stacked(parameter, group):
+        how = "AdamW: a stack of matrices, which only whole gradients in one piece and a fixed rank can project"
     else:
         how = f"AdamW: rank {group['rank']} is not below its shorter side"
     state = optimizer.initial_state(parameter, group, torch.device("meta"))

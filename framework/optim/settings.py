@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from lightspan.errors import UserError
+from lightspan.optim.core import Rule
+from lightspan.optim.inner import Adam
 
 
 def _is_number(value: Any) -> bool:
@@ -54,3 +56,24 @@ def require_sound(owner: str, settings: Mapping[str, Any]) -> None:
     for name, (sound, limit) in LIMITS.items():
         if name in settings and not sound(settings[name]):
             raise UserError(f"{owner} {name}={settings[name]} must be {limit}")
+
+
+def require_fit(rule: Rule, backward: str, by_energy: bool) -> None:
+    """Raises: UserError for parts of a rule that do not fit one another, the way of the backward pass, or ranks chosen
+    `by_energy`.
+    """
+    if rule.basis.momentum and not isinstance(rule.inner, Adam):
+        raise UserError(f"PowerBasis momentum={rule.basis.momentum} follows Adam's first moment; leave inner=Adam()")
+    if rule.residual.needs_orthonormal and not rule.basis.orthonormal:
+        raise UserError(
+            f"{type(rule.basis).__name__} has no orthonormal frames, which residual="
+            f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose RandomBasis"
+        )
+    if backward != "whole" and by_energy:
+        raise UserError(f"rank=RankByEnergy() looks at whole gradients; set backward='whole', not {backward!r}")
+    if backward != "whole" and (rule.residual.needs_gradient or rule.trigger.needs_energy):
+        raise UserError(
+            f"backward={backward!r} keeps only coordinates of the gradient, but residual="
+            f"{type(rule.residual).__name__} or refresh={type(rule.trigger).__name__} needs all of it; "
+            "set residual=None and refresh to a number of steps, or backward='whole'"
+        )

@@ -24,7 +24,7 @@ KINDS: tuple[type[Dense] | type[Sparse] | type[Fastfood], ...] = (Dense, Sparse,
 
 
 def save_subspace(optimizer: RandomSubspace, path: str | Path) -> None:
-    """Writes where `optimizer` stands, whole or not at all.
+    """Writes where `optimizer` stands, before its first step too, whole or not at all.
 
     Raises: UserError for parameters without names, or that have one twice.
     """
@@ -36,7 +36,6 @@ def save_subspace(optimizer: RandomSubspace, path: str | Path) -> None:
         )
     projection = moved.projection
     one = projection.parts[0] if isinstance(projection, PerTensor) else projection
-    state = optimizer.state[moved.parameters[0]]
     facts = {
         "format": FORMAT,
         "projection": type(one).__name__,
@@ -44,10 +43,10 @@ def save_subspace(optimizer: RandomSubspace, path: str | Path) -> None:
         "per_tensor": json.dumps(isinstance(projection, PerTensor)),
         "weights": str(projection.size),
         "parameters": json.dumps(moved.names),
-        START: bytes(state[START].tolist()).hex(),
+        START: bytes(optimizer.start_sha256.tolist()).hex(),
     }
-    numbers = {name: state[name].cpu().contiguous() for name in (COORDINATES, SCALES) if state[name].numel()}
-    write_atomic(path, save(numbers, facts))
+    parts = {COORDINATES: optimizer.z_d.detach(), SCALES: optimizer.scales_l.detach()}
+    write_atomic(path, save({name: part.cpu().contiguous() for name, part in parts.items() if part.numel()}, facts))
 
 
 def apply_subspace(path: str | Path, module: nn.Module, projection: ProjectionCallable | None = None) -> None:

@@ -1,13 +1,19 @@
 """RandomSubspace: exact limits against torch's optimisers, gradients of z and lambda, decay, and saved state."""
 
+import copy
+import pickle
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightspan.errors import UserError
+from lightspan.optim.low_rank import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.optim.subspace_file import apply_subspace, save_subspace
@@ -401,7 +407,86 @@ def test_a_projection_of_ones_own_is_passed_to_its_file(tmp_path) -> None:
     assert torch.equal(weights(fresh), weights(model))
 
 
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copied", "pickled"]
+)
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_copy_goes_on_in_the_copied_network_alone(way, steps) -> None:
+    model = net()
+    optimizer = subspace(model, partial(Adam, lr=0.05, weight_decay=0.1), dim=14, layer_scales=True)
+    scheduler = LambdaLR(optimizer, rate)  # patches `step` with a closure on the original
+    optimizer.register_step_post_hook(lambda *_: None)
+    train(model, optimizer, range(steps), scheduler)
+    twin, other = way((model, optimizer))
+    before = weights(model)
+    train(twin, other, range(steps, 9))
+    assert torch.equal(weights(model), before)
+    train(model, optimizer, range(steps, 9))
+    assert torch.equal(weights(twin), weights(model))
+    assert not torch.equal(weights(twin), before)
+
+
+def rate(step: int) -> float:
+    return 1 / (1 + step)
+
+
+def test_a_decay_that_changes_after_loading_is_followed() -> None:
+    straight, resumed = net(), net()
+    first, second = subspace(straight), subspace(resumed)
+    train(straight, first)
+    second.load_state_dict(first.state_dict())
+    for model, optimizer in ((straight, first), (resumed, second)):
+        optimizer.param_groups[0]["weight_decay"] = 0.5
+        train(model, optimizer, range(6, 9))
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def test_hooks_around_loading_see_and_change_what_is_loaded() -> None:
+    model, other = net(), net()
+    first, second = subspace(model), subspace(other)
+    train(model, first)
+    seen = []
+
+    def halve(_, given):
+        state = {
+            n: {**held, "coordinates": held["coordinates"] / 2} if held else held for n, held in given["state"].items()
+        }
+        return {**given, "state": state}
+
+    second.register_load_state_dict_pre_hook(halve)
+    second.register_load_state_dict_post_hook(lambda optimizer: seen.append(optimizer.z_d.detach().clone()))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(seen[0], first.z_d.detach() / 2)
+
+
+def test_before_the_first_step_the_file_gives_the_start(tmp_path) -> None:
+    model, fresh = net(), net()
+    save_subspace(subspace(model), tmp_path / "run.safetensors")
+    apply_subspace(tmp_path / "run.safetensors", fresh)
+    assert torch.equal(weights(fresh), weights(model))
+
+
+def test_the_optimisers_load_no_trainer() -> None:
+    code = "import sys, lightspan.optim.random_subspace, lightspan.optim.presets; print('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (partial(torch.optim.Muon, lr=0.1), "are a vector, and their optimiser refused one: Muon only supports 2D"),
+        (partial(torch.optim.LBFGS, lr=0.1), "LBFGS evaluates the loss several times a step.*torch.optim.Adam"),
+        (partial(torch.optim.Adafactor, lr=0.1), "Adafactor steps relative to the size of what it trains"),
+        (partial(torch.optim.SparseAdam, lr=0.1), "SparseAdam takes sparse gradients"),
+        (partial(LowRank, rank=2), "LowRank got no matrix to project"),
+    ],
+)
+def test_an_inner_optimiser_that_cannot_step_coordinates_is_refused(inner, message) -> None:
+    with pytest.raises(UserError, match=message):
+        subspace(net(), inner)
 
 
 def test_what_cannot_be_a_subspace_is_refused() -> None:
@@ -409,6 +494,8 @@ def test_what_cannot_be_a_subspace_is_refused() -> None:
     total = trained(model)
     with pytest.raises(UserError, match=rf"dim={total + 1} must be at least 1 and at most the {total} weights"):
         subspace(model, dim=total + 1)
+    with pytest.raises(UserError, match=r"dim=2\.5 must be a whole number"):
+        subspace(model, dim=2.5)
     with pytest.raises(UserError, match="dim=0 must be at least 1"):
         subspace(model, dim=0)
     with pytest.raises(UserError, match="dim=5 must be more than its 5 layer scales"):
