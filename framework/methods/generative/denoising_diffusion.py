@@ -7,7 +7,8 @@ equations are in `lightspan.objectives.diffusion`.
 Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -63,6 +64,13 @@ class DenoisingDiffusion(Method):
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
         self.register_buffer("kept_T", kept_T.float(), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept_T = self.kept_T
+        super()._apply(fn, recurse)
+        # The table moves with the module and keeps its dtype: in half precision the first levels would have no noise.
+        self.kept_T = kept_T.to(self.kept_T.device)  # type: ignore[operator, arg-type]
+        return self
+
     def loss(self, batch: ImageBatch, level_B: Tensor, noise_BCHW: Tensor, told_B: Tensor) -> Tensor:
         """Mean squared error of what is predicted at these levels; where `told` is false the class is withheld."""
         kept_B = self.kept_T[level_B]  # type: ignore[index]
@@ -117,7 +125,9 @@ class DenoisingDiffusion(Method):
         seed: int = 0,
         clip: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Images [B C H W] of these classes, standardised as the training images were.
+        """Images [B C H W] of these classes, standardised as the training images were, in float32 or wider.
+
+        The network sees them in the precision of its weights; between its calls they keep their own.
 
         Args:
             label_B: int64; for a network without classes it counts the images alone.
@@ -137,18 +147,20 @@ class DenoisingDiffusion(Method):
             raise UserError(f"steps={steps} must lie in [1, {levels}] and eta={eta} in [0, 1]")
         generator = torch.Generator().manual_seed(seed)
         told_B = torch.ones_like(label_B, dtype=torch.bool)
-        x_BCHW = torch.randn(len(label_B), *shape, generator=generator).to(device)
+        seen = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), torch.float32)
+        x_BCHW = torch.randn(len(label_B), *shape, generator=generator)
+        x_BCHW = x_BCHW.to(device, torch.promote_types(seen, torch.float32))
         visited = self.spread(steps)[::-1]
         kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]  # type: ignore[index]
         for i, level in enumerate(visited):
             level_B = torch.full_like(label_B, level)
             here_B, next_B = (k.expand(len(label_B)) for k in kept[i : i + 2])
-            predicted_BCHW = self.backbone(x_BCHW, level_B, self.labels(label_B, told_B))
+            predicted_BCHW = self.backbone(x_BCHW.to(seen), level_B, self.labels(label_B, told_B)).to(x_BCHW.dtype)
             if guidance != 1:
-                without_BCHW = self.backbone(x_BCHW, level_B, self.labels(label_B, ~told_B))
+                without_BCHW = self.backbone(x_BCHW.to(seen), level_B, self.labels(label_B, ~told_B))
                 predicted_BCHW = without_BCHW + guidance * (predicted_BCHW - without_BCHW)
             if self.prediction == "velocity":
                 predicted_BCHW = noise_of_velocity(predicted_BCHW, x_BCHW, here_B)
-            fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(device)
+            fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(x_BCHW)
             x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW, clip)
         return x_BCHW
