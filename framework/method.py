@@ -2,12 +2,15 @@
 optimisers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
@@ -40,6 +43,28 @@ class Method(LightningModule):
         raise UserError(
             f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
         )
+
+    def log_training(self, figures: Mapping[str, Tensor], **options: Any) -> None:
+        """Logs 0-d figures of a training step as their means over ranks.
+
+        Ranks exchange them, all in one collective, in the steps that loggers write down
+        (`trainer.log_every_n_steps`); what the progress bar shows in between is the first rank's. With Lightning's
+        `sync_dist=True` every rank would wait for all others once a figure in every step.
+
+        Args:
+            options: further arguments of `log_dict`.
+        """
+        if world_size() > 1 and self._writes_this_step():
+            means = torch.stack([figure.detach().float() for figure in figures.values()])
+            mean_over_ranks([means])
+            figures = dict(zip(figures, means.unbind(), strict=True))
+        self.log_dict(dict(figures), **options)
+
+    def _writes_this_step(self) -> bool:
+        """Whether loggers are due; the same on all ranks, since it is a function of the steps done."""
+        trainer = self._trainer
+        every = trainer.log_every_n_steps if trainer is not None else 0  # type: ignore[attr-defined]
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs nothing: a method without a loss worth validating is watched by probes. Others log `val/...` here."""

@@ -90,7 +90,7 @@ class DenoisingDiffusion(Method):
         level_B = torch.randint(len(self.kept_T), (rows,)).to(device)  # type: ignore[arg-type]
         noise_BCHW, told_B = torch.randn(image_BCHW.shape).to(image_BCHW), torch.rand(rows) >= self.label_dropout
         loss = self.loss(batch, level_B, noise_BCHW, told_B.to(device))
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log_training({"train/loss": loss}, prog_bar=True)
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
