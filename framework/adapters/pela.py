@@ -30,8 +30,8 @@ def rank_within(outputs: int, inputs: int, ratio: float) -> int:
 def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U_r S_r^1/2 [O R] and S_r^1/2 V_r^T [R I], whose product is the nearest matrix of this rank, in its dtype.
 
-    A direction without a singular value, of which a matrix of zeros has nothing else, stands in the second factor alone,
-    at the scale of the largest one: zero in both, it would never get a gradient.
+    A direction without a singular value (a matrix of zeros has no other) stands in the second factor alone, at the
+    scale of the largest one: zero in both, it would never get a gradient.
 
     Raises: UserError for a rank outside [1, min(O, I)], or a weight that is not finite.
     """

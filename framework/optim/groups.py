@@ -101,6 +101,7 @@ def _declared(module: nn.Module) -> Iterator[tuple[int, Kind]]:
 
 def _tables(module: nn.Module) -> Iterator[int]:
     """Weights whose rows belong to one token each."""
+    part: Any
     for part in module.modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag):
             yield id(part.weight)
@@ -111,6 +112,7 @@ def _tables(module: nn.Module) -> Iterator[int]:
 def _spared(module: nn.Module) -> Iterator[int]:
     """Parameters that are to be spared decay, as a module or they themselves say."""
     yield from (id(parameter) for parameter in module.parameters() if getattr(parameter, "_no_weight_decay", False))
+    part: Any
     for part in module.modules():
         if callable(getattr(part, "no_weight_decay", None)):
             names = set(part.no_weight_decay())

@@ -46,6 +46,8 @@ class DenoisingDiffusion(Method):
             error in the velocity never grows: it draws better with a small network.
     """
 
+    kept_T: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -68,12 +70,12 @@ class DenoisingDiffusion(Method):
         kept_T = self.kept_T
         super()._apply(fn, recurse)
         # The table moves with the module and keeps its dtype: in half precision the first levels would have no noise.
-        self.kept_T = kept_T.to(self.kept_T.device)  # type: ignore[operator, arg-type]
+        self.kept_T = kept_T.to(self.kept_T.device)
         return self
 
     def loss(self, batch: ImageBatch, level_B: Tensor, noise_BCHW: Tensor, told_B: Tensor) -> Tensor:
         """Mean squared error of what is predicted at these levels; where `told` is false the class is withheld."""
-        kept_B = self.kept_T[level_B]  # type: ignore[index]
+        kept_B = self.kept_T[level_B]
         noisy_BCHW = add_noise(batch["image"], noise_BCHW, kept_B)
         target_BCHW = noise_BCHW if self.prediction == "noise" else velocity(batch["image"], noise_BCHW, kept_B)
         return prediction_loss(self.backbone(noisy_BCHW, level_B, self.labels(batch["label"], told_B)), target_BCHW)
@@ -87,7 +89,7 @@ class DenoisingDiffusion(Method):
         image_BCHW = batch["image"]
         rows, device = len(image_BCHW), image_BCHW.device
         # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
-        level_B = torch.randint(len(self.kept_T), (rows,)).to(device)  # type: ignore[arg-type]
+        level_B = torch.randint(len(self.kept_T), (rows,)).to(device)
         noise_BCHW, told_B = torch.randn(image_BCHW.shape).to(image_BCHW), torch.rand(rows) >= self.label_dropout
         loss = self.loss(batch, level_B, noise_BCHW, told_B.to(device))
         self.log_training({"train/loss": loss}, prog_bar=True)
@@ -111,7 +113,7 @@ class DenoisingDiffusion(Method):
         """The middles of `count` equal parts of all levels, rising. Neither end is among them: at the upper one a
         cosine schedule keeps so little of an image that no prediction of the noise says what it was.
         """
-        levels = len(self.kept_T)  # type: ignore[arg-type]
+        levels = len(self.kept_T)
         return torch.linspace(0, levels - 1, 2 * count + 1, dtype=torch.float64)[1::2].round().long().tolist()
 
     @torch.no_grad()
@@ -142,7 +144,7 @@ class DenoisingDiffusion(Method):
                 one, wanders off to values that no image has.
         Raises: UserError for steps or eta out of range.
         """
-        levels, device = len(self.kept_T), label_B.device  # type: ignore[arg-type]
+        levels, device = len(self.kept_T), label_B.device
         if not 1 <= steps <= levels or not 0 <= eta <= 1:
             raise UserError(f"steps={steps} must lie in [1, {levels}] and eta={eta} in [0, 1]")
         generator = torch.Generator().manual_seed(seed)
@@ -151,7 +153,7 @@ class DenoisingDiffusion(Method):
         x_BCHW = torch.randn(len(label_B), *shape, generator=generator)
         x_BCHW = x_BCHW.to(device, torch.promote_types(seen, torch.float32))
         visited = self.spread(steps)[::-1]
-        kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]  # type: ignore[index]
+        kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]
         for i, level in enumerate(visited):
             level_B = torch.full_like(label_B, level)
             here_B, next_B = (k.expand(len(label_B)) for k in kept[i : i + 2])
