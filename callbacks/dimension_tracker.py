@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightspan.analysis.dimension import two_nn_fit
 from lightspan.analysis.spectra import (
+    centred,
     effective_rank,
     energy_shares,
     gram_singular_values,
@@ -193,7 +194,7 @@ class DimensionTracker(Callback):
         return torch.cat((torch.stack(measures, dim=1), padded), dim=1)
 
     def _of_features(self, features_ND: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-        centred_ND = features_ND.double() - features_ND.double().mean(dim=0)
+        centred_ND = centred(features_ND.double())
         tall = len(centred_ND) >= centred_ND.shape[1]
         values_S = gram_singular_values(centred_ND.mT @ centred_ND if tall else centred_ND @ centred_ND.mT)
         try:

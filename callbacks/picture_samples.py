@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
@@ -11,6 +12,8 @@ from lightspan.callbacks.detached import detached
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.strategies import gathered
+
+MOST_VALUES = 2**20  # that quantiles are taken of: torch sorts no more than 2^24
 
 
 class PictureSamples(Callback):
@@ -78,8 +81,17 @@ class PictureSamples(Callback):
         if trainer.is_global_zero:
             shown_BCHW = images_BCHW.float().cpu()
             # Without bounds: a pixel gone astray would leave the rest of the picture grey.
-            black, white = bounds or shown_BCHW.flatten().quantile(torch.tensor([0.005, 0.995]))
+            black, white = bounds or quantiles(shown_BCHW, [0.005, 0.995])
             shown_BCHW = ((shown_BCHW - black) / (white - black).clamp_min(1e-5)).clamp(0, 1)
+            shown_BCHW = shown_BCHW.nan_to_num()  # what has no value is black
             grid_CHW = make_grid(shown_BCHW, nrow=len(self.classes), pad_value=0.5)
             content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
             write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)
+
+
+def quantiles(values: Tensor, at: list[float]) -> Tensor:
+    """Of the values that are finite, 0 without any; of evenly spaced ones where there are more than torch can sort."""
+    finite = values[values.isfinite()]
+    if not len(finite):
+        return torch.zeros(len(at))
+    return finite[:: 1 + len(finite) // MOST_VALUES].quantile(torch.tensor(at))

@@ -5,7 +5,7 @@ from typing import Literal
 from lightning import Callback, LightningModule, Trainer
 
 from lightspan.optim.bases import Basis
-from lightspan.optim.convert import hand_over, to_low_rank
+from lightspan.optim.convert import hand_over, to_low_rank_where_matched
 from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, MomentStorage
@@ -19,16 +19,21 @@ class SubspaceProjection(Callback):
     64.
 
     The optimisers are exchanged after Lightning has built them and before a checkpoint is loaded into them. They keep
-    groups, rates, betas and weight decay, and their schedulers go on. Accumulation works as without the callback, and
-    the Trainer's clipping by norm is done inside the step.
+    their groups with every key, rates, betas and weight decay among them, and their schedulers go on. Accumulation
+    works as without the callback, and what the Trainer or the module's `configure_gradient_clipping` clips by norm is
+    clipped inside the step.
+
+    Of several optimisers those are exchanged in which something is projected: `match=["gen.*"]` leaves a GAN's other
+    optimiser, of any class, as it is. Groups with a `project` of their own (those of `lightspan.optim.groups` have one)
+    are held to it; `match` chooses among what it allows.
 
     Args:
         rank: dimension of the subspace, >= 1 and below the shorter side of at least one matched matrix.
         match: shell-style patterns of parameter names; matched parameters that are vectors or too small keep AdamW, as
             the printed table says. Leave out embeddings and the output head where you can.
         basis, residual, inner, moments, refresh, scale, backward, seed: see `lightspan.optim.low_rank.LowRank`.
-    Raises: UserError when fitting starts: for a pattern without a match, a rank too large, or an optimiser other than
-    Adam and AdamW.
+    Raises: UserError when fitting starts: for a pattern that matches nothing in any optimiser, a rank too large for all
+    of them, or a matched optimiser other than Adam and AdamW.
     """
 
     def __init__(
@@ -59,8 +64,11 @@ class SubspaceProjection(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_flat_partitions(trainer.strategy, [LowRank])
-        low_rank = {id(old): to_low_rank(old, pl_module, self.match, **self.options) for old in trainer.optimizers}
+        old = trainer.optimizers
+        new = to_low_rank_where_matched(old, pl_module, self.match, **self.options)
+        exchanged = {id(before): after for before, after in zip(old, new, strict=True) if after is not before}
         for config in trainer.lr_scheduler_configs:
-            hand_over(config.scheduler, low_rank[id(config.scheduler.optimizer)])
-        trainer.strategy.optimizers = [low_rank[id(old)] for old in trainer.optimizers]
+            if id(config.scheduler.optimizer) in exchanged:
+                hand_over(config.scheduler, exchanged[id(config.scheduler.optimizer)])
+        trainer.strategy.optimizers = new
         wire(trainer, pl_module, trainer.optimizers)

@@ -55,13 +55,18 @@ class TextSamples(Callback):
             file.write(line + "\n")
 
     def write(self, module: LightningModule) -> str:
-        """The prompt and its continuation; bytes that are no text come out as replacement characters."""
+        """The prompt and its continuation; bytes that are no text come out as replacement characters. It ends where
+        the network's logits are not finite.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         tokens_1T = torch.tensor([list(self.prompt.encode())], device=module.device)
         with detached(module):
             for _ in range(self.length):
                 output = module.backbone(input_ids=tokens_1T[:, -self.context :])  # type: ignore[operator]
-                probabilities_V = (output.logits[0, -1].float().cpu() / self.temperature).softmax(dim=-1)
+                logits_V = output.logits[0, -1, :256].float().cpu()  # a padded head knows more than bytes
+                if not logits_V.max().isfinite():
+                    break  # a network that has diverged writes nothing
+                probabilities_V = ((logits_V - logits_V.max()) / self.temperature).softmax(dim=-1)
                 token = torch.multinomial(probabilities_V, 1, generator=generator).to(module.device)
                 tokens_1T = torch.cat([tokens_1T, token[None]], dim=1)
         return bytes(tokens_1T[0].tolist()).decode("utf-8", "replace")

@@ -62,6 +62,25 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _AllReduceSum.apply(x) if world_size() > 1 else x
 
 
+def all_reduce_sums(*parts: Tensor) -> tuple[Tensor, ...]:
+    """`all_reduce_sum` of several tensors of one dtype, of any shapes, in one collective."""
+    if world_size() == 1:
+        return parts
+    flat = all_reduce_sum(torch.cat([part.flatten() for part in parts]))
+    split = flat.split([part.numel() for part in parts])
+    return tuple(total.view(part.shape) for total, part in zip(split, parts, strict=True))
+
+
+@torch.no_grad()
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Largest value of each entry over all ranks, without a gradient; `x` itself, detached, on one rank."""
+    x = x.detach()
+    if world_size() > 1:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
 def mean_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replaces tensors by their means over all ranks, in place and bit-equal on all of them.
 

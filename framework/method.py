@@ -2,12 +2,16 @@
 optimisers.
 """
 
+from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
@@ -40,6 +44,32 @@ class Method(LightningModule):
         raise UserError(
             f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
         )
+
+    def log_training(self, figures: Mapping[str, Tensor], **options: Any) -> None:
+        """Logs 0-d figures of a training step, which are the same on all ranks: means over them.
+
+        Several ranks exchange figures, all in one collective, and log them in the steps that loggers write down
+        (`trainer.log_every_n_steps`) alone. With Lightning's `sync_dist=True` every rank would wait for all others once
+        a figure in every step.
+
+        Args:
+            options: further arguments of `log_dict`.
+        """
+        if world_size() > 1:
+            if not self._writes_this_step():
+                return
+            wide = reduce(torch.promote_types, (figure.dtype for figure in figures.values()), torch.float32)
+            means = torch.stack([figure.detach().to(wide) for figure in figures.values()])
+            mean_over_ranks([means])
+            figures = dict(zip(figures, means.unbind(), strict=True))
+        self.log_dict(dict(figures), **options)
+
+    def _writes_this_step(self) -> bool:
+        """Whether loggers are due, as Lightning counts; the same on all ranks, whatever else makes one log."""
+        trainer: Any = self._trainer
+        if trainer is None or not trainer.log_every_n_steps:
+            return False
+        return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs nothing: a method without a loss worth validating is watched by probes. Others log `val/...` here."""

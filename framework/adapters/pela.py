@@ -30,14 +30,21 @@ def rank_within(outputs: int, inputs: int, ratio: float) -> int:
 def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U_r S_r^1/2 [O R] and S_r^1/2 V_r^T [R I], whose product is the nearest matrix of this rank, in its dtype.
 
-    Raises: UserError for a rank outside [1, min(O, I)].
+    A direction without a singular value (a matrix of zeros has no other) stands in the second factor alone, at the
+    scale of the largest one: zero in both, it would never get a gradient.
+
+    Raises: UserError for a rank outside [1, min(O, I)], or a weight that is not finite.
     """
     if not 1 <= rank <= min(weight_OI.shape):
         raise UserError(f"rank={rank} is outside [1, {min(weight_OI.shape)}], the shorter side of {[*weight_OI.shape]}")
+    if not weight_OI.isfinite().all():
+        raise UserError(f"a weight of shape {[*weight_OI.shape]} holds NaN or infinite values, which have no SVD")
     wide_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
     u_OK, s_K, v_KI = torch.linalg.svd(wide_OI, full_matrices=False)
-    root_R = s_K[:rank].sqrt()
-    factors = u_OK[:, :rank] * root_R, root_R[:, None] * v_KI[:rank]
+    s_R, largest = s_K[:rank], s_K[0]
+    none_R = s_R <= torch.finfo(s_K.dtype).eps * max(weight_OI.shape) * largest
+    root_R = torch.where(none_R, largest if largest > 0 else torch.ones_like(largest), s_R).sqrt()
+    factors = u_OK[:, :rank] * (s_R / root_R), root_R[:, None] * v_KI[:rank]
     up_OR, down_RI = (factor.to(weight_OI.dtype).contiguous() for factor in factors)  # the SVD's are strided
     return up_OR, down_RI
 

@@ -57,6 +57,10 @@ def frames(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 class SVFitUpdate(Adapter):
     """left diag(shift) right, with fixed frames.
 
+    Of a half-precision layer the frames have the layer's dtype, and so have the products with them: the change is added
+    to an output in that dtype, and accelerators form such products several times as fast. Shifts, and their gradients'
+    sums over positions, stay float32.
+
     An adapter file keeps the shifts alone, and the frames are computed anew from the layer. They come out the same up
     to rounding, but for singular values that (nearly) coincide; so the file also keeps what the change does to one
     fixed input, and another outcome is refused.
@@ -64,41 +68,50 @@ class SVFitUpdate(Adapter):
 
     def __init__(self, layer: nn.Module, left_OR: Tensor, values_R: Tensor, right_RI: Tensor) -> None:
         super().__init__(layer)
-        self.left_OR = _fixed(left_OR)
+        dtype = weight_of(layer).dtype
+        self.left_OR = _fixed(left_OR.to(dtype))
         self.values_R = _fixed(values_R)
-        self.right_RI = _fixed(right_RI)
+        self.right_RI = _fixed(right_RI.to(dtype))
         self.shift_R = nn.Parameter(torch.zeros_like(values_R))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         z = self.layer.down(x.to(self.right_RI.dtype), self.right_RI)
-        return self.layer.up(self.layer.scale(z, self.shift_R), self.left_OR)
+        return self.layer.up(self.layer.scale(z, self.shift_R).to(self.left_OR.dtype), self.left_OR)
 
     def delta(self) -> Tensor:
-        return self.layer.shaped(self.left_OR * self.shift_R @ self.right_RI)
+        up_OR, down_RI = self.low_rank()
+        return self.layer.shaped(up_OR @ down_RI)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        return self.left_OR * self.shift_R, self.right_RI
+        return self.left_OR * self.shift_R, self.right_RI.to(self.shift_R.dtype)
 
     def stored(self) -> dict[str, Tensor]:
-        return {"shift_R": whole(self.shift_R).detach(), "probe_O": self._probe()}
+        shift_R = whole(self.shift_R).detach()
+        return {"shift_R": shift_R, "probe_O": self._probe(shift_R)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        stored = tensors.get("shift_R")
-        if stored is None or stored.shape != self.shift_R.shape:
-            raise UserError(f"not the shifts of {len(self.shift_R)} singular values")
-        with torch.no_grad():
-            self.shift_R.copy_(stored)
-        probe_O = self._probe()
-        apart = (probe_O - tensors["probe_O"].to(probe_O)).norm()
-        limit = torch.finfo(probe_O.dtype).eps ** 0.5 * probe_O.norm()
-        if apart > limit:
+        stored, expected = tensors.get("shift_R"), tensors.get("probe_O")
+        if stored is None or expected is None or stored.shape != self.shift_R.shape:
+            raise UserError(f"not the shifts of {len(self.shift_R)} singular values and what they do to a fixed input")
+        if not stored.isfinite().all():
+            raise UserError("the shifts are not finite: the run that wrote them has diverged")
+        probe_O = self._probe(stored.to(self.shift_R))
+        if expected.shape != probe_O.shape:
+            raise UserError(f"not the shifts of a layer with {len(probe_O)} outputs")
+        apart = (probe_O - expected.to(probe_O)).norm()
+        # Files of half-precision layers were once written from frames in float32.
+        limit = max(torch.finfo(probe_O.dtype).eps ** 0.5, torch.finfo(self.left_OR.dtype).eps) * probe_O.norm()
+        if not apart <= limit:
             raise UserError(
                 f"the singular vectors come out differently here (by {apart:.2g} on a fixed input): some singular "
                 "values of the layer nearly coincide; keep the whole checkpoint or a PEFT folder instead"
             )
+        with torch.no_grad():
+            self.shift_R.copy_(stored)
 
-    def _probe(self) -> Tensor:
-        left_OR, shift_R, right_RI = (whole(t).detach() for t in (self.left_OR, self.shift_R, self.right_RI))
+    def _probe(self, shift_R: Tensor) -> Tensor:
+        """What these shifts do to one fixed input, in their dtype."""
+        left_OR, right_RI = (whole(frame).detach().to(shift_R.dtype) for frame in (self.left_OR, self.right_RI))
         x_I = torch.randn(right_RI.shape[1], generator=torch.Generator().manual_seed(0)).to(right_RI)
         return left_OR @ (shift_R * (right_RI @ x_I))
 

@@ -60,7 +60,8 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
     """
     if not points_ND.isfinite().all():
         raise UserError("TwoNN got NaN or infinite coordinates, which have no neighbours; the model has diverged")
-    different_ND = points_ND.detach().double().unique(dim=0)
+    points_ND = points_ND.detach().double()
+    different_ND = points_ND.unique(dim=0) if points_ND.numel() else points_ND[:1]
     if len(different_ND) < 3:
         raise UserError(
             f"TwoNN got {len(different_ND)} different points of {len(points_ND)}, and needs 3: each has to have two "

@@ -13,8 +13,9 @@ from lightspan.errors import UserError
 def principal_directions(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Mean [D] and the `count` directions of largest variance [D R], orthonormal columns, in float64.
 
-    Raises: UserError for a count outside [1, min(N - 1, D)].
+    Raises: UserError for a count outside [1, min(N - 1, D)], or rows that are not finite.
     """
+    _require_finite(rows_ND)
     most = min(len(rows_ND) - 1, rows_ND.shape[1])
     if not 1 <= count <= most:
         raise UserError(f"{count} principal directions are outside [1, {most}], what {list(rows_ND.shape)} rows span")
@@ -27,8 +28,9 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
 
     Small sets look farther apart than they are: compare only distances of equally large sets.
 
-    Raises: UserError for fewer than 2 rows, or sets of different width.
+    Raises: UserError for fewer than 2 rows, sets of different width, or features that are not finite.
     """
+    _require_finite(a_ND, b_MD)
     if min(len(a_ND), len(b_MD)) < 2 or a_ND.shape[1] != b_MD.shape[1]:
         raise UserError(f"sets of {list(a_ND.shape)} and {list(b_MD.shape)} need at least 2 rows and equal width")
     a_ND, b_MD = a_ND.double(), b_MD.double()
@@ -39,3 +41,8 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root_DD @ c_b_DD @ root_DD).clamp_min(0).sqrt().sum()
     distance = (a_ND.mean(dim=0) - b_MD.mean(dim=0)).square().sum() + c_a_DD.trace() + c_b_DD.trace() - 2 * cross
     return float(distance.clamp_min(0))
+
+
+def _require_finite(*sets: Tensor) -> None:
+    if not all(bool(rows.isfinite().all()) for rows in sets):
+        raise UserError("features hold NaN or infinite values, which have no moments; the model has diverged")

@@ -26,7 +26,7 @@ def knn_accuracy(
     classes with equal votes the smallest wins. Similarities are computed in float32 at least.
 
     Args:
-        bank_ND, query_MD: features, any scale; a row of zeros is equally far from everything.
+        bank_ND, query_MD: features, any scale and dtype; a row of zeros is equally far from everything.
         bank_labels_N, query_labels_M: int64, >= 0.
         k: neighbours, in [1, N].
         temperature: > 0, or None for equal votes.
@@ -39,9 +39,10 @@ def knn_accuracy(
         raise UserError(f"knn temperature={temperature} must be above 0, or null for equal votes")
     if not len(query_MD):
         raise UserError("knn got no query rows; give it at least one validation sample")
-    bank_ND, query_MD = (normalize(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (bank_ND, query_MD))
     if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
         raise UserError("features hold NaN or infinite values, so they have no neighbours; the model has diverged")
+    wide = torch.promote_types(torch.promote_types(bank_ND.dtype, query_MD.dtype), torch.float32)
+    bank_ND, query_MD = (_of_length_one(x.to(wide)) for x in (bank_ND, query_MD))
     classes = 1 + int(torch.cat((bank_labels_N, query_labels_M)).max())
     correct = 0
     for query_QD, labels_Q in zip(query_MD.split(chunk), query_labels_M.split(chunk), strict=True):
@@ -53,3 +54,8 @@ def knn_accuracy(
         votes_QC.scatter_add_(1, bank_labels_N[neighbour_QK], weight_QK)
         correct += int((votes_QC.argmax(dim=1) == labels_Q).sum())
     return correct / len(query_MD)
+
+
+def _of_length_one(x_ND: Tensor) -> Tensor:
+    # By the largest entry first: squares of small numbers vanish, those of large ones overflow.
+    return normalize(normalize(x_ND, p=torch.inf, eps=torch.finfo(x_ND.dtype).tiny)) if x_ND.shape[1] else x_ND

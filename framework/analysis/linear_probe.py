@@ -18,8 +18,14 @@ def linear_probe_accuracy(
     l2: float = 1.0,
     max_iterations: int = 100,
 ) -> float:
-    """Accuracy on the test rows, in [0, 1], of the model that `fit_linear_probe` finds on the training rows."""
+    """Accuracy on the test rows, in [0, 1], of the model that `fit_linear_probe` finds on the training rows.
+
+    Raises: UserError as `fit_linear_probe`, and for no test row.
+    """
+    if not len(test_MD):
+        raise UserError("linear probe got no test row; give it at least one validation sample")
     weight_DC, bias_C = fit_linear_probe(train_ND, train_labels_N, l2, max_iterations)
+    _require_finite(test_MD)
     predicted_M = (test_MD.to(weight_DC.dtype) @ weight_DC + bias_C).argmax(dim=1)
     return (predicted_M == test_labels_M).double().mean().item()
 
@@ -38,18 +44,19 @@ def fit_linear_probe(
     Args:
         labels_N: int64 in [0, C), C being the largest label + 1.
         l2: > 0.
-    Raises: UserError when l2 <= 0 or features are not finite.
+    Raises: UserError when l2 <= 0, for no training row, a negative label, or features that are not finite.
     """
     if l2 <= 0:
         raise UserError(f"linear probe l2={l2} must be above 0: without it separable features have no best weights")
+    if not len(train_ND) or int(labels_N.min()) < 0:
+        raise UserError("linear probe needs at least one training row, and labels from 0")
     # Lightning's evaluation loops run in inference mode, whose tensors no gradient can pass: leave it, with copies.
     with torch.inference_mode(False), torch.enable_grad():
         return _fit(train_ND.detach().to(torch.float64, copy=True), labels_N.clone(), l2, max_iterations)
 
 
 def _fit(x_ND: Tensor, labels_N: Tensor, l2: float, max_iterations: int) -> tuple[Tensor, Tensor]:
-    if not x_ND.isfinite().all():
-        raise UserError("features hold NaN or infinite values, so no linear probe fits them; the model has diverged")
+    _require_finite(x_ND)
     mean_D, std_D = x_ND.mean(dim=0), x_ND.std(dim=0, correction=0)
     # A constant feature has a deviation of rounding errors, not of zero: dividing by it would make noise the signal.
     scale_D = torch.where(std_D > 1e-7 * x_ND.abs().amax(dim=0).clamp_min(1e-30), 1 / std_D, torch.zeros_like(std_D))
@@ -76,3 +83,8 @@ def _fit(x_ND: Tensor, labels_N: Tensor, l2: float, max_iterations: int) -> tupl
     optimizer.step(objective)
     weight_DC = weight_DC.detach() * scale_D[:, None]
     return weight_DC, bias_C.detach() - mean_D @ weight_DC
+
+
+def _require_finite(x_ND: Tensor) -> None:
+    if not x_ND.isfinite().all():
+        raise UserError("features hold NaN or infinite values, so no linear probe fits them; the model has diverged")

@@ -1,5 +1,5 @@
 """How many dimensions a matrix really uses. All functions are pure, take any device, and compute in float32 or wider.
-NaN in gives NaN out.
+NaN in gives NaN out; zeros, and matrices without rows or columns, use 0 dimensions. No measure knows a scale.
 
 Measures of singular values treat leading axes as a batch: [... S] gives [...].
 Shapes: N rows (samples), D columns (features), S singular values, R columns of a frame.
@@ -11,8 +11,16 @@ from torch import Tensor
 
 def singular_values(matrix_ND: Tensor, center: bool = False) -> Tensor:
     """Singular values [min(N, D)], falling; with `center` those of the rows after their mean is taken off."""
-    wide_ND = matrix_ND.to(torch.promote_types(matrix_ND.dtype, torch.float32))
-    return torch.linalg.svdvals(wide_ND - wide_ND.mean(dim=0) if center else wide_ND)
+    matrix_ND = centred(matrix_ND) if center else _wide(matrix_ND)
+    sound = matrix_ND.isfinite().all()  # LAPACK may raise on NaN
+    values_S = torch.linalg.svdvals(matrix_ND.where(sound, 0))
+    return values_S.where(sound, torch.nan)
+
+
+def centred(rows_ND: Tensor) -> Tensor:
+    """Rows less their mean; zeros where all rows are equal, of which a mean alone would leave its rounding errors."""
+    from_first_ND = _wide(rows_ND) - _wide(rows_ND[:1])
+    return from_first_ND - from_first_ND.mean(dim=0)
 
 
 def gram_singular_values(gram_NN: Tensor) -> Tensor:
@@ -31,9 +39,10 @@ def effective_rank(values_S: Tensor) -> Tensor:
 
     Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007), definition 1.
     """
-    total = values_S.sum(dim=-1)
-    share_S = values_S / torch.where(total == 0, torch.ones_like(total), total)[..., None]
-    return torch.where(total == 0, torch.zeros_like(total), torch.special.entr(share_S).sum(dim=-1).exp())
+    relative_S = _relative(values_S)
+    total = relative_S.sum(dim=-1)
+    entropy = torch.special.entr(_ratio(relative_S, total[..., None])).sum(dim=-1)
+    return torch.where(total == 0, torch.zeros_like(total), entropy.exp())
 
 
 def participation_ratio(values_S: Tensor) -> Tensor:
@@ -44,12 +53,12 @@ def participation_ratio(values_S: Tensor) -> Tensor:
 
 def stable_rank(values_S: Tensor) -> Tensor:
     """Squared Frobenius norm over squared spectral norm; in [1, S], never above the rank, 0 for zeros."""
-    return _ratio(values_S.square().sum(dim=-1), values_S.square().amax(dim=-1))
+    return _relative(values_S).square().sum(dim=-1)
 
 
 def energy_shares(values_S: Tensor) -> Tensor:
     """s^2 over their sum, [... S]; zeros for zeros."""
-    energy_S = values_S.square()
+    energy_S = _relative(values_S).square()
     return _ratio(energy_S, energy_S.sum(dim=-1, keepdim=True))
 
 
@@ -63,7 +72,18 @@ def leading_energy(values_S: Tensor, rank: int) -> Tensor:
 
 def captured_energy(matrix_ND: Tensor, basis_DR: Tensor) -> Tensor:
     """Share of the squared Frobenius norm that stays when rows are projected on orthonormal columns; in [0, 1]."""
-    return _ratio((matrix_ND @ basis_DR).square().sum(), matrix_ND.square().sum())
+    matrix_ND = _relative(matrix_ND.flatten()).view(matrix_ND.shape)
+    return _ratio((matrix_ND @ basis_DR.to(matrix_ND)).square().sum(), matrix_ND.square().sum())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _relative(values_S: Tensor) -> Tensor:
+    """To the largest magnitude, so that squares neither vanish nor overflow."""
+    values_S = _wide(values_S)
+    return _ratio(values_S, values_S.abs().amax(dim=-1, keepdim=True)) if values_S.shape[-1] else values_S
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

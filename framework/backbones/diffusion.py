@@ -81,7 +81,9 @@ class DiT(nn.Module):
         self.register_buffer("place_ND", place_ND, persistent=False)
         self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         # A table as a layer over one-hot classes: adapters take it like any other, so that a task can have its own.
+        # That it is a table, `lightspan.optim.groups` could not see.
         self.label = nn.Linear(num_classes + 1, width, bias=False)
+        self.label.parameter_kinds = {"weight": "embeddings"}  # type: ignore[assignment]
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = _zero(nn.Linear(width, 2 * width))

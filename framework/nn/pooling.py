@@ -1,9 +1,15 @@
 """One vector from a sequence. Shapes: B sequences, T positions, D width."""
 
+import torch
 from torch import Tensor
 
 
 def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean of the positions whose mask is not 0: [B D]. A row without any gives zeros."""
-    weight_BT1 = mask_BT.to(x_BTD.dtype).unsqueeze(-1)
-    return (x_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp_min(1)
+    """Mean of the positions whose mask is not 0, in the dtype of `x`: [B D]. A row without any gives zeros.
+
+    Counted and added up in float32 or wider: bfloat16 has no 257. What stands at masked positions has no say, NaN and
+    infinity included.
+    """
+    in_mask_BT1 = (mask_BT != 0).unsqueeze(-1)
+    total_BD = x_BTD.where(in_mask_BT1, 0).sum(dim=1, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+    return (total_BD / in_mask_BT1.sum(dim=1).clamp_min(1)).to(x_BTD.dtype)

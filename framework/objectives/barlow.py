@@ -11,40 +11,52 @@ Half precision is widened to float32, also under autocast: a correlation of bflo
 import torch
 from torch import Tensor
 
-from lightspan.distributed import all_reduce_sum
+from lightspan.distributed import all_reduce_sum, all_reduce_sums, world_size
 from lightspan.errors import UserError
 
 # Added to the variance, so that a feature that is constant over the batch gives 0 with a finite gradient, not NaN.
 # Small enough for a feature of unit variance to move by 5e-13: equalities hold to 1e-10 as without it.
 VARIANCE_EPS = 1e-12
+# A mean is off by so many roundings at most; what varies less about it does not vary.
+ROUNDINGS = 16
 
 
 def _widen(x_BD: Tensor) -> Tensor:
     return x_BD.to(torch.promote_types(x_BD.dtype, torch.float32))
 
 
-def _global_rows(x_BD: Tensor) -> Tensor:
-    return all_reduce_sum(torch.tensor(float(len(x_BD)), dtype=x_BD.dtype, device=x_BD.device))
+def _sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The sum of `local` over all ranks and the number of their rows, in one collective and without asking the device
+    for a number.
+    """
+    total, all_rows = all_reduce_sums(local, torch.full((), rows, dtype=local.dtype, device=local.device))
+    return total, all_rows.detach()
 
 
 def standardise(x_BD: Tensor) -> Tensor:
     """Each feature to mean 0 and unbiased standard deviation 1 over the batch of all ranks.
 
-    Raises: UserError if the batch of all ranks has fewer than 2 rows.
+    A feature that is constant up to rounding becomes nearly 0 and has a finite gradient. So do all features of several
+    ranks that have one row between them.
+
+    Raises: UserError on one rank, if the batch has fewer than 2 rows.
     """
+    if world_size() == 1 and len(x_BD) < 2:
+        raise UserError(f"batch of {len(x_BD)}: standardising needs at least 2 rows; raise data.init_args.batch_size")
     x_BD = _widen(x_BD)
-    rows = _global_rows(x_BD)
-    if rows < 2:
-        raise UserError(f"batch of {int(rows)}: standardising needs at least 2 rows; raise data.init_args.batch_size")
-    centred_BD = x_BD - all_reduce_sum(x_BD.sum(dim=0)) / rows
-    variance_D = all_reduce_sum(centred_BD.square().sum(dim=0)) / (rows - 1)
-    return centred_BD * (variance_D + VARIANCE_EPS).rsqrt()
+    total_D, rows = _sum_over_rows(x_BD.sum(dim=0), len(x_BD))
+    mean_D = total_D / rows
+    centred_BD = x_BD - mean_D
+    variance_D = all_reduce_sum(centred_BD.square().sum(dim=0)) / (rows - 1).clamp_min(1)
+    floor_D = (ROUNDINGS * torch.finfo(x_BD.dtype).eps * mean_D.detach()).square() + VARIANCE_EPS
+    return centred_BD * (variance_D + floor_D).rsqrt()
 
 
-def cross_correlation(a_BD: Tensor, b_BD: Tensor) -> Tensor:
-    """C = A^T B / B, [D D], over the batch of all ranks; row i of both comes from image i."""
+def cross_correlation(a_BD: Tensor, b_BE: Tensor) -> Tensor:
+    """C = A^T B / B, [D E], over the batch of all ranks; row i of both comes from image i."""
     with torch.autocast(a_BD.device.type, enabled=False):
-        return all_reduce_sum(_widen(a_BD).T @ _widen(b_BD)) / _global_rows(_widen(a_BD))
+        total_DE, rows = _sum_over_rows(_widen(a_BD).T @ _widen(b_BE), len(a_BD))
+    return total_DE / rows
 
 
 def barlow_twins_loss(z1_BD: Tensor, z2_BD: Tensor, off_diagonal_weight: float) -> Tensor:
@@ -74,6 +86,7 @@ def mixed_regulariser(zm_BD: Tensor, z1_BD: Tensor, z2_BD: Tensor, mix: Tensor, 
         permutation_B: p, int64, a permutation of this rank's rows.
     Returns: scalar >= 0, a sum over 2 D^2 entries.
     """
-    # C is linear in its left side, so each difference is one product: (Zm - a Z1 - (1 - a) Z2[p])^T Z_v / B.
+    # C is linear in its left side, so each difference is one product, (Zm - a Z1 - (1 - a) Z2[p])^T Z_v / B, and both
+    # differences are one with Z1 and Z2 side by side.
     departure_BD = zm_BD - (mix * z1_BD + (1 - mix) * z2_BD[permutation_B])
-    return cross_correlation(departure_BD, z1_BD).square().sum() + cross_correlation(departure_BD, z2_BD).square().sum()
+    return cross_correlation(departure_BD, torch.cat([z1_BD, z2_BD], dim=1)).square().sum()

@@ -4,7 +4,9 @@ Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.
 their linear schedule; Nichol, Dhariwal, 2021, arXiv 2102.09672, eq. 17 (cosine schedule); Song et al., "Denoising
 Diffusion Implicit Models", 2020, arXiv 2010.02502, eq. 12 and 16 (the step back); Salimans, Ho, 2022, arXiv 2202.00512,
 section 4 (velocity). Clipping as in the code published with Dhariwal, Nichol, 2021, arXiv 2105.05233.
-Shapes: T noise levels, B batch. kept (alpha bar) is the share of variance that is still the image, in (0, 1].
+Shapes: T noise levels (timesteps), B batch. kept (alpha bar) is the share of variance that is still the image, in
+(0, 1]. Its table belongs in float32 or wider: near 1, where half precision has no number left, 1 - kept is the noise.
+All functions compute in float32 or wider and round once, to the dtype of the images they are given.
 """
 
 import math
@@ -30,20 +32,20 @@ def cosine_kept(levels: int, offset: float = 0.008) -> Tensor:
 
 def add_noise(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
     """x_t = sqrt(kept) x_0 + sqrt(1 - kept) noise, of the images' shape [B ...]."""
-    kept = _beside(kept_B, clean)
-    return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+    image, grain = _amplitudes(kept_B, clean)
+    return (image * clean + grain * noise).to(clean.dtype)
 
 
 def velocity(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
     """v = sqrt(kept) noise - sqrt(1 - kept) x_0, of the images' shape: what x_t moves along as kept falls."""
-    kept = _beside(kept_B, clean)
-    return kept.sqrt() * noise - (1 - kept).sqrt() * clean
+    image, grain = _amplitudes(kept_B, clean)
+    return (image * noise - grain * clean).to(clean.dtype)
 
 
 def noise_of_velocity(v: Tensor, noisy: Tensor, kept_B: Tensor) -> Tensor:
     """noise = sqrt(kept) v + sqrt(1 - kept) x_t, of the images' shape."""
-    kept = _beside(kept_B, noisy)
-    return kept.sqrt() * v + (1 - kept).sqrt() * noisy
+    image, grain = _amplitudes(kept_B, noisy)
+    return (image * v + grain * noisy).to(noisy.dtype)
 
 
 def prediction_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def step_back(
     fresh: Tensor,
     clip: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The image at the level `next`, from its noise at the level `kept` <= `next` as predicted.
+    """The image at the level `next`, from its noise at the level `kept` <= `next` as predicted: a DDIM step.
 
     Args:
         eta: share of the noise that is drawn anew, in [0, 1]: 0 is DDIM, whose result is a function of the first noise,
@@ -71,17 +73,28 @@ def step_back(
             implies is clipped to them, and the noise is then what the clipped image implies: the two still add up to
             `noisy`, and at eta = 1 the step is DDPM's for the clipped image (2006.11239, eq. 7).
     """
-    kept, following = _beside(kept_B, noisy), _beside(next_B, noisy)
-    clean = (noisy - (1 - kept).sqrt() * predicted) / kept.sqrt()
+    dtype, (kept, left), (following, next_left) = noisy.dtype, _shares(kept_B, noisy), _shares(next_B, noisy)
+    divisor = left.clamp_min(torch.finfo(left.dtype).tiny)  # a level without noise has a step back too
+    clean = (noisy - left.sqrt() * predicted) / kept.sqrt()
     if clip is not None:
-        least, greatest = (end.to(noisy) for end in clip)
+        least, greatest = (end.to(clean) for end in clip)
         inside = clean.clamp(least, greatest)
         # As a difference: where nothing is clipped, the noise stays as it is to the last bit.
-        predicted = predicted + (kept / (1 - kept)).sqrt() * (clean - inside)
+        predicted = predicted + (kept / divisor).sqrt() * (clean - inside)
         clean = inside
-    renewed = eta**2 * (1 - following) / (1 - kept) * (1 - kept / following)
-    return following.sqrt() * clean + (1 - following - renewed).clamp_min(0).sqrt() * predicted + renewed.sqrt() * fresh
+    renewed = eta**2 * next_left / divisor * (1 - kept / following)
+    grain = (next_left - renewed).clamp_min(0).sqrt() * predicted + renewed.sqrt() * fresh
+    return (following.sqrt() * clean + grain).to(dtype)
 
 
-def _beside(kept_B: Tensor, image: Tensor) -> Tensor:
-    return kept_B.to(image).view(-1, *[1] * (image.ndim - 1))
+def _shares(kept_B: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """kept and 1 - kept, what is left for the noise, in float32 or wider and beside images [B ...]."""
+    wide = torch.promote_types(torch.promote_types(kept_B.dtype, image.dtype), torch.float32)
+    kept = kept_B.to(image.device, wide).view(-1, *[1] * (image.ndim - 1))
+    return kept, 1 - kept
+
+
+def _amplitudes(kept_B: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(kept) of the image and sqrt(1 - kept) of the noise."""
+    kept, left = _shares(kept_B, image)
+    return kept.sqrt(), left.sqrt()

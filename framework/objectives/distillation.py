@@ -30,12 +30,12 @@ def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
 
 def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference over all entries, in float32 or wider; logits are distilled with it too."""
-    wide = torch.promote_types(student.dtype, torch.float32)
-    return F.mse_loss(student.to(wide), teacher.detach().to(wide))
+    return F.mse_loss(_wide(student), _wide(teacher.detach()))
 
 
 def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> Tensor:
-    """(1/L) sum_l (max_ij |W_l^s - W_l^t| - eps)^2: the largest entry of each residual is drawn to `eps`.
+    """(1/L) sum_l (max_ij |W_l^s - W_l^t| - eps)^2 in float32 or wider: the largest entry of each residual is drawn to
+    `eps`.
 
     Its gradient goes through that entry alone. Factors may move as long as their product stays near the weight; a
     residual below `eps` is drawn up to it.
@@ -44,5 +44,9 @@ def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], ep
         student, teacher: weights [O I], one a layer.
         eps: >= 0, in units of a weight.
     """
-    largest = [(s_OI - t_OI.detach()).abs().max() for s_OI, t_OI in zip(student, teacher, strict=True)]
+    largest = [(_wide(s_OI) - _wide(t_OI.detach())).abs().max() for s_OI, t_OI in zip(student, teacher, strict=True)]
     return (torch.stack(largest) - eps).square().mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,21 +1,31 @@
-"""Turns an Adam-type optimiser into a low-rank one in place of it: same parameters, groups, rates and schedulers."""
+"""Turns Adam-type optimisers into low-rank ones in place of them: same parameters, groups, rates and schedulers."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightspan.errors import UserError
+from lightspan.optim.layout import matrix_shape
 from lightspan.optim.low_rank import LowRank
-from lightspan.patterns import require_matches
+from lightspan.optim.ranks import RankByEnergy
+from lightspan.patterns import matches, require_matches
+
+REFUSED = ("amsgrad", "maximize", "differentiable")
+"""Settings of torch's Adam that LowRank has no counterpart of."""
+OF_THE_KERNEL = ("foreach", "fused", "capturable", "decoupled_weight_decay")
+"""Settings of torch's Adam that say how it computes what LowRank computes anyway. In a group they would also move state
+to other devices when a checkpoint is loaded."""
 
 
 def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **options: Any) -> LowRank:
     """A `LowRank` with the groups of `optimizer`, projecting the parameters of `module` whose names match.
 
-    Groups keep their order, learning rate, betas, eps and weight decay, so a scheduler made for the old optimiser fits
-    the new one.
+    Groups keep their order and all their keys, those of schedulers and the user's own too, so a scheduler made for the
+    old optimiser fits the new one. A group that has a `rank` or a `project` already (`lightspan.optim.groups` writes
+    the latter) is held to it: `match` chooses among what `project` allows.
 
     Args:
         optimizer: torch's Adam or AdamW before its first step.
@@ -24,37 +34,106 @@ def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **opt
     Raises: UserError for another optimiser, for settings that LowRank has no counterpart of, and for patterns that
     match nothing.
     """
+    require_matches(match, _names(optimizer, module), f"trained parameter of {type(module).__name__}")
+    return _converted(optimizer, module, match, options)
+
+
+def to_low_rank_where_matched(
+    optimizers: Sequence[Optimizer], module: nn.Module, match: list[str], **options: Any
+) -> list[Optimizer]:
+    """`to_low_rank` for the optimisers in which something is projected; the others are returned as they are.
+
+    Patterns are judged over the parameters of all optimisers together.
+
+    Raises: UserError as `to_low_rank`; and if nothing would be projected in any optimiser, LowRank's own.
+    """
+    trained = [name for optimizer in optimizers for name in _names(optimizer, module)]
+    require_matches(match, trained, f"trained parameter of {type(module).__name__}")
+    # Where nothing can be projected anywhere, LowRank says why.
+    chosen = [o for o in optimizers if _projects(o, module, match, options)] or optimizers
+    return [_converted(o, module, match, options) if o in chosen else o for o in optimizers]
+
+
+def hand_over(scheduler: Any, optimizer: Optimizer) -> None:
+    """Points a learning-rate scheduler, and all those inside it, at another optimiser with the same groups."""
+    parts = list(_schedulers_on(scheduler.optimizer, scheduler, set()))
+    _TracksSteps(optimizer)
+    for part in parts:
+        part.optimizer = optimizer
+
+
+class _TracksSteps(LRScheduler):
+    """Its construction makes torch track calls of `optimizer.step`, which the first `scheduler.step()` looks for."""
+
+    def step(self, epoch: int | None = None) -> None:
+        """Leaves all rates as they are, tensors too."""
+
+
+def _schedulers_on(optimizer: Optimizer, found: Any, seen: set[int]) -> Iterator[Any]:
+    """Everything reachable through attributes and containers that steps the rates of `optimizer`."""
+    if id(found) in seen:
+        return
+    seen.add(id(found))
+    inside: list[Any] = []
+    if isinstance(found, list | tuple):
+        inside = list(found)
+    elif isinstance(found, dict):
+        inside = list(found.values())
+    elif getattr(found, "optimizer", None) is optimizer:
+        yield found
+        inside = list(vars(found).values())
+    for each in inside:
+        yield from _schedulers_on(optimizer, each, seen)
+
+
+def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], options: dict[str, Any]) -> LowRank:
     if not isinstance(optimizer, Adam):
         raise UserError(
             f"only Adam and AdamW can be made low-rank, this module's optimiser is {type(optimizer).__name__}; return "
-            "torch.optim.AdamW from configure_optimizers"
+            "torch.optim.AdamW from configure_optimizers, or leave its parameters out of match"
         )
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    trained = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-    require_matches(match, trained, f"trained parameter of {type(module).__name__}")
     groups = []
     for group in optimizer.param_groups:
-        for key in ("amsgrad", "maximize"):
-            if group[key]:
+        for key in REFUSED:
+            if group.get(key):
                 raise UserError(f"{key}=True has no low-rank counterpart; switch it off in the module's optimiser")
         if group["weight_decay"] and not (isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay")):
             raise UserError(
                 f"Adam with weight_decay={group['weight_decay']} adds the decay to the gradient, which no subspace "
                 "can carry; use AdamW"
             )
-        kept: dict[str, Any] = {
-            key: group[key] for key in ("lr", "initial_lr", "betas", "eps", "weight_decay", "name") if key in group
-        }
-        groups.append({"params": [(names.get(id(p), ""), p) for p in group["params"]], "project": list(match), **kept})
+        own = {key: value for key, value in group.items() if key not in (*REFUSED, *OF_THE_KERNEL, "param_names")}
+        named = list(zip(_names_in(group, module), group["params"], strict=True))
+        groups.append({**own, "params": named, "project": _project(group, match)})
     return LowRank(groups, **options)
 
 
-def hand_over(scheduler: Any, optimizer: Optimizer) -> None:
-    """Points a learning-rate scheduler, and those chained inside it, at another optimiser with the same groups."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    # A throwaway scheduler makes torch track calls of `optimizer.step`, which the first `scheduler.step()` looks for.
-    LambdaLR(optimizer, lambda _: 1.0)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
-        part.optimizer = optimizer
+def _project(group: dict[str, Any], match: list[str]) -> bool | list[str]:
+    """What may be projected: what `match` says, unless the group says it itself."""
+    own = group.get("project", True)
+    return list(match) if own is True else own
+
+
+def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options: dict[str, Any]) -> bool:
+    """Whether `LowRank` would project any parameter of this optimiser."""
+    for group in optimizer.param_groups:
+        rank, project = group.get("rank", options.get("rank")), _project(group, match)
+        for name, parameter in zip(_names_in(group, module), group["params"], strict=True):
+            allowed = project if isinstance(project, bool) else matches(name, project)
+            if (
+                allowed
+                and parameter.ndim > 1
+                and (rank is None or isinstance(rank, RankByEnergy) or rank < matrix_shape(parameter)[1])
+            ):
+                return True
+    return False
+
+
+def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    return [name for group in optimizer.param_groups for name in _names_in(group, module) if name]
+
+
+def _names_in(group: dict[str, Any], module: nn.Module) -> list[str]:
+    """The name of each parameter of a group, "" for one that is not in the module."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names.get(id(parameter), "") for parameter in group["params"]]

@@ -1,8 +1,14 @@
 """What has to be arranged between a Trainer and a `LowRank` optimiser before the first step."""
 
 import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adafactor, Muon, Optimizer
@@ -22,8 +28,9 @@ MATRIX_OPTIMIZERS = (LowRank, Muon, Adafactor)
 def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer]) -> None:
     """Prints what each parameter gets, lets the optimisers clip in the Trainer's place, and attaches backward passes.
 
-    Clipping by norm moves from `trainer.gradient_clip_val` into the optimisers if all of them are `LowRank`: it then
-    costs no pass over the gradients of its own, and holds for gradients that exist in coordinates only.
+    What Lightning clips by norm, for `trainer.gradient_clip_val` or a module's `clip_gradients`, a `LowRank` clips
+    inside its next step: that costs no pass over the gradients of its own, and holds for gradients that exist in
+    coordinates only.
 
     Raises: UserError for settings of the Trainer that coordinates cannot honour.
     """
@@ -31,14 +38,18 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
     low_rank = [optimizer for optimizer in optimizers if isinstance(optimizer, LowRank)]
     for optimizer in low_rank:
         print_report(optimizer)
+        optimizer.register_step_post_hook(partial(_clip_as_it_would, optimizer.max_norm))
+    if low_rank:
+        _clip_in_the_step(trainer)
     kept = [optimizer for optimizer in low_rank if optimizer.backward != "whole"]
     if kept and trainer.precision == "16-mixed":
         raise UserError(
             f"backward={kept[0].backward!r} cannot unscale the loss scaling of trainer.precision=16-mixed; use "
             "bf16-mixed, or backward='whole'"
         )
-    if trainer.gradient_clip_val:
-        _take_over_clipping(trainer, optimizers, low_rank, bool(kept))
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm not in (None, "norm"):
+        for optimizer in kept:
+            _require_whole(optimizer)
     if kept and world_size() > 1:
         _attach_under_ddp(trainer, module, kept)
     else:
@@ -93,14 +104,47 @@ def _build_ddp_anew(strategy: DDPStrategy, module: LightningModule) -> None:
         strategy.configure_ddp()
 
 
-def _take_over_clipping(trainer: Trainer, optimizers: list[Optimizer], low_rank: list[LowRank], must: bool) -> None:
-    by_norm = trainer.gradient_clip_algorithm in (None, "norm")
-    if len(low_rank) == len(optimizers) and by_norm and trainer.precision != "16-mixed":
-        for optimizer in low_rank:
-            optimizer.max_norm = float(trainer.gradient_clip_val or 0)
-        trainer.gradient_clip_val = None
-    elif must:
+def _clip_in_the_step(trainer: Trainer) -> None:
+    """From now on, where Lightning would clip the gradients of a `LowRank` by norm, its next step does.
+
+    The change is in what Lightning calls to clip, and asks of each optimiser what it is. Nothing of the Trainer's own
+    settings is touched: a module's `configure_gradient_clipping` sees them, other optimisers are clipped as ever, and
+    the same Trainer can fit again with anything.
+    """
+    plugin = trainer.precision_plugin
+    if isinstance(plugin.clip_gradients, _Clip):
+        return
+    plugin.clip_gradients = _Clip(plugin.clip_gradients)  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """In place of `Precision.clip_gradients`, which it is given."""
+
+    otherwise: Callable[..., None]
+
+    def __call__(
+        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str | None = "norm"
+    ) -> None:
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if not isinstance(optimizer, LowRank) or clip_val <= 0:
+            self.otherwise(optimizer, clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "norm":
+            # Clipping twice is clipping to the smaller norm.
+            optimizer.max_norm = min(float(clip_val), optimizer.max_norm or math.inf)
+        else:
+            _require_whole(optimizer)
+            self.otherwise(optimizer, clip_val, gradient_clip_algorithm)
+
+
+def _clip_as_it_would(own: float | None, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """What was asked for before one step holds for that step."""
+    optimizer.max_norm = own  # type: ignore[attr-defined]
+
+
+def _require_whole(optimizer: LowRank) -> None:
+    if optimizer.backward != "whole":
         raise UserError(
-            "a backward pass that keeps only coordinates can be clipped by norm alone, by optimisers that are all "
-            "LowRank; set trainer.gradient_clip_algorithm=norm, or backward='whole'"
+            f"backward={optimizer.backward!r} keeps only coordinates of the gradient, which can be clipped by norm "
+            "alone; set trainer.gradient_clip_algorithm=norm, or backward='whole'"
         )

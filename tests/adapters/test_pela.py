@@ -47,6 +47,28 @@ def test_both_factors_carry_the_same_spectrum() -> None:
     torch.testing.assert_close(down @ down.T, spectrum, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("true_rank", [0, 1, 3])
+def test_directions_without_a_singular_value_train_too(true_rank: int, dtype: torch.dtype) -> None:
+    whole = layer()
+    with torch.no_grad():
+        up, down = balanced_factors(whole.weight, true_rank) if true_rank else (torch.zeros(24, 1), torch.zeros(1, 40))
+        whole.weight.copy_(up @ down)
+    cut = FactorisedLinear(whole.to(dtype), 6)
+    error = 20 * torch.finfo(dtype).eps * whole.weight.norm()
+    assert (cut.weight - whole.weight).norm() <= error
+    cut(torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).to(dtype)).square().mean().backward()
+    cut(torch.ones(1, 40, dtype=dtype)).sum().backward()
+    assert cut.up.weight.grad is not None
+    assert (cut.up.weight.grad.abs().amax(dim=0) > 0).all()
+    assert cut.down.weight.isfinite().all()
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a weight of shape \[24, 40\] holds NaN or infinite values"):
+        balanced_factors(torch.full((24, 40), torch.nan), 3)
+
+
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 2.0, 3.0, 4.0, 7.3])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (192, 64), (64, 256), (1000, 768), (33, 57)])
 def test_the_rank_is_the_largest_that_keeps_to_the_ratio(outputs: int, inputs: int, ratio: float) -> None:

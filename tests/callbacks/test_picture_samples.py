@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.io import read_image
 
-from lightspan.callbacks.picture_samples import PictureSamples
+from lightspan.callbacks.picture_samples import PictureSamples, quantiles
 from lightspan.errors import UserError
 
 
@@ -103,3 +103,26 @@ def test_a_module_that_draws_nothing_and_bad_settings_are_refused(tmp_path: Path
         samples(tmp_path, rows=0)
     with pytest.raises(UserError, match=r"1 or 3 channels in shape=\[2, 4, 4\]"):
         samples(tmp_path, shape=(2, 4, 4))
+
+
+def test_quantiles_are_of_finite_values_of_any_number() -> None:
+    values = torch.linspace(0, 1, 1001)
+    torch.testing.assert_close(quantiles(values, [0.005, 0.995]), torch.tensor([0.005, 0.995]))
+    assert torch.equal(
+        quantiles(torch.cat([values, torch.tensor([torch.nan, torch.inf])]), [0.0, 1.0]), values[[0, -1]]
+    )
+    assert torch.equal(quantiles(torch.full((4,), torch.nan), [0.0, 1.0]), torch.zeros(2))
+    many = torch.zeros(2**24 + 1)  # one more than torch takes
+    many[::2] = 1
+    assert quantiles(many, [0.75]).item() in (0, 1)
+
+
+def test_a_model_that_draws_no_numbers_gets_a_black_picture(tmp_path: Path) -> None:
+    class Diverged(Draws):
+        def sample(self, label: Tensor, shape: tuple[int, int, int], **settings: object) -> Tensor:
+            return super().sample(label, shape, **settings) * torch.nan
+
+    callback = PictureSamples(str(tmp_path), (1, 4, 4), classes=[0, 1], rows=1, steps=5, eta=1.0, guidance=2.0, seed=3)
+    fit([callback], Diverged())
+    (picture,) = tmp_path.glob("*.png")
+    assert set(read_image(str(picture)).unique().tolist()) <= {0, 128}

@@ -104,6 +104,100 @@ def test_the_trainers_clipping_by_norm_is_done_in_the_step(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_the_same_trainer_clips_in_a_second_fit_and_shows_modules_its_own_setting(tmp_path):
+    class Looks(Plain):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            seen.append(gradient_clip_val)
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    seen = []
+    first, second, other = Looks(), Looks(), Looks()
+    trainer = fit(first, [SubspaceProjection(rank=3)], tmp_path, gradient_clip_val=0.05)
+    for module in (second, other):
+        if module is other:
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SubspaceProjection)]
+        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.reset()
+        trainer.fit(module, loader(16))
+    assert seen == [0.05] * 60
+    assert trainer.gradient_clip_val == 0.05
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert max(second.norms) > 0.06  # clipped inside the step, as in the first fit
+    assert max(other.norms) < 0.051  # AdamW's gradients are clipped by Lightning as ever
+
+
+def test_a_fit_that_fails_leaves_the_trainers_clipping_as_it_was(tmp_path):
+    class Fails(Plain):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("mid-air")
+
+    trainers = []
+
+    class Sees(lightning.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainers.append(trainer)
+
+    with pytest.raises(RuntimeError, match="mid-air"):
+        fit(Fails(), [SubspaceProjection(rank=3), Sees()], tmp_path, gradient_clip_val=0.05)
+    assert trainers[0].gradient_clip_val == 0.05
+
+
+def test_a_module_that_clips_some_steps_alone_has_only_these_clipped(tmp_path):
+    class Sometimes(Plain):
+        clips = staticmethod(lambda step: step % 3 == 0)
+
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            if self.clips(len(self.rates)):
+                self.clip_gradients(optimizer, 0.05, "norm")
+
+    class ByHand(Plain):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            if Sometimes.clips(len(self.rates)):
+                torch.nn.utils.clip_grad_norm_(self.parameters(), 0.05)
+
+    sides = Sometimes(), ByHand()
+    for module in sides:
+        fit(module, [SubspaceProjection(rank=3)], tmp_path)
+    for a, b in zip(*(side.parameters() for side in sides), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+class Adversaries(Plain):
+    """Two optimisers and a third for a scalar, stepped and clipped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.automatic_optimization = nn.Parameter(torch.zeros(())), False
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self.net(x) * self.temperature.exp(), y))
+            self.clip_gradients(optimizer, 0.05, "norm")
+            optimizer.step()
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+    def configure_optimizers(self):
+        first, second = (torch.optim.AdamW(part.parameters(), lr=0.02) for part in (self.net[0], self.net[2]))
+        scalar = torch.optim.SGD([self.temperature], lr=0.1)
+        return [first, second, scalar], [torch.optim.lr_scheduler.StepLR(o, 2) for o in (first, second, scalar)]
+
+
+@pytest.mark.parametrize("backward", ["whole", "hooks"])
+def test_of_several_optimisers_the_matched_ones_are_exchanged_and_clipped_in_their_steps(tmp_path, backward):
+    module = Adversaries()
+    callback = SubspaceProjection(rank=3, match=["net.0.*"], residual=None, backward=backward)
+    before = module.temperature.item()
+    trainer = fit(module, [callback], tmp_path, max_steps=12)
+    first, second, scalar = trainer.optimizers
+    assert [type(o) for o in (first, second, scalar)] == [LowRank, torch.optim.AdamW, torch.optim.SGD]
+    assert all(o.param_groups[0]["lr"] < 1e-3 for o in (first, second))  # each schedule steps its own optimiser
+    assert module.temperature.item() != before
+    assert first.max_norm is None  # what was asked for before one step held for that step
+
+
 @pytest.mark.parametrize("backward", ["hooks", "projected"])
 def test_gradients_kept_in_coordinates_train_as_whole_ones_do(tmp_path, backward):
     whole, kept = Plain(), Plain()

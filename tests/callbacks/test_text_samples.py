@@ -58,3 +58,21 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match=r"got prompt='', length=240, temperature=0\.7"):
         TextSamples("s", prompt="")
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 0.7])
+def test_a_head_that_knows_more_than_bytes_writes_bytes_and_a_small_temperature_the_likeliest(tmp_path, temperature):
+    class Padded(AlwaysNext):
+        def forward(self, input_ids):
+            logits = super().forward(input_ids).logits
+            return SimpleNamespace(logits=torch.cat([logits, torch.full((*logits.shape[:2], 128), 1e3)], dim=2))
+
+    assert TextSamples(str(tmp_path / "s"), prompt="a", length=3, temperature=temperature).write(Padded()) == "abcd"
+
+
+def test_a_model_that_has_diverged_writes_the_prompt_alone(tmp_path):
+    class Diverged(AlwaysNext):
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=super().forward(input_ids).logits * torch.nan)
+
+    assert TextSamples(str(tmp_path / "s"), prompt="a", length=3).write(Diverged()) == "a"

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from host_reads import HostReads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -104,15 +105,35 @@ def test_gradients_pass_gradcheck_and_flow_through_the_targets() -> None:
     assert torch.autograd.gradcheck(mixed, (em, e1, e2))
 
 
-def test_a_dead_feature_gives_finite_loss_and_gradients() -> None:
-    x = double(8, 3).float()
-    x[:, 1] = 0.1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dead", [0.0, 0.1, 1000.3])
+def test_a_dead_feature_gives_finite_loss_and_gradients(dead: float, dtype: torch.dtype) -> None:
+    x = double(8, 3).to(dtype)
+    x[:, 1] = dead
     x.requires_grad_()
     z = standardise(x)
     barlow_twins_loss(z, z, 0.2).backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
     assert z[:, 1].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("rows", [2, 7, 64])
+def test_a_batch_of_equal_rows_has_no_correlations(rows: int) -> None:
+    x = double(1, 5).float().expand(rows, -1).clone().requires_grad_()
+    loss = barlow_twins_loss(standardise(x), standardise(1000 * x), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(5, rel=0.05)  # every C_ii is 0
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_nothing_waits_for_the_device() -> None:
+    x, p, mix = torch.randn(6, 3, requires_grad=True), torch.tensor([3, 0, 1, 5, 2, 4]), torch.tensor(0.5)
+    with HostReads() as reads:
+        z1, z2, zm = (standardise(k * x) for k in (1, 2, 3))
+        (barlow_twins_loss(z1, z2, 0.2) + mixed_regulariser(zm, z1, z2, mix, p)).backward()
+    assert reads.count == 0
 
 
 def test_autocast_does_not_narrow_the_correlations() -> None:

@@ -52,6 +52,32 @@ def test_each_image_has_its_own_level() -> None:
     assert torch.equal(noisy[1:2], add_noise(clean[1:2], noise[1:2], kept[1:2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", [1 - 1e-4, 1 - 1e-3, 0.5, 1e-4])
+def test_half_precision_images_get_the_noise_of_their_level(kept: float, dtype: torch.dtype) -> None:
+    kept_B = torch.tensor([kept])
+    one, zero = torch.ones(1, 1).to(dtype), torch.zeros(1, 1).to(dtype)
+    image, grain = math.sqrt(kept), math.sqrt(1 - kept)
+    rel = float(torch.finfo(dtype).eps)
+    for got, expected in (
+        (add_noise(zero, one, kept_B), grain),
+        (add_noise(one, zero, kept_B), image),
+        (velocity(one, zero, kept_B), -grain),
+        (noise_of_velocity(zero, one, kept_B), grain),
+        (step_back(zero, one, kept_B, torch.ones(1), 0.0, zero), -grain / image),
+    ):
+        assert got.dtype == dtype
+        assert got.item() == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_level_without_noise_is_stepped_back_to_itself(eta: float) -> None:
+    noisy, predicted, fresh = (draw(4, 1, 3, 3, seed=seed).float() for seed in range(3))
+    for clip in (None, (torch.tensor(-0.5), torch.tensor(0.5))):
+        stepped = step_back(noisy, predicted, torch.ones(4), torch.ones(4), eta, fresh, clip)
+        torch.testing.assert_close(stepped, noisy if clip is None else noisy.clamp(*clip), rtol=0, atol=1e-6)
+
+
 def test_velocity_is_the_derivative_of_the_noisy_image_by_its_angle_and_gives_the_noise_back() -> None:
     clean, noise, kept = draw(3, 1, 2, 2), draw(3, 1, 2, 2, seed=1), torch.tensor([1.0, 0.5, 0.1]).double()
     angle = kept.sqrt().acos()

@@ -35,6 +35,18 @@ def test_no_gradient_reaches_the_teacher() -> None:
 def test_half_precision_is_widened() -> None:
     student, teacher = torch.full((4,), 300.0).half(), torch.zeros(4).half()  # 300^2 overflows float16
     assert mean_squared(student, teacher).item() == 90_000
+    assert feature_distillation([student], [teacher]).item() == 90_000
+    assert weight_perturbation([student], [teacher], 1e-3).item() == pytest.approx((300 - 1e-3) ** 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_student_that_equals_its_teacher_owes_nothing_and_has_finite_gradients(dtype: torch.dtype) -> None:
+    student, teacher = torch.ones(3, 4, dtype=dtype).requires_grad_(), torch.ones(3, 4, dtype=dtype)
+    loss = feature_distillation([student], [teacher]) + weight_perturbation([student], [teacher], 0.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad is not None
+    assert not student.grad.any()
 
 
 def test_perturbation_worked_by_hand() -> None:

@@ -206,23 +206,32 @@ def test_evaluation_and_resume_across_a_refresh_are_unaffected(backward):
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
-def test_autocast_trains_in_bfloat16_products():
-    torch.manual_seed(0)
-    model = nn.Linear(16, 12)
-    low = LowRank(model.named_parameters(), lr=0.01, rank=3, residual=None, backward="projected")
-    attach(model, low)
-    x, y = torch.randn(64, 16), torch.randn(64, 12)
-    losses = []
-    for _ in range(40):
-        low.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(x)
-            loss = (out.float() - y).square().mean()
-        assert out.dtype == torch.bfloat16
-        loss.backward()
-        low.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+def test_under_autocast_projected_gradients_move_weights_as_whole_ones_do_up_to_bfloat16():
+    x, y = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)).unbind()
+
+    def moved(backward, autocast):
+        torch.manual_seed(0)
+        model = nn.Linear(16, 12)
+        start = model.weight.detach().clone()
+        low = LowRank(
+            model.named_parameters(), lr=0.01, rank=3, residual=None, inner=SGD(0.9), refresh=5, backward=backward
+        )
+        if backward != "whole":
+            attach(model, low)
+        for _ in range(12):
+            low.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = model(x)
+                loss = (out.float() - y[:, :12]).square().mean()
+            assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+            loss.backward()
+            low.step()
+        return model.weight.detach() - start
+
+    exact = moved("whole", autocast=False)
+    for autocast, error in ((False, 1e-5), (True, 2 * torch.finfo(torch.bfloat16).eps)):
+        for backward in ("whole", "projected"):
+            assert (moved(backward, autocast) - exact).norm() < error * exact.norm()
 
 
 def test_settings_that_need_whole_gradients_are_refused():

@@ -1,18 +1,29 @@
-"""Parameter groups, schedules and conversion: who is in which group, and what follows a changed optimiser."""
+"""Parameter groups: who is in which of them, on models of three libraries, and what the printed table says."""
 
-from itertools import pairwise
+import copy
 
 import pytest
 import torch
+from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.metaformer import MetaFormer, SepConv
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ViTConfig,
+    ViTModel,
+)
 
+from lightspan.backbones.diffusion import DiT
+from lightspan.backbones.language import llama
 from lightspan.errors import UserError
-from lightspan.optim.convert import hand_over, to_low_rank
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.report import print_report, treatment
-from lightspan.optim.schedules import WarmupCosine
 
 
 class Model(nn.Module):
@@ -34,6 +45,94 @@ def test_every_trainable_parameter_is_in_the_group_its_kind_asks_for():
         "embeddings": ["cls_token", "wte.weight", "lm_head.weight"],
         "vectors": ["hidden.bias", "norm.weight", "norm.bias", "conv.bias"],
     }
+
+
+def of_kind(model, kind):
+    return {name for group in ParameterGroups().build(model) if group["name"] == kind for name, _ in group["params"]}
+
+
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_classes": 0}
+MIXERS = {
+    "MLP-Mixer": lambda: MlpMixer(num_blocks=1, **SMALL),
+    "ResMLP": lambda: MlpMixer(num_blocks=1, mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine, **SMALL),
+    "CaiT": lambda: Cait(depth=1, depth_token_only=1, num_heads=2, **SMALL),
+    "MetaFormer": lambda: MetaFormer(depths=(1, 1), dims=(8, 16), token_mixers=SepConv, num_classes=0),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_layers_that_mix_tokens_are_matrices(name):
+    model = MIXERS[name]()
+    layers = {f"{n}.weight" for n, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    assert any("token" in layer for layer in layers)
+    assert layers <= of_kind(model, "matrices")
+
+
+TABLES_OF = {
+    "ViT": (
+        lambda: VisionTransformer(depth=1, num_heads=2, reg_tokens=2, **SMALL),
+        {"cls_token", "reg_token", "pos_embed"},
+    ),
+    "Swin": (
+        lambda: SwinTransformer(16, 2, window_size=4, embed_dim=8, depths=(1,), num_heads=(2,), num_classes=0),
+        {"layers.0.blocks.0.attn.relative_position_bias_table"},
+    ),
+    "BEiT": (
+        lambda: Beit(depth=1, num_heads=2, use_abs_pos_emb=True, use_rel_pos_bias=True, **SMALL),
+        {"cls_token", "pos_embed", "blocks.0.attn.relative_position_bias_table"},
+    ),
+    "Hugging Face ViT": (
+        lambda: ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                   image_size=16, patch_size=8), use_mask_token=True),
+        {"embeddings.cls_token", "embeddings.mask_token", "embeddings.position_embeddings"},
+    ),
+    "Hugging Face Llama": (
+        lambda: llama(vocab_size=11, width=8, depth=1, heads=2, mlp_width=8),
+        {"model.embed_tokens.weight", "lm_head.weight"},
+    ),
+    "Hugging Face BERT": (
+        lambda: BertForMaskedLM(BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                           intermediate_size=8, tie_word_embeddings=False)),
+        {"cls.predictions.decoder.weight", *(f"bert.embeddings.{n}_embeddings.weight"
+                                             for n in ("word", "position", "token_type"))},
+    ),
+    "DiT": (lambda: DiT(4, 2, width=8, depth=1, heads=2, num_classes=10), {"label.weight"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES_OF)
+def test_tables_and_tokens_are_embeddings_also_inside_another_module_and_in_a_copy(name):
+    make, expected = TABLES_OF[name]
+    model = make()
+    assert of_kind(model, "embeddings") == expected
+    assert of_kind(copy.deepcopy(nn.ModuleDict({"net": model})), "embeddings") == {f"net.{n}" for n in expected}
+    assert len(of_kind(model, "matrices")) >= 4
+
+
+class Scan(nn.Module):
+    """A state-space layer in the usual style: a table of rates that must not decay, marked on the parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.A_log, self.mix = nn.Parameter(torch.zeros(8, 4)), nn.Linear(8, 8)
+        self.A_log._no_weight_decay = True
+
+
+def test_what_its_module_declares_goes_before_every_other_rule():
+    model = nn.ModuleDict({"scan": Scan(), "table": nn.Embedding(4, 4), "cls_token": nn.Linear(4, 4)})
+    assert of_kind(model, "embeddings") == {"scan.A_log", "table.weight"}
+    model["table"].parameter_kinds = {"weight": "matrices"}
+    model["cls_token"].parameter_kinds = {"weight": "vectors", "bias": "embeddings"}
+    assert of_kind(model, "embeddings") == {"scan.A_log", "cls_token.bias"}
+    assert of_kind(model, "matrices") == {"scan.mix.weight", "table.weight"}
+
+
+@pytest.mark.parametrize("kinds", [{"wieght": "vectors"}, {"weight": "table"}])
+def test_a_declaration_that_names_nothing_is_refused(kinds):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].parameter_kinds = kinds
+    with pytest.raises(UserError, match=r"0.parameter_kinds says .* parameters are weight, bias, the kinds matrices"):
+        ParameterGroups().build(model)
 
 
 def test_only_matrices_decay_and_only_they_are_projected():
@@ -69,102 +168,3 @@ def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
     print_report(optimizer)
     assert {t.how for t in planned} == {"rank 4 of 8", "rank 4 of 9", "AdamW: a vector", "AdamW: not to be projected"}
     assert "of AdamW's" in capsys.readouterr().out
-
-
-def parameter(size=2):
-    return nn.Parameter(torch.zeros(size, size))
-
-
-def rates(scheduler, optimizer, steps):
-    out = []
-    for _ in range(steps):
-        out.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return out
-
-
-def test_warmup_rises_in_equal_steps_to_the_peak_and_the_cosine_ends_at_the_floor():
-    optimizer = torch.optim.SGD([parameter()], lr=2.0)
-    got = rates(WarmupCosine(optimizer, total_steps=100, warmup=0.1, final=0.1), optimizer, 102)
-    assert got[:11] == pytest.approx([2.0 * (s + 1) / 11 for s in range(11)])
-    assert got[55] == pytest.approx(2.0 * 0.55)
-    assert got[100:] == pytest.approx([0.2, 0.2])
-    assert all(a > b for a, b in pairwise(got[10:100]))
-
-
-def test_groups_keep_the_ratio_of_their_rates_throughout():
-    optimizer = torch.optim.SGD([{"params": [parameter()], "lr": 1.0}, {"params": [parameter()], "lr": 0.25}], lr=1.0)
-    scheduler = WarmupCosine(optimizer, total_steps=20)
-    for _ in range(20):
-        optimizer.step()
-        scheduler.step()
-        assert optimizer.param_groups[1]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"] / 4)
-
-
-def test_a_schedule_loaded_halfway_goes_on_as_if_it_had_never_stopped():
-    def make():
-        optimizer = torch.optim.SGD([parameter()], lr=1.0)
-        return optimizer, WarmupCosine(optimizer, total_steps=20)
-
-    optimizer, scheduler = make()
-    straight = rates(scheduler, optimizer, 20)
-    first, early = make()
-    rates(early, first, 7)
-    second, late = make()
-    second.load_state_dict(first.state_dict())
-    late.load_state_dict(early.state_dict())
-    assert rates(late, second, 13) == straight[7:]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"total_steps": 0}, "total_steps=0"), ({"warmup": 1.0}, "warmup=1.0"), ({"final": 2.0}, "final=2.0")],
-)
-def test_schedules_refuse_what_lies_outside_their_ranges(options, message):
-    with pytest.raises(UserError, match=message):
-        WarmupCosine(torch.optim.SGD([parameter()], lr=1.0), **{"total_steps": 10, **options})
-
-
-def test_conversion_keeps_groups_rates_and_decay_and_projects_what_matches():
-    model = Model()
-    groups = [{"params": list(model.hidden.parameters()), "lr": 0.3}, {"params": list(model.conv.parameters())}]
-    old = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), weight_decay=0.2)
-    new = to_low_rank(old, model, ["hidden.*"], rank=4)
-    assert [(g["lr"], g["betas"], g["weight_decay"]) for g in new.param_groups] == [
-        (0.3, (0.8, 0.9), 0.2),
-        (0.1, (0.8, 0.9), 0.2),
-    ]
-    projected = [p for g in new.param_groups for p in g["params"] if new.projected(p, g)]
-    assert len(projected) == 1
-    assert projected[0] is model.hidden.weight
-
-
-def test_conversion_refuses_what_it_cannot_carry():
-    model = Model()
-    with pytest.raises(UserError, match=r"only Adam and AdamW can be made low-rank, this module's optimiser is SGD"):
-        to_low_rank(torch.optim.SGD(model.parameters(), lr=0.1), model, ["*"], rank=4)
-    with pytest.raises(
-        UserError, match=r"pattern 'hiden\.\*' matches no trained parameter of Model; names look like hidden"
-    ):
-        to_low_rank(torch.optim.AdamW(model.parameters()), model, ["hiden.*"], rank=4)
-    with pytest.raises(UserError, match=r"Adam with weight_decay=0.1 adds the decay to the gradient"):
-        to_low_rank(torch.optim.Adam(model.parameters(), weight_decay=0.1), model, ["*"], rank=4)
-    with pytest.raises(UserError, match="amsgrad=True has no low-rank counterpart"):
-        to_low_rank(torch.optim.AdamW(model.parameters(), amsgrad=True), model, ["*"], rank=4)
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_chained_schedule_goes_on_after_the_optimiser_was_exchanged():
-    def chain(optimizer):
-        parts = [LinearLR(optimizer, 0.1, total_iters=3), ConstantLR(optimizer, 0.5, total_iters=100)]
-        return SequentialLR(optimizer, parts, milestones=[3])
-
-    model = nn.Linear(4, 4)
-    plain = torch.optim.AdamW(model.parameters(), lr=1.0)
-    expected = rates(chain(plain), plain, 6)
-    old = torch.optim.AdamW(model.parameters(), lr=1.0)
-    scheduler = chain(old)
-    new = to_low_rank(old, model, ["*"], rank=2)
-    hand_over(scheduler, new)
-    assert rates(scheduler, new, 6) == expected

@@ -37,7 +37,8 @@ class PELA(Method):
         head: trained, [B F] -> logits [B K]; stays whole.
         ratio, exclude: which layers are factorised and how far, as in `lightspan.adapters.pela.factorise`.
         hidden: containers whose children's outputs are distilled, all in one pass; None is ["blocks"].
-        alpha, beta, lam: weights of features, logits and perturbation, each >= 0.
+        alpha, beta, lam: weights of features, logits and perturbation, each >= 0. A term of weight 0 is neither
+            computed nor logged; without features and logits the teacher does not run.
         eps: what the largest change of a weight is drawn to.
         task_loss: (logits, label) -> scalar, the loss the network was trained with; None is cross-entropy.
     """
@@ -77,18 +78,21 @@ class PELA(Method):
         return self.backbone(batch["image"])
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        with tapped(blocks_of(self.original, self.hidden)) as uncut:
-            target_BK = self.teacher(batch["image"])
+        uncut: list[Tensor] = []
+        if self.alpha or self.beta:
+            with tapped(blocks_of(self.original, self.hidden)) as uncut:
+                target_BK = self.teacher(batch["image"])
         with tapped(blocks_of(self.backbone, self.hidden)) as cut:
             logits_BK = self(batch["image"])
-        terms = {
-            "task": (1.0, self.task_loss(logits_BK, batch["label"])),
-            "features": (self.alpha, feature_distillation(cut, uncut)),
-            "logits": (self.beta, mean_squared(logits_BK, target_BK)),
-            "perturbation": (self.lam, self.perturbation()),
-        }
-        loss = torch.stack([weight * term for weight, term in terms.values() if weight]).sum()
-        self.log_dict({"train/loss": loss} | {f"train/{name}": term for name, (_, term) in terms.items()})
+        weighted = {"task": (1.0, self.task_loss(logits_BK, batch["label"]))}
+        if self.alpha:
+            weighted["features"] = (self.alpha, feature_distillation(cut, uncut))
+        if self.beta:
+            weighted["logits"] = (self.beta, mean_squared(logits_BK, target_BK))
+        if self.lam:
+            weighted["perturbation"] = (self.lam, self.perturbation())
+        loss = torch.stack([weight * term for weight, term in weighted.values()]).sum()
+        self.log_training({"train/loss": loss} | {f"train/{name}": term for name, (_, term) in weighted.items()})
         return loss
 
     @property

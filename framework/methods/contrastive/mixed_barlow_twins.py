@@ -77,7 +77,7 @@ class MixedBarlowTwins(Method):
         loss = barlow + self.lam_reg * self.lam * regulariser
         # 1 when unit-length embeddings fill the sphere evenly, 0 when all images share one.
         spread = F.normalize(e1_BD.detach(), dim=1).std(dim=0, correction=0).mean() * e1_BD.shape[1] ** 0.5
-        self.log_dict(
+        self.log_training(
             {
                 "train/loss": loss,
                 "train/barlow": barlow,

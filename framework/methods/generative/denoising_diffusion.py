@@ -7,7 +7,8 @@ equations are in `lightspan.objectives.diffusion`.
 Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -45,6 +46,8 @@ class DenoisingDiffusion(Method):
             error in the velocity never grows: it draws better with a small network.
     """
 
+    kept_T: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -63,9 +66,16 @@ class DenoisingDiffusion(Method):
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
         self.register_buffer("kept_T", kept_T.float(), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept_T = self.kept_T
+        super()._apply(fn, recurse)
+        # The table moves with the module and keeps its dtype: in half precision the first levels would have no noise.
+        self.kept_T = kept_T.to(self.kept_T.device)
+        return self
+
     def loss(self, batch: ImageBatch, level_B: Tensor, noise_BCHW: Tensor, told_B: Tensor) -> Tensor:
         """Mean squared error of what is predicted at these levels; where `told` is false the class is withheld."""
-        kept_B = self.kept_T[level_B]  # type: ignore[index]
+        kept_B = self.kept_T[level_B]
         noisy_BCHW = add_noise(batch["image"], noise_BCHW, kept_B)
         target_BCHW = noise_BCHW if self.prediction == "noise" else velocity(batch["image"], noise_BCHW, kept_B)
         return prediction_loss(self.backbone(noisy_BCHW, level_B, self.labels(batch["label"], told_B)), target_BCHW)
@@ -79,10 +89,10 @@ class DenoisingDiffusion(Method):
         image_BCHW = batch["image"]
         rows, device = len(image_BCHW), image_BCHW.device
         # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
-        level_B = torch.randint(len(self.kept_T), (rows,)).to(device)  # type: ignore[arg-type]
+        level_B = torch.randint(len(self.kept_T), (rows,)).to(device)
         noise_BCHW, told_B = torch.randn(image_BCHW.shape).to(image_BCHW), torch.rand(rows) >= self.label_dropout
         loss = self.loss(batch, level_B, noise_BCHW, told_B.to(device))
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log_training({"train/loss": loss}, prog_bar=True)
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -103,7 +113,7 @@ class DenoisingDiffusion(Method):
         """The middles of `count` equal parts of all levels, rising. Neither end is among them: at the upper one a
         cosine schedule keeps so little of an image that no prediction of the noise says what it was.
         """
-        levels = len(self.kept_T)  # type: ignore[arg-type]
+        levels = len(self.kept_T)
         return torch.linspace(0, levels - 1, 2 * count + 1, dtype=torch.float64)[1::2].round().long().tolist()
 
     @torch.no_grad()
@@ -117,7 +127,9 @@ class DenoisingDiffusion(Method):
         seed: int = 0,
         clip: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Images [B C H W] of these classes, standardised as the training images were.
+        """Images [B C H W] of these classes, standardised as the training images were, in float32 or wider.
+
+        The network sees them in the precision of its weights; between its calls they keep their own.
 
         Args:
             label_B: int64; for a network without classes it counts the images alone.
@@ -132,23 +144,25 @@ class DenoisingDiffusion(Method):
                 one, wanders off to values that no image has.
         Raises: UserError for steps or eta out of range.
         """
-        levels, device = len(self.kept_T), label_B.device  # type: ignore[arg-type]
+        levels, device = len(self.kept_T), label_B.device
         if not 1 <= steps <= levels or not 0 <= eta <= 1:
             raise UserError(f"steps={steps} must lie in [1, {levels}] and eta={eta} in [0, 1]")
         generator = torch.Generator().manual_seed(seed)
         told_B = torch.ones_like(label_B, dtype=torch.bool)
-        x_BCHW = torch.randn(len(label_B), *shape, generator=generator).to(device)
+        seen = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), torch.float32)
+        x_BCHW = torch.randn(len(label_B), *shape, generator=generator)
+        x_BCHW = x_BCHW.to(device, torch.promote_types(seen, torch.float32))
         visited = self.spread(steps)[::-1]
-        kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]  # type: ignore[index]
+        kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]
         for i, level in enumerate(visited):
             level_B = torch.full_like(label_B, level)
             here_B, next_B = (k.expand(len(label_B)) for k in kept[i : i + 2])
-            predicted_BCHW = self.backbone(x_BCHW, level_B, self.labels(label_B, told_B))
+            predicted_BCHW = self.backbone(x_BCHW.to(seen), level_B, self.labels(label_B, told_B)).to(x_BCHW.dtype)
             if guidance != 1:
-                without_BCHW = self.backbone(x_BCHW, level_B, self.labels(label_B, ~told_B))
+                without_BCHW = self.backbone(x_BCHW.to(seen), level_B, self.labels(label_B, ~told_B))
                 predicted_BCHW = without_BCHW + guidance * (predicted_BCHW - without_BCHW)
             if self.prediction == "velocity":
                 predicted_BCHW = noise_of_velocity(predicted_BCHW, x_BCHW, here_B)
-            fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(device)
+            fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(x_BCHW)
             x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW, clip)
         return x_BCHW

@@ -49,7 +49,7 @@ class CausalLM(Method):
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("train/loss_nats", loss, prog_bar=True, sync_dist=True)
+        self.log_training({"train/loss_nats": loss}, prog_bar=True)
         return loss
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:

@@ -48,8 +48,7 @@ class TextClassifier(Method):
 
     def training_step(self, batch: LabelledTextBatch, batch_idx: int) -> Tensor:
         loss, accuracy = self.loss_and_accuracy(batch)
-        self.log("train/loss_nats", loss, prog_bar=True, sync_dist=True)
-        self.log("train/accuracy", accuracy, sync_dist=True)
+        self.log_training({"train/loss_nats": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
 
     def validation_step(self, batch: LabelledTextBatch, batch_idx: int) -> None:

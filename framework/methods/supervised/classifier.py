@@ -55,23 +55,27 @@ class Classifier(Method):
         return self.backbone(batch["image"])
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        return self._measure("train", batch)
+        figures = self._measure("train", batch)
+        self.log_training(figures, batch_size=len(batch["label"]), prog_bar=True)
+        return figures["train/loss_nats"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._measure("val", batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._measure("test", batch)
+        self._evaluate("test", batch)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Logits [B K]."""
         return self(batch["image"])
 
-    def _measure(self, stage: str, batch: ImageBatch) -> Tensor:
-        """Logs loss in nats and the share of right answers; returns the loss."""
+    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
+        options: dict[str, Any] = {"batch_size": len(batch["label"]), "sync_dist": True, "prog_bar": True}
+        self.log_dict(self._measure(stage, batch), **options)
+
+    def _measure(self, stage: str, batch: ImageBatch) -> dict[str, Tensor]:
+        """Loss in nats and the share of right answers."""
         logits_BK, label_B = self(batch["image"]), batch["label"]
         loss = F.cross_entropy(logits_BK, label_B)
         accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()
-        options: dict[str, Any] = {"batch_size": len(label_B), "sync_dist": True, "prog_bar": True}
-        self.log_dict({f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}, **options)
-        return loss
+        return {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}

@@ -69,11 +69,25 @@ def test_the_loss_is_the_papers_sum() -> None:
     torch.testing.assert_close(model.training_step(batch, 0), expected, rtol=1e-5, atol=0)
 
 
-def test_terms_with_weight_zero_leave_the_task_alone_and_are_still_logged() -> None:
-    model, batch = method(alpha=0.0, beta=0.0, lam=0.0), images()
+@pytest.mark.parametrize(
+    ("settings", "teacher_runs", "terms"),
+    [
+        ({"alpha": 0.0, "beta": 0.0, "lam": 0.0}, 0, {"task"}),
+        ({"alpha": 0.0, "beta": 0.0, "lam": 1.0}, 0, {"task", "perturbation"}),
+        ({"alpha": 0.0, "beta": 1.0, "lam": 0.0}, 1, {"task", "logits"}),
+        ({"alpha": 1.0, "beta": 0.0, "lam": 0.0}, 1, {"task", "features"}),
+    ],
+)
+def test_a_term_of_weight_zero_costs_nothing(settings: dict[str, float], teacher_runs: int, terms: set[str]) -> None:
+    model, batch, calls, products = method(**settings), images(), [], []
+    model.teacher.register_forward_hook(lambda *call: calls.append(1))
+    perturbation = model.perturbation
+    model.perturbation = lambda: products.append(1) or perturbation()  # type: ignore[method-assign, func-returns-value]
     loss = model.training_step(batch, 0)
-    assert torch.equal(loss, F.cross_entropy(model(batch["image"]), batch["label"]))
-    assert {"train/features", "train/logits", "train/perturbation"} < model.logged.keys()
+    assert (len(calls), len(products)) == (teacher_runs, "perturbation" in terms)
+    assert model.logged.keys() == {"train/loss"} | {f"train/{term}" for term in terms}
+    if terms == {"task"}:
+        assert torch.equal(loss, F.cross_entropy(model(batch["image"]), batch["label"]))
 
 
 def test_the_student_runs_once_a_step() -> None:

@@ -126,6 +126,38 @@ def test_a_perfect_network_loses_nothing_and_draws_the_one_image_there_is(
     torch.testing.assert_close(drawn, image.expand(3, -1, -1, -1).float(), rtol=0, atol=2e-3, check_dtype=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_table_of_levels_keeps_its_precision_whatever_the_module_is_cast_to(dtype: torch.dtype) -> None:
+    model = method(Spy())
+    expected = model.kept_T.clone()
+    for moved in (model.to(dtype), nn.ModuleDict({"inside": model}).to(dtype)):
+        assert next(moved.parameters()).dtype == dtype
+        assert torch.equal(model.kept_T, expected)
+    assert model.to("meta").kept_T.is_meta
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_in_true_bfloat16_it_trains_and_draws_nearly_as_in_float32(prediction: Any) -> None:
+    labels, drawn = torch.arange(6), {}
+    for precision in ("32-true", "bf16-true"):
+        torch.manual_seed(0)
+        backbone = DiT(4, 2, width=16, depth=1, heads=2, num_classes=10)
+        for part in (backbone.head, backbone.modulation):
+            nn.init.normal_(part.weight, std=0.1)
+        model = DenoisingDiffusion(backbone, partial(torch.optim.SGD, lr=1e-2), prediction=prediction)
+        trainer = Trainer(
+            max_steps=2, accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1,
+        )  # fmt: skip
+        trainer.fit(model, DataLoader([images()] * 2, batch_size=None), DataLoader([images()], batch_size=None))
+        assert next(model.parameters()).dtype == (torch.float32 if precision == "32-true" else torch.bfloat16)
+        assert all(p.isfinite().all() for p in model.parameters())
+        drawn[precision] = model.sample(labels, (1, 4, 4), steps=5, eta=1.0, guidance=1.5)
+        assert drawn[precision].dtype == torch.float32
+    apart = (drawn["32-true"] - drawn["bf16-true"]).norm() / drawn["32-true"].norm()
+    assert 0 < apart < 0.05  # bfloat16 has three digits, and the last level divides by sqrt(kept)
+
+
 def test_drawing_with_every_step_visits_every_level_once() -> None:
     assert method(Spy()).spread(1000) == list(range(1000))
 

@@ -1,0 +1,90 @@
+"""`Method`: what its training figures cost ranks, and that they are means."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightspan.method import Method
+
+
+class Counts(Method):
+    def __init__(self) -> None:
+        super().__init__(partial(torch.optim.SGD, lr=0.0))
+        self.layer = nn.Linear(2, 2)
+
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, *args: object) -> None:
+        self.seen.append({name: float(value) for name, value in self.trainer.callback_metrics.items()})
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.layer(batch).square().mean()
+        self.log_training({"train/step": torch.tensor(float(self.global_step)), "train/loss": loss}, prog_bar=True)
+        return loss
+
+
+class Keeps(Logger):
+    """A logger in memory."""
+
+    name, version = "keeps", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[float] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.written += [metrics["train/step"]] if "train/step" in metrics else []
+
+    def log_hyperparams(self, *args: object, **options: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ranks_exchange_training_figures_once_in_each_step_that_is_written(
+    accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanged: list[int] = []
+
+    def pretend(tensors: list[Tensor]) -> None:
+        exchanged.append(sum(tensor.numel() for tensor in tensors))
+        tensors[0] += 100  # the mean with a rank far away
+
+    monkeypatch.setattr("lightspan.method.world_size", lambda: 2)
+    monkeypatch.setattr("lightspan.method.mean_over_ranks", pretend)
+    logger = Keeps()
+    trainer = Trainer(
+        max_steps=6, accumulate_grad_batches=accumulate, log_every_n_steps=3, accelerator="cpu", logger=logger,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    model = Counts()
+    trainer.fit(model, DataLoader(torch.zeros(6 * accumulate, 1, 2), batch_size=None))
+    assert logger.written == [102.0, 105.0]
+    assert exchanged == [2] * 2 * accumulate  # both figures in one collective
+    # What other callbacks decide by is never one rank's own: nothing at first, then the mean of the last exchange.
+    assert [seen.get("train/step") for seen in model.seen[accumulate - 1 :: accumulate]] == [
+        None, None, 102.0, 102.0, 102.0, 105.0
+    ]  # fmt: skip
+
+
+def test_one_process_exchanges_nothing_and_logs_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightspan.method.mean_over_ranks", None)
+    model, seen = Counts(), {}
+    model.log_dict = lambda values, **options: seen.update(values, **options)  # type: ignore[method-assign]
+    figures = {"train/loss": torch.ones(())}
+    model.log_training(figures, prog_bar=True)
+    assert seen == {**figures, "prog_bar": True}
+
+
+def test_figures_keep_their_precision_when_they_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightspan.method.world_size", lambda: 2)
+    monkeypatch.setattr("lightspan.method.mean_over_ranks", lambda tensors: None)
+    monkeypatch.setattr(Method, "_writes_this_step", lambda self: True)
+    model, seen = Counts(), {}
+    model.log_dict = lambda values, **options: seen.update(values)  # type: ignore[method-assign]
+    model.log_training({"a": torch.tensor(1 / 3, dtype=torch.float64), "b": torch.tensor(0.5).bfloat16()})
+    assert seen == {"a": 1 / 3, "b": 0.5}
