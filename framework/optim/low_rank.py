@@ -402,8 +402,8 @@ class LowRank(Optimizer):
         """Ranks of the matrices that have their first gradient, within what others have left of the budget."""
         if self.rank_rule is None:
             return
-        matrices = [p for p, group in self._matrices() if not self.stacked(p, group)]
-        new = [p for p in matrices if p.grad is not None and p not in self._ranks]
+        candidates = [p for p, group in self._matrices() if not self.stacked(p, group)]
+        new = [p for p in candidates if p.grad is not None and p not in self._ranks]
         new = [p for p in new if not int(self.state[p].get("step", 0))]  # others took steps before ranks were chosen
         if not new:
             return
