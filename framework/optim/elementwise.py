@@ -174,21 +174,26 @@ def _adamw(parameters: list[Tensor], gradients: list[Tensor], states: list[State
     """torch's fused step. It reads memory from end to end and looks at no strides, so what lies otherwise than its
     weight, or with gaps, is stepped in a copy.
     """
-    moments = [[real(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")]
-    written, lists = [], [list(parameters), list(gradients), *moments]
-    for i, given in enumerate(zip(*lists, strict=True)):
-        dtype = given[0].dtype
-        like = given[0] if is_dense(given[0]) else given[0].contiguous()
-        for number, tensor in enumerate(given):
-            if tensor.stride() != like.stride() or tensor.dtype != dtype:
-                lists[number][i] = torch.empty_like(like).copy_(tensor)
-                if number != 1:  # the gradient is only read
-                    written.append((tensor, lists[number][i]))
+    firsts, seconds = ([real(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+    layouts = [weight if is_dense(weight) else weight.contiguous() for weight in parameters]
+    weights, read, means, squares = (
+        [_laid_as(like, tensor) for like, tensor in zip(layouts, tensors, strict=True)]
+        for tensors in (parameters, gradients, firsts, seconds)
+    )
     beta1, beta2 = group["betas"]
     adamw(
-        *lists[:2], *lists[2:], [], [state["step"] for state in states],
+        weights, read, means, squares, [], [state["step"] for state in states],
         fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
         weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
     )  # fmt: skip
-    for tensor, copy in written:
-        tensor.copy_(copy)
+    for tensors, stepped in ((parameters, weights), (firsts, means), (seconds, squares)):
+        for tensor, copy in zip(tensors, stepped, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
+
+
+def _laid_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor itself if it has the dtype and the strides of `like`, otherwise a copy that has."""
+    if tensor.stride() == like.stride() and tensor.dtype == like.dtype:
+        return tensor
+    return torch.empty_like(like).copy_(tensor)

@@ -208,7 +208,7 @@ def _flattens(tensor: Tensor) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory from end to end, in some order of its axes."""
-    order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     return tensor.is_contiguous() or tensor.permute(order).is_contiguous()
 
 

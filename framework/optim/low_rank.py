@@ -180,7 +180,7 @@ class LowRank(Optimizer):
         """Whether a parameter [E out in] counts as E matrices, as the experts of a layer are: each of them is larger
         than the group's rank on both sides. The kernels of one-dimensional convolutions are shorter.
         """
-        return parameter.ndim == 3 and min(parameter.shape[1:]) > group["rank"]
+        return parameter.ndim == 3 and len(parameter) > 0 and min(parameter.shape[1:]) > group["rank"]
 
     def side(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """The shorter side of the parameter's matrix, or of each matrix in its stack."""
@@ -219,7 +219,7 @@ class LowRank(Optimizer):
         """
         own = ("rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks")
         kept = {key: self.__dict__[key] for key in own}
-        unbuilt = {"_buckets": None, "_places": {}, "_built_for": ([], [])}
+        unbuilt: dict[str, Any] = {"_buckets": None, "_places": {}, "_built_for": ([], [])}
         return {**super().__getstate__(), **kept, **unbuilt, "attached": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -355,10 +355,10 @@ class LowRank(Optimizer):
         buckets = []
         for key, pairs in members.items():
             parameters, stacked = [p for p, _ in pairs], key[1]
-            held = [matrices(p, stacked) for p in parameters]
-            places = [first + i for (_, first), own in zip(pairs, held, strict=True) for i in range(len(own))]
+            held = matrices(parameters[0], stacked)
+            places = [first + i for _, first in pairs for i in range(len(held))]
             seeds = [self.seed * SEED_STRIDE + place for place in places]
-            layout, phases = layout_of(held[0], key[-1], seeds, key[-2]), [place / order for place in places]
+            layout, phases = layout_of(held, key[-1], seeds, key[-2]), [place / order for place in places]
             saved, names = [self.state[p] for p in parameters], [self._names.get(p, "") for p in parameters]
             for parameter, known in zip(parameters, saved, strict=True):
                 if not known and parameter in self._ranks:
@@ -397,7 +397,8 @@ class LowRank(Optimizer):
         """Ranks of the matrices that have their first gradient, within what others have left of the budget."""
         if self.rank_rule is None:
             return
-        new = [p for p, _ in self._matrices() if p.grad is not None and p not in self._ranks]
+        candidates = [p for p, group in self._matrices() if not self.stacked(p, group)]
+        new = [p for p in candidates if p.grad is not None and p not in self._ranks]
         new = [p for p in new if not int(self.state[p].get("step", 0))]  # others took steps before ranks were chosen
         if not new:
             return

@@ -367,13 +367,13 @@ def test_complex_parameters_train_as_with_torchs_adamw(max_norm) -> None:
 
 
 def test_parameters_without_numbers_are_stepped_over() -> None:
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((0,), (4, 0), (0, 4), (0, 0), (6, 5))]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((0,), (4, 0), (0, 4), (0, 0), (0, 9, 9), (6, 5))]
     optimizer = LowRank(parameters, rank=2, max_norm=1.0, weight_decay=0.1)
     for _ in range(2):
         for p in parameters:
             p.grad = torch.ones_like(p)
         optimizer.step()
-    assert [int(optimizer.state[p]["step"]) for p in parameters] == [2] * 5
+    assert [int(optimizer.state[p]["step"]) for p in parameters] == [2] * 6
     fresh = LowRank([nn.Parameter(p.detach().clone()) for p in parameters], rank=2)
     fresh.load_state_dict(optimizer.state_dict())
 

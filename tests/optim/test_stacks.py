@@ -97,4 +97,5 @@ def test_where_stacks_cannot_be_projected_they_get_adamw(options) -> None:
         optimizer.step()
         adamw.step()
     assert torch.equal(model.experts, twin)
+    assert "rank" not in optimizer.state[model.experts]
     assert treatment(optimizer, model.experts, optimizer.param_groups[0]).how.startswith("AdamW: a stack of matrices")
