@@ -280,13 +280,19 @@ class ExactLoader:
 class EvaluationLoader:
     """Every sample exactly once over all ranks, in order: rank r takes samples r, r + world_size, ...
 
-    Nothing is padded, so ranks may differ by one sample and by one batch. Each pass is the same; there is no position.
+    All ranks take the same number of batches, none of them empty, since a rank that went ahead would leave the others
+    waiting in the next collective: of a sharded model's forward pass, of a loss or of a metric. Nothing is padded, so
+    means over samples are exact; where samples do not divide evenly, last batches are smaller than `batch_size`. Only
+    batches of one sample, which cannot be cut, become batches of two there. Each pass is the same; there is no
+    position.
 
     Args:
         dataset: the samples.
         batch_size: samples of one batch on this rank.
         rank, world_size, num_workers, pin_memory: as in `ExactLoader`.
         indices: the samples to evaluate on, in this order; all of them when None.
+
+    Raises: UserError for fewer samples than ranks, unless there are none.
     """
 
     def __init__(
@@ -303,10 +309,18 @@ class EvaluationLoader:
         assert 0 <= rank < world_size
         self.dataset, self.batch_size, self.num_workers, self.pin_memory = dataset, batch_size, num_workers, pin_memory
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+        if 0 < len(chosen) < world_size:
+            raise UserError(
+                f"validation or test data of {len(chosen)} samples leave some of the {world_size} ranks with nothing "
+                f"to do while the others evaluate; give at least {world_size} samples, lower trainer.devices, or set "
+                "trainer.limit_val_batches=0 to do without"
+            )
         self.indices = chosen[rank::world_size]
+        fewest, most = len(chosen) // world_size, -(-len(chosen) // world_size)  # samples of a rank
+        self._length = min(-(-most // batch_size), fewest)
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return self._length
 
     def __iter__(self) -> Iterator[Any]:
         for batch, _ in _load(self.dataset, self._batches(), self.num_workers, self.pin_memory):
@@ -314,8 +328,13 @@ class EvaluationLoader:
 
     def _batches(self) -> Iterator[list[Key]]:
         seeds = sample_seeds(0, 0, len(self.dataset))  # fixed, so that a random view is the same in every evaluation
-        for at in range(0, len(self.indices), self.batch_size):
-            yield _keys(self.indices[at : at + self.batch_size], seeds)
+        start = 0
+        for left in range(self._length, 0, -1):
+            samples = len(self.indices) - start
+            # Full batches first, as long as each of those to come keeps a sample.
+            size = min(max(self.batch_size, -(-samples // left)), samples - left + 1)
+            yield _keys(self.indices[start : start + size], seeds)
+            start += size
 
 
 def split_batch(batch_size: int, world_size: int, accumulate: int) -> int:
