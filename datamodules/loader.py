@@ -4,9 +4,13 @@ Why not torch's DataLoader alone: Lightning replaces its sampler by a padded, ra
 in an epoch it stands. Lightning leaves a loader of our own alone, and saves its `state_dict` with the loops.
 """
 
+import atexit
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, NoReturn, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -102,10 +106,53 @@ def _collate(samples: list[_Fetched]) -> _Fetched:
     return _Fetched(batch, tuple(replacement for sample in samples for replacement in sample.replaced))
 
 
+_workers: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Workers do not obey SIGTERM, by which multiprocessing ends those that are left when the interpreter leaves."""
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # nobody is to be told of these deaths
+    for worker in _workers:
+        worker.kill()
+
+
 def _outlive_warnings(worker: int) -> None:
     """A scheduler warns every process of a job; a worker that died of it would take the last step along."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _refuse_dead_worker(error: RuntimeError) -> NoReturn:
+    """Raises: UserError if that is what the error says, else the error itself."""
+    if isinstance(error.__cause__, UserError):  # which the handler of SIGCHLD raised while torch waited for a batch
+        raise error.__cause__
+    said = str(error).partition("\n")[0]
+    if not said.startswith("DataLoader worker"):
+        raise error
+    raise UserError(
+        f"a process that reads data died: {said} Most often memory ran out: each of data.init_args.num_workers "
+        "processes holds batches of its own. Lower num_workers or batch_size, or give the job more memory (a "
+        "container with a bus error: more shared memory)"
+    ) from error
+
+
+def _explain_dead_workers() -> None:
+    """torch notices the death of a worker by SIGCHLD, and raises wherever the main thread is by then."""
+    torchs = signal.getsignal(signal.SIGCHLD)
+    outside = threading.current_thread() is not threading.main_thread()
+    if outside or not callable(torchs) or getattr(torchs, "explains", False):
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        try:
+            torchs(number, frame)
+        except RuntimeError as error:
+            _refuse_dead_worker(error)
+
+    handle.explains = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, handle)
 
 
 def _load(
@@ -120,10 +167,20 @@ def _load(
         generator=torch.Generator(),  # DataLoader would draw from the global generator otherwise
         worker_init_fn=_outlive_warnings,
     )
-    for data, replaced, error in loader:
-        if error is not None:
-            raise UserError(error)
-        yield data, replaced
+    stream = iter(loader)
+    if num_workers:
+        _workers.update(stream._workers)  # type: ignore[attr-defined]
+        _explain_dead_workers()
+    while True:
+        try:
+            fetched = next(stream, None)
+        except RuntimeError as error:
+            _refuse_dead_worker(error)
+        if fetched is None:
+            return
+        if fetched.error is not None:
+            raise UserError(fetched.error)
+        yield fetched.data, fetched.replaced
 
 
 def _keys(indices: np.ndarray, seeds: np.ndarray) -> list[Key]:
