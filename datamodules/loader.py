@@ -4,183 +4,14 @@ Why not torch's DataLoader alone: Lightning replaces its sampler by a padded, ra
 in an epoch it stands. Lightning leaves a loader of our own alone, and saves its `state_dict` with the loops.
 """
 
-import atexit
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, NoReturn, Protocol
-from weakref import WeakSet
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, default_collate
 
+from lightspan.datamodules.fetch import Dataset, Fetcher, Key, Replacement
 from lightspan.datamodules.order import Order, sample_seeds
 from lightspan.errors import UserError
-
-Key = tuple[int, int]  # (index, seed) of one sample
-MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unreadable
-
-
-class Dataset(Protocol):
-    """Samples by number. `sample` must be a pure function of its arguments: that is what makes runs repeatable.
-
-    `seed`, in [0, 2**63), is all the randomness a sample may use (augmentation, masking).
-    """
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int, seed: int) -> Mapping[str, Any]: ...
-
-
-class Damaged(Exception):
-    """Raised by `Dataset.sample` for a sample that cannot be read and that the user allows to be replaced."""
-
-
-class Replacement(NamedTuple):
-    """The index of a damaged sample, that of the one that took its place, and what is wrong with the first."""
-
-    damaged: int
-    by: int
-    reason: str
-
-
-class _Fetched(NamedTuple):
-    """A sample or batch on its way out of a worker. DataLoader would wrap a user's error in a traceback."""
-
-    data: Any
-    replaced: tuple[Replacement, ...] = ()
-    error: str | None = None
-
-
-class _Samples:
-    """What a DataLoader worker indexes: the order is decided in the main process, so workers hold no state."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: Key) -> _Fetched:
-        index, seed = key
-        reason = ""
-        for attempt in range(MAX_DAMAGED):
-            # The place of a damaged sample goes to another, drawn from its seed alone: the same on any ranks.
-            chosen = index if attempt == 0 else _drawn(seed, attempt, len(self.dataset))
-            try:
-                sample = self.dataset.sample(chosen, seed)
-            except Damaged as error:
-                reason = reason or str(error)
-            except UserError as error:
-                return _Fetched(None, error=str(error))
-            else:
-                return _Fetched(sample, (Replacement(index, chosen, reason),) if attempt else ())
-        return _Fetched(None, error=f"{MAX_DAMAGED} samples drawn one after another are damaged, the first: {reason}")
-
-
-def _drawn(seed: int, attempt: int, length: int) -> int:
-    return int(np.random.SeedSequence([seed, attempt]).generate_state(1, np.uint64)[0] % length)
-
-
-class _Keys:
-    """The keys of the batches to come, as DataLoader wants them."""
-
-    def __init__(self, batches: Iterator[list[Key]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return self.batches
-
-
-def _collate(samples: list[_Fetched]) -> _Fetched:
-    failed = next((sample for sample in samples if sample.error is not None), None)
-    if failed is not None:
-        return failed
-    try:
-        batch = default_collate([sample.data for sample in samples])
-    except (RuntimeError, TypeError, KeyError) as error:
-        return _Fetched(
-            None,
-            error=f"samples do not fit into one batch: {error}; set data.init_args.image_size for images of several "
-            "sizes, and leave fields of several shapes out of data.init_args.fields",
-        )
-    return _Fetched(batch, tuple(replacement for sample in samples for replacement in sample.replaced))
-
-
-_workers: WeakSet[BaseProcess] = WeakSet()
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Workers do not obey SIGTERM, by which multiprocessing ends those that are left when the interpreter leaves."""
-    if _workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # nobody is to be told of these deaths
-    for worker in _workers:
-        worker.kill()
-
-
-def _outlive_warnings(worker: int) -> None:
-    """A scheduler warns every process of a job; a worker that died of it would take the last step along."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _refuse_dead_worker(error: RuntimeError) -> NoReturn:
-    """Raises: UserError if that is what the error says, else the error itself."""
-    if isinstance(error.__cause__, UserError):  # which the handler of SIGCHLD raised while torch waited for a batch
-        raise error.__cause__
-    said = str(error).partition("\n")[0]
-    if not said.startswith("DataLoader worker"):
-        raise error
-    raise UserError(
-        f"a process that reads data died: {said} Most often memory ran out: each of data.init_args.num_workers "
-        "processes holds batches of its own. Lower num_workers or batch_size, or give the job more memory (a "
-        "container with a bus error: more shared memory)"
-    ) from error
-
-
-def _explain_dead_workers() -> None:
-    """torch notices the death of a worker by SIGCHLD, and raises wherever the main thread is by then."""
-    torchs = signal.getsignal(signal.SIGCHLD)
-    outside = threading.current_thread() is not threading.main_thread()
-    if outside or not callable(torchs) or getattr(torchs, "explains", False):
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        try:
-            torchs(number, frame)
-        except RuntimeError as error:
-            _refuse_dead_worker(error)
-
-    handle.explains = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGCHLD, handle)
-
-
-def _load(
-    dataset: Dataset, batches: Iterator[list[Key]], num_workers: int, pin_memory: bool
-) -> Iterator[tuple[Any, tuple[Replacement, ...]]]:
-    loader: DataLoader[Any] = DataLoader(
-        _Samples(dataset),  # type: ignore[arg-type]
-        batch_sampler=_Keys(batches),
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # DataLoader would draw from the global generator otherwise
-        worker_init_fn=_outlive_warnings,
-    )
-    stream = iter(loader)
-    if num_workers:
-        _workers.update(stream._workers)  # type: ignore[attr-defined]
-        _explain_dead_workers()
-    while True:
-        try:
-            fetched = next(stream, None)
-        except RuntimeError as error:
-            _refuse_dead_worker(error)
-        if fetched is None:
-            return
-        if fetched.error is not None:
-            raise UserError(fetched.error)
-        yield fetched.data, fetched.replaced
 
 
 def _keys(indices: np.ndarray, seeds: np.ndarray) -> list[Key]:
@@ -239,6 +70,7 @@ class ExactLoader:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._fetcher = Fetcher(dataset, num_workers, pin_memory, keeps_workers=True)
         self.order = Order((len(dataset),)) if order is None else order
         assert len(self.order) == len(dataset)
         limited = min(limit_batches, len(self)) if isinstance(limit_batches, int) else int(limit_batches * len(self))
@@ -258,7 +90,7 @@ class ExactLoader:
             return
         consumed = self.consumed
         end = (consumed // self._between_epochs + 1) * self._between_epochs
-        for batch, replaced in _load(self.dataset, self._batches(consumed, end), self.num_workers, self.pin_memory):
+        for batch, replaced in self._fetcher.fetch(self._batches(consumed, end)):
             consumed += self.round_samples
             # Before the yield: a checkpoint is written while the consumer still works on this batch.
             self.consumed = consumed
@@ -365,6 +197,7 @@ class EvaluationLoader:
         assert batch_size >= 1
         assert 0 <= rank < world_size
         self.dataset, self.batch_size, self.num_workers, self.pin_memory = dataset, batch_size, num_workers, pin_memory
+        self._fetcher = Fetcher(dataset, num_workers, pin_memory)
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
         if 0 < len(chosen) < world_size:
             raise UserError(
@@ -380,7 +213,7 @@ class EvaluationLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        for batch, _ in _load(self.dataset, self._batches(), self.num_workers, self.pin_memory):
+        for batch, _ in self._fetcher.fetch(self._batches()):
             yield batch
 
     def _batches(self) -> Iterator[list[Key]]:

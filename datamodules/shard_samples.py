@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 
 import numpy as np
 
-from lightspan.datamodules.loader import Damaged
+from lightspan.datamodules.fetch import Damaged
 from lightspan.datamodules.order import Order
 from lightspan.datamodules.shard_cache import ShardCache
 from lightspan.datamodules.shard_index import SUFFIX, ShardIndex, from_json, read_sample, scan
