@@ -83,25 +83,30 @@ class KillAt(Callback):
 
     Args:
         step: optimiser steps finished before the one that is not, >= 0.
-        place: where in that step; "after_save" is after the first checkpoint that is written from its end on, before
-            what Lightning does after it.
+        place: where in that step; "after_save" is after the callbacks of the first step from this one on that has
+            written a checkpoint, and before Lightning logs and validates.
         rank: which rank's process.
     """
 
     def __init__(self, step: int, place: Place, rank: int = 0) -> None:
         self.step, self.place, self.rank = step, place, rank
-        self._began = -1
+        self._began = self._saved = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        save = trainer.save_checkpoint
+        save, ends = trainer.save_checkpoint, pl_module.on_train_batch_end
 
         def saves(*arguments: Any, **settings: Any) -> None:
             save(*arguments, **settings)
-            if trainer.global_step > self.step:
+            self._saved = trainer.global_step
+
+        def ends_after_all_callbacks(*arguments: Any) -> None:
+            ends(*arguments)
+            if self._saved == trainer.global_step > self.step:
                 self._began = self.step
                 self._kill("after_save", trainer)
 
         trainer.save_checkpoint = saves  # type: ignore[method-assign]
+        pl_module.on_train_batch_end = ends_after_all_callbacks  # type: ignore[method-assign]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._began = trainer.global_step
