@@ -106,7 +106,7 @@ class KillAt(Callback):
                 self._kill("after_save", trainer)
 
         trainer.save_checkpoint = saves  # type: ignore[method-assign]
-        pl_module.on_train_batch_end = ends_after_all_callbacks  # type: ignore[method-assign]
+        pl_module.on_train_batch_end = ends_after_all_callbacks  # type: ignore[method-assign, assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._began = trainer.global_step

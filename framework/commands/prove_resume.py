@@ -91,10 +91,9 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_uneven_batches(resolved: Resolved, ranks: Sequence[int]) -> None:
     """Now, and not in the run that first meets it. What `batch_size` means in others' data is theirs to say."""
     data, trainer = resolved.config.get("data"), resolved.config.get("trainer", {})
-    class_path = data.get("class_path", "") if isinstance(data, dict) else ""
-    if not class_path.startswith(OWN_DATA):
+    if not isinstance(data, dict) or not data.get("class_path", "").startswith(OWN_DATA):
         return
-    module, _, name = class_path.rpartition(".")
+    module, _, name = data["class_path"].rpartition(".")
     default = inspect.signature(getattr(importlib.import_module(module), name)).parameters["batch_size"].default
     batch_size = data.get("init_args", {}).get("batch_size", default)
     accumulate = trainer.get("accumulate_grad_batches", 1)
