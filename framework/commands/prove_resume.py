@@ -177,7 +177,8 @@ def _legs(draw: random.Random, settings: _Settings, ranks: Sequence[int]) -> lis
     kills = []
     for step, after, count in zip(steps, [*steps[1:], settings.steps], counts, strict=False):
         saved = min((step // settings.every + 1) * settings.every, settings.steps)
-        places = (*_IN_STEP, _AFTER_SAVE) if saved <= after else _IN_STEP  # or the next kill would never come
+        # The next kill has to come yet, and a run that `StopAfter` cuts short has no end of its own to be made up for.
+        places = (*_IN_STEP, _AFTER_SAVE) if saved <= after and saved < settings.steps else _IN_STEP
         kills.append(Kill(step, draw.choice(places), draw.randrange(count)))
     return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]
 
