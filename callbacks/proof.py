@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-Place = Literal["batch_start", "before_backward", "before_step", "batch_end"]
+Place = Literal["batch_start", "before_backward", "before_step", "batch_end", "after_save"]
 
 
 class Trace(Callback):
-    """Appends a line for each micro-batch to `folder`/rank-N.jsonl: its number, a digest of each sample, its loss,
-    and the start of this process' group of ranks (`start_s`, the same on all of them), which tells attempts apart.
+    """Appends a line for each micro-batch to `folder`/rank-N.jsonl: its number, a digest of each sample, its loss, a
+    digest of each buffer that no checkpoint holds, and the start of this process' group of ranks (`start_s`, the same
+    on all of them), which tells attempts apart.
 
     The digests are of the samples' bytes as they reach the model, so they know nothing of loaders, ranks or workers.
     Every line waits for the device: for proofs, not for training.
@@ -45,7 +46,16 @@ class Trace(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        line = {"batch": self._batch, "start_s": self._start_s, "samples": self._samples, "loss": float(loss)}
+        stored = pl_module.state_dict()
+        line = {
+            "batch": self._batch,
+            "start_s": self._start_s,
+            "samples": self._samples,
+            "loss": float(loss),
+            "buffers": {
+                name: _digest(buffer.detach().cpu()) for name, buffer in pl_module.named_buffers() if name not in stored
+            },
+        }
         assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
 
@@ -73,13 +83,30 @@ class KillAt(Callback):
 
     Args:
         step: optimiser steps finished before the one that is not, >= 0.
-        place: where in that step.
+        place: where in that step; "after_save" is after the callbacks of the first step from this one on that has
+            written a checkpoint, and before Lightning logs and validates.
         rank: which rank's process.
     """
 
     def __init__(self, step: int, place: Place, rank: int = 0) -> None:
         self.step, self.place, self.rank = step, place, rank
-        self._began = -1
+        self._began = self._saved = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        save, ends = trainer.save_checkpoint, pl_module.on_train_batch_end
+
+        def saves(*arguments: Any, **settings: Any) -> None:
+            save(*arguments, **settings)
+            self._saved = trainer.global_step
+
+        def ends_after_all_callbacks(*arguments: Any) -> None:
+            ends(*arguments)
+            if self._saved == trainer.global_step > self.step:
+                self._began = self.step
+                self._kill("after_save", trainer)
+
+        trainer.save_checkpoint = saves  # type: ignore[method-assign]
+        pl_module.on_train_batch_end = ends_after_all_callbacks  # type: ignore[method-assign, assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._began = trainer.global_step
@@ -103,10 +130,7 @@ def sample_digests(batch: Any) -> list[str]:
     """One digest for each row of a batch: of that row's bytes in all its tensors, whose first axis is the samples'."""
     tensors = [tensor.detach().cpu() for tensor in _tensors(batch)]
     rows = len(tensors[0]) if tensors and tensors[0].ndim else 0
-    return [
-        hashlib.blake2b(b"".join(_bytes(t[i]) for t in tensors if t.ndim and len(t) == rows), digest_size=8).hexdigest()
-        for i in range(rows)
-    ]
+    return [_digest(*(t[i] for t in tensors if t.ndim and len(t) == rows)) for i in range(rows)]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -114,6 +138,10 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _digest(*tensors: Tensor) -> str:
+    return hashlib.blake2b(b"".join(map(_bytes, tensors)), digest_size=8).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -4,126 +4,14 @@ Why not torch's DataLoader alone: Lightning replaces its sampler by a padded, ra
 in an epoch it stands. Lightning leaves a loader of our own alone, and saves its `state_dict` with the loops.
 """
 
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, default_collate
 
 from lightspan.datamodules.order import Order, sample_seeds
+from lightspan.datamodules.workers import Dataset, Fetcher, Key, Replacement
 from lightspan.errors import UserError
-
-Key = tuple[int, int]  # (index, seed) of one sample
-MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unreadable
-
-
-class Dataset(Protocol):
-    """Samples by number. `sample` must be a pure function of its arguments: that is what makes runs repeatable.
-
-    `seed`, in [0, 2**63), is all the randomness a sample may use (augmentation, masking).
-    """
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int, seed: int) -> Mapping[str, Any]: ...
-
-
-class Damaged(Exception):
-    """Raised by `Dataset.sample` for a sample that cannot be read and that the user allows to be replaced."""
-
-
-class Replacement(NamedTuple):
-    """The index of a damaged sample, that of the one that took its place, and what is wrong with the first."""
-
-    damaged: int
-    by: int
-    reason: str
-
-
-class _Fetched(NamedTuple):
-    """A sample or batch on its way out of a worker. DataLoader would wrap a user's error in a traceback."""
-
-    data: Any
-    replaced: tuple[Replacement, ...] = ()
-    error: str | None = None
-
-
-class _Samples:
-    """What a DataLoader worker indexes: the order is decided in the main process, so workers hold no state."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: Key) -> _Fetched:
-        index, seed = key
-        reason = ""
-        for attempt in range(MAX_DAMAGED):
-            # The place of a damaged sample goes to another, drawn from its seed alone: the same on any ranks.
-            chosen = index if attempt == 0 else _drawn(seed, attempt, len(self.dataset))
-            try:
-                sample = self.dataset.sample(chosen, seed)
-            except Damaged as error:
-                reason = reason or str(error)
-            except UserError as error:
-                return _Fetched(None, error=str(error))
-            else:
-                return _Fetched(sample, (Replacement(index, chosen, reason),) if attempt else ())
-        return _Fetched(None, error=f"{MAX_DAMAGED} samples drawn one after another are damaged, the first: {reason}")
-
-
-def _drawn(seed: int, attempt: int, length: int) -> int:
-    return int(np.random.SeedSequence([seed, attempt]).generate_state(1, np.uint64)[0] % length)
-
-
-class _Keys:
-    """The keys of the batches to come, as DataLoader wants them."""
-
-    def __init__(self, batches: Iterator[list[Key]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return self.batches
-
-
-def _collate(samples: list[_Fetched]) -> _Fetched:
-    failed = next((sample for sample in samples if sample.error is not None), None)
-    if failed is not None:
-        return failed
-    try:
-        batch = default_collate([sample.data for sample in samples])
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        return _Fetched(
-            None,
-            error=f"samples do not fit into one batch: {error}; set data.init_args.image_size for images of several "
-            "sizes, and leave fields of several shapes out of data.init_args.fields",
-        )
-    return _Fetched(batch, tuple(replacement for sample in samples for replacement in sample.replaced))
-
-
-def _outlive_warnings(worker: int) -> None:
-    """A scheduler warns every process of a job; a worker that died of it would take the last step along."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _load(
-    dataset: Dataset, batches: Iterator[list[Key]], num_workers: int, pin_memory: bool
-) -> Iterator[tuple[Any, tuple[Replacement, ...]]]:
-    loader: DataLoader[Any] = DataLoader(
-        _Samples(dataset),  # type: ignore[arg-type]
-        batch_sampler=_Keys(batches),
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # DataLoader would draw from the global generator otherwise
-        worker_init_fn=_outlive_warnings,
-    )
-    for data, replaced, error in loader:
-        if error is not None:
-            raise UserError(error)
-        yield data, replaced
 
 
 def _keys(indices: np.ndarray, seeds: np.ndarray) -> list[Key]:
@@ -182,6 +70,7 @@ class ExactLoader:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._fetcher = Fetcher(dataset, num_workers, pin_memory, keeps_workers=True)
         self.order = Order((len(dataset),)) if order is None else order
         assert len(self.order) == len(dataset)
         limited = min(limit_batches, len(self)) if isinstance(limit_batches, int) else int(limit_batches * len(self))
@@ -201,7 +90,7 @@ class ExactLoader:
             return
         consumed = self.consumed
         end = (consumed // self._between_epochs + 1) * self._between_epochs
-        for batch, replaced in _load(self.dataset, self._batches(consumed, end), self.num_workers, self.pin_memory):
+        for batch, replaced in self._fetcher.fetch(self._batches(consumed, end)):
             consumed += self.round_samples
             # Before the yield: a checkpoint is written while the consumer still works on this batch.
             self.consumed = consumed
@@ -280,13 +169,19 @@ class ExactLoader:
 class EvaluationLoader:
     """Every sample exactly once over all ranks, in order: rank r takes samples r, r + world_size, ...
 
-    Nothing is padded, so ranks may differ by one sample and by one batch. Each pass is the same; there is no position.
+    All ranks take the same number of batches, none of them empty, since a rank that went ahead would leave the others
+    waiting in the next collective: of a sharded model's forward pass, of a loss or of a metric. Nothing is padded, so
+    means over samples are exact; where samples do not divide evenly, last batches are smaller than `batch_size`. Only
+    batches of one sample, which cannot be cut, become batches of two there. Each pass is the same; there is no
+    position.
 
     Args:
         dataset: the samples.
         batch_size: samples of one batch on this rank.
         rank, world_size, num_workers, pin_memory: as in `ExactLoader`.
         indices: the samples to evaluate on, in this order; all of them when None.
+
+    Raises: UserError for fewer samples than ranks, unless there are none.
     """
 
     def __init__(
@@ -302,20 +197,34 @@ class EvaluationLoader:
         assert batch_size >= 1
         assert 0 <= rank < world_size
         self.dataset, self.batch_size, self.num_workers, self.pin_memory = dataset, batch_size, num_workers, pin_memory
+        self._fetcher = Fetcher(dataset, num_workers, pin_memory)
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+        if 0 < len(chosen) < world_size:
+            raise UserError(
+                f"validation or test data of {len(chosen)} samples leave some of the {world_size} ranks with nothing "
+                f"to do while the others evaluate; give at least {world_size} samples, lower trainer.devices, or set "
+                "trainer.limit_val_batches=0 to do without"
+            )
         self.indices = chosen[rank::world_size]
+        fewest, most = len(chosen) // world_size, -(-len(chosen) // world_size)  # samples of a rank
+        self._length = min(-(-most // batch_size), fewest)
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        for batch, _ in _load(self.dataset, self._batches(), self.num_workers, self.pin_memory):
+        for batch, _ in self._fetcher.fetch(self._batches()):
             yield batch
 
     def _batches(self) -> Iterator[list[Key]]:
         seeds = sample_seeds(0, 0, len(self.dataset))  # fixed, so that a random view is the same in every evaluation
-        for at in range(0, len(self.indices), self.batch_size):
-            yield _keys(self.indices[at : at + self.batch_size], seeds)
+        start = 0
+        for left in range(self._length, 0, -1):
+            samples = len(self.indices) - start
+            # Full batches first, as long as each of those to come keeps a sample.
+            size = min(max(self.batch_size, -(-samples // left)), samples - left + 1)
+            yield _keys(self.indices[start : start + size], seeds)
+            start += size
 
 
 def split_batch(batch_size: int, world_size: int, accumulate: int) -> int:

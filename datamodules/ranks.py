@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightspan.datamodules.loader import Dataset, EvaluationLoader, ExactLoader, split_batch
+from lightspan.datamodules.loader import EvaluationLoader, ExactLoader, split_batch
 from lightspan.datamodules.order import Order
+from lightspan.datamodules.workers import Dataset
 from lightspan.errors import UserError
 
 

@@ -12,10 +12,10 @@ from urllib.error import HTTPError
 import numpy as np
 
 from lightspan.datamodules.fetch import SCHEME, local_path, open_shard, retried
-from lightspan.datamodules.loader import Damaged
 from lightspan.datamodules.order import Order
 from lightspan.datamodules.shard_cache import ShardCache
 from lightspan.datamodules.shard_index import SUFFIX, ShardIndex, from_json, read_sample, scan
+from lightspan.datamodules.workers import Damaged
 from lightspan.errors import UserError
 from lightspan.files import require_regular_file, write_atomic
 

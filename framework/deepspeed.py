@@ -21,9 +21,10 @@ from lightspan.callbacks.checkpoint_manifest import header, seal_folder
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, replace_folder, temporary_path
 from lightspan.optim.wiring import refuse_flat_partitions
+from lightspan.strategies import ExactMeans
 
 
-class ZeRO(DeepSpeedStrategy):
+class ZeRO(ExactMeans, DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy, with its arguments; `stage` says what the ranks share out: 1 optimiser state,
     2 gradients too, 3 weights too.
 

@@ -96,6 +96,17 @@ def copy_of_first_rank(tensors: Sequence[Tensor]) -> None:
     _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0, async_op=True))
 
 
+def agreed(tensor: Tensor) -> Tensor:
+    """Rank 0's `tensor` on every rank, in place: for a number that all ranks must draw the same choice from.
+
+    Replicas compute it from the same gradient, but another processor, number of threads or library may round the last
+    bit differently, and the choice with it.
+    """
+    if world_size() > 1:
+        copy_of_first_rank([tensor])
+    return tensor
+
+
 def _in_buckets(tensors: Sequence[Tensor], start: Callable[[Tensor], dist.Work]) -> None:
     under_way: tuple[list[Tensor], Tensor, dist.Work] | None = None
     for bucket in _buckets(tensors):

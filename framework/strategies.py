@@ -1,22 +1,23 @@
-"""FSDP2 and hybrid sharding for any LightningModule: one place that decides what is sharded, and along which axis.
+"""Strategies for any LightningModule: DDP that sums alike in every process, and FSDP2 with hybrid sharding.
 
 Under the strategy `FSDP2`, `shard(module)` splits a module block by block, then what is left of it. Under every other
 strategy it does nothing, so a module calls it in `configure_model` whatever it will be trained with; `Method` does.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from lightspan.distributed import copy_of_first_rank
 from lightspan.errors import UserError
@@ -26,7 +27,61 @@ FORWARD_METHODS = ("training_step", "validation_step", "test_step", "predict_ste
 """What is called on a LightningModule from outside in the place of `forward`."""
 
 
-class FSDP2(ModelParallelStrategy):
+class FixedBuckets(DistributedDataParallel):
+    """DistributedDataParallel whose buckets are the same in the first step of a process and in all later ones.
+
+    Where a gradient lies in its bucket decides in which order three or more ranks are summed. torch starts with one
+    bucket in the order of registration, and cuts others after the first step, in the order in which gradients arrived:
+    a resumed process would take its first step with other last bits than the process that never stopped. Here the
+    buckets are cut once, when the module is wrapped, from the parameters in reverse order of registration. That is
+    about the order in which gradients arrive, so buckets still travel while the backward pass goes on.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        # In the place of the gradients of a first step. With find_unused_parameters torch never cuts anew.
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        parameters, sparse = super()._build_params_for_reducer()
+        # What is cut at the start and kept, torch turns round itself.
+        return (parameters, sparse) if self.find_unused_parameters else (parameters[::-1], sparse[::-1])
+
+
+class ExactMeans:
+    """For strategies: means over ranks of whole numbers, which Lightning rounds down.
+
+    It divides a logged sum by the mean number of samples of a rank. On two ranks with 5 and 4 samples that would be 4,
+    and every figure of the validation 9/8 of what it is.
+    """
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
+            tensor = tensor.float()
+        return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
+
+
+class DDP(ExactMeans, DDPStrategy):
+    """Lightning's DDPStrategy, with its arguments, around `FixedBuckets`: a run that is resumed on the same number of
+    ranks, three or more included, takes the same steps bit for bit.
+    """
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        device_ids = self.determine_ddp_device_ids()
+        # A stream of its own, as in the method that this one replaces: torch asks for it where steps are captured.
+        with nullcontext() if device_ids is None else torch.cuda.stream(torch.cuda.Stream()):
+            return FixedBuckets(model, device_ids=device_ids, **self._ddp_kwargs)
+
+
+def register_ddp() -> None:
+    """Has the names of Lightning's DDPStrategy, such as "ddp", stand for `DDP`."""
+    for entry in StrategyRegistry.values():
+        if entry["strategy"] is DDPStrategy:
+            entry["strategy"] = DDP
+
+
+class FSDP2(ExactMeans, ModelParallelStrategy):
     """Fully sharded data parallelism: weights, gradients and optimiser state are split over the ranks.
 
     Every rank works on its own samples, as with DDP. A block's weights are gathered before it runs and let go after it.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import rank_processes
 
-from lightspan.commands.prove_resume import trace_of
+from lightspan.commands.run_differences import trace_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CURVES = {
@@ -75,7 +75,7 @@ def run(scenario: Scenario, folder: Path) -> Curve:
         assert ended.statuses == [0] * ranks, ended.said
     trace = trace_of(folder / "run")
     assert sorted(trace) == list(range(STEPS))
-    return Curve([trace[step][1] for step in range(STEPS)], [trace[step][0] for step in range(STEPS)])
+    return Curve([trace[step].loss for step in range(STEPS)], [trace[step].samples for step in range(STEPS)])
 
 
 def _sums(first: int, last: int) -> str:

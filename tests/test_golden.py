@@ -11,6 +11,7 @@ FSDP2 = ("-c", "scale/fsdp2", "trainer.accelerator=cpu")
 SCENARIOS = {
     "one process": Scenario("quickstart", ((1, STEPS),)),
     "two ranks of DDP": Scenario("quickstart", ((2, STEPS),), ("-c", "scale/cpu2")),
+    "four ranks of DDP, resumed": Scenario("quickstart", ((4, 3), (4, STEPS)), ("-c", "scale/cpu2")),
     "two ranks of FSDP2": Scenario("quickstart", ((2, STEPS),), FSDP2),
     "FSDP2 on two, one, then four ranks": Scenario("quickstart", ((2, 3), (1, 6), (4, STEPS)), FSDP2),
     "AdamW in one process": Scenario("quickstart_adamw", ((1, STEPS),)),

@@ -31,7 +31,7 @@ MAY_USE: dict[str, set[str]] = {
     "backbones": {"nn"},
     "analysis": {"subspaces"},
     "strategies": {"optim"},
-    "deepspeed": {"optim", "callbacks"},
+    "deepspeed": {"optim", "callbacks", "strategies"},
     "method": {"optim", "strategies"},
     "methods": {
         *("method", "subspaces", "optim", "adapters", "objectives"),

@@ -1,5 +1,5 @@
-"""The strategy FSDP2 through Lightning's Trainer: the losses of one process, a checkpoint that changes rank count, and
-what it refuses."""
+"""The strategy FSDP2 through Lightning's Trainer: the losses of one process, validation that does not divide evenly, a
+checkpoint that changes rank count, and what it refuses."""
 
 import os
 from collections.abc import Iterator
@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import rank_processes
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.ranks import evaluation_loader, train_loader
 from lightspan.distributed import leave, rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
@@ -72,6 +74,70 @@ def global_losses(trainer: Trainer, module: Regression) -> list[float]:
     return trainer.strategy.reduce(torch.stack(module.losses), reduce_op="mean").tolist()
 
 
+class Samples:
+    """Sample i is a row of its own."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def sample(self, index: int, seed: int) -> torch.Tensor:
+        return torch.randn(7, generator=torch.Generator().manual_seed(index))
+
+
+class Evaluated(Regression):
+    """Logs means over samples as anybody's module does, and knows nothing of ranks."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self(batch).mean()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("loss", self(batch).mean(), on_epoch=True, sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self(batch)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.stem(x_BD))).square().sum(dim=1)
+
+
+class Uneven(LightningDataModule):
+    """One sample more than fills one batch of four on every rank: the first rank needs two batches for it."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.samples, self.batch_size = Samples(4 * ranks + 1), 4 * ranks
+
+    def train_dataloader(self) -> ExactLoader:
+        return train_loader(self.samples, self.batch_size, 0, 0, self.trainer)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        return evaluation_loader(self.samples, self.batch_size, 0, self.trainer)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def evaluate(folder: str, ranks: int, strategy: FSDP2 | str, data: Uneven) -> dict[str, float]:
+    """The figures of the sanity check and of a validation inside `fit`, then of the three other passes."""
+    trainer = Trainer(
+        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=1, logger=False, default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    module = Evaluated()
+    trainer.fit(module, datamodule=data)
+    figures = {"fit": float(trainer.callback_metrics["loss"])}
+    figures["validate"] = trainer.validate(module, datamodule=data, verbose=False)[0]["loss"]
+    figures["test"] = trainer.test(module, datamodule=data, verbose=False)[0]["loss"]
+    predicted = torch.cat(trainer.predict(module, datamodule=data))
+    figures["predict"] = float(trainer.strategy.reduce(predicted.sum(), reduce_op="sum")) / len(data.samples)
+    return figures
+
+
 @contextmanager
 def without_inductor() -> Iterator[None]:
     """Blocks are traced and differentiated as torch.compile does it, but not turned into C++, which takes minutes."""
@@ -119,8 +185,12 @@ def one_rank(index: int, ranks: int, port: int, folder: str) -> None:
             "placements": [str(placement) for placement in weight.placements],
             "local": list(weight.to_local().shape),
         }
+    elif ranks == 3:
+        out = {}
     else:
         out = {"losses": global_losses(*fit(folder, ranks, 2 * STEPS, FSDP2(), resume=checkpoint))}
+    if ranks in (2, 3):
+        out["evaluated"] = evaluate(folder, ranks, FSDP2(), Uneven(ranks))
     torch.save(out, Path(folder, f"{ranks}-{index}.pt"))
     leave()
 
@@ -128,7 +198,7 @@ def one_rank(index: int, ranks: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     folder, found = tmp_path_factory.mktemp("fsdp2"), {}
-    for ranks in (2, 1, 4):
+    for ranks in (2, 1, 3, 4):
         rank_processes.start(one_rank, ranks, ranks, rank_processes.free_port(), str(folder))
         found[ranks] = [torch.load(folder / f"{ranks}-{index}.pt", weights_only=True) for index in range(ranks)]
     return found
@@ -163,6 +233,13 @@ def test_two_copies_on_two_ranks_each_give_the_losses_of_one_process(runs, strai
 
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(runs, straight):
     torch.testing.assert_close(runs[1][0]["losses"], straight[STEPS:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_validation_that_does_not_divide_evenly_ends_with_the_figures_of_one_process(runs, ranks, tmp_path):
+    alone = evaluate(str(tmp_path), 1, "auto", Uneven(ranks))
+    for out in runs[ranks]:
+        assert out["evaluated"] == pytest.approx(alone, rel=1e-5)
 
 
 def test_blocks_and_the_rest_are_split(runs):

@@ -1,12 +1,10 @@
 """`lightspan prove-resume`: a recipe run straight, and the same run killed at random steps and resumed, compared."""
 
 import argparse
-import contextlib
-import json
-import math
+import importlib
+import inspect
 import random
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +13,7 @@ from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments
 from lightspan.commands.fits import exits_on_sigterm, fit_command, last_lines, ranks_of
-from lightspan.commands.metrics_csv import METRICS_FILE
-from lightspan.commands.run_folder import LAST_CHECKPOINT
+from lightspan.commands.run_differences import first_difference, first_other_batch, largest_difference
 from lightspan.config.resolve import Resolved, resolve, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -28,7 +25,9 @@ LOSS_TOLERANCE = 1e-5
 recipe's own precision training itself can make more of a last bit than that, so nothing is asked of losses there.
 """
 DOUBLE = "float64"
-_PLACES = ("batch_start", "before_backward", "before_step", "batch_end")  # those of `callbacks.proof.KillAt`
+OWN_DATA = "lightspan.datamodules."
+_IN_STEP = ("batch_start", "before_backward", "before_step", "batch_end")  # places of `callbacks.proof.KillAt`
+_AFTER_SAVE = "after_save"  # another one: after the first checkpoint from the end of the step on
 _FLOAT64 = {"class_path": "lightning.pytorch.plugins.precision.DoublePrecision"}
 _RUN = {"save_dir": "${run}"}
 
@@ -84,8 +83,25 @@ def run(args: argparse.Namespace) -> int:
             f"--steps {settings.steps} is more than the recipe's trainer.max_steps={own}; lower the one or raise the "
             "other"
         )
+    _refuse_uneven_batches(resolved, settings.ranks)
     with exits_on_sigterm():
         return _in_folder(args, resolved, settings)
+
+
+def _refuse_uneven_batches(resolved: Resolved, ranks: Sequence[int]) -> None:
+    """Now, and not in the run that first meets it. What `batch_size` means in others' data is theirs to say."""
+    data, trainer = resolved.config.get("data"), resolved.config.get("trainer", {})
+    if not isinstance(data, dict) or not data.get("class_path", "").startswith(OWN_DATA):
+        return
+    module, _, name = data["class_path"].rpartition(".")
+    default = inspect.signature(getattr(importlib.import_module(module), name)).parameters["batch_size"].default
+    batch_size = data.get("init_args", {}).get("batch_size", default)
+    accumulate = trainer.get("accumulate_grad_batches", 1)
+    if isinstance(batch_size, int) and isinstance(accumulate, int):
+        from lightspan.datamodules.loader import split_batch
+
+        for count in ranks:
+            split_batch(batch_size, count, accumulate)
 
 
 def _in_folder(args: argparse.Namespace, resolved: Resolved, settings: _Settings) -> int:
@@ -158,9 +174,12 @@ def _legs(draw: random.Random, settings: _Settings, ranks: Sequence[int]) -> lis
     """The starts of a run that is killed at growing steps, on the numbers of ranks in turn."""
     counts = [ranks[number % len(ranks)] for number in range(settings.kills + 1)]
     steps = sorted(draw.sample(range(settings.steps), settings.kills))
-    kills = [
-        Kill(step, draw.choice(_PLACES), draw.randrange(count)) for step, count in zip(steps, counts, strict=False)
-    ]
+    kills = []
+    for step, after, count in zip(steps, [*steps[1:], settings.steps], counts, strict=False):
+        saved = min((step // settings.every + 1) * settings.every, settings.steps)
+        # The next kill has to come yet, and a run that `StopAfter` cuts short has no end of its own to be made up for.
+        places = (*_IN_STEP, _AFTER_SAVE) if saved <= after and saved < settings.steps else _IN_STEP
+        kills.append(Kill(step, draw.choice(places), draw.randrange(count)))
     return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]
 
 
@@ -168,16 +187,16 @@ def _verdicts(settings: _Settings, folder: Path) -> Iterator[tuple[str, str | No
     """(claim, the first difference or None)."""
     for count in settings.ranks:
         found = first_difference(folder / f"straight-{count}", folder / f"killed-{count}")
-        yield f"killed-{count} and straight-{count}: checkpoint, samples and logged figures bit for bit", found
+        yield f"killed-{count} and straight-{count}: checkpoint, samples, buffers and logged figures bit for bit", found
     if len(settings.ranks) == 1:
         return
     first, *others = [f"straight-{count}" for count in settings.ranks]
     for name in others:
-        found = _first_other_batch(folder / first, folder / name)
-        away = _largest_difference(folder / first, folder / name)
+        found = first_other_batch(folder / first, folder / name)
+        away = largest_difference(folder / first, folder / name)
         yield f"{name} and {first}: samples the same (losses, rounded as the recipe does, within {away:.1g})", found
     for name in (*(f"{other}-{DOUBLE}" for other in others), f"changing-{DOUBLE}"):
-        found = _first_other_batch(folder / f"{first}-{DOUBLE}", folder / name, LOSS_TOLERANCE)
+        found = first_other_batch(folder / f"{first}-{DOUBLE}", folder / name, LOSS_TOLERANCE)
         yield f"{name} and {first}-{DOUBLE}: samples the same, losses within {LOSS_TOLERANCE:g}", found
 
 
@@ -223,104 +242,3 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
         plugins = given.get("plugins") or []
         trainer |= {"precision": None, "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), _FLOAT64]}
     return {"trainer": trainer}
-
-
-def first_difference(straight: Path, killed: Path) -> str | None:
-    """What two runs on the same ranks do not share bit for bit, named; None where they share everything."""
-    for part, expected in _parts(straight / LAST_CHECKPOINT).items():
-        for place, difference in differences(expected, _parts(killed / LAST_CHECKPOINT)[part], part):
-            return f"{place} {difference}"
-    return _first_other_batch(straight, killed, 0.0) or _first_other_line(straight, killed)
-
-
-def _parts(path: Path) -> dict[str, Any]:
-    from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-
-    stored = WholeFileCheckpointIO().load_checkpoint(path)
-    parts = {key: stored.get(key) for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")}
-    fit = stored.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-    return {**parts, "data position": fit.get("combined_loader")}
-
-
-def differences(expected: Any, found: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(place, what differs) of two trees of dicts, lists, tensors and plain values; a tensor differs in any bit."""
-    import torch
-
-    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
-        if expected.shape != found.shape or expected.dtype != found.dtype:
-            yield place, f"is {found.dtype} {list(found.shape)} instead of {expected.dtype} {list(expected.shape)}"
-        elif not torch.equal(expected.view(-1).view(torch.uint8), found.view(-1).view(torch.uint8)):
-            away = (expected.double() - found.double()).abs()
-            yield place, f"differs in {int((away != 0).sum())} of {away.numel()} numbers, by up to {away.max():.3g}"
-    elif isinstance(expected, dict) and isinstance(found, dict):
-        for key in dict.fromkeys([*expected, *found]):
-            if key in expected and key in found:
-                yield from differences(expected[key], found[key], f"{place}.{key}")
-            else:
-                yield (
-                    f"{place}.{key}",
-                    "is only in the straight run" if key in expected else "is only in the killed run",
-                )
-    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(expected) == len(found):
-        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
-            yield from differences(one, other, f"{place}[{number}]")
-    elif expected != found:
-        yield place, f"is {found!r:.80} instead of {expected!r:.80}"
-
-
-def _first_other_batch(one: Path, other: Path, tolerance: float | None = None) -> str | None:
-    """The first batch with other samples over all ranks, or a mean loss further away than `tolerance`, relative."""
-    expected, found = trace_of(one), trace_of(other)
-    for batch in sorted(expected.keys() | found.keys()):
-        if batch not in expected or batch not in found:
-            return f"batch {batch} is only in {one.name if batch in expected else other.name}"
-        (samples, loss), (other_samples, other_loss) = expected[batch], found[batch]
-        missing = sorted(set(samples) - set(other_samples))
-        if samples != other_samples:
-            first = missing[0] if missing else "none, but other counts"
-            return f"batch {batch} has other samples: {len(missing)} of {len(samples)} missing, the first {first}"
-        if tolerance is not None and not abs(loss - other_loss) <= tolerance * abs(loss):
-            return f"the loss of batch {batch} is {other_loss!r} instead of {loss!r}"
-    return None if expected else "no batch was seen at all"
-
-
-def _largest_difference(one: Path, other: Path) -> float:
-    """The largest relative difference of the mean losses of batches that both runs saw; NaN where one is NaN."""
-    expected, found = trace_of(one), trace_of(other)
-    pairs = [(expected[batch][1], found[batch][1]) for batch in expected.keys() & found.keys()]
-    away = [abs(loss - other_loss) / max(abs(loss), sys.float_info.min) for loss, other_loss in pairs]
-    return math.nan if any(map(math.isnan, away)) else max(away, default=0.0)
-
-
-def trace_of(run_dir: Path) -> dict[int, tuple[list[str], float]]:
-    """Batch number -> (digests of its samples over all ranks, sorted; mean loss over ranks), by its last attempt."""
-    last: dict[int, dict[str, Any]] = {}
-    for path in sorted((run_dir / "trace").glob("rank-*.jsonl")):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that the kill cut
-                entry = json.loads(line)
-                attempts = last.setdefault(entry["batch"], {})
-                attempts[path.stem] = entry
-    trace = {}
-    for batch, by_rank in last.items():
-        newest = max(entry["start_s"] for entry in by_rank.values())
-        entries = [entry for entry in by_rank.values() if entry["start_s"] == newest]
-        losses = [entry["loss"] for entry in entries]
-        trace[batch] = (sorted(d for entry in entries for d in entry["samples"]), sum(losses) / len(losses))
-    return trace
-
-
-def _first_other_line(straight: Path, killed: Path) -> str | None:
-    """The first logged figure that differs; times, speeds and memory are no part of the promise."""
-    expected, found = _logged(straight), _logged(killed)
-    for step, name in dict.fromkeys([*expected, *found]):
-        one, other = expected.get((step, name)), found.get((step, name))
-        if one != other:
-            return f"the logged {name} of step {step} is {other!r} instead of {one!r}"
-    return None
-
-
-def _logged(run_dir: Path) -> dict[tuple[int, str], Any]:
-    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    free = ("step", "time_s", "throughput/", "memory/")
-    return {(line["step"], name): value for line in lines for name, value in line.items() if not name.startswith(free)}

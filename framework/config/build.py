@@ -101,13 +101,18 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.strategies import DDPStrategy
 
+    from lightspan.strategies import DDP, register_ddp
+
+    register_ddp()
     _close_imports(resolved.allow_modules)
     refused: list[tuple[type, Exception]] = []
 
     def construct(constructed: type, *arguments: Any, **settings: Any) -> Any:
         try:
-            return constructed(*arguments, **settings)
+            # However a recipe writes DDP, a resumed run has to sum as the straight one did.
+            return (DDP if constructed is DDPStrategy else constructed)(*arguments, **settings)
         except (ValueError, TypeError, MisconfigurationException, OSError, ImportError) as error:
             refused.append((constructed, error))  # jsonargparse would bury it in the complaints of a union
             raise

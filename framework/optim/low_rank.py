@@ -444,8 +444,8 @@ class LowRank(Optimizer):
         )  # fmt: skip
 
     def _accumulate(self, work: _Work, clip: Tensor | None) -> None:
-        """Projects gradients with what earlier steps left out. The sums are as large as the gradients in float32, so one
-        bucket's exist at a time: those of all would take back what quantised state saves.
+        """Projects gradients with what earlier steps left out. The sums are as large as the gradients in float32, so
+        one bucket's exist at a time: those of all would take back what quantised state saves.
         """
         whole = [gradient for gradient in work.gradients if gradient is not None]
         one = torch.ones((), device=work.layout.device) if clip is None else clip
@@ -481,7 +481,7 @@ class LowRank(Optimizer):
             self._require_finite_sums([g.sum(dtype=torch.float32) for g in chosen if g is not None])
 
     def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
-        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates, where those exist."""
+        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either."""
         if not self.check_finite:
             return
         unprojected, sums = [_held_gradient(p) for ps in plain for p in ps], []

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import widest_float
+from lightspan.distributed import agreed
 from lightspan.errors import UserError
 from lightspan.optim.layout import canonical_gradient, matrix_shape
 
@@ -18,7 +19,8 @@ class RankByEnergy:
     Early gradients of most networks have a few strong directions and a long tail; matrices differ in both. If the
     ranks of the energy target would cost more than `budget_mib`, directions are taken in order of the share of energy
     that they bring per byte, over all matrices, until the budget is spent. Spectra fall, so no other choice within the
-    budget captures more in sum. Ranks are chosen in the first step and are part of the saved state.
+    budget captures more in sum. Ranks are chosen in the first step, from rank 0's spectra where several train, and are
+    part of the saved state.
 
     Args:
         energy: share in (0, 1].
@@ -83,6 +85,6 @@ def bytes_per_rank(parameter: Tensor) -> int:
 def _energy_shares(gradient_MN: Tensor) -> Tensor:
     """Squared singular values over their sum [N], falling; on the CPU. A zero gradient has no strong direction."""
     wide_MN = gradient_MN.to(widest_float(gradient_MN.device))
-    values_N = torch.linalg.eigvalsh(wide_MN.mT @ wide_MN).flip(0).clamp_min_(0).cpu()
+    values_N = agreed(torch.linalg.eigvalsh(wide_MN.mT @ wide_MN).flip(0).clamp_min_(0)).cpu()
     total = values_N.sum()
     return values_N / total if total > 0 else torch.full_like(values_N, 1 / len(values_N))

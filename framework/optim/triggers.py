@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightspan.distributed import agreed
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
 from lightspan.optim.sharding import Total, alone
@@ -72,8 +73,8 @@ class WhenCapturedFalls(Trigger):
     """When the share of the gradient's energy inside the frame falls below `below` times its value after the last
     refresh. Frames of matrices whose gradients stay in one subspace live long, others are chosen anew often.
 
-    The share is a running mean over about ten steps. The device is asked once in `check` steps for all matrices of one
-    shape.
+    The share is a running mean over about ten steps, of what rank 0 measures, so that all ranks refresh in the same
+    step. The device is asked once in `check` steps for all matrices of one shape.
 
     Args:
         below: in (0, 1).
@@ -117,7 +118,7 @@ class WhenCapturedFalls(Trigger):
         total: Total = alone,
     ) -> None:
         inside_B = total(coordinates_BMR.square().sum(dim=(1, 2)))
-        share_B = inside_B / total(energy_BM.sum(dim=1)).clamp_min(1e-30)
+        share_B = agreed(inside_B / total(energy_BM.sum(dim=1)).clamp_min(1e-30))
         state["captured"].lerp_(share_B, 1 - self._KEPT)
         state["frame_age"].add_(1)
         if refreshed is not None:

@@ -1,11 +1,18 @@
-"""A proof runs the first steps of the recipe, not a shortened recipe."""
+"""A proof runs the first steps of the recipe, not a shortened recipe; it sees what no checkpoint holds, and kills where
+it says."""
 
+import json
+import os
+import signal
+
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightspan.callbacks.proof import StopAfter
+from lightspan.callbacks.checkpoint import Checkpoint
+from lightspan.callbacks.proof import KillAt, StopAfter, Trace
 from lightspan.method import Method
 from lightspan.optim.schedules import WarmupCosine
 
@@ -29,3 +36,50 @@ def test_a_run_stops_early_with_a_schedule_of_its_full_length(tmp_path):
     assert trainer.global_step == 3
     assert module.lr_schedulers().total_steps == 100
     assert module.lr_schedulers().get_last_lr()[0] == 4 / 11
+
+
+class Counted(Scheduled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.register_buffer("kept", torch.zeros(()))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.seen += 1
+        return super().training_step(batch, batch_idx)
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL."""
+
+
+def fit(folder, *callbacks) -> None:
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, callbacks=[*callbacks], logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(Counted(), DataLoader(torch.randn(4, 3)))
+
+
+def test_the_trace_holds_the_buffers_that_checkpoints_leave_out(tmp_path):
+    fit(tmp_path, Trace(str(tmp_path)))
+    buffers = [json.loads(line)["buffers"] for line in (tmp_path / "rank-0.jsonl").read_text().splitlines()]
+    assert [list(names) for names in buffers] == [["seen"]] * 4
+    assert len({names["seen"] for names in buffers}) == 4
+
+
+@pytest.mark.parametrize(
+    ("step", "place", "saved"), [(1, "batch_start", 0), (1, "batch_end", 0), (0, "after_save", 2), (2, "after_save", 4)]
+)
+def test_a_kill_comes_before_the_checkpoint_of_its_step_or_right_after_the_next_one(
+    tmp_path, monkeypatch, step, place, saved
+):
+    def kill(pid: int, number: int) -> None:
+        assert (pid, number) == (os.getpid(), signal.SIGKILL)
+        raise Killed
+
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(Killed):
+        fit(tmp_path, KillAt(step, place), Checkpoint(str(tmp_path / "kept"), every_n_train_steps=2))
+    steps = [int(path.stem.removeprefix("step=")) for path in (tmp_path / "kept").glob("step=*.ckpt")]
+    assert max(steps, default=0) == saved

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import rank_processes
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rank_processes import PROJECT, TINY
 
 from lightspan.cli import main
 from lightspan.commands import prove_resume
 from lightspan.commands.fits import ranks_of
-from lightspan.commands.prove_resume import DIFFERENT, Kill, differences
+from lightspan.commands.prove_resume import DIFFERENT, Kill
 
 COMMAND = ["prove-resume", *TINY, "--steps", "8"]
 
@@ -45,11 +46,26 @@ def test_when_one_rank_is_killed_the_others_are_too_and_show_as_such(tmp_path):
 
 @pytest.mark.usefixtures("quick_starts")
 def test_one_and_two_ranks_and_a_run_that_changes_between_them(capsys):
-    assert main([*COMMAND, "--kills", "1", "--ranks", "1,2"]) == 0
+    assert main([*COMMAND, "--kills", "1", "--ranks", "1,2", "--seed", "4"]) == 0
     said = capsys.readouterr().out
     assert said.count("\nequal ") == 5
     assert "equal      straight-2 and straight-1: samples the same (losses, rounded as the recipe does, within" in said
     assert "equal      changing-float64 and straight-1-float64: samples the same, losses within 1e-05" in said
+
+
+@pytest.mark.usefixtures("quick_starts")
+def test_three_ranks_whose_sums_hang_on_their_order(capsys):
+    """Of two numbers the sum is the same in any order, so one and two ranks prove nothing here."""
+    three = ["--kills", "1", "--ranks", "3", "--seed", "5", "data.init_args.batch_size=6"]
+    assert main([*COMMAND, *three]) == 0
+    assert "killed-3: rank 2 is killed in step 4, at before_step" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_starts")
+@pytest.mark.xfail(reason="the line of a checkpoint's own step is lost", strict=False)
+def test_a_kill_between_a_save_and_what_comes_after_it_loses_no_figure(capsys):
+    assert main([*COMMAND, "--kills", "1", "--seed", "3"]) == 0
+    assert "killed-1: rank 0 is killed in step 3, at after_save" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick_starts")
@@ -88,54 +104,16 @@ def test_kills_are_drawn_from_the_seed_alone_and_change_the_ranks_in_turn():
     assert len(steps) == 3
 
 
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        ({"w": torch.tensor([1.0, 2.5])}, ("state.w", "differs in 1 of 2 numbers, by up to 0.5")),
-        ({"w": torch.tensor([1.0, 2.0, 3.0])}, ("state.w", "is torch.float32 [3] instead of torch.float32 [2]")),
-        ({}, ("state.w", "is only in the straight run")),
-        ({"w": torch.tensor([1.0, 2.0]), "n": 2}, ("state.n", "is only in the killed run")),
-    ],
-)
-def test_a_difference_is_named_with_its_size(found, said):
-    assert list(differences({"w": torch.tensor([1.0, 2.0])}, found, "state")) == [said]
-
-
-def test_negative_zero_is_another_bit_pattern_and_nan_is_equal_to_itself():
-    assert list(differences(torch.tensor([0.0]), torch.tensor([-0.0]), "w"))
-    assert not list(differences(torch.tensor([torch.nan]), torch.tensor([torch.nan]), "w"))
-
-
-def trace(folder, ranks):
-    for rank, lines in enumerate(ranks):
-        path = folder / "trace" / f"rank-{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def line(batch, samples, loss, start_s=0.0):
-    return {"batch": batch, "start_s": start_s, "samples": samples, "loss": loss}
-
-
-def test_samples_and_losses_are_compared_over_all_ranks_and_by_the_last_attempt(tmp_path):
-    one = trace(tmp_path / "one", [[line(0, ["a", "b"], 1.0), line(1, ["c", "d"], 2.0)]])
-    same = trace(
-        tmp_path / "same",
-        [
-            [line(0, ["b"], 0.5), line(1, ["x"], 9.0), line(1, ["c"], 2.5, start_s=1.0)],
-            [line(0, ["a"], 1.5), line(1, ["d"], 1.5, start_s=1.0)],
-        ],
-    )
-    assert prove_resume._first_other_batch(one, same, 1e-5) is None
-    other = trace(tmp_path / "other", [[line(0, ["a", "b"], 1.0), line(1, ["c", "a"], 2.0)]])
-    found = prove_resume._first_other_batch(one, other, 1e-5)
-    assert found == "batch 1 has other samples: 1 of 2 missing, the first d"
-    further = trace(tmp_path / "further", [[line(0, ["a", "b"], 1.0001)]])
-    assert "the loss of batch 0 is 1.0001 instead of 1.0" in prove_resume._first_other_batch(one, further, 1e-5)
-    assert prove_resume._largest_difference(one, further) == pytest.approx(1e-4)
-    shorter = trace(tmp_path / "shorter", [[line(0, ["a", "b"], 1.0)]])
-    assert prove_resume._first_other_batch(one, shorter, 1e-5) == "batch 1 is only in one"
+@given(steps=st.integers(2, 30), every=st.integers(1, 9), kills=st.integers(1, 5), seed=st.integers(0, 99))
+def test_every_kill_comes_before_the_step_at_which_its_start_would_end(steps, every, kills, seed):
+    if not (kills < steps and every <= steps):
+        return
+    legs = prove_resume._runs(settings(ranks=[2], steps=steps, every=every, kills=kills, seed=seed))["killed-2"]
+    done = 0  # steps in the checkpoint that the next start goes on from
+    for kill in (leg.kill for leg in legs if leg.kill is not None):
+        assert done <= kill.step < steps
+        after_save = min((kill.step // every + 1) * every, steps)
+        done = after_save if kill.place == "after_save" else kill.step // every * every
 
 
 @pytest.mark.parametrize(
@@ -151,6 +129,14 @@ def test_samples_and_losses_are_compared_over_all_ranks_and_by_the_last_attempt(
 def test_impossible_numbers_are_refused(arguments, message, capsys):
     assert main([*COMMAND, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_before_the_first_run(tmp_path, capsys):
+    (tmp_path / "digits.yaml").write_text("base: compression/vit\ndata: {init_args: {batch_size: 64}}\n")
+    assert main(["prove-resume", "digits.yaml", "--steps", "4", "--kills", "1", "--ranks", "1,3"]) == 2
+    said = capsys.readouterr()
+    assert "batch_size=64 (samples of one optimiser step over all ranks) does not divide into 3 ranks" in said.err
+    assert said.out == ""
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):

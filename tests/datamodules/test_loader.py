@@ -109,13 +109,27 @@ def test_an_epoch_sees_each_sample_at_most_once_and_drops_only_the_tail() -> Non
     assert seen == epoch_order(1, 0, 23)[:20].tolist()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_evaluation_sees_every_sample_exactly_once_without_padding(world_size: int) -> None:
-    ranks = [EvaluationLoader(Numbers(17), 3, rank, world_size) for rank in range(world_size)]
-    seen = [flat(indices(iter(loader))) for loader in ranks]
-    assert sorted(flat(seen)) == list(range(17))
-    assert seen[0] == list(range(0, 17, world_size))
-    assert [len(list(loader)) for loader in ranks] == [len(loader) for loader in ranks]
+@given(length=st.integers(0, 60), world_size=st.integers(1, 6), batch_size=st.integers(1, 9))
+def test_evaluation_sees_every_sample_exactly_once_in_equally_many_batches_on_all_ranks(
+    length: int, world_size: int, batch_size: int
+) -> None:
+    if 0 < length < world_size:
+        with pytest.raises(UserError, match=rf"of {length} samples leave some of the {world_size} ranks"):
+            EvaluationLoader(Numbers(length), batch_size, 0, world_size)
+        return
+    ranks = [EvaluationLoader(Numbers(length), batch_size, rank, world_size) for rank in range(world_size)]
+    seen = [indices(iter(loader)) for loader in ranks]
+    assert {len(batches) for batches in seen} == {len(loader) for loader in ranks}
+    assert [flat(batches) for batches in seen] == [list(range(rank, length, world_size)) for rank in range(world_size)]
+    sizes = [len(batch) for batches in seen for batch in batches]
+    assert all(1 <= size <= max(batch_size, 2) for size in sizes)
+
+
+@given(length=st.integers(0, 40), batch_size=st.integers(1, 9))
+def test_evaluation_on_one_rank_cuts_off_full_batches(length: int, batch_size: int) -> None:
+    samples = list(range(length))
+    cut = [samples[start : start + batch_size] for start in range(0, length, batch_size)]
+    assert indices(iter(EvaluationLoader(Numbers(length), batch_size))) == cut
 
 
 def test_evaluation_repeats_itself_bit_for_bit() -> None:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from lightspan.datamodules import shard_samples
 from lightspan.datamodules import shards as shards_module
-from lightspan.datamodules.loader import EvaluationLoader, ExactLoader, Replacement
+from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.shard_index import SUFFIX, scan
 from lightspan.datamodules.shards import Shards
 from lightspan.datamodules.views import Plain, TwoViews
+from lightspan.datamodules.workers import Replacement
 from lightspan.errors import UserError
 
 

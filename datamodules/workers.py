@@ -1,0 +1,203 @@
+"""Samples on their way from a dataset into batches: fetched here or in worker processes, and never reordered."""
+
+import atexit
+import multiprocessing.connection
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from lightspan.errors import UserError
+
+Key = tuple[int, int]  # (index, seed) of one sample
+DYING_S = 1.0  # from a connection that breaks to the end of the process that broke it
+MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unreadable
+
+
+class Dataset(Protocol):
+    """Samples by number. `sample` must be a pure function of its arguments: that is what makes runs repeatable.
+
+    `seed`, in [0, 2**63), is all the randomness a sample may use (augmentation, masking).
+    """
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, seed: int) -> Mapping[str, Any]: ...
+
+
+class Damaged(Exception):
+    """Raised by `Dataset.sample` for a sample that cannot be read and that the user allows to be replaced."""
+
+
+class Replacement(NamedTuple):
+    """The index of a damaged sample, that of the one that took its place, and what is wrong with the first."""
+
+    damaged: int
+    by: int
+    reason: str
+
+
+class _Fetched(NamedTuple):
+    """A sample or batch on its way out of a worker. DataLoader would wrap a user's error in a traceback."""
+
+    data: Any
+    replaced: tuple[Replacement, ...] = ()
+    error: str | None = None
+
+
+class _Samples:
+    """What a DataLoader worker indexes: the order is decided in the main process, so workers hold no state."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Key) -> _Fetched:
+        index, seed = key
+        reason = ""
+        for attempt in range(MAX_DAMAGED):
+            # The place of a damaged sample goes to another, drawn from its seed alone: the same on any ranks.
+            chosen = index if attempt == 0 else _drawn(seed, attempt, len(self.dataset))
+            try:
+                sample = self.dataset.sample(chosen, seed)
+            except Damaged as error:
+                reason = reason or str(error)
+            except UserError as error:
+                return _Fetched(None, error=str(error))
+            else:
+                return _Fetched(sample, (Replacement(index, chosen, reason),) if attempt else ())
+        return _Fetched(None, error=f"{MAX_DAMAGED} samples drawn one after another are damaged, the first: {reason}")
+
+
+def _drawn(seed: int, attempt: int, length: int) -> int:
+    return int(np.random.SeedSequence([seed, attempt]).generate_state(1, np.uint64)[0] % length)
+
+
+class _Keys:
+    """The keys of the batches to come, as DataLoader wants them."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[list[Key]] = iter(())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.batches
+
+
+def _collate(samples: list[_Fetched]) -> _Fetched:
+    failed = next((sample for sample in samples if sample.error is not None), None)
+    if failed is not None:
+        return failed
+    try:
+        batch = default_collate([sample.data for sample in samples])
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        return _Fetched(
+            None,
+            error=f"samples do not fit into one batch: {error}; set data.init_args.image_size for images of several "
+            "sizes, and leave fields of several shapes out of data.init_args.fields",
+        )
+    return _Fetched(batch, tuple(replacement for sample in samples for replacement in sample.replaced))
+
+
+_workers: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Workers do not obey SIGTERM, by which multiprocessing ends those that are left when the interpreter leaves."""
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # nobody is to be told of these deaths
+    for worker in _workers:
+        worker.kill()
+
+
+def _outlive_warnings(worker: int) -> None:
+    """A scheduler warns every process of a job; a worker that died of it would take the last step along."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _dead(how: str) -> UserError:
+    return UserError(
+        f"a process that reads data died: {how}. Most often memory ran out: each of data.init_args.num_workers "
+        "processes holds batches of its own. Lower num_workers or batch_size, or give the job more memory (in a "
+        "container, after a bus error: more shared memory)"
+    )
+
+
+def _refuse_dead(workers: Sequence[BaseProcess], error: Exception) -> None:
+    """Raises: UserError if a worker died, which shows as broken connections of all kinds where it is waited for."""
+    dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], DYING_S)
+    for worker in workers:
+        if worker.sentinel in dying:
+            worker.join()  # SIGCHLD has arrived by then, and cannot strike later
+            raise _dead(f"pid {worker.pid}, exit status {worker.exitcode}") from error
+
+
+def _explain_deaths() -> None:
+    """torch notices the death of a worker by SIGCHLD, and raises wherever the main thread is by then."""
+    torchs = signal.getsignal(signal.SIGCHLD)
+    outside = threading.current_thread() is not threading.main_thread()
+    if outside or not callable(torchs) or getattr(torchs, "explains", False):
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        try:
+            torchs(number, frame)
+        except RuntimeError as error:
+            raise _dead(str(error).strip(" .")) from error
+
+    handle.explains = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, handle)
+
+
+class Fetcher:
+    """Fetches the samples of batches, in the order in which it is asked for them.
+
+    Args:
+        dataset: the samples.
+        num_workers: processes that fetch; 0 fetches in this process.
+        pin_memory: fetch into page-locked memory.
+        keeps_workers: whether workers stay for the next `fetch`, instead of being forked anew. They hold their memory
+            meanwhile, and only one `fetch` can be under way at a time.
+    """
+
+    def __init__(self, dataset: Dataset, num_workers: int, pin_memory: bool, keeps_workers: bool = False) -> None:
+        self._keys = _Keys()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Samples(dataset),  # type: ignore[arg-type]
+            batch_sampler=self._keys,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # DataLoader would draw from the global generator otherwise
+            worker_init_fn=_outlive_warnings,
+            persistent_workers=keeps_workers and num_workers > 0,
+        )
+
+    def fetch(self, batches: Iterator[list[Key]]) -> Iterator[tuple[Any, tuple[Replacement, ...]]]:
+        """(batch, which of its samples took the place of damaged ones), for each list of keys.
+
+        Raises: UserError that the data raise, and for a worker that dies.
+        """
+        self._keys.batches = batches
+        stream = iter(self._loader)
+        workers = getattr(stream, "_workers", ())  # none where this process fetches
+        if workers:
+            _workers.update(workers)
+            _explain_deaths()
+        while True:
+            try:
+                fetched = next(stream, None)
+            except Exception as error:
+                _refuse_dead(workers, error)
+                raise
+            if fetched is None:
+                return
+            if fetched.error is not None:
+                raise UserError(fetched.error)
+            yield fetched.data, fetched.replaced
