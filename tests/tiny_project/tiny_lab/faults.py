@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ class SignalAt(Callback):
             for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
                 os.kill(int(child), self.number)
         os.kill(os.getpid(), self.number)
+
+
+class WarnLater(Callback):
+    """A signal to this process some seconds after the callback was built, wherever the run is by then."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.Signals[name])).start()
 
 
 class HangAt(Callback):
