@@ -14,7 +14,7 @@ from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments
 from lightspan.commands.catalogue import print_notes
-from lightspan.commands.run_folder import run_folder
+from lightspan.commands.run_folder import folder_argument, run_folder
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--to", required=True, choices=tuple(_TARGETS), help="who starts the ranks")
     parser.add_argument("--print", action="store_true", help="write the job to the console and submit nothing")
-    parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)")
+    parser.add_argument(
+        "--run",
+        type=folder_argument,
+        metavar="DIR",
+        help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)",
+    )
     parser.add_argument("--nodes", type=_count, metavar="N", help="machines (default: the recipe's trainer.num_nodes)")
     parser.add_argument(
         "--gpus-per-node",
@@ -150,7 +155,7 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
 
 def _job_of_files(args: argparse.Namespace, resolved: Resolved) -> Job:
     """The job where recipe and run folder lie on this machine, or on storage that the others share with it."""
-    folder = run_folder(args.run and Path(args.run), resolved.name)
+    folder = run_folder(args.run, resolved.name, make=not args.print)
     return _job(args, resolved, str(folder), [args.recipe, *_options("-c", args.overlays), *args.flags])
 
 
@@ -185,10 +190,10 @@ def _options(option: str, values: list[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
 
 
-def _folder_in_the_volume(given: str | None, name: str) -> str:
+def _folder_in_the_volume(given: Path | None, name: str) -> str:
     """The run folder inside the pods."""
     if given is None:
-        new = run_folder(None, name)
+        new = run_folder(None, name, make=False)  # it is only named here
         return f"{kubernetes.RUNS}/{new.parent.name}/{new.name}"
     folder = PurePosixPath(kubernetes.RUNS) / given
     if folder.parts[:2] != ("/", "runs") or len(folder.parts) < 3 or ".." in folder.parts:
