@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from lightspan import __version__
 from lightspan.callbacks.signal_flag import WARNINGS, remembered
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.launch.parent import end_with_launcher
 
 FAILED = 1
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"lightspan: {error}", file=sys.stderr)
+            print(f"lightspan: {printable(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         if debug:

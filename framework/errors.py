@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and how foreign text reaches a terminal."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with status 2; a traceback appears only with --debug.
     """
+
+
+def printable(text: str) -> str:
+    """The text with every control character but line breaks and tabs written out (`\\x1b`).
+
+    Names, settings and answers of servers come from others, and a terminal obeys what is in them.
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

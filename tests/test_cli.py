@@ -246,6 +246,14 @@ def test_a_closed_pipe_is_no_error():
     assert "Traceback" not in done.stderr
 
 
+def test_foreign_text_cannot_steer_the_terminal(capsys):
+    Path("mine.yaml").write_text('about: {title: "\\e[2J\\a"}\nbase: language/quickstart\n')
+    assert main(["show", "mine.yaml"]) == 0
+    assert r"\x1b[2J\x07" in capsys.readouterr().out
+    assert main(["\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
 def test_a_broken_pipe_inside_a_run_is_a_failure(monkeypatch):
     """Such as that of a worker or a service: a scheduler would file the run as finished."""
 

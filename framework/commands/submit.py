@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightspan.callbacks.signal_flag import WARNINGS
 from lightspan.commands.arguments import add_recipe_arguments
 from lightspan.commands.catalogue import print_notes
 from lightspan.commands.run_folder import folder_argument, run_folder
+from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -95,7 +98,31 @@ def _to_this_machine(args: argparse.Namespace, resolved: Resolved) -> int:
         return 0
     if find_spec("torch") is None:
         raise UserError("torchrun is not installed: pip install torch, or look at the command with --print")
-    return subprocess.run(command, env=os.environ | torchrun.environment(job)).returncode
+    return _passing_warnings_on(command, os.environ | torchrun.environment(job), job)
+
+
+def _passing_warnings_on(command: list[str], environment: dict[str, str], job: Job) -> int:
+    """Runs torchrun. It ends with 1 whatever its ranks said, so once a warning has been passed on to it, and it has
+    ended for that, the status is that of a run which left because it was told to.
+    """
+    told: list[int] = []
+    process = subprocess.Popen(command, env=environment)
+
+    def pass_on(number: int, _: Any) -> None:
+        told.append(number)
+        if number != signal.SIGINT:  # which a terminal has sent to torchrun as well
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (*WARNINGS, signal.SIGINT)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not told or status == 0:
+        return status
+    left = 128 + signal.SIGTERM if job.preemption is None else job.preemption.exit_code
+    return 128 + signal.SIGINT if told[0] == signal.SIGINT else left
 
 
 _TARGETS: dict[str, Callable[[argparse.Namespace, Resolved], int]] = {
@@ -131,6 +158,13 @@ def _refuse_strangers(args: argparse.Namespace) -> None:
         )
     if args.time is not None:
         seconds(args.time)
+    for flag in args.flags:
+        name, _, value = flag.partition("=")
+        if redacted([value]) != [value]:
+            raise UserError(
+                f"{name}: its value looks like a secret, which would be written into the job; keep it in an "
+                "environment variable such as WANDB_API_KEY"
+            )
 
 
 def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
