@@ -1,5 +1,6 @@
 """Real signals: what a job that is told to end leaves behind, and that the next start goes on as if nothing was."""
 
+import json
 import math
 import os
 import signal
@@ -305,6 +306,20 @@ def test_rank_1_alone_is_signalled_with_its_workers_and_both_ranks_leave_in_step
         assert rank_processes.fit(folder, workers, ranks=2).statuses == [0, 0]
     resumed, straight = weights(run), weights(tmp_path / "b")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_two_ranks_leave_a_validation_at_the_same_batch_and_run_all_of_it_later(tmp_path):
+    validates = ["data.class_path=tiny_lab.parts.Rows", "trainer.limit_val_batches=1.0", "trainer.max_steps=8"]
+    marker = tmp_path / "sent"
+    warning = callback("warn", "tiny_lab.faults.SignalAt", step=4, name="SIGTERM", rank=1, validation="true")
+    warning.append(f"trainer.callbacks.warn.init_args.marker={marker}")
+    left = rank_processes.fit(tmp_path, *validates, *warning, ranks=2)
+    assert left.statuses == [PREEMPTED, PREEMPTED], left.said
+    assert "preempted by SIGTERM after step 4" in left.said
+    assert saved_step(tmp_path) == 4
+    assert rank_processes.fit(tmp_path, *validates, *warning, ranks=2).statuses == [0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == [3, 7]
 
 
 def test_a_rank_that_waits_for_others_in_vain_is_ended_by_a_warning(tmp_path):
