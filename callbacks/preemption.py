@@ -222,10 +222,11 @@ class Preemption(Callback):
         if age_s >= self.budget_s:
             over = f"the budget of {self.budget_s:g} s was over before step {trainer.global_step} ended"
             return f"without a new checkpoint: {over}"
+        assert self._flag is not None
+        self._flag.tell(received, age_s)
         # Ours also waits for a write in the background; any other callback's folder gets a plain checkpoint.
         keeper, path = trainer.checkpoint_callback, _last_checkpoint(trainer)
         keeper.save_now(trainer) if isinstance(keeper, Checkpoint) else trainer.save_checkpoint(path)
-        assert self._flag is not None
         self._flag.met()
         return f"after step {trainer.global_step}"
 

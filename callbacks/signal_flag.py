@@ -89,6 +89,13 @@ class SignalFlag:
             unwanted, self.received = self.received, None
             signal.raise_signal(unwanted)
 
+    def tell(self, number: signal.Signals, age_s: float) -> None:
+        """Another rank received a signal so many seconds ago: what is left of its budget holds here too."""
+        if self.received is None:
+            self.received, self.since_s = number, time.monotonic() - age_s
+            if self._pipe is not None:
+                os.write(self._pipe[1], bytes([number]))
+
     def met(self) -> None:
         """What the signal asked for is done: the process may take its time to end."""
         self._met = True
@@ -152,8 +159,8 @@ class SignalFlag:
             if number == signal.SIGINT and (not self.patient or since_s is not None):
                 interrupted_s = time.monotonic() if interrupted_s is None else interrupted_s
             elif since_s is None:
-                first, since_s = signal.Signals(number), time.monotonic()
-                self.since_s = since_s if self.since_s is None else self.since_s
+                first = signal.Signals(number)
+                since_s = self.since_s = time.monotonic() if self.since_s is None else self.since_s
 
     def _end(self, number: signal.Signals) -> None:
         print(f"lightspan: {number.name}: still {main_thread()}; leaving at once", file=sys.stderr, flush=True)

@@ -163,6 +163,14 @@ with signal_flag.remembered((signal.SIGTERM, signal.SIGINT)) as flag:
     assert f"{name}: still in <module> (<string>:9); leaving at once" in done.stderr
 
 
+def test_a_rank_that_was_told_of_a_signal_has_what_is_left_of_the_budget(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    with remembered([signal.SIGTERM]) as flag:
+        flag.tell(signal.SIGTERM, age_s=flag.budget_s - 0.1)
+        assert ended.wait(5)
+
+
 def test_what_was_done_in_time_ends_nothing(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -198,10 +206,9 @@ def test_a_ctrl_c_that_somebody_else_takes_stays_theirs():
 class Over(Preemption):
     """A flag that is older than the budget by the time the step ends."""
 
-    def on_train_batch_end(self, trainer, *rest) -> None:
-        if self._flag.received is not None:
-            self._flag.since_s -= 2 * self.budget_s
-        super().on_train_batch_end(trainer, *rest)
+    def _read_exchange(self):
+        warning = super()._read_exchange()
+        return warning and (warning[0], warning[1] + 2 * self.budget_s)
 
 
 def test_over_budget_before_the_step_ends_the_checkpoint_before_is_kept(make_trainer, net, batches, tmp_path):
