@@ -39,7 +39,7 @@ def rewind_logs(trainer: Trainer, step: int, lines: int | None) -> None:
 @rank_zero_only
 def _purge(logger: TensorBoardLogger, step: int) -> None:
     """TensorBoard's own way: a start of a session at a step hides what earlier files say of this step and later."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
     start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
     logger.experiment._get_file_writer().add_event(start)
@@ -51,7 +51,8 @@ def unlogged(trainer: Trainer) -> dict[str, Any] | None:
     if trainer.validating or trainer.sanity_checking or trainer._results is None:
         return None
     step = loop._batches_that_stepped
-    if loop.batch_progress.total.completed == loop.batch_progress.total.processed - 1:  # in on_train_batch_end
+    count: Any = loop.batch_progress.total
+    if count.completed == count.processed - 1:  # in on_train_batch_end
         accumulates = loop._should_accumulate() and trainer.lightning_module.automatic_optimization
         if accumulates or not connector.should_update_logs:
             return None
@@ -114,11 +115,13 @@ class RestOfStep:
         loop = trainer.fit_loop
         if self._limits is not None:
             loop.epoch_loop.max_steps, loop.max_epochs = self._limits
-        over = self._no_step_is_left(trainer) or _reached(loop.epoch_progress.current.processed, loop.max_epochs)
+        epochs: Any = loop.epoch_progress.current
+        over = self._no_step_is_left(trainer) or _reached(epochs.processed, loop.max_epochs)
         with self._where_the_checkpoint_was_written(trainer, over):
             if self._line is not None:
                 _log(trainer, **self._line)
             if self._inside_step:
+                assert loop._data_fetcher is not None
                 if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
                     _validate(trainer)
                 loop.epoch_loop.batch_progress.increment_completed()

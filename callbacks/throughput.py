@@ -29,6 +29,7 @@ class Throughput(Callback):
         if every_n_steps < 1:
             raise UserError(f"every_n_steps={every_n_steps}: a window has at least 1 optimiser step")
         self.every_n_steps = every_n_steps
+        self._step, self._samples, self._tokens = 0, 0, 0
         self._restart(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
