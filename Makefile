@@ -23,7 +23,7 @@ WORKERS ?= 1
 .PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality lock docker-test cluster-test d90 clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  PYTHON=python3.12 make ... picks the interpreter of a new .venv (now: $(PYTHON)); it must be 3.11 or newer."
 

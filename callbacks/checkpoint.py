@@ -36,8 +36,8 @@ from lightspan.callbacks.checkpoint_manifest import (
     point_latest,
     seal_folder,
 )
-from lightspan.callbacks.jsonl_logger import JsonlLogger
 from lightspan.callbacks.random_state import random_states, restore_random_states
+from lightspan.callbacks.rest_of_step import RestOfStep, log_position, rewind_logs
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.files import remove_leftovers
@@ -50,8 +50,8 @@ class Checkpoint(ModelCheckpoint):
     has a manifest, and the pointer `latest` follows the newest whole one; a failed write names the last whole one and
     leaves it; a checkpoint of another model, a torn or a foreign file is refused in words; the last step of a run is
     always kept, as taken between two steps, so that a run which `max_steps` cut inside an epoch resumes on its very
-    next batch; the random states of every rank and the run ids of the loggers are inside; a JsonlLogger drops the
-    lines after the step that training resumes from.
+    next batch; the random states of every rank and the run ids of the loggers are inside; a resumed run drops what
+    was logged after the checkpoint, and first does what was left to do there (`RestOfStep`).
 
     Args:
         dirpath: folder; by default `trainer.default_root_dir`/checkpoints.
@@ -98,6 +98,7 @@ class Checkpoint(ModelCheckpoint):
         )
         self._fit_check: RemovableHandle | None = None
         self._wrote: dict[str, Any] = {}
+        self._rest: RestOfStep | None = None
         self._kept_step: int | None = None
         self._in_background = in_background
         self._background: Background | None = None
@@ -128,6 +129,7 @@ class Checkpoint(ModelCheckpoint):
             "model": class_path(pl_module),
             "optimizers": [class_path(optimizer) for optimizer in trainer.optimizers],
             "loggers": _run_ids(trainer),
+            "log": log_position(trainer),
             "random_states": _of_every_rank(random_states()),
         }
 
@@ -135,19 +137,24 @@ class Checkpoint(ModelCheckpoint):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._wrote = checkpoint.get("lightspan", {})
-        for logger in trainer.loggers:
-            if isinstance(logger, JsonlLogger):
-                logger.rewind(checkpoint["global_step"])
+        log = self._wrote.get("log", {})
+        rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
+        self._rest = RestOfStep(checkpoint, log.get("unlogged"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
         _refuse_other_optimizers(trainer, self._wrote)
+        if self._rest is not None:
+            self._rest.begin(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._drop_fit_check()
         _load_positions(trainer)
         _go_on_drawing(self._wrote.get("random_states"))
+        if self._rest is not None:
+            self._rest.finish(trainer)
+            self._rest = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
+from lightspan.optim.low_rank import LowRank
 
 
 class FiniteLoss(Callback):
@@ -29,10 +30,10 @@ class FiniteLoss(Callback):
     Skipping cannot heal a network that is not finite itself, such as running means that took in the batch: then, and
     after `most_skips` steps, it stops too.
 
-    `LowRank` looks at its gradients itself unless check_finite=False. With this callback that is a second look, of
-    use only where backward="hooks" or "projected" keeps gradients in coordinates: those are seen by the optimiser
-    alone, which then stops the run under either policy. With gradient scaling (16-mixed) infinite gradients are part of
-    the method, and with DeepSpeed they are out of reach: the loss alone is watched, and "skip" is refused.
+    `LowRank` looks at its gradients itself. Where this callback sees them it switches that second look off, and with it
+    a second synchronisation; with backward="hooks" or "projected" gradients are kept in coordinates, which the
+    optimiser alone sees, and it stops the run under either policy. With gradient scaling (16-mixed) infinite gradients
+    are part of the method, and with DeepSpeed they are out of reach: the loss alone is watched, and "skip" is refused.
 
     Args:
         policy: "stop" or "skip".
@@ -60,6 +61,11 @@ class FiniteLoss(Callback):
             what = "16-mixed skips such steps itself" if scaled else "DeepSpeed keeps the gradients to itself"
             raise UserError(f"FiniteLoss(policy='skip'): {what}; use policy='stop' or another precision or strategy")
         self._losses, self._batches = [], []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers if self._sees_gradients else ():
+            if isinstance(optimizer, LowRank) and optimizer.backward == "whole":
+                optimizer.check_finite = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         index = batch.get("index") if isinstance(batch, dict) else None

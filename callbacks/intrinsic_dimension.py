@@ -41,6 +41,8 @@ class IntrinsicDimension(Callback):
     Raises: UserError when fitting starts, for several optimisers, for one that is a subspace already, under DeepSpeed.
     """
 
+    prepares_optimizers = True  # on_fit_start does nothing else, so that a plan may call it
+
     def __init__(
         self,
         dim: int,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -30,6 +31,7 @@ class JsonlLogger(Logger):
         super().__init__()
         self._path = Path(save_dir) / "metrics.jsonl"
         self._file: TextIO | None = None
+        self._lines = 0
         self._started_s = 0.0
 
     @property
@@ -61,23 +63,33 @@ class JsonlLogger(Logger):
         line |= {name: plain_number(value) for name, value in metrics.items()}
         with explained_os_errors(self._path):
             file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines += 1
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: see the class."""
 
     @rank_zero_only
-    def rewind(self, step: int) -> None:
-        """Drop the lines of `step` and later, and a torn last line: the file then reads as one straight run.
+    def position(self) -> int:
+        """How many lines there are. They are on disk when this returns, so a checkpoint may promise them."""
+        file = self.experiment
+        with explained_os_errors(self._path):
+            os.fsync(file.fileno())
+        return self._lines
 
-        Called with the number of finished optimiser steps when a checkpoint is loaded for training.
+    @rank_zero_only
+    def rewind(self, step: int, lines: int | None = None) -> None:
+        """Drop the lines of `step` and later, those after the first `lines`, and a torn one: the file then reads as one
+        straight run.
+
+        Called with the number of finished optimiser steps, and of lines, when a checkpoint is loaded for training.
         """
         if not self._path.exists():
             return
         self._close()
-        lines = self._path.read_text().splitlines()
-        kept = [line for line in lines if (entry := _parsed(line)) is not None and entry["step"] < step]
-        if kept != lines:
+        before = self._path.read_text().splitlines()
+        kept = [line for line in before[:lines] if (entry := _parsed(line)) is not None and entry["step"] < step]
+        if kept != before:
             write_atomic(self._path, "".join(line + "\n" for line in kept))
 
     @rank_zero_only
@@ -87,6 +99,7 @@ class JsonlLogger(Logger):
     def _open(self) -> None:
         with explained_os_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines = len(self._path.read_text().splitlines()) if self._path.exists() else 0
             self._file = self._path.open("a", buffering=1)  # line buffered: a whole line leaves in one write
 
     def _close(self) -> None:

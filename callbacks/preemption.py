@@ -1,12 +1,13 @@
 """A job that is told to end writes a checkpoint between two steps, and every rank leaves at the same one."""
 
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.signal_flag import SignalFlag, installed
+from lightspan.callbacks.random_state import random_states, restore_random_states
+from lightspan.callbacks.rest_of_step import before_validation
+from lightspan.callbacks.signal_flag import BUDGET_S, SignalFlag, installed, main_thread
 from lightspan.errors import UserError
 
 PREEMPTED = 143
@@ -26,7 +30,7 @@ LAST = "last.ckpt"
 
 
 class Preempted(SystemExit):
-    """Ends the process with the status that asks for a new start. `str` tells what was kept, for people."""
+    """Ends the process with the status that asks for a new start. `str` tells why and where, for people."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(status)
@@ -45,12 +49,17 @@ class Preemption(Callback):
     step after the flag reached any of them. Lightning's own handlers, which save and communicate inside the handler,
     stay out.
 
-    The checkpoint is `last.ckpt` of the run's `Checkpoint`. A validation that is due at that very step is left out.
+    The checkpoint is `last.ckpt` of the run's `Checkpoint`. A validation that is due at that very step is left to the
+    next start. One that has begun is given up after the batch at hand, with a checkpoint of the step before it; the
+    next start runs the whole of it.
+
+    Ctrl-C does the same, with status 130; the second one ends the run at once.
 
     Args:
         signals: names of signals to obey.
-        budget_s: seconds from the signal to a whole checkpoint, > 0. When they are over the ranks leave without one;
-            the checkpoint before stays whole. Keep it below the time the scheduler leaves (30 s on Kubernetes and for
+        budget_s: seconds from the signal to a whole checkpoint, > 0 and finite. When they are over a rank that was
+            signalled ends without one, wherever it is: in a step, a write, or waiting for data or other ranks. The
+            checkpoint before stays whole. Keep it below the time the scheduler leaves (30 s on Kubernetes and for
             SIGTERM of SLURM, N for `--signal=USR1@N`).
         exit_code: status of every rank, in [1, 255]. Ranks that Lightning itself started end with 0 instead, since it
             kills the run, rank 0 included, when one of them ends otherwise.
@@ -64,12 +73,14 @@ class Preemption(Callback):
     def __init__(
         self,
         signals: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGUSR2"),
-        budget_s: float = 60.0,
+        budget_s: float = BUDGET_S,
         exit_code: int = PREEMPTED,
         requeue_on: Sequence[str] = ("SIGUSR1", "SIGUSR2"),
     ) -> None:
-        if not budget_s > 0:
-            raise UserError(f"budget_s={budget_s} must be above 0 seconds; leave the callback out to save nothing")
+        if not 0 < budget_s < math.inf:
+            raise UserError(
+                f"budget_s={budget_s} must be above 0 seconds and finite; leave the callback out to save nothing"
+            )
         if not 1 <= exit_code <= 255:
             raise UserError(f"exit_code={exit_code} must be in [1, 255]; 0 would tell the scheduler that all is done")
         self.signals = _signals("signals", signals)
@@ -79,27 +90,41 @@ class Preemption(Callback):
         self._group: Any = None
         self._exchange: tuple[Tensor, Any] | None = None
         self._step = 0
+        self._shared_batches = 0.0  # of the validation that runs, as many as every rank has
+        self._random_states: dict[str, Any] = {}  # before it
         self._leaving: tuple[signal.Signals, str] | None = None
+
+    def obey(self, trainer: Trainer) -> None:
+        """From here on the signals of this process mean what this callback promises. Lightning calls `setup`, which
+        does the same, once all ranks have met.
+        """
+        self._flag = installed() or SignalFlag(())
+        self._flag.budget_s, self._flag.late = self.budget_s, partial(self._give_up, trainer)
+        self._flag.watch((*self.signals, signal.SIGINT))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._flag = installed() or SignalFlag(())
-        self._flag.watch(self.signals)
+        self.obey(trainer)
         # Lightning would replace the handlers by its own, which communicate from inside a handler and can hang.
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
         if trainer.world_size > 1:
             # A second gloo group would meet, in a store that outlives a restart by torchrun, the addresses of before.
             on_cpu = dist.get_backend() == "gloo"
             self._group = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+        self._leaving = None
+        self._begin_exchange()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._leaving = trainer.global_step, None
+        self._step = trainer.global_step
+        self._end_exchange()  # flags stay up, so the one just begun sees all that an older one saw
         self._begin_exchange()
         if (warning := self._read_exchange()) is not None:
             self._leaving = (warning[0], "before the first step")
             self._leave(trainer)
         self._begin_exchange()
+        assert self._flag is not None
+        self._flag.patient = True  # from here on there is a step to finish
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,6 +144,29 @@ class Preemption(Callback):
         self._leave(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._leave(trainer)
+        self._random_states = random_states()
+        self._shared_batches = _fewest(trainer, self._group)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # Ranks may have one batch more or less than others, and only those that all of them have are a place to agree.
+        inside = batch_idx < self._shared_batches and dataloader_idx == 0
+        if trainer.state.fn != TrainerFn.FITTING or not inside or trainer.fit_loop._should_accumulate():
+            return
+        warning = self._read_exchange()
+        self._begin_exchange()
+        if warning is None:
+            return
+        if trainer.sanity_checking:
+            self._leaving = (warning[0], "before the first step")
+        else:
+            restore_random_states(self._random_states)
+            with before_validation(trainer):
+                self._leaving = (warning[0], self._save(trainer, *warning))
         self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,11 +174,14 @@ class Preemption(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_exchange()
+        if self._flag is not None:
+            self._flag.patient = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end_exchange()
         self._restore()
 
     def _restore(self) -> None:
@@ -168,31 +219,24 @@ class Preemption(Callback):
         return (signal.Signals(int(number)), aged - 1) if aged else None
 
     def _save(self, trainer: Trainer, received: signal.Signals, age_s: float) -> str:
-        path, left_s = _last_checkpoint(trainer), self.budget_s - age_s
-        over = f"the budget of {self.budget_s:g} s was over"
-        if left_s <= 0:
-            return f"without a new checkpoint: {over} before step {trainer.global_step} ended"
-
-        def give_up() -> None:
-            print(
-                f"lightspan: {received.name}: {over} before the checkpoint of step {trainer.global_step} was whole; "
-                f"{_standing(path)}",
-                file=sys.stderr,
-                flush=True,
-            )
-            self._requeue(trainer, received)
-            os._exit(self._status(trainer))  # the main thread is inside the write
-
-        timer = threading.Timer(left_s, give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            # Ours also waits for a write in the background; any other callback's folder gets a plain checkpoint.
-            keeper = trainer.checkpoint_callback
-            keeper.save_now(trainer) if isinstance(keeper, Checkpoint) else trainer.save_checkpoint(path)
-        finally:
-            timer.cancel()
+        if age_s >= self.budget_s:
+            over = f"the budget of {self.budget_s:g} s was over before step {trainer.global_step} ended"
+            return f"without a new checkpoint: {over}"
+        assert self._flag is not None
+        self._flag.tell(received, age_s)
+        # Ours also waits for a write in the background; any other callback's folder gets a plain checkpoint.
+        keeper, path = trainer.checkpoint_callback, _last_checkpoint(trainer)
+        keeper.save_now(trainer) if isinstance(keeper, Checkpoint) else trainer.save_checkpoint(path)
+        self._flag.met()
         return f"after step {trainer.global_step}"
+
+    def _give_up(self, trainer: Trainer, received: signal.Signals) -> None:
+        """Ends this process from the flag's thread: its main thread did not leave within the budget."""
+        over = f"the budget of {self.budget_s:g} s was over before a checkpoint of step {trainer.global_step} was whole"
+        said = f"{received.name}: {over}, still {main_thread()}; {_standing(_last_checkpoint(trainer))}"
+        print(f"lightspan: {said}", file=sys.stderr, flush=True)
+        self._requeue(trainer, received)
+        os._exit(self._status(trainer, received))
 
     def _leave(self, trainer: Trainer) -> None:
         if self._leaving is None:
@@ -203,15 +247,16 @@ class Preemption(Callback):
             self._flag.ignore()  # SLURM ends what it requeues, and would end this process in its teardown
         self._requeue(trainer, received)
         trainer.strategy.barrier("preempted")  # rank 0 has asked for the new start before any rank is gone
-        raise Preempted(
-            self._status(trainer), f"preempted by {received.name} {when}; {_standing(_last_checkpoint(trainer))}"
-        )
+        why = "stopped by Ctrl-C" if received == signal.SIGINT else f"preempted by {received.name}"
+        raise Preempted(self._status(trainer, received), f"{why} {when}")
 
-    def _status(self, trainer: Trainer) -> int:
+    def _status(self, trainer: Trainer, received: signal.Signals) -> int:
         started_by_lightning = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         outside = environment is None or environment.creates_processes_externally
-        return 0 if started_by_lightning and not outside and trainer.local_rank != 0 else self.exit_code
+        if started_by_lightning and not outside and trainer.local_rank != 0:
+            return 0
+        return 128 + received if received == signal.SIGINT else self.exit_code
 
     def _job_after(self, received: signal.Signals) -> str | None:
         """The SLURM job to requeue after this signal."""
@@ -228,6 +273,15 @@ class Preemption(Callback):
             failure = str(error)
         said = f"SLURM job {job} is requeued" if failure is None else f"`scontrol requeue {job}` failed: {failure}"
         print(f"lightspan: {said}", file=sys.stderr, flush=True)
+
+
+def _fewest(trainer: Trainer, group: Any) -> float:
+    """Batches of the first loader of the validation that begins, on the rank with the fewest of them."""
+    if group is None:
+        return math.inf
+    batches = torch.tensor(float(trainer.fit_loop.epoch_loop.val_loop.max_batches[0]), dtype=torch.float64)
+    dist.all_reduce(batches, dist.ReduceOp.MIN, group=group)
+    return float(batches) if math.isfinite(batches) else 0.0  # of unknown length: it is only left at its end
 
 
 def _signals(argument: str, names: Sequence[str]) -> tuple[signal.Signals, ...]:

@@ -21,9 +21,10 @@ WARM_UP_STEPS = 5
 class RunSummary(Callback):
     """Writes `path` when training ends, also when it is interrupted (then with "finished": false).
 
-    Keys: the last value of every logged metric, "/" replaced by "_"; optimizer_state_mib; step_ms_median (optimiser
-    steps from the start of their first micro-batch to the end of the step, summed over the micro-batches: no waiting
-    for data, no validation, no checkpoint; the first 5 of this process dropped; null before the first step);
+    Keys: the last value of every logged metric, resumes included, "/" replaced by "_"; optimizer_state_mib;
+    step_ms_median (optimiser steps from the start of their first micro-batch to the end of the step, summed over the
+    micro-batches: no waiting for data, no validation, no checkpoint; the first 5 of a process dropped; of the last
+    process that took a step; null before the first step);
     peak_rss_mib (this process, without data workers); peak_device_mib (CUDA only); parameters; trainable_parameters;
     steps; seconds (wall time of fit, summed over resumes); finished. NaN and infinities are written as null.
     In a run of several ranks all of this is rank 0's view.
@@ -37,13 +38,16 @@ class RunSummary(Callback):
         self.path = Path(path)
         self.print_table = print_table
         self._seconds_before = 0.0
+        self._metrics_before: dict[str, Any] = {}
+        self._step_ms_before: float | None = None
+        self._trainer: Trainer | None = None
         self._started_s: float | None = None
         self._step = 0
         self._timer = StepTimer()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._started_s = time.monotonic()
+            self._started_s, self._trainer = time.monotonic(), trainer
             self._timer = StepTimer(pl_module.device.type == "cuda")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,23 +77,31 @@ class RunSummary(Callback):
             self._write(trainer, pl_module, finished=False)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds()}
+        return {"seconds": self._seconds(), "metrics": self._metrics(), "step_ms": self._step_ms()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]
+        self._metrics_before = state_dict.get("metrics", {})
+        self._step_ms_before = state_dict.get("step_ms")
+
+    def _metrics(self) -> dict[str, Any]:
+        trainer = self._trainer
+        now = {} if trainer is None else {**trainer.callback_metrics, **trainer.logged_metrics}
+        return self._metrics_before | {name: plain_number(value) for name, value in now.items()}
+
+    def _step_ms(self) -> float | None:
+        mine = self._timer.median_ms()
+        return self._step_ms_before if mine is None else mine
 
     def _seconds(self) -> float:
         return self._seconds_before + (time.monotonic() - self._started_s if self._started_s is not None else 0.0)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, finished: bool) -> dict[str, Any]:
         parameters, trainable = parameter_counts(pl_module)
-        summary: dict[str, Any] = {
-            name.replace("/", "_"): plain_number(value)
-            for name, value in {**trainer.callback_metrics, **trainer.logged_metrics}.items()
-        }
+        summary: dict[str, Any] = {name.replace("/", "_"): value for name, value in self._metrics().items()}
         summary |= {
             "optimizer_state_mib": sum(map(state_bytes, trainer.optimizers)) / MIB,
-            "step_ms_median": self._timer.median_ms(),
+            "step_ms_median": self._step_ms(),
             "peak_rss_mib": peak_rss_bytes() / MIB,
         }
         if pl_module.device.type == "cuda":

@@ -36,6 +36,8 @@ class SubspaceProjection(Callback):
     of them, or a matched optimiser other than Adam and AdamW.
     """
 
+    prepares_optimizers = True  # on_fit_start does nothing else, so that a plan may call it
+
     def __init__(
         self,
         rank: int = 64,

@@ -15,9 +15,11 @@ from lightspan.errors import UserError
 class Throughput(Callback):
     """Logs throughput/samples_per_s, throughput/tokens_per_s, memory/rss_mib and, on CUDA, memory/device_peak_mib.
 
-    Samples and tokens are counted over all ranks (every rank counted as busy as this one); tokens only where the batch
-    is a mapping with "tokens" [B T+1], of which T are predicted. Time is wall time, waiting for data and writing
-    checkpoints included, validation excluded. The device is waited for once a window, never in between.
+    A line of their own at the end of each window, which is where the number of steps is a multiple of `every_n_steps`,
+    also in a resumed run. Samples and tokens are counted over all ranks (every rank counted as busy as this one);
+    tokens only where the batch is a mapping with "tokens" [B T+1], of which T are predicted. Time is wall time, waiting
+    for data and writing checkpoints included, validation excluded. The device is waited for once a window, never in
+    between.
 
     Args:
         every_n_steps: optimiser steps in a window, >= 1.
@@ -27,6 +29,7 @@ class Throughput(Callback):
         if every_n_steps < 1:
             raise UserError(f"every_n_steps={every_n_steps}: a window has at least 1 optimiser step")
         self.every_n_steps = every_n_steps
+        self._step, self._samples, self._tokens = 0, 0, 0
         self._restart(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,7 +41,10 @@ class Throughput(Callback):
         samples, tokens = batch_counts(batch)
         self._samples += samples * trainer.world_size
         self._tokens += tokens * trainer.world_size
-        if trainer.global_step - self._first_step < self.every_n_steps:
+        if trainer.global_step == self._step:
+            return  # inside an accumulation
+        self._step = trainer.global_step
+        if self._step % self.every_n_steps:
             return
         on_cuda = pl_module.device.type == "cuda"
         if on_cuda:
@@ -49,7 +55,10 @@ class Throughput(Callback):
             metrics["throughput/tokens_per_s"] = self._tokens / seconds
         if on_cuda:
             metrics["memory/device_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
-        pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+        # Not by `log`, which would repeat the figures in the lines of all steps until the next ones.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         self._restart(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,7 +69,7 @@ class Throughput(Callback):
 
     def _restart(self, step: int) -> None:
         self._began_s = self._paused_s = time.perf_counter()
-        self._first_step, self._samples, self._tokens = step, 0, 0
+        self._step, self._samples, self._tokens = step, 0, 0
 
 
 def batch_counts(batch: Any) -> tuple[int, int]:

@@ -15,8 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightspan.errors import UserError
-from lightspan.files import write_atomic
 
+MOST_S = 30 * 86_400.0
+"""Longest time without a hook that can be set: a month."""
 HUNG = 124
 """Exit status of a run that stood still, as of timeout(1)."""
 LAST_WORDS_S = 5.0
@@ -27,8 +28,9 @@ _COLLECTIVES = str(Path("torch", "distributed"))
 @dataclass(frozen=True)
 class Heartbeat:
     """What a rank tells the others: hooks passed since fit began, where that was, how long it has not moved, where its
-    main thread is, and whether it has seen the run stand still. `turn` counts the messages, so that a silent rank
-    shows; `waits` is whether the main thread is inside a collective operation, or a backward pass that may hold one.
+    main thread is, whether it has seen the run stand still, and whether it has told people. `turn` counts the
+    messages, so that a silent rank shows; `waits` is whether the main thread is inside a collective operation, or a
+    backward pass that may hold one.
     """
 
     rank: int
@@ -40,13 +42,15 @@ class Heartbeat:
     waits: bool
     turn: int
     gave_up: bool
+    told: bool
 
 
 class Watchdog(Callback):
     """Ends a run in which any rank passes no hook for `timeout_s` seconds.
 
-    A thread of each rank writes the rank's heartbeat to `folder`/heartbeats and reads the others'; the hooks only
-    count, so a step pays nothing. When a rank does not move, or its thread is silent because a library holds the
+    A thread of each rank writes the rank's heartbeat to `folder`/heartbeats. Rank 0 reads those of all, the others that
+    of rank 0, so that many ranks are not many times as much work for the file system; the hooks only count, so a step
+    pays nothing. When a rank does not move, or its thread is silent because a library holds the
     interpreter, every rank writes the stacks of all its threads to `folder`/stacks/rank-N.txt, and the rank that
     passed the fewest hooks is named, of several the one outside a collective operation: the others wait for it there.
     All processes then end with status 124, which also works where the main thread sits inside a collective. A rank
@@ -58,15 +62,18 @@ class Watchdog(Callback):
 
     Args:
         folder: the run folder, shared by all ranks; "" is the trainer's default_root_dir.
-        timeout_s: seconds without a hook, > 0.
+        timeout_s: seconds without a hook, in (0, 30 days].
         every_s: seconds between two looks; a tenth of `timeout_s`, at most 10, by default.
 
     Raises: UserError for a value out of range.
     """
 
     def __init__(self, folder: str = "", timeout_s: float = 1800.0, every_s: float | None = None) -> None:
-        if not timeout_s > 0:
-            raise UserError(f"timeout_s={timeout_s} must be above 0 seconds; leave the callback out to wait for ever")
+        if not 0 < timeout_s <= MOST_S:
+            raise UserError(
+                f"timeout_s={timeout_s} must be above 0 and at most {MOST_S:.0f} seconds; leave the callback out to "
+                "wait for ever"
+            )
         self.timeout_s = timeout_s
         self.every_s = min(timeout_s / 10, 10.0) if every_s is None else every_s
         if not 0 < self.every_s < timeout_s:
@@ -157,7 +164,7 @@ class Watchdog(Callback):
         faulthandler.dump_traceback_later(late_s, file=self._stacks, exit=True)
 
     def _watch(self, trainer: Trainer, folder: Path) -> None:
-        others = _Others(folder, trainer.world_size)
+        others = _Others(folder, trainer.global_rank, trainer.world_size)
         turn = 0
         while not self._over.wait(self.every_s):
             if self._armed != self._beats:
@@ -167,24 +174,30 @@ class Watchdog(Callback):
             if others.stand_still(self.timeout_s):
                 self._give_up(trainer, folder, others, turn + 1)
 
-    def _tell(self, trainer: Trainer, folder: Path, turn: int, gave_up: bool = False) -> None:
+    def _tell(self, trainer: Trainer, folder: Path, turn: int, gave_up: bool = False, told: bool = False) -> None:
         idle_s = time.monotonic() - self._moved_s
         rank, step = trainer.global_rank, trainer.global_step
-        mine = Heartbeat(rank, self._beats, step, self._after, idle_s, *_main_thread(), turn, gave_up)
-        with contextlib.suppress(OSError, UserError):  # a full disk must not end the run from here
-            write_atomic(_heartbeat_path(folder, mine.rank), json.dumps(asdict(mine)))
+        mine = Heartbeat(rank, self._beats, step, self._after, idle_s, *_main_thread(), turn, gave_up, told)
+        path = _heartbeat_path(folder, mine.rank)
+        with contextlib.suppress(OSError):  # a full disk must not end the run from here
+            path.parent.mkdir(exist_ok=True)
+            half = path.with_suffix(".half")
+            half.write_text(json.dumps(asdict(mine)))
+            os.replace(half, path)  # whole for who reads it; what a power cut leaves of it is of no interest
 
     def _give_up(self, trainer: Trainer, folder: Path, others: "_Others", turn: int) -> None:
         assert self._stacks is not None
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._tell(trainer, folder, turn, gave_up=True)
         until_s = time.monotonic() + self._last_words_s + 2 * self.every_s
-        while not others.all_gave_up() and time.monotonic() < until_s:
+        speaks = others.choose_speaker(self.timeout_s)
+        while not (others.all_gave_up() if speaks else others.were_told()) and time.monotonic() < until_s:
             time.sleep(self.every_s / 10)
             others.read()
-        if trainer.global_rank == others.speaker():
+        if speaks:
             said = others.account(self.timeout_s)
             print(f"lightspan: {said}; stacks in {folder / 'stacks'}", file=sys.stderr, flush=True)
+            self._tell(trainer, folder, turn + 1, gave_up=True, told=True)
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs == [] and trainer.local_rank != 0:
             _wait_for_parent(self._last_words_s)  # Lightning kills its rank 0 when a rank it started ends
@@ -192,15 +205,15 @@ class Watchdog(Callback):
 
 
 class _Others:
-    """All ranks' heartbeats as this rank has read them; its own among them."""
+    """The heartbeats that this rank reads: rank 0 those of all ranks, the others that of rank 0."""
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self._folder, self._ranks = folder, ranks
+    def __init__(self, folder: Path, rank: int, ranks: int) -> None:
+        self._folder, self._rank, self._ranks = folder, rank, ranks
         self._last: dict[int, Heartbeat] = {}
-        self._heard_s = dict.fromkeys(range(ranks), time.monotonic())
+        self._heard_s = dict.fromkeys(range(ranks) if rank == 0 else (0,), time.monotonic())
 
     def read(self) -> None:
-        for rank in range(self._ranks):
+        for rank in self._heard_s:
             try:
                 told = Heartbeat(**json.loads(_heartbeat_path(self._folder, rank).read_text()))
             except (OSError, ValueError, TypeError):
@@ -217,9 +230,16 @@ class _Others:
     def all_gave_up(self) -> bool:
         return len(self._last) == self._ranks and all(told.gave_up for told in self._last.values())
 
-    def speaker(self) -> int:
-        """The first rank that can still speak."""
-        return min((rank for rank, told in self._last.items() if told.gave_up), default=0)
+    def were_told(self) -> bool:
+        return any(told.told for told in self._last.values())
+
+    def choose_speaker(self, timeout_s: float) -> bool:
+        """Whether this rank tells people: rank 0, or rank 1, which then reads all, where rank 0 is the silent one."""
+        if self._rank == 1 and self._silent(timeout_s):
+            silent_s = self._heard_s[0]
+            self._heard_s = {rank: silent_s if rank == 0 else time.monotonic() for rank in range(self._ranks)}
+            return True
+        return self._rank == 0
 
     def account(self, timeout_s: float) -> str:
         quiet = self._silent(timeout_s)

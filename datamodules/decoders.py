@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, one_line
 
 MAX_PIXELS = 2**26  # of one image, before it is decoded
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -123,12 +123,12 @@ def decode_fields(sample: dict[str, Any], fields: dict[str, str]) -> dict[str, A
 
     Raises: UserError that names shard and sample where none is there or its bytes are not what the ending says.
     """
-    where = f"shard {sample['__url__']}: sample {printable(sample['__key__'])}"
+    where = f"shard {sample['__url__']}: sample {one_line(sample['__key__'])}"
     decoded = {}
     for field, endings in fields.items():
         ending = next((ending for ending in endings.split("|") if ending in sample), None)
         if ending is None:
-            there = printable(", ".join(name for name in sample if not name.startswith("__")))
+            there = one_line(", ".join(name for name in sample if not name.startswith("__")))
             raise UserError(f"{where} has no .{endings.replace('|', ' or .')} member for {field}; it has {there}")
         try:
             decoded[field] = DECODERS[ending](sample[ending])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, one_line
 from lightspan.files import expanded, require_regular_file
 
 MAX_SHARDS = 100_000  # what one pattern may expand to
@@ -95,7 +95,7 @@ def open_shard(shard: str) -> BinaryIO:
     except UserError:
         raise
     except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors, a malformed redirect none
-        raise UserError(f"shard {shard} cannot be opened: {printable(error)}; correct data.init_args.shards") from error
+        raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct data.init_args.shards") from error
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.datamodules.tars import group_members, read_members, split_name
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, one_line
 from lightspan.files import require_regular_file
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def from_json(text: str | bytes, shard: str, source: str | None = None) -> Shard
             starts,
             ends,
             np.array(document["crc32"], dtype=np.uint32),
-            tuple(printable(remark)[:400] for remark in document.get("remarks", ())),
+            tuple(one_line(remark)[:400] for remark in document.get("remarks", ())),
         )
         if not re.fullmatch("[0-9a-f]{64}", index.sha256):
             raise ValueError("its sha256 is none")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, one_line
 
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebDataset's convention
 
@@ -37,7 +37,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
     def check_size(header: tarfile.TarInfo) -> None:
         if header.size > max_member_bytes:
             raise UserError(
-                f"shard {shard}: member {printable(header.name)} has {header.size:,} bytes, above the limit of "
+                f"shard {shard}: member {one_line(header.name)} has {header.size:,} bytes, above the limit of "
                 f"{max_member_bytes:,}; raise data.init_args.max_member_mib if you trust the shard"
             )
 
@@ -58,7 +58,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                name, what = PurePosixPath(member.name), f"shard {shard}: member {printable(member.name)}"
+                name, what = PurePosixPath(member.name), f"shard {shard}: member {one_line(member.name)}"
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -111,7 +111,7 @@ def group_members(members: Iterable[Member], shard: str) -> Iterator[dict[str, A
             sample = {"__key__": key, "__url__": shard}
         if ending in sample:
             raise UserError(
-                f"shard {shard}: {printable(member.name)} is there twice; give each member of a sample its own ending"
+                f"shard {shard}: {one_line(member.name)} is there twice; give each member of a sample its own ending"
             )
         sample[ending] = member.content
     if sample:

@@ -21,7 +21,15 @@ def system_of(path: Path) -> str:
     return path.stem.removeprefix("test_")
 
 
+RECORDING = pytest.StashKey[dict[Path, set[str]]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k and its like leave some out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests = config.stash.setdefault(RECORDING, {})
+    for item in items:
+        if "evidence" in getattr(item, "fixturenames", ()):
+            tests.setdefault(item.path, set()).add(item.nodeid)
     wanted = config.getoption("--system")
     if wanted is None:
         return
@@ -47,12 +55,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     if not isinstance(recorder, Recorder):
         return (yield)
     before = len(recorder.record["claims"])
-    complete = False
     try:
         result = yield
-        complete = True
+        recorder.ended.add(pyfuncitem.nodeid)
     finally:
-        recorder.write(complete)
+        recorder.write(complete=recorder.ended == pyfuncitem.config.stash[RECORDING][pyfuncitem.path])
     fallen_short = unmet(recorder.record["claims"][before:])
     if fallen_short:
         pytest.fail(f"recorded, and not held:\n{fallen_short}", pytrace=False)

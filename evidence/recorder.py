@@ -32,6 +32,7 @@ class Recorder:
 
     def __init__(self, system: str, title: str, path: Path) -> None:
         self.path, self.started = path, time.perf_counter()
+        self.ended: set[str] = set()  # tests of the file that ran to their end
         self.record: dict[str, Any] = {
             "system": system,
             "title": title,
@@ -88,7 +89,7 @@ class Recorder:
         self.record["notes"].append(text)
 
     def write(self, complete: bool) -> None:
-        """Replaces the JSON file. `complete` is false when the test stopped before its end."""
+        """Replaces the JSON file. `complete` is false unless all tests of the file have run to their end."""
         self.record["complete"] = complete
         self.record["threads"] = threads()
         self.record["seconds"] = round(time.perf_counter() - self.started, 1)

@@ -6,23 +6,30 @@ Every verb's module is imported only when the verb is used, and none of them loa
 import argparse
 import contextlib
 import importlib
+import os
+import select
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from lightspan import __version__
-from lightspan.callbacks.signal_flag import remembered
-from lightspan.errors import UserError
+from lightspan.callbacks.signal_flag import WARNINGS, remembered
+from lightspan.errors import UserError, printable
+from lightspan.launch.parent import end_with_launcher
 
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: where its two functions live, and whether it takes flags (`key.path=value`) anywhere on the line."""
+    """A verb: where its two functions live, whether it takes flags (`key.path=value`) anywhere on the line, and whether
+    printing is all it does, so that a reader such as `head` may leave when it has seen enough.
+    """
 
     name: str
     help: str
@@ -30,10 +37,11 @@ class Verb:
     add_arguments: str = "add_arguments"
     run: str = "run"
     flags: bool = False
+    only_prints: bool = False
 
 
 VERBS = (
-    Verb("recipes", "list the catalogue", "catalogue", "add_recipes_arguments", "run_recipes"),
+    Verb("recipes", "list the catalogue", "catalogue", "add_recipes_arguments", "run_recipes", only_prints=True),
     Verb(
         "show",
         "print a recipe, or its merged form",
@@ -41,6 +49,7 @@ VERBS = (
         "add_show_arguments",
         "run_show",
         True,
+        only_prints=True,
     ),
     Verb("copy", "copy a recipe to a file of your own", "catalogue", "add_copy_arguments", "run_copy"),
     Verb(
@@ -68,8 +77,8 @@ VERBS = (
     Verb("export", "write a checkpoint for other libraries", "export"),
     Verb("fsck", "find torn checkpoints of a run and move them out of the way", "fsck"),
     Verb("data", "pack a folder into shards, verify them, or write their indices", "data"),
-    Verb("ledger", "account for the samples that a run consumed", "ledger"),
-    Verb("doctor", "look for problems of this machine and installation", "doctor"),
+    Verb("ledger", "account for the samples that a run consumed", "ledger", only_prints=True),
+    Verb("doctor", "look for problems of this machine and installation", "doctor", only_prints=True),
 )
 
 
@@ -79,22 +88,47 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         # A scheduler may warn a job while it still loads its libraries: the warning must not kill it there.
-        with remembered() if arguments[:1] == ["fit"] else contextlib.nullcontext():
-            return _run([argument for argument in arguments if argument != "--debug"])
+        with _warned() if arguments[:1] == ["fit"] else contextlib.nullcontext():
+            status = _run([argument for argument in arguments if argument != "--debug"])
+            sys.stdout.flush()  # a reader that is gone shows here, and not while Python shuts down
+            return status
     except UserError as error:
         if debug:
             traceback.print_exc()
         else:
-            print(f"lightspan: {error}", file=sys.stderr)
+            print(f"lightspan: {printable(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
         print("\nlightspan: stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:  # of a worker, a service or a socket, unless nobody reads what is printed here
+        if not _output_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back
+        if arguments[:1] in ([], ["--help"], *([verb.name] for verb in VERBS if verb.only_prints)):
+            return 0
+        print("lightspan: it stopped, since nobody reads its standard output any more", file=sys.stderr)
+        return FAILED
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    """What a run does about signals from its first line on; its Preemption callback takes over."""
+    end_with_launcher()
+    with remembered((*WARNINGS, signal.SIGINT)):
+        yield
+
+
+def _output_is_closed() -> bool:
+    """Whether standard output is a pipe or socket that nobody reads."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind it
+        return False
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this; and how words of strangers are shown in it."""
+"""The one exception that means: the user can mend this; and how foreign text reaches a terminal."""
 
 
 class UserError(ValueError):
@@ -8,6 +8,14 @@ class UserError(ValueError):
     """
 
 
-def printable(text: object) -> str:
-    """One line without control characters: names of files and answers of servers may hold any, also a terminal's."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+def printable(text: str) -> str:
+    """The text with every control character but line breaks and tabs written out (`\\x1b`).
+
+    Names, settings and answers of servers come from others, and a terminal obeys what is in them.
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: object) -> str:
+    """`printable` for what stands inside a sentence: line breaks and tabs are written out too."""
+    return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")

@@ -27,6 +27,10 @@ _REASONS = {
         "the file would be larger than the file system or `ulimit -f` allows",
         "raise the limit or choose a folder on another disk with {setting}",
     ),
+    errno.EIO: (
+        "the disk or network file system reports an error",
+        "have it looked at, or choose a folder on another disk with --run",
+    ),
     errno.EROFS: ("the file system is read-only", _ANOTHER_FOLDER),
     errno.EACCES: ("permission is denied", _ANOTHER_FOLDER),
     errno.EPERM: ("the operation is not permitted", _ANOTHER_FOLDER),

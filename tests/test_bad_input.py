@@ -247,7 +247,7 @@ def test_ctrl_c_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopped at step" in err
+    assert "stopped by Ctrl-C after step" in err
     assert len(err.strip().splitlines()) == 1
     assert f"{last} is whole; the same command with --run {tmp_path / 'r'} goes on from it" in err
     assert "Traceback" not in err

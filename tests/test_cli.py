@@ -131,7 +131,9 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert steps[-1] == 11
-    assert json.loads((run / "provenance.json").read_text())["earlier"][0]["recipe"] == "tiny"
+    (before,) = json.loads((run / "provenance.json").read_text())["earlier"]
+    assert before["argv"] == record["argv"]
+    assert (before["checkpoint"], "packages" in before) == (None, False)  # only what was different then
     assert main(["fit", "--run", "r", *TINY, "data.init_args.batch_size=4"]) == 2
     assert "data.init_args.batch_size: not set -> 4" in capsys.readouterr().err
     assert main(["fit", "--run", "r", *TINY, "--resume", "never"]) == 2
@@ -241,4 +243,41 @@ def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m lightspan show language/quickstart --resolved | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_foreign_text_cannot_steer_the_terminal(capsys):
+    Path("mine.yaml").write_text('about: {title: "\\e[2J\\a"}\nbase: language/quickstart\n')
+    assert main(["show", "mine.yaml"]) == 0
+    assert r"\x1b[2J\x07" in capsys.readouterr().out
+    assert main(["\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_broken_pipe_inside_a_run_is_a_failure(monkeypatch):
+    """Such as that of a worker or a service: a scheduler would file the run as finished."""
+
+    def broken(_arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lightspan.cli._run", broken)
+    for verb in ("fit", "recipes"):
+        with pytest.raises(BrokenPipeError):
+            main([verb])
+
+
+@pytest.mark.parametrize(("verb", "status"), [("recipes", 0), ("fit", 1)])
+def test_only_a_verb_that_prints_may_stop_when_nobody_reads(verb, status):
+    code = f"""
+import os, sys
+from lightspan import cli
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+cli._run = lambda _: print("x" * 10**6) or 0
+sys.exit(cli.main([{verb!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status
+    assert ("nobody reads its standard output" in done.stderr) == (status == 1)
     assert "Traceback" not in done.stderr

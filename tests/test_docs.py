@@ -1,15 +1,19 @@
 """What the documents print can be typed: files they link exist, verbs, options and recipes they name exist."""
 
+import argparse
+import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from lightspan.cli import VERBS
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docker" / "README.md"])
+
+FAMILIES = "|".join(sorted({path.parent.name for path in (ROOT / "recipes").glob("*/*.yaml")}))
 
 
 def commands() -> list[str]:
@@ -36,22 +40,53 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not missing
 
 
-@pytest.fixture(scope="module")
-def help_of() -> dict[str, str]:
-    """Verb -> its help text."""
-    verbs = {shlex.split(command, comments=True)[1] for command in COMMANDS}
-    run = [sys.executable, "-m", "lightspan"]
-    return {verb: subprocess.run([*run, verb, "--help"], capture_output=True, text=True).stdout for verb in verbs}
+def options_of(verb: str) -> set[str]:
+    """The options that a verb takes."""
+    found = next(known for known in VERBS if known.name == verb)
+    parser = argparse.ArgumentParser()
+    getattr(importlib.import_module(f"lightspan.commands.{found.module}"), found.add_arguments)(parser)
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = [parser, *(child for action in nested for child in action.choices.values())]
+    return {"--debug", *(option for each in parsers for option in each._option_string_actions)}
+
+
+def unknown(command: str) -> list[str]:
+    """Options and recipes of a command line that do not exist."""
+    _, verb, *arguments = shlex.split(command, comments=True)
+    options = options_of(verb)
+    wrong = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            name = argument.partition("=")[0]
+            wrong += [argument] if "." not in name and name not in options else []
+        elif re.fullmatch(rf"({FAMILIES})/\w+", argument):
+            wrong += [] if (ROOT / "recipes" / f"{argument}.yaml").is_file() else [argument]
+    return wrong
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_use_options_and_recipes_that_exist(command: str, help_of: dict[str, str]) -> None:
-    _, verb, *arguments = shlex.split(command, comments=True)
-    for argument in arguments:
-        if argument.startswith("-") and "." not in argument:
-            assert argument.partition("=")[0] in help_of[verb]
-    recipes = [a for a in arguments if re.fullmatch(r"(language|contrastive)/\w+", a)]
-    assert not [name for name in recipes if not (ROOT / "recipes" / f"{name}.yaml").is_file()]
+def test_commands_use_options_and_recipes_that_exist(command: str) -> None:
+    assert unknown(command) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("lightspan fit language/quickstart --re auto", ["--re"]),
+        ("lightspan fit language/quickstarts", ["language/quickstarts"]),
+        ("lightspan fit subspace/nothing -c scale/fsdp3", ["subspace/nothing", "scale/fsdp3"]),
+        ("lightspan fit language/quickstart -c scale/ddp --trainer.max_steps 3 --run runs/mine", []),
+        ("lightspan data pack photos --out shards --no-such", ["--no-such"]),
+    ],
+)
+def test_what_does_not_exist_is_found(command: str, wrong: list[str]) -> None:
+    assert unknown(command) == wrong
+
+
+def test_every_recipe_of_a_document_exists() -> None:
+    for document in DOCUMENTS:
+        named = re.findall(rf"`((?:{FAMILIES})/\w+)`", document.read_text())
+        assert not [name for name in named if not (ROOT / "recipes" / f"{name}.yaml").is_file()], document
 
 
 def test_every_promise_names_tests_that_exist() -> None:

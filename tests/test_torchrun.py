@@ -24,7 +24,7 @@ def test_a_killed_worker_costs_a_restart_and_no_bit_of_the_result(tmp_path):
     assert marker.exists()
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["checkpoint"]  # the second start resumed, the first had nothing to resume
-    assert ["checkpoint" in start for start in provenance["earlier"]] == [False]
+    assert [start["checkpoint"] for start in provenance["earlier"]] == [None]
 
     undisturbed = rank_processes.fit(straight, checkpoints, ranks=2)
     assert undisturbed.statuses == [0, 0], undisturbed.said

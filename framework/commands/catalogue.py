@@ -11,7 +11,7 @@ from lightspan.config.merge import explain
 from lightspan.config.problems import nearest
 from lightspan.config.resolve import merged, resolve
 from lightspan.config.tree import COMMAND_LINE, dotted, dump, plain, read, walk
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 
 def add_recipes_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     if not sys.stdout.isatty():
         print("\t".join(("name", *columns)))
         for name, about in rows:
-            print("\t".join((name, *(str(about.get(column, "")) for column in columns))))
+            print(printable("\t".join((name, *(str(about.get(column, "")) for column in columns)))))
         return
     from rich.console import Console
     from rich.table import Table
@@ -66,7 +66,7 @@ def run_show(args: argparse.Namespace) -> int:
         if lines is None:
             known = [dotted(path) for path, _ in walk(tree) if path]
             raise UserError(f"no layer of {args.recipe} sets {args.why!r}; {nearest(args.why, known)}".rstrip("; "))
-        print("\n".join(lines))
+        print(printable("\n".join(lines)))
         return 0
     if args.resolved:
         resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
@@ -78,7 +78,7 @@ def run_show(args: argparse.Namespace) -> int:
     recipe = recipes.load(args.recipe)
     print(recipe.name)
     for key, value in recipe.about.items():
-        print(f"  {key:<10} {value}")
+        print(printable(f"  {key:<10} {value}"))
     print(f"  {'file':<10} {recipes.label(recipe.path)}\n")
     print(recipe.path.read_text(encoding="utf-8"), end="")
     return 0
@@ -132,4 +132,4 @@ def run_check(args: argparse.Namespace) -> int:
 def print_notes(notes: list[str]) -> None:
     """Notes of the merge, to stderr so that printed YAML stays YAML."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, one_line
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -71,14 +71,14 @@ def _pack(args: argparse.Namespace) -> int:
     for _ in track(packing, "packing", total=len(samples), transient=True, disable=not sys.stdout.isatty()):
         pass
     for line in (*remarks, *(f"left out: {line}" for line in sorted(left_out))):
-        print(printable(line))
+        print(one_line(line))
     shards = len(list(args.out.glob("*.tar")))
     shown = f"{', '.join(classes[:5])}{', ...' if classes[5:] else ''}"
     of_classes = f" of {len(classes)} classes ({shown})" if classes else ""
     fields = ", ".join(f"{field}: {endings}" for field, endings in fields_of(samples).items())
-    print(printable(f"wrote {args.out}: {len(samples) - len(left_out):,} samples{of_classes} in {shards} shards"))
+    print(one_line(f"wrote {args.out}: {len(samples) - len(left_out):,} samples{of_classes} in {shards} shards"))
     settings = [f"data.init_args.shards=[{pattern(args.out)}]", f"data.init_args.fields={{{fields}}}"]
-    print(printable(f"next: {shlex.join(settings)}"))
+    print(one_line(f"next: {shlex.join(settings)}"))
     return 0
 
 
@@ -93,7 +93,7 @@ def _verify(args: argparse.Namespace) -> int:
     problems = [problem for name, digest in checks if (problem := problem_of(args.folder / name, digest)) is not None]
     strangers = [f"{args.folder / name}: was not written by `data pack`" for name in unlisted(args.folder, sums)]
     for problem in problems + strangers:
-        print(printable(problem))
+        print(one_line(problem))
     print(f"{args.folder}: {len(sums) - len(problems)} of {len(sums)} files are as they were written")
     return 1 if problems or strangers else 0
 
@@ -108,7 +108,7 @@ def _index(args: argparse.Namespace) -> int:
         count, remarks = write_index(shard)
         samples += count
         for remark in remarks:
-            print(printable(remark))
+            print(one_line(remark))
     print(f"{args.folder}: wrote the index of {len(shards)} shards with {samples:,} samples")
     return 0
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightspan.commands.wandb_key import wandb_key_place
+
 GIB = 2**30
 State = Literal["ok", "warn", "bad", "none"]
 
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         *device_findings(),
         *space_findings(Path.cwd(), Path("/dev/shm")),
         *tool_findings(shutil.which),
-        wandb_finding(os.environ, Path.home() / ".netrc"),
+        wandb_finding(wandb_key_place()),
     ]
     if args.network:
         findings.append(network_finding())
@@ -179,16 +181,11 @@ def tool_findings(which: Callable[[str], str | None]) -> list[Finding]:
     return findings
 
 
-def wandb_finding(environment: "os._Environ[str] | dict[str, str]", netrc: Path) -> Finding:
-    """Whether a Weights & Biases key is set. The key itself is never read into the output."""
-    if environment.get("WANDB_API_KEY"):
-        return Finding("wandb key", "ok", "WANDB_API_KEY is set")
-    try:
-        if "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace"):
-            return Finding("wandb key", "ok", f"in {netrc}")
-    except OSError:
-        pass  # no such file, or not ours to read
-    return Finding("wandb key", "none", "not set", "--wandb then logs offline; `wandb login` sets one")
+def wandb_finding(place: str | None) -> Finding:
+    """Whether a Weights & Biases key is set."""
+    if place is None:
+        return Finding("wandb key", "none", "not set", "--wandb then logs offline; `wandb login` sets one")
+    return Finding("wandb key", "ok", "WANDB_API_KEY is set" if place == "WANDB_API_KEY" else f"in {place}")
 
 
 def network_finding(timeout_s: float = 60.0) -> Finding:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 if TYPE_CHECKING:
     import numpy as np
 
 LEDGER_FILE, FORMAT = "ledger.json", 1
 SHOWN = 20  # samples or damaged samples that are listed by name
+MOST_SAMPLES, MOST_EPOCHS = 10**10, 10**6  # above them a file is no ledger, and counting would not end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the account of a run. Exit status 0 where it is exact: nothing repeated, skipped or damaged; else 1."""
     ledger = read_ledger(args.run)
-    account = balance(ledger)
-    print("\n".join(lines(account, ledger)))
+    try:
+        account = balance(ledger)
+    except MemoryError as error:
+        raise UserError(f"{args.run / LEDGER_FILE}: its samples do not fit into memory, 24 bytes each") from error
+    print(printable("\n".join(lines(account, ledger))))
     return 0 if account.exact else 1
 
 
@@ -55,17 +59,58 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
     """The ledger of a run folder. Raises: UserError where there is none, or none of this format."""
     path = run_dir / LEDGER_FILE
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
         ledger = json.loads(path.read_text(encoding="utf-8"))
-        if ledger["format"] != FORMAT:
-            raise ValueError(f"its format is {ledger['format']}, this lightspan reads {FORMAT}")
+        _refuse_other_content(ledger)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); a run keeps a ledger where trainer.callbacks has "
             "{class_path: lightspan.callbacks.ledger.Ledger, init_args: {path: ${run}/ledger.json}}"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not the ledger of a run: {error}; name another run folder") from error
     return dict(ledger)
+
+
+def _refuse_other_content(ledger: Any) -> None:
+    """Raises ValueError for what `Ledger` never writes; a file may have been written by anybody."""
+    _require(isinstance(ledger, dict) and "format" in ledger, "it has no format")
+    _require(ledger["format"] == FORMAT, f"its format is {ledger['format']!r:.40}, this lightspan reads {FORMAT}")
+    data, ranges, replaced = (ledger.get(key) for key in ("data", "ranges", "replaced"))
+    _require(isinstance(data, dict), "data is no mapping")
+    sizes, damage = data.get("sizes"), data.get("damage")
+    _require(isinstance(sizes, list) and all(_within(size, 0, MOST_SAMPLES) for size in sizes), "data.sizes")
+    length = sum(sizes)
+    _require(_within(length, 1, MOST_SAMPLES), f"data.sizes: {length} samples are not in [1, {MOST_SAMPLES}]")
+    limits = {"window": (1, MOST_SAMPLES), "epoch_samples": (0, length), "batch_size": (1, MOST_SAMPLES)}
+    for key, (least, most) in limits.items():
+        _require(_within(data.get(key), least, most), f"data.{key} is no whole number in [{least}, {most}]")
+    _require(_within(data.get("seed"), 0, 2**64), "data.seed")
+    _require(isinstance(damage, list), "data.damage is no list")
+    _require(isinstance(ranges, list), "ranges is no list")
+    for span in ranges:
+        known = isinstance(span, list) and len(span) == 3 and all(_within(number, 0, length) for number in span[1:])
+        _require(
+            known and _within(span[0], 0, MOST_EPOCHS) and span[1] < span[2], f"range {span!r:.60} is none of {length}"
+        )
+    _require(isinstance(replaced, list), "replaced is no list")
+    for entry in replaced:
+        _require(
+            isinstance(entry, dict)
+            and entry.keys() >= {"step", "damaged", "by", "reason"}
+            and all(_within(entry[key], 0, length - 1) for key in ("damaged", "by")),
+            f"replaced {entry!r:.60} names no samples",
+        )
+
+
+def _within(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
 
 
 def balance(ledger: dict[str, Any]) -> Account:
@@ -82,9 +127,16 @@ def balance(ledger: dict[str, Any]) -> Account:
     epochs: dict[int, int] = {}
     repeated: list[tuple[int, int, int]] = []
     skipped: list[tuple[int, int, int]] = []
+    spans: dict[int, list[list[int]]] = {}
+    for span in ranges:
+        spans.setdefault(span[0], []).append(span)
     for epoch in range(last_epoch + 1):
+        if epoch not in spans:
+            skipped.append((epoch, 0, used))
+            epochs[epoch] = 0
+            continue
         changes = np.zeros(length + 1, dtype=np.int64)
-        for _, first, last in (span for span in ranges if span[0] == epoch):
+        for _, first, last in spans[epoch]:
             changes[first] += 1
             changes[last] -= 1
         counts = np.cumsum(changes[:-1])  # of each place in this epoch's order

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
@@ -32,6 +33,8 @@ from lightspan.commands.step_memory import (
 )
 from lightspan.datamodules.loader import ExactLoader, split_batch
 from lightspan.errors import UserError
+
+_NO_LIMIT = 2**60  # version 1 of control groups writes a number of pages near 2**63
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +115,8 @@ def available_memory(device: torch.device) -> tuple[int, str]:
     """(bytes, where from): all of a CUDA device, or what the machine has free for new processes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's or a cluster job's own limit
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        return int(text), "the memory limit of this container or job"
+    if limit := cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+        return limit, "the memory limit of this container or job"
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
@@ -122,6 +124,29 @@ def available_memory(device: torch.device) -> tuple[int, str]:
                 # What this process holds already is counted in the plan.
                 return int(line.split()[1]) * 1024 + rss_bytes(), "free on this machine"
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "all of this machine"
+
+
+def cgroup_limit(groups: Path, root: Path) -> int | None:
+    """The least memory limit, in bytes, of a process's control groups, from its own up to the root; None without one.
+
+    Args:
+        groups: lines "0::/path" (version 2) or "N:memory:/path" (version 1), as in /proc/self/cgroup.
+        root: where the groups are mounted. A container sees its own group there, whatever its path says.
+    """
+    limits = []
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = top / path.strip("/")
+        files = [folder / name for folder in (own, *own.parents) if folder == top or top in folder.parents]
+        texts = [file.read_text().strip() for file in files if file.is_file()]
+        limits += [int(text) for text in texts if text.isdigit() and int(text) < _NO_LIMIT]  # "max" in version 2
+    return min(limits, default=None)
 
 
 def _rss_at_work() -> int:
@@ -210,19 +235,19 @@ class _Step:
         strategy.setup_optimizers(self.trainer)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
-            if _prepares_optimizers(callback):
+            # Lightning's fine-tuning callbacks freeze parameters. All else may save, search, print or start a service,
+            # and a plan does none of these: a callback says itself that its on_fit_start only prepares optimisers.
+            if isinstance(callback, BaseFinetuning) or getattr(callback, "prepares_optimizers", False):
                 callback.on_fit_start(self.trainer, self.module)
+            elif is_overridden("on_fit_start", callback, Callback) and not _ours(callback):
+                what = f"{type(callback).__name__}.on_fit_start"
+                note = f"without what {what} does; prepares_optimizers = True in the class plans with it"
+                self.notes = [*dict.fromkeys([*self.notes, note])]
         return list(strategy.optimizers)
 
 
-def _prepares_optimizers(callback: Callback) -> bool:
-    """Whether a callback's `on_fit_start` may be called without a fit: not if it saves, searches or prints.
-
-    Lightning's own all do one of these, except the fine-tuning ones, which freeze parameters.
-    """
-    if isinstance(callback, BaseFinetuning):
-        return True
-    return not isinstance(callback, Checkpoint) and not type(callback).__module__.startswith("lightning.")
+def _ours(callback: Callback) -> bool:
+    return type(callback).__module__.startswith(("lightspan.", "lightning."))
 
 
 def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -12,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import add_recipe_arguments
 from lightspan.commands.catalogue import print_notes
-from lightspan.commands.metrics_csv import METRICS_FILE, write_csv
+from lightspan.commands.metrics_csv import write_csv
 from lightspan.commands.run_folder import (
     LAST_CHECKPOINT,
-    PROVENANCE_FILE,
     checkpoint_to_resume,
+    folder_argument,
     is_first_rank,
     refuse_other_experiment,
     run_folder,
     run_ids,
+    set_metrics_aside,
+    sole_use,
     write_run_files,
 )
+from lightspan.commands.wandb_key import wandb_key_place
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.errors import UserError
 
@@ -42,7 +47,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (default): go on from the last checkpoint in --run DIR, if any; or a checkpoint file",
     )
     parser.add_argument(
-        "--wandb", action="store_true", help="also log to Weights & Biases; offline without WANDB_API_KEY"
+        "--wandb", action="store_true", help="also log to Weights & Biases; offline without a key of theirs"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="build everything, write nothing, stop before the first step"
@@ -56,7 +61,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
+    parser.add_argument("--run", type=folder_argument, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
 
 
 def run_fit(args: argparse.Namespace) -> int:
@@ -68,6 +73,11 @@ def run_fit(args: argparse.Namespace) -> int:
         print(f"{resolved.name}: builds; {type(built.model).__name__} with {total:,} parameters. Nothing was written.")
         return 0
     run_dir = run_folder(args.run, resolved.name)
+    with sole_use(run_dir):
+        return _fit(args, resolved, run_dir)
+
+
+def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     checkpoint = checkpoint_to_resume(args, run_dir)
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
@@ -81,8 +91,8 @@ def run_fit(args: argparse.Namespace) -> int:
     _meet_after_restart(built)
     if is_first_rank():
         write_run_files(resolved, run_dir, args, checkpoint)
-        if checkpoint is None:
-            (run_dir / METRICS_FILE).unlink(missing_ok=True)  # of a start that never reached a checkpoint
+        if checkpoint is None or run_dir not in checkpoint.parents:
+            set_metrics_aside(run_dir)
 
     def fit() -> Any:
         return built.trainer.fit(
@@ -99,9 +109,9 @@ def run_fit(args: argparse.Namespace) -> int:
     if is_first_rank():
         write_csv(run_dir)
     if status == 0 and is_first_rank():
-        print(f"done: {run_dir}\nnext: lightspan report {run_dir}")
+        print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
         if (run_dir / LAST_CHECKPOINT).exists():
-            print(f"      lightspan export {run_dir / LAST_CHECKPOINT} --to safetensors")
+            print(f"      lightspan export {shlex.quote(str(run_dir / LAST_CHECKPOINT))} --to safetensors")
     return status
 
 
@@ -151,51 +161,81 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightspan.callbacks.preemption import Preempted
+    from lightspan.callbacks.signal_flag import installed
     from lightspan.distributed import leave
-    from lightspan.files import explained_os_errors
 
-    before = signal.getsignal(signal.SIGINT)
+    flag = installed()
     try:
-        with explained_os_errors(run_dir / PROVENANCE_FILE):
-            result = function()
+        result = function()
         leave()
         return 0, result
     except Preempted as leaving:
         leave()
-        if is_first_rank():
-            print(f"lightspan: {leaving}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
+        _say_stopped(str(leaving), run_dir)
         return int(leaving.code or 0), None
-    except (KeyboardInterrupt, SystemExit):
-        # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), its teardown done.
-        if not built.trainer.interrupted:
-            raise
-        print(f"\nlightspan: stopped at step {built.trainer.global_step}; {_way_on(run_dir)}", file=sys.stderr)
-        return INTERRUPTED, None
-    except MisconfigurationException as error:
-        raise UserError(f"the Trainer refuses this run: {error}") from error
-    except (RuntimeError, ValueError) as error:
-        text = str(error)
-        if isinstance(error, UserError):
-            raise
-        if isinstance(error, ValueError) and "configure_optimizers" in _functions(error):
-            raise UserError(f"the optimiser or its schedule refuses its settings: {error}") from error
-        if checkpoint is None:
-            raise
-        if "loading state_dict" in text or "loaded state dict" in text or "state_dict" in text.split("\n")[0]:
-            raise UserError(f"{checkpoint} is a checkpoint of another model: {_few_lines(text)}") from error
+    except BaseException as error:
+        # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), its teardown done. A write that is cut by it
+        # raises whatever its library raises.
+        if built.trainer.interrupted and (
+            isinstance(error, KeyboardInterrupt | SystemExit) or (flag is not None and flag.insisted)
+        ):
+            _say_stopped(f"stopped by Ctrl-C at step {built.trainer.global_step}", run_dir)
+            return INTERRUPTED, None
+        if isinstance(error, MisconfigurationException):
+            raise UserError(f"the Trainer refuses this run: {error}") from error
+        if isinstance(error, OSError):
+            _explain(error, run_dir)
+        if message := _reason(error, checkpoint):
+            raise UserError(message) from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # Lightning's doing after Ctrl-C
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _say_stopped(why: str, run_dir: Path) -> None:
+    if is_first_rank():
+        print(f"\nlightspan: {why}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
+
+
+def _explain(error: OSError, run_dir: Path) -> None:
+    """Raises a UserError for an error of a file in the run folder, or of a disk. Sockets and pipes have others."""
+    from lightspan.files import explained_os_errors
+
+    disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    if not isinstance(error.filename, str | os.PathLike):
+        path = run_dir if disk else None
+    else:
+        path = Path(error.filename).absolute()
+    if path is not None and (path == run_dir or run_dir in path.parents):
+        with explained_os_errors(path):
+            raise error
+
+
+def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
+    """What a library complains of that a user can mend, by where it was raised; None for all else."""
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError):
+        return None
+    passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if isinstance(error, ValueError) and "configure_optimizers" in passed:
+        return f"the optimiser or its schedule refuses its settings: {error}"
+    if "_validate_condition_metric" in passed:
+        return f"early stopping: {error}"
+    if checkpoint is not None and "load_state_dict" in passed:
+        return f"{checkpoint} is a checkpoint of another model: {_few_lines(str(error))}"
+    return None
 
 
 def _obey_signals(built: Built) -> None:
-    """Gives signals back their usual meaning where no callback of the run obeys them."""
+    """Hands signals to the callback of the run that obeys them, or gives them back their usual meaning."""
     from lightspan.callbacks.preemption import Preemption
     from lightspan.callbacks.signal_flag import installed
 
-    flag = installed()
     callbacks = built.trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
-    if flag is not None and not any(isinstance(callback, Preemption) for callback in callbacks):
+    preemption = next((callback for callback in callbacks if isinstance(callback, Preemption)), None)
+    if preemption is not None:
+        preemption.obey(built.trainer)
+    elif (flag := installed()) is not None:
         flag.release()
 
 
@@ -217,16 +257,11 @@ def _meet_after_restart(built: Built) -> None:
     dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=int(os.environ["RANK"]), world_size=ranks)
 
 
-def _functions(error: BaseException) -> set[str]:
-    """Names of the functions that an error passed through."""
-    return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-
-
 def _way_on(run_dir: Path) -> str:
     last = run_dir / LAST_CHECKPOINT
     if not last.exists():
         return "no checkpoint was written yet"
-    return f"{last} is whole; the same command with --run {run_dir} goes on from it"
+    return f"{last} is whole; the same command with --run {shlex.quote(str(run_dir))} goes on from it"
 
 
 def _few_lines(text: str) -> str:
@@ -236,7 +271,7 @@ def _few_lines(text: str) -> str:
 
 def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:
     """The tracker, offline without a key; a run that goes on keeps its id there."""
-    offline = not os.environ.get("WANDB_API_KEY")
+    offline = wandb_key_place() is None
     settings: dict[str, Any] = {"project": "lightspan", "save_dir": "${run}", "offline": offline}
     if checkpoint is not None and (run_id := run_ids(checkpoint).get("lightning.pytorch.loggers.wandb.WandbLogger")):
         settings |= {"id": run_id, "resume": "allow"}

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightspan.callbacks.signal_flag import WARNINGS
 from lightspan.commands.arguments import add_recipe_arguments
 from lightspan.commands.catalogue import print_notes
-from lightspan.commands.run_folder import run_folder
+from lightspan.commands.run_folder import folder_argument, run_folder
+from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -28,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--to", required=True, choices=tuple(_TARGETS), help="who starts the ranks")
     parser.add_argument("--print", action="store_true", help="write the job to the console and submit nothing")
-    parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)")
+    parser.add_argument(
+        "--run",
+        type=folder_argument,
+        metavar="DIR",
+        help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)",
+    )
     parser.add_argument("--nodes", type=_count, metavar="N", help="machines (default: the recipe's trainer.num_nodes)")
     parser.add_argument(
         "--gpus-per-node",
@@ -90,7 +98,31 @@ def _to_this_machine(args: argparse.Namespace, resolved: Resolved) -> int:
         return 0
     if find_spec("torch") is None:
         raise UserError("torchrun is not installed: pip install torch, or look at the command with --print")
-    return subprocess.run(command, env=os.environ | torchrun.environment(job)).returncode
+    return _passing_warnings_on(command, os.environ | torchrun.environment(job), job)
+
+
+def _passing_warnings_on(command: list[str], environment: dict[str, str], job: Job) -> int:
+    """Runs torchrun. It ends with 1 whatever its ranks said, so once a warning has been passed on to it, and it has
+    ended for that, the status is that of a run which left because it was told to.
+    """
+    told: list[int] = []
+    process = subprocess.Popen(command, env=environment)
+
+    def pass_on(number: int, _: Any) -> None:
+        told.append(number)
+        if number != signal.SIGINT:  # which a terminal has sent to torchrun as well
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (*WARNINGS, signal.SIGINT)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not told or status == 0:
+        return status
+    left = 128 + signal.SIGTERM if job.preemption is None else job.preemption.exit_code
+    return 128 + signal.SIGINT if told[0] == signal.SIGINT else left
 
 
 _TARGETS: dict[str, Callable[[argparse.Namespace, Resolved], int]] = {
@@ -126,6 +158,13 @@ def _refuse_strangers(args: argparse.Namespace) -> None:
         )
     if args.time is not None:
         seconds(args.time)
+    for flag in args.flags:
+        name, _, value = flag.partition("=")
+        if redacted([value]) != [value]:
+            raise UserError(
+                f"{name}: its value looks like a secret, which would be written into the job; keep it in an "
+                "environment variable such as WANDB_API_KEY"
+            )
 
 
 def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
@@ -150,7 +189,7 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
 
 def _job_of_files(args: argparse.Namespace, resolved: Resolved) -> Job:
     """The job where recipe and run folder lie on this machine, or on storage that the others share with it."""
-    folder = run_folder(args.run and Path(args.run), resolved.name)
+    folder = run_folder(args.run, resolved.name, make=not args.print)
     return _job(args, resolved, str(folder), [args.recipe, *_options("-c", args.overlays), *args.flags])
 
 
@@ -185,10 +224,10 @@ def _options(option: str, values: list[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
 
 
-def _folder_in_the_volume(given: str | None, name: str) -> str:
+def _folder_in_the_volume(given: Path | None, name: str) -> str:
     """The run folder inside the pods."""
     if given is None:
-        new = run_folder(None, name)
+        new = run_folder(None, name, make=False)  # it is only named here
         return f"{kubernetes.RUNS}/{new.parent.name}/{new.name}"
     folder = PurePosixPath(kubernetes.RUNS) / given
     if folder.parts[:2] != ("/", "runs") or len(folder.parts) < 3 or ".." in folder.parts:

@@ -75,8 +75,11 @@ def leave_of(config: dict[str, Any]) -> Leave | None:
         if spec.get("class_path") == _PREEMPTION:
             settings = spec.get("init_args") or {}
             budget_s, exit_code = settings.get("budget_s", _BUDGET_S), settings.get("exit_code", _EXIT_CODE)
-            if not isinstance(budget_s, int | float) or not isinstance(exit_code, int):
-                raise UserError(f"budget_s={budget_s!r} and exit_code={exit_code!r} of the Preemption must be numbers")
+            if not isinstance(budget_s, int | float) or not 0 < budget_s < math.inf or not isinstance(exit_code, int):
+                raise UserError(
+                    f"budget_s={budget_s!r} of the Preemption must be finite seconds above 0, and "
+                    f"exit_code={exit_code!r} a whole number"
+                )
             return Leave(name, math.ceil(budget_s), exit_code)
     return None
 

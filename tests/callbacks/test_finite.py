@@ -8,6 +8,7 @@ from rank_processes import callback
 
 from lightspan.callbacks.checkpoint import Checkpoint
 from lightspan.callbacks.finite import FiniteLoss
+from lightspan.callbacks.subspace_projection import SubspaceProjection
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
 
@@ -52,6 +53,13 @@ def test_a_run_without_trouble_is_not_touched(make_trainer, net, batches):
     fit(make_trainer, watched, batches, FiniteLoss("skip"))
     fit(make_trainer, alone, batches, Callback())
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("backward", "looks"), [("whole", False), ("hooks", True)])
+def test_gradients_are_looked_at_once(make_trainer, net, batches, backward, looks):
+    low_rank = SubspaceProjection(2, ["head.weight"], residual=None, backward=backward)
+    trainer = fit(make_trainer, plain(net), batches, FiniteLoss(), low_rank)
+    assert trainer.optimizers[0].check_finite is looks
 
 
 def test_stop_names_the_batch_and_leaves_weights_and_the_last_checkpoint_good(make_trainer, net, batches, tmp_path):

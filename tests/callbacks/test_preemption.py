@@ -1,8 +1,13 @@
 """Real signals: what a job that is told to end leaves behind, and that the next start goes on as if nothing was."""
 
+import json
+import math
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import rank_processes
@@ -43,6 +48,14 @@ def saved_step(tmp_path) -> int:
     return torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"]
 
 
+@pytest.fixture
+def keeps_ctrl_c():
+    """A KeyboardInterrupt in `fit` makes Lightning ignore Ctrl-C for the rest of the process."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("step", [0, 3, 4, 5, 8])
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}])
 def test_a_signal_ends_the_step_and_the_next_start_ends_like_an_undisturbed_run(
@@ -51,7 +64,7 @@ def test_a_signal_ends_the_step_and_the_next_start_ends_like_an_undisturbed_run(
     with pytest.raises(Preempted) as left:
         fit(make_trainer, net, batches, [Send(step)], **options)
     assert left.value.code == PREEMPTED == 143
-    assert str(left.value) == f"preempted by SIGTERM after step {step + 1}; {tmp_path}/checkpoints/last.ckpt is whole"
+    assert str(left.value) == f"preempted by SIGTERM after step {step + 1}"
     assert saved_step(tmp_path) == step + 1
     resumed = fit(make_trainer, net, batches, ckpt_path=tmp_path / "checkpoints/last.ckpt", **options)
     straight = fit(make_trainer, net, batches, default_root_dir=str(tmp_path / "straight"), **options)
@@ -104,7 +117,7 @@ def test_lightnings_handlers_stay_out(make_trainer, net, batches):
 def test_a_flag_set_before_the_run_ends_it_before_its_first_step(make_trainer, net, batches, tmp_path):
     with remembered():
         os.kill(os.getpid(), signal.SIGUSR1)  # as while libraries load
-        with pytest.raises(Preempted, match="preempted by SIGUSR1 before the first step; there is no checkpoint yet"):
+        with pytest.raises(Preempted, match="preempted by SIGUSR1 before the first step"):
             fit(make_trainer, net, batches)
     assert not (tmp_path / "checkpoints").exists()
     assert installed() is None
@@ -133,27 +146,75 @@ def test_forked_children_have_the_signals_blocked_and_the_parent_does_not():
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_process_whose_main_thread_never_comes_back_to_python_ends_all_the_same(name, status):
+    code = f"""
+import ctypes, os, signal, threading
+from lightspan.callbacks import signal_flag
+signal_flag.INTERRUPT_S = 0.2
+with signal_flag.remembered((signal.SIGTERM, signal.SIGINT)) as flag:
+    flag.budget_s = 0.2
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.{name})).start()
+    mutex, lock = ctypes.create_string_buffer(128), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == status
+    assert f"{name}: still in <module> (<string>:9); leaving at once" in done.stderr
+
+
+def test_a_rank_that_was_told_of_a_signal_has_what_is_left_of_the_budget(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    with remembered([signal.SIGTERM]) as flag:
+        flag.tell(signal.SIGTERM, age_s=flag.budget_s - 0.1)
+        assert ended.wait(5)
+
+
+def test_what_was_done_in_time_ends_nothing(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with remembered([signal.SIGTERM]) as flag:
+        flag.budget_s = 0.05
+        os.kill(os.getpid(), signal.SIGTERM)
+        flag.met()
+        time.sleep(0.2)
+    assert ended == []
+
+
+@pytest.mark.usefixtures("keeps_ctrl_c")
+def test_ctrl_c_finishes_the_step_and_the_second_one_does_not(make_trainer, net, batches, tmp_path):
+    with pytest.raises(Preempted, match="stopped by Ctrl-C after step 4") as left:
+        fit(make_trainer, net, batches, [Send(3, signal.SIGINT)])
+    assert left.value.code == 130
+    assert saved_step(tmp_path) == 4
+    with pytest.raises(SystemExit) as left:
+        fit(make_trainer, net, batches, [Send(7, signal.SIGINT), Send(7, signal.SIGINT)])
+    assert not isinstance(left.value, Preempted)
+    assert saved_step(tmp_path) == 5  # of the end of the epoch before
+
+
+def test_a_ctrl_c_that_somebody_else_takes_stays_theirs():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells start commands in the background
+    try:
+        with remembered([signal.SIGINT]):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Over(Preemption):
     """A flag that is older than the budget by the time the step ends."""
 
-    def on_train_batch_end(self, trainer, *rest) -> None:
-        if self._flag.received is not None:
-            self._flag.since_s -= 2 * self.budget_s
-        super().on_train_batch_end(trainer, *rest)
+    def _read_exchange(self):
+        warning = super()._read_exchange()
+        return warning and (warning[0], warning[1] + 2 * self.budget_s)
 
 
 def test_over_budget_before_the_step_ends_the_checkpoint_before_is_kept(make_trainer, net, batches, tmp_path):
     with pytest.raises(Preempted, match="without a new checkpoint: the budget of 60 s was over before step 4 ended"):
         fit(make_trainer, net, batches, [Send(3)], Over(), val_check_interval=2)
     assert saved_step(tmp_path) == 2
-
-
-@pytest.fixture
-def keeps_ctrl_c():
-    """A KeyboardInterrupt in `fit` makes Lightning ignore Ctrl-C for the rest of the process."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("keeps_ctrl_c")
@@ -177,7 +238,9 @@ def test_over_budget_while_writing_leaves_with_the_checkpoint_before(
     with pytest.raises(SystemExit):
         trainer.fit(net(), batches(5))
     assert statuses == [PREEMPTED]
-    assert "SIGTERM: the budget of 0.2 s was over before the checkpoint of step 4 was whole" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "SIGTERM: the budget of 0.2 s was over before a checkpoint of step 4 was whole, still in wait (" in err
+    assert f"{tmp_path}/checkpoints/last.ckpt is whole" in err
     assert saved_step(tmp_path) == 3
 
 
@@ -222,6 +285,8 @@ def test_slurm_is_asked_to_requeue_after_the_checkpoint(
         ({"signals": ["SIGKILL"]}, "signals: 'SIGKILL' is no signal that can be obeyed"),
         ({"requeue_on": ["USR1"]}, "requeue_on: 'USR1' is no signal"),
         ({"budget_s": 0}, "budget_s=0 must be above 0 seconds"),
+        ({"budget_s": math.inf}, "budget_s=inf must be above 0 seconds and finite"),
+        ({"budget_s": math.nan}, "budget_s=nan must be above 0 seconds and finite"),
         ({"exit_code": 0}, r"exit_code=0 must be in \[1, 255\]"),
     ],
 )
@@ -248,3 +313,28 @@ def test_rank_1_alone_is_signalled_with_its_workers_and_both_ranks_leave_in_step
         assert rank_processes.fit(folder, workers, ranks=2).statuses == [0, 0]
     resumed, straight = weights(run), weights(tmp_path / "b")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_two_ranks_leave_a_validation_at_the_same_batch_and_run_all_of_it_later(tmp_path):
+    validates = ["data.class_path=tiny_lab.parts.Rows", "trainer.limit_val_batches=1.0", "trainer.max_steps=8"]
+    marker = tmp_path / "sent"
+    warning = callback("warn", "tiny_lab.faults.SignalAt", step=4, name="SIGTERM", rank=1, validation="true")
+    warning.append(f"trainer.callbacks.warn.init_args.marker={marker}")
+    left = rank_processes.fit(tmp_path, *validates, *warning, ranks=2)
+    assert left.statuses == [PREEMPTED, PREEMPTED], left.said
+    assert "preempted by SIGTERM after step 4" in left.said
+    assert saved_step(tmp_path) == 4
+    assert rank_processes.fit(tmp_path, *validates, *warning, ranks=2).statuses == [0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == [3, 7]
+
+
+def test_a_rank_that_waits_for_others_in_vain_is_ended_by_a_warning(tmp_path):
+    port = str(rank_processes.free_port())
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    warning = callback("warn", "tiny_lab.faults.WarnLater", name="SIGTERM", seconds=0.5)
+    flags = ["--run", str(tmp_path), "trainer.devices=2", "trainer.strategy=ddp", *warning]
+    budget = "trainer.callbacks.preemption.init_args.budget_s=1"
+    ended = rank_processes.launch(["fit", *rank_processes.TINY, *flags, budget], 1, tmp_path, environment=place)
+    assert ended.statuses == [PREEMPTED], ended.said
+    assert "SIGTERM: the budget of 1 s was over before a checkpoint of step 0 was whole, still in " in ended.said

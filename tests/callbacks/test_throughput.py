@@ -1,7 +1,9 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 
+from lightspan.callbacks.checkpoint import Checkpoint
 from lightspan.callbacks.throughput import Throughput, batch_counts
 from lightspan.errors import UserError
 
@@ -30,6 +32,30 @@ class Rates(Callback):
     def on_train_batch_end(self, trainer, *args) -> None:
         rate = trainer.callback_metrics.get("throughput/samples_per_s")
         self.seen.append(None if rate is None else rate.item())
+
+
+class Lines(DummyLogger):
+    """Steps of the lines that hold a rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def log_metrics(self, metrics, step=None) -> None:
+        if "throughput/samples_per_s" in metrics:
+            self.steps.append(step)
+
+
+def test_each_window_is_one_line_at_the_same_steps_also_in_a_resumed_run(make_trainer, net, batches, tmp_path):
+    def steps_of(max_steps, ckpt_path=None) -> list[int]:
+        lines = Lines()
+        callbacks = [Throughput(4), Checkpoint(every_n_train_steps=6)]
+        options = {"max_steps": max_steps, "logger": lines, "enable_checkpointing": True, "callbacks": callbacks}
+        make_trainer(**options).fit(net(), batches(20), ckpt_path=ckpt_path, weights_only=True)
+        return lines.steps
+
+    assert steps_of(6) == [3]
+    assert steps_of(13, tmp_path / "checkpoints" / "last.ckpt") == [7, 11]
 
 
 def test_rates_are_over_windows_and_leave_validation_out(make_trainer, net, batches, slow):

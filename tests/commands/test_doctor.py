@@ -10,6 +10,7 @@ import pytest
 
 from lightspan.commands import doctor
 from lightspan.commands.doctor import Finding
+from lightspan.commands.wandb_key import wandb_key_place
 
 REQUIREMENTS = [
     "torch>=2.10",
@@ -93,10 +94,14 @@ def test_the_wandb_key_is_noticed_and_never_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = "0123456789abcdef" * 3
-    netrc = tmp_path / "netrc"
-    assert doctor.wandb_finding({}, netrc).state == "none"
+    assert doctor.wandb_finding(wandb_key_place({}, tmp_path)).state == "none"
+    netrc = tmp_path / ".netrc"
     netrc.write_text(f"machine api.wandb.ai\n  login user\n  password {secret}\n")
-    assert doctor.wandb_finding({}, netrc) == Finding("wandb key", "ok", f"in {netrc}")
+    assert doctor.wandb_finding(wandb_key_place({}, tmp_path)) == Finding("wandb key", "ok", f"in {netrc}")
+    assert wandb_key_place({"WANDB_BASE_URL": "https://other.example"}, tmp_path) is None
+    assert wandb_key_place({"NETRC": str(netrc)}, tmp_path / "elsewhere") == str(netrc)
+    netrc.write_text("machine \n\x00")
+    assert wandb_key_place({}, tmp_path) is None
     monkeypatch.setitem(os.environ, "WANDB_API_KEY", secret)
     assert doctor.run(argparse.Namespace(network=False)) == 0  # this suite runs on a sound installation
     printed = capsys.readouterr().out

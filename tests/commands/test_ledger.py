@@ -1,6 +1,7 @@
 """The ledger of consumed samples: exact for straight and resumed runs, and it shows what is not exact."""
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,37 @@ def test_a_loader_without_an_order_leaves_no_ledger_and_a_folder_without_one_is_
     (tmp_path / "ledger.json").write_text('{"format": 9}')
     assert main(["ledger", str(tmp_path)]) == 2
     assert "its format is 9, this lightspan reads 1" in capsys.readouterr().err
+
+
+LEDGER = {
+    "format": 1,
+    "data": {"sizes": [4, 3], "window": 2, "seed": 0, "epoch_samples": 6, "batch_size": 2, "damage": []},
+    "ranges": [[0, 0, 6], [1, 0, 2]],
+    "replaced": [],
+}
+PLACES = [("format",), ("data",), ("ranges",), ("replaced",), ("ranges", 0), ("ranges", 0, 0), ("ranges", 1, 2)]
+PLACES += [("data", key) for key in LEDGER["data"]]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(map(str, place)))
+def test_a_ledger_of_any_other_content_is_refused_in_words_or_read(tmp_path, capsys, place) -> None:
+    *path, last = place
+    for wrong in (None, "x", [], {}, -1, 10**18, 1.5, True, [[]], ["x"]):
+        ledger = holder = json.loads(json.dumps(LEDGER))
+        for key in path:
+            holder = holder[key]
+        holder[last] = wrong
+        (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+        status, said = main(["ledger", str(tmp_path)]), capsys.readouterr().err
+        assert status in (0, 1) or (status == 2 and "is not the ledger of a run: " in said), wrong
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "3", '{"format": 1}', '{"format": "\\u001b[2J"}'])
+def test_a_file_that_is_no_ledger_is_refused(tmp_path, capsys, text) -> None:
+    (tmp_path / "ledger.json").write_text(text)
+    assert main(["ledger", str(tmp_path)]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+    (tmp_path / "ledger.json").unlink()
+    os.mkfifo(tmp_path / "ledger.json")
+    assert main(["ledger", str(tmp_path)]) == 2
+    assert "it is no regular file" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
 from lightspan.commands.division import Division, division, strategy_of
 from lightspan.commands.plan import measured_peak, shares, verdict
-from lightspan.commands.planned_step import Plan, available_memory, make_plan
+from lightspan.commands.planned_step import Plan, available_memory, cgroup_limit, make_plan
 from lightspan.commands.step_memory import StepMemory
 from lightspan.errors import UserError
 from lightspan.strategies import FSDP2
@@ -84,11 +84,44 @@ def test_planning_changes_no_weight_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_callback_that_exchanges_the_optimizer_is_planned_with(tmp_path: Path) -> None:
     class Plain(Callback):
+        prepares_optimizers = True
+
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), momentum=0.9)]
 
     plan = planned(tmp_path, Regression(), callbacks=[Plain()])
     assert plan.step.optimizer_state == plan.step.gradients
+
+
+def test_a_callback_that_may_do_anything_is_left_alone_and_named(tmp_path: Path) -> None:
+    class Service(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise AssertionError("a plan started the service")
+
+    plan = planned(tmp_path, Regression(), callbacks=[Service()])
+    assert [note for note in plan.notes if note.startswith("without what Service.on_fit_start does")]
+
+
+def test_the_memory_of_a_job_is_the_least_limit_of_its_control_groups(tmp_path: Path) -> None:
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    job = root / "system.slice" / "slurmstepd.scope" / "job_7" / "step_0"
+    job.mkdir(parents=True)
+    assert cgroup_limit(groups, root) is None
+    groups.write_text("0::/system.slice/slurmstepd.scope/job_7/step_0\n")
+    assert cgroup_limit(groups, root) is None
+    (job / "memory.max").write_text("max\n")
+    (job.parent / "memory.max").write_text("8589934592\n")
+    (root / "memory.max").write_text("99999999999\n")
+    assert cgroup_limit(groups, root) == 8 * GIB
+    # A container sees its own group as the root, and another path than the one that is there.
+    groups.write_text("0::/kubepods/pod1\n")
+    assert cgroup_limit(groups, root) == 99999999999
+    old = root / "memory" / "slurm" / "job_7"
+    old.mkdir(parents=True)
+    groups.write_text("5:cpu,cpuacct:/slurm/job_7\n4:memory:/slurm/job_7\n")
+    (root / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (old / "memory.limit_in_bytes").write_text("4294967296\n")
+    assert cgroup_limit(groups, root) == 4 * GIB
 
 
 def test_an_optimizer_that_reads_numbers_is_planned_by_an_idle_step(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from lightspan.callbacks.preemption import Preemption
 from lightspan.cli import main
+from lightspan.commands.submit import _passing_warnings_on
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.launch import slurm
-from lightspan.launch.job import LEAVING_S, job_name, leave_of, seconds
+from lightspan.launch.job import LEAVING_S, Job, job_name, leave_of, seconds
 
 PROJECT = Path(__file__).parents[1] / "tiny_project"
 QUICKSTART = "language/quickstart"
@@ -442,7 +443,44 @@ def test_two_ranks_train_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "code"),
+    [
+        (signal.SIGTERM, 1, 143),  # how torchrun ends, its ranks having left with 143
+        (signal.SIGUSR1, 1, 143),
+        (signal.SIGTERM, 0, 0),  # the last step was done by then
+    ],
+)
+def test_a_warning_is_passed_on_and_the_status_is_that_of_a_run_that_left(number: int, status: int, code: int) -> None:
+    told = f"import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))"
+    ready = "print('ready', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", f"{told}; import os; os.kill(os.getppid(), {int(number)}); {ready}"]
+    job = Job("name", (), "/run", "/", 1, 2, False, 1, leave_of(resolve(QUICKSTART).config))
+    assert _passing_warnings_on(command, dict(os.environ), job) == code
+
+
+def test_a_failure_without_a_warning_keeps_its_status() -> None:
+    job = Job("name", (), "/run", "/", 1, 2, False, 1, leave_of(resolve(QUICKSTART).config))
+    assert _passing_warnings_on([sys.executable, "-c", "import sys; sys.exit(3)"], dict(os.environ), job) == 3
+
+
 # --- parts
+
+
+@pytest.mark.parametrize("budget", [".inf", ".nan", "0", "-3", "abc"])
+def test_a_budget_that_is_no_time_is_refused(complaint: Callable[..., str], budget: str) -> None:
+    flag = f"trainer.callbacks.preemption.init_args.budget_s={budget}"
+    assert "budget_s" in complaint(QUICKSTART, "--to", "slurm", "--print", flag)
+
+
+def test_a_value_that_looks_like_a_secret_is_not_written_into_a_job(complaint: Callable[..., str]) -> None:
+    key = "hf_" + "a1" * 6  # too short for the check of configurations, and hidden in records of runs
+    said = complaint(QUICKSTART, "--to", "slurm", "--print", f"trainer.logger.x.init_args.project={key}")
+    assert key not in said
+
+
+def test_an_empty_run_folder_is_refused(complaint: Callable[..., str]) -> None:
+    assert "--run: is empty" in complaint(QUICKSTART, "--to", "slurm", "--print", "--run", "")
 
 
 def test_the_promise_to_leave_is_that_of_the_callback() -> None:

@@ -34,6 +34,16 @@ def test_measures(evidence):
 '''
 
 
+BROKEN_FIRST = (
+    BROKEN
+    + """
+
+def test_stands_by_itself(evidence):
+    evidence.claim("exact", 0.0, at_most=0.0)
+"""
+)
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that holds the harness and two toy systems."""
@@ -45,6 +55,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "evidence" / "results").mkdir()
     (root / "evidence" / "results" / "77_toy.png").touch()
     (root / "evidence" / "test_broken.py").write_text(BROKEN)
+    (root / "evidence" / "test_broken_first.py").write_text(BROKEN_FIRST)
     (root / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
     return root
 
@@ -97,7 +108,10 @@ def test_a_system_picks_its_file_alone_and_an_unknown_one_is_refused(house: Path
     assert not (house / "evidence" / "results" / "broken.json").exists()
     done = run(house, "--system", "7")
     assert done.returncode == 4
-    assert "--system 7 matches no file test_7*.py in evidence/; there are: 77_toy, broken" in done.stderr + done.stdout
+    assert (
+        "--system 7 matches no file test_7*.py in evidence/; there are: 77_toy, broken, broken_first"
+        in done.stderr + done.stdout
+    )
 
 
 def test_a_run_that_stops_in_the_middle_leaves_its_figures_marked_incomplete(house: Path, toy: tuple) -> None:
@@ -108,6 +122,14 @@ def test_a_run_that_stops_in_the_middle_leaves_its_figures_marked_incomplete(hou
     assert record["figures"][0]["value"] == 0.5
     page = (house / "docs" / "evidence.md").read_text()
     assert "stopped before its end" in page.split("## broken")[1].split("##")[0]
+
+
+@pytest.mark.parametrize("chosen", [(), ("-k", "test_stands_by_itself")])
+def test_a_file_is_complete_only_when_all_of_its_tests_have_ended(house: Path, toy: tuple, chosen: tuple) -> None:
+    run(house, "--system", "broken_first", *chosen)
+    record = json.loads((house / "evidence" / "results" / "broken_first.json").read_text())
+    assert [claim["name"] for claim in record["claims"]] == ["exact"]
+    assert not record["complete"]
 
 
 def test_the_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:

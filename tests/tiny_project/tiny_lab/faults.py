@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,34 @@ class ExactRows(LightningDataModule):
 
 
 class SignalAt(Callback):
-    """Sends a signal to this very process, or to all its children too, while it computes step `step` on rank `rank`.
+    """Sends a signal to this very process, or to all its children too, while it computes step `step` on rank `rank`, or
+    in the third batch of the validation after that many steps.
 
     With `marker`, a file that is made first, it does so once and not again in a restarted run.
     """
 
-    def __init__(self, step: int, name: str, rank: int = 0, marker: str | None = None, children: bool = False) -> None:
+    def __init__(
+        self,
+        step: int,
+        name: str,
+        rank: int = 0,
+        marker: str | None = None,
+        children: bool = False,
+        validation: bool = False,
+    ) -> None:
+        self.validation = validation
         self.step, self.number, self.rank, self.children = step, signal.Signals[name], rank, children
         self.marker = None if marker is None else Path(marker)
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if not self.validation:
+            self._send(trainer)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.validation and batch_idx == 2:
+            self._send(trainer)
+
+    def _send(self, trainer) -> None:
         if (trainer.global_step, trainer.global_rank) != (self.step, self.rank):
             return
         if self.marker is not None:
@@ -59,6 +78,13 @@ class SignalAt(Callback):
             for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
                 os.kill(int(child), self.number)
         os.kill(os.getpid(), self.number)
+
+
+class WarnLater(Callback):
+    """A signal to this process some seconds after the callback was built, wherever the run is by then."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.Signals[name])).start()
 
 
 class HangAt(Callback):
