@@ -6,14 +6,17 @@ A reader, a crash or a full disk therefore never meets half a file: either the o
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from lightspan.errors import UserError
 
 _LEFTOVER_PREFIX, _LEFTOVER_SUFFIX, _ASIDE_SUFFIX = ".lightspan-", ".tmp", ".old"
+_ASIDE = re.compile(rf"{re.escape(_LEFTOVER_PREFIX)}[0-9a-f]+-(?P<name>.+){re.escape(_ASIDE_SUFFIX)}")
 
 _ANOTHER_FOLDER = "choose a folder you may write to with --run"
 _REASONS = {
@@ -32,12 +35,47 @@ _REASONS = {
     ),
     errno.EEXIST: ("a file stands where a folder is needed", "rename that file or choose another folder with --run"),
     errno.EISDIR: ("a folder of this name stands there", "rename that folder or choose another one with --run"),
+    errno.EIO: ("the disk reports an error", "look at the disk and its cable or server, or choose another with --run"),
+    errno.ESTALE: ("the file server no longer knows this file", "mount it again or choose another folder with --run"),
+    errno.ETIMEDOUT: ("the file server does not answer", "look at the server or choose another folder with --run"),
+    errno.ENAMETOOLONG: ("a name in this path is too long", "choose a shorter one with --run"),
+    errno.ELOOP: ("links in this path lead in a circle", "mend the link or choose another folder with --run"),
 }
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EINVAL}
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def irregular(path: str | Path) -> str | None:
+    """Why `path` is no regular file nor a link to one, as the end of a sentence about it; None where it is one.
+
+    Anything else may never end or never begin: a named pipe blocks whoever opens it, a device gives bytes for ever.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+    return None if stat.S_ISREG(mode) else f"is {kind}, not a regular file"
+
+
+def require_regular_file(path: str | Path) -> None:
+    """Raises: UserError where `path` is missing, cannot be reached, or is no regular file (nor a link to one)."""
+    if reason := irregular(path):
+        raise UserError(f"{path} {reason}; name a file")
 
 
 @contextlib.contextmanager
-def explained_os_errors(path: Path) -> Iterator[None]:
-    """Turn the write errors a user can mend (full disk, read-only folder, ...) into a `UserError` that names `path`.
+def explained_os_errors(path: Path, doing: str = "write") -> Iterator[None]:
+    """Turn the errors a user can mend (full disk, read-only folder, ...) into a `UserError` that names `path`.
+
+    Args:
+        doing: what fails, for the message.
 
     Errors that carry the name of a file outside the folder of `path` pass through: they are about something else.
     """
@@ -48,7 +86,7 @@ def explained_os_errors(path: Path) -> Iterator[None]:
         if reason is None or not _concerns(error, path):
             raise
         what, way_out = reason
-        raise UserError(f"cannot write {path}: {what} ({os.strerror(error.errno or 0)}); {way_out}") from error
+        raise UserError(f"cannot {doing} {path}: {what} ({os.strerror(error.errno or 0)}); {way_out}") from error
 
 
 def _concerns(error: OSError, path: Path) -> bool:
@@ -63,25 +101,26 @@ def _concerns(error: OSError, path: Path) -> bool:
 def atomic_path(path: str | Path, over_folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` (made if missing); on success it becomes `path` in one step.
 
-    When the block raises, also by Ctrl-C, the temporary file is removed and whatever stood at `path` stays as it was.
-    A folder at `path` is refused, or with `over_folder` replaced as `replace_folder` does it.
+    When the block raises, also by Ctrl-C, the temporary is removed and whatever stood at `path` stays as it was.
+    A block may make a folder of it; that takes the place of a file or folder as `replace_folder` does it. A folder at
+    `path` is refused to a file, or with `over_folder` replaced in the same way.
 
     Raises: UserError when the disk is full, the folder is read-only or cannot be one; other errors pass through.
     """
     path = Path(path)
     temporary = temporary_path(path, secrets.token_hex(4))
     with explained_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
-            if over_folder and path.is_dir():
+            if temporary.is_dir() or (over_folder and path.is_dir()):
                 replace_folder(temporary, path)
             else:
                 _fsync(temporary)
                 os.replace(temporary, path)
                 _fsync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -91,6 +130,40 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def link_atomic(source: Path, path: Path) -> None:
+    """Give the content of `source`, a file or folder that nothing changes in place, the name `path` too, in one step.
+
+    Hard links cost no bytes; where the file system has none the files are copied. Raises: UserError as `atomic_path`.
+    """
+    with atomic_path(path, over_folder=True) as temporary:
+        if not source.is_dir():
+            _link_or_copy(source, temporary)
+            return
+        for folder, _, names in os.walk(source):
+            inside = temporary / Path(folder).relative_to(source)
+            inside.mkdir()
+            for name in names:
+                _link_or_copy(Path(folder, name), inside / name)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it where they are missing. Raises: UserError where that cannot be."""
+    with explained_os_errors(folder, "make folder"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # /proc and other file systems that only their owner makes files in
+            raise UserError(f"cannot make folder {folder}: {error.strerror}; {_ANOTHER_FOLDER}") from error
 
 
 def temporary_path(path: Path, mark: str) -> Path:
@@ -120,21 +193,25 @@ def replace_folder(temporary: Path, path: Path) -> None:
 
 def put_back(folder: Path) -> None:
     """Return what `replace_folder` moved aside and a killed process did not replace; harmless on several ranks."""
-    for aside in folder.glob(f"{_LEFTOVER_PREFIX}*{_ASIDE_SUFFIX}"):
-        place = folder / aside.name.removeprefix(_LEFTOVER_PREFIX).removesuffix(_ASIDE_SUFFIX).split("-", 1)[1]
-        if not place.exists():
+    for aside in leftovers(folder):
+        named = _ASIDE.fullmatch(aside.name)
+        if named and not (place := folder / named["name"]).exists():
             with contextlib.suppress(OSError):  # another rank was faster
                 os.rename(aside, place)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there. A folder gives up its name first, so that no half of it keeps that."""
-    if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
-        return
-    doomed = path if path.name.startswith(_LEFTOVER_PREFIX) else temporary_path(path, secrets.token_hex(4))
-    if doomed != path:
-        os.rename(path, doomed)
+    """Delete a file or a folder, if it is there. A folder gives up its name first, so that no half of it keeps that.
+
+    Raises: UserError where that is not permitted, or the disk fails.
+    """
+    with explained_os_errors(path, "remove"):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        doomed = path if path.name.startswith(_LEFTOVER_PREFIX) else temporary_path(path, secrets.token_hex(4))
+        if doomed != path:
+            os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -150,7 +227,7 @@ def remove_leftovers(folder: str | Path) -> None:
     """
     put_back(Path(folder))
     for leftover in leftovers(Path(folder)):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             remove(leftover)
 
 

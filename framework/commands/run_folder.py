@@ -43,8 +43,8 @@ def run_folder(given: Path | None, name: str) -> Path:
 def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
     """The checkpoint that --resume means, or None for a fresh start. Raises: UserError where it would lose a run.
 
-    `auto` takes the newest whole one and says on stderr what it passed over. Folders of a sharded run, which the first
-    rank chooses for all, are read by that one alone to compare their sha256.
+    `auto` takes the newest whole one and says on stderr what it passed over. The first rank chooses for all, so it
+    alone reads checkpoints to compare their sha256.
     """
     folder = run_dir / CHECKPOINTS
     holds_run = bool(checkpoints(folder))
@@ -75,7 +75,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
     folder = run_dir / CHECKPOINTS
     put_back(folder)
-    found, passed = newest_whole(folder, read_folders=is_first_rank())
+    found, passed = newest_whole(folder, contents=is_first_rank())
     reasons = [f"{path} {fault.text}" for path, fault in passed.items()]
     if found is None and passed:
         raise UserError(
