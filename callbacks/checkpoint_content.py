@@ -6,6 +6,7 @@ meant for, and is asked where that object exists. Both name the first wrong entr
 `optimizer_states[0].param_groups`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,24 +33,32 @@ def content_fault(content: Any) -> str | None:
     return f"cannot be used: its entry {wrong}" if wrong else None
 
 
-def state_fault(stored: Any, now: Any, entry: str) -> str | None:
+def state_fault(stored: Any, now: Any, entry: str, may_lack: bool = False) -> str | None:
     """How a stored state differs in kind from `now`, the state that its owner has itself; None where it can be taken.
 
-    Mappings are compared under their common keys and lists over their common length. None goes with everything: a state
-    that is not there yet. Numbers, counted ones below 2**63, go with numbers, and with tensors of one number.
+    Mappings are compared under their common keys and lists over their common length; tuples have one length. Numbers,
+    whole ones within 64 bits, go with numbers, and with tensors of one number. What is None now may be any setting, but
+    no collection.
+
+    Args:
+        may_lack: None goes with everything, as for an owner of whom it is not known what it keeps and when.
     """
-    if stored is None or now is None:
-        return None
     kind = _kind(now)
+    if may_lack and (stored is None or now is None):
+        return None
+    if now is None and (stored is None or _kind(stored) in ("a number", "text", "true or false")):
+        return None
     if _kind(stored) != kind:
         return f"{entry} is {described(stored)}, not {kind}"
+    if isinstance(now, tuple) and len(now) != len(stored):
+        return f"{entry} has {len(stored)} entries, not {len(now)}"
     if kind == "a mapping":
         pairs = [(f"{entry}.{key}", stored[key], now[key]) for key in now if key in stored]
     elif kind == "a list":
         pairs = [(f"{entry}[{i}]", *both) for i, both in enumerate(zip(stored, now, strict=False))]
     else:
         return next(_number(stored, entry), None) if kind == "a number" else None
-    return next((found for where, a, b in pairs if (found := state_fault(a, b, where))), None)
+    return next((found for where, a, b in pairs if (found := state_fault(a, b, where, may_lack))), None)
 
 
 def described(value: Any) -> str:
@@ -63,7 +72,11 @@ def described(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.ndim == 0):
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
         return "a number"
     kinds = ((str, "text"), (Mapping, "a mapping"), (list | tuple, "a list"), (Tensor, "a tensor"))
     return next((name for types, name in kinds if isinstance(value, types)), f"a {type(value).__name__}")
@@ -87,6 +100,18 @@ def _too_deep(content: Any) -> str | None:
     return next((str(key) for key, value in content.items() if height(value, 2) >= MOST_DEEP), None)
 
 
+def counts_fault(stored: Any, now: Any, entry: str) -> str | None:
+    """What in nested counters is missing, or counts nothing: a number below 0, or none at all."""
+    if isinstance(now, dict):
+        for key, child in now.items():
+            if key not in stored:
+                return f"{entry}.{key} is missing"
+            if fault := counts_fault(stored[key], child, f"{entry}.{key}"):
+                return fault
+        return None
+    return None if isinstance(now, bool) else next(_count(stored, entry), None)
+
+
 # Checks: each yields the faults it finds in a value at `entry`, "ENTRY is THIS, not THAT".
 
 
@@ -101,6 +126,8 @@ def _is(kind: type | tuple[type, ...], name: str) -> Check:
 def _number(value: Any, entry: str) -> Iterator[str]:
     if isinstance(value, int) and not -_WHOLE <= value < _WHOLE:
         yield f"{entry} is a number of {len(hex(value)) - 2} hexadecimal digits, beyond 64 bits"
+    if isinstance(value, float) and math.isnan(value):
+        yield f"{entry} is {value}, not a number"
 
 
 def _count(value: Any, entry: str) -> Iterator[str]:
@@ -180,10 +207,11 @@ def _record(required: Mapping[str, Check], optional: Mapping[str, Check]) -> Che
     return check
 
 
-def _of_parameter(value: Any, entry: str) -> Iterator[str]:
-    if not isinstance(value, dict):  # what an optimiser keeps beside its parameters, under a name
-        return
-    yield from _each(_dense)(value, entry)
+def _moments(value: Any, entry: str) -> Iterator[str]:
+    yield from _MAPPING(value, entry)
+    for key, child in value.items() if isinstance(value, dict) else ():
+        if isinstance(key, int) or isinstance(child, dict):  # under other names an optimiser may keep what it likes
+            yield from _each(_dense)(child, f"{entry}.{key}")
 
 
 _TEXT = _is(str, "text")
@@ -210,7 +238,7 @@ _CHECKPOINT = _record(
         "pytorch-lightning_version": _version,
         "loops": _each(_MAPPING),
         "callbacks": _each(_MAPPING),
-        "optimizer_states": _list(_record({"state": _each(_of_parameter), "param_groups": _list(_GROUP)}, {})),
+        "optimizer_states": _list(_record({"state": _moments, "param_groups": _list(_GROUP)}, {})),
         "lr_schedulers": _list(_MAPPING),
         "hyper_parameters": _MAPPING,
     },

@@ -6,7 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
+from lightspan.callbacks.checkpoint_content import described
 from lightspan.callbacks.checkpoint_manifest import SUFFIX, checkpoints, manifest
 
 _NUMBER = r"[-+ ]?(?:[\d.,_]+(?:e[-+]?\d+)?%?|inf|nan)"  # as Python formats a number
@@ -36,6 +38,9 @@ class OwnFiles(ModelCheckpoint):
         self.current_score = state_dict.get("current_score")
         ranked = {self._own(path): score for path, score in (state_dict.get("best_k_models") or {}).items()}
         self.best_k_models = {path: score for path, score in ranked.items() if path}
+        for path, score in self.best_k_models.items():
+            if not (isinstance(score, Tensor) and score.ndim == 0):
+                raise ValueError(f"the score of {Path(path).name} is {described(score)}, not a tensor of one number")
         self.last_model_path = self._own(state_dict.get("last_model_path"))
         self.best_model_path = self._own(state_dict.get("best_model_path"))
         self.best_model_score = state_dict.get("best_model_score") if self.best_model_path else None

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -96,7 +97,7 @@ def read_parts(reader: SafeReader, wanted: Callable[[str], bool]) -> dict[str, A
     flat = {name: _space(entry) if _is_tensor(entry) else None for name, entry in stored.items()}
     with explained_reading(Path(reader.path)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns where no process group is asked for
-        planner = SafePlanner(flatten_state_dict=False)
+        planner = SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         dcp.load(flat, storage_reader=reader, planner=planner, no_dist=True)
         return _nested(flat, found.planner_data or {})
 
@@ -131,8 +132,10 @@ def explained_reading(path: Path) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the rest that torch adds to it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What an error says, without what torch adds: places in its code, and advice to load what is not safe."""
+    text = str(error).strip()
+    inner = re.search(r"WeightsUnpickler error:\s*([^\n]+)", text)
+    return ((inner[1] if inner else text).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _is_tensor(entry: Any) -> bool:

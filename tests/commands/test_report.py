@@ -181,7 +181,7 @@ def test_a_run_without_metrics_is_refused(make_run: MakeRun, tmp_path: Path) -> 
 
 
 def test_a_run_that_has_only_begun_is_told_apart_from_a_folder_that_is_none(make_run: MakeRun, tmp_path: Path) -> None:
-    folder = make_run("a", config={"trainer": {"max_steps": 3}})
+    folder = make_run("a", resolved={"trainer": {"max_steps": 3}})
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait until its first steps are done"):
         run_report(folder, "--out", tmp_path / "out")
