@@ -27,7 +27,7 @@ def guard(trainer: Trainer) -> None:
     connector, loop = trainer._checkpoint_connector, trainer.fit_loop
     for owner, name, entry, check in (
         (connector, "resume_start", "pytorch-lightning_version", None),
-        (connector, "restore_datamodule", type(trainer.datamodule).__qualname__, None),
+        (connector, "restore_datamodule", type(getattr(trainer, "datamodule", None)).__qualname__, None),
         (connector, "restore_model", "state_dict", None),
         (connector, "restore_callbacks", "callbacks", _progress_fault),
         (connector, "restore_precision_plugin_state", type(trainer.precision_plugin).__qualname__, None),
@@ -139,7 +139,7 @@ def _optimizers_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
 
 def _moments_fault(state: dict[str, Any], optimizer: torch.optim.Optimizer, entry: str) -> Fault:
     """torch casts moments to their parameter's dtype, drops the imaginary part of complex ones, and checks no shape."""
-    plain = type(optimizer).__module__.startswith("torch.optim.")
+    plain = _is_plain(optimizer)
     parameters = [(parameter, at) for at, group in enumerate(optimizer.param_groups) for parameter in group["params"]]
     of_numbers = {number: moments for number, moments in state["state"].items() if isinstance(number, int)}
     if plain and not of_numbers and not isinstance(optimizer, torch.optim.SGD):  # which may have no moments
@@ -173,12 +173,19 @@ def _moment_fault(name: str, moment: Any, parameter: Tensor, plain: bool) -> Fau
     return f"is {float(moment):g}, not a count" if name == "step" and not moment >= 0 else None
 
 
+def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of torch's own, whose states and settings are known."""
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
 def _settings_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
     """What optimisers lack once they have taken what was stored: torch replaces their settings and adds those it knows.
 
     Asked at the end of restoring.
     """
     for i, optimizer in enumerate(trainer.optimizers):
+        if not _is_plain(optimizer):  # others may have groups without some of their defaults
+            continue
         for j, group in enumerate(optimizer.param_groups):
             if missing := next((name for name in optimizer.defaults if name not in group), None):
                 return f"optimizer_states[{i}].param_groups[{j}].{missing} is missing"

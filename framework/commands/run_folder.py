@@ -110,9 +110,13 @@ def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
 
 
 def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace, checkpoint: Path | None) -> None:
-    """resolved.yaml and provenance.json; the provenance of earlier starts is kept under `earlier`."""
-    from lightspan.files import write_atomic
+    """resolved.yaml and provenance.json; the provenance of earlier starts is kept under `earlier`.
 
+    What killed starts left half written goes first: nobody else writes into the run folder yet.
+    """
+    from lightspan.files import remove_leftovers, write_atomic
+
+    remove_leftovers(run_dir)
     record = provenance.provenance(resolved, args.command_line, args.overlays)
     if checkpoint is not None:
         record["checkpoint"] = str(checkpoint)
