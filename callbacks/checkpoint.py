@@ -11,51 +11,54 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import proxy
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightspan import __version__
 from lightspan.callbacks.checkpoint_background import Background
-from lightspan.callbacks.checkpoint_folder import FolderCheckpoints
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO, refuse_newer, refuse_torn
+from lightspan.callbacks.checkpoint_fit import check_fits, class_path
+from lightspan.callbacks.checkpoint_folder import FolderCheckpoints, said
+from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO, outline, refuse_torn
 from lightspan.callbacks.checkpoint_manifest import (
     COMPLETE,
     FORMAT,
-    checkpoints,
-    fault,
     header,
+    newest_whole,
     point_latest,
     seal_folder,
 )
+from lightspan.callbacks.checkpoint_names import OwnFiles
+from lightspan.callbacks.checkpoint_restore import explained_restoring, guard
 from lightspan.callbacks.random_state import random_states, restore_random_states
 from lightspan.callbacks.rest_of_step import RestOfStep, log_position, rewind_logs
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
-from lightspan.files import remove_leftovers
+from lightspan.files import link_atomic, remove_leftovers
 
 
-class Checkpoint(ModelCheckpoint):
+class Checkpoint(OwnFiles):
     """Keeps `last.ckpt` and `step=N.ckpt`, each whole, at every validation or every `every_n_train_steps`.
 
     On top of Lightning's ModelCheckpoint: checkpoints are whole or absent, also the folders of a sharded model; each
     has a manifest, and the pointer `latest` follows the newest whole one; a failed write names the last whole one and
     leaves it; a checkpoint of another model, a torn or a foreign file is refused in words; the last step of a run is
     always kept, as taken between two steps, so that a run which `max_steps` cut inside an epoch resumes on its very
-    next batch; the random states of every rank and the run ids of the loggers are inside; a resumed run drops what
-    was logged after the checkpoint, and first does what was left to do there (`RestOfStep`).
+    next batch; two names that are due at the same moment are one file on disk; what a killed process had no time to
+    remove goes when the run is resumed, and only files of this folder with a name of this pattern ever go; the random
+    states of every rank and the run ids of the loggers are inside; a resumed run drops what was logged after the
+    checkpoint, and first does what was left to do there (`RestOfStep`).
 
     Args:
         dirpath: folder; by default `trainer.default_root_dir`/checkpoints.
-        filename: template with {step}, {epoch} and logged metrics.
+        filename: template with {step}, {epoch} and logged metrics; a / in the name of a metric becomes _.
         monitor, mode: metric to rank by and its direction; without one the newest is kept.
         save_top_k: how many ranked files stay; without `monitor` 1 (newest), -1 (all) or 0 (only last.ckpt).
         every_n_train_steps: optimiser steps between checkpoints; None: at every validation, or at every epoch's end
@@ -63,8 +66,7 @@ class Checkpoint(ModelCheckpoint):
         train_time_interval: time between checkpoints, instead of steps.
         save_weights_only: leave out optimiser and loop state; such a file cannot be resumed from.
         in_background: copy the state to CPU memory at the step and write it while training goes on. The next moment to
-            save and the end of fit wait for it. Takes the checkpoint's size in CPU memory, twice where `last.ckpt` and
-            `step=N.ckpt` are due at once.
+            save and the end of fit wait for it. Takes the checkpoint's size in CPU memory.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Checkpoint(ModelCheckpoint):
         self._background: Background | None = None
         self._folders: FolderCheckpoints | None = None
         self._submitted_step: int | None = None
+        self._just_written: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
@@ -112,11 +115,13 @@ class Checkpoint(ModelCheckpoint):
         if self._in_background and stage == "fit":
             self._background = Background()
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFileCheckpointIO):
-            trainer.strategy.checkpoint_io = WholeFileCheckpointIO(self._background)
+            trainer.strategy.checkpoint_io = WholeFileCheckpointIO(self._background, trainer.strategy.broadcast)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             self._take_over(trainer, trainer.strategy)
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(self.dirpath)
+        self.look(trainer)
+        guard(trainer)
         if isinstance(trainer.precision_plugin, DoublePrecision):
             pl_module.double()  # Lightning does so after it has loaded the weights, which float32 would have rounded
         # Lightning calls no callback between reading a checkpoint and filling the model; a hook of the module is there.
@@ -150,19 +155,26 @@ class Checkpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._drop_fit_check()
-        _load_positions(trainer)
-        _go_on_drawing(self._wrote.get("random_states"))
+        with explained_restoring(trainer.ckpt_path, "loops.fit_loop"):
+            _load_positions(trainer)
+        with explained_restoring(trainer.ckpt_path, "lightspan.random_states"):
+            _go_on_drawing(self._wrote.get("random_states"))
+        if trainer.is_global_zero and trainer.ckpt_path:
+            for path in self.forgotten(trainer, Path(trainer.ckpt_path)):
+                self._remove_checkpoint(trainer, str(path))
         if self._rest is not None:
             self._rest.finish(trainer)
             self._rest = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._just_written = None
         super().on_train_end(trainer, pl_module)
         with self._naming_the_last_whole():
             self._wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._drop_fit_check()
+        self._just_written = None
         super().on_exception(trainer, pl_module, exception)
         try:
             self._wait()
@@ -177,6 +189,7 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._just_written = None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (_stops_inside_epoch(trainer) or _reached_max_steps(trainer)) and not self._should_skip_saving_checkpoint(
             trainer
@@ -188,6 +201,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning counts a cut epoch as done by now: resuming from here would skip the rest of its data.
+        self._just_written = None
         if _stops_inside_epoch(trainer):
             return
         super().on_train_epoch_end(trainer, pl_module)
@@ -196,6 +210,7 @@ class Checkpoint(ModelCheckpoint):
             self._keep_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._just_written = None
         super().on_validation_end(trainer, pl_module)
         if self._every_n_epochs and not self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
@@ -209,19 +224,44 @@ class Checkpoint(ModelCheckpoint):
         with self._naming_the_last_whole():
             if self._submitted_step != trainer.global_step:
                 self._wait()
-            seals = trainer.is_global_zero and _writes_folders(trainer)
-            if seals and Path(filepath).is_dir():
-                (Path(filepath) / COMPLETE).unlink(missing_ok=True)
-            super()._save_checkpoint(trainer, filepath)
+            if self._just_written is not None:
+                self._give_second_name(trainer, Path(self._just_written), filepath)
+            else:
+                self._write(trainer, filepath)
             self._kept_step = self._submitted_step = trainer.global_step
-            if seals:
-                stamp = {"loggers": _run_ids(trainer), "random_states": [None] * world_size()}
-                seal_folder(Path(filepath), header({"global_step": trainer.global_step, "lightspan": stamp}))
             if trainer.is_global_zero:
                 self._after_writing(filepath, point_latest)
 
+    def _write(self, trainer: Trainer, filepath: str) -> None:
+        seals = trainer.is_global_zero and _writes_folders(trainer)
+        if seals and Path(filepath).is_dir():
+            (Path(filepath) / COMPLETE).unlink(missing_ok=True)
+        super()._save_checkpoint(trainer, filepath)
+        if seals:
+            stamp = {"loggers": _run_ids(trainer), "random_states": [None] * world_size()}
+            seal_folder(Path(filepath), header({"global_step": trainer.global_step, "lightspan": stamp}))
+        self._just_written = filepath if self._writes_all(trainer.strategy) else None
+
+    def _writes_all(self, strategy: Strategy) -> bool:
+        """Whether nobody else writes: what a strategy writes by itself it may change in place, under both names."""
+        by_itself = type(strategy).save_checkpoint is not Strategy.save_checkpoint and self._folders is None
+        return isinstance(strategy.checkpoint_io, WholeFileCheckpointIO) and not by_itself
+
+    def _give_second_name(self, trainer: Trainer, written: Path, filepath: str) -> None:
+        """What was written in this same hook holds the same state: the second name costs a link, and no write."""
+        verdict, job = None, partial(link_atomic, written, Path(filepath))
+        if trainer.is_global_zero and self._background is not None:
+            self._background.submit(Path(filepath), job)
+        elif trainer.is_global_zero:
+            verdict = said(job)
+        if verdict := trainer.strategy.broadcast(verdict):
+            raise UserError(verdict)
+        self._last_checkpoint_saved = filepath
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            logger.after_save_checkpoint(proxy(self))
+
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.may_remove(Path(filepath)):
             self._after_writing(filepath, trainer.strategy.checkpoint_io.remove_checkpoint)
 
     def _after_writing(self, filepath: str, job: Callable[[Path], None]) -> None:
@@ -233,6 +273,7 @@ class Checkpoint(ModelCheckpoint):
 
     def save_now(self, trainer: Trainer) -> None:
         """Writes last.ckpt at the end of an optimiser step, on all ranks; returns once it is whole."""
+        self._just_written = None
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         with self._naming_the_last_whole():
             self._wait()
@@ -252,20 +293,19 @@ class Checkpoint(ModelCheckpoint):
         try:
             yield
         except UserError as error:
-            whole = next((path for path in checkpoints(Path(self.dirpath or "")) if fault(path, False) is None), None)
+            whole, _ = newest_whole(Path(self.dirpath or ""), contents=False)
             kept = f"the last whole checkpoint is {whole}" if whole else "there is no checkpoint yet"
             raise UserError(f"{error}; {kept}") from error
 
     def _take_over(self, trainer: Trainer, strategy: ModelParallelStrategy) -> None:
-        def check(rest: dict[str, Any], weights: dict[str, Any], path: Path) -> None:
-            stamp = rest.get("lightspan", {})
-            refuse_newer(stamp, path)
+        def check(checkpoint: dict[str, Any], path: Path) -> None:
+            stamp = checkpoint.get("lightspan", {})
             module = trainer.lightning_module
-            check_fits(weights, module, str(path), stamp.get("model"), module.strict_loading)
+            check_fits(checkpoint["state_dict"], module, str(path), stamp.get("model"), module.strict_loading)
             if trainer.state.fn == TrainerFn.FITTING:
                 _refuse_other_optimizers(trainer, stamp)
 
-        self._folders = FolderCheckpoints(strategy, self._background, check, refuse_torn)
+        self._folders = FolderCheckpoints(strategy, self._background, check, refuse_torn, outline)
         if strategy._save_distributed_checkpoint:
             setattr(strategy, "save_checkpoint", self._folders.save)  # noqa: B010
         setattr(strategy, "load_checkpoint", self._folders.load)  # noqa: B010
@@ -344,46 +384,3 @@ def _refuses_other_models(trainer: Trainer) -> Callable[..., None]:
         check_fits(state_dict, module, str(trainer.ckpt_path), written_by, strict)
 
     return check
-
-
-def check_fits(
-    state_dict: Mapping[str, Any],
-    module: torch.nn.Module,
-    origin: str,
-    written_by: str | None = None,
-    strict: bool = True,
-) -> None:
-    """Raise a UserError when `state_dict` belongs to another model than `module`.
-
-    Args:
-        origin: path of the checkpoint, for the message.
-        written_by: class that wrote it, when known.
-        strict: when False, missing and unexpected names pass and only shapes count.
-    """
-    wanted = module.state_dict()
-    missing = [name for name in wanted if name not in state_dict] if strict else []
-    unexpected = [name for name in state_dict if name not in wanted] if strict else []
-    reshaped = [
-        f"{name} {list(state_dict[name].shape)} there, {list(tensor.shape)} here"
-        for name, tensor in wanted.items()
-        if isinstance(tensor, Tensor)
-        and isinstance(state_dict.get(name), Tensor)
-        and state_dict[name].shape != tensor.shape
-    ]
-    groups = {"missing in it": missing, "only in it": unexpected, "of another shape": reshaped}
-    if differences := "; ".join(f"{what}: {_first(names)}" for what, names in groups.items() if names):
-        author = f" (written by {written_by})" if written_by else ""
-        raise UserError(
-            f"checkpoint {origin}{author} belongs to another model than {class_path(module)}: {differences}; "
-            "load it with the recipe and settings that wrote it, or start without it"
-        )
-
-
-def class_path(instance: object) -> str:
-    """Full import path of the class of `instance`."""
-    return f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def _first(names: Sequence[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

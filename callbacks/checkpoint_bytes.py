@@ -1,6 +1,8 @@
 """torch.save into an open file, with the cause of a failed write and the sum of what was written."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,12 +14,12 @@ class Summed:
     def __init__(self, file: Any) -> None:
         self._file = file
         self.digest = hashlib.sha256()
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         try:
             written = self._file.write(data)
-        except OSError as error:
+        except BaseException as error:
             self.error = self.error or error
             raise
         self.digest.update(data)
@@ -30,9 +32,28 @@ class Summed:
 def torch_save(content: Any, file: Any) -> "hashlib._Hash":
     """Writes `content` to an open file; returns the sha256 of what it wrote. Raises: OSError where a write fails."""
     summed = Summed(file)
-    try:
+    with causes_kept(summed):
         torch.save(content, summed)
-    except RuntimeError as error:
-        # torch's zip writer replaces the cause (disk full) by a message about file positions.
-        raise summed.error or error from error
     return summed.digest
+
+
+@contextlib.contextmanager
+def causes_kept(file: Summed) -> Iterator[None]:
+    """Raises what ended a write by torch: a full disk, or a Ctrl-C inside or between the writes.
+
+    torch's zip writer goes on to write the end of the archive, and replaces the cause by a message about file positions
+    or names of files.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise file.error or _interruption(error) or error from error
+    if file.error is not None:
+        raise file.error
+
+
+def _interruption(error: BaseException | None) -> BaseException | None:
+    """The KeyboardInterrupt or SystemExit during whose handling `error` came up, if any."""
+    while error is not None and isinstance(error, Exception):
+        error = error.__context__
+    return error

@@ -2,17 +2,10 @@
 
 The folder is torch's distributed form (DCP) as Lightning lays it out: `__RANK_N.distcp` with the shards of weights and
 optimiser states, `.metadata` with where each shard lies, `meta.pt` with everything else, and our COMPLETE.
-
-torch reads two parts of that form by plain unpickling: `.metadata`, and values that are no tensors (learning rates).
-`SafeReader` and the planners here read the first with a short list of classes and the second with `weights_only=True`,
-so that a folder from elsewhere runs no code.
 """
 
 import contextlib
-import io
 import os
-import pathlib
-import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,26 +15,30 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from lightspan.callbacks.checkpoint_background import Background, staged
-from lightspan.callbacks.checkpoint_bytes import Summed, torch_save
+from lightspan.callbacks.checkpoint_bytes import Summed, causes_kept, torch_save
+from lightspan.callbacks.checkpoint_content import content_fault
 from lightspan.callbacks.checkpoint_manifest import header, seal_folder, summed
+from lightspan.callbacks.checkpoint_shards import (
+    SafePlanner,
+    SafeReader,
+    explained_reading,
+    read_parts,
+    stored_weights,
+)
 from lightspan.errors import UserError
-from lightspan.files import explained_os_errors, replace_folder, temporary_path
+from lightspan.files import explained_os_errors, replace_folder, require_regular_file, temporary_path
 
 REST = "meta.pt"  # Lightning's name for everything but weights and optimiser states
-EXPECTED = (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError)
 
 
 class FolderCheckpoints:
@@ -51,19 +48,22 @@ class FolderCheckpoints:
 
     Args:
         background: writes there and returns once the shards are copied to CPU memory.
-        check: called with the stored rest of the checkpoint and tensors (shapes only) of its weights before anything
-            is loaded; raises what does not fit.
+        check: called with a checkpoint, its weights standing for their shapes and dtypes, before anything is loaded;
+            raises what does not fit.
         refuse: raises a UserError for a path that is not whole; called on the first rank alone.
+        outline: reads a checkpoint file with its tensors left on disk; called on the first rank alone.
     """
 
     def __init__(
         self,
         strategy: ModelParallelStrategy,
         background: Background | None,
-        check: Callable[[dict[str, Any], dict[str, Any], Path], None],
+        check: Callable[[dict[str, Any], Path], None],
         refuse: Callable[[Path], None],
+        outline: Callable[[Path], dict[str, Any]],
     ) -> None:
-        self._strategy, self._background, self._check, self._refuse = strategy, background, check, refuse
+        self._strategy, self._background = strategy, background
+        self._check, self._refuse, self._outline = check, refuse, outline
         self._group: dist.ProcessGroup | None = None
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -93,7 +93,7 @@ class FolderCheckpoints:
         path = Path(strategy.broadcast(checkpoint_path))
         verdict = None
         if strategy.global_rank == 0:  # everything is read here, once, and not by every rank
-            verdict = _said(partial(self._refuse, path))
+            verdict = said(partial(self._look_at, path))
         if verdict := strategy.broadcast(verdict):
             raise UserError(verdict)
         if path.is_file():
@@ -102,9 +102,10 @@ class FolderCheckpoints:
         assert module is not None
         assert lightning_module is not None
         reader = SafeReader(path)
-        rest = read_rest(path)
-        self._check(rest, stored_weights(reader), path)
-        with _explained_reading(path):
+        outline = read_outline(path)
+        self._check(outline, path)
+        rest = {name: entry for name, entry in outline.items() if name != "state_dict"}
+        with explained_reading(path):
             weights = {"state_dict": get_model_state_dict(module)}
             dcp.load(weights, storage_reader=reader, planner=SafePlanner())
             module.load_state_dict(weights["state_dict"], strict=lightning_module.strict_loading)
@@ -115,6 +116,11 @@ class FolderCheckpoints:
                     module, optimizer, state[f"optimizer_{i}"], options=StateDictOptions(cpu_offload=True)
                 )
         return rest
+
+    def _look_at(self, path: Path) -> None:
+        self._refuse(path)
+        if path.is_file():  # Lightning reads it, and believes it
+            self._check(self._outline(path), path)
 
     def close(self) -> None:
         """Ends the group of ranks that saves used."""
@@ -139,13 +145,13 @@ def write_folder(
     except CheckpointException as failed:
         where, (cause, _) = next(iter(failed.failures.items()))
         with explained_os_errors(path):
-            if isinstance(cause, OSError):
+            if isinstance(cause, OSError) or not isinstance(cause, Exception):
                 raise cause from None
         raise UserError(f"cannot write {path}: rank {where}: {cause!r}") from failed
     sums: list[Any] = [None] * dist.get_world_size(group)
     mine = [file.name for file in temporary.glob(f"__{rank}_*")]
     dist.all_gather_object(sums, summed(temporary, mine), group)
-    verdict = [_said(partial(_publish, rest, temporary, path, sums)) if rank == 0 else None]
+    verdict = [said(partial(_publish, rest, temporary, path, sums)) if rank == 0 else None]
     dist.broadcast_object_list(verdict, 0, group)
     if verdict[0]:
         raise UserError(verdict[0])
@@ -162,11 +168,23 @@ def _publish(rest: dict[str, Any], temporary: Path, path: Path, sums: list[dict[
 
 def read_rest(path: Path) -> dict[str, Any]:
     """Everything in a checkpoint folder but weights and optimiser states. Raises: UserError."""
-    with _explained_reading(path):
+    require_regular_file(path / REST)
+    with explained_reading(path):
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     if not isinstance(rest, dict):
-        raise UserError(f"checkpoint {path} is no checkpoint: {REST} holds {type(rest)}")
+        raise UserError(f"checkpoint {path} is no checkpoint: {REST} holds {type(rest).__name__}")
     return rest
+
+
+def read_outline(path: Path) -> dict[str, Any]:
+    """A checkpoint folder without optimiser states, its weights standing for their shapes and dtypes alone.
+
+    Raises: UserError, also for what no checkpoint holds.
+    """
+    outline = {**read_rest(path), "state_dict": stored_weights(SafeReader(path))}
+    if found := content_fault(outline):
+        raise UserError(f"checkpoint {path} {found}")
+    return outline
 
 
 def read_folder(path: Path, optimizers: bool = True) -> dict[str, Any]:
@@ -174,29 +192,16 @@ def read_folder(path: Path, optimizers: bool = True) -> dict[str, Any]:
 
     Optimiser states are numbered as `Optimizer.state_dict` does it. Raises: UserError.
     """
-    reader = SafeReader(path)
-    parts = ["state_dict"]
+
+    def wanted(name: str) -> bool:
+        return name.startswith("state_dict.") or (optimizers and name.startswith("optimizer_"))
+
+    content = read_parts(SafeReader(path), wanted)
+    checkpoint = {**read_rest(path), "state_dict": content.pop("state_dict", {})}
     if optimizers:
-        names = reader.read_metadata().state_dict_metadata
-        parts += sorted({name.split(".", 1)[0] for name in names if name.startswith("optimizer_")})
-    content: dict[str, Any] = {}
-    with _explained_reading(path):
-        _load_state_dict(content, storage_reader=reader, planner=_SafeEmptyPlanner(keys=set(parts)), no_dist=True)
-    checkpoint = {**read_rest(path), "state_dict": content["state_dict"]}
-    if optimizers:
-        checkpoint["optimizer_states"] = [
-            _numbered(content[f"optimizer_{i}"]) for i in range(sum(part != "state_dict" for part in parts))
-        ]
+        with explained_reading(path):
+            checkpoint["optimizer_states"] = [_numbered(content[f"optimizer_{i}"]) for i in range(len(content))]
     return checkpoint
-
-
-def stored_weights(reader: "SafeReader") -> dict[str, Any]:
-    """{name: tensor without content} of the weights in a checkpoint folder."""
-    return {
-        name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("state_dict.") and isinstance(entry, metadata.TensorStorageMetadata)
-    }
 
 
 def _numbered(state: dict[str, Any]) -> dict[str, Any]:
@@ -211,60 +216,6 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class SafeReader(dcp.FileSystemReader):
-    """Reads `.metadata` with the few classes that torch writes into it; anything else is refused by name."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        path = Path(self.path)
-        with _explained_reading(path), (path / ".metadata").open("rb") as file:
-            found = _MetadataUnpickler(file).load()
-        if not isinstance(found, metadata.Metadata):
-            raise UserError(f"checkpoint {path} is damaged: its .metadata holds {type(found)}")
-        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
-        inside = (Path(entry.relative_path) for entry in (found.storage_data or {}).values())
-        if outside := next((name for name in inside if len(name.parts) != 1 or name.name == ".."), None):
-            raise UserError(f"checkpoint {path} names a file outside its folder, {outside}; it is not opened")
-        return found
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    CLASSES = (
-        metadata.Metadata,
-        metadata.MetadataIndex,
-        metadata.StorageMeta,
-        metadata.TensorStorageMetadata,
-        metadata.BytesStorageMetadata,
-        metadata.ChunkStorageMetadata,
-        metadata.TensorProperties,
-        metadata._MEM_FORMAT_ENCODING,
-        filesystem._StorageInfo,
-        torch.Size,
-        torch.serialization._get_layout,
-        pathlib.PosixPath,
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        for known in self.CLASSES:
-            if (module, name) == (known.__module__, known.__qualname__):
-                return known
-        raise pickle.UnpicklingError(f"{module}.{name} is nothing that belongs into the list of shards")
-
-
-class SafePlanner(DefaultLoadPlanner):
-    """Reads values that are no tensors with `weights_only=True`."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # refuses what the unpickler of the next line would run
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
-class _SafeEmptyPlanner(_EmptyStateDictLoadPlanner, SafePlanner):
-    """The same, for a state that is built anew from what is stored."""
-
-
 class _Files(filesystem.FileSystem):
     """Files whose failed writes keep their cause, which torch's zip writer would replace."""
 
@@ -272,10 +223,8 @@ class _Files(filesystem.FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as file:
             stream = Summed(file)
-            try:
+            with causes_kept(stream):
                 yield stream
-            except RuntimeError as error:
-                raise stream.error or error from error
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -284,32 +233,10 @@ class _Writer(dcp.FileSystemWriter):
         self.fs = _Files()
 
 
-@contextlib.contextmanager
-def _explained_reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointException as failed:
-        where, (cause, _) = next(iter(failed.failures.items()))
-        raise UserError(f"checkpoint {path} cannot be read: rank {where}: {_first_line(cause)}") from failed
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} holds more than tensors and plain values, so it was not loaded and nothing in it ran "
-            f"({_first_line(error)})"
-        ) from error
-    except EXPECTED as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
-
-
-def _said(function: Callable[[], None]) -> str | None:
-    """The message of the UserError that `function` raises, to be raised again on every rank; None without one."""
+def said(function: Callable[[], object]) -> str | None:
+    """The message of what `function` raises, to be raised again on every rank as a UserError; None without one."""
     try:
         function()
-    except (UserError, *EXPECTED) as error:
-        return str(error)
+    except Exception as error:  # of any kind: the other ranks wait for a word
+        return str(error) or type(error).__name__
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -11,16 +11,17 @@ Nothing here needs torch, so that the command line can choose a checkpoint befor
 import hashlib
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from lightspan import __version__
-from lightspan.files import write_atomic
+from lightspan.files import irregular, write_atomic
 
 FORMAT = 2
 """Rises when a checkpoint of ours can no longer be read by older code. 1: no manifest, no random states."""
@@ -30,6 +31,9 @@ LATEST = "latest"
 SUFFIX = ".ckpt"
 
 _END, _END_BYTES, _MOST_COMMENT = b"PK\x05\x06", 22, 2**16 - 1  # of a zip archive's last record
+_MOST_MANIFEST = 2**28  # bytes of COMPLETE: about 200 each file of a folder
+_NAME = re.compile(rf"[^./\0][^/\0]{{0,240}}{re.escape(SUFFIX)}")
+_seen_whole: dict[Path, tuple[int, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,18 @@ def summed(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 def manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, unchecked; None where it has none that can be read."""
-    try:
-        text = (path / COMPLETE).read_bytes() if path.is_dir() else _end_of_archive(path)[1]
-        content = json.loads(text)
-    except (OSError, ValueError):
+    file = path / COMPLETE if path.is_dir() else path
+    if irregular(file):
         return None
-    return content if isinstance(content, dict) and isinstance(content.get("format"), int) else None
+    try:
+        if path.is_dir():
+            text = file.read_bytes() if file.stat().st_size <= _MOST_MANIFEST else b""
+        else:
+            text = _end_of_archive(path)[1]
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and type(content.get("format")) is int else None
 
 
 def fault(path: Path, contents: bool = True) -> Fault | None:
@@ -95,9 +105,20 @@ def fault(path: Path, contents: bool = True) -> Fault | None:
             manifest: the check sums that every zip archive keeps of its records stand in for it.
     """
     try:
-        return _folder_fault(path, contents) if path.is_dir() else _file_fault(path, contents)
+        if path.is_dir():
+            return _folder_fault(path, contents)
+        reason = irregular(path)
+        return Fault(reason) if reason else _file_fault(path, contents)
     except OSError as error:
         return Fault(f"cannot be read ({error.strerror or error})")
+    except RecursionError:
+        return Fault("is damaged: its manifest is nested too deep")
+
+
+def fault_at_use(path: Path) -> Fault | None:
+    """As `fault` with its contents, but what `newest_whole` has just read, and nothing changed since, is read once."""
+    state = _seen_whole.pop(path, None)
+    return fault(path, contents=state is None or state != _state(path))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -105,18 +126,24 @@ def checkpoints(folder: Path) -> list[Path]:
 
     def age(path: Path) -> tuple[int, float]:
         step = (manifest(path) or {}).get("step")
-        return step if isinstance(step, int) else -1, path.stat().st_mtime
+        try:
+            return step if type(step) is int else -1, path.stat().st_mtime
+        except OSError:  # a link to nothing
+            return -1, 0.0
 
     return sorted((p for p in folder.glob(f"[!.]*{SUFFIX}")), key=age, reverse=True)
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that the pointer names, there or not; None without a pointer."""
+    """The checkpoint that the pointer names, there or not; None without a pointer, or with one to no checkpoint."""
+    if irregular(folder / LATEST):
+        return None
     try:
-        name = (folder / LATEST).read_text(encoding="utf-8").strip()
+        with (folder / LATEST).open(encoding="utf-8") as file:
+            name = file.read(512).strip()
     except (OSError, ValueError):
         return None
-    return folder / name if name and PurePosixPath(name).name == name else None
+    return folder / name if _NAME.fullmatch(name) else None
 
 
 def point_latest(checkpoint: Path) -> None:
@@ -124,13 +151,13 @@ def point_latest(checkpoint: Path) -> None:
     write_atomic(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
-def newest_whole(folder: Path, read_folders: bool = True) -> tuple[Path | None, dict[Path, Fault]]:
+def newest_whole(folder: Path, contents: bool = True) -> tuple[Path | None, dict[Path, Fault]]:
     """The checkpoint to go on from, and those that were passed over on the way to it with the reason.
 
     It is the one the pointer names, or else the newest whole one.
 
     Args:
-        read_folders: compare the sha256 of checkpoint folders too, not only of files.
+        contents: compare the sha256, on the one rank that chooses for all; otherwise only sizes count.
     """
     passed: dict[Path, Fault] = {}
     pointed = latest(folder)
@@ -138,11 +165,23 @@ def newest_whole(folder: Path, read_folders: bool = True) -> tuple[Path | None, 
     if pointed is not None:
         candidates = [pointed, *(path for path in candidates if path != pointed)]
     for path in candidates:
-        found = fault(path, read_folders or path.is_file()) if path.exists() else Fault("does not exist")
+        before = _state(path)
+        found = fault(path, contents) if before else Fault("does not exist")
         if found is None:
+            if contents:
+                _seen_whole[path] = before
             return path, passed
         passed[path] = found
     return None, passed
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a checkpoint is written anew: of a folder, that of its manifest; empty where nothing stands."""
+    try:
+        found = os.stat(path / COMPLETE if path.is_dir() else path)
+    except OSError:
+        return (0,) if os.path.lexists(path) else ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _file_fault(path: Path, contents: bool) -> Fault | None:
@@ -172,8 +211,10 @@ def _file_fault(path: Path, contents: bool) -> Fault | None:
 def _archive_fault(path: Path) -> Fault | None:
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                return Fault("is not a file that torch.save wrote: its records are compressed")
             bad = archive.testzip()
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OverflowError, struct.error) as error:
         return Fault(f"is damaged ({error})")
     return Fault(f"is damaged: the check sum of its record {bad} is wrong") if bad else None
 
@@ -187,6 +228,8 @@ def _folder_fault(path: Path, contents: bool) -> Fault | None:
         return Fault(f"is damaged: its {COMPLETE} file cannot be read")
     if too_new := _too_new(found):
         return too_new
+    if strange := next((name for name, entry in files.items() if not isinstance(entry, dict)), None):
+        return Fault(f"is damaged: its {COMPLETE} file says nothing of the size and sum of {strange}")
     if not _sum_agrees(found, hashlib.sha256()):
         return Fault(f"is damaged: its {COMPLETE} file has changed")
     there = set(_names(path))

@@ -6,6 +6,7 @@ A reader, a crash or a full disk therefore never meets half a file: either the o
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -15,6 +16,7 @@ from pathlib import Path
 from lightspan.errors import UserError
 
 _LEFTOVER_PREFIX, _LEFTOVER_SUFFIX, _ASIDE_SUFFIX = ".lightspan-", ".tmp", ".old"
+_ASIDE = re.compile(rf"{re.escape(_LEFTOVER_PREFIX)}[0-9a-f]+-(?P<name>.+){re.escape(_ASIDE_SUFFIX)}")
 
 _ANOTHER_FOLDER = "choose a folder you may write to with {setting}"
 _REASONS = {
@@ -29,7 +31,7 @@ _REASONS = {
     ),
     errno.EIO: (
         "the disk or network file system reports an error",
-        "have it looked at, or choose a folder on another disk with --run",
+        "have it looked at, or choose a folder on another disk with {setting}",
     ),
     errno.EROFS: ("the file system is read-only", _ANOTHER_FOLDER),
     errno.EACCES: ("permission is denied", _ANOTHER_FOLDER),
@@ -43,9 +45,18 @@ _REASONS = {
         "rename that file or choose another folder with {setting}",
     ),
     errno.EISDIR: ("a folder of this name stands there", "rename that folder or choose another one with {setting}"),
+    errno.ESTALE: (
+        "the file server no longer knows this file",
+        "mount it again or choose another folder with {setting}",
+    ),
+    errno.ETIMEDOUT: (
+        "the file server does not answer",
+        "look at the server or choose another folder with {setting}",
+    ),
+    errno.ENAMETOOLONG: ("a name in this path is too long", "choose a shorter one with {setting}"),
+    errno.ELOOP: ("links in this path lead in a circle", "mend the link or choose another folder with {setting}"),
 }
-
-
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EINVAL}
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -78,8 +89,12 @@ def require_regular_file(path: str | Path, what: str = "") -> None:
 
 
 @contextlib.contextmanager
-def explained_os_errors(path: Path, setting: str = "--run") -> Iterator[None]:
-    """Turn the write errors a user can mend (full disk, read-only folder, ...) into a `UserError` that names `path`.
+def explained_os_errors(path: Path, doing: str = "write", *, setting: str = "--run") -> Iterator[None]:
+    """Turn the errors a user can mend (full disk, read-only folder, ...) into a `UserError` that names `path`.
+
+    Args:
+        doing: what fails, for the message.
+        setting: what chooses the folder of `path`.
 
     `setting` is what chooses the folder of `path`.
 
@@ -93,7 +108,7 @@ def explained_os_errors(path: Path, setting: str = "--run") -> Iterator[None]:
             raise
         what, way_out = reason
         raise UserError(
-            f"cannot write {path}: {what} ({os.strerror(error.errno or 0)}); {way_out.format(setting=setting)}"
+            f"cannot {doing} {path}: {what} ({os.strerror(error.errno or 0)}); {way_out.format(setting=setting)}"
         ) from error
 
 
@@ -109,26 +124,27 @@ def _concerns(error: OSError, path: Path) -> bool:
 def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--run") -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` (made if missing); on success it becomes `path` in one step.
 
-    When the block raises, also by Ctrl-C, the temporary file is removed and whatever stood at `path` stays as it was.
-    A folder at `path` is refused, or with `over_folder` replaced as `replace_folder` does it. `setting` is what chooses
-    the folder of `path`, for messages.
+    When the block raises, also by Ctrl-C, the temporary is removed and whatever stood at `path` stays as it was.
+    A block may make a folder of it; that takes the place of a file or folder as `replace_folder` does it. A folder at
+    `path` is refused to a file, or with `over_folder` replaced in the same way. `setting` is what chooses the folder of
+    `path`, for messages.
 
     Raises: UserError when the disk is full, the folder is read-only or cannot be one; other errors pass through.
     """
     path = Path(path)
     temporary = temporary_path(path, secrets.token_hex(4))
-    with explained_os_errors(path, setting):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with explained_os_errors(path, setting=setting):
+        make_folder(path.parent, setting)
         try:
             yield temporary
-            if over_folder and path.is_dir():
+            if temporary.is_dir() or (over_folder and path.is_dir()):
                 replace_folder(temporary, path)
             else:
                 _fsync(temporary)
                 os.replace(temporary, path)
                 _fsync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
 
 
 def expanded(path: str | Path, setting: str) -> Path:
@@ -146,6 +162,44 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def link_atomic(source: Path, path: Path) -> None:
+    """Give the content of `source`, a file or folder that nothing changes in place, the name `path` too, in one step.
+
+    Hard links cost no bytes; where the file system has none the files are copied. Raises: UserError as `atomic_path`.
+    """
+    with atomic_path(path, over_folder=True) as temporary:
+        if not source.is_dir():
+            _link_or_copy(source, temporary)
+            return
+        for folder, _, names in os.walk(source):
+            inside = temporary / Path(folder).relative_to(source)
+            inside.mkdir()
+            for name in names:
+                _link_or_copy(Path(folder, name), inside / name)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+
+
+def make_folder(folder: Path, setting: str = "--run") -> None:
+    """Make `folder`, which `setting` chose, and those above it where they are missing.
+
+    Raises: UserError where that cannot be.
+    """
+    with explained_os_errors(folder, "make folder", setting=setting):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # /proc and other file systems that only their owner makes files in
+            way_out = _ANOTHER_FOLDER.format(setting=setting)
+            raise UserError(f"cannot make folder {folder}: {error.strerror}; {way_out}") from error
 
 
 def temporary_path(path: Path, mark: str) -> Path:
@@ -175,21 +229,25 @@ def replace_folder(temporary: Path, path: Path) -> None:
 
 def put_back(folder: Path) -> None:
     """Return what `replace_folder` moved aside and a killed process did not replace; harmless on several ranks."""
-    for aside in folder.glob(f"{_LEFTOVER_PREFIX}*{_ASIDE_SUFFIX}"):
-        place = folder / aside.name.removeprefix(_LEFTOVER_PREFIX).removesuffix(_ASIDE_SUFFIX).split("-", 1)[1]
-        if not place.exists():
+    for aside in leftovers(folder):
+        named = _ASIDE.fullmatch(aside.name)
+        if named and not (place := folder / named["name"]).exists():
             with contextlib.suppress(OSError):  # another rank was faster
                 os.rename(aside, place)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there. A folder gives up its name first, so that no half of it keeps that."""
-    if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
-        return
-    doomed = path if path.name.startswith(_LEFTOVER_PREFIX) else temporary_path(path, secrets.token_hex(4))
-    if doomed != path:
-        os.rename(path, doomed)
+    """Delete a file or a folder, if it is there. A folder gives up its name first, so that no half of it keeps that.
+
+    Raises: UserError where that is not permitted, or the disk fails.
+    """
+    with explained_os_errors(path, "remove"):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        doomed = path if path.name.startswith(_LEFTOVER_PREFIX) else temporary_path(path, secrets.token_hex(4))
+        if doomed != path:
+            os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -205,7 +263,7 @@ def remove_leftovers(folder: str | Path) -> None:
     """
     put_back(Path(folder))
     for leftover in leftovers(Path(folder)):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             remove(leftover)
 
 

@@ -2,7 +2,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,11 @@ from lightspan.files import (
     atomic_path,
     expanded,
     explained_os_errors,
+    irregular,
+    leftovers,
+    link_atomic,
+    put_back,
+    remove,
     remove_leftovers,
     require_regular_file,
     write_atomic,
@@ -70,6 +74,8 @@ def test_the_new_content_is_synced_before_it_takes_the_name_and_the_folder_after
         (errno.EDQUOT, "your disk quota is used up"),
         (errno.EROFS, "the file system is read-only .* choose a folder you may write to with --run"),
         (errno.EACCES, "permission is denied"),
+        (errno.EIO, "the disk or network file system reports an error .* have it looked at"),
+        (errno.ESTALE, "the file server no longer knows this file"),
     ],
 )
 def test_a_failing_disk_is_a_user_error_and_leaves_no_half_file(tmp_path, monkeypatch, code, reason):
@@ -138,36 +144,10 @@ def test_importing_files_loads_no_heavy_package():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("make", "kind"),
-    [
-        (lambda path: path.mkdir(), "a folder"),
-        (os.mkfifo, "a named pipe"),
-        (lambda path: path.symlink_to("/dev/zero"), "a device"),
-    ],
-)
-def test_what_could_block_a_reader_is_no_file(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
-    make(tmp_path / "x")
-    with pytest.raises(UserError, match=rf"shard \S+/x is {kind}, not a regular file"):
-        require_regular_file(tmp_path / "x", "shard")
-
-
-def test_a_missing_file_and_a_name_that_can_be_none_are_refused(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path / "a\0", "null byte")):
-        with pytest.raises(UserError, match=rf"^/\S* cannot be read \(.*{reason}"):
-            require_regular_file(path)
-
-
 def test_the_home_of_nobody_is_told_with_the_setting() -> None:
     assert expanded("~/x", "--out") == Path.home() / "x"
     with pytest.raises(UserError, match=r"^~nobody-of-this-name/x: .*home.*; correct --out$"):
         expanded("~nobody-of-this-name/x", "--out")
-
-
-def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to("file")
-    require_regular_file(tmp_path / "link", "shard")
 
 
 def test_a_write_error_names_the_setting_that_chose_the_folder(tmp_path: Path) -> None:
@@ -176,3 +156,87 @@ def test_a_write_error_names_the_setting_that_chose_the_folder(tmp_path: Path) -
         explained_os_errors(tmp_path / "a", setting="data.init_args.cache_dir"),
     ):
         raise OSError(errno.ENOSPC, "no space")
+
+
+def test_only_regular_files_and_links_to_them_are_data(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("file", "link"):
+        require_regular_file(tmp_path / name)
+    for name, says in {
+        "pipe": "is a named pipe, not a regular file",
+        "zero": "is a device, not a regular file",
+        ".": "is a folder, not a regular file",
+        "loop": r"cannot be read \(Too many levels of symbolic links\)",
+        "gone": r"cannot be read \(No such file or directory\)",
+        "n" * 5000: r"cannot be read \(File name too long\)",
+        "a\0b": r"cannot be read \(embedded null byte",
+    }.items():
+        with pytest.raises(UserError, match=rf"^shard /.* {says}" if name != "." else f"^shard /.*{says}"):
+            require_regular_file(tmp_path / name, "shard")
+        assert irregular(tmp_path / name)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_holds_the_same_and_takes_the_place_of_what_was_there(tmp_path, monkeypatch, links):
+    def refused(*args: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    (tmp_path / "file").write_text("new")
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "shard").write_text("part")
+    for source in ("file", "folder"):
+        for before in ("nothing", "a file", "a folder"):
+            place = tmp_path / "out" / f"{source} over {before}"
+            if before == "a file":
+                write_atomic(place, "old")
+            elif before == "a folder":
+                write_atomic(place / "old", "old")
+            link_atomic(tmp_path / source, place)
+            inside = {path.relative_to(place).as_posix(): path for path in [place, *place.rglob("*")] if path.is_file()}
+            (file,) = inside.values()
+            original = tmp_path / "file" if source == "file" else tmp_path / "folder" / "deep" / "shard"
+            assert file.read_text() == original.read_text()
+            assert file.samefile(original) == links
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_a_name_that_is_linked_to_itself_again_stays(tmp_path):
+    write_atomic(tmp_path / "a", "x")
+    link_atomic(tmp_path / "a", tmp_path / "b")
+    link_atomic(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_what_may_not_be_removed_is_named(tmp_path, monkeypatch):
+    def refused(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "a"))
+
+    (tmp_path / "a").write_text("x")
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(UserError, match=f"^cannot remove {tmp_path}/a: permission is denied"):
+        remove(tmp_path / "a")
+
+
+def test_names_that_nobody_moved_aside_are_left_where_they_are(tmp_path):
+    for name in (".lightspan-x.old", ".lightspan-.old", ".lightspan-zz-a.old", ".lightspan-0f-a.old"):
+        (tmp_path / name).write_text(name)
+    put_back(tmp_path)
+    assert names(tmp_path) == sorted([".lightspan-.old", ".lightspan-x.old", ".lightspan-zz-a.old", "a"])
+
+
+def test_a_folder_where_nobody_may_make_one_is_a_user_error():
+    with pytest.raises(UserError, match=r"cannot make folder /proc/nothing/deep: No such file or directory; choose"):
+        write_atomic("/proc/nothing/deep/file", "x")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 5000])
+def test_a_name_that_is_too_long_is_a_user_error(tmp_path, name):
+    for path in (tmp_path / name, tmp_path / name / "file"):
+        with pytest.raises(UserError, match="a name in this path is too long"):
+            write_atomic(path, "x")

@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import json
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.callbacks.checkpoint_manifest import COMPLETE, fault
+from lightspan.callbacks.checkpoint_manifest import COMPLETE
 from lightspan.commands.arguments import add_allow_module_argument
+from lightspan.commands.one_process import in_one_process
 from lightspan.commands.run_folder import newest_checkpoint
 from lightspan.errors import UserError
 
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     resolved = _resolved(args, checkpoint)
     out = args.out or _run_folder(args, checkpoint) / "export" / args.to
     refuse_occupied(out, args.overwrite)
-    built = build(resolved)
+    built = build(in_one_process(resolved))
     model = built.model
     Adaptation.act(built.trainer, model)
     model.configure_model()
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
 def find_checkpoint(given: Path) -> Path:
     """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError where there is none."""
-    if given.is_file() or (given.is_dir() and ((given / COMPLETE).exists() or given.suffix == ".ckpt")):
+    is_run = given.is_dir() and given.suffix != ".ckpt" and not (given / COMPLETE).exists()
+    if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused where it is read
         return given
     found = newest_checkpoint(given) if given.is_dir() else None
     if found is None:
@@ -88,45 +91,13 @@ def load_weights(model: "LightningModule", checkpoint: Path) -> None:
 
     Raises: UserError for a file that is no checkpoint, is cut off, or belongs to another model.
     """
-    import pickle
+    from lightspan.callbacks.checkpoint_fit import check_fits
+    from lightspan.callbacks.checkpoint_io import read_checkpoint
 
-    import torch
-
-    from lightspan.callbacks.checkpoint_folder import read_folder
-
-    if found := fault(checkpoint):
-        raise UserError(f"{checkpoint} {found.text}" + ("; take another checkpoint of the run" if found.torn else ""))
-    try:
-        if checkpoint.is_dir():
-            content = read_folder(checkpoint, optimizers=False)
-        else:
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{checkpoint} holds more than tensors and plain data, or is no checkpoint: {_first_line(error)}; it is "
-            "not opened, since unpickling foreign objects runs their code"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"{checkpoint} cannot be read ({_first_line(error)}): take another checkpoint of the run"
-        ) from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise UserError(f"{checkpoint} has no 'state_dict', so it is no checkpoint of `lightspan fit`")
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is unknown to the model" for name in state if name not in own]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{checkpoint} is a checkpoint of another model than {type(model).__name__} of this run: "
-            f"{'; '.join(wrong[:3])}{more}; name the run folder that it comes from with --run"
-        )
+    content = read_checkpoint(checkpoint, optimizers=False)
+    stamp, state = content.get("lightspan", {}), content["state_dict"]
+    way_out = "name the run folder that it comes from with --run"
+    check_fits(state, model, str(checkpoint), stamp.get("model"), way_out=way_out)
     model.load_state_dict(state, strict=True)
 
 
@@ -180,9 +151,11 @@ def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> floa
             if back.dtype != tensor.dtype or back.shape != tensor.shape:
                 return float("inf")
             if not torch.equal(back, tensor) and tensor.numel():
-                apart = (back.to(torch.float64) - tensor.to(torch.float64)).abs()
-                # NaN is unequal to itself, also where it was stored well.
-                largest = max(largest, float(apart[~(back.isnan() & tensor.isnan())].nan_to_num(float("inf")).amax()))
+                wide = torch.complex128 if tensor.is_complex() else torch.float64
+                apart = (back.to(wide) - tensor.to(wide)).abs().nan_to_num(float("inf"))
+                # NaN is unequal to itself, and infinity has no distance from itself, also where they are stored well.
+                same = (back == tensor) | (back.isnan() & tensor.isnan())
+                largest = max(largest, float(apart.masked_fill(same, 0.0).amax()))
     return largest
 
 
@@ -228,8 +201,3 @@ def _version() -> dict[str, str]:
     from lightspan import __version__
 
     return {"lightspan": __version__}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -1,6 +1,8 @@
 """`lightspan fsck RUN`: which checkpoints of a run are whole, torn ones out of the way, the pointer mended."""
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightspan.callbacks.checkpoint_manifest import (
@@ -10,12 +12,11 @@ from lightspan.callbacks.checkpoint_manifest import (
     fault,
     latest,
     manifest,
-    newest_whole,
     point_latest,
 )
 from lightspan.commands.run_folder import CHECKPOINTS
 from lightspan.errors import UserError
-from lightspan.files import explained_os_errors, leftovers, put_back
+from lightspan.files import explained_os_errors, irregular, leftovers, put_back, remove
 
 QUARANTINE = "quarantine"
 TORN = 1
@@ -33,16 +34,24 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{str(folder)!r} does not exist; name a run folder, which holds {CHECKPOINTS}/")
     if not args.dry_run:
         put_back(folder)
-    found = {path: fault(path) for path in checkpoints(folder)}
+    found = {path: fault(path) or _unusable(path) for path in checkpoints(folder)}
     found |= {path: Fault("was left unfinished by a killed process") for path in leftovers(folder)}
     _print_table(found, latest(folder))
     torn = [path for path, wrong in found.items() if wrong is not None and wrong.torn]
     for path in torn if not args.dry_run else []:
         print(f"moved {path.name} to {_quarantine(path)}")
     if not args.dry_run:
-        _mend_pointer(folder)
+        _mend_pointer(folder, [path for path, wrong in found.items() if wrong is None])
     print(f"{len(found) - len(torn)} whole, {len(torn)} torn" + (", nothing moved" if args.dry_run and torn else ""))
     return TORN if torn else 0
+
+
+def _unusable(path: Path) -> Fault | None:
+    """What is wrong inside a checkpoint that its manifest calls whole: a manifest tells damage, not content."""
+    from lightspan.callbacks.checkpoint_io import unusable
+
+    reason = unusable(path)
+    return Fault(reason) if reason else None
 
 
 def _print_table(found: dict[Path, Fault | None], pointed: Path | None) -> None:
@@ -55,18 +64,20 @@ def _print_table(found: dict[Path, Fault | None], pointed: Path | None) -> None:
             state = "whole (format 1: check sums of its records, no manifest)"
         if path == pointed:
             state += f"  <- {LATEST}"
-        print(f"{path.name:<{width}}  {told.get('step', '?')!s:>9}  {_bytes(path) / 2**20:>10.2f}  {state}")
+        step = told.get("step")
+        print(f"{path.name:<{width}}  {step if type(step) is int else '?':>9}  {_mib(path):>10.2f}  {state}")
 
 
-def _bytes(path: Path) -> int:
-    return sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
+def _mib(path: Path) -> float:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if not irregular(file)) / 2**20
 
 
 def _quarantine(path: Path) -> Path:
     name = path.name.removeprefix(".")
     place = path.parent / QUARANTINE / name
     for number in range(2, 10_000):
-        if not place.exists():
+        if not os.path.lexists(place):
             break
         place = place.with_name(f"{name}.{number}")
     with explained_os_errors(place):
@@ -75,11 +86,12 @@ def _quarantine(path: Path) -> Path:
     return place
 
 
-def _mend_pointer(folder: Path) -> None:
+def _mend_pointer(folder: Path, usable: Sequence[Path]) -> None:
     """The pointer stays where it names a whole checkpoint; otherwise it moves to the newest whole one, or goes."""
-    pointed, (whole, _) = latest(folder), newest_whole(folder)
-    if whole is None:
-        (folder / LATEST).unlink(missing_ok=True)
-    elif whole != pointed:
-        point_latest(whole)
-        print(f"{LATEST} now names {whole.name}")
+    if latest(folder) in usable:
+        return
+    if usable:
+        point_latest(usable[0])
+        print(f"{LATEST} now names {usable[0].name}")
+    else:
+        remove(folder / LATEST)

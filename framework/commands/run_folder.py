@@ -135,8 +135,8 @@ def _locked(file: TextIO) -> bool:
 def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
     """The checkpoint that --resume means, or None for a fresh start. Raises: UserError where it would lose a run.
 
-    `auto` takes the newest whole one and says on stderr what it passed over. Folders of a sharded run, which the first
-    rank chooses for all, are read by that one alone to compare their sha256.
+    `auto` takes the newest whole one and says on stderr what it passed over. The first rank chooses for all, so it
+    alone reads checkpoints to compare their sha256.
     """
     folder = run_dir / CHECKPOINTS
     holds_run = bool(checkpoints(folder)) or _has_content(run_dir / METRICS_FILE)
@@ -165,7 +165,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """
     folder = run_dir / CHECKPOINTS
     put_back(folder)
-    found, passed = newest_whole(folder, read_folders=is_first_rank())
+    found, passed = newest_whole(folder, contents=is_first_rank())
     reasons = [f"{path} {fault.text}" for path, fault in passed.items()]
     if found is None and passed:
         raise UserError(
@@ -214,7 +214,11 @@ def _has_content(path: Path) -> bool:
 
 
 def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace, checkpoint: Path | None) -> None:
-    """resolved.yaml and provenance.json; of earlier starts, under `earlier`, what was different then (null: absent)."""
+    """resolved.yaml and provenance.json; of earlier starts, under `earlier`, what was different then (null: absent).
+
+    What killed starts left half written goes first: nobody else writes into the run folder yet.
+    """
+    remove_leftovers(run_dir)
     record = provenance.provenance(resolved, args.command_line, args.overlays)
     if checkpoint is not None:
         record["checkpoint"] = str(checkpoint)

@@ -7,7 +7,7 @@ from html import escape
 from itertools import pairwise
 
 from lightspan.report.compare import number
-from lightspan.report.curves import XY, at_or_before, finite, thin, ticks, window
+from lightspan.report.curves import SMALLEST, XY, at_or_before, finite, thin, ticks, window
 
 WIDTH, HEIGHT = 440, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 26, 38
@@ -61,12 +61,12 @@ class _Shape:
         if self.above == 0 and self.high > self.low:
             pad = 0.04 * (self.high - self.low)
             self.low, self.high = self.low - pad, self.high + pad
-        if self.high <= self.low:
+        if self.high - self.low <= SMALLEST:
             pad = abs(self.low) * 0.05 or 1.0
             self.low, self.high = self.low - pad, self.high + pad
         xs = [x for curve in everything for x, _ in curve] or [0.0, 1.0]
         self.first, self.last = min(xs), max(xs)
-        if self.last <= self.first:
+        if self.last - self.first <= SMALLEST:
             self.first, self.last = self.first - 1, self.last + 1
         self.drawn = drawn
 
@@ -169,7 +169,7 @@ class _Shape:
                 f"the axis is cut: {self.above} early values, up to {number(self._value(self.peak))}, lie above it"
             )
         if self.lost:
-            why = "not finite or not positive" if self.chart.log_y else "not finite (NaN or infinite)"
+            why = "not finite or not positive" if self.chart.log_y else "not finite (NaN, infinite or beyond 1e300)"
             texts.append(f"{self.lost} values are {why} and cannot be drawn")
         return f'<p class="note">{escape("; ".join(texts))}</p>' if texts else ""
 

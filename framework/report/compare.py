@@ -117,7 +117,7 @@ def number(value: float, decimals: int | None = None) -> str:
         return str(value)
     if decimals is not None:
         return f"{value:.{decimals}f}"
-    if (value == int(value) and abs(value) < 1e15) or abs(value) >= 1000:
+    if abs(value) < 1e15 and (value == int(value) or abs(value) >= 1000):
         return f"{value:,.0f}".replace(",", NARROW_SPACE)
     return f"{value:.4g}" if abs(value) >= 0.001 else f"{value:.2e}"
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 XY = tuple[float, float]
 LONG = 40  # points; fewer are readable as they are
+LARGEST, SMALLEST = 1e300, 1e-300
+"""Values and ranges between which axes can be computed: beyond, sums overflow and shares of a range vanish."""
 
 
 def finite(points: Sequence[XY]) -> list[XY]:
-    """The points whose coordinates are both finite."""
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    """The points that can be drawn: both coordinates are finite, and at most `LARGEST` in size."""
+    return [(x, y) for x, y in points if abs(x) <= LARGEST and abs(y) <= LARGEST]
 
 
 def smooth(points: Sequence[XY], span: float) -> list[XY]:
@@ -60,7 +62,7 @@ def window(curves: Sequence[Sequence[XY]]) -> tuple[float, float, int, float]:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) inside [low, high], about `count` of them."""
-    if not high > low:
+    if not high - low > SMALLEST:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 
 from lightspan.errors import UserError
+from lightspan.report.curves import LARGEST, finite
 from lightspan.report.runs import Run
 from lightspan.report.sections import group_of, unit_of
 
@@ -25,16 +26,16 @@ def picture(runs: Sequence[Run], title: str) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     states = [run.summary.get("optimizer_state_mib") for run in runs]
-    with_states = len(runs) > 1 and all(isinstance(state, int | float) for state in states)
+    with_states = len(runs) > 1 and all(isinstance(state, int | float) and abs(state) <= LARGEST for state in states)
     figure = Figure(figsize=(8.4, 3.6) if with_states else (6.4, 3.8), dpi=150, layout="constrained", facecolor="white")
     left, *right = figure.subplots(
         1, 2 if with_states else 1, width_ratios=[2.6, 1] if with_states else None, squeeze=False
     )[0]
     for at, run in enumerate(runs):
-        points = run.points(metric)
+        points = finite([(point.step, point.value) for point in run.points(metric)])
         left.plot(
-            [point.step for point in points],
-            [point.value for point in points],
+            [step for step, _ in points],
+            [value for _, value in points],
             color=_COLOURS[at % len(_COLOURS)],
             linestyle="-" if at < len(_COLOURS) else "--",
             marker="o" if len(points) <= 40 else None,

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightspan.config.tree import MAX_DEPTH, plain, read
 from lightspan.errors import UserError
 from lightspan.report.curves import XY
 
@@ -103,6 +102,8 @@ def load_run(folder: Path, name: str) -> Run:
     if not (folder / METRICS).is_file():
         inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))
         hint = f"it holds the runs {', '.join(inside)}: name those" if inside else "name the folder that --run named"
+        if (folder / RESOLVED).is_file():
+            raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is no run folder: it has no {METRICS}; {hint}")
     rows = _read_lines(folder / METRICS)
     for row in rows:
@@ -119,8 +120,8 @@ def load_run(folder: Path, name: str) -> Run:
     )
     if not run.metrics():
         raise UserError(
-            f"run {str(folder)!r} logged no metric: {METRICS} has {len(rows)} lines without one; "
-            "let the run reach trainer.log_every_n_steps, or lower that number"
+            f"run {str(folder)!r} has logged no metric yet: {METRICS} has {len(rows)} lines without one; wait until it "
+            "has reached trainer.log_every_n_steps, or lower that number"
         )
     return run if run.summary else _with_derived_summary(run)
 
@@ -155,11 +156,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = _parsed(line)
+        except ValueError as error:
             if number == len(lines):
                 continue
-            raise UserError(f"{path}:{number} is not JSON ({error.msg}): {line[:80]!r}; mend or remove it") from error
+            raise UserError(f"{path}:{number} is not JSON ({error}): {line[:80]!r}; mend or remove it") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}; mend or remove it")
         rows.append(row)
@@ -169,14 +170,44 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} does not parse ({' '.join(str(error).split())}); mend or remove it") from error
+    if path.suffix == ".yaml":
+        value = plain(read(path))
+    else:
+        try:
+            value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+        except ValueError as error:
+            raise UserError(f"{path} does not parse ({error}); mend or remove it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not a mapping; mend or remove it")
     return value
+
+
+def _parsed(text: str) -> Any:
+    """JSON as floats can hold it and a page can show it. Raises: ValueError, also for what is nested too deep."""
+    try:
+        value = json.loads(text, parse_int=_whole)
+        if "\\u" in text:  # may have escaped half a surrogate pair, which is no text
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from error
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return value
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) < 19 else float(digits)  # a float beyond its range is infinite, and not drawn
 
 
 def _is_number(value: object) -> bool:

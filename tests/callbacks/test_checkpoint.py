@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import lightspan.files
 from lightspan.callbacks import checkpoint as checkpoint_module
-from lightspan.callbacks.checkpoint import Checkpoint, check_fits
+from lightspan.callbacks.checkpoint import Checkpoint
+from lightspan.callbacks.checkpoint_fit import check_fits
 from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
 from lightspan.callbacks.checkpoint_manifest import FORMAT, LATEST, fault, manifest, newest_whole, seal_folder
 from lightspan.callbacks.jsonl_logger import JsonlLogger

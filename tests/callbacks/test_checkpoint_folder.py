@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from lightspan.callbacks.checkpoint import Checkpoint
 from lightspan.callbacks.checkpoint_bytes import Summed
-from lightspan.callbacks.checkpoint_folder import REST, SafeReader, read_folder
+from lightspan.callbacks.checkpoint_folder import REST, read_folder
 from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
 from lightspan.callbacks.checkpoint_manifest import COMPLETE, FORMAT, fault, header, latest, manifest, seal_folder
+from lightspan.callbacks.checkpoint_shards import SafeReader
 from lightspan.errors import UserError
 
 WORLD = 4

@@ -110,9 +110,10 @@ def test_tensors_that_share_memory_are_stored_once(tmp_path: Path) -> None:
         assert len(file.keys()) == 1
 
 
-def test_a_tensor_that_is_not_a_number_still_reads_back_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [["nan", "1"], ["nan", "nan"], ["inf", "nan"], ["inf", "-inf"]])
+def test_tensors_that_are_not_numbers_read_back_equal(tmp_path: Path, values: list[str]) -> None:
     broken = nn.Linear(2, 1, bias=False)
-    broken.weight.data[0, 0] = float("nan")
+    broken.weight.data[0] = torch.tensor([float(value) for value in values])
     assert command._to_safetensors(broken, tmp_path, "r") == 0  # type: ignore[arg-type]
 
 
@@ -208,6 +209,34 @@ def test_a_checkpoint_elsewhere_needs_its_run_folder_or_recipe(run_dir: Path, tm
     assert run_export(away, "--to", "safetensors", "--recipe", recipe, "--out", tmp_path / "out2") == 0
 
 
+@pytest.mark.parametrize("trainer", [{"accelerator": "gpu"}, {"accelerator": "cuda", "devices": 8, "strategy": "ddp"}])
+def test_a_run_of_gpus_and_ranks_that_are_not_here_is_exported(run_dir: Path, trainer: dict[str, Any]) -> None:
+    (run_dir / "resolved.yaml").write_text(json.dumps({**CONFIG, "trainer": {**CONFIG["trainer"], **trainer}}))
+    assert run_export(run_dir, "--to", "safetensors") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_another_precision_are_cast_and_it_is_said(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in saved(run_dir).items()}
+    torch.save({"state_dict": state}, run_dir / "checkpoints" / "last.ckpt")
+    assert run_export(run_dir, "--to", "safetensors") == 0
+    name = str(dtype).removeprefix("torch.")
+    assert f"{len(state)} tensors of {run_dir}/checkpoints/last.ckpt are cast from {name} to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_weights_of_another_kind_of_number_are_refused(run_dir: Path, dtype: torch.dtype) -> None:
+    state = saved(run_dir)
+    state["backbone.lm_head.weight"] = state["backbone.lm_head.weight"].to(dtype)
+    torch.save({"state_dict": state}, run_dir / "checkpoints" / "last.ckpt")
+    name = str(dtype).removeprefix("torch.")
+    message = f"of another kind of number: backbone.lm_head.weight {name} there, float32 here"
+    with pytest.raises(UserError, match=message):
+        run_export(run_dir, "--to", "safetensors")
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"checkpoint '.*' does not exist; name RUN/checkpoints/NAME.ckpt or a run folder"
@@ -220,14 +249,16 @@ def test_a_truncated_checkpoint_is_named(run_dir: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"no checkpoint of .*/run is whole: .*last.ckpt is cut off after \d+ bytes"):
         run_export(run_dir, "--to", "safetensors")
-    with pytest.raises(UserError, match=r"last.ckpt is cut off .*; take another checkpoint of the run"):
+    with pytest.raises(UserError, match=r"last.ckpt is cut off .*; give the path of another checkpoint"):
         run_export(path, "--to", "safetensors")
     assert not (run_dir / "export").exists()
 
 
 def test_a_checkpoint_with_foreign_objects_is_not_opened(run_dir: Path) -> None:
     torch.save({"state_dict": {}, "object": argparse.Namespace(a=1)}, run_dir / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match="it is not opened, since unpickling foreign objects runs their code"):
+    with pytest.raises(
+        UserError, match=r"not loaded and nothing in it ran \(Unsupported global: GLOBAL argparse.Namespace"
+    ):
         run_export(run_dir, "--to", "safetensors")
 
 
@@ -236,15 +267,15 @@ def test_a_checkpoint_of_another_model_is_named_with_what_differs(run_dir: Path)
     state["backbone.extra"] = torch.zeros(1)
     state["backbone.lm_head.weight"] = torch.zeros(7, 32)
     torch.save({"state_dict": state}, run_dir / "checkpoints" / "last.ckpt")
-    unknown, wrong = "backbone.extra is unknown to the model", r"backbone.lm_head.weight is \[7, 32\], not \[256, 32\]"
-    message = f"another model than CausalLM of this run: {unknown}; {wrong}; name the run folder"
+    unknown, wrong = "only in it: backbone.extra", r"backbone.lm_head.weight \[7, 32\] there, \[256, 32\] here"
+    message = rf"another model than .*\.CausalLM: {unknown}; of another shape: {wrong}; name the run folder"
     with pytest.raises(UserError, match=message):
         run_export(run_dir, "--to", "safetensors")
 
 
 def test_a_file_without_weights_is_no_checkpoint(run_dir: Path) -> None:
     torch.save([1, 2], run_dir / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match="has no 'state_dict', so it is no checkpoint"):
+    with pytest.raises(UserError, match="is a torch file but no checkpoint: it holds a list, no 'state_dict'"):
         run_export(run_dir, "--to", "safetensors")
 
 

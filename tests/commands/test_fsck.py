@@ -1,5 +1,7 @@
 """`lightspan fsck`: torn checkpoints go into quarantine and nowhere else, and the pointer ends on a whole one."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,101 @@ def test_a_file_of_format_1_counts_as_whole_by_its_check_sums(checkpoints, tmp_p
 def test_a_folder_without_checkpoints_is_named(tmp_path, capsys):
     assert main(["fsck", str(tmp_path / "run")]) == 2
     assert "run/checkpoints' does not exist; name a run folder" in capsys.readouterr().err
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("x" * 200)
+
+
+def marker(text: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.mkdir()
+        (path / "shard").write_bytes(b"x")
+        (path / COMPLETE).write_text(text)
+
+    return make
+
+
+def marker_pipe(path: Path) -> None:
+    path.mkdir()
+    os.mkfifo(path / COMPLETE)
+
+
+def archive(comment: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(b"PK\x05\x06" + bytes(16) + len(comment).to_bytes(2, "little") + comment)
+
+
+STRANGE = {
+    "a pipe": (fifo, "is a named pipe, not a regular file"),
+    "a device": (device, "is a device, not a regular file"),
+    "a loop of links": (loop, "cannot be read (Too many levels of symbolic links)"),
+    "a dangling link": (dangling, "cannot be read (No such file or directory)"),
+    "a deep manifest": (archive(b"[" * 60_000), "its manifest cannot be read"),
+    "a deep marker": (marker("[" * 1_000_000), "its COMPLETE file cannot be read"),
+    "a marker that is a list": (marker("[]"), "its COMPLETE file cannot be read"),
+    "a marker of lists": (marker('{"format": 2, "files": {"shard": []}}'), "says nothing of the size and sum of shard"),
+    "a marker that is a pipe": (marker_pipe, "has no COMPLETE file"),
+    "no text at all": (marker("\0" * 9), "its COMPLETE file cannot be read"),
+    "a format that is text": (marker('{"format": "x", "files": {}}'), "its COMPLETE file cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_is_no_checkpoint_at_all_is_moved_without_being_waited_for(checkpoints, tmp_path, capsys, name):
+    make, says = STRANGE[name]
+    make(checkpoints / "strange.ckpt")
+    assert main(["fsck", str(tmp_path)]) == 1
+    assert says in state_of(capsys.readouterr().out, "strange.ckpt")
+    assert os.path.lexists(checkpoints / "quarantine" / "strange.ckpt")
+    assert latest(checkpoints) == checkpoints / "step=8.ckpt"
+    assert main(["fsck", str(tmp_path)]) == 0
+
+
+def test_a_marker_that_says_nothing_of_a_file_is_damage_though_it_sums_up(checkpoints, tmp_path, capsys):
+    folder = checkpoints / "step=8.ckpt"
+    for entry in ("text", None, ["x"], {}):
+        (folder / COMPLETE).unlink(missing_ok=True)
+        seal_folder(folder, {"format": FORMAT, "step": 8}, known={"shard": entry})
+        main(["fsck", str(tmp_path), "--dry-run"])
+        assert "is damaged: " in state_of(capsys.readouterr().out, "step=8.ckpt")
+
+
+@pytest.mark.parametrize(
+    "put",
+    [fifo, device, loop, lambda p: p.write_text("x" * 5000), lambda p: p.write_bytes(b"\xff\0")],
+    ids=["a pipe", "a device", "a loop", "5000 letters", "no text"],
+)
+def test_a_pointer_that_is_none_is_replaced(checkpoints, tmp_path, put):
+    (checkpoints / LATEST).unlink()
+    put(checkpoints / LATEST)
+    assert main(["fsck", str(tmp_path)]) == 0
+    assert latest(checkpoints) == checkpoints / "step=8.ckpt"
+
+
+def test_a_whole_file_with_wrong_content_is_moved_with_the_entry_that_is_wrong(checkpoints, tmp_path, capsys):
+    path = checkpoints / "step=9.ckpt"
+    WholeFileCheckpointIO().save_checkpoint({"state_dict": {"w": "text"}, "global_step": 9}, path)
+    point_latest(path)
+    assert main(["fsck", str(tmp_path)]) == 1
+    said = state_of(capsys.readouterr().out, "step=9.ckpt")
+    assert "cannot be used: its entry state_dict.w is text, not a tensor" in said
+    assert latest(checkpoints) == checkpoints / "step=8.ckpt"
+
+
+def test_leftovers_with_odd_names_are_moved_too(checkpoints, tmp_path):
+    (checkpoints / ".lightspan-x.old").write_text("not moved aside by lightspan")
+    (checkpoints / ".lightspan-.tmp").write_text("")
+    assert main(["fsck", str(tmp_path)]) == 1
+    assert names(checkpoints / "quarantine") == {"lightspan-x.old", "lightspan-.tmp"}

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_summary_stays_json_when_a_run_diverged(make_run: MakeRun, tmp_path: Pat
 
     summaries = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=refuse)
     assert summaries["a"]["val_loss_nats"] is None
-    assert "1 values are not finite (NaN or infinite) and cannot be drawn" in page
+    assert "1 values are not finite (NaN, infinite or beyond 1e300) and cannot be drawn" in page
 
 
 def test_equal_runs_give_equal_bytes(make_run: MakeRun, tmp_path: Path) -> None:
@@ -175,8 +176,66 @@ def test_a_folder_of_runs_tells_which_runs_to_name(make_run: MakeRun, tmp_path: 
 
 def test_a_run_without_metrics_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run("a", rows=[{"step": 0, "time_s": 0.0, "epoch": 0}])
-    with pytest.raises(UserError, match=r"run '.*/a' logged no metric: metrics.jsonl has 1 lines without one"):
+    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet: metrics.jsonl has 1 lines without one"):
         run_report(folder, "--out", tmp_path / "out")
+
+
+def test_a_run_that_has_only_begun_is_told_apart_from_a_folder_that_is_none(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("a", resolved={"trainer": {"max_steps": 3}})
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait until its first steps are done"):
+        run_report(folder, "--out", tmp_path / "out")
+
+
+HUGE = "9" * 400
+EDGES = ["5e-324", "-5e-324", "1e308", "-1e308", "1e999", HUGE, f"-{HUGE}", f"0.{HUGE}", "9" * 5000]
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge[:9])
+@pytest.mark.parametrize("name", ["val/loss_nats", "spectrum/w/0", "time_s", "probe/a"])
+def test_numbers_at_the_edge_of_floats_are_drawn_or_counted(
+    make_run: MakeRun, tmp_path: Path, edge: str, name: str
+) -> None:
+    """Alone, twice, and beside an ordinary number: as values, as abscissae, on linear and on logarithmic axes."""
+    folder = make_run("a", rows=[], summary={"val_loss_nats": 1.0})
+    lines = [f'{{"step": {at}, "time_s": {at}, "val/b": 1, "{name}": {value}}}' for at, value in enumerate((edge, 1))]
+    lines += [f'{{"step": 3, "val/b": 2, "{name}": {edge}, "spectrum/w/1": 2.0, "spectrum/v/{HUGE}": {edge}}}']
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    (folder / "summary.json").write_text(f'{{"val_loss_nats": {edge}, "seconds": {edge}, "steps": {edge}}}')
+    page = page_of(tmp_path, folder, make_run("b"), "--png", tmp_path / "curves.png")
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', page)
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+@pytest.mark.parametrize("file", ["metrics.jsonl", "summary.json", "provenance.json", "samples.jsonl", "resolved.yaml"])
+def test_what_is_nested_too_deep_is_refused(make_run: MakeRun, tmp_path: Path, file: str, depth: int) -> None:
+    folder = make_run("a")
+    line = '{"step": 0, "x": ' + "[" * depth + "]" * depth + "}\n"
+    (folder / file).write_text(line * 2 if file.endswith("jsonl") else line)  # a last line may be cut off
+    with pytest.raises(UserError, match=f"{file}.*(nested|levels|mapping|YAML)"):
+        run_report(folder, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1, 1]\n" + "".join(f"{c}: &{c} [*{b}, *{b}, *{b}, *{b}]\n" for b, c in pairwise("abcdefghij")),
+        "a: &a [*a]\n",
+        "a: !!python/object/apply:os.system [id]\n",
+        "- 1\n",
+    ],
+    ids=["aliases that grow", "an alias of itself", "a tag", "a list"],
+)
+def test_a_configuration_is_read_as_strictly_as_a_recipe(make_run: MakeRun, tmp_path: Path, text: str) -> None:
+    folder = make_run("a")
+    (folder / "resolved.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"resolved.yaml"):
+        run_report(folder, "--out", tmp_path / "out")
+
+
+def test_half_a_character_in_a_file_is_replaced(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("a", samples=[{"step": 0, "text": "half \ud83d"}], provenance={"k\udc80": "v"})
+    assert "<pre>half ?" in page_of(tmp_path, folder)
 
 
 def test_a_broken_line_is_named_by_file_and_number(make_run: MakeRun, tmp_path: Path) -> None:
