@@ -14,6 +14,7 @@ from lightspan.config import allow, recipes
 from lightspan.config.check import ROOT_KEYS, find_problems
 from lightspan.config.flags import flag_layer
 from lightspan.config.merge import KEYED, merge_layers, without_removed
+from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
 from lightspan.errors import UserError
 
@@ -107,18 +108,22 @@ def _checked(
     tree: Node, notes: list[str], about: dict[str, Any], name: str, modules: tuple[str, ...], origin: str
 ) -> Resolved:
     clean = without_removed(tree)
-    problems = find_problems(clean if clean.where else Node(clean.value, origin), modules)
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(
-            f"{count} in the configuration of {name}:\n" + "\n".join(f"  {problem}" for problem in problems)
-        )
+    refuse(find_problems(clean if clean.where else Node(clean.value, origin), modules), name)
     config = plain(clean)
     ordered = {key: config[key] for key in ROOT_KEYS if key in config}
     sources = {
         dotted(path): node.where for path, node in walk(clean) if path and not isinstance(node.value, dict | list)
     }
     return Resolved(ordered, notes, sources, about, name, tree, modules)
+
+
+def refuse(problems: Sequence[Problem], name: str) -> None:
+    """Raises one UserError with all problems, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(
+            f"{count} in the configuration of {name}:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
 
 
 def with_lists(config: dict[str, Any]) -> dict[str, Any]:
