@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightspan.config.limits import out_of_range
 from lightspan.config.parts import CLASSES_OF, FOLDER_ENDINGS, FOLDERS, FUNCTIONS_OF, LIGHTNING, NAMES, SCRATCH, TOPS
 from lightspan.config.problems import Problem, nearest
 from lightspan.config.source import Absent, Definition, exported, locate
@@ -36,11 +37,9 @@ def under(name: str, prefix: str) -> bool:
 
 
 def gate(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
-    """Everything in a raw tree that may be neither imported nor written to, in the order of the file."""
-    return [
-        Problem(node.where, dotted(path), message)
-        for path, node, message in (*_refused_names(root, modules), *_refused_places(root, modules))
-    ]
+    """Everything in a raw tree that may not be imported, written to or tried at all."""
+    found = (*_refused_names(root, modules), *_refused_places(root, modules), *_refused_values(root))
+    return [Problem(node.where, dotted(path), message) for path, node, message in found]
 
 
 def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
@@ -98,10 +97,11 @@ def importable(root: Node, modules: Sequence[str] = ()) -> set[str]:
     """
     names = {*CLASSES_OF, *LIGHTNING, *modules}
     for _, node in class_paths(root):
-        names.add(node.value)
-        found = locate(node.value)
-        if isinstance(found, Definition) and found.name is not None:
-            names.add(found.name)
+        if refusal(node.value, modules) is None:
+            names.add(node.value)
+            found = locate(node.value)
+            if isinstance(found, Definition) and found.name is not None:
+                names.add(found.name)
     return names
 
 
@@ -188,6 +188,14 @@ def _refused_places(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPat
         elif _is_folder(key) and node.value and not (inside and parts[0] == RUN):
             message = f"{node.value!r:.80} is outside the run folder; begin it with {RUN}/, and choose that by --run"
             yield path, node, message
+
+
+def _refused_values(root: Node) -> Iterator[tuple[KeyPath, Node, str]]:
+    for path, node in walk(root):
+        if (message := out_of_range(path, node.value)) is not None:
+            yield path, node, message
+        elif isinstance(node.value, str) and node.value.lstrip().startswith("pipe:"):
+            yield path, node, f"{node.value!r:.80} would run a command; name files or https addresses"
 
 
 def _is_folder(key: str) -> bool:

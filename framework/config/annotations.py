@@ -52,7 +52,7 @@ def fits(value: Any, annotation: ast.expr, source: Source, depth: int = 0) -> bo
     if name == "Literal":
         choices = literal_choices(annotation)
         return None if choices is None else any(value == choice and type(value) is type(choice) for choice in choices)
-    if name in _NEVER_PLAIN and not isinstance(value, dict):
+    if (name in _NEVER_PLAIN or name.endswith("Callable")) and not isinstance(value, dict):
         return False
     return None
 
@@ -139,6 +139,24 @@ def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
     if isinstance(found, Definition) and isinstance(found.node, ast.expr):
         return bound_arguments(found.node, found.source)
     return -1 if name.endswith("Callable") else 0
+
+
+def class_names(annotation: ast.expr, source: Source) -> list[str]:
+    """The full names of the classes that an annotation takes, or whose makers it takes; empty where one is unknown."""
+    names: list[str] = []
+    for member, where in members(annotation, source):
+        name, inner = _name(member), _arguments(member)
+        if name == "Callable":
+            found = class_names(inner[1], where) if len(inner) == 2 else []
+        elif name in _NAMES or name == "Literal" or (isinstance(member, ast.Constant) and member.value is None):
+            continue
+        else:
+            what = resolve(member, where)
+            found = [what.name] if isinstance(what, Definition) and what.is_class and what.name else []
+        if not found:
+            return []
+        names += found
+    return names
 
 
 def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:

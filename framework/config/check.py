@@ -5,13 +5,16 @@ the well-known ranges are told here; the rest meets the typed builder, and the c
 """
 
 import ast
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightspan.config import allow
 from lightspan.config.annotations import (
     bound_arguments,
+    class_names,
     dataclass_of,
     describe,
     fits,
@@ -21,16 +24,21 @@ from lightspan.config.annotations import (
     members,
     takes_only_plain,
 )
-from lightspan.config.limits import out_of_range
 from lightspan.config.merge import CLASS_SETTINGS, KEYED
 from lightspan.config.problems import Problem, nearest
 from lightspan.config.secrets import find_secrets_and_placeholders
-from lightspan.config.signatures import Parameter, Signature, signature, signature_of
+from lightspan.config.signatures import Parameter, Signature, descends, signature, signature_of
 from lightspan.config.source import Definition, locate
-from lightspan.config.tree import KeyPath, Node, dotted, plain, walk
+from lightspan.config.tree import KeyPath, Node, dotted, plain
 
 ROOT_KEYS = ("seed_everything", "trainer", "model", "data")
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+KINDS = {  # what stands where no annotation of ours says so
+    "model": "lightning.pytorch.core.module.LightningModule",
+    "data": "lightning.pytorch.core.datamodule.LightningDataModule",
+    "callbacks": "lightning.pytorch.callbacks.callback.Callback",
+    "logger": "lightning.pytorch.loggers.logger.Logger",
+}
 LONG_LIST = 15  # allowed names are listed up to here, or where no near name was found
 SPEC_KEYS = ("class_path", *CLASS_SETTINGS)
 
@@ -42,16 +50,24 @@ def find_problems(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
         root: the tree, entries removed by null already gone.
         modules: names given with --allow-module.
     """
-    problems = allow.gate(root, modules)
-    problems += find_secrets_and_placeholders(root)
-    problems += [
-        Problem(node.where, dotted(path), message)
-        for path, node in walk(root)
-        if (message := out_of_range(path, node.value)) is not None
-    ]
-    checker = _Checker(modules, problems)
-    checker.root(root)
+    with _uncollected():
+        problems = allow.gate(root, modules)
+        problems += find_secrets_and_placeholders(root)
+        checker = _Checker(modules, problems)
+        checker.root(root)
     return list(dict.fromkeys(problems))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """All syntax trees read meanwhile are kept; to look through them for garbage takes longer than to parse them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Checker:
@@ -79,7 +95,7 @@ class _Checker:
             elif not isinstance(node.value, dict) or "class_path" not in node.value:
                 self.incomplete(node, (key,))
             else:
-                self.spec(node, (key,), 0)
+                self.spec(node, (key,), 0, [KINDS[key]])
 
     def trainer(self, node: Node) -> None:
         if not isinstance(node.value, dict):
@@ -110,7 +126,7 @@ class _Checker:
             if not isinstance(child.value, dict) or "class_path" not in child.value:
                 self.incomplete(child, (*path, name))
             else:
-                self.spec(child, (*path, name), 0)
+                self.spec(child, (*path, name), 0, [KINDS[str(path[-1])]])
 
     def incomplete(self, node: Node, path: KeyPath) -> None:
         found = (
@@ -120,8 +136,10 @@ class _Checker:
         )
         self.say(node, path, f"has no class_path (nothing below sets one either); {found}")
 
-    def spec(self, node: Node, path: KeyPath, bound: int) -> None:
-        """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones)."""
+    def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
+        """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class
+        descends from one of `kinds`; an empty list says nothing.
+        """
         for key, child in node.value.items():
             if key not in SPEC_KEYS:
                 inner = node.child("init_args")
@@ -140,6 +158,9 @@ class _Checker:
         if allow.refusal(class_path, self.modules) is None:
             found = locate(class_path)
             known = signature_of(found) if isinstance(found, Definition) else None
+            if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
+                wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
+                self.say(class_node, (*path, "class_path"), f"must be a {wanted}, and {class_path} is none")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return
@@ -190,7 +211,7 @@ class _Checker:
         elif isinstance(node.value, dict) and "class_path" in node.value:
             if takes_only_plain(annotation, source):
                 self.say(node, path, self.wrong_type(node, annotation, parameter))
-            self.spec(node, path, bound_arguments(annotation, source) or 0)
+            self.spec(node, path, bound_arguments(annotation, source) or 0, class_names(annotation, source))
         elif isinstance(node.value, dict) and "init_args" in node.value:
             self.incomplete(node, path)
         elif isinstance(node.value, str) and not takes_only_plain(annotation, source) and self.text(node, path):
