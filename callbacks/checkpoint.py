@@ -67,6 +67,8 @@ class Checkpoint(ModelCheckpoint):
             `step=N.ckpt` are due at once.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(
         self,
         dirpath: str | None = None,

@@ -64,6 +64,8 @@ class Watchdog(Callback):
     Raises: UserError for a value out of range.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, folder: str = "", timeout_s: float = 1800.0, every_s: float | None = None) -> None:
         if not timeout_s > 0:
             raise UserError(f"timeout_s={timeout_s} must be above 0 seconds; leave the callback out to wait for ever")

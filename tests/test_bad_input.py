@@ -180,6 +180,17 @@ def test_another_experiment_is_not_continued(trained, capsys):
     assert "seed_everything: 0 -> 7" in message
 
 
+def test_a_subspace_is_not_exchanged_in_mid_run_and_the_records_stay_true(trained, capsys):
+    record = trained.parents[1] / "resolved.yaml"
+    before = record.read_bytes()
+    projection = "{class_path: lightspan.callbacks.subspace_projection.SubspaceProjection, init_args: {rank: 2}}"
+    message = refused(
+        ["fit", *TINY, "--run", str(trained.parents[1]), f"trainer.callbacks.projection={projection}"], capsys
+    )
+    assert "trainer.callbacks.projection.init_args.rank: not set -> 2" in message
+    assert record.read_bytes() == before
+
+
 def test_a_read_only_run_folder(capsys, tmp_path):
     # root may write anywhere but below /sys; everyone else is stopped by the mode of the folder.
     folder = Path("/sys/lightspan") if os.geteuid() == 0 else tmp_path / "locked"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightspan.callbacks.checkpoint_manifest import checkpoints, manifest, newest_whole
 from lightspan.config import identity, provenance
-from lightspan.config.resolve import RESOLVED_FILE, Resolved, load_resolved
+from lightspan.config.resolve import RESOLVED_FILE, Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 
@@ -98,14 +98,13 @@ def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
     source = checkpoint.parent.parent
     if not (source / RESOLVED_FILE).is_file():
         return
-    before = load_resolved(source, resolved.allow_modules)
-    found = identity.differences(before.config, resolved.config)
+    found = identity.differences(recorded(source), resolved.config)
     if found:
         lines = "\n".join(f"  {line}" for line in found[:20]) + ("\n  ..." if len(found) > 20 else "")
         raise UserError(
             f"{checkpoint} belongs to another experiment; these settings differ (then -> now):\n{lines}\n"
             "Put them back, or start a new run with another --run DIR. A resumed run may change its length, devices, "
-            "loggers, callbacks and num_workers."
+            "loggers, num_workers, and callbacks that declare alters_training = False."
         )
 
 
