@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.commands.catalogue import print_notes
 from lightspan.commands.metrics_csv import METRICS_FILE, write_csv
 from lightspan.commands.run_folder import (
@@ -56,7 +56,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
+    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
 
 
 def run_fit(args: argparse.Namespace) -> int:
