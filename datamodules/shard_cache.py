@@ -16,6 +16,7 @@ from lightspan.errors import UserError
 from lightspan.files import atomic_path
 
 IN_USE_S = 60
+COPY = "[0-9a-f]" * 32 + ".tar"  # the folder may hold other people's tars
 
 
 class ShardCache:
@@ -52,7 +53,7 @@ class ShardCache:
         return copy
 
     def _evict(self) -> None:
-        copies = {copy: copy.stat() for copy in self.folder.glob("*.tar")}
+        copies = {copy: copy.stat() for copy in self.folder.glob(COPY)}
         total = sum(stat.st_size for stat in copies.values())
         for copy in sorted(copies, key=lambda copy: copies[copy].st_mtime_ns):
             if total <= self.limit_bytes or copies[copy].st_mtime > time.time() - IN_USE_S:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from lightspan.commands.planned_step import Plan
 
 MIB, GIB = 2**20, 2**30
-ONE_PROCESS = {"strategy": "auto", "devices": 1, "num_nodes": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises: UserError for a recipe that does not build or cannot be planned."""
     from lightspan.commands.division import division, strategy_of
     from lightspan.commands.planned_step import make_plan
-    from lightspan.config.build import build, resolve, with_layer
+    from lightspan.commands.rehearsal import alone
+    from lightspan.config.build import build, resolve
 
     if args.memory is not None and not args.memory > 0:
         raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--ranks {args.ranks} must be at least 1")
     strategy = strategy_of(resolved.config.get("trainer", {}).get("strategy"))
     ranks, nodes = args.ranks or _ranks(resolved.config), _whole(resolved.config, "num_nodes")
-    # Planned in this process: its ranks, and a GPU that is elsewhere, need not exist here.
-    elsewhere = {} if resolved.config.get("trainer", {}).get("accelerator") == "cpu" else {"accelerator": "auto"}
-    built = build(with_layer(resolved, {"trainer": {**ONE_PROCESS, **elsewhere}}))
+    built = build(alone(resolved))
     if built.datamodule is None:
         raise UserError(f"{resolved.name} has no data, so there is no batch to plan with; add `data:` to it")
     limit = None if args.memory is None else int(args.memory * GIB)

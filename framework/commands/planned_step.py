@@ -2,23 +2,21 @@
 
 import contextlib
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightspan.analysis.memory import rss_bytes
-from lightspan.callbacks.adaptation import Adaptation
 from lightspan.commands.division import Division
+from lightspan.commands.rehearsal import optimizers, prepare_model, silent
 from lightspan.commands.step_memory import (
     OptimizerStopped,
     StepMemory,
@@ -148,16 +146,10 @@ class _Step:
         self.trainer, self.division = trainer, division
         self.notes: list[str] = []
         self._idle_state: int | None = None
-        trainer.strategy.connect(module)
-        module.trainer = datamodule.trainer = trainer
+        datamodule.trainer = trainer
         datamodule.prepare_data()
         datamodule.setup("fit")
-        Adaptation.act(trainer, module)
-        module.setup("fit")
-        module.configure_model()
-        # Schedules ask how long the run is. To memory any length is the same, and the true one may need all the data.
-        trainer.fit_loop.max_epochs = -1
-        trainer.fit_loop.epoch_loop.max_steps = max(trainer.max_steps, 1000)
+        prepare_model(trainer, module)
         loader = datamodule.train_dataloader()
         self.batch = trainer.precision_plugin.convert_input(next(iter(loader)))
         self.rows = batch_rows(self.batch)
@@ -176,7 +168,7 @@ class _Step:
             try:
                 return self._fake(rows, self._optimizers)
             except OptimizerStopped as stopped:
-                with _silent():
+                with silent():
                     self._idle_state = idle_state_bytes(self.module, self._optimizers())
                 self.notes.append(
                     f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
@@ -192,7 +184,7 @@ class _Step:
 
     def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         passes = min(2, self.trainer.accumulate_grad_batches)
-        with _silent(), _no_logging(self.module):
+        with silent(), _no_logging(self.module):
             whole = step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
         return self.division.of(whole)
 
@@ -205,24 +197,7 @@ class _Step:
         return loss
 
     def _optimizers(self) -> list[Optimizer]:
-        """As the trainer sets them up, with whatever the callbacks then make of them."""
-        strategy = self.trainer.strategy
-        strategy.setup_optimizers(self.trainer)
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if _prepares_optimizers(callback):
-                callback.on_fit_start(self.trainer, self.module)
-        return list(strategy.optimizers)
-
-
-def _prepares_optimizers(callback: Callback) -> bool:
-    """Whether a callback's `on_fit_start` may be called without a fit: not if it saves, searches or prints.
-
-    Lightning's own all do one of these, except the fine-tuning ones, which freeze parameters.
-    """
-    if isinstance(callback, BaseFinetuning):
-        return True
-    return not isinstance(callback, Checkpoint) and not type(callback).__module__.startswith("lightning.")
+        return optimizers(self.trainer, self.module)
 
 
 def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
@@ -242,13 +217,6 @@ def _no_logging(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         del module.log, module.log_dict
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """What a run prints when it starts would only repeat itself here."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -45,7 +45,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "--wandb", action="store_true", help="also log to Weights & Biases; offline without WANDB_API_KEY"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, write nothing, stop before the first step"
+        "--dry-run",
+        action="store_true",
+        help="build and set up everything, read a batch, write nothing, stop before the first step",
     )
 
 
@@ -62,10 +64,10 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
 def run_fit(args: argparse.Namespace) -> int:
     resolved = _resolve(args)
     if args.dry_run:
-        built = build(resolved)
+        from lightspan.commands.rehearsal import rehearse
+
         print_notes(resolved.notes)
-        total = sum(parameter.numel() for parameter in built.model.parameters())
-        print(f"{resolved.name}: builds; {type(built.model).__name__} with {total:,} parameters. Nothing was written.")
+        print("\n".join(rehearse(resolved)))
         return 0
     run_dir = run_folder(args.run, resolved.name)
     checkpoint = checkpoint_to_resume(args, run_dir)

@@ -135,7 +135,7 @@ def test_what_is_too_large_is_refused_before_it_is_understood(tmp_path: Path):
     with pytest.raises(UserError, match=r"large\.yaml: more than 1,048,576 bytes"):
         read(tmp_path / "large.yaml")
     for many in ("a:\n" + "- 1\n" * 250_000, "".join(f"k{i}: 1\n" for i in range(80_000)), "[" * 30_000):
-        with pytest.raises(UserError, match="more than 20000 values|exceeded maximum nesting depth"):
+        with pytest.raises(UserError, match=r"more than 20000 values|exceeded maximum nesting"):
             parse(many, "f.yaml")
     assert time.process_time() - start < 3
 
