@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lightspan.cli import main
 from lightspan.config import allow
 from lightspan.config.build import build, resolve
 from lightspan.config.merge import merge, without_removed
@@ -133,3 +134,36 @@ def test_it_is_refused_and_nothing_happens(layer, sound, monkeypatch, tmp_path):
         with contextlib.suppress(UserError):
             build(unchecked(sound, layer), tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["victim.yaml"]
+
+
+RECIPE, TO_RUN = "hostile.yaml", ("--run", "run")
+LINES = {
+    "check": [RECIPE],
+    "show": [RECIPE, "--resolved"],
+    "plan": [RECIPE],
+    "fit": [RECIPE, *TO_RUN],
+    "fit, dry": [RECIPE, "--dry-run"],
+    "validate": [RECIPE, "--ckpt", "victim.yaml", *TO_RUN],
+    "test": [RECIPE, "--ckpt", "victim.yaml", *TO_RUN],
+    "predict": [RECIPE, "--ckpt", "victim.yaml", *TO_RUN],
+    "submit": [RECIPE, "--to", "slurm", "--print", *TO_RUN],
+    "intrinsic-dimension": [RECIPE, "--grid", "1,2", "--out", "run"],
+    "prove-resume": [RECIPE],
+    "export": ["stranger/checkpoints/last.ckpt", "--to", "safetensors"],
+}
+
+
+@pytest.mark.parametrize("verb", LINES)
+@pytest.mark.parametrize("layer", ["untyped parameter", "Any in a mapping", "deep under Any"], indirect=True)
+def test_every_verb_that_builds_goes_through_the_gate(verb, layer, sound, capsys, tmp_path):
+    """Also the export of a run folder that somebody else made."""
+    text = dump(plain(merge(wrap(hostile.SOUND, ""), wrap(layer, ""))))
+    Path(RECIPE).write_text(text)
+    Path("stranger/checkpoints").mkdir(parents=True)
+    Path("stranger/checkpoints/last.ckpt").write_bytes(b"")
+    Path("stranger/resolved.yaml").write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    with nothing_happens():
+        assert main([verb.split(",")[0], *LINES[verb]]) == 2
+    assert "in the configuration of" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
