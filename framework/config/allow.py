@@ -173,6 +173,12 @@ def _refused_names(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath
 def _refused_places(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath, Node, str]]:
     """Settings of the trainer that would have the run write outside its folder, classes of the user's own apart."""
     trainer = root.child("trainer")
+    if (registry := root.at(("trainer", "model_registry"))) is not None and registry.value is not None:
+        yield (
+            ("trainer", "model_registry"),
+            registry,
+            "sends checkpoints to a server; a run writes into its folder alone",
+        )
     own: list[KeyPath] = []
     for path, node in walk(trainer, ("trainer",)) if trainer is not None else ():
         class_path = node.child("class_path")

@@ -15,6 +15,7 @@ _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
 _TEXTS = ("str", "Path", "PathLike", "_PATH")
 _NAMES = {"int": (int,), "float": (int, float), "bool": (bool,), **dict.fromkeys(_TEXTS, (str,))}
 _NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Logger")  # told by name, unread
+_NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # of which a number may be one
 _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
 _MAX_DEPTH = 10
@@ -54,6 +55,11 @@ def fits(value: Any, annotation: ast.expr, source: Source, depth: int = 0) -> bo
         return None if choices is None else any(value == choice and type(value) is type(choice) for choice in choices)
     if (name in _NEVER_PLAIN or name.endswith("Callable")) and not isinstance(value, dict):
         return False
+    if value is None or isinstance(value, int | float):
+        found = resolve(annotation, source)
+        if isinstance(found, Definition) and isinstance(found.node, ast.ClassDef):
+            bases = {ast.unparse(base).split(".")[-1] for base in found.node.bases}
+            return None if bases & _NUMBERS else False
     return None
 
 

@@ -369,6 +369,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "profile name": trainer(
         profiler=spec("lightning.pytorch.profilers.AdvancedProfiler", dirpath="${run}", filename="/etc/x")
     ),
+    "registry": trainer(model_registry="stranger/models"),
     "root outside": trainer(default_root_dir="/etc"),
     "root above": trainer(default_root_dir="${run}/.."),
     "subspace outside": callback(

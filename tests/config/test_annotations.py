@@ -53,6 +53,7 @@ def annotation(text: str) -> ast.expr:
         ("tuple[float, ...]", [[], [1, 2, 3]], [["x"], 3]),
         ("tuple[float, int]", [[0.5, 1]], [[1], [1, 0.5], [1, 1, 1]]),
         ("Schedule", [], ["x", 3, None]),
+        ("int | Net", [3], [None, 0.5]),
     ],
 )
 def test_values_fit_or_do_not(text, good, bad):
