@@ -155,7 +155,8 @@ def parse(text: str, label: str, *, line_numbers: bool = True) -> Node:
     try:
         for count, event in enumerate(yaml.parse(text, Loader=_Loader)):  # cheaper by far than nodes that are too many
             if count > 3 * MAX_NODES:
-                place = f"{label}:{event.start_mark.line + 1}" if line_numbers else label
+                mark = event.start_mark
+                place = f"{label}:{mark.line + 1}" if line_numbers and mark is not None else label
                 raise UserError(f"{place}: more than {MAX_NODES} values in one configuration")
         loader = _Loader(text)
         try:
