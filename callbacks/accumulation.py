@@ -14,6 +14,8 @@ class Accumulation(Callback):
     trainer.limit_train_batches is set: it counts micro-batches and would end epochs elsewhere.
     """
 
+    alters_training = False  # see config.identity
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         loop = checkpoint.get("loops", {}).get("fit_loop")
         if loop is None or trainer.limit_train_batches != 1.0:

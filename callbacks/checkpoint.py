@@ -69,6 +69,8 @@ class Checkpoint(OwnFiles):
             save and the end of fit wait for it. Takes the checkpoint's size in CPU memory.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(
         self,
         dirpath: str | None = None,

@@ -68,6 +68,8 @@ class DimensionTracker(Callback):
     DeepSpeed, and LowRank with another backward than "whole".
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(
         self,
         every_n_steps: int = 50,

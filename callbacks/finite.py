@@ -43,6 +43,8 @@ class FiniteLoss(Callback):
         parameter or gradient that is not finite.
     """
 
+    alters_training = False  # a step of finite numbers is the same with it and without it
+
     def __init__(self, policy: Literal["stop", "skip"] = "stop", most_skips: int = 10) -> None:
         if policy not in ("stop", "skip"):
             raise UserError(f"policy={policy!r} must be 'stop' or 'skip'")

@@ -44,6 +44,8 @@ class Ledger(Callback):
         path: the file, usually ${run}/ledger.json.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._loader: ExactOrder | None = None

@@ -41,6 +41,8 @@ class OnlineProbes(Callback):
         every_n_epochs: >= 1.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(
         self,
         knn_k: int = 20,

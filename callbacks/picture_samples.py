@@ -32,6 +32,8 @@ class PictureSamples(Callback):
         steps, eta, guidance, seed: as the module's `sample` takes them.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(
         self,
         folder: str,

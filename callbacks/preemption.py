@@ -70,6 +70,8 @@ class Preemption(Callback):
     Raises: UserError for an unknown signal or a value out of range.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(
         self,
         signals: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGUSR2"),

@@ -17,6 +17,8 @@ class ProgressLine(TQDMProgressBar):
         refresh_rate: training batches between two redraws of the bar, >= 1.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate if sys.stdout.isatty() else 0, leave=False)
         self._started_s = time.monotonic()

@@ -27,6 +27,8 @@ class Trace(Callback):
         folder: made if missing; a resumed run appends.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self._file: TextIO | None = None
@@ -71,6 +73,8 @@ class StopAfter(Callback):
     another experiment than the recipe's, and so rough a one that a last bit grows a hundredfold within five steps.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
@@ -87,6 +91,8 @@ class KillAt(Callback):
             written a checkpoint, and before Lightning logs and validates.
         rank: which rank's process.
     """
+
+    alters_training = False  # see config.identity
 
     def __init__(self, step: int, place: Place, rank: int = 0) -> None:
         self.step, self.place, self.rank = step, place, rank

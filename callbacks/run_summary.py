@@ -34,6 +34,8 @@ class RunSummary(Callback):
         print_table: also print the summary when training finishes.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, path: str, print_table: bool = True) -> None:
         self.path = Path(path)
         self.print_table = print_table

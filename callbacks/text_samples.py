@@ -26,6 +26,8 @@ class TextSamples(Callback):
         seed: of the draw.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(
         self,
         path: str,

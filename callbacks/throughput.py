@@ -25,6 +25,8 @@ class Throughput(Callback):
         every_n_steps: optimiser steps in a window, >= 1.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 1:
             raise UserError(f"every_n_steps={every_n_steps}: a window has at least 1 optimiser step")

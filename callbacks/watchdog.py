@@ -68,6 +68,8 @@ class Watchdog(Callback):
     Raises: UserError for a value out of range.
     """
 
+    alters_training = False  # see config.identity
+
     def __init__(self, folder: str = "", timeout_s: float = 1800.0, every_s: float | None = None) -> None:
         if not 0 < timeout_s <= MOST_S:
             raise UserError(

@@ -16,8 +16,9 @@ from lightspan.datamodules.shard_index import sha256_of
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, expanded, explained_os_errors, temporary_path
 
+COPY = "[0-9a-f]" * 32 + ".tar"  # the folder may hold other people's tars
 # How long after its last use a file counts as in use: copies, and what is being fetched, which grows all the time.
-IN_USE_S = {".tar": 60, ".tmp": 3600}
+IN_USE_S = {COPY: 60, temporary_path(Path(COPY), "*").name: 3600}
 ROOM_BYTES = 2**26  # made at a time for a shard whose size nobody says
 SETTING = "data.init_args.cache_dir"
 
@@ -113,17 +114,16 @@ class ShardCache:
                 )
 
     def _make_room(self, incoming: int) -> None:
-        files = {}
-        for path in self.folder.iterdir():
-            if path.suffix in IN_USE_S:
-                with contextlib.suppress(OSError):  # another process may have deleted it
-                    files[path] = path.stat()
+        files, in_use_s = {}, {path: time_s for name, time_s in IN_USE_S.items() for path in self.folder.glob(name)}
+        for path in in_use_s:
+            with contextlib.suppress(OSError):  # another process may have deleted it
+                files[path] = path.stat()
         total = incoming + sum(stat.st_size for stat in files.values())
         last_used = {path: max(stat.st_atime, stat.st_mtime) for path, stat in files.items()}
         for path in sorted(files, key=lambda path: last_used[path]):
             if total <= self.limit_bytes:
                 return
-            if last_used[path] < time.time() - IN_USE_S[path.suffix]:
+            if last_used[path] < time.time() - in_use_s[path]:
                 path.unlink(missing_ok=True)
                 total -= files[path].st_size
 

@@ -144,13 +144,14 @@ def _run(arguments: list[str]) -> int:
         return _without_verb(arguments)
     from lightspan.config.flags import split_flags
 
-    flags, rest = split_flags(arguments[1:]) if verb.flags else ([], arguments[1:])
     module = importlib.import_module(f"lightspan.commands.{verb.module}")
     parser = _Parser(
         prog=f"lightspan {verb.name}", description=verb.help[0].upper() + verb.help[1:] + ".", allow_abbrev=False
     )
     getattr(module, verb.add_arguments)(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    valued = {option for action in parser._actions if action.nargs != 0 for option in action.option_strings}
+    flags, rest = split_flags(arguments[1:], valued) if verb.flags else ([], arguments[1:])
     try:
         args = parser.parse_intermixed_args(rest)
     except SystemExit:  # argparse has printed the help

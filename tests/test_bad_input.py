@@ -180,6 +180,24 @@ def test_another_experiment_is_not_continued(trained, capsys):
     assert "seed_everything: 0 -> 7" in message
 
 
+def test_a_subspace_is_not_exchanged_in_mid_run_and_the_records_stay_true(trained, capsys):
+    record = trained.parents[1] / "resolved.yaml"
+    before = record.read_bytes()
+    projection = "{class_path: lightspan.callbacks.subspace_projection.SubspaceProjection, init_args: {rank: 2}}"
+    message = refused(
+        ["fit", *TINY, "--run", str(trained.parents[1]), f"trainer.callbacks.projection={projection}"], capsys
+    )
+    assert "trainer.callbacks.projection.init_args.rank: not set -> 2" in message
+    assert record.read_bytes() == before
+
+
+def test_the_name_of_a_run_folder_is_a_name(capsys):
+    for verb in (["fit"], ["plan"], ["validate", "--ckpt", "x"]):
+        assert "the name of the folder is empty" in refused([*verb, *TINY, "--run", ""], capsys)
+        assert "cannot name a folder" in refused([*verb, *TINY, "--run", "a" * 5000], capsys)
+    assert refused(["plan", *TINY, "--run", "lr=0.1", "trainer.max_stepz=1"], capsys).count("max_stepz") == 1
+
+
 def test_a_read_only_run_folder(capsys, tmp_path):
     # root may write anywhere but below /sys; everyone else is stopped by the mode of the folder.
     folder = Path("/sys/lightspan") if os.geteuid() == 0 else tmp_path / "locked"

@@ -173,7 +173,33 @@ def test_a_fresh_default_folder_is_named_by_recipe_and_time_and_never_resumes(ca
 
 def test_a_dry_run_builds_and_writes_nothing(capsys):
     assert main(["fit", *TINY, "--dry-run", "--run", "r"]) == 0
-    assert lines(capsys)[-1] == "tiny: builds; Tiny with 15 parameters. Nothing was written."
+    assert lines(capsys)[-2:] == [
+        "tiny: builds and starts; Tiny with 15 parameters. Nothing was written.",
+        "Not tried: a step, several ranks together.",
+    ]
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["compression/vit", "data.init_args.batch_size=100000"], "larger than the training set"),
+        (["language/quickstart", "model.init_args.optimizer.init_args.rank=9999"], "rank=9999 is not below"),
+        (["compression/vit", "model.init_args.optimizer.init_args.eps=-1.0"], "Invalid epsilon value: -1.0"),
+        (
+            [
+                "compression/vit",
+                "trainer.callbacks.p={class_path: lightspan.callbacks.subspace_projection."
+                "SubspaceProjection, init_args: {match: [nothing]}}",
+            ],
+            "nothing",
+        ),
+    ],
+    ids=["data", "optimizer", "optimizer of torch", "callback"],
+)
+def test_a_dry_run_finds_what_only_data_optimizers_and_callbacks_know(flags, message, capsys):
+    assert main(["fit", *flags, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
     assert list(Path().iterdir()) == []
 
 

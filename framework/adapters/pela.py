@@ -17,6 +17,9 @@ from lightspan.distributed import rank as process_rank
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
 
+# A recipe may name the functions listed here.
+__all__ = ["FactorisedLinear", "factorise"]
+
 EXCLUDED = ("*norm*", "*head*", "*patch_embed*", "*downsample*")
 """Patterns of layers that stay whole, as in the authors' code."""
 FEWEST_OUTPUTS = 10  # as in the authors' code: a layer this thin has nothing to give

@@ -4,6 +4,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightspan.errors import UserError
 
+# A recipe may name the functions listed here.
+__all__ = ["llama"]
+
 
 def llama(
     vocab_size: int = 256, width: int = 192, depth: int = 4, heads: int = 6, mlp_width: int = 512, context: int = 256

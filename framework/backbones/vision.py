@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 
+# A recipe may name the functions listed here.
+__all__ = ["MLP", "LeNet", "SmallConvNet", "timm_backbone"]
+
 
 def timm_backbone(name: str, in_chans: int = 3, small_stem: bool = False, pretrained: bool = False) -> nn.Module:
     """A timm network without its classifier: [B in_chans H W] -> [B num_features].

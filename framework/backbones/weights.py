@@ -7,6 +7,9 @@ from torch import nn
 
 from lightspan.errors import UserError
 
+# A recipe may name the functions listed here.
+__all__ = ["with_weights"]
+
 
 def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.Module:
     """Loads `module`, all of it, from a safetensors file and returns it.

@@ -1,6 +1,7 @@
 """Arguments that several verbs share."""
 
 import argparse
+from pathlib import Path
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,3 +37,14 @@ def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
         metavar="PACKAGE",
         help="a package of your own that the configuration may name; it is recorded with the run",
     )
+
+
+def folder(text: str) -> Path:
+    """The type of an option that names a folder; the empty text, which an unset variable of a shell leaves, is none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the folder is empty, as where a variable of the shell is not set")
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot name a folder: {error.strerror}") from error
+    return Path(text)

@@ -15,7 +15,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from lightspan.commands.arguments import add_recipe_arguments
+    from lightspan.commands.arguments import add_recipe_arguments, folder
 
     add_recipe_arguments(parser)
     parser.add_argument(
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real", action="store_true", help="run the step on real tensors, here: slower and exact")
     parser.add_argument(
         "--run",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="run folder: writes DIR/plan.json and sets the plan against the peak in DIR/summary.json",
     )

@@ -2,24 +2,21 @@
 
 import contextlib
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightspan.analysis.memory import rss_bytes
-from lightspan.callbacks.adaptation import Adaptation
 from lightspan.commands.division import Division
+from lightspan.commands.rehearsal import optimizers, prepare_model, silent
 from lightspan.commands.step_memory import (
     OptimizerStopped,
     StepMemory,
@@ -173,16 +170,10 @@ class _Step:
         self.trainer, self.division = trainer, division
         self.notes: list[str] = []
         self._idle_state: int | None = None
-        trainer.strategy.connect(module)
-        module.trainer = datamodule.trainer = trainer
+        datamodule.trainer = trainer
         datamodule.prepare_data()
         datamodule.setup("fit")
-        Adaptation.act(trainer, module)
-        module.setup("fit")
-        module.configure_model()
-        # Schedules ask how long the run is. To memory any length is the same, and the true one may need all the data.
-        trainer.fit_loop.max_epochs = -1
-        trainer.fit_loop.epoch_loop.max_steps = max(trainer.max_steps, 1000)
+        prepare_model(trainer, module)
         loader = datamodule.train_dataloader()
         self.batch = trainer.precision_plugin.convert_input(next(iter(loader)))
         self.rows = batch_rows(self.batch)
@@ -201,7 +192,7 @@ class _Step:
             try:
                 return self._fake(rows, self._optimizers)
             except OptimizerStopped as stopped:
-                with _silent():
+                with silent():
                     self._idle_state = idle_state_bytes(self.module, self._optimizers())
                 self.notes.append(
                     f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
@@ -217,7 +208,7 @@ class _Step:
 
     def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         passes = min(2, self.trainer.accumulate_grad_batches)
-        with _silent(), _no_logging(self.module):
+        with silent(), _no_logging(self.module):
             whole = step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
         return self.division.of(whole)
 
@@ -230,24 +221,9 @@ class _Step:
         return loss
 
     def _optimizers(self) -> list[Optimizer]:
-        """As the trainer sets them up, with whatever the callbacks then make of them."""
-        strategy = self.trainer.strategy
-        strategy.setup_optimizers(self.trainer)
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            # Lightning's fine-tuning callbacks freeze parameters. All else may save, search, print or start a service,
-            # and a plan does none of these: a callback says itself that its on_fit_start only prepares optimisers.
-            if isinstance(callback, BaseFinetuning) or getattr(callback, "prepares_optimizers", False):
-                callback.on_fit_start(self.trainer, self.module)
-            elif is_overridden("on_fit_start", callback, Callback) and not _ours(callback):
-                what = f"{type(callback).__name__}.on_fit_start"
-                note = f"without what {what} does; prepares_optimizers = True in the class plans with it"
-                self.notes = [*dict.fromkeys([*self.notes, note])]
-        return list(strategy.optimizers)
-
-
-def _ours(callback: Callback) -> bool:
-    return type(callback).__module__.startswith(("lightspan.", "lightning."))
+        found, left_out = optimizers(self.trainer, self.module)
+        self.notes = [*dict.fromkeys([*self.notes, *left_out])]
+        return found
 
 
 def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
@@ -267,13 +243,6 @@ def _no_logging(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         del module.log, module.log_dict
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """What a run prints when it starts would only repeat itself here."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _first_line(error: BaseException) -> str:

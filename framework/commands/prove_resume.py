@@ -222,7 +222,7 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
     callbacks: dict[str, Any] = {
         "proof_length": {"class_path": "lightspan.callbacks.proof.StopAfter", "init_args": {"steps": settings.steps}},
         "checkpoint": {"class_path": "lightspan.callbacks.checkpoint.Checkpoint", "init_args": checkpoint},
-        "proof_trace": {"class_path": "lightspan.callbacks.proof.Trace", "init_args": {"folder": f"{run_dir}/trace"}},
+        "proof_trace": {"class_path": "lightspan.callbacks.proof.Trace", "init_args": {"folder": "${run}/trace"}},
     }
     if leg.kill is not None:
         kill = {"step": leg.kill.step, "place": leg.kill.place, "rank": leg.kill.rank}

@@ -12,13 +12,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.commands.catalogue import print_notes
 from lightspan.commands.metrics_csv import write_csv
 from lightspan.commands.run_folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
-    folder_argument,
     is_first_rank,
     refuse_other_experiment,
     run_folder,
@@ -50,7 +49,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "--wandb", action="store_true", help="also log to Weights & Biases; offline without a key of theirs"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, write nothing, stop before the first step"
+        "--dry-run",
+        action="store_true",
+        help="build and set up everything, read a batch, write nothing, stop before the first step",
     )
 
 
@@ -61,16 +62,16 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=folder_argument, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
+    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
 
 
 def run_fit(args: argparse.Namespace) -> int:
     resolved = _resolve(args)
     if args.dry_run:
-        built = build(resolved)
+        from lightspan.commands.rehearsal import rehearse
+
         print_notes(resolved.notes)
-        total = sum(parameter.numel() for parameter in built.model.parameters())
-        print(f"{resolved.name}: builds; {type(built.model).__name__} with {total:,} parameters. Nothing was written.")
+        print("\n".join(rehearse(resolved)))
         return 0
     run_dir = run_folder(args.run, resolved.name)
     with sole_use(run_dir):

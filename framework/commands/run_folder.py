@@ -17,7 +17,7 @@ from typing import TextIO
 from lightspan.callbacks.checkpoint_manifest import checkpoints, manifest, newest_whole
 from lightspan.commands.metrics_csv import METRICS_FILE
 from lightspan.config import identity, provenance
-from lightspan.config.resolve import RESOLVED_FILE, Resolved, load_resolved
+from lightspan.config.resolve import RESOLVED_FILE, Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
@@ -33,13 +33,6 @@ LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
 LOCK_FILE = ".lightspan.lock"
 LOCK_WAIT_S = 30.0
 _RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
-
-
-def folder_argument(text: str) -> Path:
-    """The value of --run. An empty one, such as an unset variable gives, would mean the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; give a folder, or leave the option out for runs/RECIPE/TIME")
-    return Path(text)
 
 
 def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
@@ -188,14 +181,13 @@ def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
     source = checkpoint.parent.parent
     if not (source / RESOLVED_FILE).is_file():
         return
-    before = load_resolved(source, resolved.allow_modules)
-    found = identity.differences(before.config, resolved.config)
+    found = identity.differences(recorded(source), resolved.config)
     if found:
         lines = "\n".join(f"  {line}" for line in found[:20]) + ("\n  ..." if len(found) > 20 else "")
         raise UserError(
             f"{checkpoint} belongs to another experiment; these settings differ (then -> now):\n{lines}\n"
             "Put them back, or start a new run with another --run DIR. A resumed run may change its length, devices, "
-            "loggers, callbacks and num_workers."
+            "loggers, num_workers, and callbacks that declare alters_training = False."
         )
 
 

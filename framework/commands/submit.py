@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightspan.callbacks.signal_flag import WARNINGS
-from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.commands.catalogue import print_notes
-from lightspan.commands.run_folder import folder_argument, run_folder
+from lightspan.commands.run_folder import run_folder
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print", action="store_true", help="write the job to the console and submit nothing")
     parser.add_argument(
         "--run",
-        type=folder_argument,
+        type=folder,
         metavar="DIR",
         help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)",
     )

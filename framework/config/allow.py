@@ -1,65 +1,45 @@
-"""Which classes a configuration may name.
+"""The gate: what a configuration may name, and where a run may write.
 
-A `class_path` is imported, and importing runs code. So the whole raw tree is checked here before anything is imported:
-only known libraries, of those only the parts that hold models, optimisers, data and callbacks, and of those only
-classes (by the capital letter of their last component; lightspan and modules that the user allowed may also name
-functions).
+A `class_path` is imported and called, and a recipe may come from a stranger. So every name is judged before anything is
+imported, by where it is DEFINED: the sources are read and re-exports followed, for a module holds everything that it
+imports (`lightspan.callbacks.ledger.write_atomic`, `X.subprocess.run`). Only what `parts` lists passes; what cannot be
+found out is refused. `resolve` asks the gate for every configuration, `build` asks it again, and the typed builder then
+imports nothing but the definitions that were found here.
+
+`--allow-module M` is the user's leave for everything that is defined in M.
 """
 
 import difflib
 import importlib.util
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+from lightspan.config.limits import out_of_range
+from lightspan.config.parts import CLASSES_OF, FOLDER_ENDINGS, FOLDERS, FUNCTIONS_OF, LIGHTNING, NAMES, SCRATCH, TOPS
+from lightspan.config.problems import Problem, nearest
+from lightspan.config.source import Absent, Definition, exported, locate
 from lightspan.config.tree import KeyPath, Node, dotted, walk
 from lightspan.errors import UserError
 
-SAFE_PREFIXES = (
-    "lightspan",
-    "torch.nn",
-    "torch.optim",
-    "lightning.pytorch.accelerators",
-    "lightning.pytorch.callbacks",
-    "lightning.pytorch.cli.ReduceLROnPlateau",
-    "lightning.pytorch.demos.boring_classes",
-    "lightning.pytorch.loggers",
-    "lightning.pytorch.plugins",
-    "lightning.pytorch.profilers",
-    "lightning.pytorch.strategies",
-    "lightning.fabric.plugins",
-    "pytorch_lightning.callbacks",
-    "pytorch_lightning.loggers",
-    "pytorch_lightning.plugins",
-    "pytorch_lightning.profilers",
-    "pytorch_lightning.strategies",
-    "torchvision.models",
-    "torchvision.ops",
-    "torchvision.transforms",
-    "torchmetrics",
-    "timm",
-    "transformers",
-    "peft",
-)
-# Parts of the above that run commands, load pickles, or talk to the network.
-UNSAFE_PREFIXES = (
-    "lightspan.cli",
-    "lightspan.commands",
-    "lightspan.config",
-    "lightspan.files",
-    "lightspan.report",
-    "timm.models._hub",
-    "transformers.commands",
-    "transformers.pipelines",
-    "transformers.tools",
-    "transformers.utils",
-)
-_IMPORT_PATH = re.compile(r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+$")
+RUN = "${run}"
+_NAME = r"[A-Za-z][A-Za-z0-9_]*"  # ASCII: other alphabets have letters that only look the same
+_IMPORT_PATH = re.compile(rf"{_NAME}(?:\.{_NAME})+")
+_DOTTED = re.compile(r"\w+(?:\.\w+)+")
+_ELSEWHERE = re.compile(r"[/\\~]|[A-Za-z]:|.*://")  # how a path begins that does not go on from the folder before it
 
 
 def under(name: str, prefix: str) -> bool:
     """Whether a dotted name is `prefix` or lies inside it; `torchevil` is not under `torch`."""
     return name == prefix or name.startswith(prefix + ".")
+
+
+def gate(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
+    """Everything in a raw tree that may not be imported, written to or tried at all."""
+    found = (*_refused_names(root, modules), *_refused_places(root, modules), *_refused_values(root))
+    return [Problem(node.where, dotted(path), message) for path, node, message in found]
 
 
 def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
@@ -69,36 +49,81 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
         class_path: what the configuration says.
         modules: names given with --allow-module.
     """
-    if not isinstance(class_path, str) or not _IMPORT_PATH.match(class_path):
-        return f"{class_path!r} is not a class; write its full import path, such as torch.optim.AdamW"
-    parts = class_path.split(".")
-    if any(part.startswith("_") for part in parts):
-        return f"{class_path} is private; name a public class"
-    if any(under(class_path, module) for module in modules):
-        return None
-    top = parts[0]
-    known = sorted({prefix.split(".")[0] for prefix in SAFE_PREFIXES})
-    if top not in known:
-        near = difflib.get_close_matches(top, known, n=1)
+    if not isinstance(class_path, str) or not _IMPORT_PATH.fullmatch(class_path):
+        if isinstance(class_path, str) and any(part.startswith("_") for part in class_path.split(".")):
+            return f"{class_path!r} is private; name a public class"
+        return f"{class_path!r:.80} is not a class; write its full import path, such as torch.optim.AdamW"
+    top = class_path.split(".")[0]
+    leave = [module for module in modules if under(class_path, module)]
+    if top not in TOPS and not leave:
+        near = difflib.get_close_matches(top, TOPS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return (
-            f"{class_path} is outside the allowed modules ({', '.join(known)}); {hint}"
+            f"{class_path} is outside the allowed modules ({', '.join(TOPS)}); {hint}"
             f"to use code of your own, add --allow-module {top}"
         )
-    if any(under(class_path, prefix) for prefix in UNSAFE_PREFIXES) or not any(
-        under(class_path, prefix) for prefix in SAFE_PREFIXES
-    ):
-        parts_of_top = ", ".join(prefix for prefix in SAFE_PREFIXES if under(prefix, top))
-        return f"{class_path} is not among the parts of {top} that a configuration may name ({parts_of_top})"
-    if top != "lightspan" and not parts[-1][0].isupper():
-        return f"{class_path} is not a class: only classes may be named here, and their names begin with a capital"
-    return None
+    found = locate(class_path)
+    if isinstance(found, Absent):
+        name = class_path.removeprefix(found.module + ".").split(".")[0]
+        hint = nearest(name, found.names) or f"it has {', '.join(sorted(found.names)[:12])}" if found.names else ""
+        return f"module {found.module} has no {name}; {hint}".rstrip("; ")
+    if found is None or found.name is None:
+        # Under the user's leave the builder still imports nothing that is defined elsewhere.
+        return None if leave else f"{class_path} is not defined as a class in any source that can be read; refused"
+    defined = found.name
+    if any(under(defined, module) for module in modules) or _is_part(found):
+        return None
+    through = "" if defined == class_path else f", which is {defined},"
+    if defined.split(".")[0] not in TOPS:
+        return (
+            f"{class_path}{through} is outside the allowed modules ({', '.join(TOPS)}); to use it all the same, add "
+            f"--allow-module {found.source.name}"
+        )
+    if not found.is_class:
+        return (
+            f"{class_path}{through} is a function; only classes may be named, and the builders that the modules of "
+            f"{' and '.join(FUNCTIONS_OF)} list in __all__"
+        )
+    listed = ", ".join(part for part in (*CLASSES_OF, *LIGHTNING) if under(part, defined.split(".")[0]))
+    return (
+        f"{class_path}{through} is not among the parts of {defined.split('.')[0]} that a configuration may name "
+        f"({listed}); to use it all the same, add --allow-module {found.source.name}"
+    )
+
+
+def importable(root: Node, modules: Sequence[str] = ()) -> set[str]:
+    """What a builder may import for this tree: the parts that may be named, which defaults and types name too, and of
+    everything else the class paths of the tree and their definitions.
+    """
+    names = {*CLASSES_OF, *LIGHTNING, *modules}
+    for _, node in class_paths(root):
+        if refusal(node.value, modules) is None:
+            names.add(node.value)
+            found = locate(node.value)
+            if isinstance(found, Definition) and found.name is not None:
+                names.add(found.name)
+    return names
+
+
+def foreign(value: Any, modules: Sequence[str] = ()) -> Iterator[str]:
+    """The refusals of what a typed builder is about to call, in its own tree: also what it found in defaults, files and
+    short names.
+    """
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        if isinstance(class_path := value.get("class_path"), str) and (message := refusal(class_path, modules)):
+            yield message
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        for child in value:
+            yield from foreign(child, modules)
 
 
 def refuse_modules(modules: Sequence[str]) -> None:
     """Raises UserError for an --allow-module that is no module name."""
     for module in modules:
-        if not re.match(r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*$", module):
+        if not re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", module, re.ASCII):
             raise UserError(f"--allow-module {module!r}: not a module name; write it as in an import, such as my_pkg")
 
 
@@ -115,22 +140,72 @@ def text_refusal(text: str, modules: Sequence[str] = ()) -> str | None:
     """
     if "class_path" in text or text.lstrip()[:1] in ("{", "["):
         return f"{text[:60]!r} is YAML inside a text; write it as a mapping"
-    if _IMPORT_PATH.match(text) and (refusal(text, modules) is None or _is_module(text.split(".")[0])):
+    if _DOTTED.fullmatch(text) and (refusal(text, modules) is None or _is_module(text.split(".")[0])):
         return f"{text!r} names a class as text; write a mapping with class_path: {text}"
     try:
-        is_file = Path(text).is_file()
+        is_file = text.startswith(RUN) or Path(text).is_file()
     except (OSError, ValueError):
         is_file = False
     return f"{text!r} is a file where a class is expected; write a mapping with class_path" if is_file else None
 
 
-def check(root: Node, modules: Sequence[str] = ()) -> list[tuple[str, str, str]]:
-    """All refusals of the raw tree as (where, key, message)."""
-    return [
-        (node.where, dotted(path), message)
-        for path, node in class_paths(root)
-        if (message := refusal(node.value, modules)) is not None
-    ]
+def _is_part(found: Definition) -> bool:
+    if found.is_class:
+        return found.name in LIGHTNING or any(under(str(found.name), part) for part in CLASSES_OF)
+    return any(under(str(found.name), part) for part in FUNCTIONS_OF) and str(found.name).split(".")[-1] in exported(
+        found.source
+    )
+
+
+def _refused_names(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath, Node, str]]:
+    for path, node in walk(root):
+        key = path[-1] if path else ""
+        if key == "class_path":
+            if (message := refusal(node.value, modules)) is not None:
+                yield path, node, message
+            elif "dict_kwargs" in path:
+                yield path, node, "no class may stand below dict_kwargs, which has no types; use init_args"
+        elif isinstance(key, str) and (key.startswith("__") or "class_path" in key.split(".")):
+            # A typed builder reads a dotted key as a path of keys, and keeps notes of its own under such names.
+            yield path, node, "no setting has such a name"
+
+
+def _refused_places(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath, Node, str]]:
+    """Settings of the trainer that would have the run write outside its folder, classes of the user's own apart."""
+    trainer = root.child("trainer")
+    if (registry := root.at(("trainer", "model_registry"))) is not None and registry.value is not None:
+        yield (
+            ("trainer", "model_registry"),
+            registry,
+            "sends checkpoints to a server; a run writes into its folder alone",
+        )
+    own: list[KeyPath] = []
+    for path, node in walk(trainer, ("trainer",)) if trainer is not None else ():
+        class_path = node.child("class_path")
+        if class_path is not None and any(under(str(class_path.value), module) for module in modules):
+            own.append(path)
+        if not isinstance(node.value, str) or any(path[: len(above)] == above for above in own):
+            continue
+        key, parts = str(path[-1]), PurePosixPath(node.value.replace("\\", "/")).parts
+        inside = not (".." in parts or any(part.startswith("~") for part in parts))
+        if key in NAMES:
+            if not inside or _ELSEWHERE.match(node.value) or RUN in node.value:
+                yield path, node, f"{node.value!r:.80} leaves the run folder; give a plain name"
+        elif _is_folder(key) and node.value and not (inside and parts[0] == RUN):
+            message = f"{node.value!r:.80} is outside the run folder; begin it with {RUN}/, and choose that by --run"
+            yield path, node, message
+
+
+def _refused_values(root: Node) -> Iterator[tuple[KeyPath, Node, str]]:
+    for path, node in walk(root):
+        if (message := out_of_range(path, node.value)) is not None:
+            yield path, node, message
+        elif isinstance(node.value, str) and node.value.lstrip().startswith("pipe:"):
+            yield path, node, f"{node.value!r:.80} would run a command; name files or https addresses"
+
+
+def _is_folder(key: str) -> bool:
+    return key in FOLDERS or (key.endswith(FOLDER_ENDINGS) and key not in ("class_path", *SCRATCH))
 
 
 def _is_module(name: str) -> bool:

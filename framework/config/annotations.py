@@ -14,6 +14,9 @@ _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
 _TEXTS = ("str", "Path", "PathLike", "_PATH")
 _NAMES = {"int": (int,), "float": (int, float), "bool": (bool,), **dict.fromkeys(_TEXTS, (str,))}
+_NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Logger")  # told by name, unread
+_NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # of which a number may be one
+_UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
 _MAX_DEPTH = 10
 
@@ -38,13 +41,25 @@ def fits(value: Any, annotation: ast.expr, source: Source, depth: int = 0) -> bo
         if not isinstance(value, list):
             return False
         inner = _arguments(annotation)
-        if not inner or (name in ("tuple", "Tuple") and len(inner) > 1):
+        if not inner:
             return True
-        answers = [fits(item, inner[0], source, depth + 1) for item in value]
+        if name in ("tuple", "Tuple") and not _is_ellipsis(inner[-1]):
+            if len(inner) != len(value):
+                return False
+        else:
+            inner = inner[:1] * len(value)
+        answers = [fits(item, each, source, depth + 1) for item, each in zip(value, inner, strict=True)]
         return False if False in answers else None if None in answers else True
     if name == "Literal":
         choices = literal_choices(annotation)
         return None if choices is None else any(value == choice and type(value) is type(choice) for choice in choices)
+    if (name in _NEVER_PLAIN or name.endswith("Callable")) and not isinstance(value, dict):
+        return False
+    if value is None or isinstance(value, int | float):
+        found = resolve(annotation, source)
+        if isinstance(found, Definition) and isinstance(found.node, ast.ClassDef):
+            bases = {ast.unparse(base).split(".")[-1] for base in found.node.bases}
+            return None if bases & _NUMBERS else False
     return None
 
 
@@ -83,14 +98,28 @@ def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
         inner = _arguments(member)
         plain = name in _NAMES or name == "Literal" or (isinstance(member, ast.Constant) and member.value is None)
         if name in _SEQUENCES or name in _MAPPINGS:
-            plain = bool(inner) and all(
-                takes_only_plain(item, where)
-                for item in inner
-                if not (isinstance(item, ast.Constant) and item.value is Ellipsis)
-            )
+            plain = bool(inner) and all(takes_only_plain(item, where) for item in inner if not _is_ellipsis(item))
         if not plain:
             return False
     return True
+
+
+def is_untyped(annotation: ast.expr, source: Source) -> bool:
+    """Whether every value fits, so that nothing is known of what the class does with it."""
+    return any(_name(member) in _UNTYPED for member, _ in members(annotation, source))
+
+
+def item_annotation(annotation: ast.expr, source: Source, key: int | str) -> tuple[ast.expr, Source] | None:
+    """What an item of a list (by its position) or a value of a mapping (by its key) is declared as, None if nowhere."""
+    for member, where in members(annotation, source):
+        name, inner = _name(member), _arguments(member)
+        if isinstance(key, int) and name in _SEQUENCES and inner:
+            fixed = name in ("tuple", "Tuple") and not _is_ellipsis(inner[-1])
+            if not fixed or key < len(inner):
+                return inner[key if fixed else 0], where
+        if isinstance(key, str) and name in _MAPPINGS and len(inner) == 2:
+            return inner[1], where
+    return None
 
 
 def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
@@ -116,6 +145,24 @@ def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
     if isinstance(found, Definition) and isinstance(found.node, ast.expr):
         return bound_arguments(found.node, found.source)
     return -1 if name.endswith("Callable") else 0
+
+
+def class_names(annotation: ast.expr, source: Source) -> list[str]:
+    """The full names of the classes that an annotation takes, or whose makers it takes; empty where one is unknown."""
+    names: list[str] = []
+    for member, where in members(annotation, source):
+        name, inner = _name(member), _arguments(member)
+        if name == "Callable":
+            found = class_names(inner[1], where) if len(inner) == 2 else []
+        elif name in _NAMES or name == "Literal" or (isinstance(member, ast.Constant) and member.value is None):
+            continue
+        else:
+            what = resolve(member, where)
+            found = [what.name] if isinstance(what, Definition) and what.is_class and what.name else []
+        if not found:
+            return []
+        names += found
+    return names
 
 
 def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:
@@ -150,6 +197,10 @@ def describe(annotation: ast.expr, source: Source) -> str:
         else:
             parts.append(words.get(name, ast.unparse(member)))
     return " or ".join(dict.fromkeys(parts))
+
+
+def _is_ellipsis(annotation: ast.expr) -> bool:
+    return isinstance(annotation, ast.Constant) and annotation.value is Ellipsis
 
 
 def _name(annotation: ast.expr) -> str:

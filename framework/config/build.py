@@ -3,26 +3,28 @@
 Import it freely: torch, Lightning and jsonargparse are loaded by `build`, not by the import.
 """
 
-import inspect
+import contextlib
 import logging
-import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.config.allow import SAFE_PREFIXES
+from lightspan.config import allow
+from lightspan.config.blame import blame, deepest_cause, first_cause
 from lightspan.config.resolve import (
     RESOLVED_FILE,
     Resolved,
     load_resolved,
+    refuse,
     resolve,
     with_layer,
     with_lists,
     with_run_folder,
 )
+from lightspan.config.tree import wrap
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,20 +53,6 @@ _HARMLESS = (
 )
 
 
-_PARSER_KEY = re.compile(r'^(?:error: )?(?:Parser key|Validation failed: Key) "([^"]+)":?\s*(.*)$')
-_STRUCTURE = (  # lines of a jsonargparse message that say nothing about the mistake
-    "Does not validate against any",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "Problem with given class_path",
-    "Subclass types expect",
-    "Expected a <class 'NoneType'>",
-    "a class path (str)",
-    "a dict with",
-)
-
-
 @dataclass(frozen=True)
 class Built:
     """The objects of a run, seeded and ready."""
@@ -83,9 +71,12 @@ def build(resolved: Resolved, run_dir: Path | None = None) -> Built:
     Raises: UserError for whatever the configuration's author can mend.
     """
     calm()
+    # Asked again, for a Resolved need not come from `resolve`.
+    refuse(allow.gate(wrap(resolved.config, resolved.name), resolved.allow_modules), resolved.name)
     folder = run_dir if run_dir is not None else Path(tempfile.gettempdir()) / "lightspan-unwritten"
     config = with_run_folder(with_lists(resolved.config), folder)
-    return _instantiate(config, resolved)
+    with _closed_imports(allow.importable(wrap(config, ""), resolved.allow_modules)):
+        return _instantiate(config, resolved)
 
 
 def calm() -> None:
@@ -106,14 +97,13 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
     from lightspan.strategies import DDP, register_ddp
 
     register_ddp()
-    _close_imports(resolved.allow_modules)
     refused: list[tuple[type, Exception]] = []
 
     def construct(constructed: type, *arguments: Any, **settings: Any) -> Any:
         try:
             # However a recipe writes DDP, a resumed run has to sum as the straight one did.
             return (DDP if constructed is DDPStrategy else constructed)(*arguments, **settings)
-        except (ValueError, TypeError, MisconfigurationException, OSError, ImportError) as error:
+        except Exception as error:
             refused.append((constructed, error))  # jsonargparse would bury it in the complaints of a union
             raise
 
@@ -124,6 +114,8 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
             self.config = parser.parse_object(args)
 
         def before_instantiate_classes(self) -> None:
+            for message in allow.foreign(self.config, resolved.allow_modules):
+                raise UserError(f"{resolved.name} does not build: {message}")
             self.parser.add_instantiator(construct, object, subclasses=True)
 
     try:
@@ -140,46 +132,28 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
         raise UserError(f"{resolved.name} does not build: {deepest_cause(str(error), resolved)}") from error
     except Exception as error:
         if refused:
-            constructed, first = refused[0]
-            name = f"{constructed.__module__}.{constructed.__qualname__}"
-            raise UserError(str(first) if isinstance(first, UserError) else f"{name}: {first}") from error
+            raise UserError(blame(*refused[0], resolved)) from error
         if isinstance(error, UserError) or not isinstance(error, ValueError | TypeError | MisconfigurationException):
             raise
+        if isinstance(first := first_cause(error), UserError):  # of a function, which is called without `construct`
+            raise UserError(f"{resolved.name} does not build: {first}") from error
         raise UserError(f"the Trainer refuses its settings: {error}") from error
     return Built(builder.trainer, builder.model, builder.datamodule)
 
 
-def _close_imports(modules: Sequence[str]) -> None:
-    """Has jsonargparse itself refuse what is outside the allowed libraries: a second lock behind the check of the tree.
+@contextlib.contextmanager
+def _closed_imports(names: set[str]) -> Iterator[None]:
+    """Has jsonargparse import these alone: a second lock behind the gate.
 
-    Releases that cannot do so have the first lock alone.
+    It compares an imported object's own module and name with the list too, and builds no class where the type says
+    nothing of one.
     """
     from jsonargparse import set_parsing_settings
 
-    if "import_path_denylist" in inspect.signature(set_parsing_settings).parameters:
-        tops = {prefix.split(".")[0] for prefix in (*SAFE_PREFIXES, *modules)}
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=sorted(tops))
-
-
-def deepest_cause(text: str, resolved: Resolved) -> str:
-    """The complaint of a jsonargparse message about the innermost key, with the place that key was written.
-
-    The messages nest: a union lists the complaints of all its members, each under the key of the level above.
-    """
-    keys: list[tuple[int, str]] = []
-    best = ((-1, False), "", text.strip())
-    for line in text.splitlines():
-        content = line.strip().removeprefix("- ")
-        indent = len(line) - len(line.lstrip(" "))
-        while keys and keys[-1][0] >= indent:
-            keys.pop()
-        match = _PARSER_KEY.match(content)
-        if match:
-            keys.append((indent, match[1]))
-            content = match[2]
-        rank = (len(keys), not content.startswith("Not a valid subclass"))
-        if content and not content.startswith(_STRUCTURE) and rank > best[0]:
-            best = (rank, ".init_args.".join(key for _, key in keys), content)
-    _, key, complaint = best
-    where = next((place for path, place in resolved.sources.items() if path == key or path.startswith(key + ".")), "")
-    return " ".join(part for part in (where, f"{key}:" if key else "", complaint) if part)
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=sorted(names), instantiate_subclass_spec_in_any=False
+    )
+    try:
+        yield
+    finally:
+        set_parsing_settings(import_path_denylist=sorted(names))  # its lists grow only; the later word counts

@@ -1,18 +1,25 @@
-"""Finds everything wrong with a merged configuration, from source alone: nothing is imported.
+"""Finds what is wrong with a merged configuration, from source alone: nothing is imported.
 
-What cannot be told from source passes here and meets the typed builder later.
+Names are judged by the gate in `allow`, which refuses what it cannot tell. Of settings the names, the plain types and
+the well-known ranges are told here; the rest meets the typed builder, and the constructors themselves, later.
 """
 
 import ast
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightspan.config import allow
 from lightspan.config.annotations import (
     bound_arguments,
+    class_names,
     dataclass_of,
     describe,
     fits,
+    is_untyped,
+    item_annotation,
     literal_choices,
     members,
     takes_only_plain,
@@ -20,12 +27,18 @@ from lightspan.config.annotations import (
 from lightspan.config.merge import CLASS_SETTINGS, KEYED
 from lightspan.config.problems import Problem, nearest
 from lightspan.config.secrets import find_secrets_and_placeholders
-from lightspan.config.signatures import Parameter, Signature, signature, signature_of
-from lightspan.config.source import Absent, Definition, locate
+from lightspan.config.signatures import Parameter, Signature, descends, signature, signature_of
+from lightspan.config.source import Definition, locate
 from lightspan.config.tree import KeyPath, Node, dotted, plain
 
 ROOT_KEYS = ("seed_everything", "trainer", "model", "data")
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+KINDS = {  # what stands where no annotation of ours says so
+    "model": "lightning.pytorch.core.module.LightningModule",
+    "data": "lightning.pytorch.core.datamodule.LightningDataModule",
+    "callbacks": "lightning.pytorch.callbacks.callback.Callback",
+    "logger": "lightning.pytorch.loggers.logger.Logger",
+}
 LONG_LIST = 15  # allowed names are listed up to here, or where no near name was found
 SPEC_KEYS = ("class_path", *CLASS_SETTINGS)
 
@@ -37,11 +50,24 @@ def find_problems(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
         root: the tree, entries removed by null already gone.
         modules: names given with --allow-module.
     """
-    problems = [Problem(*refusal) for refusal in allow.check(root, modules)]
-    problems += find_secrets_and_placeholders(root)
-    checker = _Checker(modules, problems)
-    checker.root(root)
+    with _uncollected():
+        problems = allow.gate(root, modules)
+        problems += find_secrets_and_placeholders(root)
+        checker = _Checker(modules, problems)
+        checker.root(root)
     return list(dict.fromkeys(problems))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """All syntax trees read meanwhile are kept; to look through them for garbage takes longer than to parse them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Checker:
@@ -69,7 +95,7 @@ class _Checker:
             elif not isinstance(node.value, dict) or "class_path" not in node.value:
                 self.incomplete(node, (key,))
             else:
-                self.spec(node, (key,), 0)
+                self.spec(node, (key,), 0, [KINDS[key]])
 
     def trainer(self, node: Node) -> None:
         if not isinstance(node.value, dict):
@@ -100,7 +126,7 @@ class _Checker:
             if not isinstance(child.value, dict) or "class_path" not in child.value:
                 self.incomplete(child, (*path, name))
             else:
-                self.spec(child, (*path, name), 0)
+                self.spec(child, (*path, name), 0, [KINDS[str(path[-1])]])
 
     def incomplete(self, node: Node, path: KeyPath) -> None:
         found = (
@@ -110,8 +136,10 @@ class _Checker:
         )
         self.say(node, path, f"has no class_path (nothing below sets one either); {found}")
 
-    def spec(self, node: Node, path: KeyPath, bound: int) -> None:
-        """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones)."""
+    def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
+        """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class
+        descends from one of `kinds`; an empty list says nothing.
+        """
         for key, child in node.value.items():
             if key not in SPEC_KEYS:
                 inner = node.child("init_args")
@@ -128,7 +156,11 @@ class _Checker:
             settings = Node({}, settings.where)
         known: Signature | None = None
         if allow.refusal(class_path, self.modules) is None:
-            known = self.class_signature(class_node, path)
+            found = locate(class_path)
+            known = signature_of(found) if isinstance(found, Definition) else None
+            if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
+                wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
+                self.say(class_node, (*path, "class_path"), f"must be a {wanted}, and {class_path} is none")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return
@@ -139,35 +171,21 @@ class _Checker:
         own = Signature({parameter.name: parameter for parameter in parameters[bound:]}, known.open)
         self.arguments(settings.value, (*path, "init_args"), own, owner)
         extra = node.child("dict_kwargs")
-        given = {*settings.value, *(extra.value if extra is not None and isinstance(extra.value, dict) else ())}
+        passed_on = extra.value if extra is not None and isinstance(extra.value, dict) else {}
+        self.arguments(passed_on, (*path, "dict_kwargs"), own, owner)
+        given = {*settings.value, *passed_on}
         for parameter in own.parameters.values():
             if parameter.required and parameter.name not in given:
                 annotation = parameter.annotation
                 kind = f" ({describe(annotation, parameter.source)})" if annotation is not None else ""
                 self.say(class_node, (*path, "init_args", parameter.name), f"missing, {owner} requires it{kind}")
 
-    def class_signature(self, node: Node, path: KeyPath) -> Signature | None:
-        found = locate(node.value)
-        if isinstance(found, Absent):
-            module, name = found.module, node.value.removeprefix(found.module + ".").split(".")[0]
-            hint = nearest(name, found.names) or f"it has {', '.join(sorted(found.names)[:12])}" if found.names else ""
-            self.say(node, (*path, "class_path"), f"module {module} has no {name}; {hint}".rstrip("; "))
-        elif isinstance(found, Definition):
-            top = found.source.name.split(".")[0]
-            tops = {prefix.split(".")[0] for prefix in (*allow.SAFE_PREFIXES, *self.modules)}
-            if top not in tops:
-                message = f"{node.value} is defined in {found.source.name}, outside the allowed modules"
-                self.say(node, (*path, "class_path"), message)
-                return None
-            return signature_of(found)
-        return None
-
     def arguments(self, given: dict[Any, Node], path: KeyPath, known: Signature, owner: str) -> None:
         for name, node in given.items():
             parameter = known.parameters.get(name)
             if parameter is None:
                 if known.open:
-                    self.untyped(node, (*path, name))
+                    self.passed_on(node, (*path, name), owner)
                 else:
                     hint = nearest(name, known.parameters)
                     names = (
@@ -180,24 +198,41 @@ class _Checker:
             else:
                 self.value(node, (*path, name), parameter.annotation, parameter)
 
+    def passed_on(self, node: Node, path: KeyPath, owner: str) -> None:
+        """A setting that the signature does not name: it goes to somebody unknown, so it is a plain value."""
+        if isinstance(node.value, dict) and "class_path" not in node.value:
+            self.say(node, path, f"{owner} does not name it and hands it on; only plain values and lists may be so")
+        self.untyped(node, path)
+
     def value(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
         source = parameter.source
-        if isinstance(node.value, dict) and "class_path" in node.value:
-            self.spec(node, path, bound_arguments(annotation, source) or 0)
-            return
-        if isinstance(node.value, dict) and "init_args" in node.value:
+        if is_untyped(annotation, source):
+            self.untyped(node, path)
+        elif isinstance(node.value, dict) and "class_path" in node.value:
+            if takes_only_plain(annotation, source):
+                self.say(node, path, self.wrong_type(node, annotation, parameter))
+            self.spec(node, path, bound_arguments(annotation, source) or 0, class_names(annotation, source))
+        elif isinstance(node.value, dict) and "init_args" in node.value:
             self.incomplete(node, path)
+        elif isinstance(node.value, str) and not takes_only_plain(annotation, source) and self.text(node, path):
             return
-        if fits(plain(node), annotation, source) is False:
+        elif fits(plain(node), annotation, source) is False:
             self.say(node, path, self.wrong_type(node, annotation, parameter))
         elif isinstance(node.value, dict) and (target := dataclass_of(annotation, source)) is not None:
             known = signature_of(target)
             if known is not None:
                 self.arguments(node.value, path, known, getattr(target.node, "name", ""))
         elif isinstance(node.value, list | dict):
-            self.untyped(node, path)
-        elif isinstance(node.value, str) and not takes_only_plain(annotation, source):
-            self.text(node, path)
+            self.items(node, path, annotation, parameter)
+
+    def items(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
+        """The values of a list or mapping, each by what it is declared as."""
+        for key, child in node.value.items() if isinstance(node.value, dict) else enumerate(node.value):
+            item = item_annotation(annotation, parameter.source, str(key) if isinstance(node.value, dict) else key)
+            if item is None:
+                self.untyped(child, (*path, key))
+            else:
+                self.value(child, (*path, key), item[0], replace(parameter, annotation=item[0], source=item[1]))
 
     def wrong_type(self, node: Node, annotation: ast.expr, parameter: Parameter) -> str:
         value = plain(node)
@@ -208,28 +243,29 @@ class _Checker:
             if "Literal" in ast.unparse(m)
         ]
         hint = nearest(value, choices) if isinstance(value, str) else ""
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             hint = f"write {int(value)}"
-        return f"must be {describe(annotation, parameter.source)}, got {value!r}; {hint}".rstrip("; ")
+        return f"must be {describe(annotation, parameter.source)}, got {value!r:.200}; {hint}".rstrip("; ")
 
     def untyped(self, node: Node, path: KeyPath) -> None:
-        """A value whose type is unknown: only the classes in it can be checked."""
+        """A value of unknown type: plain data, for nothing is known of what becomes of a class there."""
         if isinstance(node.value, dict):
             if "class_path" in node.value:
-                self.spec(node, path, -1)
-                return
-            if "init_args" in node.value and path[-1] != "init_args":
+                self.say(node, path, "no class may stand here: its type is not declared")
+            elif "init_args" in node.value and path[-1] != "init_args":
                 self.incomplete(node, path)
-                return
-            for key, child in node.value.items():
-                self.untyped(child, (*path, key))
+            else:
+                for key, child in node.value.items():
+                    self.untyped(child, (*path, key))
         elif isinstance(node.value, list):
             for index, child in enumerate(node.value):
                 self.untyped(child, (*path, index))
         elif isinstance(node.value, str):
             self.text(node, path)
 
-    def text(self, node: Node, path: KeyPath) -> None:
+    def text(self, node: Node, path: KeyPath) -> bool:
+        """Whether a text was refused because a builder could take it for a class."""
         message = allow.text_refusal(node.value, self.modules)
         if message is not None:
             self.say(node, path, message)
+        return message is not None

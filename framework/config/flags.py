@@ -1,6 +1,7 @@
 """Flags of the command line: `a.b.c=value`, `--a.b.c=value` and `--a.b.c value` say the same, wherever they stand."""
 
 import re
+from collections.abc import Collection
 
 from lightspan.config.tree import COMMAND_LINE, Key, Node, parse
 from lightspan.errors import UserError
@@ -11,9 +12,11 @@ _OPTION_WITH_VALUE = re.compile(r"^--([A-Za-z_]\w*(?:\.[\w-]+)+|seed_everything)
 _OPTION = re.compile(r"^--([A-Za-z_]\w*(?:\.[\w-]+)+|seed_everything)$")
 
 
-def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+def split_flags(arguments: list[str], valued: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """Separates flags from all other arguments.
 
+    Args:
+        valued: options such as --run whose next argument is theirs, whatever it looks like.
     Returns: (flags as `a.b.c=value`, the rest), each in the order given.
     Raises: UserError where `--a.b.c` has no value.
     """
@@ -26,7 +29,10 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
         if token == "--":
             rest += arguments[position:]
             break
-        if _ASSIGNMENT.match(token):
+        if token in valued:
+            rest += [token, *arguments[position : position + 1]]
+            position += 1
+        elif _ASSIGNMENT.match(token):
             flags.append(token)
         elif match := _OPTION_WITH_VALUE.match(token):
             flags.append(f"{match[1]}={match[2]}")

@@ -1,7 +1,16 @@
-"""Whether two configurations are the same experiment: what a resumed run may change, and what it may not."""
+"""Whether two configurations are the same experiment: what a resumed run may change, and what it may not.
 
+A callback may come, go and change where its class says, in its own body, `alters_training = False`: with it and without
+it, every step is the same bit for bit. That is read from the source, without importing it, and not inherited. A class
+that says nothing is compared. Lightning's say nothing; `parts` says it for them.
+"""
+
+import ast
 from collections.abc import Iterator
 from typing import Any
+
+from lightspan.config.parts import LIGHTNING
+from lightspan.config.source import Definition, locate
 
 # How long, where and with which reports a run goes on; none of them alters the steps themselves.
 FREE = (
@@ -15,7 +24,6 @@ FREE = (
     "trainer.strategy",
     "trainer.accumulate_grad_batches",
     "trainer.logger",
-    "trainer.callbacks",
     "trainer.default_root_dir",
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
@@ -28,15 +36,44 @@ _UNSET = object()
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What separates two configurations in a way that matters, as `key: before -> now`."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
+    free = (*FREE, *_free_callbacks(before, now))
     lines = []
     for key in dict.fromkeys([*old, *new]):
-        if old.get(key, _UNSET) != new.get(key, _UNSET) and not _is_free(key):
+        if old.get(key, _UNSET) != new.get(key, _UNSET) and not _is_free(key, free):
             lines.append(f"{key}: {_shown(old, key)} -> {_shown(new, key)}")
     return lines
 
 
-def _is_free(key: str) -> bool:
-    return key.split(".")[-1] in FREE_NAMES or any(key == free or key.startswith(free + ".") for free in FREE)
+def alters_training(spec: Any) -> bool:
+    """Whether a callback, given with its class_path, may alter the steps of a run; so it is where nothing says that it
+    does not.
+    """
+    class_path = spec.get("class_path") if isinstance(spec, dict) else None
+    found = locate(class_path) if isinstance(class_path, str) else None
+    if not isinstance(found, Definition) or not isinstance(found.node, ast.ClassDef):
+        return True
+    for statement in found.node.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "alters_training" for target in targets):
+            return ast.unparse(statement.value or ast.Constant(None)) != "False"  # type: ignore[attr-defined]
+    return LIGHTNING.get(str(found.name), True)
+
+
+def _free_callbacks(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys of those callbacks that alter no step, neither as they were nor as they are."""
+    old, new = _callbacks(before), _callbacks(now)
+    specs = {name: [side[name] for side in (old, new) if side.get(name) is not None] for name in {*old, *new}}
+    return [f"trainer.callbacks.{name}" for name, given in specs.items() if not any(map(alters_training, given))]
+
+
+def _callbacks(config: dict[str, Any]) -> dict[str, Any]:
+    trainer = config.get("trainer")
+    found = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _is_free(key: str, free: tuple[str, ...]) -> bool:
+    return key.split(".")[-1] in FREE_NAMES or any(key == name or key.startswith(name + ".") for name in free)
 
 
 def _shown(leaves: dict[str, Any], key: str) -> str:
@@ -47,5 +84,5 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, child in value.items():
             yield from _leaves(child, f"{path}.{key}" if path else str(key))
-    else:
+    elif path not in ("trainer", "trainer.callbacks") or value:
         yield path, value

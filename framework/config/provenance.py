@@ -1,7 +1,6 @@
 """Where a run comes from: versions, command line without secrets, commit, start time."""
 
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from lightspan import __version__
 from lightspan.config.resolve import Resolved
+from lightspan.config.secrets import redacted
 
 PACKAGES = (
     "torch",
@@ -25,11 +25,6 @@ PACKAGES = (
     "safetensors",
     "triton",
     "numpy",
-)
-HIDDEN = "***"
-_SECRET_OPTION = re.compile(r"(?i)(key|token|secret|passw)")
-_SECRET_VALUE = re.compile(
-    r"(?:wandb_v\d_\w{8,}|hf_\w{8,}|gh[pousr]_\w{8,}|sk-[\w-]{8,}|AKIA[A-Z0-9]{12,}|\b[0-9a-f]{40}\b)"
 )
 
 
@@ -55,23 +50,6 @@ def provenance(resolved: Resolved, arguments: Sequence[str], overlays: Sequence[
         "notes": resolved.notes,
         "sources": resolved.sources,
     }
-
-
-def redacted(arguments: Sequence[str]) -> list[str]:
-    """A command line with everything that looks like a secret hidden."""
-    shown: list[str] = []
-    hide_next = False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        last = name.split(".")[-1]
-        if hide_next and not argument.startswith("--"):
-            shown.append(HIDDEN)
-        elif equals and _SECRET_OPTION.search(last):
-            shown.append(f"{name}={HIDDEN}")
-        else:
-            shown.append(_SECRET_VALUE.sub(HIDDEN, argument))
-        hide_next = argument.startswith("--") and not equals and bool(_SECRET_OPTION.search(last))
-    return shown
 
 
 def commit(folder: Path) -> str | None:

@@ -17,6 +17,7 @@ from lightspan.errors import UserError
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
 OVERLAY_FOLDER = "scale"  # holds where to run, not what
 SUFFIXES = (".yaml", ".yml")
+MAX_BASES = 32  # read for one recipe, each as often as it is named
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,24 @@ def find(name: str, folder: Path | None = None) -> Path:
         folder: what a relative path is relative to; by default the current folder.
     Raises: UserError with the nearest names where there is none.
     """
-    if name.endswith(SUFFIXES):
-        path = (folder or Path()) / Path(name).expanduser()
-        if path.is_file():
-            return path
-        inside = catalogue_folder() / name
-        if inside.is_file():
+    try:
+        if name.endswith(SUFFIXES):
+            path = (folder or Path()) / Path(name).expanduser()
+            if path.is_file():
+                return path
+            inside = catalogue_folder() / name
+            if inside.is_file():
+                return inside
+            raise UserError(f"recipe file {path} does not exist; `lightspan recipes` lists the names of the catalogue")
+        inside = catalogue_folder() / f"{name}.yaml"
+        if inside.is_file() and catalogue_folder() in inside.resolve().parents:
             return inside
-        raise UserError(f"recipe file {path} does not exist; `lightspan recipes` lists the names of the catalogue")
-    inside = catalogue_folder() / f"{name}.yaml"
-    if inside.is_file() and catalogue_folder() in inside.resolve().parents:
-        return inside
-    if Path(name).is_file():
-        raise UserError(f"recipe {name!r} is a file without the ending .yaml; rename it")
+        if Path(name).is_file():
+            raise UserError(f"recipe {name!r} is a file without the ending .yaml; rename it")
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody, links in a circle
+        raise UserError(f"{name[:80]!r} cannot name a file: {getattr(error, 'strerror', None) or error}") from error
     known = catalogue_names() + catalogue_names(overlays=True)
     tails = {known_name.split("/")[-1]: known_name for known_name in known}
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [
@@ -94,20 +100,23 @@ def load(name: str) -> Recipe:
     catalogue = catalogue_folder()
     inside = catalogue.resolve() in path.resolve().parents
     shown = path.resolve().relative_to(catalogue.resolve()).with_suffix("").as_posix() if inside else path.stem
-    return Recipe(shown, path, plain(about) if about is not None else {}, tuple(_with_bases(own, path, ())))
+    return Recipe(shown, path, plain(about) if about is not None else {}, tuple(_with_bases(own, path, (), [])))
 
 
 def load_overlay(name: str) -> list[Node]:
     """An overlay, after what it builds on."""
     path = find(name)
-    return _with_bases(read(path, label(path)), path, ())
+    return _with_bases(read(path, label(path)), path, (), [])
 
 
-def _with_bases(root: Node, path: Path, chain: tuple[Path, ...]) -> list[Node]:
+def _with_bases(root: Node, path: Path, chain: tuple[Path, ...], read_so_far: list[Path]) -> list[Node]:
     if path.resolve() in chain:
         names = " -> ".join(label(step) for step in (*chain[chain.index(path.resolve()) :], path))
         raise UserError(f"{label(path)}: base: goes in a circle: {names}")
     chain = (*chain, path.resolve())
+    read_so_far.append(path)
+    if len(read_so_far) > MAX_BASES:
+        raise UserError(f"{label(path)}: base: more than {MAX_BASES} files build on one another; put them together")
     layers: list[Node] = []
     base = root.child("base")
     if base is not None:
@@ -119,6 +128,6 @@ def _with_bases(root: Node, path: Path, chain: tuple[Path, ...]) -> list[Node]:
                 below = find(node.value, path.parent)
             except UserError as error:
                 raise UserError(f"{node.where} base: {error}") from error
-            layers += _with_bases(read(below, label(below)), below, chain)
+            layers += _with_bases(read(below, label(below)), below, chain, read_so_far)
     own = {key: child for key, child in root.value.items() if key not in ("about", "base")}
     return [*layers, Node(own, root.where)]

@@ -14,6 +14,7 @@ from lightspan.config import allow, recipes
 from lightspan.config.check import ROOT_KEYS, find_problems
 from lightspan.config.flags import flag_layer
 from lightspan.config.merge import KEYED, merge_layers, without_removed
+from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
 from lightspan.errors import UserError
 
@@ -83,23 +84,32 @@ def with_layer(resolved: Resolved, layer: dict[str, Any]) -> Resolved:
     return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, COMMAND_LINE)
 
 
+def recorded(run_dir: Path | str) -> dict[str, Any]:
+    """What a run folder was trained with, as plain data to compare with: nothing in it is built or checked.
+
+    Raises: UserError where there is no resolved.yaml, or none that is a mapping.
+    """
+    root = _read_record(Path(run_dir))
+    return {str(key): plain(node) for key, node in root.value.items() if key != "about"}
+
+
 def load_resolved(run_dir: Path | str, allow_modules: Sequence[str] = ()) -> Resolved:
     """Reads back what a run folder was trained with. It is data like any recipe, and checked like one.
 
     Raises: UserError where there is no resolved.yaml, or it names a class that is not allowed.
     """
     run_dir = Path(run_dir)
-    path = run_dir / RESOLVED_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{run_dir} is no run folder: it has no {RESOLVED_FILE}; give the folder that `lightspan fit` named"
-        )
+    root = _read_record(run_dir)
     _open_modules(allow_modules)
-    root = read(path, recipes.label(path))
     about = root.child("about")
     tree = Node({key: node for key, node in root.value.items() if key != "about"}, root.where)
     return _checked(
-        tree, [], plain(about) if about is not None else {}, _recorded_name(run_dir), tuple(allow_modules), str(path)
+        tree,
+        [],
+        plain(about) if about is not None else {},
+        _recorded_name(run_dir),
+        tuple(allow_modules),
+        str(run_dir / RESOLVED_FILE),
     )
 
 
@@ -107,18 +117,22 @@ def _checked(
     tree: Node, notes: list[str], about: dict[str, Any], name: str, modules: tuple[str, ...], origin: str
 ) -> Resolved:
     clean = without_removed(tree)
-    problems = find_problems(clean if clean.where else Node(clean.value, origin), modules)
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(
-            f"{count} in the configuration of {name}:\n" + "\n".join(f"  {problem}" for problem in problems)
-        )
+    refuse(find_problems(clean if clean.where else Node(clean.value, origin), modules), name)
     config = plain(clean)
     ordered = {key: config[key] for key in ROOT_KEYS if key in config}
     sources = {
         dotted(path): node.where for path, node in walk(clean) if path and not isinstance(node.value, dict | list)
     }
     return Resolved(ordered, notes, sources, about, name, tree, modules)
+
+
+def refuse(problems: Sequence[Problem], name: str) -> None:
+    """Raises one UserError with all problems, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(
+            f"{count} in the configuration of {name}:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
 
 
 def with_lists(config: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +160,15 @@ def _open_modules(modules: Sequence[str]) -> None:
     here = str(Path.cwd())
     if modules and here not in sys.path:
         sys.path.append(here)  # last, so that nothing installed is shadowed
+
+
+def _read_record(run_dir: Path) -> Node:
+    path = run_dir / RESOLVED_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{run_dir} is no run folder: it has no {RESOLVED_FILE}; give the folder that `lightspan fit` named"
+        )
+    return read(path, recipes.label(path))
 
 
 def _recorded_name(run_dir: Path) -> str:

@@ -1,17 +1,46 @@
-"""Secrets and unknown placeholders: texts that no configuration may hold, whatever key they stand under."""
+"""Secrets and unknown placeholders: what they look like, in a configuration, where they are refused, and on a command
+line that is written down, where they are hidden.
+"""
 
 import re
+from collections.abc import Sequence
 
 from lightspan.config.problems import Problem
 from lightspan.config.tree import Node, dotted, walk
 
-_SECRET_KEY = re.compile(
-    r"(?i)(^|_)(api_?key|secret|password|passwd|credentials?|private_key)$|^(access|auth|hf|wandb)_token$"
+_KEY = re.compile(
+    r"(?i)(^|_)(api_?key|secret|secret_access_key|access_key_id|password|passwd|credentials?|private_key)$"
+    r"|^((access|auth|hf|wandb)_)?token$"
 )
-_SECRET_VALUE = re.compile(
-    r"^(?:wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16})$"
+_VALUE = re.compile(
+    r"(?<![A-Za-z0-9_])(?:wandb_v\d_\w{16,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}"
+    r"|AKIA[A-Z0-9]{16})"
 )
+_HEX = re.compile(r"\b[0-9a-f]{40}\b")  # a key of Weights & Biases, or a commit: hidden, but not refused
+HIDDEN = "***"
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
+
+
+def names_secret(name: str) -> bool:
+    """Whether a setting or option of this name holds a secret; `pad_token` and `num_tokens` do not."""
+    return bool(_KEY.search(name.strip("-").replace("-", "_")))
+
+
+def redacted(arguments: Sequence[str]) -> list[str]:
+    """A command line with everything that looks like a secret hidden."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        secret = names_secret(name.split(".")[-1])
+        if hide_next and not argument.startswith("--"):
+            shown.append(HIDDEN)
+        elif equals and secret:
+            shown.append(f"{name}={HIDDEN}")
+        else:
+            shown.append(_HEX.sub(HIDDEN, _VALUE.sub(HIDDEN, argument)))
+        hide_next = argument.startswith("--") and not equals and secret
+    return shown
 
 
 def find_secrets_and_placeholders(root: Node) -> list[Problem]:
@@ -19,8 +48,8 @@ def find_secrets_and_placeholders(root: Node) -> list[Problem]:
     problems = []
     for path, node in walk(root):
         text = node.value if isinstance(node.value, str) else ""
-        key_is_secret = bool(path) and bool(_SECRET_KEY.search(str(path[-1]))) and node.value is not None
-        if key_is_secret or _SECRET_VALUE.match(text):
+        key_is_secret = bool(path) and names_secret(str(path[-1])) and node.value is not None
+        if key_is_secret or _VALUE.search(text):
             message = (
                 "looks like a secret; keep it out of configurations and set an environment variable (WANDB_API_KEY)"
             )

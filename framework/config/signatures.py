@@ -74,6 +74,24 @@ def base_definitions(node: ast.ClassDef, source: Source) -> Iterator[Definition 
         yield found if isinstance(found, Definition) else None
 
 
+def descends(definition: Definition, kind: str, depth: int = 0) -> bool | None:
+    """Whether a class, or what a function says that it returns, is or derives from the class defined under the full
+    name `kind`; None where that cannot be told.
+    """
+    if definition.name == kind:
+        return True
+    if isinstance(definition.node, ast.FunctionDef) and definition.node.returns is not None:
+        returned = resolve(definition.node.returns, definition.source)
+        return descends(returned, kind, depth + 1) if isinstance(returned, Definition) else None
+    if not isinstance(definition.node, ast.ClassDef) or depth > 12:
+        return None
+    answers = [
+        None if base is None else descends(base, kind, depth + 1)
+        for base in base_definitions(definition.node, definition.source)
+    ]
+    return True if True in answers else None if None in answers else False
+
+
 def resolve(expression: ast.expr, source: Source) -> Definition | Absent | None:
     """What a name or dotted name in a module's source stands for."""
     if isinstance(expression, ast.Name):

@@ -35,6 +35,18 @@ class Definition:
     node: ast.ClassDef | ast.FunctionDef | ast.expr
     source: Source
 
+    @property
+    def is_class(self) -> bool:
+        """Whether this is a class; otherwise it is a function, or an expression behind a name."""
+        return isinstance(self.node, ast.ClassDef)
+
+    @property
+    def name(self) -> str | None:
+        """The full name under which a class or function is defined, None for an expression."""
+        if isinstance(self.node, ast.ClassDef | ast.FunctionDef):
+            return f"{self.source.name}.{self.node.name}"
+        return None
+
 
 @dataclass(frozen=True)
 class Absent:
@@ -139,6 +151,17 @@ def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | N
         else:
             unknown = True
     return None if unknown else Absent(source.name, tuple(name for name in names if not name.startswith("_")))
+
+
+def exported(source: Source) -> frozenset[str]:
+    """The names that a module lists in `__all__`; none where it has no such list of plain texts."""
+    for statement in source.tree.body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+            try:
+                return frozenset(map(str, ast.literal_eval(statement.value)))
+            except (ValueError, TypeError):
+                return frozenset()
+    return frozenset()
 
 
 def absolute(source: Source, statement: ast.ImportFrom) -> str:

@@ -21,6 +21,7 @@ Scalar = str | int | float | bool | None
 
 MAX_NODES = 20_000  # an alias may repeat a branch: this ends the exponential ones
 MAX_DEPTH = 64
+MAX_BYTES = 2**20  # of a file: a recipe has a few thousand
 COMMAND_LINE = "command line"
 
 _FLOAT = re.compile(
@@ -129,7 +130,13 @@ def read(path: Path, label: str | None = None) -> Node:
     """
     label = label or str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(
+                f"{label}: more than {MAX_BYTES:,} bytes; a configuration names its data and does not hold it"
+            )
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{label}: not a YAML file: byte {error.start} is not UTF-8 text") from error
     except OSError as error:
@@ -146,6 +153,11 @@ def read(path: Path, label: str | None = None) -> Node:
 def parse(text: str, label: str, *, line_numbers: bool = True) -> Node:
     """One YAML document as a tree. Raises: UserError naming `label` and the line."""
     try:
+        for count, event in enumerate(yaml.parse(text, Loader=_Loader)):  # cheaper by far than nodes that are too many
+            if count > 3 * MAX_NODES:
+                mark = event.start_mark
+                place = f"{label}:{mark.line + 1}" if line_numbers and mark is not None else label
+                raise UserError(f"{place}: more than {MAX_NODES} values in one configuration")
         loader = _Loader(text)
         try:
             document = loader.get_single_node()
@@ -182,13 +194,17 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
             return Node([self.build(child, (*path, index)) for index, child in enumerate(node.value)], where)
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALAR_TAGS:
-            try:
-                return Node(self.loader.construct_object(node), where)
-            except ValueError as error:
-                raise UserError(
-                    f"{where} {dotted(path)}: {node.value!r} is not a valid {node.tag[len(_PREFIX) :]}"
-                ) from error
+            return Node(self.scalar(node, path), where)
         raise UserError(f"{where} {dotted(path)}: the YAML tag {node.tag!r} is refused; write plain values")
+
+    def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, LookupError) as error:  # `!!bool maybe` is looked up
+            kind = node.tag[len(_PREFIX) :]
+            raise UserError(
+                f"{self.place(node)} {dotted(path)}: {node.value[:80]!r} is not a valid {kind}".replace(" :", ":")
+            ) from error
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[Key, Node]:
         result: dict[Key, Node] = {}
@@ -196,9 +212,11 @@ class _Builder:
             where = self.place(key_node)
             if key_node.tag == _PREFIX + "merge":
                 raise UserError(f"{where}: '<<' is refused; name the other file under base: instead")
-            key = self.loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str | int) or isinstance(key, bool) or key_node.tag not in _SCALAR_TAGS:
-                raise UserError(f"{where} {dotted(path)}: a key must be text or a whole number, got {key_node.value!r}")
+            plain_key = isinstance(key_node, yaml.ScalarNode) and key_node.tag in _SCALAR_TAGS
+            key = self.scalar(key_node, path) if plain_key else None
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                got = repr(key_node.value[:80]) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                raise UserError(f"{where} {dotted(path)}: a key must be text or a whole number, got {got}")
             if key in result:
                 raise UserError(
                     f"{where} {dotted((*path, key))}: duplicate key, first given at {result[key].where}; keep one"

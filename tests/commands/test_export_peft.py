@@ -97,7 +97,7 @@ def test_a_run_of_two_sharded_ranks_is_exported_from_its_folder(tmp_path: Path) 
     content = config(devices=2, strategy=strategy, max_steps=2, enable_checkpointing=True)
     content["trainer"]["callbacks"]["checkpoint"] = {
         "class_path": "lightspan.callbacks.checkpoint.Checkpoint",
-        "init_args": {"dirpath": str(tmp_path / "run" / "checkpoints"), "every_n_train_steps": 2},
+        "init_args": {"dirpath": "${run}/checkpoints", "every_n_train_steps": 2},
     }
     recipe.write_text(json.dumps(content))
     run = tmp_path / "run"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from lightspan.commands import run_folder
+from lightspan.commands.arguments import folder
 from lightspan.commands.run_folder import checkpoint_to_resume, is_first_rank, set_metrics_aside, sole_use
 from lightspan.errors import UserError
 from lightspan.launch import parent
@@ -115,8 +116,8 @@ def test_figures_of_a_start_without_a_checkpoint_are_kept(tmp_path, capsys):
 
 @pytest.mark.parametrize("run", ["", "  "])
 def test_an_empty_run_folder_is_refused(run):
-    with pytest.raises(argparse.ArgumentTypeError, match="is empty; give a folder"):
-        run_folder.folder_argument(run)
+    with pytest.raises(argparse.ArgumentTypeError, match="the name of the folder is empty"):
+        folder(run)
 
 
 @pytest.mark.parametrize("run", ["x" * 300, "/proc/x"])

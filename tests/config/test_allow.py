@@ -1,6 +1,10 @@
+from argparse import Namespace
+
 import pytest
 
-from lightspan.config.allow import check, refusal, text_refusal, under
+from lightspan.config.allow import foreign, gate, importable, refusal, text_refusal, under
+from lightspan.config.parts import CLASSES_OF, LIGHTNING
+from lightspan.config.source import Definition, load, locate
 from lightspan.config.tree import wrap
 
 
@@ -9,16 +13,17 @@ from lightspan.config.tree import wrap
     [
         "lightspan.methods.language.causal_lm.CausalLM",
         "lightspan.backbones.language.llama",
+        "lightspan.adapters.pela.factorise",
         "torch.optim.AdamW",
+        "torch.optim.lr_scheduler.CyclicLR",
         "torch.nn.Linear",
         "lightning.pytorch.callbacks.EarlyStopping",
-        "torchvision.transforms.v2.RandomCrop",
-        "transformers.LlamaConfig",
+        "lightning.pytorch.plugins.environments.SLURMEnvironment",  # defined in fabric
+        "torchvision.transforms.v2.RandomCrop",  # defined in a private module
         "timm.models.vision_transformer.VisionTransformer",
-        "peft.LoraConfig",
     ],
 )
-def test_classes_of_known_libraries_may_be_named(class_path):
+def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
     assert refusal(class_path) is None
 
 
@@ -29,16 +34,23 @@ def test_classes_of_known_libraries_may_be_named(class_path):
         ("subprocess.Popen", "to use code of your own, add --allow-module subprocess"),
         ("torchevil.nn.Linear", "did you mean torch?"),
         ("builtins.eval", "outside the allowed modules"),
-        ("torch.load", "not among the parts of torch"),
-        ("torch.hub.load", "not among the parts of torch"),
+        ("torch.load", "is a function"),
+        ("torch.hub.load", "is a function"),
         ("torch.utils.cpp_extension.BuildExtension", "not among the parts of torch"),
-        ("torch.nn.init.normal_", "only classes may be named here"),
+        ("torch.nn.init.normal_", "is a function"),
         ("torch.nn.modules._functions.SyncBatchNorm", "is private"),
-        ("lightspan.commands.run.run_fit", "not among the parts of lightspan"),
-        ("transformers.utils.hub.Popen", "not among the parts of transformers"),
-        ("timm.create_model", "only classes may be named here"),
+        ("lightspan.commands.run.run_fit", "is a function"),
+        ("lightspan.callbacks.ledger.write_atomic", "which is lightspan.files.write_atomic, is a function"),
+        ("lightspan.callbacks.preemption.Path", "which is pathlib.Path, is outside the allowed modules"),
+        ("lightspan.callbacks.watchdog.Checkpint", "has no Checkpint"),
+        ("lightspan.adapters.state.save_adapter", "is a function"),  # its module is listed, its __all__ is not there
+        ("lightning.pytorch.strategies.DeepSpeedStrategy", "add --allow-module lightning.pytorch.strategies.deepspeed"),
+        ("transformers.LlamaConfig", "outside the allowed modules"),
+        ("timm.create_model", "is a function"),
         ("torch", "is not a class; write its full import path"),
         ("torch.nn.Linear; import os", "is not a class"),
+        ("torch.nn.Linear\n", "is not a class"),
+        ("tоrch.nn.Linear", "is not a class"),  # noqa: RUF001 - a Cyrillic o
         (None, "None is not a class"),
         ({"a": 1}, "is not a class"),
     ],
@@ -53,6 +65,45 @@ def test_a_module_of_ones_own_is_allowed_by_name_only():
     assert "outside" in (refusal("my_pkg2.Net", ["my_pkg"]) or "")
 
 
+def test_leave_for_a_module_is_no_leave_for_what_it_imports(tmp_path, monkeypatch):
+    (tmp_path / "leave_a.py").write_text(
+        "from subprocess import Popen\nfrom torch.optim import AdamW\nclass Net: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert refusal("leave_a.Net", ["leave_a"]) is None
+    assert refusal("leave_a.AdamW", ["leave_a"]) is None
+    assert "which is subprocess.Popen, is outside" in (refusal("leave_a.Popen", ["leave_a"]) or "")
+    assert refusal("leave_a.Popen", ["leave_a", "subprocess"]) is None
+
+
+def test_leave_for_a_part_of_a_library_opens_that_part():
+    assert refusal("lightning.pytorch.loggers.MLFlowLogger", ["lightning.pytorch.loggers.mlflow"]) is None
+    assert "not among the parts" in (refusal("lightning.pytorch.loggers.MLFlowLogger", ["lightning.fabric"]) or "")
+
+
+def test_the_builder_may_import_the_parts_and_the_names_given_with_their_definitions():
+    tree = wrap({"a": [{"class_path": "lightspan.adapters.pela.factorise"}], "b": {"class_path": "my_pkg.Net"}}, "f:1")
+    named = {"my_pkg", "my_pkg.Net", "lightspan.adapters.pela.factorise"}
+    assert importable(tree, ["my_pkg"]) == {*CLASSES_OF, *LIGHTNING, *named}
+
+
+def test_what_a_builder_found_by_itself_is_judged_too():
+    def spec(name):
+        return {"class_path": name, "init_args": {}}
+
+    assert list(foreign({"model": spec("torch.nn.Linear"), "x": [spec("lightspan.optim.inner.Adam"), 3, None]})) == []
+    assert len(list(foreign({"model": spec("os.system"), "x": [{"y": (spec("shutil.rmtree"),)}]}))) == 2
+    assert len(list(foreign(Namespace(model=Namespace(class_path="os.system"))))) == 1
+
+
+def test_every_listed_part_exists_where_it_is_listed():
+    assert [name for name in CLASSES_OF if load(name) is None] == []
+    for name in LIGHTNING:
+        found = locate(name)
+        assert isinstance(found, Definition), name
+        assert found.name == name
+
+
 def test_a_prefix_ends_at_a_dot():
     assert under("torch.nn.Linear", "torch.nn")
     assert under("torch.nn", "torch.nn")
@@ -61,7 +112,45 @@ def test_a_prefix_ends_at_a_dot():
 
 def test_classes_are_found_at_any_depth_of_the_raw_tree():
     tree = wrap({"a": [{"b": {"class_path": "os.system"}}], "zzz": {"deep": {"class_path": "shutil.rmtree"}}}, "f:1")
-    assert [key for _, key, _ in check(tree)] == ["a.0.b.class_path", "zzz.deep.class_path"]
+    assert [problem.key for problem in gate(tree)] == ["a.0.b.class_path", "zzz.deep.class_path"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dirpath", "${run}/checkpoints"),
+        ("path", "${run}"),
+        ("save_dir", ""),
+        ("filename", "{epoch}-{step}"),
+        ("monitor", "/loss"),  # no place at all
+        ("nvme_path", "/local_nvme"),
+    ],
+)
+def test_a_run_writes_below_its_folder(key, value):
+    assert gate(wrap({"trainer": {"callbacks": {"x": {"init_args": {key: value}}}}}, "f:1")) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dirpath", "/etc"),
+        ("dirpath", "checkpoints"),
+        ("path", "~/.bashrc"),
+        ("path", "${run}/../x"),
+        ("path", "${run}x"),
+        ("path", "x/${run}"),
+        ("exclude_batches_path", "x"),
+        ("filename", "../x"),
+        ("filename", "/etc/x"),
+        ("name", "..\\x"),
+        ("version", "${run}"),
+    ],
+)
+def test_and_nowhere_else_unless_the_class_is_the_users_own(key, value):
+    spec = {"class_path": "my_pkg.Watch", "init_args": {key: value}}
+    tree = wrap({"trainer": {"callbacks": {"x": spec}}}, "f:1")
+    assert any(problem.key == f"trainer.callbacks.x.init_args.{key}" for problem in gate(tree))
+    assert gate(tree, ["my_pkg"]) == []
 
 
 @pytest.mark.parametrize(
@@ -72,6 +161,7 @@ def test_classes_are_found_at_any_depth_of_the_raw_tree():
         ("{class_path: os.system}", "is YAML inside a text"),
         ("[1, 2]", "is YAML inside a text"),
         (__file__, "is a file where a class is expected"),
+        ("${run}/evil.yaml", "is a file where a class is expected"),
     ],
 )
 def test_texts_that_a_builder_would_turn_into_classes_are_refused(text, message):

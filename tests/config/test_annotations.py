@@ -3,7 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from lightspan.config.annotations import bound_arguments, describe, fits, takes_only_plain
+from lightspan.config.annotations import (
+    bound_arguments,
+    class_names,
+    describe,
+    fits,
+    is_untyped,
+    item_annotation,
+    takes_only_plain,
+)
 from lightspan.config.source import Source
 
 MODULE = """
@@ -41,6 +49,11 @@ def annotation(text: str) -> ast.expr:
         ("dict[str, int]", [{}], [[], 3]),
         ("'int | None'", [3, None], ["x"]),
         ("Path", ["a/b"], [3]),
+        ("float | Tensor", [3, 0.5], ["x", None, [1]]),
+        ("tuple[float, ...]", [[], [1, 2, 3]], [["x"], 3]),
+        ("tuple[float, int]", [[0.5, 1]], [[1], [1, 0.5], [1, 1, 1]]),
+        ("Schedule", [], ["x", 3, None]),
+        ("int | Net", [3], [None, 0.5]),
     ],
 )
 def test_values_fit_or_do_not(text, good, bad):
@@ -48,7 +61,32 @@ def test_values_fit_or_do_not(text, good, bad):
     assert [fits(value, annotation(text), SOURCE) for value in bad] == [False] * len(bad)
 
 
-@pytest.mark.parametrize("text", ["Net", "torch.dtype", "Any", "Schedule", "Unknown", "int | Net", "list[Net]"])
+def test_items_are_declared_by_position_or_key():
+    def declared(text, key):
+        item = item_annotation(annotation(text), SOURCE, key)
+        return None if item is None else ast.unparse(item[0])
+
+    assert declared("list[Net] | None", 3) == "Net"
+    assert declared("tuple[int, Net]", 1) == "Net"
+    assert declared("tuple[int, ...]", 7) == "int"
+    assert declared("dict[str, Net]", "a") == "Net"
+    assert declared("tuple[int]", 1) is None
+    assert declared("list", 0) is None
+    assert declared("dict[str, Net]", 0) is None
+
+
+def test_any_is_no_type():
+    assert all(is_untyped(annotation(text), SOURCE) for text in ("Any", "int | Any", "object"))
+    assert not any(is_untyped(annotation(text), SOURCE) for text in ("Net", "dict[str, Any]", "int"))
+
+
+def test_classes_of_an_annotation_are_known_all_or_not_at_all():
+    assert class_names(annotation("Net | None"), SOURCE) == ["m.Net"]
+    assert class_names(annotation("Callable[[int], Net]"), SOURCE) == ["m.Net"]
+    assert class_names(annotation("Net | Unknown"), SOURCE) == []
+
+
+@pytest.mark.parametrize("text", ["Net", "torch.dtype", "Any", "Unknown", "int | Net", "list[Net]"])
 def test_what_source_cannot_decide_is_neither(text):
     value = ["x"] if text.startswith("list") else "x"
     assert fits(value, annotation(text), SOURCE) is None

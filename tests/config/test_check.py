@@ -59,6 +59,7 @@ def test_each_mistake_is_named_with_place_and_way_out(text, expected):
         ("{class_path: torch.nn.ReLU, inplace: true}", "m.inplace: unknown key beside class_path;"),
         ("{class_path: torch.nn.ReLU, init_args: 3}", "m.init_args: must be a mapping, got 3"),
         ("{class_path: os.system}", "m.class_path: os.system is outside the allowed modules"),
+        ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, and torch.nn.ReLU is none"),
         ("{class_path: lightspan.callbacks.chekpoint.Checkpoint}", "has no chekpoint; did you mean checkpoint?"),
         ("{class_path: lightspan.calbacks.checkpoint.Checkpoint}", "has no calbacks; did you mean callbacks?"),
     ],
@@ -69,6 +70,59 @@ def test_mistakes_in_a_class_are_found_under_any_name(spec, expected):
     assert all(problem.startswith("r.yaml:3 trainer.callbacks.m") for problem in found)
 
 
+LINEAR = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features: 1}}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("backbone: {class_path: torch.nn.ReLU}", "backbone.class_path: must be a PreTrainedModel, and torch.nn.ReLU"),
+        ("backbone: torch.nn.ReLU", "'torch.nn.ReLU' names a class as text"),
+        ("optimizer: AdamW", "optimizer: must be Callable[[Iterable], Optimizer], got 'AdamW'"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: [1]}}", "lr: must be a number or Tensor, got [1]"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: null}}", "lr: must be a number or Tensor, got"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: -1.0}}", "lr: must be from 0 to 1,000,000"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {betas: [x, 0.9]}}", "betas: must be"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {betas: [0.9]}}", "betas: must be"),
+        ("optimizer: {class_path: torch.optim.AdamW, dict_kwargs: {wieght_decay: 0}}", "did you mean weight_decay?"),
+        ("groups: {embeddings: " + LINEAR + "}", "groups.embeddings: must be"),
+    ],
+)
+def test_a_value_is_of_the_kind_that_its_setting_declares(settings, expected):
+    class_path = "lightspan.methods.language.causal_lm.CausalLM"
+    found = problems(f"model:\n  class_path: {class_path}\n  init_args:\n    {settings}\n")
+    assert any(expected in problem for problem in found), found
+
+
+@pytest.mark.parametrize("value", [LINEAR, "[" + LINEAR + "]", "{a: [" + LINEAR + "]}"])
+def test_no_class_stands_where_no_type_is_declared(value):
+    linear = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features: 1, device: " + value + "}}"
+    model = "model: {class_path: lightspan.methods.supervised.classifier.Classifier, init_args: {backbone: " + linear
+    found = problems(model + ", num_classes: 2, optimizer: {class_path: torch.optim.AdamW}}}\n")
+    assert ["no class may stand here: its type is not declared" in problem for problem in found] == [True]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("max_steps: -2", "must be from -1"),
+        ("accumulate_grad_batches: 0", "must be from 1"),
+        ("gradient_clip_val: -5", "must be more than 0, got -5; null clips nothing"),
+        ("val_check_interval: 0", "must be more than 0, got 0; null validates at the end of an epoch"),
+        ("devices: 99999999999999999999", "must fit in 64 bits"),
+        ("max_time: .inf", "must be a finite number"),
+        ("gradient_clip_val: .nan", "must be a finite number"),
+        ('max_time: "a\\0b"', "holds a NUL character"),
+        (
+            "callbacks: {w: {class_path: lightspan.callbacks.watchdog.Watchdog, init_args: {timeout_s: 1e20}}}",
+            "from 0.0",
+        ),
+    ],
+)
+def test_numbers_are_such_as_the_setting_can_have(line, expected):
+    assert any(expected in problem for problem in problems("trainer: {" + line + "}\n" + MODEL))
+
+
 def test_all_mistakes_are_reported_at_once():
     text = "trainer: {max_stepz: 3, max_epochs: x}\nmodle: {}\n" + "data: {class_path: os.system}\n"
     assert len(problems(text)) == 5  # two of the trainer, the unknown root, the class, and the missing model
@@ -77,7 +131,7 @@ def test_all_mistakes_are_reported_at_once():
 def test_the_arguments_that_a_method_supplies_are_neither_missing_nor_allowed():
     text = (
         "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
-        "    backbone: {class_path: torch.nn.ReLU}\n"
+        "    backbone: {class_path: lightspan.backbones.language.llama}\n"
         "    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\n"
         "    lr_scheduler: {class_path: lightspan.optim.schedules.WarmupCosine}\n"
     )
@@ -89,7 +143,7 @@ def test_the_arguments_that_a_method_supplies_are_neither_missing_nor_allowed():
 def test_a_schedule_still_needs_what_the_method_does_not_supply():
     text = (
         "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
-        "    backbone: {class_path: torch.nn.ReLU}\n"
+        "    backbone: {class_path: lightspan.backbones.language.llama}\n"
         "    optimizer: {class_path: torch.optim.AdamW}\n"
         "    lr_scheduler: {class_path: torch.optim.lr_scheduler.CyclicLR}\n"
     )
@@ -99,8 +153,8 @@ def test_a_schedule_still_needs_what_the_method_does_not_supply():
 def test_settings_without_a_class_are_checked_against_the_dataclass_they_fill():
     text = (
         "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
-        "    backbone: {class_path: torch.nn.ReLU}\n    optimizer: {class_path: torch.optim.AdamW}\n"
-        "    groups: {othr_lr: 1e-3}\n"
+        "    backbone: {class_path: lightspan.backbones.language.llama}\n"
+        "    optimizer: {class_path: torch.optim.AdamW}\n    groups: {othr_lr: 1e-3}\n"
     )
     assert problems(text) == [
         "r.yaml:6 model.init_args.groups.othr_lr: unknown; did you mean other_lr? "

@@ -27,6 +27,12 @@ def test_the_value_of_a_flag_is_never_taken_for_the_recipe():
     assert split_flags(["--m.x", "-1", "my.yaml"]) == (["m.x=-1"], ["my.yaml"])
 
 
+def test_the_value_of_an_option_is_never_taken_for_a_flag():
+    assert split_flags(["r", "--run", "lr=0.1", "a=1"], {"--run"}) == (["a=1"], ["r", "--run", "lr=0.1"])
+    assert split_flags(["r", "--run"], {"--run"}) == ([], ["r", "--run"])
+    assert split_flags(["--x.y", "--run"], {"--x.y"}) == ([], ["--x.y", "--run"])
+
+
 def test_paths_and_options_are_no_flags():
     arguments = ["runs/a=b/last.ckpt", "--run", "out", "--resume=never", "recipes/x.yaml"]
     assert split_flags(arguments) == ([], arguments)

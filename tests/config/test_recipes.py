@@ -71,6 +71,26 @@ def test_unknown_recipes_get_the_nearest_name(name, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a" * 5000 + ".yaml", "~nobody-of-this-name/x.yaml"])
+def test_a_name_that_no_file_can_have_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="cannot name a file"):
+        recipes.load(name)
+    (tmp_path / "r.yaml").write_text(f"base: {name}\n")
+    with pytest.raises(UserError, match=r"r\.yaml:1 base: .* cannot name a file"):
+        recipes.load(str(tmp_path / "r.yaml"))
+
+
+def test_bases_end_somewhere_in_depth_and_in_number(tmp_path):
+    for number in range(100):
+        (tmp_path / f"c{number}.yaml").write_text(f"base: c{number + 1}.yaml\n")
+        (tmp_path / f"d{number}.yaml").write_text(f"base: [d{number + 1}.yaml, d{number + 1}.yaml]\n")
+    for name in ("c", "d"):
+        (tmp_path / f"{name}100.yaml").write_text("{}\n")
+        with pytest.raises(UserError, match="more than 32 files build on one another"):
+            recipes.load(str(tmp_path / f"{name}0.yaml"))
+        assert recipes.load(str(tmp_path / f"{name}98.yaml"))
+
+
 def test_a_missing_base_is_placed(tmp_path):
     write(tmp_path, a="x: 1\nbase: nowhere.yaml\n")
     with pytest.raises(UserError, match=r"a\.yaml:2 base: recipe file .*nowhere\.yaml does not exist"):

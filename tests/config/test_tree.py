@@ -1,4 +1,5 @@
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,23 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes
         read(path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: !!bool x", "a: !!int x", "a: !!float x", "? !!bool x\n: 1"])
+def test_a_tag_that_its_text_does_not_bear_is_placed(text):
+    with pytest.raises(UserError, match=r"f\.yaml:1( a)?: 'x' is not a valid (bool|int|float)"):
+        parse(text, "f.yaml")
+
+
+def test_what_is_too_large_is_refused_before_it_is_understood(tmp_path: Path):
+    (tmp_path / "large.yaml").write_bytes(b"a:\n" + b"- 1\n" * 2_500_000)
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"large\.yaml: more than 1,048,576 bytes"):
+        read(tmp_path / "large.yaml")
+    for many in ("a:\n" + "- 1\n" * 250_000, "".join(f"k{i}: 1\n" for i in range(80_000)), "[" * 30_000):
+        with pytest.raises(UserError, match=r"more than 20000 values|exceeded maximum nesting"):
+            parse(many, "f.yaml")
+    assert time.process_time() - start < 3
 
 
 def test_a_missing_file_and_an_empty_file(tmp_path: Path):

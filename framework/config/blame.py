@@ -1,0 +1,87 @@
+"""Which key of a configuration an error while building comes from."""
+
+import re
+from collections.abc import Iterator
+
+from lightspan.config.allow import class_paths
+from lightspan.config.resolve import Resolved
+from lightspan.config.source import Definition, locate
+from lightspan.config.tree import KeyPath, Node, dotted
+from lightspan.errors import UserError
+
+_PARSER_KEY = re.compile(r'^(?:error: )?(?:Parser key|Validation failed: Key) "([^"]+)":?\s*(.*)$')
+_DENIED = re.compile(r"Importing '((\w+)[\w.]*)' is not allowed, .* to allow it\.")
+_STRUCTURE = (  # lines of a jsonargparse message that say nothing about the mistake
+    "Does not validate against any",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Problem with given class_path",
+    "Subclass types expect",
+    "Expected a <class 'NoneType'>",
+    "a class path (str)",
+    "a dict with",
+)
+
+
+def blame(constructed: type, error: Exception, resolved: Resolved) -> str:
+    """One line for what a constructor said: file:line and key of its class or, where the message names a setting, of
+    that setting; the class; the message.
+    """
+    name = f"{constructed.__module__}.{constructed.__qualname__}"
+    text = " ".join(str(error).split())[:1000] or "no message"
+    said = text if isinstance(error, UserError) else f"{name}: {_kind(error)}{text}"
+    for path, spec in _specs(resolved.tree, name):
+        settings = spec.child("init_args")
+        for key in re.findall(r"\w+", text):
+            if settings is not None and (node := settings.child(key)) is not None:
+                return f"{node.where} {dotted((*path, 'init_args', key))}: {said}"
+        return f"{spec.value['class_path'].where} {dotted(path)}: {said}"
+    return said
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that started a chain of `raise ... from`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _kind(error: Exception) -> str:
+    """What kind of error it is, for those that do not say what is wrong with a value."""
+    plain = isinstance(error, ValueError | TypeError | OSError) or type(error).__name__ == "MisconfigurationException"
+    return "" if plain else f"{type(error).__name__}: "
+
+
+def _specs(root: Node, name: str) -> Iterator[tuple[KeyPath, Node]]:
+    """The specifications whose class is defined under `name`."""
+    for path, node in class_paths(root):
+        found = locate(node.value) if isinstance(node.value, str) else None
+        spec = root.at(path[:-1])
+        if spec is not None and name in (node.value, found.name if isinstance(found, Definition) else None):
+            yield path[:-1], spec
+
+
+def deepest_cause(text: str, resolved: Resolved) -> str:
+    """The complaint of a jsonargparse message about the innermost key, with the place that key was written.
+
+    The messages nest: a union lists the complaints of all its members, each under the key of the level above.
+    """
+    keys: list[tuple[int, str]] = []
+    best = ((-1, False), "", text.strip())
+    for line in text.splitlines():
+        content = line.strip().removeprefix("- ")
+        indent = len(line) - len(line.lstrip(" "))
+        while keys and keys[-1][0] >= indent:
+            keys.pop()
+        match = _PARSER_KEY.match(content)
+        if match:
+            keys.append((indent, match[1]))
+            content = match[2]
+        rank = (len(keys), not content.startswith("Not a valid subclass"))
+        if content and not content.startswith(_STRUCTURE) and rank > best[0]:
+            best = (rank, ".init_args.".join(key for _, key in keys), content)
+    _, key, complaint = best
+    complaint = _DENIED.sub(r"\1 may not be imported; to use it all the same, add --allow-module \2", complaint)
+    where = next((place for path, place in resolved.sources.items() if path == key or path.startswith(key + ".")), "")
+    return " ".join(part for part in (where, f"{key}:" if key else "", complaint) if part)

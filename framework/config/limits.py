@@ -1,0 +1,61 @@
+"""Ranges of settings that mean the same wherever they stand, by name; what else a class refuses it says itself.
+
+Two rules hold for every value: a number is finite and fits in 64 bits, and a text has no NUL, which no path may hold.
+"""
+
+import math
+from typing import Any
+
+from lightspan.config.tree import KeyPath
+
+_COUNT, _LONG = (1, 2**31 - 1), (0, 2**31 - 1)
+RANGES: dict[str, tuple[float, float]] = {
+    "batch_size": _COUNT,
+    "context": (1, 2**24),
+    "lr": (0, 1e6),
+    "num_workers": (0, 512),  # each is a process, forked before anybody can object
+    "rank": _LONG,
+    "weight_decay": (0, 1e6),
+}
+TRAINER: dict[str, tuple[float, float]] = {
+    "accumulate_grad_batches": _COUNT,
+    "check_val_every_n_epoch": _COUNT,
+    "devices": (-1, 2**16),
+    "limit_predict_batches": _LONG,
+    "limit_test_batches": _LONG,
+    "limit_train_batches": _LONG,
+    "limit_val_batches": _LONG,
+    "log_every_n_steps": _LONG,
+    "max_epochs": (-1, 2**31 - 1),
+    "max_steps": (-1, 2**62),
+    "min_epochs": _LONG,
+    "min_steps": (0, 2**62),
+    "num_nodes": (1, 2**20),
+    "num_sanity_val_steps": (-1, 2**31 - 1),
+    "overfit_batches": _LONG,
+    "reload_dataloaders_every_n_epochs": _LONG,
+}
+POSITIVE = {"gradient_clip_val": "null clips nothing", "val_check_interval": "null validates at the end of an epoch"}
+SECONDS = (0.0, 1e9)  # of every setting that ends in _s: 30 years; the system's own timers end a little above
+
+
+def out_of_range(path: KeyPath, value: Any) -> str | None:
+    """Why a plain value cannot be right under its key, or None."""
+    if isinstance(value, str):
+        return f"{value[:80]!r} holds a NUL character; no text may" if "\0" in value else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        return f"must be a finite number, got {value!r}; leave the setting out for no limit"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"must fit in 64 bits, got {str(value)[:24]}"
+    key = path[-1] if path else ""
+    of_trainer = len(path) == 2 and path[0] == "trainer"
+    if of_trainer and key in POSITIVE:
+        return None if value > 0 else f"must be more than 0, got {value!r}; {POSITIVE[str(key)]}"
+    limits = TRAINER.get(str(key)) if of_trainer else RANGES.get(str(key))
+    if limits is None and str(key).endswith("_s"):
+        limits = SECONDS
+    if limits is None or limits[0] <= value <= limits[1]:
+        return None
+    return f"must be from {limits[0]:,} to {limits[1]:,}, got {value!r}"

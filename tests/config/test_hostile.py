@@ -1,0 +1,169 @@
+"""Every attempt of `hostile.py` is refused by `check`, and building refuses it too where `check` was never asked."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightspan.cli import main
+from lightspan.config import allow
+from lightspan.config.build import build, resolve
+from lightspan.config.merge import merge, without_removed
+from lightspan.config.resolve import Resolved, with_layer
+from lightspan.config.tree import dump, plain, wrap
+from lightspan.errors import UserError
+
+_SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
+assert _SPEC is not None
+assert _SPEC.loader is not None
+hostile = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(hostile)
+
+ATTEMPTS = hostile.attempts()
+# What Python reports to its auditors when code runs, files change or machines are called.
+ACTS = (
+    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill", "subprocess.Popen", "pty.spawn"),
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"),
+    *("shutil.rmtree", "shutil.move", "shutil.copyfile", "socket.connect", "socket.getaddrinfo"),
+    *("pickle.find_class", "ctypes.dlopen", "code.__new__", "webbrowser.open", "tempfile.mkdtemp"),
+)
+_acts: list[str] | None = None  # None: nobody listens
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if _acts is None:
+        return
+    if event == "open":
+        path, mode, flags = arguments
+        writes = any(letter in (mode or "") for letter in "wax+") or bool((flags or 0) & 3)
+        if writes and not str(path).endswith((".pyc", "/dev/null")) and ".pyc." not in str(path):
+            _acts.append(f"open {path} {mode} {flags}")
+    elif event in ACTS:
+        _acts.append(f"{event} {arguments}"[:300])
+
+
+@contextlib.contextmanager
+def nothing_happens() -> Iterator[None]:
+    """Fails if the block starts a process, changes a file, reads a pickle, or calls another machine."""
+    global _acts
+    _acts = []
+    try:
+        yield
+    finally:
+        acts, _acts = _acts, None
+    assert acts == []
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Resolved:
+    """The sound recipe, built once so that all libraries are there before anybody listens."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "sound.yaml").write_text(dump(hostile.SOUND))
+    resolved = resolve(str(folder / "sound.yaml"))
+    inside = hostile.spec("lightspan.callbacks.checkpoint.Checkpoint", dirpath="${run}")
+    for layer in ({}, hostile.device("cpu"), hostile.callback(inside)):
+        with contextlib.suppress(UserError):  # jsonargparse looks for type stubs once, other libraries load on use
+            build(unchecked(resolved, layer))
+    _auditor()
+    return resolved
+
+
+def _auditor(added: list[bool] = []) -> None:  # noqa: B006 - a hook can be added once and never removed
+    if not added:
+        sys.addaudithook(_listen)
+        added.append(True)
+
+
+@pytest.fixture
+def layer(request, tmp_path, monkeypatch) -> dict[str, Any]:
+    """The attempt, with the names of a file that must not appear and of one that must not go."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "victim.yaml").write_text("class_path: os.system\ninit_args: {command: touch canary}\n")
+    names = {"@CANARY@": str(tmp_path / "canary"), "@VICTIM@": str(tmp_path / "victim.yaml")}
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(child) for key, child in value.items()}
+        if isinstance(value, list):
+            return [filled(child) for child in value]
+        for name, path in names.items():
+            value = value.replace(name, path) if isinstance(value, str) else value
+        return value
+
+    return filled(ATTEMPTS[request.param])
+
+
+def unchecked(sound: Resolved, layer: dict[str, Any]) -> Resolved:
+    """What `resolve` would return if it checked nothing."""
+    tree = merge(sound.tree, wrap(layer, "hostile.yaml:1"))
+    return replace(sound, config=plain(without_removed(tree)), tree=tree)
+
+
+def inert(layer: dict[str, Any]) -> bool:
+    """Whether the builder leaves it as the plain mapping or the network that it is."""
+    names = ("harmless class under Any", "mapping passed on", "builder as callback")
+    return layer in [ATTEMPTS[name] for name in names]
+
+
+def test_there_are_some_two_hundred_attempts():
+    assert len(ATTEMPTS) > 200
+
+
+def test_what_happens_is_heard(sound, tmp_path):
+    for act in (lambda: (tmp_path / "x").write_text("x"), lambda: os.system("true"), lambda: shutil.rmtree(tmp_path)):
+        with pytest.raises(AssertionError), nothing_happens():
+            act()
+
+
+@pytest.mark.parametrize("layer", ATTEMPTS, indirect=True)
+def test_it_is_refused_and_nothing_happens(layer, sound, monkeypatch, tmp_path):
+    with nothing_happens():
+        with pytest.raises(UserError):
+            with_layer(sound, layer)
+        with contextlib.suppress(UserError) if inert(layer) else pytest.raises(UserError):
+            build(unchecked(sound, layer), tmp_path / "run")
+        # The builder alone, as if the gate stood open: it may build what does no harm, and that is all.
+        monkeypatch.setattr(allow, "gate", lambda *_: [])
+        with contextlib.suppress(UserError):
+            build(unchecked(sound, layer), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["victim.yaml"]
+
+
+RECIPE, TO_RUN = "hostile.yaml", ("--run", "run")
+LINES = {
+    "check": [RECIPE],
+    "show": [RECIPE, "--resolved"],
+    "plan": [RECIPE],
+    "fit": [RECIPE, *TO_RUN],
+    "fit, dry": [RECIPE, "--dry-run"],
+    "validate": [RECIPE, "--ckpt", "victim.yaml", *TO_RUN],
+    "test": [RECIPE, "--ckpt", "victim.yaml", *TO_RUN],
+    "predict": [RECIPE, "--ckpt", "victim.yaml", *TO_RUN],
+    "submit": [RECIPE, "--to", "slurm", "--print", *TO_RUN],
+    "intrinsic-dimension": [RECIPE, "--grid", "1,2", "--out", "run"],
+    "prove-resume": [RECIPE],
+    "export": ["stranger/checkpoints/last.ckpt", "--to", "safetensors"],
+}
+
+
+@pytest.mark.parametrize("verb", LINES)
+@pytest.mark.parametrize("layer", ["untyped parameter", "Any in a mapping", "deep under Any"], indirect=True)
+def test_every_verb_that_builds_goes_through_the_gate(verb, layer, sound, capsys, tmp_path):
+    """Also the export of a run folder that somebody else made."""
+    text = dump(plain(merge(wrap(hostile.SOUND, ""), wrap(layer, ""))))
+    Path(RECIPE).write_text(text)
+    Path("stranger/checkpoints").mkdir(parents=True)
+    Path("stranger/checkpoints/last.ckpt").write_bytes(b"")
+    Path("stranger/resolved.yaml").write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    with nothing_happens():
+        assert main([verb.split(",")[0], *LINES[verb]]) == 2
+    assert "in the configuration of" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
