@@ -1,5 +1,6 @@
 """`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -211,7 +212,8 @@ class LowRank(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
-        column indices into floats and float32 moments of bfloat16 weights into bfloat16."""
+        column indices into floats and float32 moments of bfloat16 weights into bfloat16. Warns of what the residual
+        had to start anew, see `Residual.mend`."""
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -220,6 +222,15 @@ class LowRank(Optimizer):
                 self.state[parameter][key] = value.to(device=self.state[parameter][key].device, copy=True)
                 if key == "rank":
                     self._ranks[parameter] = int(value)
+        mended = {p: what for p in parameters if (what := self.rule.residual.mend(self.state[p])) is not None}
+        if mended:
+            shown = ", ".join(self._called(p) for p in list(mended)[:3]) + ", ..." * (len(mended) > 3)
+            warnings.warn(
+                f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite, and "
+                "starts anew. Earlier versions wrote that after gradients with rows of zeros; look whether the "
+                "checkpoint's weights are finite, and resume from an older one if they are not",
+                stacklevel=2,
+            )
         self._buckets, self._places = None, {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -360,12 +371,12 @@ class LowRank(Optimizer):
         """The factor that brings the global norm down to `max_norm`, 0-d; None without clipping."""
         if self.max_norm is None:
             return None
-        squares = [(ranks_of(p), _square_norm(local(p.grad))) for ps in plain for p in ps if p.grad is not None]
+        squares = [(ranks_of(p), _norm(local(p.grad)).square()) for ps in plain for p in ps if p.grad is not None]
         for work in works:
             shards = work.layout.shards
             ranks = None if shards is None else shards.ranks
             if work.projection is None:
-                squares += [(ranks, _square_norm(gradient)) for gradient in work.gradients if gradient is not None]
+                squares += [(ranks, _norm(gradient).square()) for gradient in work.gradients if gradient is not None]
             elif self.backward == "whole":
                 squares.append((ranks, work.projection.energy_BM.sum()))
             else:
@@ -377,20 +388,24 @@ class LowRank(Optimizer):
         """A frame must not be chosen from NaN: an SVD raises on it, a power step would hide it."""
         if self.check_finite:
             chosen = [work.gradients[i] for work in works for i in (*work.first, *work.due)]
-            self._require_finite_sums([g.sum(dtype=torch.float32) for g in chosen if g is not None])
+            self._require_finite_norms([_norm(g) for g in chosen if g is not None])
 
     def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
-        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates."""
+        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates. Norms, because
+        second moments and row norms are squares, which end at 1.8e19 in float32.
+        """
         if not self.check_finite:
             return
-        sums = [work.projection.coordinates_BMR.sum() for work in works if work.projection is not None]
-        sums += [local(p.grad).sum(dtype=torch.float32) for ps in plain for p in ps if p.grad is not None]
-        self._require_finite_sums(sums)
+        projections = [work.projection for work in works if work.projection is not None]
+        norms = [_norm(projection.coordinates_BMR) for projection in projections]
+        norms += [projection.energy_BM.sum().sqrt() for projection in projections if len(projection.energy_BM)]
+        norms += [_norm(local(p.grad)) for ps in plain for p in ps if p.grad is not None]
+        self._require_finite_norms(norms)
 
-    def _require_finite_sums(self, sums: list[Tensor]) -> None:
-        """All ranks raise or none does; each comes here with sums of its own parts of the same gradients."""
-        if sums:
-            wrong = (~torch.stack([s.float() for s in sums]).isfinite()).sum()
+    def _require_finite_norms(self, norms: list[Tensor]) -> None:
+        """All ranks raise or none does; each comes here with norms of its own parts of the same gradients."""
+        if norms:
+            wrong = (~torch.stack([n.float() for n in norms]).isfinite()).sum()
             for ranks in self._ranks_of_parameters():
                 wrong = ranks.total(wrong)
             if wrong:
@@ -402,18 +417,33 @@ class LowRank(Optimizer):
         return [ranks for ranks in every if ranks is not None]
 
     def _raise_not_finite(self) -> None:
-        every = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        flags = torch.stack([(~local(p.grad).isfinite()).sum() for p in every])
+        every = [p for group in self.param_groups for p in group["params"]]
+        if broken := self._not_finite(every, [local(p) for p in every]):
+            raise UserError(
+                f"the weights of {broken} are not finite (NaN or infinity), so no gradient can be; this step changed "
+                "nothing. An earlier step or a checkpoint brought them: resume from one before that, with a lower "
+                "learning rate"
+            )
+        every = [p for p in every if p.grad is not None]
+        shown = self._not_finite(every, [_norm(local(p.grad)) for p in every])
+        raise UserError(
+            f"the gradient of {shown or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or so "
+            "large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were changed. "
+            "Lower the learning rate, clip with max_norm, or look at the batch; check_finite=False goes on regardless"
+        )
+
+    def _not_finite(self, parameters: list[Tensor], values: list[Tensor]) -> str:
+        """Names those parameters whose value is not finite on any rank; empty if all are."""
+        if not parameters:
+            return ""
+        flags = torch.stack([(~value.isfinite()).sum() for value in values])
         for ranks in self._ranks_of_parameters():
             flags = ranks.total(flags)
-        wrong = [p for p, flag in zip(every, flags.tolist(), strict=True) if flag]
-        names = [self._names.get(p) or f"a parameter of shape {tuple(p.shape)}" for p in wrong]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise UserError(
-            f"the gradient of {shown or 'a parameter that is kept in coordinates'} is not finite (NaN or infinity); "
-            "neither weights nor optimiser state were changed. Lower the learning rate, clip with max_norm, or look at "
-            "the batch; check_finite=False goes on regardless"
-        )
+        wrong = [self._called(p) for p, flag in zip(parameters, flags.tolist(), strict=True) if flag]
+        return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+    def _called(self, parameter: Tensor) -> str:
+        return self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
 
     def _update(self, work: _Work, clip: Tensor | None) -> None:
         group, device = work.bucket.group, work.layout.device
@@ -458,6 +488,5 @@ def _places(buckets: list[Bucket]) -> dict[Tensor, tuple[Bucket, int]]:
     return {p: (bucket, i) for bucket in buckets for i, p in enumerate(bucket.parameters)}
 
 
-def _square_norm(gradient: Tensor) -> Tensor:
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=wide).square()
+def _norm(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
