@@ -109,9 +109,8 @@ def row_scales(direction: Tensor, inside: Tensor, outside: Tensor, layout: Layou
 
         scale |outside| <= bound sqrt(N / R) |u|
 
-    Adam's coordinates are at most A, so |u| <= A sqrt(R): what is rescaled is at most `bound` times as long as the
-    longest row that AdamW could make of N numbers at the same rate, A sqrt(N). A = (1 - b1) / sqrt((1 - b2)
-    (1 - b1^2 / b2)), 7.3 at (0.9, 0.999).
+    Adam's coordinates are at most A = `lightspan.optim.inner.farthest`, so |u| <= A sqrt(R): what is rescaled is at
+    most `bound` times as long as the longest row that AdamW could make of N numbers at the same rate, A sqrt(N).
 
     Args:
         direction, inside, outside: norms of u, r and of what is rescaled, [B M].

@@ -49,13 +49,16 @@ class Trigger(ABC):
 
 @dataclass(frozen=True)
 class Every(Trigger):
-    """A fixed number of steps after the last time, staggered over the matrices.
+    """A fixed number of steps after the last time.
 
     Args:
         steps: >= 1.
+        staggered: whether matrices take turns, so that no single step pays for all of them: the k-th of n changes its
+            frame first after k / n of `steps`. Published code changes all frames in the same step.
     """
 
     steps: int = 50
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -65,7 +68,7 @@ class Every(Trigger):
         return [
             i
             for i, (step, phase) in enumerate(zip(steps, phases, strict=True))
-            if (step - int(phase * self.steps)) % self.steps == 0
+            if (step - int(self.staggered * phase * self.steps)) % self.steps == 0
         ]
 
 

@@ -192,12 +192,15 @@ def apollo_mini(
 
 def rotated_moments(m: Tensor, v: Tensor, overlap: Tensor, t: int, betas: Betas) -> tuple[Tensor, Tensor]:
     """LDAdam's projection-aware moments after t steps, for overlap = Q_old^T Q_new: the mean is rotated, the variance
-    v_hat - m_hat^2 by the squares (coordinates count as uncorrelated), and |.| mends a negative result.
+    v_hat - m_hat^2 by the squares (coordinates count as uncorrelated), and |.| mends a negative result. Not in the
+    paper: v stays so large that m / sqrt(v) is no more than Adam's can be, by Cauchy-Schwarz.
     """
     if t == 0:
         return m, v
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
-    v = (1 - betas[1] ** t) * ((v_hat - m_hat**2) @ overlap**2 + (m_hat @ overlap) ** 2).abs()
+    v = ((v_hat - m_hat**2) @ overlap**2 + (m_hat @ overlap) ** 2).abs()
+    least = (m_hat @ overlap) ** 2 * (1 - betas[1]) * (1 - betas[0] ** 2 / betas[1]) / (1 - betas[0]) ** 2
+    v = (1 - betas[1] ** t) * torch.maximum(v, least)
     return m @ overlap, v
 
 
