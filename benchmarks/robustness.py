@@ -4,8 +4,8 @@
 
 Four small nets, 1,500 steps each, in float32, all parameters in one group, so that embeddings, heads and routers are
 projected too: harder than the project's parameter groups, which leave them to AdamW. Units of the MLP and of the CNN
-are dead for whole batches, tokens that a batch lacks leave rows of the embedding without a gradient, and experts go
-unrouted. The mixture trains its experts under a hard choice of one expert a sample.
+are dead for whole batches, tokens that a batch lacks leave rows of the embedding without a gradient, and experts that
+get no sample have none at all.
 
 Rates are 0.3, 1 and 3 times each optimiser's own default: 3e-4, 1e-3 and 3e-3 for AdamW, the grid it is mostly tuned
 on, and as far from their papers' rates for the others. Rank 16 (APOLLO-Mini: 1), no schedule, no clipping, so nothing
@@ -18,6 +18,7 @@ Delete the file after a change of the nets or of the optimisers.
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import platform
@@ -42,17 +43,7 @@ from lightspan.optim.low_rank import LowRank
 RESULTS = Path(__file__).parent / "results" / "robustness.json"
 STEPS, BATCH, RANK, SEED = 1500, 32, 16, 0
 FACTORS = (0.3, 1.0, 3.0)
-DEFAULT_RATES = {
-    "AdamW": 1e-3,
-    "LowRank": 1e-3,
-    "GaLore": 1e-2,
-    "FiraAdam": 1e-2,
-    "APOLLO": 1e-2,
-    "APOLLOMini": 1e-2,
-    "LDAdam": 1e-3,
-    "DCTAdamW": 1e-3,
-    "Trion": 2e-2,
-}
+NAMES = ("AdamW", "LowRank", "GaLore", "FiraAdam", "APOLLO", "APOLLOMini", "LDAdam", "DCTAdamW", "Trion")
 Row = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
 
@@ -68,8 +59,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def text() -> Tensor:
-    """Bytes of this file: 256 tokens, most of them rare or absent."""
-    return torch.tensor(list(Path(__file__).read_bytes()))
+    """Bytes of the project's licence: 256 tokens, most of them rare or absent."""
+    return torch.tensor(list((Path(__file__).parents[1] / "LICENSE").read_bytes()))
 
 
 def digit_batches(generator: torch.Generator) -> Iterator[Batch]:
@@ -154,12 +145,21 @@ NETS = {
 }
 
 
+def kind_of(name: str) -> type[Optimizer]:
+    """torch's AdamW, LowRank or a preset."""
+    return {"AdamW": torch.optim.AdamW, "LowRank": LowRank}.get(name) or getattr(presets, name)
+
+
+def rate(name: str, factor: float) -> float:
+    """A multiple of the optimiser's own default, of four digits."""
+    return float(f"{factor * inspect.signature(kind_of(name)).parameters['lr'].default:.4g}")
+
+
 def optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
     """The optimiser of this name on all parameters of the model, in one group."""
     if name == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
-    kind = LowRank if name == "LowRank" else getattr(presets, name)
-    return kind(model.named_parameters(), lr=lr, rank=1 if name == "APOLLOMini" else RANK)
+    return kind_of(name)(model.named_parameters(), lr=lr, rank=1 if name == "APOLLOMini" else RANK)
 
 
 def finite(tensors: Iterator[Tensor]) -> bool:
@@ -220,9 +220,9 @@ def train(net: Net, make: Callable[[nn.Module], Optimizer], steps: int, dtype: t
 
 def measure(name: str, net: str, factor: float) -> Row:
     """One run as a row of the results; what is not finite is null."""
-    lr = factor * DEFAULT_RATES[name]
+    lr = rate(name, factor)
     start = time.process_time()
-    trace = train(NETS[net], functools.partial(lambda model, lr: optimizer(name, model, lr), lr=lr), STEPS)
+    trace = train(NETS[net], lambda model: optimizer(name, model, lr), STEPS)
     tail = trace.losses[-STEPS // 15 :]
 
     def known(value: float) -> float | None:
@@ -231,7 +231,7 @@ def measure(name: str, net: str, factor: float) -> Row:
     return {
         "optimizer": name,
         "net": net,
-        "lr": float(f"{lr:.4g}"),
+        "lr": lr,
         "steps": len(trace.losses),
         "first_loss": known(trace.losses[0]),
         "final_loss": known(sum(tail) / len(tail)),
@@ -250,7 +250,7 @@ def cpu() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=list(DEFAULT_RATES), default=list(DEFAULT_RATES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS), metavar="NET")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     done = {(row["optimizer"], row["net"], row["lr"]) for row in record["rows"]}
     wanted = [(net, name, factor) for net in options.nets for name in options.only for factor in FACTORS]
     for number, (net, name, factor) in enumerate(wanted, start=1):
-        if (name, net, float(f"{factor * DEFAULT_RATES[name]:.4g}")) in done:
+        if (name, net, rate(name, factor)) in done:
             continue
         row = measure(name, net, factor)
         record["rows"].append(row)
