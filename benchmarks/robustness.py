@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         row = measure(name, net, factor)
         record["rows"].append(row)
-        record |= {"date": str(date.today()), "cpu": cpu(), "torch": torch.__version__, "rank": RANK}
+        record |= {"date": str(date.today()), "cpu": cpu(), "torch": torch.__version__, "rank": RANK, "steps": STEPS}
         rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
         head = json.dumps({key: value for key, value in record.items() if key != "rows"})[1:-1]
         write_atomic(options.results, f'{{{head}, "rows": [\n  {rows}\n]}}\n')
