@@ -274,8 +274,8 @@ def run(make: Make, dtype: torch.dtype, strict: bool = False) -> None:
 
 
 def movement(optimizer: LowRank, weight: Tensor, before: Tensor, strict: bool) -> tuple[float, float]:
-    """How far a row moved a number, root mean square, and how far it may. Nothing bounds SGD, whose steps are as long as
-    its gradients, nor, unless `strict`, a residual without a bound. Of rules that look at whole matrices, of these.
+    """How far a row moved a number, root mean square, and how far it may. Nothing bounds SGD, as long as its gradients,
+    nor, unless `strict`, a residual without a bound. Rules that look at whole matrices are held to whole matrices.
     """
     rule, (beta1, beta2) = optimizer.rule, optimizer.param_groups[0]["betas"]
     longest = LR * optimizer.scale * farthest((beta1, beta2)) * (1 + (getattr(rule.residual, "bound", 0) or 0)) * 1.001
