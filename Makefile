@@ -20,7 +20,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality robustness lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,10 @@ bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machin
 lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart's text (hours; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lm_quality.py final
 	$(BIN)/python benchmarks/lm_quality.py table
+	$(BIN)/python benchmarks/build_docs.py
+
+robustness: $(BASE) ## train nets with dead rows on every optimiser (15 processor minutes; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/build_docs.py
 
 # The paper's network, grid and batch size. Rates and the line are read on 10,000 training images kept out of training.

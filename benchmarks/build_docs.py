@@ -29,6 +29,7 @@ figure is taken is said at the top of the file that takes it.
 COMMANDS = {
     "optim_step": "python benchmarks/optim_step.py --keep",
     "lm_quality": "python benchmarks/lm_quality.py final",
+    "robustness": "python benchmarks/robustness.py",
     "kernels": "python benchmarks/kernels.py",
     "projections": "python benchmarks/projections.py",
     "adapters": "python benchmarks/adapters.py --json benchmarks/results/adapters.json",
@@ -245,6 +246,51 @@ def lm_quality(results: Path) -> list[str]:
     return [*lines, *provenance(COMMANDS["lm_quality"], *known["cpu"], span, torch)]
 
 
+def robustness(results: Path) -> list[str]:
+    """Section on nets whose gradients have rows of zeros."""
+    record = read(results / "robustness.json")
+    if record is None:
+        return [MISSING, ""]
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in record["rows"]:
+        runs.setdefault((row["net"], row["optimizer"]), []).append(row)
+
+    def worst(found: list[Row], key: str) -> float:
+        return max(math.inf if row[key] is None else row[key] for row in found)
+
+    cells = []
+    for (net, name), found in runs.items():
+        found = sorted(found, key=lambda row: row["lr"])
+        rates, finals = (
+            " / ".join(number(math.nan if row[key] is None else row[key], form) for row in found)
+            for key, form in (("lr", ".0e"), ("final_loss", ".3g"))
+        )
+        ended = sum(row["stopped"] is not None for row in found)
+        most = number(worst(found, "largest_loss"), ".3g"), number(worst(found, "farthest_step_x_lr"), ".3g")
+        cells.append((net, name, rates, finals, *most, str(ended)))
+    stopped = sum(row["stopped"] is not None for row in record["rows"])
+    default = [row for row in record["rows"] if row["optimizer"] == "LowRank"]
+    lines = [
+        "A ReLU MLP and a CNN on digits, a small transformer on bytes and a mixture of experts; every parameter that",
+        "can be projected is, without schedule or clipping. Rates are 0.3, 1 and 3 times each optimiser's own default.",
+        "The final loss is the mean of the last fifteenth of the run; the largest loss of a batch and the largest step",
+        "of any one weight, in units of the rate, are the worst of the three rates.",
+        "",
+    ]
+    columns = ("net", "optimiser", "rates", "final losses", "largest loss", "largest step, x lr", "not finite")
+    lines += markdown(columns, cells)
+    farthest = worst(default, "farthest_step_x_lr") if default else None
+    lines += goals(
+        [
+            ("runs that ended in something not finite", "<=", 0, stopped, ""),
+            ("largest step of LowRank, x lr", "<=", 10, farthest, ""),
+        ]
+    )
+    minutes = f"{sum(row['cpu_s'] for row in record['rows']) / 60:.0f} processor minutes"
+    about = facts(record, "date", "cpu", "torch", "rank", "steps"), minutes
+    return [*lines, *provenance(COMMANDS["robustness"], *about)]
+
+
 def card_goals(steps: dict[str, list[Row]]) -> Iterator[Goal]:
     """The goals for an H100. Those of whole steps hold for both ways to clip inside LowRank, eager and captured."""
     times = {(matrices, row["name"], row["mode"]): row for matrices, rows in steps.items() for row in rows}
@@ -376,6 +422,7 @@ def page(results: Path) -> str:
     sections = {
         "One step on a CPU": optim_step(results),
         "Loss on equal tokens": lm_quality(results),
+        "Nets with dead rows": robustness(results),
         "Kernels on a GPU": cards or [MISSING, ""],
         "Memory that a plan foretells": plan_error(results),
         "Random projections on a CPU": projections(results),

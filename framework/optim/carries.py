@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightspan.optim.inner import farthest
 from lightspan.optim.layout import State
 from lightspan.optim.moments import MomentStorage
 from lightspan.triton_kernels.low_rank_adam import bias_correction
@@ -61,8 +62,10 @@ class Rotate:
     Args:
         floor: what stands in for directions outside the old span. A new direction owns a share c_j = sum_i O_ij^2 <= 1
             of the old ones; about the rest, 1 - c_j, nothing is known but the present gradient, whose square is added
-            with that weight. Without it, as published, such a direction meets a denominator near zero. With it,
-            variances below zero, which running means of unequal length allow, count as zero.
+            with that weight. Variances below zero, which running means of unequal length allow, count as zero.
+            Without it, as published, such a direction meets a denominator near zero; it is then no smaller than makes
+            the direction as long as Adam's can be at all, see `lightspan.optim.inner.farthest`. (Published code has
+            no such bound: where the terms of v cancel, it takes one step of m / eps.)
     """
 
     floor: bool = True
@@ -84,6 +87,7 @@ class Rotate:
             square_BMR = (square_BMR + mean_BMR.square()).addcmul_(change.coordinates_BMR.square(), unknown_B1R)
         else:
             square_BMR = (variance_BMR @ share_BRR + mean_BMR.square()).abs_()
+            square_BMR = torch.maximum(square_BMR, (mean_BMR / farthest(change.betas)).square_())
         storage.save(mean_BMR * corrections[0], moments, "exp_avg", seed)
         storage.save(square_BMR * corrections[1], moments, "exp_avg_sq", seed)
         return None

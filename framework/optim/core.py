@@ -155,7 +155,7 @@ def update_step(
     source_BR, lost = _change_frames(state, layout, rule, projection, numbers)
     setting = Setting(layout, rule.moments, numbers, source_BR)
     direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
-    coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state, layout.total)
+    coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state, layout)
     whole: list[Tensor] = []
     if len(scale_BM):
         whole = [gradient for gradient in projection.gradients if gradient is not None]

@@ -3,6 +3,7 @@
 Shapes: B matrices, M rows (kept), R rank.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +67,17 @@ class Adam(Inner):
         return low_rank_adam(
             coordinates_BMR, *moments, *numbers.betas, numbers.eps, *scales, setting.source_BR, numbers.seed
         )
+
+
+def farthest(betas: tuple[float, float]) -> float:
+    """The largest direction that Adam can give a coordinate, whatever its gradients: 7.3 at betas (0.9, 0.999), 2.2 at
+    (0.908, 0.99); infinite for b1^2 >= b2.
+
+    Both moments are sums over the same gradients, m of a_k g_k and v of b_k g_k^2, so m^2 <= v sum(a_k^2 / b_k) by
+    Cauchy-Schwarz.
+    """
+    beta1, beta2 = betas
+    return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5 if beta1**2 < beta2 else math.inf
 
 
 @dataclass(frozen=True)

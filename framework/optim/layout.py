@@ -13,8 +13,8 @@ from lightspan.optim.sharding import Ranks, Shards, alone, from_local, local, ra
 State = dict[str, Tensor]
 """Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""
 
-SECOND_STREAM, WEIGHT_STREAM = 1 << 60, 1 << 61
-"""Added to a step's seed: the noise that rounds second moments, weights and first moments has nothing in common."""
+WEIGHT_STREAM = 1 << 61
+"""Added to a step's seed: the noise that rounds weights has nothing in common with that of moments."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -226,7 +227,8 @@ class LowRank(Optimizer):
         """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
         column indices into floats and float32 moments of bfloat16 weights into bfloat16.
 
-        What a group lacks there, it keeps. The rank is part of the saved groups.
+        What a group lacks there, it keeps. The rank is part of the saved groups. Warns of what the residual had to
+        start anew, see `Residual.mend`.
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.
         """
@@ -266,7 +268,19 @@ class LowRank(Optimizer):
             for key, value in state.get(number, {}).items():
                 device = torch.device("cpu") if key in on_host else parameter.device
                 self.state[parameter][key] = value.to(device=device, copy=True)
+        self._mend([parameter for parameter, *_ in every])
         self._buckets, self._places = None, {}
+
+    def _mend(self, parameters: list[Tensor]) -> None:
+        mended = {p: what for p in parameters if (what := self.rule.residual.mend(self.state[p])) is not None}
+        if mended:
+            shown = ", ".join(self._called(p) for p in list(mended)[:3]) + ", ..." * (len(mended) > 3)
+            warnings.warn(
+                f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite, and "
+                "starts anew. Earlier versions wrote that after gradients with rows of zeros; look whether the "
+                "checkpoint's weights are finite, and resume from an older one if they are not",
+                stacklevel=2,
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -478,24 +492,26 @@ class LowRank(Optimizer):
         """A frame must not be chosen from NaN: an SVD raises on it, a power step would hide it."""
         if self.check_finite and not self.rule.residual.feeds_back:  # that projects after the check of all gradients
             chosen = [work.gradients[i] for work in works for i in (*work.first, *work.due)]
-            self._require_finite_sums([g.sum(dtype=torch.float32) for g in chosen if g is not None])
+            self._require_finite_norms([norms([g for g in chosen if g is not None])])
 
     def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
-        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either."""
+        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either. Norms,
+        because second moments and row norms are squares, which end at 1.8e19 in float32.
+        """
         if not self.check_finite:
             return
-        unprojected, sums = [_held_gradient(p) for ps in plain for p in ps], []
+        whole, found = [_held_gradient(p) for ps in plain for p in ps], []
         for work in works:
             if work.projection is None:
-                unprojected += [gradient for gradient in work.gradients if gradient is not None]
+                whole += [gradient for gradient in work.gradients if gradient is not None]
             else:
-                sums.append(work.projection.coordinates_BMR.sum())
-        self._require_finite_sums([*sums, norms(unprojected)] if unprojected else sums)
+                found += [work.projection.coordinates_BMR.square().sum(), work.projection.energy_BM.sum()]
+        self._require_finite_norms([*found, norms(whole)])
 
-    def _require_finite_sums(self, sums: list[Tensor]) -> None:
-        """All ranks raise or none does; each comes here with sums of its own parts of the same gradients."""
-        if sums:
-            wrong = (~torch.cat([s.reshape(-1).to(sums[0].device, torch.float32) for s in sums]).isfinite()).sum()
+    def _require_finite_norms(self, found: list[Tensor]) -> None:
+        """All ranks raise or none does; each comes here with norms of its own parts of the same gradients."""
+        if any(len(each.reshape(-1)) for each in found):
+            wrong = (~torch.cat([each.reshape(-1).to(found[0].device).float() for each in found]).isfinite()).sum()
             for ranks in self._ranks_of_parameters():
                 wrong = ranks.total(wrong)
             if wrong:
@@ -507,18 +523,33 @@ class LowRank(Optimizer):
         return [ranks for ranks in every if ranks is not None]
 
     def _raise_not_finite(self) -> None:
-        every = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        flags = torch.stack([(~local(p.grad).isfinite()).sum() for p in every])
+        every = [p for group in self.param_groups for p in group["params"]]
+        if broken := self._not_finite(every, [local(p) for p in every]):
+            raise UserError(
+                f"the weights of {broken} are not finite (NaN or infinity), so no gradient can be; this step changed "
+                "nothing. An earlier step or a checkpoint brought them: resume from one before that, with a lower "
+                "learning rate"
+            )
+        every = [p for p in every if p.grad is not None]
+        shown = self._not_finite(every, [norms([_held_gradient(p)]) for p in every])
+        raise UserError(
+            f"the gradient of {shown or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or so "
+            "large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were changed. "
+            "Lower the learning rate, clip with max_norm, or look at the batch; check_finite=False goes on regardless"
+        )
+
+    def _not_finite(self, parameters: list[Tensor], values: list[Tensor]) -> str:
+        """Names those parameters whose value is not finite on any rank; empty if all are."""
+        if not parameters:
+            return ""
+        flags = torch.stack([(~value.isfinite()).sum() for value in values])
         for ranks in self._ranks_of_parameters():
             flags = ranks.total(flags)
-        wrong = [p for p, flag in zip(every, flags.tolist(), strict=True) if flag]
-        names = [self._names.get(p) or f"a parameter of shape {tuple(p.shape)}" for p in wrong]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise UserError(
-            f"the gradient of {shown or 'a parameter that is kept in coordinates'} is not finite (NaN or infinity); "
-            "neither weights nor optimiser state were changed. Lower the learning rate, clip with max_norm, or look at "
-            "the batch; check_finite=False goes on regardless"
-        )
+        wrong = [self._called(p) for p, flag in zip(parameters, flags.tolist(), strict=True) if flag]
+        return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+    def _called(self, parameter: Tensor) -> str:
+        return self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
 
     def _update(self, work: _Work, clip: Tensor | None) -> None:
         group, device = work.bucket.group, work.layout.device

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.optim.layout import SECOND_STREAM, Layout, State
-from lightspan.triton_kernels.quantised_moments import decode_first, decode_second, encode_first, encode_second
+from lightspan.optim.layout import Layout, State
+from lightspan.triton_kernels.quantised_moments import (
+    SECOND_STREAM,
+    decode_first,
+    decode_second,
+    encode_first,
+    encode_second,
+)
 from lightspan.triton_kernels.rounding import stochastic_round
 
 
@@ -59,7 +65,8 @@ class BFloat16Moments(MomentStorage):
         return state[name].float()
 
     def save(self, moment_BMR: Tensor, state: State, name: str, seed: Tensor) -> None:
-        state[name].copy_(stochastic_round(moment_BMR.float(), seed + (name == "exp_avg_sq") * SECOND_STREAM))
+        stream = seed ^ SECOND_STREAM if name == "exp_avg_sq" else seed
+        state[name].copy_(stochastic_round(moment_BMR.float(), stream))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,20 @@
 | dct_adamw   | DCT columns, every step   | gather              | error feedback              | Adam          |
 | trion       | DCT columns, every step   | -                   | momentum as error feedback  | Newton-Schulz |
 
-Each equals its paper's equations (tests/optim/test_presets.py). Where published code departs from its paper, the paper
-is followed. `LowRank` without a preset is what this project recommends.
+Each equals its paper's equations, as written in tests/optim/published.py, but for what is said here and in the
+classes. `LowRank` without a preset is what this project recommends.
+
+Where a recipe of published code does not carry over as it is:
+
+- Refreshes take turns: the k-th of n matrices changes its frame first after k / n of `refresh`. Published code changes
+  all frames in one step; `refresh=Every(200, staggered=False)` of `lightspan.optim.triggers` does so too.
+- Weight decay comes before the step and is decoupled, as in AdamW; the GaLore and APOLLO packages decay after it.
+- Fira's and APOLLO's limiter works on bias-corrected norms, their code's on uncorrected ones; None turns it off.
+  `bound` is ours: no row moves farther than a stated multiple of AdamW's reach; `bound=None` is the paper's rule.
+- What is not projected, vectors and matrices whose shorter side is not above `rank`, gets AdamW at the group's rate.
+  The 1e-2 of GaLore, Fira and APOLLO is high for it, and their code does the same: set `other_lr` of
+  `lightspan.optim.groups`, or give such parameters a group of their own. `Trion` has an `other_lr` of its own.
+- Wide matrices are compressed on their rows and square ones on their columns, in all presets.
 
 All take what `LowRank` takes, but for the parts that make them what they are. In a recipe a preset is a class path like
 any other; the lower-case names are theirs in tables and result files.
@@ -20,22 +32,29 @@ any other; the lower-case names are theirs in tables and result files.
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from lightspan.errors import UserError
 from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import NewtonSchulz
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.optim.triggers import Trigger
 
 
 class GaLore(LowRank):
-    """GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2), with decoupled weight decay."""
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2), with decoupled weight decay. `scale` is alpha.
+
+    Published code projects a wide matrix by the SVD of G, not of G^T: signs of singular vectors are arbitrary, and meet
+    moments that stay, so that runs agree up to those signs only.
+    """
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-2,
         rank: int = 128,
-        refresh: int = 200,
+        refresh: int | Trigger = 200,
         scale: float = 0.25,
         **options: Any,
     ) -> None:
@@ -43,58 +62,86 @@ class GaLore(LowRank):
 
 
 class FiraAdam(LowRank):
-    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1). `limit` is gamma of the norm-growth limiter."""
+    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1).
+
+    Args:
+        scale: alpha, of the whole update, as in the paper.
+        scale_residual: False is published code: alpha scales U Q^T and R Q^T alone, so that the rescaled part is
+            1 / alpha times as long, and contains (1 - alpha) R Q^T. Its recipes need this one: at the default their
+            rates move weights a quarter as far.
+        limit, bound: of the norm-growth limiter and of a row, see `lightspan.optim.residuals.Fira`.
+    """
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-2,
         rank: int = 128,
-        refresh: int = 200,
+        refresh: int | Trigger = 200,
         scale: float = 0.25,
-        limit: float = 1.01,
+        limit: float | None = 1.01,
+        bound: float | None = 4.0,
+        scale_residual: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(params, lr, rank, SVDBasis(), Fira(limit), refresh=refresh, scale=scale, **options)
+        residual = Fira(limit, bound) if scale_residual else Fira(limit, bound, inside=scale)
+        scale = scale if scale_residual else 1.0
+        super().__init__(params, lr, rank, SVDBasis(), residual, refresh=refresh, scale=scale, **options)
 
 
 class APOLLO(LowRank):
-    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1), scales per channel of the longer side."""
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1), scales per channel of the longer side.
+
+    Args:
+        scale: of the update. Published code takes the square root of what it calls scale: its 128 is 128**0.5 here.
+        limit, bound: of the norm-growth limiter and of a row, see `lightspan.optim.residuals.Apollo`.
+    """
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-2,
         rank: int = 256,
-        refresh: int = 200,
+        refresh: int | Trigger = 200,
         scale: float = 1.0,
         limit: float | None = 1.01,
+        bound: float | None = 4.0,
         **options: Any,
     ) -> None:
-        residual = Apollo("channel", limit)
+        residual = Apollo("channel", limit, bound)
         super().__init__(params, lr, rank, GaussianBasis(), residual, refresh=refresh, scale=scale, **options)
 
 
 class APOLLOMini(LowRank):
-    """APOLLO-Mini (arXiv 2412.05270, section 4.3): rank 1, one scale per matrix, alpha = sqrt(128)."""
+    """APOLLO-Mini (arXiv 2412.05270, section 4.3): rank 1, one scale per matrix, alpha = sqrt(128), which published
+    code calls a scale of 128. `limit` and `bound` as in `APOLLO`; the bound is that of the whole matrix.
+    """
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-2,
         rank: int = 1,
-        refresh: int = 200,
+        refresh: int | Trigger = 200,
         scale: float = 128.0**0.5,
         limit: float | None = 1.01,
+        bound: float | None = 4.0,
         **options: Any,
     ) -> None:
-        residual = Apollo("tensor", limit)
+        residual = Apollo("tensor", limit, bound)
         super().__init__(params, lr, rank, GaussianBasis(), residual, refresh=refresh, scale=scale, **options)
 
 
 class LDAdam(LowRank):
     """LDAdam (Robert et al. 2024, arXiv 2410.16103, algorithm 1): a new frame and rotated moments in every step. Its
-    first frames come from power steps instead of an SVD. `rho` is the share of the momentum that frames follow.
+    first frames come from power steps instead of an SVD, and a rotation leaves no second moment so small that Adam
+    could not have reached its first with it; see `lightspan.optim.carries.Rotate`.
+
+    Of square matrices, as those of queries, keys, values and outputs often are, published code compresses the rows and
+    this the columns.
+
+    Args:
+        rho: share of the momentum that frames follow, in [0, 1).
     """
 
     def __init__(
@@ -125,7 +172,7 @@ class DCTAdamW(LowRank):
         params: Iterable[Any],
         lr: float = 1e-3,
         rank: int = 128,
-        refresh: int = 1,
+        refresh: int | Trigger = 1,
         error_feedback: Literal["float32", "bfloat16", "int8", "int4"] | None = "int8",
         rotate: bool = True,
         norm: Literal[1, 2] = 2,
@@ -139,8 +186,16 @@ class DCTAdamW(LowRank):
 class Trion(LowRank):
     """Trion (arXiv 2505.17967, algorithm 1): Dion with DCT columns and Newton-Schulz on the coordinates.
 
+    Newton-Schulz needs a rate that is far too high for AdamW, which steps what is not projected: vectors, matrices
+    whose shorter side is not above `rank`, and groups with project=False. Where a group has no `lr` of its own these
+    get `other_lr`, in a group of theirs behind it. Their betas and eps are the published code's. As published, there is
+    no Nesterov momentum.
+
     Args:
+        lr: of the projected matrices.
+        other_lr: of everything else, unless a group has `lr`; >= 0.
         momentum: mu in [0, 1), the share of the captured part that stays.
+        norm: by which columns are compared; 2 loses least energy, the published code's default is 1.
         convention: factor by shape, see `NewtonSchulz`.
     """
 
@@ -150,11 +205,38 @@ class Trion(LowRank):
         lr: float = 2e-2,
         rank: int = 128,
         momentum: float = 0.95,
+        norm: Literal[1, 2] = 2,
         convention: Literal["kj", "kimi", "dion", "none"] = "kj",
+        other_lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        residual, inner = ErrorFeedback(kept=momentum), NewtonSchulz(scale=convention)
-        super().__init__(params, lr, rank, DCTBasis(carry=Keep()), residual, inner, refresh=1, **options)
+        if not other_lr >= 0:
+            raise UserError(f"Trion other_lr={other_lr} must be at least 0")
+        if isinstance(rank, RankByEnergy):
+            raise UserError(
+                "Trion rank=RankByEnergy() could leave a matrix to AdamW at the rate of Newton-Schulz; set rank to a "
+                "number"
+            )
+        self.other_lr = other_lr
+        basis, residual = DCTBasis(norm=norm, carry=Keep()), ErrorFeedback(kept=momentum)
+        inner = NewtonSchulz(scale=convention)
+        super().__init__(params, lr, rank, basis, residual, inner, refresh=1, betas=betas, eps=eps, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds the group, or two: what is not projected of a group without a rate gets `other_lr`."""
+        has_rate = "lr" in param_group
+        super().add_param_group(dict(param_group))  # a copy: torch writes defaults into what it gets
+        if has_rate:
+            return
+        group = self.param_groups.pop()
+        projected = [self.projected(p, group) for p in group["params"]]
+        for wanted, rate in ((True, group["lr"]), (False, self.other_lr)):
+            members = [i for i, is_projected in enumerate(projected) if is_projected == wanted]
+            if members:
+                lists = {key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group}
+                self.param_groups.append({**group, **lists, "lr": rate})
 
 
 galore, fira, apollo, apollo_mini = GaLore, FiraAdam, APOLLO, APOLLOMini

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
-from lightspan.optim.sharding import Total, alone
+from lightspan.optim.sharding import Total, local
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 
@@ -37,6 +37,12 @@ class Residual(ABC):
         """State before the first step."""
         return {}
 
+    def mend(self, state: State) -> str | None:
+        """Looks at one matrix' part of a state that was loaded. What no step can have written starts anew, in place,
+        and is named; None if all is sound.
+        """
+        return None
+
     def accumulate(self, gradients: list[Tensor], state: State, clip: Tensor) -> list[Tensor]:
         """What is projected in the place of the gradients, which are to be multiplied by `clip`, 0-d."""
         raise NotImplementedError(f"{type(self).__name__} feeds nothing back")
@@ -48,13 +54,13 @@ class Residual(ABC):
         coordinates_BMR: Tensor,
         energy_BM: Tensor,
         state: State,
-        total: Total = alone,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor]:
         """(coefficients [B M R] or [B M 0], scale [B M] or [0 M]) of the update; may work in place on the direction.
 
         Args:
             energy_BM: squared row norms of the gradient, if `needs_energy`.
-            total: continues sums over rows to those of other ranks.
+            layout: of the matrices; its `total` continues sums over rows to those of other ranks.
         """
 
     def remember(
@@ -84,107 +90,184 @@ class Dropped(Residual):
         coordinates_BMR: Tensor,
         energy_BM: Tensor,
         state: State,
-        total: Total = alone,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor]:
         return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
 
 
-def limit_growth(scale_BM: Tensor, norm_B: Tensor, limit: float, state: State) -> Tensor:
-    """Row scales after the norm-growth limiter (Fira, arXiv 2410.01623, section 3.3): the norm of what is scaled grows
-    by at most `limit` from one step to the next; the first step is not limited. Writes the norm to `state`.
+EPSILON = 1e-8
+"""Added to the norms that are divided by, as published code of Fira and APOLLO does; it is also Adam's."""
+
+
+def row_scales(direction: Tensor, inside: Tensor, outside: Tensor, layout: Layout, bound: float | None) -> Tensor:
+    """|u| / (|r| + EPSILON), what Adam does to the length of a row's coordinates. Finite for finite norms.
+
+    It is the estimate of what Adam would do to the row's `outside`, and it holds as long as the frame sees a fair share
+    of the row. Of an isotropic gradient |r| is about sqrt(R / N) of the row. A row whose gradient turns out of the
+    frame has |r| near 0 and a momentum that keeps |u| up: the quotient then says nothing, and times `outside` there is
+    no limit to it. So |r| counts as no less than sqrt(R / N) |outside| / bound, which gives
+
+        scale |outside| <= bound sqrt(N / R) |u|
+
+    Adam's coordinates are at most A = `lightspan.optim.inner.farthest`, so |u| <= A sqrt(R): what is rescaled is at
+    most `bound` times as long as the longest row that AdamW could make of N numbers at the same rate, A sqrt(N).
+
+    Args:
+        direction, inside, outside: norms of u, r and of what is rescaled, [B M].
     """
-    previous_B, tiny = state["limiter"], torch.finfo(norm_B.dtype).tiny
-    ceiling_B = torch.where(previous_B > 0, limit * previous_B, norm_B)
-    factor_B = torch.where(norm_B > ceiling_B, ceiling_B / norm_B.clamp_min(tiny), 1.0)
-    state["limiter"].copy_(norm_B * factor_B)
+    below = inside + EPSILON
+    if bound is not None:
+        # fmax: of a row whose squares overflow, `outside` may be infinity less infinity; its scale is 0, as in AdamW.
+        below = torch.fmax(below, outside * ((layout.rank / layout.size) ** 0.5 / bound))
+    # Rows of zeros with a huge momentum: infinity times zero would be NaN.
+    return (direction / below).clamp_max_(torch.finfo(below.dtype).max)
+
+
+def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: State, total: Total) -> Tensor:
+    """Row scales after the norm-growth limiter (Fira, arXiv 2410.01623, section 3.3): the norm of what is rescaled
+    grows by at most `limit` from one step to the next. Writes the norm to `state`, always a finite number.
+
+    The first step is not limited. A step that rescales nothing, as a gradient of zeros, does not count: the next one is
+    measured against the last that did. (Published code takes its norm of zero for the norm to grow from, after which
+    some two thousand steps pass until the part counts again.)
+
+    Args:
+        rescaled_BM: scale times the norm of what is scaled, by row.
+    """
+    norm_B, previous_B = total(rescaled_BM.square().sum(dim=-1)).sqrt(), state["limiter"]
+    ceiling_B = torch.where(previous_B > 0, limit * previous_B, torch.inf)
+    factor_B = torch.where(norm_B > ceiling_B, ceiling_B / norm_B, 1.0)
+    reached_B = torch.minimum(norm_B, ceiling_B).clamp_max_(torch.finfo(norm_B.dtype).max)
+    state["limiter"].copy_(torch.where(norm_B > 0, reached_B, previous_B))
     return scale_BM * factor_B[:, None]
 
 
-def _require_limit(owner: Residual, limit: float | None) -> None:
-    if limit is not None and limit <= 1:
-        raise UserError(f"{type(owner).__name__} limit={limit} must be above 1; at 1 or below, norms can only shrink")
+def mend_limiter(state: State) -> bool:
+    """Starts a limiter of one matrix anew that is not finite or negative, which no step writes. Whether it was so."""
+    limiter = local(state["limiter"]) if "limiter" in state else None
+    if limiter is None or bool((limiter >= 0) & limiter.isfinite()):
+        return False
+    limiter.zero_()
+    return True
 
 
-@dataclass(frozen=True)
-class Fira(Residual):
-    """The gradient outside the frame, scaled row by row like the gradient inside it (Fira, arXiv 2410.01623, sections
-    3.2 and 3.3).
+def _require_above_one(owner: Residual, **limits: float | None) -> None:
+    for name, value in limits.items():
+        if value is not None and not value > 1:
+            why = "at 1 or below, norms can only shrink" if name == "limit" else "1 is what an isotropic gradient needs"
+            raise UserError(f"{type(owner).__name__} {name}={value} must be above 1 ({why}), or None for none")
 
-    With coordinates r, direction u and residual E = G - r Q^T, row i of the update gains s_i E_i, s_i = |u_i| / |r_i|.
-    A limiter holds |s o E|_F to at most `limit` times its value in the step before. The frame is orthonormal, so
-    |E_i|^2 = |G_i|^2 - |r_i|^2: the residual's norm comes without forming the residual.
 
-    Args:
-        limit: gamma of the norm-growth limiter, > 1.
-    """
+class _Rescaling(Residual):
+    """What residuals share that scale rows: a bound, a limiter, and its place in the state."""
 
-    limit: float = 1.01
-
+    limit: float | None
+    bound: float | None
     needs_energy = True
 
     def __post_init__(self) -> None:
-        _require_limit(self, self.limit)
-
-    def initial(self, layout: Layout) -> State:
-        return {"limiter": layout.zeros()}
-
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        total: Total = alone,
-    ) -> tuple[Tensor, Tensor]:
-        inside_BM = torch.linalg.vector_norm(coordinates_BMR, dim=-1)
-        tiny = torch.finfo(energy_BM.dtype).tiny
-        scale_BM = torch.linalg.vector_norm(direction_BMR, dim=-1) / inside_BM.clamp_min(tiny)
-        outside_BM = (energy_BM - inside_BM.square()).clamp_min_(0)
-        norm_B = total((scale_BM.square() * outside_BM).sum(dim=-1)).sqrt()
-        scale_BM = limit_growth(scale_BM, norm_B, self.limit, state)
-        return direction_BMR.addcmul_(coordinates_BMR, scale_BM[:, :, None], value=-1), scale_BM
-
-
-@dataclass(frozen=True)
-class Apollo(Residual):
-    """The whole gradient, scaled as Adam scales its coordinates (APOLLO, arXiv 2412.05270, section 4).
-
-    The frame serves to estimate scales only: nothing is lifted back, so it need not be orthonormal, and the update has
-    full rank. s_i = |u_i| / |r_i| per row ("channel"), or |U| / |R| for the whole matrix ("tensor", APOLLO-Mini).
-
-    Args:
-        per: "channel" or "tensor".
-        limit: gamma of the norm-growth limiter on s o G, > 1; None for none.
-    """
-
-    per: Literal["channel", "tensor"] = "channel"
-    limit: float | None = 1.01
-
-    needs_energy = True
-    needs_orthonormal = False
-
-    def __post_init__(self) -> None:
-        _require_limit(self, self.limit)
+        _require_above_one(self, limit=self.limit, bound=self.bound)
 
     def initial(self, layout: Layout) -> State:
         return {} if self.limit is None else {"limiter": layout.zeros()}
 
+    def mend(self, state: State) -> str | None:
+        return "the norm-growth limiter" if mend_limiter(state) else None
+
+    def _limited(self, scale_BM: Tensor, outside_BM: Tensor, state: State, layout: Layout) -> Tensor:
+        if self.limit is None:
+            return scale_BM
+        return limit_growth(scale_BM, scale_BM * outside_BM, self.limit, state, layout.total)
+
+
+@dataclass(frozen=True)
+class Fira(_Rescaling):
+    """The gradient outside the frame, scaled row by row like the gradient inside it (Fira, arXiv 2410.01623, sections
+    3.2 and 3.3).
+
+    With coordinates r, direction u and residual E = G - r Q^T, row i of the update gains s_i E_i, s_i = |u_i| /
+    (|r_i| + 1e-8). A limiter holds |s o E|_F to at most `limit` times its value in the step before. The frame is
+    orthonormal, so |E_i|^2 = |G_i|^2 - |r_i|^2: the residual's norm comes without forming the residual.
+
+    A row moves at most 1 + `bound` times as far as AdamW could move it at the same rate, whatever its gradients: rows
+    that die and come back, or turn out of the frame, included. See `row_scales`.
+
+    Args:
+        limit: gamma of the norm-growth limiter, > 1; None for none.
+        bound: s_i |E_i| is at most `bound` sqrt(N / R) |u_i|, which is `bound` times what it is for an isotropic
+            gradient; > 1. It is not in the paper. It acts on no row of ordinary gradients at ranks of 8 and more, on
+            one of a thousand or fewer at rank 4, and at ranks 1 and 2 on the few that would make up most of the update
+            otherwise. None leaves the paper's rule, in which nothing bounds a step.
+        inside: factor on what lies inside the frame, u Q^T and r Q^T alike. Published code has alpha = 0.25 here and
+            scales nothing else, the paper scales the whole update, which is `scale` of `LowRank`.
+    """
+
+    limit: float | None = 1.01
+    bound: float | None = 4.0
+    inside: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.inside <= 1:
+            raise UserError(f"Fira inside={self.inside} must be in (0, 1]")
+
     def terms(
         self,
         direction_BMR: Tensor,
         coordinates_BMR: Tensor,
         energy_BM: Tensor,
         state: State,
-        total: Total = alone,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor]:
-        norms = [torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR)]
+        direction_BM, inside_BM = (torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR))
+        # |G - a r Q^T|^2 = |G|^2 - a (2 - a) |r|^2
+        taken = self.inside * (2 - self.inside)
+        outside_BM = (energy_BM - taken * inside_BM.square()).clamp_min_(0).sqrt_()
+        scale_BM = row_scales(direction_BM, inside_BM, outside_BM, layout, self.bound)
+        scale_BM = self._limited(scale_BM, outside_BM, state, layout)
+        coefficients_BMR = direction_BMR.addcmul_(coordinates_BMR, scale_BM[:, :, None], value=-1)
+        return coefficients_BMR if self.inside == 1 else coefficients_BMR.mul_(self.inside), scale_BM
+
+
+@dataclass(frozen=True)
+class Apollo(_Rescaling):
+    """The whole gradient, scaled as Adam scales its coordinates (APOLLO, arXiv 2412.05270, section 4).
+
+    The frame serves to estimate scales only: nothing is lifted back, so it need not be orthonormal, and the update has
+    full rank. s_i = |u_i| / (|r_i| + 1e-8) per row ("channel"), or s = |U| / (|R| + 1e-8) for the whole matrix
+    ("tensor", APOLLO-Mini).
+
+    A row moves at most `bound` times as far as AdamW could move it at the same rate, whatever its gradients; with
+    "tensor" this holds for the norm of the whole matrix, of which one row can get all. See `row_scales`.
+
+    Args:
+        per: "channel" or "tensor".
+        limit: gamma of the norm-growth limiter on s o G, > 1; None for none.
+        bound: s_i |G_i| is at most `bound` sqrt(N / R) |u_i|, > 1; with "tensor" the same of whole matrices. Not in the
+            paper; None for none. When it acts: see `Fira`.
+    """
+
+    per: Literal["channel", "tensor"] = "channel"
+    limit: float | None = 1.01
+    bound: float | None = 4.0
+
+    needs_orthonormal = False
+
+    def terms(
+        self,
+        direction_BMR: Tensor,
+        coordinates_BMR: Tensor,
+        energy_BM: Tensor,
+        state: State,
+        layout: Layout,
+    ) -> tuple[Tensor, Tensor]:
+        rows_BM = energy_BM.sqrt()
+        norms = [*(torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR)), rows_BM]
         if self.per == "tensor":
-            norms = [total(n.square().sum(dim=-1, keepdim=True)).sqrt().expand_as(n) for n in norms]
-        scale_BM = norms[0] / norms[1].clamp_min(torch.finfo(energy_BM.dtype).tiny)
-        if self.limit is not None:
-            norm_B = total((scale_BM.square() * energy_BM).sum(dim=-1)).sqrt()
-            scale_BM = limit_growth(scale_BM, norm_B, self.limit, state)
-        return direction_BMR[..., :0], scale_BM
+            squares_3B1 = torch.stack(norms).square().sum(dim=-1, keepdim=True)
+            norms = list(layout.total(squares_3B1).sqrt().expand(-1, -1, layout.rows))
+        scale_BM = row_scales(*norms, layout, self.bound)
+        return direction_BMR[..., :0], self._limited(scale_BM, rows_BM, state, layout)
 
 
 @dataclass(frozen=True)
@@ -231,7 +314,7 @@ class ErrorFeedback(Residual):
         coordinates_BMR: Tensor,
         energy_BM: Tensor,
         state: State,
-        total: Total = alone,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor]:
         return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
 

@@ -52,20 +52,24 @@ class Trigger(ABC):
 
 @dataclass(frozen=True)
 class Every(Trigger):
-    """A fixed number of steps after the last time, staggered over the matrices.
+    """A fixed number of steps after the last time.
 
     Args:
         steps: >= 1.
+        staggered: whether matrices take turns, so that no single step pays for all of them: the k-th of n changes its
+            frame first after k / n of `steps`. Published code changes all frames in the same step.
     """
 
     steps: int = 50
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"refresh={self.steps} must be at least 1 step")
 
     def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
-        return [i for i in asked if (steps[i] - int(phases[i] * self.steps)) % self.steps == 0]
+        shift = self.steps if self.staggered else 0
+        return [i for i in asked if (steps[i] - int(phases[i] * shift)) % self.steps == 0]
 
 
 @dataclass(frozen=True)

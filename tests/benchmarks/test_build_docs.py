@@ -114,6 +114,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
     assert list(found) == [
         "One step on a CPU",
         "Loss on equal tokens",
+        "Nets with dead rows",
         "Kernels on a GPU",
         "Memory that a plan foretells",
         "Random projections on a CPU",
@@ -121,6 +122,19 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
     ]
     assert {body.strip() for body in found.values()} == {"not yet measured"}
     assert build_docs.readme_table(tmp_path) == "not yet measured\n"
+
+
+def test_nets_with_dead_rows_show_their_worst_rate(build_docs: ModuleType, tmp_path: Path) -> None:
+    row = {"net": "N", "optimizer": "LowRank", "largest_loss": 2.0, "farthest_step_x_lr": 4.0, "cpu_s": 60.0}
+    rows = [
+        row | {"lr": 1e-3, "final_loss": 0.5, "stopped": None},
+        row | {"lr": 3e-4, "final_loss": None, "farthest_step_x_lr": None, "stopped": "step 3: not finite"},
+    ]
+    (tmp_path / "robustness.json").write_text(json.dumps({"rows": rows, "rank": 16}))
+    body = sections(build_docs.page(tmp_path))["Nets with dead rows"]
+    assert "| N | LowRank | 3e-04 / 1e-03 | not finite / 0.5 | 2 | not finite | 1 |" in body
+    assert "| runs that ended in something not finite | <= 0 | 1 | **no** |" in body
+    assert "2 processor minutes" in body
 
 
 def test_projections_and_adapters_are_held_to_their_goals(build_docs: ModuleType, tmp_path: Path) -> None:

@@ -59,18 +59,26 @@ def adam(m: Tensor, v: Tensor, g: Tensor, t: int, betas: Betas, eps: float) -> t
     return m, v, m_hat / (v_hat.sqrt() + eps)
 
 
-def ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Quotient of norms; 0 / 0 is 0, where the papers add an epsilon to the denominator."""
-    return torch.where(below > 0, above / below, 0.0)
-
-
-def limited(update: Tensor, before: Tensor | None, gamma: float | None) -> Tensor:
-    """Norm-growth limiter (Fira, section 4.2): at most gamma times the norm that the update had in the step before,
-    itself limited. The first step has no limit; an update that once was zero stays zero.
+def row_scale(above: Tensor, below: Tensor, outside: Tensor, frame: Tensor, bound: float | None) -> Tensor:
+    """|u| / (|r| + 1e-8), with the epsilon of the papers' code. Not in the papers: what is rescaled becomes no longer
+    than bound sqrt(N / R) |u|, `bound` times what an isotropic gradient would make of it; None leaves it as published.
     """
-    if gamma is None or before is None or update.norm() <= gamma * before.norm():
-        return update
-    return update / update.norm() * gamma * before.norm()
+    scale = above / (below + 1e-8)
+    if bound is None:
+        return scale
+    longest = bound * math.sqrt(frame.shape[0] / frame.shape[1]) * above
+    return torch.where(scale * outside > longest, longest / outside, scale)
+
+
+def limited(update: Tensor, norm: float, gamma: float | None) -> tuple[Tensor, float]:
+    """Norm-growth limiter (Fira, section 4.2) and the norm to measure the next step against: at most gamma times the
+    norm of the last step whose update was not zero, itself limited. Before any such step, norm = 0, there is no limit.
+    The papers' code counts steps without an update too, and lets the one after such a step be 1e-8 long.
+    """
+    own = update.norm().item()
+    if gamma is None or own == 0 or norm == 0 or own <= gamma * norm:
+        return update, own or norm
+    return update / own * gamma * norm, gamma * norm
 
 
 def svd_frames(gradients: Sequence[Tensor], rank: int, refreshes: Collection[int]) -> list[Tensor]:
@@ -103,36 +111,40 @@ def galore(
     """GaLore with Adam (Zhao et al. 2024, arXiv 2403.03507, algorithm 2): W <- W - lr alpha N Q^T, where N is Adam's
     direction of R = G Q. Bias correction counts all steps; moments stay as they are when the frame changes.
     """
-    return _with_residual(weight, gradients, frames, lr, alpha, betas, eps, weight_decay, gamma=None, residual=False)
+    return _with_residual(weight, gradients, frames, lr, alpha, betas, eps, weight_decay, None, residual=False)
 
 
 def fira(
     weight: Tensor, gradients: Sequence[Tensor], frames: Sequence[Tensor], *,
-    lr: Rate, alpha: float = 1.0, gamma: float | None = 1.01,
+    lr: Rate, alpha: float = 1.0, gamma: float | None = 1.01, bound: float | None = 4.0, inside: float = 1.0,
     betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Fira with Adam (Chen et al. 2025, arXiv 2410.01623, algorithm 1): GaLore and the gradient outside the frame,
         phi_i = |N_i| / |R_i|     S = limiter(phi o (G - R Q^T))     W <- W - lr alpha (N Q^T + S)
-    with one phi per row (the paper's column, for its wide matrices). gamma = None is Fira without limiter. The paper's
-    N has epsilon outside the bias correction and adds epsilon to both norms that it divides by; neither is done here.
+    with one phi per row (the paper's column, for its wide matrices), by `row_scale`. gamma = None is Fira without
+    limiter. The paper's N has epsilon outside the bias correction; that is not done here. The published code has
+    alpha = 1 and its own scale factor as `inside`, which multiplies N Q^T and R Q^T.
     """
-    return _with_residual(weight, gradients, frames, lr, alpha, betas, eps, weight_decay, gamma=gamma, residual=True)
+    rest = (gamma, True, bound, inside)
+    return _with_residual(weight, gradients, frames, lr, alpha, betas, eps, weight_decay, *rest)
 
 
 def _with_residual(
     weight: Tensor, gradients: Sequence[Tensor], frames: Sequence[Tensor], lr: Rate, alpha: float,
     betas: Betas, eps: float, weight_decay: float, gamma: float | None, residual: bool,
+    bound: float | None = None, inside: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    w, m, v, s = tall(weight), torch.zeros(()), torch.zeros(()), None
+    w, m, v, norm = tall(weight), torch.zeros(()), torch.zeros(()), 0.0
     steps = zip(gradients, frames, rates(lr, len(gradients)), strict=True)
     for t, (gradient, frame, rate) in enumerate(steps, start=1):
         g, q = tall(gradient), frame.double()
         r = g @ q
         m, v, n = adam(m, v, r, t, betas, eps)
-        update = n @ q.T
+        update = inside * n @ q.T
         if residual:
-            phi = ratio(n.norm(dim=1), r.norm(dim=1))
-            s = limited(phi[:, None] * (g - r @ q.T), s, gamma)
+            left = g - inside * r @ q.T
+            phi = row_scale(n.norm(dim=1), r.norm(dim=1), left.norm(dim=1), q, bound)
+            s, norm = limited(phi[:, None] * left, norm, gamma)
             update = update + s
         w = (1 - rate * weight_decay) * w - rate * alpha * update
     return as_given(w, weight)
@@ -140,51 +152,55 @@ def _with_residual(
 
 def apollo(
     weight: Tensor, gradients: Sequence[Tensor], projections: Sequence[Tensor], *,
-    lr: Rate, alpha: float = 1.0, gamma: float | None = 1.01, tensor_wise: bool = False,
+    lr: Rate, alpha: float = 1.0, gamma: float | None = 1.01, bound: float | None = 4.0, tensor_wise: bool = False,
     betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """APOLLO (Zhu et al. 2025, arXiv 2412.05270, algorithm 1, equations 4 and 5): the raw gradient, scaled by what Adam
     does to its random projection R = G P^T, of which R~ is Adam's direction:
         s_i = |R~_i| / |R_i| per row (one s = |R~| / |R| if tensor_wise)     W <- W - lr alpha limiter(s o G)
+    by `row_scale`.
     The limiter works before alpha; with a constant alpha the order makes no difference. Moments stay as they are when P
     is drawn anew. R~ is bias corrected, as in AdamW; equation 5 leaves the correction out.
 
     Args:
         projections: P_t^T [N R] of every step, not orthonormal: entries N(0, 1/R), drawn anew every T steps.
     """
-    w, m, v, update = tall(weight), torch.zeros(()), torch.zeros(()), None
+    w, m, v, norm = tall(weight), torch.zeros(()), torch.zeros(()), 0.0
     steps = zip(gradients, projections, rates(lr, len(gradients)), strict=True)
     for t, (gradient, projection, rate) in enumerate(steps, start=1):
         g = tall(gradient)
         r = g @ projection.double()
         m, v, n = adam(m, v, r, t, betas, eps)
-        s = ratio(n.norm(), r.norm()) if tensor_wise else ratio(n.norm(dim=1), r.norm(dim=1))[:, None]
-        update = limited(s * g, update, gamma)
+        norms = (x.norm() if tensor_wise else x.norm(dim=1, keepdim=True) for x in (n, r, g))
+        update, norm = limited(row_scale(*norms, projection, bound) * g, norm, gamma)
         w = (1 - rate * weight_decay) * w - rate * alpha * update
     return as_given(w, weight)
 
 
 def apollo_mini(
     weight: Tensor, gradients: Sequence[Tensor], projections: Sequence[Tensor], *,
-    lr: Rate, alpha: float = math.sqrt(128), gamma: float | None = 1.01,
+    lr: Rate, alpha: float = math.sqrt(128), gamma: float | None = 1.01, bound: float | None = 4.0,
     betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """APOLLO-Mini (same paper, section 4.2): rank 1, one scale for the whole matrix, alpha = sqrt(128)."""
     assert all(projection.shape[1] == 1 for projection in projections)
     return apollo(
-        weight, gradients, projections, lr=lr, alpha=alpha, gamma=gamma, tensor_wise=True,
+        weight, gradients, projections, lr=lr, alpha=alpha, gamma=gamma, bound=bound, tensor_wise=True,
         betas=betas, eps=eps, weight_decay=weight_decay,
     )  # fmt: skip
 
 
 def rotated_moments(m: Tensor, v: Tensor, overlap: Tensor, t: int, betas: Betas) -> tuple[Tensor, Tensor]:
     """LDAdam's projection-aware moments after t steps, for overlap = Q_old^T Q_new: the mean is rotated, the variance
-    v_hat - m_hat^2 by the squares (coordinates count as uncorrelated), and |.| mends a negative result.
+    v_hat - m_hat^2 by the squares (coordinates count as uncorrelated), and |.| mends a negative result. Not in the
+    paper: v stays so large that m / sqrt(v) is no more than Adam's can be, by Cauchy-Schwarz.
     """
     if t == 0:
         return m, v
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
-    v = (1 - betas[1] ** t) * ((v_hat - m_hat**2) @ overlap**2 + (m_hat @ overlap) ** 2).abs()
+    v = ((v_hat - m_hat**2) @ overlap**2 + (m_hat @ overlap) ** 2).abs()
+    least = (m_hat @ overlap) ** 2 * (1 - betas[1]) * (1 - betas[0] ** 2 / betas[1]) / (1 - betas[0]) ** 2
+    v = (1 - betas[1] ** t) * torch.maximum(v, least)
     return m @ overlap, v
 
 

@@ -5,7 +5,7 @@ import torch
 
 from lightspan.optim.bases import DCTBasis
 from lightspan.optim.carries import FrameChange, Gather, Keep, Rotate
-from lightspan.optim.inner import SGD, Adam, Numbers, Setting
+from lightspan.optim.inner import SGD, Adam, Numbers, Setting, farthest
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.subspaces.frames import random_frame
@@ -173,3 +173,30 @@ def test_a_column_that_comes_in_takes_no_oversized_first_step():
         lengths[own_age] = u[0, 0, 2].item()
     assert lengths[True] == pytest.approx(1.0, abs=1e-6)
     assert lengths[False] == pytest.approx(0.1 / 0.001**0.5, rel=0.01)
+
+
+def test_a_rotation_leaves_no_mean_that_adam_could_not_have_reached():
+    """Variances below zero can cancel squared means: as published, the next step would be one of m / eps."""
+    betas, age = (0.9, 0.999), 50.0
+    mean, square = torch.ones(1, 1, 2, dtype=torch.float64), torch.full((1, 1, 2), 0.02, dtype=torch.float64)
+    ages = torch.full((1, 2), age, dtype=torch.float64)
+    corrections = 1 - betas[0] ** age, 1 - betas[1] ** age
+    before = {"exp_avg": mean * corrections[0], "exp_avg_sq": square * corrections[1], "age": ages}
+    old = torch.eye(2, dtype=torch.float64)[None]
+    for angle in torch.linspace(-1.5, 1.5, 601, dtype=torch.float64):
+        new = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])[None]
+        after = copied(before)
+        Rotate(floor=False).carry(after, FrameChange(old, new, {}, {}, mean, betas), STORAGE, SEED)
+        reached = (after["exp_avg"] / corrections[0]).abs() / (after["exp_avg_sq"] / corrections[1]).sqrt()
+        assert reached.max() <= farthest(betas) * (1 + 1e-9)
+
+
+def test_what_adam_can_reach_at_most_is_reached_by_gradients_that_grow():
+    """The worst case of Cauchy-Schwarz: g_k proportional to a_k / b_k, growing by b2 / b1 a step."""
+    for betas in ((0.9, 0.999), (0.908, 0.99)):
+        m, v = 0.0, 0.0
+        for step in range(400):
+            g = (betas[1] / betas[0]) ** -(400 - step)
+            m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+        assert abs(m / v**0.5 - farthest(betas)) < 1e-6
+    assert farthest((0.9, 0.5)) == float("inf")

@@ -485,8 +485,8 @@ def test_a_zero_gradient_in_any_step_leaves_everything_finite_and_later_steps_tr
                 for weight in weights:
                     weight.grad = torch.zeros_like(weight)
                 optimizer.step()
-        assert all(weight.isfinite().all() for weight in weights)
-        assert all(value.isfinite().all() for weight in weights for value in optimizer.state[weight].values())
+            assert all(weight.isfinite().all() for weight in weights)
+            assert all(value.isfinite().all() for weight in weights for value in optimizer.state[weight].values())
         before = [weight.detach().clone() for weight in weights]
         train(optimizer, weights, range(8, 9))
         assert all((weight != old).any() for weight, old in zip(weights, before, strict=True))

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from optim import published
 from torch import nn
 
 from lightspan.errors import UserError
@@ -74,7 +75,7 @@ def slow_twin(weight, frames, gradients, *, lr, weight_decay, residual_limit=Non
     """Float64, one matrix, written from the papers' equations with given frames; moments are rotated when the frame
     changes.
     """
-    (b1, b2), m, v, previous, old = BETAS, 0.0, 0.0, None, None
+    (b1, b2), m, v, previous, old = BETAS, 0.0, 0.0, 0.0, None
     for t, (q, g) in enumerate(zip(frames, gradients, strict=True), start=1):
         r = g @ q
         if old is not None and not torch.equal(old, q):
@@ -92,10 +93,10 @@ def slow_twin(weight, frames, gradients, *, lr, weight_decay, residual_limit=Non
         u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + EPS)
         update = u @ q.T
         if residual_limit:
-            e = (u.norm(dim=1) / r.norm(dim=1))[:, None] * (g - r @ q.T)
-            if previous is not None and e.norm() > residual_limit * previous:
-                e = e / e.norm() * residual_limit * previous
-            previous, update = e.norm(), update + e
+            e = g - r @ q.T
+            e = published.row_scale(u.norm(dim=1), r.norm(dim=1), e.norm(dim=1), q, 4.0)[:, None] * e
+            e, previous = published.limited(e, previous, residual_limit)
+            update = update + e
         weight = (1 - lr * weight_decay) * weight - lr * update
     return weight
 

@@ -12,7 +12,9 @@ import torch
 from optim import published
 from torch import nn
 
+from lightspan.errors import UserError
 from lightspan.optim import presets
+from lightspan.optim.ranks import RankByEnergy
 
 SHAPES = [(9, 6), (6, 9), (7, 7), (5, 3, 2, 2)]
 STEPS, LR, DECAY = 20, [0.1 * (1 - t / 40) for t in range(20)], 0.1
@@ -48,6 +50,13 @@ def changes(frames):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_fira_as_its_code_scales(shape):
+    got, first, gradients, frames, _ = train(presets.FiraAdam, shape, refresh=5, scale_residual=False)
+    expected = published.fira(first, gradients, frames, lr=LR, inside=0.25, weight_decay=DECAY)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["galore", "fira"])
 def test_galore_and_fira(name, shape):
     got, first, gradients, frames, _ = train(getattr(presets, name), shape, refresh=5)
@@ -59,11 +68,11 @@ def test_galore_and_fira(name, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("limit", [1.01, None])
-def test_apollo(shape, limit):
-    got, first, gradients, projections, _ = train(presets.apollo, shape, refresh=5, limit=limit)
+@pytest.mark.parametrize(("limit", "bound"), [(1.01, 4.0), (None, 4.0), (1.01, None)])
+def test_apollo(shape, limit, bound):
+    got, first, gradients, projections, _ = train(presets.apollo, shape, refresh=5, limit=limit, bound=bound)
     assert changes(projections) == 3
-    expected = published.apollo(first, gradients, projections, lr=LR, gamma=limit, weight_decay=DECAY)
+    expected = published.apollo(first, gradients, projections, lr=LR, gamma=limit, bound=bound, weight_decay=DECAY)
     torch.testing.assert_close(got, expected, **EXACT)
 
 
@@ -126,17 +135,56 @@ def test_dct_adamw_without_rotation_leaves_moments_in_their_slots():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("convention", ["kj", "kimi", "dion", "none"])
-def test_trion(convention, shape):
-    got, first, gradients, frames, buffers = train(presets.trion, shape, rank=3, convention=convention)
+@pytest.mark.parametrize(("convention", "norm"), [("kj", 2), ("kimi", 2), ("dion", 2), ("none", 1)])
+def test_trion(convention, norm, shape):
+    got, first, gradients, frames, buffers = train(presets.trion, shape, rank=3, convention=convention, norm=norm)
     assert changes(frames) >= 3
     run = published.trion(
-        first, gradients, published.dct_basis(min(gradients[0].shape)), lr=LR, rank=3, norm=2,
+        first, gradients, published.dct_basis(min(gradients[0].shape)), lr=LR, rank=3, norm=norm,
         scale=None if convention == "none" else convention, weight_decay=DECAY,
     )  # fmt: skip
     torch.testing.assert_close(got, run.weight, **EXACT)
     for ours, theirs in zip(buffers, run.buffers, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_trion_steps_what_it_does_not_project_as_adamw_at_a_rate_of_its_own():
+    """At the rate of Newton-Schulz, 2e-2, vectors would move seventy times as far as published."""
+    shapes = {"tall": (9, 6), "bias": (9,), "small": (6, 3), "head": (9, 5)}
+    ours, theirs = ({name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()} for _ in range(2))
+    groups = [
+        {"params": [(name, ours[name]) for name in ("tall", "bias", "small")]},
+        {"params": [("head", ours["head"])], "project": False},
+    ]
+    optimizer = presets.Trion(groups, rank=4)
+    assert [(group["lr"], group["param_names"]) for group in optimizer.param_groups] == [
+        (2e-2, ["tall"]), (3e-4, ["bias", "small"]), (3e-4, ["head"]),
+    ]  # fmt: skip
+    assert "lr" not in groups[0]
+    rest = [theirs[name] for name in ("bias", "small", "head")]
+    adamw = torch.optim.AdamW(rest, lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    for step in range(3):
+        for name, shape in shapes.items():
+            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            ours[name].grad, theirs[name].grad = gradient, gradient.clone()
+        optimizer.step()
+        adamw.step()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("bias", "small", "head"))
+
+
+def test_trions_groups_keep_rates_of_their_own_and_can_be_added_to():
+    tall, bias, late = (nn.Parameter(torch.ones(shape)) for shape in ((9, 6), (9,), (7,)))
+    optimizer = presets.Trion([{"params": [tall, bias], "lr": 0.1}], rank=4, other_lr=1e-3)
+    optimizer.add_param_group({"params": late})
+    assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(0.1, 2), (1e-3, 1)]
+
+
+def test_trion_refuses_what_would_leave_matrices_to_adamw_at_its_rate():
+    weight = nn.Parameter(torch.ones(9, 6))
+    with pytest.raises(UserError, match=r"Trion rank=RankByEnergy\(\) could leave"):
+        presets.Trion([weight], rank=RankByEnergy())
+    with pytest.raises(UserError, match=r"Trion other_lr=-1.0 must be at least 0"):
+        presets.Trion([weight], rank=2, other_lr=-1.0)
 
 
 ALL = [

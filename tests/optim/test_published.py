@@ -20,6 +20,7 @@ from optim.published import (
     limited,
     newton_schulz,
     rotated_moments,
+    row_scale,
     selected,
     svd_frames,
     tall,
@@ -128,27 +129,49 @@ def test_galores_first_step_by_hand() -> None:
 def test_firas_first_step_by_hand() -> None:
     # the frame is the first axis: Adam gives its column the sign, the other column is scaled by 1 / |first|
     gradient = torch.tensor([[4.0, 2.0], [-0.5, 3.0], [0.0, 7.0]])
-    got = fira(torch.zeros(3, 2), [gradient], [torch.tensor([[1.0], [0.0]])], lr=0.1, alpha=0.5, eps=1e-300)
+    got = fira(torch.zeros(3, 2), [gradient], [torch.tensor([[1.0], [0.0]])], lr=0.1, alpha=0.5, eps=1e-300, bound=None)
     expected = -0.05 * torch.tensor([[1.0, 0.5], [-1.0, 6.0], [0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(got, expected)
 
 
 def test_the_limiter_holds_growth_and_lets_everything_else_pass() -> None:
-    before, small, large = torch.ones(3), torch.full((3,), -1.005), torch.full((3,), -5.0)
-    assert limited(large, None, 1.01) is large
-    assert limited(large, before, None) is large
-    assert limited(small, before, 1.01) is small
-    torch.testing.assert_close(limited(large, before, 1.01), torch.full((3,), -1.01))
+    before, small, large = 3**0.5, torch.full((3,), -1.005), torch.full((3,), -5.0)
+    for update, norm, gamma in ((large, 0.0, 1.01), (large, before, None), (small, before, 1.01)):
+        got, after = limited(update, norm, gamma)
+        assert got is update
+        assert after == update.norm().item()
+    got, after = limited(large, before, 1.01)
+    torch.testing.assert_close(got, torch.full((3,), -1.01))
+    assert after == pytest.approx(1.01 * before)
+
+
+def test_a_step_without_an_update_does_not_count_for_the_limiter() -> None:
+    nothing, after = limited(torch.zeros(3), 2.0, 1.01)
+    assert not nothing.any()
+    assert after == 2.0
+
+
+def test_a_row_that_leaves_the_frame_is_rescaled_to_the_bound_and_others_as_published() -> None:
+    frame = torch.eye(8)[:, :2]  # sqrt(N / R) = 2
+    above, below, outside = (
+        torch.full((4,), 3.0),
+        torch.tensor([1.0, 1e-3, 0.0, 0.0]),
+        torch.tensor([7.9, 5.0, 5.0, 0.0]),
+    )
+    got = row_scale(above, below, outside, frame, 4.0)
+    torch.testing.assert_close(got * outside, torch.tensor([3 * 7.9, 24.0, 24.0, 0.0]))
+    free = row_scale(above, below, outside, frame, None)
+    torch.testing.assert_close(free, 3 / (below + 1e-8))
 
 
 def test_firas_residual_grows_by_gamma_a_step_at_most() -> None:
     weight, frame = torch.zeros(6, 3, dtype=torch.float64), turn(3)[:, :1]
     outside = torch.eye(3) - frame @ frame.T
     gradients = [normal(6, 3), normal(6, 3) @ (frame @ frame.T + 100 * outside)]
-    steps = [fira(weight, gradients[:n], [frame] * n, lr=1.0) for n in range(3)]
+    steps = [fira(weight, gradients[:n], [frame] * n, lr=1.0, bound=None) for n in range(3)]
     first, second = ((after - before) @ outside for before, after in itertools.pairwise(steps))
     torch.testing.assert_close(second.norm(), 1.01 * first.norm())
-    free = fira(weight, gradients, [frame] * 2, lr=1.0, gamma=None)
+    free = fira(weight, gradients, [frame] * 2, lr=1.0, gamma=None, bound=None)
     assert ((free - steps[1]) @ outside).norm() > 50 * first.norm()
 
 

@@ -1,5 +1,7 @@
 """Residuals: their algebra against the definitions, the limiter, and error feedback that loses nothing."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -26,24 +28,28 @@ def parts(seed=0):
 
 def lifted(residual, gradient, frame, coordinates, direction, state):
     energy = gradient.square().sum(-1)
-    coefficients, scale = residual.terms(direction.clone(), coordinates, energy, state)
+    coefficients, scale = residual.terms(direction.clone(), coordinates, energy, state, LAYOUT)
     update = coefficients @ frame[..., : coefficients.shape[-1]].mT
     return update + scale[..., None] * gradient if len(scale) else update
 
 
 def test_firas_one_back_projection_is_the_scaled_residual_beside_the_lifted_direction():
     gradient, frame, r, u = parts()
-    update = lifted(Fira(), gradient, frame, r, u, Fira().initial(LAYOUT))
-    scale = u.norm(dim=-1) / r.norm(dim=-1)
-    torch.testing.assert_close(update, u @ frame.mT + scale[..., None] * (gradient - r @ frame.mT))
+    for inside in (1.0, 0.25):
+        update = lifted(Fira(None, None, inside), gradient, frame, r, u, {})
+        scale = u.norm(dim=-1) / r.norm(dim=-1)
+        torch.testing.assert_close(
+            update, inside * u @ frame.mT + scale[..., None] * (gradient - inside * r @ frame.mT)
+        )
 
 
 def test_the_limiter_holds_growth_and_lets_shrinking_pass():
-    state, norms = Fira(1.5).initial(LAYOUT), []
+    residual = Fira(1.5, bound=None)
+    state, norms = residual.initial(LAYOUT), []
     for size in (1.0, 10.0, 10.0, 0.1):
         gradient, frame, r, u = parts()
         gradient = r @ frame.mT + size * (gradient - r @ frame.mT)
-        update = lifted(Fira(1.5), gradient, frame, r, u, state)
+        update = lifted(residual, gradient, frame, r, u, state)
         norms.append((update - u @ frame.mT).norm(dim=(1, 2)))
     torch.testing.assert_close(norms[1], 1.5 * norms[0])
     torch.testing.assert_close(norms[2], 1.5 * norms[1])
@@ -52,18 +58,105 @@ def test_the_limiter_holds_growth_and_lets_shrinking_pass():
 
 def test_apollo_scales_whole_rows_or_the_whole_matrix_and_lifts_nothing():
     gradient, frame, r, u = parts()
-    by_row = lifted(Apollo(limit=None), gradient, frame, r, u, {})
+    by_row = lifted(Apollo(limit=None, bound=None), gradient, frame, r, u, {})
     torch.testing.assert_close(by_row, (u.norm(dim=-1) / r.norm(dim=-1))[..., None] * gradient)
-    whole = lifted(Apollo("tensor", None), gradient, frame, r, u, {})
+    whole = lifted(Apollo("tensor", None, None), gradient, frame, r, u, {})
     torch.testing.assert_close(whole, (u.norm(dim=(1, 2)) / r.norm(dim=(1, 2)))[:, None, None] * gradient)
 
 
-@pytest.mark.parametrize("residual", [Fira(), Apollo(), Apollo("tensor")])
-def test_a_zero_gradient_stays_finite(residual):
-    zero = torch.zeros(2, 7, 5, dtype=torch.float64)
-    frame = torch.linalg.qr(draw(2, 5, 2)).Q
-    update = lifted(residual, zero, frame, zero @ frame, zero[..., :2], residual.initial(LAYOUT))
-    assert torch.equal(update, zero)
+RESCALING = [Fira(), Fira(inside=0.25), Apollo(), Apollo("tensor")]
+
+
+@pytest.mark.parametrize("residual", RESCALING, ids=repr)
+def test_rows_without_a_gradient_are_left_alone_and_spoil_nothing(residual):
+    """Momentum keeps the direction up where the gradient is gone."""
+    gradient, frame, _, u = parts()
+    gradient[:, 2:5] = 0
+    state = residual.initial(LAYOUT)
+    update = lifted(residual, gradient, frame, gradient @ frame, 1e3 * u, state)
+    inside = getattr(residual, "inside", 0)
+    torch.testing.assert_close(update[:, 2:5], inside * 1e3 * u[:, 2:5] @ frame.mT)
+    assert update.isfinite().all()
+    assert state["limiter"].isfinite().all()
+    lifted(residual, gradient, frame, gradient @ frame, u, state)
+    assert (state["limiter"] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-9, 1.0, 1e15])
+@pytest.mark.parametrize("residual", RESCALING, ids=repr)
+def test_what_is_rescaled_is_at_most_the_bound_times_an_isotropic_gradients_share(residual, size, dtype):
+    """Gradients beside the frame by all angles down to none, of any length, under a momentum of order one."""
+    gradient, frame, r, u = (x.to(dtype) for x in parts())
+    beside = gradient - r @ frame.mT
+    for angle in (1.0, 1e-3, 1e-20, 0.0):
+        seen = size * (beside + angle * r @ frame.mT)
+        seen[0, 1:3], seen[1] = seen[0, 1:3] * 1e-30, seen[1] * 1e-5
+        update = lifted(residual, seen, frame, seen @ frame, u, residual.initial(LAYOUT))
+        inside = residual.inside * u @ frame.mT if isinstance(residual, Fira) else 0
+        per_row = isinstance(residual, Apollo) and residual.per == "tensor"
+        over = (1, 2) if per_row else -1
+        longest = residual.bound * (LAYOUT.size / LAYOUT.rank) ** 0.5 * u.norm(dim=over)
+        assert update.isfinite().all()
+        assert ((update - inside).norm(dim=over) <= 1.001 * longest).all()
+
+
+def test_the_bound_lets_ordinary_rows_pass_bit_for_bit():
+    gradient, frame = draw(2, 7, 512), torch.linalg.qr(draw(2, 512, 16, seed=1)).Q
+    layout = Layout(7, 512, 16, False, torch.float64, torch.device("cpu"), (0, 1))
+    r, energy, u = gradient @ frame, gradient.square().sum(-1), draw(2, 7, 16, seed=2)
+    for kind in (Fira, Apollo):
+        bounded, free = (
+            kind(bound=bound).terms(u.clone(), r, energy, kind().initial(layout), layout) for bound in (4.0, None)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(bounded, free, strict=True))
+
+
+@pytest.mark.parametrize("residual", RESCALING, ids=repr)
+def test_a_step_of_zeros_does_not_count_for_the_limiter(residual):
+    gradient, frame, r, u = parts()
+    states = [residual.initial(LAYOUT) for _ in range(2)]
+    for state, sizes in zip(states, ((1e-3, 0.0, 1.0), (1e-3, 1.0)), strict=True):
+        for size in sizes:
+            last = lifted(residual, size * gradient, frame, size * r, size * u, state)
+        state["last"] = last
+    assert torch.equal(states[0]["limiter"], states[1]["limiter"])
+    assert torch.equal(states[0]["last"], states[1]["last"])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_leaves_the_limiter_finite(value):
+    """With check_finite=False a step goes on regardless; the limiter must serve the matrix afterwards."""
+    for residual in RESCALING:
+        gradient, frame, _, u = parts()
+        state = residual.initial(LAYOUT)
+        for broken in (True, False, True):
+            seen = gradient.clone()
+            seen[0, 3] = value if broken else 1.0
+            lifted(residual, seen, frame, seen @ frame, u, state)
+            assert state["limiter"].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_a_damaged_limiter_in_a_checkpoint_starts_anew_and_is_named(value):
+    weights = [nn.Parameter(draw(6, 4)), nn.Parameter(draw(5, 4)), nn.Parameter(draw(3))]
+    optimizer = LowRank(list(zip(("first", "second", "bias"), weights, strict=True)), rank=2)
+    for weight in weights:
+        weight.grad = draw(*weight.shape, seed=1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
+    saved["state"][1]["limiter"] = torch.tensor(value, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="the loaded optimiser state of second is damaged: the norm-growth limiter"):
+        optimizer.load_state_dict(saved)
+    assert [float(optimizer.state[weight]["limiter"]) for weight in weights[:2]] == [
+        float(saved["state"][0]["limiter"]),
+        0,
+    ]
+    optimizer.step()
+    assert optimizer.state[weights[1]]["limiter"].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +224,9 @@ def test_frames_that_are_not_orthonormal_go_with_apollo_only(residual):
     ("make", "message"),
     [
         (lambda: Fira(1.0), r"Fira limit=1.0 must be above 1"),
+        (lambda: Fira(bound=1.0), r"Fira bound=1.0 must be above 1"),
+        (lambda: Fira(inside=0.0), r"Fira inside=0.0 must be in \(0, 1\]"),
+        (lambda: Apollo(bound=torch.nan), r"Apollo bound=nan must be above 1"),
         (lambda: Apollo(limit=0.5), r"Apollo limit=0.5 must be above 1"),
         (lambda: ErrorFeedback(kept=1.0), r"ErrorFeedback kept=1.0 must be in \[0, 1\)"),
     ],

@@ -37,6 +37,12 @@ def refreshes(subspaces):
     return steps, optimizer.state[weight]
 
 
+def test_without_turns_all_frames_change_in_the_same_step():
+    trigger, phases = Every(5, staggered=False), [i / 10 for i in range(10)]
+    asked = {step: trigger.due(range(10), [step] * 10, phases, {}) for step in range(1, 11)}
+    assert asked == {step: list(range(10)) if step % 5 == 0 else [] for step in range(1, 11)}
+
+
 def test_a_frame_that_keeps_capturing_lives_on_and_one_that_fails_is_replaced():
     steps, _ = refreshes([0] * 40)
     assert steps == []
