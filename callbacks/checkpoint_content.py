@@ -207,6 +207,10 @@ def _record(required: Mapping[str, Check], optional: Mapping[str, Check]) -> Che
     return check
 
 
+def _or_none(check: Check) -> Check:
+    return lambda value, entry: iter(()) if value is None else check(value, entry)
+
+
 def _moments(value: Any, entry: str) -> Iterator[str]:
     yield from _MAPPING(value, entry)
     for key, child in value.items() if isinstance(value, dict) else ():
@@ -219,6 +223,7 @@ _MAPPING = _is(dict, "a mapping")
 _TENSOR = _is(Tensor, "a tensor")
 _RANDOM = _record({"python": _list(_anything), "numpy": _list(_anything), "torch": _TENSOR, "cuda": _list(_TENSOR)}, {})
 _GROUP = _record({"params": _list(_anything)}, {})
+_LINE = _record({"step": _count, "metrics": _each(_is((int, float), "a number"), keys=_TEXT)}, {})
 _CHECKPOINT = _record(
     {"state_dict": _each(_weight, keys=_TEXT)},
     {
@@ -230,6 +235,7 @@ _CHECKPOINT = _record(
                 "model": _TEXT,
                 "optimizers": _list(_TEXT),
                 "loggers": _each(_TEXT, keys=_TEXT),
+                "log": _record({}, {"lines": _or_none(_count), "unlogged": _or_none(_LINE)}),
                 "random_states": _list(_RANDOM),
             },
         ),

@@ -260,15 +260,18 @@ class LowRank(Optimizer):
         require_same_kind(self._names.get(parameter, ""), known, expected)
 
     def _restore(self, prepared: dict[str, Any]) -> None:
-        state, every = prepared["state"], numbered(self, prepared)
-        self.state.update({key: value for key, value in state.items() if key not in {number for *_, number in every}})
-        for parameter, group, number in every:
+        owners = {number: (parameter, group) for parameter, group, number in numbered(self, prepared)}
+        for number, held in prepared["state"].items():  # in the saved order, so that what is saved next is in it too
+            if number not in owners:
+                self.state[number] = held
+                continue
+            parameter, group = owners[number]
             # The fused step reads its count of steps on the parameter's device, the others are the host's.
             on_host = {"rank", "step"} if self.projected(parameter, group) else {"rank"}
-            for key, value in state.get(number, {}).items():
+            for key, value in held.items():
                 device = torch.device("cpu") if key in on_host else parameter.device
                 self.state[parameter][key] = value.to(device=device, copy=True)
-        self._mend([parameter for parameter, *_ in every])
+        self._mend([parameter for parameter, _ in owners.values()])
         self._buckets, self._places = None, {}
 
     def _mend(self, parameters: list[Tensor]) -> None:

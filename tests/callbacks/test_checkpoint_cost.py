@@ -67,7 +67,7 @@ def test_a_link_that_fails_names_its_file_and_the_last_whole_one(fit, monkeypatc
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "link", full)
-    message = r"^cannot write .*/last.ckpt: the disk reports an error .*the last whole checkpoint is .*/step=2.ckpt$"
+    message = r"^cannot write .*/last.ckpt: the disk or network .*the last whole checkpoint is .*/step=2.ckpt$"
     with pytest.raises(UserError, match=message):
         fit(width=8)
 

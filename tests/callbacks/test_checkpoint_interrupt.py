@@ -74,7 +74,9 @@ def test_every_write_may_be_interrupted_or_fail(tmp_path, monkeypatch, save: Sav
             else:
                 break
         if isinstance(error, OSError):
-            assert f"cannot write {path}: the disk reports an error (Input/output error)" in str(told)
+            assert f"cannot write {path}: the disk or network file system reports an error (Input/output error)" in str(
+                told
+            )
         else:
             assert type(told) is KeyboardInterrupt
         assert read_checkpoint(path)["global_step"] == 1
@@ -108,6 +110,6 @@ def test_a_failing_sync_names_the_file_and_keeps_the_old_one(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fails)
-        with pytest.raises(UserError, match=f"^cannot write {path}: the disk reports an error"):
+        with pytest.raises(UserError, match=f"^cannot write {path}: the disk or network file system reports an error"):
             save_file(path, 2)
     assert read_checkpoint(path)["global_step"] == 1
