@@ -7,9 +7,11 @@ Every adapter whose change has low rank is a LoRA: up [O R] and down [R I], with
 that nothing is scaled on the other side. Parameters that trained as a whole travel as `modules_to_save`.
 """
 
+import inspect
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
     ranks: dict[str, int] = {}
     for layer, module in layers.items():
         _refuse_what_peft_cannot_run(model, layer, module, name)
+        _warn_of_readers(model, layer)
         adapter = module.adapters[name]
         try:
             up_OR, down_RI = (whole(t).detach() for t in adapter.low_rank())
@@ -203,6 +206,22 @@ def _refuse_what_peft_cannot_run(model: nn.Module, layer: str, module: Adapted, 
         reason = "it is part of an attention that reads its weight, where PEFT's LoRA would be passed over"
     if reason:
         raise UserError(f"{layer} cannot go into a PEFT LoRA folder: {reason}; fold it, or leave that layer out")
+
+
+def _warn_of_readers(model: nn.Module, layer: str) -> None:
+    """Warns where a forward pass asks a convolution for its geometry, as Whisper's encoder does: PEFT's layers do not have
+    it, so that such a model fails under any LoRA of that layer, PEFT's own too.
+    """
+    place, _, attribute = layer.rpartition(".")
+    parent = model.get_submodule(place)
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    names = set(code.co_names) if code else set()
+    if attribute in names and (read := sorted(names & {"stride", "padding", "dilation", "groups"})):
+        warnings.warn(
+            f"{type(parent).__name__} seems to read {attribute}.{read[0]}, which a layer of PEFT does not have; if the "
+            f"model fails under PEFT, fold the adapters or leave {layer} out",
+            stacklevel=3,
+        )
 
 
 def _trained_modules(model: nn.Module) -> list[str]:

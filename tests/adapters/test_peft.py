@@ -261,3 +261,20 @@ def test_the_files_have_the_permissions_of_new_files(tmp_path):
     save_peft(trained(LoRA(rank=2)), tmp_path)
     (tmp_path / "new").touch()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_model_that_asks_a_layer_for_what_peft_does_not_have_is_named(tmp_path):
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv1d(3, 4, 3, stride=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x) * self.first.stride[0]
+
+    model = nn.Sequential(Encoder())
+    adapt(model, ["0.first"], LoRA(rank=2), show=False)
+    with pytest.warns(UserWarning, match="Encoder seems to read first.stride, which a layer of PEFT does not have"):
+        save_peft(perturb(model), tmp_path)
+    with pytest.raises(AttributeError, match="stride"):
+        peft.PeftModel.from_pretrained(nn.Sequential(Encoder()), str(tmp_path))(torch.randn(1, 3, 9))
