@@ -209,8 +209,8 @@ def _refuse_what_peft_cannot_run(model: nn.Module, layer: str, module: Adapted, 
 
 
 def _warn_of_readers(model: nn.Module, layer: str) -> None:
-    """Warns where a forward pass asks a convolution for its geometry, as Whisper's encoder does: PEFT's layers do not have
-    it, so that such a model fails under any LoRA of that layer, PEFT's own too.
+    """Warns where a forward pass asks a convolution for its geometry, as Whisper's encoder does: PEFT's layers do not
+    have it, so that such a model fails under any LoRA of that layer, PEFT's own too.
     """
     place, _, attribute = layer.rpartition(".")
     parent = model.get_submodule(place)
