@@ -58,7 +58,7 @@ def obstacle(layer: nn.Module) -> str | None:
     if kind is None:
         return f"adapters take {TAKEN}, not {type(layer).__name__}"
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
         return "it has no weight yet; run the model once first"
     if is_open(layer):
         return None
