@@ -71,6 +71,8 @@ class RankSelection(Callback):
                 f"RankSelection finds no GatedLoRA adapter named {self.name!r} in {type(pl_module).__name__}; add "
                 "callbacks.adaptation with spec lightspan.adapters.codyra.GatedLoRA"
             )
+        for layer in self._gated(pl_module) if self.merge else ():  # found now, not when the run is over
+            adapted_layers(pl_module)[layer].require_mergeable([self.name])
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("RankSelection needs the run's length; set trainer.max_steps or trainer.max_epochs")

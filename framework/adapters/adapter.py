@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightspan.adapters.layers import LayerShape, whole
+from lightspan.adapters.layers import LayerShape, is_open, whole
 from lightspan.errors import UserError
 
 
@@ -78,14 +78,18 @@ class Adapted(nn.Module):
     """A frozen layer with adapters by name. The sum of all active ones is added to what the layer gives.
 
     Attributes:
+        name: the layer's dotted name, for messages.
         base: the layer, never written to but by `write` and `absorb`.
         active: names of the adapters in use; others keep their numbers and change nothing.
         enabled: False leaves the layer alone, whatever is active.
+        open: whether the changes can be those of its weight, see `lightspan.adapters.layers.is_open`.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, name: str = "this layer") -> None:
         super().__init__()
         self.base: Any = base
+        self.name = name
+        self.open = is_open(base)
         self.adapters: Any = nn.ModuleDict()
         self.active: list[str] = []
         self.enabled = True
@@ -117,6 +121,8 @@ class Adapted(nn.Module):
     def weight(self) -> Tensor:
         """The weight with all active changes, differentiable. Code that reads a layer's weight past its forward
         (nn.MultiheadAttention does with its `out_proj`) therefore gets the adapted one.
+
+        Raises: UserError for changes that are none of the weight, which such code would pass over.
         """
         if self.merged_weight is not None and self.enabled:
             return self.merged_weight
@@ -130,7 +136,8 @@ class Adapted(nn.Module):
         return self.changed_bias(self.active if self.enabled else [])
 
     def changed_weight(self, names: Sequence[str]) -> Tensor:
-        """The layer's weight plus the changes of the named adapters."""
+        """The layer's weight plus the changes of the named adapters. Raises: UserError as `require_mergeable`."""
+        self.require_mergeable(names)
         return _sum(self.base.weight, [self.adapters[name].delta() for name in names])
 
     def changed_bias(self, names: Sequence[str]) -> Tensor | None:
@@ -153,7 +160,6 @@ class Adapted(nn.Module):
         Done twice it is the same as done once. The layer's own weight stays as it is, so `unmerge` has nothing to
         compute. Training goes on only after it. Raises: UserError for a change that is none of the weight.
         """
-        self.require_mergeable()
         bias = self.changed_bias(self.active)
         self.merged_weight = self.changed_weight(self.active).detach().clone()
         self.merged_bias = None if bias is None or bias is self.base.bias else bias.detach().clone()
@@ -162,15 +168,20 @@ class Adapted(nn.Module):
         """Back to the layer and its adapters apart, bit for bit as before `merge`."""
         self.merged_weight, self.merged_bias = None, None
 
-    def require_mergeable(self) -> None:
-        """Raises: UserError if the active changes are not all of the weight and of a bias that the layer has."""
-        for name in self.active:
+    def require_mergeable(self, names: Sequence[str]) -> None:
+        """Raises: UserError if the named changes are not all of the weight and of a bias that the layer has."""
+        if names and not self.open:
+            raise UserError(
+                f"{self.name} is a {type(self.base).__name__} whose weight is packed or computed anew each time, so no "
+                "change can be put into it; keep the adapter beside it, or start from a layer with a plain weight"
+            )
+        for name in names:
             if not self.adapters[name].mergeable:
                 raise UserError(
-                    f"the change of adapter {name!r} is none of the weight alone, so no plain layer can hold it; keep "
-                    "the adapter, or deactivate it first"
+                    f"the change of adapter {name!r} of {self.name} is none of the weight alone, so no plain layer can "
+                    "hold it, and code that reads a weight would miss it; keep the adapter, or deactivate it first"
                 )
-        self.changed_bias(self.active)
+        self.changed_bias(names)
 
     @torch.no_grad()
     def write(self, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.lora import like, require_rank
+from lightspan.adapters.layers import fitting_rank, like
 from lightspan.errors import UserError
 
 
@@ -45,10 +45,12 @@ class GatedLoRA(AdapterSpec):
     rank: components of every layer before any goes, from 1 to the rank of the layer's weight.
     gates: how they start. "normal" draws N(0, 1) as the authors' code does, so about half the components of a run go by
         their first draw alone; "ones" starts all alike.
+    cap: as of `lightspan.adapters.lora.LoRA`.
     """
 
     rank: int = 16
     gates: Literal["normal", "ones"] = "normal"
+    cap: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,8 +59,7 @@ class GatedLoRA(AdapterSpec):
             raise UserError(f"GatedLoRA gates={self.gates!r} must be 'normal' or 'ones'")
 
     def build(self, layer: nn.Module, name: str) -> "GatedLoRAUpdate":
-        require_rank(self.rank, layer, name)
-        return GatedLoRAUpdate(layer, self.rank, self.gates == "normal")
+        return GatedLoRAUpdate(layer, fitting_rank(self.rank, layer, name, self.cap), self.gates == "normal")
 
 
 class GatedLoRAUpdate(Adapter):

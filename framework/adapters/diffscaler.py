@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.lora import like
+from lightspan.adapters.layers import like, readable_weight
 from lightspan.errors import UserError
 
 
@@ -100,4 +100,4 @@ class Affiner(Adapter):
         return torch.diag(self.scale_O), self._matrix().to(change_OI)
 
     def _matrix(self) -> Tensor:
-        return self.layer.matrix(self._changed[0].weight)  # type: ignore[arg-type]
+        return self.layer.matrix(readable_weight(self._changed[0]))

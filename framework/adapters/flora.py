@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.layers import LayerShape
-from lightspan.adapters.lora import like
+from lightspan.adapters.layers import LayerShape, like
 from lightspan.errors import UserError
 from lightspan.subspaces.tucker import compose
 
@@ -29,12 +28,14 @@ class FLoRA(AdapterSpec):
     kernel_rank: of each kernel mode, >= 1, and at most that mode's size.
     scale: s, > 0; not tied to the rank as LoRA's alpha / r is, and the setting to search first (0.04 to 4).
     dropout: share of inputs that the change does not see while training, in [0, 1).
+    cap: whether a layer with fewer output features gets them as its rank; otherwise it is refused.
     """
 
     rank: int = 16
     kernel_rank: int = 2
     scale: float = 4.0
     dropout: float = 0.0
+    cap: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.kernel_rank < 1:
@@ -46,8 +47,11 @@ class FLoRA(AdapterSpec):
 
     def build(self, layer: nn.Module, name: str) -> "FLoRAUpdate":
         shape = LayerShape.of(layer)
-        if self.rank > shape.out_features:
-            raise UserError(f"rank={self.rank} is above the {shape.out_features} output features of {name}; lower it")
+        if self.rank > shape.out_features and not self.cap:
+            raise UserError(
+                f"rank={self.rank} is above the {shape.out_features} output features of {name}; lower it, or set "
+                "cap=True to give such layers what they have"
+            )
         wanted = (self.rank, self.rank, *(self.kernel_rank,) * len(shape.modes[2:]))
         ranks = tuple(min(rank, size) for rank, size in zip(wanted, shape.modes, strict=True))
         return FLoRAUpdate(layer, ranks, self.scale, self.dropout)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.lora import like
+from lightspan.adapters.layers import like
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,19 @@ adapt(model, ["*.query", "*.value"], SVFit(), train=["classifier.*"])
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightspan.adapters.adapter import Adapted, AdapterSpec
-from lightspan.adapters.layers import TAKEN, supported, whole
+from lightspan.adapters.adapter import Adapted, Adapter, AdapterSpec
+from lightspan.adapters.layers import TAKEN, is_open, known_kind, obstacle, weight_of, whole
 from lightspan.adapters.report import Injection, Row
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
@@ -44,42 +50,89 @@ def adapt(
     Raises: UserError for a pattern that matches nothing or no layer that can be adapted, a name that is taken, and what
     the adapter itself refuses; the model is then as it was.
     """
+    if not isinstance(spec, AdapterSpec):
+        given = f"the class {spec.__name__}; write {spec.__name__}()" if isinstance(spec, type) else repr(spec)
+        raise UserError(f"spec must be an adapter with its settings, such as LoRA(rank=8), not {given}")
+    if known_kind(model) is not None:
+        raise UserError(f"the model is itself a {_kind(model)}, which no name matches; pass nn.Sequential(model)")
     layers = dict(adaptable(model))
-    inside = tuple(f"{layer}." for layer in adapted_layers(model))
-    names = [module for module, _ in model.named_modules() if module and not module.startswith(inside)]
+    names = _outside_adapters(model)
     require_matches(match, names, f"module of {_kind(model)}")
     for pattern in match:
         if not any(matches(layer, [pattern]) for layer in layers):
             kinds = {_kind(model.get_submodule(module)) for module in names if matches(module, [pattern])}
             raise UserError(f"pattern {pattern!r} matches only {', '.join(sorted(kinds))}; adapters take {TAKEN}")
-    parameters = {n: p for n, p in plain_tensors(model) if isinstance(p, nn.Parameter)}
-    require_matches(train, list(parameters), f"parameter of {_kind(model)}")
-    chosen = {layer: module for layer, module in layers.items() if matches(layer, match)}
-    if taken := [layer for layer, m in chosen.items() if isinstance(m, Adapted) and name in m.adapters]:
-        raise UserError(f"{taken[0]} has an adapter named {name!r} already; choose another name")
-    parents = list(model.modules())
-    built = {layer: spec.build(m.base if isinstance(m, Adapted) else m, layer) for layer, m in chosen.items()}
-    if not_mergeable := [layer for layer in built if not built[layer].mergeable]:
-        _refuse_weight_readers(parents, {layer: chosen[layer] for layer in not_mergeable})
-    for parameter_name, parameter in parameters.items():
-        goes_on = bool(inside) and parameter.requires_grad
-        parameter.requires_grad_(goes_on or matches(parameter_name, train))
-    rows = []
-    for layer, adapter in built.items():
-        adapter.spec = spec
-        target = chosen[layer]
-        if not isinstance(target, Adapted):
-            target = Adapted(target)
-            _replace(parents, chosen[layer], target)
-        target.add(name, adapter)
-        trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        rows.append(Row(layer, adapter.layer.weight, trainable))
-    freeze_statistics(model)
-    others = {n: p.numel() for n, p in parameters.items() if p.requires_grad}
-    injection = Injection(name, tuple(rows), others, sum(p.numel() for p in parameters.values()))
+    parameters = [n for n, p in plain_tensors(model) if isinstance(p, nn.Parameter)]
+    require_matches(train, parameters, f"parameter of {_kind(model)}")
+    specs = {layer: spec for layer in layers if matches(layer, match)}
+    injection = plan(model, specs, name, {n for n in parameters if matches(n, train)}).carry_out()
     if show:
         injection.print()
     return injection
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Adapters that are built and not yet in the model, so that all that can be refused is refused before it changes.
+
+    Attributes:
+        adapters: by the plain name of their layer; what a file holds is put into them here.
+        train: plain names of parameters that are to train as a whole.
+    """
+
+    model: nn.Module
+    name: str
+    adapters: dict[str, Adapter]
+    train: set[str]
+
+    def carry_out(self) -> Injection:
+        """Puts the adapters into the model and freezes what does not train."""
+        parameters = {n: p for n, p in plain_tensors(self.model) if isinstance(p, nn.Parameter)}
+        goes_on = bool(adapted_layers(self.model))
+        for parameter_name, parameter in parameters.items():
+            parameter.requires_grad_((goes_on and parameter.requires_grad) or parameter_name in self.train)
+        parents = list(self.model.modules())
+        rows = []
+        for layer, adapter in self.adapters.items():
+            target = self.model.get_submodule(layer)
+            if not isinstance(target, Adapted):
+                base, target = target, Adapted(target, layer)
+                _replace(parents, base, target)
+            target.add(self.name, adapter)
+            trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+            rows.append(Row(layer, adapter.layer.weight, trainable))
+        freeze_statistics(self.model)
+        _watch_saving(self.model)
+        others = {n: p.numel() for n, p in parameters.items() if p.requires_grad}
+        return Injection(self.name, tuple(rows), others, sum(p.numel() for p in parameters.values()))
+
+
+def plan(model: nn.Module, specs: Mapping[str, AdapterSpec], name: str, train: set[str]) -> Plan:
+    """Builds an adapter for each layer, and changes nothing.
+
+    Args:
+        specs: by the plain name of a layer that `adaptable` gives.
+        train: plain names of parameters that are to train as a whole.
+    Raises: UserError for a name that is taken, a layer or parameter that cannot train, and what an adapter refuses.
+    """
+    chosen = {layer: model.get_submodule(layer) for layer in specs}
+    if taken := [layer for layer, m in chosen.items() if isinstance(m, Adapted) and name in m.adapters]:
+        raise UserError(f"{taken[0]} has an adapter named {name!r} already; choose another name")
+    bases = {layer: m.base if isinstance(m, Adapted) else m for layer, m in chosen.items()}
+    for layer, base in bases.items():
+        if reason := obstacle(base):
+            raise UserError(f"{layer} ({_kind(base)}) cannot have an adapter: {reason}")
+        if weight_of(base).is_meta:  # an adapter alone may be counted there, but a model's would never get numbers
+            raise UserError(f"{layer} is on the meta device, which holds no numbers; load the weights first")
+    for parameter, tensor in plain_tensors(model):
+        if parameter in train and not tensor.is_floating_point():
+            raise UserError(f"{parameter} holds {tensor.dtype} numbers, which have no gradient; leave it out of train")
+    built = {layer: spec.build(bases[layer], layer) for layer, spec in specs.items()}
+    for layer, adapter in built.items():
+        adapter.spec = specs[layer]
+    beside = {n: chosen[n] for n, adapter in built.items() if not (adapter.mergeable and is_open(bases[n]))}
+    _refuse_weight_readers(model.modules(), beside)
+    return Plan(model, name, built, train)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -88,21 +141,28 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
 
 def adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every layer that can be adapted, or is already."""
-    inside = tuple(f"{name}." for name in adapted_layers(model))
-    for name, module in model.named_modules():
-        if name and not name.startswith(inside) and (isinstance(module, Adapted) or supported(module)):
+    """(name, layer) of every layer of a kind that adapters take, or that has one already."""
+    for name in _outside_adapters(model):
+        module = model.get_submodule(name)
+        if isinstance(module, Adapted) or known_kind(module) is not None:
             yield name, module
 
 
-def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _outside_adapters(model: nn.Module) -> list[str]:
+    """Names of modules below `model` that it had without adapters."""
+    inside = tuple(f"{name}." for name in adapted_layers(model))
+    return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+
+
+def plain_tensors(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers that are no adapter's, under the names they had without adapters. Those that several
-    modules share come once.
+    modules share come once, under the first of their names, or under each of them with `every_name`.
     """
-    adapted = adapted_layers(model)
-    buffers = set(model.state_dict(keep_vars=True)) - {name for name, _ in model.named_parameters()}
-    tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in buffers)]
-    for name, tensor in tensors:
+    once = not every_name
+    adapted = {n for n, m in model.named_modules(remove_duplicate=once) if isinstance(m, Adapted)}
+    parameters = list(model.named_parameters(remove_duplicate=once))
+    buffers = set(model.state_dict(keep_vars=True)) - {name for name, _ in parameters}
+    for name, tensor in [*parameters, *((n, b) for n, b in model.named_buffers(remove_duplicate=once) if n in buffers)]:
         owner, _, rest = name.rpartition(".base.")
         if owner in adapted:
             yield f"{owner}.{rest}", tensor
@@ -134,6 +194,11 @@ def digest(named: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         full = whole(tensor)
+        if is_traceable_wrapper_subclass(full):  # a quantised tensor: what it is made of
+            made_of: Any = full
+            parts = {f"{name}.{part}": getattr(made_of, part) for part in made_of.__tensor_flatten__()[0]}
+            total.update(digest(parts.items()).encode())
+            continue
         total.update(f"{name} {full.dtype} {tuple(full.shape)}\n".encode())
         total.update(full.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
@@ -165,8 +230,14 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Merges every layer's active adapters: one product a layer, until `unmerge`."""
-    for layer in adapted_layers(model).values():
+    """Merges every layer's active adapters: one product a layer, until `unmerge`.
+
+    Raises: UserError for a change that is none of the weight; the model is then as it was.
+    """
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer.require_mergeable(layer.active)
+    for layer in layers:
         layer.merge()
 
 
@@ -184,7 +255,7 @@ def fold(model: nn.Module) -> None:
     """
     layers = adapted_layers(model)
     for name, layer in layers.items():
-        layer.require_mergeable()
+        layer.require_mergeable(layer.active)
         for other, module in model.named_modules():
             if module is not layer.base and any(t is layer.base.weight for t in module.parameters(recurse=False)):
                 raise UserError(f"the weight of {name} is shared with {other}, which would change with it; untie them")
@@ -192,6 +263,7 @@ def fold(model: nn.Module) -> None:
     for layer in layers.values():
         layer.absorb(list(layer.active))
         _replace(parents, layer, layer.base)
+    _stop_watching(model)
 
 
 def remove(model: nn.Module) -> None:
@@ -199,6 +271,7 @@ def remove(model: nn.Module) -> None:
     parents = list(model.modules())
     for layer in adapted_layers(model).values():
         _replace(parents, layer, layer.base)
+    _stop_watching(model)
 
 
 def _replace(parents: Iterable[nn.Module], old: nn.Module, new: nn.Module) -> None:
@@ -209,13 +282,38 @@ def _replace(parents: Iterable[nn.Module], old: nn.Module, new: nn.Module) -> No
             setattr(parent, slot, new)
 
 
+def _watch_saving(model: nn.Module) -> None:
+    """Makes `save_pretrained` of transformers' and diffusers' models say that what it writes has adapters in it."""
+    for module in model.modules():
+        if callable(getattr(type(module), "save_pretrained", None)) and adapted_layers(module):
+            # A bound method, since copies of the model then get one that is bound to them.
+            module.save_pretrained = types.MethodType(_save_with_warning, module)  # type: ignore[assignment]
+
+
+def _stop_watching(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop("save_pretrained", None)
+
+
+def _save_with_warning(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    if adapted_layers(model):
+        warnings.warn(
+            f"{_kind(model)}.save_pretrained writes layers that carry adapters under other names, so from_pretrained "
+            f"would start them at random and without a change; fold(model) first, or use save_peft or save_adapter "
+            f"for the adapters alone ({save_directory})",
+            stacklevel=2,
+        )
+    return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
 def _refuse_weight_readers(parents: Iterable[nn.Module], chosen: dict[str, nn.Module]) -> None:
     for parent in parents:
         for name, layer in chosen.items():
             if isinstance(parent, READS_WEIGHTS) and any(part is layer for part in parent.modules()):
                 raise UserError(
                     f"{name} is part of {_kind(parent)}, which reads its weight instead of calling it, and this "
-                    "adapter's change is none of the weight; leave it out, or choose an adapter that can be merged"
+                    "adapter's change is none of a weight that can be read; leave it out, or choose an adapter that "
+                    "can be merged"
                 )
 
 

@@ -17,21 +17,68 @@ from torch.nn import functional as F
 from lightspan.errors import UserError
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-TAKEN = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D with floating-point weights"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TAKEN = (
+    "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D with floating-point weights, and quantised "
+    "layers derived from nn.Linear"
+)
 
 
-def supported(layer: nn.Module) -> bool:
-    """Whether `LayerShape.of` can read the layer: one of `TAKEN`, or a subclass."""
-    weight = getattr(layer, "weight", None)
-    known = isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or _is_transposed(layer)
-    return known and isinstance(weight, Tensor) and weight.is_floating_point()
+def known_kind(layer: nn.Module) -> type[nn.Module] | None:
+    """Which of the classes in `TAKEN` a layer is of or derives from; None for others."""
+    for kind in type(layer).__mro__:
+        # transformers' Conv1D (GPT-2), a linear layer whose weight is stored as [in, out], is told by name, so that
+        # transformers need not be imported.
+        transposed = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        if transposed or kind is nn.Linear or kind in _CONVOLUTIONS:
+            return kind
+    return None
 
 
-def _is_transposed(layer: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [in, out]. Told by name, so that
-    transformers need not be imported.
+def is_open(layer: nn.Module) -> bool:
+    """Whether the layer's weight may be read and written as numbers, and is all that its output depends on beside the
+    bias: a plain floating-point parameter under the forward pass of a known class.
+
+    Not so are quantised layers, whose weight is packed or only looks like floats, layers with a forward pass of their
+    own, and weights that are computed anew each time (weight norm), into which nothing can be written.
     """
-    return any((c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D") for c in type(layer).__mro__)
+    kind: Any = known_kind(layer)
+    if kind is None or _runs_its_own(layer, kind):
+        return False
+    weight = layer._parameters.get("weight")
+    return weight is not None and (type(weight) is nn.Parameter or isinstance(weight, DTensor)) and _floats(weight)
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why the layer can have no adapter, as the end of a sentence; None if it can.
+
+    A linear layer that is not open can have one beside it: y = f(x) + change(x) asks nothing of f but its sizes.
+    """
+    kind = known_kind(layer)
+    if kind is None:
+        return f"adapters take {TAKEN}, not {type(layer).__name__}"
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
+        return "it has no weight yet; run the model once first"
+    if is_open(layer):
+        return None
+    plain = type(weight) is nn.Parameter and not _floats(weight) and not _runs_its_own(layer, kind)
+    if plain:
+        return f"its weight is {weight.dtype}; adapters take {TAKEN}"
+    if kind is not nn.Linear:
+        return (
+            f"{type(layer).__name__} has a forward pass of its own or a weight that is no plain parameter, which "
+            f"adapters can take of linear layers alone; use {kind.__name__}, or leave it out"
+        )
+    return None
+
+
+def _runs_its_own(layer: nn.Module, kind: Any) -> bool:
+    return any(getattr(type(layer), f, None) is not getattr(kind, f, None) for f in ("forward", "_conv_forward"))
+
+
+def _floats(tensor: Tensor) -> bool:
+    return tensor.dtype in _FLOATS
 
 
 @dataclass(frozen=True)
@@ -58,12 +105,14 @@ class LayerShape:
     @classmethod
     def of(cls, layer: nn.Module) -> "LayerShape":
         """Raises: UserError for a layer that is none of `TAKEN`."""
-        if not supported(layer):
-            raise UserError(f"adapters take {TAKEN}, not {type(layer).__name__}")
-        weight = tuple(weight_of(layer).shape)
-        if not isinstance(layer, tuple(_CONVOLUTIONS)):
-            return cls(weight, transposed=_is_transposed(layer))
+        if reason := obstacle(layer):
+            raise UserError(f"no adapter for this layer: {reason}")
         conv: Any = layer
+        if not is_open(layer):  # the weight may be packed, so its shape says nothing
+            return cls((conv.out_features, conv.in_features))
+        weight = tuple(weight_of(layer).shape)
+        if (kind := known_kind(layer)) not in _CONVOLUTIONS:
+            return cls(weight, transposed=kind is not nn.Linear)
         border = tuple(conv._reversed_padding_repeated_twice)
         return cls(weight, False, conv.groups, conv.stride, conv.padding, conv.dilation, conv.padding_mode, border)
 
@@ -142,6 +191,38 @@ def weight_of(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def readable_weight(layer: nn.Module) -> Tensor:
+    """The weight, for an adapter that is made of it. Raises: UserError for a layer that is not open."""
+    if not is_open(layer):
+        raise UserError(
+            f"this adapter is made of the weight, and that of {type(layer).__name__} is quantised or computed, so it "
+            "cannot be read; choose LoRA, GatedLoRA, FLoRA or Full"
+        )
+    return weight_of(layer)
+
+
+def like(layer: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a layer's adapter: the layer's own, but float32 for half-precision and quantised layers."""
+    weight = weight_of(layer)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if _floats(weight) else torch.float32
+    return {"dtype": dtype, "device": weight.device}
+
+
+def fitting_rank(rank: int, layer: nn.Module, name: str, cap: bool) -> int:
+    """The rank itself, or with `cap` the largest that a change of the layer's weight can have.
+
+    Raises: UserError for a larger one without `cap`.
+    """
+    shape = LayerShape.of(layer)
+    if rank > shape.largest_rank and not cap:
+        sizes = " x ".join(map(str, shape.weight))
+        raise UserError(
+            f"rank={rank} is above {shape.largest_rank}, the largest for {name} of shape {sizes}; lower it, or set "
+            "cap=True to give such layers the largest they can have"
+        )
+    return min(rank, shape.largest_rank)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,14 +8,13 @@ Shapes: O output features, I inputs of one of them (see `lightspan.adapters.laye
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.layers import LayerShape, weight_of
+from lightspan.adapters.layers import fitting_rank, like
 from lightspan.errors import UserError
 
 
@@ -25,11 +24,13 @@ class LoRA(AdapterSpec):
     rank: r, from 1 to the rank of the layer's weight.
     alpha: the change is scaled by alpha / r, > 0; None is r, a scale of 1.
     dropout: share of inputs that the change does not see while training, in [0, 1).
+    cap: whether a layer whose weight has a smaller rank gets that one as its r; otherwise it is refused.
     """
 
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
+    cap: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -40,9 +41,9 @@ class LoRA(AdapterSpec):
             raise UserError(f"LoRA dropout={self.dropout} must be in [0, 1)")
 
     def build(self, layer: nn.Module, name: str) -> "LoRAUpdate":
-        require_rank(self.rank, layer, name)
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        return LoRAUpdate(layer, self.rank, scale, self.dropout)
+        rank = fitting_rank(self.rank, layer, name, self.cap)
+        scale = 1.0 if self.alpha is None else self.alpha / rank
+        return LoRAUpdate(layer, rank, scale, self.dropout)
 
 
 class LoRAUpdate(Adapter):
@@ -67,17 +68,3 @@ class LoRAUpdate(Adapter):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.up_OR * self.factor, self.down_RI
-
-
-def require_rank(rank: int, layer: nn.Module, name: str) -> None:
-    """Raises: UserError for a rank that no change of the layer's weight can have."""
-    largest = LayerShape.of(layer).largest_rank
-    if rank > largest:
-        shape = " x ".join(map(str, weight_of(layer).shape))
-        raise UserError(f"rank={rank} is above {largest}, the largest for {name} of shape {shape}; lower it")
-
-
-def like(layer: nn.Module) -> dict[str, Any]:
-    """Device and dtype of a layer's adapter: the layer's own, but float32 for half-precision layers."""
-    weight = weight_of(layer)
-    return {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}

@@ -7,32 +7,38 @@ Every adapter whose change has low rank is a LoRA: up [O R] and down [R I], with
 that nothing is scaled on the other side. Parameters that trained as a whole travel as `modules_to_save`.
 """
 
-import glob
+import inspect
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightspan.adapters.adapter import Adapted
-from lightspan.adapters.inject import READS_WEIGHTS, adapt, adapted_layers, plain_tensors
+from lightspan.adapters.adapter import Adapted, AdapterSpec
+from lightspan.adapters.inject import READS_WEIGHTS, adapted_layers, plain_tensors, plan
 from lightspan.adapters.layers import LayerShape, whole
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.report import Injection
+from lightspan.adapters.state import carry_out_loaded, destinations, trained_names, untying, write_tensors
 from lightspan.distributed import rank
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, write_atomic
+from lightspan.files import write_atomic
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 LARGEST = 2**24
 """Most numbers of one layer's lora_A; it grows with the square of a convolution's groups."""
-_NO_LORA_WITH = ("use_dora", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config")
+_NO_LORA_WITH = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+_SAFE_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's `init_lora_weights` that leave the base weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take
+what the adapter starts at out of them, so that the folder's numbers mean nothing beside the pretrained ones.
+"""
+_OF_STARTS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config")
 
 
 def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -50,6 +56,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
     ranks: dict[str, int] = {}
     for layer, module in layers.items():
         _refuse_what_peft_cannot_run(model, layer, module, name)
+        _warn_of_readers(model, layer)
         adapter = module.adapters[name]
         try:
             up_OR, down_RI = (whole(t).detach() for t in adapter.low_rank())
@@ -71,8 +78,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / WEIGHTS) as temporary:
-        save_file({key: t.cpu().contiguous().clone() for key, t in tensors.items()}, str(temporary), {"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_atomic(folder / CONFIG, json.dumps(_config(model, ranks, saved), indent=2) + "\n")
 
 
@@ -83,7 +89,8 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
         model: the pretrained model that the folder belongs to, changed in place.
         name: of the adapters.
         show: as of `lightspan.adapters.inject.adapt`.
-    Raises: UserError for a folder that is no LoRA or holds more than this can read, and for one of another model.
+    Raises: UserError for a folder that is no LoRA or holds more than this can read, and for one of another model; the
+    model is then as it was.
     """
     folder = Path(folder)
     config, tensors = _read(folder)
@@ -96,31 +103,41 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
             pairs.setdefault(found[1], {})[found[2]] = tensor
         else:
             others[key.removeprefix(PREFIX)] = tensor
-    parameters = dict(plain_tensors(model))
-    if foreign := [key for key in others if key not in parameters]:
-        raise UserError(f"{folder} holds {foreign[0]}, which {type(model).__name__} has no place for")
+    places = destinations(model, others, str(folder))
+    _require_all_names(model, places, folder)
     if missing := [layer for layer in pairs if layer not in known]:
         raise UserError(f"{folder} adapts {missing[0]}, which {type(model).__name__} does not have")
-    injections = []
+    specs: dict[str, AdapterSpec] = {}
+    factors = {}
     for layer, pair in pairs.items():
-        down, up = pair["A"], pair["B"]
-        shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])
-        up_OR, down_RI = _as_matrices(shape, down, up, f"{folder}, {layer}")
-        spec = LoRA(len(down_RI), _scale(config, layer, len(down)) * len(down_RI), config.get("lora_dropout", 0.0))
-        injections.append(adapt(model, [glob.escape(layer)], spec, name, show=False))
-        adapter: Any = adapted_layers(model)[layer].adapters[name]
-        adapter.restore({"up_OR": up_OR, "down_RI": down_RI})
-    with torch.no_grad():
-        for key, tensor in others.items():
-            parameters[key].copy_(tensor)
-            if parameters[key].is_floating_point():
-                parameters[key].requires_grad_(isinstance(parameters[key], nn.Parameter))
-    whole_ones = {key: parameters[key].numel() for key in others if isinstance(parameters[key], nn.Parameter)}
-    rows = tuple(row for injection in injections for row in injection.rows)
-    injection = Injection(name, rows, whole_ones, injections[-1].total)
-    if show:
-        injection.print()
-    return injection
+        where = f"{folder}, {layer}"
+        if pair.keys() != {"A", "B"}:
+            raise UserError(f"{where}: lora_{'A' if 'B' in pair else 'B'} is missing, so the folder is not whole")
+        try:
+            shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        up_OR, down_RI = _as_matrices(shape, pair["A"], pair["B"], where)
+        count = len(down_RI)
+        specs[layer] = LoRA(count, _scale(config, layer, len(pair["A"])) * count, config.get("lora_dropout", 0.0))
+        factors[layer] = {"up_OR": up_OR, "down_RI": down_RI}
+    planned = plan(model, specs, name, trained_names(model, places))
+    for layer, adapter in planned.adapters.items():
+        adapter.restore(factors[layer])
+    return carry_out_loaded(planned, others, places, show)
+
+
+def _require_all_names(model: nn.Module, places: dict[str, Tensor], folder: Path) -> None:
+    """Raises: UserError for a tensor that several modules share, of which PEFT would change one and part it from the
+    others.
+    """
+    for key, place in places.items():
+        names = [name for name, tensor in plain_tensors(model, every_name=True) if tensor is place]
+        if absent := [name for name in names if name not in places]:
+            raise UserError(
+                f"{folder} changes {key} alone, which is one tensor with {absent[0]} in this {type(model).__name__}; "
+                f"PEFT would part them, so {untying(absent[0])}"
+            )
 
 
 def _as_layers(shape: LayerShape, up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +157,17 @@ def _as_layers(shape: LayerShape, up_OR: Tensor, down_RI: Tensor) -> tuple[Tenso
 
 
 def _as_matrices(shape: LayerShape, down: Tensor, up: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """The inverse of `_as_layers`. Raises: UserError for a grouped convolution whose groups see each other."""
+    """The inverse of `_as_layers`, of a rank that a change of the weight can have.
+
+    Raises: UserError for a layer of other sizes, and a grouped convolution whose groups see each other.
+    """
+    count, ones = len(down), (1,) * len(shape.stride)
+    inputs = (shape.fan_in,) if shape.linear else (shape.groups * shape.weight[1], *shape.weight[2:])
+    if down.shape[1:] != inputs or up.shape != (shape.out_features, count // shape.groups, *ones):
+        sizes = f"lora_A {list(down.shape)} and lora_B {list(up.shape)}"
+        raise UserError(f"{where}: {sizes} belong to a layer of other sizes than {list(shape.weight)}")
     if shape.linear:
-        return up, down
+        return _of_largest_rank(shape, up, down)
     channels = shape.weight[1]
     blocks = down.unflatten(0, (shape.groups, -1)).unflatten(2, (shape.groups, channels))
     kernel = blocks[0, :, 0]
@@ -155,7 +180,15 @@ def _as_matrices(shape: LayerShape, down: Tensor, up: Tensor, where: str) -> tup
         raise UserError(
             f"{where}: this LoRA of a grouped convolution mixes its groups, and no change of its weight does"
         )
-    return up.flatten(1), kernel.flatten(1)
+    return _of_largest_rank(shape, up.flatten(1), kernel.flatten(1))
+
+
+def _of_largest_rank(shape: LayerShape, up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from factors no thicker than the weight's shorter side: PEFT's may be."""
+    if len(down_RI) <= shape.largest_rank:
+        return up_OR, down_RI
+    change_OI, identity = up_OR @ down_RI, torch.eye(shape.largest_rank).to(up_OR)
+    return (identity, change_OI) if shape.out_features == len(identity) else (change_OI, identity)
 
 
 def _refuse_what_peft_cannot_run(model: nn.Module, layer: str, module: Adapted, name: str) -> None:
@@ -175,12 +208,36 @@ def _refuse_what_peft_cannot_run(model: nn.Module, layer: str, module: Adapted, 
         raise UserError(f"{layer} cannot go into a PEFT LoRA folder: {reason}; fold it, or leave that layer out")
 
 
+def _warn_of_readers(model: nn.Module, layer: str) -> None:
+    """Warns where a forward pass asks a convolution for its geometry, as Whisper's encoder does: PEFT's layers do not
+    have it, so that such a model fails under any LoRA of that layer, PEFT's own too.
+    """
+    place, _, attribute = layer.rpartition(".")
+    parent = model.get_submodule(place)
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    names = set(code.co_names) if code else set()
+    if attribute in names and (read := sorted(names & {"stride", "padding", "dilation", "groups"})):
+        warnings.warn(
+            f"{type(parent).__name__} seems to read {attribute}.{read[0]}, which a layer of PEFT does not have; if the "
+            f"model fails under PEFT, fold the adapters or leave {layer} out",
+            stacklevel=3,
+        )
+
+
 def _trained_modules(model: nn.Module) -> list[str]:
-    """Modules of which every parameter trains as a whole. Raises: UserError for a parameter that trains alone."""
-    trained = [name for name, tensor in plain_tensors(model) if tensor.requires_grad]
+    """Modules of which every parameter trains as a whole, each under its own name where several share one tensor: PEFT
+    gives every module in its list a copy of its own, so that all of them have to be there. Raises: UserError for a
+    parameter that trains alone.
+    """
+    trained = [name for name, tensor in plain_tensors(model, every_name=True) if tensor.requires_grad]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
     for module in modules:
         mine = [name for name in trained if name.rpartition(".")[0] == module]
+        if isinstance(model.get_submodule(module), Adapted):
+            raise UserError(
+                f"{mine[0]} trained as a whole and {module} has an adapter too, and a PEFT folder holds one of both; "
+                f"train one of them, or if another module shares this weight, {untying(mine[0])}"
+            )
         if not module or len(mine) < len(list(model.get_submodule(module).parameters())):
             raise UserError(f"{mine[0]} trained by itself, and PEFT saves whole modules; train all of its module")
         if twins := [name for name, _ in model.named_modules() if name != module and name.endswith(module)]:
@@ -221,11 +278,23 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{folder} is no PEFT folder with {CONFIG} and {WEIGHTS}: {error}") from error
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be loaded")
-    used = [key for key in _NO_LORA_WITH if config.get(key)]
+    used = [
+        key
+        for key, value in config.items()
+        if value
+        and key not in _OF_STARTS
+        and (key in _NO_LORA_WITH or key.endswith("_config") or (key.startswith("use_") and key != "use_rslora"))
+    ]
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         used.append("bias")
     if used:
         raise UserError(f"{folder} uses {', '.join(used)}, which makes it more than a plain LoRA; it cannot be loaded")
+    if (start := config.get("init_lora_weights")) not in _SAFE_STARTS:
+        raise UserError(
+            f"{folder} was made with init_lora_weights={start!r}, which changes the base weights at the start, and "
+            "those are not in the folder; write it again from PEFT with "
+            "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
+        )
     return config, tensors
 
 

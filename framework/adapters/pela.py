@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightspan.adapters.layers import is_open
 from lightspan.distributed import rank as process_rank
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
@@ -112,6 +113,11 @@ def plan(model: nn.Module, ratio: float, exclude: list[str]) -> list[Cut]:
     require_matches([p for p in exclude if p not in EXCLUDED], list(linear), f"linear layer of {type(model).__name__}")
     cuts = []
     for name, layer in linear.items():
+        if not matches(name, exclude) and not is_open(layer):
+            raise UserError(
+                f"{name} is a {type(layer).__name__} whose weight is packed or computed anew each time, so it cannot "
+                "be factorised; add it to exclude, or start from a layer with a plain weight"
+            )
         rank: int | None = rank_within(layer.out_features, layer.in_features, ratio)
         whole = matches(name, exclude) or layer.out_features < FEWEST_OUTPUTS
         cuts.append(Cut(name, layer.out_features, layer.in_features, None if whole or not rank else rank))

@@ -8,23 +8,22 @@ on other weights than it was trained on gives numbers without meaning and no err
 """
 
 import dataclasses
-import glob
 import importlib
 import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapted, AdapterSpec
-from lightspan.adapters.inject import adapt, adapted_layers, digest, plain_tensors
+from lightspan.adapters.inject import Plan, adapted_layers, digest, plain_tensors, plan
 from lightspan.adapters.layers import weight_of, whole
 from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
-from lightspan.files import atomic_path
+from lightspan.files import write_atomic
 
 FORMAT = "lightspan adapter 1"
 _ADAPTER, _TRAINED = "adapter.", "trained."
@@ -43,7 +42,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         for layer, module in layers.items()
         for key, tensor in module.adapters[name].stored().items()
     }
-    tensors |= {f"{_TRAINED}{n}": whole(t).detach() for n, t in plain_tensors(model) if t.requires_grad}
+    # Under every name of a shared tensor, so that a model in which they are apart gets them all.
+    trained = {n: t for n, t in plain_tensors(model, every_name=True) if t.requires_grad}
+    tensors |= {f"{_TRAINED}{name}": whole(tensor).detach() for name, tensor in trained.items()}
     metadata = {
         "format": FORMAT,
         "name": name,
@@ -52,10 +53,14 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     }
     if rank() != 0:
         return
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all, with the permissions that new files get here."""
     # Copies: safetensors refuses tensors that share memory, and an expanded one has none of its own.
     copies = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(copies, str(temporary), metadata)
+    write_atomic(path, save(copies, metadata))  # not its save_file, which gives the owner alone a right to read
 
 
 def load_adapter(
@@ -74,7 +79,8 @@ def load_adapter(
         specs: spec classes of your own that the file may name; lightspan's are known.
         other_weights: whether frozen weights may differ from those that the adapter was trained on.
         show: as of `adapt`.
-    Raises: UserError for a file that is no adapter, does not fit the model, or belongs to other frozen weights.
+    Raises: UserError for a file that is no adapter, does not fit the model, or belongs to other frozen weights; the
+    model is then as it was.
     """
     try:
         with safe_open(str(path), "pt") as file:
@@ -96,26 +102,67 @@ def load_adapter(
             f"{path} was trained on other weights than this {type(model).__name__} has (the SHA-256 of the adapted "
             "layers differs); load the same pretrained weights in the same dtype, or pass other_weights=True"
         )
-    injections = [
-        adapt(model, [glob.escape(n) for n in members], spec, name, [glob.escape(n) for n in trained], show=False)
-        for spec, members in _by_spec(described, specs)
-    ]
-    for layer, module in adapted_layers(model).items():
-        if layer in described:
-            prefix = f"{_ADAPTER}{layer}."
-            own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            try:
-                module.adapters[name].restore(own)
-            except UserError as error:
-                raise UserError(f"{path}, {layer}: {error}") from error
-    parameters = dict(plain_tensors(model))
-    with torch.no_grad():
-        for key, tensor in trained.items():
-            if parameters[key].shape != tensor.shape:
-                raise UserError(f"{path}: {key} is {list(tensor.shape)}, not {list(parameters[key].shape)}")
-            parameters[key].copy_(tensor)
-    rows = tuple(row for injection in injections for row in injection.rows)
-    injection = dataclasses.replace(injections[-1], rows=rows)
+    specs_of = {layer: _spec(**description, own=specs) for layer, description in described.items()}
+    places = destinations(model, trained, str(path))
+    planned = plan(model, specs_of, name, trained_names(model, places))
+    for layer, adapter in planned.adapters.items():
+        prefix = f"{_ADAPTER}{layer}."
+        own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        try:
+            adapter.restore(own)
+        except UserError as error:
+            raise UserError(f"{path}, {layer}: {error}") from error
+    return carry_out_loaded(planned, trained, places, show)
+
+
+def destinations(model: nn.Module, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The model's own tensors that those of a file go into, by the file's names.
+
+    Raises: UserError for a name that the model does not have, another shape, and a tensor that the model has under
+    several names for which the file holds different numbers.
+    """
+    own = dict(plain_tensors(model, every_name=True))
+    kind = type(model).__name__
+    if foreign := [key for key in tensors if key not in own]:
+        raise UserError(f"{where} holds {foreign[0]}, which {kind} has no place for")
+    first: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        if own[key].shape != tensor.shape:
+            raise UserError(f"{where}: {key} is {list(tensor.shape)}, not {list(own[key].shape)}")
+        other = first.setdefault(id(own[key]), key)
+        if not torch.equal(tensors[other], tensor):
+            raise UserError(f"{where} holds different numbers for {other} and {key}, one tensor here; {untying(key)}")
+    return {key: own[key] for key in tensors}
+
+
+def untying(name: str) -> str:
+    """What to do about a parameter that should be one of its own, as the end of a message."""
+    module, _, attribute = name.rpartition(".")
+    return (
+        f"give it one of its own first: layer = model.get_submodule({module!r}); "
+        f"layer.{attribute} = nn.Parameter(layer.{attribute}.detach().clone()), "
+        "and model.config.tie_word_embeddings = False where there is one"
+    )
+
+
+def trained_names(model: nn.Module, places: dict[str, Tensor]) -> set[str]:
+    """The first names of those of `places` that can train."""
+    found = {id(tensor) for tensor in places.values()}
+    tensors = plain_tensors(model)
+    return {n for n, t in tensors if id(t) in found and isinstance(t, nn.Parameter) and t.is_floating_point()}
+
+
+@torch.no_grad()
+def carry_out_loaded(planned: Plan, tensors: dict[str, Tensor], places: dict[str, Tensor], show: bool) -> Injection:
+    """Puts restored adapters into the model and a file's other tensors into their places.
+
+    The adapters are in the mode of their layer, so that a model in eval mode is one with them.
+    """
+    for layer, adapter in planned.adapters.items():
+        adapter.train(planned.model.get_submodule(layer).training)
+    injection = planned.carry_out()
+    for key, tensor in tensors.items():
+        places[key].copy_(tensor)
     if show:
         injection.print()
     return injection
@@ -140,15 +187,6 @@ def _described(spec: AdapterSpec | None) -> dict[str, object]:
     assert not isinstance(spec, type)
     kind = type(spec)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dataclasses.asdict(spec)}
-
-
-def _by_spec(
-    described: dict[str, dict[str, object]], own: tuple[type[AdapterSpec], ...]
-) -> list[tuple[AdapterSpec, list[str]]]:
-    groups: dict[str, list[str]] = {}
-    for layer, description in described.items():
-        groups.setdefault(json.dumps(description), []).append(layer)
-    return [(_spec(**json.loads(text), own=own), members) for text, members in groups.items()]
 
 
 def _spec(class_path: str, init_args: dict[str, object], own: tuple[type[AdapterSpec], ...]) -> AdapterSpec:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.layers import LayerShape, weight_of, whole
-from lightspan.adapters.lora import like, require_rank
+from lightspan.adapters.layers import LayerShape, fitting_rank, like, readable_weight, weight_of, whole
 from lightspan.errors import UserError
 
 
@@ -23,10 +22,12 @@ class SVFit(AdapterSpec):
     """Args:
     rank: singular values that train, the largest ones; None is all of them, which is where the paper's rule ends.
     energy: instead of `rank`, the share of the squared singular values that the trained ones have at least, in (0, 1].
+    cap: as of `lightspan.adapters.lora.LoRA`, for `rank`.
     """
 
     rank: int | None = None
     energy: float | None = None
+    cap: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.energy is not None:
@@ -37,10 +38,9 @@ class SVFit(AdapterSpec):
             raise UserError(f"SVFit energy={self.energy} must be in (0, 1]")
 
     def build(self, layer: nn.Module, name: str) -> "SVFitUpdate":
-        if self.rank is not None:
-            require_rank(self.rank, layer, name)
+        wanted = None if self.rank is None else fitting_rank(self.rank, layer, name, self.cap)
         left_OR, values_R, right_RI = frames(layer)
-        rank = self.rank or len(values_R)
+        rank = wanted or len(values_R)
         if self.energy is not None:
             share_R = values_R.double().square().cumsum(0)
             rank = int((share_R < self.energy * share_R[-1]).sum()) + 1
@@ -49,7 +49,7 @@ class SVFit(AdapterSpec):
 
 def frames(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """U [O R], s [R] and V^T [R I] of the layer's weight, in float32 or wider: half precision has no SVD."""
-    matrix_OI = LayerShape.of(layer).matrix(weight_of(layer).detach()).to(like(layer)["dtype"])
+    matrix_OI = LayerShape.of(layer).matrix(readable_weight(layer).detach()).to(like(layer)["dtype"])
     left_OR, values_R, right_RI = torch.linalg.svd(matrix_OI, full_matrices=False)
     return left_OR, values_R, right_RI
 

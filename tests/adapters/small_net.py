@@ -41,3 +41,52 @@ def perturb(model: nn.Module, seed: int = 2) -> nn.Module:
             if parameter.requires_grad:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
     return model
+
+
+class PackedLinear(nn.Linear):
+    """Eight-bit integers and a scale each row under a forward pass of its own, as bitsandbytes has it."""
+
+    def __init__(self, dtype: torch.dtype = torch.int8) -> None:
+        super().__init__(6, 5)
+        scale = self.weight.detach().abs().amax(dim=1, keepdim=True) / 100
+        self.register_buffer("row_scale", scale)
+        self.weight = nn.Parameter((self.weight.detach() / scale).to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.row_scale.to(x.dtype), self.bias)
+
+
+class PackedTensor(Tensor):
+    """Integers and a scale that say they are floats, as torchao has it."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> "PackedTensor":
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        plain = [a.codes.to(a.scale.dtype) * a.scale if isinstance(a, cls) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def packed_tensor() -> nn.Linear:
+    layer, packed = nn.Linear(6, 5), PackedLinear()
+    layer.weight = nn.Parameter(PackedTensor(packed.weight.detach(), packed.row_scale), requires_grad=False)
+    return layer
+
+
+CLOSED = {
+    "integers": PackedLinear,
+    "float8": lambda: PackedLinear(torch.float8_e4m3fn),
+    "tensor subclass": packed_tensor,
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
+}
+"""Linear layers whose weight is none that may be read and written."""

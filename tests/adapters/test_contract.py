@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from adapters.cases import CASES
-from adapters.small_net import LAYERS, SmallNet, images, perturb
+from adapters.small_net import CLOSED, LAYERS, SmallNet, images, perturb
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +29,7 @@ from lightspan.adapters.inject import (
     unmerge,
 )
 from lightspan.adapters.state import load_adapter, save_adapter
+from lightspan.adapters.svfit import SVFit
 from lightspan.errors import UserError
 from lightspan.strategies import shard_blocks
 
@@ -195,6 +196,77 @@ def test_a_copy_is_independent_and_compiles_to_the_same(spec):
     assert torch.equal(torch.compile(twin, backend="eager", fullgraph=True)(x), y)
     perturb(twin)
     assert torch.equal(model(x), y)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", CLOSED)
+def test_beside_a_layer_whose_weight_cannot_be_read_it_works_without_it_or_is_refused(kind, spec, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(CLOSED[kind]()).requires_grad_(False)
+    x, states = torch.randn(7, 6), {name: t.clone() for name, t in model.named_buffers()}
+    plain = model(x)
+    if isinstance(spec, SVFit):
+        with pytest.raises(UserError, match="this adapter is made of the weight"):
+            adapt(model, ["0"], spec, show=False)
+        assert not adapted_layers(model)
+        return
+    adapt(model, ["0"], spec, show=False)
+    assert torch.equal(model(x), plain)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    frozen = frozen_hash(model)
+    for _ in range(STEPS):
+        step(perturb(model), x)
+    y = model(x)
+    assert not torch.equal(y, plain)
+    assert frozen_hash(model) == frozen
+    assert all(torch.equal(t, states[name.replace("0.base.", "0.")]) for name, t in model.named_buffers())
+    with disable_adapters(model):
+        assert torch.equal(model(x), plain)
+    for undo in (merge, fold):
+        with pytest.raises(UserError, match=r"0 is a \w+ whose weight is packed or computed anew each time"):
+            undo(model)
+    assert torch.equal(model(x), y)
+    save_adapter(model, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    again = nn.Sequential(CLOSED[kind]())
+    load_adapter(again, tmp_path / "a.safetensors", show=False)
+    assert torch.equal(again(x), y)
+
+
+def zeros(weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(weight)
+
+
+def rank_one(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.flatten(1)
+    return (flat[:, :1] * flat[:1]).view_as(weight)
+
+
+def a_dead_unit(weight: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(weight[:1]), weight[1:]])
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [zeros, rank_one, a_dead_unit])
+def test_degenerate_weights_are_ordinary_ones(spec, weights, dtype):
+    plain = SmallNet().to(dtype)
+    with torch.no_grad():
+        for layer in LAYERS:
+            plain.get_submodule(layer).weight.copy_(weights(plain.get_submodule(layer).weight))
+    freeze_statistics(plain.requires_grad_(False))
+    model, x = copy.deepcopy(plain), images(dtype=dtype)
+    adapt(model, LAYERS, spec, show=False)
+    assert torch.equal(model(x), plain(x))
+    for seed in range(STEPS):
+        step(model, images(seed=seed, dtype=dtype))
+    assert all(p.isfinite().all() for p in model.parameters())
+    y = model(x)
+    assert y.isfinite().all()
+    if is_mergeable(model):
+        merge(model)
+        near = 100 * torch.finfo(dtype).eps
+        torch.testing.assert_close(model(x), y, rtol=near, atol=near)
 
 
 def one_rank(index: int, folder: str) -> None:

@@ -1,15 +1,31 @@
 """Injection into layers that models use in unusual ways, and what it refuses."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from adapters.small_net import LAYERS, SmallNet, images, perturb
 from torch import nn
+from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lightspan.adapters.adapter import Adapted, Adapter, AdapterSpec
-from lightspan.adapters.inject import activate, adapt, adapted_layers, fold, frozen_hash, merge
+from lightspan.adapters.codyra import GatedLoRA
+from lightspan.adapters.flora import FLoRA
+from lightspan.adapters.inject import (
+    activate,
+    adapt,
+    adapted_layers,
+    disable_adapters,
+    fold,
+    frozen_hash,
+    merge,
+    remove,
+)
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.state import load_adapter, save_adapter
+from lightspan.adapters.svfit import SVFit
 from lightspan.errors import UserError
 
 
@@ -133,7 +149,7 @@ def test_a_change_that_is_none_of_the_weight_is_neither_merged_nor_folded():
     model = SmallNet()
     adapt(model, ["dense"], Squared(), show=False)
     for undo in (merge, fold):
-        with pytest.raises(UserError, match="adapter 'default' is none of the weight alone"):
+        with pytest.raises(UserError, match="adapter 'default' of dense is none of the weight alone"):
             undo(model)
     activate(model)
     fold(model)
@@ -183,7 +199,9 @@ def test_transformers_conv1d_is_a_linear_layer_the_other_way_round():
 def test_a_base_of_integers_is_not_adapted():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match=r"pattern '0' matches only Linear; adapters take .* with floating-point"):
+    with pytest.raises(
+        UserError, match=r"0 \(Linear\) cannot have an adapter: its weight is torch.int8; adapters take"
+    ):
         adapt(model, ["0"], LoRA(rank=1))
 
 
@@ -234,3 +252,161 @@ def test_the_input_of_the_model_is_untouched():
     before = x.clone()
     model(x)
     assert torch.equal(x, before)
+
+
+def state_of(model: nn.Module) -> dict:
+    """Everything that a refusal must leave: modules, flags and tensors."""
+    return {
+        "modules": {name: type(m) for name, m in model.named_modules()},
+        "trains": {name: p.requires_grad for name, p in model.named_parameters()},
+        "bits": frozen_hash(copy.deepcopy(model).requires_grad_(False)),
+    }
+
+
+def test_a_refused_file_leaves_the_model_as_it_was(tmp_path):
+    model = SmallNet()
+    adapt(model, ["stem", "dense"], LoRA(rank=2), train=["head.*"], show=False)
+    save_adapter(perturb(model), tmp_path / "a.safetensors")
+    fresh = SmallNet()
+    fresh.head = nn.Linear(10, 5)  # the file's head does not fit, which is found after the layers
+    before = state_of(fresh)
+    with pytest.raises(UserError, match=r"head.bias is \[4\], not \[5\]"):
+        load_adapter(fresh, tmp_path / "a.safetensors", show=False)
+    assert state_of(fresh) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "spec", "train", "message"),
+    [
+        (lambda m: m, LoRA, [], r"not the class LoRA; write LoRA\(\)"),
+        (lambda m: m, "LoRA", [], "spec must be an adapter with its settings, such as LoRA"),
+        (lambda m: m.to("meta"), LoRA(rank=2), [], "stem is on the meta device, which holds no numbers; load"),
+        (lambda m: m.stem, LoRA(rank=2), [], "the model is itself a Conv2d, which no name matches"),
+        (lambda m: whole_numbers(m), LoRA(rank=2), ["head.weight"], "head.weight holds torch.int32 numbers"),
+        (lambda m: own_forward(m), LoRA(rank=2), [], r"stem \(SamePadding\) cannot have an adapter"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named_before_anything_changes(change, spec, train, message):
+    model = change(SmallNet())
+    before = {name: (type(m), m.training) for name, m in model.named_modules()}
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=message):
+        adapt(model, ["stem", "dense"], spec, train=train, show=False)
+    assert {name: (type(m), m.training) for name, m in model.named_modules()} == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+
+
+class SamePadding(nn.Conv2d):
+    """A convolution that pads in a way of its own, as several model libraries have it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+def own_forward(model: SmallNet) -> SmallNet:
+    model.stem = SamePadding(3, 8, 2, bias=False)
+    return model
+
+
+def whole_numbers(model: SmallNet) -> SmallNet:
+    model.head.weight = nn.Parameter(torch.zeros(4, 10, dtype=torch.int32), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "spec", [LoRA(rank=6, cap=True), GatedLoRA(6, cap=True), SVFit(6, cap=True), FLoRA(6, cap=True)]
+)
+def test_a_capped_rank_is_the_largest_that_each_layer_can_hold(spec):
+    model = SmallNet()
+    adapt(model, ["stem", "head"], spec, show=False)
+    ranks = {name: layer.adapters["default"].low_rank()[0].shape[1] for name, layer in adapted_layers(model).items()}
+    assert ranks == {"stem": 6, "head": 4}
+    with pytest.raises(UserError, match="rank=6 is above"):
+        adapt(SmallNet(), ["stem", "head"], dataclasses.replace(spec, cap=False))
+
+
+def test_merging_one_layer_that_cannot_be_merged_merges_none():
+    model = SmallNet()
+    adapt(model, ["stem"], LoRA(rank=2), show=False)
+    adapt(model, ["dense"], Squared(), show=False)
+    with pytest.raises(UserError, match="none of the weight"):
+        merge(model)
+    assert not model.stem.merged
+
+
+def test_code_that_reads_a_weight_past_a_change_that_is_none_is_told_which_layer():
+    model = SmallNet()
+    adapt(model, ["dense"], Squared(), show=False)
+    with pytest.raises(
+        UserError, match=r"of dense is none of the weight alone, .* code that reads a weight would miss it"
+    ):
+        _ = model.dense.weight
+
+
+def test_a_file_is_read_in_the_mode_of_the_model(tmp_path):
+    model = SmallNet()
+    adapt(model, ["dense"], LoRA(rank=2, dropout=0.9), show=False)
+    save_adapter(perturb(model), tmp_path / "a.safetensors")
+    again = SmallNet().eval()
+    load_adapter(again, tmp_path / "a.safetensors", show=False)
+    assert torch.equal(again(images()), again(images()))
+    assert torch.equal(again(images()), model.eval()(images()))
+
+
+def test_a_tensor_with_two_names_travels_under_both(tmp_path):
+    def tied() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        model = nn.ModuleDict(
+            {"embed": nn.Embedding(7, 4), "mid": nn.Linear(4, 4), "head": nn.Linear(4, 7, bias=False)}
+        )
+        model["head"].weight = model["embed"].weight
+        return model
+
+    model = tied()
+    adapt(model, ["mid"], LoRA(rank=2), train=["embed.*"], show=False)
+    save_adapter(perturb(model), tmp_path / "a.safetensors")
+    apart = tied()
+    apart["head"].weight = nn.Parameter(apart["head"].weight.detach().clone())
+    for again in (tied(), apart):
+        load_adapter(again, tmp_path / "a.safetensors", show=False)
+        assert torch.equal(again["embed"].weight, model["embed"].weight)
+        assert torch.equal(again["head"].weight, model["embed"].weight)
+
+
+def test_a_file_has_the_permissions_of_a_new_file(tmp_path):
+    model = SmallNet()
+    adapt(model, ["dense"], LoRA(rank=2), show=False)
+    save_adapter(model, tmp_path / "a.safetensors")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_save_pretrained_of_a_model_with_adapters_says_so_and_of_a_folded_one_does_not(tmp_path, recwarn):
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = BertModel(config)
+    adapt(model, ["*.query"], LoRA(rank=2), show=False)
+    twin = perturb(copy.deepcopy(model))
+    for adapted in (model, twin):
+        with pytest.warns(UserWarning, match=r"BertModel.save_pretrained writes .* fold\(model\) first"):
+            adapted.save_pretrained(tmp_path / "raw")
+    fold(twin)
+    recwarn.clear()
+    twin.save_pretrained(tmp_path / "folded")
+    assert not [w for w in recwarn if "adapters" in str(w.message)]
+    assert "save_pretrained" not in vars(twin)
+    again, tokens = BertModel.from_pretrained(tmp_path / "folded").eval(), torch.arange(5)[None]
+    torch.testing.assert_close(again(tokens)[0], twin.eval()(tokens)[0])
+
+
+def test_mamba_reads_weights_and_gives_what_the_frozen_model_gives():
+    """torch.matmul picks its kernel by `requires_grad`, so it is the frozen model that the bits are those of."""
+    config = MambaConfig(vocab_size=11, hidden_size=128, num_hidden_layers=1, state_size=16)
+    torch.manual_seed(0)
+    model, tokens = MambaForCausalLM(config).eval().requires_grad_(False), torch.arange(9)[None]
+    y = model(tokens).logits
+    adapt(model, ["*_proj"], LoRA(rank=2), show=False)
+    with disable_adapters(model):
+        assert torch.equal(model(tokens).logits, y)
+    torch.testing.assert_close(model(tokens).logits, y)
+    remove(model)
+    assert torch.equal(model.requires_grad_(False)(tokens).logits, y)

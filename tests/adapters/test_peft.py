@@ -168,3 +168,113 @@ def test_running_statistics_travel_with_a_norm_that_trained(tmp_path):
     save_peft(perturb(model), tmp_path)
     theirs = peft.PeftModel.from_pretrained(Net().eval(), str(tmp_path))
     torch.testing.assert_close(theirs(x), model(x))
+
+
+def llama(tied: bool = True):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    return model
+
+
+TOKENS = torch.arange(9)[None]
+
+
+@pytest.mark.filterwarnings("ignore:Model has")
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_tied_weight_in_a_folder_of_peft_is_read_as_peft_reads_it_or_refused(tmp_path, saved, tie):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=tie)
+    theirs = perturb(peft.get_peft_model(llama(), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = llama(tied=tie)
+    load_peft(ours, tmp_path, show=False)
+    torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits)
+    if not tie:
+        with pytest.raises(
+            UserError, match=r"one tensor .*layer = model.get_submodule\('(lm_head|model.embed_tokens)'\)"
+        ):
+            load_peft(llama(), tmp_path, show=False)
+
+
+@pytest.mark.filterwarnings("ignore:Model has")
+def test_a_tied_weight_that_trained_says_the_same_under_peft_and_here(tmp_path):
+    model = llama()
+    adapt(model, ["*q_proj"], LoRA(rank=2), train=["*embed_tokens*"], show=False)
+    save_peft(perturb(model), tmp_path)
+    y = model(TOKENS).logits
+    theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(TOKENS).logits, y)
+    again = llama()
+    load_peft(again, tmp_path, show=False)
+    torch.testing.assert_close(again(TOKENS).logits, y)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal", False])
+def test_a_folder_whose_start_changed_the_base_weights_is_refused_and_others_load(tmp_path, start):
+    config = peft.LoraConfig(r=2, target_modules=["stem", "dense"][start in ("pissa", "olora", "orthogonal") :],
+                             init_lora_weights=start)  # fmt: skip
+    theirs = perturb(peft.get_peft_model(Net().eval(), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, x = Net().eval(), images()
+    if start in ("pissa", "olora"):
+        with pytest.raises(UserError, match=f"made with init_lora_weights='{start}', which changes the base weights"):
+            load_peft(ours, tmp_path, show=False)
+        assert not adapted_layers(ours)
+        return
+    load_peft(ours, tmp_path, show=False)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_above_what_a_layer_can_have_loads_with_the_same_function(tmp_path):
+    config = peft.LoraConfig(r=6, target_modules=["head", "dense"], init_lora_weights=False)
+    theirs = peft.get_peft_model(Net().eval(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, x = Net().eval(), images()
+    load_peft(ours, tmp_path, show=False)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_refused_folder_leaves_the_model_as_it_was(tmp_path):
+    save_peft(trained(LoRA(rank=2)).float(), tmp_path)
+    model = Net()
+    model.inner["dense"] = nn.Linear(10, 9)  # the last layer of the folder does not fit
+    before, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    with pytest.raises(
+        UserError, match=r"inner.dense: lora_A \[2, 10\] and lora_B \[8, 2\] belong to a layer of other"
+    ):
+        load_peft(model, tmp_path, show=False)
+    assert [type(m) for m in model.modules()] == modules
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_files_have_the_permissions_of_new_files(tmp_path):
+    save_peft(trained(LoRA(rank=2)), tmp_path)
+    (tmp_path / "new").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_model_that_asks_a_layer_for_what_peft_does_not_have_is_named(tmp_path):
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv1d(3, 4, 3, stride=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x) * self.first.stride[0]
+
+    model = nn.Sequential(Encoder())
+    adapt(model, ["0.first"], LoRA(rank=2), show=False)
+    with pytest.warns(UserWarning, match="Encoder seems to read first.stride, which a layer of PEFT does not have"):
+        save_peft(perturb(model), tmp_path)
+    with pytest.raises(AttributeError, match="stride"):
+        peft.PeftModel.from_pretrained(nn.Sequential(Encoder()), str(tmp_path))(torch.randn(1, 3, 9))
