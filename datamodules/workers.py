@@ -1,7 +1,8 @@
 """Samples on their way from a dataset into batches: fetched here or in worker processes, and never reordered."""
 
-import atexit
 import multiprocessing.connection
+import multiprocessing.util
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,11 +105,22 @@ def _collate(samples: list[_Fetched]) -> _Fetched:
 
 
 _workers: WeakSet[BaseProcess] = WeakSet()
+_ends_workers_in = 0  # pid
 
 
-@atexit.register
+def _end_at_exit(workers: Sequence[BaseProcess]) -> None:
+    """multiprocessing ends what is left by SIGTERM and waits for it, and these workers do not obey SIGTERM. Its own
+    list of what to do first is for each process: ranks that it started itself never come to `atexit`.
+    """
+    global _ends_workers_in
+    if _ends_workers_in != os.getpid():
+        _workers.clear()  # a fork's are its parent's
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=100)
+        _ends_workers_in = os.getpid()
+    _workers.update(workers)
+
+
 def _end_workers() -> None:
-    """Workers do not obey SIGTERM, by which multiprocessing ends those that are left when the interpreter leaves."""
     if _workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # nobody is to be told of these deaths
     for worker in _workers:
@@ -188,7 +200,7 @@ class Fetcher:
         stream = iter(self._loader)
         workers = getattr(stream, "_workers", ())  # none where this process fetches
         if workers:
-            _workers.update(workers)
+            _end_at_exit(workers)
             _explain_deaths()
         while True:
             try:

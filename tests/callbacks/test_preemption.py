@@ -310,7 +310,8 @@ def test_rank_1_alone_is_signalled_with_its_workers_and_both_ranks_leave_in_step
     assert "preempted by SIGTERM after step 7" in left.said  # the flag travels during the step after
     assert saved_step(run) == 7
     for folder in (run, tmp_path / "b"):
-        assert rank_processes.fit(folder, workers, ranks=2).statuses == [0, 0]
+        again = rank_processes.fit(folder, workers, ranks=2)
+        assert again.statuses == [0, 0], again.said
     resumed, straight = weights(run), weights(tmp_path / "b")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 

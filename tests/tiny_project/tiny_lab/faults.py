@@ -46,6 +46,8 @@ class SignalAt(Callback):
     With `marker`, a file that is made first, it does so once and not again in a restarted run.
     """
 
+    alters_training = False
+
     def __init__(
         self,
         step: int,
@@ -83,12 +85,16 @@ class SignalAt(Callback):
 class WarnLater(Callback):
     """A signal to this process some seconds after the callback was built, wherever the run is by then."""
 
+    alters_training = False
+
     def __init__(self, name: str, seconds: float) -> None:
         threading.Timer(seconds, os.kill, (os.getpid(), signal.Signals[name])).start()
 
 
 class HangAt(Callback):
     """Rank `rank` stops at step `step` for good; with `holds_interpreter` none of its threads runs any more."""
+
+    alters_training = False
 
     def __init__(self, step: int, rank: int = 0, holds_interpreter: bool = False) -> None:
         self.step, self.rank, self.holds_interpreter = step, rank, holds_interpreter
