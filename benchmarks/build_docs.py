@@ -341,7 +341,7 @@ def card(record: Row) -> list[str]:
 
 
 def plan_error(results: Path) -> list[str]:
-    """Section on what `lightspan plan` foretells."""
+    """Section on what `lightspan plan` predicts."""
     record = read(results / "plan_error.json")
     if record is None:
         return [MISSING, ""]
@@ -424,7 +424,7 @@ def page(results: Path) -> str:
         "Loss on equal tokens": lm_quality(results),
         "Nets with dead rows": robustness(results),
         "Kernels on a GPU": cards or [MISSING, ""],
-        "Memory that a plan foretells": plan_error(results),
+        "Memory that a plan predicts": plan_error(results),
         "Random projections on a CPU": projections(results),
         "Adapters on a CPU": adapters(results),
     }

@@ -155,7 +155,8 @@ class Preemption(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        # Ranks may have one batch more or less than others, and only those that all of them have are a place to agree.
+        # lightspan's loaders give all ranks equally many batches, loaders of one's own may not: ranks agree only at
+        # batches that all of them have.
         inside = batch_idx < self._shared_batches and dataloader_idx == 0
         if trainer.state.fn != TrainerFn.FITTING or not inside or trainer.fit_loop._should_accumulate():
             return

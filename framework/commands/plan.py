@@ -87,12 +87,12 @@ def shares(plan: "Plan") -> list[tuple[str, int, float]]:
 
 
 def verdict(plan: "Plan") -> str:
-    """Which part rules, and what that means for whoever wants to save memory."""
+    """Which part is larger, and what that means for whoever wants to save memory."""
     step = plan.step
     activations, state = _mib(step.activations), _mib(step.optimizer_state)
     if step.activations > step.optimizer_state:
         return (
-            f"Activations rule, not optimiser state ({activations} against {state} MiB): a leaner optimiser saves at "
+            f"Activations outweigh optimiser state ({activations} against {state} MiB): a leaner optimiser saves at "
             f"most {state} MiB; a smaller micro-batch with more accumulation, or activation checkpointing, saves more."
         )
     return (

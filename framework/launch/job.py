@@ -115,5 +115,5 @@ def seconds(time: str) -> int:
     else:
         total = parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
     if total == 0:
-        raise UserError(f"--time {time!r} is no time at all; give at least 1 minute, or leave --time out")
+        raise UserError(f"--time {time!r} is zero; give at least 1 minute, or leave --time out")
     return total

@@ -189,15 +189,14 @@ class Fira(_Rescaling):
     (|r_i| + 1e-8). A limiter holds |s o E|_F to at most `limit` times its value in the step before. The frame is
     orthonormal, so |E_i|^2 = |G_i|^2 - |r_i|^2: the residual's norm comes without forming the residual.
 
-    A row moves at most 1 + `bound` times as far as AdamW could move it at the same rate, whatever its gradients: rows
-    that die and come back, or turn out of the frame, included. See `row_scales`.
+    A row moves at most 1 + `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank`,
+    whatever its gradients: rows that die and come back, or turn out of the frame, included. See `row_scales`.
 
     Args:
         limit: gamma of the norm-growth limiter, > 1; None for none.
         bound: s_i |E_i| is at most `bound` sqrt(N / R) |u_i|, which is `bound` times what it is for an isotropic
-            gradient; > 1. It is not in the paper. It acts on no row of ordinary gradients at ranks of 8 and more, on
-            one of a thousand or fewer at rank 4, and at ranks 1 and 2 on the few that would make up most of the update
-            otherwise. None leaves the paper's rule, in which nothing bounds a step.
+            gradient; > 1. It is not in the paper. docs/optimisers.md says how often it acts. None leaves the paper's
+            rule, in which nothing bounds a step.
         inside: factor on what lies inside the frame, u Q^T and r Q^T alike. Published code has alpha = 0.25 here and
             scales nothing else, the paper scales the whole update, which is `scale` of `LowRank`.
     """
@@ -237,8 +236,9 @@ class Apollo(_Rescaling):
     full rank. s_i = |u_i| / (|r_i| + 1e-8) per row ("channel"), or s = |U| / (|R| + 1e-8) for the whole matrix
     ("tensor", APOLLO-Mini).
 
-    A row moves at most `bound` times as far as AdamW could move it at the same rate, whatever its gradients; with
-    "tensor" this holds for the norm of the whole matrix, of which one row can get all. See `row_scales`.
+    A row moves at most `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank`,
+    whatever its gradients; with "tensor" this holds for the norm of the whole matrix, of which one row can get all. See
+    `row_scales`.
 
     Args:
         per: "channel" or "tensor".

@@ -116,7 +116,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
         "Loss on equal tokens",
         "Nets with dead rows",
         "Kernels on a GPU",
-        "Memory that a plan foretells",
+        "Memory that a plan predicts",
         "Random projections on a CPU",
         "Adapters on a CPU",
     ]
@@ -244,7 +244,7 @@ def test_a_plan_stands_beside_the_peak_of_its_run(build_docs: ModuleType, result
     cases = [case | {"measured_mib": 100.0, "error": 0.104}, case | {"measured_mib": 137.0, "error": -0.1942}]
     record = {"date": "2026-11-23", "machine": "abacus", "torch": "2.13", "cases": cases}
     (results / "plan_error.json").write_text(json.dumps(record))
-    body = sections(build_docs.page(results))["Memory that a plan foretells"]
+    body = sections(build_docs.page(results))["Memory that a plan predicts"]
     assert "| language/a | ddp | 2 | 4 | 110 | 30 | 100 | +10.4% |" in body
     assert "| language/a | ddp | 2 | 4 | 110 | 30 | 137 | -19.4% |" in body
     assert "| largest error of a plan | <= 15 % | 19.42 % | **no** |" in body

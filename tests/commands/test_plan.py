@@ -194,7 +194,7 @@ def plan_of(activations: int, state: int) -> Plan:
 
 def test_the_verdict_says_what_rules() -> None:
     mib = 2**20
-    assert "Activations rule, not optimiser state (9.0 against 2.0 MiB)" in verdict(plan_of(9 * mib, 2 * mib))
+    assert "Activations outweigh optimiser state (9.0 against 2.0 MiB)" in verdict(plan_of(9 * mib, 2 * mib))
     assert "saves at most 2.0 MiB" in verdict(plan_of(9 * mib, 2 * mib))
     assert "Optimiser state outweighs activations (9.0 against 2.0 MiB)" in verdict(plan_of(2 * mib, 9 * mib))
 
