@@ -15,9 +15,10 @@ PACKAGES = {
     "framework": "lightspan",
 }
 
-GROUND = {"", "errors", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
+GROUND = {"", "devices", "errors", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
 # Floor -> the other floors it may use. The command line (cli, commands, config, report) stands on top and may use all.
 MAY_USE: dict[str, set[str]] = {
+    "devices": set(),
     "errors": set(),
     "files": set(),
     "distributed": set(),
