@@ -143,12 +143,15 @@ def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: Sta
 
 
 def mend_limiter(state: State) -> bool:
-    """Starts a limiter of one matrix anew that is not finite or negative, which no step writes. Whether it was so."""
-    limiter = local(state["limiter"]) if "limiter" in state else None
-    if limiter is None or bool((limiter >= 0) & limiter.isfinite()):
+    """Starts limiters of a parameter's matrices anew that are not finite or negative, which no step writes. Whether
+    there were any.
+    """
+    if "limiter" not in state:
         return False
-    limiter.zero_()
-    return True
+    limiter = local(state["limiter"])  # 0-d, or one for each matrix of a stack
+    sound = (limiter >= 0) & limiter.isfinite()
+    limiter.copy_(torch.where(sound, limiter, 0.0))
+    return not bool(sound.all())
 
 
 def _require_above_one(owner: Residual, **limits: float | None) -> None:
