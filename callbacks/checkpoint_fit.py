@@ -41,6 +41,7 @@ def check_fits(
         if isinstance(tensor, Tensor) and isinstance(state_dict.get(name), Tensor)
     ]
     reshaped = [f"{name} {list(a.shape)} there, {list(b.shape)} here" for name, a, b in both if a.shape != b.shape]
+    relaid = [f"{name} {a.layout} there, {b.layout} here" for name, a, b in both if a.layout != b.layout]
     recast = [(name, a.dtype, b.dtype) for name, a, b in both if a.dtype != b.dtype]
     foreign = [f"{name} {_word(a)} there, {_word(b)} here" for name, a, b in recast if not {a, b} <= FLOATS]
     groups = {
@@ -48,6 +49,7 @@ def check_fits(
         "only in it": unexpected,
         "of another shape": reshaped,
         "of another kind of number": foreign,
+        "of another layout": relaid,
     }
     if differences := "; ".join(f"{what}: {_first(names)}" for what, names in groups.items() if names):
         author = f" (written by {written_by})" if written_by else ""

@@ -5,6 +5,7 @@ each believes what it is given. `guard` stands in front of these steps.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +83,9 @@ def _progress_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
             now = callback.state_dict()
         except Exception:
             continue  # one that has a state only after the fit has begun
-        foreign = not type(callback).__module__.startswith("lightspan.")
+        if not _is_of(callback, "lightspan.", "lightning."):
+            continue  # only its author knows which values its state may take
+        foreign = not _is_of(callback, "lightspan.")
         stored, entry = states.get(callback.state_key), f"callbacks.{callback.state_key}"
         if stored is not None and (fault := state_fault(stored, now, entry, may_lack=foreign)):
             return fault
@@ -128,9 +131,10 @@ def _optimizers_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
         if len(stored) != len(owners):
             return f"{name} holds {len(stored)} states, and this run has {len(owners)} of them"
         for i, (state, owner) in enumerate(zip(stored, owners, strict=True)):
-            if fault := state_fault(state, owner.state_dict(), f"{name}[{i}]"):
+            known = _is_of(owner, "lightspan.", "torch.optim.")
+            if known and (fault := state_fault(state, owner.state_dict(), f"{name}[{i}]")):
                 return fault
-            if name == "lr_schedulers" and "last_epoch" in owner.state_dict() and "last_epoch" not in state:
+            if known and name == "lr_schedulers" and "last_epoch" in owner.state_dict() and "last_epoch" not in state:
                 return f"{name}[{i}].last_epoch is missing"
             if name == "optimizer_states" and (fault := _moments_fault(state, owner, f"{name}[{i}]")):
                 return fault
@@ -142,8 +146,6 @@ def _moments_fault(state: dict[str, Any], optimizer: torch.optim.Optimizer, entr
     plain = _is_plain(optimizer)
     parameters = [(parameter, at) for at, group in enumerate(optimizer.param_groups) for parameter in group["params"]]
     of_numbers = {number: moments for number, moments in state["state"].items() if isinstance(number, int)}
-    if plain and not of_numbers and not isinstance(optimizer, torch.optim.SGD):  # which may have no moments
-        return f"{entry}.state is empty: the run would go on with fresh moments"
     names: dict[int, set[str]] = {}  # of moments, in each group
     for number, moments in of_numbers.items():
         if not 0 <= number < len(parameters):
@@ -175,7 +177,11 @@ def _moment_fault(name: str, moment: Any, parameter: Tensor, plain: bool) -> Fau
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is one of torch's own, whose states and settings are known."""
-    return type(optimizer).__module__.startswith("torch.optim.")
+    return _is_of(optimizer, "torch.optim.")
+
+
+def _is_of(owner: object, *packages: str) -> bool:
+    return type(owner).__module__.startswith(packages)
 
 
 def _settings_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
@@ -186,8 +192,10 @@ def _settings_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
     for i, optimizer in enumerate(trainer.optimizers):
         if not _is_plain(optimizer):  # others may have groups without some of their defaults
             continue
+        # Loading adds defaults that some, like LBFGS, do not take and never had.
+        own = [name for name in optimizer.defaults if name in inspect.signature(type(optimizer)).parameters]
         for j, group in enumerate(optimizer.param_groups):
-            if missing := next((name for name in optimizer.defaults if name not in group), None):
+            if missing := next((name for name in own if name not in group), None):
                 return f"optimizer_states[{i}].param_groups[{j}].{missing} is missing"
     return None
 

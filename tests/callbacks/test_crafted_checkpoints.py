@@ -133,7 +133,7 @@ def test_no_entry_of_a_checkpoint_is_believed_by_fit_or_validate(real, trainer_o
         (("state_dict",), None, "state_dict is None, not a mapping"),
         (("state_dict", "head.bias"), "text", "state_dict.head.bias is text, not a tensor"),
         (("state_dict", "head.bias"), [1.0], "state_dict.head.bias is a list, not a tensor"),
-        (("state_dict", "head.bias"), torch.ones(3).to_sparse(), "state_dict.head.bias is a sparse, nested or"),
+        (("state_dict", "head.bias"), torch.ones(3).to_sparse(), "layout: head.bias torch.sparse_coo there"),
         (("state_dict", "head.bias"), torch.ones(3, device="meta"), "state_dict.head.bias is a tensor without content"),
         (("state_dict", "head.bias"), torch.ones(0), r"head.bias \[0\] there, \[3\] here"),
         (("state_dict", "head.bias"), torch.ones(3).long(), "kind of number: head.bias int64 there, float32 here"),

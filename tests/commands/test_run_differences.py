@@ -110,11 +110,12 @@ def run(folder, figures=({"step": 0, "time_s": 1.0, "loss": 2.0},), **changed):
         "RunSummary": {"seconds": float(len(str(folder))), "metrics": {"loss": 2.0, "memory/rss_mib": id(folder)}},
         "Tracker": {"seen": changed.pop("seen", 3)},
     }
+    others: dict = {"python": [], "numpy": [], "cuda": []}
     stored = {
         "global_step": 1,
         "state_dict": {"w": torch.ones(2)},
         "callbacks": callbacks,
-        "lightspan": {"random_states": [{"torch": changed.pop("random", torch.zeros(4, dtype=torch.uint8))}]},
+        "lightspan": {"random_states": [{**others, "torch": changed.pop("random", torch.zeros(4, dtype=torch.uint8))}]},
         "loops": {"fit_loop": {"epoch_progress": {"ready": changed.pop("ready", 1)}}},
     }
     WholeFileCheckpointIO().save_checkpoint(stored, folder / "checkpoints" / "last.ckpt")
