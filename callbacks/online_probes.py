@@ -79,7 +79,7 @@ class OnlineProbes(Callback):
         # One batch of each before the first step, so that what cannot work fails now and not an epoch later.
         with detached(pl_module):
             for name in ("bank_dataloader", "val_dataloader"):
-                loader, encoded = getattr(trainer.datamodule, name)(), False
+                loader, encoded = getattr(trainer.datamodule, name)(), False  # type: ignore[attr-defined]
                 for _ in _encoded(trainer, pl_module, loader):
                     encoded = True
                     break

@@ -205,8 +205,9 @@ def _change_frames(
         before, part_layout = part_of(state, index), layout.part(change.positions)
         part = dict(before)
         if not change.first and "exp_avg" in state:  # otherwise there is nothing to carry
-            frames = (partial(_frame, rule.basis, basis, part_layout) for basis in (before, change.basis))
-            seen = FrameChange(*frames, before, change.basis, projection.coordinates_BMR[index], numbers.betas)
+            make_old, make_new = (partial(_frame, rule.basis, basis, part_layout) for basis in (before, change.basis))
+            coordinates_BMR = projection.coordinates_BMR[index]
+            seen = FrameChange(make_old, make_new, before, change.basis, coordinates_BMR, numbers.betas)
             before_BMN = _lifted(part, seen.old_BNR, rule) if rule.residual.keeps_lost_moments else None
             moved_bR = rule.basis.carry.carry(part, seen, rule.moments, numbers.seed)
             if before_BMN is not None:

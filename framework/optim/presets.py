@@ -235,7 +235,9 @@ class Trion(LowRank):
         for wanted, rate in ((True, group["lr"]), (False, self.other_lr)):
             members = [i for i, is_projected in enumerate(projected) if is_projected == wanted]
             if members:
-                lists = {key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group}
+                lists: dict[str, Any] = {
+                    key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group
+                }
                 self.param_groups.append({**group, **lists, "lr": rate})
 
 

@@ -269,7 +269,8 @@ class Apollo(_Rescaling):
         if self.per == "tensor":
             squares_3B1 = torch.stack(norms).square().sum(dim=-1, keepdim=True)
             norms = list(layout.total(squares_3B1).sqrt().expand(-1, -1, layout.rows))
-        scale_BM = row_scales(*norms, layout, self.bound)
+        moved_BM, inside_BM, whole_BM = norms
+        scale_BM = row_scales(moved_BM, inside_BM, whole_BM, layout, self.bound)
         return direction_BMR[..., :0], self._limited(scale_BM, rows_BM, state, layout)
 
 
