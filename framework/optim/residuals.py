@@ -38,8 +38,8 @@ class Residual(ABC):
         return {}
 
     def mend(self, state: State) -> str | None:
-        """Looks at one matrix' part of a state that was loaded. What no step can have written starts anew, in place,
-        and is named; None if all is sound.
+        """Looks at one parameter's part of a state that was loaded. What no step can have written starts anew, in
+        place, and is named; None if all is sound.
         """
         return None
 
@@ -143,12 +143,15 @@ def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: Sta
 
 
 def mend_limiter(state: State) -> bool:
-    """Starts a limiter of one matrix anew that is not finite or negative, which no step writes. Whether it was so."""
-    limiter = local(state["limiter"]) if "limiter" in state else None
-    if limiter is None or bool((limiter >= 0) & limiter.isfinite()):
+    """Starts limiters of a parameter anew that are not finite or negative, which no step writes. Whether any was so.
+    A stack of matrices has one for each.
+    """
+    if "limiter" not in state:
         return False
-    limiter.zero_()
-    return True
+    limiter = local(state["limiter"])
+    damaged = ~((limiter >= 0) & limiter.isfinite())
+    limiter.masked_fill_(damaged, 0)
+    return bool(damaged.any())
 
 
 def _require_above_one(owner: Residual, **limits: float | None) -> None:
