@@ -9,20 +9,23 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
+from lightspan.optim.elementwise import real
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.norms import norms
+from lightspan.optim.sharding import local
 
 
 class FiniteLoss(Callback):
     """Looks at the losses of an optimiser step and at its gradients, before the optimiser sees them.
 
     One host synchronisation an optimiser step, on any number of ranks and accumulated micro-batches: the losses and the
-    largest gradient stay on the device, their maxima are reduced over ranks there, and one small tensor is read. All
-    ranks read the same numbers, so all of them stop, or skip, the same step.
+    largest norm of a gradient stay on the device, their maxima are reduced over ranks there, and one small tensor is
+    read. All ranks read the same numbers, so all of them stop, or skip, the same step. Norms, because second moments
+    are squares, which end at 1.8e19 in float32: a matrix whose gradient is larger would stand still from then on.
 
     "stop" raises on every rank before the optimiser's step: no weight, no optimiser state and no checkpoint has seen
     the batch, so the last checkpoint is a good one. "skip" clears the gradients of that step on all ranks instead: the
@@ -30,10 +33,11 @@ class FiniteLoss(Callback):
     Skipping cannot heal a network that is not finite itself, such as running means that took in the batch: then, and
     after `most_skips` steps, it stops too.
 
-    `LowRank` looks at its gradients itself. Where this callback sees them it switches that second look off, and with it
-    a second synchronisation; with backward="hooks" or "projected" gradients are kept in coordinates, which the
-    optimiser alone sees, and it stops the run under either policy. With gradient scaling (16-mixed) infinite gradients
-    are part of the method, and with DeepSpeed they are out of reach: the loss alone is watched, and "skip" is refused.
+    `LowRank` looks at its gradients itself. Where this callback sees them it switches that second look off until the
+    fit ends, and with it a second synchronisation; with backward="hooks" or "projected" gradients are kept in
+    coordinates, which the optimiser alone sees, and it stops the run under either policy. With gradient scaling
+    (16-mixed) infinite gradients are part of the method, and with DeepSpeed they are out of reach: the loss alone is
+    watched, and "skip" is refused.
 
     Args:
         policy: "stop" or "skip".
@@ -55,6 +59,7 @@ class FiniteLoss(Callback):
         self._losses: list[Tensor] = []
         self._batches: list[str | Tensor] = []
         self._sees_gradients = True
+        self._relieved: list[LowRank] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -66,8 +71,21 @@ class FiniteLoss(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers if self._sees_gradients else ():
-            if isinstance(optimizer, LowRank) and optimizer.backward == "whole":
+            if isinstance(optimizer, LowRank) and optimizer.backward == "whole" and optimizer.check_finite:
                 optimizer.check_finite = False
+                self._relieved.append(optimizer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._hand_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Optimisers that outlive the fit look at their gradients again."""
+        for optimizer in self._relieved:
+            optimizer.check_finite = True
+        self._relieved = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         index = batch.get("index") if isinstance(batch, dict) else None
@@ -111,16 +129,13 @@ class FiniteLoss(Callback):
         self.skipped = state_dict["skipped"]
 
     def _largest_gradient(self, optimizer: Optimizer, module: LightningModule) -> Tensor:
-        """Largest absolute value among this rank's gradients, 0-d on the device; NaN and infinity show in it."""
+        """Largest norm among this rank's gradients, 0-d on the device; not finite where `LowRank` finds one that is
+        not.
+        """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients or not self._sees_gradients:
             return torch.zeros((), device=module.device)
-        local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in local]
-        dense = [gradient for gradient in dense if gradient.numel()]  # a rank may hold an empty shard
-        if not dense:
-            return torch.zeros((), device=module.device)
-        return nn.utils.get_total_norm(dense, norm_type=math.inf).float()
+        return norms([_held(gradient) for gradient in gradients]).max().float()
 
     def _reason(
         self,
@@ -164,15 +179,23 @@ def _values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from ((f"the gradient of {n}", p.grad) for n, p in module.named_parameters() if p.grad is not None)
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            yield f"the gradient of {name}", parameter.grad
+            yield f"the square of the gradient of {name}", norms([_held(parameter.grad)])
 
 
 def _first_broken(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
     for name, tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not (local.coalesce().values() if local.is_sparse else local).isfinite().all():
+        if not _held(tensor).isfinite().all():
             return name
     return None
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """The numbers that this rank has of a tensor, dense and real."""
+    part = local(tensor)
+    return real(part.coalesce().values() if part.is_sparse else part)
 
 
 def _anywhere(mine: bool, device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lightspan.devices import widest_float
 from lightspan.distributed import copy_of_first_rank
 from lightspan.errors import UserError
 from lightspan.optim.layout import is_wide
@@ -58,7 +59,7 @@ class ExactMeans:
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
-            tensor = tensor.float()
+            tensor = tensor.to(widest_float(tensor.device))  # float32 counts up to 2^24
         return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
 
 

@@ -22,7 +22,7 @@ from lightspan.distributed import leave, rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.optim.low_rank import LowRank
-from lightspan.strategies import FSDP2, blocks
+from lightspan.strategies import FSDP2, ExactMeans, blocks
 
 STEPS, BATCH = 6, 8
 
@@ -257,6 +257,19 @@ def test_blocks_are_elements_of_lists_and_of_repeating_sequentials_inner_ones_fi
     found = blocks(model)
     assert set(found) == {outer[0], inner[0], *model["body"]}
     assert found.index(inner[0]) < found.index(outer[0])
+
+
+def test_means_of_whole_numbers_are_exact_above_the_largest_of_float32():
+    class Alone:
+        def reduce(self, tensor, group=None, reduce_op="mean"):
+            return tensor
+
+    class Exact(ExactMeans, Alone):
+        pass
+
+    count = torch.tensor(2**24 + 1)
+    assert Exact().reduce(count).item() == count.item()
+    assert Exact().reduce(count, reduce_op="sum") is count
 
 
 @pytest.mark.parametrize("replicas", [0, -1])

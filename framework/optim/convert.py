@@ -1,5 +1,6 @@
 """Turns Adam-type optimisers into low-rank ones in place of them: same parameters, groups, rates and schedulers."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,10 +9,10 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightspan.errors import UserError
-from lightspan.optim.layout import matrix_shape
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.projected import Selection
 from lightspan.optim.ranks import RankByEnergy
-from lightspan.patterns import matches, require_matches
+from lightspan.patterns import require_matches
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
 """Settings of torch's Adam that LowRank has no counterpart of."""
@@ -115,17 +116,15 @@ def _project(group: dict[str, Any], match: list[str]) -> bool | list[str]:
 
 
 def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options: dict[str, Any]) -> bool:
-    """Whether `LowRank` would project any parameter of this optimiser."""
+    """Whether `LowRank` could project any parameter of this optimiser."""
+    asked = inspect.signature(LowRank).bind([], **options)
+    asked.apply_defaults()
+    rank, backward = asked.arguments["rank"], asked.arguments["backward"]
+    most, by_energy = (rank.most, rank) if isinstance(rank, RankByEnergy) else (rank, None)
     for group in optimizer.param_groups:
-        rank, project = group.get("rank", options.get("rank")), _project(group, match)
-        for name, parameter in zip(_names_in(group, module), group["params"], strict=True):
-            allowed = project if isinstance(project, bool) else matches(name, project)
-            if (
-                allowed
-                and parameter.ndim > 1
-                and (rank is None or isinstance(rank, RankByEnergy) or rank < matrix_shape(parameter)[1])
-            ):
-                return True
+        selection = Selection(_project(group, match), group.get("rank", most), by_energy, backward)
+        if any(map(selection.projects, group["params"], _names_in(group, module))):
+            return True
     return False
 
 

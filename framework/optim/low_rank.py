@@ -35,12 +35,12 @@ from lightspan.optim.layout import (
 from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.norms import norms
+from lightspan.optim.projected import Selection
 from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
 from lightspan.optim.residuals import Dropped, Fira, Residual
 from lightspan.optim.settings import require_fit, require_sound
 from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
-from lightspan.patterns import matches
 
 
 @dataclass
@@ -106,6 +106,11 @@ class LowRank(Optimizer):
         parameter, unless all groups say project=False, and in `step` for a gradient that is sparse or not finite.
     """
 
+    KEPT_IN_COPIES: tuple[str, ...] = (
+        "rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks",
+    )  # fmt: skip
+    """Attributes of its own that a copy has, or a pickle; a class that adds attributes adds their names."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -146,18 +151,27 @@ class LowRank(Optimizer):
     def _require_one_projected(self) -> None:
         if all(group["project"] is False for group in self.param_groups):
             return  # asked for, say by one optimiser a parameter
-        candidates = [(self.side(p, g), g) for p, g in self._matrices()]
+        candidates = self._matrices()
+        if any(self._selection(g).projects(p, self._names.get(p, "")) for p, g in candidates):
+            return
         if not candidates:
             raise UserError(
                 f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a "
                 "group with project=True, or say project=False of all groups to have AdamW"
             )
-        side, group = max(candidates, key=lambda candidate: candidate[0])
-        if self.rank_rule is None and not any(group["rank"] < side for side, group in candidates):
+        sides = [(self.side(p, g), self._selection(g).least) for p, g in candidates if not self.stacked(p, g)]
+        if not sides:
             raise UserError(
-                f"rank={group['rank']} is not below the shorter side of any matrix (the largest is {side}), so nothing "
-                f"would be projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
+                f"{type(self).__name__} got no matrix to project but stacks [experts out in], which only whole "
+                "gradients in one piece and a fixed rank can project; set backward='whole' and rank to a number, train "
+                "unsharded, or use AdamW"
             )
+        side, least = max(sides)
+        asked = f"rank={least}" if self.rank_rule is None else f"RankByEnergy least={least}"
+        raise UserError(
+            f"{asked} is not below the shorter side of any matrix (the largest is {side}), so nothing would be "
+            f"projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
+        )
 
     def _matrices(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that may be projected, whatever the rank, with their groups."""
@@ -165,27 +179,23 @@ class LowRank(Optimizer):
 
     def allowed(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether the group's `project` lets this parameter be projected, its shape aside."""
-        project = group["project"]
-        return project if isinstance(project, bool) else matches(self._names.get(parameter, ""), project)
+        return self._selection(group).allows(self._names.get(parameter, ""))
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
-        if not is_matrix(parameter) or not self.allowed(parameter, group):
-            return False
-        if self.stacked(parameter, group):
-            whole = self.backward == "whole" and self.rank_rule is None
-            return whole and not isinstance(parameter, DTensor)
-        return self.rank_of(parameter, group) < self.side(parameter, group)
+        name, rank = self._names.get(parameter, ""), self.rank_of(parameter, group)
+        return self._selection(group).projects(parameter, name, rank)
 
     def stacked(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a parameter [E out in] counts as E matrices, as the experts of a layer are: each of them is larger
-        than the group's rank on both sides. The kernels of one-dimensional convolutions are shorter.
-        """
-        return parameter.ndim == 3 and len(parameter) > 0 and min(parameter.shape[1:]) > group["rank"]
+        """Whether a parameter [E out in] counts as E matrices, see `Selection`."""
+        return self._selection(group).stacked(parameter)
 
     def side(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """The shorter side of the parameter's matrix, or of each matrix in its stack."""
-        return min(parameter.shape[1:]) if self.stacked(parameter, group) else matrix_shape(parameter)[1]
+        return self._selection(group).side(parameter)
+
+    def _selection(self, group: dict[str, Any]) -> Selection:
+        return Selection(group["project"], group["rank"], self.rank_rule, self.backward)
 
     def rank_of(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """The rank of this parameter; before the first step of a `RankByEnergy` the largest it may get."""
@@ -218,8 +228,7 @@ class LowRank(Optimizer):
         """What a copy, or a pickle, is made of: as torch has it, without hooks and without what schedulers patched into
         this object, which would act on it and its model. No backward pass is attached to the copy.
         """
-        own = ("rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks")
-        kept = {key: self.__dict__[key] for key in own}
+        kept = {key: self.__dict__[key] for key in self.KEPT_IN_COPIES}
         unbuilt: dict[str, Any] = {"_buckets": None, "_places": {}, "_built_for": ([], [])}
         return {**super().__getstate__(), **kept, **unbuilt, "attached": False}
 

@@ -32,6 +32,8 @@ any other; the lower-case names are theirs in tables and result files.
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lightspan.errors import UserError
 from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
@@ -39,6 +41,7 @@ from lightspan.optim.inner import NewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.optim.settings import require_sound
 from lightspan.optim.triggers import Trigger
 
 
@@ -84,6 +87,12 @@ class FiraAdam(LowRank):
         scale_residual: bool = True,
         **options: Any,
     ) -> None:
+        require_sound("FiraAdam", {"scale": scale})
+        if scale > 1 and not scale_residual:
+            raise UserError(
+                f"FiraAdam scale={scale} must be in (0, 1] with scale_residual=False, where the rescaled part takes "
+                "over what it leaves of the gradient in the frame; raise lr instead"
+            )
         residual = Fira(limit, bound) if scale_residual else Fira(limit, bound, inside=scale)
         scale = scale if scale_residual else 1.0
         super().__init__(params, lr, rank, SVDBasis(), residual, refresh=refresh, scale=scale, **options)
@@ -199,6 +208,8 @@ class Trion(LowRank):
         convention: factor by shape, see `NewtonSchulz`.
     """
 
+    KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr")
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -207,13 +218,12 @@ class Trion(LowRank):
         momentum: float = 0.95,
         norm: Literal[1, 2] = 2,
         convention: Literal["kj", "kimi", "dion", "none"] = "kj",
-        other_lr: float = 3e-4,
+        other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        if not other_lr >= 0:
-            raise UserError(f"Trion other_lr={other_lr} must be at least 0")
+        require_sound("Trion", {"other_lr": other_lr})
         if isinstance(rank, RankByEnergy):
             raise UserError(
                 "Trion rank=RankByEnergy() could leave a matrix to AdamW at the rate of Newton-Schulz; set rank to a "

@@ -56,6 +56,11 @@ class RandomSubspace(Optimizer):
         `step` for a gradient that is not finite.
     """
 
+    KEPT_IN_COPIES: tuple[str, ...] = (
+        "_slice", "_shared", "z_d", "scales_l", "inner", "_decoupled", "start_sha256", "averages",
+    )  # fmt: skip
+    """Attributes of its own that a copy has, or a pickle; a class that adds attributes adds their names."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -140,8 +145,7 @@ class RandomSubspace(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy, or a pickle, is made of: as torch has it, without hooks and what schedulers patched in."""
-        own = ("_slice", "_shared", "z_d", "scales_l", "inner", "_decoupled", "start_sha256", "averages")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in self.KEPT_IN_COPIES}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads coordinates and what `inner` keeps, and moves the parameters there.

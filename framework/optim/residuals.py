@@ -38,8 +38,8 @@ class Residual(ABC):
         return {}
 
     def mend(self, state: State) -> str | None:
-        """Looks at one matrix' part of a state that was loaded. What no step can have written starts anew, in place,
-        and is named; None if all is sound.
+        """Looks at one parameter's part of a state that was loaded. What no step can have written starts anew, in
+        place, and is named; None if all is sound.
         """
         return None
 
@@ -143,15 +143,15 @@ def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: Sta
 
 
 def mend_limiter(state: State) -> bool:
-    """Starts limiters of a parameter's matrices anew that are not finite or negative, which no step writes. Whether
-    there were any.
+    """Starts limiters of a parameter anew that are not finite or negative, which no step writes. Whether any was so.
+    A stack of matrices has one for each.
     """
     if "limiter" not in state:
         return False
-    limiter = local(state["limiter"])  # 0-d, or one for each matrix of a stack
-    sound = (limiter >= 0) & limiter.isfinite()
-    limiter.copy_(torch.where(sound, limiter, 0.0))
-    return not bool(sound.all())
+    limiter = local(state["limiter"])
+    damaged = ~((limiter >= 0) & limiter.isfinite())
+    limiter.masked_fill_(damaged, 0)
+    return bool(damaged.any())
 
 
 def _require_above_one(owner: Residual, **limits: float | None) -> None:

@@ -16,7 +16,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_rate(value: Any) -> bool:
-    return value.numel() == 1 and bool(value >= 0) if isinstance(value, Tensor) else _is_number(value) and value >= 0
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isfinite() & (value >= 0))
+    return _is_number(value) and value >= 0
 
 
 def _is_pair(value: Any) -> bool:
@@ -25,6 +27,7 @@ def _is_pair(value: Any) -> bool:
 
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_is_rate, "at least 0, a number or a tensor of one"),
+    "other_lr": (_is_rate, "at least 0, a number or a tensor of one"),
     "rank": (
         lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
         "at least 1, a whole number",

@@ -28,8 +28,8 @@ class Poison(Callback):
             pl_module.head.bias.data[0] = torch.inf
 
     def on_after_backward(self, trainer, pl_module) -> None:
-        if trainer.global_step == self.step and self.what == "gradient":
-            pl_module.head.weight.grad[1, 2] = torch.nan
+        if trainer.global_step == self.step and self.what in ("gradient", "large gradient"):
+            pl_module.head.weight.grad[1, 2] = torch.nan if self.what == "gradient" else 1e25
 
 
 def plain(net):
@@ -56,10 +56,40 @@ def test_a_run_without_trouble_is_not_touched(make_trainer, net, batches):
 
 
 @pytest.mark.parametrize(("backward", "looks"), [("whole", False), ("hooks", True)])
-def test_gradients_are_looked_at_once(make_trainer, net, batches, backward, looks):
+def test_gradients_are_looked_at_once_and_by_the_optimiser_again_after_the_fit(
+    make_trainer, net, batches, backward, looks
+):
+    seen: set[bool] = set()
+
+    class Looks(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            seen.add(optimizer.check_finite)
+
     low_rank = SubspaceProjection(2, ["head.weight"], residual=None, backward=backward)
-    trainer = fit(make_trainer, plain(net), batches, FiniteLoss(), low_rank)
-    assert trainer.optimizers[0].check_finite is looks
+    trainer = fit(make_trainer, plain(net), batches, FiniteLoss(), low_rank, Looks())
+    assert seen == {looks}
+    assert trainer.optimizers[0].check_finite
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_fit_that_fails_leaves_the_optimisers_own_look_as_it_was(make_trainer, net, batches, asked):
+    module, made = plain(net), []
+
+    def configure_optimizers():
+        made.append(LowRank(module.parameters(), rank=2, check_finite=asked))
+        return made[0]
+
+    module.configure_optimizers = configure_optimizers
+    with pytest.raises(UserError, match="step 3"):
+        fit(make_trainer, module, batches, FiniteLoss(), Poison(3))
+    assert made[0].check_finite is asked
+
+
+def test_a_gradient_whose_squares_overflow_is_refused_as_the_optimiser_would(make_trainer, net, batches):
+    message = r"step 3, epoch 0: the square of the gradient of head\.weight is not finite, after samples"
+    low_rank = SubspaceProjection(2, ["head.weight"])
+    with pytest.raises(UserError, match=message):
+        fit(make_trainer, plain(net), batches, FiniteLoss(), low_rank, Poison(3, "large gradient"))
 
 
 def test_stop_names_the_batch_and_leaves_weights_and_the_last_checkpoint_good(make_trainer, net, batches, tmp_path):

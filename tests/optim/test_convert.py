@@ -11,6 +11,7 @@ from lightspan.errors import UserError
 from lightspan.optim.convert import hand_over, to_low_rank, to_low_rank_where_matched
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.schedules import WarmupCosine
 
 
@@ -83,6 +84,22 @@ def test_of_several_optimisers_those_become_low_rank_in_which_something_is_proje
         convert(["den.*"], 4)
     with pytest.raises(UserError, match=r"rank=8 is not below the shorter side of any matrix \(the largest is 8\)"):
         to_low_rank_where_matched([torch.optim.AdamW(model["gen"].parameters())], model, ["gen.*"], rank=8)
+
+
+def test_experts_and_ranks_by_default_are_judged_as_the_optimiser_judges_them():
+    model = nn.ModuleDict({"head": nn.Linear(100, 90), "small": nn.Linear(10, 10), "moe": nn.Module()})
+    model["moe"].experts = nn.Parameter(torch.zeros(4, 128, 128))
+    model["moe"].phases = nn.Parameter(torch.zeros(128, 128, dtype=torch.complex64))
+
+    def exchanged(**options):
+        parts = [[model["head"].weight], [model["small"].weight], [model["moe"].experts], [model["moe"].phases]]
+        new = to_low_rank_where_matched([torch.optim.AdamW(part) for part in parts], model, ["*"], **options)
+        return [isinstance(optimizer, LowRank) for optimizer in new]
+
+    assert exchanged() == exchanged(rank=64) == [True, False, True, False]
+    assert exchanged(rank=64, backward="hooks", residual=None) == [True, False, False, False]
+    assert exchanged(rank=RankByEnergy(least=8, most=100)) == [True, True, False, False]
+    assert exchanged(rank=RankByEnergy(least=16, most=100)) == [True, False, False, False]
 
 
 class WarmUpThen(torch.optim.lr_scheduler.LRScheduler):

@@ -4,7 +4,9 @@ The references in `published.py` are written from the papers, one matrix and one
 on signs or on random draws are handed to them; that those frames are the papers' is tested on its own.
 """
 
+import copy
 import io
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -183,8 +185,21 @@ def test_trion_refuses_what_would_leave_matrices_to_adamw_at_its_rate():
     weight = nn.Parameter(torch.ones(9, 6))
     with pytest.raises(UserError, match=r"Trion rank=RankByEnergy\(\) could leave"):
         presets.Trion([weight], rank=RankByEnergy())
-    with pytest.raises(UserError, match=r"Trion other_lr=-1.0 must be at least 0"):
-        presets.Trion([weight], rank=2, other_lr=-1.0)
+    for rate in (-1.0, float("nan"), float("inf"), "fast", torch.tensor(torch.nan), torch.tensor(-1.0)):
+        with pytest.raises(UserError, match=r"Trion other_lr=.* must be at least 0"):
+            presets.Trion([weight], rank=2, other_lr=rate)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), torch.tensor(torch.nan), torch.tensor(torch.inf)])
+def test_rates_that_are_not_finite_are_refused(rate):
+    with pytest.raises(UserError, match=r"GaLore lr=.* must be at least 0"):
+        presets.GaLore([nn.Parameter(torch.ones(9, 6))], rate, rank=2)
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.0, float("nan")])
+def test_fira_names_the_scale_that_it_cannot_leave_out_of_the_residual(scale):
+    with pytest.raises(UserError, match=rf"FiraAdam scale={scale} must be"):
+        presets.FiraAdam([nn.Parameter(torch.ones(9, 6))], rank=2, scale=scale, scale_residual=False)
 
 
 ALL = [
@@ -196,6 +211,27 @@ ALL = [
     presets.dct_adamw,
     presets.trion,
 ]
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copied", "pickled"]
+)
+@pytest.mark.parametrize("preset", ALL, ids=lambda preset: preset.__name__)
+def test_a_copy_takes_another_group_and_steps_as_the_original(preset, way):
+    model = nn.ModuleList([nn.Linear(5, 9), nn.Linear(9, 5)])
+    optimizer = preset(model[0].parameters(), rank=1 if preset is presets.apollo_mini else 2)
+    pairs = [way((model, optimizer)), (model, optimizer)]
+    of_torch = vars(torch.optim.SGD(model.parameters(), 0.1)).keys()
+    assert vars(pairs[0][1]).keys() >= vars(optimizer).keys() - of_torch
+    for net, own in pairs:
+        own.add_param_group({"params": net[1].parameters()})
+        for step in range(3):
+            for number, parameter in enumerate(net.parameters()):
+                generator = torch.Generator().manual_seed(10 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            own.step()
+    twin, model = (net for net, _ in pairs)
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
