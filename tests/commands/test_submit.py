@@ -480,7 +480,7 @@ def test_a_value_that_looks_like_a_secret_is_not_written_into_a_job(complaint: C
 
 
 def test_an_empty_run_folder_is_refused(complaint: Callable[..., str]) -> None:
-    assert "--run: is empty" in complaint(QUICKSTART, "--to", "slurm", "--print", "--run", "")
+    assert "--run: the name of the folder is empty" in complaint(QUICKSTART, "--to", "slurm", "--print", "--run", "")
 
 
 def test_the_promise_to_leave_is_that_of_the_callback() -> None:
