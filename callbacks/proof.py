@@ -79,7 +79,7 @@ class StopAfter(Callback):
         self.steps = steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Schedules have read their length by now, and `Checkpoint`, behind all others, asks next whether a step is left.
+        # Schedules have read their length, and `Checkpoint`, behind all others, asks next whether a step is left.
         trainer.fit_loop.epoch_loop.max_steps = self.steps
 
 

@@ -16,6 +16,7 @@ from lightspan.callbacks.checkpoint import Checkpoint
 from lightspan.callbacks.checkpoint_content import MOST_DEEP, content_fault, state_fault
 from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO, read_checkpoint, unusable
 from lightspan.callbacks.checkpoint_manifest import fault
+from lightspan.callbacks.checkpoint_restore import explained_restoring
 from lightspan.callbacks.jsonl_logger import JsonlLogger
 from lightspan.callbacks.random_state import RandomState
 from lightspan.callbacks.run_summary import RunSummary
@@ -268,3 +269,13 @@ def test_what_is_nested_too_deep_or_contains_itself_is_refused(depth):
 def test_states_of_one_kind_fit(stored, now):
     assert state_fault(stored, now, "x") is None
     assert state_fault(with_value(stored, ("a",), [{}]), {"a": 1}, "x") == "x.a is a list, not a number"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.distributed.DistBackendError("x"), torch.AcceleratorError("x"), RuntimeError("[gloo/transport/tcp]")],
+)
+def test_an_error_on_the_way_to_other_ranks_is_not_blamed_on_the_checkpoint(error):
+    with pytest.raises(RuntimeError) as raised, explained_restoring("x.ckpt", "loops"):
+        raise error
+    assert raised.value is error

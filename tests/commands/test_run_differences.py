@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.commands.run_differences import differences, first_difference, first_other_batch, largest_difference
+from lightspan.commands.run_differences import (
+    MEASURED,
+    differences,
+    first_difference,
+    first_other_batch,
+    largest_difference,
+)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +147,7 @@ def test_whatever_is_computed_is_compared(tmp_path, changed, said):
     found = first_difference(run(tmp_path / "straight"), run(tmp_path / "killed", **changed))
     assert found is not None
     assert found.startswith(said)
+
+
+def test_what_is_measured_is_all_that_is_skipped():
+    assert MEASURED == ("time_s", "seconds", "step_ms", "throughput/", "memory/")
