@@ -116,11 +116,13 @@ def run(folder, figures=({"step": 0, "time_s": 1.0, "loss": 2.0},), **changed):
         "RunSummary": {"seconds": float(len(str(folder))), "metrics": {"loss": 2.0, "memory/rss_mib": id(folder)}},
         "Tracker": {"seen": changed.pop("seen", 3)},
     }
+    generator = changed.pop("random", torch.zeros(4, dtype=torch.uint8))
+    random = {"python": [], "numpy": [], "torch": generator, "cuda": []}
     stored = {
         "global_step": 1,
         "state_dict": {"w": torch.ones(2)},
         "callbacks": callbacks,
-        "lightspan": {"random_states": [{"torch": changed.pop("random", torch.zeros(4, dtype=torch.uint8))}]},
+        "lightspan": {"random_states": [random]},
         "loops": {"fit_loop": {"epoch_progress": {"ready": changed.pop("ready", 1)}}},
     }
     WholeFileCheckpointIO().save_checkpoint(stored, folder / "checkpoints" / "last.ckpt")

@@ -122,7 +122,7 @@ def test_an_empty_run_folder_is_refused(run):
 
 @pytest.mark.parametrize("run", ["x" * 300, "/proc/x"])
 def test_a_folder_that_cannot_be_made_is_refused_in_words(run):
-    with pytest.raises(UserError, match=r"--run: .*(/proc/x|xxx\.\.\.) cannot be made: "):
+    with pytest.raises(UserError, match=r"(/proc/x cannot be made: |xxx: a name in this path is too long)"):
         run_folder.run_folder(Path(run), "any")
 
 
