@@ -145,8 +145,10 @@ class Checkpoint(OwnFiles):
             return
         self._wrote = checkpoint.get("lightspan", {})
         log = self._wrote.get("log", {})
-        rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
-        self._rest = RestOfStep(checkpoint, log.get("unlogged"))
+        with explained_restoring(trainer.ckpt_path, "lightspan.log"):
+            rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
+        with explained_restoring(trainer.ckpt_path, "loops.fit_loop"):
+            self._rest = RestOfStep(checkpoint, log.get("unlogged"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.

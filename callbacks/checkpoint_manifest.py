@@ -29,6 +29,7 @@ FORMAT = 2
 COMPLETE = "COMPLETE"
 LATEST = "latest"
 SUFFIX = ".ckpt"
+LAST = f"last{SUFFIX}"
 
 _END, _END_BYTES, _MOST_COMMENT = b"PK\x05\x06", 22, 2**16 - 1  # of a zip archive's last record
 _MOST_MANIFEST = 2**28  # bytes of COMPLETE: about 200 each file of a folder
@@ -95,6 +96,11 @@ def manifest(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and type(content.get("format")) is int else None
+
+
+def standing(last: Path, way_on: str = "") -> str:
+    """What a run that stops says of its last checkpoint, and `way_on` where there is one."""
+    return f"{last} is whole{way_on}" if last.exists() else "no checkpoint was written yet"
 
 
 def fault(path: Path, contents: bool = True) -> Fault | None:

@@ -59,7 +59,7 @@ class OwnFiles(ModelCheckpoint):
     def forgotten(self, trainer: Trainer, resumed: Path) -> list[Path]:
         """Files that a killed process had saved, and had no time to remove, up to the step that training goes on from.
 
-        None where more files were meant to stay than now, or another callback keeps all of its own.
+        Empty where other than now many files were meant to stay, or another callback keeps all of its own.
         """
         if self.save_top_k < 1 or self._before_top_k != self.save_top_k:
             return []

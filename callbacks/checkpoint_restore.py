@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,6 +21,7 @@ from lightspan.callbacks.checkpoint_shards import first_line
 from lightspan.errors import UserError
 
 Fault = str | None
+_GLOO = "gloo/transport/"  # gloo raises plain RuntimeErrors, which begin with the place in its source
 _OF_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # moments of torch's own optimisers
 
 
@@ -45,13 +47,17 @@ def guard(trainer: Trainer) -> None:
 def explained_restoring(path: object, entry: str) -> Iterator[None]:
     """Turns what an entry of the wrong kind raises in whoever takes it into a UserError that names the entry.
 
-    What they refuse in words of their own passes, and so do errors about this machine.
+    What they refuse in words of their own passes, and so do errors about this machine and the way to other ranks.
     """
     try:
         yield
     except (UserError, MisconfigurationException, OSError, MemoryError, torch.OutOfMemoryError):
         raise
+    except (torch.AcceleratorError, dist.DistError):
+        raise
     except Exception as error:
+        if _GLOO in str(error):
+            raise
         what = "has no such key" if isinstance(error, KeyError) else type(error).__name__
         raise UserError(
             f"checkpoint {path} cannot be used: its entry {entry} cannot be restored ({what}: {first_line(error)})"

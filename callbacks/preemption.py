@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightspan.callbacks.checkpoint import Checkpoint
+from lightspan.callbacks.checkpoint_manifest import LAST, standing
 from lightspan.callbacks.random_state import random_states, restore_random_states
 from lightspan.callbacks.rest_of_step import before_validation
 from lightspan.callbacks.signal_flag import BUDGET_S, SignalFlag, installed, main_thread
@@ -26,7 +27,6 @@ from lightspan.errors import UserError
 
 PREEMPTED = 143
 """Default exit status: 128 + SIGTERM, what a scheduler sees of a job that ended because it was asked to."""
-LAST = "last.ckpt"
 
 
 class Preempted(SystemExit):
@@ -236,7 +236,7 @@ class Preemption(Callback):
     def _give_up(self, trainer: Trainer, received: signal.Signals) -> None:
         """Ends this process from the flag's thread: its main thread did not leave within the budget."""
         over = f"the budget of {self.budget_s:g} s was over before a checkpoint of step {trainer.global_step} was whole"
-        said = f"{received.name}: {over}, still {main_thread()}; {_standing(_last_checkpoint(trainer))}"
+        said = f"{received.name}: {over}, still {main_thread()}; {standing(_last_checkpoint(trainer))}"
         print(f"lightspan: {said}", file=sys.stderr, flush=True)
         self._requeue(trainer, received)
         os._exit(self._status(trainer, received))
@@ -299,10 +299,6 @@ def _signals(argument: str, names: Sequence[str]) -> tuple[signal.Signals, ...]:
 def _last_checkpoint(trainer: Trainer) -> Path:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(folder or Path(trainer.default_root_dir) / "checkpoints") / LAST
-
-
-def _standing(path: Path) -> str:
-    return f"{path} is whole" if path.exists() else "there is no checkpoint yet, a new start begins from the first step"
 
 
 def _slurm_job() -> str | None:

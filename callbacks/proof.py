@@ -78,8 +78,9 @@ class StopAfter(Callback):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.fit_loop.epoch_loop.max_steps = self.steps  # schedules have read their length by now
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Schedules have read their length, and `Checkpoint`, behind all others, asks next whether a step is left.
+        trainer.fit_loop.epoch_loop.max_steps = self.steps
 
 
 class KillAt(Callback):

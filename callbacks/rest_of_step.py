@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightspan.callbacks.checkpoint_restore import explained_restoring
 from lightspan.callbacks.jsonl_logger import JsonlLogger
 
 
@@ -119,7 +120,8 @@ class RestOfStep:
         over = self._no_step_is_left(trainer) or _reached(epochs.processed, loop.max_epochs)
         with self._where_the_checkpoint_was_written(trainer, over):
             if self._line is not None:
-                _log(trainer, **self._line)
+                with explained_restoring(trainer.ckpt_path, "lightspan.log.unlogged"):
+                    _log(trainer, self._line["step"], self._line["metrics"])
             if self._inside_step:
                 assert loop._data_fetcher is not None
                 if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):

@@ -94,9 +94,7 @@ def explained_os_errors(path: Path, doing: str = "write", *, setting: str = "--r
 
     Args:
         doing: what fails, for the message.
-        setting: what chooses the folder of `path`.
-
-    `setting` is what chooses the folder of `path`.
+        setting: what chooses the folder of `path`, for the message.
 
     Errors that carry the name of a file outside the folder of `path` pass through: they are about something else.
     """

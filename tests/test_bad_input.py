@@ -280,3 +280,8 @@ def test_ctrl_c_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "LIGHTSPAN_RUN": ""}
+
+
+@pytest.mark.parametrize("arguments", [["export", "x", "--to", "peft", "--run", ""], ["report", ""], ["fsck", ""]])
+def test_an_empty_name_is_refused(arguments, capsys):
+    assert "the name of the folder is empty" in refused(arguments, capsys)

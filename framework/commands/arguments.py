@@ -41,10 +41,21 @@ def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
 
 def folder(text: str) -> Path:
     """The type of an option that names a folder; the empty text, which an unset variable of a shell leaves, is none."""
+    return _place(text, "folder")
+
+
+def file(text: str) -> Path:
+    """The type of an option that names a file, as `folder`; a checkpoint may be either."""
+    return _place(text, "file")
+
+
+def _place(text: str, kind: str) -> Path:
     if not text.strip():
-        raise argparse.ArgumentTypeError("the name of the folder is empty, as where a variable of the shell is not set")
+        raise argparse.ArgumentTypeError(
+            f"the name of the {kind} is empty, as where a variable of the shell is not set"
+        )
     try:
         Path(text).exists()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot name a folder: {error.strerror}") from error
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot name a {kind}: {error.strerror}") from error
     return Path(text)

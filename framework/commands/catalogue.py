@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.arguments import add_recipe_arguments, file
 from lightspan.config import recipes
 from lightspan.config.merge import explain
 from lightspan.config.problems import nearest
@@ -86,7 +86,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name that `lightspan recipes` lists, or a .yaml file")
-    parser.add_argument("file", metavar="FILE", type=Path, help="where to write it: a new .yaml file")
+    parser.add_argument("file", metavar="FILE", type=file, help="where to write it: a new .yaml file")
 
 
 def run_copy(args: argparse.Namespace) -> int:

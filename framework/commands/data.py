@@ -4,8 +4,8 @@ import argparse
 import re
 import shlex
 import sys
-from pathlib import Path
 
+from lightspan.commands.arguments import folder
 from lightspan.errors import UserError, one_line
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        type=Path,
+        type=folder,
         help="pack: the files to write; one folder of images for each class becomes labelled images, of other files "
         "those of one name form one sample. verify: what `data pack` wrote. index: the folder of the shards",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="pack: folder to write; it must not exist")
+    parser.add_argument("--out", metavar="DIR", type=folder, help="pack: folder to write; it must not exist")
     parser.add_argument(
         "--shard-size", metavar="BYTES", default="256M", help="pack: size of a shard, with K, M or G (default: 256M)"
     )

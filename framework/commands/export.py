@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.callbacks.checkpoint_manifest import COMPLETE
-from lightspan.commands.arguments import add_allow_module_argument
+from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.commands.one_process import in_one_process
 from lightspan.commands.run_folder import newest_checkpoint
 from lightspan.errors import UserError
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
-        type=Path,
+        type=file,
         help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest whole one",
     )
     parser.add_argument("--to", required=True, choices=("safetensors", "huggingface", "peft"), help="format to write")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder, if the checkpoint stands elsewhere")
+    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder, if the checkpoint stands elsewhere")
     parser.add_argument("--recipe", metavar="RECIPE", help="recipe to build the model from where no run folder is left")
     add_allow_module_argument(parser)
 

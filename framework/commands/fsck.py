@@ -14,6 +14,7 @@ from lightspan.callbacks.checkpoint_manifest import (
     manifest,
     point_latest,
 )
+from lightspan.commands.arguments import folder
 from lightspan.commands.run_folder import CHECKPOINTS
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, irregular, leftovers, put_back, remove
@@ -23,7 +24,7 @@ TORN = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder that no run is writing to now")
+    parser.add_argument("run_folder", metavar="RUN", type=folder, help="a run folder that no run is writing to now")
     parser.add_argument("--dry-run", action="store_true", help="look and tell, move nothing")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.commands.fits import exits_on_sigterm, fit_command, last_lines, run_side_by_side
 from lightspan.commands.intrinsic_curve import Curve, Point, target
 from lightspan.config.resolve import Resolved, resolve, with_layer
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer-scales", action="store_true", help="also learn a factor for each layer (SAID)")
     parser.add_argument("--stop-early", action="store_true", help="end at the first dimension that reaches the line")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("intrinsic-dimension"), metavar="DIR", help="where all goes")
+    parser.add_argument("--out", type=folder, default=Path("intrinsic-dimension"), metavar="DIR", help="where all goes")
 
 
 @dataclass(frozen=True)

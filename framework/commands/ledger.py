@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightspan.commands.arguments import folder
 from lightspan.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ MOST_SAMPLES, MOST_EPOCHS = 10**10, 10**6  # above them a file is no ledger, and
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder whose recipe has the Ledger callback")
+    parser.add_argument("run", metavar="RUN", type=folder, help="a run folder whose recipe has the Ledger callback")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.commands.fits import exits_on_sigterm, fit_command, last_lines, ranks_of
 from lightspan.commands.run_differences import first_difference, first_other_batch, largest_difference
 from lightspan.config.resolve import Resolved, resolve, with_layer
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimiser steps of a run (default 20)")
     parser.add_argument("--every", type=int, metavar="N", help="steps between checkpoints (default: --steps / 5)")
     parser.add_argument("--seed", type=int, default=0, help="draws the steps and places of the kills (default 0)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs there, instead of deleting them")
+    parser.add_argument("--keep", type=folder, metavar="DIR", help="keep the runs there, instead of deleting them")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _legs(draw: random.Random, settings: _Settings, ranks: Sequence[int]) -> lis
     kills = []
     for step, after, count in zip(steps, [*steps[1:], settings.steps], counts, strict=False):
         saved = min((step // settings.every + 1) * settings.every, settings.steps)
-        # The next kill has to come yet, and a run that `StopAfter` cuts short has no end of its own to be made up for.
+        # The next kill has to come yet, and a start without a step left writes last.ckpt once more, with later counts.
         places = (*_IN_STEP, _AFTER_SAVE) if saved <= after and saved < settings.steps else _IN_STEP
         kills.append(Kill(step, draw.choice(places), draw.randrange(count)))
     return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightspan.commands.arguments import file, folder
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,15 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        type=Path,
+        type=folder,
         help="run folder; the first one is what the others are compared with",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("report"), metavar="DIR_OR_FILE.html", help="folder or page (default: report/)"
+        "--out",
+        type=folder,
+        default=Path("report"),
+        metavar="DIR_OR_FILE.html",
+        help="folder or page (default: report/)",
     )
     parser.add_argument("--title", default=None, help="heading of the page (default: the names of the runs)")
     parser.add_argument(
-        "--png", type=Path, default=None, metavar="FILE", help="also draw the validation curves as a PNG"
+        "--png", type=file, default=None, metavar="FILE", help="also draw the validation curves as a PNG"
     )
 
 

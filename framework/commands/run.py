@@ -12,7 +12,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.callbacks.checkpoint_manifest import standing
+from lightspan.commands.arguments import add_recipe_arguments, file, folder
 from lightspan.commands.catalogue import print_notes
 from lightspan.commands.metrics_csv import write_csv
 from lightspan.commands.run_folder import (
@@ -58,7 +59,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     _add_run_argument(parser)
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="PATH", help="the checkpoint to use")
+    parser.add_argument("--ckpt", type=file, required=True, metavar="PATH", help="the checkpoint to use")
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +197,8 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
 
 def _say_stopped(why: str, run_dir: Path) -> None:
     if is_first_rank():
-        print(f"\nlightspan: {why}; {_way_on(run_dir)}", file=sys.stderr, flush=True)
+        way_on = f"; the same command with --run {shlex.quote(str(run_dir))} goes on from it"
+        print(f"\nlightspan: {why}; {standing(run_dir / LAST_CHECKPOINT, way_on)}", file=sys.stderr, flush=True)
 
 
 def _explain(error: OSError, run_dir: Path) -> None:
@@ -220,6 +222,8 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
     passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if isinstance(error, ValueError) and "configure_optimizers" in passed:
         return f"the optimiser or its schedule refuses its settings: {error}"
+    if "setup_data" in passed and "`val_check_interval`" in str(error):
+        return f"the Trainer refuses this run: {str(error).strip()}"
     if "_validate_condition_metric" in passed:
         return f"early stopping: {error}"
     if checkpoint is not None and "load_state_dict" in passed:
@@ -256,13 +260,6 @@ def _meet_after_restart(built: Built) -> None:
     store = dist.PrefixStore(f"start-{start}", dist.TCPStore(address, port, ranks, is_master=False))
     on_cpu = built.trainer.strategy.root_device.type == "cpu"
     dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=int(os.environ["RANK"]), world_size=ranks)
-
-
-def _way_on(run_dir: Path) -> str:
-    last = run_dir / LAST_CHECKPOINT
-    if not last.exists():
-        return "no checkpoint was written yet"
-    return f"{last} is whole; the same command with --run {shlex.quote(str(run_dir))} goes on from it"
 
 
 def _few_lines(text: str) -> str:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from lightspan.callbacks.checkpoint_manifest import checkpoints, manifest, newest_whole
+from lightspan.callbacks.checkpoint_manifest import LAST, checkpoints, manifest, newest_whole
 from lightspan.commands.metrics_csv import METRICS_FILE
 from lightspan.config import identity, provenance
 from lightspan.config.resolve import RESOLVED_FILE, Resolved, recorded
@@ -29,7 +29,7 @@ except ImportError:  # on Windows
 
 PROVENANCE_FILE = "provenance.json"
 CHECKPOINTS = "checkpoints"
-LAST_CHECKPOINT = Path(CHECKPOINTS) / "last.ckpt"
+LAST_CHECKPOINT = Path(CHECKPOINTS) / LAST
 LOCK_FILE = ".lightspan.lock"
 LOCK_WAIT_S = 30.0
 _RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
@@ -206,11 +206,7 @@ def _has_content(path: Path) -> bool:
 
 
 def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace, checkpoint: Path | None) -> None:
-    """resolved.yaml and provenance.json; of earlier starts, under `earlier`, what was different then (null: absent).
-
-    What killed starts left half written goes first: nobody else writes into the run folder yet.
-    """
-    remove_leftovers(run_dir)
+    """resolved.yaml and provenance.json; of earlier starts, under `earlier`, what was different then (null: absent)."""
     record = provenance.provenance(resolved, args.command_line, args.overlays)
     if checkpoint is not None:
         record["checkpoint"] = str(checkpoint)

@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-from lightspan.config.parts import LIGHTNING
+from lightspan.config.parts import WATCHING
 from lightspan.config.source import Definition, locate
 
 # How long, where and with which reports a run goes on; none of them alters the steps themselves.
@@ -56,7 +56,7 @@ def alters_training(spec: Any) -> bool:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == "alters_training" for target in targets):
             return ast.unparse(statement.value or ast.Constant(None)) != "False"  # type: ignore[attr-defined]
-    return LIGHTNING.get(str(found.name), True)
+    return found.name not in WATCHING
 
 
 def _free_callbacks(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

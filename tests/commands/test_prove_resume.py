@@ -62,7 +62,6 @@ def test_three_ranks_whose_sums_hang_on_their_order(capsys):
 
 
 @pytest.mark.usefixtures("quick_starts")
-@pytest.mark.xfail(reason="the line of a checkpoint's own step is lost", strict=False)
 def test_a_kill_between_a_save_and_what_comes_after_it_loses_no_figure(capsys):
     assert main([*COMMAND, "--kills", "1", "--seed", "3"]) == 0
     assert "killed-1: rank 0 is killed in step 3, at after_save" in capsys.readouterr().out

@@ -80,3 +80,14 @@ def test_where_it_stopped_and_how_to_go_on_are_said_once(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("is whole") == 1
     assert f"the same command with --run '{folder}' goes on from it" in said
+
+
+def test_a_validation_that_is_due_after_the_end_of_an_epoch_is_refused_in_words(tmp_path):
+    def setup_data():
+        raise ValueError(
+            " `val_check_interval` (9) must be less than or equal to the number of the training batches (4)."
+        )
+
+    built = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=0))
+    with pytest.raises(UserError, match=r"the Trainer refuses this run: `val_check_interval` \(9\) must be less"):
+        run.call(setup_data, built, tmp_path, None)

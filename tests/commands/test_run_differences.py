@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.commands.run_differences import differences, first_difference, first_other_batch, largest_difference
+from lightspan.commands.run_differences import (
+    MEASURED,
+    differences,
+    first_difference,
+    first_other_batch,
+    largest_difference,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +116,13 @@ def run(folder, figures=({"step": 0, "time_s": 1.0, "loss": 2.0},), **changed):
         "RunSummary": {"seconds": float(len(str(folder))), "metrics": {"loss": 2.0, "memory/rss_mib": id(folder)}},
         "Tracker": {"seen": changed.pop("seen", 3)},
     }
-    others: dict = {"python": [], "numpy": [], "cuda": []}
+    generator = changed.pop("random", torch.zeros(4, dtype=torch.uint8))
+    random = {"python": [], "numpy": [], "torch": generator, "cuda": []}
     stored = {
         "global_step": 1,
         "state_dict": {"w": torch.ones(2)},
         "callbacks": callbacks,
-        "lightspan": {"random_states": [{**others, "torch": changed.pop("random", torch.zeros(4, dtype=torch.uint8))}]},
+        "lightspan": {"random_states": [random]},
         "loops": {"fit_loop": {"epoch_progress": {"ready": changed.pop("ready", 1)}}},
     }
     WholeFileCheckpointIO().save_checkpoint(stored, folder / "checkpoints" / "last.ckpt")
@@ -142,3 +149,7 @@ def test_whatever_is_computed_is_compared(tmp_path, changed, said):
     found = first_difference(run(tmp_path / "straight"), run(tmp_path / "killed", **changed))
     assert found is not None
     assert found.startswith(said)
+
+
+def test_what_is_measured_is_all_that_is_skipped():
+    assert MEASURED == ("time_s", "seconds", "step_ms", "throughput/", "memory/")

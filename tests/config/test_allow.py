@@ -3,7 +3,7 @@ from argparse import Namespace
 import pytest
 
 from lightspan.config.allow import foreign, gate, importable, refusal, text_refusal, under
-from lightspan.config.parts import CLASSES_OF, LIGHTNING
+from lightspan.config.parts import CLASSES_OF, LIGHTNING, WATCHING
 from lightspan.config.source import Definition, load, locate
 from lightspan.config.tree import wrap
 
@@ -98,6 +98,7 @@ def test_what_a_builder_found_by_itself_is_judged_too():
 
 def test_every_listed_part_exists_where_it_is_listed():
     assert [name for name in CLASSES_OF if load(name) is None] == []
+    assert set(LIGHTNING) > WATCHING
     for name in LIGHTNING:
         found = locate(name)
         assert isinstance(found, Definition), name
