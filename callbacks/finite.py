@@ -15,7 +15,7 @@ from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.optim.elementwise import real
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.norms import norms
+from lightspan.optim.norms import square_norms
 from lightspan.optim.sharding import local
 
 
@@ -135,7 +135,7 @@ class FiniteLoss(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients or not self._sees_gradients:
             return torch.zeros((), device=module.device)
-        return norms([_held(gradient) for gradient in gradients]).max().float()
+        return square_norms([_held(gradient) for gradient in gradients]).max().sqrt().float()
 
     def _reason(
         self,
@@ -182,7 +182,7 @@ def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             yield f"the gradient of {name}", parameter.grad
-            yield f"the square of the gradient of {name}", norms([_held(parameter.grad)])
+            yield f"the square of the gradient of {name}", square_norms([_held(parameter.grad)])
 
 
 def _first_broken(tensors: Iterator[tuple[str, Tensor]]) -> str | None:

@@ -34,7 +34,7 @@ from lightspan.optim.layout import (
 )
 from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.norms import norms
+from lightspan.optim.norms import square_norms
 from lightspan.optim.projected import Selection
 from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
 from lightspan.optim.residuals import Dropped, Fira, Residual
@@ -496,7 +496,7 @@ class LowRank(Optimizer):
                 squares.append((ranks, work.projection.energy_BM.sum()))
             else:
                 squares.append((ranks, work.projection.coordinates_BMR.square().sum()))
-        squares += [(ranks, norms(gradients).square()) for ranks, gradients in whole.items()]
+        squares += [(ranks, square_norms(gradients)) for ranks, gradients in whole.items()]
         norm = total_over(squares).sqrt()
         return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
 
@@ -504,7 +504,7 @@ class LowRank(Optimizer):
         """A frame must not be chosen from NaN: an SVD raises on it, a power step would hide it."""
         if self.check_finite and not self.rule.residual.feeds_back:  # that projects after the check of all gradients
             chosen = [work.gradients[i] for work in works for i in (*work.first, *work.due)]
-            self._require_finite_norms([norms([g for g in chosen if g is not None])])
+            self._require_finite_norms([square_norms([g for g in chosen if g is not None])])
 
     def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
         """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either. Norms,
@@ -518,12 +518,12 @@ class LowRank(Optimizer):
                 whole += [gradient for gradient in work.gradients if gradient is not None]
             else:
                 found += [work.projection.coordinates_BMR.square().sum(), work.projection.energy_BM.sum()]
-        self._require_finite_norms([*found, norms(whole)])
+        self._require_finite_norms([*found, square_norms(whole)])
 
     def _require_finite_norms(self, found: list[Tensor]) -> None:
         """All ranks raise or none does; each comes here with norms of its own parts of the same gradients."""
         if any(len(each.reshape(-1)) for each in found):
-            wrong = (~torch.cat([each.reshape(-1).to(found[0].device).float() for each in found]).isfinite()).sum()
+            wrong = (~torch.cat([each.reshape(-1).isfinite().to(found[0].device) for each in found])).sum()
             for ranks in self._ranks_of_parameters():
                 wrong = ranks.total(wrong)
             if wrong:
@@ -543,7 +543,7 @@ class LowRank(Optimizer):
                 "learning rate"
             )
         every = [p for p in every if p.grad is not None]
-        shown = self._not_finite(every, [norms([_held_gradient(p)]) for p in every])
+        shown = self._not_finite(every, [square_norms([_held_gradient(p)]) for p in every])
         raise UserError(
             f"the gradient of {shown or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or so "
             "large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were changed. "

@@ -146,7 +146,7 @@ def mend_limiter(state: State) -> bool:
     """Starts limiters of a parameter anew that are not finite or negative, which no step writes. Whether any was so.
     A stack of matrices has one for each.
     """
-    if "limiter" not in state:
+    if "limiter" not in state or state["limiter"].is_meta:
         return False
     limiter = local(state["limiter"])
     damaged = ~((limiter >= 0) & limiter.isfinite())
