@@ -146,7 +146,7 @@ class Checkpoint(OwnFiles):
         self._wrote = checkpoint.get("lightspan", {})
         log = self._wrote.get("log", {})
         rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
-        self._rest = RestOfStep(checkpoint, log.get("unlogged"))
+        self._rest = RestOfStep(checkpoint, log)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
