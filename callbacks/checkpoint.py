@@ -148,7 +148,7 @@ class Checkpoint(OwnFiles):
         with explained_restoring(trainer.ckpt_path, "lightspan.log"):
             rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
         with explained_restoring(trainer.ckpt_path, "loops.fit_loop"):
-            self._rest = RestOfStep(checkpoint, log.get("unlogged"))
+            self._rest = RestOfStep(checkpoint, log)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.

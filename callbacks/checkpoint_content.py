@@ -242,7 +242,14 @@ _CHECKPOINT = _record(
                 "model": _TEXT,
                 "optimizers": _list(_TEXT),
                 "loggers": _each(_TEXT, keys=_TEXT),
-                "log": _record({}, {"lines": _or_none(_count), "unlogged": _or_none(_LINE)}),
+                "log": _record(
+                    {},
+                    {
+                        "lines": _or_none(_count),
+                        "unlogged": _or_none(_LINE),
+                        "metrics": _each(_TENSOR, keys=_TEXT),
+                    },
+                ),
                 "random_states": _list(_RANDOM),
             },
         ),

@@ -1,8 +1,9 @@
 """What a run still owes at the moment of a checkpoint, and how the next start pays it.
 
 Lightning writes checkpoints in the middle of its work: after the optimiser's step and before the line of that step is
-logged, before the validation and the end of the epoch that are due at it, and before the end of training. A run that is
-killed there and goes on from that checkpoint would never do these things: Lightning resumes behind them.
+logged, before the validation and the end of the epoch that are due at it, before schedules that go by a metric move,
+and before the end of training. A run that is killed there and goes on from that checkpoint would never do these things:
+Lightning resumes behind them.
 """
 
 import contextlib
@@ -12,20 +13,31 @@ from typing import Any
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from lightspan.callbacks.checkpoint_restore import explained_restoring
 from lightspan.callbacks.jsonl_logger import JsonlLogger
 
 
 def log_position(trainer: Trainer) -> dict[str, Any]:
-    """How far the logs have come, for a checkpoint: "lines" of metrics.jsonl, which are on disk then, and "unlogged".
+    """How far the logs have come, for a checkpoint: "lines" of metrics.jsonl, which are on disk then, "unlogged", and
+    the "metrics" that schedules and callbacks go by.
 
     Every rank must call it: figures that are means over ranks are reduced.
     """
     lines = [logger.position() for logger in trainer.loggers if isinstance(logger, JsonlLogger)]
-    return {"lines": lines[0] if lines else None, "unlogged": unlogged(trainer)}
+    return {"lines": lines[0] if lines else None, "unlogged": unlogged(trainer), "metrics": _metrics(trainer)}
+
+
+def _metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """Lightning's `callback_metrics`, with the means over the training epoch where its last batch is done."""
+    metrics, results = dict(trainer.callback_metrics), trainer.fit_loop.epoch_loop._results
+    if trainer.fit_loop.epoch_loop._num_ready_batches_reached() and results:
+        metrics.update(results.metrics(on_step=False)["callback"])
+    return {name: value.detach().cpu() for name, value in metrics.items()}
 
 
 def rewind_logs(trainer: Trainer, step: int, lines: int | None) -> None:
@@ -82,24 +94,26 @@ def before_validation(trainer: Trainer) -> Iterator[None]:
 
 
 class RestOfStep:
-    """Does what was left to do where a checkpoint was written: the line, the validation, the end of the epoch, and the
-    end of training where no step is left.
+    """Does what was left to do where a checkpoint was written: the line, the validation, the schedules that go by a
+    metric, the end of the epoch, and the end of training where no step is left.
 
     Made while the checkpoint is loaded for training; then `begin` before Lightning asks whether training is over, and
     `finish` when training starts.
 
     Args:
         checkpoint: as loaded.
-        line: what `log_position` called "unlogged" when it was written.
+        log: what `log_position` gave when it was written; {} where nothing did.
     """
 
-    def __init__(self, checkpoint: Mapping[str, Any], line: dict[str, Any] | None) -> None:
-        self._line = line
+    def __init__(self, checkpoint: Mapping[str, Any], log: Mapping[str, Any]) -> None:
+        self._line: dict[str, Any] | None = log.get("unlogged")
+        self._metrics: dict[str, Tensor] = log.get("metrics", {})
         self._step: int = checkpoint["global_step"]
         fit = checkpoint["loops"]["fit_loop"]
         batch, epoch = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
         self._inside_step = batch["total"]["completed"] == batch["total"]["processed"] - 1
         self._inside_epoch = epoch["total"]["processed"] == epoch["total"]["started"] - 1
+        self._at_epochs_end = epoch["total"]["completed"] == epoch["total"]["processed"] - 1
         self._last_batch: bool = batch["is_last_batch"]
         self._epochs: dict[str, Any] = epoch
         self._limits: tuple[int, int | None] | None = None
@@ -118,6 +132,12 @@ class RestOfStep:
             loop.epoch_loop.max_steps, loop.max_epochs = self._limits
         epochs: Any = loop.epoch_progress.current
         over = self._no_step_is_left(trainer) or _reached(epochs.processed, loop.max_epochs)
+        if loop.restarted_on_epoch_end:  # of a run with max_steps: Lightning would end that epoch once more
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+            loop.reset()
+        device = trainer.strategy.root_device
+        trainer._logger_connector._callback_metrics.update({n: v.to(device) for n, v in self._metrics.items()})
+        loop._restarting = False  # else Lightning leaves the metric's schedules out at the end of this epoch
         with self._where_the_checkpoint_was_written(trainer, over):
             if self._line is not None:
                 with explained_restoring(trainer.ckpt_path, "lightspan.log.unlogged"):
@@ -126,9 +146,14 @@ class RestOfStep:
                 assert loop._data_fetcher is not None
                 if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
                     _validate(trainer)
+            if self._inside_step or (self._inside_epoch and over):  # behind a validation Lightning does so itself
+                loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+            if self._inside_step:
                 loop.epoch_loop.batch_progress.increment_completed()
             if self._inside_epoch and (over or (self._inside_step and self._last_batch)):
                 _end_epoch(trainer)
+            elif self._at_epochs_end:
+                _move_schedules(trainer)
 
     def _no_step_is_left(self, trainer: Trainer) -> bool:
         return _reached(self._step, trainer.fit_loop.epoch_loop.max_steps)
@@ -141,11 +166,10 @@ class RestOfStep:
         loop = trainer.fit_loop
         epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
         moved, before = epochs.state_dict(), batches.state_dict()
-        if self._inside_epoch:
-            epochs.load_state_dict(self._epochs)
+        epochs.load_state_dict(self._epochs)
         yield
-        if over:
-            loop.epoch_loop._batches_that_stepped += self._inside_epoch
+        if over and self._inside_epoch:
+            loop.epoch_loop._batches_that_stepped += 1
         else:
             epochs.load_state_dict(moved)
             batches.load_state_dict(before)
@@ -171,7 +195,7 @@ def _validate(trainer: Trainer) -> None:
 
 
 def _end_epoch(trainer: Trainer) -> None:
-    """As Lightning does after the last batch of an epoch; schedules that go by epochs have moved by then."""
+    """As Lightning does after the last batch of an epoch."""
     connector, epochs = trainer._logger_connector, trainer.fit_loop.epoch_progress
     connector.epoch_end_reached()
     epochs.increment_processed()
@@ -179,5 +203,13 @@ def _end_epoch(trainer: Trainer) -> None:
     call._call_lightning_module_hook(trainer, "on_train_epoch_end")
     call._call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=True)
     connector.on_epoch_end()
+    _move_schedules(trainer)
     connector.update_train_epoch_metrics()
     epochs.increment_completed()
+
+
+def _move_schedules(trainer: Trainer) -> None:
+    """Those that go by a metric and by epochs; the others moved before the checkpoint."""
+    loop = trainer.fit_loop.epoch_loop
+    if loop._num_ready_batches_reached():
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)

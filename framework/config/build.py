@@ -148,12 +148,13 @@ def _closed_imports(names: set[str]) -> Iterator[None]:
     It compares an imported object's own module and name with the list too, and builds no class where the type says
     nothing of one.
     """
-    from jsonargparse import set_parsing_settings
+    from jsonargparse import _common, set_parsing_settings
 
+    before = dict(_common.parsing_settings)  # a caller's own; there is no public way back from a setting
     set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=sorted(names), instantiate_subclass_spec_in_any=False
     )
     try:
         yield
     finally:
-        set_parsing_settings(import_path_denylist=sorted(names))  # its lists grow only; the later word counts
+        _common.parsing_settings.update(before)

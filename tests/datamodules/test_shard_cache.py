@@ -159,8 +159,8 @@ def test_room_is_made_before_a_shard_is_fetched_and_counts_what_is_under_way(htt
     https_server.files |= {f"/{name}.tar": b"x" * 1000 for name in "ab"}
     first = cache.local(f"{https_server.address}/a.tar")
     os.utime(first, (1, 1))
-    (folder / ".lightspan-1234-other.tar.tmp").write_bytes(b"x" * 1000)  # of another process
-    abandoned = folder / ".lightspan-5678-third.tar.tmp"
+    (folder / f".lightspan-1234-{0:032x}.tar.tmp").write_bytes(b"x" * 1000)  # of another process
+    abandoned = folder / f".lightspan-5678-{1:032x}.tar.tmp"
     abandoned.write_bytes(b"x" * 100)
     os.utime(abandoned, (0, 0))
     https_server.stumbles["/b.tar"] = ["cut"]
@@ -176,7 +176,7 @@ def test_room_is_made_before_a_shard_is_fetched_and_counts_what_is_under_way(htt
         cache.local(f"{https_server.address}/b.tar")
     assert not any(room)
     assert not abandoned.exists()
-    assert (folder / ".lightspan-1234-other.tar.tmp").exists()
+    assert (folder / f".lightspan-1234-{0:032x}.tar.tmp").exists()
 
 
 def test_what_a_killed_process_left_of_a_shard_goes_when_it_is_fetched(https_server: Any, tmp_path: Path) -> None:
