@@ -18,6 +18,7 @@ _NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Log
 _NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # of which a number may be one
 _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
+_MODULE = "torch.nn.modules.module.Module"
 _MAX_DEPTH = 10
 
 
@@ -105,14 +106,14 @@ def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
 
 
 def takes_class_itself(annotation: ast.expr, source: Source) -> bool:
-    """Whether a class is wanted and no object of it: `type[...]`, and every module of timm's, whose annotations name
-    the class that they take (`block: Union[BasicBlock, Bottleneck]`).
+    """Whether a class is wanted and no object of it: `type[...]`, and every kind of module of timm's, whose annotations
+    name the class that they take (`block: Union[BasicBlock, Bottleneck]`). Where timm says `nn.Module`, it takes one.
     """
     for member, where in members(annotation, source):
         if _name(member) in ("type", "Type"):
             return True
         found = resolve(member, where) if source.name.startswith("timm.") else None
-        if isinstance(found, Definition) and found.is_class and descends(found, "torch.nn.modules.module.Module"):
+        if isinstance(found, Definition) and found.is_class and found.name != _MODULE and descends(found, _MODULE):
             return True
     return False
 

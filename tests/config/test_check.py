@@ -181,6 +181,15 @@ def test_arguments_of_ddp_are_handed_on_if_plain(name, place):
     assert problems(MODEL + strategy % "{a: 1}") != []
 
 
+def test_an_object_is_built_where_timm_takes_any_module():
+    network = "{class_path: timm.layers.HybridEmbed, init_args: {backbone: " + LINEAR + "}}"
+    found = problems(
+        "model: {class_path: lightspan.methods.supervised.classifier.Classifier, init_args: {num_classes: 2, "
+        "optimizer: {class_path: torch.optim.AdamW}, backbone: " + network + "}}\n"
+    )
+    assert found == []
+
+
 @pytest.mark.parametrize("text", ["%s", "{class_path: %s}"])
 @pytest.mark.parametrize(
     ("library", "setting", "name"),
