@@ -18,7 +18,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightspan.config.limits import out_of_range
-from lightspan.config.parts import CLASSES_OF, FOLDER_ENDINGS, FOLDERS, FUNCTIONS_OF, LIGHTNING, NAMES, SCRATCH, TOPS
+from lightspan.config.parts import (
+    CLASSES_OF,
+    FOLDER_ENDINGS,
+    FOLDERS,
+    FUNCTIONS_OF,
+    LIGHTNING,
+    NAME_PARTS,
+    NAMES,
+    SCRATCH,
+    TOPS,
+)
 from lightspan.config.problems import Problem, nearest
 from lightspan.config.source import Absent, Definition, exported, locate
 from lightspan.config.tree import KeyPath, Node, dotted, walk
@@ -82,13 +92,21 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
     if not found.is_class:
         return (
             f"{class_path}{through} is a function; only classes may be named, and the builders that the modules of "
-            f"{' and '.join(FUNCTIONS_OF)} list in __all__"
+            f"{' and '.join(FUNCTIONS_OF)} list in __all__; {way_round(defined)}"
         )
     listed = ", ".join(part for part in (*CLASSES_OF, *LIGHTNING) if under(part, defined.split(".")[0]))
     return (
         f"{class_path}{through} is not among the parts of {defined.split('.')[0]} that a configuration may name "
         f"({listed}); to use it all the same, add --allow-module {found.source.name}"
     )
+
+
+def way_round(name: str) -> str:
+    """What to write where code under a full name is needed and cannot be named; never leave for all of a library."""
+    network = "timm networks go by name, through lightspan.backbones.vision.timm_backbone; else " * (
+        under(name, "timm") or under(name, "torchvision.models")
+    )
+    return f"{network}call it in a function of your own and give leave for that one's module with --allow-module"
 
 
 def importable(root: Node, modules: Sequence[str] = ()) -> set[str]:
@@ -188,7 +206,9 @@ def _refused_places(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPat
             continue
         key, parts = str(path[-1]), PurePosixPath(node.value.replace("\\", "/")).parts
         inside = not (".." in parts or any(part.startswith("~") for part in parts))
-        if key in NAMES:
+        if key in NAME_PARTS and (len(parts) > 1 or node.value.startswith(("/", "\\"))):
+            yield path, node, f"{node.value!r:.80} becomes part of a file's name; give it without separators"
+        elif key in NAMES:
             if not inside or _ELSEWHERE.match(node.value) or RUN in node.value:
                 yield path, node, f"{node.value!r:.80} leaves the run folder; give a plain name"
         elif _is_folder(key) and node.value and not (inside and parts[0] == RUN):

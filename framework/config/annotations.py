@@ -7,7 +7,7 @@ their unions. Unknown is left to the typed builder.
 import ast
 from typing import Any
 
-from lightspan.config.signatures import resolve, signature_of
+from lightspan.config.signatures import descends, resolve, signature_of
 from lightspan.config.source import Definition, Source
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
@@ -18,6 +18,7 @@ _NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Log
 _NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # of which a number may be one
 _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
+_MODULE = "torch.nn.modules.module.Module"
 _MAX_DEPTH = 10
 
 
@@ -102,6 +103,19 @@ def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
         if not plain:
             return False
     return True
+
+
+def takes_class_itself(annotation: ast.expr, source: Source) -> bool:
+    """Whether a class is wanted and no object of it: `type[...]`, and every kind of module of timm's, whose annotations
+    name the class that they take (`block: Union[BasicBlock, Bottleneck]`). Where timm says `nn.Module`, it takes one.
+    """
+    for member, where in members(annotation, source):
+        if _name(member) in ("type", "Type"):
+            return True
+        found = resolve(member, where) if source.name.startswith("timm.") else None
+        if isinstance(found, Definition) and found.is_class and found.name != _MODULE and descends(found, _MODULE):
+            return True
+    return False
 
 
 def is_untyped(annotation: ast.expr, source: Source) -> bool:

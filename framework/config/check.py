@@ -22,6 +22,7 @@ from lightspan.config.annotations import (
     item_annotation,
     literal_choices,
     members,
+    takes_class_itself,
     takes_only_plain,
 )
 from lightspan.config.merge import CLASS_SETTINGS, KEYED
@@ -39,6 +40,8 @@ KINDS = {  # what stands where no annotation of ours says so
     "callbacks": "lightning.pytorch.callbacks.callback.Callback",
     "logger": "lightning.pytorch.loggers.logger.Logger",
 }
+SCHEDULE = "torch.optim.lr_scheduler.LRScheduler"
+STEPS = ("total_steps", "total_iters", "T_max", "max_steps", "num_steps", "num_training_steps")  # of a whole run
 LONG_LIST = 15  # allowed names are listed up to here, or where no near name was found
 SPEC_KEYS = ("class_path", *CLASS_SETTINGS)
 
@@ -168,11 +171,28 @@ class _Checker:
         parameters = list(known.parameters.values())
         if bound < 0:
             bound = next((i for i, parameter in enumerate(parameters) if not parameter.required), len(parameters))
+        if bound == 2 and SCHEDULE in kinds and [p.name for p in parameters[1:2] if p.name not in STEPS]:
+            self.say(
+                class_node,
+                (*path, "class_path"),
+                f"a method passes the run's number of steps second, where {owner} takes {parameters[1].name}; name a "
+                f"schedule whose second argument is one of {', '.join(STEPS)}, such as "
+                "lightspan.optim.schedules.WarmupCosine, or bind the others in a function of your own "
+                "(optimizer, total_steps) and add --allow-module",
+            )
+            return
+        for where in ("init_args", "dict_kwargs"):
+            for parameter in parameters[:bound]:
+                if (given_node := node.at((where, parameter.name))) is not None:
+                    self.say(given_node, (*path, where, parameter.name), "the caller supplies it; leave it out")
+        supplied = {parameter.name for parameter in parameters[:bound]}
         own = Signature({parameter.name: parameter for parameter in parameters[bound:]}, known.open)
-        self.arguments(settings.value, (*path, "init_args"), own, owner)
+        free = {name: child for name, child in settings.value.items() if name not in supplied}
+        self.arguments(free, (*path, "init_args"), own, owner)
         extra = node.child("dict_kwargs")
         passed_on = extra.value if extra is not None and isinstance(extra.value, dict) else {}
-        self.arguments(passed_on, (*path, "dict_kwargs"), own, owner)
+        free = {name: child for name, child in passed_on.items() if name not in supplied}
+        self.arguments(free, (*path, "dict_kwargs"), own, owner)
         given = {*settings.value, *passed_on}
         for parameter in own.parameters.values():
             if parameter.required and parameter.name not in given:
@@ -208,6 +228,13 @@ class _Checker:
         source = parameter.source
         if is_untyped(annotation, source):
             self.untyped(node, path)
+        elif takes_class_itself(annotation, source) and (named := self.class_named(node)) is not None:
+            self.say(
+                node,
+                path,
+                f"takes the class {named} itself, which a configuration cannot hand on; write a short name such as "
+                f"'relu' where {parameter.name} takes one, or: {allow.way_round(source.name)}",
+            )
         elif isinstance(node.value, dict) and "class_path" in node.value:
             if takes_only_plain(annotation, source):
                 self.say(node, path, self.wrong_type(node, annotation, parameter))
@@ -224,6 +251,12 @@ class _Checker:
                 self.arguments(node.value, path, known, getattr(target.node, "name", ""))
         elif isinstance(node.value, list | dict):
             self.items(node, path, annotation, parameter)
+
+    def class_named(self, node: Node) -> str | None:
+        """The class that a mapping with class_path or a text names, if it may be named at all."""
+        class_path = node.child("class_path")
+        name = node.value if class_path is None else class_path.value
+        return name if isinstance(name, str) and "." in name and not allow.refusal(name, self.modules) else None
 
     def items(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
         """The values of a list or mapping, each by what it is declared as."""

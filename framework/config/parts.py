@@ -93,4 +93,5 @@ TOPS = tuple(sorted({name.split(".")[0] for name in (*CLASSES_OF, *LIGHTNING)}))
 FOLDERS = frozenset({"dir", "dirpath", "file", "folder", "log_dir", "path", "root", "root_dir", "save_dir"})
 FOLDER_ENDINGS = ("_dir", "_file", "_folder", "_path")
 SCRATCH = frozenset({"nvme_path"})  # DeepSpeed's swap space: a disk of the machine, under names that it chooses itself
+NAME_PARTS = frozenset({"filename_suffix"})  # which a library appends to a file's name as they are
 NAMES = frozenset({"experiment_name", "filename", "id", "name", "prefix", "run_id", "run_name", "sub_dir", "version"})

@@ -125,6 +125,8 @@ def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
             own = _of_function(statement, source, skip_first=True)
             if not own.open:
                 return own
+            if not _hands_on(statement) and any(base is not None for base in base_definitions(node, source)):
+                return own
             inherited = _inherited(node, source, depth)
             # The constructor may itself supply what its base requires.
             optional = {name: replace(p, required=False) for name, p in inherited.parameters.items()}
@@ -137,6 +139,18 @@ def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
     if any(isinstance(statement, ast.FunctionDef) and statement.name == "__new__" for statement in node.body):
         return Signature(open=True)
     return _inherited(node, source, depth)
+
+
+def _hands_on(constructor: ast.FunctionDef) -> bool:
+    """Whether a constructor hands its **kwargs to that of a base; else they go to somebody unknown."""
+    kwargs = constructor.args.kwarg
+    return kwargs is not None and any(
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "__init__"
+        and any(word.arg is None and kwargs.arg in ast.unparse(word.value) for word in call.keywords)
+        for call in ast.walk(constructor)
+    )
 
 
 def _inherited(node: ast.ClassDef, source: Source, depth: int) -> Signature:

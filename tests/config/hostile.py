@@ -360,6 +360,9 @@ LAYERS: dict[str, dict[str, Any]] = {
     "tensorboard folder": logger(
         spec("lightning.pytorch.loggers.TensorBoardLogger", save_dir="${run}", sub_dir="../../x")
     ),
+    "tensorboard suffix": logger(
+        spec("lightning.pytorch.loggers.TensorBoardLogger", save_dir="${run}", filename_suffix="/../../x")
+    ),
     "tensorboard writer": logger(
         spec("lightning.pytorch.loggers.TensorBoardLogger", save_dir="${run}", log_dir="/etc")
     ),

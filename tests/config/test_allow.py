@@ -46,7 +46,8 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
         ("lightspan.adapters.state.save_adapter", "is a function"),  # its module is listed, its __all__ is not there
         ("lightning.pytorch.strategies.DeepSpeedStrategy", "add --allow-module lightning.pytorch.strategies.deepspeed"),
         ("transformers.LlamaConfig", "outside the allowed modules"),
-        ("timm.create_model", "is a function"),
+        ("timm.create_model", "lightspan.backbones.vision.timm_backbone; else call it in a function of your own"),
+        ("torchvision.models.resnet18", "lightspan.backbones.vision.timm_backbone"),
         ("torch", "is not a class; write its full import path"),
         ("torch.nn.Linear; import os", "is not a class"),
         ("torch.nn.Linear\n", "is not a class"),
@@ -144,6 +145,8 @@ def test_a_run_writes_below_its_folder(key, value):
         ("filename", "../x"),
         ("filename", "/etc/x"),
         ("name", "..\\x"),
+        ("filename_suffix", "/../../x"),
+        ("filename_suffix", "a/b"),
         ("version", "${run}"),
     ],
 )

@@ -137,17 +137,78 @@ def test_the_arguments_that_a_method_supplies_are_neither_missing_nor_allowed():
     )
     assert problems(text) == []
     found = problems(text.replace("{lr: 1e-3}", "{lr: 1e-3, params: [1]}"))
-    assert ["optimizer.init_args.params: unknown" in problem for problem in found] == [True]
+    assert ["optimizer.init_args.params: the caller supplies it" in problem for problem in found] == [True]
 
 
-def test_a_schedule_still_needs_what_the_method_does_not_supply():
-    text = (
-        "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
-        "    backbone: {class_path: lightspan.backbones.language.llama}\n"
-        "    optimizer: {class_path: torch.optim.AdamW}\n"
-        "    lr_scheduler: {class_path: torch.optim.lr_scheduler.CyclicLR}\n"
+METHOD = (
+    "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
+    "    backbone: {class_path: lightspan.backbones.language.llama}\n    optimizer: {class_path: torch.optim.AdamW}\n"
+    "    lr_scheduler: {class_path: torch.optim.lr_scheduler."
+)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "second"),
+    [
+        ("ExponentialLR", "gamma"),
+        ("ExponentialLR, init_args: {gamma: 0.9}", "gamma"),
+        ("StepLR, init_args: {step_size: 3}", "step_size"),
+        ("LinearLR, init_args: {total_iters: 3}", "start_factor"),
+    ],
+)
+def test_the_second_argument_of_a_schedule_is_the_number_of_steps(schedule, second):
+    (found,) = problems(METHOD + schedule + "}\n")
+    assert "lr_scheduler.class_path: a method passes the run's number of steps second, where" in found
+    assert f"takes {second}; name a schedule" in found
+    assert "lightspan.optim.schedules.WarmupCosine" in found
+
+
+@pytest.mark.parametrize("schedule", ["CosineAnnealingLR, init_args: {eta_min: 0.1}", "PolynomialLR"])
+def test_schedules_over_a_number_of_steps_pass(schedule):
+    assert problems(METHOD + schedule + "}\n") == []
+
+
+def test_what_a_method_supplies_is_called_so():
+    (found,) = problems(METHOD + "CosineAnnealingLR, init_args: {T_max: 3}}\n")
+    assert "init_args.T_max: the caller supplies it; leave it out" in found
+
+
+@pytest.mark.parametrize("place", ["init_args", "dict_kwargs"])
+@pytest.mark.parametrize("name", ["lightspan.strategies.DDP", "lightning.pytorch.strategies.DDPStrategy"])
+def test_arguments_of_ddp_are_handed_on_if_plain(name, place):
+    strategy = "trainer: {strategy: {class_path: " + name + ", " + place + ": {find_unused_parameters: %s}}}\n"
+    assert problems(MODEL + strategy % "true") == []
+    assert problems(MODEL + strategy % "{a: 1}") != []
+
+
+def test_an_object_is_built_where_timm_takes_any_module():
+    network = "{class_path: timm.layers.HybridEmbed, init_args: {backbone: " + LINEAR + "}}"
+    found = problems(
+        "model: {class_path: lightspan.methods.supervised.classifier.Classifier, init_args: {num_classes: 2, "
+        "optimizer: {class_path: torch.optim.AdamW}, backbone: " + network + "}}\n"
     )
-    assert any("lr_scheduler.init_args.max_lr: missing, CyclicLR requires it" in problem for problem in problems(text))
+    assert found == []
+
+
+@pytest.mark.parametrize("text", ["%s", "{class_path: %s}"])
+@pytest.mark.parametrize(
+    ("library", "setting", "name"),
+    [
+        ("timm", "block", "timm.models.resnet.BasicBlock"),
+        ("timm", "act_layer", "torch.nn.ReLU"),
+        ("torchvision", "block", "torchvision.models.resnet.BasicBlock"),
+    ],
+)
+def test_a_class_itself_is_refused_with_a_way_round(library, setting, name, text):
+    network = "{class_path: " + library + ".models.resnet.ResNet, init_args: {layers: [1], %s: %s}}"
+    found = problems(
+        "model: {class_path: lightspan.methods.supervised.classifier.Classifier, init_args: {num_classes: 2, "
+        "optimizer: {class_path: torch.optim.AdamW}, backbone: " + network % (setting, text % name) + "}}\n"
+    )
+    (about,) = [problem for problem in found if f"init_args.{setting}" in problem and "missing" not in problem]
+    assert f"takes the class {name} itself" in about
+    assert "timm_backbone" in about
+    assert "--allow-module" in about
 
 
 def test_settings_without_a_class_are_checked_against_the_dataclass_they_fill():
