@@ -217,9 +217,19 @@ class LowRank(Optimizer):
         return {**state, **chosen, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises: UserError for settings out of range; the optimiser is then as it was."""
+        """Where other groups have names and this one has none, as of callbacks that unfreeze layers, its parameters are
+        named by their number: torch wants names in all groups or in none.
+
+        Raises: UserError for settings out of range; the optimiser is then as it was.
+        """
         require_sound(f"{type(self).__name__} group {param_group.get('name', len(self.param_groups))!r}:", param_group)
-        super().add_param_group(param_group)
+        given = param_group["params"]
+        parameters = given if isinstance(given, set) else [given] if isinstance(given, Tensor) else list(given)
+        named = any("param_names" in group for group in self.param_groups)
+        if named and not any(isinstance(p, tuple) for p in parameters):
+            first = sum(len(group["params"]) for group in self.param_groups)
+            parameters = [(f"parameter {first + i}", p) for i, p in enumerate(parameters)]
+        super().add_param_group({**param_group, "params": parameters})  # which refuses a set, for it has no order
         group = self.param_groups[-1]
         self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
         self._buckets = None
@@ -342,7 +352,8 @@ class LowRank(Optimizer):
         """Stacks of same-shape matrices, rebuilt whenever someone, a checkpoint or a device move, replaced the state
         they are viewed through.
         """
-        look = [(p.device, p.dtype, p.stride()) for group in self.param_groups for p in group["params"]]
+        # Buckets keep groups and parameters alive, so nothing else gets their ids.
+        look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in self.param_groups for p in g["params"]]
         settings = [(group["rank"], group["project"]) for group in self.param_groups]
         if self._buckets is None or (look, settings) != self._built_for or not all(map(self._is_seen, self._buckets)):
             if self._buckets is not None and settings != self._built_for[1]:

@@ -160,3 +160,14 @@ def test_a_later_layer_is_checked_like_any_other():
 def test_a_name_that_is_no_module_cannot_be_allowed():
     with pytest.raises(UserError, match="--allow-module 'a/b': not a module name"):
         resolve(RECIPE, [], [], ["a/b"])
+
+
+def test_a_parser_of_ones_own_imports_after_a_build_what_it_could_before():
+    import torch
+    from jsonargparse import ArgumentParser
+
+    build(resolve("compression/vit"))
+    parser = ArgumentParser()
+    parser.add_argument("--layer", type=torch.nn.Module)
+    given = {"class_path": "torch.nn.Flatten"}
+    assert type(parser.instantiate_classes(parser.parse_object({"layer": given})).layer) is torch.nn.Flatten

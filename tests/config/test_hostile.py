@@ -107,8 +107,8 @@ def unchecked(sound: Resolved, layer: dict[str, Any]) -> Resolved:
 
 
 def inert(layer: dict[str, Any]) -> bool:
-    """Whether the builder leaves it as the plain mapping or the network that it is."""
-    names = ("harmless class under Any", "mapping passed on", "builder as callback")
+    """Whether the builder alone makes nothing of it but a plain mapping, a network, or torch's own SGD."""
+    names = ("harmless class under Any", "mapping passed on", "builder as callback", "short name for an optimizer")
     return layer in [ATTEMPTS[name] for name in names]
 
 

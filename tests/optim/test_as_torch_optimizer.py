@@ -438,3 +438,37 @@ def test_a_step_without_any_gradient_does_nothing(options) -> None:
         train(model, optimizer, range(step, step + 1))
         optimizer.zero_grad()
         before = weights(model)
+
+
+def test_replaced_groups_and_parameters_are_followed_as_adamw_follows_them():
+    torch.manual_seed(0)
+    first, second = (nn.Parameter(torch.randn(8, 6)) for _ in range(2))
+    optimizer = LowRank([first, second], rank=2)
+
+    def step(*parameters):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape)
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.step()
+        return [not torch.equal(old, new) for old, new in zip(before, parameters, strict=True)]
+
+    assert step(first, second) == [True, True]
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert step(first, second) == [False, False]
+    optimizer.param_groups[0]["lr"] = 0.1
+    pruned = nn.Parameter(torch.randn(5, 6))
+    optimizer.param_groups[0]["params"][0] = pruned
+    assert step(pruned, second) == [True, True]
+    assert optimizer.state[pruned]["step"] == 1
+    assert optimizer.state[second]["step"] == 3
+
+
+def test_a_group_without_names_joins_groups_with_names():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    optimizer = LowRank(net[0].named_parameters(), rank=2)
+    optimizer.add_param_group({"params": net[1].parameters()})
+    assert optimizer.param_groups[1]["param_names"] == ["parameter 2", "parameter 3"]
+    unnamed = LowRank(net[0].parameters(), rank=2)
+    unnamed.add_param_group({"params": net[1].weight})
+    assert "param_names" not in unnamed.param_groups[1]
