@@ -15,11 +15,12 @@ PACKAGES = {
     "framework": "lightspan",
 }
 
-GROUND = {"", "devices", "errors", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
+GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
 # Floor -> the other floors it may use. The command line (cli, commands, config, report) stands on top and may use all.
 MAY_USE: dict[str, set[str]] = {
     "devices": set(),
     "errors": set(),
+    "facts": set(),
     "files": set(),
     "distributed": set(),
     "patterns": set(),

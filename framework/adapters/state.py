@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from lightspan.adapters.layers import weight_of, whole
 from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
+from lightspan.facts import facts_of
 from lightspan.files import write_atomic
 
 FORMAT = "lightspan adapter 1"
@@ -90,19 +92,19 @@ def load_adapter(
         raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is no {FORMAT!r} file, its format is {metadata.get('format')!r}")
-    name = name or metadata["name"]
-    described = json.loads(metadata["specs"])
+    facts = facts_of(metadata, path, name=str, specs=dict, base_sha256=str)
+    name, described = name or facts["name"], facts["specs"]
     known = dict(model.named_modules())
     if missing := [layer for layer in described if layer not in known]:
         raise UserError(f"{path} adapts {missing[0]}, which {type(model).__name__} does not have")
     trained = {key.removeprefix(_TRAINED): t for key, t in tensors.items() if key.startswith(_TRAINED)}
     frozen = {layer: known[layer] for layer in described}
-    if not other_weights and _base_hash(frozen) != metadata["base_sha256"]:
+    if not other_weights and _base_hash(frozen) != facts["base_sha256"]:
         raise UserError(
             f"{path} was trained on other weights than this {type(model).__name__} has (the SHA-256 of the adapted "
             "layers differs); load the same pretrained weights in the same dtype, or pass other_weights=True"
         )
-    specs_of = {layer: _spec(**description, own=specs) for layer, description in described.items()}
+    specs_of = {layer: _spec(description, specs, path) for layer, description in described.items()}
     places = destinations(model, trained, str(path))
     planned = plan(model, specs_of, name, trained_names(model, places))
     for layer, adapter in planned.adapters.items():
@@ -189,13 +191,27 @@ def _described(spec: AdapterSpec | None) -> dict[str, object]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dataclasses.asdict(spec)}
 
 
-def _spec(class_path: str, init_args: dict[str, object], own: tuple[type[AdapterSpec], ...]) -> AdapterSpec:
-    """Raises: UserError for a class that is neither lightspan's nor handed in: importing what a file names runs it."""
+def _spec(description: Any, own: tuple[type[AdapterSpec], ...], path: str | Path) -> AdapterSpec:
+    """Raises: UserError for a class that is neither lightspan's nor handed in, since importing what a file names runs
+    it, and for arguments that the class does not take.
+    """
+    match description:
+        case {"class_path": str(class_path), "init_args": dict(init_args)}:
+            kind = _kind(class_path, own)
+        case _:
+            raise UserError(f"{path} describes an adapter without 'class_path' and 'init_args'; it is damaged")
+    try:
+        return kind(**init_args)
+    except TypeError as error:
+        raise UserError(f"{path} describes a {class_path} that cannot be made: {error}") from error
+
+
+def _kind(class_path: str, own: tuple[type[AdapterSpec], ...]) -> type[AdapterSpec]:
     known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in own}
     module, _, name = class_path.rpartition(".")
     if class_path in known:
-        return known[class_path](**init_args)
+        return known[class_path]
     found = getattr(importlib.import_module(module), name, None) if module.startswith("lightspan.adapters.") else None
     if not (isinstance(found, type) and issubclass(found, AdapterSpec)):
         raise UserError(f"the file needs the adapter {class_path}; pass its class in specs=")
-    return found(**init_args)
+    return found

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from lightspan.errors import UserError
+from lightspan.facts import facts_of
 from lightspan.files import write_atomic
 from lightspan.optim.affine import AffineSlice
 from lightspan.optim.random_subspace import COORDINATES, SCALES, START, RandomSubspace
@@ -60,16 +61,20 @@ def apply_subspace(path: str | Path, module: nn.Module, projection: ProjectionCa
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
             numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as a subspace file: {error}") from error
-    if facts.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a file of a random subspace ({FORMAT!r} is missing from its metadata); "
             "IntrinsicDimension writes one at the end of a run"
         )
-    names, known = json.loads(facts["parameters"]), dict(module.named_parameters())
+    kinds = {"parameters": list, "projection": str, "seed": int, "per_tensor": bool, "weights": int, START: str}
+    facts = facts_of(metadata, path, **kinds)
+    if COORDINATES not in numbers:
+        raise UserError(f"{path} holds no {COORDINATES!r}; it is damaged, or something else wrote it")
+    names, known = facts["parameters"], dict(module.named_parameters())
     missing = [name for name in names if name not in known]
     if missing:
         raise UserError(f"{type(module).__name__} has no parameter {missing[0]!r}, which {path} moves")
@@ -82,11 +87,11 @@ def apply_subspace(path: str | Path, module: nn.Module, projection: ProjectionCa
         names,
         len(z_d) + len(scales_l),
         kind,
-        int(facts["seed"]),
-        per_tensor=json.loads(facts["per_tensor"]),
+        facts["seed"],
+        per_tensor=facts["per_tensor"],
         scaled=len(scales_l) > 0,
     )
-    if str(moved.projection.size) != facts["weights"] or bytes(moved.start_sha256().tolist()).hex() != facts[START]:
+    if moved.projection.size != facts["weights"] or bytes(moved.start_sha256().tolist()).hex() != facts[START]:
         raise UserError(
             f"the weights of this {type(module).__name__} are not those that the run of {path} started from (sha256 "
             f"{facts[START][:12]}...); build it with the same seed or the same pretrained weights"

@@ -1,0 +1,33 @@
+"""What a safetensors file says of itself: text by name, some of it JSON, and others may have written it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightspan.errors import UserError, one_line
+
+_KINDS = {list: "a list", dict: "a mapping", bool: "true or false", int: "a whole number", str: "text"}
+
+
+def facts_of(metadata: Mapping[str, str], path: str | Path, **kinds: type) -> dict[str, Any]:
+    """The named facts, each of its kind; all but text is JSON.
+
+    Raises: UserError that names the file and the first fact that is missing or of another kind.
+    """
+    facts: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if name not in metadata:
+            raise UserError(
+                f"{path} says nothing of {name!r} in its metadata; it is damaged, or something else wrote it"
+            )
+        try:
+            facts[name] = metadata[name] if kind is str else json.loads(metadata[name])
+        except (ValueError, RecursionError):
+            facts[name] = None
+        if type(facts[name]) is not kind:
+            raise UserError(
+                f"{path} says {name!r} is {one_line(metadata[name])[:60]!r} in its metadata, not {_KINDS[kind]}; it is "
+                "damaged, or something else wrote it"
+            )
+    return facts
