@@ -52,7 +52,7 @@ MAY_BE_TAKEN = {
 }
 MAY_BE_MISSING = {
     "fit": r"callbacks\.RunSummary\.metrics|.*\.param_groups\.0\.capturable|lr_schedulers\.0\.base_lrs"
-    r"|lightspan\.random_states",
+    r"|lightspan\.random_states|lightspan\.log\.metrics(\..*)?",  # earlier versions had none
     "validate": r"callbacks\.Checkpoint.*\.best_k_models\..*|lightspan\.model",
 }
 
