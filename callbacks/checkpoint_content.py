@@ -124,7 +124,7 @@ def _is(kind: type | tuple[type, ...], name: str) -> Check:
 
 
 def _number(value: Any, entry: str) -> Iterator[str]:
-    if isinstance(value, int) and not -_WHOLE <= value < _WHOLE:
+    if isinstance(value, int) and not -_WHOLE <= value < 2 * _WHOLE:  # torch counts seeds without a sign
         yield f"{entry} is a number of {len(hex(value)) - 2} hexadecimal digits, beyond 64 bits"
     if isinstance(value, float) and math.isnan(value):
         yield f"{entry} is {value}, not a number"

@@ -8,6 +8,7 @@ from lightning import Callback
 from torch import nn
 
 from lightspan.callbacks.checkpoint import Checkpoint
+from lightspan.callbacks.random_state import RandomState
 from lightspan.optim.low_rank import LowRank
 
 
@@ -87,3 +88,15 @@ def test_a_run_takes_its_own_checkpoint_and_ends_as_the_straight_one(kind, make_
     straight = fit(5)
     resumed = fit(5, ckpt_path=str(tmp_path / "checkpoints" / "step=2.ckpt"), weights_only=True)
     assert all(torch.equal(straight[name].to_dense(), resumed[name].to_dense()) for name in straight)
+
+
+def test_a_seed_that_torch_drew_is_taken_back(make_trainer, net, batches, tmp_path):
+    seeded = RandomState(seed=2**64 - 1)  # torch's own are of 64 bits without a sign
+
+    def fit(steps, **options):
+        callbacks = [seeded, Checkpoint(every_n_train_steps=2)]
+        module = net()
+        make_trainer(max_steps=steps, enable_checkpointing=True, callbacks=callbacks).fit(module, batches(6), **options)
+
+    fit(2)
+    fit(4, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"), weights_only=True)
