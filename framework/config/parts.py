@@ -30,23 +30,29 @@ CLASSES_OF = (  # packages of which every public class may be named
 FUNCTIONS_OF = ("lightspan.adapters", "lightspan.backbones")
 
 _CALLBACKS, _PLUGINS = "lightning.pytorch.callbacks", "lightning.pytorch.plugins.precision"
+# Lightning's callbacks that alter no step of a run, only their number and their record; see `identity`.
+WATCHING = frozenset(
+    {
+        f"{_CALLBACKS}.device_stats_monitor.DeviceStatsMonitor",
+        f"{_CALLBACKS}.early_stopping.EarlyStopping",
+        f"{_CALLBACKS}.lr_monitor.LearningRateMonitor",
+        f"{_CALLBACKS}.model_checkpoint.ModelCheckpoint",
+        f"{_CALLBACKS}.model_summary.ModelSummary",
+        f"{_CALLBACKS}.on_exception_checkpoint.OnExceptionCheckpoint",
+        f"{_CALLBACKS}.progress.rich_progress.RichProgressBar",
+        f"{_CALLBACKS}.progress.tqdm_progress.TQDMProgressBar",
+        f"{_CALLBACKS}.rich_model_summary.RichModelSummary",
+        f"{_CALLBACKS}.timer.Timer",
+    }
+)
 LIGHTNING = (  # its classes one by one
+    *sorted(WATCHING),
     f"{_CALLBACKS}.batch_size_finder.BatchSizeFinder",
-    f"{_CALLBACKS}.device_stats_monitor.DeviceStatsMonitor",
-    f"{_CALLBACKS}.early_stopping.EarlyStopping",
     f"{_CALLBACKS}.finetuning.BackboneFinetuning",
     f"{_CALLBACKS}.gradient_accumulation_scheduler.GradientAccumulationScheduler",
     f"{_CALLBACKS}.lr_finder.LearningRateFinder",
-    f"{_CALLBACKS}.lr_monitor.LearningRateMonitor",
-    f"{_CALLBACKS}.model_checkpoint.ModelCheckpoint",
-    f"{_CALLBACKS}.model_summary.ModelSummary",
-    f"{_CALLBACKS}.on_exception_checkpoint.OnExceptionCheckpoint",
-    f"{_CALLBACKS}.progress.rich_progress.RichProgressBar",
-    f"{_CALLBACKS}.progress.tqdm_progress.TQDMProgressBar",
-    f"{_CALLBACKS}.rich_model_summary.RichModelSummary",
     f"{_CALLBACKS}.spike.SpikeDetection",
     f"{_CALLBACKS}.stochastic_weight_avg.StochasticWeightAveraging",
-    f"{_CALLBACKS}.timer.Timer",
     f"{_CALLBACKS}.weight_averaging.EMAWeightAveraging",
     f"{_CALLBACKS}.weight_averaging.WeightAveraging",
     "lightning.fabric.plugins.environments.kubeflow.KubeflowEnvironment",
@@ -71,21 +77,6 @@ LIGHTNING = (  # its classes one by one
     "lightning.pytorch.profilers.simple.SimpleProfiler",
     "lightning.pytorch.strategies.ddp.DDPStrategy",
     "lightning.pytorch.strategies.single_device.SingleDeviceStrategy",
-)
-# Those of its callbacks that alter no step of a run, only their number and their record; see `identity`.
-WATCHING = frozenset(
-    {
-        f"{_CALLBACKS}.device_stats_monitor.DeviceStatsMonitor",
-        f"{_CALLBACKS}.early_stopping.EarlyStopping",
-        f"{_CALLBACKS}.lr_monitor.LearningRateMonitor",
-        f"{_CALLBACKS}.model_checkpoint.ModelCheckpoint",
-        f"{_CALLBACKS}.model_summary.ModelSummary",
-        f"{_CALLBACKS}.on_exception_checkpoint.OnExceptionCheckpoint",
-        f"{_CALLBACKS}.progress.rich_progress.RichProgressBar",
-        f"{_CALLBACKS}.progress.tqdm_progress.TQDMProgressBar",
-        f"{_CALLBACKS}.rich_model_summary.RichModelSummary",
-        f"{_CALLBACKS}.timer.Timer",
-    }
 )
 TOPS = tuple(sorted({name.split(".")[0] for name in (*CLASSES_OF, *LIGHTNING)}))
 
