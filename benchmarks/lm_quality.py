@@ -48,8 +48,8 @@ from torch.optim import Optimizer
 
 from lightspan.analysis.memory import MIB, state_bytes
 from lightspan.backbones.language import llama
-from lightspan.datamodules.loader import ExactLoader
-from lightspan.datamodules.text import ByteText
+from lightspan.datamodules.loading.loader import ExactLoader
+from lightspan.datamodules.text.windows import ByteText
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, write_atomic
 from lightspan.objectives.language import next_token_loss

@@ -21,8 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.fits import ranks_of
 from lightspan.files import write_atomic
+from lightspan.runs.fits import ranks_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "plan_error.json"

@@ -34,8 +34,8 @@ from lightspan.adapters.full import Full
 from lightspan.adapters.inject import activate, adapt
 from lightspan.analysis.frechet import frechet_distance, principal_directions
 from lightspan.backbones.diffusion import DiT
-from lightspan.datamodules.classes import ClassSubset
-from lightspan.datamodules.images import ImageData
+from lightspan.datamodules.images.classes import ClassSubset
+from lightspan.datamodules.images.small import ImageData
 from lightspan.files import write_atomic
 from lightspan.method import Method
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion

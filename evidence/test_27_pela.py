@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightspan.adapters.pela import factorise
-from lightspan.datamodules.images import Digits, ImageData, Labelled
+from lightspan.datamodules.images.small import Digits, ImageData, Labelled
 from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.optim.schedules import WarmupCosine

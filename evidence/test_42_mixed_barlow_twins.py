@@ -22,8 +22,8 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images import Digits
-from lightspan.datamodules.views import TwoViews
+from lightspan.datamodules.images.small import Digits
+from lightspan.datamodules.images.views import TwoViews
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.nn.projector import Projector
 from lightspan.optim.schedules import WarmupCosine

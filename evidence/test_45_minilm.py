@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LinearLR
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.pretrained import minilm, minilm_tokenizer
 from lightspan.datamodules.batches import LabelledTextBatch
-from lightspan.datamodules.reviews import FoodReviews, Tokenized
+from lightspan.datamodules.text.reviews import FoodReviews, Tokenized
 from lightspan.errors import UserError
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.optim.random_subspace import RandomSubspace

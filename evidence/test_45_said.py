@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.vision import MLP, he_normal_
-from lightspan.datamodules.images import Digits
+from lightspan.datamodules.images.small import Digits
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.optim.random_subspace import RandomSubspace
 

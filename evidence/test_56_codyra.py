@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from lightspan.adapters.codyra import GatedLoRA, GatedLoRAUpdate, soft_threshold
 from lightspan.adapters.inject import adapt, adapted_layers, fold
 from lightspan.adapters.lora import LoRA
-from lightspan.callbacks.rank_selection import threshold
+from lightspan.callbacks.training.rank_selection import threshold
 
 SEEDS, SEARCH_SEEDS, RANK = (0, 1, 2, 3, 4), (100, 101, 102), 8
 TRUE_RANKS, WIDTH, ROWS, FIT_STEPS, NOISE = (0, 1, 2, 4), 32, 16384, 1500, 0.1

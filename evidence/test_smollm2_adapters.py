@@ -42,7 +42,7 @@ from lightspan.adapters.flora import FLoRA
 from lightspan.adapters.inject import adapt, merge, unmerge
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.svfit import SVFit
-from lightspan.callbacks.rank_selection import threshold
+from lightspan.callbacks.training.rank_selection import threshold
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.schedules import WarmupCosine
 
@@ -65,7 +65,7 @@ def spec(arm: str, rank: int) -> AdapterSpec | None:
 def prepare(folder: Path) -> None:
     """Writes what every run reads: the model in bfloat16, and the windows of the three splits."""
     from lightspan.backbones.pretrained import smollm2, smollm2_tokenizer
-    from lightspan.datamodules.austen import Austen
+    from lightspan.datamodules.text.austen import Austen
 
     smollm2().to(torch.bfloat16).save_pretrained(folder / "model")
     data = Austen(smollm2_tokenizer(), held_out=("persuasion",), val_fraction=0.1, context=CONTEXT)

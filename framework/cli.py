@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from lightspan import __version__
-from lightspan.callbacks.signal_flag import WARNINGS, remembered
 from lightspan.errors import UserError, printable
 from lightspan.launch.parent import end_with_launcher
+from lightspan.signals import WARNINGS, remembered
 
 FAILED = 1
 USER_ERROR = 2

@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.optim import Optimizer
 
-from lightspan.callbacks.checkpoint_io import refuse_torn
-from lightspan.callbacks.checkpoint_manifest import header, seal_folder
+from lightspan.checkpoints.io import refuse_torn
+from lightspan.checkpoints.manifest import header, seal_folder
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, replace_folder, temporary_path
 from lightspan.optim.wiring import refuse_flat_partitions

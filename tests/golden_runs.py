@@ -8,7 +8,7 @@ from pathlib import Path
 
 import rank_processes
 
-from lightspan.commands.run_differences import trace_of
+from lightspan.runs.differences import trace_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CURVES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightspan.datamodules.shard_index import SUFFIX, scan
+from lightspan.datamodules.shards.index import SUFFIX, scan
 
 
 def write_shard(path: Path, numbers: Iterable[int], width: int = 6, index: bool = True) -> str:

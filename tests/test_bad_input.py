@@ -183,7 +183,9 @@ def test_another_experiment_is_not_continued(trained, capsys):
 def test_a_subspace_is_not_exchanged_in_mid_run_and_the_records_stay_true(trained, capsys):
     record = trained.parents[1] / "resolved.yaml"
     before = record.read_bytes()
-    projection = "{class_path: lightspan.callbacks.subspace_projection.SubspaceProjection, init_args: {rank: 2}}"
+    projection = (
+        "{class_path: lightspan.callbacks.training.subspace_projection.SubspaceProjection, init_args: {rank: 2}}"
+    )
     message = refused(
         ["fit", *TINY, "--run", str(trained.parents[1]), f"trainer.callbacks.projection={projection}"], capsys
     )
@@ -218,7 +220,7 @@ def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     code = (
         "import resource, signal, sys\n"
         "from lightspan.cli import main\n"
-        "from lightspan.callbacks.checkpoint import Checkpoint\n"
+        "from lightspan.callbacks.resilience.checkpoint import Checkpoint\n"
         "saved = []\n"
         "before = Checkpoint._save_checkpoint\n"
         "def save(self, trainer, path):\n"

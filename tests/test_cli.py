@@ -189,7 +189,7 @@ def test_a_dry_run_builds_and_writes_nothing(capsys):
         (
             [
                 "compression/vit",
-                "trainer.callbacks.p={class_path: lightspan.callbacks.subspace_projection."
+                "trainer.callbacks.p={class_path: lightspan.callbacks.training.subspace_projection."
                 "SubspaceProjection, init_args: {match: [nothing]}}",
             ],
             "nothing",

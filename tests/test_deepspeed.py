@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from tiny_project.tiny_lab import zero
 from torch import nn
 
-from lightspan.callbacks.checkpoint_manifest import fault, manifest
+from lightspan.checkpoints.manifest import fault, manifest
 from lightspan.config.resolve import resolve
 from lightspan.distributed import leave
 from lightspan.errors import UserError

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.callbacks.checkpoint_manifest import point_latest
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.checkpoints.manifest import point_latest
 from lightspan.cli import main
-from lightspan.commands.run_folder import checkpoint_to_resume, run_ids
 from lightspan.errors import UserError
+from lightspan.runs.folder import checkpoint_to_resume, run_ids
 
 LANGUAGE = [
     "language/quickstart",

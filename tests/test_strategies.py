@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.ranks import evaluation_loader, train_loader
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.distributed import leave, rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightspan.datamodules.images import DEBIAN_FASHION_MNIST, FashionMNIST, Labelled
+from lightspan.datamodules.images.small import DEBIAN_FASHION_MNIST, FashionMNIST, Labelled
 from lightspan.files import write_atomic
 
 TARGET = Path(__file__).resolve().parents[1] / "datamodules" / "assets" / "fashion_mnist_4k.npz"

@@ -3,8 +3,8 @@
 Source: "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual Learning VLMs with Dynamic Rank-Selective
 LoRA", 2024, arXiv 2412.01004: y = W x + B (g * (A x)). After each optimiser step the gates alone take a proximal step
 of the L1 norm; what reaches zero is removed when the task ends, and the rest is merged into W.
-`lightspan.callbacks.rank_selection` does both on its schedule. The paper prints the operator with a plus sign, which
-would grow gates; it must shrink them.
+`lightspan.callbacks.training.rank_selection` does both on its schedule. The paper prints the operator with a plus sign,
+which would grow gates; it must shrink them.
 Shapes: O output features, I inputs of one of them (see `lightspan.adapters.layers`), R rank.
 """
 

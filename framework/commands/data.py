@@ -54,8 +54,8 @@ def _pack(args: argparse.Namespace) -> int:
         raise UserError(f"--seed {args.seed} is negative; give a whole number from 0 up")
     from rich.progress import track
 
-    from lightspan.datamodules.pack import fields_of, pack, pattern
-    from lightspan.datamodules.pack_sources import sources
+    from lightspan.datamodules.shards.pack import fields_of, pack, pattern
+    from lightspan.datamodules.shards.pack_sources import sources
 
     samples, classes, remarks = sources(args.folder, args.files)
     left_out: list[str] = []
@@ -86,7 +86,7 @@ def _verify(args: argparse.Namespace) -> int:
     """Reads every file of a packed folder. Returns 1 where one is missing, damaged or not listed, and names it."""
     from rich.progress import track
 
-    from lightspan.datamodules.verify import listed, problem_of, unlisted
+    from lightspan.datamodules.shards.verify import listed, problem_of, unlisted
 
     sums = listed(args.folder)
     checks = track(sums.items(), "verifying", transient=True, disable=not sys.stdout.isatty())
@@ -101,7 +101,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from rich.progress import track
 
-    from lightspan.datamodules.verify import without_index, write_index
+    from lightspan.datamodules.shards.verify import without_index, write_index
 
     shards, samples = without_index(args.folder), 0
     for shard in track(shards, "indexing", transient=True, disable=not sys.stdout.isatty()):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightspan.commands.wandb_key import wandb_key_place
+from lightspan.loggers.wandb_key import wandb_key_place
 
 GIB = 2**30
 State = Literal["ok", "warn", "bad", "none"]

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.callbacks.checkpoint_manifest import COMPLETE
+from lightspan.checkpoints.manifest import COMPLETE
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
-from lightspan.commands.one_process import in_one_process
-from lightspan.commands.run_folder import newest_checkpoint
 from lightspan.errors import UserError
+from lightspan.planning.one_process import in_one_process
+from lightspan.runs.folder import newest_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the export, or nothing: the folder appears once it was read back and found equal. 1 if it was not."""
     from lightspan.adapters.inject import fold
-    from lightspan.callbacks.adaptation import Adaptation
+    from lightspan.callbacks.training.adaptation import Adaptation
     from lightspan.config.build import build
 
     checkpoint = find_checkpoint(args.checkpoint)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     model.configure_model()
     load_weights(model, checkpoint)
     if args.to == "huggingface":
-        from lightspan.commands.huggingface import require_pretrained
+        from lightspan.exports.huggingface import require_pretrained
 
         require_pretrained(model)
         fold(model)
@@ -91,8 +91,8 @@ def load_weights(model: "LightningModule", checkpoint: Path) -> None:
 
     Raises: UserError for a file that is no checkpoint, is cut off, or belongs to another model.
     """
-    from lightspan.callbacks.checkpoint_fit import check_fits
-    from lightspan.callbacks.checkpoint_io import read_checkpoint
+    from lightspan.checkpoints.fit import check_fits
+    from lightspan.checkpoints.io import read_checkpoint
 
     content = read_checkpoint(checkpoint, optimizers=False)
     stamp, state = content.get("lightspan", {}), content["state_dict"]
@@ -160,7 +160,7 @@ def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> floa
 
 
 def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> float:
-    from lightspan.commands.huggingface import largest_output_difference
+    from lightspan.exports.huggingface import largest_output_difference
 
     backbone: Any = model.backbone
     backbone.save_pretrained(folder)
@@ -169,7 +169,7 @@ def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> floa
 
 def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
     from lightspan.adapters.peft import save_peft
-    from lightspan.commands.peft_check import adapted_part, largest_difference, require_changes
+    from lightspan.exports.peft_check import adapted_part, largest_difference, require_changes
 
     part = adapted_part(model)
     save_peft(part, folder)

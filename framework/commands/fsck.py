@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightspan.callbacks.checkpoint_manifest import (
+from lightspan.checkpoints.manifest import (
     LATEST,
     Fault,
     checkpoints,
@@ -15,9 +15,9 @@ from lightspan.callbacks.checkpoint_manifest import (
     point_latest,
 )
 from lightspan.commands.arguments import folder
-from lightspan.commands.run_folder import CHECKPOINTS
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, irregular, leftovers, put_back, remove
+from lightspan.runs.folder import CHECKPOINTS
 
 QUARANTINE = "quarantine"
 TORN = 1
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _unusable(path: Path) -> Fault | None:
     """What is wrong inside a checkpoint that its manifest calls whole: a manifest tells damage, not content."""
-    from lightspan.callbacks.checkpoint_io import unusable
+    from lightspan.checkpoints.io import unusable
 
     reason = unusable(path)
     return Fault(reason) if reason else None

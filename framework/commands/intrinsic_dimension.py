@@ -17,17 +17,17 @@ from statistics import mean
 from typing import Any, Literal
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
-from lightspan.commands.fits import exits_on_sigterm, fit_command, last_lines, run_side_by_side
-from lightspan.commands.intrinsic_curve import Curve, Point, target
 from lightspan.config.resolve import Resolved, resolve, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
+from lightspan.intrinsic.curve import Curve, Point, target
 from lightspan.report.compare import differences
 from lightspan.report.runs import METRICS, SUMMARY, load_run
+from lightspan.runs.fits import exits_on_sigterm, fit_command, last_lines, run_side_by_side
 
 NOT_REACHED = 1
-CALLBACK = "lightspan.callbacks.intrinsic_dimension.IntrinsicDimension"
+CALLBACK = "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension"
 ENTRY = "intrinsic_dimension"
 TUNING_SEED = -1
 """Rates are compared on a seed of their own, which no reported figure is of."""
@@ -257,14 +257,14 @@ def layer(resolved: Resolved, settings: Settings, fit: Fit) -> dict[str, Any]:
     unneeded = ("checkpoint", "preemption")
     changed: dict[str, Any] = {name: None for name in callbacks if name in unneeded or _is_subspace(callbacks[name])}
     changed["summary"] = {
-        "class_path": "lightspan.callbacks.run_summary.RunSummary",
+        "class_path": "lightspan.callbacks.watching.run_summary.RunSummary",
         "init_args": {"path": "${run}/summary.json"},
     }
     if fit.dim is not None:
         settings_of = {"dim": fit.dim, "seed": fit.drawn(), "projection": {"class_path": settings.projection}}
         settings_of |= {"layer_scales": True} if settings.layer_scales else {}
         changed[ENTRY] = {"class_path": CALLBACK, "init_args": settings_of | {"path": "${run}/subspace.safetensors"}}
-    jsonl = {"class_path": "lightspan.callbacks.jsonl_logger.JsonlLogger", "init_args": {"save_dir": "${run}"}}
+    jsonl = {"class_path": "lightspan.loggers.jsonl.JsonlLogger", "init_args": {"save_dir": "${run}"}}
     logger = {**{name: None for name in loggers if name != "jsonl"}, "jsonl": jsonl}
     found: dict[str, Any] = {
         "seed_everything": fit.drawn(),
@@ -295,7 +295,7 @@ def _references(resolved: Resolved, settings: Settings) -> dict[str, Any]:
     """What needs no training, kept in references.json. Raises: UserError for a metric that validation does not log, and
     for a grid beyond the weights.
     """
-    from lightspan.commands.intrinsic_references import references
+    from lightspan.intrinsic.references import references
 
     direct = with_layer(resolved, layer(resolved, settings, Fit(None, settings.lrs[0], 0)))
     path, wanted = settings.out / "references.json", {"recipe": dump(direct.document()), "seeds": settings.seeds}
@@ -321,7 +321,7 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
     from rich.table import Table
     from rich.text import Text
 
-    from lightspan.commands.intrinsic_picture import picture
+    from lightspan.intrinsic.picture import picture
 
     shown = {key: references[key] for key in ("constant_answer", "linear_probe", "parameters")}
     shown["untrained"] = mean(references["untrained"].values())

@@ -67,7 +67,7 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); a run keeps a ledger where trainer.callbacks has "
-            "{class_path: lightspan.callbacks.ledger.Ledger, init_args: {path: ${run}/ledger.json}}"
+            "{class_path: lightspan.callbacks.watching.ledger.Ledger, init_args: {path: ${run}/ledger.json}}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not the ledger of a run: {error}; name another run folder") from error
@@ -118,7 +118,7 @@ def balance(ledger: dict[str, Any]) -> Account:
     """Counts every place of every epoch, and every sample; memory: about 24 bytes a sample."""
     import numpy as np
 
-    from lightspan.datamodules.order import Order
+    from lightspan.datamodules.loading.order import Order
 
     data, ranges = ledger["data"], ledger["ranges"]
     order = Order(tuple(data["sizes"]), data["window"])

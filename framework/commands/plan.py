@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
-    from lightspan.commands.planned_step import Plan
+    from lightspan.planning.planned_step import Plan
 
 MIB, GIB = 2**20, 2**30
 
@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises: UserError for a recipe that does not build or cannot be planned."""
-    from lightspan.commands.division import division, strategy_of
-    from lightspan.commands.one_process import in_one_process
-    from lightspan.commands.planned_step import make_plan
     from lightspan.config.build import build, resolve
+    from lightspan.planning.division import division, strategy_of
+    from lightspan.planning.one_process import in_one_process
+    from lightspan.planning.planned_step import make_plan
 
     if args.memory is not None and not args.memory > 0:
         raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
-from lightspan.commands.fits import exits_on_sigterm, fit_command, last_lines, ranks_of
-from lightspan.commands.run_differences import first_difference, first_other_batch, largest_difference
 from lightspan.config.resolve import Resolved, resolve, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.runs.differences import first_difference, first_other_batch, largest_difference
+from lightspan.runs.fits import exits_on_sigterm, fit_command, last_lines, ranks_of
 
 DIFFERENT = 1
 LOSS_TOLERANCE = 1e-5
@@ -98,7 +98,7 @@ def _refuse_uneven_batches(resolved: Resolved, ranks: Sequence[int]) -> None:
     batch_size = data.get("init_args", {}).get("batch_size", default)
     accumulate = trainer.get("accumulate_grad_batches", 1)
     if isinstance(batch_size, int) and isinstance(accumulate, int):
-        from lightspan.datamodules.loader import split_batch
+        from lightspan.datamodules.loading.loader import split_batch
 
         for count in ranks:
             split_batch(batch_size, count, accumulate)
@@ -220,18 +220,24 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
     """What a proof changes in the recipe: its length, its checkpoints, its logs, and the kill."""
     checkpoint = {"dirpath": "${run}/checkpoints", "every_n_train_steps": settings.every, "save_top_k": 1}
     callbacks: dict[str, Any] = {
-        "proof_length": {"class_path": "lightspan.callbacks.proof.StopAfter", "init_args": {"steps": settings.steps}},
-        "checkpoint": {"class_path": "lightspan.callbacks.checkpoint.Checkpoint", "init_args": checkpoint},
-        "proof_trace": {"class_path": "lightspan.callbacks.proof.Trace", "init_args": {"folder": "${run}/trace"}},
+        "proof_length": {
+            "class_path": "lightspan.callbacks.resilience.proof.StopAfter",
+            "init_args": {"steps": settings.steps},
+        },
+        "checkpoint": {"class_path": "lightspan.callbacks.resilience.checkpoint.Checkpoint", "init_args": checkpoint},
+        "proof_trace": {
+            "class_path": "lightspan.callbacks.resilience.proof.Trace",
+            "init_args": {"folder": "${run}/trace"},
+        },
     }
     if leg.kill is not None:
         kill = {"step": leg.kill.step, "place": leg.kill.place, "rank": leg.kill.rank}
-        callbacks["proof_kill"] = {"class_path": "lightspan.callbacks.proof.KillAt", "init_args": kill}
+        callbacks["proof_kill"] = {"class_path": "lightspan.callbacks.resilience.proof.KillAt", "init_args": kill}
     trainer: dict[str, Any] = {
         "devices": leg.ranks,
         "log_every_n_steps": 1,
         "callbacks": callbacks,
-        "logger": {"jsonl": {"class_path": "lightspan.callbacks.jsonl_logger.JsonlLogger", "init_args": _RUN}},
+        "logger": {"jsonl": {"class_path": "lightspan.loggers.jsonl.JsonlLogger", "init_args": _RUN}},
     }
     given = resolved.config.get("trainer", {})
     loggers = given.get("logger")

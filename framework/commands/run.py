@@ -12,11 +12,13 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.callbacks.checkpoint_manifest import standing
+from lightspan.checkpoints.manifest import standing
 from lightspan.commands.arguments import add_recipe_arguments, file, folder
 from lightspan.commands.catalogue import print_notes
-from lightspan.commands.metrics_csv import write_csv
-from lightspan.commands.run_folder import (
+from lightspan.config.build import Built, Resolved, build, resolve, with_layer
+from lightspan.errors import UserError
+from lightspan.loggers.wandb_key import wandb_key_place
+from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
     is_first_rank,
@@ -27,9 +29,7 @@ from lightspan.commands.run_folder import (
     sole_use,
     write_run_files,
 )
-from lightspan.commands.wandb_key import wandb_key_place
-from lightspan.config.build import Built, Resolved, build, resolve, with_layer
-from lightspan.errors import UserError
+from lightspan.runs.metrics_csv import write_csv
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +69,7 @@ def _add_run_argument(parser: argparse.ArgumentParser) -> None:
 def run_fit(args: argparse.Namespace) -> int:
     resolved = _resolve(args)
     if args.dry_run:
-        from lightspan.commands.rehearsal import rehearse
+        from lightspan.planning.rehearsal import rehearse
 
         print_notes(resolved.notes)
         print("\n".join(rehearse(resolved)))
@@ -162,9 +162,9 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
     """Runs a Trainer function; returns (exit status, its result) and turns what a user can mend into a UserError."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lightspan.callbacks.preemption import Preempted
-    from lightspan.callbacks.signal_flag import installed
+    from lightspan.callbacks.resilience.preemption import Preempted
     from lightspan.distributed import leave
+    from lightspan.signals import installed
 
     flag = installed()
     try:
@@ -233,8 +233,8 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
 
 def _obey_signals(built: Built) -> None:
     """Hands signals to the callback of the run that obeys them, or gives them back their usual meaning."""
-    from lightspan.callbacks.preemption import Preemption
-    from lightspan.callbacks.signal_flag import installed
+    from lightspan.callbacks.resilience.preemption import Preemption
+    from lightspan.signals import installed
 
     callbacks = built.trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
     preemption = next((callback for callback in callbacks if isinstance(callback, Preemption)), None)

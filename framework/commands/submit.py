@@ -13,16 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightspan.callbacks.signal_flag import WARNINGS
 from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.commands.catalogue import print_notes
-from lightspan.commands.run_folder import run_folder
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.launch import kubernetes, slurm, torchrun
 from lightspan.launch.job import Job, cores_of, job_name, leave_of, seconds
+from lightspan.runs.folder import run_folder
+from lightspan.signals import WARNINGS
 
 _IMAGE = re.compile(r"[\w./:@+~-]+")
 

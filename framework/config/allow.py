@@ -2,9 +2,9 @@
 
 A `class_path` is imported and called, and a recipe may come from a stranger. So every name is judged before anything is
 imported, by where it is DEFINED: the sources are read and re-exports followed, for a module holds everything that it
-imports (`lightspan.callbacks.ledger.write_atomic`, `X.subprocess.run`). Only what `parts` lists passes; what cannot be
-found out is refused. `resolve` asks the gate for every configuration, `build` asks it again, and the typed builder then
-imports nothing but the definitions that were found here.
+imports (`lightspan.callbacks.watching.ledger.write_atomic`, `X.subprocess.run`). Only what `parts` lists passes; what
+cannot be found out is refused. `resolve` asks the gate for every configuration, `build` asks it again, and the typed
+builder then imports nothing but the definitions that were found here.
 
 `--allow-module M` is the user's leave for everything that is defined in M.
 """

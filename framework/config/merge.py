@@ -7,6 +7,7 @@ entry.
 
 from collections.abc import Iterable
 
+from lightspan.config.moved import followed
 from lightspan.config.tree import Key, KeyPath, Node, dotted, plain
 
 CLASS_SETTINGS = ("init_args", "dict_kwargs")
@@ -18,7 +19,7 @@ def merge_layers(layers: Iterable[Node]) -> tuple[Node, list[str]]:
     notes: list[str] = []
     result = Node({}, "")
     for layer in layers:
-        result = merge(result, layer, notes)
+        result = merge(result, followed(layer), notes)
     return result, notes
 
 

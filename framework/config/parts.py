@@ -13,6 +13,7 @@ CLASSES_OF = (  # packages of which every public class may be named
     "lightspan.callbacks",
     "lightspan.datamodules",
     "lightspan.deepspeed",
+    "lightspan.loggers",
     "lightspan.methods",
     "lightspan.nn",
     "lightspan.optim",

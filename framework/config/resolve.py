@@ -14,6 +14,7 @@ from lightspan.config import allow, recipes
 from lightspan.config.check import ROOT_KEYS, find_problems
 from lightspan.config.flags import flag_layer
 from lightspan.config.merge import KEYED, merge_layers, without_removed
+from lightspan.config.moved import followed
 from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
 from lightspan.errors import UserError
@@ -168,7 +169,7 @@ def _read_record(run_dir: Path) -> Node:
         raise UserError(
             f"{run_dir} is no run folder: it has no {RESOLVED_FILE}; give the folder that `lightspan fit` named"
         )
-    return read(path, recipes.label(path))
+    return followed(read(path, recipes.label(path)))
 
 
 def _recorded_name(run_dir: Path) -> str:

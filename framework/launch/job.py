@@ -12,7 +12,7 @@ LEAVING_S = 30
 RESTARTS = 3
 """How often a launcher starts a run again that failed. A run that was preempted does not count, where one can tell."""
 
-_PREEMPTION = "lightspan.callbacks.preemption.Preemption"
+_PREEMPTION = "lightspan.callbacks.resilience.preemption.Preemption"
 _BUDGET_S, _EXIT_CODE = 60.0, 143  # the callback's defaults, which cannot be read without torch; a test compares them
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 

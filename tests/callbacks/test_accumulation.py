@@ -9,9 +9,9 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightspan.callbacks.accumulation import Accumulation
-from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.ranks import train_loader
+from lightspan.callbacks.resilience.accumulation import Accumulation
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.errors import UserError
 
 

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightspan.adapters.codyra import GatedLoRA
 from lightspan.adapters.inject import adapted_layers, frozen_hash
 from lightspan.adapters.lora import LoRA
-from lightspan.callbacks.adaptation import Adaptation
-from lightspan.callbacks.rank_selection import RankSelection, threshold
+from lightspan.callbacks.training.adaptation import Adaptation
+from lightspan.callbacks.training.rank_selection import RankSelection, threshold
 from lightspan.errors import UserError
 
 STEPS = 20

@@ -9,13 +9,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import lightspan.files
-from lightspan.callbacks import checkpoint as checkpoint_module
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.checkpoint_fit import check_fits
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.callbacks.checkpoint_manifest import FORMAT, LATEST, fault, manifest, newest_whole, seal_folder
-from lightspan.callbacks.jsonl_logger import JsonlLogger
+from lightspan.callbacks.resilience import checkpoint as checkpoint_module
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.checkpoints.fit import check_fits
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.checkpoints.manifest import FORMAT, LATEST, fault, manifest, newest_whole, seal_folder
 from lightspan.errors import UserError
+from lightspan.loggers.jsonl import JsonlLogger
 
 
 def ckpt(tmp_path: Path, name: str = "last.ckpt") -> Path:

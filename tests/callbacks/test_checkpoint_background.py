@@ -8,11 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightspan.callbacks import checkpoint_io
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.checkpoint_background import Background, staged
-from lightspan.callbacks.checkpoint_manifest import fault, latest
-from lightspan.callbacks.random_state import RandomState
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.random_state import RandomState
+from lightspan.checkpoints import io as checkpoint_io
+from lightspan.checkpoints.background import Background, staged
+from lightspan.checkpoints.manifest import fault, latest
 from lightspan.errors import UserError
 
 TIMEOUT_S = 120

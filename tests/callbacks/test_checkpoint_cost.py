@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import lightspan.callbacks.checkpoint as checkpoint_module
-from lightspan.callbacks import checkpoint_manifest
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.callbacks.checkpoint_manifest import fault, newest_whole
+import lightspan.callbacks.resilience.checkpoint as checkpoint_module
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.checkpoints import manifest as checkpoint_manifest
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.checkpoints.manifest import fault, newest_whole
 from lightspan.errors import UserError
 
 WIDTH = 40_000  # so that a checkpoint is some megabytes, and all else is small beside it
@@ -86,7 +86,7 @@ def test_every_other_rank_reads_it_once_and_takes_the_choice_of_the_first(fit, m
     folder = fit(steps=4)
     chosen = folder / "step=2.ckpt"
     size = chosen.stat().st_size
-    monkeypatch.setattr("lightspan.callbacks.checkpoint_io.rank", lambda: 1)
+    monkeypatch.setattr("lightspan.checkpoints.io.rank", lambda: 1)
     before = counted("rchar")
     path, _ = newest_whole(folder, contents=False)
     assert path is not None

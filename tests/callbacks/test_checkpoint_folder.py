@@ -18,12 +18,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.checkpoint_bytes import Summed
-from lightspan.callbacks.checkpoint_folder import REST, read_folder
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.callbacks.checkpoint_manifest import COMPLETE, FORMAT, fault, header, latest, manifest, seal_folder
-from lightspan.callbacks.checkpoint_shards import SafeReader
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.checkpoints.bytes import Summed
+from lightspan.checkpoints.folder import REST, read_folder
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.checkpoints.manifest import COMPLETE, FORMAT, fault, header, latest, manifest, seal_folder
+from lightspan.checkpoints.shards import SafeReader
 from lightspan.errors import UserError
 
 WORLD = 4

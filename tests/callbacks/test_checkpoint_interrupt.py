@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightspan.callbacks.checkpoint_bytes import Summed
-from lightspan.callbacks.checkpoint_folder import write_folder
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO, read_checkpoint
+from lightspan.checkpoints.bytes import Summed
+from lightspan.checkpoints.folder import write_folder
+from lightspan.checkpoints.io import WholeFileCheckpointIO, read_checkpoint
 from lightspan.errors import UserError
 
 Save = Callable[[Path, int], None]

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightspan.callbacks.checkpoint_bytes import Summed
-from lightspan.callbacks.checkpoint_folder import read_folder, write_folder
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.callbacks.checkpoint_manifest import latest, newest_whole, point_latest
+from lightspan.checkpoints.bytes import Summed
+from lightspan.checkpoints.folder import read_folder, write_folder
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.checkpoints.manifest import latest, newest_whole, point_latest
 from lightspan.files import leftovers, put_back, remove_leftovers
 
 MOST_POINTS = 400

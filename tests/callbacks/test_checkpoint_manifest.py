@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.callbacks.checkpoint_manifest import (
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.checkpoints.manifest import (
     COMPLETE,
     FORMAT,
     LATEST,

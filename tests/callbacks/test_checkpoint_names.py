@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.callbacks.checkpoint_names import _pattern
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.checkpoints.names import _pattern
 from lightspan.errors import UserError
 
 

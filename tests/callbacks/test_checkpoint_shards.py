@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lightspan.callbacks.checkpoint_folder import REST, read_folder, read_outline, write_folder
-from lightspan.callbacks.checkpoint_io import read_checkpoint, unusable
-from lightspan.callbacks.checkpoint_manifest import COMPLETE, fault, header, seal_folder
-from lightspan.callbacks.checkpoint_shards import METADATA, SafeReader, _cover
+from lightspan.checkpoints.folder import REST, read_folder, read_outline, write_folder
+from lightspan.checkpoints.io import read_checkpoint, unusable
+from lightspan.checkpoints.manifest import COMPLETE, fault, header, seal_folder
+from lightspan.checkpoints.shards import METADATA, SafeReader, _cover
 from lightspan.errors import UserError
 
 NAME = "state_dict.net.weight"

@@ -7,8 +7,8 @@ import torch
 from lightning import Callback
 from torch import nn
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.random_state import RandomState
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.random_state import RandomState
 from lightspan.optim.low_rank import LowRank
 
 

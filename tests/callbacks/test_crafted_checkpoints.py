@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.checkpoint_content import MOST_DEEP, content_fault, state_fault
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO, read_checkpoint, unusable
-from lightspan.callbacks.checkpoint_manifest import fault
-from lightspan.callbacks.checkpoint_restore import explained_restoring
-from lightspan.callbacks.jsonl_logger import JsonlLogger
-from lightspan.callbacks.random_state import RandomState
-from lightspan.callbacks.run_summary import RunSummary
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.random_state import RandomState
+from lightspan.callbacks.watching.run_summary import RunSummary
+from lightspan.checkpoints.content import MOST_DEEP, content_fault, state_fault
+from lightspan.checkpoints.io import WholeFileCheckpointIO, read_checkpoint, unusable
+from lightspan.checkpoints.manifest import fault
+from lightspan.checkpoints.restore import explained_restoring
 from lightspan.errors import UserError
+from lightspan.loggers.jsonl import JsonlLogger
 
 Entry = tuple[str | int, ...]
 MISSING: Any = object()

@@ -21,10 +21,10 @@ from lightspan.analysis.spectra import (
     singular_values,
     stable_rank,
 )
-from lightspan.callbacks.dimension_tracker import DimensionTracker
-from lightspan.callbacks.jsonl_logger import JsonlLogger
+from lightspan.callbacks.watching.dimension_tracker import DimensionTracker
 from lightspan.distributed import leave, rank, world_size
 from lightspan.errors import UserError
+from lightspan.loggers.jsonl import JsonlLogger
 from lightspan.optim.low_rank import LowRank
 from lightspan.strategies import FSDP2, shard
 

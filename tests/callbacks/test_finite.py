@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch import Callback
 from rank_processes import callback
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.finite import FiniteLoss
-from lightspan.callbacks.subspace_projection import SubspaceProjection
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.finite import FiniteLoss
+from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
 
@@ -197,7 +197,7 @@ def test_two_ranks_stop_together_and_one_of_them_is_named(tmp_path):
 
 
 def test_two_ranks_skip_together_and_end_equal(tmp_path):
-    finite = callback("finite", "lightspan.callbacks.finite.FiniteLoss", policy="skip")
+    finite = callback("finite", "lightspan.callbacks.resilience.finite.FiniteLoss", policy="skip")
     ended = rank_processes.fit(tmp_path, "data.init_args.poisoned=5", *finite, ranks=2)
     assert ended.statuses == [0, 0], ended.said
     assert ended.said.count("skipped: step") == 2  # in each of the two epochs begun

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightspan.callbacks.intrinsic_dimension import IntrinsicDimension
+from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
 from lightspan.errors import UserError
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import apply_subspace
@@ -180,7 +180,7 @@ def test_what_cannot_be_trained_so_is_refused_before_the_first_step(tmp_path, ki
 
 
 def test_two_ranks_under_ddp_exchange_coordinates_and_train_as_one(tmp_path) -> None:
-    flags = callback("subspace", "lightspan.callbacks.intrinsic_dimension.IntrinsicDimension", dim=12)
+    flags = callback("subspace", "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension", dim=12)
     numbers = []
     for ranks in (1, 2):
         ended = launched(tmp_path / f"{ranks}", *flags, ranks=ranks)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.jsonl_logger import JsonlLogger
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.errors import UserError
+from lightspan.loggers.jsonl import JsonlLogger
 
 
 def lines(folder: Path) -> list[dict]:
@@ -80,7 +80,7 @@ def test_a_stopped_and_resumed_fit_reads_as_one_straight_run(make_trainer, net, 
 
 def test_only_rank_zero_writes(tmp_path):
     code = (
-        "import sys; from lightspan.callbacks.jsonl_logger import JsonlLogger; logger = JsonlLogger(sys.argv[1])\n"
+        "import sys; from lightspan.loggers.jsonl import JsonlLogger; logger = JsonlLogger(sys.argv[1])\n"
         "logger.log_metrics({'a': 1}, 0); logger.rewind(0); logger.finalize('success')"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "LOCAL_RANK": "1"})

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.analysis.spectra import effective_rank, singular_values
-from lightspan.callbacks.jsonl_logger import JsonlLogger
-from lightspan.callbacks.online_probes import OnlineProbes
+from lightspan.callbacks.watching.online_probes import OnlineProbes
 from lightspan.distributed import leave
 from lightspan.errors import UserError
+from lightspan.loggers.jsonl import JsonlLogger
 
 
 def samples(count: int, seed: int) -> list[dict[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.io import read_image
 
-from lightspan.callbacks.picture_samples import PictureSamples, quantiles
+from lightspan.callbacks.watching.picture_samples import PictureSamples, quantiles
 from lightspan.errors import UserError
 
 

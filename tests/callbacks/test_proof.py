@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.proof import KillAt, StopAfter, Trace
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.proof import KillAt, StopAfter, Trace
 from lightspan.method import Method
 from lightspan.optim.schedules import WarmupCosine
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.random_state import RandomState, derived_seed, random_states, restore_random_states
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.random_state import RandomState, derived_seed, random_states, restore_random_states
 
 
 def snapshot(trainer, module) -> dict[str, torch.Tensor]:

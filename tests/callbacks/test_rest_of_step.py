@@ -14,11 +14,11 @@ from lightning.pytorch.trainer import call
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.jsonl_logger import JsonlLogger
-from lightspan.callbacks.preemption import Preempted, Preemption
-from lightspan.callbacks.random_state import RandomState
-from lightspan.callbacks.run_summary import RunSummary
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.preemption import Preempted, Preemption
+from lightspan.callbacks.resilience.random_state import RandomState
+from lightspan.callbacks.watching.run_summary import RunSummary
+from lightspan.loggers.jsonl import JsonlLogger
 
 HOOKS = (
     *("on_train_batch_end", "on_validation_start", "on_validation_batch_end", "on_validation_end"),

@@ -6,10 +6,10 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightspan.analysis.memory import MIB
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.jsonl_logger import JsonlLogger
-from lightspan.callbacks.run_summary import RunSummary, StepTimer
-from lightspan.callbacks.throughput import Throughput
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.watching.run_summary import RunSummary, StepTimer
+from lightspan.callbacks.watching.throughput import Throughput
+from lightspan.loggers.jsonl import JsonlLogger
 
 
 def fit(make_trainer, module, batches, folder: Path, steps=4, ckpt_path=None, callbacks=(), **options) -> dict:

@@ -8,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from lightspan.callbacks.checkpoint import Checkpoint
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
 
 STEPS, AN_EPOCH = 9, 3
 FROM = (2, 3, 4, 9)  # inside an epoch, at a validation, at the end of an epoch, at the end of training

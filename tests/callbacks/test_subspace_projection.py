@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightspan.callbacks.subspace_projection import SubspaceProjection
+from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
 

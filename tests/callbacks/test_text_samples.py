@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning import LightningModule
 
-from lightspan.callbacks.text_samples import TextSamples
+from lightspan.callbacks.watching.text_samples import TextSamples
 from lightspan.errors import UserError
 
 

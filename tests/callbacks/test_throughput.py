@@ -3,8 +3,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.throughput import Throughput, batch_counts
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.watching.throughput import Throughput, batch_counts
 from lightspan.errors import UserError
 
 

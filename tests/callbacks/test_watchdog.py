@@ -8,7 +8,7 @@ import pytest
 import rank_processes
 from rank_processes import callback
 
-from lightspan.callbacks.watchdog import HUNG, Watchdog, _heartbeat_path, _Others
+from lightspan.callbacks.resilience.watchdog import HUNG, Watchdog, _heartbeat_path, _Others
 from lightspan.errors import UserError
 
 

@@ -18,9 +18,9 @@ from shard_files import damage
 
 from lightspan.cli import main
 from lightspan.commands.data import parse_size
-from lightspan.datamodules import pack as packing
-from lightspan.datamodules.pack_sources import sources
-from lightspan.datamodules.shards import Shards
+from lightspan.datamodules.shards import pack as packing
+from lightspan.datamodules.shards.pack_sources import sources
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lightspan.commands import doctor
 from lightspan.commands.doctor import Finding
-from lightspan.commands.wandb_key import wandb_key_place
+from lightspan.loggers.wandb_key import wandb_key_place
 
 REQUIREMENTS = [
     "torch>=2.10",

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightspan.callbacks.checkpoint_folder import write_folder
+from lightspan.checkpoints.folder import write_folder
 from lightspan.commands import export as command
-from lightspan.commands import huggingface
 from lightspan.config.build import build, load_resolved
 from lightspan.errors import UserError
+from lightspan.exports import huggingface
 
 CONFIG: dict[str, Any] = {
     "about": {"title": "t", "paper": "none", "family": "language"},
@@ -29,7 +29,10 @@ CONFIG: dict[str, Any] = {
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
         },
     },
-    "data": {"class_path": "lightspan.datamodules.text.ByteText", "init_args": {"batch_size": 4, "context": 16}},
+    "data": {
+        "class_path": "lightspan.datamodules.text.windows.ByteText",
+        "init_args": {"batch_size": 4, "context": 16},
+    },
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from commands.test_export import CONFIG, run_export
 
 from lightspan.adapters.inject import adapted_layers, remove
-from lightspan.callbacks.adaptation import Adaptation
+from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.commands.export import load_weights
 from lightspan.config.build import build, load_resolved
 from lightspan.errors import UserError
@@ -19,7 +19,7 @@ from lightspan.errors import UserError
 peft = pytest.importorskip("peft")
 
 ADAPTATION = {
-    "class_path": "lightspan.callbacks.adaptation.Adaptation",
+    "class_path": "lightspan.callbacks.training.adaptation.Adaptation",
     "init_args": {
         "spec": {"class_path": "lightspan.adapters.svfit.SVFit", "init_args": {}},
         "match": ["*.q_proj", "*.v_proj"],
@@ -96,7 +96,7 @@ def test_a_run_of_two_sharded_ranks_is_exported_from_its_folder(tmp_path: Path) 
     strategy = {"class_path": "lightspan.strategies.FSDP2"}
     content = config(devices=2, strategy=strategy, max_steps=2, enable_checkpointing=True)
     content["trainer"]["callbacks"]["checkpoint"] = {
-        "class_path": "lightspan.callbacks.checkpoint.Checkpoint",
+        "class_path": "lightspan.callbacks.resilience.checkpoint.Checkpoint",
         "init_args": {"dirpath": "${run}/checkpoints", "every_n_train_steps": 2},
     }
     recipe.write_text(json.dumps(content))

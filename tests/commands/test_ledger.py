@@ -17,14 +17,14 @@ from shard_files import damage, write_shards
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightspan.callbacks.checkpoint import Checkpoint
-from lightspan.callbacks.ledger import Ledger
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.watching.ledger import Ledger
 from lightspan.cli import main
 from lightspan.commands.ledger import balance, runs_of
-from lightspan.datamodules.loader import ExactLoader
-from lightspan.datamodules.order import Order
-from lightspan.datamodules.ranks import train_loader
-from lightspan.datamodules.shards import Shards
+from lightspan.datamodules.loading.loader import ExactLoader
+from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.ranks import train_loader
+from lightspan.datamodules.shards.stream import Shards
 
 
 class Numbers:
@@ -198,7 +198,7 @@ def test_a_loader_without_an_order_leaves_no_ledger_and_a_folder_without_one_is_
     assert "no ledger is kept: a DataLoader has no order of samples blind to ranks" in caplog.text
     assert not (tmp_path / "ledger.json").exists()
     assert main(["ledger", str(tmp_path)]) == 2
-    assert "lightspan.callbacks.ledger.Ledger" in capsys.readouterr().err
+    assert "lightspan.callbacks.watching.ledger.Ledger" in capsys.readouterr().err
     (tmp_path / "ledger.json").write_text('{"format": 9}')
     assert main(["ledger", str(tmp_path)]) == 2
     assert "its format is 9, this lightspan reads 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-from lightspan.commands.metrics_csv import as_csv, write_csv
+from lightspan.runs.metrics_csv import as_csv, write_csv
 
 
 def test_columns_appear_in_order_and_gaps_stay_empty():

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
-from lightspan.commands.division import Division, division, strategy_of
 from lightspan.commands.plan import measured_peak, shares, verdict
-from lightspan.commands.planned_step import Plan, available_memory, cgroup_limit, make_plan
-from lightspan.commands.step_memory import StepMemory
 from lightspan.errors import UserError
+from lightspan.planning.division import Division, division, strategy_of
+from lightspan.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
+from lightspan.planning.step_memory import StepMemory
 from lightspan.strategies import FSDP2
 
 GIB = 2**30
@@ -236,7 +236,7 @@ model:
       init_args: {width: 32, depth: 1, heads: 2, mlp_width: 64, context: 16}
     optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
 data:
-  class_path: lightspan.datamodules.text.ByteText
+  class_path: lightspan.datamodules.text.windows.ByteText
   init_args: {batch_size: 4}
 """
 

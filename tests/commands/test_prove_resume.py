@@ -12,8 +12,8 @@ from rank_processes import PROJECT, TINY
 
 from lightspan.cli import main
 from lightspan.commands import prove_resume
-from lightspan.commands.fits import ranks_of
 from lightspan.commands.prove_resume import DIFFERENT, Kill
+from lightspan.runs.fits import ranks_of
 
 COMMAND = ["prove-resume", *TINY, "--steps", "8"]
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightspan.callbacks.signal_flag import remembered
 from lightspan.commands import run
 from lightspan.errors import UserError
+from lightspan.signals import remembered
 
 
 def call(tmp_path, error: BaseException, checkpoint=None, interrupted=False):
@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_in_a_write_is_no_error_of_the_write(tmp_path, capsys):
 
 
 def test_where_it_stopped_and_how_to_go_on_are_said_once(tmp_path, capsys):
-    from lightspan.callbacks.preemption import Preempted
+    from lightspan.callbacks.resilience.preemption import Preempted
 
     folder = tmp_path / "a `id`"
     (folder / "checkpoints").mkdir(parents=True)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from lightspan.callbacks.checkpoint_io import WholeFileCheckpointIO
-from lightspan.commands.run_differences import (
+from lightspan.checkpoints.io import WholeFileCheckpointIO
+from lightspan.runs.differences import (
     MEASURED,
     differences,
     first_difference,

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightspan.commands import run_folder
 from lightspan.commands.arguments import folder
-from lightspan.commands.run_folder import checkpoint_to_resume, is_first_rank, set_metrics_aside, sole_use
 from lightspan.errors import UserError
 from lightspan.launch import parent
+from lightspan.runs import folder as run_folder
+from lightspan.runs.folder import checkpoint_to_resume, is_first_rank, set_metrics_aside, sole_use
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")
 

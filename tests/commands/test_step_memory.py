@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lightspan.analysis.memory import state_bytes
-from lightspan.commands.step_memory import (
+from lightspan.planning.step_memory import (
     OptimizerStopped,
     StepMemory,
     batch_rows,

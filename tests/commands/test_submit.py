@@ -18,7 +18,7 @@ from crd_schemas import JOBSET, PYTORCHJOB
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightspan.callbacks.preemption import Preemption
+from lightspan.callbacks.resilience.preemption import Preemption
 from lightspan.cli import main
 from lightspan.commands.submit import _passing_warnings_on
 from lightspan.config.resolve import resolve

@@ -16,7 +16,7 @@ SOUND: dict[str, Any] = {
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
         },
     },
-    "data": {"class_path": "lightspan.datamodules.images.Digits", "init_args": {"batch_size": 64}},
+    "data": {"class_path": "lightspan.datamodules.images.small.Digits", "init_args": {"batch_size": 64}},
 }
 
 
@@ -184,26 +184,26 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     ("lightspan.files.write_atomic", WRITE),
     ("lightspan.files.remove", {"path": "@VICTIM@"}),
     ("lightspan.files.replace_folder", {"source": "@VICTIM@", "target": "@CANARY@"}),
-    ("lightspan.callbacks.ledger.write_atomic", WRITE),
-    ("lightspan.callbacks.run_summary.write_atomic", WRITE),
-    ("lightspan.callbacks.picture_samples.write_atomic", WRITE),
-    ("lightspan.callbacks.checkpoint_folder.dcp.load", {"state_dict": {}, "checkpoint_id": "@VICTIM@"}),
-    ("lightspan.callbacks.checkpoint_folder.replace_folder", {"source": "@VICTIM@", "target": "@CANARY@"}),
-    ("lightspan.callbacks.checkpoint_manifest.seal_folder", {"folder": "@VICTIM@", "head": {}}),
-    ("lightspan.callbacks.preemption.subprocess.Popen", SHELL),
-    ("lightspan.callbacks.preemption.os.system", {"command": "touch @CANARY@"}),
-    ("lightspan.callbacks.proof.os.kill", {"pid": 1, "signal": 9}),
-    ("lightspan.callbacks.watchdog.Path", {}),
-    ("lightspan.callbacks.checkpoint.Checkpoint.setup", {}),
-    ("lightspan.callbacks.checkpoint.Checkpoint.__init__", {}),
-    ("lightspan.callbacks.checkpoint.Checkpoint.__class__", {}),
-    ("lightspan.callbacks.checkpoint.__builtins__.eval", {"source": "open('@CANARY@', 'w')"}),
-    ("lightspan.callbacks.finite.FiniteLoss.setup.__globals__", {}),
+    ("lightspan.callbacks.watching.ledger.write_atomic", WRITE),
+    ("lightspan.callbacks.watching.run_summary.write_atomic", WRITE),
+    ("lightspan.callbacks.watching.picture_samples.write_atomic", WRITE),
+    ("lightspan.checkpoints.folder.dcp.load", {"state_dict": {}, "checkpoint_id": "@VICTIM@"}),
+    ("lightspan.checkpoints.folder.replace_folder", {"source": "@VICTIM@", "target": "@CANARY@"}),
+    ("lightspan.checkpoints.manifest.seal_folder", {"folder": "@VICTIM@", "head": {}}),
+    ("lightspan.callbacks.resilience.preemption.subprocess.Popen", SHELL),
+    ("lightspan.callbacks.resilience.preemption.os.system", {"command": "touch @CANARY@"}),
+    ("lightspan.callbacks.resilience.proof.os.kill", {"pid": 1, "signal": 9}),
+    ("lightspan.callbacks.resilience.watchdog.Path", {}),
+    ("lightspan.callbacks.resilience.checkpoint.Checkpoint.setup", {}),
+    ("lightspan.callbacks.resilience.checkpoint.Checkpoint.__init__", {}),
+    ("lightspan.callbacks.resilience.checkpoint.Checkpoint.__class__", {}),
+    ("lightspan.callbacks.resilience.checkpoint.__builtins__.eval", {"source": "open('@CANARY@', 'w')"}),
+    ("lightspan.callbacks.resilience.finite.FiniteLoss.setup.__globals__", {}),
     ("lightspan.callbacks.__loader__.load_module", {}),
-    ("lightspan.datamodules.pack.remove", {"path": "@VICTIM@"}),
-    ("lightspan.datamodules.pack.pack", {}),
-    ("lightspan.datamodules.shard_cache.shutil.rmtree", {"path": "@VICTIM@"}),
-    ("lightspan.datamodules.tars.open_shard", {"shard": "pipe:touch @CANARY@"}),
+    ("lightspan.datamodules.shards.pack.remove", {"path": "@VICTIM@"}),
+    ("lightspan.datamodules.shards.pack.pack", {}),
+    ("lightspan.datamodules.shards.cache.shutil.rmtree", {"path": "@VICTIM@"}),
+    ("lightspan.datamodules.shards.tars.open_shard", {"shard": "pipe:touch @CANARY@"}),
     ("lightspan.datamodules.r_data.read_r_data", {"package": "x", "names": []}),
     ("lightspan.adapters.state.save_adapter", {"model": None, "path": "@CANARY@"}),
     ("lightspan.adapters.peft.save_peft", {"model": None, "folder": "@CANARY@"}),
@@ -254,7 +254,7 @@ NO_NAMES: list[Any] = [7, 1.5, True, None, [], ["os.system"], {"os": "system"}, 
 
 OWNED = spec("torch.nn.Linear", in_features=1, out_features=1)  # harmless, where no class belongs
 LINEAR = spec("torch.nn.Linear", in_features=64, out_features=10)
-EVIL = handed("lightspan.callbacks.ledger.write_atomic", **WRITE)
+EVIL = handed("lightspan.callbacks.watching.ledger.write_atomic", **WRITE)
 
 LAYERS: dict[str, dict[str, Any]] = {
     # classes where the type says nothing
@@ -277,7 +277,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "module as strategy": trainer(strategy=OWNED),
     "module as plugin": trainer(plugins=[OWNED]),
     "builder as callback": callback(spec("lightspan.backbones.vision.timm_backbone", name="resnet18")),
-    "killer as optimizer": optimizer(spec("lightspan.callbacks.proof.KillAt", step=0, place="batch_start")),
+    "killer as optimizer": optimizer(spec("lightspan.callbacks.resilience.proof.KillAt", step=0, place="batch_start")),
     # names as texts, which a typed builder resolves by itself
     "text for a module": backbone("os.system"),
     "text of an allowed class": backbone("torch.nn.ReLU"),
@@ -291,7 +291,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         spec("lightning.pytorch.callbacks.StochasticWeightAveraging", swa_lrs=1.0, avg_fn="os.system")
     ),
     "callable of lightspan": schedule(
-        spec("torch.optim.lr_scheduler.LambdaLR", lr_lambda="lightspan.callbacks.checkpoint_manifest.seal_folder")
+        spec("torch.optim.lr_scheduler.LambdaLR", lr_lambda="lightspan.checkpoints.manifest.seal_folder")
     ),
     "type as text": trainer(
         plugins=[spec("lightning.pytorch.plugins.precision.TransformerEnginePrecision", weights_dtype="os.system")]
@@ -327,22 +327,26 @@ LAYERS: dict[str, dict[str, Any]] = {
     "class for a text": trainer(default_root_dir=EVIL),
     "class for a seed": {"seed_everything": EVIL},
     "class in a list of numbers": optimizer(spec("torch.optim.AdamW", lr=1e-3, betas=[0.9, EVIL])),
-    "class in a mapping of texts": data(spec("lightspan.datamodules.shards.Shards", shards=["x"], fields={"x": EVIL})),
+    "class in a mapping of texts": data(
+        spec("lightspan.datamodules.shards.stream.Shards", shards=["x"], fields={"x": EVIL})
+    ),
     "loop": trainer(fit_loop=EVIL),
     "barebones with a class": trainer(barebones=EVIL),
     # places outside the run
-    "summary over a file": callback(spec("lightspan.callbacks.run_summary.RunSummary", path="@VICTIM@")),
+    "summary over a file": callback(spec("lightspan.callbacks.watching.run_summary.RunSummary", path="@VICTIM@")),
     "text of one's own over a file": callback(
-        spec("lightspan.callbacks.text_samples.TextSamples", path="@VICTIM@", prompt="\ntouch owned\n")
+        spec("lightspan.callbacks.watching.text_samples.TextSamples", path="@VICTIM@", prompt="\ntouch owned\n")
     ),
-    "ledger in the home": callback(spec("lightspan.callbacks.ledger.Ledger", path="~/.profile")),
+    "ledger in the home": callback(spec("lightspan.callbacks.watching.ledger.Ledger", path="~/.profile")),
     "pictures outside": callback(
-        spec("lightspan.callbacks.picture_samples.PictureSamples", folder="/etc/cron.d", shape=[1, 8, 8])
+        spec("lightspan.callbacks.watching.picture_samples.PictureSamples", folder="/etc/cron.d", shape=[1, 8, 8])
     ),
-    "heartbeats outside": callback(spec("lightspan.callbacks.watchdog.Watchdog", folder="/etc")),
-    "trace outside": callback(spec("lightspan.callbacks.proof.Trace", folder="/etc")),
-    "checkpoints outside": callback(spec("lightspan.callbacks.checkpoint.Checkpoint", dirpath="/etc")),
-    "checkpoints beside": callback(spec("lightspan.callbacks.checkpoint.Checkpoint", dirpath="${run}/../..")),
+    "heartbeats outside": callback(spec("lightspan.callbacks.resilience.watchdog.Watchdog", folder="/etc")),
+    "trace outside": callback(spec("lightspan.callbacks.resilience.proof.Trace", folder="/etc")),
+    "checkpoints outside": callback(spec("lightspan.callbacks.resilience.checkpoint.Checkpoint", dirpath="/etc")),
+    "checkpoints beside": callback(
+        spec("lightspan.callbacks.resilience.checkpoint.Checkpoint", dirpath="${run}/../..")
+    ),
     "checkpoints of Lightning": callback(spec("lightning.pytorch.callbacks.ModelCheckpoint", dirpath="/etc")),
     "checkpoint name": callback(
         spec("lightning.pytorch.callbacks.ModelCheckpoint", dirpath="${run}", filename="../../x")
@@ -350,9 +354,9 @@ LAYERS: dict[str, dict[str, Any]] = {
     "checkpoint of an exception": callback(
         spec("lightning.pytorch.callbacks.OnExceptionCheckpoint", dirpath="/etc", filename="x")
     ),
-    "relative folder": callback(spec("lightspan.callbacks.checkpoint.Checkpoint", dirpath=".git/hooks")),
+    "relative folder": callback(spec("lightspan.callbacks.resilience.checkpoint.Checkpoint", dirpath=".git/hooks")),
     "spikes": callback(spec("lightning.pytorch.callbacks.SpikeDetection", exclude_batches_path="/etc/x")),
-    "metrics outside": logger(spec("lightspan.callbacks.jsonl_logger.JsonlLogger", save_dir="/etc")),
+    "metrics outside": logger(spec("lightspan.loggers.jsonl.JsonlLogger", save_dir="/etc")),
     "csv outside": logger(spec("lightning.pytorch.loggers.CSVLogger", save_dir="/etc")),
     "csv name": logger(spec("lightning.pytorch.loggers.CSVLogger", save_dir="${run}", name="../..")),
     "csv version": logger(spec("lightning.pytorch.loggers.CSVLogger", save_dir="${run}", version="/etc/x")),
@@ -376,19 +380,21 @@ LAYERS: dict[str, dict[str, Any]] = {
     "root outside": trainer(default_root_dir="/etc"),
     "root above": trainer(default_root_dir="${run}/.."),
     "subspace outside": callback(
-        spec("lightspan.callbacks.intrinsic_dimension.IntrinsicDimension", dimension=5, path="/etc/x")
+        spec("lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension", dimension=5, path="/etc/x")
     ),
     "deepspeed's records": trainer(
         strategy=spec("lightspan.deepspeed.ZeRO", config={"csv_monitor": {"enabled": True, "output_path": "/etc"}})
     ),
-    "address as a folder": callback(spec("lightspan.callbacks.checkpoint.Checkpoint", dirpath="s3://bucket/x")),
+    "address as a folder": callback(
+        spec("lightspan.callbacks.resilience.checkpoint.Checkpoint", dirpath="s3://bucket/x")
+    ),
     # sources of data
-    "pipe": data(spec("lightspan.datamodules.shards.Shards", shards=["pipe:touch @CANARY@"])),
+    "pipe": data(spec("lightspan.datamodules.shards.stream.Shards", shards=["pipe:touch @CANARY@"])),
     # numbers and texts that no setting can have
-    "NUL in a path": data(spec("lightspan.datamodules.text.ByteText", paths=["a\0b"])),
+    "NUL in a path": data(spec("lightspan.datamodules.text.windows.ByteText", paths=["a\0b"])),
     "a million workers": data({"init_args": {"num_workers": 10**6}}),
     "more workers than integers": data({"init_args": {"num_workers": 10**20}}),
-    "unending wait": callback(spec("lightspan.callbacks.watchdog.Watchdog", timeout_s=float("inf"))),
+    "unending wait": callback(spec("lightspan.callbacks.resilience.watchdog.Watchdog", timeout_s=float("inf"))),
     "placeholder of the environment": device("${env:HOME}"),
 }
 SLOTS = (backbone, device, optimizer, schedule, data, callback, logger, console)

@@ -40,9 +40,9 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
         ("torch.nn.init.normal_", "is a function"),
         ("torch.nn.modules._functions.SyncBatchNorm", "is private"),
         ("lightspan.commands.run.run_fit", "is a function"),
-        ("lightspan.callbacks.ledger.write_atomic", "which is lightspan.files.write_atomic, is a function"),
-        ("lightspan.callbacks.preemption.Path", "which is pathlib.Path, is outside the allowed modules"),
-        ("lightspan.callbacks.watchdog.Checkpint", "has no Checkpint"),
+        ("lightspan.callbacks.watching.ledger.write_atomic", "which is lightspan.files.write_atomic, is a function"),
+        ("lightspan.callbacks.resilience.preemption.Path", "which is pathlib.Path, is outside the allowed modules"),
+        ("lightspan.callbacks.resilience.watchdog.Checkpint", "has no Checkpint"),
         ("lightspan.adapters.state.save_adapter", "is a function"),  # its module is listed, its __all__ is not there
         ("lightning.pytorch.strategies.DeepSpeedStrategy", "add --allow-module lightning.pytorch.strategies.deepspeed"),
         ("transformers.LlamaConfig", "outside the allowed modules"),

@@ -60,7 +60,10 @@ def test_each_mistake_is_named_with_place_and_way_out(text, expected):
         ("{class_path: torch.nn.ReLU, init_args: 3}", "m.init_args: must be a mapping, got 3"),
         ("{class_path: os.system}", "m.class_path: os.system is outside the allowed modules"),
         ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, and torch.nn.ReLU is none"),
-        ("{class_path: lightspan.callbacks.chekpoint.Checkpoint}", "has no chekpoint; did you mean checkpoint?"),
+        (
+            "{class_path: lightspan.callbacks.resilience.chekpoint.Checkpoint}",
+            "has no chekpoint; did you mean checkpoint?",
+        ),
         ("{class_path: lightspan.calbacks.checkpoint.Checkpoint}", "has no calbacks; did you mean callbacks?"),
     ],
 )
@@ -114,7 +117,8 @@ def test_no_class_stands_where_no_type_is_declared(value):
         ("gradient_clip_val: .nan", "must be a finite number"),
         ('max_time: "a\\0b"', "holds a NUL character"),
         (
-            "callbacks: {w: {class_path: lightspan.callbacks.watchdog.Watchdog, init_args: {timeout_s: 1e20}}}",
+            "callbacks: {w: {class_path: lightspan.callbacks.resilience.watchdog.Watchdog,"
+            " init_args: {timeout_s: 1e20}}}",
             "from 0.0",
         ),
     ],

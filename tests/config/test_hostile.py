@@ -67,7 +67,7 @@ def sound(tmp_path_factory) -> Resolved:
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "sound.yaml").write_text(dump(hostile.SOUND))
     resolved = resolve(str(folder / "sound.yaml"))
-    inside = hostile.spec("lightspan.callbacks.checkpoint.Checkpoint", dirpath="${run}")
+    inside = hostile.spec("lightspan.callbacks.resilience.checkpoint.Checkpoint", dirpath="${run}")
     for layer in ({}, hostile.device("cpu"), hostile.callback(inside)):
         with contextlib.suppress(UserError):  # jsonargparse looks for type stubs once, other libraries load on use
             build(unchecked(resolved, layer))

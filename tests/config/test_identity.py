@@ -2,8 +2,11 @@ import pytest
 
 from lightspan.config.identity import alters_training, differences
 
-PROJECTION = {"class_path": "lightspan.callbacks.subspace_projection.SubspaceProjection", "init_args": {"rank": 8}}
-LEDGER = {"class_path": "lightspan.callbacks.ledger.Ledger", "init_args": {"path": "${run}/ledger.json"}}
+PROJECTION = {
+    "class_path": "lightspan.callbacks.training.subspace_projection.SubspaceProjection",
+    "init_args": {"rank": 8},
+}
+LEDGER = {"class_path": "lightspan.callbacks.watching.ledger.Ledger", "init_args": {"path": "${run}/ledger.json"}}
 CONFIG = {
     "seed_everything": 0,
     "trainer": {
@@ -78,7 +81,7 @@ def test_callbacks_that_watch_may_come_and_go_and_others_may_not():
 
 def test_what_a_class_does_to_training_is_its_own_word_alone(tmp_path, monkeypatch):
     (tmp_path / "word_of_mine.py").write_text(
-        "from lightspan.callbacks.ledger import Ledger\nclass Silent(Ledger): ...\n"
+        "from lightspan.callbacks.watching.ledger import Ledger\nclass Silent(Ledger): ...\n"
         "class Watching:\n    alters_training: bool = False\nclass Acting:\n    alters_training = True\n"
         "class Unsure:\n    alters_training = not True\n"
     )

@@ -134,7 +134,7 @@ def test_what_source_cannot_tell_is_unknown_and_never_called_absent(name):
         ("lightning.pytorch.callbacks.EarlyStopping", "patience"),
         ("lightning.pytorch.loggers.TensorBoardLogger", "save_dir"),
         ("torchmetrics.MeanMetric", "nan_strategy"),
-        ("lightspan.callbacks.checkpoint.Checkpoint", "every_n_train_steps"),
+        ("lightspan.callbacks.resilience.checkpoint.Checkpoint", "every_n_train_steps"),
         ("lightspan.method.Method", "lr_scheduler"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lightspan.datamodules import fetch
+from lightspan.datamodules.shards import fetch
 
 
 @dataclass

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.datamodules import austen
-from lightspan.datamodules.austen import BOOKS, Austen, encode
 from lightspan.datamodules.r_data import LIBRARIES
+from lightspan.datamodules.text import austen
+from lightspan.datamodules.text.austen import BOOKS, Austen, encode
 from lightspan.errors import UserError
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from lightspan.datamodules.classes import ClassSubset
-from lightspan.datamodules.images import Digits
+from lightspan.datamodules.images.classes import ClassSubset
+from lightspan.datamodules.images.small import Digits
 from lightspan.errors import UserError
 
 

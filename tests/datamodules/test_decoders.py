@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lightspan.datamodules import decoders
-from lightspan.datamodules.decoders import check_fields, damage_of, decode_fields, decode_image
+from lightspan.datamodules.shards import decoders
+from lightspan.datamodules.shards.decoders import check_fields, damage_of, decode_fields, decode_image
 from lightspan.errors import UserError
 
 

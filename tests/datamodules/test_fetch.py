@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightspan.datamodules import fetch
-from lightspan.datamodules.fetch import check_shard, expand_braces, open_shard
+from lightspan.datamodules.shards import fetch
+from lightspan.datamodules.shards.fetch import check_shard, expand_braces, open_shard
 from lightspan.errors import UserError
 
 # Patterns

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from sklearn.datasets import load_digits
 
-from lightspan.datamodules import images as images_module
-from lightspan.datamodules.images import (
+from lightspan.datamodules.images import small as images_module
+from lightspan.datamodules.images.small import (
     Digits,
     FashionMNIST,
     ImageData,
@@ -23,7 +23,7 @@ from lightspan.datamodules.images import (
     evenly,
     read_idx,
 )
-from lightspan.datamodules.views import Plain, TwoViews
+from lightspan.datamodules.images.views import Plain, TwoViews
 from lightspan.errors import UserError
 
 ASSETS = files("lightspan.datamodules").joinpath("assets")
@@ -303,8 +303,11 @@ def test_an_idx_file_is_read_with_its_shape(tmp_path: Path) -> None:
 def test_a_recipe_can_name_set_and_views() -> None:
     parser = LightningArgumentParser()
     parser.add_subclass_arguments(ImageData, "data")
-    views = {"class_path": "lightspan.datamodules.views.TwoViews", "init_args": {"scale": [0.5, 1.0], "flip": 0.0}}
-    spec = {"class_path": "lightspan.datamodules.images.Digits", "init_args": {"batch_size": 64, "views": views}}
+    views = {
+        "class_path": "lightspan.datamodules.images.views.TwoViews",
+        "init_args": {"scale": [0.5, 1.0], "flip": 0.0},
+    }
+    spec = {"class_path": "lightspan.datamodules.images.small.Digits", "init_args": {"batch_size": 64, "views": views}}
     data = parser.instantiate_classes(parser.parse_object({"data": spec})).data
     assert isinstance(data, Digits)
     assert data.batch_size == 64

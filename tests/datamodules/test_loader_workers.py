@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 
-from lightspan.datamodules.loader import ExactLoader
+from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.errors import UserError
 
 LEAVES = """
 import torch
-from lightspan.datamodules.loader import ExactLoader
+from lightspan.datamodules.loading.loader import ExactLoader
 
 class Numbers:
     def __len__(self): return 64

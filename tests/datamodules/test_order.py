@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightspan.datamodules.loader import ExactLoader
-from lightspan.datamodules.order import Order
+from lightspan.datamodules.loading.loader import ExactLoader
+from lightspan.datamodules.loading.order import Order
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=8).map(tuple)
 

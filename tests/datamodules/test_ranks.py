@@ -14,8 +14,8 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.ranks import evaluation_loader, train_loader
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.distributed import leave
 
 

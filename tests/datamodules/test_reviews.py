@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightspan.datamodules import reviews
 from lightspan.datamodules.r_data import LIBRARIES
-from lightspan.datamodules.reviews import FoodReviews, spaced
+from lightspan.datamodules.text import reviews
+from lightspan.datamodules.text.reviews import FoodReviews, spaced
 from lightspan.errors import UserError
 
 

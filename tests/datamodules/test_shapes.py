@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lightspan.datamodules.shapes import NAMES, Shapes, draw
+from lightspan.datamodules.images.shapes import NAMES, Shapes, draw
 from lightspan.errors import UserError
 
 

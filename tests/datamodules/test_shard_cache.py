@@ -11,9 +11,10 @@ import pytest
 from lightning import Trainer
 from shard_files import damage, write_shard, write_shards
 
-from lightspan.datamodules import fetch, shard_cache
-from lightspan.datamodules.shard_cache import ShardCache
-from lightspan.datamodules.shards import Shards
+from lightspan.datamodules.shards import cache as shard_cache
+from lightspan.datamodules.shards import fetch
+from lightspan.datamodules.shards.cache import ShardCache
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.files import temporary_path
 

@@ -14,9 +14,9 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightspan.callbacks.ledger import Ledger
+from lightspan.callbacks.watching.ledger import Ledger
 from lightspan.commands.ledger import balance
-from lightspan.datamodules.shards import Shards
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.distributed import leave
 
 

@@ -20,13 +20,13 @@ from PIL import Image
 from shard_files import damage, write_shard, write_shards
 from torch import Tensor, nn
 
-from lightspan.datamodules import shard_samples
-from lightspan.datamodules import shards as shards_module
-from lightspan.datamodules.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.shard_index import SUFFIX, scan
-from lightspan.datamodules.shards import Shards
-from lightspan.datamodules.views import Plain, TwoViews
-from lightspan.datamodules.workers import Replacement
+from lightspan.datamodules.images.views import Plain, TwoViews
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.workers import Replacement
+from lightspan.datamodules.shards import samples as shard_samples
+from lightspan.datamodules.shards import stream as shards_module
+from lightspan.datamodules.shards.index import SUFFIX, scan
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightspan.datamodules.text import ByteText, Windows, find_files, in_validation
+from lightspan.datamodules.text.windows import ByteText, Windows, find_files, in_validation
 from lightspan.errors import UserError
 
 

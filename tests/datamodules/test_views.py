@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightspan.datamodules.views import Plain, TwoViews, Views, seeded
+from lightspan.datamodules.images.views import Plain, TwoViews, Views, seeded
 from lightspan.errors import UserError
 
 # Nothing random at all: each test switches on one thing.

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lightspan.callbacks.subspace_projection import SubspaceProjection
+from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.method import Method

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightspan.callbacks.intrinsic_dimension import IntrinsicDimension
-from lightspan.callbacks.subspace_projection import SubspaceProjection
+from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
+from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 
 EPOCHS, BATCHES = 2, 8
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.diffusion import DiT
-from lightspan.callbacks.adaptation import Adaptation
+from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError

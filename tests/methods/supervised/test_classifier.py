@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightspan.backbones.vision import MLP, LeNet
-from lightspan.callbacks.intrinsic_dimension import IntrinsicDimension
+from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
 from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor
 
-from lightspan.datamodules.ranks import train_loader
+from lightspan.datamodules.loading.ranks import train_loader
 
 
 class _Rows:

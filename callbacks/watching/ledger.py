@@ -1,0 +1,121 @@
+"""ledger.json: which samples a run consumed, as ranges of the canonical order, the same for any number of ranks."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightspan.distributed import world_size
+from lightspan.files import write_atomic
+
+FORMAT = 1  # commands/ledger.py reads it, without the weight of this module
+
+
+@runtime_checkable
+class ExactOrder(Protocol):
+    """A loader that knows its place in one stream of samples. lightspan's training loaders are such."""
+
+    consumed: int  # samples of the stream handed out so far, over all ranks
+    round_samples: int  # of them in one micro-batch of all ranks
+    replaced: list[Any]  # (damaged, by, reason) of each damaged sample met on this rank
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]: ...
+
+    def description(self) -> dict[str, Any]: ...
+
+
+class Ledger(Callback):
+    """Writes `path`: {"format", "data", "ranges": [[epoch, first, last], ...], "replaced": [...]}.
+
+    `data` describes the order (seed, sizes of its blocks, ...) and what was left out of it as unreadable. A range says
+    that the places [first, last) of that epoch's order were trained on. `replaced` names each damaged sample, the
+    sample that took its place, and the step. `lightspan ledger RUN` reads all this and draws the conclusions.
+
+    The ledger is a part of the checkpoint, so a resumed run forgets what the steps after its checkpoint consumed, which
+    is lost with them, and goes on. The file is written with every checkpoint and when training ends or fails; rank 0
+    writes. A run that replaces damaged samples logs their number as `data/replaced`. A loader that has no such order
+    leaves no ledger, and a warning.
+
+    Args:
+        path: the file, usually ${run}/ledger.json.
+    """
+
+    alters_training = False  # see config.identity
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._loader: ExactOrder | None = None
+        self._may_replace = False
+        self._seen = 0  # entries of this rank's loader.replaced that are in the ledger
+        self._ranges: list[list[int]] = []
+        self._replaced: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loader = None
+        loader = trainer.train_dataloader
+        if not isinstance(loader, ExactOrder):
+            rank_zero_info(
+                f"no ledger is kept: a {type(loader).__name__} has no order of samples blind to ranks; take the loader "
+                "from lightspan.datamodules.loading.ranks.train_loader"
+            )
+            return
+        self._loader, self._seen = loader, len(loader.replaced)
+        self._may_replace = loader.description()["skips_damaged"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._loader is None:
+            return
+        # Before the step, since a checkpoint may be written anywhere behind it. The last batch alone, and not all since
+        # training began: when that is, the loader need not stand at its place yet.
+        for span in self._loader.spans(self._loader.consumed - self._loader.round_samples, self._loader.consumed):
+            self._add(*span)
+        if not self._may_replace:
+            return
+        new = self._loader.replaced[self._seen :]
+        self._seen += len(new)
+        everywhere = [found for found in _from_all_ranks(new) if found]
+        for damaged, by, reason in (replacement for found in everywhere for replacement in found):
+            self._replaced.append({"step": trainer.global_step, "damaged": damaged, "by": by, "reason": reason})
+        if everywhere:
+            pl_module.log("data/replaced", float(len(self._replaced)), rank_zero_only=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranges": [list(span) for span in self._ranges], "replaced": [dict(entry) for entry in self._replaced]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ranges = [list(span) for span in state_dict["ranges"]]
+        self._replaced = [dict(entry) for entry in state_dict["replaced"]]
+
+    def _add(self, epoch: int, first: int, last: int) -> None:
+        if self._ranges and self._ranges[-1][0] == epoch and self._ranges[-1][2] == first:
+            self._ranges[-1][2] = last
+        else:
+            self._ranges.append([epoch, first, last])
+
+    def _write(self, trainer: Trainer) -> None:
+        if self._loader is None or not trainer.is_global_zero:
+            return
+        document = {"format": FORMAT, "data": self._loader.description(), **self.state_dict()}
+        write_atomic(self.path, json.dumps(document) + "\n")
+
+
+def _from_all_ranks(new: list[Any]) -> list[list[Any]]:
+    """`new` of every rank. Every rank must call it."""
+    if world_size() == 1:
+        return [new]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, new)
+    return gathered

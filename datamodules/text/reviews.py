@@ -1,0 +1,144 @@
+"""Food reviews with a verdict, from the R package modeldata. Nothing is downloaded.
+
+Shapes: N reviews, T tokens.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.r_data import read_r_data
+from lightspan.errors import UserError
+
+
+class Tokenized(NamedTuple):
+    """tokens: int32 [N, T], padded at the end; lengths: int64 [N], tokens that are not padding; labels: int64 [N]."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+
+
+class ReviewSamples:
+    """Samples of `LabelledTextBatch`. The seed is not used: a review has nothing random."""
+
+    def __init__(self, data: Tokenized) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data.labels)
+
+    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
+        tokens = torch.from_numpy(self.data.tokens[index].astype(np.int64))
+        return {
+            "tokens": tokens,
+            "mask": (torch.arange(len(tokens)) < int(self.data.lengths[index])).long(),
+            "label": torch.tensor(int(self.data.labels[index])),
+            "index": torch.tensor(index),
+        }
+
+
+class FoodReviews(LightningDataModule):
+    """4,000 training and 1,000 test reviews of food (McAuley and Leskovec 2013), batches of `LabelledTextBatch`.
+
+    Label 1 is the verdict `great` (the best score), 0 any other; about two thirds are great. Each review is cut or
+    padded to one length. Training reviews that stand twice, or among the test reviews, are left out (about 25).
+
+    Args:
+        tokenizer: turns a review into tokens, special tokens included.
+        length: T, tokens of a review that are read; half of the reviews have fewer than 70 words.
+        batch_size: reviews of one optimiser step over all ranks.
+        train_size: train on this many reviews, evenly spaced; None takes all.
+        val_size: validate on this many training reviews, evenly spaced and kept out of training, so that settings can
+            be chosen without the test reviews. 0 trains on all and validates on the test reviews.
+        library: folder of R packages that holds modeldata; None looks where systems keep them.
+        seed: of the order of training reviews.
+        num_workers: processes that fetch batches.
+
+    Raises: UserError at setup where the reviews are not installed or too few for the sizes asked for.
+    """
+
+    num_classes = 2
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int = 128,
+        batch_size: int = 32,
+        train_size: int | None = None,
+        val_size: int = 0,
+        library: str | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if length < 3:
+            raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
+        if val_size < 0 or (train_size is not None and train_size < 1):
+            raise UserError(f"val_size={val_size} must be at least 0, and train_size={train_size} at least 1 or null")
+        self.tokenizer, self.length, self.batch_size, self.library = tokenizer, length, batch_size, library
+        self.train_size, self.val_size, self.seed, self.num_workers = train_size, val_size, seed, num_workers
+        self.train: ReviewSamples | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, split and tokenise, once."""
+        if self.train is not None:
+            return
+        first, second = read_r_data("modeldata", ("training_data", "testing_data"), self.library)
+        first = first[~first["review"].isin(second["review"]) & ~first["review"].duplicated()]
+        training, test = (self._tokenize(f["review"].tolist(), f["score"].tolist()) for f in (first, second))
+        count = len(training.labels)
+        if self.val_size + (self.train_size or 1) > count:
+            raise UserError(
+                f"train_size={self.train_size} and val_size={self.val_size} ask for more than the {count} training "
+                "reviews; lower one of them"
+            )
+        held_out = spaced(np.arange(count), self.val_size)
+        rest = np.setdiff1d(np.arange(count), held_out)
+        rest = spaced(rest, self.train_size or len(rest))
+        validation = Tokenized(*(array[held_out] for array in training)) if self.val_size else test
+        self.train = ReviewSamples(Tokenized(*(array[rest] for array in training)))
+        self.val, self.test = ReviewSamples(validation), ReviewSamples(test)
+        say(
+            f"reviews: {len(self.train)} training, {len(self.val)} validation and {len(self.test)} test reviews, "
+            f"{self.val.data.labels.mean():.1%} of the validation reviews great"
+        )
+
+    def train_dataloader(self) -> ExactLoader:
+        assert self.train is not None
+        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
+
+    def bank_dataloader(self) -> EvaluationLoader:
+        """The training reviews in order: what probes fit on."""
+        assert self.train is not None
+        return self._evaluate(self.train)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.val)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.test)
+
+    def _evaluate(self, samples: ReviewSamples) -> EvaluationLoader:
+        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
+
+    def _tokenize(self, texts: list[str], scores: list[str]) -> Tokenized:
+        encoded = self.tokenizer(
+            texts, truncation=True, max_length=self.length, padding="max_length", padding_side="right"
+        )
+        return Tokenized(
+            np.asarray(encoded["input_ids"], dtype=np.int32),
+            np.asarray(encoded["attention_mask"], dtype=np.int64).sum(axis=1),
+            np.asarray([score == "great" for score in scores], dtype=np.int64),
+        )
+
+
+def spaced(indices: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the indices, evenly spaced."""
+    return indices[np.arange(count) * len(indices) // max(count, 1)]

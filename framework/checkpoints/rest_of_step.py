@@ -1,0 +1,215 @@
+"""What a run still owes at the moment of a checkpoint, and how the next start pays it.
+
+Lightning writes checkpoints in the middle of its work: after the optimiser's step and before the line of that step is
+logged, before the validation and the end of the epoch that are due at it, before schedules that go by a metric move,
+and before the end of training. A run that is killed there and goes on from that checkpoint would never do these things:
+Lightning resumes behind them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+from lightspan.checkpoints.restore import explained_restoring
+from lightspan.loggers.jsonl import JsonlLogger
+
+
+def log_position(trainer: Trainer) -> dict[str, Any]:
+    """How far the logs have come, for a checkpoint: "lines" of metrics.jsonl, which are on disk then, "unlogged", and
+    the "metrics" that schedules and callbacks go by.
+
+    Every rank must call it: figures that are means over ranks are reduced.
+    """
+    lines = [logger.position() for logger in trainer.loggers if isinstance(logger, JsonlLogger)]
+    return {"lines": lines[0] if lines else None, "unlogged": unlogged(trainer), "metrics": _metrics(trainer)}
+
+
+def _metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """Lightning's `callback_metrics`, with the means over the training epoch where its last batch is done."""
+    metrics, results = dict(trainer.callback_metrics), trainer.fit_loop.epoch_loop._results
+    if trainer.fit_loop.epoch_loop._num_ready_batches_reached() and results:
+        metrics.update(results.metrics(on_step=False)["callback"])
+    return {name: value.detach().cpu() for name, value in metrics.items()}
+
+
+def rewind_logs(trainer: Trainer, step: int, lines: int | None) -> None:
+    """Drops what was logged after a checkpoint: of the optimiser step `step` or later, or after so many lines."""
+    for logger in trainer.loggers:
+        if isinstance(logger, JsonlLogger):
+            logger.rewind(step, lines)
+        elif isinstance(logger, TensorBoardLogger):
+            _purge(logger, step)
+
+
+@rank_zero_only
+def _purge(logger: TensorBoardLogger, step: int) -> None:
+    """TensorBoard's own way: a start of a session at a step hides what earlier files say of this step and later."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+
+    start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+    logger.experiment._get_file_writer().add_event(start)
+
+
+def unlogged(trainer: Trainer) -> dict[str, Any] | None:
+    """{"step", "metrics"} of the line that Lightning is about to log; None where it has none to log."""
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    if trainer.validating or trainer.sanity_checking or trainer._results is None:
+        return None
+    step = loop._batches_that_stepped
+    count: Any = loop.batch_progress.total
+    if count.completed == count.processed - 1:  # in on_train_batch_end
+        accumulates = loop._should_accumulate() and trainer.lightning_module.automatic_optimization
+        if accumulates or not connector.should_update_logs:
+            return None
+    elif connector._first_loop_iter is None:  # at the end of an epoch
+        step -= 1
+    else:
+        return None
+    metrics = convert_tensors_to_scalars(connector.metrics["log"])
+    if not metrics:
+        return None
+    if "step" in metrics:  # Lightning's way to log against another axis
+        return {"step": int(metrics.pop("step")), "metrics": metrics}
+    return {"step": step, "metrics": {"epoch": trainer.current_epoch, **metrics}}
+
+
+@contextlib.contextmanager
+def before_validation(trainer: Trainer) -> Iterator[None]:
+    """Inside a validation: a checkpoint written in this block has all of it ahead, and its step behind."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    for count in (progress.total, progress.current):
+        count.completed -= 1
+    try:
+        yield
+    finally:
+        progress.increment_completed()
+
+
+class RestOfStep:
+    """Does what was left to do where a checkpoint was written: the line, the validation, the schedules that go by a
+    metric, the end of the epoch, and the end of training where no step is left.
+
+    Made while the checkpoint is loaded for training; then `begin` before Lightning asks whether training is over, and
+    `finish` when training starts.
+
+    Args:
+        checkpoint: as loaded.
+        log: what `log_position` gave when it was written; {} where nothing did.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, Any], log: Mapping[str, Any]) -> None:
+        self._line: dict[str, Any] | None = log.get("unlogged")
+        self._metrics: dict[str, Tensor] = log.get("metrics", {})
+        self._step: int = checkpoint["global_step"]
+        fit = checkpoint["loops"]["fit_loop"]
+        batch, epoch = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
+        self._inside_step = batch["total"]["completed"] == batch["total"]["processed"] - 1
+        self._inside_epoch = epoch["total"]["processed"] == epoch["total"]["started"] - 1
+        self._at_epochs_end = epoch["total"]["completed"] == epoch["total"]["processed"] - 1
+        self._last_batch: bool = batch["is_last_batch"]
+        self._epochs: dict[str, Any] = epoch
+        self._limits: tuple[int, int | None] | None = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """Lets Lightning into its loop where no step is left: it would skip the end of training with the steps."""
+        loop = trainer.fit_loop
+        if self._no_step_is_left(trainer) or _reached(self._epochs["current"]["processed"], loop.max_epochs):
+            self._limits = (loop.epoch_loop.max_steps, loop.max_epochs)
+            loop.epoch_loop.max_steps = loop.max_epochs = -1
+
+    def finish(self, trainer: Trainer) -> None:
+        """Every rank must call it, once all that was in the checkpoint is restored."""
+        loop = trainer.fit_loop
+        if self._limits is not None:
+            loop.epoch_loop.max_steps, loop.max_epochs = self._limits
+        epochs: Any = loop.epoch_progress.current
+        over = self._no_step_is_left(trainer) or _reached(epochs.processed, loop.max_epochs)
+        if loop.restarted_on_epoch_end:  # of a run with max_steps: Lightning would end that epoch once more
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+            loop.reset()
+        device = trainer.strategy.root_device
+        trainer._logger_connector._callback_metrics.update({n: v.to(device) for n, v in self._metrics.items()})
+        loop._restarting = False  # else Lightning leaves the metric's schedules out at the end of this epoch
+        with self._where_the_checkpoint_was_written(trainer, over):
+            if self._line is not None:
+                with explained_restoring(trainer.ckpt_path, "lightspan.log.unlogged"):
+                    _log(trainer, self._line["step"], self._line["metrics"])
+            if self._inside_step:
+                assert loop._data_fetcher is not None
+                if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+                    _validate(trainer)
+            if self._inside_step or (self._inside_epoch and over):  # behind a validation Lightning does so itself
+                loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+            if self._inside_step:
+                loop.epoch_loop.batch_progress.increment_completed()
+            if self._inside_epoch and (over or (self._inside_step and self._last_batch)):
+                _end_epoch(trainer)
+            elif self._at_epochs_end:
+                _move_schedules(trainer)
+
+    def _no_step_is_left(self, trainer: Trainer) -> bool:
+        return _reached(self._step, trainer.fit_loop.epoch_loop.max_steps)
+
+    @contextlib.contextmanager
+    def _where_the_checkpoint_was_written(self, trainer: Trainer, over: bool) -> Iterator[None]:
+        """Lightning has moved its count of epochs on where this one was at its last batch, and will move the other
+        counts when it runs the first batch, if there is one.
+        """
+        loop = trainer.fit_loop
+        epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+        moved, before = epochs.state_dict(), batches.state_dict()
+        epochs.load_state_dict(self._epochs)
+        yield
+        if over and self._inside_epoch:
+            loop.epoch_loop._batches_that_stepped += 1
+        else:
+            epochs.load_state_dict(moved)
+            batches.load_state_dict(before)
+
+
+def _reached(count: int, limit: int | None) -> bool:
+    return limit is not None and limit != -1 and count >= limit
+
+
+def _log(trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics=metrics, step=step)
+        logger.save()
+
+
+def _validate(trainer: Trainer) -> None:
+    """As Lightning does after a batch."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    loop.restarting = False
+    loop.run()
+    trainer.training = True
+
+
+def _end_epoch(trainer: Trainer) -> None:
+    """As Lightning does after the last batch of an epoch."""
+    connector, epochs = trainer._logger_connector, trainer.fit_loop.epoch_progress
+    connector.epoch_end_reached()
+    epochs.increment_processed()
+    call._call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=False)
+    call._call_lightning_module_hook(trainer, "on_train_epoch_end")
+    call._call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=True)
+    connector.on_epoch_end()
+    _move_schedules(trainer)
+    connector.update_train_epoch_metrics()
+    epochs.increment_completed()
+
+
+def _move_schedules(trainer: Trainer) -> None:
+    """Those that go by a metric and by epochs; the others moved before the checkpoint."""
+    loop = trainer.fit_loop.epoch_loop
+    if loop._num_ready_batches_reached():
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)

@@ -1,0 +1,49 @@
+"""Where classes are that earlier versions kept in other modules, so that their recipes and run folders still load."""
+
+from lightspan.config.tree import Node
+
+MODULES = {  # as it was -> as it is
+    "lightspan.callbacks.subspace_projection": "lightspan.callbacks.training.subspace_projection",
+    "lightspan.callbacks.adaptation": "lightspan.callbacks.training.adaptation",
+    "lightspan.callbacks.intrinsic_dimension": "lightspan.callbacks.training.intrinsic_dimension",
+    "lightspan.callbacks.rank_selection": "lightspan.callbacks.training.rank_selection",
+    "lightspan.callbacks.dimension_tracker": "lightspan.callbacks.watching.dimension_tracker",
+    "lightspan.callbacks.ledger": "lightspan.callbacks.watching.ledger",
+    "lightspan.callbacks.online_probes": "lightspan.callbacks.watching.online_probes",
+    "lightspan.callbacks.picture_samples": "lightspan.callbacks.watching.picture_samples",
+    "lightspan.callbacks.text_samples": "lightspan.callbacks.watching.text_samples",
+    "lightspan.callbacks.progress": "lightspan.callbacks.watching.progress",
+    "lightspan.callbacks.run_summary": "lightspan.callbacks.watching.run_summary",
+    "lightspan.callbacks.throughput": "lightspan.callbacks.watching.throughput",
+    "lightspan.callbacks.checkpoint": "lightspan.callbacks.resilience.checkpoint",
+    "lightspan.callbacks.preemption": "lightspan.callbacks.resilience.preemption",
+    "lightspan.callbacks.watchdog": "lightspan.callbacks.resilience.watchdog",
+    "lightspan.callbacks.finite": "lightspan.callbacks.resilience.finite",
+    "lightspan.callbacks.random_state": "lightspan.callbacks.resilience.random_state",
+    "lightspan.callbacks.accumulation": "lightspan.callbacks.resilience.accumulation",
+    "lightspan.callbacks.proof": "lightspan.callbacks.resilience.proof",
+    "lightspan.callbacks.jsonl_logger": "lightspan.loggers.jsonl",
+    "lightspan.datamodules.loader": "lightspan.datamodules.loading.loader",
+    "lightspan.datamodules.shards": "lightspan.datamodules.shards.stream",
+    "lightspan.datamodules.images": "lightspan.datamodules.images.small",
+    "lightspan.datamodules.text": "lightspan.datamodules.text.windows",
+    "lightspan.datamodules.classes": "lightspan.datamodules.images.classes",
+    "lightspan.datamodules.shapes": "lightspan.datamodules.images.shapes",
+    "lightspan.datamodules.views": "lightspan.datamodules.images.views",
+    "lightspan.datamodules.austen": "lightspan.datamodules.text.austen",
+    "lightspan.datamodules.reviews": "lightspan.datamodules.text.reviews",
+}
+
+
+def followed(node: Node) -> Node:
+    """The tree with every `class_path` as this version has it."""
+    if isinstance(node.value, list):
+        return Node([followed(child) for child in node.value], node.where, node.replaced)
+    if not isinstance(node.value, dict):
+        return node
+    children = {key: followed(child) for key, child in node.value.items()}
+    named = children.get("class_path")
+    if named is not None and isinstance(named.value, str):
+        module, dot, name = named.value.rpartition(".")
+        children["class_path"] = Node(f"{MODULES.get(module, module)}{dot}{name}", named.where, named.replaced)
+    return Node(children, node.where, node.replaced)

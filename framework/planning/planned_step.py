@@ -1,0 +1,250 @@
+"""Plans the training step of a built recipe: its own precision, optimisers and callbacks, on fake tensors."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from lightspan.analysis.memory import rss_bytes
+from lightspan.datamodules.loading.loader import ExactLoader, split_batch
+from lightspan.errors import UserError
+from lightspan.planning.division import Division
+from lightspan.planning.rehearsal import optimizers, prepare_model, silent
+from lightspan.planning.step_memory import (
+    OptimizerStopped,
+    StepMemory,
+    batch_rows,
+    faked,
+    idle_state_bytes,
+    largest_rows,
+    nbytes,
+    resized,
+    step_memory,
+)
+
+_NO_LIMIT = 2**60  # version 1 of control groups writes a number of pages near 2**63
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes on one rank.
+
+    Attributes:
+        step: what one step holds.
+        division: how a strategy shares it out over ranks; `step` is one rank's share.
+        process: resident beside the step on a CPU run: interpreter, libraries in use, data; 0 on a device.
+        memory: what a rank has, and where that figure is from.
+        largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
+        notes: what was not counted the usual way, and why.
+    """
+
+    step: StepMemory
+    division: Division
+    process: int
+    memory: int
+    memory_source: str
+    largest_rows: int | None
+    notes: list[str]
+
+    @property
+    def total(self) -> int:
+        """What the run is expected to peak at."""
+        return self.step.peak + self.process
+
+
+def make_plan(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    limit: int | None,
+    real: bool = False,
+    division: Division = Division(),  # noqa: B008 - frozen
+) -> Plan:
+    """Counts one step on a batch laid out like the datamodule's first one, and searches the largest micro-batch.
+
+    Args:
+        limit: bytes of one rank, or None for what the device or this machine has.
+        real: count a step on real tensors; a fake step that cannot run falls back to that by itself.
+        division: of the step over ranks; the trainer itself is one of a single process.
+    Raises: UserError for what cannot be planned: manual optimisation, a batch without tensors.
+    """
+    if not module.automatic_optimization:
+        raise UserError(
+            f"{type(module).__name__} optimises by hand (automatic_optimization=False), so its optimiser step cannot "
+            "be told from its training_step; measure it by a short run: `lightspan fit RECIPE trainer.max_steps=10`"
+        )
+    step = _Step(trainer, module, datamodule, division)
+    rows = step.rows
+    if rows == 0:
+        raise UserError(f"the first batch of {type(datamodule).__name__} holds no tensor with samples along axis 0")
+    on_device = trainer.strategy.root_device.type != "cpu"
+    process = 0 if on_device else max(0, _rss_at_work() - nbytes(module.parameters()))
+    memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
+    largest, notes = None, ["counted by a real step"]
+    here: StepMemory | None = None
+    if not real:
+        try:
+            here, notes = step.fake(rows), []
+            largest = largest_rows(memory - process, step.fake, here, step.fake(2 * rows))
+        except UserError:
+            raise
+        except Exception as error:  # from whichever library needs numbers where there are only shapes
+            here, notes = None, [f"counted by a real step, since a fake one stopped ({_first_line(error)})"]
+    if here is None:
+        here = step.real(rows)
+        if rows >= 4:
+            half = step.real(rows // 2)
+            largest = largest_rows(memory - process, _line(half, here), half, here)
+            notes.append(f"the largest micro-batch lies on a line through real steps of {half.rows} and {rows} samples")
+    return Plan(here, division, process, memory, source, largest, [*notes, *step.notes])
+
+
+def available_memory(device: torch.device) -> tuple[int, str]:
+    """(bytes, where from): all of a CUDA device, or what the machine has free for new processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
+    if limit := cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+        return limit, "the memory limit of this container or job"
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                # What this process holds already is counted in the plan.
+                return int(line.split()[1]) * 1024 + rss_bytes(), "free on this machine"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "all of this machine"
+
+
+def cgroup_limit(groups: Path, root: Path) -> int | None:
+    """The least memory limit, in bytes, of a process's control groups, from its own up to the root; None without one.
+
+    Args:
+        groups: lines "0::/path" (version 2) or "N:memory:/path" (version 1), as in /proc/self/cgroup.
+        root: where the groups are mounted. A container sees its own group there, whatever its path says.
+    """
+    limits = []
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = top / path.strip("/")
+        files = [folder / name for folder in (own, *own.parents) if folder == top or top in folder.parents]
+        texts = [file.read_text().strip() for file in files if file.is_file()]
+        limits += [int(text) for text in texts if text.isdigit() and int(text) < _NO_LIMIT]  # "max" in version 2
+    return min(limits, default=None)
+
+
+def _rss_at_work() -> int:
+    """Resident bytes of this process once it has computed: libraries bring in their code with its first use, some 20
+    MiB that a process which has only built its model does not show.
+    """
+    x_BHTD = torch.ones(2, 2, 8, 16, requires_grad=True)
+    weight_DD, kernel = (torch.ones(shape, requires_grad=True) for shape in ((16, 16), (2, 2, 3, 3)))
+    y_BHTD = functional.layer_norm(x_BHTD @ weight_DD, (16,))
+    y_BHTD = functional.scaled_dot_product_attention(y_BHTD, y_BHTD, y_BHTD, is_causal=True)
+    y_BHTD = functional.batch_norm(functional.conv2d(y_BHTD, kernel, padding=1), None, None, training=True)
+    logits_BV = functional.gelu(y_BHTD).flatten(0, 2)
+    functional.cross_entropy(logits_BV, torch.zeros(len(logits_BV), dtype=torch.long)).backward()
+    torch.optim.AdamW([weight_DD, kernel]).step()
+    return rss_bytes()
+
+
+class _Step:
+    """One training step of a module as its trainer would run it, on one of the ranks it is divided over."""
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule, division: Division
+    ) -> None:
+        self.trainer, self.division = trainer, division
+        self.notes: list[str] = []
+        self._idle_state: int | None = None
+        datamodule.trainer = trainer
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        prepare_model(trainer, module)
+        loader = datamodule.train_dataloader()
+        self.batch = trainer.precision_plugin.convert_input(next(iter(loader)))
+        self.rows = batch_rows(self.batch)
+        if isinstance(loader, ExactLoader):  # it gives one process what all ranks together would see
+            self.rows = split_batch(loader.batch_size, division.ranks, trainer.accumulate_grad_batches)
+        trainer.precision_plugin.convert_module(module)
+        self.module = module.train()
+
+    def real(self, rows: int) -> StepMemory:
+        """Counts a step on real tensors; it changes the weights."""
+        return self._measure(rows, self._optimizers)
+
+    def fake(self, rows: int) -> StepMemory:
+        """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real one."""
+        if self._idle_state is None:
+            try:
+                return self._fake(rows, self._optimizers)
+            except OptimizerStopped as stopped:
+                with silent():
+                    self._idle_state = idle_state_bytes(self.module, self._optimizers())
+                self.notes.append(
+                    f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
+                )
+        found = self._fake(rows, list)
+        state = -(-self._idle_state // self.division.optimizer_state)
+        return dataclasses.replace(found, optimizer_state=state, peak=found.peak + state)
+
+    def _fake(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
+        mode = FakeTensorMode()
+        with faked(self.module, mode), mode:
+            return self._measure(rows, make_optimizers)
+
+    def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
+        passes = min(2, self.trainer.accumulate_grad_batches)
+        with silent(), _no_logging(self.module):
+            whole = step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
+        return self.division.of(whole)
+
+    def _loss(self, batch: Any) -> Tensor:
+        with self.trainer.precision_plugin.train_step_context():
+            output = self.module.training_step(batch, 0)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise UserError(f"{type(self.module).__name__}.training_step gave no loss for the first batch, so no plan")
+        return loss
+
+    def _optimizers(self) -> list[Optimizer]:
+        found, left_out = optimizers(self.trainer, self.module)
+        self.notes = [*dict.fromkeys([*self.notes, *left_out])]
+        return found
+
+
+def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
+    """Steps of other sizes, their peak on the line through two measured ones."""
+    slope = (large.peak - small.peak) / (large.rows - small.rows)
+    return lambda rows: dataclasses.replace(large, rows=rows, peak=round(large.peak + slope * (rows - large.rows)))
+
+
+@contextlib.contextmanager
+def _no_logging(module: LightningModule) -> Iterator[None]:
+    """`self.log` needs a running loop; here it does nothing."""
+
+    def ignore(*_args: Any, **_kwargs: Any) -> None: ...
+
+    module.log = module.log_dict = ignore  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.log, module.log_dict
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

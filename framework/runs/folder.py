@@ -1,0 +1,232 @@
+"""The run folder: where it is, who uses it, what it records of the run, and whether a run may go on in it."""
+
+import argparse
+import contextlib
+import errno
+import itertools
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole
+from lightspan.config import identity, provenance
+from lightspan.config.resolve import RESOLVED_FILE, Resolved, recorded
+from lightspan.config.tree import dump
+from lightspan.errors import UserError
+from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
+from lightspan.runs.metrics_csv import METRICS_FILE
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+PROVENANCE_FILE = "provenance.json"
+CHECKPOINTS = "checkpoints"
+LAST_CHECKPOINT = Path(CHECKPOINTS) / LAST
+LOCK_FILE = ".lightspan.lock"
+LOCK_WAIT_S = 30.0
+_RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
+
+
+def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
+    """The absolute run folder: as given, or a new one named by recipe and time, which no other run shares.
+
+    Args:
+        make: also make it, on the first rank.
+    Raises: UserError where it cannot be made, or where ranks started from outside would each choose one of their own.
+    """
+    if given is not None:
+        folder = given.absolute()
+        if make and is_first_rank():
+            _make(folder, exist_ok=True)
+        return folder
+    if _RUN_VARIABLE in os.environ and not is_first_rank():
+        return Path(os.environ[_RUN_VARIABLE])
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+        raise UserError("several ranks were started from outside; give --run DIR so that all of them share one folder")
+    first = Path("runs").absolute() / name.replace("/", "-") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+            if make:
+                _make(folder, exist_ok=False)
+            elif folder.exists():
+                continue
+            break
+    os.environ[_RUN_VARIABLE] = str(folder)
+    return folder
+
+
+def _make(folder: Path, exist_ok: bool) -> None:
+    try:
+        with explained_os_errors(folder) if exist_ok else contextlib.nullcontext():
+            folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a name that is too long, or a place that holds no folders
+        text = str(folder)
+        shown = text if len(text) <= 200 else f"{text[:197]}..."
+        raise UserError(f"--run: {shown} cannot be made: {error.strerror}; give another folder") from error
+
+
+@contextlib.contextmanager
+def sole_use(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Holds a run folder for the first rank of one run: a second one there would write over its files.
+
+    Waits a while for a run that is leaving. The lock ends with its process, however that ends, also on other machines
+    where the file system knows locks; where it does not, there is none. Leftovers of killed writes are removed.
+    Raises: UserError while another run holds the folder.
+    """
+    if fcntl is None or not is_first_rank():
+        yield
+        return
+    path = run_dir / LOCK_FILE
+    with _opened(path) as file:
+        until_s = time.monotonic() + wait_s
+        while not _locked(file):
+            if time.monotonic() > until_s:
+                holder = path.read_text().strip() or "an unknown process"
+                raise UserError(
+                    f"{run_dir} is in use by {holder}; wait for that run, end it, or give another --run DIR"
+                )
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        remove_leftovers(run_dir)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if [*run_dir.iterdir()] == [path]:  # refused before anything was written
+                    path.unlink()
+                    run_dir.rmdir()
+            raise
+
+
+def _opened(path: Path) -> TextIO:
+    with explained_os_errors(path):
+        return path.open("a+")
+
+
+def _locked(file: TextIO) -> bool:
+    """POSIX locks: data workers that are forked do not inherit them."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # another: this file system has no locks
+    return True
+
+
+def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
+    """The checkpoint that --resume means, or None for a fresh start. Raises: UserError where it would lose a run.
+
+    `auto` takes the newest whole one and says on stderr what it passed over. The first rank chooses for all, so it
+    alone reads checkpoints to compare their sha256.
+    """
+    folder = run_dir / CHECKPOINTS
+    holds_run = bool(checkpoints(folder)) or _has_content(run_dir / METRICS_FILE)
+    if args.resume == "auto":
+        return newest_checkpoint(run_dir) if args.run is not None else None
+    if args.resume == "never":
+        if holds_run:
+            raise UserError(
+                f"--resume never: {run_dir} already holds a run; give another --run DIR or delete that folder"
+            )
+        return None
+    path = Path(args.resume)
+    if not path.exists():
+        raise UserError(f"--resume {args.resume}: no such file; give auto, never or the path of a checkpoint")
+    if checkpoints(folder) and run_dir not in path.absolute().parents:
+        raise UserError(
+            f"--resume {path}: {run_dir} holds another run, which would be overwritten; give another --run DIR"
+        )
+    return path.absolute()
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None where the run never had one; torn ones are named on stderr.
+
+    Raises: UserError when there are checkpoints and not one of them is whole.
+    """
+    folder = run_dir / CHECKPOINTS
+    put_back(folder)
+    found, passed = newest_whole(folder, contents=is_first_rank())
+    reasons = [f"{path} {fault.text}" for path, fault in passed.items()]
+    if found is None and passed:
+        raise UserError(
+            f"no checkpoint of {run_dir} is whole: {'; '.join(reasons)}. `lightspan fsck {run_dir}` moves them out of "
+            "the way, and the run then starts anew"
+        )
+    if reasons and is_first_rank():
+        print(f"lightspan: {'; '.join(reasons)}; going on from {found}", file=sys.stderr)
+    return found
+
+
+def run_ids(checkpoint: Path) -> dict[str, str]:
+    """{class path of a logger: the id of its run} as a checkpoint's manifest tells; empty where it tells nothing."""
+    loggers = (manifest(checkpoint) or {}).get("loggers")
+    return {str(name): str(run) for name, run in loggers.items()} if isinstance(loggers, dict) else {}
+
+
+def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
+    """Raises UserError where the run that wrote a checkpoint was another experiment than this configuration."""
+    source = checkpoint.parent.parent
+    if not (source / RESOLVED_FILE).is_file():
+        return
+    found = identity.differences(recorded(source), resolved.config)
+    if found:
+        lines = "\n".join(f"  {line}" for line in found[:20]) + ("\n  ..." if len(found) > 20 else "")
+        raise UserError(
+            f"{checkpoint} belongs to another experiment; these settings differ (then -> now):\n{lines}\n"
+            "Put them back, or start a new run with another --run DIR. A resumed run may change its length, devices, "
+            "loggers, num_workers, and callbacks that declare alters_training = False."
+        )
+
+
+def set_metrics_aside(run_dir: Path) -> None:
+    """Gives the metrics of a start that left no checkpoint another name, and says so: the run begins anew."""
+    path = run_dir / METRICS_FILE
+    if not _has_content(path):
+        return
+    aside = next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}-{n}")).exists())
+    path.rename(aside)
+    print(f"note: the figures of an earlier start without a checkpoint are kept in {aside}", file=sys.stderr)
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace, checkpoint: Path | None) -> None:
+    """resolved.yaml and provenance.json; of earlier starts, under `earlier`, what was different then (null: absent)."""
+    record = provenance.provenance(resolved, args.command_line, args.overlays)
+    if checkpoint is not None:
+        record["checkpoint"] = str(checkpoint)
+    path = run_dir / PROVENANCE_FILE
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        starts = [before | start for start in before.pop("earlier", [])]
+        record["earlier"] = [
+            {key: start.get(key) for key in {**record, **start} if start.get(key) != record.get(key)}
+            for start in [*starts, before]
+        ]
+    write_atomic(run_dir / RESOLVED_FILE, dump(resolved.document()))
+    write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, by what the launchers leave in the environment.
+
+    Inside a SLURM allocation every process sees a SLURM_PROCID, also ranks that Lightning starts there: each has 0.
+    """
+    if rank := os.environ.get("RANK"):
+        return rank == "0"
+    return all(os.environ.get(name, "0") == "0" for name in ("SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
