@@ -11,11 +11,12 @@ import rank_processes
 from rank_processes import PROJECT
 
 from lightspan.cli import main
-from lightspan.commands import intrinsic_dimension as command
-from lightspan.commands.intrinsic_dimension import TUNING_SEED, Fit, Settings, layer, search
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
+from lightspan.intrinsic import fits as command
 from lightspan.intrinsic.curve import target
+from lightspan.intrinsic.fits import layer
+from lightspan.intrinsic.search import TUNING_SEED, Fit, Settings, search
 from lightspan.runs.fits import run_side_by_side
 
 REFERENCES = {"untrained": {"0": 0.1, "1": 0.1, "2": 0.1}}

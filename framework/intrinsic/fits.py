@@ -1,0 +1,155 @@
+"""The runs of a search: each is the recipe with a subspace, seeds and a rate, in a folder of its own."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightspan.config.resolve import Resolved, with_layer
+from lightspan.config.tree import dump
+from lightspan.errors import UserError
+from lightspan.files import remove, write_atomic
+from lightspan.intrinsic.search import LOG, Fit, Settings
+from lightspan.report.compare import differences
+from lightspan.report.runs import METRICS, SUMMARY, load_run
+from lightspan.runs.fits import fit_command, last_lines, run_side_by_side
+
+CALLBACK = "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension"
+ENTRY = "intrinsic_dimension"
+
+
+def require_rate(resolved: Resolved, key: str) -> None:
+    if key not in resolved.sources:
+        rates = [path for path in resolved.sources if path.split(".")[-1] == "lr"]
+        raise UserError(
+            f"--lrs sets {key}, and {resolved.name} has no such key; name it with --lr-key"
+            + (f", for example {rates[0]}" if rates else "")
+        )
+
+
+def train(resolved: Resolved, settings: Settings, fits: Sequence[Fit]) -> dict[Fit, float]:
+    """Runs that stand finished in the folder are kept, all others are done anew, `workers` at a time."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    runs = settings.out / "runs"
+    waiting = [fit for fit in fits if not _finished(resolved, settings, fit)]
+    commands = []
+    for fit in waiting:
+        remove(runs / fit.name)
+        recipe = runs / f"{fit.name}.yaml"
+        write_atomic(recipe, recipe_of(resolved, settings, fit))
+        commands.append((fit_command(recipe, runs / fit.name, resolved.allow_modules), runs / fit.name / LOG))
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(settings.workers)}
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("runs", total=len(fits), completed=len(fits) - len(waiting))
+
+        def ended(position: int, status: int) -> None:
+            progress.update(task, advance=1, description=waiting[position].name)
+            if status:
+                log = commands[position][1]
+                console.print(
+                    f"{waiting[position].name} failed with status {status}, see {log}:\n{last_lines(log)}", markup=False
+                )
+
+        run_side_by_side(commands, settings.workers, ended, threads)
+    return {fit: _value(runs / fit.name, settings.metric) for fit in fits}
+
+
+def _threads(workers: int) -> str:
+    return str(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _finished(resolved: Resolved, settings: Settings, fit: Fit) -> bool:
+    """Whether the folder holds this run, whole. Raises: UserError where it holds another run of that name."""
+    folder = settings.out / "runs" / fit.name
+    try:
+        finished = json.loads((folder / SUMMARY).read_text())["finished"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    recipe, wanted = folder.with_name(f"{fit.name}.yaml"), recipe_of(resolved, settings, fit)
+    if finished and recipe.is_file() and recipe.read_text() != wanted:
+        import yaml
+
+        found = differences([yaml.safe_load(recipe.read_text()), yaml.safe_load(wanted)])
+        lines = "\n".join(f"  {key}: {before} -> {now}" for key, (before, now) in found[:10])
+        raise UserError(
+            f"{settings.out} holds a search with other settings (then -> now, in {fit.name}):\n{lines}\n"
+            "Put them back, or give another --out DIR"
+        )
+    return finished
+
+
+def recipe_of(resolved: Resolved, settings: Settings, fit: Fit) -> str:
+    return dump(with_layer(resolved, layer(resolved, settings, fit)).document())
+
+
+def layer(resolved: Resolved, settings: Settings, fit: Fit) -> dict[str, Any]:
+    """What a run changes in the recipe: seeds, subspace and rate, and nothing is kept that a torn run would need."""
+    trainer = resolved.config.get("trainer", {})
+    callbacks, loggers = (trainer.get(kind) for kind in ("callbacks", "logger"))
+    callbacks, loggers = (given if isinstance(given, dict) else {} for given in (callbacks, loggers))
+    unneeded = ("checkpoint", "preemption")
+    changed: dict[str, Any] = {name: None for name in callbacks if name in unneeded or _is_subspace(callbacks[name])}
+    changed["summary"] = {
+        "class_path": "lightspan.callbacks.watching.run_summary.RunSummary",
+        "init_args": {"path": "${run}/summary.json"},
+    }
+    if fit.dim is not None:
+        settings_of = {"dim": fit.dim, "seed": fit.drawn(), "projection": {"class_path": settings.projection}}
+        settings_of |= {"layer_scales": True} if settings.layer_scales else {}
+        changed[ENTRY] = {"class_path": CALLBACK, "init_args": settings_of | {"path": "${run}/subspace.safetensors"}}
+    jsonl = {"class_path": "lightspan.loggers.jsonl.JsonlLogger", "init_args": {"save_dir": "${run}"}}
+    logger = {**{name: None for name in loggers if name != "jsonl"}, "jsonl": jsonl}
+    found: dict[str, Any] = {
+        "seed_everything": fit.drawn(),
+        "trainer": {"enable_checkpointing": False, "callbacks": changed, "logger": logger},
+    }
+    if fit.lr is not None:
+        place = found
+        *path, last = settings.lr_key.split(".")
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = fit.lr
+    return found
+
+
+def _is_subspace(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("class_path") == CALLBACK
+
+
+def _value(folder: Path, metric: str) -> float:
+    """The last value of the metric; NaN where the run logged none."""
+    if not (folder / METRICS).is_file() or not (folder / SUMMARY).is_file():
+        return math.nan
+    points = load_run(folder, folder.name).points(metric)
+    return points[-1].value if points else math.nan
+
+
+def references_of(resolved: Resolved, settings: Settings) -> dict[str, Any]:
+    """What needs no training, kept in references.json. Raises: UserError for a metric that validation does not log, and
+    for a grid beyond the weights.
+    """
+    from lightspan.intrinsic.references import references
+
+    direct = with_layer(resolved, layer(resolved, settings, Fit(None, settings.lrs[0], 0)))
+    path, wanted = settings.out / "references.json", {"recipe": dump(direct.document()), "seeds": settings.seeds}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = {}
+    if {key: found.get(key) for key in wanted} != wanted:
+        print("measuring what needs no training: the untrained network, a linear probe on its features", flush=True)
+        seeds = {seed: Fit(0, None, seed).drawn() for seed in range(settings.seeds)}
+        found = references(direct, seeds, settings.metric) | wanted
+        write_atomic(path, json.dumps(found, indent=2) + "\n")
+    if settings.grid[-1] > found["parameters"]:
+        raise UserError(
+            f"--grid ends at {settings.grid[-1]:,}, and {resolved.name} trains {found['parameters']:,} weights; a "
+            "subspace has at most as many dimensions"
+        )
+    return found
