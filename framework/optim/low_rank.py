@@ -73,7 +73,8 @@ class LowRank(Optimizer):
     the experts of a layer are, counts as E matrices (AdamW for them under FSDP2 and away from whole gradients).
 
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
-    `lightspan.optim.presets` has the published optimisers.
+    `lightspan.optim.presets` has the published optimisers. The equations, slow and plain:
+    `lightspan.optim.reference.LowRank`.
 
     Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
     sharded with them. Steps give what one process gives, but for the order of sums.
