@@ -15,7 +15,16 @@ PACKAGES = {
     "framework": "lightspan",
 }
 
-GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
+GROUND = {
+    "",
+    "devices",
+    "errors",
+    "facts",
+    "files",
+    "distributed",
+    "patterns",
+    "sharded",
+}  # "" is `import lightspan` itself
 # Floor -> the other floors it may use. The command line (cli, commands, config, report) stands on top and may use all.
 MAY_USE: dict[str, set[str]] = {
     "devices": set(),
@@ -24,6 +33,7 @@ MAY_USE: dict[str, set[str]] = {
     "files": set(),
     "distributed": set(),
     "patterns": set(),
+    "sharded": set(),
     "triton_kernels": set(),
     "subspaces": {"triton_kernels"},
     "optim": {"subspaces", "triton_kernels"},

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide_type
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 
 ROWS = 16  # of one program; more would leave a GPU idle at a few thousand rows
@@ -30,7 +31,7 @@ def kronecker_energies_reference(gradients: Sequence[Tensor], left_aa: Tensor, r
     On one EPYC core 2^20 numbers take 1.2 to 3 ms for N from 256 to 4096; the product with the dense basis takes 2.4 to
     39 ms in float32 and 1.2 to 20 in bfloat16.
     """
-    (a, b), wide = (len(left_aa), len(right_bb)), torch.promote_types(left_aa.dtype, torch.float32)
+    (a, b), wide = (len(left_aa), len(right_bb)), wide_type(left_aa.dtype)
     left_aa, right_bb = left_aa.to(wide), right_bb.to(wide)
     energy_BN = left_aa.new_zeros((len(gradients), a * b))
     for energy_N, gradient_MN in zip(energy_BN, gradients, strict=True):
@@ -163,7 +164,7 @@ def kronecker_energies(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: T
 
 @kronecker_energies.register_fake
 def _(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: Tensor) -> Tensor:
-    wide = torch.promote_types(left_aa.dtype, torch.float32)
+    wide = wide_type(left_aa.dtype)
     return gradients[0].new_empty((len(gradients), gradients[0].shape[1]), dtype=wide)
 
 

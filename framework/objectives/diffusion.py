@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightspan.devices import wide_type
+
 MOST_NOISE = 0.999  # of one step, as in Nichol and Dhariwal: the cosine would reach 1, which no step back survives
 
 
@@ -50,7 +52,7 @@ def noise_of_velocity(v: Tensor, noisy: Tensor, kept_B: Tensor) -> Tensor:
 
 def prediction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all entries, in float32 or wider. Images and levels weigh the same."""
-    wide = torch.promote_types(predicted.dtype, torch.float32)
+    wide = wide_type(predicted.dtype)
     return F.mse_loss(predicted.to(wide), target.to(wide))
 
 
@@ -89,7 +91,7 @@ def step_back(
 
 def _shares(kept_B: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """kept and 1 - kept, what is left for the noise, in float32 or wider and beside images [B ...]."""
-    wide = torch.promote_types(torch.promote_types(kept_B.dtype, image.dtype), torch.float32)
+    wide = wide_type(kept_B.dtype, image.dtype)
     kept = kept_B.to(image.device, wide).view(-1, *[1] * (image.ndim - 1))
     return kept, 1 - kept
 

@@ -23,6 +23,7 @@ from lightspan.errors import UserError
 from lightspan.optim.carries import Carry, Gather, Keep, Rotate
 from lightspan.optim.layout import Layout, State
 from lightspan.subspaces import frames
+from lightspan.subspaces.svd import thin_svd
 from lightspan.subspaces.transforms import hadamard_factors, kronecker_dct_factors, kronecker_matrix
 from lightspan.triton_kernels.backproject_update import backproject_update
 from lightspan.triton_kernels.dct_energies import dct_energies
@@ -152,7 +153,7 @@ class SVDBasis(_DenseBasis):
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
         whole = (layout.gathered(gradient.to(layout.dtype)) for gradient in gradients)  # one at a time
-        vectors = [torch.linalg.svd(g, full_matrices=False).Vh[: layout.rank].mT for g in whole]
+        vectors = [thin_svd(g)[2][: layout.rank].mT for g in whole]
         return {"frame": torch.stack(vectors)}
 
 

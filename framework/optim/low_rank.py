@@ -39,8 +39,9 @@ from lightspan.optim.projected import Selection
 from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
 from lightspan.optim.residuals import Dropped, Fira, Residual
 from lightspan.optim.settings import require_fit, require_sound
-from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
+from lightspan.optim.sharding import Ranks, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
+from lightspan.sharded import local
 
 
 @dataclass

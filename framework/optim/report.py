@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightspan.devices import wide_type
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.sharding import local
+from lightspan.sharded import local
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
         how = f"AdamW: rank {group['rank']} is not below its shorter side"
     state = optimizer.initial_state(parameter, group, torch.device("meta"))
     kept = sum(local(tensor).nbytes for tensor in state.values())
-    wide = torch.promote_types(parameter.dtype, torch.float32).itemsize
+    wide = wide_type(parameter.dtype).itemsize
     name, shape, rate = group.get("name", "parameters"), tuple(parameter.shape), float(group["lr"])
     return Treatment(name, shape, rate, how, kept, 2 * wide * local(parameter).numel())
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightspan.subspaces.svd import thin_svd
+
 
 def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """Every fibre of `tensor` along `axis` multiplied by `matrix` [any, size of that axis]."""
@@ -31,7 +33,5 @@ def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """(core, orthonormal factors) with the leading singular vectors of each unfolding: exact at full ranks, and within
     sqrt(N) of the best Tucker form otherwise.
     """
-    factors = [
-        torch.linalg.svd(unfolding(tensor, axis), full_matrices=False).U[:, :rank] for axis, rank in enumerate(ranks)
-    ]
+    factors = [thin_svd(unfolding(tensor, axis))[0][:, :rank] for axis, rank in enumerate(ranks)]
     return compose(tensor, [factor.mT for factor in factors]), factors

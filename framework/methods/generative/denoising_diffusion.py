@@ -15,6 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ImageBatch
+from lightspan.devices import wide_type
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.objectives.diffusion import (
@@ -151,7 +152,7 @@ class DenoisingDiffusion(Method):
         told_B = torch.ones_like(label_B, dtype=torch.bool)
         seen = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), torch.float32)
         x_BCHW = torch.randn(len(label_B), *shape, generator=generator)
-        x_BCHW = x_BCHW.to(device, torch.promote_types(seen, torch.float32))
+        x_BCHW = x_BCHW.to(device, wide_type(seen))
         visited = self.spread(steps)[::-1]
         kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]
         for i, level in enumerate(visited):
