@@ -15,8 +15,8 @@ from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
-from lightspan.optim.wiring import wire
 from lightspan.strategies import shard
+from lightspan.wiring.optimizers import wire
 
 
 class Method(LightningModule):

@@ -15,16 +15,8 @@ PACKAGES = {
     "framework": "lightspan",
 }
 
-GROUND = {
-    "",
-    "devices",
-    "errors",
-    "facts",
-    "files",
-    "distributed",
-    "patterns",
-    "sharded",
-}  # "" is `import lightspan` itself
+# "" is `import lightspan` itself
+GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns", "sharded"}
 # Floor -> the other floors it may use. The command line (cli, commands, config, report) stands on top and may use all.
 MAY_USE: dict[str, set[str]] = {
     "devices": set(),
@@ -43,13 +35,14 @@ MAY_USE: dict[str, set[str]] = {
     "backbones": {"nn"},
     "analysis": {"subspaces"},
     "strategies": {"optim"},
-    "deepspeed": {"optim", "callbacks", "strategies"},
-    "method": {"optim", "strategies"},
+    "wiring": {"optim"},
+    "deepspeed": {"optim", "callbacks", "strategies", "wiring"},
+    "method": {"optim", "strategies", "wiring"},
     "methods": {
         *("method", "subspaces", "optim", "adapters", "objectives"),
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
-    "callbacks": {"subspaces", "optim", "adapters", "analysis", "strategies"},
+    "callbacks": {"subspaces", "optim", "adapters", "analysis", "strategies", "wiring"},
     "datamodules": set(),
     "recipes": set(),
 }
@@ -59,7 +52,7 @@ TOP = {"__init__", "__main__", "cli", "commands", "config", "launch", "report"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
 # Pure tensor code, usable without a trainer.
-WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "adapters", "objectives", "nn", "backbones")
+WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "optim", "adapters", "objectives", "nn", "backbones")
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -18,8 +18,8 @@ from lightspan.optim.inner import SGD
 from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments, MomentStorage
-from lightspan.optim.report import treatment
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.optim.treatment import treatment
 
 PRESETS = {
     "default": LowRank,
