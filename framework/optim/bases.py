@@ -1,4 +1,5 @@
-"""The frame each matrix is projected on, and how it is chosen from a gradient.
+"""The frame each matrix is projected on, and how it is chosen from a gradient. Its transpose is the field's projector,
+choosing it anew (`refresh`) what GaLore's code does every update_proj_gap steps.
 
 | basis           | frame                                                            | state per matrix |
 |-----------------|------------------------------------------------------------------|------------------|

@@ -1,4 +1,4 @@
-"""What becomes of moments when the frame of a matrix changes.
+"""What becomes of moments when the frame of a matrix changes: the field's moment rotation, or projection-aware moments.
 
 Shapes: B matrices, M rows, N columns (projected), R rank.
 """
