@@ -5,7 +5,8 @@ their linear schedule; Nichol, Dhariwal, 2021, arXiv 2102.09672, eq. 17 (cosine 
 Diffusion Implicit Models", 2020, arXiv 2010.02502, eq. 12 and 16 (the step back); Salimans, Ho, 2022, arXiv 2202.00512,
 section 4 (velocity). Clipping as in the code published with Dhariwal, Nichol, 2021, arXiv 2105.05233.
 Shapes: T noise levels (the field's timesteps t), B batch. kept (the field's alpha_bar, in code alphas_cumprod) is the
-share of variance that is still the image, in (0, 1]. Its table belongs in float32 or wider: near 1, where half precision has no number left, 1 - kept is the noise.
+share of variance that is still the image, in (0, 1]. Its table belongs in float32 or wider: near 1, where half
+precision has no number left, 1 - kept is the noise.
 All functions compute in float32 or wider and round once, to the dtype of the images they are given.
 """
 

@@ -3,8 +3,8 @@
 Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, algorithms 1 and 2; Song et al.,
 "Denoising Diffusion Implicit Models", 2020, arXiv 2010.02502 (fewer levels when drawing); Ho, Salimans, 2022, arXiv
 2207.12598 (guidance by the same network without its class); Salimans, Ho, 2022, arXiv 2202.00512 (velocity). The
-equations are in `lightspan.objectives.diffusion`. A level is the field's timestep, kept its alpha_bar, and an image whose
-class the network is not told is one of the null class, or unconditional.
+equations are in `lightspan.objectives.diffusion`. A level is the field's timestep, kept its alpha_bar, and an image
+whose class the network is not told is one of the null class, or unconditional.
 Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
