@@ -45,6 +45,7 @@ MAY_USE: dict[str, set[str]] = {
     "callbacks": {"subspaces", "optim", "adapters", "analysis", "strategies", "wiring"},
     "datamodules": set(),
     "recipes": set(),
+    "experiments": {"optim", "subspaces", "triton_kernels"},
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lightspan.devices import wide, wide_type, widest_float
 from lightspan.errors import UserError
-from lightspan.triton_kernels.kronecker_energies import ROWS, blocks, index_type, operands, row_tiles
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
+from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands, row_tiles
 
 if triton is not None:
-    from lightspan.triton_kernels.kronecker_energies import load_factor, select_row
+    from lightspan.triton_kernels.tiles import load_factor, select_row
 
 
 def rotation(size: int, like: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def check_power_of_two(size: int) -> None:
         raise UserError(
             f"Hadamard transform of length {size}: the length must be a power of two; pad it to "
             f"{1 << max(size - 1, 0).bit_length()}, or take the Kronecker factors of any size "
-            "(lightspan.subspaces.transforms.hadamard_factors)"
+            "(lightspan.experiments.transforms.hadamard_factors)"
         )
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import widest_float
-from lightspan.triton_kernels.gram import gram
 from lightspan.triton_kernels.project import project
 
 
@@ -70,6 +69,17 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor, total: Callable[[Tensor], Te
         factor_BRR = torch.where(sound_B11, factor_BRR, identity_RR)
         q_BNR = torch.linalg.solve_triangular(factor_BRR, q_BNR.mT, upper=False).mT
     return torch.where(sound_B11, q_BNR.to(y_BNR.dtype), anchor_BNR)
+
+
+def gram(y_BNR: Tensor) -> Tensor:
+    """Y^T Y of every matrix [B R R], in float64 and symmetric to the last bit: Cholesky loses positive definiteness to
+    its rounding errors (Fukaya et al. 2014).
+    """
+    gram_BRR = y_BNR.new_empty((len(y_BNR), y_BNR.shape[2], y_BNR.shape[2]), dtype=torch.float64)
+    for y_NR, gram_RR in zip(y_BNR, gram_BRR, strict=True):  # one at a time: the float64 copy is the largest tensor
+        wide_NR = y_NR.double()
+        torch.mm(wide_NR.mT, wide_NR, out=gram_RR)
+    return gram_BRR.triu() + gram_BRR.triu(1).mT
 
 
 def _column_norms(y_BNR: Tensor) -> Tensor:

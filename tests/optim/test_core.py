@@ -4,7 +4,8 @@ import pytest
 import torch
 from optim.rotated import adamw_rotated
 
-from lightspan.optim.bases import DCTBasis, HadamardBasis, KroneckerDCTBasis, PowerBasis, RandomColumns
+from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
+from lightspan.optim.bases import DCTBasis, PowerBasis, RandomColumns
 from lightspan.optim.core import Rule, project_step, update_step
 from lightspan.optim.inner import Adam, Numbers
 from lightspan.optim.layout import Layout

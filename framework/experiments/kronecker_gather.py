@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import wide_type
-from lightspan.triton_kernels.kronecker_energies import ROWS, blocks, fits, index_type, operands
+from lightspan.experiments.kronecker_energies import fits
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
 from lightspan.triton_kernels.project import project_reference, project_triton
+from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands
 
 if triton is not None:
-    from lightspan.triton_kernels.kronecker_energies import load_factor, select_row, two_sided
+    from lightspan.experiments.kronecker_energies import two_sided
+    from lightspan.triton_kernels.tiles import load_factor, select_row
 
 
 def kronecker_columns(columns_BR: Tensor, left_aa: Tensor, right_bb: Tensor) -> Tensor:
