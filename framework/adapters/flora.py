@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import LayerShape, like
 from lightspan.errors import UserError
-from lightspan.subspaces.tucker import compose
+from lightspan.subspaces.tucker import TuckerFrame, compose
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class FLoRAUpdate(Adapter):
         return self.layer.pointwise(self.layer.convolve(z, self.layer.for_each_group(core)), out)
 
     def delta(self) -> Tensor:
-        return self.layer.shaped(compose(self.core * self.scale, list(self.factors)).flatten(1))
+        return self.layer.shaped(TuckerFrame(list(self.factors)).push(self.core * self.scale).flatten(1))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         out, *others = self.factors

@@ -16,6 +16,7 @@ from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import LayerShape, fitting_rank, readable_weight, weight_of
 from lightspan.errors import UserError
 from lightspan.sharded import whole
+from lightspan.subspaces.singular import SingularFrame
 from lightspan.subspaces.svd import thin_svd
 
 
@@ -79,8 +80,7 @@ class SVFitUpdate(Adapter):
         return self.layer.up(self.layer.scale(z, self.shift_R).to(self.left_OR.dtype), self.left_OR)
 
     def delta(self) -> Tensor:
-        up_OR, down_RI = self.low_rank()
-        return self.layer.shaped(up_OR @ down_RI)
+        return self.layer.shaped(SingularFrame(self.left_OR, self.right_RI).push(self.shift_R))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.left_OR * self.shift_R, self.right_RI.to(self.shift_R.dtype)

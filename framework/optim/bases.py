@@ -56,6 +56,12 @@ class Basis(ABC):
     def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
 
+    def map(self, state: State, layout: Layout) -> frames.Frames:
+        """The `SubspaceMap` that a state stands for. `project` is its pull, and `update` takes a step along its push,
+        each in one pass over memory.
+        """
+        return frames.Frames(self.frame(state, layout))
+
     def materialised(self, state: State, layout: Layout) -> State:
         """The state with whatever several parts of one step would otherwise each make of it."""
         return state

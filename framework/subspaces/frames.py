@@ -1,11 +1,12 @@
 """Orthonormal frames of one side of a matrix: how they are made, and the maps between weights and coordinates.
 
 Shapes: B matrices of one shape, M rows (the kept side), N columns (the projected side), R rank.
-A frame Q_BNR has orthonormal columns. `push(z) = z Q^T` lifts coordinates to weights, `pull(G) = G Q` is its adjoint:
-<push(z), G> = <z, pull(G)>.
+A frame Q_BNR has orthonormal columns. push(z) = z Q^T lifts coordinates to weights, pull(G) = G Q is its adjoint; see
+`lightspan.subspaces.maps`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,14 +15,22 @@ from lightspan.devices import widest_float
 from lightspan.triton_kernels.project import project
 
 
-def pull(gradient_BMN: Tensor, frame_BNR: Tensor) -> Tensor:
-    """Coordinates [B M R] of gradients; the adjoint of `push`."""
-    return gradient_BMN @ frame_BNR
-
-
 def push(coordinates_BMR: Tensor, frame_BNR: Tensor) -> Tensor:
-    """Weights-shaped [B M N] matrices from coordinates; the adjoint of `pull`."""
+    """Matrices [B M N] from coordinates [B M R]; `Frames.pull` is the adjoint."""
     return coordinates_BMR @ frame_BNR.mT
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The `SubspaceMap` of frames [B N R]: coordinates [B M R] to matrices [B M N]. Frames need not be orthonormal."""
+
+    frame_BNR: Tensor
+
+    def push(self, z_BMR: Tensor) -> Tensor:
+        return push(z_BMR, self.frame_BNR)
+
+    def pull(self, g_BMN: Tensor) -> Tensor:
+        return g_BMN @ self.frame_BNR
 
 
 def gaussian(seeds: Sequence[int], size: int, rank: int) -> Tensor:
