@@ -42,19 +42,16 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightspan.errors import UserError
+from lightspan.experiments import kronecker_energies, kronecker_gather, kronecker_scatter_update
+from lightspan.experiments.transforms import kronecker_dct_factors
 from lightspan.files import write_atomic
 from lightspan.optim.bases import PowerBasis
 from lightspan.optim.layout import Layout, State
 from lightspan.optim.low_rank import LowRank
-from lightspan.subspaces.transforms import kronecker_dct_factors
 from lightspan.triton_kernels import (
     backproject_update,
     dct_energies,
     error_feedback,
-    gram,
-    kronecker_energies,
-    kronecker_gather,
-    kronecker_scatter_update,
     low_rank_adam,
     project,
     row_resident_step,
@@ -172,7 +169,6 @@ OPS = (
        lambda x: (x.weights, x.coordinates, x.frame, x.gradients, x.scale, *x.rates)),
     Op("row_resident_step", row_resident_step,
        lambda x: (x.weights, x.gradients, x.frame, *x.adam("float32")[1:7], *x.rates)),
-    Op("gram", gram, lambda x: (x.coordinates,), FULL),
     Op("walsh_hadamard", walsh_hadamard, lambda x: (x.stack,)),
     Op("kronecker_energies", kronecker_energies, lambda x: (x.gradients, *x.factors)),
     Op("kronecker_gather", kronecker_gather, lambda x: (x.gradients, x.columns, *x.factors, True)),

@@ -73,6 +73,16 @@ START = {
     "apollo_mini": 8e-3,
 }
 OTHER_START = 1.2e-2
+# Presets by their names in tables and result files.
+CLASSES = {
+    "galore": "GaLore",
+    "dct_adamw": "DCTAdamW",
+    "trion": "Trion",
+    "ldadam": "LDAdam",
+    "fira": "FiraAdam",
+    "apollo": "APOLLO",
+    "apollo_mini": "APOLLOMini",
+}
 # What a preset is given beyond its defaults. The papers' 200 steps between frames belong to runs of ten thousand and
 # more; with the 50 of `LowRank` all see several frames in a run.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -129,7 +139,7 @@ def constructor(name: str) -> Callable[..., Optimizer]:
         return torch.optim.AdamW
     if name == "low_rank":
         return import_module("lightspan.optim.low_rank").LowRank
-    return getattr(import_module("lightspan.optim.presets"), name)
+    return getattr(import_module("lightspan.optim.presets"), CLASSES[name])
 
 
 def optimizers(name: str, model: nn.Module, rates: Rates, rank: int) -> list[Optimizer]:

@@ -28,7 +28,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LowRank no residual": {"residual": None},
     "LowRank int8": {"moments": Int8Moments(), "basis": PowerBasis(precision="bfloat16")},
 }
-PRESETS = ("galore", "dct_adamw", "trion", "ldadam", "fira", "apollo", "apollo_mini")
+PRESETS: dict[str, type[LowRank]] = {
+    "galore": presets.GaLore,
+    "dct_adamw": presets.DCTAdamW,
+    "trion": presets.Trion,
+    "ldadam": presets.LDAdam,
+    "fira": presets.FiraAdam,
+    "apollo": presets.APOLLO,
+    "apollo_mini": presets.APOLLOMini,
+}
+"""By their names in tables and result files."""
 PAPER_GAP = 200  # optimiser steps between two refreshes in the scripts of GaLore, Fira and APOLLO
 
 Build = Callable[[list[Parameter], list[Parameter], int | None], Optimizer]
@@ -207,7 +216,7 @@ def _own(variant: str, rank: int) -> Build:
     def build(matrices: list[Parameter], others: list[Parameter], gap: int | None) -> Optimizer:
         groups = [{"params": matrices}, {"params": others, "project": False}]
         if variant in PRESETS:
-            optimizer = getattr(presets, variant)(groups, lr=LR, rank=rank)
+            optimizer = PRESETS[variant](groups, lr=LR, rank=rank)
         else:
             optimizer = LowRank(groups, lr=LR, rank=rank, **VARIANTS[variant])
         if gap is not None:  # not an option of the presets that by definition refresh in every step

@@ -28,7 +28,7 @@ from lightspan.optim.bases import DCTBasis
 from lightspan.optim.carries import Gather, Keep
 from lightspan.optim.layout import Layout, State
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.presets import dct_adamw, galore
+from lightspan.optim.presets import DCTAdamW, GaLore
 
 RECIPE, RANK, WIDTH = "language/dct_adamw", 16, 64
 SEEDS = (0, 1, 2)
@@ -67,8 +67,8 @@ def optimizer(arm: str, lr: float, seed: int, basis: MeasuredDCT) -> partial[Low
     if arm == "fixed":
         return partial(LowRank, basis=FixedColumns(carry=Keep()), residual=None, refresh=1, **shared)
     if arm == "SVD":
-        return partial(galore, refresh=1, scale=1.0, **shared)
-    made = partial(dct_adamw, error_feedback="float32", rotate=arm == "DCT", **shared)
+        return partial(GaLore, refresh=1, scale=1.0, **shared)
+    made = partial(DCTAdamW, error_feedback="float32", rotate=arm == "DCT", **shared)
     return partial(_measured, made, basis) if arm == "DCT" else made
 
 

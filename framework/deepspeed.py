@@ -20,8 +20,8 @@ from lightspan.checkpoints.io import refuse_torn
 from lightspan.checkpoints.manifest import header, seal_folder
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, replace_folder, temporary_path
-from lightspan.optim.wiring import refuse_flat_partitions
 from lightspan.strategies import ExactMeans
+from lightspan.wiring.optimizers import refuse_flat_partitions
 
 
 class ZeRO(ExactMeans, DeepSpeedStrategy):

@@ -1,6 +1,7 @@
-"""What devices can compute with."""
+"""In which precision to compute: what a device can, and what a result deserves."""
 
 import torch
+from torch import Tensor
 
 WITHOUT_FLOAT64 = {"mps"}
 """Types of device that stop at float32; of Intel's GPUs some do."""
@@ -10,3 +11,16 @@ def widest_float(device: torch.device) -> torch.dtype:
     """float64 where the device has it, float32 elsewhere."""
     lacks = device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
     return torch.float32 if lacks or device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def wide_type(*dtypes: torch.dtype) -> torch.dtype:
+    """float32, or the widest of the types if that is wider: half types are stored, not computed in."""
+    wide = torch.float32
+    for dtype in dtypes:
+        wide = torch.promote_types(wide, dtype)
+    return wide
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32 or wider, itself if it is."""
+    return x.to(wide_type(x.dtype))

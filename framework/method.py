@@ -3,7 +3,6 @@ optimisers.
 """
 
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any
 
 import torch
@@ -11,12 +10,13 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from lightspan.devices import wide_type
 from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
-from lightspan.optim.wiring import wire
 from lightspan.strategies import shard
+from lightspan.wiring.optimizers import wire
 
 
 class Method(LightningModule):
@@ -58,7 +58,7 @@ class Method(LightningModule):
         if world_size() > 1:
             if not self._writes_this_step():
                 return
-            wide = reduce(torch.promote_types, (figure.dtype for figure in figures.values()), torch.float32)
+            wide = wide_type(*(figure.dtype for figure in figures.values()))
             means = torch.stack([figure.detach().to(wide) for figure in figures.values()])
             mean_over_ranks([means])
             figures = dict(zip(figures, means.unbind(), strict=True))

@@ -22,7 +22,7 @@ class Spec:
     """One specialisation of one kernel, as a launch would produce it.
 
     Args:
-        kernel: `module:function`, module below lightspan.triton_kernels.
+        kernel: `module:function`, module below lightspan.triton_kernels, or with a dot below lightspan.
         types: of the arguments that are no constants, in Triton's spelling ("*bf16", "*i64", "i32", "fp32").
         constants: of constexpr arguments; "tl.NAME" is that dtype. Strides that are 1 in the launch belong here.
         aligned: arguments that are multiples of 16 in the launch; pointers nearly always are.
@@ -96,7 +96,8 @@ def _main() -> None:
     targets["gfx942"] = GPUTarget("hip", "gfx942", 64)
     for spec in json.load(sys.stdin):
         module, _, function = spec["kernel"].partition(":")
-        kernel = getattr(importlib.import_module(f"lightspan.triton_kernels.{module}"), function)
+        home = "lightspan" if "." in module else "lightspan.triton_kernels"
+        kernel = getattr(importlib.import_module(f"{home}.{module}"), function)
         constants = {
             name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
             for name, value in spec["constants"].items()

@@ -15,7 +15,8 @@ PACKAGES = {
     "framework": "lightspan",
 }
 
-GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
+# "" is `import lightspan` itself
+GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns", "sharded"}
 # Floor -> the other floors it may use. The command line and what it is made of (TOP) may use all.
 MAY_USE: dict[str, set[str]] = {
     "devices": set(),
@@ -24,6 +25,7 @@ MAY_USE: dict[str, set[str]] = {
     "files": set(),
     "distributed": set(),
     "patterns": set(),
+    "sharded": set(),
     "triton_kernels": set(),
     "subspaces": {"triton_kernels"},
     "optim": {"subspaces", "triton_kernels"},
@@ -36,15 +38,20 @@ MAY_USE: dict[str, set[str]] = {
     "signals": set(),
     "loggers": set(),
     "checkpoints": {"loggers", "strategies"},
-    "deepspeed": {"optim", "callbacks", "checkpoints", "strategies"},
-    "method": {"optim", "strategies"},
+    "wiring": {"optim"},
+    "deepspeed": {"optim", "callbacks", "checkpoints", "strategies", "wiring"},
+    "method": {"optim", "strategies", "wiring"},
     "methods": {
         *("method", "subspaces", "optim", "adapters", "objectives"),
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
-    "callbacks": {"subspaces", "optim", "adapters", "analysis", "checkpoints", "loggers", "signals", "strategies"},
+    "callbacks": {
+        *("subspaces", "optim", "adapters", "analysis", "strategies", "wiring"),
+        *("checkpoints", "loggers", "signals"),
+    },
     "datamodules": set(),
     "recipes": set(),
+    "experiments": {"optim", "subspaces", "triton_kernels"},
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"
@@ -55,7 +62,7 @@ TOP = {
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
 # Pure tensor code, usable without a trainer.
-WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "adapters", "objectives", "nn", "backbones")
+WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "optim", "adapters", "objectives", "nn", "backbones")
 
 
 def sources() -> list[tuple[str, Path]]:

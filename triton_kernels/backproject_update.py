@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide_type
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 from lightspan.triton_kernels.project import dot_precision
 from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_
@@ -35,7 +36,7 @@ def backproject_update_reference(
 ) -> None:  # fmt: skip
     """The definition, and the CPU path: by tiles of rows, so that what lies between W and W stays in the caches."""
     (M, N), dtype = weights[0].shape, weights[0].dtype
-    wide, operand = torch.promote_types(dtype, torch.float32), operand_type(dtype)
+    wide, operand = wide_type(dtype), operand_type(dtype)
     rate, kept = lr.item(), keep.item()
     scratch = torch.empty(2, min(M * N, max(M, N, WINDOW)), dtype=wide, device=weights[0].device)
     for b, weight in enumerate(weights):

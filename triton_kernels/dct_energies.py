@@ -17,13 +17,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightspan.devices import widest_float
+from lightspan.devices import wide, wide_type, widest_float
 from lightspan.errors import UserError
-from lightspan.triton_kernels.kronecker_energies import ROWS, blocks, index_type, operands, row_tiles
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
+from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands, row_tiles
 
 if triton is not None:
-    from lightspan.triton_kernels.kronecker_energies import load_factor, select_row
+    from lightspan.triton_kernels.tiles import load_factor, select_row
 
 
 def rotation(size: int, like: Tensor) -> Tensor:
@@ -43,9 +43,10 @@ def dct(x: Tensor) -> Tensor:
     With z_k = s_k exp(-i pi k / 2N) FFT(v)_k also y_(N-k) = -Im z_k: half of the spectrum, what the FFT of real numbers
     returns, gives all of y.
     """
-    size, wide = x.shape[-1], x.to(torch.promote_types(x.dtype, torch.float32))
-    turned = rotation(size, wide)
-    z = torch.view_as_real(turned * torch.fft.rfft(torch.cat((wide[..., ::2], wide[..., 1::2].flip(-1)), dim=-1)))
+    size, wide_x = x.shape[-1], wide(x)
+    turned = rotation(size, wide_x)
+    makhoul = torch.cat((wide_x[..., ::2], wide_x[..., 1::2].flip(-1)), dim=-1)
+    z = torch.view_as_real(turned * torch.fft.rfft(makhoul))
     cosines, sines = z[..., 0], z[..., 1 : (size + 1) // 2, 1]
     return torch.cat((cosines, -sines.flip(-1)), dim=-1).to(x.dtype)
 
@@ -80,7 +81,7 @@ def dct_energies_reference(gradients: Sequence[Tensor]) -> Tensor:
     On one EPYC core 2^20 numbers take 2 ms for N from 256 to 4096; the product with the basis takes 2.4 to 39 ms in
     float32 and 1.2 to 20 in bfloat16.
     """
-    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    wide = wide_type(gradients[0].dtype)
     tiles = ([dct(tile_PN).square_().sum(dim=0) for tile_PN in row_tiles(g_MN, wide)] for g_MN in gradients)
     return torch.stack([torch.stack(energies).sum(dim=0) for energies in tiles])
 
@@ -173,7 +174,7 @@ def dct_energies(gradients: Sequence[Tensor]) -> Tensor:
 
 @dct_energies.register_fake
 def _(gradients: Sequence[Tensor]) -> Tensor:
-    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    wide = wide_type(gradients[0].dtype)
     return gradients[0].new_empty((len(gradients), gradients[0].shape[1]), dtype=wide)
 
 

@@ -16,13 +16,12 @@ Where columns are chosen anew from one fixed basis, moments move with their colu
 Shapes: B matrices, M rows, R rank. No backward: optimiser steps only.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
 from lightspan.errors import UserError
+from lightspan.triton_kernels.bias_correction import bias_correction
 from lightspan.triton_kernels.launch import tl, triton
 from lightspan.triton_kernels.quantised_moments import (
     SECOND_STREAM,
@@ -40,11 +39,6 @@ FORMATS = {  # dtype of m: dtype of v
     torch.bfloat16: torch.bfloat16,
     torch.int8: torch.uint8,
 }
-
-
-def bias_correction(age_BR: Tensor, beta: float) -> Tensor:
-    """1 - beta^age, by expm1: the plain difference loses three digits in float32 at beta = 0.999 and age 1."""
-    return -torch.expm1(age_BR * (math.log(beta) if beta else -math.inf))
 
 
 def low_rank_adam_reference(

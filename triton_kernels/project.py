@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide_type
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 
 
@@ -25,7 +26,7 @@ def row_energies(gradient_MN: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project_reference(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
     """The definition, and the CPU path. Products of bfloat16 are rounded to bfloat16 once, by torch.mm."""
-    wide = torch.promote_types(frame_BNR.dtype, torch.float32)
+    wide = wide_type(frame_BNR.dtype)
     (B, _, R), M = frame_BNR.shape, gradients[0].shape[0]
     coordinates_BMR = frame_BNR.new_empty((B, M, R), dtype=wide)
     energy_BM = frame_BNR.new_empty((B if energy else 0, M), dtype=wide)
@@ -136,7 +137,7 @@ def project(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tup
 
 @project.register_fake
 def _(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(frame_BNR.dtype, torch.float32)
+    wide = wide_type(frame_BNR.dtype)
     (B, _, R), M = frame_BNR.shape, gradients[0].shape[0]
     return frame_BNR.new_empty((B, M, R), dtype=wide), frame_BNR.new_empty((B if energy else 0, M), dtype=wide)
 

@@ -18,8 +18,9 @@ from lightspan.triton_kernels.backproject_update import (
     backproject_update_triton,
     operand_type,
 )
+from lightspan.triton_kernels.bias_correction import bias_correction
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
-from lightspan.triton_kernels.low_rank_adam import bias_correction, low_rank_adam_reference, low_rank_adam_triton
+from lightspan.triton_kernels.low_rank_adam import low_rank_adam_reference, low_rank_adam_triton
 from lightspan.triton_kernels.project import dot_precision, project_reference, project_triton
 
 MAX_RANK = 256  # rows of more coordinates do not fit the registers

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide_type
 from lightspan.errors import UserError
 from lightspan.triton_kernels.launch import INTERPRETED, element_type, tl, triton
 
@@ -46,7 +47,7 @@ def check_power_of_two(size: int) -> None:
         raise UserError(
             f"Hadamard transform of length {size}: the length must be a power of two; pad it to "
             f"{1 << max(size - 1, 0).bit_length()}, or take the Kronecker factors of any size "
-            "(lightspan.subspaces.transforms.hadamard_factors)"
+            "(lightspan.experiments.transforms.hadamard_factors)"
         )
 
 
@@ -64,7 +65,7 @@ def _small_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def walsh_hadamard_reference(x: Tensor) -> Tensor:
     """The definition, and the CPU path: matrix products with small Hadamard matrices."""
-    size, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    size, wide = x.shape[-1], wide_type(x.dtype)
     check_power_of_two(size)
     if size > REFERENCE_ROW:
         pieces = walsh_hadamard_reference(x.to(wide).reshape(-1, REFERENCE_ROW))

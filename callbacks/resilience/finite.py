@@ -16,7 +16,7 @@ from lightspan.errors import UserError
 from lightspan.optim.elementwise import real
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.norms import square_norms
-from lightspan.optim.sharding import local
+from lightspan.sharded import local
 
 
 class FiniteLoss(Callback):

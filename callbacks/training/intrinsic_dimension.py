@@ -15,8 +15,8 @@ from lightspan.errors import UserError
 from lightspan.optim.convert import hand_over
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import save_subspace
-from lightspan.optim.wiring import average_in_coordinates
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
+from lightspan.wiring.optimizers import average_in_coordinates
 
 FILE = "subspace.safetensors"
 

@@ -11,7 +11,7 @@ from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Fira, Residual
 from lightspan.optim.triggers import Trigger
-from lightspan.optim.wiring import refuse_flat_partitions, wire
+from lightspan.wiring.optimizers import refuse_flat_partitions, wire
 
 
 class SubspaceProjection(Callback):

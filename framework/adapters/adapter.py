@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightspan.adapters.layers import LayerShape, is_open, whole
+from lightspan.adapters.layers import LayerShape, is_open
 from lightspan.errors import UserError
+from lightspan.sharded import whole
 
 
 class Adapter(nn.Module, ABC):

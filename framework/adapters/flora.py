@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import LayerShape, like
 from lightspan.errors import UserError
-from lightspan.subspaces.tucker import compose
+from lightspan.subspaces.tucker import TuckerFrame, compose
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,22 @@ class FLoRAUpdate(Adapter):
         )
         for factor in self.factors:
             nn.init.kaiming_normal_(factor, a=math.sqrt(3))
-        self.factor, self.dropout = scale, dropout
+        self.scale, self.dropout = scale, dropout
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         out, inner, *kernel = self.factors
         x = x.to(inner.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        core = compose(self.core * self.factor, [None, None, *kernel])
+        core = compose(self.core * self.scale, [None, None, *kernel])
         if self.layer.linear:
             return F.linear(F.linear(F.linear(x, inner.mT), core), out)
         z = self.layer.pointwise(x, self.layer.for_each_group(inner.mT))
         return self.layer.pointwise(self.layer.convolve(z, self.layer.for_each_group(core)), out)
 
     def delta(self) -> Tensor:
-        return self.layer.shaped(compose(self.core * self.factor, list(self.factors)).flatten(1))
+        return self.layer.shaped(TuckerFrame(list(self.factors)).push(self.core * self.scale).flatten(1))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         out, *others = self.factors
-        return out * self.factor, compose(self.core, [None, *others]).flatten(1)
+        return out * self.scale, compose(self.core, [None, *others]).flatten(1)

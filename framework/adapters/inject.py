@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightspan.adapters.adapter import Adapted, Adapter, AdapterSpec
-from lightspan.adapters.layers import TAKEN, is_open, known_kind, obstacle, weight_of, whole
+from lightspan.adapters.layers import TAKEN, is_open, known_kind, obstacle, weight_of
 from lightspan.adapters.report import Injection, Row
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
+from lightspan.sharded import whole
 
 # Their fast paths read the weights of their parts, so a part's own forward need not run.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from lightspan.devices import wide_type
 from lightspan.errors import UserError
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -206,7 +207,7 @@ def readable_weight(layer: nn.Module) -> Tensor:
 def like(layer: nn.Module) -> dict[str, Any]:
     """Device and dtype of a layer's adapter: the layer's own, but float32 for half-precision and quantised layers."""
     weight = weight_of(layer)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if _floats(weight) else torch.float32
+    dtype = wide_type(weight.dtype) if _floats(weight) else torch.float32
     return {"dtype": dtype, "device": weight.device}
 
 
@@ -223,8 +224,3 @@ def fitting_rank(rank: int, layer: nn.Module, name: str, cap: bool) -> int:
             "cap=True to give such layers the largest they can have"
         )
     return min(rank, shape.largest_rank)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts, gathered where ranks hold some each; all of them have to call it then."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

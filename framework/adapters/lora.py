@@ -55,16 +55,16 @@ class LoRAUpdate(Adapter):
         self.down_RI = nn.Parameter(torch.empty(rank, self.layer.fan_in, **options))
         self.up_OR = nn.Parameter(torch.zeros(self.layer.out_features, rank, **options))
         nn.init.kaiming_uniform_(self.down_RI, a=math.sqrt(5))
-        self.factor, self.dropout = scale, dropout
+        self.scale, self.dropout = scale, dropout
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(self.down_RI.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return self.layer.up(self.layer.down(x, self.down_RI), self.up_OR * self.factor)
+        return self.layer.up(self.layer.down(x, self.down_RI), self.up_OR * self.scale)
 
     def delta(self) -> Tensor:
-        return self.layer.shaped(self.up_OR * self.factor @ self.down_RI)
+        return self.layer.shaped(self.up_OR * self.scale @ self.down_RI)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        return self.up_OR * self.factor, self.down_RI
+        return self.up_OR * self.scale, self.down_RI

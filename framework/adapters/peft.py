@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapted, AdapterSpec
 from lightspan.adapters.inject import READS_WEIGHTS, adapted_layers, plain_tensors, plan
-from lightspan.adapters.layers import LayerShape, whole
+from lightspan.adapters.layers import LayerShape
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.report import Injection
 from lightspan.adapters.state import carry_out_loaded, destinations, trained_names, untying, write_tensors
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.sharded import whole
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 LARGEST = 2**24

@@ -17,6 +17,7 @@ from lightspan.adapters.layers import is_open
 from lightspan.distributed import rank as process_rank
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
+from lightspan.subspaces.svd import thin_svd
 
 # A recipe may name the functions listed here.
 __all__ = ["FactorisedLinear", "factorise"]
@@ -43,8 +44,7 @@ def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         raise UserError(f"rank={rank} is outside [1, {min(weight_OI.shape)}], the shorter side of {[*weight_OI.shape]}")
     if not weight_OI.isfinite().all():
         raise UserError(f"a weight of shape {[*weight_OI.shape]} holds NaN or infinite values, which have no SVD")
-    wide_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
-    u_OK, s_K, v_KI = torch.linalg.svd(wide_OI, full_matrices=False)
+    u_OK, s_K, v_KI = thin_svd(weight_OI.detach())
     s_R, largest = s_K[:rank], s_K[0]
     none_R = s_R <= torch.finfo(s_K.dtype).eps * max(weight_OI.shape) * largest
     root_R = torch.where(none_R, largest if largest > 0 else torch.ones_like(largest), s_R).sqrt()

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapted, AdapterSpec
 from lightspan.adapters.inject import Plan, adapted_layers, digest, plain_tensors, plan
-from lightspan.adapters.layers import weight_of, whole
+from lightspan.adapters.layers import weight_of
 from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.facts import facts_of
 from lightspan.files import write_atomic
+from lightspan.sharded import whole
 
 FORMAT = "lightspan adapter 1"
 _ADAPTER, _TRAINED = "adapter.", "trained."

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
-from lightspan.adapters.layers import LayerShape, fitting_rank, like, readable_weight, weight_of, whole
+from lightspan.adapters.layers import LayerShape, fitting_rank, readable_weight, weight_of
 from lightspan.errors import UserError
+from lightspan.sharded import whole
+from lightspan.subspaces.singular import SingularFrame
+from lightspan.subspaces.svd import thin_svd
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,7 @@ class SVFit(AdapterSpec):
 
 def frames(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """U [O R], s [R] and V^T [R I] of the layer's weight, in float32 or wider: half precision has no SVD."""
-    matrix_OI = LayerShape.of(layer).matrix(readable_weight(layer).detach()).to(like(layer)["dtype"])
-    left_OR, values_R, right_RI = torch.linalg.svd(matrix_OI, full_matrices=False)
-    return left_OR, values_R, right_RI
+    return thin_svd(LayerShape.of(layer).matrix(readable_weight(layer).detach()))
 
 
 class SVFitUpdate(Adapter):
@@ -79,8 +80,7 @@ class SVFitUpdate(Adapter):
         return self.layer.up(self.layer.scale(z, self.shift_R).to(self.left_OR.dtype), self.left_OR)
 
     def delta(self) -> Tensor:
-        up_OR, down_RI = self.low_rank()
-        return self.layer.shaped(up_OR @ down_RI)
+        return self.layer.shaped(SingularFrame(self.left_OR, self.right_RI).push(self.shift_R))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.left_OR * self.shift_R, self.right_RI.to(self.shift_R.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
+from lightspan.subspaces.svd import thin_svd
 
 
 def principal_directions(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +21,7 @@ def principal_directions(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not 1 <= count <= most:
         raise UserError(f"{count} principal directions are outside [1, {most}], what {list(rows_ND.shape)} rows span")
     mean_D = rows_ND.double().mean(dim=0)
-    return mean_D, torch.linalg.svd(rows_ND.double() - mean_D, full_matrices=False).Vh[:count].T
+    return mean_D, thin_svd(rows_ND.double() - mean_D)[2][:count].T
 
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightspan.devices import wide_type
 from lightspan.errors import UserError
 
 
@@ -41,7 +42,7 @@ def knn_accuracy(
         raise UserError("knn got no query rows; give it at least one validation sample")
     if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
         raise UserError("features hold NaN or infinite values, so they have no neighbours; the model has diverged")
-    wide = torch.promote_types(torch.promote_types(bank_ND.dtype, query_MD.dtype), torch.float32)
+    wide = wide_type(bank_ND.dtype, query_MD.dtype)
     bank_ND, query_MD = (_of_length_one(x.to(wide)) for x in (bank_ND, query_MD))
     classes = 1 + int(torch.cat((bank_labels_N, query_labels_M)).max())
     correct = 0

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.sharded import local
+
 MIB = 2**20
 
 
@@ -52,7 +54,7 @@ def rss_bytes() -> int:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield value.to_local() if hasattr(value, "to_local") else value
+        yield local(value)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
     elif isinstance(value, (list, tuple)):

@@ -8,10 +8,12 @@ Shapes: N rows (samples), D columns (features), S singular values, R columns of 
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide
+
 
 def singular_values(matrix_ND: Tensor, center: bool = False) -> Tensor:
     """Singular values [min(N, D)], falling; with `center` those of the rows after their mean is taken off."""
-    matrix_ND = centred(matrix_ND) if center else _wide(matrix_ND)
+    matrix_ND = centred(matrix_ND) if center else wide(matrix_ND)
     sound = matrix_ND.isfinite().all()  # LAPACK may raise on NaN
     values_S = torch.linalg.svdvals(matrix_ND.where(sound, 0))
     return values_S.where(sound, torch.nan)
@@ -19,7 +21,7 @@ def singular_values(matrix_ND: Tensor, center: bool = False) -> Tensor:
 
 def centred(rows_ND: Tensor) -> Tensor:
     """Rows less their mean; zeros where all rows are equal, of which a mean alone would leave its rounding errors."""
-    from_first_ND = _wide(rows_ND) - _wide(rows_ND[:1])
+    from_first_ND = wide(rows_ND) - wide(rows_ND[:1])
     return from_first_ND - from_first_ND.mean(dim=0)
 
 
@@ -76,13 +78,9 @@ def captured_energy(matrix_ND: Tensor, basis_DR: Tensor) -> Tensor:
     return _ratio((matrix_ND @ basis_DR.to(matrix_ND)).square().sum(), matrix_ND.square().sum())
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _relative(values_S: Tensor) -> Tensor:
     """To the largest magnitude, so that squares neither vanish nor overflow."""
-    values_S = _wide(values_S)
+    values_S = wide(values_S)
     return _ratio(values_S, values_S.abs().amax(dim=-1, keepdim=True)) if values_S.shape[-1] else values_S
 
 

@@ -11,6 +11,7 @@ import timm
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
+from lightspan.nn.init import he_normal_
 
 # A recipe may name the functions listed here.
 __all__ = ["MLP", "LeNet", "SmallConvNet", "timm_backbone"]
@@ -134,12 +135,3 @@ class LeNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.layers(x_BCHW)
-
-
-def he_normal_(module: nn.Module) -> None:
-    """Weights of linear layers and convolutions from N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), biases 0."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

@@ -1,7 +1,8 @@
 """One vector from a sequence. Shapes: B sequences, T positions, D width."""
 
-import torch
 from torch import Tensor
+
+from lightspan.devices import wide_type
 
 
 def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -11,5 +12,5 @@ def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     infinity included.
     """
     in_mask_BT1 = (mask_BT != 0).unsqueeze(-1)
-    total_BD = x_BTD.where(in_mask_BT1, 0).sum(dim=1, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+    total_BD = x_BTD.where(in_mask_BT1, 0).sum(dim=1, dtype=wide_type(x_BTD.dtype))
     return (total_BD / in_mask_BT1.sum(dim=1).clamp_min(1)).to(x_BTD.dtype)

@@ -11,6 +11,7 @@ Half precision is widened to float32, also under autocast: a correlation of bflo
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sum, all_reduce_sums, world_size
 from lightspan.errors import UserError
 
@@ -19,10 +20,6 @@ from lightspan.errors import UserError
 VARIANCE_EPS = 1e-12
 # A mean is off by so many roundings at most; what varies less about it does not vary.
 ROUNDINGS = 16
-
-
-def _widen(x_BD: Tensor) -> Tensor:
-    return x_BD.to(torch.promote_types(x_BD.dtype, torch.float32))
 
 
 def _sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +40,7 @@ def standardise(x_BD: Tensor) -> Tensor:
     """
     if world_size() == 1 and len(x_BD) < 2:
         raise UserError(f"batch of {len(x_BD)}: standardising needs at least 2 rows; raise data.init_args.batch_size")
-    x_BD = _widen(x_BD)
+    x_BD = wide(x_BD)
     total_D, rows = _sum_over_rows(x_BD.sum(dim=0), len(x_BD))
     mean_D = total_D / rows
     centred_BD = x_BD - mean_D
@@ -55,7 +52,7 @@ def standardise(x_BD: Tensor) -> Tensor:
 def cross_correlation(a_BD: Tensor, b_BE: Tensor) -> Tensor:
     """C = A^T B / B, [D E], over the batch of all ranks; row i of both comes from image i."""
     with torch.autocast(a_BD.device.type, enabled=False):
-        total_DE, rows = _sum_over_rows(_widen(a_BD).T @ _widen(b_BE), len(a_BD))
+        total_DE, rows = _sum_over_rows(wide(a_BD).T @ wide(b_BE), len(a_BD))
     return total_DE / rows
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightspan.devices import wide_type
 from lightspan.distributed import all_reduce_max, all_reduce_sums
 from lightspan.errors import UserError
 
@@ -37,7 +38,7 @@ def current_class_text_loss(
         wrong = int(label_B[~current_C[label_B]][0])
         raise UserError(f"label {wrong} is no class of the current task; a batch holds images of its own task alone")
     with torch.autocast(image_BD.device.type, enabled=False):
-        wide = torch.promote_types(torch.promote_types(image_BD.dtype, text_CD.dtype), torch.float32)
+        wide = wide_type(image_BD.dtype, text_CD.dtype)
         logits_BC = logit_scale * image_BD.to(wide) @ text_CD.to(wide).mT
     from_image = F.cross_entropy(logits_BC.masked_fill(~current_C, float("-inf")), label_B, reduction="sum")
     # log sum exp over the images of all ranks, from sums of what each has above the largest.

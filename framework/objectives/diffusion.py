@@ -4,8 +4,9 @@ Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.
 their linear schedule; Nichol, Dhariwal, 2021, arXiv 2102.09672, eq. 17 (cosine schedule); Song et al., "Denoising
 Diffusion Implicit Models", 2020, arXiv 2010.02502, eq. 12 and 16 (the step back); Salimans, Ho, 2022, arXiv 2202.00512,
 section 4 (velocity). Clipping as in the code published with Dhariwal, Nichol, 2021, arXiv 2105.05233.
-Shapes: T noise levels (timesteps), B batch. kept (alpha bar) is the share of variance that is still the image, in
-(0, 1]. Its table belongs in float32 or wider: near 1, where half precision has no number left, 1 - kept is the noise.
+Shapes: T noise levels (the field's timesteps t), B batch. kept (the field's alpha_bar, in code alphas_cumprod) is the
+share of variance that is still the image, in (0, 1]. Its table belongs in float32 or wider: near 1, where half
+precision has no number left, 1 - kept is the noise.
 All functions compute in float32 or wider and round once, to the dtype of the images they are given.
 """
 
@@ -14,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lightspan.devices import wide_type
 
 MOST_NOISE = 0.999  # of one step, as in Nichol and Dhariwal: the cosine would reach 1, which no step back survives
 
@@ -50,7 +53,7 @@ def noise_of_velocity(v: Tensor, noisy: Tensor, kept_B: Tensor) -> Tensor:
 
 def prediction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all entries, in float32 or wider. Images and levels weigh the same."""
-    wide = torch.promote_types(predicted.dtype, torch.float32)
+    wide = wide_type(predicted.dtype)
     return F.mse_loss(predicted.to(wide), target.to(wide))
 
 
@@ -89,7 +92,7 @@ def step_back(
 
 def _shares(kept_B: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """kept and 1 - kept, what is left for the noise, in float32 or wider and beside images [B ...]."""
-    wide = torch.promote_types(torch.promote_types(kept_B.dtype, image.dtype), torch.float32)
+    wide = wide_type(kept_B.dtype, image.dtype)
     kept = kept_B.to(image.device, wide).view(-1, *[1] * (image.ndim - 1))
     return kept, 1 - kept
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightspan.devices import wide
 from lightspan.errors import UserError
 
 
@@ -30,7 +31,7 @@ def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
 
 def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference over all entries, in float32 or wider; logits are distilled with it too."""
-    return F.mse_loss(_wide(student), _wide(teacher.detach()))
+    return F.mse_loss(wide(student), wide(teacher.detach()))
 
 
 def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> Tensor:
@@ -44,9 +45,5 @@ def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], ep
         student, teacher: weights [O I], one a layer.
         eps: >= 0, in units of a weight.
     """
-    largest = [(_wide(s_OI) - _wide(t_OI.detach())).abs().max() for s_OI, t_OI in zip(student, teacher, strict=True)]
+    largest = [(wide(s_OI) - wide(t_OI.detach())).abs().max() for s_OI, t_OI in zip(student, teacher, strict=True)]
     return (torch.stack(largest) - eps).square().mean()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

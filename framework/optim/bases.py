@@ -1,4 +1,5 @@
-"""The frame each matrix is projected on, and how it is chosen from a gradient.
+"""The frame each matrix is projected on, and how it is chosen from a gradient. Its transpose is the field's projector,
+choosing it anew (`refresh`) what GaLore's code does every update_proj_gap steps.
 
 | basis           | frame                                                            | state per matrix |
 |-----------------|------------------------------------------------------------------|------------------|
@@ -7,7 +8,7 @@
 | RandomBasis     | random orthonormal, drawn anew                                   | N R numbers      |
 | GaussianBasis   | independent normal entries of variance 1 / R, drawn anew         | N R numbers      |
 | ColumnSelection | the R best columns of one fixed orthonormal matrix: DCTBasis,    | R integers       |
-|                 | HadamardBasis, KroneckerDCTBasis, RandomColumns, IdentityBasis   |                  |
+|                 | RandomColumns, IdentityBasis                                     |                  |
 
 Shapes: B matrices of one shape, M rows (kept), N columns (projected, N <= M), R rank.
 """
@@ -23,12 +24,9 @@ from lightspan.errors import UserError
 from lightspan.optim.carries import Carry, Gather, Keep, Rotate
 from lightspan.optim.layout import Layout, State
 from lightspan.subspaces import frames
-from lightspan.subspaces.transforms import hadamard_factors, kronecker_dct_factors, kronecker_matrix
+from lightspan.subspaces.svd import thin_svd
 from lightspan.triton_kernels.backproject_update import backproject_update
 from lightspan.triton_kernels.dct_energies import dct_energies
-from lightspan.triton_kernels.kronecker_energies import kronecker_energies
-from lightspan.triton_kernels.kronecker_gather import kronecker_gather
-from lightspan.triton_kernels.kronecker_scatter_update import kronecker_scatter_update
 from lightspan.triton_kernels.project import project
 
 
@@ -57,6 +55,12 @@ class Basis(ABC):
     @abstractmethod
     def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
+
+    def map(self, state: State, layout: Layout) -> frames.Frames:
+        """The `SubspaceMap` that a state stands for. `project` is its pull, and `update` takes a step along its push,
+        each in one pass over memory.
+        """
+        return frames.Frames(self.frame(state, layout))
 
     def materialised(self, state: State, layout: Layout) -> State:
         """The state with whatever several parts of one step would otherwise each make of it."""
@@ -152,7 +156,7 @@ class SVDBasis(_DenseBasis):
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
         whole = (layout.gathered(gradient.to(layout.dtype)) for gradient in gradients)  # one at a time
-        vectors = [torch.linalg.svd(g, full_matrices=False).Vh[: layout.rank].mT for g in whole]
+        vectors = [thin_svd(g)[2][: layout.rank].mT for g in whole]
         return {"frame": torch.stack(vectors)}
 
 
@@ -285,76 +289,6 @@ class DCTBasis(ColumnSelection):
 
     def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
         return dct_energies(gradients) if self.fast else super().energies(gradients, layout)
-
-
-class _KroneckerColumns(ColumnSelection):
-    """Columns of a Kronecker product of two small orthonormal factors: on a GPU the transform costs two products with
-    the factors, and neither D nor the frame is formed.
-    """
-
-    def __init__(self, norm: Literal[1, 2] = 2, carry: Gather | Rotate | Keep = Gather()) -> None:  # noqa: B008 - frozen
-        super().__init__(norm, carry)
-        self._factors: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-
-    @abstractmethod
-    def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Orthonormal factors [a a] and [b b], a b = N."""
-
-    def factors(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """The factors, made once per size, dtype and device."""
-        key = (layout.size, layout.dtype, layout.device)
-        if key not in self._factors:
-            self._factors[key] = self.build_factors(layout.size, dtype=layout.dtype, device=layout.device)
-        return self._factors[key]
-
-    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return kronecker_matrix(*self.build_factors(size, dtype=dtype, device=device))
-
-    def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
-        return kronecker_energies(gradients, *self.factors(layout))
-
-    def materialised(self, state: State, layout: Layout) -> State:
-        return state if layout.device.type == "cuda" else super().materialised(state, layout)
-
-    def project(
-        self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool
-    ) -> tuple[Tensor, Tensor]:
-        if layout.device.type == "cuda":
-            return kronecker_gather(gradients, state["columns"], *self.factors(layout), energy)
-        return super().project(gradients, state, layout, energy=energy)
-
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        coefficients_BMR: Tensor,
-        state: State,
-        layout: Layout,
-        gradients: Sequence[Tensor],
-        scale_BM: Tensor,
-        lr: Tensor,
-        keep: Tensor,
-        seed: Tensor | None,
-    ) -> None:
-        if layout.device.type != "cuda" or coefficients_BMR.shape[-1] == 0:
-            super().update(weights, coefficients_BMR, state, layout, gradients, scale_BM, lr, keep, seed)
-            return
-        kronecker_scatter_update(
-            weights, coefficients_BMR, state["columns"], *self.factors(layout), gradients, scale_BM, lr, keep, seed
-        )
-
-
-class HadamardBasis(_KroneckerColumns):
-    """Columns of a Hadamard matrix for powers of two; for other sizes of Hadamard times DCT of the odd part."""
-
-    def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        return hadamard_factors(size, dtype=dtype, device=device)
-
-
-class KroneckerDCTBasis(_KroneckerColumns):
-    """Columns of the Kronecker product of two DCTs, of the two most balanced factors of N; for a prime N the DCT."""
-
-    def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        return kronecker_dct_factors(size, dtype=dtype, device=device)
 
 
 class RandomColumns(ColumnSelection):

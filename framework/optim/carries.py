@@ -1,4 +1,4 @@
-"""What becomes of moments when the frame of a matrix changes.
+"""What becomes of moments when the frame of a matrix changes: the field's moment rotation, or projection-aware moments.
 
 Shapes: B matrices, M rows, N columns (projected), R rank.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightspan.optim.inner import farthest
 from lightspan.optim.layout import State
 from lightspan.optim.moments import MomentStorage
-from lightspan.triton_kernels.low_rank_adam import bias_correction
+from lightspan.triton_kernels.bias_correction import bias_correction
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Dropped, Residual
 from lightspan.optim.triggers import Trigger
 from lightspan.subspaces.frames import push
-from lightspan.triton_kernels.low_rank_adam import bias_correction
+from lightspan.triton_kernels.bias_correction import bias_correction
 from lightspan.triton_kernels.row_resident_step import row_resident_step
 
 

@@ -14,7 +14,8 @@ from torch.optim.adamw import adamw
 
 from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, is_dense
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.sharding import Shards, local, ranks_of
+from lightspan.optim.sharding import Shards, ranks_of
+from lightspan.sharded import local
 from lightspan.triton_kernels.rounding import stochastic_round
 
 SMALLEST_QUANTISED = 4096

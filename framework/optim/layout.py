@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightspan.optim.sharding import Ranks, Shards, alone, from_local, local, ranks_of
+from lightspan.optim.sharding import Ranks, Shards, alone, from_local, ranks_of
+from lightspan.sharded import local
 
 State = dict[str, Tensor]
 """Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""

@@ -39,8 +39,9 @@ from lightspan.optim.projected import Selection
 from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
 from lightspan.optim.residuals import Dropped, Fira, Residual
 from lightspan.optim.settings import require_fit, require_sound
-from lightspan.optim.sharding import Ranks, local, ranks_of, total_over
+from lightspan.optim.sharding import Ranks, ranks_of, total_over
 from lightspan.optim.triggers import Every, Trigger
+from lightspan.sharded import local
 
 
 @dataclass
@@ -73,7 +74,8 @@ class LowRank(Optimizer):
     the experts of a layer are, counts as E matrices (AdamW for them under FSDP2 and away from whole gradients).
 
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
-    `lightspan.optim.presets` has the published optimisers.
+    `lightspan.optim.presets` has the published optimisers. The equations, slow and plain:
+    `lightspan.optim.reference.LowRank`.
 
     Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
     sharded with them. Steps give what one process gives, but for the order of sums.

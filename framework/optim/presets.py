@@ -1,17 +1,18 @@
 """Published low-rank optimisers as choices of `LowRank`'s switches, with the papers' defaults.
 
-| preset      | frame                     | moments at a change | residual                    | rule          |
-|-------------|---------------------------|---------------------|-----------------------------|---------------|
-| galore      | SVD, every 200 steps      | stay                | dropped                     | Adam          |
-| fira        | SVD, every 200 steps      | stay                | scaled per row, limited     | Adam          |
-| apollo      | Gaussian, every 200 steps | stay                | scales the whole gradient   | Adam          |
-| apollo_mini | Gaussian, rank 1          | stay                | one scale for the matrix    | Adam          |
-| ldadam      | power step, every step    | rotate              | generalised error feedback  | Adam          |
-| dct_adamw   | DCT columns, every step   | gather              | error feedback              | Adam          |
-| trion       | DCT columns, every step   | -                   | momentum as error feedback  | Newton-Schulz |
+| preset       | frame                     | moments at a change | residual                    | rule          |
+|--------------|---------------------------|---------------------|-----------------------------|---------------|
+| `GaLore`     | SVD, every 200 steps      | stay                | dropped                     | Adam          |
+| `FiraAdam`   | SVD, every 200 steps      | stay                | scaled per row, limited     | Adam          |
+| `APOLLO`     | Gaussian, every 200 steps | stay                | scales the whole gradient   | Adam          |
+| `APOLLOMini` | Gaussian, rank 1          | stay                | one scale for the matrix    | Adam          |
+| `LDAdam`     | power step, every step    | rotate              | generalised error feedback  | Adam          |
+| `DCTAdamW`   | DCT columns, every step   | gather              | error feedback              | Adam          |
+| `Trion`      | DCT columns, every step   | -                   | momentum as error feedback  | Newton-Schulz |
 
-Each equals its paper's equations, as written in tests/optim/published.py, but for what is said here and in the
-classes. `LowRank` without a preset is what this project recommends.
+Each equals the equations of its namesake in `lightspan.optim.reference`, which are to be read first, but for what is
+said here and in the classes. The field's words: a frame's transpose is a projector, `refresh` its update_proj_gap.
+`LowRank` without a preset is what this project recommends.
 
 Where a recipe of published code does not carry over as it is:
 
@@ -26,7 +27,7 @@ Where a recipe of published code does not carry over as it is:
 - Wide matrices are compressed on their rows and square ones on their columns, in all presets.
 
 All take what `LowRank` takes, but for the parts that make them what they are. In a recipe a preset is a class path like
-any other; the lower-case names are theirs in tables and result files.
+any other.
 """
 
 from collections.abc import Iterable
@@ -47,6 +48,7 @@ from lightspan.optim.triggers import Trigger
 
 class GaLore(LowRank):
     """GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2), with decoupled weight decay. `scale` is alpha.
+    Equations: `lightspan.optim.reference.GaLore`.
 
     Published code projects a wide matrix by the SVD of G, not of G^T: signs of singular vectors are arbitrary, and meet
     moments that stay, so that runs agree up to those signs only.
@@ -65,7 +67,8 @@ class GaLore(LowRank):
 
 
 class FiraAdam(LowRank):
-    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1).
+    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1). Equations:
+    `lightspan.optim.reference.FiraAdam`.
 
     Args:
         scale: alpha, of the whole update, as in the paper.
@@ -100,6 +103,7 @@ class FiraAdam(LowRank):
 
 class APOLLO(LowRank):
     """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1), scales per channel of the longer side.
+    Equations: `lightspan.optim.reference.APOLLO`.
 
     Args:
         scale: of the update. Published code takes the square root of what it calls scale: its 128 is 128**0.5 here.
@@ -122,8 +126,9 @@ class APOLLO(LowRank):
 
 
 class APOLLOMini(LowRank):
-    """APOLLO-Mini (arXiv 2412.05270, section 4.3): rank 1, one scale per matrix, alpha = sqrt(128), which published
-    code calls a scale of 128. `limit` and `bound` as in `APOLLO`; the bound is that of the whole matrix.
+    """APOLLO-Mini (arXiv 2412.05270, section 4): rank 1, one scale per matrix, alpha = sqrt(128), which published code
+    calls a scale of 128. `limit` and `bound` as in `APOLLO`; the bound is that of the whole matrix. Equations:
+    `lightspan.optim.reference.APOLLOMini`.
     """
 
     def __init__(
@@ -144,7 +149,8 @@ class APOLLOMini(LowRank):
 class LDAdam(LowRank):
     """LDAdam (Robert et al. 2024, arXiv 2410.16103, algorithm 1): a new frame and rotated moments in every step. Its
     first frames come from power steps instead of an SVD, and a rotation leaves no second moment so small that Adam
-    could not have reached its first with it; see `lightspan.optim.carries.Rotate`.
+    could not have reached its first with it; see `lightspan.optim.carries.Rotate`. Equations:
+    `lightspan.optim.reference.LDAdam`.
 
     Of square matrices, as those of queries, keys, values and outputs often are, published code compresses the rows and
     this the columns.
@@ -167,7 +173,8 @@ class LDAdam(LowRank):
 
 
 class DCTAdamW(LowRank):
-    """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967, algorithm 2).
+    """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967, algorithm 2). Equations:
+    `lightspan.optim.reference.DCTAdamW`.
 
     Args:
         error_feedback: storage format of the error, None for none.
@@ -193,7 +200,8 @@ class DCTAdamW(LowRank):
 
 
 class Trion(LowRank):
-    """Trion (arXiv 2505.17967, algorithm 1): Dion with DCT columns and Newton-Schulz on the coordinates.
+    """Trion (arXiv 2505.17967, algorithm 1): Dion with DCT columns and Newton-Schulz on the coordinates. Equations:
+    `lightspan.optim.reference.Trion`.
 
     Newton-Schulz needs a rate that is far too high for AdamW, which steps what is not projected: vectors, matrices
     whose shorter side is not above `rank`, and groups with project=False. Where a group has no `lr` of its own these
@@ -249,7 +257,3 @@ class Trion(LowRank):
                     key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group
                 }
                 self.param_groups.append({**group, **lists, "lr": rate})
-
-
-galore, fira, apollo, apollo_mini = GaLore, FiraAdam, APOLLO, APOLLOMini
-ldadam, dct_adamw, trion = LDAdam, DCTAdamW, Trion

@@ -40,7 +40,8 @@ class RandomSubspace(Optimizer):
     The state is that of the coordinates: d numbers and what `inner` keeps for them, plus the sha256 of theta_0. theta_0
     is in memory only, so a state is loaded into an optimiser that was built on the same initial weights. Sharded
     parameters (FSDP2) are written where they are; ranks sum d numbers. With `averages` set, gradients are a rank's
-    own and their mean is taken in the coordinates; `lightspan.optim.wiring.average_in_coordinates` does it for DDP.
+    own and their mean is taken in the coordinates: `lightspan.wiring.optimizers.average_in_coordinates` does so for
+    DDP.
 
     Args:
         params: parameters, named parameters, or groups of either. Frozen ones stay out of the subspace.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
-from lightspan.optim.sharding import Total, local
+from lightspan.optim.sharding import Total
+from lightspan.sharded import local
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 

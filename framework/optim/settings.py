@@ -70,7 +70,7 @@ def require_fit(rule: Rule, backward: str, by_energy: bool) -> None:
     if rule.residual.needs_orthonormal and not rule.basis.orthonormal:
         raise UserError(
             f"{type(rule.basis).__name__} has no orthonormal frames, which residual="
-            f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose RandomBasis"
+            f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose PowerBasis"
         )
     if backward != "whole" and by_energy:
         raise UserError(f"rank=RankByEnergy() looks at whole gradients; set backward='whole', not {backward!r}")

@@ -112,11 +112,6 @@ def from_local(part: Tensor, ranks: Ranks, axis: int, shape: torch.Size) -> DTen
     return DTensor.from_local(part, ranks.mesh, ranks.placements(axis), run_check=False, shape=shape, stride=stride)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def ranks_of(tensor: Tensor) -> Ranks | None:
     """The ranks among which a tensor is split; None if this one holds it whole.
 

@@ -1,4 +1,5 @@
-"""When a matrix' frame is chosen anew: by the clock, or when it captures too little of the gradient.
+"""When a matrix' frame is chosen anew (update_proj_gap in GaLore's code): by the clock, or when it captures too little
+of the gradient.
 
 Shapes: B matrices, M rows, R rank.
 """

@@ -1,28 +1,36 @@
 """Orthonormal frames of one side of a matrix: how they are made, and the maps between weights and coordinates.
 
 Shapes: B matrices of one shape, M rows (the kept side), N columns (the projected side), R rank.
-A frame Q_BNR has orthonormal columns. `push(z) = z Q^T` lifts coordinates to weights, `pull(G) = G Q` is its adjoint:
-<push(z), G> = <z, pull(G)>.
+A frame Q_BNR has orthonormal columns. push(z) = z Q^T lifts coordinates to weights, pull(G) = G Q is its adjoint; see
+`lightspan.subspaces.maps`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightspan.devices import widest_float
-from lightspan.triton_kernels.gram import gram
 from lightspan.triton_kernels.project import project
 
 
-def pull(gradient_BMN: Tensor, frame_BNR: Tensor) -> Tensor:
-    """Coordinates [B M R] of gradients; the adjoint of `push`."""
-    return gradient_BMN @ frame_BNR
-
-
 def push(coordinates_BMR: Tensor, frame_BNR: Tensor) -> Tensor:
-    """Weights-shaped [B M N] matrices from coordinates; the adjoint of `pull`."""
+    """Matrices [B M N] from coordinates [B M R]; `Frames.pull` is the adjoint."""
     return coordinates_BMR @ frame_BNR.mT
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The `SubspaceMap` of frames [B N R]: coordinates [B M R] to matrices [B M N]. Frames need not be orthonormal."""
+
+    frame_BNR: Tensor
+
+    def push(self, z_BMR: Tensor) -> Tensor:
+        return push(z_BMR, self.frame_BNR)
+
+    def pull(self, g_BMN: Tensor) -> Tensor:
+        return g_BMN @ self.frame_BNR
 
 
 def gaussian(seeds: Sequence[int], size: int, rank: int) -> Tensor:
@@ -70,6 +78,17 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor, total: Callable[[Tensor], Te
         factor_BRR = torch.where(sound_B11, factor_BRR, identity_RR)
         q_BNR = torch.linalg.solve_triangular(factor_BRR, q_BNR.mT, upper=False).mT
     return torch.where(sound_B11, q_BNR.to(y_BNR.dtype), anchor_BNR)
+
+
+def gram(y_BNR: Tensor) -> Tensor:
+    """Y^T Y of every matrix [B R R], in float64 and symmetric to the last bit: Cholesky loses positive definiteness to
+    its rounding errors (Fukaya et al. 2014).
+    """
+    gram_BRR = y_BNR.new_empty((len(y_BNR), y_BNR.shape[2], y_BNR.shape[2]), dtype=torch.float64)
+    for y_NR, gram_RR in zip(y_BNR, gram_BRR, strict=True):  # one at a time: the float64 copy is the largest tensor
+        wide_NR = y_NR.double()
+        torch.mm(wide_NR.mT, wide_NR, out=gram_RR)
+    return gram_BRR.triu() + gram_BRR.triu(1).mT
 
 
 def _column_norms(y_BNR: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.triton_kernels.walsh_hadamard import walsh_hadamard
 
@@ -54,7 +55,7 @@ class Projection(ABC):
         assert z_d.shape == (self.dim,), f"{tuple(z_d.shape)} coordinates, the map takes {self.dim}"
         assert 0 <= start <= stop <= self.size, f"rows {start} to {stop} of {self.size}"
         self._move(z_d.device)
-        return self._push(_wide(z_d), start, stop).to(z_d.dtype)
+        return self._push(wide(z_d), start, stop).to(z_d.dtype)
 
     def pull(self, g: Tensor, start: int = 0) -> Tensor:
         """P^T g [d] for a `g` that is zero but for the rows from `start` on, which are given: all D by default.
@@ -64,7 +65,7 @@ class Projection(ABC):
         assert g.ndim == 1, f"{g.ndim} axes, the map takes a vector"
         assert 0 <= start <= start + len(g) <= self.size, f"rows {start} to {start + len(g)} of {self.size}"
         self._move(g.device)
-        return self._pull(_wide(g), start).to(g.dtype)
+        return self._pull(wide(g), start).to(g.dtype)
 
     @abstractmethod
     def _push(self, z_d: Tensor, start: int, stop: int) -> Tensor: ...
@@ -275,7 +276,3 @@ def _folded(values_L: Tensor, order_L: Tensor, length: int) -> Tensor:
 def _power_of_two(size: int) -> int:
     """The smallest power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

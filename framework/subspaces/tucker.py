@@ -5,9 +5,12 @@ Shapes: a tensor of sizes d_1 ... d_N, a core of sizes r_1 ... r_N, factors [d_n
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightspan.subspaces.svd import thin_svd
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
@@ -22,6 +25,19 @@ def compose(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     return core
 
 
+@dataclass(frozen=True)
+class TuckerFrame:
+    """The `SubspaceMap` from a core [r_1 ... r_N] to a tensor [d_1 ... d_N] by factors; None is the identity."""
+
+    factors: Sequence[Tensor | None]
+
+    def push(self, core: Tensor) -> Tensor:
+        return compose(core, self.factors)
+
+    def pull(self, tensor: Tensor) -> Tensor:
+        return compose(tensor, [None if factor is None else factor.mT for factor in self.factors])
+
+
 def unfolding(tensor: Tensor, axis: int) -> Tensor:
     """The tensor as a matrix, with `axis` as its rows; the ranks of all unfoldings bound the core's sizes."""
     return tensor.movedim(axis, 0).flatten(1)
@@ -31,7 +47,5 @@ def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """(core, orthonormal factors) with the leading singular vectors of each unfolding: exact at full ranks, and within
     sqrt(N) of the best Tucker form otherwise.
     """
-    factors = [
-        torch.linalg.svd(unfolding(tensor, axis), full_matrices=False).U[:, :rank] for axis, rank in enumerate(ranks)
-    ]
-    return compose(tensor, [factor.mT for factor in factors]), factors
+    factors = [thin_svd(unfolding(tensor, axis))[0][:, :rank] for axis, rank in enumerate(ranks)]
+    return TuckerFrame(factors).pull(tensor), factors

@@ -91,7 +91,6 @@ def test_the_bytes_of_an_op_are_what_must_be_read_and_written(kernels: ModuleTyp
         "backproject_update": 4 * MN + 4 * MR + 4 * NR + rates,
         "backproject_update, residual": 6 * MN + 4 * MR + 4 * NR + 4 * B * M + rates,
         "row_resident_step": 6 * MN + 16 * MR + 4 * NR + 4 * B * R + rates,
-        "gram": 4 * MR + 8 * B * R * R,
         "walsh_hadamard": 4 * MN,
         "kronecker_energies": 2 * MN + 2 * 4 * 16 + 4 * B * N,
         "kronecker_gather": 2 * MN + 8 * B * R + 2 * 4 * 16 + 4 * MR + 4 * B * M,

@@ -223,7 +223,7 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     ("lightspan.launch.slurm.script", {}),
     ("lightspan.report.page.Path", {}),
     ("lightspan.distributed.leave", {}),
-    ("lightspan.triton_kernels.kronecker_energies.os.system", {"command": "touch @CANARY@"}),
+    ("lightspan.triton_kernels.dct_energies.os.system", {"command": "touch @CANARY@"}),
     ("lightspan.Method", {}),
     # names that only look right
     ("lightspan.methods..supervised.classifier.Classifier", {}),

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from lightspan.errors import UserError
+from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim.bases import (
     DCTBasis,
     GaussianBasis,
-    HadamardBasis,
     IdentityBasis,
-    KroneckerDCTBasis,
     PowerBasis,
     RandomBasis,
     RandomColumns,

@@ -23,7 +23,8 @@ from lightspan.backbones.language import llama
 from lightspan.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.report import print_report, treatment
+from lightspan.optim.treatment import treatment
+from lightspan.wiring.report import print_report
 
 
 class Model(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightspan.optim.bases import DCTBasis, HadamardBasis, KroneckerDCTBasis, PowerBasis
+from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
+from lightspan.optim.bases import DCTBasis, PowerBasis
 from lightspan.optim.core import Projection, update_step
 from lightspan.optim.gradients import attach
 from lightspan.optim.inner import SGD, Adam, NewtonSchulz, Numbers

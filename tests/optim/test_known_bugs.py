@@ -11,25 +11,26 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
+from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim import presets
-from lightspan.optim.bases import DCTBasis, HadamardBasis, IdentityBasis, KroneckerDCTBasis, PowerBasis, SVDBasis
+from lightspan.optim.bases import DCTBasis, IdentityBasis, PowerBasis, SVDBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import SGD
 from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments, MomentStorage
-from lightspan.optim.report import treatment
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.optim.treatment import treatment
 
 PRESETS = {
     "default": LowRank,
-    "galore": presets.galore,
-    "fira": presets.fira,
-    "apollo": presets.apollo,
-    "apollo_mini": presets.apollo_mini,
-    "ldadam": presets.ldadam,
-    "dct_adamw": presets.dct_adamw,
-    "trion": presets.trion,
+    "galore": presets.GaLore,
+    "fira": presets.FiraAdam,
+    "apollo": presets.APOLLO,
+    "apollo_mini": presets.APOLLOMini,
+    "ldadam": presets.LDAdam,
+    "dct_adamw": presets.DCTAdamW,
+    "trion": presets.Trion,
 }
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 STORAGES = [Float32Moments(), BFloat16Moments(), Int8Moments()]
@@ -98,7 +99,7 @@ def stored_error(optimizer: LowRank) -> Tensor:
 def test_each_number_of_a_quantised_error_comes_back_to_its_own_place(precision, largest):
     """A published optimiser packed two 4-bit numbers into a byte in one order and took them out in another."""
     (weight,) = parameters((140, 131), dtype=torch.float32)  # columns: odd, and more than a block of 128
-    optimizer = presets.dct_adamw([weight], rank=3, error_feedback=precision)
+    optimizer = presets.DCTAdamW([weight], rank=3, error_feedback=precision)
     train(optimizer, [weight], range(1))
     frame = optimizer.rule.basis.frame(optimizer.buckets()[0].state, optimizer.buckets()[0].layout)[0]
     expected = weight.grad - weight.grad @ frame @ frame.mT
@@ -110,7 +111,7 @@ def test_each_number_of_a_quantised_error_comes_back_to_its_own_place(precision,
 def test_eight_bits_of_error_are_used_as_eight_bits():
     """A published optimiser rounded its 8-bit error to 15 levels."""
     (weight,) = parameters((40, 30), dtype=torch.float32)
-    optimizer = presets.dct_adamw([weight], rank=3, error_feedback="int8")
+    optimizer = presets.DCTAdamW([weight], rank=3, error_feedback="int8")
     train(optimizer, [weight], range(3))
     assert len(optimizer.state[weight]["error"].unique()) > 200
 

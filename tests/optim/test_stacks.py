@@ -9,7 +9,7 @@ from lightspan.optim import presets
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.ranks import RankByEnergy
-from lightspan.optim.report import treatment
+from lightspan.optim.treatment import treatment
 
 RULES = {
     "default": LowRank,

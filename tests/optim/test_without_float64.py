@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightspan import devices
 from lightspan.devices import widest_float
+from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim import presets
-from lightspan.optim.bases import HadamardBasis, KroneckerDCTBasis, RandomBasis
+from lightspan.optim.bases import RandomBasis
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.ranks import RankByEnergy
 

@@ -8,7 +8,7 @@ from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
 from lightspan.subspaces.frames import dct_matrix
-from lightspan.triton_kernels import kronecker_energies
+from lightspan.triton_kernels import tiles
 from lightspan.triton_kernels.dct_energies import (
     dct_energies,
     dct_energies_reference,
@@ -18,7 +18,7 @@ from lightspan.triton_kernels.dct_energies import (
     tile,
     two_factors,
 )
-from lightspan.triton_kernels.kronecker_energies import operands
+from lightspan.triton_kernels.tiles import operands
 
 PATHS = [dct_energies_reference, pytest.param(dct_energies_triton, marks=needs_triton)]
 
@@ -72,7 +72,7 @@ def test_a_cosine_has_all_its_energy_in_its_own_column(path):
 def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
     gradients = problem((33, 12), torch.float32, "columns")
     whole = dct_energies_reference(gradients)
-    monkeypatch.setattr(kronecker_energies, "CACHED", 60)
+    monkeypatch.setattr(tiles, "CACHED", 60)
     close(dct_energies_reference(gradients), whole)
 
 
@@ -155,7 +155,7 @@ def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
 
 @needs_triton
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch):
-    monkeypatch.setattr(kronecker_energies, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     sizes = [(4096, "bf16", False), (4096, "bf16", True), (1024, "bf16", False)]
     assert all(fits(torch.bfloat16, size) for size, *_ in sizes)

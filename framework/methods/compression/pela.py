@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lightspan.adapters.layers import whole
 from lightspan.adapters.pela import factorise, factorised
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
@@ -24,6 +23,7 @@ from lightspan.nn.taps import blocks_of, tapped
 from lightspan.objectives.distillation import feature_distillation, mean_squared, weight_perturbation
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
+from lightspan.sharded import whole
 
 
 class PELA(Method):

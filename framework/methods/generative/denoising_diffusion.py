@@ -3,7 +3,8 @@
 Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, algorithms 1 and 2; Song et al.,
 "Denoising Diffusion Implicit Models", 2020, arXiv 2010.02502 (fewer levels when drawing); Ho, Salimans, 2022, arXiv
 2207.12598 (guidance by the same network without its class); Salimans, Ho, 2022, arXiv 2202.00512 (velocity). The
-equations are in `lightspan.objectives.diffusion`.
+equations are in `lightspan.objectives.diffusion`. A level is the field's timestep, kept its alpha_bar, and an image
+whose class the network is not told is one of the null class, or unconditional.
 Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ImageBatch
+from lightspan.devices import wide_type
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.objectives.diffusion import (
@@ -151,7 +153,7 @@ class DenoisingDiffusion(Method):
         told_B = torch.ones_like(label_B, dtype=torch.bool)
         seen = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), torch.float32)
         x_BCHW = torch.randn(len(label_B), *shape, generator=generator)
-        x_BCHW = x_BCHW.to(device, torch.promote_types(seen, torch.float32))
+        x_BCHW = x_BCHW.to(device, wide_type(seen))
         visited = self.spread(steps)[::-1]
         kept = [self.kept_T[level] for level in visited] + [torch.ones((), device=device)]
         for i, level in enumerate(visited):

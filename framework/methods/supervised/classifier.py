@@ -9,10 +9,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.backbones.vision import he_normal_
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.init import he_normal_
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
 

@@ -6,28 +6,25 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from optim.published import (
-    adamw_rotated,
-    apollo,
-    apollo_mini,
-    as_given,
-    dct_adamw,
-    dct_basis,
-    fira,
-    galore,
-    ldadam,
-    ldadam_frame,
-    limited,
-    newton_schulz,
-    rotated_moments,
-    row_scale,
-    selected,
-    svd_frames,
-    tall,
-    trion,
-    trion_scale,
-)
+from optim.rotated import adamw_rotated
 from torch import Tensor
+
+from lightspan.optim.reference import (
+    APOLLO,
+    APOLLOMini,
+    DCTAdamW,
+    FiraAdam,
+    GaLore,
+    LDAdam,
+    LowRank,
+    Reference,
+    Trion,
+    run,
+)
+from lightspan.optim.reference.dct import dct_basis, newton_schulz, selected, shape_factor
+from lightspan.optim.reference.ldadam import power_step, rotated_moments
+from lightspan.optim.reference.loop import as_given, tall
+from lightspan.optim.reference.rescaling import limited, row_scale
 
 SHAPES = [(7, 4), (4, 7), (5, 5)]
 STEPS, BETAS, EPS = 9, (0.9, 0.99), 1e-8
@@ -67,26 +64,28 @@ def test_rotated_adamw_on_the_identity_is_torchs_adamw(shape: tuple[int, int]) -
 def test_at_full_rank_and_without_refresh_every_projected_adam_is_rotated_adamw(shape: tuple[int, int]) -> None:
     weight, gradients = problem(shape)
     size = min(shape)
-    frames = svd_frames(gradients, size, {0})
+    frames = [turn(size)] * STEPS
     expected = adamw_rotated(weight, gradients, frames[0], **ADAM)
-    for run in (galore, fira):
-        torch.testing.assert_close(run(weight, gradients, frames, **ADAM), expected, **EXACT)
-    for error_feedback in (True, False):
-        run = ldadam(weight, gradients, frames=frames, error_feedback=error_feedback, **ADAM)
-        torch.testing.assert_close(run.weight, expected, **EXACT)
+    rules: list[tuple[type[Reference], dict[str, float]]] = [
+        (GaLore, {"scale": 1.0}), (FiraAdam, {"scale": 1.0}), (LowRank, {}), (LDAdam, {})
+    ]  # fmt: skip
+    for kind, settings in rules:
+        got = run(kind, weight, gradients, frames=frames, **ADAM, **settings)
+        torch.testing.assert_close(got.weight, expected, **EXACT)
     basis = turn(size)
-    got = dct_adamw(weight, gradients, basis, rank=size, refreshes=range(STEPS), **ADAM)
+    got = run(DCTAdamW, weight, gradients, rank=size, basis=lambda _: basis, **ADAM)
     torch.testing.assert_close(got.weight, adamw_rotated(weight, gradients, basis, **ADAM), **EXACT)
 
 
 REFERENCES: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
-    "galore": lambda w, g: galore(w, g, svd_frames(g, 2, {0, 4}), alpha=0.25, **ADAM),
-    "fira": lambda w, g: fira(w, g, svd_frames(g, 2, {0, 4}), alpha=0.25, **ADAM),
-    "apollo": lambda w, g: apollo(w, g, gaussians(4, 2, 3), **ADAM),
-    "apollo_mini": lambda w, g: apollo_mini(w, g, gaussians(4, 1, 3), **ADAM),
-    "ldadam": lambda w, g: ldadam(w, g, rank=2, **ADAM).weight,
-    "dct_adamw": lambda w, g: dct_adamw(w, g, dct_basis(4), rank=2, refreshes=range(0, STEPS, 2), **ADAM).weight,
-    "trion": lambda w, g: trion(w, g, dct_basis(4), rank=2, lr=0.1, scale="kimi").weight,
+    "GaLore": lambda w, g: run(GaLore, w, g, rank=2, refresh=4, **ADAM).weight,
+    "FiraAdam": lambda w, g: run(FiraAdam, w, g, rank=2, refresh=4, **ADAM).weight,
+    "APOLLO": lambda w, g: run(APOLLO, w, g, rank=2, refresh=3, **ADAM).weight,
+    "APOLLOMini": lambda w, g: run(APOLLOMini, w, g, refresh=3, **ADAM).weight,
+    "LDAdam": lambda w, g: run(LDAdam, w, g, rank=2, **ADAM).weight,
+    "DCTAdamW": lambda w, g: run(DCTAdamW, w, g, rank=2, refresh=2, **ADAM).weight,
+    "Trion": lambda w, g: run(Trion, w, g, rank=2, lr=0.1, convention="kimi").weight,
+    "LowRank": lambda w, g: run(LowRank, w, g, rank=2, refresh=4, **ADAM).weight,
 }
 
 
@@ -106,14 +105,13 @@ def test_arguments_are_left_alone(reference: Callable[[Tensor, list[Tensor]], Te
 
 def test_a_schedule_of_equal_rates_is_one_rate() -> None:
     weight, gradients = problem((7, 4))
-    frames = svd_frames(gradients, 2, {0})
-    many, one = galore(weight, gradients, frames, lr=[0.1] * STEPS), galore(weight, gradients, frames, lr=0.1)
+    many, one = (run(GaLore, weight, gradients, rank=2, lr=lr).weight for lr in ([0.1] * STEPS, 0.1))
     assert torch.equal(many, one)
 
 
 def test_svd_frames_change_at_refreshes_only_and_capture_most() -> None:
-    _, gradients = problem((4, 7))
-    frames = svd_frames(gradients, 2, {0, 5})
+    weight, gradients = problem((4, 7))
+    frames = run(GaLore, weight, gradients, rank=2, refresh=5, lr=0.1).frames
     assert [a is b for a, b in itertools.pairwise(frames)] == [step != 5 for step in range(1, STEPS)]
     captured = (tall(gradients[5]) @ frames[5]).square().sum()
     torch.testing.assert_close(captured, torch.linalg.svdvals(gradients[5])[:2].square().sum())
@@ -122,14 +120,16 @@ def test_svd_frames_change_at_refreshes_only_and_capture_most() -> None:
 def test_galores_first_step_by_hand() -> None:
     # coordinates of the only direction (0.6, 0.8) are 5 and -10; Adam's first step is their sign
     gradient = torch.tensor([[3.0, 4.0], [-6.0, -8.0]])
-    got = galore(torch.zeros(2, 2), [gradient], [torch.tensor([[0.6], [0.8]])], lr=0.1, alpha=0.5, eps=0.0)
-    torch.testing.assert_close(got, torch.tensor([[-0.03, -0.04], [0.03, 0.04]], dtype=torch.float64))
+    frames = [torch.tensor([[0.6], [0.8]])]
+    got = run(GaLore, torch.zeros(2, 2), [gradient], frames=frames, lr=0.1, scale=0.5, eps=0.0)
+    torch.testing.assert_close(got.weight, torch.tensor([[-0.03, -0.04], [0.03, 0.04]], dtype=torch.float64))
 
 
 def test_firas_first_step_by_hand() -> None:
     # the frame is the first axis: Adam gives its column the sign, the other column is scaled by 1 / |first|
     gradient = torch.tensor([[4.0, 2.0], [-0.5, 3.0], [0.0, 7.0]])
-    got = fira(torch.zeros(3, 2), [gradient], [torch.tensor([[1.0], [0.0]])], lr=0.1, alpha=0.5, eps=1e-300, bound=None)
+    frames = [torch.tensor([[1.0], [0.0]])]
+    got = run(FiraAdam, torch.zeros(3, 2), [gradient], frames=frames, lr=0.1, scale=0.5, eps=1e-300).weight
     expected = -0.05 * torch.tensor([[1.0, 0.5], [-1.0, 6.0], [0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(got, expected)
 
@@ -137,18 +137,18 @@ def test_firas_first_step_by_hand() -> None:
 def test_the_limiter_holds_growth_and_lets_everything_else_pass() -> None:
     before, small, large = 3**0.5, torch.full((3,), -1.005), torch.full((3,), -5.0)
     for update, norm, gamma in ((large, 0.0, 1.01), (large, before, None), (small, before, 1.01)):
-        got, after = limited(update, norm, gamma)
-        assert got is update
-        assert after == update.norm().item()
-    got, after = limited(large, before, 1.01)
-    torch.testing.assert_close(got, torch.full((3,), -1.01))
-    assert after == pytest.approx(1.01 * before)
+        state = {"norm": norm}
+        assert limited(update, state, gamma) is update
+        assert state["norm"] == update.norm().item()
+    state = {"norm": before}
+    torch.testing.assert_close(limited(large, state, 1.01), torch.full((3,), -1.01))
+    assert state["norm"] == pytest.approx(1.01 * before)
 
 
 def test_a_step_without_an_update_does_not_count_for_the_limiter() -> None:
-    nothing, after = limited(torch.zeros(3), 2.0, 1.01)
-    assert not nothing.any()
-    assert after == 2.0
+    state = {"norm": 2.0}
+    assert not limited(torch.zeros(3), state, 1.01).any()
+    assert state["norm"] == 2.0
 
 
 def test_a_row_that_leaves_the_frame_is_rescaled_to_the_bound_and_others_as_published() -> None:
@@ -168,16 +168,17 @@ def test_firas_residual_grows_by_gamma_a_step_at_most() -> None:
     weight, frame = torch.zeros(6, 3, dtype=torch.float64), turn(3)[:, :1]
     outside = torch.eye(3) - frame @ frame.T
     gradients = [normal(6, 3), normal(6, 3) @ (frame @ frame.T + 100 * outside)]
-    steps = [fira(weight, gradients[:n], [frame] * n, lr=1.0, bound=None) for n in range(3)]
+    rules = {"lr": 1.0, "scale": 1.0}
+    steps = [run(FiraAdam, weight, gradients[:n], frames=[frame] * n, **rules).weight for n in range(3)]
     first, second = ((after - before) @ outside for before, after in itertools.pairwise(steps))
     torch.testing.assert_close(second.norm(), 1.01 * first.norm())
-    free = fira(weight, gradients, [frame] * 2, lr=1.0, gamma=None, bound=None)
+    free = run(FiraAdam, weight, gradients, frames=[frame] * 2, limit=None, **rules).weight
     assert ((free - steps[1]) @ outside).norm() > 50 * first.norm()
 
 
 def test_apollo_moves_every_row_along_its_gradient() -> None:
     weight, gradients = problem((7, 4))
-    moved = weight - apollo(weight, gradients[:1], gaussians(4, 2, 3)[:1], lr=0.1, eps=0.0)
+    moved = weight - run(APOLLO, weight, gradients[:1], frames=gaussians(4, 2, 3)[:1], lr=0.1, eps=0.0).weight
     along = (moved * gradients[0]).sum(dim=1) / gradients[0].norm(dim=1)
     torch.testing.assert_close(along, moved.norm(dim=1))
     # Adam's first direction is a sign, of length sqrt(rank) in every row
@@ -192,7 +193,9 @@ def test_apollo_on_an_orthogonal_projection_gives_rows_the_length_of_rotated_ada
     def lengths_of_last_step(run: Callable[[int], Tensor]) -> Tensor:
         return (run(STEPS) - run(STEPS - 1)).norm(dim=1)
 
-    ours = lengths_of_last_step(lambda n: apollo(weight, gradients[:n], [frame] * n, gamma=None, **rules))
+    ours = lengths_of_last_step(
+        lambda n: run(APOLLO, weight, gradients[:n], frames=[frame] * n, limit=None, **rules).weight
+    )
     full = lengths_of_last_step(lambda n: adamw_rotated(weight, gradients[:n], frame, **rules))
     torch.testing.assert_close(ours, full)
 
@@ -200,14 +203,16 @@ def test_apollo_on_an_orthogonal_projection_gives_rows_the_length_of_rotated_ada
 def test_apollo_mini_first_step_by_hand() -> None:
     # R = (3, -4): Adam's signs have norm sqrt(2), so s = sqrt(2) / 5 and sqrt(128) s = 16 / 5
     gradient = torch.tensor([[3.0, 1.0], [-4.0, 2.0]])
-    got = apollo_mini(torch.zeros(2, 2), [gradient], [torch.tensor([[1.0], [0.0]])], lr=0.1, eps=0.0)
+    frames = [torch.tensor([[1.0], [0.0]])]
+    got = run(APOLLOMini, torch.zeros(2, 2), [gradient], frames=frames, lr=0.1, eps=0.0).weight
     torch.testing.assert_close(got, -0.32 * gradient.double())
 
 
 def test_apollo_limits_the_growth_of_its_update() -> None:
     weight, gradients = problem((7, 4))
     gradients[1] = gradients[1] * 1000
-    steps = [apollo(weight, gradients[:n], gaussians(4, 2, 3)[:n], lr=1.0, betas=(0.9, 0.0)) for n in range(3)]
+    frames, rules = gaussians(4, 2, 3), {"lr": 1.0, "betas": (0.9, 0.0)}
+    steps = [run(APOLLO, weight, gradients[:n], frames=frames[:n], **rules).weight for n in range(3)]
     first, second = steps[1] - steps[0], steps[2] - steps[1]
     assert second.norm() <= 1.01 * first.norm() * (1 + 1e-12)
 
@@ -232,25 +237,25 @@ def test_a_permuted_frame_permutes_the_moments() -> None:
 def test_ldadam_loses_no_gradient(shape: tuple[int, int]) -> None:
     # sum of its three rules over the steps: sum G = E_T + sum_{t<T} M_t + M_T / (1 - b1), with M_t = m_t Q_t^T
     weight, gradients = problem(shape)
-    run = ldadam(weight, gradients, rank=2, **ADAM)
-    momenta = [m @ q.T for (m, _), q in zip(run.moments, run.frames, strict=True)]
-    accounted = run.buffers[-1] + sum(momenta[:-1]) + momenta[-1] / (1 - BETAS[0])
+    got = run(LDAdam, weight, gradients, rank=2, **ADAM)
+    momenta = [m @ q.T for (m, _), q in zip(got.moments, got.frames, strict=True)]
+    accounted = got.buffers[-1] + sum(momenta[:-1]) + momenta[-1] / (1 - BETAS[0])
     torch.testing.assert_close(sum(tall(g) for g in gradients), accounted, **EXACT)
 
 
 def test_ldadam_with_its_own_frames_given_back_is_the_same() -> None:
     weight, gradients = problem((7, 4))
-    own = ldadam(weight, gradients, rank=2, **ADAM)
-    assert torch.equal(ldadam(weight, gradients, frames=own.frames, **ADAM).weight, own.weight)
+    own = run(LDAdam, weight, gradients, rank=2, **ADAM)
+    assert torch.equal(run(LDAdam, weight, gradients, frames=own.frames, **ADAM).weight, own.weight)
 
 
 def test_ldadams_frame_is_orthonormal_and_settles_on_the_top_singular_vectors() -> None:
     a = turn(6)[:, :4] @ torch.diag(torch.tensor([9.0, 8.0, 2.0, 1.0], dtype=torch.float64)) @ turn(4, 3).T
     frame = turn(4, 5)[:, :2]
     for _ in range(40):
-        frame = ldadam_frame(a, frame, a @ frame, rank=2, rho=0.5)
+        frame = power_step(a, frame, a @ frame, rho=0.5)
         torch.testing.assert_close(frame.T @ frame, torch.eye(2, dtype=torch.float64), **EXACT)
-    top = ldadam_frame(a, None, None, rank=2, rho=0.5)
+    top = turn(4, 3)[:, :2]  # the right singular vectors it was made of
     torch.testing.assert_close(frame @ frame.T, top @ top.T, atol=1e-8, rtol=0)
 
 
@@ -276,13 +281,13 @@ def test_columns_selected_by_their_l2_norm_leave_the_least_behind() -> None:
 @pytest.mark.parametrize("norm", [1, 2])
 def test_dct_adamw_keeps_what_it_does_not_apply(norm: int) -> None:
     weight, gradients = problem((4, 7))
-    run = dct_adamw(weight, gradients, dct_basis(4), rank=2, refreshes={0, 3, 6}, norm=norm, **ADAM)
+    got = run(DCTAdamW, weight, gradients, rank=2, refresh=3, norm=norm, **ADAM)
     error = torch.zeros(7, 4, dtype=torch.float64)
-    for gradient, q, kept in zip(gradients, run.frames, run.buffers, strict=True):
+    for gradient, q, kept in zip(gradients, got.frames, got.buffers, strict=True):
         a = tall(gradient) + error
         torch.testing.assert_close(kept + a @ q @ q.T, a, **EXACT)
         error = kept
-    assert not dct_adamw(weight, gradients, dct_basis(4), rank=2, refreshes={0}, error_feedback=False, **ADAM).buffers
+    assert not run(DCTAdamW, weight, gradients, rank=2, error_feedback=False, **ADAM).buffers
 
 
 def test_rotation_moves_surviving_moments_to_their_columns_and_starts_new_ones_at_zero() -> None:
@@ -290,9 +295,9 @@ def test_rotation_moves_surviving_moments_to_their_columns_and_starts_new_ones_a
     gradients = [torch.tensor([[5.0, 4.0, 1.0]]).repeat(3, 1), torch.tensor([[1.0, 4.0, 5.0]]).repeat(3, 1)]
     weight = torch.zeros(3, 3)
     moved, left = (
-        dct_adamw(
-            weight, gradients, torch.eye(3), lr=0.1, rank=2, refreshes={0, 1}, rotate=rotate, betas=(0.5, 0.5),
-            error_feedback=False,
+        run(
+            DCTAdamW, weight, gradients, lr=0.1, rank=2, rotate=rotate, betas=(0.5, 0.5), error_feedback=False,
+            basis=torch.eye,
         )
         for rotate in (True, False)
     )  # fmt: skip
@@ -320,17 +325,18 @@ def test_trion_at_full_rank_is_momentum_orthogonalised() -> None:
         momentum = momentum + gradient
         expected = 0.99 * expected - 0.1 * math.sqrt(7 / 4) * newton_schulz(momentum)
         momentum = 0.9 * momentum
-    run = trion(weight, gradients, turn(4), rank=4, lr=0.1, mu=0.9, scale="dion", weight_decay=0.1)
+    settings = {"rank": 4, "lr": 0.1, "momentum": 0.9, "convention": "dion", "weight_decay": 0.1}
+    got = run(Trion, weight, gradients, basis=lambda size: turn(size), **settings)
     # newton_schulz(B Q) Q^T = newton_schulz(B): it commutes with rotations
-    torch.testing.assert_close(run.weight, expected, **EXACT)
-    torch.testing.assert_close(run.buffers[-1], momentum, **EXACT)
+    torch.testing.assert_close(got.weight, expected, **EXACT)
+    torch.testing.assert_close(got.buffers[-1], momentum, **EXACT)
 
 
 def test_trion_decays_only_what_it_applied() -> None:
     weight, gradients = problem((7, 4))
-    run = trion(weight, gradients, dct_basis(4), rank=2, lr=0.1, mu=0.8)
+    got = run(Trion, weight, gradients, rank=2, lr=0.1, momentum=0.8)
     before = torch.zeros(7, 4, dtype=torch.float64)
-    for gradient, q, momentum in zip(gradients, run.frames, run.buffers, strict=True):
+    for gradient, q, momentum in zip(gradients, got.frames, got.buffers, strict=True):
         b = before + gradient
         torch.testing.assert_close(momentum @ q, 0.8 * b @ q, **EXACT)
         torch.testing.assert_close(momentum - momentum @ q @ q.T, b - b @ q @ q.T, **EXACT)
@@ -338,9 +344,14 @@ def test_trion_decays_only_what_it_applied() -> None:
 
 
 def test_scales_of_an_orthogonal_update_by_hand() -> None:
-    for scale, tall_scale, wide_scale in (("kj", 2.0, 1.0), ("kimi", 0.8, 0.8), ("dion", 2.0, 0.5), (None, 1.0, 1.0)):
-        assert trion_scale(torch.Size((16, 4)), scale) == pytest.approx(tall_scale)
-        assert trion_scale(torch.Size((4, 16)), scale) == pytest.approx(wide_scale)
+    for convention, tall_scale, wide_scale in (
+        ("kj", 2.0, 1.0),
+        ("kimi", 0.8, 0.8),
+        ("dion", 2.0, 0.5),
+        ("none", 1.0, 1.0),
+    ):
+        assert shape_factor((16, 4), convention) == pytest.approx(tall_scale)
+        assert shape_factor((4, 16), convention) == pytest.approx(wide_scale)
 
 
 def test_orientation_is_undone() -> None:

@@ -10,6 +10,7 @@ Shapes: a, b sizes of the factors; left_aa = A, right_bb = B.
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.subspaces.frames import dct_matrix
 from lightspan.triton_kernels.dct_energies import dct as dct
@@ -20,13 +21,13 @@ from lightspan.triton_kernels.walsh_hadamard import hadamard_matrix as hadamard_
 
 def idct(y: Tensor) -> Tensor:
     """Inverse and adjoint of `dct`: the orthonormal DCT-III along the last axis."""
-    size, wide = y.shape[-1], y.to(torch.promote_types(y.dtype, torch.float32))
+    size, wide_y = y.shape[-1], wide(y)
     half = size // 2 + 1
     # What `dct` takes y from: s_k exp(-i pi k / 2N) FFT(v)_k = y_k - i y_(N-k), where y_N counts as 0.
-    mirrored = torch.nn.functional.pad(wide[..., 1:].flip(-1), (1, 0))[..., :half]
-    v = torch.fft.irfft(torch.complex(wide[..., :half], -mirrored) / rotation(size, wide), n=size)
+    mirrored = torch.nn.functional.pad(wide_y[..., 1:].flip(-1), (1, 0))[..., :half]
+    v = torch.fft.irfft(torch.complex(wide_y[..., :half], -mirrored) / rotation(size, wide_y), n=size)
     evens = (size + 1) // 2
-    x = torch.empty_like(wide)
+    x = torch.empty_like(wide_y)
     x[..., ::2], x[..., 1::2] = v[..., :evens], v[..., evens:].flip(-1)
     return x.to(y.dtype)
 

@@ -8,13 +8,13 @@ from ahead_of_time import TARGETS, Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
-from lightspan.triton_kernels import kronecker_energies
-from lightspan.triton_kernels.kronecker_energies import blocks, operands
-from lightspan.triton_kernels.kronecker_scatter_update import (
+from lightspan.experiments.kronecker_scatter_update import (
     kronecker_scatter_update,
     kronecker_scatter_update_reference,
     kronecker_scatter_update_triton,
 )
+from lightspan.triton_kernels import tiles as shared
+from lightspan.triton_kernels.tiles import blocks, operands
 
 PATHS = [kronecker_scatter_update_reference, pytest.param(kronecker_scatter_update_triton, marks=needs_triton)]
 
@@ -189,13 +189,13 @@ def spec(size: int, dtype: str, transposed: bool, residual: bool, target: str) -
         **dict.fromkeys(("gradient_stride_m", "gradient_stride_n"), "i32"),
     }  # fmt: skip
     types = {name: kind for name, kind in types.items() if name not in constants}
-    kernel = "kronecker_scatter_update:kronecker_scatter_update_kernel"
+    kernel = "experiments.kronecker_scatter_update:kronecker_scatter_update_kernel"
     return Spec(kernel, types, constants, list(types), True, options, (target,))
 
 
 @needs_triton
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch):
-    monkeypatch.setattr(kronecker_energies, "INTERPRETED", False)
+    monkeypatch.setattr(shared, "INTERPRETED", False)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     sizes = [(64, "bf16", False, True), (64, "bf16", True, True), (32, "bf16", False, False)]  # 4096 and 1024 columns
     compile_ahead(

@@ -1,4 +1,4 @@
-"""What has to be arranged between a Trainer and a `LowRank` optimiser before the first step."""
+"""What has to be arranged between a Trainer and this project's optimisers before the first step."""
 
 import gc
 import math
@@ -19,7 +19,7 @@ from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.reduction import leave_out_of_ddp, nothing_left_for_ddp
-from lightspan.optim.report import print_report
+from lightspan.wiring.report import print_report
 
 MATRIX_OPTIMIZERS = (LowRank, Muon, Adafactor)
 """Optimisers for which a matrix is more than the numbers in it."""

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
 from lightspan.errors import UserError
-from lightspan.subspaces.frames import dct_matrix
-from lightspan.subspaces.transforms import (
+from lightspan.experiments.transforms import (
     dct,
     hadamard_factors,
     hadamard_matrix,
@@ -20,6 +19,7 @@ from lightspan.subspaces.transforms import (
     kronecker_transform,
     two_factors,
 )
+from lightspan.subspaces.frames import dct_matrix
 
 CPU = torch.device("cpu")
 SIZES = [1, 2, 6, 7, 12, 13, 48, 64, 257]

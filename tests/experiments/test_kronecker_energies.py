@@ -6,17 +6,15 @@ from ahead_of_time import TARGETS, Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
-from lightspan.triton_kernels import kronecker_energies as module
-from lightspan.triton_kernels.kronecker_energies import (
-    blocks,
+from lightspan.experiments.kronecker_energies import (
     fits,
-    index_type,
     kronecker_energies,
     kronecker_energies_reference,
     kronecker_energies_triton,
-    operands,
 )
+from lightspan.triton_kernels import tiles as shared
 from lightspan.triton_kernels.launch import tl
+from lightspan.triton_kernels.tiles import blocks, index_type, operands
 
 SHAPES = [(1, 1, 1), (5, 3, 4), (19, 1, 13), (17, 16, 16), (3, 20, 33)]  # M, a, b
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,7 +68,7 @@ def test_an_orthonormal_basis_keeps_all_energy():
 def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
     given = problem((33, 3, 4), torch.float32, "columns")
     whole = kronecker_energies_reference(*given)
-    monkeypatch.setattr(module, "CACHED", 60)
+    monkeypatch.setattr(shared, "CACHED", 60)
     close(kronecker_energies_reference(*given), whole)
 
 
@@ -147,13 +145,13 @@ def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
         **dict.fromkeys(("M", "stride_m", "stride_n"), "i32"),
     }  # fmt: skip
     types = {name: kind for name, kind in types.items() if name not in constants}
-    kernel = "kronecker_energies:kronecker_energies_kernel"
+    kernel = "experiments.kronecker_energies:kronecker_energies_kernel"
     return Spec(kernel, types, constants, list(types), True, options, (target,))
 
 
 @needs_triton
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch):
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(shared, "INTERPRETED", False)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     sizes = [(64, "bf16", False), (64, "bf16", True), (32, "bf16", False)]  # 4096 and 1024 columns
     compile_ahead(*(spec(*size, target) for size in sizes for target in TARGETS), spec(64, "fp32", False, "sm_90"))

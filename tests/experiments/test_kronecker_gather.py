@@ -6,15 +6,15 @@ from ahead_of_time import TARGETS, Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
 from torch import Tensor
 
-from lightspan.triton_kernels import kronecker_energies
-from lightspan.triton_kernels.kronecker_energies import blocks, operands
-from lightspan.triton_kernels.kronecker_gather import (
+from lightspan.experiments.kronecker_gather import (
     kronecker_columns,
     kronecker_gather,
     kronecker_gather_reference,
     kronecker_gather_triton,
     slot_map,
 )
+from lightspan.triton_kernels import tiles as shared
+from lightspan.triton_kernels.tiles import blocks, operands
 
 SHAPES = [(1, 1, 1, 1), (5, 3, 4, 5), (19, 1, 13, 13), (17, 16, 16, 3), (3, 20, 33, 7)]  # M, a, b, R
 
@@ -129,13 +129,13 @@ def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
         **dict.fromkeys(("M", "R", "stride_m", "stride_n"), "i32"),
     }  # fmt: skip
     types = {name: kind for name, kind in types.items() if name not in constants}
-    kernel = "kronecker_gather:kronecker_gather_kernel"
+    kernel = "experiments.kronecker_gather:kronecker_gather_kernel"
     return Spec(kernel, types, constants, list(types), True, options, (target,))
 
 
 @needs_triton
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch):
-    monkeypatch.setattr(kronecker_energies, "INTERPRETED", False)
+    monkeypatch.setattr(shared, "INTERPRETED", False)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     sizes = [(64, "bf16", False), (64, "bf16", True), (32, "bf16", False)]  # 4096 and 1024 columns
     compile_ahead(*(spec(*size, target) for size in sizes for target in TARGETS), spec(64, "fp32", False, "sm_90"))

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightspan.triton_kernels.kronecker_energies import ROWS, blocks, fits, index_type, operands
+from lightspan.devices import wide_type
+from lightspan.experiments.kronecker_energies import fits
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
 from lightspan.triton_kernels.project import project_reference, project_triton
+from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands
 
 if triton is not None:
-    from lightspan.triton_kernels.kronecker_energies import load_factor, select_row, two_sided
+    from lightspan.experiments.kronecker_energies import two_sided
+    from lightspan.triton_kernels.tiles import load_factor, select_row
 
 
 def kronecker_columns(columns_BR: Tensor, left_aa: Tensor, right_bb: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def kronecker_gather(
 def _(
     gradients: Sequence[Tensor], columns_BR: Tensor, left_aa: Tensor, right_bb: Tensor, energy: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(left_aa.dtype, torch.float32)
+    wide = wide_type(left_aa.dtype)
     (B, R), M = columns_BR.shape, gradients[0].shape[0]
     return left_aa.new_empty((B, M, R), dtype=wide), left_aa.new_empty((B if energy else 0, M), dtype=wide)
 

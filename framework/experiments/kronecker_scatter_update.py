@@ -12,14 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightspan.experiments.kronecker_energies import fits
+from lightspan.experiments.kronecker_gather import kronecker_columns, slot_map
 from lightspan.triton_kernels.backproject_update import backproject_update_reference, backproject_update_triton
-from lightspan.triton_kernels.kronecker_energies import ROWS, blocks, fits, index_type, operands
-from lightspan.triton_kernels.kronecker_gather import kronecker_columns, slot_map
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
+from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands
 
 if triton is not None:
-    from lightspan.triton_kernels.kronecker_energies import load_factor, two_sided
+    from lightspan.experiments.kronecker_energies import two_sided
     from lightspan.triton_kernels.rounding import round_stochastically
+    from lightspan.triton_kernels.tiles import load_factor
 
 
 def kronecker_scatter_update_reference(

@@ -7,21 +7,17 @@ and N numbers leave, which is all that choosing columns needs: dropping column j
 Shapes: B matrices, M rows, N = a * b columns; left_aa = A, right_bb = B. No backward: optimiser steps only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
+from lightspan.devices import wide_type
+from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
+from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands, row_tiles
 
-ROWS = 16  # of one program; more would leave a GPU idle at a few thousand rows
-CACHED = 2**17  # numbers that a reference transforms at once on a CPU: 512 KiB of float32 stay in a core's cache
-
-
-def row_tiles(gradient_MN: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Groups of rows in `dtype`, as many as a CPU keeps in its caches; on a GPU as many as fit 64 MiB of float32."""
-    rows = max(1, (CACHED if gradient_MN.device.type == "cpu" else 2**24) // gradient_MN.shape[1])
-    return (tile_PN.to(dtype) for tile_PN in gradient_MN.split(rows))
+if triton is not None:
+    from lightspan.triton_kernels.tiles import load_factor, select_row
 
 
 def kronecker_energies_reference(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: Tensor) -> Tensor:
@@ -30,7 +26,7 @@ def kronecker_energies_reference(gradients: Sequence[Tensor], left_aa: Tensor, r
     On one EPYC core 2^20 numbers take 1.2 to 3 ms for N from 256 to 4096; the product with the dense basis takes 2.4 to
     39 ms in float32 and 1.2 to 20 in bfloat16.
     """
-    (a, b), wide = (len(left_aa), len(right_bb)), torch.promote_types(left_aa.dtype, torch.float32)
+    (a, b), wide = (len(left_aa), len(right_bb)), wide_type(left_aa.dtype)
     left_aa, right_bb = left_aa.to(wide), right_bb.to(wide)
     energy_BN = left_aa.new_zeros((len(gradients), a * b))
     for energy_N, gradient_MN in zip(energy_BN, gradients, strict=True):
@@ -43,23 +39,10 @@ def kronecker_energies_reference(gradients: Sequence[Tensor], left_aa: Tensor, r
 if triton is not None:
 
     @triton.jit
-    def load_factor(factor_ptr, SIZE: tl.constexpr, PADDED: tl.constexpr, TRANSPOSED: tl.constexpr):
-        """A or B, or its transpose, with zeros around it."""
-        row, column = tl.arange(0, PADDED)[:, None], tl.arange(0, PADDED)[None, :]
-        offset = column * SIZE + row if TRANSPOSED else row * SIZE + column
-        return tl.load(factor_ptr + offset, mask=(row < SIZE) & (column < SIZE), other=0.0)
-
-    @triton.jit
     def two_sided(left, x, right, PRECISION: tl.constexpr):
         """left x right in float32; what lies between is rounded to the type of `left`."""
         middle = tl.dot(x.to(right.dtype), right, input_precision=PRECISION)
         return tl.dot(left, middle.to(left.dtype), input_precision=PRECISION)
-
-    @triton.jit
-    def select_row(tile, k, GROUP: tl.constexpr):
-        """Row k of a tile [A B GROUP], in float32. By a sum, because registers cannot be indexed."""
-        member = tl.arange(0, GROUP)[None, None, :]
-        return tl.sum(tl.where(member == k, tile.to(tl.float32), 0.0), axis=2)
 
     @triton.jit
     def kronecker_energies_kernel(
@@ -96,43 +79,6 @@ def fits(dtype: torch.dtype, left_aa: Tensor, right_bb: Tensor) -> bool:
     return left_aa.dtype != torch.float64 and max(len(left_aa), len(right_bb)) <= limits.get(dtype, 0)
 
 
-def blocks(a: int, b: int, dtype: torch.dtype, transposed: bool, tiles: int = 1) -> dict[str, int]:
-    """Tile and launch sizes for rows [a b] of `dtype`; `tiles` is how many tiles beside that row a kernel holds.
-
-    Where rows are adjacent in memory (`transposed`: stride_m == 1), loading one alone would fetch 32 bytes for each of
-    its numbers; so as many are loaded together as registers allow.
-    """
-    padded_a, padded_b = (max(16, triton.next_power_of_2(size)) for size in (a, b))
-    area = padded_a * padded_b
-    group = max(1, min(8, 32_768 // (area * dtype.itemsize)) // tiles) if transposed else 1
-    return {
-        "A": a, "B": b, "PADDED_A": padded_a, "PADDED_B": padded_b, "ROWS": ROWS, "GROUP": group,
-        # Loading a row ahead costs registers, and AMD's compiler spills them sooner.
-        "STAGES": 2 if area <= 4096 and not (transposed or torch.version.hip) else 1,
-        "num_warps": 4 if area <= (1024 if transposed else 4096) else 8,
-    }  # fmt: skip
-
-
-def index_type(size: int, *strides: int) -> "tl.dtype":
-    """Type of the offsets within a row. They stay in registers: 64 bits, where 32 would do, make large tiles spill."""
-    return tl.int32 if size * max(strides) < 2**31 else tl.int64
-
-
-def operands(dtype: torch.dtype) -> dict[str, object]:
-    """Types and precision of both products for gradients or weights of `dtype`.
-
-    Between the products half types are bfloat16: float16 has no exponents for sums of scaled gradients. Where float32
-    must stay float32, three products of parts in TF32 do it on tensor cores; plain float32 products spill registers.
-    """
-    if INTERPRETED:
-        return {"OPERAND": tl.float32, "MIDDLE": tl.float32, "PRECISION": "ieee"}
-    if dtype != torch.float32:
-        return {"OPERAND": element_type(dtype), "MIDDLE": tl.bfloat16, "PRECISION": "ieee"}
-    exact = "ieee" if torch.version.hip else "tf32x3"
-    precision = exact if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return {"OPERAND": tl.float32, "MIDDLE": tl.float32, "PRECISION": precision}
-
-
 def kronecker_energies_triton(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: Tensor) -> Tensor:
     """Launches the kernel; no atomics, so the sum has one order. Factors that do not fit take the reference."""
     (M, N), dtype = gradients[0].shape, gradients[0].dtype
@@ -163,7 +109,7 @@ def kronecker_energies(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: T
 
 @kronecker_energies.register_fake
 def _(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: Tensor) -> Tensor:
-    wide = torch.promote_types(left_aa.dtype, torch.float32)
+    wide = wide_type(left_aa.dtype)
     return gradients[0].new_empty((len(gradients), gradients[0].shape[1]), dtype=wide)
 
 

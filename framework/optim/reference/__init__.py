@@ -1,0 +1,39 @@
+"""The published low-rank optimisers as plain equations: one file each, slow, in float64, on any net.
+
+    from lightspan.optim import reference
+    optimizer = reference.GaLore(model.parameters(), lr=1e-2, rank=8)
+
+Each is a torch optimiser whose whole rule is its `update`, ten to twenty lines to be read with the paper in hand. The
+engine, `lightspan.optim.low_rank.LowRank`, and its presets of the same names in `lightspan.optim.presets` do the same
+fast, sharded and in little memory, and are tested against these. They share none of their arithmetic.
+
+What all have in common, the loop over parameters, Adam, and when a frame is chosen anew, is in `loop`. What is neither
+in the paper nor in its code, an argument `bound` or a sentence in a docstring says; `bound` is off here by default.
+
+The equations are those of tall matrices: the shorter side is compressed, the columns of a square matrix, and a wide
+matrix is transposed. The papers' left projections P are therefore transposed too: R = G Q with Q = P^T.
+Shapes: M rows (longer side), N columns (shorter side), R rank. Gradients g and weights w [M N], frames q [N R],
+coordinates r and directions n [M R]. Steps t count from 1.
+"""
+
+from lightspan.optim.reference.apollo import APOLLO, APOLLOMini
+from lightspan.optim.reference.dct import DCTAdamW, Trion
+from lightspan.optim.reference.fira import FiraAdam
+from lightspan.optim.reference.galore import GaLore
+from lightspan.optim.reference.ldadam import LDAdam
+from lightspan.optim.reference.loop import Reference, Run, run
+from lightspan.optim.reference.low_rank import LowRank
+
+__all__ = [
+    "APOLLO",
+    "APOLLOMini",
+    "DCTAdamW",
+    "FiraAdam",
+    "GaLore",
+    "LDAdam",
+    "LowRank",
+    "Reference",
+    "Run",
+    "Trion",
+    "run",
+]

@@ -1,0 +1,46 @@
+"""What an optimiser does with each parameter, and why, before the first step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightspan.devices import wide_type
+from lightspan.optim.low_rank import LowRank
+from lightspan.sharded import local
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What one parameter gets. `state_bytes` is what this rank keeps of its state, `adamw_bytes` what AdamW would."""
+
+    group: str
+    shape: tuple[int, ...]
+    rate: float
+    how: str
+    state_bytes: int
+    adamw_bytes: int
+
+
+def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> Treatment:
+    """How `LowRank` treats a parameter, and why."""
+    if optimizer.projected(parameter, group):
+        most = "up to " if optimizer.rank_rule else ""
+        how = f"rank {most}{optimizer.rank_of(parameter, group)} of {optimizer.side(parameter, group)}"
+        how += f", each of {len(parameter)}" if optimizer.stacked(parameter, group) else ""
+    elif parameter.ndim < 2:
+        how = "AdamW: a vector"
+    elif not optimizer.allowed(parameter, group):
+        how = "AdamW: not to be projected"
+    elif parameter.is_complex():
+        how = "AdamW: complex"
+    elif optimizer.stacked(parameter, group):
+        how = "AdamW: a stack of matrices, which only whole gradients in one piece and a fixed rank can project"
+    else:
+        how = f"AdamW: rank {group['rank']} is not below its shorter side"
+    state = optimizer.initial_state(parameter, group, torch.device("meta"))
+    kept = sum(local(tensor).nbytes for tensor in state.values())
+    wide = wide_type(parameter.dtype).itemsize
+    name, shape, rate = group.get("name", "parameters"), tuple(parameter.shape), float(group["lr"])
+    return Treatment(name, shape, rate, how, kept, 2 * wide * local(parameter).numel())

@@ -1,0 +1,36 @@
+"""A printed account of what an optimiser does with each kind of parameter, before the first step."""
+
+from collections import Counter
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch.optim import Optimizer
+
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.treatment import treatment
+
+
+@rank_zero_only
+def print_report(optimizer: Optimizer) -> None:
+    """Prints one line per kind of parameter, and the state saved against AdamW. Does nothing for optimisers that
+    project nothing.
+    """
+    if not isinstance(optimizer, LowRank):
+        return
+    treatments = [treatment(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
+    table = Table(title="LowRank: what each parameter gets", title_justify="left")
+    for column in ("count", "group", "shape", "lr", "treatment", "state MiB", "AdamW's"):
+        table.add_column(column, justify="left" if column in ("group", "shape", "treatment") else "right")
+    for kind, count in Counter(treatments).items():
+        shape, own, full = " x ".join(map(str, kind.shape)), count * kind.state_bytes, count * kind.adamw_bytes
+        table.add_row(str(count), kind.group, shape, f"{kind.rate:g}", kind.how, _mib(own), _mib(full))
+    own, full = (sum(getattr(t, which) for t in treatments) for which in ("state_bytes", "adamw_bytes"))
+    table.caption = (
+        f"optimiser state {_mib(own)} MiB instead of {_mib(full)} MiB in float32: {own / full:.0%} of AdamW's"
+    )
+    Console().print(table)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f}"
