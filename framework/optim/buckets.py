@@ -1,5 +1,7 @@
 """Parameters that step together: matrices of one group, shape and layout, with their state stacked."""
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,8 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightspan.optim.core import Rule
-from lightspan.optim.layout import Layout, State, is_wide, matrix_shape, shards_of
+from lightspan.optim.layout import Layout, State, canonical, is_wide, matrices, matrix_shape, shards_of
 from lightspan.optim.loading import require_same_kind
+from lightspan.sharded import local
 
 SEED_STRIDE = 1 << 24
 """Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
@@ -87,6 +90,15 @@ class Bucket:
         noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
         return Bucket(group, parameters, phases, layout, state, views, done, noise, stacked)
 
+    def is_shown_in(self, state: Mapping[Tensor, State]) -> bool:
+        """Whether an optimiser's `state` still shows the bucket's tensors: Lightning puts others into the same
+        dictionaries, and so does who loads a checkpoint.
+        """
+        return all(
+            state[p].keys() == view.keys() and all(state[p][key] is view[key] for key in view)
+            for p, view in zip(self.parameters, self.views, strict=True)
+        )
+
     def due(self, positions: list[int], rule: Rule) -> tuple[list[int], list[int]]:
         """Of `positions`, those whose frame the coming step chooses for the first time, and those it chooses anew; as
         indices into `positions`.
@@ -97,6 +109,65 @@ class Bucket:
             return first, []
         due = set(rule.trigger.due([positions[place] for place in later], self.done, self.phases, self.state))
         return first, [place for place in later if positions[place] in due]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A projected parameter on its way into a bucket.
+
+    Args:
+        stacked: whether it counts as a stack of matrices [E out in].
+        saved: its state so far; empty if it has none.
+    """
+
+    parameter: Tensor
+    group: dict[str, Any]
+    rank: int
+    stacked: bool
+    name: str
+    saved: State
+
+
+def build_buckets(members: Sequence[Member], rule: Rule, seed: int) -> list[Bucket]:
+    """Puts together what can step together: parameters of one group whose matrices have one shape, one rank, and their
+    axes in one order in memory; the rows of moved ones are made alike.
+
+    Raises: UserError for saved state that another rule or another rank has left.
+    """
+    alike: dict[tuple[Any, ...], list[tuple[Member, int]]] = defaultdict(list)
+    order = 0  # matrices so far: each has a seed and a phase of its own, whatever bucket it comes into
+    for member in members:
+        parameter = member.parameter
+        held, shards = matrices(parameter, member.stacked), shards_of(parameter)
+        matrix = local(parameter) if shards is not None and shards.moved else canonical(held[0])
+        look = (matrix.shape, matrix.stride(), matrix_shape(held[0]), is_wide(held[0]), shards, len(held))
+        key = (id(member.group), member.stacked, look, parameter.dtype, parameter.device, member.rank)
+        alike[key].append((member, order))
+        order += len(held)
+    buckets = []
+    for pairs in alike.values():
+        kind, together = pairs[0][0], [member for member, _ in pairs]
+        held = matrices(kind.parameter, kind.stacked)
+        places = [first + i for _, first in pairs for i in range(len(held))]
+        seeds, phases = [seed * SEED_STRIDE + place for place in places], [place / order for place in places]
+        buckets.append(
+            Bucket.build(
+                kind.group,
+                [member.parameter for member in together],
+                kind.stacked,
+                phases,
+                layout_of(held, kind.rank, seeds, kind.parameter.device),
+                rule,
+                [member.saved for member in together],
+                [member.name for member in together],
+            )
+        )
+    return buckets
+
+
+def places_of(buckets: Sequence[Bucket]) -> dict[Tensor, tuple[Bucket, int]]:
+    """The bucket of each projected parameter, and its position there."""
+    return {p: (bucket, i) for bucket in buckets for i, p in enumerate(bucket.parameters)}
 
 
 def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightspan.optim.bases import Basis
 from lightspan.optim.carries import FrameChange
-from lightspan.optim.inner import Adam, Inner, Numbers, Setting
+from lightspan.optim.inner import Adam, AdamSettings, Inner, InnerContext
 from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, part_of, write_part
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Dropped, Residual
@@ -56,7 +56,7 @@ class Rule:
 
 
 @dataclass
-class Change:
+class NewFrames:
     """Frames chosen anew for the matrices at `positions`; `first` where no gradient had shaped the old ones."""
 
     positions: list[int]
@@ -65,7 +65,7 @@ class Change:
 
 
 @dataclass
-class Projection:
+class ProjectedGradients:
     """What the first half of a step found out.
 
     Args:
@@ -77,7 +77,7 @@ class Projection:
     gradients: list[Tensor | None]
     coordinates_BMR: Tensor
     energy_BM: Tensor
-    changes: list[Change]
+    changes: list[NewFrames]
     seen: State
 
 
@@ -92,7 +92,7 @@ def project_step(
     due: list[int],
     energy: bool,
     beta1: float,
-) -> Projection:
+) -> ProjectedGradients:
     """The first half: new frames where due, and coordinates in them. Nothing is written.
 
     Args:
@@ -112,7 +112,7 @@ def project_step(
             if rule.basis.momentum and not is_first:
                 chosen = _with_momentum(chosen, part, part_layout, rule, beta1)
             basis = rule.basis.refresh(chosen, part, part_layout, first=is_first)
-            changes.append(Change(positions, is_first, basis))
+            changes.append(NewFrames(positions, is_first, basis))
             seen = {**seen, **{key: _with_part(seen[key], positions, index, value) for key, value in basis.items()}}
     seen = rule.basis.materialised(seen, layout)
     whole = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
@@ -126,7 +126,7 @@ def project_step(
             coordinates_BMR[index], _ = rule.basis.project(list(whole.values()), *held, energy=False)
     for i, coordinates_MR in pending.items():
         coordinates_BMR[i] += coordinates_MR
-    return Projection(gradients, coordinates_BMR, energy_BM, changes, seen)
+    return ProjectedGradients(gradients, coordinates_BMR, energy_BM, changes, seen)
 
 
 def update_step(
@@ -134,8 +134,8 @@ def update_step(
     state: State,
     layout: Layout,
     rule: Rule,
-    projection: Projection,
-    numbers: Numbers,
+    projection: ProjectedGradients,
+    numbers: AdamSettings,
     *,
     lr: Tensor,
     keep: Tensor,
@@ -153,7 +153,7 @@ def update_step(
         coordinates_BMR.mul_(clip)
         energy_BM = energy_BM * clip.square()
     source_BR, lost = _change_frames(state, layout, rule, projection, numbers)
-    setting = Setting(layout, rule.moments, numbers, source_BR)
+    setting = InnerContext(layout, rule.moments, numbers, source_BR)
     direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
     coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state, layout)
     whole: list[Tensor] = []
@@ -178,7 +178,7 @@ def step_in_one_pass(
     gradients: list[Tensor],
     state: State,
     rule: Rule,
-    numbers: Numbers,
+    numbers: AdamSettings,
     *,
     lr: Tensor,
     keep: Tensor,
@@ -192,7 +192,7 @@ def step_in_one_pass(
 
 
 def _change_frames(
-    state: State, layout: Layout, rule: Rule, projection: Projection, numbers: Numbers
+    state: State, layout: Layout, rule: Rule, projection: ProjectedGradients, numbers: AdamSettings
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
     """Writes new frames and carries moments into them.
 

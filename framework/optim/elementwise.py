@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from lightspan.optim.buckets import SEED_STRIDE, SHARD_STRIDE
 from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, is_dense
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.sharding import Shards, ranks_of
@@ -155,6 +156,17 @@ def _step_quantised(
         state[name].copy_(rows[name].reshape(parameter.shape))
     if weight is not parameter:
         parameter.copy_(_rounded(weight, parameter.dtype, noise))
+
+
+def first_noise(parameter: Tensor, number: int, seed: int) -> int:
+    """Where the roundings of an unprojected parameter begin: below those of all matrices, a stream for each.
+
+    Args:
+        number: of the parameter among all of the optimiser's.
+    """
+    ranks = ranks_of(parameter)
+    shard = 0 if ranks is None else ranks.index * SHARD_STRIDE
+    return (seed * SEED_STRIDE - 1 - number) * SEED_STRIDE + shard
 
 
 def _noise(state: State, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
 
 @dataclass(frozen=True)
-class Numbers:
+class AdamSettings:
     """What a step takes from its parameter group: Adam's betas and eps, and a seed (int64, 0-d) for roundings."""
 
     betas: tuple[float, float]
@@ -27,7 +27,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Setting:
+class InnerContext:
     """What an inner rule works with besides coordinates and its own state.
 
     Args:
@@ -36,7 +36,7 @@ class Setting:
 
     layout: Layout
     moments: MomentStorage
-    numbers: Numbers
+    numbers: AdamSettings
     source_BR: Tensor | None = None
 
 
@@ -48,7 +48,7 @@ class Inner(ABC):
         """State before the first step."""
 
     @abstractmethod
-    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         """The direction [B M R], a tensor of its own; updates `state` in place."""
 
 
@@ -60,7 +60,7 @@ class Adam(Inner):
         first, second = (moments.initial(layout, name, layout.rank) for name in ("exp_avg", "exp_avg_sq"))
         return {**first, **second, "age": layout.zeros(layout.rank)}
 
-    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         state["age"].add_(1)
         numbers, moments = setting.numbers, (state["exp_avg"], state["exp_avg_sq"], state["age"])
         scales = (state.get("exp_avg_scale"), state.get("exp_avg_sq_scale"))
@@ -97,7 +97,7 @@ class SGD(Inner):
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return moments.initial(layout, "exp_avg", layout.rank)
 
-    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         first_BMR, source_BR = setting.moments.load(state, "exp_avg"), setting.source_BR
         if source_BR is not None:
             index_BMR = source_BR.clamp_min(0)[:, None].expand_as(first_BMR)
@@ -132,7 +132,7 @@ class NewtonSchulz(Inner):
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return {}
 
-    def direction(self, coordinates_BMR: Tensor, state: State, setting: Setting) -> Tensor:
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         rows, columns = setting.layout.shape
         factors = {
             "kj": max(1.0, rows / columns) ** 0.5,

@@ -1,9 +1,7 @@
 """`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,57 +9,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightspan.devices import widest_float
 from lightspan.errors import UserError
 from lightspan.optim import elementwise
 from lightspan.optim.bases import Basis, PowerBasis
-from lightspan.optim.buckets import SEED_STRIDE, SHARD_STRIDE, Bucket, layout_of
-from lightspan.optim.core import Projection, Rule, project_step, step_in_one_pass, update_step
-from lightspan.optim.inner import Adam, Inner, Numbers
-from lightspan.optim.layout import (
-    Layout,
-    State,
-    canonical,
-    canonical_gradient,
-    is_matrix,
-    is_wide,
-    matrices,
-    matrix_shape,
-    part_of,
-    put,
-    shards_of,
-    write_part,
-)
+from lightspan.optim.buckets import Bucket, Member, build_buckets, layout_of, places_of
+from lightspan.optim.checks import require_attached, require_dense_gradients, require_finite
+from lightspan.optim.core import Rule
+from lightspan.optim.inner import Adam, Inner
+from lightspan.optim.layout import State, is_matrix, matrices
 from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.norms import square_norms
-from lightspan.optim.projected import Selection
-from lightspan.optim.ranks import RankByEnergy, bytes_per_rank
+from lightspan.optim.norms import clip_factor, held_gradient, square_norms
+from lightspan.optim.projected import Selection, require_some_projected
+from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Dropped, Fira, Residual
 from lightspan.optim.settings import require_fit, require_sound
-from lightspan.optim.sharding import Ranks, ranks_of, total_over
+from lightspan.optim.share import Share, squares_of
 from lightspan.optim.triggers import Every, Trigger
-from lightspan.sharded import local
-
-
-@dataclass
-class _Work:
-    """A bucket's share of one step: the matrices that have a gradient."""
-
-    bucket: Bucket
-    owners: list[int]
-    active: list[int]
-    index: slice | Tensor | None
-    layout: Layout
-    state: State
-    gradients: list[Tensor | None]
-    pending: dict[int, Tensor]
-    first: list[int]
-    due: list[int]
-    projection: Projection | None = None
-
-    def matrices(self) -> list[Tensor]:
-        return [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
 
 
 class LowRank(Optimizer):
@@ -148,32 +112,9 @@ class LowRank(Optimizer):
         self._places: dict[Tensor, tuple[Bucket, int]] = {}
         self._built_for: tuple[list[Any], list[Any]] = [], []
         super().__init__(params, {**defaults, "betas": tuple(betas)})
-        self._require_one_projected()
-
-    def _require_one_projected(self) -> None:
-        if all(group["project"] is False for group in self.param_groups):
-            return  # asked for, say by one optimiser a parameter
-        candidates = self._matrices()
-        if any(self._selection(g).projects(p, self._names.get(p, "")) for p, g in candidates):
-            return
-        if not candidates:
-            raise UserError(
-                f"{type(self).__name__} got no matrix to project: pass real parameters with two or more axes in a "
-                "group with project=True, or say project=False of all groups to have AdamW"
-            )
-        sides = [(self.side(p, g), self._selection(g).least) for p, g in candidates if not self.stacked(p, g)]
-        if not sides:
-            raise UserError(
-                f"{type(self).__name__} got no matrix to project but stacks [experts out in], which only whole "
-                "gradients in one piece and a fixed rank can project; set backward='whole' and rank to a number, train "
-                "unsharded, or use AdamW"
-            )
-        side, least = max(sides)
-        asked = f"rank={least}" if self.rank_rule is None else f"RankByEnergy least={least}"
-        raise UserError(
-            f"{asked} is not below the shorter side of any matrix (the largest is {side}), so nothing would be "
-            f"projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
-        )
+        if any(group["project"] is not False for group in self.param_groups):  # no group at all is asked for, too
+            candidates = [(p, self._names.get(p, ""), self._selection(g)) for p, g in self._matrices()]
+            require_some_projected(type(self).__name__, candidates)
 
     def _matrices(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that may be projected, whatever the rank, with their groups."""
@@ -313,42 +254,112 @@ class LowRank(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step in two halves, so that nothing has changed when it raises: all gradients are brought to coordinates
+        and looked at before the first weight moves.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.backward != "whole" and not self.attached:
-            raise UserError(
-                f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
-                "before the first backward pass (SubspaceProjection and Method do)"
-            )
-        if self.backward != "whole" and hasattr(self, "grad_scale"):
-            raise UserError(
-                f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
-                "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
-            )
-        self._require_dense_gradients()
-        self._choose_ranks()
-        buckets = self.buckets()
-        works = [work for bucket in buckets if (work := self._work(bucket)) is not None]
-        self._places = _places(buckets)
-        plain = [self._elementwise_of(group) for group in self.param_groups]
-        self._require_finite_when_due(works)
-        for work in works:
-            if not (self.rule.residual.feeds_back or self._takes_one_pass(work)):
-                self._project(work, self.max_norm is not None)
-        clip = self._clip(works, plain)
-        self._require_finite(works, plain)
-        for work in works:
-            if self.rule.residual.feeds_back:
-                self._accumulate(work, clip)
-            self._update(work, clip)
-        numbers = {p: number for number, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        for group, parameters in zip(self.param_groups, plain, strict=True):
-            states, seeds = [self.state[p] for p in parameters], [self._noise(p, numbers[p]) for p in parameters]
-            elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
+        every = [p for group in self.param_groups for p in group["params"]]
+        require_attached(self.backward, self.attached, hasattr(self, "grad_scale"))
+        require_dense_gradients(every, self._called, type(self).__name__)
+        self._choose_ranks(every)
+        shares = [share for bucket in self.buckets() if (share := Share.of(bucket, self.rule)) is not None]
+        unprojected = [self._unprojected(group) for group in self.param_groups]
+        self._require_finite_for_frames(
+            shares, every
+        )  # before the projection: an SVD raises on NaN, a power step hides it
+        self._project(shares)
+        clip = self._clip_factor(shares, unprojected)  # after it: clipping needs the norm of everything
+        self._require_finite(shares, unprojected, every)
+        self._update(shares, clip)
+        self._update_unprojected(unprojected, clip, every)
         self._places = {}
         return loss
+
+    def _choose_ranks(self, every: list[Tensor]) -> None:
+        """Ranks of the matrices that have their first gradient; their buckets are built anew."""
+        if self.rank_rule is None:
+            return
+        candidates = [p for p, group in self._matrices() if not self.stacked(p, group)]
+        # Others took steps before ranks were chosen.
+        fresh = [p for p in candidates if p in self._ranks or not int(self.state[p].get("step", 0))]
+        if chosen := self.rank_rule.assign(fresh, self._ranks):
+            self._ranks.update(chosen)
+            for parameter in chosen:
+                self.state.pop(parameter, None)
+            self._buckets = None
+
+    def _project(self, shares: list[Share]) -> None:
+        """The first half of what needs no clip factor; error feedback adds to clipped gradients, so it comes later."""
+        if self.rule.residual.feeds_back:
+            return
+        for share in shares:
+            if not self._takes_one_pass(share):
+                share.project(self.rule, self._needs_energy(norms=self.max_norm is not None))
+
+    def _takes_one_pass(self, share: Share) -> bool:
+        """Whether both halves are one kernel: nothing is to be looked at between them, and no frame changes."""
+        stops_between = self.check_finite or self.max_norm is not None or self.backward != "whole"
+        return not stops_between and share.keeps_its_frames() and self.rule.takes_one_pass(share.state)
+
+    def _needs_energy(self, norms: bool) -> bool:
+        """Whether the projection is to give squared row norms of gradients, which it can of whole ones alone."""
+        return self.backward == "whole" and (norms or self.rule.residual.needs_energy or self.rule.trigger.needs_energy)
+
+    def _clip_factor(self, shares: list[Share], unprojected: list[list[Tensor]]) -> Tensor | None:
+        if self.max_norm is None:
+            return None
+        plain = [parameter for parameters in unprojected for parameter in parameters]
+        return clip_factor(squares_of(shares, plain, in_frames=self.backward != "whole"), self.max_norm)
+
+    def _require_finite_for_frames(self, shares: list[Share], every: list[Tensor]) -> None:
+        if self.check_finite and not self.rule.residual.feeds_back:  # that projects after the check of all gradients
+            choosing = [gradient for share in shares for gradient in share.gradients_that_choose_frames()]
+            require_finite([square_norms(choosing)], every, self._called)
+
+    def _require_finite(self, shares: list[Share], unprojected: list[list[Tensor]], every: list[Tensor]) -> None:
+        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either."""
+        if not self.check_finite:
+            return
+        whole, norms = [held_gradient(p) for parameters in unprojected for p in parameters], []
+        for share in shares:
+            if share.projected is None:
+                whole += share.whole_gradients()
+            else:
+                norms += [share.projected.coordinates_BMR.square().sum(), share.projected.energy_BM.sum()]
+        require_finite([*norms, square_norms(whole)], every, self._called)
+
+    def _update(self, shares: list[Share], clip: Tensor | None) -> None:
+        """The second half, weights and state; under error feedback with the first half right before it."""
+        for share in shares:
+            if self.rule.residual.feeds_back:
+                share.project_with_error(self.rule, self._needs_energy(norms=False), clip)
+                share.update(self.rule, self.scale, clip=None)
+            else:
+                share.update(self.rule, self.scale, clip)
+
+    def _unprojected(self, group: dict[str, Any]) -> list[Tensor]:
+        """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""
+        places = self._every_place()
+        parameters = [p for p in group["params"] if p.grad is not None and p not in places]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = self.initial_state(parameter, group)
+        return parameters
+
+    def _update_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None, every: list[Tensor]) -> None:
+        numbers = {parameter: number for number, parameter in enumerate(every)}
+        for group, parameters in zip(self.param_groups, unprojected, strict=True):
+            states = [self.state[p] for p in parameters]
+            seeds = [elementwise.first_noise(p, numbers[p], self.seed) for p in parameters]
+            elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is there."""
+        return self.backward != "whole"
 
     def buckets(self) -> list[Bucket]:
         """Stacks of same-shape matrices, rebuilt whenever someone, a checkpoint or a device move, replaced the state
@@ -357,55 +368,26 @@ class LowRank(Optimizer):
         # Buckets keep groups and parameters alive, so nothing else gets their ids.
         look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in self.param_groups for p in g["params"]]
         settings = [(group["rank"], group["project"]) for group in self.param_groups]
-        if self._buckets is None or (look, settings) != self._built_for or not all(map(self._is_seen, self._buckets)):
+        shown = self._buckets is not None and all(bucket.is_shown_in(self.state) for bucket in self._buckets)
+        if self._buckets is None or (look, settings) != self._built_for or not shown:
             if self._buckets is not None and settings != self._built_for[1]:
                 self._forget_unstepped(self._built_for[1], settings)
-            self._buckets, self._places = self._build_buckets(), {}
+            self._buckets, self._places = build_buckets(self._members(), self.rule, self.seed), {}
+            for bucket in self._buckets:
+                views = zip(bucket.parameters, bucket.views, strict=True)
+                self.state.update((parameter, dict(view)) for parameter, view in views)
             self._built_for = look, settings
         return self._buckets
 
-    def _is_seen(self, bucket: Bucket) -> bool:
-        """Whether `state` still shows the bucket's tensors: Lightning puts others into the same dictionaries."""
-        return all(
-            self.state[p].keys() == view.keys() and all(self.state[p][key] is view[key] for key in view)
-            for p, view in zip(bucket.parameters, bucket.views, strict=True)
-        )
-
-    def place(self, parameter: Tensor) -> tuple[Bucket, int]:
-        """The bucket of a projected parameter, and its position there. Looks for replaced state once a step."""
-        if not self._places:
-            self._places = _places(self.buckets())
-        return self._places[parameter]
-
-    def _build_buckets(self) -> list[Bucket]:
-        members: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
-        every = [(p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)]
-        groups, order = {id(group): group for group in self.param_groups}, 0
-        for parameter, group in every:
-            stacked = self.stacked(parameter, group)
-            held = matrices(parameter, stacked)
-            part, shards, rank = local(parameter), shards_of(parameter), self.rank_of(parameter, group)
-            # Matrices of one shape with their axes in one order in memory; the rows of moved ones are made alike.
-            matrix = part if shards is not None and shards.moved else canonical(held[0])
-            look = (matrix.shape, matrix.stride(), matrix_shape(held[0]), is_wide(held[0]), shards, len(held))
-            key = (id(group), stacked, look, parameter.dtype, parameter.device, rank)
-            members[key].append((parameter, order))
-            order += len(held)
-        buckets = []
-        for key, pairs in members.items():
-            parameters, stacked = [p for p, _ in pairs], key[1]
-            held = matrices(parameters[0], stacked)
-            places = [first + i for _, first in pairs for i in range(len(held))]
-            seeds = [self.seed * SEED_STRIDE + place for place in places]
-            layout, phases = layout_of(held, key[-1], seeds, key[-2]), [place / order for place in places]
-            saved, names = [self.state[p] for p in parameters], [self._names.get(p, "") for p in parameters]
-            for parameter, known in zip(parameters, saved, strict=True):
-                if not known and parameter in self._ranks:
-                    known["rank"] = torch.tensor(self._ranks[parameter])
-            bucket = Bucket.build(groups[key[0]], parameters, stacked, phases, layout, self.rule, saved, names)
-            self.state.update((p, dict(view)) for p, view in zip(parameters, bucket.views, strict=True))
-            buckets.append(bucket)
-        return buckets
+    def _members(self) -> list[Member]:
+        members = []
+        for parameter, group in ((p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)):
+            saved = self.state[parameter]
+            if not saved and parameter in self._ranks:
+                saved = {"rank": torch.tensor(self._ranks[parameter])}
+            rank, name = self.rank_of(parameter, group), self._names.get(parameter, "")
+            members.append(Member(parameter, group, rank, self.stacked(parameter, group), name, saved))
+        return members
 
     def _forget_unstepped(self, before: list[Any], now: list[Any]) -> None:
         """Raises: UserError if a group's `rank` or `project` changed after its state had taken steps."""
@@ -417,216 +399,14 @@ class LowRank(Optimizer):
             )
         self.state.clear()
 
-    def _require_dense_gradients(self) -> None:
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if parameter.grad.layout != torch.strided:
-                name = self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
-                raise UserError(
-                    f"the gradient of {name} is sparse ({parameter.grad.layout}); neither weights nor optimiser state "
-                    f"were changed. {type(self).__name__} takes dense gradients: make nn.Embedding with sparse=False, "
-                    "or give that parameter to torch.optim.SparseAdam"
-                )
+    def place(self, parameter: Tensor) -> tuple[Bucket, int]:
+        """The bucket of a projected parameter, and its position there. Looks for replaced state once a step."""
+        return self._every_place()[parameter]
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is there."""
-        return self.backward != "whole"
-
-    def _choose_ranks(self) -> None:
-        """Ranks of the matrices that have their first gradient, within what others have left of the budget."""
-        if self.rank_rule is None:
-            return
-        candidates = [p for p, group in self._matrices() if not self.stacked(p, group)]
-        new = [p for p in candidates if p.grad is not None and p not in self._ranks]
-        new = [p for p in new if not int(self.state[p].get("step", 0))]  # others took steps before ranks were chosen
-        if not new:
-            return
-        if self._ranks_of_parameters():
-            raise UserError(
-                "rank=RankByEnergy() looks at whole gradients, and this model is sharded; set rank to a number, or "
-                "train with DDP"
-            )
-        spent = sum(rank * bytes_per_rank(p) for p, rank in self._ranks.items())
-        for parameter, rank in zip(new, self.rank_rule.choose(new, spent), strict=True):
-            self._ranks[parameter] = rank
-            self.state.pop(parameter, None)
-        self._buckets = None
-
-    def _work(self, bucket: Bucket) -> _Work | None:
-        owners = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
-        if not owners:
-            return None
-        active = [place for i in owners for place in bucket.places(i)]
-        first, due = bucket.due(active, self.rule)
-        layout, state, index = bucket.layout, bucket.state, None
-        if len(active) < layout.batch:
-            index = layout.select(active)
-            layout, state = layout.part(active), part_of(state, index)
-        gradients: list[Tensor | None] = []
-        for parameter in (bucket.parameters[i] for i in owners):
-            held = matrices(parameter, bucket.stacked)
-            own = [None] * len(held) if parameter.grad is None else matrices(parameter.grad, bucket.stacked)
-            gradients += [None if g is None else canonical_gradient(g, p) for g, p in zip(own, held, strict=True)]
-        pending = {place: bucket.pending[i] for place, i in enumerate(active) if i in bucket.pending}
-        return _Work(bucket, owners, active, index, layout, state, gradients, pending, first, due)
-
-    def _takes_one_pass(self, work: _Work) -> bool:
-        stops_between = self.check_finite or self.max_norm is not None or self.backward != "whole"
-        return not (stops_between or work.first or work.due) and self.rule.takes_one_pass(work.state)
-
-    def _project(self, work: _Work, norms: bool) -> None:
-        energy = self.rule.residual.needs_energy or self.rule.trigger.needs_energy or norms
-        work.projection = project_step(
-            work.gradients, work.pending, work.state, work.layout, self.rule,
-            first=work.first, due=work.due, energy=energy and self.backward == "whole",
-            beta1=work.bucket.group["betas"][0],
-        )  # fmt: skip
-
-    def _accumulate(self, work: _Work, clip: Tensor | None) -> None:
-        """Projects gradients with what earlier steps left out. The sums are as large as the gradients in float32, so
-        one bucket's exist at a time: those of all would take back what quantised state saves.
-        """
-        whole = [gradient for gradient in work.gradients if gradient is not None]
-        one = torch.ones((), device=work.layout.device) if clip is None else clip
-        accumulated = self.rule.residual.accumulate(whole, work.state, one)
-        work.gradients = [matrix_MN.to(work.layout.dtype) for matrix_MN in accumulated]
-        self._project(work, False)
-
-    def _clip(self, works: list[_Work], plain: list[list[Tensor]]) -> Tensor | None:
-        """The factor that brings the global norm down to `max_norm`, 0-d; None without clipping."""
-        if self.max_norm is None:
-            return None
-        whole: dict[Ranks | None, list[Tensor]] = defaultdict(list)
-        for parameter in (p for ps in plain for p in ps):
-            whole[ranks_of(parameter)].append(_held_gradient(parameter))
-        squares = []
-        for work in works:
-            shards = work.layout.shards
-            ranks = None if shards is None else shards.ranks
-            if work.projection is None:
-                whole[ranks] += [gradient for gradient in work.gradients if gradient is not None]
-            elif self.backward == "whole":
-                squares.append((ranks, work.projection.energy_BM.sum()))
-            else:
-                squares.append((ranks, work.projection.coordinates_BMR.square().sum()))
-        squares += [(ranks, square_norms(gradients)) for ranks, gradients in whole.items()]
-        norm = total_over(squares).sqrt()
-        return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
-
-    def _require_finite_when_due(self, works: list[_Work]) -> None:
-        """A frame must not be chosen from NaN: an SVD raises on it, a power step would hide it."""
-        if self.check_finite and not self.rule.residual.feeds_back:  # that projects after the check of all gradients
-            chosen = [work.gradients[i] for work in works for i in (*work.first, *work.due)]
-            self._require_finite_norms([square_norms([g for g in chosen if g is not None])])
-
-    def _require_finite(self, works: list[_Work], plain: list[list[Tensor]]) -> None:
-        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either. Norms,
-        because second moments and row norms are squares, which end at 1.8e19 in float32.
-        """
-        if not self.check_finite:
-            return
-        whole, found = [_held_gradient(p) for ps in plain for p in ps], []
-        for work in works:
-            if work.projection is None:
-                whole += [gradient for gradient in work.gradients if gradient is not None]
-            else:
-                found += [work.projection.coordinates_BMR.square().sum(), work.projection.energy_BM.sum()]
-        self._require_finite_norms([*found, square_norms(whole)])
-
-    def _require_finite_norms(self, found: list[Tensor]) -> None:
-        """All ranks raise or none does; each comes here with norms of its own parts of the same gradients."""
-        if any(len(each.reshape(-1)) for each in found):
-            wrong = (~torch.cat([each.reshape(-1).isfinite().to(found[0].device) for each in found])).sum()
-            for ranks in self._ranks_of_parameters():
-                wrong = ranks.total(wrong)
-            if wrong:
-                self._raise_not_finite()
-
-    def _ranks_of_parameters(self) -> list[Ranks]:
-        """The different groups of ranks among which parameters are split; none in a run that shards nothing."""
-        every = dict.fromkeys(ranks_of(p) for group in self.param_groups for p in group["params"])
-        return [ranks for ranks in every if ranks is not None]
-
-    def _raise_not_finite(self) -> None:
-        every = [p for group in self.param_groups for p in group["params"]]
-        if broken := self._not_finite(every, [local(p) for p in every]):
-            raise UserError(
-                f"the weights of {broken} are not finite (NaN or infinity), so no gradient can be; this step changed "
-                "nothing. An earlier step or a checkpoint brought them: resume from one before that, with a lower "
-                "learning rate"
-            )
-        every = [p for p in every if p.grad is not None]
-        shown = self._not_finite(every, [square_norms([_held_gradient(p)]) for p in every])
-        raise UserError(
-            f"the gradient of {shown or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or so "
-            "large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were changed. "
-            "Lower the learning rate, clip with max_norm, or look at the batch; check_finite=False goes on regardless"
-        )
-
-    def _not_finite(self, parameters: list[Tensor], values: list[Tensor]) -> str:
-        """Names those parameters whose value is not finite on any rank; empty if all are."""
-        if not parameters:
-            return ""
-        flags = torch.stack([(~value.isfinite()).sum() for value in values])
-        for ranks in self._ranks_of_parameters():
-            flags = ranks.total(flags)
-        wrong = [self._called(p) for p, flag in zip(parameters, flags.tolist(), strict=True) if flag]
-        return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    def _every_place(self) -> dict[Tensor, tuple[Bucket, int]]:
+        if not self._places:
+            self._places = places_of(self.buckets())
+        return self._places
 
     def _called(self, parameter: Tensor) -> str:
         return self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
-
-    def _update(self, work: _Work, clip: Tensor | None) -> None:
-        group, device = work.bucket.group, work.layout.device
-        for i in work.active:
-            work.bucket.done[i] += 1
-        for i in work.owners:
-            work.bucket.views[i]["step"].fill_(work.bucket.done[work.bucket.places(i)[0]])
-        # On the device, and filled there: a copy from the host would wait for it.
-        rate, wide = group["lr"], widest_float(device)
-        lr = (
-            rate.to(device, wide).reshape(())
-            if isinstance(rate, Tensor)
-            else torch.full((), rate, dtype=wide, device=device)
-        )
-        weights, numbers = (
-            [canonical(p) for p in work.matrices()],
-            Numbers(group["betas"], group["eps"], work.bucket.noise),
-        )
-        rates = {"lr": lr * self.scale, "keep": 1 - lr * group["weight_decay"]}
-        if work.projection is None:
-            gradients = [gradient for gradient in work.gradients if gradient is not None]
-            step_in_one_pass(weights, gradients, work.state, self.rule, numbers, **rates)
-        else:
-            late = None if self.rule.residual.feeds_back else clip
-            update_step(weights, work.state, work.layout, self.rule, work.projection, numbers, **rates, clip=late)
-        put(weights, work.matrices())
-        work.gradients, work.projection = [], None
-        work.bucket.noise.add_(len(work.active))
-        work.bucket.pending.clear()
-        if isinstance(work.index, Tensor):  # a slice was stepped in place
-            write_part(work.bucket.state, work.index, work.state, {})
-
-    def _elementwise_of(self, group: dict[str, Any]) -> list[Tensor]:
-        """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""
-        parameters = [p for p in group["params"] if p.grad is not None and p not in self._places]
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = self.initial_state(parameter, group)
-        return parameters
-
-    def _noise(self, parameter: Tensor, number: int) -> int:
-        """Where the roundings of an unprojected parameter begin: below those of all matrices, a stream for each."""
-        ranks = ranks_of(parameter)
-        shard = 0 if ranks is None else ranks.index * SHARD_STRIDE
-        return (self.seed * SEED_STRIDE - 1 - number) * SEED_STRIDE + shard
-
-
-def _places(buckets: list[Bucket]) -> dict[Tensor, tuple[Bucket, int]]:
-    return {p: (bucket, i) for bucket in buckets for i, p in enumerate(bucket.parameters)}
-
-
-def _held_gradient(parameter: Tensor) -> Tensor:
-    """What this rank has of a gradient, in real numbers."""
-    assert parameter.grad is not None
-    return elementwise.real(local(parameter.grad))

@@ -1,10 +1,14 @@
-"""Norms of many tensors in a handful of kernels."""
+"""Norms of many tensors in a handful of kernels, and what clips by them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from lightspan.optim.elementwise import real
+from lightspan.optim.sharding import Ranks, total_over
+from lightspan.sharded import local
 
 
 def square_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -16,3 +20,19 @@ def square_norms(tensors: Sequence[Tensor]) -> Tensor:
         by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
     parts = [torch.stack(torch._foreach_norm(part, 2, dtype=dtype)) for (_, dtype), part in by_kind.items()]
     return torch.cat([part.to(parts[0].device) for part in parts]).square() if parts else torch.zeros(0)
+
+
+def held_gradient(parameter: Tensor) -> Tensor:
+    """What this rank has of a gradient, in real numbers."""
+    assert parameter.grad is not None
+    return real(local(parameter.grad))
+
+
+def clip_factor(squares: Iterable[tuple[Ranks | None, Tensor]], max_norm: float) -> Tensor:
+    """The factor, 0-d and at most 1, that brings the global norm down to `max_norm`, as clip_grad_norm_ has it.
+
+    Args:
+        squares: squared norms, each with the ranks among which its tensor is split.
+    """
+    norm = total_over(squares).sqrt()
+    return (max_norm / (norm + 1e-6)).clamp_max(1.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightspan.errors import UserError
 from lightspan.optim.layout import is_matrix, matrix_shape
 from lightspan.optim.ranks import RankByEnergy
 from lightspan.patterns import matches
@@ -58,3 +59,31 @@ class Selection:
     def least(self) -> int:
         """The smallest rank that a matrix can get."""
         return self.rank if self.by_energy is None else self.by_energy.least
+
+
+def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, Selection]]) -> None:
+    """Raises: UserError if nothing would be projected.
+
+    Args:
+        owner: the optimiser's class.
+        candidates: matrices that their groups allow to be projected, with their names and their groups' selections.
+    """
+    if any(selection.projects(parameter, name) for parameter, name, selection in candidates):
+        return
+    if not candidates:
+        raise UserError(
+            f"{owner} got no matrix to project: pass real parameters with two or more axes in a group with "
+            "project=True, or say project=False of all groups to have AdamW"
+        )
+    flat = [(s.side(p), s.least, s.by_energy) for p, _, s in candidates if not s.stacked(p)]
+    if not flat:
+        raise UserError(
+            f"{owner} got no matrix to project but stacks [experts out in], which only whole gradients in one piece "
+            "and a fixed rank can project; set backward='whole' and rank to a number, train unsharded, or use AdamW"
+        )
+    side, least, by_energy = max(flat, key=lambda each: each[:2])
+    asked = f"rank={least}" if by_energy is None else f"RankByEnergy least={least}"
+    raise UserError(
+        f"{asked} is not below the shorter side of any matrix (the largest is {side}), so nothing would be projected; "
+        f"choose a rank of at most {max(side // 2, 1)}, or use AdamW"
+    )

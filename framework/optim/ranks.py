@@ -10,6 +10,7 @@ from lightspan.devices import widest_float
 from lightspan.distributed import agreed
 from lightspan.errors import UserError
 from lightspan.optim.layout import canonical_gradient, matrix_shape
+from lightspan.optim.sharding import splits_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,20 @@ class RankByEnergy:
                 left -= costs[number]
                 ranks[number] += 1
         return ranks
+
+    def assign(self, candidates: Sequence[Tensor], ranks: dict[Tensor, int]) -> dict[Tensor, int]:
+        """Ranks of those candidates that have a gradient and no rank yet, within what others have left of the budget.
+
+        Raises: UserError as `choose` does, and for sharded parameters.
+        """
+        new = [p for p in candidates if p.grad is not None and p not in ranks]
+        if new and splits_of(new):
+            raise UserError(
+                "rank=RankByEnergy() looks at whole gradients, and this model is sharded; set rank to a number, or "
+                "train with DDP"
+            )
+        spent = sum(rank * bytes_per_rank(p) for p, rank in ranks.items())
+        return dict(zip(new, self.choose(new, spent), strict=True)) if new else {}
 
     def _wanted(self, share_N: Tensor) -> int:
         reached = int((share_N.cumsum(0) < self.energy).sum()) + 1

@@ -132,6 +132,12 @@ def ranks_of(tensor: Tensor) -> Ranks | None:
     return Ranks(mesh, split[0])
 
 
+def splits_of(tensors: Iterable[Tensor]) -> list[Ranks]:
+    """The different groups of ranks among which some of the tensors are split; none in a run that shards nothing."""
+    every = dict.fromkeys(ranks_of(tensor) for tensor in tensors)
+    return [ranks for ranks in every if ranks is not None]
+
+
 def split_axis(tensor: Tensor, ranks: Ranks) -> int:
     """The axis along which `tensor` is split among these ranks, its `ranks_of`."""
     assert isinstance(tensor, DTensor)

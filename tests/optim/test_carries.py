@@ -7,7 +7,7 @@ import torch
 
 from lightspan.optim.bases import DCTBasis
 from lightspan.optim.carries import FrameChange, Gather, Keep, Rotate
-from lightspan.optim.inner import SGD, Adam, Numbers, Setting, farthest
+from lightspan.optim.inner import SGD, Adam, AdamSettings, InnerContext, farthest
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.subspaces.frames import random_frame
@@ -156,9 +156,9 @@ def test_the_inner_rule_moves_moments_as_the_overlap_matrix_would(inner):
     if "exp_avg_sq" in plain:
         plain["exp_avg_sq"] = (plain["exp_avg_sq"] @ overlap).abs()
     _, source = gathered(before, old, new, own_age=False)
-    numbers, g = Numbers(BETAS, 1e-8, SEED), gradient(1, 4)
-    moved = inner.direction(g, state, Setting(layout, STORAGE, numbers, source))
-    torch.testing.assert_close(moved, inner.direction(g, plain, Setting(layout, STORAGE, numbers)))
+    numbers, g = AdamSettings(BETAS, 1e-8, SEED), gradient(1, 4)
+    moved = inner.direction(g, state, InnerContext(layout, STORAGE, numbers, source))
+    torch.testing.assert_close(moved, inner.direction(g, plain, InnerContext(layout, STORAGE, numbers)))
     for key in plain:
         torch.testing.assert_close(state[key], plain[key])
 
@@ -166,12 +166,14 @@ def test_the_inner_rule_moves_moments_as_the_overlap_matrix_would(inner):
 def test_a_column_that_comes_in_takes_no_oversized_first_step():
     """Under the age of the matrix it would be (1 - b1) / sqrt(1 - b2) = 3.2 times too long at (0.9, 0.999)."""
     layout = Layout(4, 8, 3, False, torch.float64, torch.device("cpu"), (0,))
-    numbers = Numbers((0.9, 0.999), 1e-8, SEED)
+    numbers = AdamSettings((0.9, 0.999), 1e-8, SEED)
     lengths = {}
     for own_age in (True, False):
         before = moments(1, 4, 3, age=5000.0)
         after, source = gathered(before, [0, 1, 2], [0, 1, 5], own_age=own_age)
-        u = Adam().direction(torch.ones(1, 4, 3, dtype=torch.float64), after, Setting(layout, STORAGE, numbers, source))
+        u = Adam().direction(
+            torch.ones(1, 4, 3, dtype=torch.float64), after, InnerContext(layout, STORAGE, numbers, source)
+        )
         lengths[own_age] = u[0, 0, 2].item()
     assert lengths[True] == pytest.approx(1.0, abs=1e-6)
     assert lengths[False] == pytest.approx(0.1 / 0.001**0.5, rel=0.01)

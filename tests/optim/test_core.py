@@ -7,13 +7,13 @@ from optim.rotated import adamw_rotated
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim.bases import DCTBasis, PowerBasis, RandomColumns
 from lightspan.optim.core import Rule, project_step, update_step
-from lightspan.optim.inner import Adam, Numbers
+from lightspan.optim.inner import Adam, AdamSettings
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import Float32Moments
 from lightspan.optim.residuals import Dropped, ErrorFeedback, Fira
 from lightspan.optim.triggers import Every
 
-NUMBERS = Numbers((0.9, 0.999), 1e-8, torch.tensor(0))
+NUMBERS = AdamSettings((0.9, 0.999), 1e-8, torch.tensor(0))
 
 
 def sequence(rows, columns, steps=20, seed=0):

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim.bases import DCTBasis, PowerBasis
-from lightspan.optim.core import Projection, update_step
+from lightspan.optim.core import ProjectedGradients, update_step
 from lightspan.optim.gradients import attach
-from lightspan.optim.inner import SGD, Adam, NewtonSchulz, Numbers
+from lightspan.optim.inner import SGD, Adam, AdamSettings, NewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
 from lightspan.optim.presets import DCTAdamW, LDAdam, Trion
@@ -92,9 +92,10 @@ def test_the_second_half_of_a_step_compiles_as_one_graph(inner):
     for run in (update_step, torch.compile(update_step, fullgraph=True, backend="aot_eager")):
         moved, state = [w.clone() for w in weights], {key: value.clone() for key, value in bucket.state.items()}
         coordinates, energy = optimizer.rule.basis.project(gradients, state, bucket.layout, energy=True)
+        projected = ProjectedGradients(list(gradients), coordinates, energy, [], state)
         run(
-            moved, state, bucket.layout, optimizer.rule, Projection(list(gradients), coordinates, energy, [], state),
-            Numbers((0.9, 0.99), 1e-8, torch.tensor(1)),
+            moved, state, bucket.layout, optimizer.rule, projected,
+            AdamSettings((0.9, 0.99), 1e-8, torch.tensor(1)),
             lr=torch.tensor(0.1), keep=torch.tensor(0.99), clip=torch.tensor(0.5),
         )  # fmt: skip
         results.append([*moved, *state.values()])

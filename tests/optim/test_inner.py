@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim.inner import SGD, Adam, NewtonSchulz, Numbers, Setting, newton_schulz
+from lightspan.optim.inner import SGD, Adam, AdamSettings, InnerContext, NewtonSchulz, newton_schulz
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import Float32Moments
 
 STORAGE = Float32Moments()
-NUMBERS = Numbers((0.9, 0.99), 1e-8, torch.tensor(0))
+NUMBERS = AdamSettings((0.9, 0.99), 1e-8, torch.tensor(0))
 
 
 def layout(rows=6, rank=4, wide=False, size=5):
@@ -21,7 +21,7 @@ def directions(inner, steps=8):
     generator, like = torch.Generator().manual_seed(0), layout()
     state = inner.initial(like, STORAGE)
     given = [torch.randn(2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(steps)]
-    return given, [inner.direction(g.clone(), state, Setting(like, STORAGE, NUMBERS)).clone() for g in given]
+    return given, [inner.direction(g.clone(), state, InnerContext(like, STORAGE, NUMBERS)).clone() for g in given]
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,17 @@ def test_conventions_scale_by_the_parameters_own_shape(scale, factor):
     x = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tall, wide = layout(20, 3, size=5), layout(20, 3, wide=True, size=5)
     plain = newton_schulz(x, 5, NewtonSchulz.COEFFICIENTS)
-    u = NewtonSchulz(scale=scale).direction(x, {}, Setting(tall, STORAGE, NUMBERS))
+    u = NewtonSchulz(scale=scale).direction(x, {}, InnerContext(tall, STORAGE, NUMBERS))
     torch.testing.assert_close(u, factor * plain)
     inverse = {"kj": 1.0, "dion": 0.5}.get(scale, factor)
-    u = NewtonSchulz(scale=scale).direction(x, {}, Setting(wide, STORAGE, NUMBERS))
+    u = NewtonSchulz(scale=scale).direction(x, {}, InnerContext(wide, STORAGE, NUMBERS))
     torch.testing.assert_close(u, inverse * plain)
 
 
 def test_a_zero_gradient_gives_a_zero_direction():
     for inner in (Adam(), SGD(), NewtonSchulz()):
         state = inner.initial(layout(), STORAGE)
-        u = inner.direction(torch.zeros(2, 6, 4, dtype=torch.float64), state, Setting(layout(), STORAGE, NUMBERS))
+        u = inner.direction(torch.zeros(2, 6, 4, dtype=torch.float64), state, InnerContext(layout(), STORAGE, NUMBERS))
         assert torch.equal(u, torch.zeros_like(u))
 
 

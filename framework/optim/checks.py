@@ -1,0 +1,89 @@
+"""What a step looks at before it changes anything: gradients that it can take, and finite numbers in them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.optim.norms import held_gradient, square_norms
+from lightspan.optim.sharding import splits_of
+from lightspan.sharded import local
+
+Called = Callable[[Tensor], str]
+"""How a message names a parameter."""
+
+
+def require_attached(backward: str, attached: bool, scaled: bool) -> None:
+    """Raises: UserError for a way of the backward pass that nobody set up, or that a GradScaler would mislead."""
+    if backward != "whole" and not attached:
+        raise UserError(
+            f"backward={backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
+            "before the first backward pass (SubspaceProjection and Method do)"
+        )
+    if backward != "whole" and scaled:
+        raise UserError(
+            f"backward={backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
+            "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
+        )
+
+
+def require_dense_gradients(parameters: Sequence[Tensor], called: Called, owner: str) -> None:
+    """Raises: UserError for a sparse gradient.
+
+    Args:
+        owner: the optimiser's class.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise UserError(
+                f"the gradient of {called(parameter)} is sparse ({parameter.grad.layout}); neither weights nor "
+                f"optimiser state were changed. {owner} takes dense gradients: make nn.Embedding with sparse=False, "
+                "or give that parameter to torch.optim.SparseAdam"
+            )
+
+
+def require_finite(norms: Sequence[Tensor], parameters: Sequence[Tensor], called: Called) -> None:
+    """Looks once at norms of all gradients: what is not finite anywhere in a tensor is not finite in its norm, and
+    second moments and row norms are squares, which end at 1.8e19 in float32. All ranks raise or none does; each comes
+    with norms of its own parts of the same gradients. Costs one host synchronisation.
+
+    Args:
+        norms: or their squares, of any shape.
+        parameters: all of the optimiser's, in the same order on all ranks; looked at only to name the wrong ones.
+    Raises: UserError that blames the weights if they are not finite, otherwise the gradients.
+    """
+    if not any(norm.numel() for norm in norms):
+        return
+    wrong = (~torch.cat([norm.reshape(-1).isfinite().to(norms[0].device) for norm in norms])).sum()
+    for ranks in splits_of(parameters):
+        wrong = ranks.total(wrong)
+    if wrong:
+        raise UserError(_blame(parameters, called))
+
+
+def _blame(parameters: Sequence[Tensor], called: Called) -> str:
+    if broken := _not_finite(parameters, [local(p) for p in parameters], parameters, called):
+        return (
+            f"the weights of {broken} are not finite (NaN or infinity), so no gradient can be; this step changed "
+            "nothing. An earlier step or a checkpoint brought them: resume from one before that, with a lower "
+            "learning rate"
+        )
+    given = [p for p in parameters if p.grad is not None]
+    broken = _not_finite(given, [square_norms([held_gradient(p)]) for p in given], parameters, called)
+    return (
+        f"the gradient of {broken or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or so "
+        "large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were changed. "
+        "Lower the learning rate, clip with max_norm, or look at the batch; check_finite=False goes on regardless"
+    )
+
+
+def _not_finite(given: Sequence[Tensor], values: Sequence[Tensor], parameters: Sequence[Tensor], called: Called) -> str:
+    """Names those of the `given` parameters whose value is not finite on any rank; empty if all are."""
+    if not given:
+        return ""
+    flags = torch.stack([(~value.isfinite()).sum() for value in values])
+    for ranks in splits_of(parameters):
+        flags = ranks.total(flags)
+    wrong = [called(p) for p, flag in zip(given, flags.tolist(), strict=True) if flag]
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
