@@ -36,7 +36,13 @@ from lightspan.callbacks.checkpoint_manifest import (
     seal_folder,
 )
 from lightspan.callbacks.checkpoint_names import OwnFiles
-from lightspan.callbacks.checkpoint_restore import explained_restoring, guard
+from lightspan.callbacks.checkpoint_restore import (
+    explained_restoring,
+    guard,
+    refuse_what_cannot_go_on,
+    unfreeze,
+    warn_of_what_cannot_go_on,
+)
 from lightspan.callbacks.random_state import random_states, restore_random_states
 from lightspan.callbacks.rest_of_step import RestOfStep, log_position, rewind_logs
 from lightspan.distributed import rank, world_size
@@ -140,12 +146,16 @@ class Checkpoint(OwnFiles):
             "loggers": _run_ids(trainer),
             "log": log_position(trainer),
             "random_states": _of_every_rank(random_states()),
+            "trained": [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad],
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        refuse_what_cannot_go_on(trainer, checkpoint)
         self._wrote = checkpoint.get("lightspan", {})
+        with explained_restoring(trainer.ckpt_path, "lightspan.trained"):
+            unfreeze(trainer, pl_module, self._wrote.get("trained"))
         log = self._wrote.get("log", {})
         with explained_restoring(trainer.ckpt_path, "lightspan.log"):
             rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
@@ -155,6 +165,7 @@ class Checkpoint(OwnFiles):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
         _refuse_other_optimizers(trainer, self._wrote)
+        warn_of_what_cannot_go_on(trainer)
         if self._rest is not None:
             self._rest.begin(trainer)
 
