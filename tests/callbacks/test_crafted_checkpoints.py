@@ -50,8 +50,9 @@ MAY_BE_TAKEN = {
     r"|lightspan\.random_states\..*|lightspan\.trained"
     r"|callbacks\.RunSummary\.step_ms",
 }
+_TORCH_ADDS = r"amsgrad|maximize|foreach|capturable|differentiable|fused|decoupled_weight_decay"
 MAY_BE_MISSING = {
-    "fit": r"callbacks\.RunSummary\.metrics|.*\.param_groups\.0\.capturable|lr_schedulers\.0\.base_lrs"
+    "fit": rf"callbacks\.RunSummary\.metrics|.*\.param_groups\.0\.({_TORCH_ADDS})|lr_schedulers\.0\.base_lrs"
     r"|lightspan\.random_states|lightspan\.log\.metrics(\..*)?"
     r"|lightspan\.trained(\..*)?|callbacks\.Checkpoint.*\.(keeps_only|deferred)",  # earlier versions had none
     "validate": r"callbacks\.Checkpoint.*\.(best_k_models\..*|keeps_only|deferred)"
