@@ -38,7 +38,13 @@ from lightspan.checkpoints.manifest import (
 )
 from lightspan.checkpoints.names import OwnFiles
 from lightspan.checkpoints.rest_of_step import RestOfStep, log_position, rewind_logs
-from lightspan.checkpoints.restore import explained_restoring, guard
+from lightspan.checkpoints.restore import (
+    explained_restoring,
+    guard,
+    refuse_what_cannot_go_on,
+    unfreeze,
+    warn_of_what_cannot_go_on,
+)
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.files import link_atomic, remove_leftovers
@@ -104,6 +110,8 @@ class Checkpoint(OwnFiles):
         self._wrote: dict[str, Any] = {}
         self._rest: RestOfStep | None = None
         self._kept_step: int | None = None
+        self._keeps_only = False
+        self._stored: dict[str, Any] = {}
         self._in_background = in_background
         self._background: Background | None = None
         self._folders: FolderCheckpoints | None = None
@@ -138,12 +146,16 @@ class Checkpoint(OwnFiles):
             "loggers": _run_ids(trainer),
             "log": log_position(trainer),
             "random_states": _of_every_rank(random_states()),
+            "trained": [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad],
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        refuse_what_cannot_go_on(trainer, checkpoint)
         self._wrote = checkpoint.get("lightspan", {})
+        with explained_restoring(trainer.ckpt_path, "lightspan.trained"):
+            unfreeze(trainer, pl_module, self._wrote.get("trained"))
         log = self._wrote.get("log", {})
         with explained_restoring(trainer.ckpt_path, "lightspan.log"):
             rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
@@ -153,6 +165,7 @@ class Checkpoint(OwnFiles):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
         _refuse_other_optimizers(trainer, self._wrote)
+        warn_of_what_cannot_go_on(trainer)
         if self._rest is not None:
             self._rest.begin(trainer)
 
@@ -163,6 +176,8 @@ class Checkpoint(OwnFiles):
             _load_positions(trainer)
         with explained_restoring(trainer.ckpt_path, "lightspan.random_states"):
             _go_on_drawing(self._wrote.get("random_states"))
+        if trainer.strategy.broadcast(self._is_last(trainer.ckpt_path)):
+            self._take_up(trainer)
         if trainer.is_global_zero and trainer.ckpt_path:
             for path in self.forgotten(trainer, Path(trainer.ckpt_path)):
                 self._remove_checkpoint(trainer, str(path))
@@ -198,10 +213,7 @@ class Checkpoint(OwnFiles):
         if (_stops_inside_epoch(trainer) or _reached_max_steps(trainer)) and not self._should_skip_saving_checkpoint(
             trainer
         ):
-            # A validation at this same step may still have to rank and save, so this save leaves no trace in that test.
-            saved_before = self._last_global_step_saved
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._last_global_step_saved = saved_before
+            self._keep_step(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning counts a cut epoch as done by now: resuming from here would skip the rest of its data.
@@ -218,6 +230,45 @@ class Checkpoint(OwnFiles):
         super().on_validation_end(trainer, pl_module)
         if self._every_n_epochs and not self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
+
+    def _is_last(self, path: str | Path | None) -> bool:
+        return path is not None and self._last.exists() and self._last.samefile(path)
+
+    def _take_up(self, trainer: Trainer) -> None:
+        """From now on the save that training goes on from is this process' own: what was saved at its step is not saved
+        again, which at the end of a run would change nothing but counters and positions.
+        """
+        self.last_model_path = self._last_checkpoint_saved = str(self._last)
+        self._kept_step = trainer.global_step
+        if self._stored.get("keeps_only", True):
+            self._defer_save_until_validation = self._stored.get("deferred", False)
+        else:
+            self._last_global_step_saved = trainer.global_step
+
+    @property
+    def _last(self) -> Path:
+        return Path(self.dirpath or "") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """On top of the ranking: whether this save only keeps a step, at which another one may be due still, and
+        whether it is because a save waits for the metric of a validation.
+        """
+        deferred = self._keeps_only and self._defer_save_until_validation
+        return {**super().state_dict(), "keeps_only": self._keeps_only, "deferred": deferred}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._stored = state_dict
+
+    def _keep_step(self, trainer: Trainer) -> None:
+        """Writes last.ckpt alone. What is due at a validation at this same step still ranks and saves: this save leaves
+        no trace in Lightning's test for it.
+        """
+        saved_before, self._keeps_only = self._last_global_step_saved, True
+        try:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        finally:
+            self._last_global_step_saved, self._keeps_only = saved_before, False
 
     def _keep_last(self, trainer: Trainer) -> None:
         # Lightning writes last.ckpt only where it also ranked a file, so not when the metric did not improve.
@@ -278,7 +329,7 @@ class Checkpoint(OwnFiles):
     def save_now(self, trainer: Trainer) -> None:
         """Writes last.ckpt at the end of an optimiser step, on all ranks; returns once it is whole."""
         self._just_written = None
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._keep_step(trainer)
         with self._naming_the_last_whole():
             self._wait()
 

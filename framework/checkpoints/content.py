@@ -218,6 +218,10 @@ def _or_none(check: Check) -> Check:
     return lambda value, entry: iter(()) if value is None else check(value, entry)
 
 
+def _or_empty(check: Check) -> Check:
+    return lambda value, entry: iter(()) if value == {} else check(value, entry)
+
+
 def _moments(value: Any, entry: str) -> Iterator[str]:
     yield from _MAPPING(value, entry)
     for key, child in value.items() if isinstance(value, dict) else ():
@@ -251,6 +255,7 @@ _CHECKPOINT = _record(
                     },
                 ),
                 "random_states": _list(_RANDOM),
+                "trained": _list(_TEXT),
             },
         ),
         "epoch": _count,
@@ -258,7 +263,8 @@ _CHECKPOINT = _record(
         "pytorch-lightning_version": _version,
         "loops": _each(_MAPPING),
         "callbacks": _each(_MAPPING),
-        "optimizer_states": _list(_record({"state": _moments, "param_groups": _list(_GROUP)}, {})),
+        # An empty one is of the stand-in that Lightning makes where configure_optimizers returns None.
+        "optimizer_states": _list(_or_empty(_record({"state": _moments, "param_groups": _list(_GROUP)}, {}))),
         "lr_schedulers": _list(_MAPPING),
         "hyper_parameters": _MAPPING,
     },

@@ -28,6 +28,7 @@ from lightspan.checkpoints.background import Background, staged
 from lightspan.checkpoints.bytes import Summed, causes_kept, torch_save
 from lightspan.checkpoints.content import content_fault
 from lightspan.checkpoints.manifest import header, seal_folder, summed
+from lightspan.checkpoints.readable import readable
 from lightspan.checkpoints.shards import (
     SafePlanner,
     SafeReader,
@@ -67,7 +68,9 @@ class FolderCheckpoints:
         self._group: dist.ProcessGroup | None = None
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Raises: UserError on every rank when one of them cannot write; what stood at `filepath` then still stands."""
+        """Raises: UserError for what could not be read back, and on every rank when one of them cannot write; what
+        stood at `filepath` then still stands.
+        """
         if storage_options is not None:
             raise UserError(
                 f"storage_options={storage_options!r}: checkpoints go to local files, which have none; omit it"
@@ -78,6 +81,7 @@ class FolderCheckpoints:
         path = Path(self._strategy.broadcast(filepath))
         shards = {"state_dict": checkpoint.pop("state_dict")}
         shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        checkpoint = readable(checkpoint)
         if self._background is None:
             write_folder(shards, checkpoint, path, self._group)
         else:

@@ -23,6 +23,7 @@ from lightspan.checkpoints.manifest import (
     header,
     seal_file,
 )
+from lightspan.checkpoints.readable import readable
 from lightspan.checkpoints.shards import METADATA, first_line
 from lightspan.distributed import rank
 from lightspan.errors import UserError
@@ -46,11 +47,14 @@ class WholeFileCheckpointIO(CheckpointIO):
         self._background, self._broadcast = background, broadcast
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises: UserError when the file cannot be written; what stood at `path` then still stands."""
+        """Raises: UserError for what could not be read back, and when the file cannot be written; what stood at `path`
+        then still stands.
+        """
         if storage_options is not None:
             raise UserError(
                 f"storage_options={storage_options!r}: checkpoints go to local files, which have none; omit it"
             )
+        checkpoint = readable(checkpoint)
         if self._background is None:
             _write(checkpoint, Path(path))
         else:

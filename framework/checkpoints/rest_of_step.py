@@ -7,12 +7,14 @@ Lightning resumes behind them.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.fit_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -111,8 +113,10 @@ class RestOfStep:
         self._step: int = checkpoint["global_step"]
         fit = checkpoint["loops"]["fit_loop"]
         batch, epoch = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
-        self._inside_step = batch["total"]["completed"] == batch["total"]["processed"] - 1
+        count = batch["total"]
+        self._inside_step = count["completed"] == count["processed"] - 1
         self._inside_epoch = epoch["total"]["processed"] == epoch["total"]["started"] - 1
+        self._behind_batch = self._inside_epoch and count["ready"] == count["processed"] > 0
         self._at_epochs_end = epoch["total"]["completed"] == epoch["total"]["processed"] - 1
         self._last_batch: bool = batch["is_last_batch"]
         self._epochs: dict[str, Any] = epoch
@@ -126,53 +130,42 @@ class RestOfStep:
             loop.epoch_loop.max_steps = loop.max_epochs = -1
 
     def finish(self, trainer: Trainer) -> None:
-        """Every rank must call it, once all that was in the checkpoint is restored."""
-        loop = trainer.fit_loop
+        """Every rank must call it, once all that was in the checkpoint is restored.
+
+        Behind it the loops stand where those of a run stand that was never stopped, at the next batch or the next
+        epoch, and Lightning has nothing to move on for a restart.
+        """
+        loop, device = trainer.fit_loop, trainer.strategy.root_device
         if self._limits is not None:
             loop.epoch_loop.max_steps, loop.max_epochs = self._limits
-        epochs: Any = loop.epoch_progress.current
-        over = self._no_step_is_left(trainer) or _reached(epochs.processed, loop.max_epochs)
-        if loop.restarted_on_epoch_end:  # of a run with max_steps: Lightning would end that epoch once more
-            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
-            loop.reset()
-        device = trainer.strategy.root_device
+        over = self._no_step_is_left(trainer) or _reached(self._epochs["current"]["processed"], loop.max_epochs)
         trainer._logger_connector._callback_metrics.update({n: v.to(device) for n, v in self._metrics.items()})
+        if self._behind_batch or self._at_epochs_end:
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # of the loops inside too
+            for stage in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+                stage.reset_restart_stage()
+            loop.epoch_progress.load_state_dict(self._epochs)  # Lightning has moved it on
         loop._restarting = False  # else Lightning leaves the metric's schedules out at the end of this epoch
-        with self._where_the_checkpoint_was_written(trainer, over):
-            if self._line is not None:
-                with explained_restoring(trainer.ckpt_path, "lightspan.log.unlogged"):
-                    _log(trainer, self._line["step"], self._line["metrics"])
-            if self._inside_step:
-                assert loop._data_fetcher is not None
-                if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
-                    _validate(trainer)
-            if self._inside_step or (self._inside_epoch and over):  # behind a validation Lightning does so itself
-                loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
-            if self._inside_step:
-                loop.epoch_loop.batch_progress.increment_completed()
-            if self._inside_epoch and (over or (self._inside_step and self._last_batch)):
+        if self._line is not None:
+            with explained_restoring(trainer.ckpt_path, "lightspan.log.unlogged"):
+                _log(trainer, self._line["step"], self._line["metrics"])
+        if self._inside_step:
+            loop.epoch_loop.batch_progress.increment_completed()
+            assert loop._data_fetcher is not None
+            if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+                _validate(trainer)
+        if self._behind_batch:
+            _end_batch(trainer)
+            if over or self._last_batch:
                 _end_epoch(trainer)
-            elif self._at_epochs_end:
-                _move_schedules(trainer)
+            else:
+                _go_on_inside_epoch(trainer)
+        elif self._at_epochs_end:
+            _move_schedules(trainer)
+            loop.epoch_progress.increment_completed()
 
     def _no_step_is_left(self, trainer: Trainer) -> bool:
         return _reached(self._step, trainer.fit_loop.epoch_loop.max_steps)
-
-    @contextlib.contextmanager
-    def _where_the_checkpoint_was_written(self, trainer: Trainer, over: bool) -> Iterator[None]:
-        """Lightning has moved its count of epochs on where this one was at its last batch, and will move the other
-        counts when it runs the first batch, if there is one.
-        """
-        loop = trainer.fit_loop
-        epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
-        moved, before = epochs.state_dict(), batches.state_dict()
-        epochs.load_state_dict(self._epochs)
-        yield
-        if over and self._inside_epoch:
-            loop.epoch_loop._batches_that_stepped += 1
-        else:
-            epochs.load_state_dict(moved)
-            batches.load_state_dict(before)
 
 
 def _reached(count: int, limit: int | None) -> bool:
@@ -194,18 +187,47 @@ def _validate(trainer: Trainer) -> None:
     trainer.training = True
 
 
+def _end_batch(trainer: Trainer) -> None:
+    """As Lightning does after a batch and its validation."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+    if not loop._should_accumulate():
+        loop._batches_that_stepped += 1
+
+
+def _go_on_inside_epoch(trainer: Trainer) -> None:
+    """Lets Lightning begin its loop over an epoch's batches where their counts are. It begins one that is not restarted
+    at 0, and moves the counts of a restarted one on by what it takes to be missing.
+    """
+    loop = trainer.fit_loop
+    loop._restart_stage = RestartStage.RESTARTED_MID_EPOCH  # the epoch has started
+    epoch_loop, reset = loop.epoch_loop, loop.epoch_loop.reset
+
+    def reset_but_for_counts() -> None:
+        epoch_loop.reset = reset  # type: ignore[method-assign]
+        counts = copy.deepcopy(epoch_loop.state_dict())
+        epoch_loop.restarting = True  # Lightning then warns of loaders that forget their place
+        reset()
+        epoch_loop.load_state_dict(counts)
+        epoch_loop.restarting = False
+
+    epoch_loop.reset = reset_but_for_counts  # type: ignore[method-assign]
+
+
 def _end_epoch(trainer: Trainer) -> None:
     """As Lightning does after the last batch of an epoch."""
-    connector, epochs = trainer._logger_connector, trainer.fit_loop.epoch_progress
+    connector, loop = trainer._logger_connector, trainer.fit_loop
     connector.epoch_end_reached()
-    epochs.increment_processed()
+    loop.epoch_progress.increment_processed()
     call._call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=False)
     call._call_lightning_module_hook(trainer, "on_train_epoch_end")
     call._call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=True)
     connector.on_epoch_end()
     _move_schedules(trainer)
+    loop.epoch_loop._batches_that_stepped -= 1  # as Lightning does, for the step of the line
     connector.update_train_epoch_metrics()
-    epochs.increment_completed()
+    loop.epoch_loop._batches_that_stepped += 1
+    loop.epoch_progress.increment_completed()
 
 
 def _move_schedules(trainer: Trainer) -> None:

@@ -6,15 +6,18 @@ each believes what it is given. `guard` stands in front of these steps.
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightspan.checkpoints.content import counts_fault, described, state_fault
 from lightspan.checkpoints.shards import first_line
@@ -22,6 +25,10 @@ from lightspan.errors import UserError
 
 Fault = str | None
 _GLOO = "gloo/transport/"  # gloo raises plain RuntimeErrors, which begin with the place in its source
+_SWA_ENDS = (
+    "Lightning's StochasticWeightAveraging exchanges the run's schedule and restores neither that nor its averages; "
+    "WeightAveraging and EMAWeightAveraging of lightning.pytorch.callbacks can be resumed"
+)
 _OF_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # moments of torch's own optimisers
 
 
@@ -62,6 +69,46 @@ def explained_restoring(path: object, entry: str) -> Iterator[None]:
         raise UserError(
             f"checkpoint {path} cannot be used: its entry {entry} cannot be restored ({what}: {first_line(error)})"
         ) from error
+
+
+def warn_of_what_cannot_go_on(trainer: Trainer) -> None:
+    """Says before the first step which callbacks a run cannot be resumed with."""
+    if _of_swa(trainer) and trainer.is_global_zero:
+        warnings.warn(f"{_SWA_ENDS}: once it has begun, this run will not go on from a checkpoint", stacklevel=2)
+
+
+def refuse_what_cannot_go_on(trainer: Trainer, loaded: dict[str, Any]) -> None:
+    """Raises: UserError for a checkpoint in the state of whose callbacks there is no way on."""
+    for key in _of_swa(trainer):
+        state = (loaded.get("callbacks") or {}).get(key)
+        if isinstance(state, dict) and state.get("scheduler_state") is not None:
+            raise UserError(
+                f"checkpoint {trainer.ckpt_path} was written after StochasticWeightAveraging had begun; {_SWA_ENDS}; "
+                "go on from a checkpoint before it, or start anew"
+            )
+
+
+def unfreeze(trainer: Trainer, module: LightningModule, trained: list[str] | None) -> None:
+    """Lets those parameters train that did when the checkpoint was written, where a BaseFinetuning unfreezes them.
+
+    It restores the groups of the optimisers and has frozen again what it had unfrozen: the rest of such a run would
+    train nothing but the head. Called before a strategy looks at the parameters.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    if trained is None or not any(isinstance(callback, BaseFinetuning) for callback in callbacks):
+        return
+    wanted = {weight: name in trained for name, weight in module.named_parameters()}
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if isinstance(part, _BatchNorm) and any(wanted[weight] and not weight.requires_grad for weight in own):
+            part.track_running_stats = True  # as unfreezing does
+    for weight, trains in wanted.items():
+        weight.requires_grad_(trains)
+
+
+def _of_swa(trainer: Trainer) -> list[str]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    return [callback.state_key for callback in callbacks if isinstance(callback, StochasticWeightAveraging)]
 
 
 def _guarded(
@@ -137,6 +184,10 @@ def _optimizers_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
         if len(stored) != len(owners):
             return f"{name} holds {len(stored)} states, and this run has {len(owners)} of them"
         for i, (state, owner) in enumerate(zip(stored, owners, strict=True)):
+            if name == "optimizer_states" and not state:
+                if owner.state_dict():
+                    return f"{name}[{i}].state is missing"
+                continue
             known = _is_of(owner, "lightspan.", "torch.optim.")
             if known and (fault := state_fault(state, owner.state_dict(), f"{name}[{i}]")):
                 return fault

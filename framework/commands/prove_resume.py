@@ -177,8 +177,7 @@ def _legs(draw: random.Random, settings: _Settings, ranks: Sequence[int]) -> lis
     kills = []
     for step, after, count in zip(steps, [*steps[1:], settings.steps], counts, strict=False):
         saved = min((step // settings.every + 1) * settings.every, settings.steps)
-        # The next kill has to come yet, and a start without a step left writes last.ckpt once more, with later counts.
-        places = (*_IN_STEP, _AFTER_SAVE) if saved <= after and saved < settings.steps else _IN_STEP
+        places = (*_IN_STEP, _AFTER_SAVE) if saved <= after else _IN_STEP  # the next kill has to come yet
         kills.append(Kill(step, draw.choice(places), draw.randrange(count)))
     return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]
 

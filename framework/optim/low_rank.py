@@ -233,7 +233,7 @@ class LowRank(Optimizer):
             for key, value in held.items():
                 device = torch.device("cpu") if key in on_host else parameter.device
                 self.state[parameter][key] = value.to(device=device, copy=True)
-        self._mend([parameter for parameter, _ in owners.values()])
+        self._mend([parameter for parameter, _ in owners.values() if parameter in self.state])
         self._buckets, self._places = None, {}
 
     def _mend(self, parameters: list[Tensor]) -> None:

@@ -205,8 +205,11 @@ class Trion(LowRank):
 
     Newton-Schulz needs a rate that is far too high for AdamW, which steps what is not projected: vectors, matrices
     whose shorter side is not above `rank`, and groups with project=False. Where a group has no `lr` of its own these
-    get `other_lr`, in a group of theirs behind it. Their betas and eps are the published code's. As published, there is
-    no Nesterov momentum.
+    get `other_lr`, in a group of theirs behind it, which keeps that rate under this name. A schedule that takes one
+    rate for all groups, such as OneCycleLR(max_lr=0.02), would give both the same: the first step refuses it. Give it a
+    list, max_lr=[group["lr"] for group in optimizer.param_groups]; schedules that multiply rates keep their ratio.
+
+    Betas and eps of what is not projected are the published code's. As published, there is no Nesterov momentum.
 
     Args:
         lr: of the projected matrices.
@@ -217,6 +220,7 @@ class Trion(LowRank):
     """
 
     KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr")
+    _rates_seen = False
 
     def __init__(
         self,
@@ -256,4 +260,30 @@ class Trion(LowRank):
                 lists: dict[str, Any] = {
                     key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group
                 }
-                self.param_groups.append({**group, **lists, "lr": rate})
+                own = {} if wanted else {"other_lr": rate}
+                self.param_groups.append({**group, **lists, "lr": rate, **own})
+
+    def step(self, closure: Any = None) -> Any:
+        """As `LowRank.step`. Raises: UserError in the first where a schedule has given both groups one rate."""
+        if not self._rates_seen:
+            self._refuse_one_rate()
+            self._rates_seen = True
+        return super().step(closure)
+
+    def _refuse_one_rate(self) -> None:
+        for at, group in enumerate(self.param_groups):
+            before = self.param_groups[at - 1]
+            if "other_lr" not in group or at == 0 or "other_lr" in before:
+                continue
+            peak, other = _peak(before), _peak(group)
+            if 0 < peak == other != float(group["other_lr"]):
+                raise UserError(
+                    f"a schedule gives AdamW's group of Trion the rate of Newton-Schulz, {peak:g}, instead of "
+                    f"other_lr={float(group['other_lr']):g}; give the schedule a list of rates, one for each group, "
+                    'such as max_lr=[group["lr"] for group in optimizer.param_groups]'
+                )
+
+
+def _peak(group: dict[str, Any]) -> float:
+    """The highest rate that a group is known to get: schedules leave theirs under these names."""
+    return max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))

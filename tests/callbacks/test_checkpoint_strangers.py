@@ -48,6 +48,7 @@ OPTIMIZERS = {
     "schedule": lambda m: ([o := torch.optim.Adam(m.parameters(), lr=0.01)], [OddSchedule(o)]),
     "LBFGS": lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2),
     "late": two_optimizers,
+    "none": lambda m: None,
     "stack": lambda m: LowRank(m.parameters(), rank=2),
 }
 

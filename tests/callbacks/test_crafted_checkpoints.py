@@ -45,15 +45,18 @@ def entries(value: Any, path: Entry = ()) -> Iterator[Entry]:
 _SCORES = r"best_model_score|current_score|kth_best_model_path"  # found again from the ranked files
 MAY_BE_TAKEN = {
     "fit": rf"loops\.(validate|test|predict)_loop\..*|callbacks\.RunSummary\.metrics\..*"
-    rf"|callbacks\.Checkpoint.*\.({_SCORES})",
+    rf"|callbacks\.Checkpoint.*\.({_SCORES}|keeps_only|deferred)|lightspan\.trained",
     "validate": r"loops\.(fit|test|predict)_loop\..*|(optimizer_states|lr_schedulers)\.0\..*"
-    r"|lightspan\.random_states\..*"
+    r"|lightspan\.random_states\..*|lightspan\.trained"
     r"|callbacks\.RunSummary\.step_ms",
 }
+_TORCH_ADDS = r"amsgrad|maximize|foreach|capturable|differentiable|fused|decoupled_weight_decay"
 MAY_BE_MISSING = {
-    "fit": r"callbacks\.RunSummary\.metrics|.*\.param_groups\.0\.capturable|lr_schedulers\.0\.base_lrs"
-    r"|lightspan\.random_states|lightspan\.log\.metrics(\..*)?",  # earlier versions had none
-    "validate": r"callbacks\.Checkpoint.*\.best_k_models\..*|lightspan\.model",
+    "fit": rf"callbacks\.RunSummary\.metrics|.*\.param_groups\.0\.({_TORCH_ADDS})|lr_schedulers\.0\.base_lrs"
+    r"|lightspan\.random_states|lightspan\.log\.metrics(\..*)?"
+    r"|lightspan\.trained(\..*)?|callbacks\.Checkpoint.*\.(keeps_only|deferred)",  # earlier versions had none
+    "validate": r"callbacks\.Checkpoint.*\.(best_k_models\..*|keeps_only|deferred)"
+    r"|lightspan\.(model|trained(\..*)?)",
 }
 
 

@@ -291,3 +291,19 @@ def test_state_of_another_rule_is_refused_with_the_difference(before, now, messa
     optimizer, saved = LowRank([("net.weight", weight)], rank=3, **now), saved_state(rank=3, **before)
     with pytest.raises(UserError, match=message):
         optimizer.load_state_dict(saved)
+
+
+def test_what_is_loaded_before_the_first_step_is_all_that_the_state_holds():
+    def built():
+        parameters = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(8, 4))]
+        return LowRank(parameters, rank=2), parameters
+
+    first, parameters = built()
+    for parameter in parameters[:2]:  # the third has no gradient, and no state
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    for saved in (built()[0].state_dict(), first.state_dict()):
+        loaded, own = built()
+        loaded.load_state_dict(saved)
+        assert list(loaded.state) == [own[number] for number in saved["state"]]
+        assert loaded.state_dict()["state"].keys() == saved["state"].keys()

@@ -321,3 +321,48 @@ def test_k_steps_saved_and_loaded_and_k_more_equal_2k_across_refreshes(preset, d
     second.load_state_dict(loaded["optimizer"])
     steps(second, resumed, range(7, 14))
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+def two_groups():
+    matrix, vector = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6))
+    return presets.Trion([matrix, vector], lr=0.02, rank=2, other_lr=3e-4), [matrix, vector]
+
+
+def stepped(optimizer, parameters):
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+SCHEDULES = torch.optim.lr_scheduler
+
+
+def one_cycle(optimizer, rates):
+    return SCHEDULES.OneCycleLR(optimizer, max_lr=rates, total_steps=100)
+
+
+def cyclic(optimizer, rates):
+    return SCHEDULES.CyclicLR(optimizer, base_lr=rates, max_lr=rates, cycle_momentum=False)
+
+
+@pytest.mark.parametrize("schedule", [one_cycle, cyclic])
+def test_a_schedule_with_one_rate_for_trions_two_groups_is_refused_at_the_first_step(schedule):
+    optimizer, parameters = two_groups()
+    schedule(optimizer, 0.02)
+    with pytest.raises(UserError, match=r"the rate of Newton-Schulz, 0\.02, instead of other_lr=0\.0003; give .* list"):
+        stepped(optimizer, parameters)
+    assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: one_cycle(o, [group["lr"] for group in o.param_groups]),
+        lambda o: SCHEDULES.LambdaLR(o, lambda step: 0.0),
+        lambda o: SCHEDULES.ReduceLROnPlateau(o, min_lr=0.02),
+    ],
+)
+def test_schedules_that_keep_trions_two_rates_apart_are_taken(schedule):
+    optimizer, parameters = two_groups()
+    schedule(optimizer)
+    stepped(optimizer, parameters)
