@@ -110,6 +110,7 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert "tiny -> " in out
     assert [line.split()[1] for line in out.splitlines() if line.startswith("step ")] == ["4", "8"]
     assert "next: lightspan report" in out
+    assert f"lightspan export {Path.cwd()}/r/checkpoints/last.ckpt --to safetensors --allow-module tiny_lab" in out
     assert "litlogger" not in out
     assert "Epoch" not in out  # the bar is for terminals
 

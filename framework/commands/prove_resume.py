@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.commands.catalogue import print_notes
 from lightspan.commands.fits import exits_on_sigterm, fit_command, last_lines, ranks_of
 from lightspan.commands.run_differences import first_difference, first_other_batch, largest_difference
+from lightspan.commands.seed import with_seed
 from lightspan.config.resolve import Resolved, resolve, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -134,6 +136,8 @@ def _prove(resolved: Resolved, settings: _Settings, folder: Path) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console, runs = Console(highlight=False, soft_wrap=True), _runs(settings)
+    resolved = with_seed(resolved, folder, None)  # one for all starts, each of which has a folder of its own
+    print_notes(resolved.notes)
     console.print(f"{resolved.name}: {settings.steps} steps, a checkpoint every {settings.every}, seed {settings.seed}")
     for name, legs in runs.items():
         for kill in (leg.kill for leg in legs if leg.kill is not None):

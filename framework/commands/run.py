@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.callbacks.checkpoint_manifest import standing
-from lightspan.commands.arguments import add_recipe_arguments, file, folder
+from lightspan.commands.arguments import add_recipe_arguments, allow_options, file, folder
 from lightspan.commands.catalogue import print_notes
 from lightspan.commands.metrics_csv import write_csv
 from lightspan.commands.run_folder import (
@@ -27,6 +27,7 @@ from lightspan.commands.run_folder import (
     sole_use,
     write_run_files,
 )
+from lightspan.commands.seed import with_seed
 from lightspan.commands.wandb_key import wandb_key_place
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.errors import UserError
@@ -81,6 +82,7 @@ def run_fit(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     checkpoint = checkpoint_to_resume(args, run_dir)
+    resolved = with_seed(resolved, run_dir, checkpoint)
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
     if args.wandb:
@@ -113,7 +115,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     if status == 0 and is_first_rank():
         print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
         if (run_dir / LAST_CHECKPOINT).exists():
-            print(f"      lightspan export {shlex.quote(str(run_dir / LAST_CHECKPOINT))} --to safetensors")
+            words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
+            print(f"      lightspan export {shlex.join(words)}")
     return status
 
 
@@ -136,6 +139,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
         raise UserError(f"--run {args.run} holds a training run; give {verb} a folder of its own or leave --run out")
     run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
+    resolved = with_seed(resolved, run_dir, args.ckpt)
     resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go into one JSON file
     built = build(resolved, run_dir)
     if is_first_rank():

@@ -77,11 +77,11 @@ def resolve(
     return _checked(tree, notes, found.about, found.name, tuple(allow_modules), recipes.label(found.path))
 
 
-def with_layer(resolved: Resolved, layer: dict[str, Any]) -> Resolved:
-    """The configuration with one more layer on top, checked again."""
-    tree, notes = merge_layers([resolved.tree, wrap(layer, COMMAND_LINE)])
+def with_layer(resolved: Resolved, layer: dict[str, Any], where: str = COMMAND_LINE) -> Resolved:
+    """The configuration with one more layer on top, checked again; `where` is what `sources` says of its values."""
+    tree, notes = merge_layers([resolved.tree, wrap(layer, where)])
     notes = resolved.notes + notes
-    return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, COMMAND_LINE)
+    return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, where)
 
 
 def recorded(run_dir: Path | str) -> dict[str, Any]:
