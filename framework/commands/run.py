@@ -91,6 +91,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         print_notes(resolved.notes)
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
     built = build(resolved, run_dir)
+    _check_at_start(built)
     _obey_signals(built)
     _meet_after_restart(built)
     if is_first_rank():
@@ -230,9 +231,21 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
         return f"the Trainer refuses this run: {str(error).strip()}"
     if "_validate_condition_metric" in passed:
         return f"early stopping: {error}"
+    from lightspan.commands.start_checks import past_its_end
+
+    if (said := past_its_end(error)) is not None:
+        return said
     if checkpoint is not None and "load_state_dict" in passed:
         return f"{checkpoint} is a checkpoint of another model: {_few_lines(str(error))}"
     return None
+
+
+def _check_at_start(built: Built) -> None:
+    """Has the run looked at once more when everything is set up, before its first step."""
+    from lightspan.commands.start_checks import StartChecks
+
+    # First, and not last, where Lightning wants those callbacks that write checkpoints.
+    built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
 
 
 def _obey_signals(built: Built) -> None:
