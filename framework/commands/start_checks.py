@@ -4,7 +4,6 @@ whether its schedules are long enough.
 
 import math
 import re
-import warnings
 from collections.abc import Iterator
 
 from lightning.fabric.utilities.types import _Stateful
@@ -13,20 +12,22 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
 
+from lightspan.commands.catalogue import print_notes
 from lightspan.errors import UserError
 
 
 class StartChecks(Callback):
-    """Warns of a training loader that keeps no position. Raises: UserError for a schedule that ends before the run."""
+    """Says where a training loader keeps no position. Raises: UserError for a schedule that ends before the run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_short_schedules(trainer)
         if trainer.is_global_zero and (loaders := without_position(trainer)):
-            warnings.warn(
-                f"the training data come from a {' and a '.join(loaders)}, which keeps no position: a run that is "
-                "stopped inside an epoch and resumed sees other samples than it would have seen. "
-                "lightspan.datamodules.ranks.train_loader gives a loader that goes on with the very next sample",
-                stacklevel=1,
+            print_notes(
+                [
+                    f"the training data come from a {' and a '.join(loaders)}, which keeps no position: stopped inside "
+                    "an epoch and resumed, this run sees other samples than it would have seen; "
+                    "lightspan.datamodules.ranks.train_loader gives a loader that goes on with the very next sample"
+                ]
             )
 
 

@@ -122,16 +122,9 @@ class _Rows:
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_loader_that_keeps_no_position_is_named_once(tmp_path, plain):
-    module = OneCycle(16)
+def test_a_loader_that_keeps_no_position_is_named_once(tmp_path, capsys, plain):
     loader = DataLoader(torch.ones(8, 4), shuffle=True) if plain else train_loader(_Rows(), 1, 0, 0, None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = Trainer(
-            callbacks=[StartChecks()], max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
-        trainer.fit(module, loader)
-    told = [str(warning.message) for warning in caught if "keeps no position" in str(warning.message)]
-    assert len(told) == plain
-    assert all("come from a DataLoader" in text and "ranks.train_loader" in text for text in told)
+    fit(tmp_path, OneCycle(16), data=loader, max_epochs=2)
+    said = capsys.readouterr().err
+    assert said.count("note: the training data come from a DataLoader, which keeps no position") == plain
+    assert said.count("lightspan.datamodules.ranks.train_loader") == plain
