@@ -176,7 +176,7 @@ def test_a_dry_run_builds_and_writes_nothing(capsys):
     assert main(["fit", *TINY, "--dry-run", "--run", "r"]) == 0
     assert lines(capsys)[-2:] == [
         "tiny: builds and starts; Tiny with 15 parameters. Nothing was written.",
-        "Not tried: a step, several ranks together.",
+        "Not tried: a step of an optimiser, several ranks together.",
     ]
     assert list(Path().iterdir()) == []
 
