@@ -22,6 +22,7 @@ from lightspan.commands.step_memory import (
     batch_rows,
     faked,
     idle_state_bytes,
+    in_words,
     largest_rows,
     nbytes,
     resized,
@@ -97,7 +98,7 @@ def make_plan(
         except UserError:
             raise
         except Exception as error:  # from whichever library needs numbers where there are only shapes
-            here, notes = None, [f"counted by a real step, since a fake one stopped ({_first_line(error)})"]
+            here, notes = None, [f"counted by a real step, since a fake one stopped ({in_words(error)})"]
     if here is None:
         here = step.real(rows)
         if rows >= 4:
@@ -228,8 +229,3 @@ def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
     """Steps of other sizes, their peak on the line through two measured ones."""
     slope = (large.peak - small.peak) / (large.rows - small.rows)
     return lambda rows: dataclasses.replace(large, rows=rows, peak=round(large.peak + slope * (rows - large.rows)))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

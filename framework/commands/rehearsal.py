@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightspan.callbacks.adaptation import Adaptation
 from lightspan.commands.one_process import in_one_process
-from lightspan.commands.step_memory import faked
+from lightspan.commands.step_memory import faked, in_words
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.errors import UserError
 
@@ -100,9 +100,8 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     except Exception as error:
         if real and not _prepared_by_hooks(trainer, module):
             raise
-        text = " ".join(str(error).split())[:300]
         how = "as it is here" if real else "on shapes alone"
-        return f"a forward pass ({how} it stops, which need not be so in the run: {type(error).__name__}: {text})"
+        return f"a forward pass ({how} it stops, which need not be so in the run: {in_words(error)})"
     return None
 
 
