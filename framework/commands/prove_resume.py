@@ -6,6 +6,7 @@ import inspect
 import random
 import signal
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,8 +149,11 @@ def _prove(resolved: Resolved, settings: _Settings, folder: Path) -> int:
         for name, legs in runs.items():
             for number, leg in enumerate(legs, 1):
                 progress.update(task, description=f"{name}, start {number} of {len(legs)}")
+                began_s = time.monotonic()
                 _start(resolved, settings, folder / name, leg)
                 progress.advance(task)
+                ended = f"{'finished' if leg.kill is None else 'was killed'} after {time.monotonic() - began_s:.0f} s"
+                console.print(f"  {name}: start {number} of {len(legs)} {ended}")
     differing = 0
     for claim, difference in _verdicts(settings, folder):
         differing += difference is not None

@@ -81,7 +81,7 @@ def test_a_run_says_its_seed_records_it_repeats_by_it_and_goes_on_with_it(recipe
     assert recorded("v")["seed_everything"] == seed  # random splits of the data are those of the training
 
 
-def test_a_proof_gives_all_its_starts_one_seed(recipe, monkeypatch, tmp_path):
+def test_a_proof_gives_all_its_starts_one_seed_and_says_when_each_has_ended(recipe, monkeypatch, tmp_path, capsys):
     from lightspan.commands import prove_resume
 
     seeds = []
@@ -90,3 +90,6 @@ def test_a_proof_gives_all_its_starts_one_seed(recipe, monkeypatch, tmp_path):
     assert main(["prove-resume", *ALLOW, recipe, "--steps", "4", "--keep", str(tmp_path / "kept")]) == 0
     assert len(seeds) > 1
     assert len(set(seeds)) == 1
+    said = capsys.readouterr().out
+    assert "straight-1: start 1 of 1 finished after 0 s" in said
+    assert said.count("was killed after") == 2
