@@ -110,6 +110,7 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert "tiny -> " in out
     assert [line.split()[1] for line in out.splitlines() if line.startswith("step ")] == ["4", "8"]
     assert "next: lightspan report" in out
+    assert f"lightspan export {Path.cwd()}/r/checkpoints/last.ckpt --to safetensors --allow-module tiny_lab" in out
     assert "litlogger" not in out
     assert "Epoch" not in out  # the bar is for terminals
 
@@ -175,7 +176,7 @@ def test_a_dry_run_builds_and_writes_nothing(capsys):
     assert main(["fit", *TINY, "--dry-run", "--run", "r"]) == 0
     assert lines(capsys)[-2:] == [
         "tiny: builds and starts; Tiny with 15 parameters. Nothing was written.",
-        "Not tried: a step, several ranks together.",
+        "Not tried: a step of an optimiser, several ranks together.",
     ]
     assert list(Path().iterdir()) == []
 

@@ -64,9 +64,9 @@ def pack(
                         writer.add(contents)
                     yield count
             if damaged and left_out is None:
-                raise UserError(_refusal(damaged, len(samples)))
+                raise UserError(_refusal(damaged, len(samples), decode))
             if not writer.shards:
-                raise UserError(f"no sample is left: {_refusal(damaged, len(samples))}")
+                raise UserError(f"no sample is left: {_refusal(damaged, len(samples), decode)}")
             for shard in writer.shards:
                 _write_index(shard)
             if classes:
@@ -100,11 +100,12 @@ def _file_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _refusal(damaged: list[str], count: int) -> str:
+def _refusal(damaged: list[str], count: int, decode: bool) -> str:
     shown = "; ".join(sorted(damaged)[:5]) + ("; ..." if damaged[5:] else "")
+    further = "" if decode else ". Of images only the header was read; --decode also finds those that are cut short"
     return (
         f"{len(damaged)} of {count} samples cannot be decoded, so training could not read them: {shown}. Correct or "
-        "remove these files, or leave them out with --skip-damaged"
+        f"remove these files, or leave them out with --skip-damaged{further}"
     )
 
 

@@ -1,6 +1,7 @@
 """Arguments that several verbs share."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -37,6 +38,11 @@ def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
         metavar="PACKAGE",
         help="a package of your own that the configuration may name; it is recorded with the run",
     )
+
+
+def allow_options(modules: Sequence[str]) -> list[str]:
+    """What `add_allow_module_argument` reads, for another command line."""
+    return [word for module in modules for word in ("--allow-module", module)]
 
 
 def folder(text: str) -> Path:

@@ -1,13 +1,20 @@
 """`lightspan data pack FOLDER --out DIR`, `data verify DIR` and `data index DIR`: write shards and look after them."""
 
 import argparse
+import contextlib
 import re
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from lightspan.commands.arguments import folder
 from lightspan.errors import UserError, one_line
 
+if TYPE_CHECKING:
+    from lightspan.datamodules.shards.pack_sources import Members
+
+SHARDS = "lightspan.datamodules.shards.stream.Shards"
+BATCH, SIDE = 256, 224  # proposed at most
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -75,11 +82,33 @@ def _pack(args: argparse.Namespace) -> int:
     shards = len(list(args.out.glob("*.tar")))
     shown = f"{', '.join(classes[:5])}{', ...' if classes[5:] else ''}"
     of_classes = f" of {len(classes)} classes ({shown})" if classes else ""
-    fields = ", ".join(f"{field}: {endings}" for field, endings in fields_of(samples).items())
-    print(one_line(f"wrote {args.out}: {len(samples) - len(left_out):,} samples{of_classes} in {shards} shards"))
-    settings = [f"data.init_args.shards=[{pattern(args.out)}]", f"data.init_args.fields={{{fields}}}"]
-    print(one_line(f"next: {shlex.join(settings)}"))
+    count = len(samples) - len(left_out)
+    print(one_line(f"wrote {args.out}: {count:,} samples{of_classes} in {shards} shards"))
+    print(one_line(f"next: {shlex.join(_settings(pattern(args.out), fields_of(samples), count, _side(samples)))}"))
     return 0
+
+
+def _settings(shards: str, fields: dict[str, str], count: int, side: int | None) -> list[str]:
+    """The flags with which any recipe reads what was packed; pictures of `side` pixels or none."""
+    settings = {"shards": f"[{shards}]", "fields": f"{{{', '.join(f'{k}: {v}' for k, v in fields.items())}}}"}
+    settings["batch_size"] = str(min(count, BATCH))
+    if side is not None:
+        settings["image_size"] = str(side)
+    return [f"data.class_path={SHARDS}", *(f"data.init_args.{key}={value}" for key, value in settings.items())]
+
+
+def _side(samples: "list[Members]") -> int | None:
+    """The side of the squares that pictures may be cut to: the shorter one of the first picture that can be read, at
+    most that of most pretrained networks; None where there are no pictures.
+    """
+    from lightspan.datamodules.shards.decoders import IMAGES, UNDECODABLE, open_image
+
+    for sample in samples:
+        for name, source in sample.items():
+            if name.rpartition(".")[2].lower() in IMAGES:
+                with contextlib.suppress(*UNDECODABLE, OSError):
+                    return min(*open_image(source if isinstance(source, bytes) else source.read_bytes()).size, SIDE)
+    return None
 
 
 def _verify(args: argparse.Namespace) -> int:

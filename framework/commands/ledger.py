@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import folder
+from lightspan.config.allow import RUN
+from lightspan.config.resolve import recorded
 from lightspan.errors import UserError, printable
 
 if TYPE_CHECKING:
     import numpy as np
 
 LEDGER_FILE, FORMAT = "ledger.json", 1
+CALLBACK = "lightspan.callbacks.watching.ledger.Ledger"
 SHOWN = 20  # samples or damaged samples that are listed by name
 MOST_SAMPLES, MOST_EPOCHS = 10**10, 10**6  # above them a file is no ledger, and counting would not end
 
@@ -65,13 +68,29 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
         ledger = json.loads(path.read_text(encoding="utf-8"))
         _refuse_other_content(ledger)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); a run keeps a ledger where trainer.callbacks has "
-            "{class_path: lightspan.callbacks.watching.ledger.Ledger, init_args: {path: ${run}/ledger.json}}"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); {_why_none(run_dir)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not the ledger of a run: {error}; name another run folder") from error
     return dict(ledger)
+
+
+def _why_none(run_dir: Path) -> str:
+    """What keeps a run without a ledger, by what is recorded of it."""
+    spec = {"class_path": CALLBACK, "init_args": {"path": f"{RUN}/{LEDGER_FILE}"}}
+    try:
+        trainer = recorded(run_dir).get("trainer")
+        callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    except UserError:
+        callbacks = None
+    entries = callbacks.values() if isinstance(callbacks, dict) else ()
+    if spec in entries:
+        return (
+            "the run has the Ledger callback, which writes at the first checkpoint and at the end, and only where the "
+            "training loader has an order that is the same on any number of ranks: those of lightspan's data modules "
+            "and of lightspan.datamodules.loading.ranks.train_loader have one, a DataLoader of your own has none"
+        )
+    path = f"{{path: {RUN}/{LEDGER_FILE}}}"
+    return f"a run keeps a ledger where trainer.callbacks has {{class_path: {CALLBACK}, init_args: {path}}}"
 
 
 def _refuse_other_content(ledger: Any) -> None:

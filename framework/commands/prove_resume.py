@@ -6,12 +6,15 @@ import inspect
 import random
 import signal
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.commands.catalogue import print_notes
+from lightspan.commands.seed import with_seed
 from lightspan.config.resolve import Resolved, resolve, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -134,6 +137,8 @@ def _prove(resolved: Resolved, settings: _Settings, folder: Path) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console, runs = Console(highlight=False, soft_wrap=True), _runs(settings)
+    resolved = with_seed(resolved, folder, None)  # one for all starts, each of which has a folder of its own
+    print_notes(resolved.notes)
     console.print(f"{resolved.name}: {settings.steps} steps, a checkpoint every {settings.every}, seed {settings.seed}")
     for name, legs in runs.items():
         for kill in (leg.kill for leg in legs if leg.kill is not None):
@@ -144,8 +149,11 @@ def _prove(resolved: Resolved, settings: _Settings, folder: Path) -> int:
         for name, legs in runs.items():
             for number, leg in enumerate(legs, 1):
                 progress.update(task, description=f"{name}, start {number} of {len(legs)}")
+                began_s = time.monotonic()
                 _start(resolved, settings, folder / name, leg)
                 progress.advance(task)
+                ended = f"{'finished' if leg.kill is None else 'was killed'} after {time.monotonic() - began_s:.0f} s"
+                console.print(f"  {name}: start {number} of {len(legs)} {ended}")
     differing = 0
     for claim, difference in _verdicts(settings, folder):
         differing += difference is not None

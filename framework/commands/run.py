@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import standing
-from lightspan.commands.arguments import add_recipe_arguments, file, folder
+from lightspan.commands.arguments import add_recipe_arguments, allow_options, file, folder
 from lightspan.commands.catalogue import print_notes
+from lightspan.commands.seed import with_seed
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.errors import UserError
 from lightspan.loggers.wandb_key import wandb_key_place
@@ -81,6 +82,7 @@ def run_fit(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     checkpoint = checkpoint_to_resume(args, run_dir)
+    resolved = with_seed(resolved, run_dir, checkpoint)
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
     if args.wandb:
@@ -89,6 +91,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         print_notes(resolved.notes)
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
     built = build(resolved, run_dir)
+    _check_at_start(built)
     _obey_signals(built)
     _meet_after_restart(built)
     if is_first_rank():
@@ -113,7 +116,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     if status == 0 and is_first_rank():
         print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
         if (run_dir / LAST_CHECKPOINT).exists():
-            print(f"      lightspan export {shlex.quote(str(run_dir / LAST_CHECKPOINT))} --to safetensors")
+            words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
+            print(f"      lightspan export {shlex.join(words)}")
     return status
 
 
@@ -136,6 +140,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
         raise UserError(f"--run {args.run} holds a training run; give {verb} a folder of its own or leave --run out")
     run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
+    resolved = with_seed(resolved, run_dir, args.ckpt)
     resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go into one JSON file
     built = build(resolved, run_dir)
     if is_first_rank():
@@ -226,9 +231,21 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
         return f"the Trainer refuses this run: {str(error).strip()}"
     if "_validate_condition_metric" in passed:
         return f"early stopping: {error}"
+    from lightspan.commands.start_checks import past_its_end
+
+    if (said := past_its_end(error)) is not None:
+        return said
     if checkpoint is not None and "load_state_dict" in passed:
         return f"{checkpoint} is a checkpoint of another model: {_few_lines(str(error))}"
     return None
+
+
+def _check_at_start(built: Built) -> None:
+    """Has the run looked at once more when everything is set up, before its first step."""
+    from lightspan.commands.start_checks import StartChecks
+
+    # First, and not last, where Lightning wants those callbacks that write checkpoints.
+    built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
 
 
 def _obey_signals(built: Built) -> None:

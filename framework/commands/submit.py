@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.commands.arguments import add_recipe_arguments, allow_options, folder
 from lightspan.commands.catalogue import print_notes
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
@@ -190,12 +190,13 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
 def _job_of_files(args: argparse.Namespace, resolved: Resolved) -> Job:
     """The job where recipe and run folder lie on this machine, or on storage that the others share with it."""
     folder = run_folder(args.run, resolved.name, make=not args.print)
-    return _job(args, resolved, str(folder), [args.recipe, *_options("-c", args.overlays), *args.flags])
+    overlays = [word for overlay in args.overlays for word in ("-c", overlay)]
+    return _job(args, resolved, str(folder), [args.recipe, *overlays, *args.flags])
 
 
 def _job(args: argparse.Namespace, resolved: Resolved, folder: str, recipe: list[str]) -> Job:
     trainer = resolved.config["trainer"]
-    arguments = ["fit", *recipe, "--run", folder, *_options("--allow-module", args.allow_modules)]
+    arguments = ["fit", *recipe, "--run", folder, *allow_options(args.allow_modules)]
     return Job(
         name=job_name(resolved.name, PurePosixPath(folder).name),
         arguments=(*arguments, "--wandb") if args.wandb else tuple(arguments),
@@ -218,10 +219,6 @@ def _number(value: Any, key: str, option: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{key}={value!r} says nothing about a machine that is not there yet; give {option} a number")
     return value
-
-
-def _options(option: str, values: list[str]) -> list[str]:
-    return [word for value in values for word in (option, value)]
 
 
 def _folder_in_the_volume(given: Path | None, name: str) -> str:

@@ -12,6 +12,7 @@ builder then imports nothing but the definitions that were found here.
 import difflib
 import importlib.util
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -68,10 +69,7 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
     if top not in TOPS and not leave:
         near = difflib.get_close_matches(top, TOPS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return (
-            f"{class_path} is outside the allowed modules ({', '.join(TOPS)}); {hint}"
-            f"to use code of your own, add --allow-module {top}"
-        )
+        return f"{class_path} is outside the allowed modules ({', '.join(TOPS)}); {hint}{way_in(class_path)}"
     found = locate(class_path)
     if isinstance(found, Absent):
         name = class_path.removeprefix(found.module + ".").split(".")[0]
@@ -85,10 +83,7 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
         return None
     through = "" if defined == class_path else f", which is {defined},"
     if defined.split(".")[0] not in TOPS:
-        return (
-            f"{class_path}{through} is outside the allowed modules ({', '.join(TOPS)}); to use it all the same, add "
-            f"--allow-module {found.source.name}"
-        )
+        return f"{class_path}{through} is outside the allowed modules ({', '.join(TOPS)}); {way_in(defined)}"
     if not found.is_class:
         return (
             f"{class_path}{through} is a function; only classes may be named, and the builders that the modules of "
@@ -97,8 +92,27 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
     listed = ", ".join(part for part in (*CLASSES_OF, *LIGHTNING) if under(part, defined.split(".")[0]))
     return (
         f"{class_path}{through} is not among the parts of {defined.split('.')[0]} that a configuration may name "
-        f"({listed}); to use it all the same, add --allow-module {found.source.name}"
+        f"({listed}); {way_in(defined)}"
     )
+
+
+def way_in(name: str) -> str:
+    """What to do about a refused full name. Leave is advised for code of one's own and for single modules of Lightning,
+    whose parts do what they say; never for what else a library or Python itself can do.
+    """
+    top = name.split(".")[0]
+    if top in sys.stdlib_module_names:
+        return (
+            f"{top} belongs to Python itself, with which a recipe from a stranger could do anything here, and no part "
+            "of a run is made of it; refused"
+        )
+    if top == "lightning":
+        return f"what it does was not looked at; to use it all the same, add --allow-module {name.rpartition('.')[0]}"
+    if top in TOPS:
+        return way_round(name)
+    if _is_installed(top):
+        return f"{top} is a library; {way_round(name)}. Where it is your own, add --allow-module {top}"
+    return f"to use code of your own, add --allow-module {top}"
 
 
 def way_round(name: str) -> str:
@@ -136,6 +150,15 @@ def foreign(value: Any, modules: Sequence[str] = ()) -> Iterator[str]:
     if isinstance(value, list | tuple | set):
         for child in value:
             yield from foreign(child, modules)
+
+
+def missing_modules(modules: Sequence[str]) -> list[str]:
+    """What to say of each --allow-module that is nowhere to be found; nothing is imported to look."""
+    return [
+        f"--allow-module {module}: there is no such module here, neither installed nor in the current folder"
+        for module in modules
+        if not _is_there(module)
+    ]
 
 
 def refuse_modules(modules: Sequence[str]) -> None:
@@ -226,6 +249,33 @@ def _refused_values(root: Node) -> Iterator[tuple[KeyPath, Node, str]]:
 
 def _is_folder(key: str) -> bool:
     return key in FOLDERS or (key.endswith(FOLDER_ENDINGS) and key not in ("class_path", *SCRATCH))
+
+
+def _is_there(module: str) -> bool:
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    if spec is None or top == "lightspan":  # its folders may lie in several places
+        return spec is not None
+    places = [Path(place) for place in spec.submodule_search_locations or ()]
+    for part in rest:
+        found = [path for place in places for path in place.glob(f"{part}*") if path.name.split(".")[0] == part]
+        if not found:
+            return False
+        places = [path for path in found if path.is_dir()]
+    return True
+
+
+def _is_installed(top: str) -> bool:
+    """Whether a top-level module lies where installers put packages; an editable install of one's own does not."""
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec is not None else []
+    return any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places)
 
 
 def _is_module(name: str) -> bool:

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterator
 
-from lightspan.config.allow import class_paths
+from lightspan.config.allow import class_paths, way_in
 from lightspan.config.resolve import Resolved
 from lightspan.config.source import Definition, locate
 from lightspan.config.tree import KeyPath, Node, dotted
 from lightspan.errors import UserError
 
 _PARSER_KEY = re.compile(r'^(?:error: )?(?:Parser key|Validation failed: Key) "([^"]+)":?\s*(.*)$')
-_DENIED = re.compile(r"Importing '((\w+)[\w.]*)' is not allowed, .* to allow it\.")
+_DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, .* to allow it\.")
 _STRUCTURE = (  # lines of a jsonargparse message that say nothing about the mistake
     "Does not validate against any",
     "Subtypes:",
@@ -82,6 +82,6 @@ def deepest_cause(text: str, resolved: Resolved) -> str:
         if content and not content.startswith(_STRUCTURE) and rank > best[0]:
             best = (rank, ".init_args.".join(key for _, key in keys), content)
     _, key, complaint = best
-    complaint = _DENIED.sub(r"\1 may not be imported; to use it all the same, add --allow-module \2", complaint)
+    complaint = _DENIED.sub(lambda found: f"{found[1]} may not be imported; {way_in(found[1])}", complaint)
     where = next((place for path, place in resolved.sources.items() if path == key or path.startswith(key + ".")), "")
     return " ".join(part for part in (where, f"{key}:" if key else "", complaint) if part)

@@ -49,12 +49,13 @@ def catalogue_names(*, overlays: bool = False) -> list[str]:
     return sorted(name for name in names if name.startswith(OVERLAY_FOLDER + "/") == overlays)
 
 
-def find(name: str, folder: Path | None = None) -> Path:
+def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
     """The file that a recipe or overlay name means: a path, or a name in the catalogue.
 
     Args:
         name: `family/name`, or a path that ends in .yaml or .yml.
         folder: what a relative path is relative to; by default the current folder.
+        what: "recipe" or "overlay", for the message.
     Raises: UserError with the nearest names where there is none.
     """
     try:
@@ -65,23 +66,30 @@ def find(name: str, folder: Path | None = None) -> Path:
             inside = catalogue_folder() / name
             if inside.is_file():
                 return inside
-            raise UserError(f"recipe file {path} does not exist; `lightspan recipes` lists the names of the catalogue")
+            raise UserError(f"{what} file {path} does not exist; {_listed(what)}")
         inside = catalogue_folder() / f"{name}.yaml"
         if inside.is_file() and catalogue_folder() in inside.resolve().parents:
             return inside
         if Path(name).is_file():
-            raise UserError(f"recipe {name!r} is a file without the ending .yaml; rename it")
+            raise UserError(f"{what} {name!r} is a file without the ending .yaml; rename it")
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody, links in a circle
         raise UserError(f"{name[:80]!r} cannot name a file: {getattr(error, 'strerror', None) or error}") from error
-    known = catalogue_names() + catalogue_names(overlays=True)
+    known = catalogue_names(overlays=what == "overlay") + catalogue_names(overlays=what != "overlay")
     tails = {known_name.split("/")[-1]: known_name for known_name in known}
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [
         tails[tail] for tail in difflib.get_close_matches(name.split("/")[-1], list(tails), n=3)
     ]
-    hint = f"did you mean {' or '.join(near)}?" if near else "`lightspan recipes` lists all; a file name ends in .yaml"
-    raise UserError(f"unknown recipe {name!r}: {hint}")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{_listed(what)}; a file name ends in .yaml"
+    raise UserError(f"unknown {what} {name!r}: {hint}")
+
+
+def _listed(what: str) -> str:
+    """Where to find the names that there are."""
+    if what == "overlay":
+        return f"the catalogue has {', '.join(catalogue_names(overlays=True))}"
+    return "`lightspan recipes` lists the names of the catalogue"
 
 
 def label(path: Path) -> str:
@@ -105,7 +113,7 @@ def load(name: str) -> Recipe:
 
 def load_overlay(name: str) -> list[Node]:
     """An overlay, after what it builds on."""
-    path = find(name)
+    path = find(name, what="overlay")
     return _with_bases(read(path, label(path)), path, (), [])
 
 

@@ -75,14 +75,15 @@ def resolve(
     """
     _open_modules(allow_modules)
     found, tree, notes = merged(recipe, overlays, flags)
+    notes += allow.missing_modules(allow_modules)
     return _checked(tree, notes, found.about, found.name, tuple(allow_modules), recipes.label(found.path))
 
 
-def with_layer(resolved: Resolved, layer: dict[str, Any]) -> Resolved:
-    """The configuration with one more layer on top, checked again."""
-    tree, notes = merge_layers([resolved.tree, wrap(layer, COMMAND_LINE)])
+def with_layer(resolved: Resolved, layer: dict[str, Any], where: str = COMMAND_LINE) -> Resolved:
+    """The configuration with one more layer on top, checked again; `where` is what `sources` says of its values."""
+    tree, notes = merge_layers([resolved.tree, wrap(layer, where)])
     notes = resolved.notes + notes
-    return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, COMMAND_LINE)
+    return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, where)
 
 
 def recorded(run_dir: Path | str) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def load_resolved(run_dir: Path | str, allow_modules: Sequence[str] = ()) -> Res
     tree = Node({key: node for key, node in root.value.items() if key != "about"}, root.where)
     return _checked(
         tree,
-        [],
+        allow.missing_modules(allow_modules),
         plain(about) if about is not None else {},
         _recorded_name(run_dir),
         tuple(allow_modules),
@@ -118,7 +119,8 @@ def _checked(
     tree: Node, notes: list[str], about: dict[str, Any], name: str, modules: tuple[str, ...], origin: str
 ) -> Resolved:
     clean = without_removed(tree)
-    refuse(find_problems(clean if clean.where else Node(clean.value, origin), modules), name)
+    if problems := find_problems(clean if clean.where else Node(clean.value, origin), modules):
+        refuse([*problems, *allow.missing_modules(modules)], name)
     config = plain(clean)
     ordered = {key: config[key] for key in ROOT_KEYS if key in config}
     sources = {
@@ -127,7 +129,7 @@ def _checked(
     return Resolved(ordered, notes, sources, about, name, tree, modules)
 
 
-def refuse(problems: Sequence[Problem], name: str) -> None:
+def refuse(problems: Sequence[Problem | str], name: str) -> None:
     """Raises one UserError with all problems, if there are any."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

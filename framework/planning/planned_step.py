@@ -1,9 +1,8 @@
 """Plans the training step of a built recipe: its own precision, optimisers and callbacks, on fake tensors."""
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from lightspan.analysis.memory import rss_bytes
 from lightspan.datamodules.loading.loader import ExactLoader, split_batch
 from lightspan.errors import UserError
 from lightspan.planning.division import Division
-from lightspan.planning.rehearsal import optimizers, prepare_model, silent
+from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
 from lightspan.planning.step_memory import (
     OptimizerStopped,
     StepMemory,
     batch_rows,
     faked,
     idle_state_bytes,
+    in_words,
     largest_rows,
     nbytes,
     resized,
@@ -98,7 +98,7 @@ def make_plan(
         except UserError:
             raise
         except Exception as error:  # from whichever library needs numbers where there are only shapes
-            here, notes = None, [f"counted by a real step, since a fake one stopped ({_first_line(error)})"]
+            here, notes = None, [f"counted by a real step, since a fake one stopped ({in_words(error)})"]
     if here is None:
         here = step.real(rows)
         if rows >= 4:
@@ -173,7 +173,7 @@ class _Step:
         datamodule.trainer = trainer
         datamodule.prepare_data()
         datamodule.setup("fit")
-        prepare_model(trainer, module)
+        prepare_model(trainer, module, datamodule)
         loader = datamodule.train_dataloader()
         self.batch = trainer.precision_plugin.convert_input(next(iter(loader)))
         self.rows = batch_rows(self.batch)
@@ -208,13 +208,12 @@ class _Step:
 
     def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         passes = min(2, self.trainer.accumulate_grad_batches)
-        with silent(), _no_logging(self.module):
+        with silent(), without_logging(self.module):
             whole = step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
         return self.division.of(whole)
 
     def _loss(self, batch: Any) -> Tensor:
-        with self.trainer.precision_plugin.train_step_context():
-            output = self.module.training_step(batch, 0)
+        output = loss_of(self.trainer, self.module, batch)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise UserError(f"{type(self.module).__name__}.training_step gave no loss for the first batch, so no plan")
@@ -230,21 +229,3 @@ def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
     """Steps of other sizes, their peak on the line through two measured ones."""
     slope = (large.peak - small.peak) / (large.rows - small.rows)
     return lambda rows: dataclasses.replace(large, rows=rows, peak=round(large.peak + slope * (rows - large.rows)))
-
-
-@contextlib.contextmanager
-def _no_logging(module: LightningModule) -> Iterator[None]:
-    """`self.log` needs a running loop; here it does nothing."""
-
-    def ignore(*_args: Any, **_kwargs: Any) -> None: ...
-
-    module.log = module.log_dict = ignore  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.log, module.log_dict
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -6,33 +6,43 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightspan.callbacks.training.adaptation import Adaptation
-from lightspan.config.build import Built, Resolved, build
+from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.errors import UserError
 from lightspan.planning.one_process import in_one_process
+from lightspan.planning.step_memory import faked, in_words
+
+_BEFORE_A_STEP = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
+_SMALL = "lightning.pytorch.demos.boring_classes.BoringModel"
+_SMALL_DATA = "lightning.pytorch.demos.boring_classes.BoringDataModule"
 
 
 def rehearse(resolved: Resolved) -> list[str]:
-    """Builds everything, sets up model and data, reads a batch, and makes the optimisers with what callbacks make of
-    them. What several ranks do together is left out: they are rehearsed as one.
+    """Builds everything, sets up model and data, makes the optimisers with what callbacks make of them, reads a batch
+    and takes it through `training_step`, without an optimiser's step. What several ranks do together is left out: they
+    are rehearsed as one.
 
     Returns: lines for the user, the last of them says what was not tried.
     Raises: UserError for whatever a run would stumble over.
     """
     with tempfile.TemporaryDirectory(prefix="lightspan-") as folder:  # for the index of a shard, and the like
         built = build(resolved, Path(folder))
-        if built.trainer.world_size > 1 or "strategy" in resolved.config.get("trainer", {}):
-            built = build(in_one_process(resolved), Path(folder))
+        ranks = built.trainer.world_size
+        if ranks > 1 or "strategy" in resolved.config.get("trainer", {}):
+            built = replace(built, trainer=_trainer_of_one_process(resolved, Path(folder)))
         try:
-            untried = _start(built)
+            untried = _start(built, ranks)
         except UserError:
             raise
         except Exception as error:  # of whichever part: nothing of it ran before
@@ -42,28 +52,90 @@ def rehearse(resolved: Resolved) -> list[str]:
     return [
         f"{resolved.name}: builds and starts; {type(built.model).__name__} with {total:,} parameters. "
         "Nothing was written.",
-        f"Not tried: {', '.join([*untried, 'a step', 'several ranks together'])}.",
+        f"Not tried: {', '.join([*untried, 'a step of an optimiser', 'several ranks together'])}.",
     ]
 
 
-def _start(built: Built) -> list[str]:
+def _trainer_of_one_process(resolved: Resolved, folder: Path) -> Trainer:
+    """The trainer alone: model and data are there, and may be large."""
+    small = {"model": {"class_path": _SMALL}, "data": {"class_path": _SMALL_DATA}}
+    return build(with_layer(in_one_process(resolved), small), folder).trainer
+
+
+def _start(built: Built, ranks: int) -> list[str]:
     """Returns what was not tried."""
     data = built.datamodule
-    reason = None if data is None else _not_at_hand(data)
+    untried = [reason] if data is not None and (reason := _not_at_hand(data)) is not None else []
     with silent():
-        if data is not None and reason is None:
+        if data is not None and not untried:
             data.trainer = built.trainer
             data.setup("fit")
-        prepare_model(built.trainer, built.model)
-        if data is not None and reason is None:
-            next(iter(data.train_dataloader()))
+        prepare_model(built.trainer, built.model, data)
+        batch = None
+        if data is not None and not untried:
+            batch = next(iter(data.train_dataloader()))
         _, left_out = optimizers(built.trainer, built.model)
-    return left_out if reason is None else [reason, *left_out]
+        if batch is None:
+            untried.append("a forward pass")
+        elif (reason := _forward(built, batch, ranks)) is not None:
+            untried.append(reason)
+    return [*untried, *left_out]
 
 
-def prepare_model(trainer: Trainer, module: LightningModule) -> None:
+def _forward(built: Built, batch: Any, ranks: int) -> str | None:
+    """One training_step on this batch; returns why it was not tried, or None.
+
+    A run of one process on the CPU does here what it will do. Of others only the shapes are taken through, since their
+    model or the batch of all their ranks may be too large for this. What fails there, or for want of what a hook would
+    have done before the first step, need not fail in the run, and is told without refusing it.
+    """
+    trainer, module = built.trainer, built.model
+    if not module.automatic_optimization:
+        return f"a forward pass, since {type(module).__name__} optimises by hand in it"
+    real = trainer.strategy.root_device.type == "cpu" and ranks == 1
+    trainer.precision_plugin.convert_module(module.train())
+    try:
+        with contextlib.nullcontext() if real else _shapes_alone(module), without_logging(module):
+            loss_of(trainer, module, batch)
+    except Exception as error:
+        if real and not _prepared_by_hooks(trainer, module):
+            raise
+        how = "as it is here" if real else "on shapes alone"
+        return f"a forward pass ({how} it stops, which need not be so in the run: {in_words(error)})"
+    return None
+
+
+@contextlib.contextmanager
+def _shapes_alone(module: LightningModule) -> Iterator[None]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with faked(module, mode), mode:
+        yield
+
+
+def _prepared_by_hooks(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether hooks of the user's own come between the optimisers and the first step."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    own = [(callback, Callback) for callback in callbacks if not _ours(callback)]
+    return any(is_overridden(hook, *part) for part in ((module, LightningModule), *own) for hook in _BEFORE_A_STEP)
+
+
+def loss_of(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """What `training_step` returns for a batch as a loader gives it, taken to the module by the hooks of a fit."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch)
+    batch = module._apply_batch_transfer_handler(batch, module.device)
+    with trainer.precision_plugin.train_step_context():
+        return module.training_step(*([batch, 0] if _takes_index(module) else [batch]))
+
+
+def _takes_index(module: LightningModule) -> bool:
+    return is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+
+def prepare_model(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
     """The model as a fit finds it before its optimisers, on the CPU."""
     trainer.strategy.connect(module)
+    trainer._data_connector.attach_datamodule(module, datamodule)
     module.trainer = trainer
     Adaptation.act(trainer, module)
     module.setup("fit")
@@ -93,6 +165,19 @@ def optimizers(trainer: Trainer, module: LightningModule) -> tuple[list[Optimize
 
 def _ours(callback: Callback) -> bool:
     return type(callback).__module__.startswith(("lightspan.", "lightning."))
+
+
+@contextlib.contextmanager
+def without_logging(module: LightningModule) -> Iterator[None]:
+    """`self.log` needs a running loop; here it does nothing."""
+
+    def ignore(*_args: Any, **_kwargs: Any) -> None: ...
+
+    module.log = module.log_dict = ignore  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.log, module.log_dict
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -44,6 +45,16 @@ class StepMemory:
     gradients: int
     optimizer_state: int
     peak: int
+
+
+def in_words(error: BaseException) -> str:
+    """Why a step could not run, on fake tensors or real ones, on one line."""
+    if isinstance(error, DataDependentOutputException):
+        return "it reads a number from a tensor, as .item(), float(tensor), .tolist() and `if tensor:` do"
+    if isinstance(error, DynamicOutputShapeException):
+        return "the size of a tensor follows from numbers in another, as with nonzero() or a mask as an index"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
 class OptimizerStopped(RuntimeError):
@@ -163,7 +174,7 @@ def _step(optimizers: list[Optimizer]) -> None:
         try:
             optimizer.step()
         except Exception as error:
-            raise OptimizerStopped(f"{type(optimizer).__name__}: {error}") from error
+            raise OptimizerStopped(f"{type(optimizer).__name__}: {in_words(error)}") from error
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightspan.commands.arguments import allow_options
+
 LAST_LINES = 15
 
 
 def fit_command(recipe: Path, run_dir: Path, allow_modules: Sequence[str]) -> list[str]:
     """The command line that trains a recipe file in a run folder."""
     command = [sys.executable, "-m", "lightspan", "fit", str(recipe), "--run", str(run_dir)]
-    for module in allow_modules:
-        command += ["--allow-module", module]
-    return command
+    return command + allow_options(allow_modules)
 
 
 def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

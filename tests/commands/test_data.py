@@ -55,8 +55,9 @@ def test_an_image_folder_becomes_shards_that_training_reads(pictures: Path, tmp_
     assert "1 hidden files and folders are left out" in printed
     assert f"12 samples of 2 classes (cats, dogs) in {len(shards)} shards" in printed
     assert (
-        f"next: 'data.init_args.shards=[{out}/{{00000..{shards[-1][:5]}}}.tar]' "
-        "'data.init_args.fields={image: png, label: cls}'"
+        "next: data.class_path=lightspan.datamodules.shards.stream.Shards "
+        f"'data.init_args.shards=[{out}/{{00000..{shards[-1][:5]}}}.tar]' "
+        "'data.init_args.fields={image: png, label: cls}' data.init_args.batch_size=12 data.init_args.image_size=4\n"
     ) in printed
     assert read(out) == sorted([(i, 0, 0) for i in range(7)] + [(i, 1, 1) for i in range(5)])
     assert json.loads((out / "classes.json").read_text()) == ["cats", "dogs"]
@@ -271,6 +272,7 @@ def test_images_that_could_not_be_read_are_not_packed(
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "3 of 12 samples cannot be decoded" in error
+    assert "Of images only the header was read; --decode also finds those that are cut short" in error
     for name, what in wrong.items():
         assert re.search(rf"cats/{name}: [^;]*({what})", error)
     assert not (tmp_path / "out").exists()

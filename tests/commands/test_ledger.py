@@ -204,6 +204,24 @@ def test_a_loader_without_an_order_leaves_no_ledger_and_a_folder_without_one_is_
     assert "its format is 9, this lightspan reads 1" in capsys.readouterr().err
 
 
+def test_why_there_is_no_ledger_is_said_by_what_the_run_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = {"class_path": "lightspan.callbacks.watching.ledger.Ledger", "init_args": {"path": "${run}/ledger.json"}}
+    record = {"trainer": {"callbacks": {"ledger": callback}}}
+    said = {}
+    for name, content in (("with", record), ("without", {"trainer": {"callbacks": None}}), ("odd", {"trainer": 1})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "resolved.yaml").write_text(json.dumps(content))
+        assert main(["ledger", str(tmp_path / name)]) == 2
+        said[name] = capsys.readouterr().err
+    assert "the run has the Ledger callback" in said["with"]
+    assert "a DataLoader of your own has none" in said["with"]
+    assert "a run keeps a ledger where" not in said["with"]
+    assert "a run keeps a ledger where trainer.callbacks has {class_path: lightspan.callbacks.led" in said["without"]
+    assert "a run keeps a ledger where" in said["odd"]
+
+
 LEDGER = {
     "format": 1,
     "data": {"sizes": [4, 3], "window": 2, "seed": 0, "epoch_samples": 6, "batch_size": 2, "damage": []},

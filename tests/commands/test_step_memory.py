@@ -142,7 +142,7 @@ def test_a_module_gets_its_own_tensors_back_unchanged_even_after_an_error() -> N
 
 
 def test_an_optimizer_that_reads_numbers_is_told_apart_from_a_failing_model() -> None:
-    with pytest.raises(OptimizerStopped, match=r"Adafactor: aten\._local_scalar_dense"):
+    with pytest.raises(OptimizerStopped, match=r"Adafactor: it reads a number from a tensor"):
         measure(mlp(), fake=True, optimizer=torch.optim.Adafactor)
 
 

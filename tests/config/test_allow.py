@@ -1,8 +1,9 @@
+import re
 from argparse import Namespace
 
 import pytest
 
-from lightspan.config.allow import foreign, gate, importable, refusal, text_refusal, under
+from lightspan.config.allow import foreign, gate, importable, missing_modules, refusal, text_refusal, under
 from lightspan.config.parts import CLASSES_OF, LIGHTNING, WATCHING
 from lightspan.config.source import Definition, load, locate
 from lightspan.config.tree import wrap
@@ -31,7 +32,8 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
     ("class_path", "message"),
     [
         ("os.system", "outside the allowed modules"),
-        ("subprocess.Popen", "to use code of your own, add --allow-module subprocess"),
+        ("subprocess.Popen", "subprocess belongs to Python itself"),
+        ("my_pkg.Net", "to use code of your own, add --allow-module my_pkg"),
         ("torchevil.nn.Linear", "did you mean torch?"),
         ("builtins.eval", "outside the allowed modules"),
         ("torch.load", "is a function"),
@@ -45,7 +47,7 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
         ("lightspan.callbacks.resilience.watchdog.Checkpint", "has no Checkpint"),
         ("lightspan.adapters.state.save_adapter", "is a function"),  # its module is listed, its __all__ is not there
         ("lightning.pytorch.strategies.DeepSpeedStrategy", "add --allow-module lightning.pytorch.strategies.deepspeed"),
-        ("transformers.LlamaConfig", "outside the allowed modules"),
+        ("transformers.LlamaConfig", "transformers is a library; call it in a function of your own"),
         ("timm.create_model", "lightspan.backbones.vision.timm_backbone; else call it in a function of your own"),
         ("torchvision.models.resnet18", "lightspan.backbones.vision.timm_backbone"),
         ("torch", "is not a class; write its full import path"),
@@ -58,6 +60,37 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
 )
 def test_everything_else_is_refused_in_words(class_path, message):
     assert message in (refusal(class_path) or "")
+
+
+@pytest.mark.parametrize(
+    "class_path",
+    [
+        "os.system",
+        "builtins.eval",
+        "lightspan.callbacks.resilience.preemption.Path",
+        "torch.load",
+        "torch.utils.cpp_extension.BuildExtension",
+        "torch.distributed.launcher.api.LaunchConfig",
+        "lightspan.commands.run.run_fit",
+        "timm.create_model",
+    ],
+)
+def test_leave_for_python_or_for_what_a_library_holds_inside_is_never_advised(class_path):
+    message = refusal(class_path) or ""
+    assert message
+    assert not re.search(r"--allow-module [a-z]", message)
+
+
+def test_a_module_given_leave_that_is_nowhere_is_named_and_none_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "here_a" / "inner").mkdir(parents=True)
+    for file in ("__init__.py", "inner/__init__.py", "inner/deep.py"):
+        (tmp_path / "here_a" / file).write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    there = ["here_a", "here_a.inner.deep", "numpy", "lightning.pytorch.loggers.mlflow", "torch._C"]
+    assert missing_modules(there) == []
+    (first, second) = missing_modules(["heer_a", "here_a.inner.deeep", *there])
+    assert first == "--allow-module heer_a: there is no such module here, neither installed nor in the current folder"
+    assert "here_a.inner.deeep: there is no such module" in second
 
 
 def test_a_module_of_ones_own_is_allowed_by_name_only():

@@ -162,6 +162,15 @@ def test_a_name_that_is_no_module_cannot_be_allowed():
         resolve(RECIPE, [], [], ["a/b"])
 
 
+def test_a_misspelt_module_is_said_to_be_missing():
+    with pytest.raises(UserError, match=r"(?s)tiny_lab\.parts\.Tiny is outside.*--allow-module tiny_lib: there is no"):
+        resolve(RECIPE, [], [], ["tiny_lib"])
+    notes = resolve(RECIPE, [], [], ["tiny_lab", "tiny_lib"]).notes
+    assert [note for note in notes if "--allow-module" in note] == [
+        "--allow-module tiny_lib: there is no such module here, neither installed nor in the current folder"
+    ]
+
+
 def test_a_parser_of_ones_own_imports_after_a_build_what_it_could_before():
     import torch
     from jsonargparse import ArgumentParser

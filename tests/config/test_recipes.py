@@ -60,7 +60,7 @@ def test_a_circle_of_bases_is_shown(tmp_path):
     [
         ("language/quickstrat", "unknown recipe 'language/quickstrat': did you mean language/quickstart"),
         ("quickstart", "did you mean language/quickstart or"),
-        ("zzzzzzzz", "`lightspan recipes` lists all; a file name ends in .yaml"),
+        ("zzzzzzzz", "`lightspan recipes` lists the names of the catalogue; a file name ends in .yaml"),
         ("gone.yaml", "recipe file gone.yaml does not exist"),
         ("../cli", "unknown recipe '../cli'"),
     ],
@@ -68,6 +68,20 @@ def test_a_circle_of_bases_is_shown(tmp_path):
 def test_unknown_recipes_get_the_nearest_name(name, message):
     with pytest.raises(UserError) as error:
         recipes.find(name)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scale/dpd", "unknown overlay 'scale/dpd': did you mean scale/ddp"),
+        ("zzzzzzzz", "unknown overlay 'zzzzzzzz': the catalogue has scale/cpu2, scale/ddp, "),
+        ("gone.yaml", "overlay file gone.yaml does not exist; the catalogue has scale/cpu2"),
+    ],
+)
+def test_a_missing_overlay_is_called_one(name, message):
+    with pytest.raises(UserError) as error:
+        recipes.load_overlay(name)
     assert message in str(error.value)
 
 

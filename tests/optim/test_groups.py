@@ -168,4 +168,8 @@ def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
         assert t.state_bytes == sum(v.nbytes for v in optimizer.state[parameter].values())
     print_report(optimizer)
     assert {t.how for t in planned} == {"rank 4 of 8", "rank 4 of 9", "AdamW: a vector", "AdamW: not to be projected"}
-    assert "of AdamW's" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of AdamW's" in printed
+    rows = [line for line in printed.splitlines() if "rank 4 of" in line or "AdamW: " in line]
+    assert sum(int(row.split()[0]) for row in rows) == len(planned)  # none is broken into two lines
+    assert max(map(len, printed.splitlines())) <= 80
