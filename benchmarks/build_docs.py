@@ -1,9 +1,9 @@
-"""Builds docs/benchmarks.md, and the table in README.md, from benchmarks/results/*.json.
+"""Builds docs/benchmarks.md, and the table in docs/comparison.md, from benchmarks/results/*.json.
 
     python benchmarks/build_docs.py
 
-Every figure on the page stands in a results file; goals are named here, and shown whether they were met or not. The
-README gets its table between the two markers below, if it has them.
+Every figure on the page stands in a results file; goals are named here, and shown whether they were met or not.
+docs/comparison.md gets its table between the two markers below, if it has them.
 """
 
 import json
@@ -35,7 +35,7 @@ COMMANDS = {
     "adapters": "python benchmarks/adapters.py --json benchmarks/results/adapters.json",
     "plan_error": "python benchmarks/plan_error.py",
 }
-README_ROWS = {  # names in the results: what the README calls them
+COMPARED = {  # names in the results: what docs/comparison.md calls them
     "torch AdamW fused": "torch AdamW fused",
     "galore-torch r64": "galore-torch, rank 64",
     "apollo-torch r64": "apollo-torch, rank 64",
@@ -431,15 +431,15 @@ def page(results: Path) -> str:
     return "\n".join([HEADER, *(line for title, lines in sections.items() for line in (f"## {title}", "", *lines))])
 
 
-def readme_table(results: Path) -> str:
-    """The README's table: steps, on every processor measured, and state of the optimisers that readers will compare."""
+def short_table(results: Path) -> str:
+    """Step times on every processor measured, and state, of the optimisers that readers will compare."""
     records = step_records(results)
     if not records:
         return f"{MISSING}\n"
     columns = ["optimiser", "state, MiB"]
     columns += [f"{key}, x AdamW: {processor(record)}" for record in records for key in ("steady", "amortised")]
     rows = []
-    for name, label in README_ROWS.items():
+    for name, label in COMPARED.items():
         found = [record["optimizers"].get(name, {}) for record in records]
         if any(found):
             state = next(row["state_mib"] for row in found if row)
@@ -455,20 +455,20 @@ def readme_table(results: Path) -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def with_fragment(readme: str, fragment: str) -> str:
-    """The README with the fragment between its markers; as it was if it has none."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_fragment(text: str, fragment: str) -> str:
+    """The text with the fragment between its markers; as it was if it has none."""
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    return before + begin + fragment + end + after if begin and end else readme
+    return before + begin + fragment + end + after if begin and end else text
 
 
 def build(root: Path = ROOT) -> None:
-    """Replaces docs/benchmarks.md and the README's table."""
-    results, readme = root / "benchmarks" / "results", root / "README.md"
+    """Replaces docs/benchmarks.md and the table of docs/comparison.md."""
+    results, comparison = root / "benchmarks" / "results", root / "docs" / "comparison.md"
     write_atomic(root / "docs" / "benchmarks.md", page(results))
-    old = readme.read_text(encoding="utf-8")
-    if (new := with_fragment(old, readme_table(results))) != old:
-        write_atomic(readme, new)
+    old = comparison.read_text(encoding="utf-8")
+    if (new := with_fragment(old, short_table(results))) != old:
+        write_atomic(comparison, new)
 
 
 if __name__ == "__main__":
