@@ -20,7 +20,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality robustness lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality robustness docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -67,7 +67,7 @@ evidence-data: $(DEV) ## install pretrained weights and real data that evidence 
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist
 
-bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machine) and rebuild docs/benchmarks.md
+bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machine) and rebuild the pages
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/optim_step.py --keep
 	$(BIN)/python benchmarks/build_docs.py
@@ -79,6 +79,10 @@ lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart'
 
 robustness: $(BASE) ## train nets with dead rows on every optimiser (15 processor minutes; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness.py
+	$(BIN)/python benchmarks/build_docs.py
+
+docs: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md
+	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
 
 # The paper's network, grid and batch size. Rates and the line are read on 10,000 training images kept out of training.

@@ -1,4 +1,4 @@
-"""The `evidence` fixture, `--system`, and the page that is built anew when a run ends; see evidence/README.md."""
+"""The `evidence` fixture, `--system`, and the pages that are built anew when a run ends; see evidence/README.md."""
 
 import sys
 from collections.abc import Iterator
@@ -68,4 +68,4 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 
 def pytest_sessionfinish() -> None:
     if (HERE / "results").is_dir():
-        build(HERE / "results", HERE.parent / "docs" / "evidence.md")
+        build(HERE.parent)

@@ -16,7 +16,7 @@ from typing import Any
 from lightspan.files import write_atomic
 
 PACKAGES = ("lightspan", "torch", "lightning", "numpy", "timm", "transformers", "scikit-learn")
-OWN_OUTPUT = ("evidence/results", "docs/evidence.md")  # a run changes these itself: that does not make it dirty
+OWN_OUTPUT = ("evidence/results", "docs/evidence.md", "docs/evidence", "docs/methods.md")  # a run changes these itself
 
 Figure = float | Mapping[int, float]
 

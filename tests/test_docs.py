@@ -11,7 +11,8 @@ import pytest
 from lightspan.cli import VERBS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docker" / "README.md"])
+READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *READMES])
 
 FAMILIES = "|".join(sorted({path.parent.name for path in (ROOT / "recipes").glob("*/*.yaml")}))
 

@@ -1,55 +1,39 @@
-"""The README's own code, taken from the page and run."""
+"""The code that README.md and the pages for beginners print, taken from them and run."""
 
 import copy
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
+from lightspan.cli import main
 from lightspan.optim.subspace_file import apply_subspace
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(language, first_words):
-    """The one fenced block of a language that starts so."""
-    found = [
-        text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if text.startswith(first_words)
-    ]
-    assert len(found) == 1, f"{len(found)} blocks of {language} start with {first_words!r}"
+def block(page: str, language: str, first_words: str) -> str:
+    """The one fenced block of a language on a page that starts so."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [code for code in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) if code.startswith(first_words)]
+    assert len(found) == 1, f"{len(found)} blocks of {language} in {page} start with {first_words!r}"
     return found[0]
 
 
-def lightspan(*arguments, cwd):
-    done = subprocess.run(
-        [sys.executable, "-m", "lightspan", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def lines_of(code: str) -> int:
+    return len([line for line in code.splitlines() if line.strip()])
 
 
-def test_the_method_of_your_own_trains_from_its_recipe_and_beats_its_untrained_self(tmp_path):
-    code = block("python", "# denoiser.py")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 42
-    (tmp_path / "denoiser.py").write_text(code)
-    (tmp_path / "denoiser.yaml").write_text(block("yaml", "# denoiser.yaml"))
-    fit = "fit", "denoiser.yaml", "--allow-module", "denoiser", "--run", "run", "trainer.max_epochs=3"
-    lightspan(*fit, cwd=tmp_path)
-    lines = (tmp_path / "run/metrics.jsonl").read_text()
-    assert "probe/knn_accuracy" in lines
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 
 
-def test_the_callback_example_trains_a_module_that_knows_nothing_of_lightspan(tmp_path, monkeypatch):
+def test_the_callback_example_trains_a_module_that_knows_nothing_of_lightspan(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     import lightning
 
@@ -64,15 +48,69 @@ def test_the_callback_example_trains_a_module_that_knows_nothing_of_lightspan(tm
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    code = block("python", "from lightning import Trainer").replace("max_steps=1000", "max_steps=3, logger=False")
+    code = block("README.md", "python", "from lightning import Trainer")
+    assert lines_of(code) <= 4
     data = torch.utils.data.DataLoader(torch.randn(8, 80), batch_size=4)
     names = {"your_module": Yours(), "your_data": data}
-    exec(code, names)
+    exec(code.replace("max_steps=1000", "max_steps=3, logger=False"), names)
     state = names["trainer"].optimizers[0].state[names["your_module"].layers.weight]
     assert state["exp_avg"].shape == (80, 64)
 
 
-def trained(model, optimizer=None):
+def test_the_overlay_example_checks_and_says_who_set_what(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("long.yaml").write_text(block("README.md", "yaml", "# long.yaml"))
+    assert main(["check", "language/quickstart", "-c", "long.yaml"]) == 0
+    assert main(["show", "language/quickstart", "-c", "long.yaml", "--why", "trainer.max_steps"]) == 0
+    why = capsys.readouterr().out
+    assert "long.yaml:3" in why
+    assert "2000" in why
+
+
+def test_the_first_method_trains_from_its_recipe_and_in_plain_python(tmp_path, monkeypatch) -> None:
+    page = "docs/first-method.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as Python's own start in this folder has it
+    code = block(page, "python", "# denoiser.py")
+    assert lines_of(code) <= 42
+    Path("denoiser.py").write_text(code)
+    Path("denoiser.yaml").write_text(block(page, "yaml", "# denoiser.yaml"))
+    command = block(page, "sh", "lightspan fit denoiser.yaml").split()[1:]
+    try:
+        assert main([*command, "--run", "run", "trainer.max_epochs=3"]) == 0
+        assert "probe/knn_accuracy" in Path("run/metrics.jsonl").read_text()
+        exec(block(page, "python", "# plain.py"), {})
+    finally:
+        sys.modules.pop("denoiser", None)
+
+
+def test_a_folder_of_images_is_packed_and_trained_on(tmp_path, monkeypatch) -> None:
+    page = "docs/own-images.md"
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for number, name in enumerate(("bird", "cat", "dog")):
+            (folder := Path("photos", split, name)).mkdir(parents=True)
+            for i in range(count):
+                picture = pixels.integers(0, 60, (40 + i, 48, 3), dtype=np.uint8)
+                picture[..., number] += 150
+                Image.fromarray(picture).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
+    for line in block(page, "sh", "lightspan data pack").splitlines():
+        assert main(line.split()[1:]) == 0
+    Path("photos.yaml").write_text(block(page, "yaml", "# photos.yaml"))
+    check, fit, report = (line.split()[1:] for line in block(page, "sh", "lightspan check").splitlines())
+    assert main(check) == 0
+    small = [
+        "trainer.max_epochs=1",
+        "data.init_args.image_size=32",
+        "model.init_args.backbone.init_args.name=test_resnet",
+    ]
+    assert main([*fit, *small]) == 0
+    assert "val/accuracy" in Path("runs/photos/metrics.jsonl").read_text()
+    assert main(report) == 0
+
+
+def trained(model, optimizer=None) -> None:
     """Three steps on noise, of what the model lets train."""
     generator = torch.Generator().manual_seed(0)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -84,11 +122,11 @@ def trained(model, optimizer=None):
     model.eval()
 
 
-def test_a_torchvision_model_is_adapted_and_opened_with_peft(tmp_path, monkeypatch):
+def test_a_torchvision_model_is_adapted_and_opened_with_peft(tmp_path, monkeypatch) -> None:
     peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    code = block("python", "from lightspan.adapters.inject import adapt")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+    code = block("docs/adapters.md", "python", "from lightspan.adapters.inject import adapt")
+    assert lines_of(code) <= 6
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=5)
     pretrained = copy.deepcopy(model).eval()
@@ -100,26 +138,19 @@ def test_a_torchvision_model_is_adapted_and_opened_with_peft(tmp_path, monkeypat
     assert not torch.allclose(before, model(x), atol=1e-3)
 
 
-def test_all_weights_are_trained_in_500_directions(tmp_path, monkeypatch):
+def test_all_weights_are_trained_in_500_directions(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=5)
     start = copy.deepcopy(model)
-    exec(block("python", "from functools import partial"), {"model": model, "train": trained})
+    code = block("docs/random-subspaces.md", "python", "from functools import partial\nfrom torch.optim")
+    exec(code, {"model": model, "train": trained})
     assert Path("tuned.safetensors").stat().st_size < 10_000  # with the names of 170 parameters
     apply_subspace("tuned.safetensors", start)
     for (name, expected), found in zip(model.named_parameters(), start.parameters(), strict=True):
         assert torch.equal(expected, found), name
 
 
-def test_the_overlay_example_checks_and_says_who_set_what(tmp_path):
-    (tmp_path / "long.yaml").write_text(block("yaml", "# long.yaml"))
-    lightspan("check", "language/quickstart", "-c", "long.yaml", cwd=tmp_path)
-    why = lightspan("show", "language/quickstart", "-c", "long.yaml", "--why", "trainer.max_steps", cwd=tmp_path)
-    assert "long.yaml:3" in why
-    assert "2000" in why
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
-def test_every_link_leads_to_a_file(path):
-    assert (ROOT / path).exists()
+def test_the_complete_example_of_a_random_subspace_makes_its_weights_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block("docs/random-subspaces.md", "python", "from functools import partial\n\nimport torch"), {})

@@ -121,7 +121,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
         "Adapters on a CPU",
     ]
     assert {body.strip() for body in found.values()} == {"not yet measured"}
-    assert build_docs.readme_table(tmp_path) == "not yet measured\n"
+    assert build_docs.short_table(tmp_path) == "not yet measured\n"
 
 
 def test_nets_with_dead_rows_show_their_worst_rate(build_docs: ModuleType, tmp_path: Path) -> None:
@@ -266,11 +266,11 @@ def test_the_file_of_a_dry_run_makes_a_page(build_docs: ModuleType, tmp_path: Pa
     assert "not yet measured" not in body
 
 
-def test_the_readme_gets_a_compact_table(build_docs: ModuleType, results: Path) -> None:
+def test_the_comparison_gets_a_compact_table(build_docs: ModuleType, results: Path) -> None:
     other = OPTIM_STEP | {"machine": {"cpu": "Sliderule"}, "train_step": {}}
     other["optimizers"] = {"torch Muon (matrices)": optimizer(20.0)}
     (results / "optim_step_sliderule.json").write_text(json.dumps(other))
-    assert build_docs.readme_table(results).splitlines() == [
+    assert build_docs.short_table(results).splitlines() == [
         "| optimiser | state, MiB | steady, x AdamW: Abacus 3 | amortised, x AdamW: Abacus 3 "
         "| steady, x AdamW: Sliderule | amortised, x AdamW: Sliderule |",
         "|---|---|---|---|---|---|",
@@ -291,23 +291,24 @@ def test_the_readme_gets_a_compact_table(build_docs: ModuleType, results: Path) 
 @pytest.mark.parametrize("between", ["", "an older table\n"])
 def test_only_what_stands_between_the_markers_is_replaced(build_docs: ModuleType, results: Path, between: str) -> None:
     root, (begin, end) = results.parents[1], (build_docs.BEGIN, build_docs.END)
-    (root / "README.md").write_text(f"before\n{begin}{between}{end}after\n")
+    page = root / "docs" / "comparison.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{begin}{between}{end}after\n")
     for _ in range(2):
         build_docs.build(root)
-        assert (root / "README.md").read_text() == f"before\n{begin}{build_docs.readme_table(results)}{end}after\n"
+        assert page.read_text() == f"before\n{begin}{build_docs.short_table(results)}{end}after\n"
     assert (root / "docs" / "benchmarks.md").read_text() == build_docs.page(results)
 
 
-def test_a_readme_without_both_markers_stays_as_it_is(build_docs: ModuleType) -> None:
-    for readme in ("text\n", f"text\n{build_docs.BEGIN}text\n", f"text\n{build_docs.END}{build_docs.BEGIN}text\n"):
-        assert build_docs.with_fragment(readme, "table\n") == readme
+def test_a_page_without_both_markers_stays_as_it_is(build_docs: ModuleType) -> None:
+    for text in ("text\n", f"text\n{build_docs.BEGIN}text\n", f"text\n{build_docs.END}{build_docs.BEGIN}text\n"):
+        assert build_docs.with_fragment(text, "table\n") == text
 
 
-def test_the_committed_page_is_that_of_the_committed_results(build_docs: ModuleType) -> None:
-    """After a new measurement: `python benchmarks/build_docs.py`."""
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == build_docs.page(ROOT / "benchmarks" / "results")
-
-
-def test_the_committed_readme_has_that_table_or_an_empty_place_for_it(build_docs: ModuleType) -> None:
-    readme, table = (ROOT / "README.md").read_text(), build_docs.readme_table(ROOT / "benchmarks" / "results")
-    assert readme in (build_docs.with_fragment(readme, table), build_docs.with_fragment(readme, ""))
+def test_the_committed_pages_are_those_of_the_committed_results(build_docs: ModuleType) -> None:
+    """After a new measurement: `make docs`."""
+    results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
+    assert (docs / "benchmarks.md").read_text() == build_docs.page(results)
+    comparison = (docs / "comparison.md").read_text()
+    assert build_docs.BEGIN in comparison
+    assert comparison == build_docs.with_fragment(comparison, build_docs.short_table(results))

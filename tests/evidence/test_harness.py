@@ -49,7 +49,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that holds the harness and two toy systems."""
     root = tmp_path_factory.mktemp("house")
     (root / "evidence").mkdir()
-    for name in ("conftest.py", "recorder.py", "build_docs.py"):
+    for name in ("conftest.py", "recorder.py", "build_docs.py", "methods_page.py"):
         shutil.copy(EVIDENCE / name, root / "evidence" / name)
     (root / "evidence" / "test_77_toy.py").write_text(TOY)
     (root / "evidence" / "results").mkdir()
@@ -120,8 +120,8 @@ def test_a_run_that_stops_in_the_middle_leaves_its_figures_marked_incomplete(hou
     record = json.loads((house / "evidence" / "results" / "broken.json").read_text())
     assert not record["complete"]
     assert record["figures"][0]["value"] == 0.5
-    page = (house / "docs" / "evidence.md").read_text()
-    assert "stopped before its end" in page.split("## broken")[1].split("##")[0]
+    assert "stopped before its end" in (house / "docs" / "evidence" / "broken.md").read_text()
+    assert "| **0 of 0, incomplete** |" in (house / "docs" / "evidence.md").read_text()
 
 
 @pytest.mark.parametrize("chosen", [(), ("-k", "test_stands_by_itself")])
@@ -132,14 +132,14 @@ def test_a_file_is_complete_only_when_all_of_its_tests_have_ended(house: Path, t
     assert not record["complete"]
 
 
-def test_the_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:
-    page = (house / "docs" / "evidence.md").read_text()
+def test_its_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:
+    page = (house / "docs" / "evidence" / "77_toy.md").read_text()
     assert "| gain | 0: 1, 1: 2 | 1.5 points | >= 1.5 | yes |" in page
     assert "| cost |  | 2 | <= 1.6 | **no** |" in page
     assert "| loss | 0: not finite, 1: 1 | not finite | <= 9 | **no** |" in page
     assert "| accuracy | 0: 0.5, 1: 0.7 | 0.6 % |" in page
     assert "- Chosen on seed 100." in page
-    assert "![A toy system: what the harness records.](../evidence/results/77_toy.png)" in page
+    assert "![A toy system: what the harness records.](../../evidence/results/77_toy.png)" in page
     assert "`make evidence SYSTEM=77`" in page
 
 

@@ -1,0 +1,142 @@
+"""The pages that are built from evidence records and recipes."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def build_docs() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "evidence"))
+        spec = importlib.util.spec_from_file_location("evidence_docs", ROOT / "evidence" / "build_docs.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def claim(name: str, value: float | None, held: bool) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": "points", "margin": {"at_least": 1.0}, "held": held, "per_seed": None}
+
+
+def record(system: str, *claims: dict[str, Any]) -> dict[str, Any]:
+    measured = {"command": f"make evidence SYSTEM={system}", "date": "2026-11-20", "seconds": 60.0, "versions": {}}
+    machine = {"cpu": "Abacus 3", "cores": 2, "threads": 1, "python": "3.11", "commit": None}
+    about = {"system": system, "title": f"{system}, a system (arXiv 1234.56789).", "complete": True, "notes": []}
+    return about | measured | machine | {"uncommitted_changes": False, "claims": list(claims), "figures": []}
+
+
+METHOD = '"""A method (arXiv 1234.56789)."""\n\n\nclass Toy: ...\n'
+RECIPE = """\
+about: {title: A toy, paper: "Toy: on Toys (arXiv 1234.56789)", family: toys, evidence: evidence/test_02_toy.py}
+model: {class_path: lightspan.methods.toys.toy.Toy}
+"""
+BASELINE = """\
+about: {title: All of it, paper: none, family: toys, evidence: none}
+model: {class_path: lightspan.methods.toys.toy.Toy}
+"""
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A project with three measured systems, one method and two recipes."""
+    results = tmp_path / "evidence" / "results"
+    records = (
+        record("10_late", claim("c", 2.0, held=True)),
+        record("02_toy", claim("a", 1.25, held=True), claim("b", None, held=False)),
+        record("named"),
+    )
+    files = {
+        **{results / f"{each['system']}.json": json.dumps(each) for each in records},
+        tmp_path / "framework" / "methods" / "toys" / "toy.py": METHOD,
+        tmp_path / "recipes" / "toys" / "toy.yaml": RECIPE,
+        tmp_path / "recipes" / "toys" / "baseline.yaml": BASELINE,
+        tmp_path / "recipes" / "scale" / "ddp.yaml": "trainer: {strategy: ddp}\n",
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_the_index_has_a_row_for_each_system_and_names_what_did_not_hold(build_docs: ModuleType, house: Path) -> None:
+    build_docs.build(house)
+    text = (house / "docs" / "evidence.md").read_text()
+    assert "2 of 3 claims held." in text
+    assert re.findall(r"^\| \[(.+?)\]\(evidence/", text, re.MULTILINE) == ["named", "02 toy", "10 late", "02 toy"]
+    assert (
+        "| [02 toy](evidence/02_toy.md) | 02_toy, a system (arXiv 1234.56789). | a: 1.25 points | >= 1 | **1 of 2** |"
+    ) in text
+    assert (
+        "| [10 late](evidence/10_late.md) | 10_late, a system (arXiv 1234.56789). | c: 2 points | >= 1 | 1 of 1 |"
+        in text
+    )
+    assert "| [02 toy](evidence/02_toy.md) | b | not finite points | >= 1 |" in text
+
+
+def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: ModuleType, house: Path) -> None:
+    build_docs.build(house)
+    text = (house / "docs" / "methods.md").read_text()
+    assert (
+        "| Toy: on Toys ([1234.56789](https://arxiv.org/abs/1234.56789)) | method "
+        "| [methods/toys/toy.py](../framework/methods/toys/toy.py) | [toys/toy](../recipes/toys/toy.yaml) "
+        "| [named](evidence/named.md) 0 of 0, [02_toy](evidence/02_toy.md) **1 of 2**, "
+        "[10_late](evidence/10_late.md) 1 of 1 |"
+    ) in text
+    assert "| All of it | method | [methods/toys/toy.py](../framework/methods/toys/toy.py) |" in text
+    assert text.count("## Toys") == 1
+    assert "scale/" not in text
+
+
+@pytest.mark.parametrize(
+    ("paper", "title"),
+    [
+        ("Title (arXiv 1234.56789)", "Title"),
+        ("Title (Name, arXiv 1234.56789)", "Title (Name)"),
+        ("Name (arXiv 1234.56789) on a basis", "Name on a basis"),
+        ("arXiv 1234.56789", ""),
+    ],
+)
+def test_a_title_stands_without_the_number(build_docs: ModuleType, paper: str, title: str) -> None:
+    assert sys.modules["methods_page"].title_of(paper) == title
+
+
+def test_building_twice_changes_nothing_and_pages_without_results_are_removed(
+    build_docs: ModuleType, house: Path
+) -> None:
+    build_docs.build(house)
+    first = {path: path.read_text() for path in (house / "docs").rglob("*.md")}
+    (house / "docs" / "evidence" / "99_gone.md").write_text("of results that were deleted")
+    build_docs.build(house)
+    assert {path: path.read_text() for path in (house / "docs").rglob("*.md")} == first
+
+
+def test_the_committed_pages_are_those_of_the_committed_results_and_recipes(build_docs: ModuleType) -> None:
+    """After a measurement or a new recipe: `make docs`."""
+    made = build_docs.pages(ROOT)
+    assert {path.name for path in (ROOT / "docs" / "evidence").glob("*.md")} == {
+        path.name for path in made if path.parent.name == "evidence"
+    }
+    assert not [path.name for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+
+
+def test_every_recipe_is_listed_once(build_docs: ModuleType) -> None:
+    listed = re.findall(r"\(\.\./recipes/([\w/]+)\.yaml\)", (ROOT / "docs" / "methods.md").read_text())
+    known = [
+        path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+        for path in (ROOT / "recipes").glob("*/**/*.yaml")
+        if path.parent.name != "scale"
+    ]
+    assert sorted(listed) == sorted(known)
