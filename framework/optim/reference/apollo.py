@@ -54,8 +54,8 @@ class APOLLO(Reference):
         q = self.frame(g, state, group)
         r = g @ q
         n = adam(r, state, group)
-        norms = (x.norm() if self.tensor_wise else x.norm(dim=1, keepdim=True) for x in (n, r, g))
-        return group["scale"] * limited(row_scale(*norms, q, group["bound"]) * g, state, group["limit"])
+        above, below, outside = (x.norm() if self.tensor_wise else x.norm(dim=1, keepdim=True) for x in (n, r, g))
+        return group["scale"] * limited(row_scale(above, below, outside, q, group["bound"]) * g, state, group["limit"])
 
 
 class APOLLOMini(APOLLO):
