@@ -14,6 +14,8 @@ OMP_NUM_THREADS ?= 1
 # Nothing under test may reach for a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ARGS ?=
+# Workers of the tests: one a core, each of about 1 GiB. JOBS=0 runs them in one process, as --pdb needs it.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 
@@ -36,8 +38,8 @@ quickstart: $(BASE) ## train one small language model twice, AdamW against low r
 readme: quickstart ## run the quickstart and put its figures and its picture into the README
 	$(BIN)/python tools/readme_figures.py
 
-test: $(DEV) ## run the tests; ARGS="-k resume -x" goes to pytest
-	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## run the tests; ARGS="-k resume -x" goes to pytest, JOBS=0 runs them in one process (for --pdb)
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/ruff check .

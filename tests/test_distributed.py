@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,7 +63,7 @@ def one_rank(index: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    mp.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
+    rank_processes.start(one_rank, RANKS, str(folder))
     return [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(RANKS)]
 
 

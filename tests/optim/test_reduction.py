@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -255,7 +255,7 @@ def one_rank(index, folder):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    mp.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
+    rank_processes.start(one_rank, RANKS, str(folder))
     return [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(RANKS)]
 
 

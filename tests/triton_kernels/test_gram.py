@@ -61,7 +61,8 @@ def test_the_op_is_registered_soundly():
 
 
 @needs_triton
-def test_the_kernel_compiles_for_gpus_without_spills():
+@pytest.mark.aot
+def test_the_kernel_compiles_for_gpus_without_spills(target):
     specs = []
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         for rank in (16, 256):
@@ -70,4 +71,4 @@ def test_the_kernel_compiles_for_gpus_without_spills():
             types = {"y_ptr": f"*{dtype}", "partial_ptr": "*fp32", "N": "i32", "R": "i32"}
             constants = {"UPCAST": False, "SPLIT": SPLIT, **sizes}
             specs.append(Spec("gram:gram_kernel", types, constants, list(types), dtype == "bf16", options))
-    compile_ahead(*specs)
+    compile_ahead(target, *specs)
