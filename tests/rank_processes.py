@@ -63,13 +63,17 @@ def launch(
     folder: Path,
     timeout_s: float = 120.0,
     environment: Mapping[str, str] = MappingProxyType({}),
+    cwd: Path | None = None,
 ) -> Ended:
-    """One command line on `ranks` processes, as a launcher from outside starts them; when one is killed, all are."""
+    """One command line on `ranks` processes, as a launcher from outside starts them; when one is killed, all are.
+
+    `folder` takes what they say; `cwd` is where they start, this process' folder if None.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     server, port, logs = _server(), free_port(), [folder / f"rank-{rank}.log" for rank in range(ranks)]
     given = dict(os.environ) | dict(environment)
     processes = [
-        server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log), given))
+        server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log), given, cwd))
         for rank, log in enumerate(logs)
     ]
     with _turn() if ranks > 1 else contextlib.nullcontext():
@@ -124,6 +128,7 @@ def _take(environment: dict[str, str]) -> None:
     """The server's environment is as old as the server."""
     os.environ.clear()
     os.environ |= environment | {"OMP_NUM_THREADS": "1"}
+    tempfile.tempdir = None  # what TMPDIR says may have been read before
 
 
 def free_port() -> int:
@@ -133,13 +138,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _rank(arguments: list[str], rank: int, ranks: int, port: int, log: str, environment: dict[str, str]) -> None:
+def _rank(
+    arguments: list[str], rank: int, ranks: int, port: int, log: str, environment: dict[str, str], cwd: Path | None
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.path.insert(0, str(PROJECT))
     _take(environment)
+    if cwd is not None:
+        os.chdir(cwd)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torchvision
+from torchvision.models.resnet import BasicBlock
 
 from lightspan.optim.subspace_file import apply_subspace
 
@@ -38,13 +40,15 @@ def lightspan(*arguments, cwd):
     return done.stdout
 
 
+@pytest.mark.runs
 def test_the_method_of_your_own_trains_from_its_recipe_and_beats_its_untrained_self(tmp_path):
     code = block("python", "# denoiser.py")
     assert len([line for line in code.splitlines() if line.strip()]) <= 42
     (tmp_path / "denoiser.py").write_text(code)
     (tmp_path / "denoiser.yaml").write_text(block("yaml", "# denoiser.yaml"))
     fit = "fit", "denoiser.yaml", "--allow-module", "denoiser", "--run", "run", "trainer.max_epochs=3"
-    lightspan(*fit, cwd=tmp_path)
+    ended = rank_processes.launch(list(fit), 1, tmp_path, cwd=tmp_path)
+    assert ended.statuses == [0], ended.said
     lines = (tmp_path / "run/metrics.jsonl").read_text()
     assert "probe/knn_accuracy" in lines
 
@@ -90,7 +94,7 @@ def test_a_torchvision_model_is_adapted_and_opened_with_peft(tmp_path, monkeypat
     code = block("python", "from lightspan.adapters.inject import adapt")
     assert len([line for line in code.splitlines() if line.strip()]) <= 6
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=5)
+    model = torchvision.models.resnet.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)  # names as in ResNet-18
     pretrained = copy.deepcopy(model).eval()
     exec(code, {"model": model, "train": trained})
     x = torch.randn(2, 3, 32, 32)

@@ -1,13 +1,14 @@
 """Keys in the environment are used and never written down: not by the run, and not by Weights & Biases beside it."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import rank_processes
+from rank_processes import PROJECT, Ended
 
-PROJECT = Path(__file__).parent / "tiny_project"
+from lightspan.cli import main
+
 PLANTED = {
     "WANDB_API_KEY": "feedc0de00112233445566778899aabbccddeeff",
     "HF_TOKEN": "hf_PlantedPlantedPlantedPlantedPlant",
@@ -15,58 +16,50 @@ PLANTED = {
 }
 
 
-def tracked_fit(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def tracked_fit(folder: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> Ended:
     """Two steps of the tiny project with --wandb, in a home and a temporary folder of its own below `folder`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     for place in ("home", "tmp"):
         (folder / place).mkdir()
-    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(PROJECT)}
+    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
     run = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab", "--run", "run", "--wandb", "trainer.max_steps=2"]
-    command = [sys.executable, "-m", "lightspan", "fit", *run, "trainer.log_every_n_steps=1"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**clean, **own, **environment})
+    arguments = ["fit", *run, "trainer.log_every_n_steps=1"]
+    return rank_processes.launch(arguments, 1, folder, environment={**own, **environment}, cwd=folder)
 
 
 def files_of(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_planted_keys_are_nowhere_after_a_tracked_run(tmp_path: Path) -> None:
-    done = tracked_fit(tmp_path, **PLANTED, WANDB_MODE="offline")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.runs
+def test_planted_keys_are_nowhere_after_a_tracked_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = tracked_fit(tmp_path, monkeypatch, **PLANTED, WANDB_MODE="offline")
+    assert done.statuses == [0], done.said
     records = list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
     assert len(records) == 1
     assert b"train/loss" in records[0].read_bytes()  # the tracker was at work, and its records are searchable
     for name, key in PLANTED.items():
-        assert key not in done.stdout + done.stderr, name
+        assert key not in done.said, name
         assert not [path for path in files_of(tmp_path) if key.encode() in path.read_bytes()], name
 
 
-def test_without_a_key_the_tracker_stays_offline(tmp_path: Path) -> None:
-    done = tracked_fit(tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.runs
+def test_without_a_key_the_tracker_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = tracked_fit(tmp_path, monkeypatch)
+    assert done.statuses == [0], done.said
     assert len(list(tmp_path.glob("run/wandb/offline-run-*"))) == 1
     assert not list(tmp_path.glob("run/wandb/run-*"))
 
 
 @pytest.mark.parametrize("key", PLANTED.values(), ids=PLANTED)
-def test_a_key_on_the_command_line_is_refused_without_being_repeated(key: str, tmp_path: Path) -> None:
-    recipe = str(PROJECT / "tiny.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "lightspan",
-        "submit",
-        recipe,
-        "--allow-module",
-        "tiny_lab",
-        "--to",
-        "slurm",
-        "--print",
-    ]
-    flag = f"model.init_args.api_key={key}"
-    done = subprocess.run(
-        [*command, flag], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROJECT)}
-    )
-    assert done.returncode == 2
-    assert "looks like a secret" in done.stderr
-    assert key not in done.stdout + done.stderr
+def test_a_key_on_the_command_line_is_refused_without_being_repeated(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["submit", str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab", "--to", "slurm", "--print"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(PROJECT)
+    assert main([*given, f"model.init_args.api_key={key}"]) == 2
+    said = capsys.readouterr()
+    assert "looks like a secret" in said.err
+    assert key not in said.out + said.err
