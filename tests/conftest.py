@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -14,6 +15,9 @@ import pytest
 import rank_processes
 import torch
 from hypothesis import settings
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # sums, too, come out the same on every machine
 

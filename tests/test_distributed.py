@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lightspan.distributed import all_reduce_sum, leave, rank, world_size
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 
+pytestmark = pytest.mark.ranks
+
 RANKS, ROWS = 2, 12
 
 

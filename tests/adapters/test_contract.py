@@ -296,6 +296,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_train_what_one_process_trains(two_ranks, name, how):

@@ -26,6 +26,8 @@ from lightspan.callbacks.checkpoint_manifest import COMPLETE, FORMAT, fault, hea
 from lightspan.callbacks.checkpoint_shards import SafeReader
 from lightspan.errors import UserError
 
+pytestmark = pytest.mark.ranks
+
 WORLD = 4
 # Rows of 5 and 3: uneven on two ranks, and on four the last one has an empty shard of the second layer.
 SHAPE = (6, 5, 3)

@@ -233,6 +233,7 @@ def on_two_ranks(tmp_path_factory):
     return found
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_log_what_one_does(on_two_ranks, strategy, tmp_path):
     assert on_two_ranks[strategy] == pytest.approx(fit(tmp_path, DimensionTracker(**TRACKER))[1], rel=1e-4)

@@ -114,6 +114,7 @@ BY_EPOCHS = {"max_epochs": 2}, {"every_n_train_steps": 3}
 AT_VALIDATIONS = {"max_steps": 5, "val_check_interval": 2}, {}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("run", "first", "last"),
     [(BY_STEPS, 5, 5), (BY_EPOCHS, 3, 4), (BY_EPOCHS, 6, 6), (AT_VALIDATIONS, 5, 5)],

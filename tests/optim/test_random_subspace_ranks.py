@@ -21,6 +21,8 @@ from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.strategies import shard_blocks
 from lightspan.subspaces.projections import Dense, Fastfood, Sparse
 
+pytestmark = pytest.mark.ranks
+
 STEPS, SAVED, BATCH = 12, 7, 16
 OPTIMISERS = {
     "Fastfood": partial(RandomSubspace, inner=partial(torch.optim.Adam, lr=0.05), dim=20),

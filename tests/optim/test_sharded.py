@@ -29,6 +29,8 @@ from lightspan.optim.residuals import Apollo, ErrorFeedback
 from lightspan.optim.triggers import WhenCapturedFalls
 from lightspan.strategies import shard_blocks
 
+pytestmark = pytest.mark.ranks
+
 STEPS, BATCH, IMAGE, OUTPUTS = 50, 32, (3, 6, 6), 6
 RANK, REFRESH, CLIP = 3, 12, 0.5
 SAVED, SHORT = 40, 14

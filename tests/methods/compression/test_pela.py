@@ -179,6 +179,7 @@ def one_rank(index: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.ranks
 def test_two_sharded_ranks_get_the_gradient_of_one(tmp_path: Path) -> None:
     rank_processes.start(one_rank, 2, str(tmp_path))
     alone = method(torch.float64, alpha=2.0, beta=0.5)
