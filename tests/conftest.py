@@ -29,7 +29,7 @@ settings.load_profile("suite")
 LIMITS_S = {"ranks": 20, "runs": 30, "sweep": 20, "aot": 60}
 UNMARKED_S = 3
 # Parts of the reasons of skips that no machine for continuous integration can help.
-MAY_SKIP = ("CUDA", "GPU", "Python 3.1", "root may", "not Linux")
+MAY_SKIP = ("CUDA", "GPU", "Python 3.13")
 
 
 def processor_s() -> float:
