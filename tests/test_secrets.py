@@ -1,11 +1,12 @@
 """Keys in the environment are used and never written down: not by the run, and not by Weights & Biases beside it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import rank_processes
-from rank_processes import PROJECT, Ended
+from rank_processes import PROJECT
 
 from lightspan.cli import main
 
@@ -16,16 +17,15 @@ PLANTED = {
 }
 
 
-def tracked_fit(folder: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> Ended:
+def tracked_fit(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Two steps of the tiny project with --wandb, in a home and a temporary folder of its own below `folder`."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     for place in ("home", "tmp"):
         (folder / place).mkdir()
-    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(PROJECT)}
     run = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab", "--run", "run", "--wandb", "trainer.max_steps=2"]
-    arguments = ["fit", *run, "trainer.log_every_n_steps=1"]
-    return rank_processes.launch(arguments, 1, folder, environment={**own, **environment}, cwd=folder)
+    command = [sys.executable, "-m", "lightspan", "fit", *run, "trainer.log_every_n_steps=1"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**clean, **own, **environment})
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -33,21 +33,21 @@ def files_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.runs
-def test_planted_keys_are_nowhere_after_a_tracked_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = tracked_fit(tmp_path, monkeypatch, **PLANTED, WANDB_MODE="offline")
-    assert done.statuses == [0], done.said
+def test_planted_keys_are_nowhere_after_a_tracked_run(tmp_path: Path) -> None:
+    done = tracked_fit(tmp_path, **PLANTED, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
     records = list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
     assert len(records) == 1
     assert b"train/loss" in records[0].read_bytes()  # the tracker was at work, and its records are searchable
     for name, key in PLANTED.items():
-        assert key not in done.said, name
+        assert key not in done.stdout + done.stderr, name
         assert not [path for path in files_of(tmp_path) if key.encode() in path.read_bytes()], name
 
 
 @pytest.mark.runs
-def test_without_a_key_the_tracker_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = tracked_fit(tmp_path, monkeypatch)
-    assert done.statuses == [0], done.said
+def test_without_a_key_the_tracker_stays_offline(tmp_path: Path) -> None:
+    done = tracked_fit(tmp_path)
+    assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("run/wandb/offline-run-*"))) == 1
     assert not list(tmp_path.glob("run/wandb/run-*"))
 
