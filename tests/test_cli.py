@@ -257,6 +257,7 @@ def test_the_version_and_the_module_form():
     assert done.stdout == f"lightspan {lightspan.__version__}\n"
 
 
+@pytest.mark.runs
 def test_a_warning_that_comes_during_imports_ends_the_run_before_its_first_step_and_asks_for_a_new_start(tmp_path):
     warned = callback("warned", "tiny_lab.warned.Warned")
     ended = rank_processes.fit(tmp_path / "run", *warned)
@@ -293,6 +294,7 @@ def test_a_broken_pipe_inside_a_run_is_a_failure(monkeypatch):
             main([verb])
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("verb", "status"), [("recipes", 0), ("fit", 1)])
 def test_only_a_verb_that_prints_may_stop_when_nobody_reads(verb, status):
     code = f"""

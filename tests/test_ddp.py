@@ -78,12 +78,14 @@ def same(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     return torch.load(folder / "same.pt", weights_only=True)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_resumed_process_of_three_and_four_ranks_has_every_bit_of_the_straight_ones_gradients(same, form, ranks):
     assert same[f"{form} on {ranks}"]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_with_torch_alone_it_does_not(same, ranks):
     """Otherwise the test above could not fail, and `FixedBuckets` would have become needless."""

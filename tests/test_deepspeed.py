@@ -27,6 +27,8 @@ from lightspan.method import Method
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.schedules import WarmupCosine
 
+pytestmark = pytest.mark.ranks
+
 needs_deepspeed = pytest.mark.skipif(not zero.READY, reason=zero.NOT_READY)
 RANKS, STEPS, HALF, MICRO, STAGES = 2, 6, 3, 2, (1, 2, 3)
 

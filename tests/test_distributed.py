@@ -1,14 +1,16 @@
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightspan.distributed import all_reduce_sum, leave, rank, world_size
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
+
+pytestmark = pytest.mark.ranks
 
 RANKS, ROWS = 2, 12
 
@@ -63,7 +65,7 @@ def one_rank(index: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    mp.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
+    rank_processes.start(one_rank, RANKS, str(folder))
     return [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(RANKS)]
 
 

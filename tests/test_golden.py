@@ -7,6 +7,8 @@ import pytest
 from golden_runs import CURVES, FLOAT32, GOLDEN, STEPS, Curve, Scenario
 from tiny_project.tiny_lab import zero
 
+pytestmark = pytest.mark.runs
+
 FSDP2 = ("-c", "scale/fsdp2", "trainer.accelerator=cpu")
 SCENARIOS = {
     "one process": Scenario("quickstart", ((1, STEPS),)),

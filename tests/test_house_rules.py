@@ -1,10 +1,8 @@
 """Who may import whom: the arrows run down the table of floors only, so a part is usable without what stands on it."""
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -74,14 +72,19 @@ def sources() -> list[tuple[str, Path]]:
     ]
 
 
-def imports(file: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import in the file, inside functions too; relative ones come as `.name`."""
+@functools.cache
+def imports(file: Path) -> list[tuple[str, str]]:
+    """(file:line, absolute dotted name) of every import in the file, inside functions too; relative ones come as
+    `.name`.
+    """
+    found = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+    return [(f"{file.relative_to(ROOT)}:{line}", name) for line, name in found]
 
 
 def floor_of(name: str) -> str:
@@ -100,38 +103,39 @@ def test_the_rules_see_the_whole_house() -> None:
     assert floors <= MAY_USE.keys() | TOP, f"a new floor needs its place in the table: {floors - MAY_USE.keys() - TOP}"
 
 
-BELOW_TOP = [pair for pair in SOURCES if pair[0].split(".")[0] not in TOP]
-
-
-@pytest.mark.parametrize(("module", "file"), BELOW_TOP, ids=[name for name, _ in BELOW_TOP])
-def test_imports_run_down_the_house_only(module: str, file: Path) -> None:
-    floor = module.split(".")[0]
-    allowed = MAY_USE[floor] | GROUND | {floor}
-    wrong = [
-        f"{file.relative_to(ROOT)}:{line} imports {name}; {floor} may use {sorted(allowed - {''})}"
-        for line, name in imports(file)
-        if name.split(".")[0] == "lightspan" and floor_of(name) not in allowed and not name.startswith(SHARED_TYPES)
-    ]
+def test_imports_run_down_the_house_only() -> None:
+    wrong = []
+    for module, file in SOURCES:
+        floor = module.split(".")[0]
+        if floor not in TOP:
+            allowed = MAY_USE[floor] | GROUND | {floor}
+            wrong += [
+                f"{place} imports {name}; {floor} may use {sorted(allowed - {''})}"
+                for place, name in imports(file)
+                if name.split(".")[0] == "lightspan"
+                and floor_of(name) not in allowed
+                and not name.startswith(SHARED_TYPES)
+            ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("module", "file"), SOURCES, ids=[name for name, _ in SOURCES])
-def test_imports_are_absolute(module: str, file: Path) -> None:
-    assert not [f"{file.relative_to(ROOT)}:{line}" for line, name in imports(file) if name.startswith(".")]
+def test_imports_are_absolute() -> None:
+    wrong = [f"{place} imports {name}" for _, file in SOURCES for place, name in imports(file) if name.startswith(".")]
+    assert not wrong, "\n".join(wrong)
 
 
-METHODS = [pair for pair in SOURCES if pair[0].startswith("methods.")]
+def test_no_method_imports_another_method() -> None:
+    methods = [file for module, file in SOURCES if module.startswith("methods.")]
+    assert methods
+    found = [(place, name) for file in methods for place, name in imports(file)]
+    wrong = [f"{place} imports {name}" for place, name in found if name.startswith("lightspan.methods")]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("module", "file"), METHODS, ids=[name for name, _ in METHODS])
-def test_no_method_imports_another_method(module: str, file: Path) -> None:
-    assert not [name for _, name in imports(file) if name.startswith("lightspan.methods")]
-
-
-PURE = [pair for pair in SOURCES if pair[0].startswith(WITHOUT_LIGHTNING)]
-
-
-@pytest.mark.parametrize(("module", "file"), PURE, ids=[name for name, _ in PURE])
-def test_tensor_code_never_imports_lightning(module: str, file: Path) -> None:
-    roots = {name.split(".")[0] for _, name in imports(file)}
-    assert not roots & {"lightning", "pytorch_lightning", "lightning_fabric"}
+def test_tensor_code_never_imports_lightning() -> None:
+    pure = [file for module, file in SOURCES if module.startswith(WITHOUT_LIGHTNING)]
+    assert pure
+    found = [(place, name) for file in pure for place, name in imports(file)]
+    lightning = {"lightning", "pytorch_lightning", "lightning_fabric"}
+    wrong = [f"{place} imports {name}" for place, name in found if name.split(".")[0] in lightning]
+    assert not wrong, "\n".join(wrong)

@@ -140,6 +140,7 @@ def test_there_are_modules_to_import() -> None:
     )
 
 
+@pytest.mark.runs
 def test_every_module_imports_in_silence(tmp_path: Path) -> None:
     """One process, so that the heavy imports are paid once; what each module prints would be seen."""
     code = f"""

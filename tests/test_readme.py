@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.models.resnet import BasicBlock
 
 from lightspan.cli import main
 from lightspan.optim.subspace_file import apply_subspace
@@ -128,7 +129,7 @@ def test_a_torchvision_model_is_adapted_and_opened_with_peft(tmp_path, monkeypat
     code = block("docs/adapters.md", "python", "from lightspan.adapters.inject import adapt")
     assert lines_of(code) <= 6
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=5)
+    model = torchvision.models.resnet.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)  # names as in ResNet-18
     pretrained = copy.deepcopy(model).eval()
     exec(code, {"model": model, "train": trained})
     x = torch.randn(2, 3, 32, 32)

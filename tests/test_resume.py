@@ -60,6 +60,7 @@ def losses(run):
     return [(row["step"], key, row[key]) for row in rows for key in row if key.startswith(("train/", "val/", "lr-"))]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("flags", "half"), [(LANGUAGE, 6), (CONTRASTIVE, 7)], ids=["language", "contrastive"])
 def test_resumed_run_equals_straight_run(flags, half, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

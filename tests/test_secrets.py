@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rank_processes import PROJECT
 
-PROJECT = Path(__file__).parent / "tiny_project"
+from lightspan.cli import main
+
 PLANTED = {
     "WANDB_API_KEY": "feedc0de00112233445566778899aabbccddeeff",
     "HF_TOKEN": "hf_PlantedPlantedPlantedPlantedPlant",
@@ -30,6 +32,7 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.runs
 def test_planted_keys_are_nowhere_after_a_tracked_run(tmp_path: Path) -> None:
     done = tracked_fit(tmp_path, **PLANTED, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
@@ -41,6 +44,7 @@ def test_planted_keys_are_nowhere_after_a_tracked_run(tmp_path: Path) -> None:
         assert not [path for path in files_of(tmp_path) if key.encode() in path.read_bytes()], name
 
 
+@pytest.mark.runs
 def test_without_a_key_the_tracker_stays_offline(tmp_path: Path) -> None:
     done = tracked_fit(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -49,24 +53,13 @@ def test_without_a_key_the_tracker_stays_offline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", PLANTED.values(), ids=PLANTED)
-def test_a_key_on_the_command_line_is_refused_without_being_repeated(key: str, tmp_path: Path) -> None:
-    recipe = str(PROJECT / "tiny.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "lightspan",
-        "submit",
-        recipe,
-        "--allow-module",
-        "tiny_lab",
-        "--to",
-        "slurm",
-        "--print",
-    ]
-    flag = f"model.init_args.api_key={key}"
-    done = subprocess.run(
-        [*command, flag], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROJECT)}
-    )
-    assert done.returncode == 2
-    assert "looks like a secret" in done.stderr
-    assert key not in done.stdout + done.stderr
+def test_a_key_on_the_command_line_is_refused_without_being_repeated(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["submit", str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab", "--to", "slurm", "--print"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(PROJECT)
+    assert main([*given, f"model.init_args.api_key={key}"]) == 2
+    said = capsys.readouterr()
+    assert "looks like a secret" in said.err
+    assert key not in said.out + said.err

@@ -24,6 +24,8 @@ from lightspan.method import Method
 from lightspan.optim.low_rank import LowRank
 from lightspan.strategies import FSDP2, ExactMeans, blocks
 
+pytestmark = pytest.mark.ranks
+
 STEPS, BATCH = 6, 8
 
 

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import rank_processes
 import torch
 from rank_processes import PROJECT, TINY, callback
+
+pytestmark = pytest.mark.runs
 
 
 def test_a_killed_worker_costs_a_restart_and_no_bit_of_the_result(tmp_path):

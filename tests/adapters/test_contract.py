@@ -6,9 +6,9 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from adapters.cases import CASES
 from adapters.small_net import CLOSED, LAYERS, SmallNet, images, perturb
 from torch import nn
@@ -292,10 +292,11 @@ def one_rank(index: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(one_rank, args=(str(folder),), nprocs=2, start_method="forkserver")
+    rank_processes.start(one_rank, 2, str(folder))
     return folder
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_train_what_one_process_trains(two_ranks, name, how):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from lightspan.checkpoints.io import WholeFileCheckpointIO
 from lightspan.checkpoints.manifest import COMPLETE, FORMAT, fault, header, latest, manifest, seal_folder
 from lightspan.checkpoints.shards import SafeReader
 from lightspan.errors import UserError
+
+pytestmark = pytest.mark.ranks
 
 WORLD = 4
 # Rows of 5 and 3: uneven on two ranks, and on four the last one has an empty shard of the second layer.
@@ -208,7 +210,7 @@ def process(index: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(process, args=(folder,), nprocs=WORLD)
+    rank_processes.start(process, WORLD, folder)
     return folder
 
 

@@ -65,6 +65,7 @@ def killed_at(point: int, job: Callable[[], None]) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("save", [save_file, save_folder])
 def test_every_point_of_a_save_leaves_a_whole_checkpoint_under_its_name(tmp_path, save):
     path = tmp_path / "last.ckpt"

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
-import torch.multiprocessing as mp
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from rank_processes import free_port
 from torch import nn
@@ -223,8 +223,7 @@ def one_rank(index: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    # The fork server that rank_processes sets up has loaded torch and Lightning once.
-    mp.start_processes(one_rank, args=(free_port(), str(folder)), nprocs=2, start_method="forkserver")
+    rank_processes.start(one_rank, 2, free_port(), str(folder))
     found = {}
     for name in ("ddp", "fsdp2"):
         logged = {}
@@ -234,6 +233,7 @@ def on_two_ranks(tmp_path_factory):
     return found
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_log_what_one_does(on_two_ranks, strategy, tmp_path):
     assert on_two_ranks[strategy] == pytest.approx(fit(tmp_path, DimensionTracker(**TRACKER))[1], rel=1e-4)

@@ -189,6 +189,7 @@ def test_wrong_settings_are_refused(arguments, message):
         FiniteLoss(**arguments)
 
 
+@pytest.mark.ranks
 def test_two_ranks_stop_together_and_one_of_them_is_named(tmp_path):
     ended = rank_processes.fit(tmp_path, "data.init_args.poisoned=5", ranks=2)
     assert ended.statuses == [2, 2], ended.said
@@ -196,6 +197,7 @@ def test_two_ranks_stop_together_and_one_of_them_is_named(tmp_path):
     assert ended.said.count("rank 0: the loss of") + ended.said.count("rank 1: the loss of") == 2  # said by both ranks
 
 
+@pytest.mark.ranks
 def test_two_ranks_skip_together_and_end_equal(tmp_path):
     finite = callback("finite", "lightspan.callbacks.resilience.finite.FiniteLoss", policy="skip")
     ended = rank_processes.fit(tmp_path, "data.init_args.poisoned=5", *finite, ranks=2)

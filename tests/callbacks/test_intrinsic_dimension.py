@@ -179,6 +179,7 @@ def test_what_cannot_be_trained_so_is_refused_before_the_first_step(tmp_path, ki
     assert module.losses == []
 
 
+@pytest.mark.ranks
 def test_two_ranks_under_ddp_exchange_coordinates_and_train_as_one(tmp_path) -> None:
     flags = callback("subspace", "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension", dim=12)
     numbers = []

@@ -2,12 +2,11 @@ import json
 import os
 import random
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
@@ -183,13 +182,13 @@ def test_repeated_samples_count_once(make_trainer, net):
     }
 
 
-def one_rank(rank: str, rendezvous: str, out: str) -> None:
-    """What each of two processes runs; rank 0 writes what it logged."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=2)
+def one_rank(rank: int, folder: str) -> None:
+    """What each of two processes runs, which Lightning takes for started by torchrun; each writes what it logged."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "GROUP_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     module = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["Net"]()
-    module.load_state_dict(torch.load(Path(out, "weights.pt"), weights_only=True))
-    # The environment variables of the test make Lightning take this process for one that torchrun started.
+    module.load_state_dict(torch.load(Path(folder, "weights.pt"), weights_only=True))
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -201,38 +200,16 @@ def one_rank(rank: str, rendezvous: str, out: str) -> None:
         enable_checkpointing=False,
     )
     (metrics,) = trainer.validate(module, datamodule=Data(), verbose=False)
-    Path(out, f"{rank}.json").write_text(json.dumps(metrics))
+    Path(folder, f"{rank}.json").write_text(json.dumps(metrics))
     leave()
 
 
+@pytest.mark.ranks
 def test_two_ranks_log_what_one_logs(make_trainer, net, tmp_path):
     """Uneven shares (of 43 and 23 samples) in two processes, the same weights in both."""
     module = net()
     torch.save(module.state_dict(), tmp_path / "weights.pt")
-    run = f"import runpy, sys; runpy.run_path({__file__!r})['one_rank'](*sys.argv[1:])"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", run, str(rank), str(tmp_path / "rendezvous"), str(tmp_path)],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "TORCHELASTIC_RUN_ID": "x",
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "LOCAL_WORLD_SIZE": "2",
-                "GROUP_RANK": "0",
-            },
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    rank_processes.start(one_rank, 2, str(tmp_path))
     expected = {name: pytest.approx(value, rel=1e-5) for name, value in expected_metrics(module, Data()).items()}
     for rank in range(2):
         logged = json.loads((tmp_path / f"{rank}.json").read_text())

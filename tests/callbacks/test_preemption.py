@@ -146,6 +146,7 @@ def test_forked_children_have_the_signals_blocked_and_the_parent_does_not():
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_process_whose_main_thread_never_comes_back_to_python_ends_all_the_same(name, status):
     code = f"""
@@ -302,6 +303,7 @@ def weights(run):
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.ranks
 def test_rank_1_alone_is_signalled_with_its_workers_and_both_ranks_leave_in_step(tmp_path):
     run, workers = tmp_path / "a", "data.init_args.num_workers=1"
     warning = callback("signal", "tiny_lab.faults.SignalAt", step=5, name="SIGTERM", rank=1, children="true")
@@ -316,6 +318,7 @@ def test_rank_1_alone_is_signalled_with_its_workers_and_both_ranks_leave_in_step
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
+@pytest.mark.ranks
 def test_two_ranks_leave_a_validation_at_the_same_batch_and_run_all_of_it_later(tmp_path):
     validates = ["data.class_path=tiny_lab.parts.Rows", "trainer.limit_val_batches=1.0", "trainer.max_steps=8"]
     marker = tmp_path / "sent"
@@ -330,6 +333,7 @@ def test_two_ranks_leave_a_validation_at_the_same_batch_and_run_all_of_it_later(
     assert [line["step"] for line in lines if "val/loss" in line] == [3, 7]
 
 
+@pytest.mark.ranks
 def test_a_rank_that_waits_for_others_in_vain_is_ended_by_a_warning(tmp_path):
     port = str(rank_processes.free_port())
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

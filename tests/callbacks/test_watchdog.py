@@ -11,6 +11,8 @@ from rank_processes import callback
 from lightspan.callbacks.resilience.watchdog import HUNG, Watchdog, _heartbeat_path, _Others
 from lightspan.errors import UserError
 
+pytestmark = pytest.mark.ranks
+
 
 def watchdog(timeout_s: float) -> list[str]:
     return [f"trainer.callbacks.watchdog.init_args.{key}" for key in (f"timeout_s={timeout_s}", "every_s=0.2")]

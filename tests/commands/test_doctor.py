@@ -109,6 +109,7 @@ def test_the_wandb_key_is_noticed_and_never_shown(
     assert secret[:12] not in printed
 
 
+@pytest.mark.ranks
 def test_two_processes_sum_over_loopback() -> None:
     assert doctor.network_finding() == Finding("all-reduce", "ok", "gloo, 2 processes over loopback")
 

@@ -91,6 +91,7 @@ def test_a_run_without_adapters_is_named(run_dir: Path) -> None:
         run_export(run_dir, "--to", "peft")
 
 
+@pytest.mark.ranks
 def test_a_run_of_two_sharded_ranks_is_exported_from_its_folder(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     strategy = {"class_path": "lightspan.strategies.FSDP2"}

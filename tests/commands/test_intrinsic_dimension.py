@@ -192,6 +192,7 @@ def test_what_cannot_be_searched_is_told_before_any_run(stubbed, capsys, argumen
     assert not [name for name in stubbed if name.startswith("d5")]
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("_project")
 def test_a_real_search_of_a_tiny_recipe(monkeypatch, tmp_path, capsys):
     """15 weights whose loss 40 steps of Adam bring down, in as many dimensions too."""

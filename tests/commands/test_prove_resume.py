@@ -36,6 +36,7 @@ def quick_starts(monkeypatch):
     monkeypatch.setattr(prove_resume, "ranks_of", start)
 
 
+@pytest.mark.ranks
 def test_when_one_rank_is_killed_the_others_are_too_and_show_as_such(tmp_path):
     code = (
         "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)"
@@ -44,6 +45,7 @@ def test_when_one_rank_is_killed_the_others_are_too_and_show_as_such(tmp_path):
     assert statuses == [None, -signal.SIGKILL]
 
 
+@pytest.mark.ranks
 @pytest.mark.usefixtures("quick_starts")
 def test_one_and_two_ranks_and_a_run_that_changes_between_them(capsys):
     assert main([*COMMAND, "--kills", "1", "--ranks", "1,2", "--seed", "4"]) == 0
@@ -53,6 +55,7 @@ def test_one_and_two_ranks_and_a_run_that_changes_between_them(capsys):
     assert "equal      changing-float64 and straight-1-float64: samples the same, losses within 1e-05" in said
 
 
+@pytest.mark.ranks
 @pytest.mark.usefixtures("quick_starts")
 def test_three_ranks_whose_sums_hang_on_their_order(capsys):
     """Of two numbers the sum is the same in any order, so one and two ranks prove nothing here."""
@@ -61,12 +64,14 @@ def test_three_ranks_whose_sums_hang_on_their_order(capsys):
     assert "killed-3: rank 2 is killed in step 4, at before_step" in capsys.readouterr().out
 
 
+@pytest.mark.ranks
 @pytest.mark.usefixtures("quick_starts")
 def test_a_kill_between_a_save_and_what_comes_after_it_loses_no_figure(capsys):
     assert main([*COMMAND, "--kills", "1", "--seed", "3"]) == 0
     assert "killed-1: rank 0 is killed in step 3, at after_save" in capsys.readouterr().out
 
 
+@pytest.mark.ranks
 @pytest.mark.usefixtures("quick_starts")
 def test_a_loader_that_forgets_its_place_is_found_out(tmp_path, capsys):
     forgets = ["prove-resume", TINY[0], "--allow-module", "tiny_lab", "--steps", "8", "--kills", "1", "--every", "4"]
@@ -76,6 +81,7 @@ def test_a_loader_that_forgets_its_place_is_found_out(tmp_path, capsys):
     assert len(provenance["earlier"]) == 1  # it was started twice
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("quick_starts")
 def test_a_run_that_fails_by_itself_is_no_proof(capsys):
     assert main([*COMMAND, "--kills", "1", "data.init_args.poisoned=3"]) == 2

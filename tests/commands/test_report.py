@@ -261,6 +261,7 @@ def test_a_picture_needs_a_validation_metric(make_run: MakeRun, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.runs
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_opens_in_a_browser(make_run: MakeRun, tmp_path: Path) -> None:
     from PIL import Image

@@ -18,6 +18,8 @@ from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.distributed import leave
 
+pytestmark = pytest.mark.ranks
+
 
 class Numbers:
     def __len__(self) -> int:

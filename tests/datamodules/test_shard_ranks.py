@@ -19,6 +19,8 @@ from lightspan.commands.ledger import balance
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.distributed import leave
 
+pytestmark = pytest.mark.ranks
+
 
 class Recorder(LightningModule):
     def __init__(self) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.runs
+
 EVIDENCE = Path(__file__).resolve().parents[2] / "evidence"
 
 TOY = '''"""A toy system: what the harness records."""

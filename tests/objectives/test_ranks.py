@@ -14,6 +14,8 @@ from lightspan.distributed import leave
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 from lightspan.objectives.class_text import current_class_text_loss
 
+pytestmark = pytest.mark.ranks
+
 ROWS, RANKS = 7, 2
 PARTS = (slice(0, 5), slice(5, ROWS))  # of the ranks
 LABEL, CURRENT = torch.tensor([1, 3, 3, 1, 3, 4, 1]), torch.tensor([False, True, False, True, True, True])

@@ -13,6 +13,8 @@ from lightspan.optim.low_rank import LowRank
 from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.triggers import WhenCapturedFalls
 
+pytestmark = pytest.mark.ranks
+
 BIT = 2.0**-40
 
 

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +20,8 @@ from lightspan.distributed import leave
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.strategies import shard_blocks
 from lightspan.subspaces.projections import Dense, Fastfood, Sparse
+
+pytestmark = pytest.mark.ranks
 
 STEPS, SAVED, BATCH = 12, 7, 16
 OPTIMISERS = {
@@ -121,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> list[dict]:
-    mp.spawn(one_rank, args=(str(folder),), nprocs=2)
+    rank_processes.start(one_rank, 2, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -255,7 +255,7 @@ def one_rank(index, folder):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    mp.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
+    rank_processes.start(one_rank, RANKS, str(folder))
     return [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(RANKS)]
 
 
@@ -267,6 +267,7 @@ def assert_close(got, expected, tolerance):
         )
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("run", RUNS)
 def test_two_ranks_train_as_one_process_with_the_whole_batch(two_ranks, run):
     """Through refreshes, accumulation, clipping, and steps in which one rank or none reaches the expert.
@@ -278,6 +279,7 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(two_ranks, run):
     assert_close(two_ranks[0][run]["weights"], expected, 1e-10 if run.endswith("64") else 1e-4)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("run", [*RUNS, *FITS])
 def test_weights_are_bit_equal_on_all_ranks(two_ranks, run):
     first, second = (rank[run]["weights"] for rank in two_ranks)
@@ -306,6 +308,7 @@ def expected_bytes(model, itemsize, reached):
     return torch.tensor(expected)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("run", RUNS)
 def test_coordinates_travel_instead_of_gradients(two_ranks, run):
     """r / n of the bytes of a matrix, but for the steps that choose its frame; vectors are all that is left to DDP."""
@@ -316,11 +319,13 @@ def test_coordinates_travel_instead_of_gradients(two_ranks, run):
     assert (ddp == itemsize * sum(p.numel() for p in model.parameters() if p.ndim < 2)).all()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", FITS)
 def test_the_trainer_trains_two_ranks_as_one_process(two_ranks, tmp_path, kind):
     assert_close(two_ranks[0][kind]["weights"], fit(kind, range(RANKS), None, tmp_path)["weights"], 1e-10)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", FITS)
 def test_under_the_trainer_ddp_keeps_only_what_is_not_projected(two_ranks, kind):
     model = Net(vectors=kind != "all projected")
@@ -332,6 +337,7 @@ def test_under_the_trainer_ddp_keeps_only_what_is_not_projected(two_ranks, kind)
     assert two_ranks[0][kind]["ddps"] == (kind != "all projected")
 
 
+@pytest.mark.ranks
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_of_them(two_ranks):
     for rank in two_ranks:
         out = rank["not finite"]
@@ -340,11 +346,13 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_of_them(two_ranks):
         assert out["same"]
 
 
+@pytest.mark.ranks
 def test_a_ddp_that_is_built_after_detaching_reduces_everything(two_ranks):
     for rank in two_ranks:
         assert rank["detached"].tolist() == [0, 4 * sum(p.numel() for p in Net().parameters())]
 
 
+@pytest.mark.ranks
 def test_another_strategy_than_ddp_is_refused(two_ranks):
     for rank in two_ranks:
         assert (

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +28,8 @@ from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Apollo, ErrorFeedback
 from lightspan.optim.triggers import WhenCapturedFalls
 from lightspan.strategies import shard_blocks
+
+pytestmark = pytest.mark.ranks
 
 STEPS, BATCH, IMAGE, OUTPUTS = 50, 32, (3, 6, 6), 6
 RANK, REFRESH, CLIP = 3, 12, 0.5
@@ -238,7 +240,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> list[dict]:
-    mp.spawn(one_rank, args=(str(folder),), nprocs=4)
+    rank_processes.start(one_rank, 4, str(folder))
     return [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(4)]
 
 

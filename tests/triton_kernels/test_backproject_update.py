@@ -202,8 +202,10 @@ def spec(
 
 
 @needs_triton
-def test_the_kernel_compiles_for_gpus_without_spills():
+@pytest.mark.aot
+def test_the_kernel_compiles_for_gpus_without_spills(target):
     compile_ahead(
+        target,
         spec(64, "bf16", residual=False),
         spec(128, "bf16"),
         spec(256, "bf16", transposed=True),

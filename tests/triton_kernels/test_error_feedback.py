@@ -234,8 +234,10 @@ def spec_of_add(codes: str, largest: int, transposed: bool) -> Spec:
 
 
 @needs_triton
-def test_the_kernels_compile_ahead_of_time() -> None:
+@pytest.mark.aot
+def test_the_kernels_compile_ahead_of_time(target: str) -> None:
     compile_ahead(
+        target,
         spec_of_quantise("*u8", 7, "*bf16", transposed=False),
         spec_of_quantise("*i8", 127, "*fp32", transposed=True),
         spec_of_add("*u8", 7, transposed=True),

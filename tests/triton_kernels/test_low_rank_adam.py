@@ -269,8 +269,10 @@ def specification(rank: int, kind: str, *, moves: bool) -> Spec:
 
 
 @needs_triton
-def test_the_kernel_compiles_ahead_of_time_without_spills():
+@pytest.mark.aot
+def test_the_kernel_compiles_ahead_of_time_without_spills(target):
     compile_ahead(
+        target,
         specification(64, "float32", moves=False),
         specification(1024, "bytes", moves=True),
         specification(module.MAX_RANK, "bfloat16", moves=True),

@@ -111,8 +111,9 @@ def spec(rank: int, dtype: str, precision: str = "ieee", transposed: bool = Fals
 
 
 @needs_triton
-def test_the_kernel_compiles_for_gpus_without_spills():
+@pytest.mark.aot
+def test_the_kernel_compiles_for_gpus_without_spills(target):
     specs = [spec(128, "bf16", transposed=True), spec(128, "bf16", energy=False)]
     for rank in (64, 128, 256, 512):
         specs += [spec(rank, "bf16"), spec(rank, "fp32", "tf32"), spec(rank, "fp32", "ieee")]
-    compile_ahead(*specs)
+    compile_ahead(target, *specs)

@@ -277,8 +277,10 @@ def specification(rank: int, *, first: bool) -> Spec:
 
 
 @needs_triton
-def test_the_kernel_compiles_ahead_of_time_without_spills():
+@pytest.mark.aot
+def test_the_kernel_compiles_ahead_of_time_without_spills(target):
     compile_ahead(
+        target,
         specification(1, first=False),
         specification(7, first=True),
         specification(module.MAX_RANK, first=True),

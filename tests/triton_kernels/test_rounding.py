@@ -128,11 +128,13 @@ def test_a_tensor_without_values_is_rounded_to_its_shape():
 
 
 @needs_triton
-def test_the_kernel_compiles_ahead_of_time_without_spills():
+@pytest.mark.aot
+def test_the_kernel_compiles_ahead_of_time_without_spills(target):
     types = {"x_ptr": "*fp32", "out_ptr": "*bf16", "seed_ptr": "*i64", "total": "i32"}
     constants, options = {"BLOCK": BLOCK["BLOCK"]}, {"num_warps": BLOCK["num_warps"]}
     kernel, pointers = "rounding:stochastic_round_kernel", ["x_ptr", "out_ptr", "seed_ptr"]
     compile_ahead(
+        target,
         Spec(kernel, types, constants, aligned=[*pointers, "total"], options=options),
         Spec(kernel, types | {"total": "i64"}, constants, aligned=pointers, options=options),
     )

@@ -187,8 +187,10 @@ def specification(rank: int, dtype: str, precision: str, *, wide: bool) -> Spec:
 
 
 @needs_triton
-def test_the_kernel_compiles_ahead_of_time_without_spills_for_tensor_cores():
+@pytest.mark.aot
+def test_the_kernel_compiles_ahead_of_time_without_spills_for_tensor_cores(target):
     compile_ahead(
+        target,
         specification(64, "bfloat16", "tf32", wide=False),
         specification(128, "bfloat16", "tf32", wide=True),
         specification(256, "bfloat16", "tf32", wide=False),

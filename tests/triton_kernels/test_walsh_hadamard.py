@@ -124,8 +124,10 @@ def spec(source, out, inner, block):
 
 
 @needs_triton
-def test_the_kernel_compiles_for_gpus_without_spills():
+@pytest.mark.aot
+def test_the_kernel_compiles_for_gpus_without_spills(target):
     compile_ahead(
+        target,
         spec("bf16", "fp32", 1, 64),  # 4096 = 64 * 64 in two passes
         spec("fp32", "bf16", 64, 64),
         spec("fp32", "fp32", 1, 64),

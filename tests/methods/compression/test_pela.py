@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning import Trainer
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -179,8 +179,9 @@ def one_rank(index: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.ranks
 def test_two_sharded_ranks_get_the_gradient_of_one(tmp_path: Path) -> None:
-    mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    rank_processes.start(one_rank, 2, str(tmp_path))
     alone = method(torch.float64, alpha=2.0, beta=0.5)
     alone.training_step(images(dtype=torch.float64), 0).backward()
     expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
