@@ -41,6 +41,7 @@ class Deadly:
         return torch.tensor(index)
 
 
+@pytest.mark.runs
 def test_the_interpreter_leaves_although_an_iterator_is_still_held() -> None:
     """Workers that are not killed keep it for ever: they do not obey SIGTERM."""
     left = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60)

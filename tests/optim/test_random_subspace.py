@@ -466,6 +466,7 @@ def test_before_the_first_step_the_file_gives_the_start(tmp_path) -> None:
     assert torch.equal(weights(fresh), weights(model))
 
 
+@pytest.mark.runs
 def test_the_optimisers_load_no_trainer() -> None:
     code = "import sys, lightspan.optim.random_subspace, lightspan.optim.presets; print('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
