@@ -73,12 +73,12 @@ VERBS = (
         "intrinsic_dimension",
         flags=True,
     ),
-    Verb("report", "set runs side by side on one HTML page", "report"),
+    Verb("report", "compare runs on one HTML page", "report"),
     Verb("export", "write a checkpoint for other libraries", "export"),
     Verb("fsck", "find torn checkpoints of a run and move them out of the way", "fsck"),
     Verb("data", "pack a folder into shards, verify them, or write their indices", "data"),
     Verb("ledger", "account for the samples that a run consumed", "ledger", only_prints=True),
-    Verb("doctor", "look for problems of this machine and installation", "doctor", only_prints=True),
+    Verb("doctor", "look for problems with this machine and installation", "doctor", only_prints=True),
 )
 
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back
         if arguments[:1] in ([], ["--help"], *([verb.name] for verb in VERBS if verb.only_prints)):
             return 0
-        print("lightspan: it stopped, since nobody reads its standard output any more", file=sys.stderr)
+        print("lightspan: stopped, because nothing reads its standard output any more", file=sys.stderr)
         return FAILED
 
 

@@ -225,7 +225,7 @@ def test_wandb_is_offline_without_a_key_and_takes_none_from_the_configuration(mo
 def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["fit", *TINY]) == 2
-    assert "give --run DIR so that all of them share one folder" in capsys.readouterr().err
+    assert "give --run DIR so that they share one folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -308,5 +308,5 @@ sys.exit(cli.main([{verb!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == status
-    assert ("nobody reads its standard output" in done.stderr) == (status == 1)
+    assert ("nothing reads its standard output" in done.stderr) == (status == 1)
     assert "Traceback" not in done.stderr

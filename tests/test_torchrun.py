@@ -1,4 +1,4 @@
-"""torchrun starts all ranks anew after one was killed, and they go on from the last checkpoint."""
+"""torchrun starts all ranks anew after one was killed, and they continue from the last checkpoint."""
 
 import json
 import os

@@ -91,8 +91,8 @@ class Checkpoint(OwnFiles):
     ) -> None:
         if dirpath is not None and "://" in dirpath:
             raise UserError(
-                f"dirpath={dirpath!r}: whole files are promised on local and mounted file systems only; give a folder "
-                "and copy it from there"
+                f"dirpath={dirpath!r}: checkpoints can only be written safely to local and mounted file systems; "
+                "give a folder and copy it from there"
             )
         super().__init__(
             dirpath=dirpath,

@@ -108,7 +108,7 @@ class FiniteLoss(Callback):
         if self.policy == "stop":
             raise UserError(f"{reason}. Lower the learning rate, clip gradients, or look at that batch")
         if _anywhere(broken is not None, pl_module.device):
-            raise UserError(f"{reason}. Skipping the step would not heal the network itself")
+            raise UserError(f"{reason}. Skipping the step would not repair the network")
         self.skipped += 1
         if self.skipped > self.most_skips:
             raise UserError(f"{reason}. It is skip number {self.skipped}, above most_skips={self.most_skips}")

@@ -84,7 +84,9 @@ class Preemption(Callback):
                 f"budget_s={budget_s} must be above 0 seconds and finite; leave the callback out to save nothing"
             )
         if not 1 <= exit_code <= 255:
-            raise UserError(f"exit_code={exit_code} must be in [1, 255]; 0 would tell the scheduler that all is done")
+            raise UserError(
+                f"exit_code={exit_code} must be in [1, 255]; 0 would tell the scheduler that the run has finished"
+            )
         self.signals = _signals("signals", signals)
         self.requeue_on = _signals("requeue_on", requeue_on)
         self.budget_s, self.exit_code = budget_s, exit_code
@@ -292,7 +294,7 @@ def _signals(argument: str, names: Sequence[str]) -> tuple[signal.Signals, ...]:
     known = {number.name for number in signal.Signals} - refused
     for name in names:
         if name not in known:
-            raise UserError(f"{argument}: {name!r} is no signal that can be obeyed; name some of {sorted(known)}")
+            raise UserError(f"{argument}: {name!r} is not a signal that can be handled; choose from {sorted(known)}")
     return tuple(signal.Signals[name] for name in names)
 
 

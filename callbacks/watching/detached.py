@@ -38,7 +38,7 @@ def features_of(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor
         features_BD = module.features(batch)  # type: ignore[operator]
     if not isinstance(features_BD, Tensor) or features_BD.ndim != 2:
         got = list(features_BD.shape) if isinstance(features_BD, Tensor) else type(features_BD).__name__
-        raise UserError(f"{type(module).__name__}.features(batch) returned {got}; probes need a tensor [B, D]")
+        raise UserError(f"{type(module).__name__}.features(batch) returned {got}, but probes need a tensor [B, D]")
     return features_BD.detach().float()
 
 

@@ -160,7 +160,7 @@ class ExactLoader:
             if state_dict.get(name) != here.get(name):
                 raise UserError(
                     f"the checkpoint has data {name} {state_dict.get(name)}, this run has {here.get(name)}, so "
-                    f"it cannot go on with the next sample; set {setting} back to what it was, or start a new run"
+                    f"it cannot continue with the next sample; restore {setting}, or start a new run"
                 )
         # An epoch that is now limited to fewer samples has ended.
         self.consumed = state_dict["epoch"] * self._epoch_samples + min(state_dict["samples"], self._epoch_samples)
@@ -203,7 +203,7 @@ class EvaluationLoader:
             raise UserError(
                 f"validation or test data of {len(chosen)} samples leave some of the {world_size} ranks with nothing "
                 f"to do while the others evaluate; give at least {world_size} samples, lower trainer.devices, or set "
-                "trainer.limit_val_batches=0 to do without"
+                "trainer.limit_val_batches=0 to skip validation"
             )
         self.indices = chosen[rank::world_size]
         fewest, most = len(chosen) // world_size, -(-len(chosen) // world_size)  # samples of a rank

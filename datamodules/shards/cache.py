@@ -104,7 +104,7 @@ class ShardCache:
                     digest.update(block)
             if promised is not None and found < promised:
                 short = IncompleteRead(b"", promised - found)
-                raise UserError(f"shard {shard} broke off after {found:,} of {promised:,} bytes") from short
+                raise UserError(f"shard {shard} ended after {found:,} of {promised:,} bytes") from short
             if expected is not None and found != expected:
                 raise UserError(_other_size(shard, f"{found:,}", expected))
             if sha256 is not None and digest.hexdigest() != sha256:
@@ -142,7 +142,7 @@ def _next_block(stream: BinaryIO, shard: str) -> bytes:
     try:
         block: bytes = stream.read1(2**20)  # type: ignore[attr-defined]  # what has come, and not until all has come
     except (OSError, HTTPException) as error:
-        raise UserError(f"shard {shard} broke off while it was fetched: {error}") from error
+        raise UserError(f"shard {shard} could not be downloaded completely: {error}") from error
     return block
 
 

@@ -71,7 +71,7 @@ def check_shard(shard: str) -> None:
         except ValueError:
             named = False
         if not named:
-            raise UserError(f"shard {shard} is no https address; write https://HOST/NAME.tar")
+            raise UserError(f"shard {shard} is not an https address; write https://HOST/NAME.tar")
 
 
 def local_path(shard: str) -> Path:

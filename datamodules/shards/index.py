@@ -121,7 +121,7 @@ def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str
     with path.open("rb") as stream:
         if stream.read(6).startswith(_PACKED):
             raise UserError(
-                f"shard {shard} is compressed, so its samples cannot be found by their place; unpack it to a plain "
+                f"shard {shard} is compressed, so its samples cannot be read by position; unpack it to a plain "
                 ".tar, or write it anew with `lightspan data pack`"
             )
         stream.seek(0)
@@ -192,5 +192,5 @@ def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: in
     members = read_members(io.BytesIO(content + _END), index.shard, max_member_bytes)
     samples = list(group_members(members, index.shard))
     if len(samples) != 1:
-        raise UserError(f"{index.where(number)}: {len(samples)} samples lie there, so {SUFFIX} is not its index")
+        raise UserError(f"{index.where(number)}: {len(samples)} samples are there, so {SUFFIX} is not its index")
     return samples[0]

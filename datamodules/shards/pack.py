@@ -138,7 +138,7 @@ def _write_index(shard: Path) -> None:
     index, damage = scan(shard, shard.name, max_member_bytes=2**63)
     if damage is not None or index.remarks:
         what = damage or index.remarks[0]
-        raise UserError(f"what was just written does not read back: {what}; look for a fault of the disk")
+        raise UserError(f"reading back what was just written failed: {what}; check the disk")
     Path(f"{shard}{SUFFIX}").write_text(index.to_json(), encoding="utf-8")
 
 

@@ -147,7 +147,9 @@ class Adapted(nn.Module):
         """
         deltas = [delta for name in names if (delta := self.adapters[name].bias_delta()) is not None]
         if deltas and self.base.bias is None:
-            raise UserError("a change of the bias cannot be put into a layer without one; build it with bias=True")
+            raise UserError(
+                "a change of the bias cannot be merged into a layer without a bias; build it with bias=True"
+            )
         return _sum(self.base.bias, deltas) if deltas else self.base.bias
 
     @property
@@ -174,13 +176,14 @@ class Adapted(nn.Module):
         if names and not self.open:
             raise UserError(
                 f"{self.name} is a {type(self.base).__name__} whose weight is packed or computed anew each time, so no "
-                "change can be put into it; keep the adapter beside it, or start from a layer with a plain weight"
+                "change can be merged into it; keep the adapter as it is, or start from a layer with a plain weight"
             )
         for name in names:
             if not self.adapters[name].mergeable:
                 raise UserError(
-                    f"the change of adapter {name!r} of {self.name} is none of the weight alone, so no plain layer can "
-                    "hold it, and code that reads a weight would miss it; keep the adapter, or deactivate it first"
+                    f"the change of adapter {name!r} of {self.name} is not a change of the weight alone, so no "
+                    "plain layer can hold it, and code that reads a weight would miss it; keep the adapter, or "
+                    "deactivate it first"
                 )
         self.changed_bias(names)
 

@@ -50,7 +50,7 @@ class FLoRA(AdapterSpec):
         if self.rank > shape.out_features and not self.cap:
             raise UserError(
                 f"rank={self.rank} is above the {shape.out_features} output features of {name}; lower it, or set "
-                "cap=True to give such layers what they have"
+                "cap=True to use the largest rank that such layers have"
             )
         wanted = (self.rank, self.rank, *(self.kernel_rank,) * len(shape.modes[2:]))
         ranks = tuple(min(rank, size) for rank, size in zip(wanted, shape.modes, strict=True))

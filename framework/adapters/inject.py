@@ -259,7 +259,7 @@ def fold(model: nn.Module) -> None:
         layer.require_mergeable(layer.active)
         for other, module in model.named_modules():
             if module is not layer.base and any(t is layer.base.weight for t in module.parameters(recurse=False)):
-                raise UserError(f"the weight of {name} is shared with {other}, which would change with it; untie them")
+                raise UserError(f"the weight of {name} is shared with {other}, which would change too; untie them")
     parents = list(model.modules())
     for layer in layers.values():
         layer.absorb(list(layer.active))

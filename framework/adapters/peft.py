@@ -137,7 +137,7 @@ def _require_all_names(model: nn.Module, places: dict[str, Tensor], folder: Path
         if absent := [name for name in names if name not in places]:
             raise UserError(
                 f"{folder} changes {key} alone, which is one tensor with {absent[0]} in this {type(model).__name__}; "
-                f"PEFT would part them, so {untying(absent[0])}"
+                f"PEFT would separate them, so {untying(absent[0])}"
             )
 
 
@@ -276,7 +276,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(str(folder / WEIGHTS), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is no PEFT folder with {CONFIG} and {WEIGHTS}: {error}") from error
+        raise UserError(f"{folder} is not a PEFT folder with {CONFIG} and {WEIGHTS}: {error}") from error
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be loaded")
     used = [

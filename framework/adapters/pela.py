@@ -186,5 +186,5 @@ def _refuse_shared(model: nn.Module, names: list[str]) -> None:
         sharing = holders[id(model.get_submodule(name).weight)]
         if len(sharing) > 1:
             raise UserError(
-                f"{' and '.join(sharing)} are one tensor, which factorising {name} would part; add {name} to exclude"
+                f"{' and '.join(sharing)} are one tensor, which factorising {name} would split; add {name} to exclude"
             )

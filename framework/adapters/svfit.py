@@ -103,7 +103,7 @@ class SVFitUpdate(Adapter):
         limit = max(torch.finfo(probe_O.dtype).eps ** 0.5, torch.finfo(self.left_OR.dtype).eps) * probe_O.norm()
         if not apart <= limit:
             raise UserError(
-                f"the singular vectors come out differently here (by {apart:.2g} on a fixed input): some singular "
+                f"the singular vectors computed here differ (by {apart:.2g} on a fixed input): some singular "
                 "values of the layer nearly coincide; keep the whole checkpoint or a PEFT folder instead"
             )
         with torch.no_grad():

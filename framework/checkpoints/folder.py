@@ -176,7 +176,7 @@ def read_rest(path: Path) -> dict[str, Any]:
     with explained_reading(path):
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     if not isinstance(rest, dict):
-        raise UserError(f"checkpoint {path} is no checkpoint: {REST} holds {type(rest).__name__}")
+        raise UserError(f"checkpoint {path} is not a checkpoint: {REST} holds {type(rest).__name__}")
     return rest
 
 

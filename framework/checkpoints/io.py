@@ -165,8 +165,8 @@ def _read(path: Path, map_location: Any, mmap: bool = False) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except UnpicklingError as error:
         raise UserError(
-            f"checkpoint {path} holds more than tensors and plain values, so it was not loaded and nothing in it ran "
-            f"({first_line(error)}); {_others(path)}"
+            f"checkpoint {path} contains more than tensors and plain values, so it was not loaded and no code in it "
+            f"was run ({first_line(error)}); {_others(path)}"
         ) from error
     except Exception as error:  # whatever torch meets in a file from outside
         raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); {_others(path)}") from error

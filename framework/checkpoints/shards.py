@@ -124,8 +124,8 @@ def explained_reading(path: Path) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint {path} holds more than tensors and plain values, so it was not loaded and nothing in it ran "
-            f"({first_line(error)})"
+            f"checkpoint {path} contains more than tensors and plain values, so it was not loaded and no code in it "
+            f"was run ({first_line(error)})"
         ) from error
     except Exception as error:
         raise UserError(f"checkpoint {path} cannot be read: {first_line(error)}") from error

@@ -99,7 +99,9 @@ def run_copy(args: argparse.Namespace) -> int:
         raise UserError(f"{target} exists; remove it or choose another name")
     text = source.read_text(encoding="utf-8")
     if bases := _relative_bases(source):
-        raise UserError(f"{source} builds on {', '.join(bases)} beside it; a copy elsewhere would not find it")
+        raise UserError(
+            f"{source} builds on {', '.join(bases)} in the same folder, which a copy elsewhere would not find"
+        )
     write_atomic(target, text)
     print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan fit {target}")
     return 0

@@ -35,14 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", metavar="BYTES", default="256M", help="pack: size of a shard, with K, M or G (default: 256M)"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="pack: of the order of samples (default: 0)")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="pack: seed of the order of samples (default: 0)"
+    )
     parser.add_argument("--keep-order", action="store_true", help="pack: write the samples in sorted order instead")
     parser.add_argument(
-        "--files", action="store_true", help="pack: files of one name form a sample, also where folders hold images"
+        "--files",
+        action="store_true",
+        help="pack: files with the same name form a sample, even if folders contain images",
     )
-    parser.add_argument(
-        "--decode", action="store_true", help="pack: decode each image to the end instead of its header alone"
-    )
+    parser.add_argument("--decode", action="store_true", help="pack: decode each image completely, not only its header")
     parser.add_argument(
         "--skip-damaged", action="store_true", help="pack: leave out what cannot be decoded, and name it"
     )

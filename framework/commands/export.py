@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=("safetensors", "huggingface", "peft"), help="format to write")
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
-    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder, if the checkpoint stands elsewhere")
-    parser.add_argument("--recipe", metavar="RECIPE", help="recipe to build the model from where no run folder is left")
+    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder, if the checkpoint is not inside it")
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe to build the model from, if there is no run folder")
     add_allow_module_argument(parser)
 
 

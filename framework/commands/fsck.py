@@ -24,8 +24,8 @@ TORN = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", type=folder, help="a run folder that no run is writing to now")
-    parser.add_argument("--dry-run", action="store_true", help="look and tell, move nothing")
+    parser.add_argument("run_folder", metavar="RUN", type=folder, help="a run folder that no run is writing to")
+    parser.add_argument("--dry-run", action="store_true", help="report what would be moved, move nothing")
 
 
 def run(args: argparse.Namespace) -> int:

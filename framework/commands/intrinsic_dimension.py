@@ -23,17 +23,23 @@ NOT_REACHED = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument("--grid", required=True, metavar="0,10,50", help="dimensions, growing; 0: untrained")
+    parser.add_argument(
+        "--grid", required=True, metavar="0,10,50", help="dimensions in ascending order; 0 is the untrained network"
+    )
     parser.add_argument("--threshold", type=float, default=0.9, help="share of the baseline to reach (default 0.9)")
     parser.add_argument("--metric", default="val/accuracy", help="what validation logs (default val/accuracy)")
-    parser.add_argument("--mode", choices=("max", "min"), default="max", help="which end of it is better (default max)")
+    parser.add_argument(
+        "--mode", choices=("max", "min"), default="max", help="whether larger or smaller is better (default max)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs for each dimension (default 3)")
-    parser.add_argument("--lrs", metavar="1e-3,1e-2", help="rates to choose from for each dimension and the baseline")
+    parser.add_argument(
+        "--lrs", metavar="1e-3,1e-2", help="learning rates to choose from, for each dimension and the baseline"
+    )
     parser.add_argument(
         "--lr-key",
         default="model.init_args.optimizer.init_args.lr",
         metavar="KEY",
-        help="where the recipe keeps its rate (default model.init_args.optimizer.init_args.lr)",
+        help="key of the recipe's learning rate (default model.init_args.optimizer.init_args.lr)",
     )
     parser.add_argument(
         "--projection",
@@ -43,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layer-scales", action="store_true", help="also learn a factor for each layer (SAID)")
     parser.add_argument("--stop-early", action="store_true", help="end at the first dimension that reaches the line")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    parser.add_argument("--out", type=folder, default=Path("intrinsic-dimension"), metavar="DIR", help="where all goes")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
+    parser.add_argument(
+        "--out", type=folder, default=Path("intrinsic-dimension"), metavar="DIR", help="folder for all runs and results"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +77,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     except ValueError:
         grid = []
     if not grid or min(grid) < 0 or grid != sorted(set(grid)):
-        raise UserError(f"--grid {args.grid!r} must be whole numbers from 0 up that grow, such as 0,10,50,100,200")
+        raise UserError(
+            f"--grid {args.grid!r} must be whole numbers from 0 up in ascending order, such as 0,10,50,100,200"
+        )
     if not 0 < args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold:g} must be above 0 and at most 1; the paper takes 0.9")
     for name in ("seeds", "workers"):

@@ -28,14 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=int,
         metavar="N",
-        help="plan one of N processes under the recipe's strategy, here, without them (default: those of the recipe)",
+        help="plan one of N ranks without starting them (default: the recipe's number)",
     )
-    parser.add_argument("--real", action="store_true", help="run the step on real tensors, here: slower and exact")
+    parser.add_argument(
+        "--real", action="store_true", help="run the step on real tensors on this machine: slower, but exact"
+    )
     parser.add_argument(
         "--run",
         type=folder,
         metavar="DIR",
-        help="run folder: writes DIR/plan.json and sets the plan against the peak in DIR/summary.json",
+        help="run folder: writes DIR/plan.json and compares the plan with the peak in DIR/summary.json",
     )
 
 
@@ -109,7 +111,7 @@ def measured_peak(run_dir: Path) -> tuple[str, float] | None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); mend or remove it") from error
+        raise UserError(f"{path} is not JSON ({error}); fix or remove it") from error
     for key in ("peak_device_mib", "peak_rss_mib"):
         if isinstance(summary.get(key), int | float):
             return key, float(summary[key])

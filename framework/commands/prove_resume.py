@@ -38,7 +38,7 @@ _RUN = {"save_dir": "${run}"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--kills", type=int, default=2, metavar="N", help="how often a run is killed (default 2)")
-    parser.add_argument("--ranks", default="1", metavar="1,2", help="numbers of ranks to prove it on (default 1)")
+    parser.add_argument("--ranks", default="1", metavar="1,2", help="numbers of ranks to test (default 1)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimiser steps of a run (default 20)")
     parser.add_argument("--every", type=int, metavar="N", help="steps between checkpoints (default: --steps / 5)")
     parser.add_argument("--seed", type=int, default=0, help="draws the steps and places of the kills (default 0)")

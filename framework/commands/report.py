@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         type=folder,
-        help="run folder; the first one is what the others are compared with",
+        help="run folder; the others are compared with the first one",
     )
     parser.add_argument(
         "--out",

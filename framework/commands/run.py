@@ -45,10 +45,11 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto (default): go on from the last checkpoint in --run DIR, if any; or a checkpoint file",
+        help="auto (default): continue from the last checkpoint in --run DIR, if there is one; never: refuse; "
+        "or a checkpoint file",
     )
     parser.add_argument(
-        "--wandb", action="store_true", help="also log to Weights & Biases; offline without a key of theirs"
+        "--wandb", action="store_true", help="also log to Weights & Biases; offline if there is no API key"
     )
     parser.add_argument(
         "--dry-run",

@@ -29,8 +29,8 @@ _IMAGE = re.compile(r"[\w./:@+~-]+")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument("--to", required=True, choices=tuple(_TARGETS), help="who starts the ranks")
-    parser.add_argument("--print", action="store_true", help="write the job to the console and submit nothing")
+    parser.add_argument("--to", required=True, choices=tuple(_TARGETS), help="what starts the run")
+    parser.add_argument("--print", action="store_true", help="print the job and submit nothing")
     parser.add_argument(
         "--run",
         type=folder,
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-node",
         type=_count,
         metavar="G",
-        help="GPUs and ranks of each (default: the recipe's trainer.devices)",
+        help="GPUs, and so ranks, of each machine (default: the recipe's trainer.devices)",
     )
     parser.add_argument("--time", metavar="LIMIT", help="time limit: minutes, H:M:S or D-H:M:S")
     parser.add_argument("--image", metavar="IMAGE", help="container image (Kubernetes needs one)")
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--partition", metavar="NAME", help="SLURM: where to queue")
     parser.add_argument(
-        "--container", choices=slurm.RUNTIMES, help="SLURM: what runs --image (default: apptainer; pyxis is enroot's)"
+        "--container",
+        choices=slurm.RUNTIMES,
+        help="SLURM: container runtime for --image (default: apptainer; pyxis uses enroot)",
     )
     parser.add_argument(
         "--kind", choices=kubernetes.KINDS, help="Kubernetes: manifest (default: job for one node, jobset for several)"
@@ -90,7 +92,7 @@ def _to_kubernetes(args: argparse.Namespace, resolved: Resolved) -> int:
 def _to_this_machine(args: argparse.Namespace, resolved: Resolved) -> int:
     job = _job_of_files(args, resolved)
     if job.nodes > 1:
-        raise UserError(f"--to local starts ranks on this machine alone, not on {job.nodes}; use --to slurm")
+        raise UserError(f"--to local starts ranks on this machine only, not on {job.nodes}; use --to slurm")
     command = torchrun.local_command(job)
     if args.print:
         settings = [f"{name}={value}" for name, value in torchrun.environment(job).items()]
@@ -149,12 +151,13 @@ def _count(text: str) -> int:
 def _refuse_strangers(args: argparse.Namespace) -> None:
     for option, targets in _ONLY_FOR.items():
         if getattr(args, option) is not None and args.to not in targets:
-            raise UserError(f"--{option} has no meaning for --to {args.to}, only for {' and '.join(targets)}")
+            raise UserError(f"--{option} does not work with --to {args.to}, only with {' and '.join(targets)}")
     if args.container is not None and args.image is None:
         raise UserError(f"--container {args.container} needs --image IMAGE")
     if args.image is not None and not _IMAGE.fullmatch(args.image):
         raise UserError(
-            f"--image {args.image!r} is no image: a name such as registry/name:tag, or a path without spaces"
+            f"--image {args.image!r} is not a container image: give a name such as registry/name:tag, or a "
+            "path without spaces"
         )
     if args.time is not None:
         seconds(args.time)
@@ -217,7 +220,7 @@ def _number(value: Any, key: str, option: str) -> int:
     if isinstance(value, list):
         value = len(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{key}={value!r} says nothing about a machine that is not there yet; give {option} a number")
+        raise UserError(f"{key}={value!r} cannot be resolved before the job has a machine; give {option} a number")
     return value
 
 
@@ -228,7 +231,9 @@ def _folder_in_the_volume(given: Path | None, name: str) -> str:
         return f"{kubernetes.RUNS}/{new.parent.name}/{new.name}"
     folder = PurePosixPath(kubernetes.RUNS) / given
     if folder.parts[:2] != ("/", "runs") or len(folder.parts) < 3 or ".." in folder.parts:
-        raise UserError(f"--run {given}: on Kubernetes a run lies in {kubernetes.RUNS}, on the claimed volume")
+        raise UserError(
+            f"--run {given}: on Kubernetes a run must be in {kubernetes.RUNS}, which is on the claimed volume"
+        )
     return str(folder)
 
 

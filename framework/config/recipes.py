@@ -120,11 +120,11 @@ def load_overlay(name: str) -> list[Node]:
 def _with_bases(root: Node, path: Path, chain: tuple[Path, ...], read_so_far: list[Path]) -> list[Node]:
     if path.resolve() in chain:
         names = " -> ".join(label(step) for step in (*chain[chain.index(path.resolve()) :], path))
-        raise UserError(f"{label(path)}: base: goes in a circle: {names}")
+        raise UserError(f"{label(path)}: base: is circular: {names}")
     chain = (*chain, path.resolve())
     read_so_far.append(path)
     if len(read_so_far) > MAX_BASES:
-        raise UserError(f"{label(path)}: base: more than {MAX_BASES} files build on one another; put them together")
+        raise UserError(f"{label(path)}: base: more than {MAX_BASES} files build on one another; merge some of them")
     layers: list[Node] = []
     base = root.child("base")
     if base is not None:

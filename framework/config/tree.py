@@ -134,7 +134,7 @@ def read(path: Path, label: str | None = None) -> Node:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(
-                f"{label}: more than {MAX_BYTES:,} bytes; a configuration names its data and does not hold it"
+                f"{label}: more than {MAX_BYTES:,} bytes; a configuration should name its data, not contain it"
             )
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -188,7 +188,7 @@ class _Builder:
         where = self.place(node)
         self.count += 1
         if self.count > MAX_NODES or len(path) > MAX_DEPTH:
-            raise UserError(f"{where}: more than {MAX_NODES} values or {MAX_DEPTH} levels; aliases may not grow so far")
+            raise UserError(f"{where}: more than {MAX_NODES} values or {MAX_DEPTH} levels; its aliases expand too far")
         if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
             return Node(self.mapping(node, path), where)
         if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":

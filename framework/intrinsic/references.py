@@ -25,7 +25,7 @@ def references(resolved: Resolved, seeds: dict[int, int], metric: str) -> dict[s
         logged = _validated(built)
         if metric not in logged:
             raise UserError(
-                f"--metric {metric!r} is nothing that validation of {resolved.name} logs; it logs "
+                f"--metric {metric!r} is not logged by the validation of {resolved.name}; it logs "
                 + (", ".join(sorted(logged)) or "nothing: give the recipe validation data and a validation_step")
             )
         untrained[str(seed)] = logged[metric]
@@ -45,7 +45,7 @@ def _validated(built: Built) -> dict[str, float]:
     try:
         results = built.trainer.validate(built.model, datamodule=built.datamodule, verbose=False)
     except MisconfigurationException as error:
-        raise UserError(f"performance is read in validation, which this recipe has none of: {error}") from error
+        raise UserError(f"performance is read from validation, which this recipe does not have: {error}") from error
     return {name: float(value) for result in results for name, value in result.items()}
 
 

@@ -105,7 +105,7 @@ def seconds(time: str) -> int:
     """A time limit in SLURM's words as seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises: UserError."""
     match = _TIME.fullmatch(time)
     if match is None:
-        raise UserError(f"--time {time!r} is no time; write minutes, H:M:S or D-H:M:S, for example 12:00:00")
+        raise UserError(f"--time {time!r} is not a time; write minutes, H:M:S or D-H:M:S, for example 12:00:00")
     parts = [int(part) for part in match["parts"].split(":")]
     if match["days"] is not None:
         hours, minutes, rest = [*parts, 0, 0][:3]

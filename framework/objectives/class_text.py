@@ -36,7 +36,9 @@ def current_class_text_loss(
     """
     if label_B.device.type == "cpu" and not bool(current_C[label_B].all()):
         wrong = int(label_B[~current_C[label_B]][0])
-        raise UserError(f"label {wrong} is no class of the current task; a batch holds images of its own task alone")
+        raise UserError(
+            f"label {wrong} is not a class of the current task; a batch may contain only images of the current task"
+        )
     with torch.autocast(image_BD.device.type, enabled=False):
         wide = wide_type(image_BD.dtype, text_CD.dtype)
         logits_BC = logit_scale * image_BD.to(wide) @ text_CD.to(wide).mT

@@ -25,7 +25,9 @@ def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
     """
     shapes = [[[*x.shape] for x in side] for side in (student, teacher)]
     if not student or shapes[0] != shapes[1]:
-        raise UserError(f"student features {shapes[0]} and teacher features {shapes[1]} must be as many and alike")
+        raise UserError(
+            f"student features {shapes[0]} and teacher features {shapes[1]} must be equal in number and shape"
+        )
     return torch.stack([mean_squared(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
 
 

@@ -74,7 +74,7 @@ def _blame(parameters: Sequence[Tensor], called: Called) -> str:
     return (
         f"the gradient of {broken or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or so "
         "large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were changed. "
-        "Lower the learning rate, clip with max_norm, or look at the batch; check_finite=False goes on regardless"
+        "Lower the learning rate, clip with max_norm, or look at the batch; check_finite=False continues regardless"
     )
 
 

@@ -241,7 +241,7 @@ class LowRank(Optimizer):
         if mended:
             shown = ", ".join(self._called(p) for p in list(mended)[:3]) + ", ..." * (len(mended) > 3)
             warnings.warn(
-                f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite, and "
+                f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite and "
                 "starts anew. Earlier versions wrote that after gradients with rows of zeros; look whether the "
                 "checkpoint's weights are finite, and resume from an older one if they are not",
                 stacklevel=2,

@@ -134,7 +134,7 @@ class RandomSubspace(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._slice is not None:
-            raise UserError("the subspace is drawn for the parameters it has; build a new RandomSubspace to add others")
+            raise UserError("the subspace was drawn for its first parameters; build a new RandomSubspace to add others")
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -216,7 +216,10 @@ class _Step:
         output = loss_of(self.trainer, self.module, batch)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
-            raise UserError(f"{type(self.module).__name__}.training_step gave no loss for the first batch, so no plan")
+            raise UserError(
+                f"{type(self.module).__name__}.training_step returned no loss for the first batch, so nothing can be "
+                "planned"
+            )
         return loss
 
     def _optimizers(self) -> list[Optimizer]:

@@ -104,7 +104,7 @@ def load_run(folder: Path, name: str) -> Run:
         hint = f"it holds the runs {', '.join(inside)}: name those" if inside else "name the folder that --run named"
         if (folder / RESOLVED).is_file():
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
-        raise UserError(f"{str(folder)!r} is no run folder: it has no {METRICS}; {hint}")
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
     rows = _read_lines(folder / METRICS)
     for row in rows:
         if not isinstance(row.get("step"), int):
@@ -160,9 +160,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 continue
-            raise UserError(f"{path}:{number} is not JSON ({error}): {line[:80]!r}; mend or remove it") from error
+            raise UserError(f"{path}:{number} is not JSON ({error}): {line[:80]!r}; fix or remove it") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}; mend or remove it")
+            raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}; fix or remove it")
         rows.append(row)
     return rows
 
@@ -176,9 +176,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         try:
             value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
         except ValueError as error:
-            raise UserError(f"{path} does not parse ({error}); mend or remove it") from error
+            raise UserError(f"{path} cannot be parsed ({error}); fix or remove it") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not a mapping; mend or remove it")
+        raise UserError(f"{path} holds a {type(value).__name__}, not a mapping; fix or remove it")
     return value
 
 

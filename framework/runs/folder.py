@@ -50,7 +50,7 @@ def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
     if _RUN_VARIABLE in os.environ and not is_first_rank():
         return Path(os.environ[_RUN_VARIABLE])
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
-        raise UserError("several ranks were started from outside; give --run DIR so that all of them share one folder")
+        raise UserError("several ranks were started by another program; give --run DIR so that they share one folder")
     first = Path("runs").absolute() / name.replace("/", "-") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")

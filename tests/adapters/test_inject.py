@@ -149,7 +149,7 @@ def test_a_change_that_is_none_of_the_weight_is_neither_merged_nor_folded():
     model = SmallNet()
     adapt(model, ["dense"], Squared(), show=False)
     for undo in (merge, fold):
-        with pytest.raises(UserError, match="adapter 'default' of dense is none of the weight alone"):
+        with pytest.raises(UserError, match="adapter 'default' of dense is not a change of the weight alone"):
             undo(model)
     activate(model)
     fold(model)
@@ -338,7 +338,7 @@ def test_code_that_reads_a_weight_past_a_change_that_is_none_is_told_which_layer
     model = SmallNet()
     adapt(model, ["dense"], Squared(), show=False)
     with pytest.raises(
-        UserError, match=r"of dense is none of the weight alone, .* code that reads a weight would miss it"
+        UserError, match=r"of dense is not a change of the weight alone, .* code that reads a weight would miss it"
     ):
         _ = model.dense.weight
 

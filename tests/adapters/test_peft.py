@@ -148,7 +148,7 @@ def test_what_a_folder_cannot_hold_is_named(tmp_path):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"is no PEFT folder with adapter_config.json and adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"is not a PEFT folder with adapter_config.json and adapter_model.safetensors"):
         load_peft(Net(), tmp_path)
     save_peft(trained(LoRA(rank=2)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

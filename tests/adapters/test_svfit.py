@@ -184,7 +184,7 @@ def test_a_file_holds_the_shifts_and_refuses_frames_that_come_out_differently(tm
         return left_OR.roll(1, 1), values_R, right_RI.roll(1, 0)
 
     monkeypatch.setattr("lightspan.adapters.svfit.frames", turned)
-    with pytest.raises(UserError, match=r"s.safetensors, 0: the singular vectors come out differently here"):
+    with pytest.raises(UserError, match=r"s.safetensors, 0: the singular vectors computed here differ"):
         load_adapter(nn.Sequential(linear(8, 8)), tmp_path / "s.safetensors", show=False)
 
 

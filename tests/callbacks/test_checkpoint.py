@@ -96,7 +96,7 @@ def test_it_loads_with_weights_only_and_says_who_wrote_it(make_trainer, net, bat
 
 
 def test_an_address_is_refused_as_folder():
-    with pytest.raises(UserError, match="dirpath='s3://bucket/x': whole files are promised on local"):
+    with pytest.raises(UserError, match="dirpath='s3://bucket/x': checkpoints can only be written safely to local"):
         Checkpoint(dirpath="s3://bucket/x")
 
 
@@ -259,7 +259,7 @@ class Payload:
 
 def test_code_hidden_in_a_file_does_not_run(tmp_path):
     torch.save({"state_dict": {}, "evil": Payload()}, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match="holds more than tensors and plain values, so it was not loaded"):
+    with pytest.raises(UserError, match="contains more than tensors and plain values, so it was not loaded"):
         WholeFileCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"weights_only=False .* could run code"):
         WholeFileCheckpointIO().load_checkpoint(tmp_path / "x.ckpt", weights_only=False)

@@ -260,7 +260,7 @@ def test_a_truncated_checkpoint_is_named(run_dir: Path) -> None:
 def test_a_checkpoint_with_foreign_objects_is_not_opened(run_dir: Path) -> None:
     torch.save({"state_dict": {}, "object": argparse.Namespace(a=1)}, run_dir / "checkpoints" / "last.ckpt")
     with pytest.raises(
-        UserError, match=r"not loaded and nothing in it ran \(Unsupported global: GLOBAL argparse.Namespace"
+        UserError, match=r"not loaded and no code in it was run \(Unsupported global: GLOBAL argparse.Namespace"
     ):
         run_export(run_dir, "--to", "safetensors")
 

@@ -175,13 +175,16 @@ def test_finished_runs_are_kept_torn_ones_done_again_and_other_settings_refused(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--grid", "10,5"], "--grid '10,5' must be whole numbers from 0 up that grow"),
+        (["--grid", "10,5"], "--grid '10,5' must be whole numbers from 0 up in ascending order"),
         (["--grid", "a"], "--grid 'a' must be whole numbers"),
         (["--grid", "5", "--threshold", "1.5"], "--threshold 1.5 must be above 0 and at most 1"),
         (["--grid", "5", "--workers", "0"], "--workers 0 must be at least 1"),
         (["--grid", "5", "--lrs", "0.1,-1"], "--lrs '0.1,-1' must be different numbers above 0"),
         (["--grid", "5", "--lrs", "0.1", "--lr-key", "a.b"], "no such key; name it with --lr-key, for example model."),
-        (["--grid", "5", "--metric", "val/f1"], "'val/f1' is nothing that validation of tiny logs; it logs val/loss"),
+        (
+            ["--grid", "5", "--metric", "val/f1"],
+            "'val/f1' is not logged by the validation of tiny logs; it logs val/loss",
+        ),
         (["--grid", "5,16"], "--grid ends at 16, and tiny trains 15 weights"),
         (["--grid", "5", "--projection", "lightspan.nope.X"], "intrinsic_dimension.init_args.projection"),
     ],

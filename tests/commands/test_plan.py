@@ -184,7 +184,7 @@ def test_a_step_without_a_loss_is_refused(tmp_path: Path) -> None:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
             return None
 
-    with pytest.raises(UserError, match=r"Skipping.training_step gave no loss for the first batch"):
+    with pytest.raises(UserError, match=r"Skipping.training_step returned no loss for the first batch"):
         planned(tmp_path, Skipping())
 
 

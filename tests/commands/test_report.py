@@ -156,7 +156,7 @@ def test_picture_is_a_png_of_150_dots_per_inch(make_run: MakeRun, tmp_path: Path
     ("prepare", "message"),
     [
         (lambda folder: None, r"run folder '.*/x' does not exist; name the folder in which `lightspan fit` wrote"),
-        (lambda folder: folder.mkdir(), r"'.*/x' is no run folder: it has no metrics.jsonl"),
+        (lambda folder: folder.mkdir(), r"'.*/x' is not a run folder: it has no metrics.jsonl"),
         (lambda folder: folder.write_text(""), r"run folder '.*/x' is a file"),
     ],
 )

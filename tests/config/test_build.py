@@ -147,7 +147,7 @@ def test_a_resolved_file_is_not_trusted(tmp_path):
     (tmp_path / "resolved.yaml").write_text(dump(tiny().document()))
     with pytest.raises(UserError, match=r"tiny_lab\.parts\.Tiny is outside the allowed modules"):
         load_resolved(tmp_path)
-    with pytest.raises(UserError, match=r"is no run folder: it has no resolved\.yaml"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no resolved\.yaml"):
         load_resolved(tmp_path / "elsewhere")
 
 

@@ -99,5 +99,5 @@ def test_gradients_are_those_of_finite_differences():
 def test_a_label_of_an_older_task_is_named():
     image, text, label, current = batch()
     label[2] = 0
-    with pytest.raises(UserError, match="label 0 is no class of the current task"):
+    with pytest.raises(UserError, match="label 0 is not a class of the current task"):
         current_class_text_loss(image, text, label, current, 1.0)

@@ -75,5 +75,7 @@ def test_gradients_are_those_of_the_formulas() -> None:
 
 @pytest.mark.parametrize("teacher", [[], [torch.zeros(2)], [torch.zeros(2), torch.zeros(2)]])
 def test_features_that_do_not_pair_are_refused(teacher: list[torch.Tensor]) -> None:
-    with pytest.raises(UserError, match=r"student features .* and teacher features .* must be as many and alike"):
+    with pytest.raises(
+        UserError, match=r"student features .* and teacher features .* must be equal in number and shape"
+    ):
         feature_distillation([torch.zeros(3)] if teacher else [], teacher)

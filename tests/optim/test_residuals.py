@@ -126,7 +126,7 @@ def test_a_step_of_zeros_does_not_count_for_the_limiter(residual):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_leaves_the_limiter_finite(value):
-    """With check_finite=False a step goes on regardless; the limiter must serve the matrix afterwards."""
+    """With check_finite=False a step continues regardless; the limiter must serve the matrix afterwards."""
     for residual in RESCALING:
         gradient, frame, _, u = parts()
         state = residual.initial(LAYOUT)

@@ -35,7 +35,7 @@ class TextClassifier(Method):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, groups)
         if num_classes < 2:
-            raise UserError(f"num_classes={num_classes} leaves nothing to tell apart; it must be at least 2")
+            raise UserError(f"num_classes={num_classes} leaves nothing to classify; it must be at least 2")
         self.backbone = backbone
         self.head = nn.Linear(backbone.config.hidden_size, num_classes)
 

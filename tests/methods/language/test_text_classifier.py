@@ -100,7 +100,7 @@ def test_evaluation_logs_loss_and_accuracy_under_its_stage(monkeypatch) -> None:
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(UserError, match="num_classes=1 leaves nothing to tell apart"):
+    with pytest.raises(UserError, match="num_classes=1 leaves nothing to classify"):
         model(1)
 
 
