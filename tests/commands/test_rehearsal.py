@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightspan.commands import rehearsal
 from lightspan.config.build import Built
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
+from lightspan.planning import rehearsal
 from lightspan.planning.rehearsal import rehearse
 
 RECIPE = str(Path(__file__).parents[1] / "tiny_project" / "tiny.yaml")
