@@ -45,7 +45,8 @@ def entries(value: Any, path: Entry = ()) -> Iterator[Entry]:
 _SCORES = r"best_model_score|current_score|kth_best_model_path"  # found again from the ranked files
 MAY_BE_TAKEN = {
     "fit": rf"loops\.(validate|test|predict)_loop\..*|callbacks\.RunSummary\.metrics\..*"
-    rf"|callbacks\.Checkpoint.*\.({_SCORES}|keeps_only|deferred)|lightspan\.trained",
+    rf"|callbacks\.Checkpoint.*\.({_SCORES}|keeps_only|deferred)|lightspan\.trained"
+    r"|optimizer_states\.0\.param_groups\.0\.(foreach|fused)",  # None here, so that anything may be a setting
     "validate": r"loops\.(fit|test|predict)_loop\..*|(optimizer_states|lr_schedulers)\.0\..*"
     r"|lightspan\.random_states\..*|lightspan\.trained"
     r"|callbacks\.RunSummary\.step_ms",
