@@ -15,7 +15,7 @@ PACKAGES = {
     "framework": "lightspan",
 }
 
-GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns"}  # "" is `import lightspan` itself
+GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns", "results", "tensor_files"}  # "" is `import lightspan` itself
 # Floor -> the other floors it may use. The command line and what it is made of (TOP) may use all.
 MAY_USE: dict[str, set[str]] = {
     "devices": set(),
@@ -24,6 +24,8 @@ MAY_USE: dict[str, set[str]] = {
     "files": set(),
     "distributed": set(),
     "patterns": set(),
+    "results": set(),
+    "tensor_files": set(),
     "triton_kernels": set(),
     "subspaces": {"triton_kernels"},
     "optim": {"subspaces", "triton_kernels"},
@@ -32,6 +34,9 @@ MAY_USE: dict[str, set[str]] = {
     "nn": set(),
     "backbones": {"nn"},
     "analysis": {"subspaces"},
+    "features": {"analysis", "checkpoints", "nn"},
+    "estimators": {"analysis", "features", "subspaces"},
+    "merging": {"checkpoints", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),
     "loggers": set(),
