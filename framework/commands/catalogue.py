@@ -7,9 +7,10 @@ from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, file
 from lightspan.config import recipes
+from lightspan.config.check import kind_of
 from lightspan.config.merge import explain
 from lightspan.config.problems import nearest
-from lightspan.config.resolve import merged, resolve
+from lightspan.config.resolve import ANY_KIND, merged, resolve, verb_for
 from lightspan.config.tree import COMMAND_LINE, dotted, dump, plain, read, walk
 from lightspan.errors import UserError, printable
 
@@ -69,7 +70,7 @@ def run_show(args: argparse.Namespace) -> int:
         print(printable("\n".join(lines)))
         return 0
     if args.resolved:
-        resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+        resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ANY_KIND)
         print_notes(resolved.notes)
         print(dump(resolved.document()), end="")
         return 0
@@ -100,8 +101,9 @@ def run_copy(args: argparse.Namespace) -> int:
     text = source.read_text(encoding="utf-8")
     if bases := _relative_bases(source):
         raise UserError(f"{source} builds on {', '.join(bases)} beside it; a copy elsewhere would not find it")
+    verb = verb_for(kind_of(merged(args.recipe, (), ())[1].value))
     write_atomic(target, text)
-    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan fit {target}")
+    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb} {target}")
     return 0
 
 
@@ -122,7 +124,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ANY_KIND)
     print_notes(resolved.notes)
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
     print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")
