@@ -194,7 +194,8 @@ class _Checker:
             known = signature_of(found) if isinstance(found, Definition) else None
             if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
                 wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
-                self.say(class_node, (*path, "class_path"), f"must be a {wanted}, and {class_path} is none")
+                article = "an" if wanted[0] in "AEIO" else "a"
+                self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, and {class_path} is none")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return
