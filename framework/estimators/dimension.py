@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightspan.analysis.dimension import neighbour_ratios, two_nn_fit, two_nn_likelihood
+from lightspan.analysis.dimension import fitted_dimension, likeliest_dimension, neighbour_ratios
 from lightspan.analysis.spectra import (
     effective_rank,
     energy_shares,
@@ -58,6 +58,8 @@ class TwoNN(Estimator):
     def __init__(
         self, rule: Literal["likelihood", "fit"] = "likelihood", discard: float = 0.1, most: int = 20_000
     ) -> None:
+        if not 0 <= discard < 1:
+            raise UserError(f"TwoNN discard={discard} must be at least 0 and below 1")
         if most < 3:
             raise UserError(f"TwoNN most={most} must be at least 3: each point needs two neighbours")
         self.rule, self.discard, self.most = rule, discard, most
@@ -68,7 +70,7 @@ class TwoNN(Estimator):
         if len(x_ND) > self.most:
             x_ND = x_ND[torch.linspace(0, len(x_ND) - 1, self.most, dtype=torch.float64).round().long()]
         mu_N = neighbour_ratios(x_ND)
-        value = two_nn_likelihood(x_ND) if self.rule == "likelihood" else two_nn_fit(x_ND, self.discard)
+        value = likeliest_dimension(mu_N) if self.rule == "likelihood" else fitted_dimension(mu_N, self.discard)
         if not value.isfinite():
             raise UserError(
                 f"TwoNN: all {len(mu_N)} points have two neighbours equally far away, as on a lattice, so distances "

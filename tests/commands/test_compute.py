@@ -106,20 +106,26 @@ BANK = ESTIMATOR["inputs"]["bank"]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (wrong(ESTIMATOR, "trainer", {"max_steps": 1}), "trainer: unknown key; allowed here: seed_everything, estimator"),
+        (
+            wrong(ESTIMATOR, "trainer", {"max_steps": 1}),
+            "trainer: unknown key; allowed here: seed_everything, estimator",
+        ),
         (wrong(ESTIMATOR, "estimator", None), "estimator: missing; a recipe names its estimator with class_path"),
         (wrong(ESTIMATOR, "estimator", {"class_path": "os.system"}), "os.system is outside the allowed modules"),
         (
             wrong(ESTIMATOR, "estimator", {"class_path": "torch.nn.Linear"}),
             "must be an Estimator, and torch.nn.Linear is none",
         ),
-        (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l3": 1}}), "did you mean l2"),
+        (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l3": 1}}), "LinearProbe takes: l2, max_iterations"),
         (wrong(ESTIMATOR, "inputs", {"bank": {"class_path": "torch.nn.Linear"}}), "must be an Input"),
         (wrong(ESTIMATOR, "inputs", BANK), "give the entry a name"),
         (wrong(ESTIMATOR, "inputs", [1]), "must be a mapping of a name"),
         (wrong(ESTIMATOR, "checkpoints", {}), "checkpoints: unknown key"),
         (wrong(MERGER, "checkpoints", ["a"]), "must be a mapping of names of your choice to paths"),
-        (wrong(MERGER, "checkpoints", {"a": 1}), "must be the path of a run folder, a .ckpt or a safetensors file, got 1"),
+        (
+            wrong(MERGER, "checkpoints", {"a": 1}),
+            "must be the path of a run folder, a .ckpt or a safetensors file, got 1",
+        ),
         (wrong(MERGER, "merger", {"class_path": "lightspan.merging.merger.merge"}), "is a function"),
         (wrong(MERGER, "merger", {"class_path": "lightspan.merging.weights.Path"}), "outside the allowed modules"),
     ],
