@@ -51,7 +51,9 @@ def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, about in rows:
         table.add_row(f"[cyan]{name}[/cyan]", *(str(about.get(column, "")) for column in columns))
     Console().print(table)
-    print("\nlightspan show NAME tells more, lightspan fit NAME runs one.")
+    print(
+        "\nlightspan show NAME tells more, lightspan fit NAME trains one, lightspan run NAME computes what is not trained."
+    )
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:

@@ -128,7 +128,7 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
                 raise UserError(f"{resolved.name} does not build: {message}")
             self.parser.add_instantiator(construct, object, subclasses=True)
 
-    with _blamed(resolved, refused):
+    with _blamed(resolved, refused, "the Trainer refuses its settings"):
         builder = Builder(
             args=config,
             run=False,
@@ -162,7 +162,7 @@ def _instantiate_part(key: str, kind: type, value: dict[str, Any], resolved: Res
 
     seed_everything(int(resolved.config.get("seed_everything", 0)), verbose=False)
     refused: list[tuple[type, Exception]] = []
-    with _blamed(resolved, refused):
+    with _blamed(resolved, refused, f"{resolved.name} does not build"):
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument(f"--{key}", type=kind)
         nested: Any = value
@@ -189,7 +189,7 @@ def _constructor(refused: list[tuple[type, Exception]], instead: dict[type, type
 
 
 @contextlib.contextmanager
-def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]]) -> Iterator[None]:
+def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint: str) -> Iterator[None]:
     """Turns what a typed builder raises into one UserError that names the key it comes from."""
     import argparse
 
@@ -206,7 +206,7 @@ def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]]) -> Iterat
             raise
         if isinstance(first := first_cause(error), UserError):  # of a function, which is called without `construct`
             raise UserError(f"{resolved.name} does not build: {first}") from error
-        raise UserError(f"the Trainer refuses its settings: {error}") from error
+        raise UserError(f"{complaint}: {error}") from error
 
 
 @contextlib.contextmanager

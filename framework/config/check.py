@@ -107,6 +107,9 @@ class _Checker:
             self.trainer(trainer)
         if (inputs := root.child("inputs")) is not None and kind == "estimator":
             self.keyed(inputs, ("inputs",))
+            for name in inputs.value if isinstance(inputs.value, dict) else ():
+                if not str(name).isidentifier():
+                    self.say(inputs, ("inputs", name), "must be a name that `fit` can take: letters, digits and _")
         if kind == "merger":
             self.checkpoints(root)
         for key in dict.fromkeys((kind, "data")):

@@ -1,10 +1,10 @@
 """The feature store: what an encoder makes of a data set, computed once and read from disk ever after.
 
-An entry is a folder named by the sha256 of its key: `features.safetensors` with the tensors `features`, `index` and,
-where there are any, `label`, sorted by index, and COMPLETE, the manifest of a checkpoint folder with the key in it. It
-appears whole or not at all; while it is computed, each rank puts what it has into parts beside it, and a computation
-that was cut off goes on from those. A changed key is another entry, so an entry is never stale; to make room, delete
-any folder.
+Each key has a folder, named by its sha256. In it, `entry` holds `features.safetensors` with the tensors `features`,
+`index` and, where there are any, `label`, sorted by index, and COMPLETE, the manifest of a checkpoint folder with the
+key in it. It appears whole or not at all; while it is computed, each rank puts what it has into `parts` beside it, and
+a computation that was cut off goes on from those. A changed key is another folder, so an entry is never stale; to make
+room, delete any of them.
 
 Shapes: N samples, B samples of a batch, D features.
 """
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from lightspan.files import atomic_path, expanded, explained_os_errors, make_fol
 from lightspan.tensor_files import Form, write_tensors
 
 SETTING = "--features"
-CONTENT, PARTS = "features.safetensors", ".parts"
+ENTRY, CONTENT, PARTS, LOCK = "entry", "features.safetensors", "parts", "lock"
 PART_BYTES = 2**26  # in memory before they are written
 ROWS_AT_A_TIME = 4096
 GIB = 2**30
@@ -62,7 +62,7 @@ class FeatureStore:
 
     def entry(self, key: Mapping[str, Any]) -> Path:
         """Where the features of a key are, or would be; a key is plain data."""
-        return self.folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]
+        return self.folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40] / ENTRY
 
     def holds(self, key: Mapping[str, Any]) -> bool:
         """Whether the entry is there and whole."""
@@ -81,7 +81,7 @@ class FeatureStore:
         """
         with self._alone(key):
             if not first_rank_says(lambda: self.holds(key)):
-                parts = self._parts(key)
+                parts = self.entry(key).with_name(PARTS)
                 with together("compute features"):
                     self._compute(parts, compute)
                 with together("write features"):
@@ -151,24 +151,22 @@ class FeatureStore:
         key_text = json.dumps((manifest(entry) or {}).get("key"), sort_keys=True)
         return Features(columns["features"], columns.get("label"), columns["index"], key_text)
 
-    def _parts(self, key: Mapping[str, Any]) -> Path:
-        entry = self.entry(key)
-        return entry.with_name(entry.name + PARTS)
-
     @contextmanager
     def _alone(self, key: Mapping[str, Any]) -> Iterator[None]:
         """Holds the entry for the ranks of one run; another run that wants it too waits, and then finds it."""
-        lock: Any = nullcontext()
-        with together("open the feature store"):
-            if rank() == 0:
-                make_folder(self.folder, SETTING)
-                lock = FileLock(self.folder / f"{self.entry(key).name}.lock")
-        with explained_os_errors(self.folder, "lock", setting=SETTING), lock:
-            if rank() == 0:
-                remove_leftovers(self.folder)
-                if self._parts(key).is_dir():
-                    remove_leftovers(self._parts(key))
+        folder = self.entry(key).parent
+        lock = FileLock(folder / LOCK)
+        try:
+            with together("open the feature store"):
+                if rank() == 0:
+                    make_folder(folder, SETTING)
+                    with explained_os_errors(folder, "lock", setting=SETTING):
+                        lock.acquire()
+                    remove_leftovers(folder)
+                    remove_leftovers(folder / PARTS)
             yield
+        finally:
+            lock.release()
 
 
 def _require_rows(rows: Rows) -> None:

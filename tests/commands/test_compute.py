@@ -118,6 +118,7 @@ BANK = ESTIMATOR["inputs"]["bank"]
         ),
         (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l3": 1}}), "LinearProbe takes: l2, max_iterations"),
         (wrong(ESTIMATOR, "inputs", {"bank": {"class_path": "torch.nn.Linear"}}), "must be an Input"),
+        (wrong(ESTIMATOR, "inputs", {"a.b": BANK}), "must be a name that `fit` can take"),
         (wrong(ESTIMATOR, "inputs", BANK), "give the entry a name"),
         (wrong(ESTIMATOR, "inputs", [1]), "must be a mapping of a name"),
         (wrong(ESTIMATOR, "checkpoints", {}), "checkpoints: unknown key"),
