@@ -51,9 +51,7 @@ def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, about in rows:
         table.add_row(f"[cyan]{name}[/cyan]", *(str(about.get(column, "")) for column in columns))
     Console().print(table)
-    print(
-        "\nlightspan show NAME tells more, lightspan fit NAME trains one, lightspan run NAME computes what is not trained."
-    )
+    print("\nlightspan show NAME tells more, lightspan fit NAME trains one; lightspan run NAME if it does not train.")
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
