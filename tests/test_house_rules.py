@@ -14,7 +14,7 @@ PACKAGES = {
 }
 
 # "" is `import lightspan` itself
-GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns", "sharded"}
+GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns", "results", "sharded", "tensor_files"}
 # Floor -> the other floors it may use. The command line and what it is made of (TOP) may use all.
 MAY_USE: dict[str, set[str]] = {
     "devices": set(),
@@ -24,6 +24,8 @@ MAY_USE: dict[str, set[str]] = {
     "distributed": set(),
     "patterns": set(),
     "sharded": set(),
+    "results": set(),
+    "tensor_files": set(),
     "triton_kernels": set(),
     "subspaces": {"triton_kernels"},
     "optim": {"subspaces", "triton_kernels"},
@@ -32,6 +34,9 @@ MAY_USE: dict[str, set[str]] = {
     "nn": set(),
     "backbones": {"nn"},
     "analysis": {"subspaces"},
+    "features": {"analysis", "checkpoints", "nn"},
+    "estimators": {"analysis", "features", "subspaces"},
+    "merging": {"checkpoints", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),
     "loggers": set(),

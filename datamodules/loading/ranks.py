@@ -1,4 +1,4 @@
-"""What a rank of a trainer loads: its part of each batch follows from the trainer alone."""
+"""What a rank loads: its part of each batch follows from the trainer alone, without one from the process group."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader, split_batch
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.workers import Dataset
+from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 
 
@@ -18,9 +19,9 @@ def say(line: str) -> None:
 
 
 def data_rank(trainer: Trainer | None) -> tuple[int, int]:
-    """(rank, world_size) among the ranks that see different data; (0, 1) without a trainer."""
+    """(rank, world_size) among the ranks that see different data; without a trainer those of the process group."""
     if trainer is None:
-        return 0, 1
+        return rank(), world_size()
     # A strategy that also splits the model has fewer data ranks than processes, and says so here.
     replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
     return replicas["rank"], replicas["num_replicas"]
@@ -43,9 +44,9 @@ def train_loader(
     order: Order | None = None,
 ) -> ExactLoader:
     """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks."""
-    rank, world_size = data_rank(trainer)
+    own, ranks = data_rank(trainer)
     if trainer is None:
-        return ExactLoader(dataset, batch_size, seed, num_workers=num_workers, order=order)
+        return ExactLoader(dataset, batch_size, seed, own, ranks, num_workers=num_workers, order=order)
     if overfit := trainer.overfit_batches:  # type: ignore[attr-defined]  # a connector of the trainer sets it
         raise UserError(
             f"trainer.overfit_batches={overfit} would see other samples each epoch, since the order is "
@@ -55,8 +56,8 @@ def train_loader(
         dataset,
         batch_size,
         seed,
-        rank,
-        world_size,
+        own,
+        ranks,
         trainer.accumulate_grad_batches,
         num_workers,
         trainer.limit_train_batches,

@@ -19,18 +19,26 @@ from lightspan.errors import UserError
 
 
 def two_nn_likelihood(points_ND: Tensor) -> Tensor:
+    """`likeliest_dimension` of the points' ratios. Raises: UserError as `neighbour_ratios`."""
+    return likeliest_dimension(neighbour_ratios(points_ND))
+
+
+def likeliest_dimension(mu_N: Tensor) -> Tensor:
     """The dimension that makes the ratios likeliest, freed of its bias: (N - 1) / sum log mu, 0-d float64.
 
     d / N times the sum of the logarithms is a Gamma variable of shape N, so the relative standard error is
     1 / sqrt(N - 2). Infinite when all ratios are 1, as on a lattice.
-
-    Raises: UserError as `neighbour_ratios`.
     """
-    mu_N = neighbour_ratios(points_ND)
     return (len(mu_N) - 1) / mu_N.log().sum()
 
 
 def two_nn_fit(points_ND: Tensor, discard: float = 0.1) -> Tensor:
+    """`fitted_dimension` of the points' ratios. Raises: UserError as `neighbour_ratios`, and for `discard`."""
+    _require_share(discard)
+    return fitted_dimension(neighbour_ratios(points_ND), discard)
+
+
+def fitted_dimension(mu_N: Tensor, discard: float = 0.1) -> Tensor:
     """Slope of the line through the origin and (log mu_i, -log(1 - i / N)), mu rising (section 2 of the paper), 0-d.
 
     The largest ratios come from points whose density changes, and are noisy: `discard` of them have no say. With it the
@@ -38,11 +46,10 @@ def two_nn_fit(points_ND: Tensor, discard: float = 0.1) -> Tensor:
 
     Args:
         discard: share in [0, 1) of the largest ratios left out; the last one always is, since its ordinate is infinite.
-    Raises: UserError as `neighbour_ratios`, and for `discard` out of range.
+    Raises: UserError for `discard` out of range.
     """
-    if not 0 <= discard < 1:
-        raise UserError(f"TwoNN discard={discard} must be at least 0 and below 1; the paper takes 0.1")
-    mu_N = neighbour_ratios(points_ND).sort().values
+    _require_share(discard)
+    mu_N = mu_N.sort().values
     count = len(mu_N)
     kept = min(count - 1, max(1, round(count * (1 - discard))))
     share_N = torch.arange(1, kept + 1, dtype=mu_N.dtype, device=mu_N.device) / count
@@ -74,3 +81,8 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
         _, first_Q, second_Q = distance_QN.topk(3, largest=False).values.unbind(dim=1)  # each is its own nearest
         ratios.append(second_Q / first_Q)
     return torch.cat(ratios)
+
+
+def _require_share(discard: float) -> None:
+    if not 0 <= discard < 1:
+        raise UserError(f"TwoNN discard={discard} must be at least 0 and below 1; the paper takes 0.1")

@@ -7,6 +7,7 @@ images). Shapes: N, M rows, D features, R directions.
 import torch
 from torch import Tensor
 
+from lightspan.analysis.moments import Moments
 from lightspan.errors import UserError
 from lightspan.subspaces.svd import thin_svd
 
@@ -25,7 +26,7 @@ def principal_directions(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), >= 0, with unbiased covariances; 0 for equal moments.
+    """`gaussian_distance` of the two sets' means and unbiased covariances; 0 for equal moments.
 
     Small sets look farther apart than they are: compare only distances of equally large sets.
 
@@ -34,13 +35,18 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     _require_finite(a_ND, b_MD)
     if min(len(a_ND), len(b_MD)) < 2 or a_ND.shape[1] != b_MD.shape[1]:
         raise UserError(f"sets of {list(a_ND.shape)} and {list(b_MD.shape)} need at least 2 rows and equal width")
-    a_ND, b_MD = a_ND.double(), b_MD.double()
-    c_a_DD, c_b_DD = (torch.atleast_2d(rows.T.cov()) for rows in (a_ND, b_MD))
+    a, b = Moments.of(a_ND), Moments.of(b_MD)
+    return gaussian_distance(a.mean_CD[0], a.covariance(), b.mean_CD[0], b.covariance())
+
+
+def gaussian_distance(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), >= 0, in float64."""
+    mean_a_D, cov_a_DD, mean_b_D, cov_b_DD = (x.double() for x in (mean_a_D, cov_a_DD, mean_b_D, cov_b_DD))
     # tr (C_a C_b)^1/2 from the symmetric product A C_b A with A = C_a^1/2, whose eigenvalues are real.
-    values_D, vectors_DD = torch.linalg.eigh(c_a_DD)
+    values_D, vectors_DD = torch.linalg.eigh(cov_a_DD)
     root_DD = vectors_DD * values_D.clamp_min(0).sqrt() @ vectors_DD.T
-    cross = torch.linalg.eigvalsh(root_DD @ c_b_DD @ root_DD).clamp_min(0).sqrt().sum()
-    distance = (a_ND.mean(dim=0) - b_MD.mean(dim=0)).square().sum() + c_a_DD.trace() + c_b_DD.trace() - 2 * cross
+    cross = torch.linalg.eigvalsh(root_DD @ cov_b_DD @ root_DD).clamp_min(0).sqrt().sum()
+    distance = (mean_a_D - mean_b_D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * cross
     return float(distance.clamp_min(0))
 
 

@@ -22,9 +22,14 @@ def linear_probe_accuracy(
 
     Raises: UserError as `fit_linear_probe`, and for no test row.
     """
-    if not len(test_MD):
-        raise UserError("linear probe got no test row; give it at least one validation sample")
+    _require_rows(test_MD)
     weight_DC, bias_C = fit_linear_probe(train_ND, train_labels_N, l2, max_iterations)
+    return linear_accuracy(weight_DC, bias_C, test_MD, test_labels_M)
+
+
+def linear_accuracy(weight_DC: Tensor, bias_C: Tensor, test_MD: Tensor, test_labels_M: Tensor) -> float:
+    """Share of the rows whose class has the largest score, in [0, 1]. Raises: UserError for no row, or NaN in one."""
+    _require_rows(test_MD)
     _require_finite(test_MD)
     predicted_M = (test_MD.to(weight_DC.dtype) @ weight_DC + bias_C).argmax(dim=1)
     return (predicted_M == test_labels_M).double().mean().item()
@@ -57,7 +62,8 @@ def fit_linear_probe(
 
 def _fit(x_ND: Tensor, labels_N: Tensor, l2: float, max_iterations: int) -> tuple[Tensor, Tensor]:
     _require_finite(x_ND)
-    mean_D, std_D = x_ND.mean(dim=0), x_ND.std(dim=0, correction=0)
+    mean_D = x_ND.mean(dim=0)
+    std_D = (x_ND - mean_D).square().mean(dim=0).sqrt()
     # A constant feature has a deviation of rounding errors, not of zero: dividing by it would make noise the signal.
     scale_D = torch.where(std_D > 1e-7 * x_ND.abs().amax(dim=0).clamp_min(1e-30), 1 / std_D, torch.zeros_like(std_D))
     x_ND = (x_ND - mean_D) * scale_D
@@ -83,6 +89,11 @@ def _fit(x_ND: Tensor, labels_N: Tensor, l2: float, max_iterations: int) -> tupl
     optimizer.step(objective)
     weight_DC = weight_DC.detach() * scale_D[:, None]
     return weight_DC, bias_C.detach() - mean_D @ weight_DC
+
+
+def _require_rows(test_MD: Tensor) -> None:
+    if not len(test_MD):
+        raise UserError("linear probe got no test row; give it at least one validation sample")
 
 
 def _require_finite(x_ND: Tensor) -> None:

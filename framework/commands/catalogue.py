@@ -7,9 +7,10 @@ from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, file
 from lightspan.config import recipes
+from lightspan.config.check import kind_of
 from lightspan.config.merge import explain
 from lightspan.config.problems import nearest
-from lightspan.config.resolve import merged, resolve
+from lightspan.config.resolve import ANY_KIND, merged, resolve, verb_for
 from lightspan.config.tree import COMMAND_LINE, dotted, dump, plain, read, walk
 from lightspan.errors import UserError, printable
 
@@ -50,7 +51,7 @@ def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, about in rows:
         table.add_row(f"[cyan]{name}[/cyan]", *(str(about.get(column, "")) for column in columns))
     Console().print(table)
-    print("\nlightspan show NAME tells more, lightspan fit NAME runs one.")
+    print("\nlightspan show NAME tells more, lightspan fit NAME trains one; lightspan run NAME if it does not train.")
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def run_show(args: argparse.Namespace) -> int:
         print(printable("\n".join(lines)))
         return 0
     if args.resolved:
-        resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+        resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ANY_KIND)
         print_notes(resolved.notes)
         print(dump(resolved.document()), end="")
         return 0
@@ -102,8 +103,9 @@ def run_copy(args: argparse.Namespace) -> int:
         raise UserError(
             f"{source} builds on {', '.join(bases)} in the same folder, which a copy elsewhere would not find"
         )
+    verb = verb_for(kind_of(merged(args.recipe, (), ())[1].value))
     write_atomic(target, text)
-    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan fit {target}")
+    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb} {target}")
     return 0
 
 
@@ -124,7 +126,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ANY_KIND)
     print_notes(resolved.notes)
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
     print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")

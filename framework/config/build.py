@@ -7,7 +7,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from lightspan.config import allow
 from lightspan.config.blame import blame, deepest_cause, first_cause
 from lightspan.config.resolve import (
     RESOLVED_FILE,
+    TRAINED,
     Resolved,
     load_resolved,
     refuse,
+    refuse_kind,
     resolve,
     with_layer,
     with_lists,
@@ -30,7 +32,7 @@ from lightspan.errors import UserError
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-__all__ = ["RESOLVED_FILE", "Built", "Resolved", "build", "load_resolved", "resolve", "with_layer"]
+__all__ = ["RESOLVED_FILE", "Built", "Resolved", "build", "build_parts", "load_resolved", "resolve", "with_layer"]
 
 # What Lightning says on every start, whatever the run: adverts, and hardware that the run summary records.
 _CHATTER = (
@@ -70,13 +72,31 @@ def build(resolved: Resolved, run_dir: Path | None = None) -> Built:
         run_dir: fills in `${run}`. None is for looking only: paths then point to a folder that is never made.
     Raises: UserError for whatever the configuration's author can mend.
     """
+    refuse_kind(resolved.kind, TRAINED, resolved.name)
+    with _gated(resolved, with_lists(resolved.config), run_dir) as config:
+        return _instantiate(config, resolved)
+
+
+def build_parts(resolved: Resolved, run_dir: Path | None = None) -> dict[str, Any]:
+    """Seeds, with 0 where the recipe says nothing, then types and instantiates a recipe that trains nothing.
+
+    Returns: `estimator` and `inputs`, the latter by name; or `merger` and `checkpoints`, paths by name.
+    Raises: UserError as `build`.
+    """
+    with _gated(resolved, resolved.config, run_dir) as config:
+        return _instantiate_parts(config, resolved)
+
+
+@contextlib.contextmanager
+def _gated(resolved: Resolved, config: dict[str, Any], run_dir: Path | None) -> Iterator[dict[str, Any]]:
+    """The configuration with its run folder filled in; inside, nothing else than what it may name is imported."""
     calm()
     # Asked again, for a Resolved need not come from `resolve`.
     refuse(allow.gate(wrap(resolved.config, resolved.name), resolved.allow_modules), resolved.name)
     folder = run_dir if run_dir is not None else Path(tempfile.gettempdir()) / "lightspan-unwritten"
-    config = with_run_folder(with_lists(resolved.config), folder)
+    config = with_run_folder(config, folder)
     with _closed_imports(allow.importable(wrap(config, ""), resolved.allow_modules)):
-        return _instantiate(config, resolved)
+        yield config
 
 
 def calm() -> None:
@@ -88,9 +108,6 @@ def calm() -> None:
 
 
 def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
-    import argparse
-
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -98,14 +115,7 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
 
     register_ddp()
     refused: list[tuple[type, Exception]] = []
-
-    def construct(constructed: type, *arguments: Any, **settings: Any) -> Any:
-        try:
-            # However a recipe writes DDP, a resumed run has to sum as the straight one did.
-            return (DDP if constructed is DDPStrategy else constructed)(*arguments, **settings)
-        except Exception as error:
-            refused.append((constructed, error))  # jsonargparse would bury it in the complaints of a union
-            raise
+    construct = _constructor(refused, {DDPStrategy: DDP})  # however written: a resumed run sums as the straight one
 
     class Builder(LightningCLI):
         """LightningCLI on one dict: no command line, no environment, no configuration file of its own."""
@@ -118,7 +128,7 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
                 raise UserError(f"{resolved.name} does not build: {message}")
             self.parser.add_instantiator(construct, object, subclasses=True)
 
-    try:
+    with _blamed(resolved, refused, "the Trainer refuses its settings"):
         builder = Builder(
             args=config,
             run=False,
@@ -128,6 +138,65 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
             seed_everything_default=False,
             parser_kwargs={"exit_on_error": False},
         )
+    return Built(builder.trainer, builder.model, builder.datamodule)
+
+
+def _instantiate_parts(config: dict[str, Any], resolved: Resolved) -> dict[str, Any]:
+    """Each part starts from the seed, so that inputs which say the same of an encoder get the same random weights."""
+    from lightspan.estimators.estimator import Estimator
+    from lightspan.features.features import Input
+    from lightspan.merging.merger import Merger
+
+    parts: dict[str, Any] = {}
+    for key, kind in {"estimator": Estimator, "merger": Merger}.items():
+        if key in config:
+            parts[key] = _instantiate_part(key, kind, config[key], resolved)
+    for name, value in (config.get("inputs") or {}).items():
+        parts.setdefault("inputs", {})[name] = _instantiate_part(f"inputs.{name}", Input, value, resolved)
+    return parts | {key: config[key] for key in ("checkpoints",) if key in config}
+
+
+def _instantiate_part(key: str, kind: type, value: dict[str, Any], resolved: Resolved) -> Any:
+    from jsonargparse import ArgumentParser
+    from lightning.fabric.utilities.seed import seed_everything
+
+    seed_everything(int(resolved.config.get("seed_everything", 0)), verbose=False)
+    refused: list[tuple[type, Exception]] = []
+    with _blamed(resolved, refused, f"{resolved.name} does not build"):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument(f"--{key}", type=kind)
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        parsed = parser.parse_object(nested)
+        for message in allow.foreign(parsed, resolved.allow_modules):
+            raise UserError(f"{resolved.name} does not build: {message}")
+        parser.add_instantiator(_constructor(refused, {}), object, subclasses=True)
+        return parser.instantiate_classes(parsed)[key]
+
+
+def _constructor(refused: list[tuple[type, Exception]], instead: dict[type, type]) -> Callable[..., Any]:
+    """How a parser makes objects: some classes by others, and what a constructor raises is added to `refused`."""
+
+    def construct(constructed: type, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return instead.get(constructed, constructed)(*arguments, **settings)
+        except Exception as error:
+            refused.append((constructed, error))  # jsonargparse would bury it in the complaints of a union
+            raise
+
+    return construct
+
+
+@contextlib.contextmanager
+def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint: str) -> Iterator[None]:
+    """Turns what a typed builder raises into one UserError that names the key it comes from."""
+    import argparse
+
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
     except argparse.ArgumentError as error:
         raise UserError(f"{resolved.name} does not build: {deepest_cause(str(error), resolved)}") from error
     except Exception as error:
@@ -137,8 +206,7 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
             raise
         if isinstance(first := first_cause(error), UserError):  # of a function, which is called without `construct`
             raise UserError(f"{resolved.name} does not build: {first}") from error
-        raise UserError(f"the Trainer refuses its settings: {error}") from error
-    return Built(builder.trainer, builder.model, builder.datamodule)
+        raise UserError(f"{complaint}: {error}") from error
 
 
 @contextlib.contextmanager

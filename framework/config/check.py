@@ -7,7 +7,7 @@ the well-known ranges are told here; the rest meets the typed builder, and the c
 import ast
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +32,19 @@ from lightspan.config.signatures import Parameter, Signature, descends, signatur
 from lightspan.config.source import Definition, locate
 from lightspan.config.tree import KeyPath, Node, dotted, plain
 
-ROOT_KEYS = ("seed_everything", "trainer", "model", "data")
+RECIPES = {  # what a recipe is of, by the key that names its class -> the keys that it may have
+    "model": ("seed_everything", "trainer", "model", "data"),
+    "estimator": ("seed_everything", "estimator", "inputs"),
+    "merger": ("seed_everything", "merger", "checkpoints"),
+}
+ROOT_KEYS = tuple(dict.fromkeys(key for keys in RECIPES.values() for key in keys))
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 KINDS = {  # what stands where no annotation of ours says so
     "model": "lightning.pytorch.core.module.LightningModule",
     "data": "lightning.pytorch.core.datamodule.LightningDataModule",
+    "estimator": "lightspan.estimators.estimator.Estimator",
+    "inputs": "lightspan.features.features.Input",
+    "merger": "lightspan.merging.merger.Merger",
     "callbacks": "lightning.pytorch.callbacks.callback.Callback",
     "logger": "lightning.pytorch.loggers.logger.Logger",
 }
@@ -44,6 +52,11 @@ SCHEDULE = "torch.optim.lr_scheduler.LRScheduler"
 STEPS = ("total_steps", "total_iters", "T_max", "max_steps", "num_steps", "num_training_steps")  # of a whole run
 LONG_LIST = 15  # allowed names are listed up to here, or where no near name was found
 SPEC_KEYS = ("class_path", *CLASS_SETTINGS)
+
+
+def kind_of(keys: Container[str]) -> str:
+    """What a recipe with these keys at its root is of: "model", unless it names an "estimator" or a "merger"."""
+    return next((kind for kind in RECIPES if kind in keys and kind != "model"), "model")
 
 
 def find_problems(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
@@ -81,24 +94,45 @@ class _Checker:
         self.problems.append(Problem(node.where, dotted(path), message))
 
     def root(self, root: Node) -> None:
+        kind = kind_of(root.value)
+        allowed = RECIPES[kind]
         for key, node in root.value.items():
-            if key not in ROOT_KEYS:
-                self.say(node, (key,), f"unknown key; {nearest(key, ROOT_KEYS)}allowed here: {', '.join(ROOT_KEYS)}")
+            if key not in allowed:
+                self.say(node, (key,), f"unknown key; {nearest(key, allowed)}allowed here: {', '.join(allowed)}")
         seed = root.child("seed_everything")
         if seed is not None and (isinstance(seed.value, float | str | dict | list) or seed.value is None):
             self.say(seed, ("seed_everything",), f"must be a whole number, got {plain(seed)!r}")
         trainer = root.child("trainer")
         if trainer is not None:
             self.trainer(trainer)
-        for key in ("model", "data"):
-            node = root.child(key)
+        if (inputs := root.child("inputs")) is not None and kind == "estimator":
+            self.keyed(inputs, ("inputs",))
+            for name in inputs.value if isinstance(inputs.value, dict) else ():
+                if not str(name).isidentifier():
+                    self.say(inputs, ("inputs", name), "must be a name that `fit` can take: letters, digits and _")
+        if kind == "merger":
+            self.checkpoints(root)
+        for key in dict.fromkeys((kind, "data")):
+            node = root.child(key) if key in allowed else None
             if node is None or node.value is None:
-                if key == "model":
-                    self.say(root, ("model",), "missing; a recipe names its model with class_path and init_args")
+                if key == kind:
+                    self.say(root, (key,), f"missing; a recipe names its {key} with class_path and init_args")
             elif not isinstance(node.value, dict) or "class_path" not in node.value:
                 self.incomplete(node, (key,))
             else:
                 self.spec(node, (key,), 0, [KINDS[key]])
+
+    def checkpoints(self, root: Node) -> None:
+        node = root.child("checkpoints")
+        if node is None or not isinstance(node.value, dict) or not node.value:
+            self.say(
+                node or root, ("checkpoints",), "must be a mapping of names of your choice to paths of checkpoints"
+            )
+            return
+        for name, child in node.value.items():
+            if not isinstance(child.value, str) or not child.value:
+                message = "must be the path of a run folder, a .ckpt or a safetensors file"
+                self.say(child, ("checkpoints", name), f"{message}, got {plain(child)!r:.80}")
 
     def trainer(self, node: Node) -> None:
         if not isinstance(node.value, dict):
@@ -163,7 +197,8 @@ class _Checker:
             known = signature_of(found) if isinstance(found, Definition) else None
             if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
                 wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
-                self.say(class_node, (*path, "class_path"), f"must be a {wanted}, and {class_path} is none")
+                article = "an" if wanted[0] in "AEIO" else "a"
+                self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, and {class_path} is none")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.config import allow, recipes
-from lightspan.config.check import ROOT_KEYS, find_problems
+from lightspan.config.check import RECIPES, ROOT_KEYS, find_problems, kind_of
 from lightspan.config.flags import flag_layer
 from lightspan.config.merge import KEYED, merge_layers, without_removed
 from lightspan.config.moved import followed
@@ -20,6 +20,8 @@ from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk,
 from lightspan.errors import UserError
 
 RESOLVED_FILE = "resolved.yaml"
+TRAINED = ("model",)
+ANY_KIND = tuple(RECIPES)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Resolved:
     tree: Node = field(repr=False)
     allow_modules: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """What the recipe is of: "model", "estimator" or "merger"."""
+        return kind_of(self.config)
+
     def document(self) -> dict[str, Any]:
         """The content of resolved.yaml: `about` first, then the configuration."""
         return {"about": self.about, **self.config} if self.about else dict(self.config)
@@ -62,7 +69,11 @@ def merged(recipe: str, overlays: Sequence[str], flags: Sequence[str]) -> tuple[
 
 
 def resolve(
-    recipe: str, overlays: Sequence[str] = (), flags: Sequence[str] = (), allow_modules: Sequence[str] = ()
+    recipe: str,
+    overlays: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    allow_modules: Sequence[str] = (),
+    kinds: Sequence[str] = TRAINED,
 ) -> Resolved:
     """Merges and checks a recipe.
 
@@ -71,10 +82,12 @@ def resolve(
         overlays: names or paths, later wins.
         flags: `key.path=value`, after all overlays.
         allow_modules: top-level modules beyond the allow-list; also looked up in the current folder.
-    Raises: UserError naming every problem with its file and line.
+        kinds: of recipes that the caller can use, of `check.RECIPES`.
+    Raises: UserError naming every problem with its file and line, or for a recipe of another kind.
     """
     _open_modules(allow_modules)
     found, tree, notes = merged(recipe, overlays, flags)
+    refuse_kind(kind_of(tree.value), kinds, found.name)
     notes += allow.missing_modules(allow_modules)
     return _checked(tree, notes, found.about, found.name, tuple(allow_modules), recipes.label(found.path))
 
@@ -105,6 +118,7 @@ def load_resolved(run_dir: Path | str, allow_modules: Sequence[str] = ()) -> Res
     _open_modules(allow_modules)
     about = root.child("about")
     tree = Node({key: node for key, node in root.value.items() if key != "about"}, root.where)
+    refuse_kind(kind_of(tree.value), TRAINED, str(run_dir))
     return _checked(
         tree,
         allow.missing_modules(allow_modules),
@@ -127,6 +141,21 @@ def _checked(
         dotted(path): node.where for path, node in walk(clean) if path and not isinstance(node.value, dict | list)
     }
     return Resolved(ordered, notes, sources, about, name, tree, modules)
+
+
+def verb_for(kind: str) -> str:
+    """The verb of the command line that uses a recipe of this kind."""
+    return "fit" if kind in TRAINED else "run"
+
+
+def refuse_kind(kind: str, kinds: Sequence[str], name: str) -> None:
+    """Raises: UserError for a recipe that is of another kind than these."""
+    if kind not in kinds:
+        does = "trains" if kind in TRAINED else "does not train"
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise UserError(
+            f"{name} is the recipe of {article} {kind}, which {does}; `lightspan {verb_for(kind)}` takes it"
+        )
 
 
 def refuse(problems: Sequence[Problem | str], name: str) -> None:

@@ -18,6 +18,7 @@ from lightspan.errors import UserError
 from lightspan.report.curves import XY
 
 AXES = ("step", "time_s", "epoch")
+RESULT = "result.json"  # of a run that trains nothing
 METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES = (
     "metrics.jsonl",
     "summary.json",
@@ -99,6 +100,11 @@ def load_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"run folder {str(folder)!r} {what}; name the folder in which `lightspan fit` wrote {METRICS}")
+    if (folder / RESULT).is_file():
+        raise UserError(
+            f"{str(folder)!r} holds what `lightspan run` computed, and report sets training runs side by side; its figures "
+            f"are in {folder / RESULT}"
+        )
     if not (folder / METRICS).is_file():
         inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))
         hint = f"it holds the runs {', '.join(inside)}: name those" if inside else "name the folder that --run named"

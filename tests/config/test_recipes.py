@@ -4,7 +4,7 @@ import pytest
 
 from lightspan.config import recipes
 from lightspan.config.merge import merge_layers
-from lightspan.config.resolve import resolve
+from lightspan.config.resolve import ANY_KIND, resolve
 from lightspan.config.tree import plain
 from lightspan.errors import UserError
 
@@ -29,7 +29,8 @@ def test_the_catalogue_is_not_empty_and_every_recipe_says_what_it_is():
 
 @pytest.mark.parametrize("name", recipes.catalogue_names())
 def test_every_recipe_of_the_catalogue_passes_the_check(name):
-    assert resolve(name).config["model"]["class_path"].startswith("lightspan.")
+    resolved = resolve(name, kinds=ANY_KIND)
+    assert resolved.config[resolved.kind]["class_path"].startswith("lightspan.")
 
 
 def test_bases_lie_below_in_the_order_given(tmp_path):

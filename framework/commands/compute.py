@@ -1,0 +1,174 @@
+"""`lightspan run RECIPE`: what computes and does not train. An estimator gives a result, a merger a checkpoint."""
+
+import argparse
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.commands.catalogue import print_notes
+from lightspan.config.resolve import Resolved, resolve
+from lightspan.config.tree import dump
+from lightspan.errors import UserError, printable
+from lightspan.report.runs import METRICS, RESULT
+from lightspan.runs.folder import CHECKPOINTS, is_first_rank, run_folder, sole_use, write_run_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightspan.features.store import FeatureStore
+    from lightspan.merging.weights import Weights
+    from lightspan.results import Result
+
+PICTURE, TENSORS, MERGED = "picture.png", "result.safetensors", "merged.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
+    parser.add_argument(
+        "--features", type=folder, metavar="DIR", help="the feature store (default: ~/.cache/lightspan/features)"
+    )
+    parser.add_argument(
+        "--features-limit", type=float, default=64.0, metavar="GIB", help="largest entry of the store (default 64)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda",
+        help="where encoders compute (default: a GPU, if there is one)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything and say what would be computed; write nothing"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises: UserError for whatever the user can mend, before the run folder holds a result."""
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ("estimator", "merger"))
+    if args.dry_run:
+        print_notes(resolved.notes)
+        print(printable("\n".join(_outlook(args, resolved))))
+        return 0
+    run_dir = run_folder(args.run, resolved.name)
+    with sole_use(run_dir), _ranks():
+        _refuse_used(run_dir)
+        if is_first_rank():
+            print_notes(resolved.notes)
+            print(f"{resolved.name} -> {run_dir}", flush=True)
+        result = (_estimate if resolved.kind == "estimator" else _merge)(args, resolved, run_dir)
+        if is_first_rank():
+            _write(result, resolved, run_dir, args)
+    return 0
+
+
+def _estimate(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Result":
+    from lightspan.config.build import build_parts
+    from lightspan.estimators.estimator import require_inputs
+
+    parts = build_parts(resolved, run_dir)
+    inputs, store = parts.get("inputs") or {}, _store(args)
+    require_inputs(parts["estimator"], inputs)
+    loaded = {name: one.load(store) for name, one in inputs.items()}
+    result: Result = parts["estimator"].fit(**loaded)
+    return result
+
+
+def _merge(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Result":
+    from lightspan.config.build import build_parts
+    from lightspan.merging.merger import merge
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a merger works in one process; start it without a launcher")
+    parts = build_parts(resolved, run_dir)
+    record = {"recipe": resolved.name, "configuration": dump(resolved.config)}
+    return merge(parts["merger"], _weights(parts), run_dir / MERGED, record)
+
+
+def _outlook(args: argparse.Namespace, resolved: Resolved) -> list[str]:
+    """What a run would do, line by line."""
+    from lightspan.config.build import build_parts
+    from lightspan.estimators.estimator import require_inputs
+    from lightspan.merging.merger import outlook
+
+    parts = build_parts(resolved)
+    if resolved.kind == "merger":
+        lines = [
+            f"  {figure.name:<28} {_text(figure.value)} {figure.unit}".rstrip()
+            for figure in outlook(parts["merger"], _weights(parts)).figures()
+        ]
+    else:
+        inputs, store = parts.get("inputs") or {}, _store(args)
+        require_inputs(parts["estimator"], inputs)
+        lines = [f"  {name}: {one.outlook(store)}" for name, one in inputs.items()]
+    return [f"{resolved.name}: builds. Nothing was written.", *lines]
+
+
+def _weights(parts: dict[str, Any]) -> "dict[str, Weights]":
+    from lightspan.merging.weights import open_weights
+
+    return {name: open_weights(path) for name, path in parts["checkpoints"].items()}
+
+
+def _store(args: argparse.Namespace) -> "FeatureStore":
+    import torch
+
+    from lightspan.features.store import FeatureStore
+
+    device = args.device
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; take cpu or auto") from error
+    return FeatureStore(args.features, args.features_limit, device)
+
+
+@contextmanager
+def _ranks() -> "Iterator[None]":
+    """A process group where a launcher started several ranks. What they exchange lies on the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    from lightspan.distributed import leave
+
+    dist.init_process_group("gloo")
+    yield
+    leave()
+
+
+def _refuse_used(run_dir: Path) -> None:
+    used = next((name for name in (RESULT, METRICS, CHECKPOINTS) if (run_dir / name).exists()), None)
+    if used and is_first_rank():
+        raise UserError(f"{run_dir} already holds a run ({used}); give another --run DIR or delete that folder")
+
+
+def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.Namespace) -> None:
+    """Everything of the run, result.json last: where that is, the rest is whole."""
+    from lightspan.files import atomic_path, write_atomic
+    from lightspan.tensor_files import Form, write_tensors
+
+    write_run_files(resolved, run_dir, args, None)
+    written = [MERGED] if (run_dir / MERGED).exists() else []
+    if result.tensors:
+        forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in result.tensors.items()}
+        with atomic_path(run_dir / TENSORS) as temporary:
+            write_tensors(temporary, forms, result.tensors.items(), {"format": "pt", "recipe": resolved.name})
+        written.append(TENSORS)
+    if (picture := result.picture(str(resolved.about.get("title", resolved.name)))) is not None:
+        write_atomic(run_dir / PICTURE, picture)
+        written.append(PICTURE)
+    text = json.dumps({"recipe": resolved.name, **result.document()}, indent=1, allow_nan=False)
+    write_atomic(run_dir / RESULT, text + "\n")
+    for figure in result.figures():
+        print(printable(f"{figure.name:<32} {_text(figure.value)} {figure.unit}".rstrip()))
+    print(f"wrote {run_dir}: {', '.join([*written, RESULT])}")
+
+
+def _text(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

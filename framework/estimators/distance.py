@@ -1,0 +1,40 @@
+"""How far apart two sets of features are."""
+
+from dataclasses import dataclass
+
+from lightspan.analysis.frechet import gaussian_distance
+from lightspan.errors import UserError
+from lightspan.estimators.estimator import Estimator
+from lightspan.features.features import Features
+from lightspan.results import Figure, Result
+
+
+@dataclass(frozen=True)
+class Distance(Result):
+    """The distance of two sets, and how many rows each had: distances of small sets are too large."""
+
+    distance: float
+    first_rows: int
+    second_rows: int
+
+    def figures(self) -> tuple[Figure, ...]:
+        return (
+            Figure("Fréchet distance", self.distance),
+            Figure("rows of first", self.first_rows),
+            Figure("rows of second", self.second_rows),
+        )
+
+
+class FrechetDistance(Estimator):
+    """The Fréchet distance of two sets as Gaussians, from one pass over each and over all ranks."""
+
+    def fit(self, first: Features, second: Features) -> Distance:
+        """Raises: UserError for fewer than 2 rows, different widths, or features that are not finite."""
+        if first.rows().shape[1] != second.rows().shape[1]:
+            raise UserError(
+                f"FrechetDistance: {first.rows().shape[1]} features in first and {second.rows().shape[1]} in second; "
+                "take both from one encoder"
+            )
+        a, b = first.moments(), second.moments()
+        value = gaussian_distance(a.mean_CD[0], a.covariance(), b.mean_CD[0], b.covariance())
+        return Distance(value, a.count, b.count)

@@ -1,0 +1,205 @@
+"""Features as an input of a recipe: those of an encoder on a data set, or those in a file.
+
+Shapes: B samples of a batch, C H W image, T positions, D features.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.features.features import Features, Input
+from lightspan.features.identity import data_identity, module_identity
+from lightspan.features.ranks import digest_of_first_rank
+from lightspan.features.store import FeatureStore, Rows
+from lightspan.nn.taps import tapped
+
+Pool = Literal["none", "mean", "first"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Encoded(Input):
+    """What an encoder makes of each sample of a split, from the feature store, computed where it does not hold it.
+
+    The encoder is a method, any module with `features(batch)`, which is called with the batch; or else a network, which
+    is called with one field of it. It is used in evaluation mode and without gradients. Entries of the store are told
+    apart by all that features depend on: the encoder's class, settings and weights, the layer, the transforms, and the
+    samples as the encoder gets them.
+
+    Args:
+        encoder: the network or method.
+        data: its `bank_dataloader` and the like yield mappings with `index` and perhaps `label`.
+        split: "bank" (training samples without augmentation), "val" or "test".
+        field: of the batch, for an encoder without `features`.
+        transforms: applied in order to that field as one batch: a resize, a normalisation.
+        layer: name of a module inside the encoder whose output is taken instead.
+        pool: what becomes of positions, [B T D] or [B D H W]: their "mean", the "first" token, or "none" keeps them.
+        dtype: of the features on disk.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        data: LightningDataModule,
+        split: Literal["bank", "val", "test"] = "bank",
+        field: str = "image",
+        transforms: list[nn.Module] | None = None,
+        layer: str | None = None,
+        pool: Pool = "mean",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        if layer is not None and layer not in (names := [name for name, _ in encoder.named_modules() if name]):
+            raise UserError(f"layer={layer!r} is no module of {type(encoder).__name__}; it has {', '.join(names[:40])}")
+        self.encoder, self.data, self.split, self.field = encoder, data, split, field
+        self.transforms, self.layer, self.pool, self.dtype = list(transforms or ()), layer, pool, dtype
+        if self.transforms and self._is_method():
+            raise UserError(
+                f"transforms go before a network, and {type(encoder).__name__} takes the whole batch itself; leave "
+                "transforms out, or name its network as the encoder"
+            )
+
+    def load(self, store: FeatureStore) -> Features:
+        """Raises: UserError for data without that split or without an index, or features of another form."""
+        loader = self._loader()
+        return store.get(self.key(loader), lambda done: self._rows(loader, done, store.device))
+
+    def outlook(self, store: FeatureStore) -> str:
+        loader = self._loader()
+        key = self.key(loader)
+        what = "in the store" if store.holds(key) else "to be computed"
+        return f"features of {key['data']['count']} samples, {what} at {store.entry(key)}"
+
+    def key(self, loader: Any) -> dict[str, Any]:
+        """What these features depend on, the same on every rank: the first one looks at the samples for all."""
+        data = data_identity(self.data, loader)
+        data["sha256"] = digest_of_first_rank(data["sha256"])
+        return {
+            "encoder": module_identity(self.encoder),
+            "transforms": [module_identity(transform) for transform in self.transforms],
+            "reads": None if self._is_method() else self.field,
+            "layer": self.layer,
+            "pool": self.pool,
+            "dtype": self.dtype,
+            "data": data,
+            "split": self.split,
+        }
+
+    def _loader(self) -> Any:
+        make = getattr(self.data, name := f"{self.split}_dataloader", None)
+        if make is None or getattr(type(self.data), name, None) is getattr(LightningDataModule, name, make):
+            raise UserError(f"{type(self.data).__name__} has no {name}(); choose another split")
+        self.data.prepare_data()
+        self.data.setup("test" if self.split == "test" else "fit")
+        return make()
+
+    def _rows(self, loader: Any, done: set[int], device: torch.device) -> Iterator[Rows]:
+        modes = [(part, part.training) for part in self.encoder.modules()]
+        self.encoder.to(device).eval()
+        try:
+            for batch in loader:
+                if "index" not in batch:
+                    raise UserError(f"a batch for the feature store has no index: it holds {sorted(batch)}")
+                left = [i for i, index in enumerate(batch["index"].tolist()) if index not in done]
+                if not left:
+                    continue
+                if len(left) < len(batch["index"]):
+                    batch = _taken(batch, left)
+                with torch.no_grad():
+                    x = self._encode(_moved(batch, device)).to(DTYPES[self.dtype])
+                if len(x) != len(left):
+                    raise UserError(f"{type(self.encoder).__name__} made {list(x.shape)} of {len(left)} samples")
+                rows = {"features": x, "index": batch["index"]}
+                yield rows | ({"label": batch["label"]} if "label" in batch else {})
+        finally:
+            for part, training in modes:
+                part.training = training
+
+    def _encode(self, batch: Any) -> Tensor:
+        tapping = [] if self.layer is None else [self.encoder.get_submodule(self.layer)]
+        with tapped(tapping) as outputs:
+            if self._is_method():
+                x = self.encoder.features(batch)  # type: ignore[operator]
+            else:
+                if self.field not in batch:
+                    raise UserError(f"a batch has no {self.field!r}; it holds {sorted(batch)}; set field")
+                x = batch[self.field]
+                for transform in self.transforms:
+                    x = transform(x)
+                x = self.encoder(x)
+        if self.layer is not None:
+            if len(outputs) != 1:
+                raise UserError(f"layer {self.layer} ran {len(outputs)} times in one pass; name one that runs once")
+            x = outputs[0]
+        if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(f"{type(self.encoder).__name__} gave {got} as features, not floats [B, D]; set layer")
+        return pooled(x, self.pool)
+
+    def _is_method(self) -> bool:
+        features = getattr(self.encoder, "features", None)
+        return callable(features) and not isinstance(features, nn.Module)  # some networks call a part of them so
+
+
+class FeatureFile(Input):
+    """Features that another program made: a safetensors file with `features` and perhaps `label` and `index`.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def load(self, store: FeatureStore) -> Features:
+        """Raises: UserError for a file that is missing or not of this kind."""
+        file = Path(self.path).expanduser()
+        if not file.is_file():
+            raise UserError(f"there are no features at {file}; write them with safetensors, as `features` [N, D]")
+        try:
+            with safe_open(file, "pt") as stored:
+                columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise UserError(f"{file} is no whole safetensors file ({error})") from error
+        if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
+            raise UserError(f"{file} holds {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
+        return Features(columns["features"], columns.get("label"), columns.get("index"), str(file))
+
+    def outlook(self, store: FeatureStore) -> str:
+        return f"features of {len(self.load(store))} samples in {self.path}"
+
+
+def pooled(x: Tensor, pool: Pool) -> Tensor:
+    """[B T D] or [B D H W] as [B D]; [B D] as it is. The mean is taken in float32 or wider."""
+    if x.ndim == 2 or pool == "none":
+        return x
+    if pool == "first":
+        if x.ndim != 3:
+            raise UserError(f"pool=first takes the first of the tokens [B, T, D], and got {list(x.shape)}; take mean")
+        return x[:, 0]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.mean(dim=1) if x.ndim == 3 else wide.flatten(2).mean(dim=2)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(child, device) for key, child in value.items()}
+    return [_moved(child, device) for child in value] if isinstance(value, list | tuple) else value
+
+
+def _taken(value: Any, rows: list[int]) -> Any:
+    """Some samples of a batch: rows of each tensor."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, dict):
+        return {key: _taken(child, rows) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        tensors = all(isinstance(child, Tensor) for child in value)
+        return [_taken(child, rows) for child in value] if tensors else [value[row] for row in rows]
+    return value

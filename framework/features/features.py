@@ -1,0 +1,92 @@
+"""Features of a set of samples, and where a computation's inputs come from.
+
+Shapes: N samples, D features, T positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightspan.analysis.moments import Moments
+from lightspan.distributed import rank, world_size
+from lightspan.errors import UserError
+
+if TYPE_CHECKING:
+    from lightspan.features.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row a sample, in the order of the samples' index; from a store they stay on disk until they are read.
+
+    Attributes:
+        x: [N D], or [N T D] and the like where positions were kept; any float dtype.
+        label_N: the samples' labels, int64 [N] for classes; None where they have none.
+        index_N: int64 [N], rising: places in the data set.
+        key: what they are features of, as the store's manifest has it; empty where they come from elsewhere.
+    Raises: UserError for rows, labels and indices of different number.
+    """
+
+    x: Tensor
+    label_N: Tensor | None = None
+    index_N: Tensor | None = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        for name, column in (("labels", self.label_N), ("indices", self.index_N)):
+            if column is not None and len(column) != len(self.x):
+                raise UserError(f"features of {len(self.x)} rows have {len(column)} {name}; give one for each row")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self) -> Tensor:
+        """[N D]. Raises: UserError for features that keep positions."""
+        if self.x.ndim != 2:
+            raise UserError(f"this needs one vector a sample [N, D], and features are {list(self.x.shape)}; set pool")
+        return self.x
+
+    def classes(self) -> Tensor:
+        """int64 [N], each from 0. Raises: UserError where the samples have no labels, or none of this kind."""
+        label = self.label_N
+        if label is None or label.ndim != 1 or label.dtype != torch.int64 or (len(label) and int(label.min()) < 0):
+            what = "none" if label is None else f"{label.dtype} {list(label.shape)}"
+            raise UserError(f"this needs the class of each sample as a whole number from 0, and the labels are {what}")
+        return label
+
+    def batches(self, size: int = 4096) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This rank's share of the rows, (x, label) of `size` at a time; all ranks' shares are all rows, each once."""
+        share = -(-len(self) // world_size())
+        first, last = rank() * share, min(len(self), (rank() + 1) * share)
+        for at in range(first, last, size):
+            stop = min(at + size, last)
+            yield self.x[at:stop], None if self.label_N is None else self.label_N[at:stop]
+
+    def moments(self, by_class: bool = False) -> Moments:
+        """`Moments` of all rows, in one pass over this rank's share and a sum over ranks."""
+        x = self.rows()
+        if by_class:
+            self.classes()
+        sums = Moments.of(x[:0])
+        for x_BD, label_B in self.batches():
+            sums += Moments.of(x_BD, label_B if by_class else None)
+        return sums.over_ranks()
+
+
+class Input(ABC):
+    """Something that a recipe names under `inputs` and a computation takes: features, weights, graphs, tables.
+
+    Settings belong to the constructor, which touches no file; `load` does the work. Every rank calls both.
+    """
+
+    @abstractmethod
+    def load(self, store: "FeatureStore") -> Any:
+        """What `fit` gets. Raises: UserError for what cannot be read or computed."""
+
+    def outlook(self, store: "FeatureStore") -> str:
+        """What `load` would do, in a few words, without doing it: for --dry-run."""
+        return f"{type(self).__name__}, not looked at"

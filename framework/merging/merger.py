@@ -1,0 +1,149 @@
+"""`Merger`: takes checkpoints and gives one; and how that is written, tensor by tensor."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lightspan import __version__
+from lightspan.errors import UserError
+from lightspan.files import atomic_path
+from lightspan.merging.weights import Weights
+from lightspan.results import Figure, Result
+from lightspan.tensor_files import Form, write_tensors
+
+
+class Merger(ABC):
+    """Says what one tensor of the merged checkpoint is, given that tensor of each checkpoint.
+
+    Settings belong to the constructor, which touches no file. The result has the names, shapes and dtypes of the
+    leading checkpoint. Tensors without fractions (counters, positions, booleans) are the leading checkpoint's own, and
+    no merger is asked for them. Names that share memory in all checkpoints share it in the merged one.
+    """
+
+    @abstractmethod
+    def leading(self, names: Sequence[str]) -> str:
+        """Which of the named checkpoints leads. Raises: UserError where these are not what the merger needs."""
+
+    @abstractmethod
+    def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
+        """One tensor of the result, of this form, from that of each checkpoint by the checkpoint's name.
+
+        The given tensors are read-only, perhaps mapped from disk; what they are computed in is float64
+        (`lightspan.merging.span` does it in pieces), and rounded once.
+        """
+
+
+@dataclass(frozen=True)
+class Merged(Result):
+    """What was merged; `parameters` counts numbers, and shared ones once."""
+
+    checkpoints: int
+    merged: int
+    taken: int
+    parameters: int
+    mib: float
+
+    def figures(self) -> tuple[Figure, ...]:
+        return (
+            Figure("checkpoints", self.checkpoints),
+            Figure("tensors merged", self.merged),
+            Figure("tensors taken as they are", self.taken),
+            Figure("parameters", self.parameters),
+            Figure("size", self.mib, "MiB"),
+        )
+
+
+def outlook(merger: Merger, checkpoints: Mapping[str, Weights]) -> Merged:
+    """What `merge` would write, without reading a number. Raises: UserError where checkpoints do not fit together."""
+    leading = checkpoints[merger.leading(list(checkpoints))]
+    require_alike(checkpoints)
+    stored = _stored(leading, checkpoints)
+    numbers, merged = sum(form.numbers for form in stored.values()), sum(map(_has_fractions, stored.values()))
+    mib = sum(form.nbytes for form in stored.values()) / 2**20
+    return Merged(len(checkpoints), merged, len(stored) - merged, numbers, mib)
+
+
+def merge(
+    merger: Merger, checkpoints: Mapping[str, Weights], out: Path, record: Mapping[str, str] | None = None
+) -> Merged:
+    """Writes the merged checkpoint to `out`, a safetensors file, whole or not at all.
+
+    Its metadata tell what was merged: path and sha256 of each checkpoint under `merged`, and the texts of `record`.
+    In memory is about one tensor beyond what the checkpoints themselves keep there.
+
+    Raises: UserError where checkpoints do not fit together, or a tensor of the result is not finite.
+    """
+    expected = outlook(merger, checkpoints)
+    leading = checkpoints[merger.leading(list(checkpoints))]
+    stored = _stored(leading, checkpoints)
+    origins = json.dumps({name: weights.origin for name, weights in checkpoints.items()})
+    facts = {"format": "pt", "lightspan": __version__, "merged": origins, **(record or {})}
+    facts |= _shared(leading, checkpoints)
+    with atomic_path(out) as temporary:
+        write_tensors(temporary, stored, _tensors(merger, leading, stored, checkpoints), facts)
+    return expected
+
+
+def require_alike(checkpoints: Mapping[str, Weights]) -> None:
+    """Raises: UserError that names the tensors which not all checkpoints have, or have in another form."""
+    first_name, first = next(iter(checkpoints.items()))
+    wrong = []
+    for name, weights in checkpoints.items():
+        ours, theirs = first.forms.keys(), weights.forms.keys()
+        wrong += [f"{tensor} is in {first_name} and not in {name}" for tensor in ours - theirs]
+        wrong += [f"{tensor} is in {name} and not in {first_name}" for tensor in theirs - ours]
+        for tensor in first.forms.keys() & weights.forms.keys():
+            here, there = first.forms[tensor], weights.forms[tensor]
+            if here.shape != there.shape:
+                wrong.append(f"{tensor} is {list(here.shape)} in {first_name} and {list(there.shape)} in {name}")
+            elif _has_fractions(here) != _has_fractions(there):
+                wrong.append(f"{tensor} is {here.dtype} in {first_name} and {there.dtype} in {name}")
+    if wrong:
+        raise UserError(
+            f"checkpoints of different models cannot be merged: {'; '.join(sorted(wrong)[:3])}"
+            + f"; and {len(wrong) - 3} more" * (len(wrong) > 3)
+            + ". Merge only what was trained from one model, exported in one way"
+        )
+
+
+def _tensors(
+    merger: Merger, leading: Weights, stored: Mapping[str, Form], checkpoints: Mapping[str, Weights]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, form in stored.items():
+        if not _has_fractions(form):
+            yield name, leading.read(name)
+            continue
+        # No name is given to the tensor here: this frame lives on while the next one is computed.
+        yield name, _finite(merger.tensor(name, form, {n: w.read(name) for n, w in checkpoints.items()}), name, form)
+
+
+def _finite(tensor: Tensor, name: str, form: Form) -> Tensor:
+    assert tensor.dtype == form.dtype, f"{name} was merged as {tensor.dtype}, not {form.dtype}"
+    assert tuple(tensor.shape) == form.shape, f"{name} was merged as {list(tensor.shape)}, not {list(form.shape)}"
+    if tensor.isnan().any():
+        raise UserError(
+            f"{name} of the merged checkpoint holds NaN, as a checkpoint does, or infinite differences: merge "
+            "checkpoints from before the run diverged, or lower the coefficients"
+        )
+    return tensor
+
+
+def _has_fractions(form: Form) -> bool:
+    return form.dtype.is_floating_point or form.dtype.is_complex
+
+
+def _shared(leading: Weights, checkpoints: Mapping[str, Weights]) -> dict[str, str]:
+    return {
+        name: kept
+        for name, kept in leading.aliases.items()
+        if all(weights.aliases.get(name) == kept for weights in checkpoints.values())
+    }
+
+
+def _stored(leading: Weights, checkpoints: Mapping[str, Weights]) -> dict[str, Form]:
+    shared = _shared(leading, checkpoints)
+    return {name: form for name, form in leading.forms.items() if name not in shared}

@@ -1,0 +1,110 @@
+"""What a computation leaves behind: a few numbers that JSON holds, figures to print, perhaps a picture and tensors."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any, Self
+
+from torch import Tensor
+
+from lightspan.errors import UserError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a result, as a table or a report shows it. `unit` is empty for counts and shares."""
+
+    name: str
+    value: int | float
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Result(ABC):
+    """The small outcome of an estimator or a merger. A subclass is a frozen dataclass of its own fields.
+
+    Fields hold numbers, text, true or false, None, tuples, and mappings by text of these: what JSON takes and gives
+    back equal. Numbers are finite, which is looked at here, so that an estimator need not ask.
+
+    Attributes:
+        tensors: what is too large for JSON, such as the weights of a head: written beside it as safetensors, and not
+            compared.
+    Raises: UserError for a number that is not finite; TypeError for a field that is none of these kinds.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, value in self._plain().items():
+            _require_plain(value, f"{type(self).__name__}.{name}")
+
+    @abstractmethod
+    def figures(self) -> tuple[Figure, ...]:
+        """What is worth printing, the most important one first."""
+
+    def draw(self, axes: Any) -> None:  # noqa: B027 - optional
+        """Draws the result on matplotlib axes. A subclass that has no picture leaves this alone."""
+
+    def to_json(self) -> str:
+        """The fields as text; `from_json` of the same class gives an equal result."""
+        return json.dumps(self._plain(), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises: UserError for text that is no result of this class."""
+        try:
+            return cls(**{name: _frozen(value) for name, value in json.loads(text).items()})
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"this is no {cls.__name__} as JSON: {error}") from error
+
+    def document(self) -> dict[str, Any]:
+        """The content of result.json: class, figures and fields, all plain data."""
+        return {
+            "result": f"{type(self).__module__}.{type(self).__qualname__}",
+            "figures": [vars(figure) for figure in self.figures()],
+            "fields": json.loads(self.to_json()),
+        }
+
+    def picture(self, title: str) -> bytes | None:
+        """PNG bytes of what `draw` draws; None for a result without a picture, or without matplotlib."""
+        if type(self).draw is Result.draw or find_spec("matplotlib") is None:
+            return None
+        from matplotlib.figure import Figure as Canvas
+
+        canvas = Canvas(figsize=(6.4, 3.8), dpi=150, layout="constrained", facecolor="white")
+        axes = canvas.subplots()
+        self.draw(axes)
+        axes.grid(color="#e9ebee", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        canvas.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        buffer = BytesIO()
+        # Software and date are left out, so that equal results give equal bytes.
+        canvas.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+    def _plain(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "tensors"}
+
+
+def _require_plain(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}: these data give no finite answer; look at the rows that it was made of")
+    if isinstance(value, tuple):
+        for child in value:
+            _require_plain(child, where)
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, child in value.items():
+            _require_plain(child, f"{where}[{key!r}]")
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not give back; see Result")
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(child) for child in value)
+    return {key: _frozen(child) for key, child in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,97 @@
+"""Safetensors files written piece by piece, so that no more than a piece is ever in memory.
+
+The format is 8 bytes with the length of a JSON header, the header, and the bytes of the tensors (little-endian, rows
+first) without gaps: https://github.com/huggingface/safetensors. Its own writer takes all tensors at once.
+"""
+
+import json
+import struct
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor is without its numbers."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers * self.dtype.itemsize
+
+
+def write_tensors(
+    path: Path, forms: Mapping[str, Form], pieces: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file; `path` is one that `lightspan.files.atomic_path` gave.
+
+    Args:
+        forms: every tensor of the file, in the order of their bytes.
+        pieces: (name, numbers) in the same order. A tensor comes in one piece or in several, the first numbers first.
+        metadata: text by name.
+    Raises: UserError for a kind of tensor that the format has no name for.
+    """
+    assert sys.byteorder == "little", "safetensors are little-endian"
+    with path.open("wb") as file:
+        file.write(_header(forms, metadata))
+        left = {name: form.nbytes for name, form in forms.items()}
+        names = iter(forms)
+        name = next(names, None)
+        for given, piece in pieces:
+            while name is not None and not left[name] and name != given:
+                name = next(names, None)
+            assert given == name, f"{given} comes where {name} was to come"
+            assert piece.dtype == forms[name].dtype, f"{name} comes as {piece.dtype}"
+            left[name] -= _write(file, piece)
+            del piece  # before the next one is computed
+        assert not any(left.values()), f"tensors came short: {[name for name, bytes in left.items() if bytes]}"
+
+
+def _header(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, form in forms.items():
+        if form.dtype not in DTYPES:
+            raise UserError(f"tensor {name} is {form.dtype}, which safetensors files do not hold")
+        header[name] = {"dtype": DTYPES[form.dtype], "shape": list(form.shape), "data_offsets": [at, at + form.nbytes]}
+        at += form.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write(file: BinaryIO, piece: Tensor) -> int:
+    data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    file.write(memoryview(data.numpy()))
+    return data.numel()

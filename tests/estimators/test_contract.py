@@ -1,0 +1,139 @@
+"""Every estimator that is found: JSON there and back, half precision, degenerate inputs, and nothing kept."""
+
+import importlib
+import inspect
+import json
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import lightspan.estimators
+from lightspan.errors import UserError
+from lightspan.estimators.estimator import Estimator
+from lightspan.features.features import Features
+from lightspan.results import Result
+
+ROWS, WIDTH = 60, 5
+QUICK = {"LinearProbe": {"max_iterations": 10}}  # where a fit would look long for what has no end
+
+
+def found() -> Iterator[type[Estimator]]:
+    for info in pkgutil.walk_packages(lightspan.estimators.__path__, "lightspan.estimators."):
+        for _, kind in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
+            if issubclass(kind, Estimator) and not inspect.isabstract(kind) and kind.__module__ == info.name:
+                yield kind
+
+
+ESTIMATORS = list(found())
+
+
+def inputs(kind: type[Estimator], features: Features) -> dict[str, Features]:
+    """The same features for every input; an estimator that takes something else says here what."""
+    taken = {name: p.annotation for name, p in inspect.signature(kind.fit).parameters.items() if name != "self"}
+    assert set(taken.values()) == {Features}, f"{kind.__name__} takes {taken}: give the suite such inputs here"
+    return dict.fromkeys(taken, features)
+
+
+def usual(dtype: torch.dtype = torch.float32) -> Features:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(3, (ROWS,), generator=generator)
+    x = torch.randn(ROWS, WIDTH, generator=generator) + label[:, None]
+    return Features(x.to(dtype), label, torch.arange(ROWS))
+
+
+def of(x: torch.Tensor, label: torch.Tensor | None = None) -> Features:
+    return Features(x, torch.arange(len(x)) % 3 if label is None else label, torch.arange(len(x)))
+
+
+DEGENERATE = {
+    "no row": of(torch.zeros(0, WIDTH)),
+    "one row": of(torch.ones(1, WIDTH)),
+    "two rows": of(torch.tensor([[0.0, 1.0], [1.0, 0.0]])),
+    "one class": of(usual().x, torch.zeros(ROWS, dtype=torch.int64)),
+    "a class of one sample": of(usual().x, (torch.arange(ROWS) == 7).long()),
+    "classes left out": of(usual().x, 5 + 3 * (torch.arange(ROWS) % 2)),
+    "constant features": of(torch.full((ROWS, WIDTH), 0.1)),
+    "one constant feature": of(torch.cat([usual().x, torch.full((ROWS, 1), 1e6)], dim=1)),
+    "zeros": of(torch.zeros(ROWS, WIDTH)),
+    "a row of zeros": of(torch.cat([torch.zeros(1, WIDTH), usual().x])),
+    "equal points": of(usual().x[:5].repeat(12, 1)),
+    "a lattice": of(torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))),
+    "more features than rows": of(torch.randn(7, 40, generator=torch.Generator().manual_seed(1))),
+    "no feature": of(torch.zeros(ROWS, 0)),
+    "denormal": of(usual().x * 1e-40),
+    "huge": of(usual().x * 1e30),
+    "NaN": of(torch.full((ROWS, WIDTH), torch.nan)),
+    "infinite": of(torch.full((ROWS, WIDTH), torch.inf)),
+    "positions kept": of(torch.ones(ROWS, 2, WIDTH)),
+    "without labels": Features(usual().x),
+    "labels below zero": of(usual().x, -torch.ones(ROWS, dtype=torch.int64)),
+    "several labels a sample": of(usual().x, torch.ones(ROWS, 3, dtype=torch.int64)),
+}
+
+
+def test_the_suite_sees_the_estimators() -> None:
+    names = {kind.__name__ for kind in ESTIMATORS}
+    assert {"TwoNN", "Spectrum", "FrechetDistance", "KNN", "LinearProbe"} <= names
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_a_result_goes_to_json_and_comes_back_equal(kind: type[Estimator]) -> None:
+    result = kind().fit(**inputs(kind, usual()))
+    assert type(result).from_json(result.to_json()) == result
+    document = json.loads(json.dumps(result.document(), allow_nan=False))
+    assert document["figures"]
+    for figure in result.figures():
+        assert figure.name
+        assert isinstance(figure.value, int | float)
+    for name, tensor in result.tensors.items():
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_a_result_has_no_picture_or_a_png(kind: type[Estimator]) -> None:
+    result = kind(**QUICK.get(kind.__name__, {})).fit(**inputs(kind, usual()))
+    picture = result.picture("a title")
+    assert picture is None or picture.startswith(b"\x89PNG")
+    assert (picture is None) == (type(result).draw is Result.draw)
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_bfloat16_features_give_nearly_the_figures_of_the_same_numbers_in_float32(kind: type[Estimator]) -> None:
+    half = usual(torch.bfloat16)
+    wide = Features(half.x.float(), half.label_N, half.index_N)
+    figures = zip(kind().fit(**inputs(kind, half)).figures(), kind().fit(**inputs(kind, wide)).figures(), strict=True)
+    for from_half, from_wide in figures:
+        assert from_half.value == pytest.approx(from_wide.value, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_fit_keeps_nothing_and_answers_the_same_again(kind: type[Estimator]) -> None:
+    estimator, given = kind(**QUICK.get(kind.__name__, {})), inputs(kind, usual())
+    before, rows = dict(vars(estimator)), usual().x.clone()
+    first = estimator.fit(**given)
+    assert vars(estimator) == before
+    assert estimator.fit(**given) == first
+    assert torch.equal(next(iter(given.values())).x, rows)
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("kind", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_degenerate_features_give_a_finite_result_or_one_clear_error(
+    kind: type[Estimator], case: str, dtype: torch.dtype
+) -> None:
+    features = DEGENERATE[case]
+    features = Features(features.x.to(dtype), features.label_N, features.index_N)
+    said = ""
+    try:
+        result = kind(**QUICK.get(kind.__name__, {})).fit(**inputs(kind, features))
+    except UserError as error:
+        said = str(error)
+    if said:
+        assert len(said) > 20
+        assert "\n" not in said
+    else:
+        assert type(result).from_json(result.to_json()) == result  # a Result is finite, see there
+        assert all(tensor.isfinite().all() for tensor in result.tensors.values())
