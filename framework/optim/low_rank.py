@@ -110,6 +110,8 @@ class LowRank(Optimizer):
         "rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks",
     )  # fmt: skip
     """Attributes of its own that a copy has, or a pickle; a class that adds attributes adds their names."""
+    used_gradients = False
+    """Whether the last step found a gradient, whole or in coordinates; see `lightspan.optim.steps`."""
 
     def __init__(
         self,
@@ -331,6 +333,7 @@ class LowRank(Optimizer):
         works = [work for bucket in buckets if (work := self._work(bucket)) is not None]
         self._places = _places(buckets)
         plain = [self._elementwise_of(group) for group in self.param_groups]
+        self.used_gradients = bool(works) or any(plain)
         self._require_finite_when_due(works)
         for work in works:
             if not (self.rule.residual.feeds_back or self._takes_one_pass(work)):
