@@ -37,7 +37,7 @@ MAY_USE: dict[str, set[str]] = {
     "loggers": set(),
     "checkpoints": {"loggers", "strategies"},
     "deepspeed": {"optim", "callbacks", "checkpoints", "strategies"},
-    "method": {"optim", "strategies"},
+    "method": {"nn", "optim", "strategies"},
     "methods": {
         *("method", "subspaces", "optim", "adapters", "objectives"),
         *("nn", "backbones", "analysis", "triton_kernels"),
