@@ -60,6 +60,7 @@ VERBS = (
         "run_check",
         True,
     ),
+    Verb("new", "write the files of a new method", "new"),
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
     Verb("fit", "train", "run", "add_fit_arguments", "run_fit", True),
     Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
