@@ -60,6 +60,7 @@ VERBS = (
         "run_check",
         True,
     ),
+    Verb("new", "write the files of a new method", "new"),
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
     Verb("fit", "train", "run", "add_fit_arguments", "run_fit", True),
     Verb("run", "compute what needs no training: an estimator's or a merger's recipe", "compute", flags=True),

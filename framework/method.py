@@ -2,7 +2,7 @@
 optimisers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from lightspan.devices import wide_type
 from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
+from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
+from lightspan.optim.steps import steps_taken
 from lightspan.strategies import shard
 from lightspan.wiring.optimizers import wire
 
@@ -45,6 +47,15 @@ class Method(LightningModule):
             f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
         )
 
+    def token_features(self, batch: Any, layers: Sequence[int] = (-1,)) -> list[Tokens]:
+        """Features by layer and by token, read off `backbone` while `features` runs; see `lightspan.nn.tokens`.
+
+        A method whose backbone has another name, or that reads another part, overrides it.
+
+        Raises: UserError for a layer out of range, and where a method defines no features.
+        """
+        return token_features(self.backbone, lambda: self.features(batch), layers)  # type: ignore[arg-type]
+
     def log_training(self, figures: Mapping[str, Tensor], **options: Any) -> None:
         """Logs 0-d figures of a training step, which are the same on all ranks: means over them.
 
@@ -71,6 +82,21 @@ class Method(LightningModule):
             return False
         return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
 
+    def after_optimizer_step(self) -> None:
+        """For what follows a step of the optimiser: an EMA teacher, a mask, a proximal step. Does nothing by default.
+
+        Called without gradients once after each step that moved the weights, before anything is logged or saved of it:
+        neither while gradients are accumulated, nor after a step that was skipped (`lightspan.optim.steps`). Sharded
+        weights are those of this rank. With manual optimisation a method calls it itself.
+        """
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        taken = steps_taken(optimizer)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if steps_taken(optimizer) > taken:
+            with torch.no_grad():
+                self.after_optimizer_step()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs nothing: a method without a loss worth validating is watched by probes. Others log `val/...` here."""
 
@@ -79,7 +105,7 @@ class Method(LightningModule):
         shard(self)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.groups.build(self))
+        optimizer = self.groups.optimizer(self, self.optimizer)
         wire(self.trainer, self, [optimizer])
         if self.lr_scheduler is None:
             return optimizer

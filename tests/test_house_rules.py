@@ -43,7 +43,7 @@ MAY_USE: dict[str, set[str]] = {
     "checkpoints": {"loggers", "strategies"},
     "wiring": {"optim"},
     "deepspeed": {"optim", "callbacks", "checkpoints", "strategies", "wiring"},
-    "method": {"optim", "strategies", "wiring"},
+    "method": {"nn", "optim", "strategies", "wiring"},
     "methods": {
         *("method", "subspaces", "optim", "adapters", "objectives"),
         *("nn", "backbones", "analysis", "triton_kernels"),

@@ -12,6 +12,7 @@ from lightspan.adapters.codyra import GatedLoRAUpdate, shrink_then_cut, soft_thr
 from lightspan.adapters.inject import adapted_layers
 from lightspan.distributed import rank
 from lightspan.errors import UserError
+from lightspan.optim.steps import steps_taken
 
 OPERATORS = {"soft": soft_threshold, "cut": shrink_then_cut}
 
@@ -63,7 +64,7 @@ class RankSelection(Callback):
         self.kappa_max, self.dense, self.levels = kappa_max, dense, levels
         self.operator, self.merge, self.name = operator, merge, name
         self.ranks: dict[str, int] = {}
-        self._steps, self._done = 0, 0
+        self._steps, self._taken = 0, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._gated(pl_module):
@@ -76,16 +77,20 @@ class RankSelection(Callback):
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("RankSelection needs the run's length; set trainer.max_steps or trainer.max_epochs")
-        self._steps, self._done = int(steps), trainer.global_step
+        self._steps = int(steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._taken = sum(map(steps_taken, trainer.optimizers))
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._done:  # gradients are being accumulated
+        taken = sum(map(steps_taken, trainer.optimizers))
+        if taken == self._taken:  # gradients are being accumulated, or the step was skipped
             return
-        self._done = trainer.global_step
-        kappa = threshold(self._done, self._steps, self.kappa_max, self.dense, self.levels)
+        self._taken = taken
+        kappa = threshold(trainer.global_step, self._steps, self.kappa_max, self.dense, self.levels)
         gates = [adapter.gate_R for adapter in self._gated(pl_module).values()]
         if kappa > 0:
             for gate_R in gates:

@@ -100,6 +100,11 @@ class DiT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The blocks, see `lightspan.nn.tokens`."""
+        return list(self.blocks)
+
     def forward(self, noisy_BCHW: Tensor, level_B: Tensor, label_B: Tensor | None = None) -> Tensor:
         if label_B is None:
             label_B = torch.full_like(level_B, self.num_classes, dtype=torch.int64)

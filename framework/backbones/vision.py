@@ -78,6 +78,11 @@ class SmallConvNet(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.num_features = in_chans
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The stages' ReLUs: one layer of features a stage, see `lightspan.nn.tokens`."""
+        return list(self.layers[2::3])
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.layers(x_BCHW).mean(dim=(2, 3))
 
@@ -102,6 +107,11 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(nn.Flatten(), *layers)
         self.num_features = widths[-1]
         he_normal_(self)
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The ReLUs, see `lightspan.nn.tokens`."""
+        return list(self.layers[2::2])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.layers(x_BCHW)
@@ -132,6 +142,11 @@ class LeNet(nn.Module):
             *(nn.Linear(120, self.num_features), nn.ReLU(inplace=True)),
         )
         he_normal_(self)
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """Both max-poolings and the ReLUs of both layers behind them, see `lightspan.nn.tokens`."""
+        return [self.layers[i] for i in (2, 5, 8, 10)]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.layers(x_BCHW)

@@ -14,9 +14,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightspan.devices import wide_type
+from lightspan.objectives.means import squared_error
 
 MOST_NOISE = 0.999  # of one step, as in Nichol and Dhariwal: the cosine would reach 1, which no step back survives
 
@@ -53,8 +53,7 @@ def noise_of_velocity(v: Tensor, noisy: Tensor, kept_B: Tensor) -> Tensor:
 
 def prediction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all entries, in float32 or wider. Images and levels weigh the same."""
-    wide = wide_type(predicted.dtype)
-    return F.mse_loss(predicted.to(wide), target.to(wide))
+    return squared_error(predicted, target)
 
 
 def step_back(

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
+from lightspan.objectives.means import squared_error
 
 
 def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -33,7 +33,7 @@ def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
 
 def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference over all entries, in float32 or wider; logits are distilled with it too."""
-    return F.mse_loss(wide(student), wide(teacher.detach()))
+    return squared_error(student, teacher.detach())
 
 
 def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> Tensor:

@@ -7,6 +7,6 @@ from lightspan.devices import wide
 
 
 def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of each position's target, in float32 where the logits are no wider."""
-    wide_BTV = wide(logits_BTV)
-    return F.cross_entropy(wide_BTV.flatten(0, 1), targets_BT.flatten())
+    """Mean cross-entropy in nats of each position's target, in float32 where the logits are no wider; 0 of none."""
+    reduction = "mean" if targets_BT.numel() else "sum"
+    return F.cross_entropy(wide(logits_BTV).flatten(0, 1), targets_BT.flatten(), reduction=reduction)

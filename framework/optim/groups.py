@@ -1,14 +1,15 @@
 """Which parameters train together, at which rate, and which of them may be projected. One place for every method.
 
-Three groups, named in the optimiser's `param_groups`:
+Three kinds of parameters:
 
-| name       | members                                             | decay | projected |
+| kind       | members                                             | decay | projected |
 |------------|-----------------------------------------------------|-------|-----------|
 | matrices   | weights with two or more axes                       | yes   | may be    |
 | embeddings | tables and tokens: each row belongs to one thing    | no    | no        |
 | vectors    | norms, biases, scalars                              | no    | no        |
 
-The first of these that knows a parameter decides its group:
+The first of these that knows a parameter decides its kind:
+- a `Rule` of the recipe that matches its name;
 - a module's own word: `layer.parameter_kinds = {"weight": "embeddings"}`, by the names of the module's own parameters
   (on the module, since sharding and copies make new parameters, without what was set on the old ones);
 - name patterns, `ParameterGroups.embeddings`;
@@ -16,20 +17,44 @@ The first of these that knows a parameter decides its group:
 - timm's `no_weight_decay()` of a module, and `_no_weight_decay` on a parameter, as state-space models have it: what is
   to be spared decay is no matrix;
 - its number of axes.
+
+A kind is one group of the optimiser, named as the kind is. Rules and layer-wise decay cut it into groups of one rate
+and one decay, whose names say these too: `matrices-lr0.75`, `vectors-lr0.1-wd0.05`. The rate of a parameter is that of
+its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rule that sets one, times the share of its
+layer; its decay is that of the first rule that sets one, else that of its kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lightspan.errors import UserError
-from lightspan.patterns import matches
+from lightspan.optim.depth import shares_of_layers
+from lightspan.patterns import matches, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors"]
 TABLES = ("*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table")
 """Names of tables that no nn.Embedding holds. They end in the parameter's own name: `mlp_tokens.fc1.weight` is none."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for the parameters of some names; None leaves a setting to later rules, and to the parameter's kind.
+
+    Args:
+        match: name patterns, at least one.
+        lr_scale: factor of the learning rate, > 0.
+        weight_decay: decay, >= 0, in the place of the optimiser's own.
+        kind: of these parameters, with all that a kind says of decay and projection.
+    """
+
+    match: list[str]
+    lr_scale: float | None = None
+    weight_decay: float | None = None
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -41,26 +66,101 @@ class ParameterGroups:
             all: each of its rows belongs to one token, so the rows' gradients span no common subspace.
         other_lr: learning rate of embeddings and vectors; None leaves them the optimiser's own. A rate tuned for
             matrices is mostly too small for them (the quickstart loses more than a tenth of a nat so).
+        rules: settings by name; each setting of a parameter comes from the first rule that matches and sets it.
+        layer_decay: layer-wise decay of the rate for fine-tuning, in (0, 1]: each layer trains at this share of the
+            rate of the next one, and what follows the last layer, such as a head, at the full rate. None: no such
+            decay. Layers are told by `lightspan.optim.depth`.
+        layers: name patterns, one a layer from input to output, for networks that do not tell their layers or tell
+            them wrongly; what matches none of them keeps the full rate.
     """
 
     embeddings: list[str] = field(default_factory=lambda: list(TABLES))
     other_lr: float | None = None
+    rules: list[Rule] = field(default_factory=list)
+    layer_decay: float | None = None
+    layers: list[str] | None = None
+
+    def optimizer(self, module: nn.Module, make: Callable[[Iterable[Any]], Optimizer]) -> Optimizer:
+        """The optimiser that `make` makes of the groups, with its rates scaled as the groups say.
+
+        Raises: UserError as `build` does.
+        """
+        optimizer = make(self.build(module))
+        for group in optimizer.param_groups:
+            if (scale := group.pop("lr_scale", None)) is not None:
+                group["lr"] = group["lr"] * scale
+        return optimizer
 
     def build(self, module: nn.Module) -> list[dict[str, Any]]:
         """Groups for a torch optimiser; parameters come with their names, frozen ones are left out.
 
-        Raises: UserError if the module has no trainable parameter, `other_lr` is not positive, or a module's
-            `parameter_kinds` names what it does not have.
+        The key `lr_scale` of a group means nothing to torch; `optimizer` makes rates of it.
+
+        Raises: UserError if the module has no trainable parameter, a setting is out of range, a rule or layer matches
+            no parameter, or a module's `parameter_kinds` names what it does not have.
         """
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if not trained:
+            raise UserError(
+                f"{type(module).__name__} has no parameter with requires_grad=True; unfreeze what should train"
+            )
+        self._require_sound(list(trained), type(module).__name__)
+        kinds, shares = self._kinds(module), {}
+        if self.layer_decay is not None:
+            shares = shares_of_layers(module, self.layer_decay, self.layers)
+        members: dict[tuple[Kind, float | None, float | None], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in trained.items():
+            rules = [rule for rule in self.rules if matches(name, rule.match)]
+            kind = _first(rule.kind for rule in rules) or kinds[name]
+            decay = _first(rule.weight_decay for rule in rules)
+            scale = shares.get(name, 1.0) * (_first(rule.lr_scale for rule in rules) or 1.0)
+            key = kind, None if scale == 1 else scale, 0.0 if decay is None and kind != "matrices" else decay
+            members.setdefault(key, []).append((name, parameter))
+        groups: list[dict[str, Any]] = []
+        for kind, scale, decay in sorted(members, key=lambda key: get_args(Kind).index(key[0])):
+            group: dict[str, Any] = {"params": members[kind, scale, decay], "name": kind, "project": kind == "matrices"}
+            if scale is not None:
+                group["lr_scale"] = scale
+                group["name"] += f"-lr{scale:.6g}"
+            if decay is not None:
+                group["weight_decay"] = decay
+                group["name"] += f"-wd{decay:.6g}" if kind == "matrices" or decay else ""
+            if kind != "matrices" and self.other_lr is not None:
+                group["lr"] = self.other_lr
+            same = sum(other["name"] == group["name"] for other in groups)  # equal but for digits that are not shown
+            group["name"] += f"-{same + 1}" if same else ""
+            groups.append(group)
+        return groups
+
+    def _require_sound(self, names: list[str], module: str) -> None:
         if self.other_lr is not None and self.other_lr <= 0:
             raise UserError(
                 f"groups.other_lr={self.other_lr} must be above 0; leave it out to use the optimiser's own lr"
             )
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"groups.layer_decay={self.layer_decay} must lie in (0, 1]; 0.65 to 0.9 are usual")
+        if self.layers is not None and self.layer_decay is None:
+            raise UserError("groups.layers says what groups.layer_decay acts on; set layer_decay too")
+        require_matches(self.layers or [], names, f"trained parameter of {module} (groups.layers)")
+        for i, rule in enumerate(self.rules):
+            where = f"groups.rules[{i}]"
+            if not rule.match:
+                raise UserError(f"{where}.match is empty; give patterns of parameter names, such as '*head*'")
+            if (rule.lr_scale, rule.weight_decay, rule.kind) == (None, None, None):
+                raise UserError(f"{where} sets nothing; give it lr_scale, weight_decay or kind")
+            if rule.lr_scale is not None and rule.lr_scale <= 0:
+                raise UserError(f"{where}.lr_scale={rule.lr_scale} must be above 0; freeze what should not train")
+            if rule.weight_decay is not None and rule.weight_decay < 0:
+                raise UserError(f"{where}.weight_decay={rule.weight_decay} must be at least 0")
+            if rule.kind is not None and rule.kind not in get_args(Kind):
+                raise UserError(f"{where}.kind={rule.kind!r} must be one of {', '.join(get_args(Kind))}")
+            require_matches(rule.match, names, f"trained parameter of {module} ({where})")
+
+    def _kinds(self, module: nn.Module) -> dict[str, Kind]:
+        """The kind of each parameter, rules aside."""
         declared, tables, spared = dict(_declared(module)), set(_tables(module)), set(_spared(module))
-        members: dict[Kind, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in get_args(Kind)}
+        kinds: dict[str, Kind] = {}
         for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
             kind: Kind = "matrices" if parameter.ndim >= 2 else "vectors"
             if (
                 matches(name, self.embeddings)
@@ -68,22 +168,13 @@ class ParameterGroups:
                 or (kind == "matrices" and id(parameter) in spared)
             ):
                 kind = "embeddings"
-            members[declared.get(id(parameter), kind)].append((name, parameter))
-        groups: list[dict[str, Any]] = []
-        for kind, named in members.items():
-            if not named:
-                continue
-            group: dict[str, Any] = {"params": named, "name": kind, "project": kind == "matrices"}
-            if kind != "matrices":
-                group["weight_decay"] = 0.0
-                if self.other_lr is not None:
-                    group["lr"] = self.other_lr
-            groups.append(group)
-        if not groups:
-            raise UserError(
-                f"{type(module).__name__} has no parameter with requires_grad=True; unfreeze what should train"
-            )
-        return groups
+            kinds[name] = declared.get(id(parameter), kind)
+        return kinds
+
+
+def _first(values: Iterable[Any]) -> Any:
+    """The first that is not None, or None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _declared(module: nn.Module) -> Iterator[tuple[int, Kind]]:

@@ -76,6 +76,8 @@ class LowRank(Optimizer):
         "rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks",
     )  # fmt: skip
     """Attributes of its own that a copy has, or a pickle; a class that adds attributes adds their names."""
+    used_gradients = False
+    """Whether the last step found a gradient, whole or in coordinates; see `lightspan.optim.steps`."""
 
     def __init__(
         self,
@@ -264,21 +266,22 @@ class LowRank(Optimizer):
         every = [p for group in self.param_groups for p in group["params"]]
         require_attached(self.backward, self.attached, hasattr(self, "grad_scale"))
         require_dense_gradients(every, self._called, type(self).__name__)
-        self._choose_ranks(every)
+        self._choose_ranks()
         shares = [share for bucket in self.buckets() if (share := Share.of(bucket, self.rule)) is not None]
         unprojected = [self._unprojected(group) for group in self.param_groups]
-        self._require_finite_for_frames(
-            shares, every
-        )  # before the projection: an SVD raises on NaN, a power step hides it
+        self.used_gradients = bool(shares) or any(unprojected)
+        # A frame is chosen from the gradient: an SVD raises on NaN, a power step would hide it.
+        self._require_finite_for_frames(shares, every)
         self._project(shares)
-        clip = self._clip_factor(shares, unprojected)  # after it: clipping needs the norm of everything
+        # The norm is that of all gradients, so after all are projected; and nothing has been written yet.
+        clip = self._clip_factor(shares, unprojected)
         self._require_finite(shares, unprojected, every)
         self._update(shares, clip)
         self._update_unprojected(unprojected, clip, every)
         self._places = {}
         return loss
 
-    def _choose_ranks(self, every: list[Tensor]) -> None:
+    def _choose_ranks(self) -> None:
         """Ranks of the matrices that have their first gradient; their buckets are built anew."""
         if self.rank_rule is None:
             return

@@ -102,8 +102,8 @@ def load_run(folder: Path, name: str) -> Run:
         raise UserError(f"run folder {str(folder)!r} {what}; name the folder in which `lightspan fit` wrote {METRICS}")
     if (folder / RESULT).is_file():
         raise UserError(
-            f"{str(folder)!r} holds what `lightspan run` computed, and report compares training runs; its figures are in "
-            f"{folder / RESULT}"
+            f"{str(folder)!r} holds what `lightspan run` computed, and report compares training runs; its figures "
+            f"are in {folder / RESULT}"
         )
     if not (folder / METRICS).is_file():
         inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))

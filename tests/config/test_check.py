@@ -223,7 +223,7 @@ def test_settings_without_a_class_are_checked_against_the_dataclass_they_fill():
     )
     assert problems(text) == [
         "r.yaml:6 model.init_args.groups.othr_lr: unknown; did you mean other_lr? "
-        "ParameterGroups takes: embeddings, other_lr"
+        "ParameterGroups takes: embeddings, other_lr, rules, layer_decay, layers"
     ]
 
 

@@ -1,0 +1,175 @@
+"""`lightspan new`: the files that a new method consists of, with something in them that runs.
+
+Inside a checkout of lightspan they join the house: method, recipe, test and evidence, each where it belongs. In any
+other folder they are a project of one's own: a package of the method's name, and recipe, test and evidence beside it.
+"""
+
+import argparse
+import importlib.util
+import keyword
+import re
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from lightspan.commands.arguments import folder
+from lightspan.errors import UserError
+
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+LONGEST = 40
+RESERVED = ("scale",)  # holds overlays, not recipes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="FAMILY/NAME", help="such as contrastive/my_method")
+    parser.add_argument(
+        "--in",
+        dest="folder",
+        type=folder,
+        default=Path(),
+        metavar="FOLDER",
+        help="where to write: a checkout of lightspan, or a project of your own; by default the current folder",
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files go, what they call the method, and what to do with them next.
+
+    Attributes:
+        files: template names by path, relative to the folder; an empty one is an empty file.
+        module: where the class is.
+        evidence: what the recipe says of its evidence.
+        optional: files of `files` that may be there already, and then stay.
+        commands: to type next, in the folder.
+    """
+
+    files: dict[str, list[str]]
+    module: str
+    evidence: str
+    optional: tuple[str, ...]
+    commands: list[str]
+
+
+def run(args: argparse.Namespace) -> int:
+    from lightspan.files import write_atomic
+
+    family, name = _parts(args.name)
+    root: Path = args.folder
+    if not root.is_dir():
+        raise UserError(f"--in {root}: there is no such folder; make it first")
+    house = is_checkout(root)
+    layout = _in_the_house(family, name) if house else _of_ones_own(name)
+    there = [path for path in layout.files if (root / path).exists() and path not in layout.optional]
+    if there:
+        raise UserError(f"{', '.join(str(root / path) for path in there)} exists; choose another name, or remove it")
+    if not house and _is_installed(name):
+        raise UserError(f"a package named {name} would hide the one that is installed; choose another name")
+    texts = {path: _text(parts, layout, family, name, house) for path, parts in layout.files.items()}
+    for path, text in texts.items():
+        if not (root / path).exists():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(root / path, text)
+            print(f"wrote {root / path}")
+    steps = ([] if root == Path() else [f"cd {root}"]) + layout.commands
+    print("\nIt runs as it stands. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")
+    return 0
+
+
+def is_checkout(root: Path) -> bool:
+    """Whether a folder is the top of a checkout of lightspan."""
+    project = root / "pyproject.toml"
+    named = project.is_file() and re.search(r'(?m)^name = "lightspan"$', project.read_text(encoding="utf-8"))
+    return bool(named) and (root / "framework" / "method.py").is_file()
+
+
+def _is_installed(name: str) -> bool:
+    """Whether Python knows a module of this name; a folder without code, as one that a project begins with, is none."""
+    found = importlib.util.find_spec(name)
+    return name in sys.stdlib_module_names or (found is not None and found.origin is not None)
+
+
+def _parts(text: str) -> tuple[str, str]:
+    family, _, name = text.partition("/")
+    for part in (family, name):
+        if not NAME.fullmatch(part) or len(part) > LONGEST or keyword.iskeyword(part) or part in RESERVED:
+            raise UserError(
+                f"{text!r} must be FAMILY/NAME, such as contrastive/my_method: small letters, digits and single "
+                f"underscores, a letter first, at most {LONGEST} of them, and no word of Python's own"
+            )
+    return family, name
+
+
+def _in_the_house(family: str, name: str) -> Layout:
+    test, evidence = f"tests/methods/{family}/test_{name}.py", f"evidence/test_{name}.py"
+    package = f"framework/methods/{family}/__init__.py"
+    return Layout(
+        {
+            package: [],
+            f"framework/methods/{family}/{name}.py": ["method.py"],
+            f"recipes/{family}/{name}.yaml": ["recipe.yaml"],
+            test: ["test.py"],
+            evidence: ["evidence.py", "evidence_house.py"],
+        },
+        f"lightspan.methods.{family}.{name}",
+        evidence,
+        (package,),
+        [
+            f"lightspan check {family}/{name}",
+            f"lightspan fit {family}/{name}",
+            f"python -m pytest {test}",
+            f"python -m pytest {evidence}",
+        ],
+    )
+
+
+def _of_ones_own(name: str) -> Layout:
+    test, evidence = f"test_{name}.py", f"evidence_{name}.py"
+    return Layout(
+        {
+            f"{name}/__init__.py": [],
+            f"{name}/method.py": ["method.py"],
+            f"{name}.yaml": ["recipe.yaml"],
+            test: ["test.py"],
+            evidence: ["evidence.py", "evidence_own.py"],
+        },
+        f"{name}.method",
+        evidence,
+        (),
+        [
+            f"lightspan check {name}.yaml --allow-module {name}",
+            f"lightspan fit {name}.yaml --allow-module {name}",
+            f"python -m pytest {test}",
+            f"python {evidence}",
+        ],
+    )
+
+
+def _text(parts: list[str], layout: Layout, family: str, name: str, house: bool) -> str:
+    templates = resources.files("lightspan.commands") / "templates"
+    words = name.split("_")
+    cls = "".join(word.capitalize() for word in words)
+    text = Template("".join((templates / f"{part}.txt").read_text(encoding="utf-8") for part in parts)).substitute(
+        title=" ".join(words).capitalize(),
+        cls=cls,
+        family=family,
+        module=layout.module,
+        class_path=f"{layout.module}.{cls}",
+        evidence=layout.evidence,
+    )
+    return _with_sorted_imports(text, "lightspan" if house else name) if parts and parts[0].endswith(".py") else text
+
+
+def _with_sorted_imports(text: str, own: str) -> str:
+    """The imports in the order that linters ask for, which hangs on whose project the file is part of."""
+    lines = text.split("\n")
+    places = [i for i, line in enumerate(lines) if line.startswith(("import ", "from "))]
+    sections: list[list[str]] = [[], [], []]
+    for place in places:
+        root = lines[place].split()[1].split(".")[0]
+        sections[0 if root in sys.stdlib_module_names else 2 if root == own else 1].append(lines[place])
+    ordered = [sorted(section, key=lambda line: (line.startswith("from "), line.split()[1])) for section in sections]
+    block = "\n\n".join("\n".join(section) for section in ordered if section)
+    return "\n".join([*lines[: places[0]], block, *lines[places[-1] + 1 :]])

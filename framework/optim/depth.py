@@ -1,0 +1,93 @@
+"""How deep in its network a parameter lies, for layer-wise decay of the learning rate.
+
+Source: Clark et al., "ELECTRA", 2020, arXiv 2003.10555, appendix; Bao et al., "BEiT", 2021, arXiv 2106.08254; timm's
+`param_groups_layer_decay`, whose rates this gives for timm networks with a head.
+
+Layers are counted from the input. Of a timm network they are those that its own `group_matcher` tells. Of any other
+network they are the elements of the longest list of blocks in it: what is registered before the blocks in the same
+child of the module (embeddings, stem) is the layer below them, all else keeps the full rate.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightspan.errors import UserError
+from lightspan.patterns import matches
+
+
+def shares_of_layers(module: nn.Module, decay: float, layers: Sequence[str] | None = None) -> dict[str, float]:
+    """decay^(L - l) for each parameter of layer l of L, counted from 0, by name; a parameter of no layer is left out.
+
+    Args:
+        layers: name patterns, one a layer, in the place of what the module tells.
+    Raises: UserError for a module that tells no layers.
+    """
+    if layers is not None:
+        patterns = [[pattern] for pattern in layers]
+        found = {
+            name: depth
+            for name, _ in module.named_parameters()
+            if (depth := next((i for i, pattern in enumerate(patterns) if matches(name, pattern)), None)) is not None
+        }
+        return {name: decay ** (len(layers) - depth) for name, depth in found.items()}
+    shares: dict[str, float] = {}
+    for prefix, network in _timm_networks(module):
+        depths, total = _told_by_timm(network)
+        shares |= {prefix + name: decay ** (total - depth) for name, depth in depths.items()}
+    if shares:
+        return shares
+    depths, total = _numbered(module)
+    return {name: decay ** (total - depth) for name, depth in depths.items()}
+
+
+def _timm_networks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The outermost parts that tell their layers, with the prefix of their parameters' names."""
+    outer: list[str] = []
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if hasattr(type(part), "group_matcher") and not any(prefix.startswith(known) for known in outer):
+            outer.append(prefix)
+            yield prefix, part
+
+
+def _told_by_timm(network: Any) -> tuple[dict[str, int], int]:
+    """Layers of a timm network's parameters, and how many there are. What the matcher does not know is the head."""
+    from timm.models._manipulate import group_with_matcher
+
+    matcher, nobody = network.group_matcher(coarse=False), "?"
+    named = [*network.named_parameters()] + ([(nobody, None)] if isinstance(matcher, dict) else [])
+    depths: dict[str, int] = group_with_matcher(named, matcher, reverse=True)
+    head = depths.pop(nobody, math.inf)
+    depths = {name: depth for name, depth in depths.items() if depth < head}
+    return depths, max(depths.values(), default=-1) + 1
+
+
+def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
+    """Layers by the longest list of blocks, and how many there are."""
+    lists = {
+        path: len(part)
+        for path, part in module.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential)
+        and len(part) > 1
+        and len({type(block) for block in part}) == 1
+        and all(any(parameter.requires_grad for parameter in block.parameters()) for block in part)
+    }
+    if not lists:
+        raise UserError(
+            f"{type(module).__name__} has no list of equal blocks that would tell its layers; set groups.layers to "
+            "name patterns, one a layer from input to output"
+        )
+    path = max(lists, key=lambda known: lists[known])
+    child = path.split(".")[0] + "." if "." in path else ""
+    depths: dict[str, int] = {}
+    above = False
+    for name, _ in module.named_parameters():
+        if name.startswith(f"{path}."):
+            depths[name] = int(name.removeprefix(f"{path}.").split(".")[0]) + 1
+            above = True
+        elif name.startswith(child) and not above:
+            depths[name] = 0
+    return depths, lists[path] + 1

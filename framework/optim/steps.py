@@ -1,0 +1,41 @@
+"""How often an optimiser really stepped: what an EMA, a mask or a proximal step counts by.
+
+A Trainer's `global_step` also counts steps that changed nothing: a `training_step` that returned None, gradients that
+`FiniteLoss` cleared, infinite ones that a GradScaler skipped.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+
+_TAKEN: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+
+def steps_taken(optimizer: Any) -> int:
+    """Steps that the optimiser took, on at least one gradient, since this was first asked of it.
+
+    Take the difference of two answers, both with no step under way: DeepSpeed, for one, writes the weights only after
+    the step of the optimiser inside it. A wrapper, such as Lightning's or DeepSpeed's, is looked through.
+    """
+    while isinstance(inside := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inside
+    if optimizer not in _TAKEN:
+        _TAKEN[optimizer] = 0
+        optimizer.register_step_post_hook(_count)
+    return _TAKEN[optimizer]
+
+
+def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _TAKEN[optimizer] = _TAKEN.get(optimizer, 0) + _stepped(optimizer)
+
+
+def _stepped(optimizer: Any) -> bool:
+    # Fused optimisers are called for infinite gradients too, and look at this themselves.
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return False
+    # `LowRank` may have used up gradients that never were in `grad`.
+    if getattr(optimizer, "used_gradients", False):
+        return True
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])

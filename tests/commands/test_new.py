@@ -1,0 +1,119 @@
+"""`lightspan new`: what it writes is clean, checks, trains and passes its own test, in one's own project and here."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightspan.cli import main
+from lightspan.config.build import build
+from lightspan.config.recipes import load
+from lightspan.config.resolve import resolve
+
+ROOT = Path(__file__).parents[2]
+NAME = "brand_new_method"
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["new", f"contrastive/{NAME}"]) == 0
+    yield tmp_path
+    for module in [module for module in sys.modules if NAME in module]:
+        del sys.modules[module]
+
+
+def written(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_clean(folder: Path, *options: str) -> None:
+    for command in (["check"], ["format", "--diff"]):
+        line = [sys.executable, "-m", "ruff", *command, "--no-cache", *options, "."]
+        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_project_of_ones_own_trains_and_passes_its_test(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"{NAME}/__init__.py", f"{NAME}/method.py", f"{NAME}.yaml", f"test_{NAME}.py", f"evidence_{NAME}.py"}
+    assert written(own) == files
+    assert_clean(own, "--isolated", "--config", "line-length = 120")
+    assert main(["check", f"{NAME}.yaml", "--allow-module", NAME]) == 0
+    assert "no problems" in capsys.readouterr().out
+    short = ["trainer.max_steps=3", "trainer.limit_val_batches=1", "trainer.callbacks.probes=null"]
+    built = build(resolve(f"{NAME}.yaml", [], short, [NAME]), own / "run")
+    built.trainer.fit(built.model, datamodule=built.datamodule)
+    assert built.trainer.global_step == 3
+    tests = importlib.import_module(f"test_{NAME}")
+    names = [name for name in vars(tests) if name.startswith("test_")]
+    assert len(names) == 5
+    for name in names:
+        getattr(tests, name)()
+    before, after = importlib.import_module(f"evidence_{NAME}").train(seed=0, epochs=1)
+    assert 50 < before < 100
+    assert 50 < after < 100
+
+
+def test_in_a_checkout_the_files_join_the_house_and_touch_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pyproject.toml", "framework/method.py", "framework/methods/supervised/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    before = {name: (tmp_path / name).read_bytes() for name in written(tmp_path)}
+    assert main(["new", "supervised/abc", "--in", str(tmp_path)]) == 0
+    method, recipe = "framework/methods/supervised/abc.py", "recipes/supervised/abc.yaml"
+    test, evidence = "tests/methods/supervised/test_abc.py", "evidence/test_abc.py"
+    assert written(tmp_path) - before.keys() == {method, recipe, test, evidence}
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert_clean(tmp_path)
+    assert "from lightspan.methods.supervised.abc import Abc" in (tmp_path / test).read_text()
+    about = load(str(tmp_path / recipe)).about
+    assert (about["family"], about["evidence"]) == ("supervised", evidence)
+    assert f"cd {tmp_path}\n  lightspan check supervised/abc\n" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / f"{NAME}/__init__.py").unlink()
+    (own / f"{NAME}.yaml").write_text("mine: true\n")
+    assert main(["new", f"contrastive/{NAME}"]) == 2
+    assert f"{NAME}.yaml" in capsys.readouterr().err
+    assert (own / f"{NAME}.yaml").read_text() == "mine: true\n"
+    assert not (own / f"{NAME}/__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("alone", "'alone' must be FAMILY/NAME"),
+        ("Big/name", "must be FAMILY/NAME"),
+        ("../up/name", "must be FAMILY/NAME"),
+        ("a/b/c", "must be FAMILY/NAME"),
+        ("contrastive/two__lines", "must be FAMILY/NAME"),
+        ("contrastive/class", "no word of Python's own"),
+        ("scale/name", "must be FAMILY/NAME"),
+        (f"contrastive/{'a' * 41}", "at most 40"),
+        ("contrastive/json", "a package named json would hide the one that is installed"),
+        ("contrastive/torch", "a package named torch would hide the one that is installed"),
+    ],
+)
+def test_a_name_that_cannot_be_one_is_refused(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", name]) == 2
+    assert message in capsys.readouterr().err
+    assert not written(tmp_path)
+
+
+def test_the_templates_are_part_of_the_package() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "framework/commands"
+    shipped = {path for pattern in patterns["lightspan.commands"] for path in folder.glob(pattern)}
+    assert shipped == set((folder / "templates").iterdir())
+    assert len(shipped) == 6

@@ -1,0 +1,120 @@
+"""Batch types say what their fields hold, and the first batch of every data module holds exactly that."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, is_typeddict
+
+import pytest
+import torch
+from lightning import LightningDataModule
+from shard_files import write_shards
+from torch import Tensor
+
+from lightspan import datamodules
+from lightspan.datamodules import batches
+from lightspan.datamodules.images.classes import ClassSubset
+from lightspan.datamodules.images.shapes import Shapes
+from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
+from lightspan.datamodules.images.views import TwoViews
+from lightspan.datamodules.shards.stream import Shards
+from lightspan.datamodules.text.austen import Austen
+from lightspan.datamodules.text.reviews import FoodReviews
+from lightspan.datamodules.text.windows import ByteText
+from lightspan.errors import UserError
+
+BATCHES = {name: kind for name, kind in vars(batches).items() if is_typeddict(kind)}
+FIELD = re.compile(r"^(?P<name>\w+): (?:V tensors, )?(?P<dtype>\w+) \[(?P<shape>[^\]]*)\](?P<rest>.*)$", re.MULTILINE)
+
+
+def documented(kind: type) -> dict[str, tuple[str, int]]:
+    """dtype and number of axes of each field, as the docstring has it."""
+    return {
+        match["name"]: (match["dtype"], len(match["shape"].split(",")))
+        for match in FIELD.finditer(inspect.cleandoc(kind.__doc__ or ""))
+    }
+
+
+class Letters:
+    """Stands for a tokenizer: one token a letter, padded with 0."""
+
+    vocab_size = 128
+
+    def __call__(self, texts: list[str], truncation: bool, max_length: int, **options: Any) -> dict[str, Any]:
+        rows = [[min(ord(letter), 127) for letter in text[:max_length]] for text in texts]
+        return {
+            "input_ids": [row + [0] * (max_length - len(row)) for row in rows],
+            "attention_mask": [[1] * len(row) + [0] * (max_length - len(row)) for row in rows],
+        }
+
+
+def shards(folder: Path, **options: Any) -> Shards:
+    return Shards(write_shards(folder, [5]), batch_size=4, **options)
+
+
+def text(folder: Path) -> ByteText:
+    for name in ("one", "two"):
+        (folder / f"{name}.txt").write_text("to be or not to be, " * 200)
+    return ByteText([str(folder)], (".txt",), context=9, batch_size=4, val_fraction=0.5, val_windows=4)
+
+
+MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
+    "Digits": (lambda folder: Digits(4), "ImageBatch"),
+    "Digits, two views": (lambda folder: Digits(4, TwoViews(flip=0.0)), "ViewsBatch"),
+    "FashionMNIST": (lambda folder: FashionMNIST(4), "ImageBatch"),
+    "MNIST5k": (lambda folder: MNIST5k(4), "ImageBatch"),
+    "Shapes": (lambda folder: Shapes(4, size=64), "ImageBatch"),
+    "ClassSubset": (lambda folder: ClassSubset(Digits(), [1, 2], 4), "ImageBatch"),
+    "Shards": (shards, "ImageBatch"),
+    "Shards, two views": (lambda folder: shards(folder, views=TwoViews(flip=0.0)), "ViewsBatch"),
+    "ByteText": (text, "TextBatch"),
+    "Austen": (lambda folder: Austen(context=9, batch_size=4, val_windows=4), "TextBatch"),
+    "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
+}
+
+
+def data_modules() -> set[str]:
+    found: set[str] = set()
+    for info in pkgutil.walk_packages(datamodules.__path__, "lightspan.datamodules."):
+        for name, kind in vars(importlib.import_module(info.name)).items():
+            if inspect.isclass(kind) and issubclass(kind, LightningDataModule) and kind.__module__ == info.name:
+                found |= set() if inspect.isabstract(kind) else {name}
+    return found
+
+
+def test_every_data_module_and_every_batch_is_held_to_it() -> None:
+    assert {name.split(",")[0] for name in MADE} == data_modules()
+    assert {batch for _, batch in MADE.values()} == BATCHES.keys()
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_every_field_says_its_dtype_and_shape(name: str) -> None:
+    fields = documented(BATCHES[name])
+    assert list(fields) == list(BATCHES[name].__annotations__)
+    assert all(hasattr(torch, dtype) for dtype, _ in fields.values())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_first_batch_has_the_documented_fields_and_no_others(name: str, tmp_path: Path) -> None:
+    make, kind = MADE[name]
+    try:
+        data = make(tmp_path)
+        data.prepare_data()
+        data.setup("fit")
+    except UserError as error:
+        pytest.skip(str(error))
+    batch = next(iter(data.train_dataloader()))
+    fields = documented(BATCHES[kind])
+    assert set(batch) == fields.keys()
+    for field, (dtype, axes) in fields.items():
+        values = batch[field] if isinstance(batch[field], list) else [batch[field]]
+        assert values
+        for value in values:
+            assert isinstance(value, Tensor)
+            assert (value.dtype, value.ndim, len(value)) == (getattr(torch, dtype), axes, 4)
+    for image in batch.get("views", [batch[key] for key in ("image",) if key in batch]):
+        assert image.isfinite().all()
+        assert image.abs().max() < 30  # standardised

@@ -1,0 +1,90 @@
+"""Features by layer and token against timm's and transformers' own, and what networks without layers are told."""
+
+import pytest
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.optim import SGD
+
+from lightspan.backbones.diffusion import DiT
+from lightspan.backbones.language import llama
+from lightspan.backbones.vision import MLP, LeNet, SmallConvNet
+from lightspan.errors import UserError
+from lightspan.methods.language.causal_lm import CausalLM
+from lightspan.methods.supervised.classifier import Classifier
+from lightspan.nn.tokens import token_features
+
+ViT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
+TIMM = {
+    "ViT": lambda: VisionTransformer(reg_tokens=2, **ViT),
+    "ResNet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=0),
+    "Swin": lambda: SwinTransformer(16, 2, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2), num_classes=0),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_layers_of_a_timm_network_are_those_of_its_forward_intermediates(name: str) -> None:
+    torch.manual_seed(0)
+    net, images = TIMM[name]().eval(), torch.randn(2, 3, 16, 16)
+    prefix = {"return_prefix_tokens": True} if name == "ViT" else {}
+    expected = net.forward_intermediates(images, intermediates_only=True, **prefix)
+    found = token_features(net, lambda: net(images), [-1, 0])
+    for tokens, whole in zip(found, (expected[-1], expected[0]), strict=True):
+        map_BDHW = whole[0] if prefix else whole
+        assert tokens.grid == tuple(map_BDHW.shape[2:])
+        torch.testing.assert_close(tokens.tokens_BTD, map_BDHW.flatten(2).mT)
+        torch.testing.assert_close(tokens.pooled(), map_BDHW.mean(dim=(2, 3)))
+        if prefix:
+            assert tokens.prefix_BPD is not None
+            torch.testing.assert_close(tokens.prefix_BPD, whole[1])
+            assert tokens.prefix_BPD.shape[1] == 3
+
+
+IMAGES = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+OWN = {
+    "SmallConvNet": (lambda: SmallConvNet(stages=2), (IMAGES,), [(2, 784, 32), (2, 196, 64)]),
+    "MLP": (lambda: MLP(hidden=(5, 4)), (IMAGES,), [(2, 1, 5), (2, 1, 4)]),
+    "LeNet": (LeNet, (IMAGES,), [(2, 144, 6), (2, 16, 16), (2, 1, 120), (2, 1, 84)]),
+    "DiT": (lambda: DiT(28, 7, width=8, depth=2, heads=2), (IMAGES, torch.ones(2)), [(2, 16, 8)] * 2),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_network_of_our_own_tells_its_layers(name: str) -> None:
+    build, inputs, shapes = OWN[name]
+    net = build().eval()
+    found = token_features(net, lambda: net(*inputs), range(len(shapes)))
+    assert [tuple(tokens.tokens_BTD.shape) for tokens in found] == shapes
+    if name != "DiT":  # pooled features are the mean of the last layer's tokens
+        torch.testing.assert_close(found[-1].pooled(), net(*inputs))
+
+
+def test_a_method_reads_tokens_of_the_pass_that_makes_its_features() -> None:
+    torch.manual_seed(0)
+    method = Classifier(VisionTransformer(**ViT), 5, lambda groups: SGD(groups, lr=0.1)).eval()
+    batch = {"image": torch.randn(2, 3, 16, 16), "label": torch.zeros(2)}
+    first, last = method.token_features(batch, [0, -1])
+    assert last.prefix_BPD is not None
+    torch.testing.assert_close(method.backbone.norm(last.prefix_BPD[:, 0]), method.features(batch))
+    assert first.tokens_BTD.shape == (2, 4, 16)
+
+
+def test_a_language_model_has_states_by_block() -> None:
+    torch.manual_seed(0)
+    net = llama(vocab_size=11, width=8, depth=3, heads=2, mlp_width=8, context=8)
+    method, tokens_BT = CausalLM(net, lambda groups: SGD(groups, lr=0.1)).eval(), torch.randint(11, (2, 7))
+    (found,) = method.token_features({"tokens": tokens_BT}, [1])
+    expected = net(input_ids=tokens_BT[:, :-1], output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(found.tokens_BTD, expected)
+
+
+def test_what_cannot_be_read_is_named() -> None:
+    net = MLP(hidden=(5, 4))
+    with pytest.raises(UserError, match=r"layer 2 is outside the 2 layers of MLP; it must lie in \[-2, 1\]"):
+        token_features(net, lambda: net(IMAGES), [2])
+    with pytest.raises(UserError, match="Linear tells no layers; give it a property feature_modules"):
+        token_features(nn.Linear(2, 2), lambda: None)
+    with pytest.raises(UserError, match="MLP ran 0 of the 1 layers asked for"):
+        token_features(net, lambda: None)

@@ -1,0 +1,185 @@
+"""Rules by name and layer-wise decay: who gets which rate and which decay, and that groups without either stay."""
+
+import copy
+from functools import partial
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from lightspan.backbones.diffusion import DiT
+from lightspan.backbones.language import llama
+from lightspan.backbones.vision import SmallConvNet
+from lightspan.config.resolve import resolve
+from lightspan.errors import UserError
+from lightspan.optim.groups import ParameterGroups, Rule
+from lightspan.optim.presets import Trion
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(3)])
+        self.head = nn.Linear(8, 10)
+
+
+class Headed(nn.Module):
+    def __init__(self, backbone: nn.Module, width: int) -> None:
+        super().__init__()
+        self.head, self.backbone = nn.Linear(width, 10), backbone  # in either order
+
+
+def settings(groups: ParameterGroups, module: nn.Module, **options: float) -> dict[str, tuple[float, float, bool]]:
+    """Rate, decay and whether it may be projected, by parameter, of an AdamW with rate 1 and decay 0.5."""
+    optimizer = groups.optimizer(module, lambda params: torch.optim.AdamW(params, lr=1.0, weight_decay=0.5))
+    return {
+        name: (group["lr"], group["weight_decay"], group["project"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+
+
+def test_each_setting_comes_from_the_first_rule_that_sets_it_and_then_from_the_kind() -> None:
+    rules = [
+        Rule(["head.*"], lr_scale=10.0),
+        Rule(["head.weight", "embed.*"], lr_scale=0.1, weight_decay=0.2),
+        Rule(["blocks.2.0.weight"], kind="vectors"),
+        Rule(["*.bias"], weight_decay=0.3),
+    ]
+    found = settings(ParameterGroups(rules=rules, other_lr=2.0), Net())
+    assert found["head.weight"] == (10.0, 0.2, True)
+    assert found["head.bias"] == (20.0, 0.3, False)
+    assert found["embed.weight"] == (0.2, 0.2, False)
+    assert found["blocks.0.0.weight"] == (1.0, 0.5, True)
+    assert found["blocks.2.0.weight"] == (2.0, 0.0, False)
+    assert found["blocks.1.1.weight"] == (2.0, 0.0, False)
+    assert found["blocks.1.1.bias"] == (2.0, 0.3, False)
+
+
+def test_a_rule_stands_above_a_modules_own_word() -> None:
+    net = Net()
+    net.head.parameter_kinds = {"weight": "embeddings"}
+    assert settings(ParameterGroups(), net)["head.weight"] == (1.0, 0.0, False)
+    rule = Rule(["head.weight"], kind="matrices")
+    assert settings(ParameterGroups(rules=[rule]), net)["head.weight"] == (1.0, 0.5, True)
+
+
+def test_groups_that_no_rule_cuts_are_those_without_rules() -> None:
+    plain, cut = (
+        [{**group, "params": [name for name, _ in group["params"]]} for group in groups.build(Net())]
+        for groups in (ParameterGroups(), ParameterGroups(rules=[Rule(["*"], lr_scale=1.0)], layer_decay=1.0))
+    )
+    assert cut == plain
+    assert [sorted(group) for group in plain] == [["name", "params", "project"]] + [
+        ["name", "params", "project", "weight_decay"]
+    ] * 2
+
+
+def test_names_of_groups_are_unique_and_stable_and_their_state_loads() -> None:
+    close = [Rule([f"blocks.{i}.0.weight"], lr_scale=1 + i * 1e-9) for i in range(3)]
+    groups = ParameterGroups(rules=[*close, Rule(["head.weight"], weight_decay=0.0)], other_lr=0.5)
+    net = Net()
+    optimizers = [groups.optimizer(module, partial(torch.optim.AdamW, lr=0.1)) for module in (net, copy.deepcopy(net))]
+    names = [[group["name"] for group in optimizer.param_groups] for optimizer in optimizers]
+    assert names[0] == ["matrices", "matrices-lr1", "matrices-lr1-2", "matrices-wd0", "embeddings", "vectors"]
+    assert names[1] == names[0]
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert [g["lr"] for g in optimizers[1].param_groups] == [g["lr"] for g in optimizers[0].param_groups]
+
+
+def test_rates_that_an_optimiser_chooses_itself_are_scaled_too() -> None:
+    groups = ParameterGroups(rules=[Rule(["head.*"], lr_scale=10.0)])
+    optimizer = groups.optimizer(Net(), lambda params: Trion(params, lr=0.02, rank=2, other_lr=1e-3))
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert (rates["blocks.0.0.weight"], rates["head.weight"], rates["head.bias"]) == pytest.approx((0.02, 0.2, 0.01))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_layer_decay_of_a_timm_network_is_that_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        whole = timm.create_model(name, num_classes=10)
+        headed = Headed(timm.create_model(name, num_classes=0), 4)
+    expected = {
+        id(p): group["lr_scale"] for group in param_groups_layer_decay(whole, layer_decay=0.5) for p in group["params"]
+    }
+    found = settings(ParameterGroups(layer_decay=0.5), headed)
+    assert found["head.weight"][0] == 1.0
+    compared = {
+        f"backbone.{n}": expected[id(p)] for n, p in whole.named_parameters() if not n.startswith(("head", "fc."))
+    }
+    assert len(compared) > 50
+    assert {key: found[key][0] for key in compared} == compared
+
+
+@pytest.mark.parametrize(
+    ("backbone", "first", "block", "last"),
+    [
+        (lambda: llama(vocab_size=16, width=8, depth=2, heads=2, mlp_width=8, context=8), "model.embed_tokens.weight",
+         "model.layers.{}.mlp.up_proj.weight", "model.norm.weight"),
+        (lambda: DiT(image_size=8, patch_size=4, width=8, depth=2, heads=2), "patch_embed.proj.weight",
+         "blocks.{}.mlp.fc1.weight", "modulation.weight"),
+    ],
+    ids=["llama", "DiT"],
+)  # fmt: skip
+def test_numbered_blocks_are_layers_and_heads_keep_the_full_rate(backbone, first, block, last) -> None:
+    found = settings(ParameterGroups(layer_decay=0.5), Headed(backbone(), 4))
+    rates = [found[f"backbone.{name}"][0] for name in (first, block.format(0), block.format(1))]
+    assert rates == [0.125, 0.25, 0.5]
+    assert found["head.weight"][0] == found["head.bias"][0] == 1.0
+    assert found[f"backbone.{last}"][0] == 1.0
+
+
+def test_layers_can_be_named() -> None:
+    groups = ParameterGroups(layer_decay=0.5, layers=["*layers.0.*", "*layers.[1-3].*"], rules=[Rule(["*.0.*"], 3.0)])
+    found = settings(groups, Headed(SmallConvNet(stages=2), 4))
+    assert found["backbone.layers.0.weight"][0] == 0.75
+    assert found["backbone.layers.3.weight"][0] == 0.5
+    assert found["backbone.layers.4.weight"][0] == found["head.bias"][0] == 1.0
+
+
+REFUSED = {
+    "a pattern that matches nothing": (
+        {"rules": [Rule(["head.*", "haed.weight"], 2.0)]},
+        r"'haed\.weight' matches no trained parameter of Net \(groups\.rules\[0\]\); names look like head\.weight",
+    ),
+    "a layer that matches nothing": (
+        {"layer_decay": 0.5, "layers": ["block.0.*"]},
+        r"'block\.0\.\*' matches no trained parameter of Net \(groups\.layers\); names look like blocks\.2",
+    ),
+    "no pattern": ({"rules": [Rule([], 2.0)]}, r"groups\.rules\[0\]\.match is empty"),
+    "nothing set": ({"rules": [Rule(["*"])]}, r"groups\.rules\[0\] sets nothing; give it lr_scale,"),
+    "no rate": ({"rules": [Rule(["*"], 0.0)]}, r"groups\.rules\[0\]\.lr_scale=0\.0 must be above 0"),
+    "negative decay": ({"rules": [Rule(["*"], None, -1.0)]}, r"rules\[0\]\.weight_decay=-1\.0 must be at least 0"),
+    "unknown kind": ({"rules": [Rule(["*"], kind="matrix")]}, r"kind='matrix' must be one of matrices, embeddings"),
+    "decay above one": ({"layer_decay": 1.5}, r"groups\.layer_decay=1\.5 must lie in \(0, 1\]"),
+    "layers alone": ({"layers": ["*"]}, r"groups\.layers says what groups\.layer_decay acts on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_cannot_hold_are_refused(case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        ParameterGroups(**options).build(Net())
+
+
+def test_a_network_without_layers_asks_for_their_names() -> None:
+    with pytest.raises(UserError, match=r"Linear has no list of equal blocks.*groups\.layers"):
+        ParameterGroups(layer_decay=0.5).build(nn.Linear(2, 2))
+
+
+def test_recipes_set_rules_and_misspelt_ones_are_found_before_a_run() -> None:
+    groups = "model.init_args.groups"
+    resolve(
+        "compression/vit", [], [f"{groups}.rules=[{{match: ['head.*'], lr_scale: 10}}]", f"{groups}.layer_decay=0.7"]
+    )
+    with pytest.raises(UserError, match=r"lr_scal: unknown; did you mean lr_scale"):
+        resolve("compression/vit", [], [f"{groups}.rules=[{{match: ['head.*'], lr_scal: 10}}]"])
+    with pytest.raises(UserError, match=r"rules\.0\.lr_scale"):
+        resolve("compression/vit", [], [f"{groups}.rules=[{{match: ['head.*'], lr_scale: high}}]"])

@@ -1,0 +1,73 @@
+"""Optimisers take torch.optim.AdamW's arguments by its names, with its defaults or for a reason that stands here."""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+from lightspan import optim
+from lightspan.optim import presets
+from lightspan.optim.low_rank import LowRank
+
+SHARED = ("lr", "betas", "eps", "weight_decay")
+OF_TORCH = {name: inspect.signature(torch.optim.AdamW).parameters[name].default for name in SHARED}
+REASONS = {
+    ("LowRank", "weight_decay"): "decay belongs to a run: the papers of all presets train without it by default",
+    ("GaLore", "lr"): "arXiv 2403.03507, section 5.1",
+    ("FiraAdam", "lr"): "arXiv 2410.01623, section 5",
+    ("APOLLO", "lr"): "arXiv 2412.05270, section 5",
+    ("APOLLOMini", "lr"): "arXiv 2412.05270, section 5",
+    ("LDAdam", "betas"): "arXiv 2410.16103, section 5",
+    ("Trion", "lr"): "of Newton-Schulz, which needs another than AdamW",
+    ("Trion", "betas"): "published code, for what is not projected",
+    ("Trion", "eps"): "published code, for what is not projected",
+}
+OF_COORDINATES = {"RandomSubspace"}
+"""Optimisers that step coordinates by another one, which brings its own settings."""
+
+
+def optimisers() -> dict[str, type[Optimizer]]:
+    """Every optimiser that a module of `lightspan.optim` defines."""
+    found: dict[str, type[Optimizer]] = {}
+    for info in pkgutil.iter_modules(optim.__path__):
+        module = importlib.import_module(f"lightspan.optim.{info.name}")
+        for name, kind in vars(module).items():
+            if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind.__module__ == module.__name__:
+                found[name] = kind
+    return {kind.__name__: kind for kind in found.values() if kind.__name__ not in OF_COORDINATES}
+
+
+def default(kind: type[Optimizer], name: str) -> Any:
+    """That of the first constructor in the order of resolution that names the parameter."""
+    for base in kind.__mro__:
+        own = inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}
+        if name in own:
+            return own[name].default
+        assert any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values()) or not own, name
+    return inspect.Parameter.empty
+
+
+def test_all_presets_are_found() -> None:
+    assert optimisers().keys() >= {"LowRank", "Trion"}
+    assert set(optimisers().values()) >= {
+        kind for kind in vars(presets).values() if inspect.isclass(kind) and issubclass(kind, LowRank)
+    }
+    assert {name for name, _ in REASONS} <= optimisers().keys()
+
+
+@pytest.mark.parametrize("name", optimisers())
+def test_what_means_the_same_has_the_name_and_the_default_of_adamw(name: str) -> None:
+    kind = optimisers()[name]
+    assert list(inspect.signature(kind).parameters)[:2] == ["params", "lr"]
+    for setting in SHARED:
+        reasoned = (name, setting) in REASONS
+        expected = OF_TORCH[setting] if name == "LowRank" or reasoned else default(LowRank, setting)
+        assert (default(kind, setting) != expected) == reasoned, setting
+    rest = {"rank": 2} if name != "APOLLOMini" else {}
+    made = kind([torch.nn.Parameter(torch.ones(6, 5))], lr=0.3, betas=(0.5, 0.6), eps=0.1, weight_decay=0.2, **rest)
+    group = made.param_groups[0]
+    assert [group[setting] for setting in SHARED] == [0.3, (0.5, 0.6), 0.1, 0.2]
