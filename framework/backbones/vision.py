@@ -81,7 +81,7 @@ class SmallConvNet(nn.Module):
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The stages' ReLUs: one layer of features a stage, see `lightspan.nn.tokens`."""
-        return list(self.layers[2::3])
+        return [*self.layers][2::3]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.layers(x_BCHW).mean(dim=(2, 3))
@@ -111,7 +111,7 @@ class MLP(nn.Module):
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The ReLUs, see `lightspan.nn.tokens`."""
-        return list(self.layers[2::2])
+        return [*self.layers][2::2]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.layers(x_BCHW)

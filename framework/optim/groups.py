@@ -117,14 +117,18 @@ class ParameterGroups:
             key = kind, None if scale == 1 else scale, 0.0 if decay is None and kind != "matrices" else decay
             members.setdefault(key, []).append((name, parameter))
         groups: list[dict[str, Any]] = []
-        for kind, scale, decay in sorted(members, key=lambda key: get_args(Kind).index(key[0])):
-            group: dict[str, Any] = {"params": members[kind, scale, decay], "name": kind, "project": kind == "matrices"}
-            if scale is not None:
-                group["lr_scale"] = scale
-                group["name"] += f"-lr{scale:.6g}"
-            if decay is not None:
-                group["weight_decay"] = decay
-                group["name"] += f"-wd{decay:.6g}" if kind == "matrices" or decay else ""
+        for kind, factor, decays in sorted(members, key=lambda key: get_args(Kind).index(key[0])):
+            group: dict[str, Any] = {
+                "params": members[kind, factor, decays],
+                "name": kind,
+                "project": kind == "matrices",
+            }
+            if factor is not None:
+                group["lr_scale"] = factor
+                group["name"] += f"-lr{factor:.6g}"
+            if decays is not None:
+                group["weight_decay"] = decays
+                group["name"] += f"-wd{decays:.6g}" if kind == "matrices" or decays else ""
             if kind != "matrices" and self.other_lr is not None:
                 group["lr"] = self.other_lr
             same = sum(other["name"] == group["name"] for other in groups)  # equal but for digits that are not shown
