@@ -82,7 +82,7 @@ class Task:
     def pretrained(self, seed: int, val_size: int = 0) -> DenoisingDiffusion:
         seed_everything(seed, verbose=False)
         method = DenoisingDiffusion(
-            self.network(), torch.optim.AdamW, schedule=self.schedule, prediction=self.prediction
+            self.network(), optimizer=torch.optim.AdamW, schedule=self.schedule, prediction=self.prediction
         )
         fit(method, self.subset(OLD, seed, val_size), self.old_steps, self.old_rate)
         return method

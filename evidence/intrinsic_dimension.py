@@ -67,7 +67,7 @@ class Task:
     def model(self) -> nn.Module:
         shape = self.data.image_shape
         backbone = MLP(shape, (self.width, self.width)) if self.width else LeNet(shape)
-        return Classifier(backbone, 10, torch.optim.Adam)
+        return Classifier(backbone, 10, optimizer=torch.optim.Adam)
 
     @property
     def weights(self) -> int:

@@ -39,7 +39,7 @@ JUDGE_SEED, JUDGE_STEPS, JUDGE_RATE = 7, 600, 2e-3
 def judge(evidence) -> Judge:
     seed_everything(JUDGE_SEED, verbose=False)
     data = PLAIN(batch_size=64, draw_seed=JUDGE_SEED)
-    classifier = Classifier(LeNet(data.image_shape), data.num_classes, torch.optim.AdamW)
+    classifier = Classifier(LeNet(data.image_shape), data.num_classes, optimizer=torch.optim.AdamW)
     fit(classifier, data, JUDGE_STEPS, JUDGE_RATE)
     classifier.eval()
     black, white = data.bounds

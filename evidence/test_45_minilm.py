@@ -91,7 +91,7 @@ def order(data: Tokenized, seed: int) -> Tensor:
 
 def model_of(pretrained: bool, seed: int) -> TextClassifier:
     torch.manual_seed(seed)
-    return TextClassifier(minilm(weights=pretrained, seed=seed), 2, torch.optim.Adam).eval()  # no dropout
+    return TextClassifier(minilm(weights=pretrained, seed=seed), 2, optimizer=torch.optim.Adam).eval()  # no dropout
 
 
 class Reached(NamedTuple):

@@ -84,7 +84,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
 def started(epochs: int, source: str, seed: int, held_out: bool) -> Classifier:
     """What fine-tuning begins from; do not change it."""
     torch.manual_seed(seed)
-    model = Classifier(MLP(Digits.image_shape, (128, 128)), 10, torch.optim.Adam)
+    model = Classifier(MLP(Digits.image_shape, (128, 128)), 10, optimizer=torch.optim.Adam)
     x, y, _, _ = tensors(Digits, held_out)
     if source == "turned digits":
         x = torch.from_numpy(rotate(x.numpy(), 20, axes=(3, 2), reshape=False, order=1, mode="nearest"))
@@ -110,7 +110,7 @@ def task(shots: int | None, seed: int, held_out: bool) -> tuple[Tensor, Tensor, 
 def finetune(start: Start, arm: str, dim: int, lr: float, seed: int, held_out: bool = False) -> float:
     """Accuracy in per cent; `dim` says nothing where all weights train."""
     x, y, judged_x, judged_y = task(start.shots, seed, held_out)
-    model = Classifier(MLP(Digits.image_shape, (128, 128)), 10, torch.optim.Adam)
+    model = Classifier(MLP(Digits.image_shape, (128, 128)), 10, optimizer=torch.optim.Adam)
     model.load_state_dict(started(start.epochs, start.source, seed, held_out).state_dict())
     optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     if arm != "all weights":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.devices import wide_type
 from lightspan.distributed import mean_over_ranks, world_size
@@ -23,6 +23,8 @@ from lightspan.wiring.optimizers import wire
 
 class Method(LightningModule):
     """Holds how a method is optimised; a subclass writes its `training_step` and, for probes, `features`.
+
+    A subclass takes the arguments below as `**optimization: Any` and hands them on; recipes set them as its own.
 
     Args:
         optimizer: called with the parameter groups. The recipe binds lr and every other setting.
@@ -52,9 +54,12 @@ class Method(LightningModule):
 
         A method whose backbone has another name, or that reads another part, overrides it.
 
-        Raises: UserError for a layer out of range, and where a method defines no features.
+        Raises: UserError for a layer out of range, and where a method has no backbone or defines no features.
         """
-        return token_features(self.backbone, lambda: self.features(batch), layers)  # type: ignore[arg-type]
+        backbone = getattr(self, "backbone", None)
+        if not isinstance(backbone, nn.Module):
+            raise UserError(f"{type(self).__name__} has no backbone to read tokens of; let it define token_features")
+        return token_features(backbone, lambda: self.features(batch), layers)
 
     def log_training(self, figures: Mapping[str, Tensor], **options: Any) -> None:
         """Logs 0-d figures of a training step, which are the same on all ranks: means over them.

@@ -128,11 +128,13 @@ def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
             if not _hands_on(statement) and any(base is not None for base in base_definitions(node, source)):
                 return own
             inherited = _inherited(node, source, depth)
-            # The constructor may itself supply what its base requires.
-            optional = {name: replace(p, required=False) for name, p in inherited.parameters.items()}
-            return Signature(
-                own.parameters | {n: p for n, p in optional.items() if n not in own.parameters}, inherited.open
-            )
+            supplied = _supplied(statement, list(inherited.parameters))
+            rest = {
+                name: replace(parameter, required=parameter.required and name not in supplied)
+                for name, parameter in inherited.parameters.items()
+                if name not in own.parameters
+            }
+            return Signature(own.parameters | rest, inherited.open)
     if is_dataclass(Definition(node, source)):
         inherited = _inherited(node, source, depth)
         return Signature({**inherited.parameters, **_fields(node, source)}, inherited.open)
@@ -143,14 +145,36 @@ def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
 
 def _hands_on(constructor: ast.FunctionDef) -> bool:
     """Whether a constructor hands its **kwargs to that of a base; else they go to somebody unknown."""
+    return _call_of_base(constructor) is not None
+
+
+def _call_of_base(constructor: ast.FunctionDef) -> ast.Call | None:
+    """The call of a base's constructor that gets the **kwargs of this one."""
     kwargs = constructor.args.kwarg
-    return kwargs is not None and any(
-        isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Attribute)
-        and call.func.attr == "__init__"
-        and any(word.arg is None and kwargs.arg in ast.unparse(word.value) for word in call.keywords)
-        for call in ast.walk(constructor)
-    )
+    for call in ast.walk(constructor):
+        if (
+            kwargs is not None
+            and isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and call.func.attr == "__init__"
+            and any(word.arg is None and kwargs.arg in ast.unparse(word.value) for word in call.keywords)
+        ):
+            return call
+    return None
+
+
+def _supplied(constructor: ast.FunctionDef, inherited: list[str]) -> set[str]:
+    """What a constructor itself gives to that of its base; all of it where that cannot be told."""
+    call, kwargs = _call_of_base(constructor), constructor.args.kwarg
+    if call is None or kwargs is None:
+        return set(inherited)
+    assert isinstance(call.func, ast.Attribute)
+    uses = [node for node in ast.walk(constructor) if isinstance(node, ast.Name) and node.id == kwargs.arg]
+    handed_on_as_it_is = any(word.arg is None and word.value is uses[0] for word in call.keywords)
+    if len(uses) > 1 or not handed_on_as_it_is or any(isinstance(given, ast.Starred) for given in call.args):
+        return set(inherited)
+    with_self = isinstance(call.func.value, ast.Name)  # Base.__init__(self, ...)
+    return {*inherited[: len(call.args) - with_self], *(word.arg for word in call.keywords if word.arg is not None)}
 
 
 def _inherited(node: ast.ClassDef, source: Source, depth: int) -> Signature:

@@ -20,6 +20,15 @@ class Square(Base):
 class Circle(Base):
     pass
 
+class Red(Base):
+    def __init__(self, **kwargs):
+        super().__init__("red", **kwargs)
+
+class Pale(Base):
+    def __init__(self, **kwargs):
+        kwargs["colour"] = "white"
+        super().__init__(**kwargs)
+
 class Free:
     def __init__(self, a, **kwargs): ...
 
@@ -72,7 +81,8 @@ def test_parameters_stand_in_order_with_those_that_must_be_given():
 
 def test_kwargs_reach_the_base_class_which_the_constructor_may_serve_itself():
     assert list(known("paper_shapes.shapes.Square").parameters) == ["side", "name", "colour", "width"]
-    assert required("paper_shapes.shapes.Square") == ["side"]
+    assert required("paper_shapes.shapes.Square") == ["side", "colour"]
+    assert required("paper_shapes.shapes.Red") == required("paper_shapes.shapes.Pale") == []
     assert not known("paper_shapes.shapes.Square").open
 
 

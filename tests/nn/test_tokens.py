@@ -63,7 +63,7 @@ def test_every_network_of_our_own_tells_its_layers(name: str) -> None:
 
 def test_a_method_reads_tokens_of_the_pass_that_makes_its_features() -> None:
     torch.manual_seed(0)
-    method = Classifier(VisionTransformer(**ViT), 5, lambda groups: SGD(groups, lr=0.1)).eval()
+    method = Classifier(VisionTransformer(**ViT), 5, optimizer=lambda groups: SGD(groups, lr=0.1)).eval()
     batch = {"image": torch.randn(2, 3, 16, 16), "label": torch.zeros(2)}
     first, last = method.token_features(batch, [0, -1])
     assert last.prefix_BPD is not None
@@ -74,7 +74,7 @@ def test_a_method_reads_tokens_of_the_pass_that_makes_its_features() -> None:
 def test_a_language_model_has_states_by_block() -> None:
     torch.manual_seed(0)
     net = llama(vocab_size=11, width=8, depth=3, heads=2, mlp_width=8, context=8)
-    method, tokens_BT = CausalLM(net, lambda groups: SGD(groups, lr=0.1)).eval(), torch.randint(11, (2, 7))
+    method, tokens_BT = CausalLM(net, optimizer=lambda groups: SGD(groups, lr=0.1)).eval(), torch.randint(11, (2, 7))
     (found,) = method.token_features({"tokens": tokens_BT}, [1])
     expected = net(input_ids=tokens_BT[:, :-1], output_hidden_states=True).hidden_states[2]
     torch.testing.assert_close(found.tokens_BTD, expected)

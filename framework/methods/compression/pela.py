@@ -9,9 +9,9 @@ Shapes: B batch of this rank, C H W image, F features, K classes.
 """
 
 import copy
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightspan.adapters.pela import factorise, factorised
@@ -21,8 +21,6 @@ from lightspan.method import Method
 from lightspan.nn.frozen import Frozen
 from lightspan.nn.taps import blocks_of, tapped
 from lightspan.objectives.distillation import feature_distillation, mean_squared, weight_perturbation
-from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.schedules import ScheduleCallable
 from lightspan.sharded import whole
 
 
@@ -41,15 +39,13 @@ class PELA(Method):
             computed nor logged; without features and logits the teacher does not run.
         eps: what the largest change of a weight is drawn to.
         task_loss: (logits, label) -> scalar, the loss the network was trained with; None is cross-entropy.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
         head: nn.Module,
-        optimizer: OptimizerCallable,
-        lr_scheduler: ScheduleCallable | None = None,
-        groups: ParameterGroups | None = None,
         ratio: float = 2.0,
         exclude: list[str] | None = None,
         hidden: list[str] | None = None,
@@ -58,8 +54,9 @@ class PELA(Method):
         lam: float = 1.0,
         eps: float = 1e-3,
         task_loss: nn.Module | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, groups)
+        super().__init__(**optimization)
         if min(alpha, beta, lam, eps) < 0:
             raise UserError(f"alpha={alpha}, beta={beta}, lam={lam} and eps={eps} must each be at least 0")
         self.hidden = hidden or ["blocks"]

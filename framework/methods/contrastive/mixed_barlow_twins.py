@@ -11,15 +11,12 @@ Shapes: B batch of this rank, C H W image, D embedding width.
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
-from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.schedules import ScheduleCallable
 
 
 class MixedBarlowTwins(Method):
@@ -34,21 +31,20 @@ class MixedBarlowTwins(Method):
         alpha: of the Beta distribution of a, > 0; 1 is uniform.
         normalize: scale each embedding to length 1 before it is standardised, as the authors' code does on small images
             and neither paper mentions.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
         projector: nn.Module,
-        optimizer: OptimizerCallable,
-        lr_scheduler: ScheduleCallable | None = None,
-        groups: ParameterGroups | None = None,
         lam: float = 1 / 128,
         lam_reg: float = 4.0,
         alpha: float = 1.0,
         normalize: bool = False,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, groups)
+        super().__init__(**optimization)
         if lam < 0 or lam_reg < 0 or alpha <= 0:
             raise UserError(f"lam={lam} and lam_reg={lam_reg} must be at least 0, and alpha={alpha} above 0")
         width, expected = getattr(backbone, "num_features", None), getattr(projector, "in_features", None)

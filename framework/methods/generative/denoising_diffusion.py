@@ -9,10 +9,9 @@ Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ImageBatch
@@ -28,8 +27,6 @@ from lightspan.objectives.diffusion import (
     step_back,
     velocity,
 )
-from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.schedules import ScheduleCallable
 
 VALIDATION_LEVELS, VALIDATION_SEED = 10, 0
 
@@ -46,6 +43,7 @@ class DenoisingDiffusion(Method):
         prediction: what the network is trained to tell. An error in the noise is 1 / sqrt(kept) times as large in the
             image that it implies, and at the noisiest levels, where outlines are decided, that is a hundred times. An
             error in the velocity never grows: it draws better with a small network.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
     kept_T: Tensor
@@ -53,15 +51,13 @@ class DenoisingDiffusion(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        optimizer: OptimizerCallable,
-        lr_scheduler: ScheduleCallable | None = None,
-        groups: ParameterGroups | None = None,
         schedule: Literal["linear", "cosine"] = "linear",
         levels: int = 1000,
         label_dropout: float = 0.1,
         prediction: Literal["noise", "velocity"] = "noise",
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, groups)
+        super().__init__(**optimization)
         if levels < 2 or not 0 <= label_dropout <= 1:
             raise UserError(f"levels={levels} must be at least 2 and label_dropout={label_dropout} lie in [0, 1]")
         self.backbone, self.label_dropout, self.prediction = backbone, label_dropout, prediction

@@ -5,16 +5,14 @@ width.
 """
 
 import math
+from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightspan.datamodules.batches import TextBatch
 from lightspan.method import Method
 from lightspan.objectives.language import next_token_loss
-from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.schedules import ScheduleCallable
 
 
 class CausalLM(Method):
@@ -24,17 +22,16 @@ class CausalLM(Method):
         backbone: maps input_ids int64 [B T] to an output with `logits` [B T V].
         bytes_per_token: mean bytes that a token stands for, > 0; 1 for byte-level models. Turns nats per token into
             bits per byte.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
     def __init__(
         self,
         backbone: PreTrainedModel,
-        optimizer: OptimizerCallable,
-        lr_scheduler: ScheduleCallable | None = None,
-        groups: ParameterGroups | None = None,
         bytes_per_token: float = 1.0,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, groups)
+        super().__init__(**optimization)
         self.backbone = backbone
         self.bits_per_nat_and_byte = 1 / (math.log(2) * bytes_per_token)
 

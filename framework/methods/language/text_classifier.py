@@ -4,7 +4,8 @@ Source: mean pooling as in Reimers and Gurevych, "Sentence-BERT", 2019, arXiv 19
 positions, D width, K classes.
 """
 
-from lightning.pytorch.cli import OptimizerCallable
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -13,8 +14,6 @@ from lightspan.datamodules.batches import LabelledTextBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.pooling import masked_mean
-from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.schedules import ScheduleCallable
 
 
 class TextClassifier(Method):
@@ -23,17 +22,16 @@ class TextClassifier(Method):
     Args:
         backbone: maps input_ids and attention_mask, int64 [B T], to an output with `last_hidden_state` [B T D].
         num_classes: K, at least 2.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         num_classes: int,
-        optimizer: OptimizerCallable,
-        lr_scheduler: ScheduleCallable | None = None,
-        groups: ParameterGroups | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, groups)
+        super().__init__(**optimization)
         if num_classes < 2:
             raise UserError(f"num_classes={num_classes} leaves nothing to classify; it must be at least 2")
         self.backbone = backbone

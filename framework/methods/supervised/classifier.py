@@ -5,7 +5,6 @@ Shapes: B batch of this rank, C H W image, F features, K classes.
 
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,8 +12,6 @@ from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
-from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.schedules import ScheduleCallable
 
 
 class Classifier(Method):
@@ -23,6 +20,7 @@ class Classifier(Method):
     Args:
         backbone: [B C H W] -> [B num_features]; what probes read.
         num_classes: K, >= 2; labels are in [0, K).
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     Raises: UserError for a backbone without `num_features`.
     """
 
@@ -30,11 +28,9 @@ class Classifier(Method):
         self,
         backbone: nn.Module,
         num_classes: int,
-        optimizer: OptimizerCallable,
-        lr_scheduler: ScheduleCallable | None = None,
-        groups: ParameterGroups | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, groups)
+        super().__init__(**optimization)
         width = getattr(backbone, "num_features", None)
         if not isinstance(width, int):
             raise UserError(

@@ -38,7 +38,7 @@ def head() -> nn.Linear:
 
 
 def method(dtype: torch.dtype = torch.float32, **settings: Any) -> PELA:
-    built = PELA(vit().to(dtype), head().to(dtype), SGD, **({"ratio": 2.0} | settings))
+    built = PELA(vit().to(dtype), head().to(dtype), optimizer=SGD, **({"ratio": 2.0} | settings))
     built.log_dict = lambda values, **_: built.__dict__.update(logged=values)  # type: ignore[method-assign]
     return built
 

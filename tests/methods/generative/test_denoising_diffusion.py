@@ -52,7 +52,7 @@ class Knows(nn.Module):
 
 
 def method(backbone: nn.Module, **settings: Any) -> DenoisingDiffusion:
-    built = DenoisingDiffusion(backbone, ADAM, **settings)
+    built = DenoisingDiffusion(backbone, optimizer=ADAM, **settings)
     built.log = lambda name, value, **_: built.__dict__.setdefault("logged", {}).update({name: value})  # type: ignore[method-assign]
     return built
 
@@ -144,7 +144,7 @@ def test_in_true_bfloat16_it_trains_and_draws_nearly_as_in_float32(prediction: A
         backbone = DiT(4, 2, width=16, depth=1, heads=2, num_classes=10)
         for part in (backbone.head, backbone.modulation):
             nn.init.normal_(part.weight, std=0.1)
-        model = DenoisingDiffusion(backbone, partial(torch.optim.SGD, lr=1e-2), prediction=prediction)
+        model = DenoisingDiffusion(backbone, optimizer=partial(torch.optim.SGD, lr=1e-2), prediction=prediction)
         trainer = Trainer(
             max_steps=2, accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1,

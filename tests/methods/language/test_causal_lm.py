@@ -16,7 +16,7 @@ from lightspan.objectives.language import next_token_loss
 def model():
     torch.manual_seed(0)
     backbone = llama(vocab_size=16, width=16, depth=2, heads=2, mlp_width=32, context=12)
-    return CausalLM(backbone, functools.partial(torch.optim.AdamW, lr=1e-3)).eval()
+    return CausalLM(backbone, optimizer=functools.partial(torch.optim.AdamW, lr=1e-3)).eval()
 
 
 def tokens(batch=3, length=9):

@@ -28,7 +28,7 @@ def model(num_classes: int = 3) -> TextClassifier:
         attention_probs_dropout_prob=0.0,
     )
     backbone = BertModel(config, add_pooling_layer=False)
-    return TextClassifier(backbone, num_classes, functools.partial(torch.optim.Adam, lr=1e-2))
+    return TextClassifier(backbone, num_classes, optimizer=functools.partial(torch.optim.Adam, lr=1e-2))
 
 
 def batch(lengths: tuple[int, ...] = (5, 3, 8, 1), width: int = 12) -> dict[str, torch.Tensor]:

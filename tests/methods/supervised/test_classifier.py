@@ -26,7 +26,7 @@ def batch(rows: int = 6) -> dict[str, torch.Tensor]:
 
 
 def test_loss_and_accuracy_are_those_of_logits_worked_by_hand() -> None:
-    model = logged(Classifier(MLP((1, 8, 8), (5,)), 3, SGD))
+    model = logged(Classifier(MLP((1, 8, 8), (5,)), 3, optimizer=SGD))
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.copy_(torch.tensor([0.0, 1.0, 2.0]).log_softmax(0))
@@ -39,7 +39,7 @@ def test_loss_and_accuracy_are_those_of_logits_worked_by_hand() -> None:
 
 
 def test_features_are_what_the_classifier_reads() -> None:
-    model = Classifier(MLP((1, 8, 8), (5,)), 3, SGD)
+    model = Classifier(MLP((1, 8, 8), (5,)), 3, optimizer=SGD)
     features = model.features(batch())
     assert features.shape == (6, 5)
     assert torch.equal(model.head(features), model.predict_step(batch(), 0))
@@ -50,16 +50,16 @@ def test_features_are_what_the_classifier_reads() -> None:
     [(MLP(), 199_210), (LeNet(), 44_426), (LeNet((3, 32, 32)), 62_006), (MLP((1, 8, 8), (100, 100)), 17_610)],
 )
 def test_the_nets_of_the_paper_have_its_numbers_of_weights(backbone, weights) -> None:
-    model = Classifier(backbone, 10, SGD)
+    model = Classifier(backbone, 10, optimizer=SGD)
     assert sum(p.numel() for p in model.parameters()) == weights
     assert all(not p.any() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
 def test_what_cannot_be_classified_is_refused() -> None:
     with pytest.raises(UserError, match="Linear has no attribute num_features"):
-        Classifier(nn.Linear(3, 3), 3, SGD)
+        Classifier(nn.Linear(3, 3), 3, optimizer=SGD)
     with pytest.raises(UserError, match="num_classes=1 must be at least 2"):
-        Classifier(MLP(), 1, SGD)
+        Classifier(MLP(), 1, optimizer=SGD)
 
 
 def test_the_recipe_trains_750_numbers_and_differs_from_its_baseline_in_them_and_the_rate_alone() -> None:
