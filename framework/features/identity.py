@@ -36,7 +36,7 @@ def data_identity(data: object, loader: Any) -> dict[str, Any]:
     """Class and settings of what makes the samples, their number, and the sha256 of some of them as an encoder gets
     them: preprocessing that changes pixels changes it, wherever it is set.
     """
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if hasattr(dataset, "sample") and hasattr(dataset, "__len__") and len(dataset):
         places = np.unique(np.linspace(0, len(dataset) - 1, SAMPLES_LOOKED_AT).round().astype(int)).tolist()
         samples: Iterable[Any] = (dataset.sample(place, 0) for place in places)
@@ -64,7 +64,7 @@ def settings_of(thing: object) -> dict[str, str]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The numbers of a tensor as they lie in memory."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest_value(digest: "hashlib._Hash", value: Any) -> None:
