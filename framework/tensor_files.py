@@ -93,5 +93,5 @@ def _header(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> bytes:
 
 def _write(file: BinaryIO, piece: Tensor) -> int:
     data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    file.write(memoryview(data.numpy()))  # type: ignore[arg-type]  # NumPy's stub lacks the buffer protocol
+    file.write(data.numpy().data)
     return data.numel()

@@ -64,8 +64,7 @@ def settings_of(thing: object) -> dict[str, str]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The numbers of a tensor as they lie in memory."""
-    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(bits.numpy())  # type: ignore[arg-type]  # NumPy's stub lacks the buffer protocol
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest_value(digest: "hashlib._Hash", value: Any) -> None:
