@@ -92,7 +92,7 @@ def _load(checkpoint: Path, path: str, map_location: Any = None) -> Any:
     except UnpicklingError as error:
         raise UserError(
             f"checkpoint {checkpoint}: {Path(path).name} holds more than tensors, plain values and DeepSpeed's own "
-            "records, so it was not loaded and nothing in it ran; resume from another checkpoint"
+            "records, so it was not loaded and no code in it was run; resume from another checkpoint"
         ) from error
     except (RuntimeError, EOFError) as error:
         raise UserError(

@@ -270,7 +270,7 @@ def test_ctrl_c_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "stopped by Ctrl-C after step" in err
-    assert len([line for line in err.strip().splitlines() if not line.startswith("note: ")]) == 1
+    assert len([line for line in err.splitlines() if line and not line.startswith("note: ")]) == 1
     assert f"{last} is whole; the same command with --run {tmp_path / 'r'} goes on from it" in err
     assert "Traceback" not in err
     import torch

@@ -148,7 +148,9 @@ def with_state_of_storage(content: bytes, path: bytes) -> bytes:
 @pytest.mark.parametrize("name", ["pathlib\nPath", "pathlib._local\nos", "os\nsystem", "torch.serialization\nload"])
 def test_other_names_of_these_modules_are_not_known(folder, name):
     put(folder, METADATA, b"c" + name.encode() + b"\n.")
-    with pytest.raises(UserError, match=r"nothing in it ran \(.* is nothing that belongs into the list of shards\)$"):
+    with pytest.raises(
+        UserError, match=r"no code in it was run \(.* is nothing that belongs into the list of shards\)$"
+    ):
         read_checkpoint(folder)
 
 

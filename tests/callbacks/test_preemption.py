@@ -284,7 +284,7 @@ def test_slurm_is_asked_to_requeue_after_the_checkpoint(
     ("arguments", "message"),
     [
         ({"signals": ["SIGKILL"]}, "signals: 'SIGKILL' is not a signal that can be handled"),
-        ({"requeue_on": ["USR1"]}, "requeue_on: 'USR1' is no signal"),
+        ({"requeue_on": ["USR1"]}, "requeue_on: 'USR1' is not a signal"),
         ({"budget_s": 0}, "budget_s=0 must be above 0 seconds"),
         ({"budget_s": math.inf}, "budget_s=inf must be above 0 seconds and finite"),
         ({"budget_s": math.nan}, "budget_s=nan must be above 0 seconds and finite"),

@@ -183,7 +183,7 @@ def test_finished_runs_are_kept_torn_ones_done_again_and_other_settings_refused(
         (["--grid", "5", "--lrs", "0.1", "--lr-key", "a.b"], "no such key; name it with --lr-key, for example model."),
         (
             ["--grid", "5", "--metric", "val/f1"],
-            "'val/f1' is not logged by the validation of tiny logs; it logs val/loss",
+            "'val/f1' is not logged by the validation of tiny; it logs val/loss",
         ),
         (["--grid", "5,16"], "--grid ends at 16, and tiny trains 15 weights"),
         (["--grid", "5", "--projection", "lightspan.nope.X"], "intrinsic_dimension.init_args.projection"),

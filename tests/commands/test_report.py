@@ -242,7 +242,7 @@ def test_a_broken_line_is_named_by_file_and_number(make_run: MakeRun, tmp_path: 
     folder = make_run("a")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([lines[0], "{oops", *lines[1:]]) + "\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not JSON .*'\{oops'; mend or remove it"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not JSON .*'\{oops'; fix or remove it"):
         run_report(folder, "--out", tmp_path / "out")
 
 

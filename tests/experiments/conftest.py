@@ -1,14 +1,5 @@
-"""Whatever a launcher leaves unwritten shows: torch.empty is filled with NaN (integers: with their largest value)."""
+"""See `kernel_fixtures`."""
 
-from collections.abc import Iterator
+from kernel_fixtures import poisoned_memory, target
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+__all__ = ["poisoned_memory", "target"]
