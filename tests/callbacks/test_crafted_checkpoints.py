@@ -53,11 +53,12 @@ MAY_BE_TAKEN = {
 }
 _TORCH_ADDS = r"amsgrad|maximize|foreach|capturable|differentiable|fused|decoupled_weight_decay"
 MAY_BE_MISSING = {
-    "fit": rf"callbacks\.RunSummary\.metrics|.*\.param_groups\.0\.({_TORCH_ADDS})|lr_schedulers\.0\.base_lrs"
-    r"|lightspan\.random_states|lightspan\.log\.metrics(\..*)?"
+    "fit": rf"callbacks\.RunSummary\.metrics|.*\.param_groups\.0\.({_TORCH_ADDS})"
+    r"|lr_schedulers\.0\.(?!last_epoch).*"  # a schedule keeps its own
+    r"|lightspan\.random_states|lightspan\.log\.metrics(\..*)?|lightspan\.log\.unlogged\.metrics\..*"
     r"|lightspan\.trained(\..*)?|callbacks\.Checkpoint.*\.(keeps_only|deferred)",  # earlier versions had none
     "validate": r"callbacks\.Checkpoint.*\.(best_k_models\..*|keeps_only|deferred)"
-    r"|lightspan\.(model|trained(\..*)?)",
+    r"|lightspan\.(model|version|trained(\..*)?)",
 }
 
 
