@@ -128,7 +128,6 @@ AT_VALIDATIONS = {"max_steps": 5, "val_check_interval": 2}, {}
 BY_A_METRIC = {"max_steps": 5, "val_check_interval": 2}, {"monitor": "val/loss_nats", "every_n_train_steps": 1}
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("run", "first", "last"),
     [(BY_STEPS, 5, 5), (BY_EPOCHS, 3, 4), (BY_EPOCHS, 6, 6), (AT_VALIDATIONS, 5, 5), (BY_A_METRIC, 5, 5)],
@@ -167,12 +166,13 @@ def test_a_warning_in_a_validation_leaves_at_once_and_the_next_start_runs_all_of
         start(tmp_path / "run", *run, callbacks=[Warn(), Preemption()])
     start(tmp_path / "run", *run, callbacks=[Preemption()])
     start(tmp_path / "straight", *run, callbacks=[Preemption()])
-    *told_of, written = left_by(tmp_path / "run")
-    *told_of_straight, straight = left_by(tmp_path / "straight")
-    assert told_of == told_of_straight
-    # After the last step the checkpoint of the warning stays: a later one than the straight run's, of the same step.
-    for name in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
-        assert written[name] == straight[name]
+    *told_by_it, stopped = left_by(tmp_path / "run")
+    *told_by_straight, straight = left_by(tmp_path / "straight")
+    assert told_by_it == told_by_straight
+    # At the last step the checkpoint that the warned process wrote inside its validation stays, with that moment's log
+    # and random states.
+    for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
+        assert stopped[part] == straight[part], part
 
 
 def test_tensorboard_hides_what_was_logged_after_the_checkpoint(make_trainer, net, batches, tmp_path):
