@@ -73,4 +73,4 @@ def test_slow_tests_without_a_mark_and_skips_that_an_installation_would_cure_fai
     }, done.stdout
     assert "1 skipped" in done.stdout
     assert "over the limit of 0.15 s" in done.stdout
-    assert "@pytest.mark.runs (30 s)" in done.stdout
+    assert "@pytest.mark.runs (60 s)" in done.stdout

@@ -198,7 +198,7 @@ def _read_record(run_dir: Path) -> Node:
     path = run_dir / RESOLVED_FILE
     if not path.is_file():
         raise UserError(
-            f"{run_dir} is no run folder: it has no {RESOLVED_FILE}; give the folder that `lightspan fit` named"
+            f"{run_dir} is not a run folder: it has no {RESOLVED_FILE}; give the folder that `lightspan fit` named"
         )
     return followed(read(path, recipes.label(path)))
 

@@ -148,7 +148,7 @@ def test_shifts_come_back_bit_for_bit_and_a_file_from_float32_frames_still_fits_
         (lambda file: file.update(shift_R=torch.zeros(7)), "not the shifts of 8 singular values"),
         (lambda file: file.update(probe_O=torch.zeros(3)), "not the shifts of a layer with 8 outputs"),
         (lambda file: file["shift_R"].fill_(torch.nan), "the shifts are not finite"),
-        (lambda file: file["probe_O"].fill_(torch.nan), r"come out differently here \(by nan"),
+        (lambda file: file["probe_O"].fill_(torch.nan), r"computed here differ \(by nan"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(change, message):

@@ -176,7 +176,7 @@ def test_the_rest_of_a_folder_is_believed_no_more_than_a_file(folder, rest):
     content = (folder / "rest").read_bytes()
     (folder / "rest").unlink()
     put(folder, REST, content)
-    with pytest.raises(UserError, match=rf"^checkpoint {folder} (cannot be used: its entry|is no checkpoint)"):
+    with pytest.raises(UserError, match=rf"^checkpoint {folder} (cannot be used: its entry|is not a checkpoint)"):
         read_checkpoint(folder)
     assert unusable(folder)
 

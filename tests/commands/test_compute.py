@@ -59,7 +59,7 @@ def test_an_estimators_run_leaves_its_result_and_where_it_comes_from(capsys: pyt
     assert main(["run", "r.yaml", "--run", "out"]) == 2
     assert "already holds a run (result.json)" in capsys.readouterr().err
     assert main(["report", "out"]) == 2
-    assert "report sets training runs side by side; its figures are in out/result.json" in capsys.readouterr().err
+    assert "report compares training runs; its figures are in out/result.json" in capsys.readouterr().err
 
 
 def test_a_mergers_run_leaves_a_checkpoint_that_says_what_was_merged(capsys: pytest.CaptureFixture[str]) -> None:

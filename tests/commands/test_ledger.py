@@ -218,7 +218,10 @@ def test_why_there_is_no_ledger_is_said_by_what_the_run_records(
     assert "the run has the Ledger callback" in said["with"]
     assert "a DataLoader of your own has none" in said["with"]
     assert "a run keeps a ledger where" not in said["with"]
-    assert "a run keeps a ledger where trainer.callbacks has {class_path: lightspan.callbacks.led" in said["without"]
+    assert (
+        "a run keeps a ledger where trainer.callbacks has {class_path: lightspan.callbacks.watching.led"
+        in said["without"]
+    )
     assert "a run keeps a ledger where" in said["odd"]
 
 

@@ -389,17 +389,17 @@ def test_a_key_comes_from_a_secret_of_the_cluster(render: Callable[..., str]) ->
         (["--to", "slurm", "--time", "0"], "at least 1 minute"),
         (["--to", "slurm", "--partition", "a b"], "letters, digits"),
         (["--to", "slurm", "--container", "pyxis"], "needs --image"),
-        (["--to", "slurm", "--image", "a b"], "is no image"),
+        (["--to", "slurm", "--image", "a b"], "is not a container image"),
         (["--to", "slurm", "--image", "i", "--run", "a:b"], "cannot be mounted"),
-        (["--to", "slurm", "--claim", "c"], "--claim does not work with --to slurm, only for kubernetes"),
-        (["--to", "local", "--time", "5"], "only for slurm and kubernetes"),
+        (["--to", "slurm", "--claim", "c"], "--claim does not work with --to slurm, only with kubernetes"),
+        (["--to", "local", "--time", "5"], "only with slurm and kubernetes"),
         (["--to", "local", "--nodes", "2"], "on this machine only, not on 2"),
         (["--to", "slurm", "trainer.devices=auto"], "give --gpus-per-node a number"),
         (["--to", "slurm", "--gpus-per-node", "2", "trainer.accelerator=cpu"], "runs on the CPU (command line)"),
         (["--to", "kubernetes"], "needs --image"),
         (["--to", "kubernetes", "--image", "i", "--claim", "C_"], "cannot be a Kubernetes name"),
-        (["--to", "kubernetes", "--image", "i", "--run", "/home/x"], "a run lies in /runs"),
-        (["--to", "kubernetes", "--image", "i", "--run", "../x"], "a run lies in /runs"),
+        (["--to", "kubernetes", "--image", "i", "--run", "/home/x"], "a run must be in /runs"),
+        (["--to", "kubernetes", "--image", "i", "--run", "../x"], "a run must be in /runs"),
         (["--to", "slurm", "model.init_args.wandb_token=x"], "looks like a secret"),
     ],
     ids=" ".join,
@@ -434,6 +434,7 @@ def test_what_is_submitted_is_what_print_shows(target: list[str], render: Callab
 # --- this machine
 
 
+@pytest.mark.runs
 def test_two_ranks_train_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -501,7 +502,7 @@ def test_time_is_read_as_slurm_reads_it(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "1:2:3:4", "-5", "1h", "1-", "5\n"])
 def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no time"):
+    with pytest.raises(UserError, match="is not a time"):
         seconds(text)
 
 

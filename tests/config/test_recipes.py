@@ -52,7 +52,7 @@ def test_the_description_of_a_base_is_not_inherited(tmp_path):
 
 def test_a_circle_of_bases_is_shown(tmp_path):
     write(tmp_path, a="base: b.yaml\n", b="base: c.yaml\n", c="base: b.yaml\n")
-    with pytest.raises(UserError, match=r"goes in a circle: .*b\.yaml -> .*c\.yaml -> .*b\.yaml"):
+    with pytest.raises(UserError, match=r"is circular: .*b\.yaml -> .*c\.yaml -> .*b\.yaml"):
         recipes.load(str(tmp_path / "a.yaml"))
 
 

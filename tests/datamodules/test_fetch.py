@@ -48,7 +48,7 @@ def test_every_scheme_but_https_is_refused(shard: str) -> None:
 @pytest.mark.parametrize("shard", ["", "a\0.tar", "https://[::1", "https://", "https://host:99999/a.tar"])
 def test_what_can_be_no_name_is_refused(shard: str) -> None:
     for use in (check_shard, open_shard):
-        with pytest.raises(UserError, match=r"^shard \S* is (not the name of a file|no https address)"):
+        with pytest.raises(UserError, match=r"^shard \S* is (not the name of a file|not an https address)"):
             use(shard)
 
 

@@ -51,7 +51,7 @@ def test_a_server_that_stumbles_is_asked_again_and_the_address_is_named(
     assert said[0] == f"lightspan: shard {shard} cannot be opened: HTTP Error 503: Service Unavailable; correct " + (
         "data.init_args.shards; once more in 0.01 s"
     )
-    assert said[1] == f"lightspan: shard {shard} broke off after 500 of 1,000 bytes; once more in 0.02 s"
+    assert said[1] == f"lightspan: shard {shard} ended after 500 of 1,000 bytes; once more in 0.02 s"
 
 
 def test_attempts_end_and_what_a_server_refuses_is_asked_for_once(https_server: Any, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_run_stopped_at_any_step_goes_on_with_the_next_sample_on_any_ranks(sha
 def test_a_checkpoint_of_other_shards_or_another_window_is_refused(shards: list[str], tmp_path: Path) -> None:
     state = loaders(opened(shards), 4, 1)[0].state_dict()
     other = opened([*shards[:2], write_shard(tmp_path / "other.tar", range(20, 24))])
-    with pytest.raises(UserError, match=r"data content .* set the data \(the content of its shards\) back"):
+    with pytest.raises(UserError, match=r"data content .* restore the data \(the content of its shards\)"):
         loaders(other, 4, 1)[0].load_state_dict(state)
     with pytest.raises(UserError, match=r"data window 16, this run has 2.*data\.init_args\.window"):
         loaders(opened(shards, window=2), 4, 1)[0].load_state_dict(state)
@@ -473,7 +473,7 @@ def test_a_trainer_trains_and_validates_on_shards(shards: list[str], tmp_path: P
         ({"shards": ["a.tar"], "fields": {"x": "pth"}}, "pickled members are never read"),
         ({"shards": ["a.tar"], "image_size": 0}, "image_size=0 pixels is too small"),
         ({"shards": [""]}, "shard '' is not the name of a file"),
-        ({"shards": ["https://[::1"]}, r"shard https://\[::1 is no https address"),
+        ({"shards": ["https://[::1"]}, r"shard https://\[::1 is not an https address"),
         ({"shards": ["a.tar"], "cache_gib": 0}, r"cache_gib=0 must be above 0"),
         ({"shards": ["a.tar"], "window": 0}, "window=0 shards is too few"),
         ({"shards": ["a.tar"], "std": (1.0, 0.0, 1.0)}, r"std=\[1\.0, 0\.0, 1\.0\] must be above 0"),
