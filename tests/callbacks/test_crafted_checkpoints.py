@@ -156,6 +156,7 @@ def refusal(function: Callable[[], Any]) -> str | None:
     return None
 
 
+@pytest.mark.sweep
 def test_no_entry_of_a_checkpoint_is_believed_by_fit_or_validate(real, trainer_of, model, batches, tmp_path):
     """Every entry of a real checkpoint with a wrong value, which goes round: taken, or refused in one sentence."""
     path = tmp_path / "crafted" / "x.ckpt"
