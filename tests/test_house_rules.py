@@ -14,7 +14,19 @@ PACKAGES = {
 }
 
 # "" is `import lightspan` itself
-GROUND = {"", "devices", "errors", "facts", "files", "distributed", "patterns", "results", "sharded", "tensor_files"}
+GROUND = {
+    "",
+    "devices",
+    "errors",
+    "facts",
+    "files",
+    "distributed",
+    "patterns",
+    "results",
+    "run_files",
+    "sharded",
+    "tensor_files",
+}
 # Floor -> the other floors it may use. The command line and what it is made of (TOP) may use all.
 MAY_USE: dict[str, set[str]] = {
     "devices": set(),
@@ -25,6 +37,7 @@ MAY_USE: dict[str, set[str]] = {
     "patterns": set(),
     "sharded": set(),
     "results": set(),
+    "run_files": set(),
     "tensor_files": set(),
     "triton_kernels": set(),
     "subspaces": {"triton_kernels"},

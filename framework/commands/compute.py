@@ -12,7 +12,7 @@ from lightspan.commands.catalogue import print_notes
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, printable
-from lightspan.report.runs import METRICS, RESULT
+from lightspan.run_files import METRICS, RESULT
 from lightspan.runs.folder import CHECKPOINTS, is_first_rank, run_folder, sole_use, write_run_files
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from lightspan.checkpoints.manifest import COMPLETE
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
 from lightspan.planning.one_process import in_one_process
+from lightspan.run_files import RESOLVED
 from lightspan.runs.folder import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _run_folder(args: argparse.Namespace, checkpoint: Path) -> Path:
     if args.run:
         return args.run
     folder = checkpoint.absolute().parent.parent
-    if args.recipe or (folder / "resolved.yaml").is_file():
+    if args.recipe or (folder / RESOLVED).is_file():
         return folder
     raise UserError(
         f"{str(folder)!r} has no resolved.yaml, so the model of {checkpoint.name} is not known; "

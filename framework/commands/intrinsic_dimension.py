@@ -16,6 +16,7 @@ from lightspan.files import write_atomic
 from lightspan.intrinsic.curve import Curve, Point
 from lightspan.intrinsic.fits import recipe_of, references_of, require_rate, train
 from lightspan.intrinsic.search import Fit, Settings, search
+from lightspan.run_files import RESULT
 from lightspan.runs.fits import exits_on_sigterm
 
 NOT_REACHED = 1
@@ -118,7 +119,7 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
     }
     title = f"{_named(resolved)}: {settings.metric} in random subspaces of {shown['parameters']:,} weights"
     files: dict[Path, str | bytes] = {
-        settings.out / "result.json": json.dumps(record, indent=2, allow_nan=False) + "\n",
+        settings.out / RESULT: json.dumps(record, indent=2, allow_nan=False) + "\n",
         settings.out / "curve.png": picture(curve, settings.metric, settings.threshold, shown, title),
     }
     for path, content in files.items():

@@ -10,11 +10,12 @@ from lightspan.commands.arguments import folder
 from lightspan.config.allow import RUN
 from lightspan.config.resolve import recorded
 from lightspan.errors import UserError, printable
+from lightspan.run_files import LEDGER
 
 if TYPE_CHECKING:
     import numpy as np
 
-LEDGER_FILE, FORMAT = "ledger.json", 1
+FORMAT = 1
 CALLBACK = "lightspan.callbacks.watching.ledger.Ledger"
 SHOWN = 20  # samples or damaged samples that are listed by name
 MOST_SAMPLES, MOST_EPOCHS = 10**10, 10**6  # above them a file is no ledger, and counting would not end
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         account = balance(ledger)
     except MemoryError as error:
-        raise UserError(f"{args.run / LEDGER_FILE}: its samples do not fit into memory, 24 bytes each") from error
+        raise UserError(f"{args.run / LEDGER}: its samples do not fit into memory, 24 bytes each") from error
     print(printable("\n".join(lines(account, ledger))))
     return 0 if account.exact else 1
 
@@ -61,7 +62,7 @@ class Account:
 
 def read_ledger(run_dir: Path) -> dict[str, Any]:
     """The ledger of a run folder. Raises: UserError where there is none, or none of this format."""
-    path = run_dir / LEDGER_FILE
+    path = run_dir / LEDGER
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
@@ -76,7 +77,7 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
 
 def _why_none(run_dir: Path) -> str:
     """What keeps a run without a ledger, by what is recorded of it."""
-    spec = {"class_path": CALLBACK, "init_args": {"path": f"{RUN}/{LEDGER_FILE}"}}
+    spec = {"class_path": CALLBACK, "init_args": {"path": f"{RUN}/{LEDGER}"}}
     try:
         trainer = recorded(run_dir).get("trainer")
         callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
@@ -89,7 +90,7 @@ def _why_none(run_dir: Path) -> str:
             "training loader has an order that is the same on any number of ranks: those of lightspan's data modules "
             "and of lightspan.datamodules.loading.ranks.train_loader have one, a DataLoader of your own has none"
         )
-    path = f"{{path: {RUN}/{LEDGER_FILE}}}"
+    path = f"{{path: {RUN}/{LEDGER}}}"
     return f"a run keeps a ledger where trainer.callbacks has {{class_path: {CALLBACK}, init_args: {path}}}"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError
+from lightspan.run_files import SUMMARY
 
 if TYPE_CHECKING:
     from lightspan.planning.planned_step import Plan
@@ -105,7 +106,7 @@ def verdict(plan: "Plan") -> str:
 
 def measured_peak(run_dir: Path) -> tuple[str, float] | None:
     """(key, MiB) of the peak that the run's summary recorded: of the device where it had one, else of the process."""
-    path = run_dir / "summary.json"
+    path = run_dir / SUMMARY
     if not path.is_file():
         return None
     try:

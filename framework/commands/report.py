@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import file, folder
 from lightspan.errors import UserError
+from lightspan.run_files import METRICS, SUMMARY
 
 if TYPE_CHECKING:
     from lightspan.report.runs import Run
@@ -43,14 +44,14 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.report.runs import load_runs
 
     page = args.out if args.out.suffix in (".html", ".htm") else args.out / "report.html"
-    if (page.parent / "metrics.jsonl").exists():
+    if (page.parent / METRICS).exists():
         raise UserError(
             f"--out {str(args.out)!r} would put a summary.json into run folder {str(page.parent)!r}, over the run's "
             f"own; name another folder, for example --out {page.parent / 'report'}"
         )
     runs = load_runs(args.runs)
     title = args.title or " and ".join(run.name for run in runs)
-    files: dict[Path, str | bytes] = {page: render(runs, title), page.parent / "summary.json": summary_json(runs)}
+    files: dict[Path, str | bytes] = {page: render(runs, title), page.parent / SUMMARY: summary_json(runs)}
     if args.png:
         files[args.png] = picture(runs, title)
     for path, content in files.items():

@@ -8,7 +8,8 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from lightspan.config.resolve import RESOLVED_FILE, Resolved, recorded, with_layer
+from lightspan.config.resolve import Resolved, recorded, with_layer
+from lightspan.run_files import RESOLVED
 
 KEY = "seed_everything"
 
@@ -22,10 +23,10 @@ def with_seed(resolved: Resolved, run_dir: Path, checkpoint: Path | None) -> Res
     given = resolved.config.get(KEY, True)
     if given is not True:
         return resolved
-    if checkpoint is not None and ((source := checkpoint.parent.parent) / RESOLVED_FILE).is_file():
+    if checkpoint is not None and ((source := checkpoint.parent.parent) / RESOLVED).is_file():
         before = recorded(source).get(KEY)
         whole = isinstance(before, int) and not isinstance(before, bool)
-        return with_layer(resolved, {KEY: before}, f"{source / RESOLVED_FILE}") if whole else resolved
+        return with_layer(resolved, {KEY: before}, f"{source / RESOLVED}") if whole else resolved
     seed = int.from_bytes(hashlib.sha256(str(run_dir).encode()).digest()[:4], "big")
     seeded = with_layer(resolved, {KEY: seed}, "drawn from the path of the run folder")
     note = f"no {KEY} is set, so the run takes {seed}, drawn from the path of its folder; {KEY}={seed} repeats it"

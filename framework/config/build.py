@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from lightspan.config import allow
 from lightspan.config.blame import blame, deepest_cause, first_cause
 from lightspan.config.resolve import (
-    RESOLVED_FILE,
     TRAINED,
     Resolved,
     load_resolved,
@@ -32,7 +31,7 @@ from lightspan.errors import UserError
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-__all__ = ["RESOLVED_FILE", "Built", "Resolved", "build", "build_parts", "load_resolved", "resolve", "with_layer"]
+__all__ = ["Built", "Resolved", "build", "build_parts", "load_resolved", "resolve", "with_layer"]
 
 # What Lightning says on every start, whatever the run: adverts, and hardware that the run summary records.
 _CHATTER = (

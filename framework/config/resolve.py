@@ -18,8 +18,8 @@ from lightspan.config.moved import followed
 from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
 from lightspan.errors import UserError
+from lightspan.run_files import PROVENANCE, RESOLVED
 
-RESOLVED_FILE = "resolved.yaml"
 TRAINED = ("model",)
 ANY_KIND = tuple(RECIPES)
 
@@ -125,7 +125,7 @@ def load_resolved(run_dir: Path | str, allow_modules: Sequence[str] = ()) -> Res
         plain(about) if about is not None else {},
         _recorded_name(run_dir),
         tuple(allow_modules),
-        str(run_dir / RESOLVED_FILE),
+        str(run_dir / RESOLVED),
     )
 
 
@@ -195,16 +195,16 @@ def _open_modules(modules: Sequence[str]) -> None:
 
 
 def _read_record(run_dir: Path) -> Node:
-    path = run_dir / RESOLVED_FILE
+    path = run_dir / RESOLVED
     if not path.is_file():
         raise UserError(
-            f"{run_dir} is not a run folder: it has no {RESOLVED_FILE}; give the folder that `lightspan fit` named"
+            f"{run_dir} is not a run folder: it has no {RESOLVED}; give the folder that `lightspan fit` named"
         )
     return followed(read(path, recipes.label(path)))
 
 
 def _recorded_name(run_dir: Path) -> str:
     try:
-        return str(json.loads((run_dir / "provenance.json").read_text(encoding="utf-8"))["recipe"])
+        return str(json.loads((run_dir / PROVENANCE).read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
         return run_dir.name

@@ -13,7 +13,8 @@ from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
 from lightspan.intrinsic.search import LOG, Fit, Settings
 from lightspan.report.compare import differences
-from lightspan.report.runs import METRICS, SUMMARY, load_run
+from lightspan.report.runs import load_run
+from lightspan.run_files import METRICS, SUMMARY
 from lightspan.runs.fits import fit_command, last_lines, run_side_by_side
 
 CALLBACK = "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension"

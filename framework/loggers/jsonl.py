@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
 from lightspan.files import explained_os_errors, write_atomic
+from lightspan.run_files import METRICS
 
 
 class JsonlLogger(Logger):
@@ -29,7 +30,7 @@ class JsonlLogger(Logger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__()
-        self._path = Path(save_dir) / "metrics.jsonl"
+        self._path = Path(save_dir) / METRICS
         self._file: TextIO | None = None
         self._lines = 0
         self._started_s = 0.0

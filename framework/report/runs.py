@@ -16,16 +16,9 @@ from typing import Any
 from lightspan.config.tree import MAX_DEPTH, plain, read
 from lightspan.errors import UserError
 from lightspan.report.curves import XY
+from lightspan.run_files import METRICS, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
 
 AXES = ("step", "time_s", "epoch")
-RESULT = "result.json"  # of a run that trains nothing
-METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES = (
-    "metrics.jsonl",
-    "summary.json",
-    "resolved.yaml",
-    "provenance.json",
-    "samples.jsonl",
-)
 _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
 

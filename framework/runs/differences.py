@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightspan.run_files import METRICS
 from lightspan.runs.folder import LAST_CHECKPOINT
-from lightspan.runs.metrics_csv import METRICS_FILE
 
 MEASURED = ("time_s", "seconds", "step_ms", "throughput/", "memory/")
 """How names begin of what is measured and not computed: times, speeds and memory are no part of any promise."""
@@ -175,7 +175,7 @@ def _said(values: list[Any]) -> str:
 def _logged(run_dir: Path) -> dict[tuple[int, str], list[Any]]:
     """(step, name) -> all that was logged under it, in order."""
     logged: dict[tuple[int, str], list[Any]] = {}
-    for text in (run_dir / METRICS_FILE).read_text().splitlines():
+    for text in (run_dir / METRICS).read_text().splitlines():
         line = json.loads(text)
         step = line.pop("step")
         for name, value in line.items():

@@ -16,18 +16,17 @@ from typing import TextIO
 
 from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole
 from lightspan.config import identity, provenance
-from lightspan.config.resolve import RESOLVED_FILE, Resolved, recorded
+from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
-from lightspan.runs.metrics_csv import METRICS_FILE
+from lightspan.run_files import METRICS, PROVENANCE, RESOLVED
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-PROVENANCE_FILE = "provenance.json"
 CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = Path(CHECKPOINTS) / LAST
 LOCK_FILE = ".lightspan.lock"
@@ -132,7 +131,7 @@ def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None
     alone reads checkpoints to compare their sha256.
     """
     folder = run_dir / CHECKPOINTS
-    holds_run = bool(checkpoints(folder)) or _has_content(run_dir / METRICS_FILE)
+    holds_run = bool(checkpoints(folder)) or _has_content(run_dir / METRICS)
     if args.resume == "auto":
         return newest_checkpoint(run_dir) if args.run is not None else None
     if args.resume == "never":
@@ -179,7 +178,7 @@ def run_ids(checkpoint: Path) -> dict[str, str]:
 def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
     """Raises UserError where the run that wrote a checkpoint was another experiment than this configuration."""
     source = checkpoint.parent.parent
-    if not (source / RESOLVED_FILE).is_file():
+    if not (source / RESOLVED).is_file():
         return
     found = identity.differences(recorded(source), resolved.config)
     if found:
@@ -193,7 +192,7 @@ def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
 
 def set_metrics_aside(run_dir: Path) -> None:
     """Gives the metrics of a start that left no checkpoint another name, and says so: the run begins anew."""
-    path = run_dir / METRICS_FILE
+    path = run_dir / METRICS
     if not _has_content(path):
         return
     aside = next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}-{n}")).exists())
@@ -210,7 +209,7 @@ def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace,
     record = provenance.provenance(resolved, args.command_line, args.overlays)
     if checkpoint is not None:
         record["checkpoint"] = str(checkpoint)
-    path = run_dir / PROVENANCE_FILE
+    path = run_dir / PROVENANCE
     with contextlib.suppress(OSError, ValueError, AttributeError):
         before = json.loads(path.read_text(encoding="utf-8"))
         starts = [before | start for start in before.pop("earlier", [])]
@@ -218,7 +217,7 @@ def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace,
             {key: start.get(key) for key in {**record, **start} if start.get(key) != record.get(key)}
             for start in [*starts, before]
         ]
-    write_atomic(run_dir / RESOLVED_FILE, dump(resolved.document()))
+    write_atomic(run_dir / RESOLVED, dump(resolved.document()))
     write_atomic(path, json.dumps(record, indent=2) + "\n")
 
 

@@ -9,7 +9,8 @@ import io
 import json
 from pathlib import Path
 
-METRICS_FILE = "metrics.jsonl"
+from lightspan.run_files import METRICS
+
 CSV_FILE = Path("csv") / "metrics.csv"
 
 
@@ -18,7 +19,7 @@ def write_csv(run_dir: Path) -> None:
     from lightspan.files import write_atomic
 
     try:
-        text = (run_dir / METRICS_FILE).read_text(encoding="utf-8")
+        text = (run_dir / METRICS).read_text(encoding="utf-8")
     except OSError:
         return
     write_atomic(run_dir / CSV_FILE, as_csv(text))
