@@ -18,7 +18,7 @@ def steps_taken(optimizer: Any) -> int:
     Take the difference of two answers, both with no step under way: DeepSpeed, for one, writes the weights only after
     the step of the optimiser inside it. A wrapper, such as Lightning's or DeepSpeed's, is looked through.
     """
-    while isinstance(inside := getattr(optimizer, "optimizer", None), Optimizer):
+    while (inside := getattr(optimizer, "optimizer", None)) is not None:  # DeepSpeed's are no torch optimisers
         optimizer = inside
     if optimizer not in _TAKEN:
         _TAKEN[optimizer] = 0
