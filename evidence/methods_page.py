@@ -61,7 +61,7 @@ def kind(file: Path, root: Path) -> str:
 
 def title_of(paper: str) -> str:
     """`Title (Name, arXiv 1234.56789)` without the number: `Title (Name)`."""
-    return PAPER.sub("", paper).replace("()", "").replace("  ", " ").strip()
+    return PAPER.sub("", paper).replace("()", "").replace("  ", " ").replace(" ,", ",").strip()
 
 
 def shown(file: Path, root: Path) -> str:

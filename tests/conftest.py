@@ -26,7 +26,7 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 # Seconds of processor time that a test may take, by its marker; the smallest holds without one.
-LIMITS_S = {"ranks": 90, "runs": 60, "sweep": 30, "aot": 120}
+LIMITS_S = {"ranks": 90, "runs": 60, "sweep": 30, "pretrained": 30, "aot": 120}
 UNMARKED_S = 3
 # Parts of the reasons of skips that no machine for continuous integration can help.
 MAY_SKIP = ("CUDA", "GPU", "Python 3.13")

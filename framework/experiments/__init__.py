@@ -1,4 +1,4 @@
-"""Work that stands and is tested but that no preset and no recipe uses. Nothing outside may import it.
+"""Work that stands and is tested but that no preset and no recipe uses. Nothing of the package may import it.
 
 - `kronecker_bases`, with its kernels and `transforms`: Hadamard and Kronecker-DCT frames. On a GPU their projection and
   update cost 2 (a + b) operations a number instead of 2 R and form no frame. Back in `lightspan.optim.bases` when

@@ -1,4 +1,4 @@
-"""Features by layer and by token, of any network, read while it runs.
+"""Features by layer and by token, read while a network runs.
 
 Layers are counted from the input. The first of these that a network has tells them:
 - `feature_modules`: the list of its modules whose outputs are its layers (this project's own networks);
@@ -24,7 +24,9 @@ class Tokens:
     Attributes:
         tokens_BTD: a row for each patch, position of a map, or text token; T is 1 where a layer gives vectors.
         grid: (H, W) with H * W = T where the tokens lie in an image, else None.
-        prefix_BPD: tokens that stand for no place, such as the class token; None where there are none.
+        prefix_BPD: tokens that stand for no place, such as the class token; None where there are none, or where the
+            network does not say how many (timm's do, by `num_prefix_tokens`; those of transformers do not, so theirs
+            are among the others).
     """
 
     tokens_BTD: Tensor
@@ -71,7 +73,13 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
     """
     told: Any = getattr(backbone, "feature_modules", None)
     if told is None and hasattr(backbone, "feature_info"):
-        told = [backbone.get_submodule(info["module"]) for info in _entries(backbone.feature_info)]
+        try:
+            told = [backbone.get_submodule(info["module"]) for info in _entries(backbone.feature_info)]
+        except AttributeError:
+            raise UserError(
+                f"{type(backbone).__name__} names layers in feature_info that it does not have, as networks made with "
+                "features_only=True; make it without"
+            ) from None
     if told is None:
         told = max((part for part in backbone.modules() if isinstance(part, nn.ModuleList)), key=len, default=None)
     if not told:

@@ -4,8 +4,9 @@ Source: Clark et al., "ELECTRA", 2020, arXiv 2003.10555, appendix; Bao et al., "
 `param_groups_layer_decay`, whose rates this gives for timm networks with a head.
 
 Layers are counted from the input. Of a timm network they are those that its own `group_matcher` tells. Of any other
-network they are the elements of the longest list of blocks in it: what is registered before the blocks in the same
-child of the module (embeddings, stem) is the layer below them, all else keeps the full rate.
+network with one list of equal blocks they are its elements: what is registered before the blocks in the same child of
+the module (embeddings, stem) is the layer below them, all else keeps the full rate. Several lists side by side, as the
+stages of a convolutional network or two towers, tell no order: `groups.layers` has to.
 """
 
 import math
@@ -81,6 +82,14 @@ def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
             "name patterns, one a layer from input to output"
         )
     path = max(lists, key=lambda known: lists[known])
+    beside = [
+        other for other in lists if not (f"{other}.".startswith(f"{path}.") or f"{path}.".startswith(f"{other}."))
+    ]
+    if beside:
+        raise UserError(
+            f"{type(module).__name__} has lists of equal blocks side by side ({', '.join([path, *beside][:4])}), which "
+            "do not tell its layers; set groups.layers to name patterns, one a layer from input to output"
+        )
     child = path.split(".")[0] + "." if "." in path else ""
     depths: dict[str, int] = {}
     above = False

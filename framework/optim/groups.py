@@ -85,7 +85,7 @@ class ParameterGroups:
 
         Raises: UserError as `build` does.
         """
-        optimizer = make(self.build(module))
+        optimizer = make(self._groups(module))
         for group in optimizer.param_groups:
             if (scale := group.pop("lr_scale", None)) is not None:
                 group["lr"] = group["lr"] * scale
@@ -94,11 +94,20 @@ class ParameterGroups:
     def build(self, module: nn.Module) -> list[dict[str, Any]]:
         """Groups for a torch optimiser; parameters come with their names, frozen ones are left out.
 
-        The key `lr_scale` of a group means nothing to torch; `optimizer` makes rates of it.
-
         Raises: UserError if the module has no trainable parameter, a setting is out of range, a rule or layer matches
-            no parameter, or a module's `parameter_kinds` names what it does not have.
+            no parameter, a module's `parameter_kinds` names what it does not have, or rates are to be scaled, which
+            only `optimizer` can: the rate is the optimiser's.
         """
+        groups = self._groups(module)
+        if any("lr_scale" in group for group in groups):
+            raise UserError(
+                "groups with lr_scale or layer_decay scale a rate that the optimiser has; make it by "
+                "ParameterGroups(...).optimizer(module, make), where make is called with the groups"
+            )
+        return groups
+
+    def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """The groups; `lr_scale` stands in those whose rate is scaled."""
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if not trained:
             raise UserError(

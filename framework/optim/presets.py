@@ -260,7 +260,9 @@ class Trion(LowRank):
                 lists: dict[str, Any] = {
                     key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group
                 }
-                own = {} if wanted else {"other_lr": rate}
+                own: dict[str, Any] = {} if wanted else {"other_lr": rate}
+                if not wanted and "name" in group and any(projected):  # names tell groups apart, in logs of rates too
+                    own["name"] = f"{group['name']}-other"
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
 
     def step(self, closure: Any = None) -> Any:

@@ -65,6 +65,7 @@ def test_minilm_holds_a_paraphrase_closer_than_another_subject() -> None:
 
 
 @needs(SMOLLM2)
+@pytest.mark.pretrained
 def test_smollm2_knows_a_capital_is_tied_trains_and_changes_its_precision() -> None:
     pytest.importorskip("gguf")
     network, tokenizer = smollm2(), smollm2_tokenizer()

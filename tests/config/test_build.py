@@ -110,6 +110,7 @@ def test_the_builder_asks_the_gate_again(tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", catalogue_names())
 def test_every_recipe_builds_where_its_data_and_weights_are_there(name):
     try:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torchvision
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -183,3 +184,20 @@ def test_recipes_set_rules_and_misspelt_ones_are_found_before_a_run() -> None:
         resolve("compression/vit", [], [f"{groups}.rules=[{{match: ['head.*'], lr_scal: 10}}]"])
     with pytest.raises(UserError, match=r"rules\.0\.lr_scale"):
         resolve("compression/vit", [], [f"{groups}.rules=[{{match: ['head.*'], lr_scale: high}}]"])
+
+
+def test_groups_whose_rates_are_to_be_scaled_are_not_handed_out_without_their_optimiser() -> None:
+    with pytest.raises(UserError, match="make it by ParameterGroups"):
+        ParameterGroups(rules=[Rule(match=["*"], lr_scale=0.1)]).build(nn.Linear(2, 2))
+
+
+def test_lists_of_blocks_side_by_side_tell_no_layers() -> None:
+    with pytest.raises(UserError, match=r"side by side \(layer3, layer1, layer2, layer4\)"):
+        ParameterGroups(layer_decay=0.5).optimizer(torchvision.models.resnet50(num_classes=2), torch.optim.AdamW)
+
+
+def test_trions_groups_have_names_that_a_rate_monitor_tells_apart() -> None:
+    net = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 2))
+    optimizer = ParameterGroups().optimizer(net, partial(Trion, rank=4))
+    names = [group["name"] for group in optimizer.param_groups]
+    assert names == ["matrices", "matrices-other", "vectors"]
