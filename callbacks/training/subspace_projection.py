@@ -4,6 +4,7 @@ from typing import Literal
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightspan.errors import UserError
 from lightspan.optim.bases import Basis
 from lightspan.optim.convert import hand_over, to_low_rank_where_matched
 from lightspan.optim.inner import Adam, Inner
@@ -51,6 +52,8 @@ class SubspaceProjection(Callback):
         backward: Literal["whole", "hooks", "projected"] = "whole",
         seed: int = 0,
     ) -> None:
+        if isinstance(match, str):
+            raise UserError(f"SubspaceProjection match={match!r} must be a list of patterns, such as [{match!r}]")
         self.match = match or ["*"]
         self.options = {
             "rank": rank,

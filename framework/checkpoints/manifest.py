@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from lightspan import __version__
 from lightspan.files import irregular, write_atomic
+from lightspan.run_files import RESOLVED
 
 FORMAT = 2
 """Rises when a checkpoint of ours can no longer be read by older code. 1: no manifest, no random states."""
@@ -226,6 +227,8 @@ def _archive_fault(path: Path) -> Fault | None:
 
 
 def _folder_fault(path: Path, contents: bool) -> Fault | None:
+    if (path / RESOLVED).is_file():
+        return Fault("is a run folder, not a checkpoint: name one of its checkpoints/, such as last.ckpt")
     if not (path / COMPLETE).is_file():
         return Fault(f"has no {COMPLETE} file: its save was cut off, or lightspan did not write it")
     found = manifest(path)

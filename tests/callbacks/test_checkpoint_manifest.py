@@ -160,3 +160,10 @@ def test_a_pointer_to_nothing_leads_nowhere_else(tmp_path, content):
     save(tmp_path / "a.ckpt")
     (tmp_path / LATEST).write_text(content)
     assert newest_whole(tmp_path)[0] == tmp_path / "a.ckpt"
+
+
+def test_a_run_folder_is_told_from_a_checkpoint(tmp_path):
+    (tmp_path / "resolved.yaml").write_text("")
+    found = fault(tmp_path)
+    assert found is not None
+    assert "is a run folder, not a checkpoint" in str(found)
