@@ -23,7 +23,7 @@ from lightspan.optim.norms import clip_factor, held_gradient, square_norms
 from lightspan.optim.projected import Selection, require_some_projected
 from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Dropped, Fira, Residual
-from lightspan.optim.settings import require_fit, require_sound
+from lightspan.optim.settings import require_fit, require_parts, require_sound
 from lightspan.optim.share import Share, squares_of
 from lightspan.optim.triggers import Every, Trigger
 
@@ -107,6 +107,7 @@ class LowRank(Optimizer):
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
         self.check_finite, self.seed = check_finite, seed
         self.attached = False
+        require_parts(self.rule)
         require_fit(self.rule, backward, self.rank_rule is not None)
         self._names: dict[Tensor, str] = {}
         self._ranks: dict[Tensor, int] = {}

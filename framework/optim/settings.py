@@ -7,8 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from lightspan.errors import UserError
+from lightspan.optim.bases import Basis
 from lightspan.optim.core import Rule
-from lightspan.optim.inner import Adam
+from lightspan.optim.inner import Adam, Inner
+from lightspan.optim.moments import MomentStorage
+from lightspan.optim.residuals import Residual
+from lightspan.optim.triggers import Trigger
 
 
 def _is_number(value: Any) -> bool:
@@ -59,6 +63,17 @@ def require_sound(owner: str, settings: Mapping[str, Any]) -> None:
     for name, (sound, limit) in LIMITS.items():
         if name in settings and not sound(settings[name]):
             raise UserError(f"{owner} {name}={settings[name]} must be {limit}")
+
+
+def require_parts(rule: Rule) -> None:
+    """Raises: UserError for a switch that is no object of its kind, such as the name of one."""
+    parts = (
+        ("basis", rule.basis, Basis), ("residual", rule.residual, Residual), ("inner", rule.inner, Inner),
+        ("moments", rule.moments, MomentStorage), ("refresh", rule.trigger, Trigger),
+    )  # fmt: skip
+    for name, part, kind in parts:
+        if not isinstance(part, kind):
+            raise UserError(f"{name}={part!r} must be an object of a class in {kind.__module__}, a {kind.__name__}")
 
 
 def require_fit(rule: Rule, backward: str, by_energy: bool) -> None:

@@ -307,3 +307,9 @@ def test_what_is_loaded_before_the_first_step_is_all_that_the_state_holds():
         loaded.load_state_dict(saved)
         assert list(loaded.state) == [own[number] for number in saved["state"]]
         assert loaded.state_dict()["state"].keys() == saved["state"].keys()
+
+
+@pytest.mark.parametrize("switch", ["basis", "residual", "inner", "moments", "refresh"])
+def test_a_switch_that_is_no_object_of_its_kind_is_refused(switch: str) -> None:
+    with pytest.raises(UserError, match=rf"{switch}='svd' must be an object of a class in lightspan\.optim\."):
+        LowRank([nn.Parameter(torch.zeros(8, 8))], rank=2, **{switch: "svd"})
