@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.errors import UserError
 
@@ -28,8 +28,8 @@ _THEIR_CLASS = LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE
 
 def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """`checkpoint` with plain hyper-parameters: paths as text, members of an enum as their values, NumPy's numbers as
-    Python's, other mappings and namespaces as dicts, named tuples as tuples, dates as ISO text. What has no plain form,
-    such as a module, is left out with a warning.
+    Python's, other mappings and namespaces as dicts, named tuples as tuples, dates as ISO text, arrays as lists of
+    such. What has no plain form, such as a module, is left out with a warning.
 
     Raises: UserError for any other value that could not be read back, by its entry.
     """
@@ -67,10 +67,10 @@ def _plain_mapping(values: Mapping[Any, Any], entry: str, left_out: list[str]) -
 def _plain(value: Any, entry: str, left_out: list[str]) -> Any:
     if isinstance(value, Enum):
         return _plain(value.value, entry, left_out)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
+    if isinstance(value, np.longdouble | np.clongdouble):  # whose `tolist` gives the same again
+        return complex(value) if isinstance(value, np.clongdouble) else float(value)
+    if isinstance(value, np.generic | np.ndarray):  # may hold dates, or anything at all
+        return _plain(value.tolist(), entry, left_out)
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, date | time):
@@ -91,7 +91,8 @@ def _plain(value: Any, entry: str, left_out: list[str]) -> Any:
 
 
 def _unreadable(value: Any, entry: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Tensor) or type(value) in _PLAIN:
+    # A tensor of another class, or with attributes of its own, is written with more than its numbers.
+    if type(value) in _PLAIN or (type(value) in (Tensor, nn.Parameter) and not vars(value)):
         return
     if type(value) in (dict, OrderedDict, Counter):
         for key, child in value.items():

@@ -5,6 +5,8 @@ other folder they are a project of one's own: a package of the method's name, an
 """
 
 import argparse
+import ast
+import builtins
 import importlib.util
 import keyword
 import re
@@ -68,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
     if not house and _is_installed(name):
         raise UserError(f"a package named {name} would hide the one that is installed; choose another name")
     texts = {path: _text(parts, layout, family, name, house) for path, parts in layout.files.items()}
-    for path, text in texts.items():
-        if not (root / path).exists():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(root / path, text)
-            print(f"wrote {root / path}")
+    _require_class_of_its_own(args.name, _class_of(name), texts)
+    new = {root / path: text for path, text in texts.items() if not (root / path).exists()}
+    for path, text in new.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    # Printed when all is there: where nobody reads it, printing raises.
+    print("".join(f"wrote {path}\n" for path in new), end="")
     steps = ([] if root == Path() else [f"cd {root}"]) + layout.commands
     print("\nIt runs as it stands. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")
     return 0
@@ -102,6 +106,34 @@ def _parts(text: str) -> tuple[str, str]:
     return family, name
 
 
+def _class_of(name: str) -> str:
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def _require_class_of_its_own(given: str, cls: str, texts: dict[str, str]) -> None:
+    """Raises: UserError where one file would give the name of the class to something else too, or Python does."""
+    if hasattr(builtins, cls):  # or a constant, such as None, with which the files could not be parsed
+        owner = "Python"
+    else:
+        sources = (path for path in texts if path.endswith(".py"))
+        owner = next((path for path in sources if _names_given(texts[path]).count(cls) > 1), "")
+    if owner:
+        raise UserError(f"{given!r} makes a class {cls}, and {owner} has another of that name; choose another name")
+
+
+def _names_given(text: str) -> list[str]:
+    """The names of imports, classes and variables in Python source, as often as each is given."""
+    names = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.alias):
+            names.append(node.asname or node.name)
+        elif isinstance(node, ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+    return names
+
+
 def _in_the_house(family: str, name: str) -> Layout:
     test, evidence = f"tests/methods/{family}/test_{name}.py", f"evidence/test_{name}.py"
     package = f"framework/methods/{family}/__init__.py"
@@ -121,6 +153,7 @@ def _in_the_house(family: str, name: str) -> Layout:
             f"lightspan fit {family}/{name}",
             f"python -m pytest {test}",
             f"python -m pytest {evidence}",
+            "make docs",
         ],
     )
 
@@ -149,10 +182,9 @@ def _of_ones_own(name: str) -> Layout:
 
 def _text(parts: list[str], layout: Layout, family: str, name: str, house: bool) -> str:
     templates = resources.files("lightspan.commands") / "templates"
-    words = name.split("_")
-    cls = "".join(word.capitalize() for word in words)
+    cls = _class_of(name)
     text = Template("".join((templates / f"{part}.txt").read_text(encoding="utf-8") for part in parts)).substitute(
-        title=" ".join(words).capitalize(),
+        title=name.replace("_", " ").capitalize(),
         cls=cls,
         family=family,
         module=layout.module,

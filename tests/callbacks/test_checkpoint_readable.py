@@ -28,6 +28,15 @@ class Level(enum.IntEnum):
 
 Point = collections.namedtuple("Point", "x y")
 
+
+class Own(torch.Tensor): ...
+
+
+def tagged(tensor):
+    tensor.tag = pathlib.Path("a")
+    return tensor
+
+
 PLAIN = {
     "path": (pathlib.Path("data") / "set", "data/set"),
     "path of another system": (pathlib.PureWindowsPath("data") / "set", "data\\set"),
@@ -36,6 +45,13 @@ PLAIN = {
     "float of numpy": (np.float32(0.5), 0.5),
     "truth of numpy": (np.bool_(True), True),
     "array": (np.arange(2), [0, 1]),
+    "long double of numpy": (np.longdouble(0.5), 0.5),
+    "long complex number of numpy": (np.clongdouble(1j), 1j),
+    "date of numpy": (np.datetime64("2020-01-02"), "2020-01-02"),
+    "time of numpy": (np.datetime64("2020-01-02T03:04"), "2020-01-02T03:04:00"),
+    "dates of numpy": (np.array(["2020-01-02"], dtype="datetime64[D]"), ["2020-01-02"]),
+    "objects of numpy": (np.array([pathlib.Path("a"), Colour.RED, None], dtype=object), ["a", "red", None]),
+    "long doubles of numpy": (np.array([0.5], dtype=np.longdouble), [0.5]),
     "named tuple": (Point(1, pathlib.Path("a")), (1, "a")),
     "defaultdict": (collections.defaultdict(list, a=[pathlib.Path("b")]), {"a": ["b"]}),
     "namespace": (argparse.Namespace(a=Colour.RED), {"a": "red"}),
@@ -57,7 +73,18 @@ def test_hyper_parameters_become_plain_values(value, plain, tmp_path):
     assert torch.load(tmp_path / "file", weights_only=True) == written
 
 
-@pytest.mark.parametrize("value", [nn.Linear(1, 1), print, lambda: 0, [object()]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        nn.Linear(1, 1),
+        print,
+        lambda: 0,
+        [object()],
+        np.array([object()]),
+        np.timedelta64(1, "s"),
+        torch.ones(1).as_subclass(Own),
+    ],
+)
 def test_a_hyper_parameter_without_a_plain_form_is_left_out_and_named(value):
     with pytest.warns(UserWarning, match=r"hyper_parameters\.it.* not in the checkpoint; give them to load_from_check"):
         written = readable({"state_dict": {}, "hyper_parameters": {"it": value, "width": 3}})
@@ -88,7 +115,15 @@ class Keeps(Callback):
 
 
 @pytest.mark.parametrize(
-    "value", [pathlib.Path("a"), np.float64(1.0), collections.defaultdict(int), Point(1, 2), print]
+    "value",
+    [
+        pathlib.Path("a"),
+        np.float64(1.0),
+        collections.defaultdict(int),
+        Point(1, 2),
+        print,
+        torch.ones(2).as_subclass(Own),
+    ],
 )
 @pytest.mark.parametrize("in_background", [False, True])
 def test_state_that_could_not_be_given_back_is_refused_at_the_first_save_by_its_entry(
@@ -100,3 +135,37 @@ def test_state_that_could_not_be_given_back_is_refused_at_the_first_save_by_its_
         trainer.fit(net(), batches(6))
     assert trainer.global_step == 1
     assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(2).as_subclass(Own),
+        nn.Parameter(torch.ones(2).as_subclass(Own)),
+        tagged(torch.ones(2)),
+        tagged(nn.Parameter(torch.ones(2))),
+        nn.UninitializedParameter(),
+    ],
+    ids=[
+        "subclass",
+        "parameter of a subclass",
+        "tensor with a path",
+        "parameter with a path",
+        "parameter without values",
+    ],
+)
+def test_a_tensor_that_is_more_than_its_numbers_is_refused_where_it_could_not_be_read_back(value):
+    with pytest.raises(UserError, match=r"the entry state_dict\.w of the checkpoint is a .* read back"):
+        readable({"state_dict": {"w": value}})
+
+
+def test_tensors_of_every_kind_that_torch_reads_back_are_written_as_they_are(tmp_path):
+    labelled = torch.ones(2)
+    labelled.label = "a"
+    state = {"tensor": torch.ones(2), "parameter": nn.Parameter(torch.ones(2)), "buffer": nn.Buffer(torch.ones(2))}
+    state |= {"sparse": torch.eye(2).to_sparse(), "label": labelled}
+    written = readable({"state_dict": state})["state_dict"]
+    assert all(written[name] is value for name, value in state.items())
+    torch.save(written, tmp_path / "file")
+    loaded = torch.load(tmp_path / "file", weights_only=True)
+    assert {name: type(value) for name, value in loaded.items()} == {name: type(value) for name, value in state.items()}

@@ -1,6 +1,8 @@
 """`lightspan new`: what it writes is clean, checks, trains and passes its own test, in one's own project and here."""
 
 import importlib
+import io
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,6 +18,7 @@ from lightspan.config.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 NAME = "brand_new_method"
+FILES = {f"{NAME}/__init__.py", f"{NAME}/method.py", f"{NAME}.yaml", f"test_{NAME}.py", f"evidence_{NAME}.py"}
 
 
 @pytest.fixture
@@ -39,9 +42,9 @@ def assert_clean(folder: Path, *options: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.runs
 def test_a_project_of_ones_own_trains_and_passes_its_test(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {f"{NAME}/__init__.py", f"{NAME}/method.py", f"{NAME}.yaml", f"test_{NAME}.py", f"evidence_{NAME}.py"}
-    assert written(own) == files
+    assert written(own) == FILES
     assert_clean(own, "--isolated", "--config", "line-length = 120")
     assert main(["check", f"{NAME}.yaml", "--allow-module", NAME]) == 0
     assert "no problems" in capsys.readouterr().out
@@ -75,7 +78,10 @@ def test_in_a_checkout_the_files_join_the_house_and_touch_nothing_else(
     assert "from lightspan.methods.supervised.abc import Abc" in (tmp_path / test).read_text()
     about = load(str(tmp_path / recipe)).about
     assert (about["family"], about["evidence"]) == ("supervised", evidence)
-    assert f"cd {tmp_path}\n  lightspan check supervised/abc\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"cd {tmp_path}\n  lightspan check supervised/abc\n" in said
+    assert said.endswith("  make docs\n")
+    assert re.search("^docs:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def test_nothing_is_overwritten(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +106,15 @@ def test_nothing_is_overwritten(own: Path, capsys: pytest.CaptureFixture[str]) -
         (f"contrastive/{'a' * 41}", "at most 40"),
         ("contrastive/json", "a package named json would hide the one that is installed"),
         ("contrastive/torch", "a package named torch would hide the one that is installed"),
+        ("contrastive/digits", "'contrastive/digits' makes a class Digits, and evidence_digits.py has another"),
+        ("contrastive/trainer", "makes a class Trainer, and evidence_trainer.py has another"),
+        ("contrastive/user_error", "makes a class UserError, and user_error/method.py has another"),
+        ("contrastive/method", "makes a class Method, and method/method.py has another"),
+        ("contrastive/f", "makes a class F, and f/method.py has another"),
+        ("contrastive/m_l_p", "makes a class MLP, and test_m_l_p.py has another"),
+        ("contrastive/s_h_a_p_e", "makes a class SHAPE, and test_s_h_a_p_e.py has another"),
+        ("contrastive/none", "makes a class None, and Python has another"),
+        ("contrastive/value_error", "makes a class ValueError, and Python has another"),
     ],
 )
 def test_a_name_that_cannot_be_one_is_refused(
@@ -109,6 +124,21 @@ def test_a_name_that_cannot_be_one_is_refused(
     assert main(["new", name]) == 2
     assert message in capsys.readouterr().err
     assert not written(tmp_path)
+
+
+class Closed(io.StringIO):
+    """Standard output that nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_is_gone_leaves_a_whole_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        main(["new", f"contrastive/{NAME}"])
+    assert written(tmp_path) == FILES
 
 
 def test_the_templates_are_part_of_the_package() -> None:

@@ -1,5 +1,7 @@
 """The slow references themselves: cases in which a published optimiser is a known one, invariants, values by hand."""
 
+import inspect
+import io
 import itertools
 import math
 from collections.abc import Callable
@@ -9,6 +11,7 @@ import torch
 from optim.rotated import adamw_rotated
 from torch import Tensor
 
+from lightspan.optim import reference
 from lightspan.optim.reference import (
     APOLLO,
     APOLLOMini,
@@ -358,3 +361,62 @@ def test_orientation_is_undone() -> None:
     for shape in SHAPES:
         weight = normal(*shape)
         assert torch.equal(as_given(tall(weight), weight), weight)
+
+
+KINDS = [
+    kind
+    for name in reference.__all__
+    if inspect.isclass(kind := getattr(reference, name)) and issubclass(kind, Reference) and kind is not Reference
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_steps_saved_and_loaded_and_more_steps_are_the_steps_of_one_run(
+    kind: type[Reference], dtype: torch.dtype
+) -> None:
+    """Draws of APOLLO are no part of its state: it draws in the first step alone."""
+    options = {"rank": 1 if kind is APOLLOMini else 2, "weight_decay": 0.1}
+    if "refresh" in inspect.signature(kind).parameters or kind is APOLLOMini:
+        options["refresh"] = 100 if issubclass(kind, APOLLO) else 3
+
+    def parameters() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(normal(*shape).to(dtype)) for shape in ((7, 4), (4, 7), (3, 2, 2, 2), (4,))]
+
+    def steps(optimizer: Reference, weights: list[torch.nn.Parameter], numbers: range) -> None:
+        for number in numbers:
+            for weight in weights:
+                weight.grad = normal(*weight.shape, seed=number).to(dtype)
+            optimizer.step()
+
+    straight, resumed = parameters(), parameters()
+    first = kind(straight, **options)
+    steps(first, straight, range(4))
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    with torch.no_grad():
+        for theirs, ours in zip(resumed, straight, strict=True):
+            theirs.copy_(ours)
+    steps(first, straight, range(4, 8))
+    saved.seek(0)
+    second = kind(resumed, **options)
+    second.load_state_dict(torch.load(saved, weights_only=True))
+    kept = [value for state in second.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert kept
+    assert {value.dtype for value in kept} == {torch.float64}
+    steps(second, resumed, range(4, 8))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(straight, resumed, strict=True))
+
+
+def test_a_loaded_reference_keeps_nothing_in_common_with_what_it_was_given() -> None:
+    weight, other = (torch.nn.Parameter(normal(7, 4).float()) for _ in range(2))
+    first, second = GaLore([weight], rank=2), GaLore([other], rank=2)
+    weight.grad = normal(7, 4, seed=1).float()
+    first.step()
+    given = first.state_dict()
+    second.load_state_dict(given)
+    for value in given["state"][0].values():
+        if isinstance(value, Tensor):
+            value.zero_()
+    assert second.state[other]["m"].any()
+    assert second.state[other]["q"].any()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightspan.optim.loading import load_between_hooks, numbered
 from lightspan.optim.settings import require_sound
 
 State = dict[str, Any]
@@ -94,6 +95,23 @@ class Reference(Optimizer):
                     lr, update = group.get("other_lr", lr), adam(w.grad.double(), state, group)
                 w.copy_((1 - lr * group["weight_decay"]) * w.double() - lr * update)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state stays in float64: torch casts it to the dtype of the parameters.
+
+        Raises: UserError for state of other groups; nothing is changed then.
+        """
+        load_between_hooks(self, state_dict, self._prepared, self._restore)
+
+    def _prepared(self, given: dict[str, Any]) -> dict[str, Any]:
+        numbered(self, given)
+        return given
+
+    def _restore(self, given: dict[str, Any]) -> None:
+        for w, _, number in numbered(self, given):
+            for key, value in given["state"].get(number, {}).items():
+                kept = value.to(w.device, torch.float64, copy=True) if isinstance(value, Tensor) else value
+                self.state[w][key] = kept
 
 
 class Run(NamedTuple):
