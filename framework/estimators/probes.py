@@ -59,7 +59,7 @@ class LinearProbe(Estimator):
 
     def __init__(self, l2: float = 1.0, max_iterations: int = 100) -> None:
         if not 0 < l2 < math.inf:
-            raise UserError(f"LinearProbe l2={l2} must be finite and above 0: separable features need a penalty")
+            raise UserError(f"LinearProbe l2={l2} must be above 0 and finite: separable features need a penalty")
         if max_iterations < 1:
             raise UserError(f"LinearProbe max_iterations={max_iterations} must be at least 1")
         self.l2, self.max_iterations = l2, max_iterations
