@@ -58,6 +58,8 @@ class TwoNN(Estimator):
     def __init__(
         self, rule: Literal["likelihood", "fit"] = "likelihood", discard: float = 0.1, most: int = 20_000
     ) -> None:
+        if rule not in ("likelihood", "fit"):
+            raise UserError(f"TwoNN rule={rule!r} must be likelihood or fit")
         if not 0 <= discard < 1:
             raise UserError(f"TwoNN discard={discard} must be at least 0 and below 1")
         if most < 3:

@@ -1,5 +1,6 @@
 """How much of the classes frozen features tell."""
 
+import math
 from dataclasses import dataclass
 
 from lightspan.analysis.knn import knn_accuracy
@@ -30,11 +31,15 @@ class KNN(Estimator):
     """Nearest-neighbour classification by cosine, by `lightspan.analysis.knn`.
 
     Args:
-        k: neighbours, at most the rows of the bank.
-        temperature: of the votes; None for equal votes.
+        k: neighbours, from 1 to the rows of the bank.
+        temperature: of the votes, above 0; None for equal votes.
     """
 
     def __init__(self, k: int = 20, temperature: float | None = 0.07) -> None:
+        if k < 1:
+            raise UserError(f"KNN k={k} must be at least 1")
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise UserError(f"KNN temperature={temperature} must be finite and above 0, or null for equal votes")
         self.k, self.temperature = k, temperature
 
     def fit(self, bank: Features, query: Features) -> Accuracy:
@@ -48,11 +53,15 @@ class LinearProbe(Estimator):
     """Multinomial logistic regression by `lightspan.analysis.linear_probe`; the result keeps its weights.
 
     Args:
-        l2: penalty, > 0.
-        max_iterations: of L-BFGS.
+        l2: penalty, finite and above 0.
+        max_iterations: of L-BFGS, at least 1.
     """
 
     def __init__(self, l2: float = 1.0, max_iterations: int = 100) -> None:
+        if not 0 < l2 < math.inf:
+            raise UserError(f"LinearProbe l2={l2} must be above 0 and finite: separable features need a penalty")
+        if max_iterations < 1:
+            raise UserError(f"LinearProbe max_iterations={max_iterations} must be at least 1")
         self.l2, self.max_iterations = l2, max_iterations
 
     def fit(self, bank: Features, query: Features) -> Accuracy:

@@ -28,8 +28,8 @@ class Encoded(Input):
 
     The encoder is a method, any module with `features(batch)`, which is called with the batch; or else a network, which
     is called with one field of it. It is used in evaluation mode and without gradients. Entries of the store are told
-    apart by all that features depend on: the encoder's class, settings and weights, the layer, the transforms, and the
-    samples as the encoder gets them.
+    apart by the encoder's code, attributes, hooks and weights (`lightspan.features.description` says what of them is
+    not followed), the layer, the transforms, and some of the samples as the encoder gets them.
 
     Args:
         encoder: the network or method.

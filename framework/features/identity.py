@@ -1,40 +1,37 @@
 """What features depend on, as plain data: two equal descriptions give equal features, and any change another one."""
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightspan.features.description import Description, name_of
+
 SAMPLES_LOOKED_AT = 32
-_OF_RUNS = {"batch_size", "num_workers", "pin_memory", "prepare_data_per_node", "trainer", "training"}
-"""Attributes that say how a computation is carried out, not what comes out of it."""
+_OF_RUNS = {"batch_size", "num_workers", "pin_memory", "prepare_data_per_node", "trainer"}
+"""Attributes of data that say how a computation is carried out, not what comes out of it."""
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, np.generic, torch.dtype)
 
 
 def module_identity(module: nn.Module) -> dict[str, Any]:
-    """Class, packages and sha256 of a network: of all its parameters and buffers, saved or not, of the structure of its
-    modules, and of the settings that they keep as attributes (a stride, a slope, whether to pool).
+    """Class, packages and sha256 of a network: of its code, modules, parameters, buffers, attributes and hooks.
+
+    Raises: UserError for what cannot be described, see `Description`.
     """
-    digest = hashlib.sha256()
-    packages = set()
-    for name, part in module.named_modules():
-        packages.add(type(part).__module__.split(".")[0])
-        digest.update(json.dumps([name, _class_of(part), part.extra_repr(), settings_of(part)]).encode())
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    versions = {package: version for package in sorted(packages) if (version := _version(package))}
-    return {"class": _class_of(module), "packages": versions, "sha256": digest.hexdigest()}
+    description = Description(name_of(type(module)), module)
+    return {
+        "class": name_of(type(module)),
+        "packages": dict(sorted(description.packages.items())),
+        "sha256": description.sha256,
+    }
 
 
 def data_identity(data: object, loader: Any) -> dict[str, Any]:
-    """Class and settings of what makes the samples, their number, and the sha256 of some of them as an encoder gets
-    them: preprocessing that changes pixels changes it, wherever it is set.
+    """Class and plain settings of what makes the samples, their number, and the sha256 of some of them as an encoder
+    gets them: preprocessing that changes pixels changes it, wherever it is set.
     """
     dataset: Any = getattr(loader, "dataset", None)
     if hasattr(dataset, "sample") and hasattr(dataset, "__len__") and len(dataset):
@@ -43,51 +40,27 @@ def data_identity(data: object, loader: Any) -> dict[str, Any]:
         count = len(dataset)
     else:
         samples, count = itertools.islice(loader, 1), len(loader) if hasattr(loader, "__len__") else -1
-    digest = hashlib.sha256()
-    for sample in samples:
-        _digest_value(digest, sample)
-    return {"class": _class_of(data), "settings": settings_of(data), "count": count, "sha256": digest.hexdigest()}
+    return {
+        "class": name_of(type(data)),
+        "settings": _settings(data),
+        "count": count,
+        "sha256": _sha256(list(samples), "a sample"),
+    }
 
 
-def settings_of(thing: object) -> dict[str, str]:
-    """The attributes of a thing that are settings: public, and with a text that says what they are."""
-    found = {}
-    for name, value in sorted(vars(thing).items()):
-        if name.startswith("_") or name in _OF_RUNS or isinstance(value, nn.Module):
-            continue
-        if isinstance(value, Tensor | np.ndarray):
-            found[name] = hashlib.sha256(tensor_bytes(torch.as_tensor(value))).hexdigest()
-        elif " at 0x" not in (text := repr(value)):  # else it says where a thing lies, which is new in every process
-            found[name] = text
-    return found
+def _settings(data: object) -> dict[str, str]:
+    """The public attributes that are plain. Others, such as an opened data set, show in the samples."""
+    settings = {name: value for name, value in sorted(vars(data).items()) if not name.startswith("_")}
+    return {name: _sha256(value, name) for name, value in settings.items() if name not in _OF_RUNS and _is_plain(value)}
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor as they lie in memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(child) for pair in value.items() for child in pair)
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN) and not (isinstance(value, np.ndarray) and value.dtype.hasobject)
 
 
-def _digest_value(digest: "hashlib._Hash", value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {list(value.shape)}".encode())
-        digest.update(tensor_bytes(value))
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            digest.update(str(key).encode())
-            _digest_value(digest, value[key])
-    elif isinstance(value, list | tuple):
-        for child in value:
-            _digest_value(digest, child)
-    else:
-        digest.update(repr(value).encode())
-
-
-def _class_of(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _sha256(value: Any, where: str) -> str:
+    return Description(where, value).sha256

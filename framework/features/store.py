@@ -3,8 +3,8 @@
 Each key has a folder, named by its sha256. In it, `entry` holds `features.safetensors` with the tensors `features`,
 `index` and, where there are any, `label`, sorted by index, and COMPLETE, the manifest of a checkpoint folder with the
 key in it. It appears whole or not at all; while it is computed, each rank puts what it has into `parts` beside it, and
-a computation that was cut off goes on from those. A changed key is another folder, so an entry is never stale; to make
-room, delete any of them.
+a computation that was cut off goes on from those. A changed key is another folder: an entry is as fresh as its key is
+complete, see `lightspan.features.encoded`. To make room, delete any of them.
 
 Shapes: N samples, B samples of a batch, D features.
 """

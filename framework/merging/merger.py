@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lightspan import __version__
 from lightspan.errors import UserError
 from lightspan.files import atomic_path
+from lightspan.merging import span
 from lightspan.merging.weights import Weights
 from lightspan.results import Figure, Result
 from lightspan.tensor_files import Form, write_tensors
@@ -75,7 +77,8 @@ def merge(
     Its metadata tell what was merged: path and sha256 of each checkpoint under `merged`, and the texts of `record`.
     In memory is about one tensor beyond what the checkpoints themselves keep there.
 
-    Raises: UserError where checkpoints do not fit together, or a tensor of the result is not finite.
+    Raises: UserError where checkpoints do not fit together, or a tensor of the result holds NaN, or infinity where no
+    checkpoint does.
     """
     expected = outlook(merger, checkpoints)
     leading = checkpoints[merger.leading(list(checkpoints))]
@@ -118,10 +121,11 @@ def _tensors(
             yield name, leading.read(name)
             continue
         # No name is given to the tensor here: this frame lives on while the next one is computed.
-        yield name, _finite(merger.tensor(name, form, {n: w.read(name) for n, w in checkpoints.items()}), name, form)
+        yield name, _merged(merger, name, form, {n: w.read(name) for n, w in checkpoints.items()})
 
 
-def _finite(tensor: Tensor, name: str, form: Form) -> Tensor:
+def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
+    tensor = merger.tensor(name, form, weights)
     assert tensor.dtype == form.dtype, f"{name} was merged as {tensor.dtype}, not {form.dtype}"
     assert tuple(tensor.shape) == form.shape, f"{name} was merged as {list(tensor.shape)}, not {list(form.shape)}"
     if tensor.isnan().any():
@@ -129,6 +133,13 @@ def _finite(tensor: Tensor, name: str, form: Form) -> Tensor:
             f"{name} of the merged checkpoint holds NaN, as a checkpoint does, or infinite differences: merge "
             "checkpoints from before the run diverged, or lower the coefficients"
         )
+    for at in range(0, tensor.numel(), span.CHUNK):
+        infinite, *given = (x.reshape(-1)[at : at + span.CHUNK].isinf() for x in (tensor, *weights.values()))
+        if (infinite & ~torch.stack(given).any(dim=0)).any():
+            raise UserError(
+                f"{name} of the merged checkpoint would hold infinity where no checkpoint does: {form.dtype} ends at "
+                f"{torch.finfo(form.dtype).max:g}; lower the coefficients, or lead with a wider dtype"
+            )
     return tensor
 
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import math
 import pkgutil
 from collections.abc import Iterator
 
@@ -73,9 +74,39 @@ DEGENERATE = {
 }
 
 
+WRONG = {
+    "KNN": [{"k": 0}, {"k": -3}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}],
+    "LinearProbe": [{"l2": 0.0}, {"l2": -1.0}, {"l2": math.nan}, {"l2": math.inf}, {"max_iterations": 0}],
+    "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
+    "Spectrum": [{"shown": 0}],
+}
+"""Settings out of range; each number that an estimator takes is among them."""
+
+COMPUTED = {
+    "TwoNN": {"one class", "classes left out", "a row of zeros", "more features than rows", "without labels"},
+    "Spectrum": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "without labels"},
+    "FrechetDistance": {"two rows", "one class", "constant features", "zeros", "a lattice", "without labels"},
+    "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
+    "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
+}
+"""Degenerate features that have an answer, which is to be given and not refused."""
+
+
 def test_the_suite_sees_the_estimators() -> None:
     names = {kind.__name__ for kind in ESTIMATORS}
     assert {"TwoNN", "Spectrum", "FrechetDistance", "KNN", "LinearProbe"} <= names
+    assert COMPUTED.keys() == names
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_settings_out_of_range_are_refused_when_an_estimator_is_made(kind: type[Estimator]) -> None:
+    wrong = WRONG.get(kind.__name__, [])
+    settings = {name: p.default for name, p in inspect.signature(kind).parameters.items() if name != "self"}
+    numbers = {name for name, default in settings.items() if type(default) in (int, float)}
+    assert numbers <= {name for one in wrong for name in one}, "give a wrong value of each number here"
+    for one in wrong:
+        with pytest.raises(UserError, match=f"{kind.__name__} {next(iter(one))}=.* must be"):
+            kind(**one)
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
@@ -132,6 +163,7 @@ def test_degenerate_features_give_a_finite_result_or_one_clear_error(
     except UserError as error:
         said = str(error)
     if said:
+        assert case not in COMPUTED[kind.__name__]
         assert len(said) > 20
         assert "\n" not in said
     else:

@@ -1,16 +1,22 @@
 """Features are computed once, read from disk ever after, go on where they were cut off, and are never stale."""
 
 import copy
+import math
+import threading
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import pytest
 import rank_processes
 import torch
 import torch.distributed as dist
 from lightning import LightningDataModule
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightspan.checkpoints.manifest import COMPLETE
 from lightspan.datamodules.loading.loader import EvaluationLoader
@@ -57,19 +63,38 @@ class Data(LightningDataModule):
     val_dataloader = bank_dataloader
 
 
-class Net(nn.Module):
-    """Counts the samples that it has seen."""
+class Seen:
+    """How many samples each net has seen; from `most` of one net on it raises `error`."""
 
+    def __init__(self) -> None:
+        self.by_net: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self.most, self.error = math.inf, BaseException()
+
+    def add(self, net: nn.Module, samples: int) -> None:
+        if self.by_net.get(net, 0) >= self.most:
+            raise self.error
+        self.by_net[net] = self.by_net.get(net, 0) + samples
+
+
+SEEN = Seen()
+
+
+class Net(nn.Module):
     def __init__(self, slope: float = 0.1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 3, 3)
-        self.slope, self._seen = slope, 0
+        self.slope = slope
         nn.init.uniform_(self.conv.weight, generator=torch.Generator().manual_seed(0))
         nn.init.zeros_(self.conv.bias)
 
+    @property
+    def seen(self) -> int:
+        return SEEN.by_net.get(self, 0)
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        assert not self.training
-        self._seen += len(x_BCHW)
+        if self.training:  # no assert, whose code pytest changes in its own process
+            raise AssertionError
+        SEEN.add(self, len(x_BCHW))
         return nn.functional.leaky_relu(self.conv(x_BCHW), self.slope).mean(dim=(2, 3))
 
 
@@ -86,11 +111,11 @@ def by_hand(net: nn.Module) -> Tensor:
 def test_the_second_use_costs_no_forward_pass_and_gives_the_same_bits(tmp_path: Path) -> None:
     net = Net()
     first = encoded(net).load(FeatureStore(tmp_path))
-    assert net._seen == SAMPLES
+    assert net.seen == SAMPLES
     assert net.training
     other = Net()
     second = encoded(other, Data(batch_size=2)).load(FeatureStore(tmp_path))
-    assert other._seen == 0
+    assert other.seen == 0
     assert torch.equal(first.x, second.x)
     torch.testing.assert_close(second.x, by_hand(Net()))
     assert second.index_N is not None
@@ -112,6 +137,107 @@ def with_buffer() -> Net:
     return net
 
 
+def holding(value: Any, name: str = "held") -> Encoded:
+    net = Net()
+    setattr(net, name, value)
+    return encoded(net)
+
+
+def hooked(hook: Callable[..., Any], register: str = "register_forward_hook") -> Encoded:
+    net = Net()
+    getattr(net, register)(hook)
+    return encoded(net)
+
+
+def times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * factor
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+SOURCE = """
+from torch import nn, no_grad
+
+SLOPE = 0.5
+
+def helper(x):
+    return x + 1
+
+class Base(nn.Module):
+    def scaled(self, x):
+        return x * 2
+
+class Own(Base):
+    @no_grad()
+    def forward(self, x):
+        return self.scaled(helper(x)) * SLOPE
+"""
+
+
+def own(old: str = "", new: str = "") -> Encoded:
+    """An encoder of the user's own, of an edited file."""
+    assert old in SOURCE
+    file = {"__name__": "my_file"}
+    exec(SOURCE.replace(old, new, 1) if old else SOURCE, file)
+    return encoded(file["Own"]())  # type: ignore[operator]
+
+
+def large(last: float) -> np.ndarray:
+    return np.array([*[0.0] * 2000, last, *[0.0] * 2000])
+
+
+CODE: dict[str, Callable[[], Encoded]] = {
+    "an own encoder": own,
+    "forward, edited": lambda: own("self.scaled(helper(x))", "self.scaled(helper(-x))"),
+    "a constant in forward": lambda: own("x * 2", "x * 3"),
+    "what forward calls": lambda: own("x + 1", "x - 1"),
+    "what forward reads": lambda: own("0.5", "0.25"),
+    "silu": lambda: holding(functional.silu),
+    "elu": lambda: holding(functional.elu),
+    "a builtin": lambda: holding(torch.relu),
+    "another builtin": lambda: holding(torch.tanh),
+    "a lambda": lambda: holding(lambda x: x + 1),
+    "another lambda": lambda: holding(lambda x: x + 2),
+    "a lambda of another function": lambda: holding(lambda x: x.sin()),
+    "a closure": lambda: holding(times(2.0)),
+    "a closure over another number": lambda: holding(times(3.0)),
+    "a default": lambda: holding(lambda x, y=1: x + y),
+    "another default": lambda: holding(lambda x, y=2: x + y),
+    "a partial": lambda: holding(partial(functional.softmax, dim=1)),
+    "another partial": lambda: holding(partial(functional.softmax, dim=0)),
+    "a cached function": lambda: holding(lru_cache(lambda x: x + 1)),
+    "another cached function": lambda: holding(lru_cache(lambda x: x + 2)),
+    "a hook": lambda: hooked(lambda module, given, out: out + 1),
+    "another hook": lambda: hooked(lambda module, given, out: out + 2),
+    "a hook before": lambda: hooked(lambda module, given: (given[0] + 1,), "register_forward_pre_hook"),
+    "a large array": lambda: holding([large(0.0)]),
+    "another large array": lambda: holding([large(1.0)]),
+    "a tensor in a mapping": lambda: holding({"x": (torch.zeros(3),)}),
+    "another tensor in a mapping": lambda: holding({"x": (torch.ones(3),)}),
+    "a key of a mapping": lambda: holding({"y": (torch.ones(3),)}),
+    "a set": lambda: holding({"a", "b", "c"}),
+    "another set": lambda: holding({"a", "b", "d"}),
+    "an object": lambda: holding(Slotted(1)),
+    "another object": lambda: holding(Slotted(2)),
+    "a private attribute": lambda: holding(1, "_held"),
+    "another private attribute": lambda: holding(2, "_held"),
+    "one activation of a layer": lambda: encoded(transformer(functional.silu)),
+    "another activation of a layer": lambda: encoded(transformer(functional.elu)),
+}
+
+
+def transformer(activation: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 1, 4, activation=activation)
+    for weight in layer.parameters():
+        nn.init.ones_(weight)
+    return layer
+
+
 CHANGES: dict[str, Callable[[], Encoded]] = {
     "a weight": lambda: encoded(other_weight()),
     "a setting without weights": lambda: encoded(Net(slope=0.2)),
@@ -129,9 +255,12 @@ CHANGES: dict[str, Callable[[], Encoded]] = {
 
 def test_whatever_features_depend_on_makes_another_entry() -> None:
     store = FeatureStore("nowhere")
-    inputs = {"none": encoded(), **{name: change() for name, change in CHANGES.items()}}
+    changes = CHANGES | CODE
+    inputs = {"none": encoded(), **{name: change() for name, change in changes.items()}}
     entries = {name: store.entry(one.key(one._loader())) for name, one in inputs.items()}
     assert len(set(entries.values())) == len(entries), entries
+    again = {name: change() for name, change in changes.items()}
+    assert {name: store.entry(one.key(one._loader())) for name, one in again.items()} | entries == entries
     same = encoded(copy.deepcopy(Net()), Data(batch_size=7))
     assert store.entry(same.key(same._loader())) == entries["none"]
 
@@ -140,18 +269,15 @@ def test_what_was_cut_off_goes_on_with_the_samples_that_are_left(tmp_path: Path,
     monkeypatch.setattr(store_module, "PART_BYTES", 1)  # a part a batch
     data, net = Data(), Net()
 
-    def dies(module: nn.Module, arguments: Any) -> None:
-        if net._seen >= 8:
-            raise KeyboardInterrupt
-
-    handle = net.register_forward_pre_hook(dies)
+    monkeypatch.setattr(SEEN, "most", 8)
+    monkeypatch.setattr(SEEN, "error", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         encoded(net, data).load(FeatureStore(tmp_path))
     assert net.training
-    handle.remove()
+    monkeypatch.setattr(SEEN, "most", math.inf)
     assert not list(tmp_path.rglob(COMPLETE))
     features = encoded(net, data).load(FeatureStore(tmp_path))
-    assert net._seen == SAMPLES
+    assert net.seen == SAMPLES
     assert torch.equal(features.x, encoded().load(FeatureStore(tmp_path / "elsewhere")).x)
     assert not list(tmp_path.rglob("parts"))
 
@@ -163,9 +289,9 @@ def test_a_damaged_entry_is_computed_anew(tmp_path: Path) -> None:
     sound = content.read_bytes()
     content.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     assert encoded(net).load(FeatureStore(tmp_path, verify=False)) is not None
-    assert net._seen == SAMPLES
+    assert net.seen == SAMPLES
     encoded(net).load(store)
-    assert net._seen == 2 * SAMPLES
+    assert net.seen == 2 * SAMPLES
     assert content.read_bytes() == sound
 
 
@@ -212,6 +338,12 @@ def test_a_method_is_asked_for_its_features(tmp_path: Path) -> None:
         (lambda: encoded(nn.Flatten(0)), r"Flatten gave \[64\] as features"),
         (lambda: encoded(layer="conv", pool="first"), "pool=first takes the first of the tokens"),
         (lambda: encoded(data=Data(broken=5)), "sample 5 is broken"),
+        (lambda: holding([threading.Lock()]), r"Net\.held\.0 is a _thread\.lock, which the feature store"),
+        (
+            lambda: holding(nn.Parameter(torch.ones(2, device="meta"))),
+            r"Net\.held is a torch\.nn\.parameter\.Parameter",
+        ),
+        (lambda: hooked(WeakKeyDictionary().get), "which the feature store cannot describe"),
     ],
 )
 def test_what_gives_no_features_is_refused(make: Callable[[], Encoded], message: str, tmp_path: Path) -> None:
@@ -235,10 +367,6 @@ def test_features_of_other_programs_are_read(tmp_path: Path) -> None:
             FeatureFile(str(tmp_path / f"{name}.safetensors")).load(FeatureStore(tmp_path))
 
 
-def breaks(module: nn.Module, arguments: Any) -> None:
-    raise UserError("this rank broke")
-
-
 def one_rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
@@ -247,13 +375,13 @@ def one_rank(index: int, folder: str) -> None:
     moments = features.moments(by_class=True)
     failing = Net()
     if rank() == 1:
-        failing.register_forward_pre_hook(breaks)
+        SEEN.most, SEEN.error = 0, UserError("this rank broke")
     said = ""
     try:
         encoded(failing, Data(brightness=2.0)).load(store)
     except UserError as error:
         said = str(error)
-    out = {"x": features.x.clone(), "seen": torch.tensor(net._seen), "count": moments.count_C, "mean": moments.mean_CD}
+    out = {"x": features.x.clone(), "seen": torch.tensor(net.seen), "count": moments.count_C, "mean": moments.mean_CD}
     assert said == ("this rank broke" if index else "another rank could not compute features; see what it says")
     torch.save({**out, "within": moments.within_DD}, Path(folder, f"{index}.pt"))
     leave()
@@ -272,4 +400,4 @@ def test_two_ranks_compute_a_part_each_and_have_what_one_has(tmp_path: Path) -> 
         torch.testing.assert_close(out["within"], moments.within_DD, rtol=1e-5, atol=1e-6)
     net = Net()
     assert torch.equal(encoded(net).load(FeatureStore(tmp_path / "store")).x, outs[0]["x"])
-    assert net._seen == 0
+    assert net.seen == 0

@@ -236,6 +236,16 @@ def test_what_does_not_fit_together_is_refused_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def overflowing(dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
+    models = {name: {"w": torch.tensor([1.0, value, -torch.inf])} for name, value in (("a", 6e4), ("b", -6e4))}
+    base = {"w": torch.tensor([1.0, 0.0, -torch.inf], dtype=dtype)}
+    return merged(TaskArithmetic(Scales(1.0, {"a": 3.0})), folder, base=base, **models)
+
+
+def test_what_overflows_in_a_narrow_dtype_is_merged_in_a_wide_one(tmp_path: Path) -> None:
+    assert overflowing(torch.float32, tmp_path)["w"].tolist() == [1.0, 1.2e5, -torch.inf]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -250,6 +260,10 @@ def test_what_does_not_fit_together_is_refused_and_nothing_is_written(
         (lambda folder: merged(TaskArithmetic(), folder, a=net(0)), "needs the checkpoint 'base'"),
         (lambda folder: merged(TaskArithmetic(), folder, base=net(0)), "and a task; got base"),
         (lambda folder: merged(TaskArithmetic(Scales(1, {"x": 1})), folder, base=net(0), a=net(1)), "names the task x"),
+        (
+            lambda folder: overflowing(torch.float16, folder),
+            "w .* infinity where no checkpoint does: torch.float16",
+        ),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str, tmp_path: Path) -> None:
