@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes, type(...))
+_OF_PROCESS = {"_original_object_hash"}
+"""Attributes of installed packages that are new in every process: transformers keeps Python's hash of a text."""
 _CHILDREN = ("_parameters", "_buffers", "_modules")
 
 
@@ -89,7 +91,8 @@ class Description:
         elif callable(value) and hasattr(value, "__wrapped__"):  # of functools.cache and the like
             self._children("wrapper", [("class", type(value)), ("function", value.__wrapped__)])
         elif type(value) is dict:
-            self._children("mapping", enumerate(part for pair in value.items() for part in pair))
+            pairs = [pair for pair in value.items() if pair[0] not in _OF_PROCESS]
+            self._children("mapping", enumerate(part for pair in pairs for part in pair))
         elif type(value) is list:
             self._children("list", enumerate(value))
         else:

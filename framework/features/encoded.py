@@ -3,6 +3,8 @@
 Shapes: B samples of a batch, C H W image, T positions, D features.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +14,11 @@ from lightning import LightningDataModule
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.identity import data_identity, module_identity
-from lightspan.features.ranks import digest_of_first_rank
+from lightspan.features.ranks import digest_of_first_rank, together
 from lightspan.features.store import FeatureStore, Rows
 from lightspan.nn.taps import tapped
 
@@ -38,7 +41,8 @@ class Encoded(Input):
         field: of the batch, for an encoder without `features`.
         transforms: applied in order to that field as one batch: a resize, a normalisation.
         layer: name of a module inside the encoder whose output is taken instead.
-        pool: what becomes of positions, [B T D] or [B D H W]: their "mean", the "first" token, or "none" keeps them.
+        pool: what becomes of positions, [B T D] or [B D H W]: their "mean", prefix tokens included; the
+            "first" token; or "none" keeps them.
         dtype: of the features on disk.
     """
 
@@ -75,12 +79,25 @@ class Encoded(Input):
         return f"features of {key['data']['count']} samples, {what} at {store.entry(key)}"
 
     def key(self, loader: Any) -> dict[str, Any]:
-        """What these features depend on, the same on every rank: the first one looks at the samples for all."""
+        """What these features depend on, the same on every rank: the first one looks at the samples for all.
+
+        Raises: UserError where ranks have different encoders, or ones that `Description` cannot describe.
+        """
+        with together("describe the encoder"):
+            encoder, *transforms = (module_identity(module) for module in (self.encoder, *self.transforms))
+        digest = hashlib.sha256(json.dumps([encoder, *transforms]).encode()).hexdigest()
+        first = digest_of_first_rank(digest)
+        with together("describe the same encoder"):
+            if digest != first:
+                raise UserError(
+                    f"{type(self.encoder).__name__} of rank {rank()} is another one than that of rank 0, by its "
+                    "weights, attributes or transforms; seed it alike everywhere, and keep ranks and devices out of it"
+                )
         data = data_identity(self.data, loader)
         data["sha256"] = digest_of_first_rank(data["sha256"])
         return {
-            "encoder": module_identity(self.encoder),
-            "transforms": [module_identity(transform) for transform in self.transforms],
+            "encoder": encoder,
+            "transforms": transforms,
             "reads": None if self._is_method() else self.field,
             "layer": self.layer,
             "pool": self.pool,

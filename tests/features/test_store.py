@@ -25,6 +25,7 @@ from lightspan.distributed import leave, rank
 from lightspan.errors import UserError
 from lightspan.features import store as store_module
 from lightspan.features.encoded import Encoded, FeatureFile, pooled
+from lightspan.features.identity import module_identity
 from lightspan.features.store import CONTENT, FeatureStore
 
 SAMPLES = 11
@@ -265,6 +266,16 @@ def test_whatever_features_depend_on_makes_another_entry() -> None:
     assert store.entry(same.key(same._loader())) == entries["none"]
 
 
+def test_what_is_new_in_every_process_is_no_part_of_a_key() -> None:
+    transformers = pytest.importorskip("transformers")
+    keys = []
+    for hashed in (1, 2):
+        config = transformers.GenerationConfig()
+        config._original_object_hash = hashed
+        keys.append(module_identity(holding(config).encoder))
+    assert keys[0] == keys[1]
+
+
 def test_what_was_cut_off_goes_on_with_the_samples_that_are_left(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(store_module, "PART_BYTES", 1)  # a part a batch
     data, net = Data(), Net()
@@ -383,6 +394,8 @@ def one_rank(index: int, folder: str) -> None:
         said = str(error)
     out = {"x": features.x.clone(), "seen": torch.tensor(net.seen), "count": moments.count_C, "mean": moments.mean_CD}
     assert said == ("this rank broke" if index else "another rank could not compute features; see what it says")
+    with pytest.raises(UserError, match="rank 1 is another one" if index else "another rank could not describe"):
+        encoded(Net(slope=0.1 + rank())).load(store)
     torch.save({**out, "within": moments.within_DD}, Path(folder, f"{index}.pt"))
     leave()
 
