@@ -55,7 +55,12 @@ def test_slow_tests_without_a_mark_and_skips_that_an_installation_would_cure_fai
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "conftest", "-rA", "-p", "no:cacheprovider", "--patience", "0.05", "."],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "LIGHTSPAN_NO_SKIP": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "LIGHTSPAN_NO_SKIP": "1",
+            "PYTEST_XDIST_WORKER": "gw0",
+        },
         capture_output=True,
         text=True,
         check=False,

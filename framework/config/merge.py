@@ -5,6 +5,7 @@ settings of the class before it, and a note says so. `null` under `trainer.callb
 entry.
 """
 
+import difflib
 from collections.abc import Iterable
 
 from lightspan.config.moved import followed
@@ -46,6 +47,10 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
         elif key in dropped:
             merged[key] = Node(node.value, node.where, (*dropped[key].replaced, dropped[key], *node.replaced))
         else:
+            if node.value is None and path in KEYED:
+                close = difflib.get_close_matches(str(key), [str(name) for name in kept], 1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(map(str, kept)) or 'none'}"
+                notes.append(f"{node.where} {dotted((*path, key))}: null removes nothing, no layer below has it{hint}")
             merged[key] = node
     lost = tuple(Node({key: node}, node.where) for key, node in dropped.items() if key not in merged)
     return Node(merged, low.where or high.where, (*low.replaced, *lost, *high.replaced))

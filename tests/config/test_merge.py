@@ -101,3 +101,14 @@ def test_a_dropped_setting_tells_that_it_was_dropped():
 
 def test_a_key_that_no_layer_set_has_no_history():
     assert explain(layer("a: 1"), ("b",)) is None
+
+
+def test_a_null_that_removes_nothing_is_said_with_the_name_that_was_meant():
+    layers = (
+        {"trainer": {"callbacks": {"checkpoint": {"class_path": "a.B"}}}},
+        {"trainer": {"callbacks": {"chekpoint": None}}},
+    )
+    _, notes = merge_layers([wrap(layer, "here") for layer in layers])
+    assert notes == [
+        "here trainer.callbacks.chekpoint: null removes nothing, no layer below has it; did you mean checkpoint?"
+    ]
