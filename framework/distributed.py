@@ -6,12 +6,15 @@ the mean over ranks that DDP and FSDP take is dL/d(theta): what one rank with th
 way is therefore neither multiplied nor divided by the number of ranks.
 """
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightspan.errors import UserError
 
 BUCKET_BYTES = 25 * 2**20
 """Most bytes of a collective over many tensors: DDP's size, large enough for full bandwidth."""
@@ -107,6 +110,31 @@ def agreed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+@contextlib.contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Ends on all ranks or raises on all; they meet at its end. Raises: UserError where only another rank failed."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+    failed = bool(all_reduce_max(torch.tensor(int(error is not None), device=_device())))
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError(f"another rank could not {doing}; see what it says")
+
+
+def first_rank_says(question: Callable[[], bool]) -> bool:
+    """The first rank's answer, on every rank; only that one is asked."""
+    return bool(agreed(torch.tensor(int(rank() == 0 and question()), device=_device())))
+
+
+def digest_of_first_rank(digest: str) -> str:
+    """The first rank's digest, hexadecimal and of one length everywhere, on every rank."""
+    return bytes(agreed(torch.tensor(list(bytes.fromhex(digest)), device=_device())).tolist()).hex()
+
+
 def _in_buckets(tensors: Sequence[Tensor], start: Callable[[Tensor], dist.Work]) -> None:
     under_way: tuple[list[Tensor], Tensor, dist.Work] | None = None
     for bucket in _buckets(tensors):
@@ -137,3 +165,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             bucket = open_ones[tensor.dtype, tensor.device] = []
         bucket.append(tensor)
     yield from open_ones.values()
+
+
+def _device() -> torch.device:
+    """Where the process group's collectives run."""
+    on_gpu = world_size() > 1 and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

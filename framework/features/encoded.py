@@ -14,11 +14,11 @@ from lightning import LightningDataModule
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightspan.distributed import rank
+from lightspan.devices import wide
+from lightspan.distributed import digest_of_first_rank, rank, together
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.identity import data_identity, module_identity
-from lightspan.features.ranks import digest_of_first_rank, together
 from lightspan.features.store import FeatureStore, Rows
 from lightspan.nn.taps import tapped
 
@@ -198,8 +198,7 @@ def pooled(x: Tensor, pool: Pool) -> Tensor:
         if x.ndim != 3:
             raise UserError(f"pool=first takes the first of the tokens [B, T, D], and got {list(x.shape)}; take mean")
         return x[:, 0]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.mean(dim=1) if x.ndim == 3 else wide.flatten(2).mean(dim=2)
+    return wide(x).mean(dim=1) if x.ndim == 3 else wide(x).flatten(2).mean(dim=2)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from lightspan import __version__
 from lightspan.checkpoints.manifest import COMPLETE, FORMAT, fault, manifest, seal_folder
-from lightspan.distributed import rank, world_size
+from lightspan.distributed import first_rank_says, rank, together, world_size
 from lightspan.errors import UserError
 from lightspan.features.features import Features
-from lightspan.features.ranks import first_rank_says, together
 from lightspan.files import atomic_path, expanded, explained_os_errors, make_folder, remove, remove_leftovers
 from lightspan.tensor_files import Form, write_tensors
 

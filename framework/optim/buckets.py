@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightspan.devices import wide_type
 from lightspan.optim.core import Rule
 from lightspan.optim.layout import Layout, State, canonical, is_wide, matrices, matrix_shape, shards_of
 from lightspan.optim.loading import require_same_kind
@@ -174,7 +175,7 @@ def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: tor
     """How the step sees parameters of one shape."""
     first, shards = parameters[0], shards_of(parameters[0])
     rows, size = matrix_shape(first)
-    held, dtype = rows if shards is None else shards.rows, torch.promote_types(first.dtype, torch.float32)
+    held, dtype = rows if shards is None else shards.rows, wide_type(first.dtype)
     return Layout(held, size, rank, is_wide(first), dtype, device, tuple(seeds), shards)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from lightspan.devices import wide_type
 from lightspan.optim.buckets import SEED_STRIDE, SHARD_STRIDE
 from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, is_dense
 from lightspan.optim.moments import Float32Moments, MomentStorage
@@ -32,7 +33,7 @@ def initial_state(parameter: Tensor, moments: MomentStorage) -> State:
     width = parameter.shape[-1] if parameter.ndim else 1
     quantise = parameter.numel() >= SMALLEST_QUANTISED and width <= LONGEST_QUANTISED_ROW and _has_whole_rows(parameter)
     storage = moments if quantise and not parameter.is_complex() else Float32Moments()
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    dtype = wide_type(parameter.dtype)
     layout = Layout(parameter.numel() // max(width, 1), width, width, False, dtype, parameter.device, (0,))
     ranks = ranks_of(parameter)
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}  # the fused step reads it there
@@ -140,7 +141,7 @@ def _step_quantised(
     if not parameter.numel():  # of a small parameter a rank may hold nothing
         state["step"].add_(1)
         return
-    dtype, names = torch.promote_types(parameter.dtype, torch.float32), ("exp_avg", "exp_avg_sq")
+    dtype, names = wide_type(parameter.dtype), ("exp_avg", "exp_avg_sq")
     rows: State = {}
     for name in names:
         rows[name] = state[name].reshape(1, -1, parameter.shape[-1] if parameter.ndim else 1)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide_type
 from lightspan.optim.elementwise import real
 from lightspan.optim.sharding import Ranks, total_over
 from lightspan.sharded import local
@@ -17,7 +18,7 @@ def square_norms(tensors: Sequence[Tensor]) -> Tensor:
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
+        by_kind[tensor.device, wide_type(tensor.dtype)].append(tensor)
     parts = [torch.stack(torch._foreach_norm(part, 2, dtype=dtype)) for (_, dtype), part in by_kind.items()]
     return torch.cat([part.to(parts[0].device) for part in parts]).square() if parts else torch.zeros(0)
 
