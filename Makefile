@@ -14,8 +14,8 @@ OMP_NUM_THREADS ?= 1
 # Nothing under test may reach for a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ARGS ?=
-# Workers of the tests: one a core, each of about 1 GiB. JOBS=0 runs them in one process, as --pdb needs it.
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# Workers of the tests: one a core, each of about 1 GiB; nproc would obey OMP_NUM_THREADS. JOBS=0 runs them in one process, as --pdb needs it.
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 
