@@ -194,7 +194,9 @@ def _declared(module: nn.Module) -> Iterator[tuple[int, Kind]]:
     """What modules say of their own parameters."""
     for path, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
-        for name, kind in getattr(part, "parameter_kinds", {}).items():
+        # Not by getattr: a wrapper (an adapter, torch.compile) would answer for the module inside it.
+        kinds = vars(part).get("parameter_kinds", getattr(type(part), "parameter_kinds", {}))
+        for name, kind in kinds.items():
             if name not in own or kind not in get_args(Kind):
                 raise UserError(
                     f"{path or type(part).__name__}.parameter_kinds says that {name!r} is of the kind {kind!r}; its "

@@ -10,6 +10,8 @@ import torchvision
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from lightspan.adapters.full import Full
+from lightspan.adapters.inject import adapt
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.language import llama
 from lightspan.backbones.vision import SmallConvNet
@@ -66,6 +68,16 @@ def test_a_rule_stands_above_a_modules_own_word() -> None:
     assert settings(ParameterGroups(), net)["head.weight"] == (1.0, 0.0, False)
     rule = Rule(["head.weight"], kind="matrices")
     assert settings(ParameterGroups(rules=[rule]), net)["head.weight"] == (1.0, 0.5, True)
+
+
+def test_an_adapter_leaves_a_modules_word_with_its_weight_and_a_full_change_has_the_same_kind() -> None:
+    net = Net()
+    net.head.parameter_kinds = {"weight": "embeddings"}
+    adapt(net, ["head"], Full(), name="task", show=False)
+    found = settings(ParameterGroups(), net)
+    assert found["head.adapters.task.change"] == (1.0, 0.0, False)
+    net.head.base.requires_grad_(True)
+    assert settings(ParameterGroups(), net)["head.base.weight"] == (1.0, 0.0, False)
 
 
 def test_groups_that_no_rule_cuts_are_those_without_rules() -> None:
