@@ -1,6 +1,6 @@
 # Everything runs from .venv, which the targets create as needed: `make quickstart` on a machine with Python >= 3.11.
 # An install is marked done by a stamp that is removed before pip starts and written after pip has succeeded,
-# so an interrupted install is done again, and so is one that is older than pyproject.toml.
+# so an interrupted install is repeated, and so is one that is older than pyproject.toml.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,10 +11,11 @@ QUICKSTART := build/quickstart
 
 # One thread a process: the tests start process pairs, and two cores are what they are timed on.
 OMP_NUM_THREADS ?= 1
-# Nothing under test may reach for a hub or a tracking server.
+# Nothing under test may contact a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ARGS ?=
-# Workers of the tests: one a core, each of about 1 GiB; nproc would obey OMP_NUM_THREADS. JOBS=0 runs them in one process, as --pdb needs it.
+# Workers of the tests: one per core, each of about 1 GiB. JOBS=0 runs the tests in one process, which --pdb needs.
+# nproc obeys OMP_NUM_THREADS, which says how many threads one worker may have, not how many workers there may be.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # Runs at a time of `make d90`.
 WORKERS ?= 1
@@ -69,8 +70,8 @@ evidence-data: $(DEV) ## install pretrained weights and real data that evidence 
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist
 
-# Without these, tests are skipped that need them; .ci/run installs them and lets none be skipped.
-test-packages: $(DEV) ## install all that a test can use: browser, shellcheck, DeepSpeed, weights, data (root, Debian)
+# Without these, the tests that need them are skipped; .ci/run installs them and fails if a test is skipped.
+test-packages: $(DEV) ## install everything that a test can use: browser, shellcheck, DeepSpeed, weights, data (root, Debian)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++
 	$(MAKE) evidence-data
@@ -81,12 +82,12 @@ bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machin
 	$(BIN)/python benchmarks/optim_step.py --keep
 	$(BIN)/python benchmarks/build_docs.py
 
-lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart's text (hours; goes on where it stopped)
+lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart's text (hours; continues where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lm_quality.py final
 	$(BIN)/python benchmarks/lm_quality.py table
 	$(BIN)/python benchmarks/build_docs.py
 
-robustness: $(BASE) ## train nets with dead rows on every optimiser (15 processor minutes; goes on where it stopped)
+robustness: $(BASE) ## train nets with dead rows on every optimiser (15 processor minutes; continues where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/build_docs.py
 
@@ -94,9 +95,9 @@ docs: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, d
 	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
 
-# The paper's network, grid and batch size. Rates and the line are read on 10,000 training images kept out of training.
+# The paper's network, grid and batch size. Rates and the line are measured on 10,000 images kept out of training.
 # 192 runs of 100 epochs, 6 s of one core for an epoch at d = 750 (Xeon with AMX): about 33 hours over WORKERS.
-d90: $(BASE) ## intrinsic dimension of 784-200-200-10 on all of Fashion-MNIST (33 hours; goes on where it stopped)
+d90: $(BASE) ## intrinsic dimension of 784-200-200-10 on all of Fashion-MNIST (33 hours; continues where it stopped)
 	$(BIN)/lightspan intrinsic-dimension subspace/direct_mnist --out build/d90 --workers $(WORKERS) --lrs 1e-3,1e-2,1e-1 \
 	  --grid 0,10,50,100,200,300,350,375,400,425,450,475,500,525,550,575,600,625,650,675,700,725,750,775,800,850,900,950,1000,1250,1500,2000 \
 	  trainer.max_epochs=100 trainer.check_val_every_n_epoch=10 model.init_args.optimizer.init_args.weight_decay=1e-5 \

@@ -2,8 +2,8 @@
 benchmarks/adapters.py [--json benchmarks/results/adapters.json]`.
 
 One process and one thread, in processor time, so that what else runs on the machine counts little. A round times every
-adapter once, in an order that turns from round to round; a ratio is taken within its round, and the median over rounds
-counts.
+adapter once, in an order that rotates from round to round; a ratio is taken within its round, and the median over
+rounds counts.
 The layer's own product is part of every time, as it is in training.
 """
 

@@ -1,8 +1,8 @@
-"""How near the Triton kernels, and whole steps made of them, come to the speed of memory on one GPU.
+"""How close the Triton kernels, and whole steps made of them, come to the speed of memory on one GPU.
 
     python benchmarks/kernels.py [--json FILE] [--rounds N] [--dry-run]
 
-Every op is first held against its reference on the device, every captured step against the eager one; what is wrong is
+Every op is first compared with its reference on the device, every captured step with the eager one; a wrong one is
 named and not timed. Times are medians of interleaved rounds between two events on the stream, the L2 cache flushed
 before each. The bytes of an op are its necessary traffic: inputs read once, outputs written once, what changes in place
 both. Over the bandwidth of a large copy in the same run they give the floor of its time. Two more yardsticks are a copy

@@ -3,14 +3,14 @@
     python benchmarks/lm_quality.py sweep|final|table [--only NAME ...] [--results FILE] [--clock wall|cpu]
 
 One model and one text for all: a Llama of 2.3 million parameters (width 192, depth 5) on the bytes of the Python
-standard library's source, batches of 8 windows of 128 tokens, the project's parameter groups, gradients clipped at 1,
-a warm-up and a cosine, betas (0.9, 0.95), decay 0.1 on the matrices, rank 48 (APOLLO-Mini: 1). The order of the data
-and the first weights follow from the seed; one thread, so that the losses repeat bit by bit.
+standard library's source, batches of 8 windows of 128 tokens, the project's parameter groups, gradients clipped at 1, a
+warm-up and a cosine schedule, betas (0.9, 0.95), decay 0.1 on the matrices, rank 48 (APOLLO-Mini: 1). The order of the
+data and the first weights follow from the seed; one thread, so that the losses repeat bit by bit.
 
 `sweep` finds two rates for each optimiser, of the matrices and of everything else, on seed 100 and by the online loss:
-the mean training loss of the last fifth of a short run, whose windows are all new. Validation files play no part. The
-other rate stands still while the matrices' rate takes five values a factor of two apart; then the other rate takes five
-around its centre; then the two neighbours of the matrices' rate are looked at again. A line whose best value is an end
+the mean training loss of the last fifth of a short run, whose windows are all new. Validation files are not used. The
+other rate is fixed while the matrices' rate takes five values a factor of two apart; then the other rate takes five
+around its centre; then the two neighbours of the matrices' rate are tried again. A line whose best value is an end
 is extended until the best is inside. `final` trains seeds 0, 1 and 2 at these rates for the full budget and keeps a
 validation curve, which gives the time to the loss that AdamW ends at on the same seed. `table` prints the results and
 draws them next to the results file.

@@ -1,4 +1,4 @@
-"""How far `lightspan plan` is off: the memory it names before a run, against the peak that the run then records.
+"""How far `lightspan plan` is off: the memory it predicts before a run, against the peak that the run then records.
 
     python benchmarks/plan_error.py [RECIPE ...]
 

@@ -1,4 +1,4 @@
-"""How near a Fastfood push comes to its floor, log2(D) passes over memory, and what the other projections take.
+"""How close a Fastfood push comes to its floor, log2(D) passes over memory, and how long the other projections take.
 
     python benchmarks/projections.py [--json FILE] [--rounds N] [--threads N] [--quick]
 

@@ -2,10 +2,10 @@
 
     python benchmarks/quickstart_sweep.py [adamw] [lowrank]
 
-Both rates, of the matrices and of everything else, walk a grid of factor two until no neighbour is better: none of the
-eight around a point, and none two steps along an axis. A point is judged by its online loss: the mean training loss of
-the last fifth of the steps. Every window is met once, so this is loss on unseen text, and validation files play no
-part. The seed is none of those that the evidence uses. Points land in benchmarks/results/quickstart_sweep.json as they
+Both rates, of the matrices and of everything else, move over a grid of factor two until no neighbour is better: none of
+the eight around a point, and none two steps along an axis. A point is judged by its online loss: the mean training loss
+of the last fifth of the steps. Every window is seen once, so this is loss on unseen text, and validation files are not
+used. The seed is none of those that the evidence uses. Points land in benchmarks/results/quickstart_sweep.json as they
 come, and those found there are not run again; delete the file to search afresh. One thread, so that the figures repeat.
 """
 

@@ -1,4 +1,4 @@
-"""Whether optimisers stay sane on nets whose gradients are ordinary and degenerate: rows that die and come back.
+"""Whether optimisers stay sane on nets with ordinary but degenerate gradients: rows that die and come back.
 
     python benchmarks/robustness.py [--only NAME ...] [--nets NET ...] [--results FILE]
 

@@ -1,19 +1,20 @@
 """A frozen diffusion transformer that knows some classes learns to draw others, for the evidence of system 08.
 
-A transformer learns to tell noise and image of the old classes apart. Each arm then has the same number of steps on the
-new classes, and a table of classes of its own:
+A transformer learns to remove noise from images of the old classes. Each arm then has the same number of steps on the
+new classes, and its own table of classes:
 
-- DiffScaler: scale, shift and a bottleneck of 8 in attention and MLP of every block; all else frozen.
+- DiffScaler: scale, shift and a bottleneck of 8 in attention and MLP of every block; the rest frozen.
 - scale and shift: the same without the bottleneck.
 - BitFit: all biases.
 - full: everything.
 
-What is measured: the loss on test images, mean over ten fixed levels and fixed draws of noise; and the Frechet distance
-of as many drawn images as there are test images, in the space of the 16 principal directions of the training images.
-The frozen network is asked in the better of two ways, with the classes it never saw or without a class.
+Two things are measured: the loss on test images, as a mean over ten fixed levels and fixed draws of noise; and the
+Frechet distance of as many generated images as there are test images, in the space of the 16 principal directions of
+the training images. The frozen network is used in the better of two ways, with the classes it never saw or without a
+class.
 
 Rates: one search for all arms on seed 100, by the loss on validation images that are neither trained nor tested on. It
-goes from the rates of the task by factors of three until both neighbours are worse.
+starts at the rates of the task and moves by factors of three until both neighbours are worse.
 """
 
 import copy

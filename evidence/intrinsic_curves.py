@@ -3,10 +3,10 @@
 The paper (arXiv 1804.08838) trained for 100 epochs on all of MNIST, at several rates. Here nets train on 4,000 digits
 for 30 (FC) and 20 (LeNet) epochs, or on 5,000 of the 60,000 Fashion-MNIST images for as many steps, and every dimension
 of a curve has the same rate. Baselines are lower than the paper's, and so is the line: the two columns of d90 are
-neighbours, not copies. The paper has no figure for Fashion-MNIST.
+related but not the same measurement. The paper has no figure for Fashion-MNIST.
 
-Dense maps end at 10^8 entries, d = 500 for FC, and a step of theirs takes D d: their grids are coarser and shorter.
-What d90 is and how rates were chosen stands in intrinsic_dimension.py.
+Dense maps are limited to 10^8 entries, d = 500 for FC, and a step with them costs D d, so their grids are coarser and
+shorter. intrinsic_dimension.py says what d90 is and how rates were chosen.
 
 `python evidence/intrinsic_curves.py` draws the picture anew from the records.
 """

@@ -1,15 +1,15 @@
 """SVFit (arXiv 2409.05926): singular values alone adapt a network to a shifted domain.
 
 An MLP 64-128-128-10 is pretrained on scikit-learn's digits for 30 epochs, then adapted to digits of another domain with
-10 images a class; test accuracy is on other images of that domain. Biases stay frozen in all arms:
+10 images per class; test accuracy is measured on other images of that domain. Biases stay frozen in all arms:
 
 - none: the pretrained network.
 - SVFit: all singular values of the three weights, 202 numbers.
-- random: as many numbers, as a diagonal between random orthogonal frames of the same sizes.
+- random: equally many numbers, as a diagonal between random orthogonal frames of the same sizes.
 - LoRA: rank 2 on the same weights, 1172 numbers.
 
 Three domains: inverted contrast, digits turned by 20 degrees, stripes behind the digits. The same claims are made on
-each. Each arm has the learning rate of the same search for each domain, on seeds 100 to 102 and a validation part that
+each. For each domain, the same search gives each arm its learning rate, on seeds 100 to 102 and a validation part that
 no claim uses. `python evidence/test_02_svfit.py` repeats it.
 """
 

@@ -1,10 +1,10 @@
 """DiffScaler (arXiv 2404.09976) on shapes: a frozen diffusion transformer that knows five learns to draw five more.
 
-28 x 28 shapes without grain and with a tenth of the variety in place, size and angle: disc, ring, half disc, square and
-frame, then triangle, cross, bar, two bars and flower. A transformer of 4 blocks and width 64 on patches of 7 x 7
-predicts velocity under a cosine schedule. Arms, figures and search are those of evidence/diffscaler.py, with 200
-validation images and one draw of noise. A LeNet trained on shapes of all ten classes, drawn from another seed, names
-what is drawn. `python evidence/test_08_diffscaler_shapes.py` repeats the search.
+28 x 28 shapes without grain and with a tenth of the variety in place, size and angle: first disc, ring, half disc,
+square and frame, then triangle, cross, bar, two bars and flower. A transformer of 4 blocks and width 64 on patches of 7
+x 7 predicts velocity under a cosine schedule. Arms, figures and search are those of evidence/diffscaler.py, with 200
+validation images and one draw of noise. A LeNet trained on shapes of all ten classes, drawn from another seed,
+classifies the generated images. `python evidence/test_08_diffscaler_shapes.py` repeats the search.
 """
 
 from functools import partial

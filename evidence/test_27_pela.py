@@ -1,19 +1,19 @@
 """PELA (arXiv 2310.10700) on digits: a factorised transformer after three epochs, and what it was cut from.
 
-A vision transformer of 4 blocks and width 64 learns the 8 x 8 digits until its training loss stops. Its linear layers
-are then factorised to a quarter of their weights, and each arm has the same three epochs over the same images:
+A vision transformer of 4 blocks and width 64 learns the 8 x 8 digits until its training loss stops falling. Its linear
+layers are then factorised to a quarter of their weights, and each arm has the same three epochs over the same images:
 
 - PELA: task, features of all blocks, perturbation of the weights.
-- task: the same truncated SVD, trained by the task's loss alone.
-- random: the same low-rank network from a random start, by the task's loss.
-- no distillation, no perturbation: PELA without one of its two terms, all else as PELA.
+- task: the same truncated SVD, trained only with the task's loss.
+- random: the same low-rank network from a random start, trained with the task's loss.
+- no distillation, no perturbation: PELA without one of its two terms, otherwise the same.
 
 Rates, and PELA's alpha, were chosen on seed 100 by accuracy on 400 validation images that are neither trained nor
-tested on, from nine settings an arm: `python evidence/test_27_pela.py` repeats the search. Batches of 8, since three
+tested on, from nine settings per arm: `python evidence/test_27_pela.py` repeats the search. Batches of 8, since three
 epochs of so few images are too few steps for any arm with larger ones.
 
 The transformer starts from Xavier matrices. timm's own start has a standard deviation of 0.02, right for a width of 768
-and so small at 64 that what training adds is nearly all there is: a matrix of low rank already, from which plain
+but at 64 so small that the weights are almost only what training adds: a matrix of low rank already, from which plain
 truncation takes nothing (search seed: 90.0 % before, 91.5 % after), so there would be nothing to repair.
 """
 

@@ -1,17 +1,18 @@
 """FLoRA (arXiv 2405.14739): a change of convolutions in Tucker form against LoRA on flattened kernels.
 
-Known truth: a convolutional student has to become a teacher whose kernels differ from its own by a change of Tucker
-rank (4, 4, 2, 2), from 512 inputs. FLoRA has these ranks and 236 numbers a layer; flatten-LoRA reads a kernel as a
+Known truth: from 512 inputs, a convolutional student has to learn a teacher whose kernels differ from its own by a
+change of Tucker rank (4, 4, 2, 2). FLoRA has these ranks and 236 numbers per layer; flatten-LoRA reads a kernel as a
 matrix (O k) x (C k) and has rank 2 and 240 numbers. The second truth is a change of rank 2 in that matrix.
 
 Digits: a small network pretrained on scikit-learn's digits is adapted to inverted digits turned by 20 degrees, 20
-images a class. Convolutions get adapters and all else is frozen, the head too; full fine-tuning trains everything. The
-same claims are made at three budgets, the smallest with a twentieth of the network's numbers, the largest with a
+images per class. Convolutions get adapters and the rest is frozen, the head too; full fine-tuning trains everything.
+The same claims are made at three budgets, the smallest with a twentieth of the network's numbers, the largest with a
 quarter, over 20 seeds, since on a single one either arm can lead by several points.
 
-Rates and scales of all arms come from one search. Known truth: four settings an arm, on seed 100. Digits: on seeds 100
-to 102 and images that no claim uses, from (rate, scale) = (1e-2, 1) to better neighbours, by factors of about three in
-the rate and four in the scale, until all are worse. `python evidence/test_30_flora.py` repeats it.
+Rates and scales of all arms come from one search. Known truth: four settings per arm, on seed 100. Digits: on seeds 100
+to 102 and images that no claim uses, starting at (rate, scale) = (1e-2, 1) and moving to better neighbours, by factors
+of about three in the rate and four in the scale, until all neighbours are worse. `python evidence/test_30_flora.py`
+repeats it.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Intrinsic dimension (arXiv 1804.08838): in how many random dimensions two nets learn 8 x 8 digits, by three maps.
 
-Nets are judged on test images. What d90 is and how rates were chosen stands in intrinsic_dimension.py.
+Nets are judged on test images. intrinsic_dimension.py says what d90 is and how rates were chosen.
 """
 
 from intrinsic_dimension import DIGITS, PROJECTIONS, climbs, record, record_baseline, spread

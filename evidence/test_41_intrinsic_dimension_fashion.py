@@ -1,6 +1,6 @@
 """Accuracy over the dimension of random subspaces (arXiv 1804.08838), on 5,000 images of Fashion-MNIST, by three maps.
 
-The picture is that of 41_intrinsic_dimension_mnist. What differs from the paper stands in intrinsic_curves.py.
+The picture is that of 41_intrinsic_dimension_mnist. intrinsic_curves.py says what differs from the paper.
 """
 
 from intrinsic_curves import measure

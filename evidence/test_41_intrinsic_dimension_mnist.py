@@ -1,7 +1,7 @@
 """Accuracy over the dimension of random subspaces (arXiv 1804.08838), on MNIST-5k and Fashion-MNIST, by three maps.
 
-Measured here is MNIST-5k; the picture also shows what test_41_intrinsic_dimension_fashion.py has measured. What differs
-from the paper stands in intrinsic_curves.py.
+Measured here is MNIST-5k; the picture also shows what test_41_intrinsic_dimension_fashion.py has measured.
+intrinsic_curves.py says what differs from the paper.
 """
 
 from intrinsic_curves import measure

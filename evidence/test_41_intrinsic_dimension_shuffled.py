@@ -1,8 +1,8 @@
 """Intrinsic dimension (arXiv 1804.08838) of shuffled labels against that of true ones, on 8 x 8 digits.
 
-True labels are judged on test images, shuffled ones on the training images, which is all that can be learnt of them.
-What d90 is and how rates were chosen stands in intrinsic_dimension.py. A first choice of the rate for shuffled labels,
-at d = 1000, fell apart at d = 3000, where d90 was looked for; the search was repeated there.
+Nets are judged on test images for true labels, and on the training images for shuffled ones, which can only be
+memorised. intrinsic_dimension.py says what d90 is and how rates were chosen. The rate first chosen for shuffled labels,
+at d = 1000, failed at d = 3000, in the range of d90; the search was repeated there.
 """
 
 from intrinsic_dimension import DIGITS, SHUFFLED, climb, record, record_baseline

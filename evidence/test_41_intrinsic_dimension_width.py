@@ -1,6 +1,6 @@
 """Intrinsic dimension (arXiv 1804.08838) of 8 x 8 digits for nets whose number of weights grows thirty times.
 
-What d90 is and how rates were chosen stands in intrinsic_dimension.py.
+intrinsic_dimension.py says what d90 is and how rates were chosen.
 """
 
 from intrinsic_dimension import DIGITS, climb, record, record_baseline, spread

@@ -2,15 +2,15 @@
 
 Barlow Twins is reported to overfit in long training with a wide embedding: nearest-neighbour accuracy rises, then
 falls. The mixed term should remove the fall. Both arms are `MixedBarlowTwins` with the same data, views, network,
-optimiser and schedule, all at the method's defaults for small images; they differ in `lam_reg` alone.
+optimiser and schedule, all at the method's defaults for small images; they differ only in `lam_reg`.
 
 Rate and batch size were chosen for the plain arm, on seed 100 and 200 validation images that are neither trained nor
 tested on, by the peak of its curve: `python evidence/test_42_mixed_barlow_twins.py` repeats that sweep. Its peaks in
 per cent at batch 100 and 200: lr 1e-3 98.5 and 98.5, lr 3e-3 99.5 and 98.5, lr 1e-2 99.0 and 98.5.
 
-The first claim did not hold when it was measured, and stays as it was set: at that rate the plain arm ends 0.6 points
-below its peak, so there is hardly a decay to remove, and at 98 % of 360 images a point is more than half of the errors
-left. The smaller fall of the mixed arm starts from a lower peak.
+The first claim did not hold when it was measured, and its margin stays as it was set: at that rate the plain arm ends
+0.6 points below its peak, so there is hardly any decay to remove, and at 98 % of 360 images a point is more than half
+of the remaining errors. The smaller fall of the mixed arm starts from a lower peak.
 """
 
 import time

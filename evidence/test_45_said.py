@@ -4,16 +4,16 @@ A net 64-128-128-10 learns either the digits 0 to 4 or all digits turned by 20 d
 tuned on upright 5 to 9 inside Fastfood subspaces of all its weights, one projection over all of them. d90 is the
 smallest dimension of a grid at which the mean over ten seeds reaches 0.9 of what the same start reaches when all
 weights train; only the part of the grid around it is trained. SAID pays for the factors of its three layers out of
-its dimensions. Seeds draw initial weights, head, subspace, order, and the ten images of a class of the 10-shot task;
-there are ten of them, since with three the sign of SAID minus DID was another on another processor. Figures are
-accuracies on test images of 5 to 9.
+its dimensions. Seeds draw initial weights, head, subspace, order, and the ten images per class of the 10-shot task.
+There are ten seeds, since with three the sign of SAID minus DID depended on the processor. Figures are accuracies on
+test images of 5 to 9.
 
-As in the paper, the rate of Adam is searched for every start, arm and dimension of its own: on seeds 100 to 104 and
-training images held out, by factors of about three until both neighbours of the best are worse. The search is part of
-the run; notes give the rates beside the accuracies.
+As in the paper, the rate of Adam is searched separately for every start, arm and dimension: on seeds 100 to 104 and
+held-out training images, by factors of about three until both neighbours of the best are worse. The search is part of
+the run; notes give the rates with the accuracies.
 
-Beside each start stands a linear probe on its features: where that of the random start is as good, pretraining taught
-the net little that 5 to 9 need. Longer pretraining and SAID are measured with the digits 0 to 4.
+For each start there is a linear probe on its features: if that of the random start is as good, pretraining taught the
+net little that 5 to 9 need. Longer pretraining and SAID are measured with the digits 0 to 4.
 """
 
 import math

@@ -3,13 +3,13 @@
 All arms train the model of recipes/language/dct_adamw.yaml at the same rank with the same data, groups and schedule:
 
 - DCT: the recipe: DCT columns chosen in every step, moments that follow them, error feedback.
-- fixed: as many columns of the same basis, drawn once per matrix. (Error feedback would change nothing: what lies
+- fixed: equally many columns of the same basis, drawn once per matrix. (Error feedback would change nothing: what lies
   outside a fixed frame never comes back into it.)
 - SVD: GaLore with a new SVD in every step, moments left as they are, as published.
 - slots: the recipe with moments that stay in their slots while the columns behind them change.
 
-Each arm has the rate of the same search: on seed 100, by the mean training loss of the last fifth of the steps (every
-window is met once, so this is loss on unseen text; validation files play no part), by factors of two until both
+The same search gives each arm its rate: on seed 100, by the mean training loss of the last fifth of the steps (every
+window is seen once, so this is loss on unseen text; validation files are not used), by factors of two until both
 neighbours are worse. `python evidence/test_49_dct_adamw.py` repeats it and prints the table below.
 """
 

@@ -1,17 +1,17 @@
 """CoDyRA (arXiv 2412.01004): sparse gates find where rank is needed, and forget less than LoRA of fixed rank.
 
-Known ranks: a student of four layers, linear and tanh, has to become a teacher whose weights differ from its own by
-changes of rank 0, 1, 2 and 4 (in an order drawn for each seed), from noisy targets; errors are measured on noiseless
-ones. All layers get 8 components.
+Known ranks: from noisy targets, a student of four layers, linear and tanh, has to learn a teacher whose weights differ
+from its own by changes of rank 0, 1, 2 and 4 (in an order drawn for each seed); errors are measured on noiseless
+targets. All layers get 8 components.
 
 Continual: an MLP pretrained on scikit-learn's digits learns five domains one after another, digits turned by 30 to 150
 degrees, each with adapters of rank 8 on all layers that are merged before the next domain. Reported after the last one:
 the mean accuracy over all five, that of the last one, and the drop on upright digits.
 
-Settings come from searches over whole grids on seeds 100 to 102, in the continual part by images that no claim uses.
-Known ranks: rate, and last threshold for CoDyRA, whose highest rank correlation counts; for LoRA the smallest error.
-Continual: rate and steps, since fewer steps are the way in which a fixed rank forgets less, and last threshold in units
-of the rate; the best average accuracy counts.
+Settings come from searches over whole grids on seeds 100 to 102, in the continual part on images that no claim uses.
+Known ranks: the rate, and for CoDyRA the last threshold; CoDyRA is judged by the highest rank correlation, LoRA by the
+smallest error. Continual: the rate, the number of steps, since with fewer steps a fixed rank forgets less, and the last
+threshold in units of the rate; the best average accuracy counts.
 `python evidence/test_56_codyra.py` repeats them.
 """
 

@@ -1,15 +1,15 @@
 """SmolLM2-135M tuned on Austen's novels by SVFit, FLoRA, CoDyRA, LoRA and in all its weights, on the same few tokens.
 
-The pretrained model of `lightspan.backbones.pretrained.smollm2` reads five novels for 20 steps of 4 x 128 tokens, each
-arm the same windows in the same order, and is tested on the sixth, which no arm reads. Adapters sit on the query and
-value projections of all 30 blocks; all other weights stay frozen. Adapters run beside bfloat16 weights, all-weight
+The pretrained model of `lightspan.backbones.pretrained.smollm2` reads five novels for 20 steps of 4 x 128 tokens, the
+same windows in the same order in each arm, and is tested on the sixth, which no arm reads. Adapters sit on the query
+and value projections of all 30 blocks; all other weights stay frozen. Adapters run beside bfloat16 weights, all-weight
 tuning keeps float32 ones and starts from the same bfloat16 values; both compute under bfloat16 autocast. SmolLM2 was
 trained on a crawl that may hold the novels, the sixth too: the arms are compared, not the model's knowledge of Austen.
 
 - SVFit (arXiv 2409.05926): all singular values of each matrix.
 - FLoRA (arXiv 2405.14739): rank 16, its default scale.
-- CoDyRA (arXiv 2412.01004): rank 16, thresholds in the second half of the steps that add up to what the paper's do.
-- LoRA (arXiv 2106.09685): rank 1, 4 or 16, by the search.
+- CoDyRA (arXiv 2412.01004): rank 16, thresholds in the second half of the steps with the same sum as the paper's.
+- LoRA (arXiv 2106.09685): rank 1, 4 or 16, chosen by the search.
 - all weights.
 
 Rates come from one search for all arms on seed 100, by the loss on the ends of the five novels, which no arm trains on

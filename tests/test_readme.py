@@ -13,6 +13,8 @@ from PIL import Image
 from torchvision.models.resnet import BasicBlock
 
 from lightspan.cli import main
+from lightspan.optim import presets
+from lightspan.optim.low_rank import LowRank
 from lightspan.optim.subspace_file import apply_subspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,3 +157,26 @@ def test_all_weights_are_trained_in_500_directions(tmp_path, monkeypatch) -> Non
 def test_the_complete_example_of_a_random_subspace_makes_its_weights_again(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(block("docs/random-subspaces.md", "python", "from functools import partial\n\nimport torch"), {})
+
+
+@pytest.mark.parametrize("name", ["GaLore", "Fira", "APOLLO"])
+def test_the_switches_shown_for_the_callback_are_those_of_the_preset(name) -> None:
+    code = block("docs/optimisers.md", "python", "from lightspan.callbacks.training.subspace_projection")
+    imports, lines = code.split("\n\n")
+    exec(imports, names := {})
+    (line,) = (line for line in lines.splitlines() if line.endswith(f"# {name}"))
+    preset = {"Fira": presets.FiraAdam}.get(name) or getattr(presets, name)
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.nn.Parameter(torch.ones(264, 260)) for _ in range(2)]
+    steps = LowRank(sides[:1], lr=1e-2, **eval(line, names).options), preset(sides[1:], lr=1e-2)
+    for _ in range(2):
+        gradient = torch.randn(264, 260, generator=generator)
+        for side, optimizer in zip(sides, steps, strict=True):
+            side.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(*sides)
+    assert not torch.equal(sides[0], torch.ones(264, 260))
+
+
+def test_every_line_shown_for_the_callback_can_be_made() -> None:
+    exec(block("docs/optimisers.md", "python", "from lightspan.callbacks.training.subspace_projection"), {})

@@ -32,7 +32,7 @@ def table(summary: dict[str, dict[str, float]]) -> str:
         lines.append(f"| {label} | {form.format(summary['adamw'][key])} | {form.format(summary['lowrank'][key])} |")
     torch_version = provenance.get("packages", {}).get("torch", "")
     where = f"{len(os.sched_getaffinity(0))} CPU cores with torch {torch_version}"  # `make readme` has just run it here
-    return "\n".join(lines) + f"\n\nMeasured on {where}; `make readme` measures it anew.\n"
+    return "\n".join(lines) + f"\n\nMeasured on {where}; `make readme` measures it again.\n"
 
 
 def main() -> None:

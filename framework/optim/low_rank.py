@@ -47,7 +47,7 @@ class LowRank(Optimizer):
     Args:
         params: parameters, named parameters, or groups of either; `lightspan.optim.groups` makes good groups.
         lr: step size, >= 0, a float or a 0-d tensor. Adam's directions are normalised in coordinates, so rates are
-            those of AdamW, a little larger.
+            those of AdamW times a constant: about four was best where it was searched (docs/benchmarks.md).
         rank: dimension of the subspace, >= 1, or `RankByEnergy` for one of each matrix' own. State shrinks in
             proportion to rank / shorter side.
         basis: how frames are chosen; None means `PowerBasis()`. See `lightspan.optim.bases`.
