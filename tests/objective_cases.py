@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan import objectives
-from lightspan.objectives import barlow, class_text, diffusion, distillation, language
+from lightspan.distributed import gather_rows
+from lightspan.objectives import barlow, class_text, diffusion, distillation, info_nce, language
 
 CURRENT = torch.tensor([False, True, False, True, True, True])
 
@@ -53,6 +54,16 @@ def feature_distillation(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
     return distillation.feature_distillation([x @ weight, (x @ weight).tanh()], [x.sin(), x.cos()])
 
 
+def class_pair_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return info_nce.class_pair_loss(x @ weight, label_B, label_B[mixed_B], (x.cos() @ weight).sigmoid(), 0.5)
+
+
+def multi_positive_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    key_ND, label_N = gather_rows(x @ weight)[0], gather_rows(label_B)[0]
+    masks = info_nce.class_pair_masks(label_B, label_B, label_N)
+    return info_nce.multi_positive_info_nce(info_nce.gated_cosine(x.sin() @ weight, key_ND) / 0.5, *masks)
+
+
 CASES = {
     "class_text.current_class_text_loss": Case(class_text_loss, 2),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
@@ -68,6 +79,8 @@ CASES = {
         lambda x, weight, label_B, mixed_B: distillation.weight_perturbation([weight], [weight.detach().round()], 0.01),
         of_weights=True,
     ),
+    "info_nce.class_pair_loss": Case(class_pair_loss, 2 + 2 + 1),
+    "info_nce.multi_positive_info_nce": Case(multi_positive_info_nce, 2 + 2 + 1),
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
     ),
@@ -76,6 +89,7 @@ PARTS = {
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
+    *("info_nce.gated_cosine", "info_nce.class_pair_masks"),
     "means.squared_error",
 }
 """What is no loss: parts of losses, and what makes their inputs."""

@@ -3,7 +3,7 @@
 Shapes: N images, S pixels a side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -52,16 +52,28 @@ def draw(labels: np.ndarray, noise: float, generator: np.random.Generator, varie
         )
     )
     centre = SIDE / 2 - 0.5 + variety * generator.uniform(-1, 1, (len(labels), 2)) * (SIDE / 2 - radius)[:, None]
+    inside = cover([NAMES[label] for label in labels], centre, radius, angle)
+    grain = noise * generator.standard_normal(inside.shape)
+    grey = dark[:, None, None] + (light - dark)[:, None, None] * inside + grain
+    return np.rint(255 * np.clip(grey, 0, 1)).astype(np.uint8)
+
+
+def cover(names: Sequence[str], centre: np.ndarray, radius: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """The share of each pixel that lies inside a shape, so that outlines are smooth: float64 [N, S, S] in [0, 1].
+
+    Args:
+        names: the N shapes, see `NAMES`.
+        centre: x and y in pixels, [N, 2].
+        radius, angle: in pixels and radians, [N].
+    """
     y, x = np.mgrid[:SIDE, :SIDE]
-    images = np.empty((len(labels), SIDE, SIDE), dtype=np.uint8)
-    for i, label in enumerate(labels):
-        dx, dy = (x - centre[i, 0]) / radius[i], (y - centre[i, 1]) / radius[i]
-        cos, sin = np.cos(angle[i]), np.sin(angle[i])
-        depth = _OUTLINES[NAMES[label]](cos * dx + sin * dy, cos * dy - sin * dx)
-        cover = np.clip(0.5 + radius[i] * depth, 0, 1)  # share of the pixel inside, so that outlines are smooth
-        grey = dark[i] + (light[i] - dark[i]) * cover + noise * generator.standard_normal(cover.shape)
-        images[i] = np.rint(255 * np.clip(grey, 0, 1))
-    return images
+    inside, named = np.empty((len(names), SIDE, SIDE)), np.array(names)
+    for name in set(names):
+        of = named == name
+        r, cos, sin = radius[of, None, None], np.cos(angle[of, None, None]), np.sin(angle[of, None, None])
+        dx, dy = (x - centre[of, :1, None]) / r, (y - centre[of, 1:, None]) / r
+        inside[of] = np.clip(0.5 + r * _OUTLINES[name](cos * dx + sin * dy, cos * dy - sin * dx), 0, 1)
+    return inside
 
 
 class Shapes(ImageData):

@@ -15,9 +15,12 @@ class Projector(nn.Module):
         hidden: widths of the hidden layers, at least one.
         out_features: embedding width.
         bias: of the linear layers. A hidden one is undone by the BatchNorm behind it; published heads keep it or not.
+        layer_norm: end in a LayerNorm.
     """
 
-    def __init__(self, in_features: int, hidden: list[int], out_features: int, bias: bool = True) -> None:
+    def __init__(
+        self, in_features: int, hidden: list[int], out_features: int, bias: bool = True, layer_norm: bool = False
+    ) -> None:
         super().__init__()
         widths = [in_features, *hidden, out_features]
         if not hidden or min(widths) < 1:
@@ -29,7 +32,8 @@ class Projector(nn.Module):
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths[:-1]):
             layers += [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-2], out_features, bias=bias))
+        layers.append(nn.Linear(widths[-2], out_features, bias=bias))
+        self.layers = nn.Sequential(*layers, *([nn.LayerNorm(out_features)] if layer_norm else []))
 
     def forward(self, x_BF: Tensor) -> Tensor:
         return self.layers(x_BF)

@@ -1,0 +1,85 @@
+"""Hydra: any two classes are a positive pair, in a subspace of the features that the pair chooses.
+
+Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200, and the authors' code. The
+loss is in `lightspan.objectives.info_nce`, gates and pairs are in `lightspan.nn`. The online classifier of that code,
+which reads detached features, is the callback `OnlineProbes`. Its variant that trains with the classifier's loss too
+(sup_loss) and Hydra-MoCo are left out. Assumed: the projector's hidden layer has a BatchNorm.
+Shapes: B images of this rank, V views of each, R = B V rows, D embedding width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.distributed import gather_rows
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.class_pairs import ClassPairs
+from lightspan.objectives.info_nce import class_pair_loss
+
+
+class Hydra(Method):
+    """Supervised contrast between classes of any pairs. With identical pairs and no gate it is SupCon.
+
+    Views of an image are rows of their own (the paper's repeated augmentations); a small batch of many classes needs
+    them to have positives. Loss and pairs are those of the rows of all ranks; with sync_batchnorm N ranks train as one.
+
+    Args:
+        backbone: [R C H W] -> [R num_features]; what probes read, and all that is kept.
+        projector: [R num_features] -> [R D].
+        gate: int64 [R], [R], a class pair for each anchor, -> [R D] in (0, 1), such as
+            `lightspan.nn.class_gates.ClassPairGate`; None keeps all dimensions.
+        pairs: which class each row is paired with.
+        temperature: > 0; the paper has 0.2 for vision transformers.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        gate: nn.Module | None,
+        pairs: ClassPairs,
+        temperature: float = 0.1,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        if temperature <= 0:
+            raise UserError(f"temperature={temperature} must be above 0; 0.05 to 0.5 are usual")
+        for name, giver, taken in (
+            ("projector.in_features", backbone, getattr(projector, "in_features", None)),
+            ("gate.out_features", projector, getattr(gate, "out_features", None)),
+        ):
+            given = getattr(giver, "num_features", getattr(giver, "out_features", None))
+            if given is not None and taken is not None and given != taken:
+                raise UserError(f"{name}={taken}, but {type(giver).__name__} gives {given} features; set it to {given}")
+        self.backbone, self.projector, self.gate = backbone, projector, gate
+        self.pairs, self.temperature = pairs, temperature
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views = batch["views"] if "views" in batch else [batch["image"]]
+        if "label" not in batch or len({view.shape for view in views}) > 1:
+            raise UserError(
+                f"Hydra needs labels, and views of one size; this batch holds {sorted(batch)} and views of "
+                f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
+            )
+        # An image's views stand together, so that the rows of all ranks have the order that one rank would give them.
+        label_R = batch["label"].repeat_interleave(len(views))
+        z_RD = self.projector(self.backbone(torch.stack(views, dim=1).flatten(0, 1)))
+        label_N, first = gather_rows(label_R)
+        partner_N = self.pairs.partners(label_N, self.global_step, batch_idx)
+        partner_R = partner_N[first : first + len(label_R)]
+        gate_RD = None if self.gate is None else self.gate(label_R, partner_R)
+        loss = class_pair_loss(z_RD, label_R, partner_R, gate_RD, self.temperature)
+        figures = {"train/loss": loss, "train/anchors_with_positives": torch.isin(partner_R, label_N).float().mean()}
+        if gate_RD is not None:
+            gate_RD = gate_RD.detach()
+            figures["train/gate_mean"] = gate_RD.mean()
+            # 0 when all pairs have come to share one subspace.
+            figures["train/gate_spread"] = gate_RD.std(dim=0, correction=0).mean()
+        self.log_training(figures)
+        return loss

@@ -1,0 +1,71 @@
+"""Gates over embedding dimensions that a pair of classes chooses: a subspace of the features for each pair.
+
+Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200, feature filter, and its
+variant as a product of the gates of single classes.
+Shapes: B pairs, D embedding width, E label embedding width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.devices import has_values
+from lightspan.errors import UserError
+
+
+class ClassPairGate(nn.Module):
+    """g(y1, y2) = sigmoid(MLP((e_y1 + e_y2) / 2)): int64 [B], [B] -> [B D] in (0, 1), the same for (y2, y1).
+
+    The MLP is ReLU - BatchNorm - Linear, twice. BatchNorm sees the batch of pairs, so that gates depend on one another
+    in training; with trainer.sync_batchnorm those of all ranks.
+
+    Args:
+        num_classes: labels are in [0, num_classes).
+        out_features: D, the projector's `out_features`.
+        label_features: E.
+        hidden: width between both linear layers.
+    """
+
+    def __init__(self, num_classes: int, out_features: int, label_features: int = 512, hidden: int = 1024) -> None:
+        super().__init__()
+        if min(num_classes, out_features, label_features, hidden) < 1:
+            raise UserError(
+                f"{type(self).__name__} num_classes={num_classes}, out_features={out_features}, "
+                f"label_features={label_features} and hidden={hidden} must each be at least 1"
+            )
+        self.num_classes, self.out_features = num_classes, out_features
+        self.labels = nn.Embedding(num_classes, label_features)
+        self.layers = nn.Sequential(
+            *(nn.ReLU(), nn.BatchNorm1d(label_features), nn.Linear(label_features, hidden)),
+            *(nn.ReLU(), nn.BatchNorm1d(hidden), nn.Linear(hidden, out_features)),
+        )
+
+    def forward(self, first_B: Tensor, second_B: Tensor) -> Tensor:
+        """Raises: UserError for a single pair in training, and on the CPU for a label out of range."""
+        self._require_sound(first_B, second_B)
+        return self.layers((self.labels(first_B) + self.labels(second_B)) / 2).sigmoid()
+
+    def _require_sound(self, *sides: Tensor) -> None:
+        if self.training and len(sides[0]) < 2:
+            raise UserError(
+                f"a batch of {len(sides[0])} class pairs has no variance for the gate's BatchNorm; raise "
+                "data.init_args.batch_size"
+            )
+        for label_B in sides:
+            # Asking an accelerator would wait for it.
+            if label_B.device.type == "cpu" and has_values(label_B) and len(label_B):
+                least, largest = torch.aminmax(label_B)
+                if least < 0 or largest >= self.num_classes:
+                    raise UserError(
+                        f"labels from {int(least)} to {int(largest)} do not fit a gate of num_classes="
+                        f"{self.num_classes}; set the gate's num_classes to {int(largest) + 1} or more"
+                    )
+
+
+class ClassProductGate(ClassPairGate):
+    """g(y1) * g(y2), each of its own class alone, with the same arguments."""
+
+    def forward(self, first_B: Tensor, second_B: Tensor) -> Tensor:
+        """Raises: UserError as `ClassPairGate`."""
+        self._require_sound(first_B, second_B)
+        gates_2BD = self.layers(self.labels(torch.cat([first_B, second_B]))).sigmoid()
+        return gates_2BD[: len(first_B)] * gates_2BD[len(first_B) :]
