@@ -33,8 +33,8 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2, 3, 4)
 RATES = (1e-3, 3e-3)
-STEPS, BATCH, WIDTH = 400, 192, 64
-TRAINING, PROBED, TESTED = 3200, 1280, 1280  # pictures
+STEPS, DIGITS_STEPS, BATCH, WIDTH = 300, 200, 128, 64
+TRAINING, PROBED, TESTED = 2560, 640, 640  # pictures
 
 
 class Arm(NamedTuple):
@@ -60,7 +60,7 @@ class Data(NamedTuple):
 
 def built(arm: Arm, seed: int, channels: int, classes: int, rate: float) -> Hydra:
     torch.manual_seed(seed)
-    backbone = SmallConvNet(in_chans=channels, width=16, stages=3)
+    backbone = SmallConvNet(in_chans=channels, width=8, stages=4)
     projector = Projector(backbone.num_features, [128], WIDTH, layer_norm=True)
     gate = ClassPairGate(classes, WIDTH, label_features=64, hidden=128)  # made for each arm: the others start alike
     method = Hydra(
@@ -74,11 +74,11 @@ def built(arm: Arm, seed: int, channels: int, classes: int, rate: float) -> Hydr
     return method
 
 
-def train(method: Hydra, data: Data, seed: int, steps: int, batch: int) -> None:
+def train(method: Hydra, data: Data, seed: int, steps: int) -> None:
     optimizer = method.groups.optimizer(method, method.optimizer)
     schedule = WarmupCosine(optimizer, steps, warmup=0.05, final=0.0)
     method.train()
-    for step, rows in enumerate(batches(len(data.labels), batch, steps, seed)):
+    for step, rows in enumerate(batches(len(data.labels), steps, seed)):
         optimizer.zero_grad()
         method.training_step({"image": data.images[rows], "label": data.labels[rows]}, step).backward()
         optimizer.step()
@@ -86,10 +86,10 @@ def train(method: Hydra, data: Data, seed: int, steps: int, batch: int) -> None:
     method.eval()
 
 
-def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
     generator = np.random.default_rng(seed)
     for _ in range(steps):
-        yield torch.from_numpy(generator.choice(count, size, replace=False))
+        yield torch.from_numpy(generator.choice(count, BATCH, replace=False))
 
 
 def pictures(seed: int, count: int, stream: int) -> Data:
@@ -135,7 +135,7 @@ def on_pictures(arm: Arm, seed: int, rate: float, steps: int = STEPS, validation
     """One run, or with steps=0 the untrained network."""
     method = built(arm, seed, channels=3, classes=CLASSES, rate=rate)
     if steps:
-        train(method, pictures(seed, TRAINING, 0), seed, steps, BATCH)
+        train(method, pictures(seed, TRAINING, 0), seed, steps)
     method.eval()
     bank, test = pictures(seed, PROBED, 1), pictures(seed, TESTED, 3 if validation else 2)
     measured = {"factors": factor_accuracy(method, bank, test), "rank": embedding_rank(method, test)}
@@ -144,14 +144,14 @@ def on_pictures(arm: Arm, seed: int, rate: float, steps: int = STEPS, validation
     return measured
 
 
-def on_digits(arm: Arm, seed: int, rate: float, steps: int = 300, validation: bool = False) -> float:
+def on_digits(arm: Arm, seed: int, rate: float, steps: int = DIGITS_STEPS, validation: bool = False) -> float:
     """Accuracy on 7 to 9 in per cent, after training on 0 to 6; with steps=0 of the untrained network."""
     images, labels = shuffled(0)
     data = Data(torch.from_numpy(images).float()[:, None] * 2 - 1, torch.from_numpy(labels).long())
     known, new = data.labels <= 6, (data.labels > 6).nonzero()[:, 0]
     method = built(arm, seed, channels=1, classes=7, rate=rate)
     if steps:
-        train(method, Data(data.images[known], data.labels[known]), seed, steps, batch=128)
+        train(method, Data(data.images[known], data.labels[known]), seed, steps)
     method.eval()
     half = new[: len(new) // 2] if validation else new[len(new) // 2 :]
     half = half[torch.from_numpy(np.random.default_rng(seed).permutation(len(half)))]
