@@ -1,0 +1,73 @@
+"""What the evidence on Hydra shares: the arms, which differ in pairs and gate alone, and training."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightspan.backbones.vision import SmallConvNet
+from lightspan.methods.contrastive.hydra import Hydra
+from lightspan.nn.class_gates import ClassPairGate
+from lightspan.nn.class_pairs import Arbitrary, ClassPairs, Identical
+from lightspan.nn.projector import Projector
+from lightspan.optim.schedules import WarmupCosine
+
+SEEDS = (0, 1, 2, 3, 4)
+RATES = (1e-3, 3e-3, 1e-2)
+BATCH, WIDTH = 128, 64
+
+
+class Arm(NamedTuple):
+    pairs: Callable[[int], ClassPairs]
+    gated: bool
+
+
+ARMS = {"Hydra": Arm(Arbitrary, True), "SupCon": Arm(Identical, False), "no gate": Arm(Arbitrary, False)}
+
+
+class Data(NamedTuple):
+    """images [N C H W], standardised, and labels [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def built(arm: Arm, seed: int, channels: int, classes: int, rate: float) -> Hydra:
+    torch.manual_seed(seed)
+    backbone = SmallConvNet(in_chans=channels, width=8, stages=4)
+    projector = Projector(backbone.num_features, [128], WIDTH, layer_norm=True)
+    method = Hydra(
+        backbone,
+        projector,
+        ClassPairGate(classes, WIDTH, label_features=64, hidden=128) if arm.gated else None,
+        arm.pairs(seed),
+        optimizer=partial(torch.optim.Adam, lr=rate, weight_decay=5e-4),
+    )
+    method.log_training = lambda figures: None  # type: ignore[method-assign]
+    return method
+
+
+def train(method: Hydra, data: Data, seed: int, steps: int) -> None:
+    optimizer = method.groups.optimizer(method, method.optimizer)
+    schedule = WarmupCosine(optimizer, steps, warmup=0.05, final=0.0)
+    method.train()
+    for step, rows in enumerate(batches(len(data.labels), steps, seed)):
+        optimizer.zero_grad()
+        method.training_step({"image": data.images[rows], "label": data.labels[rows]}, step).backward()
+        optimizer.step()
+        schedule.step()
+    method.eval()
+
+
+def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
+    generator = np.random.default_rng(seed)
+    for _ in range(steps):
+        yield torch.from_numpy(generator.choice(count, BATCH, replace=False))
+
+
+@torch.no_grad()
+def features(method: Hydra, data: Data) -> Tensor:
+    return torch.cat([method.features({"image": part}) for part in data.images.split(256)])
