@@ -88,8 +88,8 @@ def test_hydra(evidence):
         f"{', '.join(f'{name} {rate:g}' for name, rate in CHOSEN.items())}."
     )
     evidence.note(
-        "A run has 300 steps, 15 epochs, where the paper's have 300 epochs and more. Every arm was best at the highest of "
-        "its rates, and no higher one was tried."
+        "A run has 300 steps, 15 epochs, where the paper's have 300 epochs and more. Every arm was best at the highest "
+        "of its rates, and no higher one was tried."
     )
     evidence.claim("factors, Hydra minus SupCon", gain("SupCon"), at_least=3.0, unit="points")
     evidence.claim("factors, Hydra minus arbitrary pairs without gates", gain("no gate"), at_least=5.0, unit="points")

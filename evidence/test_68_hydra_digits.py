@@ -13,7 +13,7 @@ from hydra_arms import ARMS, BATCH, RATES, SEEDS, Arm, Data, built, features, tr
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 
 STEPS = 200
-CHOSEN = {"Hydra": 1e-3, "SupCon": 1e-3, "no gate": 1e-3}
+CHOSEN = {"Hydra": 1e-2, "SupCon": 1e-2, "no gate": 3e-3}
 
 
 def on_digits(arm: Arm, seed: int, rate: float, steps: int = STEPS, validation: bool = False) -> float:
