@@ -8,8 +8,8 @@ Shapes: B pairs, D embedding width, E label embedding width.
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import has_values
 from lightspan.errors import UserError
+from lightspan.nn.labels import require_labels
 
 
 class ClassPairGate(nn.Module):
@@ -51,14 +51,7 @@ class ClassPairGate(nn.Module):
                 "data.init_args.batch_size"
             )
         for label_B in sides:
-            # Asking an accelerator would wait for it.
-            if label_B.device.type == "cpu" and has_values(label_B) and len(label_B):
-                least, largest = torch.aminmax(label_B)
-                if least < 0 or largest >= self.num_classes:
-                    raise UserError(
-                        f"labels from {int(least)} to {int(largest)} do not fit a gate of num_classes="
-                        f"{self.num_classes}; set the gate's num_classes to {int(largest) + 1} or more"
-                    )
+            require_labels(label_B, self.num_classes, self)
 
 
 class ClassProductGate(ClassPairGate):

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightspan.devices import widest_float
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.nn.labels import require_labels
 
 
 class ClassPairs(ABC):
@@ -72,6 +73,7 @@ class Distinct(ClassPairs):
         self.num_classes = num_classes
 
     def draw(self, label_N: Tensor, generator: np.random.Generator) -> Tensor:
+        require_labels(label_N, self.num_classes, self)
         shift_N = torch.from_numpy(generator.integers(1, self.num_classes, len(label_N))).to(label_N.device)
         return (label_N + shift_N) % self.num_classes
 
@@ -95,6 +97,7 @@ class ByDistance(ClassPairs):
         self.weight_CC = torch.from_numpy((1 + _table(distances)) ** -alpha)
 
     def draw(self, label_N: Tensor, generator: np.random.Generator) -> Tensor:
+        require_labels(label_N, len(self.weight_CC), self)
         weight_CC = self.weight_CC.to(label_N.device, widest_float(label_N.device))
         cumulative_NN = weight_CC[label_N][:, label_N].cumsum(dim=1)
         if not len(label_N):

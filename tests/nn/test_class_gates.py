@@ -57,7 +57,7 @@ def test_a_single_pair_in_training_and_labels_out_of_range_are_refused(kind: typ
     gate = kind(5, 6, label_features=8, hidden=16)
     with pytest.raises(UserError, match=r"a batch of 1 class pairs has no variance .*raise data.init_args.batch_size"):
         gate(FIRST[:1], SECOND[:1])
-    with pytest.raises(UserError, match=r"labels from 1 to 5 do not fit a gate of num_classes=5; set .* to 6 or more"):
+    with pytest.raises(UserError, match=rf"from 1 to 5 do not fit {kind.__name__} of 5 classes; .* 6 classes or more"):
         gate(FIRST, SECOND.clamp_min(1) + torch.tensor([2, 0, 0, 0, 0]))
     with pytest.raises(UserError, match=r"hidden=0 must each be at least 1"):
         kind(5, 6, hidden=0)

@@ -84,3 +84,10 @@ def test_settings_out_of_range_are_refused() -> None:
         Distinct(1)
     with pytest.raises(UserError, match=r"alpha=-0.5 must be at least 0"):
         ByDistance(TABLE, -0.5)
+
+
+@pytest.mark.parametrize("pairs", [Distinct(4), ByDistance(TABLE)], ids=lambda pairs: type(pairs).__name__)
+def test_labels_that_a_table_has_no_row_for_are_refused(pairs: ClassPairs) -> None:
+    for label, said in ((4, "from 0 to 4"), (-1, "from -1 to 3")):
+        with pytest.raises(UserError, match=rf"labels {said} do not fit {type(pairs).__name__} of 4 classes"):
+            pairs.partners(torch.cat([LABEL_N, torch.tensor([label])]), 0)
