@@ -7,6 +7,10 @@ their own: `python evidence/test_68_hydra.py` repeats that search. Every arm was
 
 The card asks for gates whose cosines follow shared factors and leaves open how to count these. Here it is the number of
 factors that are shared within both pairs, over random couples of pairs that share 0 to 2 of them.
+
+One claim of five held when they were measured, and margins stay as the card sets them. Gates help arbitrary pairs, by 8
+points, but SupCon is 19 points ahead after these 300 steps, with an embedding of three times the rank. Four times as
+many steps, on seed 100 and the pictures that rates are chosen on, leave 11 points (74.3 and 85.2 %).
 """
 
 import numpy as np
