@@ -232,7 +232,7 @@ def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["fitt"], "unknown verb 'fitt'; did you mean fit? there are: recipes, show,"),
-        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` shows what it takes"),
+        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` lists the options"),
         (["check", "language/quickstart", "--trainer.max_steps"], "--trainer.max_steps has no value"),
         (["recipes", "--family", "langage"], "no recipe has the family 'langage'; did you mean language?"),
         (["validate", *TINY, "--ckpt", "gone.ckpt"], "--ckpt gone.ckpt: no such file"),

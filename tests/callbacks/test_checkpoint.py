@@ -343,7 +343,7 @@ def test_a_file_takes_the_place_of_the_folder_that_a_sharded_run_left(tmp_path):
     path = tmp_path / "last.ckpt"
     path.mkdir()
     (path / "shard").write_bytes(b"abc")
-    with pytest.raises(UserError, match=r"last.ckpt: a folder of this name stands there"):
+    with pytest.raises(UserError, match=r"last.ckpt: there is a folder of this name"):
         WholeFileCheckpointIO().save_checkpoint({"state_dict": {}}, path)  # a folder, but no checkpoint of ours
     seal_folder(path, {"format": FORMAT})
     WholeFileCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 7}, path)

@@ -88,9 +88,9 @@ def test_every_verb_that_trains_says_which_verb_takes_the_recipe(
     for verb in (["fit"], ["plan"], ["submit", "--to", "local"], ["prove-resume"]):
         assert main([*verb, recipe(content)]) == 2
         said = capsys.readouterr().err
-        assert "which does not train; `lightspan run` takes it" in said, verb
+        assert "which does not train; use it with `lightspan run`" in said, verb
     assert main(["run", "compression/vit"]) == 2
-    assert "is the recipe of a model, which trains; `lightspan fit` takes it" in capsys.readouterr().err
+    assert "is the recipe of a model, which trains; use it with `lightspan fit`" in capsys.readouterr().err
     assert main(["check", "r.yaml"]) == 0
     assert main(["show", "r.yaml", "--resolved"]) == 0
 
@@ -114,15 +114,15 @@ BANK = ESTIMATOR["inputs"]["bank"]
         (wrong(ESTIMATOR, "estimator", {"class_path": "os.system"}), "os.system is outside the allowed modules"),
         (
             wrong(ESTIMATOR, "estimator", {"class_path": "torch.nn.Linear"}),
-            "must be an Estimator, and torch.nn.Linear is none",
+            "must be an Estimator, but torch.nn.Linear is not",
         ),
         (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l3": 1}}), "LinearProbe takes: l2, max_iterations"),
         (wrong(ESTIMATOR, "inputs", {"bank": {"class_path": "torch.nn.Linear"}}), "must be an Input"),
-        (wrong(ESTIMATOR, "inputs", {"a.b": BANK}), "must be a name that `fit` can take"),
+        (wrong(ESTIMATOR, "inputs", {"a.b": BANK}), "must be a name that `fit` accepts"),
         (wrong(ESTIMATOR, "inputs", BANK), "give the entry a name"),
-        (wrong(ESTIMATOR, "inputs", [1]), "must be a mapping of a name"),
+        (wrong(ESTIMATOR, "inputs", [1]), "must map a name"),
         (wrong(ESTIMATOR, "checkpoints", {}), "checkpoints: unknown key"),
-        (wrong(MERGER, "checkpoints", ["a"]), "must be a mapping of names of your choice to paths"),
+        (wrong(MERGER, "checkpoints", ["a"]), "must map names of your choice to paths"),
         (
             wrong(MERGER, "checkpoints", {"a": 1}),
             "must be the path of a run folder, a .ckpt or a safetensors file, got 1",

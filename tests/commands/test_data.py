@@ -107,7 +107,7 @@ def test_verify_names_what_is_missing_and_what_is_damaged_down_to_the_sample(
     assert f"00001.tar: its sha256 is not the one that was written; 1 of 3 samples are damaged: 1 (byte {start})" in (
         printed
     )
-    assert "files are as they were written" in printed
+    assert "files are unchanged" in printed
 
 
 def test_a_folder_that_fails_to_be_packed_leaves_nothing_behind(

@@ -63,7 +63,7 @@ def fit(tmp_path: Path, module: LightningModule, *callbacks: Any, data: Any = No
     ids=["epochs", "steps", "chained", "accumulated", "by epochs"],
 )
 def test_a_schedule_that_ends_before_the_run_is_refused_before_the_first_step(tmp_path, module, options, last):
-    said = rf"OneCycleLR has total_steps={module.length}, and this run takes it to step {last}; .*estimated_stepping"
+    said = rf"OneCycleLR has total_steps={module.length}, but this run takes it to step {last}; .*estimated_stepping"
     with pytest.raises(UserError, match=said):
         fit(tmp_path, module, **options)
     assert module.steps == 0
