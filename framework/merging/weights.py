@@ -1,6 +1,6 @@
-"""The weights of a checkpoint, tensor by tensor: of a run, a checkpoint file or folder, or safetensors.
+"""The weights of a checkpoint, tensor by tensor: of a run, a checkpoint file or folder, or safetensors files.
 
-Files stay on disk until a tensor is read, and its numbers are mapped, not copied.
+Files stay on disk until a tensor is read, and its numbers are memory-mapped, not copied.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Weights(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor, whole; nobody writes into it."""
+        """The whole tensor; nothing writes into it."""
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -55,7 +55,7 @@ def open_weights(path: str | Path) -> Weights:
         if found is None:
             reasons = "; ".join(f"{one} {fault.text}" for one, fault in passed.items())
             raise UserError(
-                f"{place} holds no whole checkpoint and no safetensors file" + f": {reasons}" * bool(reasons)
+                f"{place} contains no complete checkpoint and no safetensors file" + f": {reasons}" * bool(reasons)
             )
         place = found
     return _Safetensors(place, [place]) if place.suffix == ".safetensors" else _Checkpoint(place)
