@@ -251,7 +251,7 @@ def test_a_datamodule_without_a_bank_is_named(make_trainer, net):
         bank_dataloader = None
 
     refuses(
-        make_trainer, net(), NoBank(), OnlineProbes(), r"bank_dataloader\(\) of the datamodule, and NoBank has none"
+        make_trainer, net(), NoBank(), OnlineProbes(), r"bank_dataloader\(\) of the datamodule, but NoBank has none"
     )
 
 

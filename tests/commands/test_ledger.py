@@ -195,7 +195,7 @@ def test_a_loader_without_an_order_leaves_no_ledger_and_a_folder_without_one_is_
 
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(tmp_path, Plain(), 1)
-    assert "no ledger is kept: a DataLoader has no order of samples blind to ranks" in caplog.text
+    assert "no ledger is kept: a DataLoader has no order independent of ranks" in caplog.text
     assert not (tmp_path / "ledger.json").exists()
     assert main(["ledger", str(tmp_path)]) == 2
     assert "lightspan.callbacks.watching.ledger.Ledger" in capsys.readouterr().err
