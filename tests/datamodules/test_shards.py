@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_shards_or_another_window_is_refused(shards: list[
     other = opened([*shards[:2], write_shard(tmp_path / "other.tar", range(20, 24))])
     with pytest.raises(UserError, match=r"data content .* restore the data \(the content of its shards\)"):
         loaders(other, 4, 1)[0].load_state_dict(state)
-    with pytest.raises(UserError, match=r"data window 16, this run has 2.*data\.init_args\.window"):
+    with pytest.raises(UserError, match=r"data window 16, but this run has 2.*data\.init_args\.window"):
         loaders(opened(shards, window=2), 4, 1)[0].load_state_dict(state)
 
 
@@ -200,7 +200,7 @@ def test_what_a_scan_passed_over_is_said_and_how_to_do_without(
     shard = write_texts(tmp_path / "a.tar", {"__background__/0.txt": b"", "a.txt": b""})
     opened([shard], fields={"text": "txt"})
     printed = capsys.readouterr().out
-    assert f"shard {shard}: 1 members belong to no sample and are passed over, the first: '__background__" in printed
+    assert f"shard {shard}: 1 members belong to no sample and are skipped, the first: '__background__" in printed
     assert "1 shards have no index, so they were read from end to end; `lightspan data index" in printed
 
 
