@@ -23,7 +23,7 @@ HEADER = """\
 
 
 def canonical(name: str) -> str:
-    """The name as PEP 503 compares it."""
+    """The name as PEP 503 normalises it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -40,7 +40,7 @@ def resolve(project: Path) -> dict[str, str]:
 def main(pyproject: Path, lock: Path) -> None:
     versions = resolve(pyproject.resolve().parent)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    # A local part such as +cpu names a build, and the pin in the Dockerfile has to hold for all of them.
+    # A local part such as +cpu names a build, and the pin in the Dockerfile must fit all of them.
     torch, torchvision = (versions[name].partition("+")[0] for name in ("torch", "torchvision"))
     pins = [
         f"{name}=={version}\n"

@@ -133,7 +133,7 @@ def test_joined_tars_are_damage_and_not_half_a_set(shard: Path) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole + whole)
     index, wrong = scan(shard, "a.tar", MIB)
-    assert "a.tar goes on after the end mark" in str(wrong)
+    assert "a.tar continues after the end mark" in str(wrong)
     assert len(index) == 5
 
 
