@@ -120,7 +120,7 @@ def test_every_recipe_builds_where_its_data_and_weights_are_there(name):
         else:
             assert build_parts(resolved)[resolved.kind] is not None
     except UserError as error:
-        assert re.search(r"which holds these weights, is not installed|there are no weights at", str(error))  # noqa: PT017
+        assert re.search(r"which contains these weights, is not installed|there are no weights at", str(error))  # noqa: PT017
 
 
 def test_the_caller_of_resolve_learns_where_every_value_came_from():
