@@ -73,7 +73,7 @@ def test_a_spec_that_takes_other_arguments_is_named(tmp_path):
     specs = json.loads(metadata["specs"])
     specs["0"]["init_args"]["colour"] = "red"
     save_file(tensors, path, {**metadata, "specs": json.dumps(specs)})
-    with pytest.raises(UserError, match=r"describes a lightspan\.adapters\.lora\.LoRA that cannot be made: .*colour"):
+    with pytest.raises(UserError, match=r"describes a lightspan\.adapters\.lora\.LoRA that cannot be built: .*colour"):
         load()
 
 

@@ -269,7 +269,7 @@ def test_code_hidden_in_a_file_does_not_run(tmp_path):
 @pytest.mark.parametrize("content", [{"weights": 1}, [1, 2]])
 def test_a_torch_file_without_a_state_dict_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"is a torch file but no checkpoint: it holds .*, no 'state_dict'"):
+    with pytest.raises(UserError, match=r"is a torch file but not a checkpoint: it contains .*, but no 'state_dict'"):
         WholeFileCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
 
 

@@ -156,7 +156,7 @@ def test_other_names_of_these_modules_are_not_known(folder, name):
     ("name", "content", "says"),
     [
         (METADATA, b"", "cannot be read: Ran out of input"),
-        (METADATA, pickle.dumps([1]), "is damaged: its .metadata holds list"),
+        (METADATA, pickle.dumps([1]), "is damaged: its .metadata contains list"),
         (METADATA, b"\x80\x04" + b"]" * 100 + b"(" * 100_000, "cannot be read: "),
         (REST, b"", "cannot be read: "),
     ],

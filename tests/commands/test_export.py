@@ -278,13 +278,13 @@ def test_a_checkpoint_of_another_model_is_named_with_what_differs(run_dir: Path)
 
 def test_a_file_without_weights_is_no_checkpoint(run_dir: Path) -> None:
     torch.save([1, 2], run_dir / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match="is a torch file but no checkpoint: it holds a list, no 'state_dict'"):
+    with pytest.raises(UserError, match="a torch file but not a checkpoint: it contains a list, but no 'state_dict'"):
         run_export(run_dir, "--to", "safetensors")
 
 
 def test_huggingface_needs_a_transformers_backbone() -> None:
     module = nn.Module()
-    with pytest.raises(UserError, match="Module is none: it has no attribute `backbone`; use --to safetensors"):
+    with pytest.raises(UserError, match="Module is not one: it has no attribute `backbone`; use --to safetensors"):
         huggingface.require_pretrained(module)
     module.backbone = nn.Linear(1, 1)
     with pytest.raises(UserError, match="its backbone is a Linear; use --to safetensors"):

@@ -62,7 +62,7 @@ def test_each_mistake_is_named_with_place_and_way_out(text, expected):
         ("{class_path: torch.nn.ReLU, inplace: true}", "m.inplace: unknown key beside class_path;"),
         ("{class_path: torch.nn.ReLU, init_args: 3}", "m.init_args: must be a mapping, got 3"),
         ("{class_path: os.system}", "m.class_path: os.system is outside the allowed modules"),
-        ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, and torch.nn.ReLU is none"),
+        ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, but torch.nn.ReLU is not"),
         (
             "{class_path: lightspan.callbacks.resilience.chekpoint.Checkpoint}",
             "has no chekpoint; did you mean checkpoint?",
@@ -82,7 +82,7 @@ LINEAR = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("backbone: {class_path: torch.nn.ReLU}", "backbone.class_path: must be a PreTrainedModel, and torch.nn.ReLU"),
+        ("backbone: {class_path: torch.nn.ReLU}", "backbone.class_path: must be a PreTrainedModel, but torch.nn.ReLU"),
         ("backbone: torch.nn.ReLU", "'torch.nn.ReLU' names a class as text"),
         ("optimizer: AdamW", "optimizer: must be Callable[[Iterable], Optimizer], got 'AdamW'"),
         ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: [1]}}", "lr: must be a number or Tensor, got [1]"),

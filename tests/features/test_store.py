@@ -345,7 +345,7 @@ def test_a_method_is_asked_for_its_features(tmp_path: Path) -> None:
     [
         (lambda: encoded(layer="deep"), "layer='deep' is not a module of Net; it has conv"),
         (lambda: encoded(split="test"), r"Data has no test_dataloader\(\)"),
-        (lambda: encoded(field="audio"), "a batch has no 'audio'; it holds"),
+        (lambda: encoded(field="audio"), "a batch has no 'audio'; it contains"),
         (lambda: encoded(nn.Flatten(0)), r"Flatten gave \[64\] as features"),
         (lambda: encoded(layer="conv", pool="first"), "pool=first needs tokens"),
         (lambda: encoded(data=Data(broken=5)), "sample 5 is broken"),
