@@ -246,5 +246,5 @@ def test_what_cannot_be_projected_is_refused_before_the_first_step(callback, mes
 
 
 def test_an_optimiser_without_adams_moments_is_refused(tmp_path):
-    with pytest.raises(UserError, match="only Adam and AdamW can be made low-rank, this module's optimiser is SGD"):
+    with pytest.raises(UserError, match="only Adam and AdamW can be made low-rank, but this module's optimiser is SGD"):
         fit(Plain(torch.optim.SGD), [SubspaceProjection(rank=2)], tmp_path)
