@@ -39,7 +39,7 @@ class Plan:
     """Sizes in bytes on one rank.
 
     Attributes:
-        step: what one step holds.
+        step: memory of one step.
         division: how a strategy shares it out over ranks; `step` is one rank's share.
         process: resident beside the step on a CPU run: interpreter, libraries in use, data; 0 on a device.
         memory: what a rank has, and where that figure is from.

@@ -251,7 +251,7 @@ def test_what_overflows_in_a_narrow_dtype_is_merged_in_a_wide_one(tmp_path: Path
     [
         (lambda folder: open_weights(folder / "gone"), "gone does not exist"),
         (lambda folder: open_weights(folder), "contains no complete checkpoint and no safetensors file"),
-        (lambda folder: open_weights(folder / "torn.safetensors"), "is no whole safetensors file"),
+        (lambda folder: open_weights(folder / "torn.safetensors"), "is not a complete safetensors file"),
         (lambda folder: WeightedAverage({"a": -1.0}), "must be 0 or more, and one of them above 0"),
         (lambda folder: WeightedAverage({"a": 0.0}), "must be 0 or more, and one of them above 0"),
         (lambda folder: Scales(float("inf")), "must be a finite number"),
@@ -272,7 +272,7 @@ def test_what_overflows_in_a_narrow_dtype_is_merged_in_a_wide_one(tmp_path: Path
 def test_bad_input_is_named(make: Any, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    if "torn" in message or "no whole safetensors" in message:
+    if "torn" in message or "not a complete safetensors" in message:
         (folder / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=message):
         make(folder)
