@@ -170,7 +170,7 @@ def test_a_torn_last_checkpoint_is_passed_over_and_said(trained, tmp_path, capsy
     assert main(["fit", *TINY, "--run", "r"]) == 0
     said = capsys.readouterr().err
     assert str(last) in said
-    assert "going on from" in said
+    assert "continuing from" in said
     assert "step=4.ckpt" in said
 
 

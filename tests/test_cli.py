@@ -138,7 +138,7 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert main(["fit", "--run", "r", *TINY, "data.init_args.batch_size=4"]) == 2
     assert "data.init_args.batch_size: not set -> 4" in capsys.readouterr().err
     assert main(["fit", "--run", "r", *TINY, "--resume", "never"]) == 2
-    assert "already holds a run; give another --run DIR" in capsys.readouterr().err
+    assert "already contains a run; give another --run DIR" in capsys.readouterr().err
 
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     assert main(["validate", *TINY, "--ckpt", checkpoint, "--run", "v"]) == 0

@@ -180,7 +180,7 @@ def test_checkpoints_are_whole_folders_and_a_torn_one_is_refused(two_ranks, stag
 def test_matrix_optimisers_are_refused_before_the_first_step(two_ranks, stage, optimizer):
     for rank in two_ranks[1]:
         said = rank[f"{optimizer} {stage}"]
-        assert said.startswith(f"{optimizer} works on matrices, and DeepSpeed's ZeRO lays all parameters end to end")
+        assert said.startswith(f"{optimizer} works on matrices, but DeepSpeed's ZeRO concatenates all parameters")
         assert "scale/fsdp2" in said
 
 

@@ -89,9 +89,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, ending in lower case) of a member, split at the first dot of its own name; None if it belongs to no
-    sample.
-    """
+    """(key, ending in lower case) of a member, split at the first dot of its own name; None if it is no sample's."""
     key, ending = (None, None) if META.match(name) else base_plus_ext(name)
     return None if key is None or ending is None else (key, ending.lower())
 

@@ -205,9 +205,7 @@ def readable_weight(layer: nn.Module) -> Tensor:
 
 
 def like(layer: nn.Module) -> dict[str, Any]:
-    """Device and dtype of a layer's adapter: those of the layer, but float32 for half-precision and quantised
-    layers.
-    """
+    """Device and dtype of a layer's adapter: as of the layer, but float32 for half-precision and quantised layers."""
     weight = weight_of(layer)
     dtype = wide_type(weight.dtype) if _floats(weight) else torch.float32
     return {"dtype": dtype, "device": weight.device}

@@ -55,8 +55,7 @@ def fit_linear_probe(
         raise UserError(f"linear probe l2={l2} must be above 0: without it separable features have no best weights")
     if not len(train_ND) or int(labels_N.min()) < 0:
         raise UserError("linear probe needs at least one training row, and labels from 0")
-    # Lightning's evaluation loops run in inference mode, through whose tensors no gradient can pass: leave it, with
-    # copies.
+    # Lightning's evaluation loops run in inference mode, whose tensors no gradient can pass: leave it, with copies.
     with torch.inference_mode(False), torch.enable_grad():
         return _fit(train_ND.detach().to(torch.float64, copy=True), labels_N.clone(), l2, max_iterations)
 

@@ -51,8 +51,7 @@ def smollm2(weights: bool = True, seed: int = 0) -> LlamaForCausalLM:
         with drawn_from(seed):
             return LlamaForCausalLM(AutoConfig.from_pretrained(**source, use_cache=False))
     stored = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # A model that transformers loads from GGUF counts as quantized and refuses .float(): copy its values to a plain
-    # model.
+    # A model that transformers loads from GGUF counts as quantized and refuses .float(): copy it to a plain model.
     del stored.config.quantization_config
     stored.config.use_cache = False  # useful only for generation
     return LlamaForCausalLM.from_pretrained(None, config=stored.config, state_dict=stored.state_dict()).train()

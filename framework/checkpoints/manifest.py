@@ -40,9 +40,7 @@ _seen_whole: dict[Path, tuple[int, ...]] = {}
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a checkpoint is not used: `text` continues a sentence that begins with its path. Not `torn`: from newer
-    code.
-    """
+    """Why a checkpoint is not used: `text` continues a sentence after its path. Not `torn`: written by newer code."""
 
     text: str
     torn: bool = True

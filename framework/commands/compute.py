@@ -145,7 +145,7 @@ def _ranks() -> "Iterator[None]":
 def _refuse_used(run_dir: Path) -> None:
     used = next((name for name in (RESULT, METRICS, CHECKPOINTS) if (run_dir / name).exists()), None)
     if used and is_first_rank():
-        raise UserError(f"{run_dir} already holds a run ({used}); give another --run DIR or delete that folder")
+        raise UserError(f"{run_dir} already contains a run ({used}); give another --run DIR or delete that folder")
 
 
 def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.Namespace) -> None:

@@ -40,9 +40,7 @@ def add_noise(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
 
 
 def velocity(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
-    """v = sqrt(kept) noise - sqrt(1 - kept) x_0, of the images' shape: the direction in which x_t moves as kept
-    falls.
-    """
+    """v = sqrt(kept) noise - sqrt(1 - kept) x_0, of the images' shape: the direction of x_t as kept falls."""
     image, grain = _amplitudes(kept_B, clean)
     return (image * noise - grain * clean).to(clean.dtype)
 
@@ -92,9 +90,7 @@ def step_back(
 
 
 def _shares(kept_B: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """kept and 1 - kept, the share of the noise, in float32 or wider, with a shape that broadcasts to images [B
-    ...].
-    """
+    """kept and 1 - kept, the share of the noise, in float32 or wider, shaped to broadcast to images [B ...]."""
     wide = wide_type(kept_B.dtype, image.dtype)
     kept = kept_B.to(image.device, wide).view(-1, *[1] * (image.ndim - 1))
     return kept, 1 - kept

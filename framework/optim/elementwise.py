@@ -171,9 +171,7 @@ def first_noise(parameter: Tensor, number: int, seed: int) -> int:
 
 
 def _noise(state: State, seed: int) -> Tensor:
-    """The seed of this step's roundings, on the device; the number of steps is saved, so a resumed run rounds
-    equally.
-    """
+    """The seed of this step's roundings, on the device; the step count is saved, so a resumed run rounds equally."""
     return state["step"].long() + seed
 
 

@@ -39,9 +39,7 @@ from lightspan.patterns import matches, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors"]
 TABLES = ("*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table")
-"""Names of tables that are not in an nn.Embedding. They end in the parameter's own name: `mlp_tokens.fc1.weight` is not
-one.
-"""
+"""Tables that are not in an nn.Embedding, by their own name at the end: `mlp_tokens.fc1.weight` is not one."""
 
 
 @dataclass(frozen=True)

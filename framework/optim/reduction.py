@@ -32,9 +32,7 @@ class Share(Protocol):
         """Whether this rank's loss has reached the parameter since gradients were last cleared."""
 
     def tensor(self) -> Tensor:
-        """What is to be reduced in place: the whole gradient or its coordinates; zeros, which are kept, if there is
-        none.
-        """
+        """What is to be reduced in place: the whole gradient or its coordinates; if there are none, zeros that are kept."""
 
 
 class Reduction:

@@ -13,9 +13,7 @@ from lightspan.sharded import local
 
 @dataclass(frozen=True)
 class Treatment:
-    """How one parameter is treated. `state_bytes` is what this rank keeps of its state, `adamw_bytes` what AdamW
-    would.
-    """
+    """How one parameter is treated. `state_bytes` is this rank's part of its state, `adamw_bytes` that of AdamW."""
 
     group: str
     shape: tuple[int, ...]

@@ -161,7 +161,7 @@ with signal_flag.remembered((signal.SIGTERM, signal.SIGINT)) as flag:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == status
-    assert f"{name}: still in <module> (<string>:9); leaving at once" in done.stderr
+    assert f"{name}: still in <module> (<string>:9); exiting at once" in done.stderr
 
 
 def test_a_rank_that_was_told_of_a_signal_has_what_is_left_of_the_budget(monkeypatch):

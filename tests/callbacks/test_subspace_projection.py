@@ -210,7 +210,7 @@ def test_gradients_kept_in_coordinates_train_as_whole_ones_do(tmp_path, backward
 
 def test_clipping_by_value_cannot_reach_gradients_in_coordinates(tmp_path):
     callback = SubspaceProjection(rank=3, residual=None, backward="hooks")
-    with pytest.raises(UserError, match="can be clipped by norm alone"):
+    with pytest.raises(UserError, match="can only be clipped by norm"):
         fit(Plain(), [callback], tmp_path, gradient_clip_val=0.05, gradient_clip_algorithm="value")
 
 

@@ -57,7 +57,7 @@ def test_an_estimators_run_leaves_its_result_and_where_it_comes_from(capsys: pyt
     assert "l2: 2.0" in Path("out/resolved.yaml").read_text()
     assert json.loads(Path("out/provenance.json").read_text())["recipe"] == "r"
     assert main(["run", "r.yaml", "--run", "out"]) == 2
-    assert "already holds a run (result.json)" in capsys.readouterr().err
+    assert "already contains a run (result.json)" in capsys.readouterr().err
     assert main(["report", "out"]) == 2
     assert "report compares training runs; its figures are in out/result.json" in capsys.readouterr().err
 

@@ -170,7 +170,7 @@ def test_what_is_no_run_is_named(tmp_path: Path, prepare: Callable[[Path], None]
 def test_a_folder_of_runs_tells_which_runs_to_name(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("all/a")
     make_run("all/b")
-    with pytest.raises(UserError, match="it holds the runs a, b: name those"):
+    with pytest.raises(UserError, match="it contains the runs a, b: name those"):
         run_report(tmp_path / "all", "--out", tmp_path / "out")
 
 

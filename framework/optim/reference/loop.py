@@ -18,9 +18,7 @@ Group = dict[str, Any]
 
 
 def tall(matrix: Tensor) -> Tensor:
-    """In float64, as a matrix with the longer side as rows; axes after the first are flattened, as for a
-    convolution.
-    """
+    """In float64, as a matrix with the longer side as rows; axes after the first are flattened, as in convolutions."""
     matrix = matrix.detach().double().flatten(1)
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
