@@ -52,7 +52,7 @@ class OwnFiles(ModelCheckpoint):
             self.kth_value = self.best_k_models[self.kth_best_model_path]
 
     def may_remove(self, path: Path) -> bool:
-        """Whether this callback can have ranked the file `path`: a direct child of its folder, with a name of its form."""
+        """Whether this callback can have ranked the file `path`: in its folder, with a name of its form."""
         here = path.parent.resolve() == Path(self.dirpath or "").resolve()
         return here and _pattern(self.filename or "").fullmatch(path.name) is not None
 

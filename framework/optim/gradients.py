@@ -70,7 +70,7 @@ class Sink:
         return self.parameter.grad is not None or position in bucket.pending
 
     def tensor(self) -> Tensor:
-        """The gradient of a step that needs all of it, otherwise the coordinates; if there are none, zeros that are kept."""
+        """The gradient of a step that needs all of it, otherwise the coordinates; zeros, kept, if there are none."""
         bucket, position = self.optimizer.place(self.parameter)
         if self._takes_whole():
             if self.parameter.grad is None:

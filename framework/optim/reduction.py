@@ -32,7 +32,7 @@ class Share(Protocol):
         """Whether this rank's loss has reached the parameter since gradients were last cleared."""
 
     def tensor(self) -> Tensor:
-        """What is to be reduced in place: the whole gradient or its coordinates; if there are none, zeros that are kept."""
+        """What is to be reduced in place: the whole gradient or its coordinates; zeros, kept, if there are none."""
 
 
 class Reduction:

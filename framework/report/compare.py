@@ -112,7 +112,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def number(value: float, decimals: int | None = None) -> str:
-    """Readable at a glance: whole numbers whole, thousands separated, otherwise `decimals` or four significant digits."""
+    """Readable at a glance: whole numbers whole, thousands separated, others with `decimals` or four digits."""
     if not math.isfinite(value):
         return str(value)
     if decimals is not None:

@@ -104,7 +104,7 @@ def _other_tensor(expected: Any, found: Any) -> str | None:
 
 
 def first_other_batch(one: Path, other: Path, tolerance: float | None = None) -> str | None:
-    """The first batch with other samples over all ranks, or a mean loss that differs by more than `tolerance`, relative."""
+    """The first batch with other samples over all ranks, or a mean loss off by more than `tolerance`, relative."""
     expected, found = trace_of(one), trace_of(other)
     for batch in sorted(expected.keys() | found.keys()):
         if batch not in expected or batch not in found:
