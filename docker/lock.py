@@ -15,10 +15,10 @@ from pathlib import Path
 BUILD_SPECIFIC = re.compile(r"torch|torchvision|triton|setuptools|nvidia-.*|cuda-.*")
 
 HEADER = """\
-# Written by `make lock`; not edited by hand. Every base dependency of lightspan and what it needs in turn, as pip
+# Written by `make lock`; do not edit by hand. Every base dependency of lightspan and what it needs in turn, as pip
 # resolved them together with torch {torch} and torchvision {torchvision} on Python {python} in a new environment.
 # Left out: torch and torchvision (docker/Dockerfile pins them; their builds differ by device) and the parts of CUDA,
-# Triton and setuptools that torch brings along.
+# Triton and setuptools that torch itself installs.
 """
 
 
