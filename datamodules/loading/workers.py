@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from lightspan.errors import UserError
 
 Key = tuple[int, int]  # (index, seed) of one sample
-DYING_S = 1.0  # how long after its connection breaks a process ends
+DYING_S = 1.0  # a process may take this long to end after it broke its connection
 MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unreadable
 
 

@@ -72,8 +72,7 @@ class ShardOpener:
     def _kept(self, shard: str) -> Path | None:
         """Where the index of a scan of this very shard is kept; None if there is none.
 
-        A remote shard needs no mark of its content and is not fetched for it: its sha256 is compared once it is
-            fetched.
+        A remote shard needs no mark of its content and is not fetched for it: its sha256 is compared when it is.
         Raises: OSError if there is no shard.
         """
         marks: list[str] = []

@@ -85,8 +85,7 @@ class Shards(LightningDataModule):
         fields: name in the batch -> ending of the member, or several as "jpg|png", of which the first present one wins.
             Decoders exist for jpg, jpeg, png, webp, cls, txt, json and npy (without pickle).
         batch_size: samples of one optimiser step over all ranks.
-        image_size: H = W in pixels; the shorter side is scaled to it and the centre cropped. None leaves images as they
-            are.
+        image_size: H = W in pixels; the shorter side is scaled to it and the centre cropped. None leaves images as is.
         views: makes the views of a training image.
         mean, std: of the image's channels in [0, 1], for standardising.
         window: shards whose training samples are mixed with one another, >= 1.

@@ -24,8 +24,7 @@ from lightspan.subspaces.svd import thin_svd
 class SVFit(AdapterSpec):
     """Args:
     rank: number of singular values that train, the largest ones; None is all of them, the limit of the paper's rule.
-    energy: instead of `rank`, the smallest share of the squared singular values that the trained ones must have, in (0,
-        1].
+    energy: instead of `rank`, least share of the squared singular values that the trained ones must have, in (0, 1].
     cap: as in `lightspan.adapters.lora.LoRA`, for `rank`.
     """
 

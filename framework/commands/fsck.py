@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line per checkpoint; moves damaged ones to RUN/checkpoints/quarantine, deletes none. 1 if any."""
+    """Prints one line per checkpoint; moves damaged ones to RUN/checkpoints/quarantine, deletes none. 1 if any are."""
     folder = args.run_folder / CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} does not exist; name a run folder, which contains {CHECKPOINTS}/")

@@ -4,8 +4,7 @@ Source: Zbontar et al., "Barlow Twins", 2021, arXiv 2103.03230, eq. 1-2 (standar
 "Guarding Barlow Twins Against Overfitting with Mixed Samples", 2023, arXiv 2312.02151, and the formula in the README of
 the authors' code (targets and L_reg). That code's ImageNet script has a Z2^T Z2 in the second target, for which L_reg
 is not zero at a = 1; here the formula holds. Its factor 0.5 and its warm-up of the weight are left out.
-Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (see `lightspan.distributed` for the
-scale).
+Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (scale: see `lightspan.distributed`).
 Half precision is widened to float32, also under autocast: a correlation of bfloat16 numbers has two digits.
 """
 

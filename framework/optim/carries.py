@@ -65,8 +65,7 @@ class Rotate:
             added with that weight. Variances below zero, which running means of unequal length allow, count as zero.
             Without it, as published, such a direction has a denominator near zero, which is here bounded so that
             the direction is no longer than Adam's can ever be, see `lightspan.optim.inner.farthest`. (Published code
-            has
-            no such bound: where the terms of v cancel, it takes one step of m / eps.)
+            has no such bound: where the terms of v cancel, it takes one step of m / eps.)
     """
 
     floor: bool = True

@@ -11,16 +11,14 @@ Three kinds of parameters:
 The first of these that knows a parameter decides its kind:
 - a `Rule` of the recipe that matches its name;
 - the module's own statement: `layer.parameter_kinds = {"weight": "embeddings"}`, by the names of the module's own
-parameters
-  (on the module, since sharding and copies make new parameters, without what was set on the old ones);
+  parameters (on the module, since sharding and copies make new parameters, without what was set on the old ones);
 - name patterns, `ParameterGroups.embeddings`;
 - the output embeddings of a transformers model, and the weights of nn.Embedding and nn.EmbeddingBag;
 - timm's `no_weight_decay()` of a module, and `_no_weight_decay` on a parameter, as in state-space models: what is
   to be exempt from decay is not a matrix;
 - its number of axes.
 
-A kind is one group of the optimiser, with the name of the kind. Rules and layer-wise decay split it into groups of one
-rate
+A kind is one group of the optimiser, named after it. Rules and layer-wise decay split it into groups of one rate
 and one decay, whose names include these: `matrices-lr0.75`, `vectors-lr0.1-wd0.05`. The rate of a parameter is that of
 its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rule that sets one, times the share of its
 layer; its decay is that of the first rule that sets one, else that of its kind.
@@ -65,8 +63,7 @@ class ParameterGroups:
 
     Args:
         embeddings: name patterns that count as embeddings although they are not in an nn.Embedding, the output head
-            above
-            all: each of its rows belongs to one token, so the rows' gradients span no common subspace.
+            above all: each of its rows belongs to one token, so the rows' gradients span no common subspace.
         other_lr: learning rate of embeddings and vectors; None means the optimiser's own. A rate tuned for
             matrices is usually too small for them (it costs the quickstart more than a tenth of a nat).
         rules: settings by name; each setting of a parameter comes from the first rule that matches and sets it.

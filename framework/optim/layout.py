@@ -98,7 +98,7 @@ def write_part(state: State, index: slice | Tensor, part: State, before: State) 
     """Writes matrices back in place, so that views of the stack stay views.
 
     Args:
-        before: what `part_of` returned for `index`; with a slice, an unchanged tensor was already written through.
+        before: what `part_of` returned for `index`; with a slice, a tensor that is still the same was changed in place.
     """
     for key, value in part.items():
         if isinstance(index, Tensor) or value is not before.get(key):

@@ -369,7 +369,7 @@ class LowRank(Optimizer):
 
     def buckets(self) -> list[Bucket]:
         """Stacks of same-shape matrices, rebuilt whenever something, a checkpoint or a device move, replaced the state
-        that has their views.
+        that consists of their views.
         """
         # Buckets keep groups and parameters alive, so nothing else can get their ids.
         look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in self.param_groups for p in g["params"]]

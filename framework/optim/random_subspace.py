@@ -139,8 +139,7 @@ class RandomSubspace(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         # The state is empty before the first step: that is how torch's distributed checkpoints know that they must
-        # create one, with what `inner` keeps in it, to load into. Other checkpoints of that moment still contain the
-        # coordinates.
+        # create one, with what `inner` keeps, to load into. Other checkpoints of that moment contain the coordinates.
         if not self.state:
             self._publish()
         return super().state_dict()

@@ -94,9 +94,8 @@ class Share:
 
     def project_with_error(self, rule: Rule, energy: bool, clip: Tensor | None) -> None:
         """The first half under error feedback: with the clipped gradients plus what earlier steps left out. The sums
-        are
-        as large as the gradients in float32, so those of one share exist at a time: those of all would cancel what
-        quantised state saves.
+        are as large as the gradients in float32, so those of one share exist at a time: those of all would cancel
+        what quantised state saves.
         """
         one = torch.ones((), device=self.layout.device) if clip is None else clip
         accumulated = rule.residual.accumulate(self.whole_gradients(), self.state, one)

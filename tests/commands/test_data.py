@@ -172,7 +172,7 @@ def test_folders_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
 def test_names_that_readers_would_pass_over_are_refused(pictures: Path) -> None:
     (pictures / "cats").rename(pictures / "__background__")
     for as_files in (False, True):
-        with pytest.raises(UserError, match=r"pictures/__background__: names __LIKE_THIS__ .* rename it"):
+        with pytest.raises(UserError, match=r"pictures/__background__: names like __THIS__ .* rename it"):
             sources(pictures, as_files)
 
 

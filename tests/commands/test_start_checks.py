@@ -108,7 +108,7 @@ def test_an_end_that_comes_in_mid_run_is_said_in_the_same_words(tmp_path):
             schedule.step()
 
     built: Any = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=2))
-    with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, and it came to step 3; beyond its end"):
+    with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, but it came to step 3; beyond its end"):
         run.call(steps, built, tmp_path, None)
     assert past_its_end(ValueError("another")) is None
 

@@ -67,7 +67,7 @@ def test_so_is_one_that_dies_while_the_process_does_something_else() -> None:
         worker.kill()
         time.sleep(30)
 
-    with pytest.raises(UserError, match=r"is killed by signal: Killed\. Most often memory ran out"):
+    with pytest.raises(UserError, match=r"is killed by signal: Killed\. Most often, memory ran out"):
         computes()
 
 

@@ -222,8 +222,8 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
     [
         (changed(scale=None), "scale is in a but not in b"),
         (changed(more=torch.ones(1)), "more is in b but not in a"),
-        (changed(scale=torch.ones(2)), r"scale is \[\] in a and \[2\] in b"),
-        (changed(steps=torch.tensor(1.0)), "steps is torch.int64 in a and torch.float32 in b"),
+        (changed(scale=torch.ones(2)), r"scale is \[\] in a but \[2\] in b"),
+        (changed(steps=torch.tensor(1.0)), "steps is torch.int64 in a but torch.float32 in b"),
         ({f"n{i}": torch.ones(1) for i in range(9)}, "and 12 more"),
         (changed(scale=torch.tensor(torch.nan)), "scale of the merged checkpoint contains NaN"),
     ],

@@ -42,8 +42,7 @@ class DenoisingDiffusion(Method):
             classes. Anything above 0 needs a network that takes `num_classes` as no class, as `DiT` does.
         prediction: what the network is trained to predict. An error in the noise is 1 / sqrt(kept) times as large in
             the image that it implies, and at the noisiest levels, where outlines are decided, that is a hundred times.
-            An
-            error in the velocity never grows: it draws better with a small network.
+            An error in the velocity never grows: it draws better with a small network.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 

@@ -13,9 +13,8 @@ from lightspan.optim.reference.rescaling import limited, row_scale
 
 def rotated_moments(m: Tensor, v: Tensor, r: Tensor, overlap: Tensor, t: int, betas: tuple[float, float]) -> Any:
     """Moments m and v after t >= 1 steps, for overlap = Q_old^T Q_new [R R]: LDAdam's (arXiv 2410.16103, section 3)
-    except
-    for variances below zero, which count as zero, and for what the old frame did not capture: a new direction has a
-    share of the old ones below 1, and for the rest only the present coordinates r are known, squared.
+    except for variances below zero, which count as zero, and for what the old frame did not capture: a new direction
+    has a share of the old ones below 1, and for the rest only the present coordinates r are known, squared.
     """
     beta1, beta2 = betas
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
