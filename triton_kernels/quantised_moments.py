@@ -11,7 +11,7 @@ thousandth below and from 4.8 to 2.2 a ten-thousandth below, and rises from 0.04
 x is rounded to the upper of its two neighbours with probability (x - low) / (high - low), so that a decoded moment is x
 on average. A root of x gives the code of one of the two, even if it is off by almost half a code, and comparing x with
 the level of that code shows which: neighbours are exact with any fast cube root. Rounded to nearest, a second moment
-could only grow: at b2 = 0.999 a step lowers it by a thousandth, and the gap between levels is at least fifteen times that.
+could only grow: at b2 = 0.999 a step lowers it by a thousandth, and the gap between levels is at least 15 times that.
 
 One exception to the average: a positive second moment never falls to level 0, but stays at level 1, where sqrt(v) is
 1.5e-5 of its largest value. A zero under a first moment that was rounded up would make the quotient m / sqrt(v) huge,

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line per checkpoint; moves torn ones to RUN/checkpoints/quarantine, deletes none. 1 if one was torn."""
+    """Prints one line per checkpoint; moves torn ones to RUN/checkpoints/quarantine, deletes none. 1 if any."""
     folder = args.run_folder / CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} does not exist; name a run folder, which contains {CHECKPOINTS}/")
