@@ -1,4 +1,4 @@
-"""The batches that datamodules hand to methods: typed mappings, one for each modality.
+"""The batches that datamodules give to methods: typed mappings, one for each modality.
 
 Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views.
 """
@@ -18,12 +18,12 @@ class TextBatch(TypedDict):
 
 
 class LabelledTextBatch(TypedDict):
-    """Texts of a tokenizer, cut or padded to one length, each with its class.
+    """Tokenized texts, truncated or padded to one length, each with its class.
 
     tokens: int64 [B, T].
-    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which stands at the end.
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which is at the end.
     label: int64 [B], each in [0, num_classes).
-    index: int64 [B], the sample's place in its dataset.
+    index: int64 [B], the sample's position in its dataset.
     """
 
     tokens: Tensor
@@ -33,11 +33,11 @@ class LabelledTextBatch(TypedDict):
 
 
 class ImageBatch(TypedDict):
-    """One picture a sample, standardised channel by channel to about zero mean and unit variance.
+    """One picture per sample, standardised per channel to about zero mean and unit variance.
 
     image: float32 [B, C, H, W].
-    label: int64 [B], each in [0, num_classes). A method that learns without labels leaves it alone.
-    index: int64 [B], the sample's place in its dataset; the same on every rank and in every epoch.
+    label: int64 [B], each in [0, num_classes). A method that learns without labels ignores it.
+    index: int64 [B], the sample's position in its dataset; the same on every rank and in every epoch.
     """
 
     image: Tensor

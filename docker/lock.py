@@ -15,15 +15,15 @@ from pathlib import Path
 BUILD_SPECIFIC = re.compile(r"torch|torchvision|triton|setuptools|nvidia-.*|cuda-.*")
 
 HEADER = """\
-# Written by `make lock`; not edited by hand. Every base dependency of lightspan and what it needs in turn, as pip
+# Written by `make lock`; do not edit by hand. Every base dependency of lightspan and what it needs in turn, as pip
 # resolved them together with torch {torch} and torchvision {torchvision} on Python {python} in a new environment.
 # Left out: torch and torchvision (docker/Dockerfile pins them; their builds differ by device) and the parts of CUDA,
-# Triton and setuptools that torch brings along.
+# Triton and setuptools that torch itself installs.
 """
 
 
 def canonical(name: str) -> str:
-    """The name as PEP 503 compares it."""
+    """The name as PEP 503 normalises it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -40,7 +40,7 @@ def resolve(project: Path) -> dict[str, str]:
 def main(pyproject: Path, lock: Path) -> None:
     versions = resolve(pyproject.resolve().parent)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    # A local part such as +cpu names a build, and the pin in the Dockerfile has to hold for all of them.
+    # A local part such as +cpu names a build, and the pin in the Dockerfile must fit all of them.
     torch, torchvision = (versions[name].partition("+")[0] for name in ("torch", "torchvision"))
     pins = [
         f"{name}=={version}\n"

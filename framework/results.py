@@ -1,4 +1,4 @@
-"""What a computation leaves behind: a few numbers that JSON holds, figures to print, perhaps a picture and tensors."""
+"""The results of a computation: a few numbers for JSON, figures to print, perhaps a picture and tensors."""
 
 import json
 import math
@@ -25,15 +25,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """The small outcome of an estimator or a merger. A subclass is a frozen dataclass of its own fields.
+    """The small outcome of an estimator or a merger. A subclass is a frozen dataclass with its own fields.
 
-    Fields hold numbers, text, true or false, None, tuples, and mappings by text of these: what JSON takes and gives
-    back equal. Numbers are finite, which is looked at here, so that an estimator need not ask.
+    Fields are numbers, text, true or false, None, tuples, and mappings from text to these: what JSON can store and
+    restore. Numbers are finite, which is checked here, so that an estimator need not check it.
 
     Attributes:
         tensors: what is too large for JSON, such as the weights of a head: written beside it as safetensors, and not
             compared.
-    Raises: UserError for a number that is not finite; TypeError for a field that is none of these kinds.
+    Raises: UserError for a number that is not finite; TypeError for a field of another kind.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
@@ -47,7 +47,7 @@ class Result(ABC):
         """What is worth printing, the most important one first."""
 
     def draw(self, axes: Any) -> None:  # noqa: B027 - optional
-        """Draws the result on matplotlib axes. A subclass that has no picture leaves this alone."""
+        """Draws the result on matplotlib axes. A subclass without a picture does not override this."""
 
     def to_json(self) -> str:
         """The fields as text; `from_json` of the same class gives an equal result."""
@@ -55,11 +55,11 @@ class Result(ABC):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises: UserError for text that is no result of this class."""
+        """Raises: UserError for text that is not a result of this class."""
         try:
             return cls(**{name: _frozen(value) for name, value in json.loads(text).items()})
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"this is no {cls.__name__} as JSON: {error}") from error
+            raise UserError(f"this is not {cls.__name__} as JSON: {error}") from error
 
     def document(self) -> dict[str, Any]:
         """The content of result.json: class, figures and fields, all plain data."""
@@ -93,7 +93,9 @@ class Result(ABC):
 
 def _require_plain(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where} is {value}: these data give no finite answer; look at the rows that it was made of")
+        raise UserError(
+            f"{where} is {value}: these data give no finite result; check the rows from which it was computed"
+        )
     if isinstance(value, tuple):
         for child in value:
             _require_plain(child, where)
@@ -101,7 +103,7 @@ def _require_plain(value: Any, where: str) -> None:
         for key, child in value.items():
             _require_plain(child, f"{where}[{key!r}]")
     elif value is not None and not isinstance(value, bool | int | float | str):
-        raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not give back; see Result")
+        raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot restore; see Result")
 
 
 def _frozen(value: Any) -> Any:

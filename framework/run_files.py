@@ -1,9 +1,9 @@
-"""What the files of a run folder are called."""
+"""The names of files in a run folder."""
 
 LEDGER = "ledger.json"
 METRICS = "metrics.jsonl"
 PROVENANCE = "provenance.json"
 RESOLVED = "resolved.yaml"
-RESULT = "result.json"  # of a run that trains nothing
+RESULT = "result.json"  # of a run without training
 SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"

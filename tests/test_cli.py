@@ -138,7 +138,7 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert main(["fit", "--run", "r", *TINY, "data.init_args.batch_size=4"]) == 2
     assert "data.init_args.batch_size: not set -> 4" in capsys.readouterr().err
     assert main(["fit", "--run", "r", *TINY, "--resume", "never"]) == 2
-    assert "already holds a run; give another --run DIR" in capsys.readouterr().err
+    assert "already contains a run; give another --run DIR" in capsys.readouterr().err
 
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     assert main(["validate", *TINY, "--ckpt", checkpoint, "--run", "v"]) == 0
@@ -232,7 +232,7 @@ def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["fitt"], "unknown verb 'fitt'; did you mean fit? there are: recipes, show,"),
-        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` shows what it takes"),
+        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` lists the options"),
         (["check", "language/quickstart", "--trainer.max_steps"], "--trainer.max_steps has no value"),
         (["recipes", "--family", "langage"], "no recipe has the family 'langage'; did you mean language?"),
         (["validate", *TINY, "--ckpt", "gone.ckpt"], "--ckpt gone.ckpt: no such file"),

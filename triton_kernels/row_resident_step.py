@@ -1,8 +1,8 @@
 """A whole low-rank step in one kernel: R = G Q, U = Adam(R), W <- keep W - lr U Q^T.
 
 A program keeps its rows' coordinates and direction in registers from the first product to the last. They never reach
-memory, and B matrices of one shape take one launch where the three operations take three. A step that clips by the
-global norm, or keeps a residual, needs the norms of all rows first; it takes project, low_rank_adam and
+memory, and B matrices of one shape need one launch where the three operations need three. A step that clips by the
+global norm, or keeps a residual, needs the norms of all rows first; it uses project, low_rank_adam and
 backproject_update one after the other.
 
 Shapes: B matrices, M rows, N columns, R rank. No backward: optimiser steps only.
@@ -23,7 +23,7 @@ from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam_reference, low_rank_adam_triton
 from lightspan.triton_kernels.project import dot_precision, project_reference, project_triton
 
-MAX_RANK = 256  # rows of more coordinates do not fit the registers
+MAX_RANK = 256  # rows of more coordinates do not fit into the registers
 
 
 def row_resident_step_reference(
@@ -59,7 +59,7 @@ if triton is not None:
         if GRADIENTS_ALIGNED:
             gradient_ptr = tl.multiple_of(gradient_ptr, 16)
         frame_ptr += matrix * N * R
-        # Masks stand on the sides that are stored or summed over; elsewhere what is read in excess is never used.
+        # Masks are on the sides that are stored or summed over; elsewhere what is read in excess is never used.
         g = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for start in range(0, N, BLOCK_N):
             n = start + inner
@@ -110,8 +110,8 @@ if triton is not None:
 def blocks(rank: int, element_size: int) -> dict[str, int]:
     """Tile and launch sizes; `element_size` in bytes of the wider of weights and gradients.
 
-    64 rows, because the frame comes from the L2 cache twice a tile; above rank 128 the registers hold 32. The depth is
-    what compiles without spills for sm_80, sm_90 and gfx942, in full float32 too.
+    64 rows, because the frame comes from the L2 cache twice per tile; above rank 128 only 32 fit into the registers.
+    The depth is what compiles without spills for sm_80, sm_90 and gfx942, in full float32 too.
     """
     block_rank = max(16, triton.next_power_of_2(rank))
     return {
@@ -163,10 +163,10 @@ def row_resident_step(
 
     Args:
         weights, gradients: B matrices [M N] each, of one dtype and layout each; any float dtypes.
-        frame_BNR: one frame a matrix, any float dtype.
-        m_BMR, v_BMR: float32 or float64. age_BR, beta1, beta2, eps: as of low_rank_adam.
-        lr, keep: 0-d; keep is what weight decay leaves of a weight.
-        seed: 0-d, int64, rounds bfloat16 weights stochastically; to nearest without.
+        frame_BNR: one frame per matrix, any float dtype.
+        m_BMR, v_BMR: float32 or float64. age_BR, beta1, beta2, eps: as in low_rank_adam.
+        lr, keep: 0-d; keep is the share that weight decay leaves of a weight.
+        seed: 0-d, int64, rounds bfloat16 weights stochastically; without it, to nearest.
     """
     row_resident_step_reference(weights, gradients, frame_BNR, m_BMR, v_BMR, age_BR, beta1, beta2, eps, lr, keep, seed)
 

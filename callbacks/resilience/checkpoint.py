@@ -1,6 +1,6 @@
-"""Checkpoints at the right moments, and refused in words when they do not fit.
+"""Checkpoints at the right moments, with a clear message if one does not fit.
 
-`Checkpoint` is the callback; it brings `WholeFileCheckpointIO`, and `FolderCheckpoints` for sharded models, with it, so
+`Checkpoint` is the callback; it adds `WholeFileCheckpointIO`, and `FolderCheckpoints` for sharded models, so
 that one line in a Trainer is enough.
 """
 
@@ -51,16 +51,16 @@ from lightspan.files import link_atomic, remove_leftovers
 
 
 class Checkpoint(OwnFiles):
-    """Keeps `last.ckpt` and `step=N.ckpt`, each whole, at every validation or every `every_n_train_steps`.
+    """Keeps `last.ckpt` and `step=N.ckpt`, each complete, at every validation or every `every_n_train_steps`.
 
-    On top of Lightning's ModelCheckpoint: checkpoints are whole or absent, also the folders of a sharded model; each
+    Beyond Lightning's ModelCheckpoint: checkpoints are whole or absent, also the folders of a sharded model; each
     has a manifest, and the pointer `latest` follows the newest whole one; a failed write names the last whole one and
-    leaves it; a checkpoint of another model, a torn or a foreign file is refused in words; the last step of a run is
-    always kept, as taken between two steps, so that a run which `max_steps` cut inside an epoch resumes on its very
-    next batch; two names that are due at the same moment are one file on disk; what a killed process had no time to
-    remove goes when the run is resumed, and only files of this folder with a name of this pattern ever go; the random
-    states of every rank and the run ids of the loggers are inside; a resumed run drops what was logged after the
-    checkpoint, and first does what was left to do there (`RestOfStep`).
+    leaves it; a checkpoint of another model, a torn or a foreign file is refused with a message; a run's last step is
+    always kept, as taken between two steps, so that a run that `max_steps` ended inside an epoch resumes with exactly
+    the next batch; two names that are due at the same moment are one file on disk; what a killed process could not
+    remove is removed when the run is resumed, and only files of this folder with a name of this pattern are; the random
+    states of every rank and the run ids of the loggers are included; a resumed run drops what was logged after the
+    checkpoint, and first does what was still to do there (`RestOfStep`).
 
     Args:
         dirpath: folder; by default `trainer.default_root_dir`/checkpoints.
@@ -68,11 +68,11 @@ class Checkpoint(OwnFiles):
         monitor, mode: metric to rank by and its direction; without one the newest is kept.
         save_top_k: how many ranked files stay; without `monitor` 1 (newest), -1 (all) or 0 (only last.ckpt).
         every_n_train_steps: optimiser steps between checkpoints; None: at every validation, or at every epoch's end
-            where there is none.
+            if there is none.
         train_time_interval: time between checkpoints, instead of steps.
-        save_weights_only: leave out optimiser and loop state; such a file cannot be resumed from.
-        in_background: copy the state to CPU memory at the step and write it while training goes on. The next moment to
-            save and the end of fit wait for it. Takes the checkpoint's size in CPU memory.
+        save_weights_only: leave out optimiser and loop state; a run cannot be resumed from such a file.
+        in_background: copy the state to CPU memory at the step and write it while training continues. The next
+            save and the end of fit wait for it. It needs the checkpoint's size in CPU memory.
     """
 
     alters_training = False  # see config.identity
@@ -133,8 +133,8 @@ class Checkpoint(OwnFiles):
         self.look(trainer)
         guard(trainer)
         if isinstance(trainer.precision_plugin, DoublePrecision):
-            pl_module.double()  # Lightning does so after it has loaded the weights, which float32 would have rounded
-        # Lightning calls no callback between reading a checkpoint and filling the model; a hook of the module is there.
+            pl_module.double()  # Lightning does so after loading the weights, which float32 would have rounded
+        # Between reading a checkpoint and filling the model, Lightning calls no callback, but a hook of the module.
         self._fit_check = pl_module.register_load_state_dict_pre_hook(_refuses_other_models(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class Checkpoint(OwnFiles):
         super().on_exception(trainer, pl_module, exception)
         try:
             self._wait()
-        except UserError as error:  # the run ends by its own exception
+        except UserError as error:  # the run ends with its own exception
             exception.add_note(str(error))
         self._close()
 
@@ -216,7 +216,7 @@ class Checkpoint(OwnFiles):
             self._keep_step(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning counts a cut epoch as done by now: resuming from here would skip the rest of its data.
+        # Lightning already counts a shortened epoch as done: resuming from here would skip the rest of its data.
         self._just_written = None
         if _stops_inside_epoch(trainer):
             return
@@ -235,7 +235,7 @@ class Checkpoint(OwnFiles):
         return path is not None and self._last.exists() and self._last.samefile(path)
 
     def _take_up(self, trainer: Trainer) -> None:
-        """From now on the save that training goes on from is this process' own: what was saved at its step is not saved
+        """From now on training continues from a save of this process: what was saved at its step is not saved
         again, which at the end of a run would change nothing but counters and positions.
         """
         self.last_model_path = self._last_checkpoint_saved = str(self._last)
@@ -250,7 +250,7 @@ class Checkpoint(OwnFiles):
         return Path(self.dirpath or "") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
 
     def state_dict(self) -> dict[str, Any]:
-        """On top of the ranking: whether this save only keeps a step, at which another one may be due still, and
+        """In addition to the ranking: whether this save only keeps a step, at which another one may still be due, and
         whether it is because a save waits for the metric of a validation.
         """
         deferred = self._keeps_only and self._defer_save_until_validation
@@ -261,7 +261,7 @@ class Checkpoint(OwnFiles):
         self._stored = state_dict
 
     def _keep_step(self, trainer: Trainer) -> None:
-        """Writes last.ckpt alone. What is due at a validation at this same step still ranks and saves: this save leaves
+        """Writes only last.ckpt. What is due at a validation at this same step still ranks and saves: this save leaves
         no trace in Lightning's test for it.
         """
         saved_before, self._keeps_only = self._last_global_step_saved, True
@@ -271,7 +271,7 @@ class Checkpoint(OwnFiles):
             self._last_global_step_saved, self._keeps_only = saved_before, False
 
     def _keep_last(self, trainer: Trainer) -> None:
-        # Lightning writes last.ckpt only where it also ranked a file, so not when the metric did not improve.
+        # Lightning writes last.ckpt only if it also ranked a file, so not if the metric did not improve.
         if self._kept_step != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -298,12 +298,12 @@ class Checkpoint(OwnFiles):
         self._just_written = filepath if self._writes_all(trainer.strategy) else None
 
     def _writes_all(self, strategy: Strategy) -> bool:
-        """Whether nobody else writes: what a strategy writes by itself it may change in place, under both names."""
+        """Whether nothing else writes: a strategy may change what it writes itself in place, under both names."""
         by_itself = type(strategy).save_checkpoint is not Strategy.save_checkpoint and self._folders is None
         return isinstance(strategy.checkpoint_io, WholeFileCheckpointIO) and not by_itself
 
     def _give_second_name(self, trainer: Trainer, written: Path, filepath: str) -> None:
-        """What was written in this same hook holds the same state: the second name costs a link, and no write."""
+        """What was written in this same hook has the same state: the second name costs only a link."""
         verdict, job = None, partial(link_atomic, written, Path(filepath))
         if trainer.is_global_zero and self._background is not None:
             self._background.submit(Path(filepath), job)
@@ -320,14 +320,14 @@ class Checkpoint(OwnFiles):
             self._after_writing(filepath, trainer.strategy.checkpoint_io.remove_checkpoint)
 
     def _after_writing(self, filepath: str, job: Callable[[Path], None]) -> None:
-        """Does a job that needs all earlier checkpoints to be whole: at once, or behind them in the background."""
+        """Does a job that needs all earlier checkpoints to be complete: at once, or after them in the background."""
         if self._background is None:
             job(Path(filepath))
         else:
             self._background.submit(Path(filepath), partial(job, Path(filepath)))
 
     def save_now(self, trainer: Trainer) -> None:
-        """Writes last.ckpt at the end of an optimiser step, on all ranks; returns once it is whole."""
+        """Writes last.ckpt at the end of an optimiser step, on all ranks; returns when it is complete."""
         self._just_written = None
         self._keep_step(trainer)
         with self._naming_the_last_whole():
@@ -386,7 +386,7 @@ def _load_positions(trainer: Trainer) -> None:
     if loop._combined_loader_states_to_load and loop._combined_loader is not None and loop._data_fetcher is not None:
         loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
         loop._combined_loader_states_to_load = []
-        iter(loop._data_fetcher)  # the iterator made before knows nothing of the position
+        iter(loop._data_fetcher)  # the existing iterator does not know the position
 
 
 def _refuse_other_optimizers(trainer: Trainer, stamp: Mapping[str, Any]) -> None:
@@ -394,12 +394,12 @@ def _refuse_other_optimizers(trainer: Trainer, stamp: Mapping[str, Any]) -> None
     if before is not None and before != now:
         raise UserError(
             f"checkpoint {trainer.ckpt_path} was trained with {', '.join(before)}, this run uses {', '.join(now)}: "
-            "their states do not fit; resume with the optimiser that wrote it"
+            "their states do not match; resume with the optimiser that wrote it"
         )
 
 
 def _writes_folders(trainer: Trainer) -> bool:
-    """Whether the strategy writes a folder in place by itself: not atomic, but with a marker known when torn."""
+    """Whether the strategy itself writes a folder in place: not atomic, but a marker shows if it is incomplete."""
     strategy = trainer.strategy
     return type(strategy) is DeepSpeedStrategy or (
         isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
@@ -424,7 +424,7 @@ def _go_on_drawing(states: Sequence[dict[str, Any]] | None) -> None:
         restore_random_states(states[rank()])
     elif rank() == 0:
         warnings.warn(
-            f"the checkpoint holds the random states of {len(states)} ranks and this run has {world_size()}: they are "
+            f"the checkpoint has the random states of {len(states)} ranks but this run has {world_size()}: they are "
             "not restored; with the callback RandomState every step draws the same on any machine",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
-"""Views: random pictures of one picture, for methods that learn from agreement between them.
+"""Views: random variants of a picture, for methods that learn from agreement between them.
 
-A view draws from torch's global CPU generator alone; `seeded` lends it that generator, so a view is a function of its
+A view draws only from torch's global CPU generator; `seeded` seeds that for it, so a view is a function of its
 seed.
 Shapes: C H W image.
 """
@@ -19,7 +19,7 @@ from lightspan.errors import UserError
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run with torch's global CPU generator at `seed`, and put it back as it was. Other devices are not touched."""
+    """Run with torch's global CPU generator at `seed`, and restore it. Other devices are not touched."""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -39,7 +39,7 @@ class Views(ABC):
 
 
 class Plain(Views):
-    """The image itself, `count` times over: the control of every method that works with views."""
+    """The image itself, `count` times: the control for every method that works with views."""
 
     def __init__(self, count: int = 2) -> None:
         if count < 1:
@@ -51,19 +51,19 @@ class Plain(Views):
 
 
 class TwoViews(Views):
-    """Two independent views of the image's own size: crop, turn, mirror, colour jitter, grey, blur, in this order.
+    """Two independent views of the image's own size: crop, rotate, mirror, colour jitter, grey, blur, in this order.
 
     The defaults suit small grey pictures of things without a reading direction (28 x 28 clothes). For digits and
     letters set flip=0. For colour photographs set saturation, hue, grey and blur as well.
 
     Args:
         scale: share of the image's area that a crop keeps, least and most, each in (0, 1].
-        ratio: width by height of a crop relative to the image's own, least and most, > 0; uniform in the logarithm.
-        degrees: turn by an angle uniform in [-degrees, degrees]; black moves in at the corners.
+        ratio: width over height of a crop relative to the image's own, least and most, > 0; uniform in the logarithm.
+        degrees: rotate by an angle uniform in [-degrees, degrees]; corners become black.
         flip: probability of a left-right mirror.
-        brightness, contrast, saturation: x in [0, 1], a factor uniform in [1 - x, 1 + x]; saturation acts on colour
-            alone.
-        hue: shift uniform in [-hue, hue] turns of the colour circle, at most 0.5; acts on colour alone.
+        brightness, contrast, saturation: x in [0, 1], a factor uniform in [1 - x, 1 + x]; saturation affects only
+            colour images.
+        hue: shift uniform in [-hue, hue] turns of the colour circle, at most 0.5; affects only colour images.
         jitter: probability that brightness, contrast, saturation and hue change at all.
         grey: probability that a colour image loses its colour.
         blur: probability of a Gaussian blur.
@@ -138,7 +138,7 @@ class TwoViews(Views):
             # Two deviations each way, but no further than the mirrored border reaches.
             radius = min(math.ceil(2 * deviation), height - 1, width - 1)
             view = F.gaussian_blur_image(view, [2 * radius + 1] * 2, [deviation] * 2)
-        return view.clamp(0, 1)  # turning and blurring round a little past the ends
+        return view.clamp(0, 1)  # rotating and blurring exceed the range slightly by rounding
 
 
 def _unit_float(image: Tensor) -> Tensor:
@@ -158,9 +158,9 @@ def _factor(draw: float, strength: float) -> float:
 
 
 def _crop_box(height: int, width: int, area: float, ratio: float, y: float, x: float) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels of a crop with this share of the area and this relative width by height.
+    """(top, left, height, width) in pixels of a crop with this share of the area and this relative width over height.
 
-    A side that would pass the image's is cut to it. `y` and `x` in [0, 1) place the crop.
+    A side that would exceed the image's is limited to it. `y` and `x` in [0, 1) place the crop.
     """
     h = min(height, max(1, round(height * math.sqrt(area / ratio))))
     w = min(width, max(1, round(width * math.sqrt(area * ratio))))

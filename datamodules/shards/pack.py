@@ -30,24 +30,24 @@ def pack(
     decode: bool = False,
     left_out: list[str] | None = None,
 ) -> Iterator[int]:
-    """Writes `out`, a new folder: shards, their indices, SHA256SUMS, and classes.json where there are classes.
+    """Writes `out`, a new folder: shards, their indices, SHA256SUMS, and classes.json if there are classes.
 
-    The folder appears when everything in it is whole, and never otherwise. The same input gives the same bytes. What
+    The folder appears only once everything in it is complete. The same input gives the same bytes. What
     has a decoder must decode; of images, only the header is read.
 
     Args:
         shard_bytes: a shard ends when it has reached this many bytes.
-        seed: of the order in which the samples are written; None keeps them as they are. A training run mixes only the
+        seed: of the order in which the samples are written; None keeps their order. A training run mixes only the
             shards that are open together, so samples that are sorted by class should be written in random order.
-        decode: True decodes images to the end.
-        left_out: a list that gets a line for each sample that cannot be read or decoded, and is left out; None refuses
-            to pack where there is any, once all have been read.
+        decode: True decodes images completely.
+        left_out: a list that gets a line for each sample that is left out because it cannot be read or decoded; None
+            refuses to pack if there is one, after all have been read.
 
-    Yields: after each sample, how many are read.
-    Raises: UserError where `out` exists, or cannot be written, or samples are damaged.
+    Yields: after each sample, how many have been read.
+    Raises: UserError if `out` exists, or cannot be written, or samples are damaged.
     """
     if out.exists():
-        raise UserError(f"{out} exists already; name a new folder with --out, or remove that one")
+        raise UserError(f"{out} already exists; name a new folder with --out, or remove that one")
     order = range(len(samples)) if seed is None else np.random.default_rng(seed).permutation(len(samples)).tolist()
     temporary = temporary_path(out, secrets.token_hex(4))
     damaged: list[str] = [] if left_out is None else left_out
@@ -55,7 +55,7 @@ def pack(
         with explained_os_errors(out, setting="--out"):
             try:
                 temporary.mkdir(parents=True)
-            except FileNotFoundError as error:  # /proc and its like
+            except FileNotFoundError as error:  # /proc and the like
                 raise UserError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from error
             with contextlib.closing(_Writer(temporary, shard_bytes)) as writer:
                 for count, number in enumerate(order, 1):
@@ -80,7 +80,7 @@ def pack(
 
 
 def _contents(sample: Members, decode: bool, damaged: list[str]) -> dict[str, bytes] | None:
-    """The members of a sample; None with a new line in `damaged` where one cannot be read or decoded."""
+    """The members of a sample; None, with a new line in `damaged`, if one cannot be read or decoded."""
     contents = {}
     for name, source in sample.items():
         try:
@@ -102,7 +102,7 @@ def _file_bytes(path: Path) -> bytes:
 
 def _refusal(damaged: list[str], count: int, decode: bool) -> str:
     shown = "; ".join(sorted(damaged)[:5]) + ("; ..." if damaged[5:] else "")
-    further = "" if decode else ". Of images only the header was read; --decode also finds those that are cut short"
+    further = "" if decode else ". Only the headers of images were read; --decode also finds images that are cut short"
     return (
         f"{len(damaged)} of {count} samples cannot be decoded, so training could not read them: {shown}. Correct or "
         f"remove these files, or leave them out with --skip-damaged{further}"

@@ -15,9 +15,9 @@ MIB = 2**20
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of every tensor in `optimizer.state`, each storage counted once and whole; of a DTensor the local shard.
+    """Bytes of every tensor in `optimizer.state`, each storage counted once and whole; for a DTensor the local shard.
 
-    A view counts with the storage that it keeps alive. Before the first step the state, and so the answer, is empty.
+    A view counts with the storage that it keeps alive. Before the first step there is no state, so the result is 0.
     """
     storages = {}
     for tensor in _tensors(list(optimizer.state.values())):
@@ -33,18 +33,18 @@ def parameter_counts(module: nn.Module) -> tuple[int, int]:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process since it started; child processes such as data workers are not in it."""
+    """Largest resident set of this process since it started; child processes such as data workers are not included."""
     try:
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        # On Linux this one also knows the peak of the process that started this one.
+        # On Linux this value includes the peak of the process that started this one.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
 
 def rss_bytes() -> int:
-    """Resident set of this process now; where the system does not tell, its peak."""
+    """Resident set of this process now; if the system does not report it, its peak."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -1,4 +1,4 @@
-"""`lightspan recipes`, `show`, `copy` and `check`: all that can be said about a recipe without torch."""
+"""`lightspan recipes`, `show`, `copy` and `check`: all that can be learned about a recipe without torch."""
 
 import argparse
 import sys
@@ -35,7 +35,7 @@ def run_recipes(args: argparse.Namespace) -> int:
 
 
 def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
-    """Recipes as a table; tab-separated lines where the output is no terminal, so that other tools can read them."""
+    """Recipes as a table; tab-separated lines if the output is not a terminal, so that other tools can read them."""
     columns = ("family", "modality", "paper", "evidence")
     if not sys.stdout.isatty():
         print("\t".join(("name", *columns)))
@@ -51,7 +51,7 @@ def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, about in rows:
         table.add_row(f"[cyan]{name}[/cyan]", *(str(about.get(column, "")) for column in columns))
     Console().print(table)
-    print("\nlightspan show NAME tells more, lightspan fit NAME trains one; lightspan run NAME if it does not train.")
+    print("\nlightspan show NAME says more, lightspan fit NAME trains one; lightspan run NAME if it does not train.")
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def run_show(args: argparse.Namespace) -> int:
         print(dump(resolved.document()), end="")
         return 0
     if args.overlays or args.flags:
-        raise UserError("show prints the recipe file as it stands; add --resolved to see it with overlays and flags")
+        raise UserError("show prints the recipe file as it is; add --resolved to see it with overlays and flags")
     recipe = recipes.load(args.recipe)
     print(recipe.name)
     for key, value in recipe.about.items():
@@ -110,7 +110,7 @@ def run_copy(args: argparse.Namespace) -> int:
 
 
 def _relative_bases(source: Path) -> list[str]:
-    """Bases named as files: a copy elsewhere would not find them."""
+    """Bases given as files, which a copy elsewhere would not find."""
     base = read(source, recipes.label(source)).child("base")
     values = plain(base) if base is not None else []
     names = values if isinstance(values, list) else [values]

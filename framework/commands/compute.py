@@ -1,4 +1,4 @@
-"""`lightspan run RECIPE`: what computes and does not train. An estimator gives a result, a merger a checkpoint."""
+"""`lightspan run RECIPE`: recipes that compute without training. An estimator gives a result, a merger a checkpoint."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises: UserError for whatever the user can mend, before the run folder holds a result."""
+    """Raises: UserError for whatever the user can fix, before the run folder contains a result."""
     resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ("estimator", "merger"))
     if args.dry_run:
         print_notes(resolved.notes)
@@ -123,13 +123,13 @@ def _store(args: argparse.Namespace) -> "FeatureStore":
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; take cpu or auto") from error
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; use cpu or auto") from error
     return FeatureStore(args.features, args.features_limit, device)
 
 
 @contextmanager
 def _ranks() -> "Iterator[None]":
-    """A process group where a launcher started several ranks. What they exchange lies on the CPU."""
+    """A process group, if a launcher started several ranks. What they exchange is on the CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -145,11 +145,11 @@ def _ranks() -> "Iterator[None]":
 def _refuse_used(run_dir: Path) -> None:
     used = next((name for name in (RESULT, METRICS, CHECKPOINTS) if (run_dir / name).exists()), None)
     if used and is_first_rank():
-        raise UserError(f"{run_dir} already holds a run ({used}); give another --run DIR or delete that folder")
+        raise UserError(f"{run_dir} already contains a run ({used}); give another --run DIR or delete that folder")
 
 
 def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.Namespace) -> None:
-    """Everything of the run, result.json last: where that is, the rest is whole."""
+    """Writes all files of the run, result.json last: if it exists, the rest is complete."""
     from lightspan.files import atomic_path, write_atomic
     from lightspan.tensor_files import Form, write_tensors
 

@@ -1,4 +1,4 @@
-"""`lightspan data pack FOLDER --out DIR`, `data verify DIR` and `data index DIR`: write shards and look after them."""
+"""`lightspan data pack FOLDER --out DIR`, `data verify DIR` and `data index DIR`: write and check shards."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightspan.datamodules.shards.pack_sources import Members
 
 SHARDS = "lightspan.datamodules.shards.stream.Shards"
-BATCH, SIDE = 256, 224  # proposed at most
+BATCH, SIDE = 256, 224  # the largest that are proposed
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         metavar="FOLDER",
         type=folder,
-        help="pack: the files to write; one folder of images for each class becomes labelled images, of other files "
-        "those of one name form one sample. verify: what `data pack` wrote. index: the folder of the shards",
+        help="pack: the files to write; one folder of images for each class becomes labelled images; of other files, "
+        "those with the same name form one sample. verify: what `data pack` wrote. index: the folder of the shards",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, help="pack: folder to write; it must not exist")
     parser.add_argument(
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    """Packs, then says how a recipe names the shards. Raises: UserError for a source or size that cannot work."""
+    """Packs, then prints how a recipe names the shards. Raises: UserError for a source or size that cannot work."""
     if args.out is None:
         raise UserError("data pack needs a folder to write; name it with --out DIR")
     shard_bytes = parse_size(args.shard_size)
@@ -91,7 +91,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _settings(shards: str, fields: dict[str, str], count: int, side: int | None) -> list[str]:
-    """The flags with which any recipe reads what was packed; pictures of `side` pixels or none."""
+    """The flags with which any recipe reads what was packed; pictures of `side` pixels, or no pictures."""
     settings = {"shards": f"[{shards}]", "fields": f"{{{', '.join(f'{k}: {v}' for k, v in fields.items())}}}"}
     settings["batch_size"] = str(min(count, BATCH))
     if side is not None:
@@ -100,8 +100,8 @@ def _settings(shards: str, fields: dict[str, str], count: int, side: int | None)
 
 
 def _side(samples: "list[Members]") -> int | None:
-    """The side of the squares that pictures may be cut to: the shorter one of the first picture that can be read, at
-    most that of most pretrained networks; None where there are no pictures.
+    """The side of the squares that pictures may be cropped to: the shorter side of the first readable picture, at
+    most SIDE, which most pretrained networks use; None if there are no pictures.
     """
     from lightspan.datamodules.shards.decoders import IMAGES, UNDECODABLE, open_image
 
@@ -114,7 +114,7 @@ def _side(samples: "list[Members]") -> int | None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """Reads every file of a packed folder. Returns 1 where one is missing, damaged or not listed, and names it."""
+    """Reads every file of a packed folder. Returns 1 if one is missing, damaged or not listed, and names it."""
     from rich.progress import track
 
     from lightspan.datamodules.shards.verify import listed, problem_of, unlisted
@@ -125,7 +125,7 @@ def _verify(args: argparse.Namespace) -> int:
     strangers = [f"{args.folder / name}: was not written by `data pack`" for name in unlisted(args.folder, sums)]
     for problem in problems + strangers:
         print(one_line(problem))
-    print(f"{args.folder}: {len(sums) - len(problems)} of {len(sums)} files are as they were written")
+    print(f"{args.folder}: {len(sums) - len(problems)} of {len(sums)} files are unchanged")
     return 1 if problems or strangers else 0
 
 

@@ -1,4 +1,4 @@
-"""`lightspan export CKPT --to FORMAT`: weights for other programs, first read back with their loader."""
+"""`lightspan export CKPT --to FORMAT`: weights for other programs, written only if their loader reads them back."""
 
 import argparse
 import contextlib
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from lightspan.config.build import Resolved
 
-RECORD = "export.json"  # tells a folder that an export may replace from one that it must not
-LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; a faithful export differs by nothing, another attention kernel by less
+RECORD = "export.json"  # distinguishes a folder that an export may replace from one that it must not
+LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CKPT",
         type=file,
-        help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest whole one",
+        help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest complete one",
     )
     parser.add_argument("--to", required=True, choices=("safetensors", "huggingface", "peft"), help="format to write")
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"read back with {args.to}: largest {what} difference {difference:.3g}")
         limit = 0.0 if args.to == "safetensors" else LARGEST_DIFFERENCE
         if not difference <= limit:
-            print(f"that is more than {limit:g}: nothing was written")
+            print(f"this is more than {limit:g}: nothing was written")
             return 1
         record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}
         (folder / RECORD).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_checkpoint(given: Path) -> Path:
-    """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError where there is none."""
+    """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError if there is none."""
     is_run = given.is_dir() and given.suffix != ".ckpt" and not (given / COMPLETE).exists()
-    if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused where it is read
+    if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused when it is read
         return given
     found = newest_checkpoint(given) if given.is_dir() else None
     if found is None:
@@ -90,7 +90,7 @@ def find_checkpoint(given: Path) -> Path:
 def load_weights(model: "LightningModule", checkpoint: Path) -> None:
     """Puts the checkpoint's weights into `model`, all of them and nothing else.
 
-    Raises: UserError for a file that is no checkpoint, is cut off, or belongs to another model.
+    Raises: UserError for a file that is not a checkpoint, is truncated, or belongs to another model.
     """
     from lightspan.checkpoints.fit import check_fits
     from lightspan.checkpoints.io import read_checkpoint
@@ -107,14 +107,14 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / RECORD).is_file():
-        raise UserError(f"--out {str(out)!r} exists and is no earlier export; name a folder that does not exist yet")
+        raise UserError(f"--out {str(out)!r} exists and is not an earlier export; name a folder that does not exist")
     if not overwrite:
-        raise UserError(f"--out {str(out)!r} holds an earlier export; add --overwrite to replace it, or name another")
+        raise UserError(f"--out {str(out)!r} contains an earlier export; add --overwrite, or name another folder")
 
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `out` if the block wrote RECORD last, and is removed otherwise."""
+    """Yields a temporary folder that becomes `out` if the block wrote RECORD last; otherwise removes it."""
     from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
 
     out = out.absolute()
@@ -134,9 +134,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> float:
-    """Writes model.safetensors with all of `model.state_dict()`; returns the largest difference of what is read back.
+    """Writes model.safetensors with all of `model.state_dict()`; returns the largest difference after reading back.
 
-    Tensors that share memory are stored once; the file's metadata names the others, as safetensors does it.
+    Tensors that share memory are stored once; the file's metadata names the others, as safetensors does.
     """
     import torch
     from safetensors import safe_open
@@ -154,7 +154,7 @@ def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> floa
             if not torch.equal(back, tensor) and tensor.numel():
                 wide = torch.complex128 if tensor.is_complex() else torch.float64
                 apart = (back.to(wide) - tensor.to(wide)).abs().nan_to_num(float("inf"))
-                # NaN is unequal to itself, and infinity has no distance from itself, also where they are stored well.
+                # NaN is unequal to itself and infinity minus itself is NaN, even if they are stored correctly.
                 same = (back == tensor) | (back.isnan() & tensor.isnan())
                 largest = max(largest, float(apart.masked_fill(same, 0.0).amax()))
     return largest

@@ -1,4 +1,4 @@
-"""`lightspan plan RECIPE`: what a run will hold in memory, before anything starts."""
+"""`lightspan plan RECIPE`: how much memory a run will need, before anything starts."""
 
 import argparse
 import dataclasses
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan. Raises: UserError for a recipe that does not build or cannot be planned."""
+    """Prints the plan. Raises: UserError for a recipe that cannot be built or planned."""
     from lightspan.config.build import build, resolve
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shares(plan: "Plan") -> list[tuple[str, int, float]]:
-    """(what, bytes, share of the sum) for everything that a step holds."""
+    """(what, bytes, share of the sum) for everything in memory during a step."""
     step = plan.step
     parts = [
         ("weights", step.weights),
@@ -90,7 +90,7 @@ def shares(plan: "Plan") -> list[tuple[str, int, float]]:
 
 
 def verdict(plan: "Plan") -> str:
-    """Which part is larger, and what that means for whoever wants to save memory."""
+    """Which part is larger, and so where memory can be saved."""
     step = plan.step
     activations, state = _mib(step.activations), _mib(step.optimizer_state)
     if step.activations > step.optimizer_state:
@@ -99,13 +99,12 @@ def verdict(plan: "Plan") -> str:
             f"most {state} MiB; a smaller micro-batch with more accumulation, or activation checkpointing, saves more."
         )
     return (
-        f"Optimiser state outweighs activations ({state} against {activations} MiB): "
-        "a low-rank optimiser is where to save."
+        f"Optimiser state outweighs activations ({state} against {activations} MiB): a low-rank optimiser saves most."
     )
 
 
 def measured_peak(run_dir: Path) -> tuple[str, float] | None:
-    """(key, MiB) of the peak that the run's summary recorded: of the device where it had one, else of the process."""
+    """(key, MiB) of the peak that the run's summary recorded: of the device if it had one, else of the process."""
     path = run_dir / SUMMARY
     if not path.is_file():
         return None
@@ -120,7 +119,7 @@ def measured_peak(run_dir: Path) -> tuple[str, float] | None:
 
 
 def as_json(plan: "Plan", measured: tuple[str, float] | None) -> dict[str, Any]:
-    """The plan in bytes as the content of plan.json, with the measured peak (MiB) where there is one."""
+    """The plan in bytes as the content of plan.json, with the measured peak (MiB), if there is one."""
     recorded = {} if measured is None else {f"measured_{measured[0]}": measured[1]}
     return {**dataclasses.asdict(plan), "planned_total": plan.total, **recorded}
 
@@ -136,7 +135,7 @@ def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
     for what, size, share in shares(plan):
         table.add_row(what, _mib(size), f"{100 * share:.1f} %")
     table.add_section()
-    table.add_row("most of these alive at once, with temporaries", _mib(plan.step.peak), "")
+    table.add_row("peak of these at one time, with temporaries", _mib(plan.step.peak), "")
     if plan.process:
         table.add_row("Python, libraries and data in this process", _mib(plan.process), "")
         table.add_row("together", _mib(plan.total), "")
@@ -156,7 +155,7 @@ def _ranks(config: dict[str, Any]) -> int:
 
 
 def _whole(config: dict[str, Any], key: str) -> int:
-    """A number of the trainer; 1 where it is left to the machine, which is not asked here."""
+    """A number of the trainer; 1 if it is left to the machine, which is not queried here."""
     value = config.get("trainer", {}).get(key)
     return len(value) if isinstance(value, list) else value if isinstance(value, int) and value > 0 else 1
 

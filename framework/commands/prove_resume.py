@@ -1,4 +1,4 @@
-"""`lightspan prove-resume`: a recipe run straight, and the same run killed at random steps and resumed, compared."""
+"""`lightspan prove-resume`: compares an uninterrupted run with the same run killed at random steps and resumed."""
 
 import argparse
 import importlib
@@ -24,13 +24,13 @@ from lightspan.runs.fits import exits_on_sigterm, fit_command, last_lines, ranks
 
 DIFFERENT = 1
 LOSS_TOLERANCE = 1e-5
-"""Largest relative difference of losses between numbers of ranks, in float64: sums are taken in another order. In a
-recipe's own precision training itself can make more of a last bit than that, so nothing is asked of losses there.
+"""Largest relative difference of losses between numbers of ranks, in float64: sums are computed in another order. In a
+recipe's own precision, training can amplify a last bit beyond that, so losses are not compared there.
 """
 DOUBLE = "float64"
 OWN_DATA = "lightspan.datamodules."
 _IN_STEP = ("batch_start", "before_backward", "before_step", "batch_end")  # places of `callbacks.proof.KillAt`
-_AFTER_SAVE = "after_save"  # another one: after the first checkpoint from the end of the step on
+_AFTER_SAVE = "after_save"  # one more: after the first checkpoint at or after the end of the step
 _FLOAT64 = {"class_path": "lightning.pytorch.plugins.precision.DoublePrecision"}
 _RUN = {"save_dir": "${run}"}
 
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", default="1", metavar="1,2", help="numbers of ranks to test (default 1)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimiser steps of a run (default 20)")
     parser.add_argument("--every", type=int, metavar="N", help="steps between checkpoints (default: --steps / 5)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the steps and places of the kills (default 0)")
-    parser.add_argument("--keep", type=folder, metavar="DIR", help="keep the runs there, instead of deleting them")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the steps and places of the kills (default 0)")
+    parser.add_argument("--keep", type=folder, metavar="DIR", help="keep the runs in DIR instead of deleting them")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Leg:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when everything promised is equal, else 1. Raises: UserError for impossible numbers, and for a run that fails
+    """0 if everything promised is equal, else 1. Raises: UserError for impossible numbers, and for a run that fails
     by itself.
     """
     settings = _settings(args)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_uneven_batches(resolved: Resolved, ranks: Sequence[int]) -> None:
-    """Now, and not in the run that first meets it. What `batch_size` means in others' data is theirs to say."""
+    """Checks now rather than in the run that would fail. Data of others may give `batch_size` another meaning."""
     data, trainer = resolved.config.get("data"), resolved.config.get("trainer", {})
     if not isinstance(data, dict) or not data.get("class_path", "").startswith(OWN_DATA):
         return
@@ -137,7 +137,7 @@ def _prove(resolved: Resolved, settings: _Settings, folder: Path) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console, runs = Console(highlight=False, soft_wrap=True), _runs(settings)
-    resolved = with_seed(resolved, folder, None)  # one for all starts, each of which has a folder of its own
+    resolved = with_seed(resolved, folder, None)  # the same for all starts, each of which has its own folder
     print_notes(resolved.notes)
     console.print(f"{resolved.name}: {settings.steps} steps, a checkpoint every {settings.every}, seed {settings.seed}")
     for name, legs in runs.items():
@@ -164,7 +164,7 @@ def _prove(resolved: Resolved, settings: _Settings, folder: Path) -> int:
 
 
 def _runs(settings: _Settings) -> dict[str, list[Leg]]:
-    """Folder name -> the starts of that run. Equal settings give equal kills."""
+    """Folder name -> the starts of that run. The same settings give the same kills."""
     draw = random.Random(settings.seed)
     runs: dict[str, list[Leg]] = {}
     for count in settings.ranks:
@@ -179,13 +179,13 @@ def _runs(settings: _Settings) -> dict[str, list[Leg]]:
 
 
 def _legs(draw: random.Random, settings: _Settings, ranks: Sequence[int]) -> list[Leg]:
-    """The starts of a run that is killed at growing steps, on the numbers of ranks in turn."""
+    """The starts of a run that is killed at increasing steps, on the numbers of ranks in turn."""
     counts = [ranks[number % len(ranks)] for number in range(settings.kills + 1)]
     steps = sorted(draw.sample(range(settings.steps), settings.kills))
     kills = []
     for step, after, count in zip(steps, [*steps[1:], settings.steps], counts, strict=False):
         saved = min((step // settings.every + 1) * settings.every, settings.steps)
-        places = (*_IN_STEP, _AFTER_SAVE) if saved <= after else _IN_STEP  # the next kill has to come yet
+        places = (*_IN_STEP, _AFTER_SAVE) if saved <= after else _IN_STEP  # the next kill must still come
         kills.append(Kill(step, draw.choice(places), draw.randrange(count)))
     return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]
 
@@ -208,7 +208,7 @@ def _verdicts(settings: _Settings, folder: Path) -> Iterator[tuple[str, str | No
 
 
 def _start(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -> None:
-    """Runs one leg. Raises: UserError when it ends in another way than it was to."""
+    """Runs one leg. Raises: UserError if it ends in another way than planned."""
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
     write_atomic(recipe, dump(with_layer(resolved, _changes(resolved, settings, run_dir, leg)).document()))
     log = run_dir / "output.txt"
@@ -218,7 +218,7 @@ def _start(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -> 
         status = next((status for status in statuses if status), 0)
         wanted = "be killed" if leg.kill else "finish"
         raise UserError(
-            f"{run_dir.name} on {leg.ranks} rank(s) was to {wanted} but ended with status {status}; its last lines:\n"
+            f"{run_dir.name} on {leg.ranks} rank(s) should {wanted} but ended with status {status}; its last lines:\n"
             + last_lines(log)
         )
 
@@ -249,7 +249,7 @@ def _changes(resolved: Resolved, settings: _Settings, run_dir: Path, leg: Leg) -
     given = resolved.config.get("trainer", {})
     loggers = given.get("logger")
     trainer["logger"] |= {name: None for name in (loggers if isinstance(loggers, dict) else {}) if name != "jsonl"}
-    if max(settings.ranks) > 1 and "strategy" not in given:  # the same on every leg, or it would be another experiment
+    if max(settings.ranks) > 1 and "strategy" not in given:  # the same for every leg, or it would be another experiment
         trainer["strategy"] = "ddp"
     if leg.double:  # as a plugin, since Lightning refuses precision=64-true together with a sharding strategy
         plugins = given.get("plugins") or []

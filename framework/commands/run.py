@@ -88,7 +88,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         refuse_other_experiment(resolved, checkpoint)
     if args.wandb:
         resolved = with_layer(resolved, _wandb_layer(checkpoint))
-    if is_first_rank():  # said before torch is loaded, which takes seconds
+    if is_first_rank():  # printed before torch is loaded, which takes seconds
         print_notes(resolved.notes)
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
     built = build(resolved, run_dir)
@@ -109,7 +109,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         status = call(fit, built, run_dir, checkpoint)[0]
     except BaseException:
         if is_first_rank():
-            with contextlib.suppress(UserError):  # a disk that is full now hides nothing of what came first
+            with contextlib.suppress(UserError):  # a full disk must not hide the first error
                 write_csv(run_dir)
         raise
     if is_first_rank():
@@ -139,10 +139,10 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     if not args.ckpt.exists():
         raise UserError(f"--ckpt {args.ckpt}: no such file; a run keeps its checkpoints in RUN/checkpoints")
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
-        raise UserError(f"--run {args.run} holds a training run; give {verb} a folder of its own or leave --run out")
+        raise UserError(f"--run {args.run} contains a training run; give {verb} its own folder or leave --run out")
     run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
     resolved = with_seed(resolved, run_dir, args.ckpt)
-    resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go into one JSON file
+    resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go to one JSON file
     built = build(resolved, run_dir)
     if is_first_rank():
         print_notes(resolved.notes)
@@ -165,7 +165,7 @@ def _resolve(args: argparse.Namespace) -> Resolved:
 
 
 def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint: Path | None) -> tuple[int, Any]:
-    """Runs a Trainer function; returns (exit status, its result) and turns what a user can mend into a UserError."""
+    """Runs a Trainer function; returns (exit status, its result) and turns what a user can fix into a UserError."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightspan.callbacks.resilience.preemption import Preempted
@@ -182,7 +182,7 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
         _say_stopped(str(leaving), run_dir)
         return int(leaving.code or 0), None
     except BaseException as error:
-        # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), its teardown done. A write that is cut by it
+        # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), after teardown. A write that it interrupts
         # raises whatever its library raises.
         if built.trainer.interrupted and (
             isinstance(error, KeyboardInterrupt | SystemExit) or (flag is not None and flag.insisted)
@@ -197,18 +197,18 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
             raise UserError(message) from error
         raise
     finally:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # Lightning's doing after Ctrl-C
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # Lightning sets this after Ctrl-C
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _say_stopped(why: str, run_dir: Path) -> None:
     if is_first_rank():
-        way_on = f"; the same command with --run {shlex.quote(str(run_dir))} goes on from it"
+        way_on = f"; the same command with --run {shlex.quote(str(run_dir))} continues from it"
         print(f"\nlightspan: {why}; {standing(run_dir / LAST_CHECKPOINT, way_on)}", file=sys.stderr, flush=True)
 
 
 def _explain(error: OSError, run_dir: Path) -> None:
-    """Raises a UserError for an error of a file in the run folder, or of a disk. Sockets and pipes have others."""
+    """Raises a UserError for an error with a file in the run folder, or with a disk, but not with sockets and pipes."""
     from lightspan.files import explained_os_errors
 
     disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -222,7 +222,7 @@ def _explain(error: OSError, run_dir: Path) -> None:
 
 
 def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
-    """What a library complains of that a user can mend, by where it was raised; None for all else."""
+    """The message for a library's error that a user can fix, by where it was raised; None for all others."""
     if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError):
         return None
     passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
@@ -242,15 +242,15 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
 
 
 def _check_at_start(built: Built) -> None:
-    """Has the run looked at once more when everything is set up, before its first step."""
+    """Has the run checked once more after everything is set up, before its first step."""
     from lightspan.commands.start_checks import StartChecks
 
-    # First, and not last, where Lightning wants those callbacks that write checkpoints.
+    # First, since Lightning wants callbacks that write checkpoints last.
     built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
 
 
 def _obey_signals(built: Built) -> None:
-    """Hands signals to the callback of the run that obeys them, or gives them back their usual meaning."""
+    """Leaves signals to the run's callback that obeys them, or restores their usual meaning."""
     from lightspan.callbacks.resilience.preemption import Preemption
     from lightspan.signals import installed
 
@@ -263,10 +263,10 @@ def _obey_signals(built: Built) -> None:
 
 
 def _meet_after_restart(built: Built) -> None:
-    """Ranks that torchrun starts again meet under keys of their own.
+    """Ranks that torchrun restarts meet under new keys.
 
-    torchrun keeps its store over a restart (torch 2.13), and by its default keys a rank can find the address of one
-    that was killed and wait for it in vain. Lightning takes a process group that is there as it is.
+    torchrun keeps its store on a restart (torch 2.13), and under its default keys a rank can find the address of one
+    that was killed, and wait for it in vain. Lightning uses an existing process group as it is.
     """
     start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -286,7 +286,7 @@ def _few_lines(text: str) -> str:
 
 
 def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:
-    """The tracker, offline without a key; a run that goes on keeps its id there."""
+    """The tracker, offline without a key; a resumed run keeps its id there."""
     offline = wandb_key_place() is None
     settings: dict[str, Any] = {"project": "lightspan", "save_dir": "${run}", "offline": offline}
     if checkpoint is not None and (run_id := run_ids(checkpoint).get("lightning.pytorch.loggers.wandb.WandbLogger")):
@@ -302,7 +302,7 @@ def _write_predictions(predictions: Any, path: Path) -> None:
 
     with atomic_path(path) as temporary:
         torch.save(predictions, temporary)
-    print(f"wrote {path}: one entry a batch")
+    print(f"wrote {path}: one entry per batch")
 
 
 def _print_metrics(results: list[dict[str, float]], path: Path) -> None:

@@ -1,7 +1,7 @@
 """The seed of a run whose configuration names none, so that every run can be repeated.
 
-It follows from the path of the run folder, which all ranks of a run share before they have met: nobody has to draw it
-for the others, and a run that starts again before its first checkpoint has it once more.
+It follows from the path of the run folder, which all ranks of a run know before they have met: no rank has to draw it
+for the others, and a run that starts again before its first checkpoint gets the same seed.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ KEY = "seed_everything"
 
 
 def with_seed(resolved: Resolved, run_dir: Path, checkpoint: Path | None) -> Resolved:
-    """The configuration with a whole number as its `seed_everything`, where it says nothing or `true`.
+    """The configuration with a whole number as its `seed_everything`, if it says nothing or `true`.
 
-    A run that takes up a checkpoint has the seed that is recorded beside it, if any, and one that was recorded without
-    a seed stays without. `false` asks for no seed, and gets none.
+    A run that resumes a checkpoint has the seed recorded beside it, if any, and one that was recorded without
+    a seed stays without. `false` means no seed.
     """
     given = resolved.config.get(KEY, True)
     if given is not True:
@@ -28,6 +28,6 @@ def with_seed(resolved: Resolved, run_dir: Path, checkpoint: Path | None) -> Res
         whole = isinstance(before, int) and not isinstance(before, bool)
         return with_layer(resolved, {KEY: before}, f"{source / RESOLVED}") if whole else resolved
     seed = int.from_bytes(hashlib.sha256(str(run_dir).encode()).digest()[:4], "big")
-    seeded = with_layer(resolved, {KEY: seed}, "drawn from the path of the run folder")
-    note = f"no {KEY} is set, so the run takes {seed}, drawn from the path of its folder; {KEY}={seed} repeats it"
+    seeded = with_layer(resolved, {KEY: seed}, "derived from the path of the run folder")
+    note = f"no {KEY} is set, so the run uses {seed}, derived from the path of its folder; {KEY}={seed} repeats it"
     return replace(seeded, notes=[*seeded.notes, note])

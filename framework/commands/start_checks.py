@@ -1,4 +1,4 @@
-"""What only a Trainer that is about to take its first step can tell: whether its data can be taken up again, and
+"""What is known only when a Trainer is about to take its first step: whether its data can be resumed, and
 whether its schedules are long enough.
 """
 
@@ -17,7 +17,7 @@ from lightspan.errors import UserError
 
 
 class StartChecks(Callback):
-    """Says where a training loader keeps no position. Raises: UserError for a schedule that ends before the run."""
+    """Warns of training loaders that keep no position. Raises: UserError for a schedule that ends before the run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_short_schedules(trainer)
@@ -25,24 +25,24 @@ class StartChecks(Callback):
             print_notes(
                 [
                     f"the training data come from a {' and a '.join(loaders)}, which keeps no position: stopped inside "
-                    "an epoch and resumed, this run sees other samples than it would have seen; "
-                    "lightspan.datamodules.loading.ranks.train_loader gives a loader that goes on with the next sample"
+                    "an epoch and resumed, this run sees other samples than an uninterrupted one; "
+                    "lightspan.datamodules.loading.ranks.train_loader gives one that continues with the next sample"
                 ]
             )
 
 
 def without_position(trainer: Trainer) -> list[str]:
-    """The classes of those training loaders of which a checkpoint keeps nothing."""
+    """The classes of those training loaders whose position is not in a checkpoint."""
     combined = trainer.fit_loop._combined_loader
     loaders = combined.flattened if combined is not None else []
     return sorted({type(loader).__name__ for loader in loaders if not isinstance(loader, _Stateful)})
 
 
 def refuse_short_schedules(trainer: Trainer) -> None:
-    """Raises UserError where a `OneCycleLR` has fewer steps than the run, which torch would meet in mid-run.
+    """Raises UserError if a `OneCycleLR` has fewer steps than the run; torch would raise in the middle of it.
 
-    Says nothing where the number of steps is not known: time or early stopping may end the run, or accumulation
-    changes in it.
+    Does nothing if the number of steps is not known: time or early stopping may end the run, or accumulation
+    may change during it.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
     if any(isinstance(callback, EarlyStopping | Timer | GradientAccumulationScheduler) for callback in callbacks):
@@ -55,22 +55,22 @@ def refuse_short_schedules(trainer: Trainer) -> None:
 
 
 def past_its_end(error: BaseException) -> str | None:
-    """What to say of an error of torch's that a schedule was stepped beyond its end; None for any other error."""
+    """The message for torch's error that a schedule was stepped beyond its end; None for any other error."""
     found = re.fullmatch(r"Tried to step (\d+) times\. The specified number of total steps is (\d+)", str(error))
     return None if found is None else _too_short(int(found[2]), f"it came to step {found[1]}")
 
 
 def _too_short(length: int, run: str) -> str:
     return (
-        f"the schedule OneCycleLR has total_steps={length}, and {run}; beyond its end it has no rate. Give it "
+        f"the schedule OneCycleLR has total_steps={length}, but {run}; beyond its end it has no learning rate. Give it "
         "total_steps=self.trainer.estimated_stepping_batches in configure_optimizers, or lower trainer.max_steps or "
-        "trainer.max_epochs, or take a schedule that keeps its last rate, such as "
+        "trainer.max_epochs, or use a schedule that keeps its last rate, such as "
         "lightspan.optim.schedules.WarmupCosine"
     )
 
 
 def _calls_to_come(trainer: Trainer, config: LRSchedulerConfig) -> float:
-    """How often the Trainer will step a schedule until the end; infinite where that is not known."""
+    """How often the Trainer will step a schedule until the end; infinite if that is not known."""
     if config.frequency != 1 or not trainer.lightning_module.automatic_optimization:
         return math.inf
     if config.interval == "step":
@@ -80,7 +80,7 @@ def _calls_to_come(trainer: Trainer, config: LRSchedulerConfig) -> float:
 
 
 def _one_cycles(schedule: object) -> Iterator[OneCycleLR]:
-    """The schedule itself, or those that are chained in it. Parts of a SequentialLR have steps of their own."""
+    """The schedule itself, or those chained in it. Parts of a SequentialLR count their own steps."""
     if isinstance(schedule, OneCycleLR):
         yield schedule
     elif isinstance(schedule, ChainedScheduler):

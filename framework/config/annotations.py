@@ -14,8 +14,8 @@ _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
 _TEXTS = ("str", "Path", "PathLike", "_PATH")
 _NAMES = {"int": (int,), "float": (int, float), "bool": (bool,), **dict.fromkeys(_TEXTS, (str,))}
-_NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Logger")  # told by name, unread
-_NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # of which a number may be one
+_NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Logger")  # recognised by name only
+_NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # a number may be one of these
 _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
 _MODULE = "torch.nn.modules.module.Module"
@@ -93,7 +93,7 @@ def members(annotation: ast.expr, source: Source, depth: int = 0) -> list[tuple[
 
 
 def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
-    """Whether a text given for this annotation can only be taken as a text: no class, no callable, nothing unknown."""
+    """Whether a text given for this annotation can only be a text: no class, no callable, nothing unknown."""
     for member, where in members(annotation, source):
         name = _name(member)
         inner = _arguments(member)
@@ -106,7 +106,7 @@ def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
 
 
 def takes_class_itself(annotation: ast.expr, source: Source) -> bool:
-    """Whether a class is wanted and no object of it: `type[...]`, and every kind of module of timm's, whose annotations
+    """Whether a class is wanted and not an object of it: `type[...]`, and every kind of timm module, whose annotations
     name the class that they take (`block: Union[BasicBlock, Bottleneck]`). Where timm says `nn.Module`, it takes one.
     """
     for member, where in members(annotation, source):
@@ -119,12 +119,12 @@ def takes_class_itself(annotation: ast.expr, source: Source) -> bool:
 
 
 def is_untyped(annotation: ast.expr, source: Source) -> bool:
-    """Whether every value fits, so that nothing is known of what the class does with it."""
+    """Whether every value fits, so that nothing is known about what the class does with it."""
     return any(_name(member) in _UNTYPED for member, _ in members(annotation, source))
 
 
 def item_annotation(annotation: ast.expr, source: Source, key: int | str) -> tuple[ast.expr, Source] | None:
-    """What an item of a list (by its position) or a value of a mapping (by its key) is declared as, None if nowhere."""
+    """What an item of a list (by its position) or a value of a mapping (by its key) is declared as, None if not."""
     for member, where in members(annotation, source):
         name, inner = _name(member), _arguments(member)
         if isinstance(key, int) and name in _SEQUENCES and inner:
@@ -139,7 +139,7 @@ def item_annotation(annotation: ast.expr, source: Source, key: int | str) -> tup
 def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
     """How many leading arguments the caller supplies to a class given for this annotation.
 
-    `Callable[[Optimizer, int], ...]` supplies 2, `Callable[..., X]` any number (-1), a plain class none (0); None where
+    `Callable[[Optimizer, int], ...]` supplies 2, `Callable[..., X]` any number (-1), a plain class none (0); None if
     there is no annotation.
     """
     if annotation is None:
@@ -154,7 +154,7 @@ def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
         return len(inner[0].elts) if inner and isinstance(inner[0], ast.List) else -1
     if name in _BOUND:
         return _BOUND[name]
-    # Only a name that says Callable is looked up: reading the source of every class would cost more than all else.
+    # Only names that contain Callable are looked up: reading the source of every class would cost more than all else.
     found = resolve(annotation, source) if name.endswith("Callable") else None
     if isinstance(found, Definition) and isinstance(found.node, ast.expr):
         return bound_arguments(found.node, found.source)
@@ -162,7 +162,7 @@ def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
 
 
 def class_names(annotation: ast.expr, source: Source) -> list[str]:
-    """The full names of the classes that an annotation takes, or whose makers it takes; empty where one is unknown."""
+    """The full names of the classes that an annotation takes, or whose builders it takes; empty if one is unknown."""
     names: list[str] = []
     for member, where in members(annotation, source):
         name, inner = _name(member), _arguments(member)
@@ -180,7 +180,7 @@ def class_names(annotation: ast.expr, source: Source) -> list[str]:
 
 
 def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:
-    """The class that a mapping without class_path would fill, or None where it is no class in readable source."""
+    """The class that a mapping without class_path would fill, or None if it is not a class in readable source."""
     for member, where in members(annotation, source):
         found = resolve(member, where)
         if isinstance(found, Definition) and isinstance(found.node, ast.ClassDef) and signature_of(found):
@@ -189,7 +189,7 @@ def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:
 
 
 def literal_choices(annotation: ast.expr) -> list[Any] | None:
-    """The values of `Literal[...]`, or None where one is not written as a plain value."""
+    """The values of `Literal[...]`, or None if one is not written as a plain value."""
     try:
         return [ast.literal_eval(item) for item in _arguments(annotation)]
     except ValueError:
@@ -197,7 +197,7 @@ def literal_choices(annotation: ast.expr) -> list[Any] | None:
 
 
 def describe(annotation: ast.expr, source: Source) -> str:
-    """The annotation in a user's words: `a whole number or null`."""
+    """The annotation in plain words: `a whole number or null`."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", **dict.fromkeys(_TEXTS, "a text")}
     parts = []
     for member, _ in members(annotation, source):

@@ -1,4 +1,4 @@
-"""Which key of a configuration an error while building comes from."""
+"""Which key of a configuration caused an error during building."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from lightspan.errors import UserError
 
 _PARSER_KEY = re.compile(r'^(?:error: )?(?:Parser key|Validation failed: Key) "([^"]+)":?\s*(.*)$')
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, .* to allow it\.")
-_STRUCTURE = (  # lines of a jsonargparse message that say nothing about the mistake
+_STRUCTURE = (  # lines of a jsonargparse message that do not describe the mistake
     "Does not validate against any",
     "Subtypes:",
     "Errors:",
@@ -25,7 +25,7 @@ _STRUCTURE = (  # lines of a jsonargparse message that say nothing about the mis
 
 
 def blame(constructed: type, error: Exception, resolved: Resolved) -> str:
-    """One line for what a constructor said: file:line and key of its class or, where the message names a setting, of
+    """One line for what a constructor said: file:line and key of its class or, if the message names a setting, of
     that setting; the class; the message.
     """
     name = f"{constructed.__module__}.{constructed.__qualname__}"
@@ -48,7 +48,7 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def _kind(error: Exception) -> str:
-    """What kind of error it is, for those that do not say what is wrong with a value."""
+    """The kind of an error whose message alone does not say what is wrong with a value."""
     plain = isinstance(error, ValueError | TypeError | OSError) or type(error).__name__ == "MisconfigurationException"
     return "" if plain else f"{type(error).__name__}: "
 
@@ -63,7 +63,7 @@ def _specs(root: Node, name: str) -> Iterator[tuple[KeyPath, Node]]:
 
 
 def deepest_cause(text: str, resolved: Resolved) -> str:
-    """The complaint of a jsonargparse message about the innermost key, with the place that key was written.
+    """The complaint of a jsonargparse message about the innermost key, with the place where that key was written.
 
     The messages nest: a union lists the complaints of all its members, each under the key of the level above.
     """

@@ -1,7 +1,7 @@
 """Finds what is wrong with a merged configuration, from source alone: nothing is imported.
 
-Names are judged by the gate in `allow`, which refuses what it cannot tell. Of settings the names, the plain types and
-the well-known ranges are told here; the rest meets the typed builder, and the constructors themselves, later.
+Names are judged by the gate in `allow`, which refuses what it cannot determine. Names, plain types and known ranges of
+settings are checked here; the typed builder and the constructors check the rest later.
 """
 
 import ast
@@ -32,14 +32,14 @@ from lightspan.config.signatures import Parameter, Signature, descends, signatur
 from lightspan.config.source import Definition, locate
 from lightspan.config.tree import KeyPath, Node, dotted, plain
 
-RECIPES = {  # what a recipe is of, by the key that names its class -> the keys that it may have
+RECIPES = {  # kind of recipe, which is the key that names its class -> the keys that it may have
     "model": ("seed_everything", "trainer", "model", "data"),
     "estimator": ("seed_everything", "estimator", "inputs"),
     "merger": ("seed_everything", "merger", "checkpoints"),
 }
 ROOT_KEYS = tuple(dict.fromkeys(key for keys in RECIPES.values() for key in keys))
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
-KINDS = {  # what stands where no annotation of ours says so
+KINDS = {  # what belongs where no annotation of ours says so
     "model": "lightning.pytorch.core.module.LightningModule",
     "data": "lightning.pytorch.core.datamodule.LightningDataModule",
     "estimator": "lightspan.estimators.estimator.Estimator",
@@ -50,12 +50,12 @@ KINDS = {  # what stands where no annotation of ours says so
 }
 SCHEDULE = "torch.optim.lr_scheduler.LRScheduler"
 STEPS = ("total_steps", "total_iters", "T_max", "max_steps", "num_steps", "num_training_steps")  # of a whole run
-LONG_LIST = 15  # allowed names are listed up to here, or where no near name was found
+LONG_LIST = 15  # up to so many allowed names are listed; more only if no similar name was found
 SPEC_KEYS = ("class_path", *CLASS_SETTINGS)
 
 
 def kind_of(keys: Container[str]) -> str:
-    """What a recipe with these keys at its root is of: "model", unless it names an "estimator" or a "merger"."""
+    """The kind of a recipe with these keys at its root: "model", unless it names an "estimator" or a "merger"."""
     return next((kind for kind in RECIPES if kind in keys and kind != "model"), "model")
 
 
@@ -76,7 +76,7 @@ def find_problems(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """All syntax trees read meanwhile are kept; to look through them for garbage takes longer than to parse them."""
+    """All syntax trees read meanwhile are kept; searching them for garbage takes longer than parsing them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -109,7 +109,7 @@ class _Checker:
             self.keyed(inputs, ("inputs",))
             for name in inputs.value if isinstance(inputs.value, dict) else ():
                 if not str(name).isidentifier():
-                    self.say(inputs, ("inputs", name), "must be a name that `fit` can take: letters, digits and _")
+                    self.say(inputs, ("inputs", name), "must be a name that `fit` accepts: letters, digits and _")
         if kind == "merger":
             self.checkpoints(root)
         for key in dict.fromkeys((kind, "data")):
@@ -125,9 +125,7 @@ class _Checker:
     def checkpoints(self, root: Node) -> None:
         node = root.child("checkpoints")
         if node is None or not isinstance(node.value, dict) or not node.value:
-            self.say(
-                node or root, ("checkpoints",), "must be a mapping of names of your choice to paths of checkpoints"
-            )
+            self.say(node or root, ("checkpoints",), "must map names of your choice to paths of checkpoints")
             return
         for name, child in node.value.items():
             if not isinstance(child.value, str) or not child.value:
@@ -154,7 +152,7 @@ class _Checker:
             return
         if not isinstance(node.value, dict):
             if node.value is not None:
-                self.say(node, path, "must be a mapping of a name of your choice to class_path and init_args")
+                self.say(node, path, "must map a name of your choice to class_path and init_args")
             return
         if "class_path" in node.value:
             self.say(node, path, "give the entry a name: {my_name: {class_path: ..., init_args: ...}}")
@@ -171,11 +169,11 @@ class _Checker:
             if isinstance(node.value, dict)
             else f"got {plain(node)!r}"
         )
-        self.say(node, path, f"has no class_path (nothing below sets one either); {found}")
+        self.say(node, path, f"has no class_path (no lower layer sets one either); {found}")
 
     def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
         """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class
-        descends from one of `kinds`; an empty list says nothing.
+        descends from one of `kinds`; an empty list allows all.
         """
         for key, child in node.value.items():
             if key not in SPEC_KEYS:
@@ -198,7 +196,7 @@ class _Checker:
             if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
                 wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
                 article = "an" if wanted[0] in "AEIO" else "a"
-                self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, and {class_path} is none")
+                self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, but {class_path} is not")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return
@@ -210,16 +208,16 @@ class _Checker:
             self.say(
                 class_node,
                 (*path, "class_path"),
-                f"a method passes the run's number of steps second, where {owner} takes {parameters[1].name}; name a "
+                f"a method passes the run's number of steps second, but {owner} takes {parameters[1].name}; name a "
                 f"schedule whose second argument is one of {', '.join(STEPS)}, such as "
-                "lightspan.optim.schedules.WarmupCosine, or bind the others in a function of your own "
+                "lightspan.optim.schedules.WarmupCosine, or bind the others in your own function "
                 "(optimizer, total_steps) and add --allow-module",
             )
             return
         for where in ("init_args", "dict_kwargs"):
             for parameter in parameters[:bound]:
                 if (given_node := node.at((where, parameter.name))) is not None:
-                    self.say(given_node, (*path, where, parameter.name), "the caller supplies it; leave it out")
+                    self.say(given_node, (*path, where, parameter.name), "the caller supplies this; leave it out")
         supplied = {parameter.name for parameter in parameters[:bound]}
         own = Signature({parameter.name: parameter for parameter in parameters[bound:]}, known.open)
         free = {name: child for name, child in settings.value.items() if name not in supplied}
@@ -254,9 +252,9 @@ class _Checker:
                 self.value(node, (*path, name), parameter.annotation, parameter)
 
     def passed_on(self, node: Node, path: KeyPath, owner: str) -> None:
-        """A setting that the signature does not name: it goes to somebody unknown, so it is a plain value."""
+        """A setting that the signature does not name: nobody knows where it goes, so it must be a plain value."""
         if isinstance(node.value, dict) and "class_path" not in node.value:
-            self.say(node, path, f"{owner} does not name it and hands it on; only plain values and lists may be so")
+            self.say(node, path, f"{owner} does not declare it and passes it on; it may only be a plain value or list")
         self.untyped(node, path)
 
     def value(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
@@ -267,8 +265,8 @@ class _Checker:
             self.say(
                 node,
                 path,
-                f"takes the class {named} itself, which a configuration cannot hand on; write a short name such as "
-                f"'relu' where {parameter.name} takes one, or: {allow.way_round(source.name)}",
+                f"takes the class {named} itself, which a configuration cannot give; write a short name such as "
+                f"'relu' if {parameter.name} takes one, or: {allow.way_round(source.name)}",
             )
         elif isinstance(node.value, dict) and "class_path" in node.value:
             if takes_only_plain(annotation, source):
@@ -294,7 +292,7 @@ class _Checker:
         return name if isinstance(name, str) and "." in name and not allow.refusal(name, self.modules) else None
 
     def items(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
-        """The values of a list or mapping, each by what it is declared as."""
+        """The values of a list or mapping, each checked as it is declared."""
         for key, child in node.value.items() if isinstance(node.value, dict) else enumerate(node.value):
             item = item_annotation(annotation, parameter.source, str(key) if isinstance(node.value, dict) else key)
             if item is None:
@@ -316,10 +314,10 @@ class _Checker:
         return f"must be {describe(annotation, parameter.source)}, got {value!r:.200}; {hint}".rstrip("; ")
 
     def untyped(self, node: Node, path: KeyPath) -> None:
-        """A value of unknown type: plain data, for nothing is known of what becomes of a class there."""
+        """A value of unknown type: plain data, because nobody knows what would happen to a class there."""
         if isinstance(node.value, dict):
             if "class_path" in node.value:
-                self.say(node, path, "no class may stand here: its type is not declared")
+                self.say(node, path, "no class may be given here: the type is not declared")
             elif "init_args" in node.value and path[-1] != "init_args":
                 self.incomplete(node, path)
             else:
@@ -332,7 +330,7 @@ class _Checker:
             self.text(node, path)
 
     def text(self, node: Node, path: KeyPath) -> bool:
-        """Whether a text was refused because a builder could take it for a class."""
+        """Whether a text was refused because a builder could mistake it for a class."""
         message = allow.text_refusal(node.value, self.modules)
         if message is not None:
             self.say(node, path, message)

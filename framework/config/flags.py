@@ -1,4 +1,4 @@
-"""Flags of the command line: `a.b.c=value`, `--a.b.c=value` and `--a.b.c value` say the same, wherever they stand."""
+"""Flags of the command line: `a.b.c=value`, `--a.b.c=value` and `--a.b.c value` mean the same, wherever they are."""
 
 import re
 from collections.abc import Collection
@@ -16,9 +16,9 @@ def split_flags(arguments: list[str], valued: Collection[str] = ()) -> tuple[lis
     """Separates flags from all other arguments.
 
     Args:
-        valued: options such as --run whose next argument is theirs, whatever it looks like.
+        valued: options such as --run that take the next argument, whatever it looks like.
     Returns: (flags as `a.b.c=value`, the rest), each in the order given.
-    Raises: UserError where `--a.b.c` has no value.
+    Raises: UserError if `--a.b.c` has no value.
     """
     flags: list[str] = []
     rest: list[str] = []

@@ -1,8 +1,8 @@
-"""Where classes are that earlier versions kept in other modules, so that their recipes and run folders still load."""
+"""New places of classes that earlier versions had in other modules, so that old recipes and run folders still load."""
 
 from lightspan.config.tree import Node
 
-MODULES = {  # as it was -> as it is
+MODULES = {  # old name -> new name
     "lightspan.callbacks.subspace_projection": "lightspan.callbacks.training.subspace_projection",
     "lightspan.callbacks.adaptation": "lightspan.callbacks.training.adaptation",
     "lightspan.callbacks.intrinsic_dimension": "lightspan.callbacks.training.intrinsic_dimension",
@@ -36,7 +36,7 @@ MODULES = {  # as it was -> as it is
 
 
 def followed(node: Node) -> Node:
-    """The tree with every `class_path` as this version has it."""
+    """The tree with every `class_path` as in this version."""
     if isinstance(node.value, list):
         return Node([followed(child) for child in node.value], node.where, node.replaced)
     if not isinstance(node.value, dict):

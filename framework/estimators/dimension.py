@@ -1,4 +1,4 @@
-"""How many dimensions features use: of the manifold that they lie on, and of the space that they span."""
+"""How many dimensions features use: that of the manifold that they lie on, and that of the space that they span."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,9 +50,9 @@ class TwoNN(Estimator):
     """The dimension of the manifold that features lie on, by `lightspan.analysis.dimension`.
 
     Args:
-        rule: "likelihood" or "fit", which bears outliers better.
+        rule: "likelihood", or "fit", which tolerates outliers better.
         discard: share of the largest ratios that "fit" leaves out.
-        most: rows looked at, evenly spaced in the order of their index; the work grows with the square.
+        most: largest number of rows used, evenly spaced in the order of their index; the work grows with its square.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TwoNN(Estimator):
         if not value.isfinite():
             raise UserError(
                 f"TwoNN: all {len(mu_N)} points have two neighbours equally far away, as on a lattice, so distances "
-                "tell nothing of a dimension; take features that are not rounded"
+                "do not reveal a dimension; use features that are not rounded"
             )
         quantiles = mu_N.quantile(torch.arange(1, 100, dtype=mu_N.dtype) / 100)
         return Dimension(float(value), max(len(mu_N) - 2, 1) ** -0.5, len(mu_N), tuple(quantiles.tolist()))
@@ -84,7 +84,7 @@ class TwoNN(Estimator):
 
 @dataclass(frozen=True)
 class SpectrumOfFeatures(Result):
-    """What the singular values of features say; `energies` are the shares of the strongest directions, falling."""
+    """Summary of the singular values of features; `energies` are the shares of the strongest directions, descending."""
 
     effective_rank: float
     participation_ratio: float
@@ -115,8 +115,8 @@ class Spectrum(Estimator):
     The Gram matrix, D x D in float64, is all that is kept: singular values below 1e-8 of the largest are rounding.
 
     Args:
-        center: take the mean off first.
-        shown: energies that the result keeps.
+        center: subtract the mean first.
+        shown: how many energies the result keeps.
     """
 
     def __init__(self, center: bool = True, shown: int = 256) -> None:

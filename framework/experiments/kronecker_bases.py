@@ -76,7 +76,7 @@ class _KroneckerColumns(ColumnSelection):
 
 
 class HadamardBasis(_KroneckerColumns):
-    """Columns of a Hadamard matrix for powers of two; for other sizes of Hadamard times DCT of the odd part."""
+    """Columns of a Hadamard matrix for powers of two; for other sizes, of Hadamard times DCT of the odd part."""
 
     def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         return hadamard_factors(size, dtype=dtype, device=device)

@@ -27,11 +27,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Encoded(Input):
-    """What an encoder makes of each sample of a split, from the feature store, computed where it does not hold it.
+    """What an encoder makes of each sample of a split, from the feature store, or computed if it is not there.
 
     The encoder is a method, any module with `features(batch)`, which is called with the batch; or else a network, which
-    is called with one field of it. It is used in evaluation mode and without gradients. Entries of the store are told
-    apart by the encoder's code, attributes, hooks and weights (`lightspan.features.description` says what of them is
+    is called with one field of it. It is used in evaluation mode and without gradients. Entries of the store are
+    distinguished by the encoder's code, attributes, hooks and weights (`lightspan.features.description` says what is
     not followed), the layer, the transforms, and some of the samples as the encoder gets them.
 
     Args:
@@ -39,10 +39,10 @@ class Encoded(Input):
         data: its `bank_dataloader` and the like yield mappings with `index` and perhaps `label`.
         split: "bank" (training samples without augmentation), "val" or "test".
         field: of the batch, for an encoder without `features`.
-        transforms: applied in order to that field as one batch: a resize, a normalisation.
-        layer: name of a module inside the encoder whose output is taken instead.
-        pool: what becomes of positions, [B T D] or [B D H W]: their "mean", prefix tokens included; the
-            "first" token; or "none" keeps them.
+        transforms: applied in order to that field as one batch: such as a resize or a normalisation.
+        layer: name of a module inside the encoder whose output is used instead.
+        pool: how positions, [B T D] or [B D H W], are reduced: their "mean", prefix tokens included; the
+            "first" token; "none" keeps them.
         dtype: of the features on disk.
     """
 
@@ -58,12 +58,14 @@ class Encoded(Input):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         if layer is not None and layer not in (names := [name for name, _ in encoder.named_modules() if name]):
-            raise UserError(f"layer={layer!r} is no module of {type(encoder).__name__}; it has {', '.join(names[:40])}")
+            raise UserError(
+                f"layer={layer!r} is not a module of {type(encoder).__name__}; it has {', '.join(names[:40])}"
+            )
         self.encoder, self.data, self.split, self.field = encoder, data, split, field
         self.transforms, self.layer, self.pool, self.dtype = list(transforms or ()), layer, pool, dtype
         if self.transforms and self._is_method():
             raise UserError(
-                f"transforms go before a network, and {type(encoder).__name__} takes the whole batch itself; leave "
+                f"transforms go before a network, but {type(encoder).__name__} takes the whole batch itself; leave "
                 "transforms out, or name its network as the encoder"
             )
 
@@ -79,9 +81,9 @@ class Encoded(Input):
         return f"features of {key['data']['count']} samples, {what} at {store.entry(key)}"
 
     def key(self, loader: Any) -> dict[str, Any]:
-        """What these features depend on, the same on every rank: the first one looks at the samples for all.
+        """What these features depend on, the same on every rank: the first one reads the samples for all.
 
-        Raises: UserError where ranks have different encoders, or ones that `Description` cannot describe.
+        Raises: UserError if ranks have different encoders, or ones that `Description` cannot describe.
         """
         with together("describe the encoder"):
             encoder, *transforms = (module_identity(module) for module in (self.encoder, *self.transforms))
@@ -90,8 +92,8 @@ class Encoded(Input):
         with together("describe the same encoder"):
             if digest != first:
                 raise UserError(
-                    f"{type(self.encoder).__name__} of rank {rank()} is another one than that of rank 0, by its "
-                    "weights, attributes or transforms; seed it alike everywhere, and keep ranks and devices out of it"
+                    f"{type(self.encoder).__name__} of rank {rank()} differs from that of rank 0 in its "
+                    "weights, attributes or transforms; seed it equally everywhere and keep ranks and devices out of it"
                 )
         data = data_identity(self.data, loader)
         data["sha256"] = digest_of_first_rank(data["sha256"])
@@ -120,7 +122,7 @@ class Encoded(Input):
         try:
             for batch in loader:
                 if "index" not in batch:
-                    raise UserError(f"a batch for the feature store has no index: it holds {sorted(batch)}")
+                    raise UserError(f"a batch for the feature store has no index: it contains {sorted(batch)}")
                 left = [i for i, index in enumerate(batch["index"].tolist()) if index not in done]
                 if not left:
                     continue
@@ -143,7 +145,7 @@ class Encoded(Input):
                 x = self.encoder.features(batch)  # type: ignore[operator]
             else:
                 if self.field not in batch:
-                    raise UserError(f"a batch has no {self.field!r}; it holds {sorted(batch)}; set field")
+                    raise UserError(f"a batch has no {self.field!r}; it contains {sorted(batch)}; set field")
                 x = batch[self.field]
                 for transform in self.transforms:
                     x = transform(x)
@@ -159,7 +161,7 @@ class Encoded(Input):
 
     def _is_method(self) -> bool:
         features = getattr(self.encoder, "features", None)
-        return callable(features) and not isinstance(features, nn.Module)  # some networks call a part of them so
+        return callable(features) and not isinstance(features, nn.Module)  # some networks have a part of this name
 
 
 class FeatureFile(Input):
@@ -181,9 +183,9 @@ class FeatureFile(Input):
             with safe_open(file, "pt") as stored:
                 columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
         except SafetensorError as error:
-            raise UserError(f"{file} is no whole safetensors file ({error})") from error
+            raise UserError(f"{file} is not a complete safetensors file ({error})") from error
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
-            raise UserError(f"{file} holds {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
+            raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
         return Features(columns["features"], columns.get("label"), columns.get("index"), str(file))
 
     def outlook(self, store: FeatureStore) -> str:
@@ -191,12 +193,12 @@ class FeatureFile(Input):
 
 
 def pooled(x: Tensor, pool: Pool) -> Tensor:
-    """[B T D] or [B D H W] as [B D]; [B D] as it is. The mean is taken in float32 or wider."""
+    """[B T D] or [B D H W] as [B D]; [B D] as it is. The mean is computed in float32 or wider."""
     if x.ndim == 2 or pool == "none":
         return x
     if pool == "first":
         if x.ndim != 3:
-            raise UserError(f"pool=first takes the first of the tokens [B, T, D], and got {list(x.shape)}; take mean")
+            raise UserError(f"pool=first needs tokens [B, T, D], but got {list(x.shape)}; use mean")
         return x[:, 0]
     return wide(x).mean(dim=1) if x.ndim == 3 else wide(x).flatten(2).mean(dim=2)
 

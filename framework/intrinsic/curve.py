@@ -1,4 +1,4 @@
-"""Performance over the dimension of random subspaces, and where it passes the line."""
+"""Performance as a function of the dimension of random subspaces, and where it reaches the line."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Point:
-    """One dimension: the metric of each seed that finished, at which rate, and what other rates gave."""
+    """One dimension: the metric of each seed that finished, at which learning rate, and what other rates gave."""
 
     values: dict[int, float]
     lr: float | None
@@ -16,7 +16,7 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """NaN where no seed finished."""
+        """NaN if no seed finished."""
         return mean(self.values.values()) if self.values else math.nan
 
     def record(self) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class Point:
 
 @dataclass
 class Curve:
-    """The grid's points in growing dimension, read at grid points: nothing is interpolated."""
+    """The grid's points by ascending dimension; only grid points are used: nothing is interpolated."""
 
     mode: Literal["max", "min"]
     line: float
@@ -39,11 +39,11 @@ class Curve:
 
     @property
     def reached(self) -> int | None:
-        """The first dimension whose mean is on the line; None where there is none."""
+        """The first dimension whose mean reaches the line; None if there is none."""
         return next((dim for dim, point in self.points.items() if self._on_line(point.mean)), None)
 
     def by_seed(self) -> dict[int, int | None]:
-        """The first dimension of each seed's own curve, against the same line."""
+        """The first dimension of each seed's own curve, for the same line."""
         return {
             seed: next((d for d, p in self.points.items() if self._on_line(p.values.get(seed, math.nan))), None)
             for seed in self.baseline.values
@@ -66,6 +66,6 @@ class Curve:
 def target(threshold: float, mode: Literal["max", "min"], baseline: float, untrained: float) -> float:
     """The line: threshold * baseline (arXiv 1804.08838, section 2).
 
-    A metric to be minimised has no such share; there it is the share of the way from the untrained network's value.
+    A metric to be minimised has no such share; there the share counts from the untrained network's value.
     """
     return threshold * baseline if mode == "max" else untrained + threshold * (baseline - untrained)

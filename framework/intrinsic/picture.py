@@ -11,7 +11,7 @@ _INK, _SEED, _LINE, _SOFT = "#1f5fd0", "#9bb8ea", "#d1560f", "#5b6470"
 
 def picture(curve: Curve, metric: str, threshold: float, references: dict[str, Any], title: str) -> bytes:
     """PNG bytes (150 dpi): every seed as a dot, their means as a curve, the line, the baseline and what needs no
-    training. The dimension that is read off is marked.
+    training. The resulting dimension is marked.
 
     Args:
         references: "untrained", "constant_answer" and "linear_probe", each a number or None.
@@ -39,7 +39,7 @@ def picture(curve: Curve, metric: str, threshold: float, references: dict[str, A
         )  # fmt: skip
     positive = [dim for dim in dims if dim > 0]
     if positive and max(positive) > 10 * min(positive):
-        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)  # which has a place for d = 0
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)  # which has room for d = 0
         axes.set_xlim(dims[0] - 0.2 * min(positive), 1.15 * dims[-1])
     axes.set_xticks(dims, [f"{dim:,}" for dim in dims], rotation=45, ha="right", fontsize=8)
     axes.minorticks_off()
@@ -48,7 +48,7 @@ def picture(curve: Curve, metric: str, threshold: float, references: dict[str, A
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    lines = textwrap.fill(title, 76)  # as many letters as are sure to fit the width
+    lines = textwrap.fill(title, 76)  # a number of characters that always fits the width
     figure.suptitle(lines, fontsize=10, fontweight="bold", x=0.01, ha="left")
     buffer = io.BytesIO()
     # Software and date are left out, so that equal results give equal bytes.

@@ -20,16 +20,16 @@ from lightspan.tensor_files import Form
 
 
 class WeightedAverage(Merger):
-    """The mean of models, weighted. Equal models give themselves, bit for bit; the first checkpoint leads.
+    """The weighted mean of models. The mean of equal models is that model, bit for bit; the first checkpoint leads.
 
     Args:
-        weights: of each checkpoint by name, >= 0; brought to a sum of 1. None weighs all alike.
+        weights: of each checkpoint by name, >= 0; normalised to a sum of 1. None weights all equally.
     """
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         values = list((weights or {}).values())
         if weights is not None and not (all(0 <= w < math.inf for w in values) and sum(values) > 0):
-            raise UserError(f"WeightedAverage weights={weights} must be 0 or more, one of them above 0")
+            raise UserError(f"WeightedAverage weights={weights} must be 0 or more, and one of them above 0")
         self.weights = weights
 
     def leading(self, names: Sequence[str]) -> str:
@@ -50,18 +50,18 @@ class Coefficients(ABC):
 
     @abstractmethod
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
-        """[K], or [K *shape] for one an entry, float64; one for each task in their order.
+        """[K], or [K *shape] for one per entry, float64; one for each task, in the order of the tasks.
 
         Raises: UserError for a task that has none.
         """
 
 
 class Scales(Coefficients):
-    """One number a task, the same for all tensors.
+    """One number per task, the same for all tensors.
 
     Args:
         scale: of every task.
-        of_tasks: of single tasks by name, instead.
+        of_tasks: instead, for single tasks by name.
     """
 
     def __init__(self, scale: float = 0.3, of_tasks: dict[str, float] | None = None) -> None:
@@ -72,16 +72,16 @@ class Scales(Coefficients):
 
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
         if strange := self.of_tasks.keys() - set(tasks):
-            raise UserError(f"Scales names the task {min(strange)}; the tasks are {', '.join(tasks)}")
+            raise UserError(f"Scales names an unknown task {min(strange)}; the tasks are {', '.join(tasks)}")
         return torch.tensor([self.of_tasks.get(task, self.scale) for task in tasks], dtype=torch.float64)
 
 
 class StoredCoefficients(Coefficients):
-    """Coefficients that were learned: a safetensors file with one [K] or [K *shape] a tensor, by the tensor's name.
+    """Learned coefficients: a safetensors file with one [K] or [K *shape] per tensor, by the tensor's name.
 
     Args:
         path: of the file.
-        tasks: which row is whose.
+        tasks: the task of each row.
     """
 
     def __init__(self, path: str, tasks: list[str]) -> None:
@@ -131,7 +131,7 @@ class StoredMask(Mask):
 
 
 class TaskArithmetic(Merger):
-    """The base, plus what each task changed of it times a coefficient, perhaps through a mask. The base leads.
+    """The base, plus each task's change of it times a coefficient, perhaps through a mask. The base leads.
 
     Args:
         coefficients: of the task vectors; None takes `Scales()`.

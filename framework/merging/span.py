@@ -1,8 +1,8 @@
-"""The span of task vectors: the one equation that averages, sums and masks of models are cases of.
+"""The span of task vectors: the one equation of which averages, sums and masks of models are cases.
 
     theta = theta_0 + m * sum_i c_i (theta_i - theta_0)
 
-for each tensor, with one coefficient c_i a model or one an entry, and a mask m. It is linear in c: `in_span` without
+for each tensor, with one coefficient c_i per model or per entry, and a mask m. It is linear in c: `in_span` without
 theta_0 is the map's push, and its adjoint, which autograd gives, has <gradient, theta_i - theta_0> for the i-th.
 
 Shapes: K models; tensors have any shape S.
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**20
-"""Numbers of a tensor that are computed at a time, in float64."""
+"""How many numbers of a tensor are computed at a time, in float64."""
 
 
 def in_span(base_S: Tensor, models_S: Sequence[Tensor], coefficients: Tensor, mask_S: Tensor | None = None) -> Tensor:
     """The equation above, in float64, complex128 for complex tensors; gradients reach coefficients and mask.
 
-    What a model shares with the base, it leaves as it is, infinite entries of a mask of attention included.
+    Entries in which a model equals the base stay as they are, infinite ones of an attention mask included.
 
     Args:
-        base_S, models_S: of one shape; dtypes may differ.
-        coefficients: [K], or [K S] for one an entry.
+        base_S, models_S: of the same shape; dtypes may differ.
+        coefficients: [K], or [K S] for one per entry.
         mask_S: broadcasts to S.
     """
     wide = torch.complex128 if base_S.is_complex() else torch.float64
@@ -40,7 +40,7 @@ def in_span(base_S: Tensor, models_S: Sequence[Tensor], coefficients: Tensor, ma
 def in_span_as(
     dtype: torch.dtype, base_S: Tensor, models_S: Sequence[Tensor], coefficients: Tensor, mask_S: Tensor | None = None
 ) -> Tensor:
-    """`in_span` rounded once, to `dtype`. Beyond what it is given it needs one tensor, and `CHUNK` numbers a model."""
+    """`in_span` rounded once, to `dtype`. Beyond its arguments it needs one tensor, and `CHUNK` numbers per model."""
     out_S = torch.empty(base_S.shape, dtype=dtype)
     flat = [x.reshape(-1) for x in (base_S, *models_S)]
     each = coefficients.ndim > 1

@@ -1,6 +1,6 @@
-"""The weights of a checkpoint, tensor by tensor: of a run, a checkpoint file or folder, or safetensors.
+"""The weights of a checkpoint, tensor by tensor: of a run, a checkpoint file or folder, or safetensors files.
 
-Files stay on disk until a tensor is read, and its numbers are mapped, not copied.
+Files stay on disk until a tensor is read, and its numbers are memory-mapped, not copied.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Weights(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor, whole; nobody writes into it."""
+        """The whole tensor; nothing writes into it."""
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -55,7 +55,7 @@ def open_weights(path: str | Path) -> Weights:
         if found is None:
             reasons = "; ".join(f"{one} {fault.text}" for one, fault in passed.items())
             raise UserError(
-                f"{place} holds no whole checkpoint and no safetensors file" + f": {reasons}" * bool(reasons)
+                f"{place} contains no complete checkpoint and no safetensors file" + f": {reasons}" * bool(reasons)
             )
         place = found
     return _Safetensors(place, [place]) if place.suffix == ".safetensors" else _Checkpoint(place)
@@ -70,13 +70,13 @@ class _Safetensors(Weights):
             try:
                 file = safe_open(path, "pt").__enter__()
                 here = {name: _form(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-            except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch has not
-                raise UserError(f"{path} is no whole safetensors file ({error}); export it again") from error
+            except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch does not have
+                raise UserError(f"{path} is not a complete safetensors file ({error}); export it again") from error
             if again := sorted(self._files.keys() & here.keys()):
-                raise UserError(f"{place}: {again[0]} stands in two of its files; name one of them")
+                raise UserError(f"{place}: {again[0]} is in two of its files; name one of them")
             self._files |= dict.fromkeys(here, file)
             self.forms |= here
-            # Of tensors that share memory one is stored, and the metadata names the others.
+            # Of tensors that share memory only one is stored, and the metadata names the others.
             self.aliases |= {name: kept for name, kept in (file.metadata() or {}).items() if kept in here}
         self.forms |= {name: self.forms[kept] for name, kept in self.aliases.items()}
         digest = _sha256(files[0]) if len(files) == 1 else _of_digests([_sha256(path) for path in files])
@@ -89,7 +89,7 @@ class _Safetensors(Weights):
 
 
 class _Checkpoint(Weights):
-    """A folder that several ranks wrote is read whole into memory; a file is mapped."""
+    """A folder that several ranks wrote is read completely into memory; a file is memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         refuse_torn(path)

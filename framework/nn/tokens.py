@@ -1,6 +1,6 @@
 """Features by layer and by token, read while a network runs.
 
-Layers are counted from the input. The first of these that a network has tells them:
+Layers are counted from the input. They are given by the first of these that a network has:
 - `feature_modules`: the list of its modules whose outputs are its layers (this project's own networks);
 - timm's `feature_info`: blocks of transformers, stages of convolutional networks;
 - its longest nn.ModuleList, as the blocks of transformers' networks.
@@ -22,9 +22,9 @@ class Tokens:
     """One layer's features.
 
     Attributes:
-        tokens_BTD: a row for each patch, position of a map, or text token; T is 1 where a layer gives vectors.
-        grid: (H, W) with H * W = T where the tokens lie in an image, else None.
-        prefix_BPD: tokens that stand for no place, such as the class token; None where there are none, or where the
+        tokens_BTD: a row for each patch, position of a map, or text token; T is 1 if a layer gives vectors.
+        grid: (H, W) with H * W = T if the tokens form an image, else None.
+        prefix_BPD: tokens without a position, such as the class token; None if there are none, or if the
             network does not say how many (timm's do, by `num_prefix_tokens`; those of transformers do not, so theirs
             are among the others).
     """
@@ -39,18 +39,18 @@ class Tokens:
 
 
 def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequence[int] = (-1,)) -> list[Tokens]:
-    """The features of these layers, in the order asked for.
+    """The features of these layers, in the requested order.
 
     Args:
-        forward: called once; has to call the backbone once.
+        forward: called once; must call the backbone once.
         layers: from 0, or from the end with -1 as the last.
-    Raises: UserError for a layer out of range, or a backbone that tells no layers.
+    Raises: UserError for a layer out of range, or a backbone whose layers are unknown.
     """
     modules = feature_modules(backbone)
     for layer in layers:
         if not -len(modules) <= layer < len(modules):
             raise UserError(
-                f"layer {layer} is outside the {len(modules)} layers of {type(backbone).__name__}; it must lie in "
+                f"layer {layer} is outside the {len(modules)} layers of {type(backbone).__name__}; it must be in "
                 f"[{-len(modules)}, {len(modules) - 1}]"
             )
     chosen = [layer % len(modules) for layer in layers]
@@ -59,7 +59,7 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
         forward()
     if len(outputs) != len(distinct):
         raise UserError(
-            f"{type(backbone).__name__} ran {len(outputs)} of the {len(distinct)} layers asked for, where each has to "
+            f"{type(backbone).__name__} ran {len(outputs)} of the {len(distinct)} requested layers, but each must "
             "run once; name other modules in its feature_modules"
         )
     found = dict(zip(distinct, outputs, strict=True))
@@ -69,7 +69,7 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
 def feature_modules(backbone: nn.Module) -> list[nn.Module]:
     """The modules whose outputs are the layers of a network.
 
-    Raises: UserError for one that tells none.
+    Raises: UserError for one whose layers are unknown.
     """
     told: Any = getattr(backbone, "feature_modules", None)
     if told is None and hasattr(backbone, "feature_info"):
@@ -77,15 +77,15 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
             told = [backbone.get_submodule(info["module"]) for info in _entries(backbone.feature_info)]
         except AttributeError:
             raise UserError(
-                f"{type(backbone).__name__} names layers in feature_info that it does not have, as networks made with "
-                "features_only=True; make it without"
+                f"{type(backbone).__name__} names layers in feature_info that it does not have, like networks made "
+                "with features_only=True; make it without"
             ) from None
     if told is None:
         told = max((part for part in backbone.modules() if isinstance(part, nn.ModuleList)), key=len, default=None)
     if not told:
         raise UserError(
-            f"{type(backbone).__name__} tells no layers; give it a property feature_modules, the list of the modules "
-            "whose outputs are its layers"
+            f"the layers of {type(backbone).__name__} are unknown; give it a property feature_modules, the list of the "
+            "modules whose outputs are its layers"
         )
     return list(told)
 
@@ -96,15 +96,15 @@ def _entries(info: Any) -> list[dict[str, Any]]:
 
 def _arranged(backbone: Any, output: Any) -> Tokens:
     """A layer's output, [B D H W], [B H W D], [B P+T D] or [B D], as tokens."""
-    output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may give more than states
+    output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may return more than states
     if output.ndim == 4:
-        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's word
+        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
         map_BHWD = output if last else output.permute(0, 2, 3, 1)
         return Tokens(map_BHWD.flatten(1, 2), (map_BHWD.shape[1], map_BHWD.shape[2]))
     if output.ndim == 2:
         return Tokens(output.unsqueeze(1))
     prefix = getattr(backbone, "num_prefix_tokens", 0)
     tokens_BTD, grid = output[:, prefix:], getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
-    if grid is not None and grid[0] * grid[1] != tokens_BTD.shape[1]:  # tokens were dropped, or the size is free
+    if grid is not None and grid[0] * grid[1] != tokens_BTD.shape[1]:  # tokens were dropped, or the size is variable
         grid = None
     return Tokens(tokens_BTD, None if grid is None else (grid[0], grid[1]), output[:, :prefix] if prefix else None)

@@ -16,23 +16,23 @@ from lightspan.optim.loading import require_same_kind
 from lightspan.sharded import local
 
 SEED_STRIDE = 1 << 24
-"""Between the seeds of two streams of random numbers, so that counting up inside one does not reach the next."""
+"""Distance between the seeds of two random streams, so that counting up in one does not reach the next."""
 SHARD_STRIDE = 1 << 40
-"""Between the seeds of two ranks that hold rows of one matrix: they round different numbers."""
+"""Distance between the seeds of two ranks with rows of one matrix: they round different numbers."""
 
 
 @dataclass
 class Bucket:
-    """Projected parameters of one group, shape and layout; `Optimizer.state` shows their stacked state in views.
+    """Projected parameters of one group, shape and layout; `Optimizer.state` contains views of their stacked state.
 
     Args:
         phases: in [0, 1), spread over all matrices of the optimiser; see `lightspan.optim.triggers`.
         views: the state of each parameter.
         done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
         noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
-            matrices, which the saved state knows, so a resumed run rounds as the straight one.
-        stacked: whether each parameter is a stack [E out in] of matrices, and its state one of theirs.
-        pending: coordinates [M R] of gradients that are gone, by position; see `lightspan.optim.gradients`.
+            matrices, which the saved state knows, so a resumed run rounds like an uninterrupted one.
+        stacked: whether each parameter is a stack [E out in] of matrices, and its state is stacked too.
+        pending: coordinates [M R] of gradients that no longer exist, by position; see `lightspan.optim.gradients`.
     """
 
     group: dict[str, Any]
@@ -62,9 +62,9 @@ class Bucket:
         saved: list[State],
         names: list[str],
     ) -> "Bucket":
-        """Stacks what is there of the parameters' state, in the order given; what is not there starts afresh.
+        """Stacks the existing state of the parameters, in the given order; what is missing is initialised.
 
-        Raises: UserError for state that another rule or another rank has left.
+        Raises: UserError for state of another rule or another rank.
         """
         state, shards = rule.initial(layout), layout.shards
         by_row = set() if shards is None else _keys_by_row(rule, layout)
@@ -92,8 +92,8 @@ class Bucket:
         return Bucket(group, parameters, phases, layout, state, views, done, noise, stacked)
 
     def is_shown_in(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether an optimiser's `state` still shows the bucket's tensors: Lightning puts others into the same
-        dictionaries, and so does who loads a checkpoint.
+        """Whether an optimiser's `state` still shows the bucket's tensors: Lightning puts other tensors into the same
+        dictionaries, and so does loading a checkpoint.
         """
         return all(
             state[p].keys() == view.keys() and all(state[p][key] is view[key] for key in view)
@@ -101,7 +101,7 @@ class Bucket:
         )
 
     def due(self, positions: list[int], rule: Rule) -> tuple[list[int], list[int]]:
-        """Of `positions`, those whose frame the coming step chooses for the first time, and those it chooses anew; as
+        """Those of `positions` whose frame the coming step chooses for the first time, and those it chooses again; as
         indices into `positions`.
         """
         first = [place for place, i in enumerate(positions) if self.done[i] == 0]
@@ -114,7 +114,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Member:
-    """A projected parameter on its way into a bucket.
+    """A projected parameter that is to be put into a bucket.
 
     Args:
         stacked: whether it counts as a stack of matrices [E out in].
@@ -130,13 +130,13 @@ class Member:
 
 
 def build_buckets(members: Sequence[Member], rule: Rule, seed: int) -> list[Bucket]:
-    """Puts together what can step together: parameters of one group whose matrices have one shape, one rank, and their
+    """Groups what can step together: parameters of one group whose matrices have one shape, one rank, and their
     axes in one order in memory; the rows of moved ones are made alike.
 
-    Raises: UserError for saved state that another rule or another rank has left.
+    Raises: UserError for saved state of another rule or another rank.
     """
     alike: dict[tuple[Any, ...], list[tuple[Member, int]]] = defaultdict(list)
-    order = 0  # matrices so far: each has a seed and a phase of its own, whatever bucket it comes into
+    order = 0  # matrices so far: each has its own seed and phase, whatever its bucket
     for member in members:
         parameter = member.parameter
         held, shards = matrices(parameter, member.stacked), shards_of(parameter)
@@ -180,7 +180,7 @@ def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: tor
 
 
 def _keys_by_row(rule: Rule, layout: Layout) -> set[str]:
-    """The state that has a part for every row: what grows by one with the rows."""
+    """The state with a part for every row: what grows by one with each row."""
     small, large = (
         rule.initial(replace(layout, rows=rows, device=torch.device("meta"))) for rows in (layout.rows, layout.rows + 1)
     )

@@ -1,4 +1,4 @@
-"""What a step looks at before it changes anything: gradients that it can take, and finite numbers in them."""
+"""What a step checks before it changes anything: that it supports its gradients, and that they are finite."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,11 +11,11 @@ from lightspan.optim.sharding import splits_of
 from lightspan.sharded import local
 
 Called = Callable[[Tensor], str]
-"""How a message names a parameter."""
+"""The name of a parameter in a message."""
 
 
 def require_attached(backward: str, attached: bool, scaled: bool) -> None:
-    """Raises: UserError for a way of the backward pass that nobody set up, or that a GradScaler would mislead."""
+    """Raises: UserError for a backward mode that was not set up, or that a GradScaler would mislead."""
     if backward != "whole" and not attached:
         raise UserError(
             f"backward={backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
@@ -38,19 +38,19 @@ def require_dense_gradients(parameters: Sequence[Tensor], called: Called, owner:
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
             raise UserError(
                 f"the gradient of {called(parameter)} is sparse ({parameter.grad.layout}); neither weights nor "
-                f"optimiser state were changed. {owner} takes dense gradients: make nn.Embedding with sparse=False, "
+                f"optimiser state were changed. {owner} needs dense gradients: build nn.Embedding with sparse=False, "
                 "or give that parameter to torch.optim.SparseAdam"
             )
 
 
 def require_finite(norms: Sequence[Tensor], parameters: Sequence[Tensor], called: Called) -> None:
-    """Looks once at norms of all gradients: what is not finite anywhere in a tensor is not finite in its norm, and
-    second moments and row norms are squares, which end at 1.8e19 in float32. All ranks raise or none does; each comes
-    with norms of its own parts of the same gradients. Costs one host synchronisation.
+    """Checks once the norms of all gradients: what is not finite anywhere in a tensor is not finite in its norm, and
+    second moments and row norms are squares, which overflow above 1.8e19 in float32. All ranks raise or none does; each
+    passes the norms of its own parts of the same gradients. Costs one host synchronisation.
 
     Args:
-        norms: or their squares, of any shape.
-        parameters: all of the optimiser's, in the same order on all ranks; looked at only to name the wrong ones.
+        norms: norms or their squares, of any shape.
+        parameters: all of the optimiser's, in the same order on all ranks; used only to name the wrong ones.
     Raises: UserError that blames the weights if they are not finite, otherwise the gradients.
     """
     if not any(norm.numel() for norm in norms):
@@ -65,8 +65,8 @@ def require_finite(norms: Sequence[Tensor], parameters: Sequence[Tensor], called
 def _blame(parameters: Sequence[Tensor], called: Called) -> str:
     if broken := _not_finite(parameters, [local(p) for p in parameters], parameters, called):
         return (
-            f"the weights of {broken} are not finite (NaN or infinity), so no gradient can be; this step changed "
-            "nothing. An earlier step or a checkpoint brought them: resume from one before that, with a lower "
+            f"the weights of {broken} are not finite (NaN or infinity), so no gradient can be finite; this step "
+            "changed nothing. An earlier step or a checkpoint brought them: resume from one before that, with a lower "
             "learning rate"
         )
     given = [p for p in parameters if p.grad is not None]
@@ -74,7 +74,7 @@ def _blame(parameters: Sequence[Tensor], called: Called) -> str:
     return (
         f"the gradient of {broken or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or so "
         "large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were changed. "
-        "Lower the learning rate, clip with max_norm, or look at the batch; check_finite=False continues regardless"
+        "Lower the learning rate, clip with max_norm, or inspect the batch; check_finite=False continues regardless"
     )
 
 

@@ -3,11 +3,11 @@
     R = A Q                          coordinates of A = G, or of A = G + E with error feedback
     U = inner(R)                     direction; Adam's moments have shape M x R
     W <- (1 - lr wd) W - lr (U Q^T + what `residual` makes of A - R Q^T)
-with Q chosen anew by `basis` for the matrices that are due. The first half projects and writes nothing, so that all
-matrices can be clipped together, or refused, before any of them moves. The second half updates weights and state in
+with Q chosen again by `basis` for the matrices that are due. The first half projects and writes nothing, so that all
+matrices can be clipped together, or refused, before any of them changes. The second half updates weights and state in
 place.
 
-Shapes: B matrices, M rows (the kept, longer side), N columns (the projected side), R rank. Wide matrices come in
+Shapes: B matrices, M rows (the kept, longer side), N columns (the projected side), R rank. Wide matrices are passed
 transposed.
 """
 
@@ -31,7 +31,7 @@ from lightspan.triton_kernels.row_resident_step import row_resident_step
 
 @dataclass(frozen=True)
 class Rule:
-    """The switches of a low-rank optimiser; each published one is a choice of them."""
+    """The switches of a low-rank optimiser; each published one is one combination of them."""
 
     basis: Basis
     residual: Residual
@@ -40,7 +40,7 @@ class Rule:
     trigger: Trigger
 
     def initial(self, layout: Layout) -> State:
-        """State before the first step. The parts' names differ, so one mapping holds them all."""
+        """State before the first step. The parts' names differ, so one mapping contains them all."""
         parts = (
             self.basis.initial(layout),
             self.inner.initial(layout, self.moments),
@@ -50,14 +50,14 @@ class Rule:
         return {key: value for part in parts for key, value in part.items()}
 
     def takes_one_pass(self, state: State) -> bool:
-        """Whether a step needs nothing but its own rows: Adam in float32 on a stored frame, without residual."""
+        """Whether a step needs only its own rows: Adam in float32 on a stored frame, without residual."""
         plain = isinstance(self.inner, Adam) and isinstance(self.moments, Float32Moments)
         return plain and isinstance(self.residual, Dropped) and not self.trigger.needs_energy and "frame" in state
 
 
 @dataclass
 class NewFrames:
-    """Frames chosen anew for the matrices at `positions`; `first` where no gradient had shaped the old ones."""
+    """New frames for the matrices at `positions`; `first` if no gradient had shaped the old ones."""
 
     positions: list[int]
     first: bool
@@ -66,12 +66,12 @@ class NewFrames:
 
 @dataclass
 class ProjectedGradients:
-    """What the first half of a step found out.
+    """The results of the first half of a step.
 
     Args:
-        gradients: what was projected, by matrix; None where only coordinates are left.
+        gradients: what was projected, by matrix; None if only coordinates are left.
         energy_BM: squared row norms of what was projected, or empty [0 M].
-        seen: the basis' state that the coordinates belong to, with frames made where frames are used.
+        seen: the basis' state that the coordinates belong to, with frames built if they are used.
     """
 
     gradients: list[Tensor | None]
@@ -96,9 +96,9 @@ def project_step(
     """The first half: new frames where due, and coordinates in them. Nothing is written.
 
     Args:
-        gradients: [M N] by matrix, in any float dtype; None where there is none, or only a pending part.
+        gradients: [M N] by matrix, in any float dtype; None if there is none, or only a pending part.
         pending: coordinates [M R] that came without their gradient, by position; such matrices cannot be due.
-        first, due: positions whose frame is chosen for the first time, or anew.
+        first, due: positions whose frame is chosen for the first time, or again.
         energy: whether row norms are wanted.
         beta1: of Adam's first moment, for a basis that follows it.
     """
@@ -145,7 +145,7 @@ def update_step(
 
     Args:
         lr, keep: 0-d; keep = 1 - lr * weight decay.
-        clip: 0-d factor that the gradients still have to be multiplied with; None for none.
+        clip: 0-d factor by which the gradients must still be multiplied; None for none.
     """
     coordinates_BMR, energy_BM = projection.coordinates_BMR, projection.energy_BM
     if clip is not None:
@@ -161,7 +161,7 @@ def update_step(
         whole = [gradient for gradient in projection.gradients if gradient is not None]
         scale_BM = scale_BM if clip is None else scale_BM * clip
     seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
-    if layout.rows:  # a rank may hold none of a small matrix
+    if layout.rows:  # a rank may have no rows of a small matrix
         rule.basis.update(weights, coefficients_BMR, projection.seen, layout, whole, scale_BM, lr, keep, seed)
     if rule.residual.feeds_back:
         accumulated = [gradient for gradient in projection.gradients if gradient is not None]
@@ -196,7 +196,7 @@ def _change_frames(
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
     """Writes new frames and carries moments into them.
 
-    Returns where each column's moments stand [B R], None if in place; and what first moments lost [M N], by matrix.
+    Returns where each column's moments are [B R], None if in place; and what first moments lost [M N], by matrix.
     """
     source_BR: Tensor | None = None
     lost: dict[int, Tensor] = {}
@@ -226,7 +226,7 @@ def _frame(basis: Basis, state: State, layout: Layout) -> Tensor:
 
 
 def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part: Tensor) -> Tensor:
-    """A stack with some matrices exchanged; the one given is not written."""
+    """A copy of the stack with some matrices replaced; the given stack is unchanged."""
     if len(positions) == len(stack):
         return part
     stack = stack.clone()

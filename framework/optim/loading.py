@@ -1,4 +1,4 @@
-"""Loading state that an optimiser keeps in a form of its own: torch casts what it loads to the parameters' dtype."""
+"""Loading state that an optimiser keeps in its own form: torch casts what it loads to the parameters' dtype."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,12 +15,12 @@ def load_between_hooks(
     prepare: Callable[[dict[str, Any]], dict[str, Any]],
     restore: Callable[[dict[str, Any]], None],
 ) -> None:
-    """torch's `load_state_dict`, but for the state itself, between the hooks that users have registered.
+    """torch's `load_state_dict` except for the state itself, between the hooks that users have registered.
 
     Args:
-        prepare: gets what users' pre-hooks made of `state_dict`, and returns what is to be loaded, or raises before
+        prepare: gets the result of users' pre-hooks on `state_dict`, and returns what is to be loaded, or raises before
             anything is changed.
-        restore: gets the same and sets `optimizer.state`, before users' post-hooks look at it.
+        restore: gets the same and sets `optimizer.state`, before users' post-hooks see it.
     """
     prepared: dict[str, Any] = {}
 
@@ -42,13 +42,13 @@ def load_between_hooks(
 def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any], Any]]:
     """(parameter, its group in `state_dict`, its number there), in order.
 
-    Raises: UserError where `state_dict` has other groups or other numbers of parameters in them.
+    Raises: UserError if `state_dict` has other groups or other numbers of parameters in them.
     """
     own, saved = optimizer.param_groups, state_dict["param_groups"]
     counts = [[len(group["params"]) for group in groups] for groups in (own, saved)]
     if counts[0] != counts[1]:
         raise UserError(
-            f"the saved optimiser state has parameter groups of {counts[1]} parameters, this "
+            f"the saved optimiser state has parameter groups of {counts[1]} parameters, but this "
             f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and groups of that run"
         )
     return [
@@ -59,7 +59,7 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
 
 
 def with_own_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict` with what its groups lack from those of the optimiser.
+    """`state_dict`, with what its groups lack added from those of the optimiser.
 
     Raises: UserError as `numbered` does.
     """
@@ -72,12 +72,13 @@ def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tens
     """Raises: UserError for saved state of a parameter that has other parts than expected, or parts of other shapes."""
     if known.keys() != expected.keys():
         raise UserError(
-            f"the saved optimiser state of {name or 'a parameter'} holds {', '.join(sorted(known))}, this optimiser "
-            f"keeps {', '.join(sorted(expected))}; resume with the basis, residual, inner rule and moments of that run"
+            f"the saved optimiser state of {name or 'a parameter'} contains {', '.join(sorted(known))}, but this "
+            f"optimiser keeps {', '.join(sorted(expected))}; resume with the basis, residual, inner rule "
+            "and moments of that run"
         )
     for key, value in known.items():
         if value.shape != expected[key].shape:
             raise UserError(
-                f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, this "
-                f"optimiser needs {tuple(expected[key].shape)}; resume with the settings it was saved with"
+                f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, but "
+                f"this optimiser needs {tuple(expected[key].shape)}; resume with the settings it was saved with"
             )

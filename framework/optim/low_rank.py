@@ -34,48 +34,48 @@ class LowRank(Optimizer):
 
     A parameter is projected if its group allows it (key `project`: a bool, default True, or a list of name patterns),
     it has two or more axes, and `rank` is below its shorter side; the longer side is kept. Axes after the first are
-    flattened, as of a convolution; but a parameter [E out in] whose slices are larger than the rank on both sides, as
-    the experts of a layer are, counts as E matrices (AdamW for them under FSDP2 and away from whole gradients).
+    flattened, as of a convolution; but a parameter [E out in] whose slices are larger than the rank on both sides, like
+    the experts of a layer, counts as E matrices (with AdamW under FSDP2 and without whole gradients).
 
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
-    `lightspan.optim.presets` has the published optimisers. The equations, slow and plain:
+    `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
     `lightspan.optim.reference.LowRank`.
 
     Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
-    sharded with them. Steps give what one process gives, but for the order of sums.
+    sharded with them. Steps equal those of one process, except for the order of sums.
 
     Args:
         params: parameters, named parameters, or groups of either; `lightspan.optim.groups` makes good groups.
         lr: step size, >= 0, a float or a 0-d tensor. Adam's directions are normalised in coordinates, so rates are
             those of AdamW times a constant: about four was best where it was searched (docs/benchmarks.md).
-        rank: dimension of the subspace, >= 1, or `RankByEnergy` for one of each matrix' own. State shrinks in
+        rank: dimension of the subspace, >= 1, or `RankByEnergy` for a separate one per matrix. State shrinks in
             proportion to rank / shorter side.
         basis: how frames are chosen; None means `PowerBasis()`. See `lightspan.optim.bases`.
         residual: what happens to the gradient outside the frame; None drops it. See `lightspan.optim.residuals`.
         inner: the rule in coordinates. See `lightspan.optim.inner`.
         moments: in which precision moments are stored. See `lightspan.optim.moments`.
-        refresh: when a matrix' frame is chosen anew: a number of steps, or a `Trigger`. Refreshes are staggered over
-            the matrices, so that no single step pays for all of them; the first step has to.
-        scale: factor on the update of projected matrices (GaLore's alpha), decay apart.
+        refresh: when a matrix' frame is chosen again: a number of steps, or a `Trigger`. Refreshes are staggered over
+            the matrices, so that no single step does all of them; only the first step must.
+        scale: factor on the update of projected matrices (GaLore's alpha), except for decay.
         betas, eps, weight_decay: as in torch.optim.AdamW.
         max_norm: clips the global norm of all gradients inside the step, as torch.nn.utils.clip_grad_norm_ would,
             without writing the gradients. None does not clip.
-        backward: "whole" needs gradients as usual. "hooks" takes each micro-batch's gradient to coordinates as soon as
-            it is there and frees it; "projected" never forms it in nn.Linear. Both need `residual=None` and
-            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then taken inside the frames, and neither
-            torch's clip_grad_norm_ nor GradScaler sees what is in coordinates: the one has no effect on it, the other
-            is refused.
+        backward: "whole" uses gradients as usual. "hooks" projects each micro-batch's gradient to coordinates as soon
+            as it exists and frees it; "projected" never forms it in nn.Linear. Both need `residual=None` and
+            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then computed inside the frames, and
+            neither torch's clip_grad_norm_ nor GradScaler sees what is in coordinates: the former has no effect on it,
+            the latter is refused.
         check_finite: whether a gradient that is not finite raises before anything is changed. Costs one host
             synchronisation a step on GPUs; without it the step can be captured in a CUDA graph.
-        seed: of random frames and of stochastic rounding.
+        seed: seed of random frames and of stochastic rounding.
     Raises: UserError for values out of range or parts that do not fit, if `rank` is below the shorter side of no
-        parameter, unless all groups say project=False, and in `step` for a gradient that is sparse or not finite.
+        parameter, unless all groups have project=False, and in `step` for a gradient that is sparse or not finite.
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
         "rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks",
     )  # fmt: skip
-    """Attributes of its own that a copy has, or a pickle; a class that adds attributes adds their names."""
+    """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     used_gradients = False
     """Whether the last step found a gradient, whole or in coordinates; see `lightspan.optim.steps`."""
 
@@ -115,7 +115,7 @@ class LowRank(Optimizer):
         self._places: dict[Tensor, tuple[Bucket, int]] = {}
         self._built_for: tuple[list[Any], list[Any]] = [], []
         super().__init__(params, {**defaults, "betas": tuple(betas)})
-        if any(group["project"] is not False for group in self.param_groups):  # no group at all is asked for, too
+        if any(group["project"] is not False for group in self.param_groups):  # also if there is no group yet
             candidates = [(p, self._names.get(p, ""), self._selection(g)) for p, g in self._matrices()]
             require_some_projected(type(self).__name__, candidates)
 
@@ -124,7 +124,7 @@ class LowRank(Optimizer):
         return [(p, g) for g in self.param_groups for p in g["params"] if is_matrix(p) and self.allowed(p, g)]
 
     def allowed(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Whether the group's `project` lets this parameter be projected, its shape aside."""
+        """Whether the group's `project` lets this parameter be projected, whatever its shape."""
         return self._selection(group).allows(self._names.get(parameter, ""))
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
@@ -144,7 +144,7 @@ class LowRank(Optimizer):
         return Selection(group["project"], group["rank"], self.rank_rule, self.backward)
 
     def rank_of(self, parameter: Tensor, group: dict[str, Any]) -> int:
-        """The rank of this parameter; before the first step of a `RankByEnergy` the largest it may get."""
+        """The rank of this parameter; before the first step of a `RankByEnergy`, the largest it may get."""
         return self._ranks.get(parameter, group["rank"])
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any], device: torch.device | None = None) -> State:
@@ -153,7 +153,7 @@ class LowRank(Optimizer):
         return self._initial_state(parameter, group, like)
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any], like: Tensor) -> State:
-        """Of a parameter as `like` holds it."""
+        """The first state of a parameter laid out like `like`."""
         chosen = {"rank": torch.tensor(self._ranks[parameter])} if parameter in self._ranks else {}
         if not self.projected(parameter, group):
             return {**elementwise.initial_state(like, self.rule.moments), **chosen}
@@ -163,10 +163,10 @@ class LowRank(Optimizer):
         return {**state, **chosen, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Where other groups have names and this one has none, as of callbacks that unfreeze layers, its parameters are
+        """If other groups have names and this one has none, as from callbacks that unfreeze layers, its parameters are
         named by their number: torch wants names in all groups or in none.
 
-        Raises: UserError for settings out of range; the optimiser is then as it was.
+        Raises: UserError for settings out of range; the optimiser is then unchanged.
         """
         require_sound(f"{type(self).__name__} group {param_group.get('name', len(self.param_groups))!r}:", param_group)
         given = param_group["params"]
@@ -175,13 +175,13 @@ class LowRank(Optimizer):
         if named and not any(isinstance(p, tuple) for p in parameters):
             first = sum(len(group["params"]) for group in self.param_groups)
             parameters = [(f"parameter {first + i}", p) for i, p in enumerate(parameters)]
-        super().add_param_group({**param_group, "params": parameters})  # which refuses a set, for it has no order
+        super().add_param_group({**param_group, "params": parameters})  # which refuses a set, because it has no order
         group = self.param_groups[-1]
         self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
         self._buckets = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or a pickle, is made of: as torch has it, without hooks and without what schedulers patched into
+        """What a copy or a pickle contains: as in torch, without hooks and without what schedulers patched into
         this object, which would act on it and its model. No backward pass is attached to the copy.
         """
         kept = {key: self.__dict__[key] for key in self.KEPT_IN_COPIES}
@@ -189,11 +189,11 @@ class LowRank(Optimizer):
         return {**super().__getstate__(), **kept, **unbuilt, "attached": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
+        """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
         column indices into floats and float32 moments of bfloat16 weights into bfloat16.
 
-        What a group lacks there, it keeps. The rank is part of the saved groups. Warns of what the residual had to
-        start anew, see `Residual.mend`.
+        Settings that a saved group lacks are kept. The rank is part of the saved groups. Warns of what the residual had
+        to reset, see `Residual.mend`.
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.
         """
@@ -220,18 +220,18 @@ class LowRank(Optimizer):
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         expected = self._initial_state(parameter, group, whole)
         if isinstance(parameter, DTensor) and not self.projected(parameter, group):
-            # Which moments are quantised hangs on how the parameter is split; either kind steps.
+            # Which moments are quantised depends on how the parameter is split; either kind works.
             expected, known = ({k: v for k, v in s.items() if not k.endswith("_scale")} for s in (expected, known))
         require_same_kind(self._names.get(parameter, ""), known, expected)
 
     def _restore(self, prepared: dict[str, Any]) -> None:
         owners = {number: (parameter, group) for parameter, group, number in numbered(self, prepared)}
-        for number, held in prepared["state"].items():  # in the saved order, so that what is saved next is in it too
+        for number, held in prepared["state"].items():  # in the saved order, so that the next save has it too
             if number not in owners:
                 self.state[number] = held
                 continue
             parameter, group = owners[number]
-            # The fused step reads its count of steps on the parameter's device, the others are the host's.
+            # The fused step reads its step count on the parameter's device, the others are on the host.
             on_host = {"rank", "step"} if self.projected(parameter, group) else {"rank"}
             for key, value in held.items():
                 device = torch.device("cpu") if key in on_host else parameter.device
@@ -245,7 +245,7 @@ class LowRank(Optimizer):
             shown = ", ".join(self._called(p) for p in list(mended)[:3]) + ", ..." * (len(mended) > 3)
             warnings.warn(
                 f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite and "
-                "starts anew. Earlier versions wrote that after gradients with rows of zeros; look whether the "
+                "is reset. Earlier versions wrote that after gradients with rows of zeros; check whether the "
                 "checkpoint's weights are finite, and resume from an older one if they are not",
                 stacklevel=2,
             )
@@ -257,8 +257,8 @@ class LowRank(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step in two halves, so that nothing has changed when it raises: all gradients are brought to coordinates
-        and looked at before the first weight moves.
+        """One step in two halves, so that nothing has changed if it raises: all gradients are projected to coordinates
+        and checked before the first weight changes.
         """
         loss = None
         if closure is not None:
@@ -274,7 +274,7 @@ class LowRank(Optimizer):
         # A frame is chosen from the gradient: an SVD raises on NaN, a power step would hide it.
         self._require_finite_for_frames(shares, every)
         self._project(shares)
-        # The norm is that of all gradients, so after all are projected; and nothing has been written yet.
+        # The norm is that of all gradients, so it comes after all are projected; and nothing has been written yet.
         clip = self._clip_factor(shares, unprojected)
         self._require_finite(shares, unprojected, every)
         self._update(shares, clip)
@@ -283,7 +283,7 @@ class LowRank(Optimizer):
         return loss
 
     def _choose_ranks(self) -> None:
-        """Ranks of the matrices that have their first gradient; their buckets are built anew."""
+        """Ranks of the matrices that have their first gradient; their buckets are rebuilt."""
         if self.rank_rule is None:
             return
         candidates = [p for p, group in self._matrices() if not self.stacked(p, group)]
@@ -296,7 +296,7 @@ class LowRank(Optimizer):
             self._buckets = None
 
     def _project(self, shares: list[Share]) -> None:
-        """The first half of what needs no clip factor; error feedback adds to clipped gradients, so it comes later."""
+        """The first half for what needs no clip factor; error feedback adds to clipped gradients, so it comes later."""
         if self.rule.residual.feeds_back:
             return
         for share in shares:
@@ -304,12 +304,12 @@ class LowRank(Optimizer):
                 share.project(self.rule, self._needs_energy(norms=self.max_norm is not None))
 
     def _takes_one_pass(self, share: Share) -> bool:
-        """Whether both halves are one kernel: nothing is to be looked at between them, and no frame changes."""
+        """Whether both halves are one kernel: nothing must be checked between them, and no frame changes."""
         stops_between = self.check_finite or self.max_norm is not None or self.backward != "whole"
         return not stops_between and share.keeps_its_frames() and self.rule.takes_one_pass(share.state)
 
     def _needs_energy(self, norms: bool) -> bool:
-        """Whether the projection is to give squared row norms of gradients, which it can of whole ones alone."""
+        """Whether the projection must give squared row norms of gradients, which it can only for whole ones."""
         return self.backward == "whole" and (norms or self.rule.residual.needs_energy or self.rule.trigger.needs_energy)
 
     def _clip_factor(self, shares: list[Share], unprojected: list[list[Tensor]]) -> Tensor | None:
@@ -319,12 +319,14 @@ class LowRank(Optimizer):
         return clip_factor(squares_of(shares, plain, in_frames=self.backward != "whole"), self.max_norm)
 
     def _require_finite_for_frames(self, shares: list[Share], every: list[Tensor]) -> None:
-        if self.check_finite and not self.rule.residual.feeds_back:  # that projects after the check of all gradients
+        if (
+            self.check_finite and not self.rule.residual.feeds_back
+        ):  # error feedback projects after the check of all gradients
             choosing = [gradient for share in shares for gradient in share.gradients_that_choose_frames()]
             require_finite([square_norms(choosing)], every, self._called)
 
     def _require_finite(self, shares: list[Share], unprojected: list[list[Tensor]], every: list[Tensor]) -> None:
-        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either."""
+        """A row of a gradient that is not finite has coordinates that are not finite either."""
         if not self.check_finite:
             return
         whole, norms = [held_gradient(p) for parameters in unprojected for p in parameters], []
@@ -362,14 +364,14 @@ class LowRank(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is there."""
+        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is used."""
         return self.backward != "whole"
 
     def buckets(self) -> list[Bucket]:
-        """Stacks of same-shape matrices, rebuilt whenever someone, a checkpoint or a device move, replaced the state
-        they are viewed through.
+        """Stacks of same-shape matrices, rebuilt whenever something, a checkpoint or a device move, replaced the state
+        that consists of their views.
         """
-        # Buckets keep groups and parameters alive, so nothing else gets their ids.
+        # Buckets keep groups and parameters alive, so nothing else can get their ids.
         look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in self.param_groups for p in g["params"]]
         settings = [(group["rank"], group["project"]) for group in self.param_groups]
         shown = self._buckets is not None and all(bucket.is_shown_in(self.state) for bucket in self._buckets)
@@ -399,12 +401,12 @@ class LowRank(Optimizer):
             changes = [f"{b} -> {n}" for b, n in zip(before, now, strict=True) if b != n]
             raise UserError(
                 f"(rank, project) of a parameter group changed in the middle of training: {', '.join(changes)}. State "
-                "cannot follow; set it back, or build a new optimiser"
+                "cannot follow; restore the value, or build a new optimiser"
             )
         self.state.clear()
 
     def place(self, parameter: Tensor) -> tuple[Bucket, int]:
-        """The bucket of a projected parameter, and its position there. Looks for replaced state once a step."""
+        """The bucket of a projected parameter, and its position there. Checks for replaced state once per step."""
         return self._every_place()[parameter]
 
     def _every_place(self) -> dict[Tensor, tuple[Bucket, int]]:

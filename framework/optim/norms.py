@@ -1,4 +1,4 @@
-"""Norms of many tensors in a handful of kernels, and what clips by them."""
+"""Norms of many tensors in a few kernels, and clipping by them."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,8 @@ from lightspan.sharded import local
 
 
 def square_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Squared Euclidean norms [T] in float32 or wider, in no particular order; infinite where a sum of squares is
-    beyond that format, though torch may have added it up in a wider one.
+    """Squared Euclidean norms [T] in float32 or wider, in no particular order; infinite if a sum of squares is
+    beyond that format, even if torch summed it in a wider one.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
@@ -24,13 +24,13 @@ def square_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def held_gradient(parameter: Tensor) -> Tensor:
-    """What this rank has of a gradient, in real numbers."""
+    """This rank's part of a gradient, in real numbers."""
     assert parameter.grad is not None
     return real(local(parameter.grad))
 
 
 def clip_factor(squares: Iterable[tuple[Ranks | None, Tensor]], max_norm: float) -> Tensor:
-    """The factor, 0-d and at most 1, that brings the global norm down to `max_norm`, as clip_grad_norm_ has it.
+    """The factor, 0-d and at most 1, that brings the global norm down to `max_norm`, as in clip_grad_norm_.
 
     Args:
         squares: squared norms, each with the ranks among which its tensor is split.

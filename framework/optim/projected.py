@@ -1,4 +1,4 @@
-"""Which parameters of a group are projected: one rule for the optimiser, and for who asks before there is one."""
+"""Which parameters of a group are projected: one rule for the optimiser, and for code that asks before there is one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from lightspan.patterns import matches
 
 @dataclass(frozen=True)
 class Selection:
-    """What one parameter group, and the optimiser that it is in, let be projected.
+    """What one parameter group and its optimiser allow to be projected.
 
     Args:
-        project: the group's: True, False, or patterns of names.
-        rank: the group's; of ranks chosen by energy the largest.
+        project: that of the group: True, False, or patterns of names.
+        rank: that of the group; the largest, if ranks are chosen by energy.
         by_energy: what chooses a rank for each matrix, if anything does.
         backward: "whole", "hooks" or "projected", see `LowRank`.
     """
@@ -29,11 +29,11 @@ class Selection:
     backward: str
 
     def allows(self, name: str) -> bool:
-        """Whether the group's `project` lets a parameter of this name be projected, its shape aside."""
+        """Whether the group's `project` lets a parameter of this name be projected, whatever its shape."""
         return self.project if isinstance(self.project, bool) else matches(name, self.project)
 
     def stacked(self, parameter: Tensor) -> bool:
-        """Whether a parameter [E out in] counts as E matrices, as the experts of a layer are: each of them is larger
+        """Whether a parameter [E out in] counts as E matrices, like the experts of a layer: each of them is larger
         than the rank on both sides. The kernels of one-dimensional convolutions are shorter.
         """
         return parameter.ndim == 3 and len(parameter) > 0 and min(parameter.shape[1:]) > self.rank
@@ -46,7 +46,7 @@ class Selection:
         """Whether a parameter's state lives in a subspace.
 
         Args:
-            rank: the parameter's; None asks about the smallest that it can get.
+            rank: the parameter's; None means the smallest that it can get.
         """
         if not is_matrix(parameter) or not self.allows(name):
             return False
@@ -73,13 +73,13 @@ def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, S
     if not candidates:
         raise UserError(
             f"{owner} got no matrix to project: pass real parameters with two or more axes in a group with "
-            "project=True, or say project=False of all groups to have AdamW"
+            "project=True, or set project=False in all groups to use AdamW"
         )
     flat = [(s.side(p), s.least, s.by_energy) for p, _, s in candidates if not s.stacked(p)]
     if not flat:
         raise UserError(
-            f"{owner} got no matrix to project but stacks [experts out in], which only whole gradients in one piece "
-            "and a fixed rank can project; set backward='whole' and rank to a number, train unsharded, or use AdamW"
+            f"{owner} got no matrix to project except stacks [experts out in], which need whole, unsharded gradients "
+            "and a fixed rank; set backward='whole' and rank to a number, train unsharded, or use AdamW"
         )
     side, least, by_energy = max(flat, key=lambda each: each[:2])
     asked = f"rank={least}" if by_energy is None else f"RankByEnergy least={least}"

@@ -1,4 +1,4 @@
-"""A rank for each matrix from its first gradient: as much energy as asked for, within a budget of bytes."""
+"""A rank for each matrix from its first gradient: as much energy as requested, within a budget of bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class RankByEnergy:
 
     Early gradients of most networks have a few strong directions and a long tail; matrices differ in both. If the
     ranks of the energy target would cost more than `budget_mib`, directions are taken in order of the share of energy
-    that they bring per byte, over all matrices, until the budget is spent. Spectra fall, so no other choice within the
-    budget captures more in sum. Ranks are chosen in the first step, from rank 0's spectra where several train, and are
-    part of the saved state.
+    that they bring per byte, over all matrices, until the budget is spent. Spectra are descending, so no other choice
+    within the budget captures more in total. Ranks are chosen in the first step, from rank 0's spectra if there are
+    several ranks, and are part of the saved state.
 
     Args:
         energy: share in (0, 1].
@@ -44,7 +44,7 @@ class RankByEnergy:
         """One rank for each parameter, from its `grad`.
 
         Args:
-            spent: bytes of the budget that earlier choices took.
+            spent: bytes of the budget that earlier choices used.
         Raises: UserError if `least` everywhere exceeds the budget.
         """
         gradients = [canonical_gradient(p.grad, p) for p in parameters if p.grad is not None]
@@ -57,7 +57,7 @@ class RankByEnergy:
         left -= sum(min(self.least, rank) * size for rank, size in zip(wanted, costs, strict=True))
         if left < 0:
             raise UserError(
-                f"RankByEnergy budget_mib={self.budget_mib} does not even hold rank {self.least} for all "
+                f"RankByEnergy budget_mib={self.budget_mib} is too small even for rank {self.least} of all "
                 f"{len(gradients)} matrices; raise it by {-left / 2**20:.2f} MiB or lower `least`"
             )
         offers = sorted(
@@ -73,14 +73,14 @@ class RankByEnergy:
         return ranks
 
     def assign(self, candidates: Sequence[Tensor], ranks: dict[Tensor, int]) -> dict[Tensor, int]:
-        """Ranks of those candidates that have a gradient and no rank yet, within what others have left of the budget.
+        """Ranks of those candidates that have a gradient and no rank yet, within the rest of the budget.
 
         Raises: UserError as `choose` does, and for sharded parameters.
         """
         new = [p for p in candidates if p.grad is not None and p not in ranks]
         if new and splits_of(new):
             raise UserError(
-                "rank=RankByEnergy() looks at whole gradients, and this model is sharded; set rank to a number, or "
+                "rank=RankByEnergy() needs whole gradients, but this model is sharded; set rank to a number, or "
                 "train with DDP"
             )
         spent = sum(rank * bytes_per_rank(p) for p, rank in ranks.items())
@@ -92,13 +92,13 @@ class RankByEnergy:
 
 
 def bytes_per_rank(parameter: Tensor) -> int:
-    """What one more direction of a parameter costs in float32 moments and frame."""
+    """Bytes of one more direction of a parameter, in float32 moments and frame."""
     rows, columns = matrix_shape(parameter)
     return 4 * (2 * rows + columns)
 
 
 def _energy_shares(gradient_MN: Tensor) -> Tensor:
-    """Squared singular values over their sum [N], falling; on the CPU. A zero gradient has no strong direction."""
+    """Squared singular values over their sum [N], descending; on the CPU. A zero gradient has no strong direction."""
     wide_MN = gradient_MN.to(widest_float(gradient_MN.device))
     values_N = agreed(torch.linalg.eigvalsh(wide_MN.mT @ wide_MN).flip(0).clamp_min_(0)).cpu()
     total = values_N.sum()

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightspan.errors import UserError
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
-"""What a Method takes: called with the optimiser and the run's number of optimiser steps.
-`torch.optim.lr_scheduler.CosineAnnealingLR` fits as it is."""
+"""What a Method expects: called with the optimiser and the run's number of optimiser steps.
+`torch.optim.lr_scheduler.CosineAnnealingLR` fits unchanged."""
 
 
 class WarmupCosine(LRScheduler):
@@ -36,9 +36,9 @@ class WarmupCosine(LRScheduler):
                 f"total_steps={total_steps} must be at least 1; set trainer.max_steps or trainer.max_epochs"
             )
         if not 0 <= warmup < 1:
-            raise UserError(f"warmup={warmup} is a share of the run and must lie in [0, 1)")
+            raise UserError(f"warmup={warmup} is a share of the run and must be in [0, 1)")
         if not 0 <= final <= 1:
-            raise UserError(f"final={final} is a share of the peak rate and must lie in [0, 1]")
+            raise UserError(f"final={final} is a share of the peak rate and must be in [0, 1]")
         self.total_steps, self.warmup, self.final = total_steps, warmup, final
         super().__init__(optimizer)
 

@@ -47,7 +47,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_norm": (lambda value: value is None or (_is_number(value) and value > 0), "above 0, or None"),
     "backward": (lambda value: value in ("whole", "hooks", "projected"), "'whole', 'hooks' or 'projected'"),
 }
-"""What each setting may be, by name."""
+"""The allowed values of each setting, by name."""
 
 
 def _is_text(value: Any) -> bool:
@@ -55,10 +55,10 @@ def _is_text(value: Any) -> bool:
 
 
 def require_sound(owner: str, settings: Mapping[str, Any]) -> None:
-    """Raises: UserError for the first of `settings` that is outside its limits; keys without limits are not looked at.
+    """Raises: UserError for the first of `settings` that is outside its limits; keys without limits are ignored.
 
     Args:
-        owner: the optimiser, and the parameter group if the settings are one's.
+        owner: the optimiser, and the parameter group if the settings belong to one.
     """
     for name, (sound, limit) in LIMITS.items():
         if name in settings and not sound(settings[name]):
@@ -66,7 +66,7 @@ def require_sound(owner: str, settings: Mapping[str, Any]) -> None:
 
 
 def require_parts(rule: Rule) -> None:
-    """Raises: UserError for a switch that is no object of its kind, such as the name of one."""
+    """Raises: UserError for a switch that is not an object of its kind, such as the name of one."""
     parts = (
         ("basis", rule.basis, Basis), ("residual", rule.residual, Residual), ("inner", rule.inner, Inner),
         ("moments", rule.moments, MomentStorage), ("refresh", rule.trigger, Trigger),
@@ -77,7 +77,7 @@ def require_parts(rule: Rule) -> None:
 
 
 def require_fit(rule: Rule, backward: str, by_energy: bool) -> None:
-    """Raises: UserError for parts of a rule that do not fit one another, the way of the backward pass, or ranks chosen
+    """Raises: UserError for parts of a rule that do not fit one another, the backward mode, or ranks chosen
     `by_energy`.
     """
     if rule.basis.momentum and not isinstance(rule.inner, Adam):
@@ -88,7 +88,7 @@ def require_fit(rule: Rule, backward: str, by_energy: bool) -> None:
             f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose PowerBasis"
         )
     if backward != "whole" and by_energy:
-        raise UserError(f"rank=RankByEnergy() looks at whole gradients; set backward='whole', not {backward!r}")
+        raise UserError(f"rank=RankByEnergy() needs whole gradients; set backward='whole', not {backward!r}")
     if backward != "whole" and (rule.residual.needs_gradient or rule.trigger.needs_energy):
         raise UserError(
             f"backward={backward!r} keeps only coordinates of the gradient, but residual="

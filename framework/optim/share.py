@@ -1,7 +1,7 @@
 """What one bucket does in one step: its matrices that have a gradient, from projection to the new weights.
 
-The step has two halves, as the equations in `lightspan.optim.core` have: all shares are projected before any is
-updated, so that all gradients can be clipped together, or refused, before a weight moves.
+The step has two halves, like the equations in `lightspan.optim.core`: all shares are projected before any is
+updated, so that all gradients can be clipped together, or refused, before a weight changes.
 """
 
 from collections import defaultdict
@@ -26,12 +26,12 @@ class Share:
 
     Args:
         owners: which of the bucket's parameters take part; `active`: which of its matrices.
-        index: what picks the active matrices out of the bucket's stacks; None where all take part.
-        layout, state: of the active matrices.
-        gradients: [M N] by active matrix, None where only coordinates are left of it.
+        index: selects the active matrices from the bucket's stacks; None if all take part.
+        layout, state: those of the active matrices.
+        gradients: [M N] by active matrix, None if only coordinates are left.
         pending: coordinates [M R] that came without their gradient, by position.
-        first, due: positions whose frame is chosen for the first time, or anew.
-        projected: what the first half of the step found; None before it.
+        first, due: positions whose frame is chosen for the first time, or again.
+        projected: result of the first half of the step; None before it.
     """
 
     bucket: Bucket
@@ -93,9 +93,9 @@ class Share:
         )  # fmt: skip
 
     def project_with_error(self, rule: Rule, energy: bool, clip: Tensor | None) -> None:
-        """The first half under error feedback: of the clipped gradients plus what earlier steps left out. The sums are
-        as large as the gradients in float32, so one share's exist at a time: those of all would take back what
-        quantised state saves.
+        """The first half under error feedback: with the clipped gradients plus what earlier steps left out. The sums
+        are as large as the gradients in float32, so those of one share exist at a time: those of all would cancel
+        what quantised state saves.
         """
         one = torch.ones((), device=self.layout.device) if clip is None else clip
         accumulated = rule.residual.accumulate(self.whole_gradients(), self.state, one)
@@ -106,8 +106,8 @@ class Share:
         """The second half: weights and state, in place; in one pass over both halves if nothing was projected before.
 
         Args:
-            scale: on the learning rate, decay apart.
-            clip: 0-d factor that the gradients still have to be multiplied with; None for none.
+            scale: factor on the learning rate, except for decay.
+            clip: 0-d factor by which the gradients must still be multiplied; None for none.
         """
         self._count_step()
         rates = self._rates(scale)
@@ -136,7 +136,7 @@ class Share:
             self.bucket.views[i]["step"].fill_(self.bucket.done[self.bucket.places(i)[0]])
 
     def _rates(self, scale: float) -> dict[str, Tensor]:
-        """lr * scale and 1 - lr * decay, on the device, and filled there: a copy from the host would wait for it."""
+        """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
         rate, device = self.bucket.group["lr"], self.layout.device
         wide = widest_float(device)
         lr = rate.to(device, wide).reshape(()) if isinstance(rate, Tensor) else None
@@ -149,7 +149,7 @@ def squares_of(shares: Sequence[Share], plain: Sequence[Tensor], in_frames: bool
 
     Args:
         plain: parameters that are not projected.
-        in_frames: whether gradients are gone, so that of projected ones the norms are those of their coordinates.
+        in_frames: whether gradients no longer exist, so that norms of projected ones are those of their coordinates.
     """
     unprojected: dict[Ranks | None, list[Tensor]] = defaultdict(list)
     for parameter in plain:

@@ -13,7 +13,7 @@ from lightspan.sharded import local
 
 @dataclass(frozen=True)
 class Treatment:
-    """What one parameter gets. `state_bytes` is what this rank keeps of its state, `adamw_bytes` what AdamW would."""
+    """How one parameter is treated. `state_bytes` is this rank's part of its state, `adamw_bytes` that of AdamW."""
 
     group: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     elif parameter.is_complex():
         how = "AdamW: complex"
     elif optimizer.stacked(parameter, group):
-        how = "AdamW: a stack of matrices, which only whole gradients in one piece and a fixed rank can project"
+        how = "AdamW: a stack of matrices, whose projection needs whole, unsharded gradients and a fixed rank"
     else:
         how = f"AdamW: rank {group['rank']} is not below its shorter side"
     state = optimizer.initial_state(parameter, group, torch.device("meta"))

@@ -1,4 +1,4 @@
-"""When a matrix' frame is chosen anew (update_proj_gap in GaLore's code): by the clock, or when it captures too little
+"""When a matrix' frame is chosen again (update_proj_gap in GaLore's code): by steps, or when it captures too little
 of the gradient.
 
 Shapes: B matrices, M rows, R rank.
@@ -28,13 +28,13 @@ class Trigger(ABC):
 
     @abstractmethod
     def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float], state: State) -> list[int]:
-        """Those of the matrices `asked`, positions in a stack, whose frame is to be chosen anew now; a matrix' first
+        """Those of the matrices `asked`, positions in a stack, whose frame is to be chosen again now; a matrix' first
         step is not asked about.
 
         Args:
             steps: optimiser steps that each matrix of the stack has taken.
             phases: in [0, 1), spread over all matrices of the optimiser, so that they need not all be due at once.
-            state: of the whole stack.
+            state: that of the whole stack.
         """
 
     def observe(
@@ -45,7 +45,7 @@ class Trigger(ABC):
         state: State,
         total: Total = alone,
     ) -> None:
-        """Sees every step if `needs_energy`; `refreshed` are the positions whose frame is new, and `total` continues
+        """Called in every step if `needs_energy`; `refreshed` are the positions whose frame is new, and `total` extends
         sums over rows to those of other ranks.
         """
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
@@ -53,11 +53,11 @@ class Trigger(ABC):
 
 @dataclass(frozen=True)
 class Every(Trigger):
-    """A fixed number of steps after the last time.
+    """A fixed number of steps after the last refresh.
 
     Args:
         steps: >= 1.
-        staggered: whether matrices take turns, so that no single step pays for all of them: the k-th of n changes its
+        staggered: whether matrices take turns, so that no single step does all of them: the k-th of n changes its
             frame first after k / n of `steps`. Published code changes all frames in the same step.
     """
 
@@ -76,15 +76,15 @@ class Every(Trigger):
 @dataclass(frozen=True)
 class WhenCapturedFalls(Trigger):
     """When the share of the gradient's energy inside the frame falls below `below` times its value after the last
-    refresh. Frames of matrices whose gradients stay in one subspace live long, others are chosen anew often.
+    refresh. Frames of matrices whose gradients stay in one subspace live long, others are often chosen again.
 
-    The share is a running mean over about ten steps, of what rank 0 measures, so that all ranks refresh in the same
-    step. The device is asked once in `check` steps for all matrices of one shape.
+    The share is a running mean over about ten steps, measured on rank 0, so that all ranks refresh in the same
+    step. The device is read once in `check` steps for all matrices of one shape.
 
     Args:
         below: in (0, 1).
-        check: steps between two looks, >= 1.
-        at_most: steps after which a frame is chosen anew whatever it captures, >= check.
+        check: steps between two checks, >= 1.
+        at_most: steps after which a frame is chosen again whatever it captures, >= check.
     """
 
     below: float = 0.7

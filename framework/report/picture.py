@@ -12,14 +12,14 @@ _COLOURS = ("#1f5fd0", "#d1560f", "#0c8065", "#a3278f", "#7a6500", "#5a49b8")
 
 
 def picture(runs: Sequence[Run], title: str) -> bytes:
-    """PNG bytes (150 dpi): the first validation metric over steps and, where all runs have it, the optimiser state.
+    """PNG bytes (150 dpi): the first validation metric over steps and, if all runs have it, the optimiser state.
 
-    Raises: UserError where no run logged a validation metric.
+    Raises: UserError if no run logged a validation metric.
     """
     metric = next((name for run in runs for name in run.metrics() if group_of(name) == "val"), None)
     if metric is None:
         raise UserError(
-            f"--png draws validation curves, and none of {', '.join(run.name for run in runs)} logged a val/ metric; "
+            f"--png draws validation curves, but none of {', '.join(run.name for run in runs)} logged a val/ metric; "
             "leave --png out, or train with trainer.val_check_interval"
         )
     from matplotlib.figure import Figure

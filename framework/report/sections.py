@@ -1,4 +1,4 @@
-"""Which charts a set of runs gives: every metric that at least one run logged, in groups, one curve a run."""
+"""Which charts a set of runs gives: every metric that at least one run logged, in groups, one curve per run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Section:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """The non-empty groups in reading order: validation first, then training, probes and what they cost."""
+    """The non-empty groups in reading order: validation first, then training, probes and costs."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics()))
     found = {key: [name for name in metrics if group_of(name) == key] for key, _, _ in _GROUPS}
     out = []
@@ -67,7 +67,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _profiled(metric: str) -> bool:
-    """Whether a metric is that of one matrix, dimension/MEASURE/MATRIX: a network has too many for a chart each."""
+    """Whether a metric is that of one matrix, dimension/MEASURE/MATRIX: a network has too many for one chart each."""
     return group_of(metric) == "dimension" and metric.count("/") > 1
 
 
@@ -84,7 +84,7 @@ def group_of(metric: str) -> str:
 
 
 def unit_of(metric: str) -> str:
-    """The unit that a metric's name ends on, or "" where it names none."""
+    """The unit at the end of a metric's name, or "" if there is none."""
     if group_of(metric) == "lr":
         return "rate"
     return next((unit for ending, unit in _UNITS if metric.endswith(ending)), "")
@@ -115,14 +115,14 @@ def _over_time(runs: Sequence[Run], metric: str) -> Chart:
 
 
 def _against_first(runs: Sequence[Run], metric: str) -> list[Chart]:
-    """How far the other runs lie from the first at the same steps: curves that agree to a line's width differ here."""
+    """How far other runs are from the first at the same steps: shows differences too small for the curves."""
     first = {point.step: point.value for point in runs[0].points(metric)}
     curves = []
     for at, run in enumerate(runs[1:], start=1):
         shared = [(float(p.step), p.value - first[p.step]) for p in run.points(metric) if p.step in first]
         if finite(shared):
             curves.append(Curve(run.name, at, shared))
-    title, note = f"{metric} minus that of {runs[0].name}", "where both logged it at the same step"
+    title, note = f"{metric} minus that of {runs[0].name}", "at steps where both logged it"
     return [Chart(title, "optimiser steps", unit_of(metric), curves, note=note)] if curves else []
 
 

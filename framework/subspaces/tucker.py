@@ -19,7 +19,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 
 def compose(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-    """core x_1 U_1 ... x_N U_N; None stands for the identity."""
+    """core x_1 U_1 ... x_N U_N; None means the identity."""
     for axis, factor in enumerate(factors):
         core = core if factor is None else mode_product(core, factor, axis)
     return core
@@ -27,7 +27,7 @@ def compose(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
 
 @dataclass(frozen=True)
 class TuckerFrame:
-    """The `SubspaceMap` from a core [r_1 ... r_N] to a tensor [d_1 ... d_N] by factors; None is the identity."""
+    """The `SubspaceMap` from a core [r_1 ... r_N] to a tensor [d_1 ... d_N] by factors; None means the identity."""
 
     factors: Sequence[Tensor | None]
 

@@ -269,7 +269,7 @@ def test_code_hidden_in_a_file_does_not_run(tmp_path):
 @pytest.mark.parametrize("content", [{"weights": 1}, [1, 2]])
 def test_a_torch_file_without_a_state_dict_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"is a torch file but no checkpoint: it holds .*, no 'state_dict'"):
+    with pytest.raises(UserError, match=r"is a torch file but not a checkpoint: it contains .*, but no 'state_dict'"):
         WholeFileCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
 
 
@@ -343,7 +343,7 @@ def test_a_file_takes_the_place_of_the_folder_that_a_sharded_run_left(tmp_path):
     path = tmp_path / "last.ckpt"
     path.mkdir()
     (path / "shard").write_bytes(b"abc")
-    with pytest.raises(UserError, match=r"last.ckpt: a folder of this name stands there"):
+    with pytest.raises(UserError, match=r"last.ckpt: there is a folder of this name"):
         WholeFileCheckpointIO().save_checkpoint({"state_dict": {}}, path)  # a folder, but no checkpoint of ours
     seal_folder(path, {"format": FORMAT})
     WholeFileCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 7}, path)

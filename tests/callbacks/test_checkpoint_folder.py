@@ -303,7 +303,7 @@ class Payload:
 def test_code_in_the_list_of_shards_does_not_run(folder):
     (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
     seal_again(folder)
-    with pytest.raises(UserError, match=r"no code in it was run \(builtins.setattr is nothing that belongs"):
+    with pytest.raises(UserError, match=r"no code in it was run \(builtins.setattr does not belong"):
         WholeFileCheckpointIO().load_checkpoint(folder)
     assert not Payload.ran
 

@@ -107,8 +107,8 @@ def overlap(found: Any) -> None:
         (lambda found: setattr(place(found), "length", 2**60), "beyond the end of __0_0.distcp"),
         (lambda found: setattr(place(found), "relative_path", "../x"), "names a file outside its folder, ../x"),
         (lambda found: setattr(place(found), "relative_path", 7), "names a file outside its folder, 7"),
-        (lambda found: setattr(found, "storage_data", []), "is no list of shards"),
-        (lambda found: setattr(found, "state_dict_metadata", [1]), "is no list of shards"),
+        (lambda found: setattr(found, "storage_data", []), "is not a list of shards"),
+        (lambda found: setattr(found, "state_dict_metadata", [1]), "is not a list of shards"),
         (lambda found: setattr(found, "planner_data", {NAME: 7}), "does not say where values belong"),
         (lambda found: found.state_dict_metadata.update(x=7), "has an entry that is neither a tensor nor a value: x"),
         (lambda found: delattr(found, "state_dict_metadata"), "state_dict_metadata"),
@@ -148,9 +148,7 @@ def with_state_of_storage(content: bytes, path: bytes) -> bytes:
 @pytest.mark.parametrize("name", ["pathlib\nPath", "pathlib._local\nos", "os\nsystem", "torch.serialization\nload"])
 def test_other_names_of_these_modules_are_not_known(folder, name):
     put(folder, METADATA, b"c" + name.encode() + b"\n.")
-    with pytest.raises(
-        UserError, match=r"no code in it was run \(.* is nothing that belongs into the list of shards\)$"
-    ):
+    with pytest.raises(UserError, match=r"no code in it was run \(.* does not belong in a list of shards\)$"):
         read_checkpoint(folder)
 
 
@@ -158,7 +156,7 @@ def test_other_names_of_these_modules_are_not_known(folder, name):
     ("name", "content", "says"),
     [
         (METADATA, b"", "cannot be read: Ran out of input"),
-        (METADATA, pickle.dumps([1]), "is damaged: its .metadata holds list"),
+        (METADATA, pickle.dumps([1]), "is damaged: its .metadata contains list"),
         (METADATA, b"\x80\x04" + b"]" * 100 + b"(" * 100_000, "cannot be read: "),
         (REST, b"", "cannot be read: "),
     ],

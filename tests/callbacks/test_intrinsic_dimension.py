@@ -166,7 +166,7 @@ class OtherRates(Plain):
     ("kind", "dim", "message"),
     [
         (TwoOptimisers, 9, "TwoOptimisers has 2 optimisers, IntrinsicDimension trains with one"),
-        (Inside, 9, "is a RandomSubspace already"),
+        (Inside, 9, "is already a RandomSubspace"),
         (OtherRates, 9, "groups have lr=0.1 and 0.2, but one set of coordinates"),
         (Plain, 245, "dim=245 must be at least 1 and at most the 244 weights"),
     ],

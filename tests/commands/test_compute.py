@@ -57,7 +57,7 @@ def test_an_estimators_run_leaves_its_result_and_where_it_comes_from(capsys: pyt
     assert "l2: 2.0" in Path("out/resolved.yaml").read_text()
     assert json.loads(Path("out/provenance.json").read_text())["recipe"] == "r"
     assert main(["run", "r.yaml", "--run", "out"]) == 2
-    assert "already holds a run (result.json)" in capsys.readouterr().err
+    assert "already contains a run (result.json)" in capsys.readouterr().err
     assert main(["report", "out"]) == 2
     assert "report compares training runs; its figures are in out/result.json" in capsys.readouterr().err
 
@@ -88,9 +88,9 @@ def test_every_verb_that_trains_says_which_verb_takes_the_recipe(
     for verb in (["fit"], ["plan"], ["submit", "--to", "local"], ["prove-resume"]):
         assert main([*verb, recipe(content)]) == 2
         said = capsys.readouterr().err
-        assert "which does not train; `lightspan run` takes it" in said, verb
+        assert "which does not train; use it with `lightspan run`" in said, verb
     assert main(["run", "compression/vit"]) == 2
-    assert "is the recipe of a model, which trains; `lightspan fit` takes it" in capsys.readouterr().err
+    assert "is the recipe of a model, which trains; use it with `lightspan fit`" in capsys.readouterr().err
     assert main(["check", "r.yaml"]) == 0
     assert main(["show", "r.yaml", "--resolved"]) == 0
 
@@ -114,15 +114,15 @@ BANK = ESTIMATOR["inputs"]["bank"]
         (wrong(ESTIMATOR, "estimator", {"class_path": "os.system"}), "os.system is outside the allowed modules"),
         (
             wrong(ESTIMATOR, "estimator", {"class_path": "torch.nn.Linear"}),
-            "must be an Estimator, and torch.nn.Linear is none",
+            "must be an Estimator, but torch.nn.Linear is not",
         ),
         (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l3": 1}}), "LinearProbe takes: l2, max_iterations"),
         (wrong(ESTIMATOR, "inputs", {"bank": {"class_path": "torch.nn.Linear"}}), "must be an Input"),
-        (wrong(ESTIMATOR, "inputs", {"a.b": BANK}), "must be a name that `fit` can take"),
+        (wrong(ESTIMATOR, "inputs", {"a.b": BANK}), "must be a name that `fit` accepts"),
         (wrong(ESTIMATOR, "inputs", BANK), "give the entry a name"),
-        (wrong(ESTIMATOR, "inputs", [1]), "must be a mapping of a name"),
+        (wrong(ESTIMATOR, "inputs", [1]), "must map a name"),
         (wrong(ESTIMATOR, "checkpoints", {}), "checkpoints: unknown key"),
-        (wrong(MERGER, "checkpoints", ["a"]), "must be a mapping of names of your choice to paths"),
+        (wrong(MERGER, "checkpoints", ["a"]), "must map names of your choice to paths"),
         (
             wrong(MERGER, "checkpoints", {"a": 1}),
             "must be the path of a run folder, a .ckpt or a safetensors file, got 1",

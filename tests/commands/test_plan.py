@@ -148,7 +148,7 @@ def test_a_model_that_reads_numbers_is_planned_by_a_real_step(tmp_path: Path) ->
     assert plan.largest_rows is not None
     assert plan.largest_rows > 8
     assert "counted by a real step, since a fake one stopped (it reads a number from a tensor" in plan.notes[0]
-    assert plan.notes[1] == "the largest micro-batch lies on a line through real steps of 4 and 8 samples"
+    assert plan.notes[1] == "the largest micro-batch is on a line through real steps of 4 and 8 samples"
 
 
 def test_a_real_step_on_demand_counts_the_same(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_the_largest_batch_uses_the_memory_given(tmp_path: Path) -> None:
 def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     module = Regression()
     module.automatic_optimization = False
-    with pytest.raises(UserError, match=r"Regression optimises by hand .* measure it by a short run"):
+    with pytest.raises(UserError, match=r"Regression uses manual optimisation .* measure it in a short run"):
         planned(tmp_path, module)
 
 

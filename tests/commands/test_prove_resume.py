@@ -86,7 +86,7 @@ def test_a_loader_that_forgets_its_place_is_found_out(tmp_path, capsys):
 def test_a_run_that_fails_by_itself_is_no_proof(capsys):
     assert main([*COMMAND, "--kills", "1", "data.init_args.poisoned=3"]) == 2
     error = capsys.readouterr().err
-    assert "straight-1 on 1 rank(s) was to finish but ended with status 2; its last lines:" in error
+    assert "straight-1 on 1 rank(s) should finish but ended with status 2; its last lines:" in error
     assert "is not finite" in error
 
 

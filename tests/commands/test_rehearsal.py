@@ -91,13 +91,13 @@ def test_what_a_hook_of_ones_own_would_have_made_is_no_fault(monkeypatch, tmp_pa
     with pytest.raises(UserError, match="made_by_a_hook"):
         tried(monkeypatch, tmp_path, Net(prepared=False))
     said = tried(monkeypatch, tmp_path, Net(prepared=False), Prepares())
-    assert "a forward pass (as it is here it stops, which need not be so in the run: AttributeError" in said
+    assert "a forward pass (as it is here it stops, which may not happen in the run: AttributeError" in said
 
 
 def test_a_module_that_optimises_by_hand_is_left_alone(monkeypatch, tmp_path):
     module = Net()
     module.automatic_optimization = False
-    assert "a forward pass, since Net optimises by hand in it" in tried(monkeypatch, tmp_path, module)
+    assert "a forward pass, since Net uses manual optimisation in it" in tried(monkeypatch, tmp_path, module)
     assert module.seen == []
 
 

@@ -170,7 +170,7 @@ def test_what_is_no_run_is_named(tmp_path: Path, prepare: Callable[[Path], None]
 def test_a_folder_of_runs_tells_which_runs_to_name(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("all/a")
     make_run("all/b")
-    with pytest.raises(UserError, match="it holds the runs a, b: name those"):
+    with pytest.raises(UserError, match="it contains the runs a, b: name those"):
         run_report(tmp_path / "all", "--out", tmp_path / "out")
 
 
@@ -249,7 +249,7 @@ def test_a_broken_line_is_named_by_file_and_number(make_run: MakeRun, tmp_path: 
 def test_the_runs_own_summary_is_never_overwritten(make_run: MakeRun) -> None:
     folder = make_run("a")
     before = (folder / "summary.json").read_bytes()
-    with pytest.raises(UserError, match=r"would put a summary.json into run folder .* over the run's own"):
+    with pytest.raises(UserError, match=r"would overwrite summary.json of run folder .* the run's own"):
         run_report(folder, "--out", folder)
     assert (folder / "summary.json").read_bytes() == before
 

@@ -130,7 +130,7 @@ def test_a_long_curve_with_a_steep_start_is_cut_and_the_cut_counted() -> None:
     low, high, above, peak = window([falling])
     assert (low, above, peak) == (pytest.approx(1.01), 5, 10.0)
     assert 1.9 < high < 2.1
-    assert "the axis is cut: 5 early values, up to 10, lie above it" in draw(
+    assert "the axis is cut: 5 early values, up to 10, are above it" in draw(
         Chart("t", "x", "y", [Curve("r", 0, falling)])
     )
 

@@ -79,7 +79,7 @@ def test_where_it_stopped_and_how_to_go_on_are_said_once(tmp_path, capsys):
     assert status == 143
     said = capsys.readouterr().err
     assert said.count("is whole") == 1
-    assert f"the same command with --run '{folder}' goes on from it" in said
+    assert f"the same command with --run '{folder}' continues from it" in said
 
 
 def test_a_validation_that_is_due_after_the_end_of_an_epoch_is_refused_in_words(tmp_path):

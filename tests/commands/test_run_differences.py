@@ -140,7 +140,7 @@ def test_times_speeds_and_the_names_of_the_folders_are_no_difference(tmp_path):
         ({"seen": 4}, "checkpoint.callbacks.Tracker.seen is 4 instead of 3"),
         ({"random": torch.ones(4, dtype=torch.uint8)}, "checkpoint.lightspan.random_states[0].torch differs in 4 of 4"),
         ({"ready": 2}, "checkpoint.loops.fit_loop.epoch_progress.ready is 2 instead of 1"),
-        ({"buffers": {"mask": "bb"}}, "buffer.rank-0: mask, which no checkpoint holds, is another one in batch 0"),
+        ({"buffers": {"mask": "bb"}}, "buffer.rank-0: mask, which is in no checkpoint, differs in batch 0"),
         ({"figures": ()}, "the logged loss of step 0 is missing instead of 2.0"),
         ({"figures": ({"step": 0, "loss": 2.0},) * 2}, "the logged loss of step 0 is 2.0 and 2.0 instead of 2.0"),
     ],

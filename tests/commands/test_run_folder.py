@@ -110,7 +110,7 @@ def test_figures_of_a_start_without_a_checkpoint_are_kept(tmp_path, capsys):
         assert f"kept in {tmp_path / f'metrics-{number}.jsonl'}" in capsys.readouterr().err
     assert [(tmp_path / f"metrics-{number}.jsonl").read_text() for number in (1, 2)] == ["1\n", "2\n"]
     (tmp_path / "metrics.jsonl").write_text("3\n")
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already contains a run"):
         checkpoint_to_resume(argparse.Namespace(run=tmp_path, resume="never"), tmp_path)
 
 

@@ -61,9 +61,9 @@ def test_a_run_says_its_seed_records_it_repeats_by_it_and_goes_on_with_it(recipe
     assert main([*fit, recipe, "--run", "first"]) == 0
     captured = capsys.readouterr()
     seed = recorded("first")["seed_everything"]
-    assert captured.err.count(f"no seed_everything is set, so the run takes {seed},") == 1
+    assert captured.err.count(f"no seed_everything is set, so the run uses {seed},") == 1
     provenance = json.loads(Path("first/provenance.json").read_text())
-    assert provenance["sources"]["seed_everything"] == "drawn from the path of the run folder"
+    assert provenance["sources"]["seed_everything"] == "derived from the path of the run folder"
     assert main([*fit, "first/resolved.yaml", "--run", "again"]) == 0
     assert "no seed_everything" not in capsys.readouterr().err
 

@@ -63,7 +63,7 @@ def fit(tmp_path: Path, module: LightningModule, *callbacks: Any, data: Any = No
     ids=["epochs", "steps", "chained", "accumulated", "by epochs"],
 )
 def test_a_schedule_that_ends_before_the_run_is_refused_before_the_first_step(tmp_path, module, options, last):
-    said = rf"OneCycleLR has total_steps={module.length}, and this run takes it to step {last}; .*estimated_stepping"
+    said = rf"OneCycleLR has total_steps={module.length}, but this run takes it to step {last}; .*estimated_stepping"
     with pytest.raises(UserError, match=said):
         fit(tmp_path, module, **options)
     assert module.steps == 0
@@ -108,7 +108,7 @@ def test_an_end_that_comes_in_mid_run_is_said_in_the_same_words(tmp_path):
             schedule.step()
 
     built: Any = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=2))
-    with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, and it came to step 3; beyond its end"):
+    with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, but it came to step 3; beyond its end"):
         run.call(steps, built, tmp_path, None)
     assert past_its_end(ValueError("another")) is None
 

@@ -33,7 +33,7 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
     [
         ("os.system", "outside the allowed modules"),
         ("subprocess.Popen", "subprocess belongs to Python itself"),
-        ("my_pkg.Net", "to use code of your own, add --allow-module my_pkg"),
+        ("my_pkg.Net", "to use your own code, add --allow-module my_pkg"),
         ("torchevil.nn.Linear", "did you mean torch?"),
         ("builtins.eval", "outside the allowed modules"),
         ("torch.load", "is a function"),
@@ -47,8 +47,8 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
         ("lightspan.callbacks.resilience.watchdog.Checkpint", "has no Checkpint"),
         ("lightspan.adapters.state.save_adapter", "is a function"),  # its module is listed, its __all__ is not there
         ("lightning.pytorch.strategies.DeepSpeedStrategy", "add --allow-module lightning.pytorch.strategies.deepspeed"),
-        ("transformers.LlamaConfig", "transformers is a library; call it in a function of your own"),
-        ("timm.create_model", "lightspan.backbones.vision.timm_backbone; else call it in a function of your own"),
+        ("transformers.LlamaConfig", "transformers is a library; call it in your own function"),
+        ("timm.create_model", "lightspan.backbones.vision.timm_backbone; else call it in your own function"),
         ("torchvision.models.resnet18", "lightspan.backbones.vision.timm_backbone"),
         ("torch", "is not a class; write its full import path"),
         ("torch.nn.Linear; import os", "is not a class"),

@@ -26,13 +26,16 @@ def test_a_sound_configuration_has_no_problems():
         ("trainer: {detect_anomaly: 1}\n", "trainer.detect_anomaly: must be true or false, got 1"),
         ("trainer: 3\n", "trainer: must be a mapping of Trainer settings, got 3"),
         ("seed_everything: abc\n", "seed_everything: must be a whole number, got 'abc'"),
-        ("trainer: {callbacks: [{class_path: x.Y}]}\n", "must be a mapping of a name of your choice to class_path"),
+        ("trainer: {callbacks: [{class_path: x.Y}]}\n", "must map a name of your choice to class_path"),
         ("trainer: {callbacks: {class_path: torch.nn.ReLU}}\n", "give the entry a name"),
         (
             "trainer: {logger: {a: {init_args: {x: 1}}}}\n",
-            "trainer.logger.a: has no class_path (nothing below sets one",
+            "trainer.logger.a: has no class_path (no lower layer sets one",
         ),
-        ("data: {batch_size: 3}\n", "data: has no class_path (nothing below sets one either); got the keys batch_size"),
+        (
+            "data: {batch_size: 3}\n",
+            "data: has no class_path (no lower layer sets one either); got the keys batch",
+        ),
         ("trainer: {default_root_dir: '${home}/x'}\n", "unknown placeholder ${home}; only ${run} (the run folder)"),
         ("trainer: {strategy: os.system}\n", "'os.system' names a class as text"),
     ],
@@ -59,7 +62,7 @@ def test_each_mistake_is_named_with_place_and_way_out(text, expected):
         ("{class_path: torch.nn.ReLU, inplace: true}", "m.inplace: unknown key beside class_path;"),
         ("{class_path: torch.nn.ReLU, init_args: 3}", "m.init_args: must be a mapping, got 3"),
         ("{class_path: os.system}", "m.class_path: os.system is outside the allowed modules"),
-        ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, and torch.nn.ReLU is none"),
+        ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, but torch.nn.ReLU is not"),
         (
             "{class_path: lightspan.callbacks.resilience.chekpoint.Checkpoint}",
             "has no chekpoint; did you mean checkpoint?",
@@ -79,7 +82,7 @@ LINEAR = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("backbone: {class_path: torch.nn.ReLU}", "backbone.class_path: must be a PreTrainedModel, and torch.nn.ReLU"),
+        ("backbone: {class_path: torch.nn.ReLU}", "backbone.class_path: must be a PreTrainedModel, but torch.nn.ReLU"),
         ("backbone: torch.nn.ReLU", "'torch.nn.ReLU' names a class as text"),
         ("optimizer: AdamW", "optimizer: must be Callable[[Iterable], Optimizer], got 'AdamW'"),
         ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: [1]}}", "lr: must be a number or Tensor, got [1]"),
@@ -102,7 +105,7 @@ def test_no_class_stands_where_no_type_is_declared(value):
     linear = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features: 1, device: " + value + "}}"
     model = "model: {class_path: lightspan.methods.supervised.classifier.Classifier, init_args: {backbone: " + linear
     found = problems(model + ", num_classes: 2, optimizer: {class_path: torch.optim.AdamW}}}\n")
-    assert ["no class may stand here: its type is not declared" in problem for problem in found] == [True]
+    assert ["no class may be given here: the type is not declared" in problem for problem in found] == [True]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_no_class_stands_where_no_type_is_declared(value):
         ("devices: 99999999999999999999", "must fit in 64 bits"),
         ("max_time: .inf", "must be a finite number"),
         ("gradient_clip_val: .nan", "must be a finite number"),
-        ('max_time: "a\\0b"', "holds a NUL character"),
+        ('max_time: "a\\0b"', "contains a NUL character"),
         (
             "callbacks: {w: {class_path: lightspan.callbacks.resilience.watchdog.Watchdog,"
             " init_args: {timeout_s: 1e20}}}",
@@ -141,7 +144,7 @@ def test_the_arguments_that_a_method_supplies_are_neither_missing_nor_allowed():
     )
     assert problems(text) == []
     found = problems(text.replace("{lr: 1e-3}", "{lr: 1e-3, params: [1]}"))
-    assert ["optimizer.init_args.params: the caller supplies it" in problem for problem in found] == [True]
+    assert ["optimizer.init_args.params: the caller supplies this" in problem for problem in found] == [True]
 
 
 METHOD = (
@@ -162,7 +165,7 @@ METHOD = (
 )
 def test_the_second_argument_of_a_schedule_is_the_number_of_steps(schedule, second):
     (found,) = problems(METHOD + schedule + "}\n")
-    assert "lr_scheduler.class_path: a method passes the run's number of steps second, where" in found
+    assert "lr_scheduler.class_path: a method passes the run's number of steps second, but" in found
     assert f"takes {second}; name a schedule" in found
     assert "lightspan.optim.schedules.WarmupCosine" in found
 
@@ -174,7 +177,7 @@ def test_schedules_over_a_number_of_steps_pass(schedule):
 
 def test_what_a_method_supplies_is_called_so():
     (found,) = problems(METHOD + "CosineAnnealingLR, init_args: {T_max: 3}}\n")
-    assert "init_args.T_max: the caller supplies it; leave it out" in found
+    assert "init_args.T_max: the caller supplies this; leave it out" in found
 
 
 @pytest.mark.parametrize("place", ["init_args", "dict_kwargs"])

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_shards_or_another_window_is_refused(shards: list[
     other = opened([*shards[:2], write_shard(tmp_path / "other.tar", range(20, 24))])
     with pytest.raises(UserError, match=r"data content .* restore the data \(the content of its shards\)"):
         loaders(other, 4, 1)[0].load_state_dict(state)
-    with pytest.raises(UserError, match=r"data window 16, this run has 2.*data\.init_args\.window"):
+    with pytest.raises(UserError, match=r"data window 16, but this run has 2.*data\.init_args\.window"):
         loaders(opened(shards, window=2), 4, 1)[0].load_state_dict(state)
 
 
@@ -200,8 +200,8 @@ def test_what_a_scan_passed_over_is_said_and_how_to_do_without(
     shard = write_texts(tmp_path / "a.tar", {"__background__/0.txt": b"", "a.txt": b""})
     opened([shard], fields={"text": "txt"})
     printed = capsys.readouterr().out
-    assert f"shard {shard}: 1 members belong to no sample and are passed over, the first: '__background__" in printed
-    assert "1 shards have no index, so they were read from end to end; `lightspan data index" in printed
+    assert f"shard {shard}: 1 members belong to no sample and are skipped, the first: '__background__" in printed
+    assert "1 shards have no index, so they were read completely; `lightspan data index" in printed
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe", "."])
@@ -343,7 +343,7 @@ def cut(shard: str) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda shard: Path(shard).unlink(), r"part-0\.tar is missing: .*; it holds 5 samples"),
+        (lambda shard: Path(shard).unlink(), r"part-0\.tar is missing: .*; it contains 5 samples"),
         (cut, r"it is cut short: shard \S+part-0\.tar: sample 2 at byte \d+ is the first of 3 samples that cannot"),
         (lambda shard: (cut(shard), Path(shard + SUFFIX).unlink()), r"part-0\.tar is .*cut short after byte \d+"),
         (
@@ -370,7 +370,7 @@ def test_shards_that_may_be_skipped_leave_only_whole_samples_counted_and_the_sam
     assert "shards: 3 with 6 training samples" in printed
     assert "left out: shard" in printed
     assert "first of 3 samples that cannot be read" in printed
-    assert "it holds 3 samples" in printed
+    assert "it contains 3 samples" in printed
     for ranks in (1, 2, 3):
         assert sorted(steps(loaders(data, 6, ranks), 1)[0]) == [0, 1, 8, 9, 10, 11]
     assert len(loaders(data, 6, 1)[0].description()["damage"]) == 2
@@ -418,7 +418,7 @@ def test_shards_of_which_nothing_is_left_end_the_run_also_where_damage_may_be_sk
     tmp_path: Path, shards: list[str]
 ) -> None:
     empty = write_shard(tmp_path / "empty.tar", range(0))
-    with pytest.raises(UserError, match=r"empty\.tar hold no sample"):
+    with pytest.raises(UserError, match=r"empty\.tar contain no sample"):
         opened([empty])
     data = opened(shards[:1], skip_damaged=True)
     for start in json.loads(Path(shards[0] + SUFFIX).read_text())["starts"]:

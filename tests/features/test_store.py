@@ -343,11 +343,11 @@ def test_a_method_is_asked_for_its_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: encoded(layer="deep"), "layer='deep' is no module of Net; it has conv"),
+        (lambda: encoded(layer="deep"), "layer='deep' is not a module of Net; it has conv"),
         (lambda: encoded(split="test"), r"Data has no test_dataloader\(\)"),
-        (lambda: encoded(field="audio"), "a batch has no 'audio'; it holds"),
+        (lambda: encoded(field="audio"), "a batch has no 'audio'; it contains"),
         (lambda: encoded(nn.Flatten(0)), r"Flatten gave \[64\] as features"),
-        (lambda: encoded(layer="conv", pool="first"), "pool=first takes the first of the tokens"),
+        (lambda: encoded(layer="conv", pool="first"), "pool=first needs tokens"),
         (lambda: encoded(data=Data(broken=5)), "sample 5 is broken"),
         (lambda: holding([threading.Lock()]), r"Net\.held\.0 is a _thread\.lock, which the feature store"),
         (
@@ -371,7 +371,7 @@ def test_features_of_other_programs_are_read(tmp_path: Path) -> None:
     (tmp_path / "t.safetensors").write_bytes(b"torn")
     for name, message in (
         ("w", "it needs `features`"),
-        ("t", "is no whole safetensors file"),
+        ("t", "is not a complete safetensors file"),
         ("gone", "no features at"),
     ):
         with pytest.raises(UserError, match=message):
@@ -393,8 +393,8 @@ def one_rank(index: int, folder: str) -> None:
     except UserError as error:
         said = str(error)
     out = {"x": features.x.clone(), "seen": torch.tensor(net.seen), "count": moments.count_C, "mean": moments.mean_CD}
-    assert said == ("this rank broke" if index else "another rank could not compute features; see what it says")
-    with pytest.raises(UserError, match="rank 1 is another one" if index else "another rank could not describe"):
+    assert said == ("this rank broke" if index else "another rank could not compute features; see its message")
+    with pytest.raises(UserError, match="rank 1 differs" if index else "another rank could not describe"):
         encoded(Net(slope=0.1 + rank())).load(store)
     torch.save({**out, "within": moments.within_DD}, Path(folder, f"{index}.pt"))
     leave()

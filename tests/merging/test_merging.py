@@ -220,12 +220,12 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (changed(scale=None), "scale is in a and not in b"),
-        (changed(more=torch.ones(1)), "more is in b and not in a"),
-        (changed(scale=torch.ones(2)), r"scale is \[\] in a and \[2\] in b"),
-        (changed(steps=torch.tensor(1.0)), "steps is torch.int64 in a and torch.float32 in b"),
+        (changed(scale=None), "scale is in a but not in b"),
+        (changed(more=torch.ones(1)), "more is in b but not in a"),
+        (changed(scale=torch.ones(2)), r"scale is \[\] in a but \[2\] in b"),
+        (changed(steps=torch.tensor(1.0)), "steps is torch.int64 in a but torch.float32 in b"),
         ({f"n{i}": torch.ones(1) for i in range(9)}, "and 12 more"),
-        (changed(scale=torch.tensor(torch.nan)), "scale of the merged checkpoint holds NaN"),
+        (changed(scale=torch.tensor(torch.nan)), "scale of the merged checkpoint contains NaN"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_and_nothing_is_written(
@@ -250,26 +250,29 @@ def test_what_overflows_in_a_narrow_dtype_is_merged_in_a_wide_one(tmp_path: Path
     ("make", "message"),
     [
         (lambda folder: open_weights(folder / "gone"), "gone does not exist"),
-        (lambda folder: open_weights(folder), "holds no whole checkpoint and no safetensors file"),
-        (lambda folder: open_weights(folder / "torn.safetensors"), "is no whole safetensors file"),
-        (lambda folder: WeightedAverage({"a": -1.0}), "must be 0 or more, one of them above 0"),
-        (lambda folder: WeightedAverage({"a": 0.0}), "must be 0 or more, one of them above 0"),
+        (lambda folder: open_weights(folder), "contains no complete checkpoint and no safetensors file"),
+        (lambda folder: open_weights(folder / "torn.safetensors"), "is not a complete safetensors file"),
+        (lambda folder: WeightedAverage({"a": -1.0}), "must be 0 or more, and one of them above 0"),
+        (lambda folder: WeightedAverage({"a": 0.0}), "must be 0 or more, and one of them above 0"),
         (lambda folder: Scales(float("inf")), "must be a finite number"),
         (lambda folder: merged(WeightedAverage(), folder), "got no checkpoint"),
         (lambda folder: merged(WeightedAverage({"x": 1}), folder, a=net(0)), "weighs x; the checkpoints are a"),
         (lambda folder: merged(TaskArithmetic(), folder, a=net(0)), "needs the checkpoint 'base'"),
         (lambda folder: merged(TaskArithmetic(), folder, base=net(0)), "and a task; got base"),
-        (lambda folder: merged(TaskArithmetic(Scales(1, {"x": 1})), folder, base=net(0), a=net(1)), "names the task x"),
+        (
+            lambda folder: merged(TaskArithmetic(Scales(1, {"x": 1})), folder, base=net(0), a=net(1)),
+            "an unknown task x",
+        ),
         (
             lambda folder: overflowing(torch.float16, folder),
-            "w .* infinity where no checkpoint does: torch.float16",
+            "w .* infinity where no checkpoint has: torch.float16",
         ),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    if "torn" in message or "no whole safetensors" in message:
+    if "torn" in message or "not a complete safetensors" in message:
         (folder / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=message):
         make(folder)

@@ -82,9 +82,9 @@ def test_a_language_model_has_states_by_block() -> None:
 
 def test_what_cannot_be_read_is_named() -> None:
     net = MLP(hidden=(5, 4))
-    with pytest.raises(UserError, match=r"layer 2 is outside the 2 layers of MLP; it must lie in \[-2, 1\]"):
+    with pytest.raises(UserError, match=r"layer 2 is outside the 2 layers of MLP; it must be in \[-2, 1\]"):
         token_features(net, lambda: net(IMAGES), [2])
-    with pytest.raises(UserError, match="Linear tells no layers; give it a property feature_modules"):
+    with pytest.raises(UserError, match="the layers of Linear are unknown; give it a property feature_modules"):
         token_features(nn.Linear(2, 2), lambda: None)
-    with pytest.raises(UserError, match="MLP ran 0 of the 1 layers asked for"):
+    with pytest.raises(UserError, match="MLP ran 0 of the 1 requested layers"):
         token_features(net, lambda: None)

@@ -133,7 +133,7 @@ def test_state_of_another_optimiser_is_refused_while_loading_and_changes_nothing
     train(other, second)
     before = copy.deepcopy(second.state_dict())
     with pytest.raises(
-        UserError, match=r"optimiser state of (first|second).weight holds .*, this optimiser keeps .*resume with"
+        UserError, match=r"optimiser state of (first|second).weight contains .*, but this optimiser keeps .*resume with"
     ):
         second.load_state_dict(first.state_dict())
     after = second.state_dict()
@@ -146,7 +146,7 @@ def test_state_of_another_optimiser_is_refused_while_loading_and_changes_nothing
 def test_state_of_other_groups_is_refused() -> None:
     named = list(net().named_parameters())
     optimizer, saved = LowRank([{"params": part} for part in (named[:1], named[1:])], rank=3), make(net()).state_dict()
-    with pytest.raises(UserError, match=r"groups of \[5\] parameters, this LowRank has groups of \[1, 4\]"):
+    with pytest.raises(UserError, match=r"groups of \[5\] parameters, but this LowRank has groups of \[1, 4\]"):
         optimizer.load_state_dict(saved)
 
 
@@ -292,7 +292,7 @@ def test_an_optimiser_without_any_matrix_is_made_when_asked_for() -> None:
         low.step()
         full.step()
     assert torch.equal(ours, theirs)
-    with pytest.raises(UserError, match=r"no matrix to project.*or say project=False of all groups"):
+    with pytest.raises(UserError, match=r"no matrix to project.*or set project=False in all groups"):
         LowRank([ours])
 
 

@@ -37,7 +37,9 @@ def test_conversion_keeps_groups_rates_and_decay_and_projects_what_matches():
 
 def test_conversion_refuses_what_it_cannot_carry():
     model = Model()
-    with pytest.raises(UserError, match=r"only Adam and AdamW can be made low-rank, this module's optimiser is SGD"):
+    with pytest.raises(
+        UserError, match=r"only Adam and AdamW can be made low-rank, but this module's optimiser is SGD"
+    ):
         to_low_rank(torch.optim.SGD(model.parameters(), lr=0.1), model, ["*"], rank=4)
     with pytest.raises(
         UserError, match=r"pattern 'hiden\.\*' matches no trained parameter of Model; names look like hidden"

@@ -72,14 +72,11 @@ def label(kind: type, options: dict[str, Any]) -> str:
     return f"{kind.__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
 
 
-def parts() -> list[tuple[str, type, dict[str, Any]]]:
-    """(switch of LowRank, class, options): each class as it comes and with every option."""
-    return [
-        (switch, kind, options)
-        for switch, base in PARTS.items()
-        for kind in concrete(base)
-        for options in choices(kind)
-    ]
+FOUND: list[tuple[str, type, dict[str, Any]]] = [
+    (switch, kind, options) for switch, base in PARTS.items() for kind in concrete(base) for options in choices(kind)
+]
+"""(switch of LowRank, class, options): each class as it comes and with every option. Looked up once, since whoever
+imports `lightspan.experiments` later adds classes that fit nothing here."""
 
 
 def preset_classes() -> list[type[LowRank]]:
@@ -99,7 +96,7 @@ def optimisers() -> dict[str, Make]:
         settings |= {"rank": min(RANK, known["rank"].default)}
         found |= {label(kind, options): partial(kind, **settings, **options) for options in choices(kind)}
     default = {"rank": RANK, "refresh": 3}
-    for switch, kind, options in parts():
+    for switch, kind, options in FOUND:
         neighbours = [{}] if options else [{}, {"residual": None}, {"residual": residuals.Apollo(), "refresh": 2}]
         for beside in neighbours:
             make = partial(LowRank, **{**default, **beside, switch: kind(**options)})
@@ -293,7 +290,7 @@ def movement(optimizer: LowRank, weight: Tensor, before: Tensor, strict: bool) -
 
 def test_something_of_everything_is_found():
     for switch in PARTS:
-        kinds = {kind for found, kind, _ in parts() if found == switch}
+        kinds = {kind for found, kind, _ in FOUND if found == switch}
         assert kinds
         for kind in kinds:
             assert any(name.startswith(f"{kind.__name__}(") for name in OPTIMISERS), f"{kind.__name__} fits nothing"

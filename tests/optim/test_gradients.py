@@ -252,5 +252,5 @@ def test_an_optimiser_that_was_not_attached_says_how():
 
 def test_attaching_an_optimiser_of_whole_gradients_is_refused():
     model = Net()
-    with pytest.raises(UserError, match="wants whole gradients"):
+    with pytest.raises(UserError, match="needs whole gradients"):
         attach(model, LowRank(model.parameters(), rank=3))

@@ -170,8 +170,8 @@ REFUSED = {
     "no rate": ({"rules": [Rule(["*"], 0.0)]}, r"groups\.rules\[0\]\.lr_scale=0\.0 must be above 0"),
     "negative decay": ({"rules": [Rule(["*"], None, -1.0)]}, r"rules\[0\]\.weight_decay=-1\.0 must be at least 0"),
     "unknown kind": ({"rules": [Rule(["*"], kind="matrix")]}, r"kind='matrix' must be one of matrices, embeddings"),
-    "decay above one": ({"layer_decay": 1.5}, r"groups\.layer_decay=1\.5 must lie in \(0, 1\]"),
-    "layers alone": ({"layers": ["*"]}, r"groups\.layers says what groups\.layer_decay acts on"),
+    "decay above one": ({"layer_decay": 1.5}, r"groups\.layer_decay=1\.5 must be in \(0, 1\]"),
+    "layers alone": ({"layers": ["*"]}, r"groups\.layers has an effect only with groups\.layer_decay"),
 }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_recipes_set_rules_and_misspelt_ones_are_found_before_a_run() -> None:
 
 
 def test_groups_whose_rates_are_to_be_scaled_are_not_handed_out_without_their_optimiser() -> None:
-    with pytest.raises(UserError, match="make it by ParameterGroups"):
+    with pytest.raises(UserError, match="build it with ParameterGroups"):
         ParameterGroups(rules=[Rule(match=["*"], lr_scale=0.1)]).build(nn.Linear(2, 2))
 
 

@@ -50,7 +50,9 @@ def test_within_a_budget_no_other_choice_captures_more():
 
 
 def test_an_impossible_budget_says_by_how_much():
-    with pytest.raises(UserError, match=r"budget_mib=1e-06 does not even hold rank 4 for all 1 matrices; raise it by"):
+    with pytest.raises(
+        UserError, match=r"budget_mib=1e-06 is too small even for rank 4 of all 1 matrices; raise it by"
+    ):
         RankByEnergy(budget_mib=1e-6).choose([with_spectrum(FLAT)])
 
 
@@ -78,5 +80,5 @@ def test_ranks_are_chosen_in_the_first_step_and_survive_a_resume():
 
 
 def test_it_needs_whole_gradients():
-    with pytest.raises(UserError, match=r"looks at whole gradients; set backward='whole'"):
+    with pytest.raises(UserError, match=r"needs whole gradients; set backward='whole'"):
         LowRank([with_spectrum(FLAT)], rank=RankByEnergy(), residual=None, backward="hooks")

@@ -83,14 +83,14 @@ def test_a_run_resumes_bit_for_bit() -> None:
         resumed.load_state_dict(state)
     assert resumed.state[twins[0]]["limiter"].eq(0).tolist() == [False, True, False, False, False]
     other = LowRank([nn.Parameter(draw(4, 9, 6)), nn.Parameter(draw(4, 9, 6))], rank=2)
-    with pytest.raises(UserError, match=r"has frame of shape \(5, 6, 2\), this optimiser needs \(4, 6, 2\)"):
+    with pytest.raises(UserError, match=r"has frame of shape \(5, 6, 2\), but this optimiser needs \(4, 6, 2\)"):
         other.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("options", [{"backward": "hooks", "residual": None}, {"rank": RankByEnergy(least=2, most=4)}])
 def test_stacks_alone_that_cannot_be_projected_are_refused(options) -> None:
     stack = nn.Parameter(draw(4, 128, 128))
-    with pytest.raises(UserError, match=r"LowRank got no matrix to project but stacks .* set backward='whole'"):
+    with pytest.raises(UserError, match=r"LowRank got no matrix to project except stacks .* set backward='whole'"):
         LowRank([stack], **{"rank": 64, **options})
     with pytest.raises(UserError, match=r" is not below the shorter side of any matrix \(the largest is 2\)"):
         LowRank([stack, nn.Parameter(draw(9, 2))], **{"rank": 64, **options})

@@ -1,4 +1,4 @@
-"""DCT-AdamW and Trion: frames are columns of one fixed orthonormal basis, chosen by what they carry."""
+"""DCT-AdamW and Trion: frames are columns of one fixed orthonormal basis, chosen by what they capture."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -85,7 +85,7 @@ class DCTAdamW(_Columns):
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
-    """U V^T of the SVD U S V^T, roughly, by the quintic iteration of Muon (Jordan et al. 2024)."""
+    """U V^T of the SVD U S V^T, approximately, by the quintic iteration of Muon (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix / (matrix.norm() + 1e-7)
     x = x.T if matrix.shape[0] > matrix.shape[1] else x
@@ -96,7 +96,7 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def shape_factor(shape: tuple[int, int], convention: str) -> float:
-    """Factor of an orthogonalised update of a weight (out, in), as given, not made tall."""
+    """Factor of an orthogonalised update of a weight (out, in), as given, not transposed to tall."""
     rows, columns = shape
     return {
         "kj": math.sqrt(max(1.0, rows / columns)),
@@ -110,9 +110,9 @@ class Trion(_Columns):
     """Trion (arXiv 2505.17967, algorithm 1): Dion with selected columns for its power iteration. `momentum` is mu.
 
         B = M + G
-        I = `selected` columns of D, Q = D_I, chosen anew in every step
+        I = `selected` columns of D, Q = D_I, chosen again in every step
         R = B Q
-        M <- B - (1 - mu) R Q^T      what is not captured stays whole
+        M <- B - (1 - mu) R Q^T      what is not captured stays complete
         W <- W - lr c newton_schulz(R) Q^T      c by `convention`, see `shape_factor`
 
     What is not projected gets AdamW with `other_lr`, betas and eps, as in the published code.

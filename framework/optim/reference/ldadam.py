@@ -15,7 +15,7 @@ Betas = tuple[float, float]
 def rotated_moments(m: Tensor, v: Tensor, overlap: Tensor, t: int, betas: Betas) -> tuple[Tensor, Tensor]:
     """LDAdam's projection-aware moments after t >= 1 steps (arXiv 2410.16103, section 3), for overlap = Q_old^T Q_new
     [R R]: the mean is rotated, the variance v_hat - m_hat^2 by the squares (coordinates count as uncorrelated), and
-    |.| mends a negative result.
+    |.| corrects a negative result.
 
     Not in the paper: v stays so large that m / sqrt(v) is no more than Adam's can be, by Cauchy-Schwarz.
     """
@@ -27,7 +27,7 @@ def rotated_moments(m: Tensor, v: Tensor, overlap: Tensor, t: int, betas: Betas)
 
 
 def power_step(a: Tensor, frame: Tensor, m_hat: Tensor, rho: float) -> Tensor:
-    """One block power iteration from the frame before, QR(B^T B Q) on B = rho m_hat Q^T + (1 - rho) A."""
+    """One block power iteration from the previous frame, QR(B^T B Q) on B = rho m_hat Q^T + (1 - rho) A."""
     b = rho * m_hat @ frame.T + (1 - rho) * a
     return torch.linalg.qr(b.T @ (b @ frame)).Q
 
@@ -37,13 +37,13 @@ class LDAdam(Reference):
 
         A = G + E
         Q = power_step(A), in the first step the top singular vectors of A
-        m', v' = rotated_moments of the step before
+        m', v' = rotated_moments of the previous step
         R = A Q
         E <- A - R Q^T + b1 / (1 - b1) (m_{t-1} Q_{t-1}^T - m' Q^T)
         W <- W - lr N Q^T            N = Adam(R) from m', v'
 
-    The last term of E returns what the rotation took from the momentum; b1 / (1 - b1) is the sum of the weights with
-    which that part would still have entered later steps.
+    The last term of E restores what the rotation removed from the momentum; b1 / (1 - b1) is the sum of the weights
+    with which that part would still have entered later steps.
     """
 
     def __init__(
