@@ -213,7 +213,7 @@ def test_an_allowed_module_is_found_in_the_current_folder(tmp_path):
 
 
 def test_wandb_is_offline_without_a_key_and_takes_none_from_the_configuration(monkeypatch):
-    from lightspan.commands.run import _wandb_layer
+    from lightspan.commands.fit import _wandb_layer
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert _wandb_layer(None)["trainer"]["logger"]["wandb"]["init_args"]["offline"] is True
