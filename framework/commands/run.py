@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="auto|cpu|cuda",
-        help="where encoders compute (default: a GPU, if there is one)",
+        help="where encoders compute (default: a GPU, if there is one; each rank takes its own)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="build everything and say what would be computed; write nothing"
@@ -51,9 +51,13 @@ def run(args: argparse.Namespace) -> int:
         print_notes(resolved.notes)
         print(printable("\n".join(_outlook(args, resolved))))
         return 0
-    run_dir = run_folder(args.run, resolved.name)
-    with sole_use(run_dir), _ranks():
-        _refuse_used(run_dir)
+    from lightspan.distributed import together
+
+    with _ranks(), ExitStack() as held:
+        with together("take the run folder"):
+            run_dir = run_folder(args.run, resolved.name)
+            held.enter_context(sole_use(run_dir))
+            _refuse_used(run_dir)
         if is_first_rank():
             print_notes(resolved.notes)
             print(f"{resolved.name} -> {run_dir}", flush=True)
@@ -116,14 +120,21 @@ def _store(args: argparse.Namespace) -> "FeatureStore":
 
     from lightspan.features.store import FeatureStore
 
-    device = args.device
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = _device(args.device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}; take cpu or auto") from error
     return FeatureStore(args.features, args.features_limit, device)
+
+
+def _device(wanted: str) -> str:
+    """The device that --device means: of several GPUs the one that the launcher gave to this rank."""
+    import torch
+
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" else wanted
 
 
 @contextmanager
@@ -143,7 +154,7 @@ def _ranks() -> "Iterator[None]":
 
 def _refuse_used(run_dir: Path) -> None:
     used = next((name for name in (RESULT, METRICS, CHECKPOINTS) if (run_dir / name).exists()), None)
-    if used and is_first_rank():
+    if used:
         raise UserError(f"{run_dir} already holds a run ({used}); give another --run DIR or delete that folder")
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from rank_processes import launch
 from safetensors.torch import load_file, save_file
 
 from lightspan.cli import main
+from lightspan.commands.run import _device
 from lightspan.config.build import build_parts
 from lightspan.config.resolve import ANY_KIND, resolve
 from lightspan.config.tree import dump
@@ -168,3 +170,17 @@ def test_inputs_that_say_the_same_of_an_encoder_get_the_same_random_weights() ->
 def test_a_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", recipe(ESTIMATOR), "--run", "out", "--device", "nonsense"]) == 2
     assert "--device nonsense:" in capsys.readouterr().err
+
+
+def test_every_rank_computes_on_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [_device(wanted) for wanted in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+
+
+def test_all_ranks_refuse_a_used_run_folder_with_one_error(tmp_path: Path) -> None:
+    Path("out").mkdir()
+    Path("out/result.json").write_text("{}")
+    ended = launch(["run", recipe(ESTIMATOR), "--run", "out"], 2, tmp_path / "logs", cwd=tmp_path)
+    assert ended.statuses == [2, 2], ended.said
+    assert ended.said.count("already holds a run (result.json); give another --run DIR") == 2
