@@ -6,7 +6,9 @@ the well-known ranges are told here; the rest meets the typed builder, and the c
 
 import ast
 import contextlib
+import difflib
 import gc
+import itertools
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,7 @@ from lightspan.config.annotations import (
     fits,
     is_untyped,
     item_annotation,
+    kinds_of,
     literal_choices,
     members,
     takes_class_itself,
@@ -30,7 +33,7 @@ from lightspan.config.problems import Problem, nearest
 from lightspan.config.secrets import find_secrets_and_placeholders
 from lightspan.config.signatures import Parameter, Signature, descends, signature, signature_of
 from lightspan.config.source import Definition, locate
-from lightspan.config.tree import KeyPath, Node, dotted, plain
+from lightspan.config.tree import COMMAND_LINE, KeyPath, Node, dotted, plain
 
 RECIPES = {  # what a recipe is of, by the key that names its class -> the keys that it may have
     "model": ("seed_everything", "trainer", "model", "data"),
@@ -272,14 +275,14 @@ class _Checker:
             )
         elif isinstance(node.value, dict) and "class_path" in node.value:
             if takes_only_plain(annotation, source):
-                self.say(node, path, self.wrong_type(node, annotation, parameter))
+                self.say(node, path, self.wrong_type(node, path, annotation, parameter))
             self.spec(node, path, bound_arguments(annotation, source) or 0, class_names(annotation, source))
         elif isinstance(node.value, dict) and "init_args" in node.value:
             self.incomplete(node, path)
         elif isinstance(node.value, str) and not takes_only_plain(annotation, source) and self.text(node, path):
             return
         elif fits(plain(node), annotation, source) is False:
-            self.say(node, path, self.wrong_type(node, annotation, parameter))
+            self.say(node, path, self.wrong_type(node, path, annotation, parameter))
         elif isinstance(node.value, dict) and (target := dataclass_of(annotation, source)) is not None:
             known = signature_of(target)
             if known is not None:
@@ -302,7 +305,7 @@ class _Checker:
             else:
                 self.value(child, (*path, key), item[0], replace(parameter, annotation=item[0], source=item[1]))
 
-    def wrong_type(self, node: Node, annotation: ast.expr, parameter: Parameter) -> str:
+    def wrong_type(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> str:
         value = plain(node)
         choices = [
             c
@@ -313,6 +316,8 @@ class _Checker:
         hint = nearest(value, choices) if isinstance(value, str) else ""
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             hint = f"write {int(value)}"
+        if not hint and (kinds := kinds_of(annotation, parameter.source)):
+            hint = naming(node, path, kinds)
         return f"must be {describe(annotation, parameter.source)}, got {value!r:.200}; {hint}".rstrip("; ")
 
     def untyped(self, node: Node, path: KeyPath) -> None:
@@ -337,3 +342,14 @@ class _Checker:
         if message is not None:
             self.say(node, path, message)
         return message is not None
+
+
+def naming(node: Node, path: KeyPath, kinds: Sequence[str]) -> str:
+    """How to name one of these classes where `node` stands: the one that its value seems to mean, and all there are."""
+    key = f"{dotted(path)}.class_path=" if node.where == COMMAND_LINE else "class_path: "
+    names = {kind.rpartition(".")[2].lower(): kind for kind in kinds}
+    meant = node.value.partition("(")[0].lower() if isinstance(node.value, str) else ""
+    near = [name for name in names if len(meant) > 2 and meant in name] or difflib.get_close_matches(meant, names, n=1)
+    hint = f"did you mean {key}{names[near[0]]}? " if near else f"name a class with {key}MODULE.NAME; "
+    modules = itertools.groupby((kind.rpartition(".") for kind in kinds), key=lambda parts: parts[0])
+    return hint + "; ".join(f"{module} has {', '.join(name for *_, name in group)}" for module, group in modules)

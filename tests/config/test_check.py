@@ -1,7 +1,8 @@
 import pytest
 
 from lightspan.config.check import find_problems
-from lightspan.config.merge import without_removed
+from lightspan.config.flags import flag_layer
+from lightspan.config.merge import merge_layers, without_removed
 from lightspan.config.tree import parse
 
 MODEL = "model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}\n"
@@ -95,6 +96,47 @@ def test_a_value_is_of_the_kind_that_its_setting_declares(settings, expected):
     class_path = "lightspan.methods.language.causal_lm.CausalLM"
     found = problems(f"model:\n  class_path: {class_path}\n  init_args:\n    {settings}\n")
     assert any(expected in problem for problem in found), found
+
+
+SWITCHES = (
+    "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
+    "    backbone: {class_path: lightspan.backbones.language.llama}\n"
+    "    optimizer: {class_path: lightspan.optim.low_rank.LowRank, init_args: {%s}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("switch", "kind", "meant"),
+    [
+        ("basis: svd", "Basis or null, got 'svd'", "did you mean class_path: lightspan.optim.bases.SVDBasis?"),
+        ("basis: SVDBasis", "Basis or null, got 'SVDBasis'", "did you mean class_path: lightspan.optim.bases.SVDBas"),
+        ("residual: fira", "Residual or null, got 'fira'", "did you mean class_path: lightspan.optim.residuals.Fira?"),
+        ("refresh: 'Every(9)'", "a whole number or Trigger, got", "class_path: lightspan.optim.triggers.Every? "),
+        ("rank: auto", "a whole number or RankByEnergy, got 'auto'", "lightspan.optim.ranks has RankByEnergy"),
+        ("basis: 3", "Basis or null, got 3", "class_path: MODULE.NAME; lightspan.optim.bases has PowerBasis, SVDBas"),
+        ("inner: [1]", "Inner, got [1]", "lightspan.optim.inner has Adam, SGD, NewtonSchulz"),
+        ("moments: null", "MomentStorage, got None", "lightspan.optim.moments has Float32Moments, BFloat16Moments"),
+    ],
+)
+def test_a_plain_value_for_an_object_is_refused_with_the_classes_there_are(switch, kind, meant):
+    (found,) = problems(SWITCHES % switch)
+    assert found.startswith(f"r.yaml:5 model.init_args.optimizer.init_args.{switch.split(':')[0]}: must be {kind}")
+    assert meant in found
+
+
+def test_on_the_command_line_a_class_is_named_by_a_flag():
+    flag = flag_layer(["model.init_args.optimizer.init_args.basis=svd"])
+    tree, _ = merge_layers([parse(SWITCHES % "rank: 4", "r.yaml"), flag])
+    (found,) = map(str, find_problems(tree))
+    assert found.startswith(
+        "command line model.init_args.optimizer.init_args.basis: must be Basis or null, got 'svd'; "
+    )
+    assert "did you mean model.init_args.optimizer.init_args.basis.class_path=lightspan.optim.bases.SVDBasis?" in found
+
+
+@pytest.mark.parametrize("switch", ["basis: null", "refresh: 7", "rank: 4", "residual: null"])
+def test_a_plain_value_passes_where_one_is_declared_beside_the_class(switch):
+    assert problems(SWITCHES % switch) == []
 
 
 @pytest.mark.parametrize("value", [LINEAR, "[" + LINEAR + "]", "{a: [" + LINEAR + "]}"])
