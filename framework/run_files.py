@@ -1,6 +1,7 @@
 """What the files of a run folder are called."""
 
 LEDGER = "ledger.json"
+MERGED = "merged.safetensors"  # of a merger
 METRICS = "metrics.jsonl"
 PROVENANCE = "provenance.json"
 RESOLVED = "resolved.yaml"

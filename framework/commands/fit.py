@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import standing
+from lightspan.checkpoints.manifest import other_thing, standing
 from lightspan.commands.arguments import add_recipe_arguments, allow_options, file, folder
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.errors import UserError, print_notes
@@ -137,6 +137,8 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     resolved = _resolve(args)
     if not args.ckpt.exists():
         raise UserError(f"--ckpt {args.ckpt}: no such file; a run keeps its checkpoints in RUN/checkpoints")
+    if other := other_thing(args.ckpt):
+        raise UserError(f"--ckpt {args.ckpt} {other}")
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
         raise UserError(f"--run {args.run} holds a training run; give {verb} a folder of its own or leave --run out")
     run_dir = run_folder(args.run, f"{resolved.name}-{verb}")

@@ -11,7 +11,7 @@ from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, print_notes, printable
-from lightspan.run_files import METRICS, RESULT
+from lightspan.run_files import MERGED, METRICS, RESULT
 from lightspan.runs.folder import CHECKPOINTS, is_first_rank, run_folder, sole_use, write_run_files
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightspan.merging.weights import Weights
     from lightspan.results import Result
 
-PICTURE, TENSORS, MERGED = "picture.png", "result.safetensors", "merged.safetensors"
+PICTURE, TENSORS = "picture.png", "result.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +178,11 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     for figure in result.figures():
         print(printable(f"{figure.name:<32} {_text(figure.value)} {figure.unit}".rstrip()))
     print(f"wrote {run_dir}: {', '.join([*written, RESULT])}")
+    if MERGED in written:
+        print(
+            "next: a network gets these weights in a recipe by class_path: lightspan.backbones.weights.with_weights, "
+            f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}"
+        )
 
 
 def _text(value: int | float) -> str:

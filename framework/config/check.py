@@ -164,17 +164,18 @@ class _Checker:
             return
         for name, child in node.value.items():
             if not isinstance(child.value, dict) or "class_path" not in child.value:
-                self.incomplete(child, (*path, name))
+                others = [other for other, spec in node.value.items() if spec.child("class_path") is not None]
+                self.incomplete(child, (*path, name), nearest(name, others))
             else:
                 self.spec(child, (*path, name), 0, [KINDS[str(path[-1])]])
 
-    def incomplete(self, node: Node, path: KeyPath) -> None:
+    def incomplete(self, node: Node, path: KeyPath, hint: str = "") -> None:
         found = (
             f"got the keys {', '.join(map(str, node.value))}"
             if isinstance(node.value, dict)
             else f"got {plain(node)!r}"
         )
-        self.say(node, path, f"has no class_path (nothing below sets one either); {found}")
+        self.say(node, path, f"has no class_path (nothing below sets one either); {hint}{found}")
 
     def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
         """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class

@@ -66,9 +66,32 @@ def test_an_estimators_run_leaves_its_result_and_where_it_comes_from(capsys: pyt
 
 def test_a_mergers_run_leaves_a_checkpoint_that_says_what_was_merged(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", recipe(MERGER), "--run", "out"]) == 0
-    assert "tensors merged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tensors merged" in said
+    assert f"with_weights, init_args: {{module: NETWORK, path: {Path('out/merged.safetensors').absolute()}}}" in said
     assert torch.equal(load_file("out/merged.safetensors")["features"], load_file("bank.safetensors")["features"])
     assert json.loads(Path("out/result.json").read_text())["fields"]["merged"] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "ends"),
+    [
+        (["validate", "compression/vit", "--ckpt", "out/merged.safetensors"], ""),
+        (["fit", "compression/vit", "--run", "new", "--resume", "out/merged.safetensors"], ""),
+        (["export", "out/merged.safetensors", "--to", "safetensors"], "there is nothing left to export"),
+        (["export", "out", "--to", "safetensors"], "there is nothing left to export"),
+    ],
+)
+def test_merged_weights_are_told_from_a_checkpoint(
+    command: list[str], ends: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").mkdir()
+    Path("bank.safetensors").rename("out/merged.safetensors")
+    assert main(command) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "out/merged.safetensors holds weights alone, as safetensors, and is no checkpoint; a network gets" in said
+    assert said.endswith(ends)
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("content", [ESTIMATOR, MERGER], ids=["estimator", "merger"])

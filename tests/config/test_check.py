@@ -33,6 +33,10 @@ def test_a_sound_configuration_has_no_problems():
             "trainer: {logger: {a: {init_args: {x: 1}}}}\n",
             "trainer.logger.a: has no class_path (nothing below sets one",
         ),
+        (
+            "trainer: {callbacks: {probes: {class_path: x.Y}, probs: {init_args: {x: 1}}}}\n",
+            "trainer.callbacks.probs: has no class_path (nothing below sets one either); did you mean probes?",
+        ),
         ("data: {batch_size: 3}\n", "data: has no class_path (nothing below sets one either); got the keys batch_size"),
         ("trainer: {default_root_dir: '${home}/x'}\n", "unknown placeholder ${home}; only ${run} (the run folder)"),
         ("trainer: {strategy: os.system}\n", "'os.system' names a class as text"),
