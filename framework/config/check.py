@@ -33,7 +33,7 @@ from lightspan.config.problems import Problem, nearest
 from lightspan.config.secrets import find_secrets_and_placeholders
 from lightspan.config.signatures import Parameter, Signature, descends, signature, signature_of
 from lightspan.config.source import Definition, locate
-from lightspan.config.tree import COMMAND_LINE, KeyPath, Node, dotted, plain
+from lightspan.config.tree import COMMAND_LINE, Key, KeyPath, Node, dotted, plain
 
 RECIPES = {  # what a recipe is of, by the key that names its class -> the keys that it may have
     "model": ("seed_everything", "trainer", "model", "data"),
@@ -101,7 +101,8 @@ class _Checker:
         allowed = RECIPES[kind]
         for key, node in root.value.items():
             if key not in allowed:
-                self.say(node, (key,), f"unknown key; {nearest(key, allowed)}allowed here: {', '.join(allowed)}")
+                meant = nearest(key, allowed) or self.further_down(key, root, allowed)
+                self.say(node, (key,), f"unknown key; {meant}allowed here: {', '.join(allowed)}")
         seed = root.child("seed_everything")
         if seed is not None and (isinstance(seed.value, float | str | dict | list) or seed.value is None):
             self.say(seed, ("seed_everything",), f"must be a whole number, got {plain(seed)!r}")
@@ -124,6 +125,18 @@ class _Checker:
                 self.incomplete(node, (key,))
             else:
                 self.spec(node, (key,), 0, [KINDS[key]])
+
+    def further_down(self, key: Key, root: Node, allowed: Sequence[str]) -> str:
+        """`did you mean trainer.max_steps?` for a key that is a setting of the trainer, or of a class that is named."""
+        owners: list[tuple[KeyPath, str]] = [(("trainer",), TRAINER)] if "trainer" in allowed else []
+        for path, node in sorted(allow.class_paths(root), key=lambda found: len(found[0])):
+            if path[0] in allowed and allow.refusal(node.value, self.modules) is None:
+                owners.append(((*path[:-1], "init_args"), node.value))
+        for path, owner in owners:
+            known = signature(owner)
+            if isinstance(known, Signature) and key in known.parameters:
+                return f"did you mean {dotted((*path, key))}? "
+        return ""
 
     def checkpoints(self, root: Node) -> None:
         node = root.child("checkpoints")
@@ -195,14 +208,17 @@ class _Checker:
             if settings.value is not None:
                 self.say(settings, (*path, "init_args"), f"must be a mapping, got {plain(settings)!r}")
             settings = Node({}, settings.where)
-        known: Signature | None = None
-        if allow.refusal(class_path, self.modules) is None:
-            found = locate(class_path)
-            known = signature_of(found) if isinstance(found, Definition) else None
-            if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
-                wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
-                article = "an" if wanted[0] in "AEIO" else "a"
-                self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, and {class_path} is none")
+        if allow.refusal(class_path, self.modules) is not None:
+            return  # the gate has said so; what would be said of its settings follows from that alone
+        if absent := allow.missing_modules([module for module in self.modules if allow.under(class_path, module)]):
+            self.say(class_node, (*path, "class_path"), absent[0])
+            return
+        found = locate(class_path)
+        known = signature_of(found) if isinstance(found, Definition) else None
+        if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
+            wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
+            article = "an" if wanted[0] in "AEIO" else "a"
+            self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, and {class_path} is none")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return

@@ -169,8 +169,12 @@ def test_a_name_that_is_no_module_cannot_be_allowed():
 
 
 def test_a_misspelt_module_is_said_to_be_missing():
-    with pytest.raises(UserError, match=r"(?s)tiny_lab\.parts\.Tiny is outside.*--allow-module tiny_lib: there is no"):
+    with pytest.raises(UserError, match=r"(?s)--allow-module tiny_lib: there is no .*tiny_lab\.parts\.Tiny is outside"):
         resolve(RECIPE, [], [], ["tiny_lib"])
+    with pytest.raises(UserError) as refused:
+        resolve(RECIPE, [], ["model.class_path=tiny_lib.Tiny"], ["tiny_lab", "tiny_lib"])
+    _, line = str(refused.value).splitlines()  # and nothing of the settings, which nobody can judge
+    assert line.startswith("  command line model.class_path: --allow-module tiny_lib: there is no such module here")
     notes = resolve(RECIPE, [], [], ["tiny_lab", "tiny_lib"]).notes
     assert [note for note in notes if "--allow-module" in note] == [
         "--allow-module tiny_lib: there is no such module here, neither installed nor in the current folder"

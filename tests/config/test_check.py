@@ -295,3 +295,29 @@ def test_tokens_of_a_tokenizer_are_no_secrets():
     assert not any(
         "secret" in problem for problem in problems(MODEL + "x: {pad_token: '<pad>', cls_token: true, key: 3}\n")
     )
+
+
+def test_a_class_that_is_refused_has_one_problem_whatever_stands_below_it():
+    model = "model: {class_path: my_pkg.Net, init_args: {backbone: " + LINEAR + ", text: torch.nn.ReLU}}\n"
+    (found,) = problems(model)
+    assert found.endswith("to use code of your own, add --allow-module my_pkg")
+
+
+def test_a_name_near_one_that_has_leave_is_taken_for_it():
+    (found,) = problems("model: {class_path: rihc.table.Table}\n", ("rich",))
+    assert found.endswith("(lightning, lightspan, timm, torch, torchvision, rich); did you mean rich?")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("max_steps", "did you mean trainer.max_steps? allowed here: seed_everything, trainer, model, data"),
+        ("lr", "did you mean model.init_args.optimizer.init_args.lr? allowed"),
+        ("basis", "did you mean model.init_args.optimizer.init_args.basis? allowed"),
+        ("groups", "did you mean model.init_args.groups? allowed"),
+        ("nonsense_at_all", "r.yaml:6 nonsense_at_all: unknown key; allowed here"),
+    ],
+)
+def test_a_key_that_stands_too_high_is_told_its_place(key, meant):
+    (found,) = problems(SWITCHES % "rank: 4" + f"{key}: 1\n")
+    assert meant in found
