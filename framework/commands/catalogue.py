@@ -104,7 +104,7 @@ def run_copy(args: argparse.Namespace) -> int:
             f"{source} builds on {', '.join(bases)} in the same folder, which a copy elsewhere would not find"
         )
     verb = verb_for(kind_of(merged(args.recipe, (), ())[1].value))
-    write_atomic(target, text)
+    write_atomic(target, text, setting="another FILE")
     print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb} {target}")
     return 0
 

@@ -122,7 +122,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     out = out.absolute()
     folder = temporary_path(out, secrets.token_hex(4))
-    with explained_os_errors(out):
+    with explained_os_errors(out, setting="--out"):
         folder.mkdir(parents=True)
         try:
             yield folder
