@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import other_thing, standing
+from lightspan.checkpoints.manifest import manifest, other_thing, standing
 from lightspan.commands.arguments import add_recipe_arguments, allow_options, file, folder
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.errors import UserError, print_notes
@@ -33,6 +33,8 @@ from lightspan.runs.seed import with_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from lightning.pytorch import Trainer
 
 INTERRUPTED = 130
 
@@ -99,6 +101,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         if checkpoint is None or run_dir not in checkpoint.parents:
             set_metrics_aside(run_dir)
 
+    step = (manifest(checkpoint) or {}).get("step") if checkpoint else None  # now: the file may be written anew
+
     def fit() -> Any:
         return built.trainer.fit(
             built.model, datamodule=built.datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True
@@ -114,6 +118,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     if is_first_rank():
         write_csv(run_dir)
     if status == 0 and is_first_rank():
+        if checkpoint is not None and step == built.trainer.global_step:
+            print_notes([_nothing_left(checkpoint, step, built.trainer)])
         print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
         if (run_dir / LAST_CHECKPOINT).exists():
             words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
@@ -200,6 +206,18 @@ def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint:
     finally:
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # Lightning's doing after Ctrl-C
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:
+    """What to say of a run that took no step, since its checkpoint is at its end or beyond."""
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    if 0 <= steps <= step:
+        end = f"trainer.max_steps={steps}; a larger number of steps"
+    elif epochs is not None and 0 <= epochs <= trainer.current_epoch:
+        end = f"trainer.max_epochs={epochs}; a larger number of epochs"
+    else:
+        return f"no step was taken: {checkpoint} is at step {step}, where the run ended at once"
+    return f"nothing was left to do: {checkpoint} is at step {step}, and the run ends at {end} trains longer"
 
 
 def _say_stopped(why: str, run_dir: Path) -> None:
