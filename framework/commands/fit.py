@@ -55,7 +55,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build and set up everything, read a batch, write nothing, stop before the first step",
+        help="build and set up everything, read a batch, say what each parameter gets, write nothing, stop before the "
+        "first step",
     )
 
 
