@@ -1,5 +1,8 @@
 """The one exception that means: the user can fix this; and how foreign text is made safe to print."""
 
+import sys
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input. The message is one readable paragraph: the thing, its value, the limit, the way out.
@@ -19,3 +22,9 @@ def printable(text: str) -> str:
 def one_line(text: object) -> str:
     """`printable` for text inside a sentence: line breaks and tabs are escaped too."""
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints what a user should know and need not mend, to stderr so that printed YAML stays YAML."""
+    for note in notes:
+        print(printable(f"note: {note}"), file=sys.stderr)

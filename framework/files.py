@@ -153,12 +153,12 @@ def expanded(path: str | Path, setting: str) -> Path:
         raise UserError(f"{path}: {error}; correct {setting}") from error
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | str, setting: str = "--run") -> None:
     """Write `data` (text as UTF-8, newlines untouched) to `path`, whole or not at all.
 
-    Raises: UserError as `atomic_path` does.
+    Raises: UserError as `atomic_path` does, naming the `setting` that chose the folder.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, setting=setting) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 

@@ -1,6 +1,7 @@
 """The names of files in a run folder."""
 
 LEDGER = "ledger.json"
+MERGED = "merged.safetensors"  # of a merger
 METRICS = "metrics.jsonl"
 PROVENANCE = "provenance.json"
 RESOLVED = "resolved.yaml"

@@ -18,7 +18,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.shards.cache import ShardCache
 from lightspan.datamodules.shards.decoders import check_fields, decode_fields
-from lightspan.datamodules.shards.fetch import check_shard, expand_braces
+from lightspan.datamodules.shards.fetch import SCHEME, check_shard, expand_braces, local_path
 from lightspan.datamodules.shards.samples import OpenShard, ShardOpener, ShardSamples
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
@@ -180,12 +180,17 @@ class Shards(LightningDataModule):
     def _samples(self, setting: str, shards: list[str], decode: Decoding) -> ShardSamples:
         opened, problem = self._opened(setting, shards)
         damage = [shard.damage for shard in opened if shard.damage is not None]
-        if problem is None and damage and not self.skip_damaged:
-            problem = (
-                f"{damage[0]}{f' (and {len(damage) - 1} more damaged shards)' if damage[1:] else ''}; restore the "
-                "shard or fetch it again, or train without these samples with data.init_args.skip_damaged=true"
+        nothing = shards and not any(shard.usable for shard in opened)
+        if problem is None and damage and (nothing or not self.skip_damaged):
+            more = f" (and {len(damage) - 1} more damaged shards)" if damage[1:] else ""
+            way_out = (
+                f"no shard has a sample that can be read; correct data.init_args.{setting}"
+                if nothing
+                else "put the shard back or fetch it again, or train without these samples with "
+                "data.init_args.skip_damaged=true"
             )
-        if problem is None and shards and not sum(shard.usable for shard in opened):
+            problem = f"{damage[0]}{more}; {way_out}{_begin(shards)}"
+        if problem is None and nothing:
             problem = f"{setting} {', '.join(shards[:5])} contain no sample; correct data.init_args.{setting}"
         if problem is not None:
             raise UserError(problem)
@@ -211,6 +216,12 @@ class Shards(LightningDataModule):
                     return [], found
                 opened.append(found)
         return opened, None
+
+
+def _begin(shards: list[str]) -> str:
+    """Where relative paths begin, if there are any."""
+    relative = any(not SCHEME.match(shard) and not local_path(shard).is_absolute() for shard in shards)
+    return f"; relative paths begin at {Path.cwd()}" if relative else ""
 
 
 def _opened(opener: ShardOpener, shards: list[str]) -> list[OpenShard | str]:

@@ -31,6 +31,10 @@ COMPLETE = "COMPLETE"
 LATEST = "latest"
 SUFFIX = ".ckpt"
 LAST = f"last{SUFFIX}"
+WEIGHTS_ALONE = (
+    "holds weights alone, as safetensors, and is no checkpoint; a network gets them in a recipe by "
+    "class_path: lightspan.backbones.weights.with_weights"
+)
 
 _END, _END_BYTES, _MOST_COMMENT = b"PK\x05\x06", 22, 2**16 - 1  # of a zip archive's last record
 _MOST_MANIFEST = 2**28  # bytes of COMPLETE: about 200 for each file of a folder
@@ -104,6 +108,13 @@ def standing(last: Path, way_on: str = "") -> str:
     return f"{last} is whole{way_on}" if last.exists() else "no checkpoint was written yet"
 
 
+def other_thing(path: Path) -> str | None:
+    """What stands at `path` where that is a run folder, or weights alone, and not a checkpoint at all."""
+    if (path / RESOLVED).is_file():
+        return f"is a run folder, not a checkpoint: name one of its own, such as {path / 'checkpoints' / LAST}"
+    return WEIGHTS_ALONE if path.suffix == ".safetensors" and path.is_file() else None
+
+
 def fault(path: Path, contents: bool = True) -> Fault | None:
     """What is wrong with the checkpoint at `path`, or None if it is whole.
 
@@ -111,6 +122,8 @@ def fault(path: Path, contents: bool = True) -> Fault | None:
         contents: also read everything and compare the sha256; otherwise only sizes count. Files of format 1 have no
             manifest: the check sums that every zip archive keeps of its records are used instead.
     """
+    if other := other_thing(path):
+        return Fault(other)
     try:
         if path.is_dir():
             return _folder_fault(path, contents)
@@ -227,8 +240,6 @@ def _archive_fault(path: Path) -> Fault | None:
 
 
 def _folder_fault(path: Path, contents: bool) -> Fault | None:
-    if (path / RESOLVED).is_file():
-        return Fault("is a run folder, not a checkpoint: name one of its checkpoints/, such as last.ckpt")
     if not (path / COMPLETE).is_file():
         return Fault(f"has no {COMPLETE} file: its save was cut off, or lightspan did not write it")
     found = manifest(path)

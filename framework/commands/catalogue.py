@@ -12,7 +12,7 @@ from lightspan.config.merge import explain
 from lightspan.config.problems import nearest
 from lightspan.config.resolve import ANY_KIND, merged, resolve, verb_for
 from lightspan.config.tree import COMMAND_LINE, dotted, dump, plain, read, walk
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, print_notes, printable
 
 
 def add_recipes_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ def run_copy(args: argparse.Namespace) -> int:
             f"{source} builds on {', '.join(bases)} in the same folder, which a copy elsewhere would not find"
         )
     verb = verb_for(kind_of(merged(args.recipe, (), ())[1].value))
-    write_atomic(target, text)
+    write_atomic(target, text, setting="another FILE")
     print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb} {target}")
     return 0
 
@@ -131,9 +131,3 @@ def run_check(args: argparse.Namespace) -> int:
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
     print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")
     return 0
-
-
-def print_notes(notes: list[str]) -> None:
-    """Notes of the merge, to stderr so that printed YAML stays YAML."""
-    for note in notes:
-        print(printable(f"note: {note}"), file=sys.stderr)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import COMPLETE
+from lightspan.checkpoints.manifest import COMPLETE, other_thing
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
 from lightspan.planning.one_process import in_one_process
-from lightspan.run_files import RESOLVED
+from lightspan.run_files import MERGED, RESOLVED
 from lightspan.runs.folder import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_checkpoint(given: Path) -> Path:
-    """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError if there is none."""
+    """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError where there is none."""
+    merged = given / MERGED if (given / MERGED).is_file() else given
+    if not merged.is_dir() and (other := other_thing(merged)):
+        raise UserError(f"{merged} {other}; there is nothing left to export")
     is_run = given.is_dir() and given.suffix != ".ckpt" and not (given / COMPLETE).exists()
     if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused when it is read
         return given
@@ -119,7 +122,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     out = out.absolute()
     folder = temporary_path(out, secrets.token_hex(4))
-    with explained_os_errors(out):
+    with explained_os_errors(out, setting="--out"):
         folder.mkdir(parents=True)
         try:
             yield folder

@@ -123,7 +123,7 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
         settings.out / "curve.png": picture(curve, settings.metric, settings.threshold, shown, title),
     }
     for path, content in files.items():
-        write_atomic(path, content)
+        write_atomic(path, content, setting="--out")
     table = Table(title=Text(title), title_justify="left")
     for column in ("d", "mean", "lowest", "highest", "lr"):
         table.add_column(column, justify="right")

@@ -73,9 +73,8 @@ def run(args: argparse.Namespace) -> int:
     _require_class_of_its_own(args.name, _class_of(name), texts)
     new = {root / path: text for path, text in texts.items() if not (root / path).exists()}
     for path, text in new.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
-    # Printed after all files exist: printing raises if nobody reads it.
+        write_atomic(path, text, setting="--in")
+    # Printed when all is there: where nobody reads it, printing raises.
     print("".join(f"wrote {path}\n" for path in new), end="")
     steps = ([] if root == Path() else [f"cd {root}"]) + layout.commands
     print("\nIt runs as it is. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")

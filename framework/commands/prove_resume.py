@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
-from lightspan.commands.catalogue import print_notes
-from lightspan.commands.seed import with_seed
 from lightspan.config.resolve import Resolved, resolve, with_layer
 from lightspan.config.tree import dump
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 from lightspan.files import write_atomic
 from lightspan.runs.differences import first_difference, first_other_batch, largest_difference
 from lightspan.runs.fits import exits_on_sigterm, fit_command, last_lines, ranks_of
+from lightspan.runs.seed import with_seed
 
 DIFFERENT = 1
 LOSS_TOLERANCE = 1e-5

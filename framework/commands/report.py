@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.png:
         files[args.png] = picture(runs, title)
     for path, content in files.items():
-        write_atomic(path, content)
+        write_atomic(path, content, setting="--png" if path == args.png else "--out")
     _print_table(runs, title)
     print(" ".join(["wrote", *map(str, files)]))
     return 0

@@ -14,11 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, allow_options, folder
-from lightspan.commands.catalogue import print_notes
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 from lightspan.launch import kubernetes, slurm, torchrun
 from lightspan.launch.job import Job, cores_of, job_name, leave_of, seconds
 from lightspan.runs.folder import run_folder

@@ -67,9 +67,11 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
     top = class_path.split(".")[0]
     leave = [module for module in modules if under(class_path, module)]
     if top not in TOPS and not leave:
-        near = difflib.get_close_matches(top, TOPS, n=1)
+        allowed = (*TOPS, *(module.split(".")[0] for module in modules if _is_there(module)))
+        near = difflib.get_close_matches(top, allowed, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"{class_path} is outside the allowed modules ({', '.join(TOPS)}); {hint}{way_in(class_path)}"
+        way = "" if near and near[0] not in TOPS else way_in(class_path)  # leave was given for what it looks like
+        return f"{class_path} is outside the allowed modules ({', '.join(allowed)}); {hint}{way}".rstrip("; ")
     found = locate(class_path)
     if isinstance(found, Absent):
         name = class_path.removeprefix(found.module + ".").split(".")[0]

@@ -1,21 +1,36 @@
 """Whether a plain value fits a type annotation, as far as source alone can tell.
 
-Three answers: it fits, it does not, and unknown (None) for everything but numbers, texts, literals, lists, mappings and
-their unions. Unknown is left to the typed builder.
+Three answers: it fits, it does not, and unknown (None). A class of which no plain value can be an object is fitted by
+none, a mapping aside, which may fill its constructor; of other types than numbers, texts, literals, lists, mappings and
+their unions nothing is known. Unknown is left to the typed builder.
 """
 
 import ast
+import sys
 from typing import Any
 
-from lightspan.config.signatures import descends, resolve, signature_of
+from lightspan.config.signatures import base_definitions, descends, resolve, signature_of
 from lightspan.config.source import Definition, Source
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
 _TEXTS = ("str", "Path", "PathLike", "_PATH")
 _NAMES = {"int": (int,), "float": (int, float), "bool": (bool,), **dict.fromkeys(_TEXTS, (str,))}
-_NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Logger")  # recognised by name only
-_NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # a number may be one of these
+_NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Logger")  # told by name, unread
+# Bases of classes that a plain value may be made into.
+_PLAIN = {
+    "int",
+    "float",
+    "str",
+    "Enum",
+    "IntEnum",
+    "StrEnum",
+    "LightningEnum",
+    "IntFlag",
+    "Flag",
+    "Generic",
+    "Protocol",
+}
 _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
 _MODULE = "torch.nn.modules.module.Module"
@@ -56,12 +71,23 @@ def fits(value: Any, annotation: ast.expr, source: Source, depth: int = 0) -> bo
         return None if choices is None else any(value == choice and type(value) is type(choice) for choice in choices)
     if (name in _NEVER_PLAIN or name.endswith("Callable")) and not isinstance(value, dict):
         return False
-    if value is None or isinstance(value, int | float):
+    if not isinstance(value, dict):
         found = resolve(annotation, source)
         if isinstance(found, Definition) and isinstance(found.node, ast.ClassDef):
-            bases = {ast.unparse(base).split(".")[-1] for base in found.node.bases}
-            return None if bases & _NUMBERS else False
+            # The builder reads some classes of Python's own, such as `timedelta`, from a text.
+            read = isinstance(value, str) and found.source.name.split(".")[0] in sys.stdlib_module_names
+            return None if read or _may_be_plain(found.node, found.source) else False
     return None
+
+
+def _may_be_plain(node: ast.ClassDef, source: Source, depth: int = 0) -> bool:
+    """Whether a plain value may stand for an object of a class; also where a base cannot be read."""
+    if depth > _MAX_DEPTH or {ast.unparse(base).split(".")[-1].split("[")[0] for base in node.bases} & _PLAIN:
+        return True
+    return any(
+        base is None or (isinstance(base.node, ast.ClassDef) and _may_be_plain(base.node, base.source, depth + 1))
+        for base in base_definitions(node, source)
+    )
 
 
 def members(annotation: ast.expr, source: Source, depth: int = 0) -> list[tuple[ast.expr, Source]]:
@@ -177,6 +203,32 @@ def class_names(annotation: ast.expr, source: Source) -> list[str]:
             return []
         names += found
     return names
+
+
+def kinds_of(annotation: ast.expr, source: Source) -> list[str]:
+    """The full names of the classes that an annotation takes an object of, as far as the modules that define its
+    members hold them: `SVDBasis` and its like for `Basis | None`.
+    """
+    names: list[str] = []
+    for member, where in members(annotation, source):
+        wanted = resolve(member, where)
+        if not isinstance(wanted, Definition) or wanted.name is None or _name(member) in _NEVER_PLAIN:
+            continue  # networks, for example, are anywhere
+        for node in wanted.source.tree.body:
+            found = Definition(node, wanted.source) if isinstance(node, ast.ClassDef) else None
+            if found is not None and found.name is not None and _is_concrete(found) and descends(found, wanted.name):
+                names.append(found.name)
+    return names
+
+
+def _is_concrete(found: Definition) -> bool:
+    """Whether a class is public and declares nothing abstract itself."""
+    abstract = any("abstract" in ast.unparse(mark) for part in ast.walk(found.node) for mark in _decorators(part))
+    return not abstract and not str(found.name).split(".")[-1].startswith("_")
+
+
+def _decorators(node: ast.AST) -> list[ast.expr]:
+    return node.decorator_list if isinstance(node, ast.FunctionDef) else []
 
 
 def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:

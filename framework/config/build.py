@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.config import allow
-from lightspan.config.blame import blame, deepest_cause, first_cause
+from lightspan.config.blame import blame, deepest_cause, first_cause, own_line
 from lightspan.config.resolve import (
     TRAINED,
     Resolved,
@@ -198,7 +198,8 @@ def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint
     try:
         yield
     except argparse.ArgumentError as error:
-        raise UserError(f"{resolved.name} does not build: {deepest_cause(str(error), resolved)}") from error
+        said = f"{deepest_cause(str(error), resolved)}{own_line(error)}"
+        raise UserError(f"{resolved.name} does not build: {said}") from error
     except Exception as error:
         if refused:
             raise UserError(blame(*refused[0], resolved)) from error

@@ -6,7 +6,9 @@ settings are checked here; the typed builder and the constructors check the rest
 
 import ast
 import contextlib
+import difflib
 import gc
+import itertools
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,7 @@ from lightspan.config.annotations import (
     fits,
     is_untyped,
     item_annotation,
+    kinds_of,
     literal_choices,
     members,
     takes_class_itself,
@@ -30,7 +33,7 @@ from lightspan.config.problems import Problem, nearest
 from lightspan.config.secrets import find_secrets_and_placeholders
 from lightspan.config.signatures import Parameter, Signature, descends, signature, signature_of
 from lightspan.config.source import Definition, locate
-from lightspan.config.tree import KeyPath, Node, dotted, plain
+from lightspan.config.tree import COMMAND_LINE, Key, KeyPath, Node, dotted, plain
 
 RECIPES = {  # kind of recipe, which is the key that names its class -> the keys that it may have
     "model": ("seed_everything", "trainer", "model", "data"),
@@ -98,7 +101,8 @@ class _Checker:
         allowed = RECIPES[kind]
         for key, node in root.value.items():
             if key not in allowed:
-                self.say(node, (key,), f"unknown key; {nearest(key, allowed)}allowed here: {', '.join(allowed)}")
+                meant = nearest(key, allowed) or self.further_down(key, root, allowed)
+                self.say(node, (key,), f"unknown key; {meant}allowed here: {', '.join(allowed)}")
         seed = root.child("seed_everything")
         if seed is not None and (isinstance(seed.value, float | str | dict | list) or seed.value is None):
             self.say(seed, ("seed_everything",), f"must be a whole number, got {plain(seed)!r}")
@@ -121,6 +125,18 @@ class _Checker:
                 self.incomplete(node, (key,))
             else:
                 self.spec(node, (key,), 0, [KINDS[key]])
+
+    def further_down(self, key: Key, root: Node, allowed: Sequence[str]) -> str:
+        """`did you mean trainer.max_steps?` for a key that is a setting of the trainer, or of a class that is named."""
+        owners: list[tuple[KeyPath, str]] = [(("trainer",), TRAINER)] if "trainer" in allowed else []
+        for path, node in sorted(allow.class_paths(root), key=lambda found: len(found[0])):
+            if path[0] in allowed and allow.refusal(node.value, self.modules) is None:
+                owners.append(((*path[:-1], "init_args"), node.value))
+        for path, owner in owners:
+            known = signature(owner)
+            if isinstance(known, Signature) and key in known.parameters:
+                return f"did you mean {dotted((*path, key))}? "
+        return ""
 
     def checkpoints(self, root: Node) -> None:
         node = root.child("checkpoints")
@@ -159,17 +175,18 @@ class _Checker:
             return
         for name, child in node.value.items():
             if not isinstance(child.value, dict) or "class_path" not in child.value:
-                self.incomplete(child, (*path, name))
+                others = [other for other, spec in node.value.items() if spec.child("class_path") is not None]
+                self.incomplete(child, (*path, name), nearest(name, others))
             else:
                 self.spec(child, (*path, name), 0, [KINDS[str(path[-1])]])
 
-    def incomplete(self, node: Node, path: KeyPath) -> None:
+    def incomplete(self, node: Node, path: KeyPath, hint: str = "") -> None:
         found = (
             f"got the keys {', '.join(map(str, node.value))}"
             if isinstance(node.value, dict)
             else f"got {plain(node)!r}"
         )
-        self.say(node, path, f"has no class_path (no lower layer sets one either); {found}")
+        self.say(node, path, f"has no class_path (no lower layer sets one either); {hint}{found}")
 
     def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
         """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class
@@ -189,14 +206,17 @@ class _Checker:
             if settings.value is not None:
                 self.say(settings, (*path, "init_args"), f"must be a mapping, got {plain(settings)!r}")
             settings = Node({}, settings.where)
-        known: Signature | None = None
-        if allow.refusal(class_path, self.modules) is None:
-            found = locate(class_path)
-            known = signature_of(found) if isinstance(found, Definition) else None
-            if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
-                wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
-                article = "an" if wanted[0] in "AEIO" else "a"
-                self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, but {class_path} is not")
+        if allow.refusal(class_path, self.modules) is not None:
+            return  # the gate has said so; what would be said of its settings follows from that alone
+        if absent := allow.missing_modules([module for module in self.modules if allow.under(class_path, module)]):
+            self.say(class_node, (*path, "class_path"), absent[0])
+            return
+        found = locate(class_path)
+        known = signature_of(found) if isinstance(found, Definition) else None
+        if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
+            wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
+            article = "an" if wanted[0] in "AEIO" else "a"
+            self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, but {class_path} is not")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return
@@ -270,14 +290,14 @@ class _Checker:
             )
         elif isinstance(node.value, dict) and "class_path" in node.value:
             if takes_only_plain(annotation, source):
-                self.say(node, path, self.wrong_type(node, annotation, parameter))
+                self.say(node, path, self.wrong_type(node, path, annotation, parameter))
             self.spec(node, path, bound_arguments(annotation, source) or 0, class_names(annotation, source))
         elif isinstance(node.value, dict) and "init_args" in node.value:
             self.incomplete(node, path)
         elif isinstance(node.value, str) and not takes_only_plain(annotation, source) and self.text(node, path):
             return
         elif fits(plain(node), annotation, source) is False:
-            self.say(node, path, self.wrong_type(node, annotation, parameter))
+            self.say(node, path, self.wrong_type(node, path, annotation, parameter))
         elif isinstance(node.value, dict) and (target := dataclass_of(annotation, source)) is not None:
             known = signature_of(target)
             if known is not None:
@@ -300,7 +320,7 @@ class _Checker:
             else:
                 self.value(child, (*path, key), item[0], replace(parameter, annotation=item[0], source=item[1]))
 
-    def wrong_type(self, node: Node, annotation: ast.expr, parameter: Parameter) -> str:
+    def wrong_type(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> str:
         value = plain(node)
         choices = [
             c
@@ -311,6 +331,8 @@ class _Checker:
         hint = nearest(value, choices) if isinstance(value, str) else ""
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             hint = f"write {int(value)}"
+        if not hint and (kinds := kinds_of(annotation, parameter.source)):
+            hint = naming(node, path, kinds)
         return f"must be {describe(annotation, parameter.source)}, got {value!r:.200}; {hint}".rstrip("; ")
 
     def untyped(self, node: Node, path: KeyPath) -> None:
@@ -335,3 +357,14 @@ class _Checker:
         if message is not None:
             self.say(node, path, message)
         return message is not None
+
+
+def naming(node: Node, path: KeyPath, kinds: Sequence[str]) -> str:
+    """How to name one of these classes where `node` stands: the one that its value seems to mean, and all there are."""
+    key = f"{dotted(path)}.class_path=" if node.where == COMMAND_LINE else "class_path: "
+    names = {kind.rpartition(".")[2].lower(): kind for kind in kinds}
+    meant = node.value.partition("(")[0].lower() if isinstance(node.value, str) else ""
+    near = [name for name in names if len(meant) > 2 and meant in name] or difflib.get_close_matches(meant, names, n=1)
+    hint = f"did you mean {key}{names[near[0]]}? " if near else f"name a class with {key}MODULE.NAME; "
+    modules = itertools.groupby((kind.rpartition(".") for kind in kinds), key=lambda parts: parts[0])
+    return hint + "; ".join(f"{module} has {', '.join(name for *_, name in group)}" for module, group in modules)

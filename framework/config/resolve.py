@@ -134,7 +134,8 @@ def _checked(
 ) -> Resolved:
     clean = without_removed(tree)
     if problems := find_problems(clean if clean.where else Node(clean.value, origin), modules):
-        refuse([*problems, *allow.missing_modules(modules)], name)
+        said = {problem.message for problem in problems}
+        refuse([*(message for message in allow.missing_modules(modules) if message not in said), *problems], name)
     config = plain(clean)
     ordered = {key: config[key] for key in ROOT_KEYS if key in config}
     sources = {

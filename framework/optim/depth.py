@@ -18,6 +18,11 @@ from torch import nn
 from lightspan.errors import UserError
 from lightspan.patterns import matches
 
+_SET_LAYERS = (
+    "set layers of ParameterGroups (in a recipe model.init_args.groups.layers) to name patterns, one a layer from "
+    "input to output, without the head, which keeps the full rate"
+)
+
 
 def shares_of_layers(module: nn.Module, decay: float, layers: Sequence[str] | None = None) -> dict[str, float]:
     """decay^(L - l) for each parameter of layer l of L, counted from 0, by name; a parameter of no layer is left out.
@@ -78,8 +83,7 @@ def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
     }
     if not lists:
         raise UserError(
-            f"{type(module).__name__} has no list of equal blocks that would give its layers; set groups.layers to "
-            "name patterns, one per layer from input to output"
+            f"{type(module).__name__} has no list of equal blocks that would tell its layers; {_SET_LAYERS}"
         )
     path = max(lists, key=lambda known: lists[known])
     beside = [
@@ -88,7 +92,7 @@ def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
     if beside:
         raise UserError(
             f"{type(module).__name__} has lists of equal blocks side by side ({', '.join([path, *beside][:4])}), which "
-            "do not give its layers; set groups.layers to name patterns, one per layer from input to output"
+            f"do not tell its layers; {_SET_LAYERS}"
         )
     child = path.split(".")[0] + "." if "." in path else ""
     depths: dict[str, int] = {}

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightspan.callbacks.training.adaptation import Adaptation
+from lightspan.config.blame import own_line
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.errors import UserError
 from lightspan.planning.one_process import in_one_process
@@ -33,8 +34,8 @@ def rehearse(resolved: Resolved) -> list[str]:
     and passes it through `training_step`, without an optimiser step. What several ranks do together is left out: they
     are rehearsed as one.
 
-    Returns: lines for the user, the last of which says what was not tried.
-    Raises: UserError for whatever would make a run fail.
+    Prints what a run prints of its optimisers. Returns: lines for the user, the last of them says what was not tried.
+    Raises: UserError for whatever a run would stumble over.
     """
     with tempfile.TemporaryDirectory(prefix="lightspan-") as folder:  # for the index of a shard, and the like
         built = build(resolved, Path(folder))
@@ -47,7 +48,8 @@ def rehearse(resolved: Resolved) -> list[str]:
             raise
         except Exception as error:  # from any part: nothing of it ran before
             text = " ".join(str(error).split())[:600]
-            raise UserError(f"{resolved.name} builds but does not start: {type(error).__name__}: {text}") from error
+            said = f"{resolved.name} builds but does not start: {type(error).__name__}: {text}{own_line(error)}"
+            raise UserError(said) from error
     total = sum(parameter.numel() for parameter in built.model.parameters())
     return [
         f"{resolved.name}: builds and starts; {type(built.model).__name__} with {total:,} parameters. "
@@ -71,10 +73,9 @@ def _start(built: Built, ranks: int) -> list[str]:
             data.trainer = built.trainer
             data.setup("fit")
         prepare_model(built.trainer, built.model, data)
-        batch = None
-        if data is not None and not untried:
-            batch = next(iter(data.train_dataloader()))
-        _, left_out = optimizers(built.trainer, built.model)
+        batch = next(iter(data.train_dataloader())) if data is not None and not untried else None
+    _, left_out = optimizers(built.trainer, built.model)  # says what each parameter gets, as when a run starts
+    with silent():
         if batch is None:
             untried.append("a forward pass")
         elif (reason := _forward(built, batch, ranks)) is not None:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole
+from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole, other_thing
 from lightspan.config import identity, provenance
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
@@ -143,6 +143,8 @@ def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None
     path = Path(args.resume)
     if not path.exists():
         raise UserError(f"--resume {args.resume}: no such file; give auto, never or the path of a checkpoint")
+    if other := other_thing(path):
+        raise UserError(f"--resume {path} {other}")
     if checkpoints(folder) and run_dir not in path.absolute().parents:
         raise UserError(
             f"--resume {path}: {run_dir} contains another run, which would be overwritten; give another --run DIR"

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from lightspan.config.build import Built
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
+from lightspan.optim.low_rank import LowRank
 from lightspan.planning import rehearsal
 from lightspan.planning.rehearsal import rehearse
+from lightspan.wiring.optimizers import wire
 
 RECIPE = str(Path(__file__).parents[1] / "tiny_project" / "tiny.yaml")
 
@@ -68,8 +70,27 @@ def test_a_batch_goes_through_the_model_once_as_a_fit_would_take_it(monkeypatch,
     assert torch.equal(module.layer.weight, before)
 
 
+SHAPES = (
+    r"builds but does not start: RuntimeError: .*shapes cannot be multiplied \(\d+x4 and 5x2\) "
+    r"\(\S*test_rehearsal\.py:\d+\)$"  # a line of the module above, not of torch and not of what calls it
+)
+
+
+class Projected(Net):
+    def configure_optimizers(self) -> Any:
+        wire(self.trainer, self, [optimizer := LowRank(self.named_parameters(), rank=1)])
+        return optimizer
+
+
+def test_what_each_parameter_gets_is_printed_as_when_a_run_starts(monkeypatch, tmp_path, capsys):
+    tried(monkeypatch, tmp_path, Projected())
+    said = capsys.readouterr().out
+    assert said.startswith("LowRank: what each parameter gets")
+    assert "rank 1 of 2" in said
+
+
 def test_shapes_that_do_not_fit_are_refused(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r"builds but does not start: RuntimeError: .*shapes cannot be multiplied"):
+    with pytest.raises(UserError, match=SHAPES):
         tried(monkeypatch, tmp_path, Net(width=5))
 
 

@@ -281,3 +281,12 @@ def test_the_page_opens_in_a_browser(make_run: MakeRun, tmp_path: Path) -> None:
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
     # The curves of both runs, drawn with the style sheet's colours: neither the styles nor the SVG were refused.
     assert {(0x1F, 0x5F, 0xD0), (0xD1, 0x56, 0x0F)} <= colours
+
+
+def test_a_place_that_cannot_be_written_is_laid_to_the_option_that_chose_it(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("a")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make folder .*file/out: .*; .* with --out"):
+        run_report(folder, "--out", tmp_path / "file" / "out")
+    with pytest.raises(UserError, match=r"cannot make folder .*file/out: .*; .* with --png"):
+        run_report(folder, "--out", tmp_path / "out", "--png", tmp_path / "file" / "out" / "curves.png")

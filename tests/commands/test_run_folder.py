@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lightspan.cli import main
 from lightspan.commands.arguments import folder
 from lightspan.errors import UserError
 from lightspan.launch import parent
@@ -136,3 +137,13 @@ def test_the_record_keeps_of_earlier_starts_what_was_different(tmp_path, monkeyp
     record = json.loads((tmp_path / "provenance.json").read_text())
     assert record.pop("earlier") == [{"seed": 1, "checkpoint": None}, {"seed": 2}]
     assert record == starts[2]
+
+
+def test_a_run_folder_is_told_from_a_checkpoint_before_anything_is_built(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "resolved.yaml").write_text("{}")
+    way_on = f"is a run folder, not a checkpoint: name one of its own, such as {tmp_path / 'a/checkpoints/last.ckpt'}"
+    for option in (["fit", "--run", str(tmp_path / "b"), "--resume"], ["validate", "--ckpt"]):
+        assert main([option[0], "compression/vit", *option[1:], str(tmp_path / "a")]) == 2
+        assert f"{option[-1]} {tmp_path / 'a'} {way_on}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lightspan.cli import main
-from lightspan.commands.seed import with_seed
 from lightspan.config.resolve import recorded, resolve
 from lightspan.config.tree import dump
+from lightspan.runs.seed import with_seed
 
 PROJECT = Path(__file__).parents[1] / "tiny_project"
 ALLOW = ("--allow-module", "tiny_lab")

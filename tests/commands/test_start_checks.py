@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR
 from torch.utils.data import DataLoader
 
-from lightspan.commands import run
-from lightspan.commands.start_checks import StartChecks, past_its_end
+from lightspan.commands.fit import call
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.errors import UserError
+from lightspan.runs.start_checks import StartChecks, past_its_end
 
 
 class OneCycle(LightningModule):
@@ -109,7 +109,7 @@ def test_an_end_that_comes_in_mid_run_is_said_in_the_same_words(tmp_path):
 
     built: Any = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=2))
     with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, but it came to step 3; beyond its end"):
-        run.call(steps, built, tmp_path, None)
+        call(steps, built, tmp_path, None)
     assert past_its_end(ValueError("another")) is None
 
 

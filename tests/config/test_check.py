@@ -1,7 +1,8 @@
 import pytest
 
 from lightspan.config.check import find_problems
-from lightspan.config.merge import without_removed
+from lightspan.config.flags import flag_layer
+from lightspan.config.merge import merge_layers, without_removed
 from lightspan.config.tree import parse
 
 MODEL = "model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}\n"
@@ -33,8 +34,12 @@ def test_a_sound_configuration_has_no_problems():
             "trainer.logger.a: has no class_path (no lower layer sets one",
         ),
         (
+            "trainer: {callbacks: {probes: {class_path: x.Y}, probs: {init_args: {x: 1}}}}\n",
+            "trainer.callbacks.probs: has no class_path (no lower layer sets one either); did you mean probes?",
+        ),
+        (
             "data: {batch_size: 3}\n",
-            "data: has no class_path (no lower layer sets one either); got the keys batch",
+            "data: has no class_path (no lower layer sets one either); got the keys batch_size",
         ),
         ("trainer: {default_root_dir: '${home}/x'}\n", "unknown placeholder ${home}; only ${run} (the run folder)"),
         ("trainer: {strategy: os.system}\n", "'os.system' names a class as text"),
@@ -98,6 +103,47 @@ def test_a_value_is_of_the_kind_that_its_setting_declares(settings, expected):
     class_path = "lightspan.methods.language.causal_lm.CausalLM"
     found = problems(f"model:\n  class_path: {class_path}\n  init_args:\n    {settings}\n")
     assert any(expected in problem for problem in found), found
+
+
+SWITCHES = (
+    "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
+    "    backbone: {class_path: lightspan.backbones.language.llama}\n"
+    "    optimizer: {class_path: lightspan.optim.low_rank.LowRank, init_args: {%s}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("switch", "kind", "meant"),
+    [
+        ("basis: svd", "Basis or null, got 'svd'", "did you mean class_path: lightspan.optim.bases.SVDBasis?"),
+        ("basis: SVDBasis", "Basis or null, got 'SVDBasis'", "did you mean class_path: lightspan.optim.bases.SVDBas"),
+        ("residual: fira", "Residual or null, got 'fira'", "did you mean class_path: lightspan.optim.residuals.Fira?"),
+        ("refresh: 'Every(9)'", "a whole number or Trigger, got", "class_path: lightspan.optim.triggers.Every? "),
+        ("rank: auto", "a whole number or RankByEnergy, got 'auto'", "lightspan.optim.ranks has RankByEnergy"),
+        ("basis: 3", "Basis or null, got 3", "class_path: MODULE.NAME; lightspan.optim.bases has PowerBasis, SVDBas"),
+        ("inner: [1]", "Inner, got [1]", "lightspan.optim.inner has Adam, SGD, NewtonSchulz"),
+        ("moments: null", "MomentStorage, got None", "lightspan.optim.moments has Float32Moments, BFloat16Moments"),
+    ],
+)
+def test_a_plain_value_for_an_object_is_refused_with_the_classes_there_are(switch, kind, meant):
+    (found,) = problems(SWITCHES % switch)
+    assert found.startswith(f"r.yaml:5 model.init_args.optimizer.init_args.{switch.split(':')[0]}: must be {kind}")
+    assert meant in found
+
+
+def test_on_the_command_line_a_class_is_named_by_a_flag():
+    flag = flag_layer(["model.init_args.optimizer.init_args.basis=svd"])
+    tree, _ = merge_layers([parse(SWITCHES % "rank: 4", "r.yaml"), flag])
+    (found,) = map(str, find_problems(tree))
+    assert found.startswith(
+        "command line model.init_args.optimizer.init_args.basis: must be Basis or null, got 'svd'; "
+    )
+    assert "did you mean model.init_args.optimizer.init_args.basis.class_path=lightspan.optim.bases.SVDBasis?" in found
+
+
+@pytest.mark.parametrize("switch", ["basis: null", "refresh: 7", "rank: 4", "residual: null"])
+def test_a_plain_value_passes_where_one_is_declared_beside_the_class(switch):
+    assert problems(SWITCHES % switch) == []
 
 
 @pytest.mark.parametrize("value", [LINEAR, "[" + LINEAR + "]", "{a: [" + LINEAR + "]}"])
@@ -252,3 +298,29 @@ def test_tokens_of_a_tokenizer_are_no_secrets():
     assert not any(
         "secret" in problem for problem in problems(MODEL + "x: {pad_token: '<pad>', cls_token: true, key: 3}\n")
     )
+
+
+def test_a_class_that_is_refused_has_one_problem_whatever_stands_below_it():
+    model = "model: {class_path: my_pkg.Net, init_args: {backbone: " + LINEAR + ", text: torch.nn.ReLU}}\n"
+    (found,) = problems(model)
+    assert found.endswith("to use your own code, add --allow-module my_pkg")
+
+
+def test_a_name_near_one_that_has_leave_is_taken_for_it():
+    (found,) = problems("model: {class_path: rihc.table.Table}\n", ("rich",))
+    assert found.endswith("(lightning, lightspan, timm, torch, torchvision, rich); did you mean rich?")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("max_steps", "did you mean trainer.max_steps? allowed here: seed_everything, trainer, model, data"),
+        ("lr", "did you mean model.init_args.optimizer.init_args.lr? allowed"),
+        ("basis", "did you mean model.init_args.optimizer.init_args.basis? allowed"),
+        ("groups", "did you mean model.init_args.groups? allowed"),
+        ("nonsense_at_all", "r.yaml:6 nonsense_at_all: unknown key; allowed here"),
+    ],
+)
+def test_a_key_that_stands_too_high_is_told_its_place(key, meant):
+    (found,) = problems(SWITCHES % "rank: 4" + f"{key}: 1\n")
+    assert meant in found

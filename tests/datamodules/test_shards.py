@@ -360,6 +360,20 @@ def test_missing_and_cut_shards_are_refused_before_the_first_step(
         opened(shards)
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_where_no_shard_is_there_the_paths_are_at_fault(
+    skip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        opened(["packed/0.tar", "packed/1.tar"], skip_damaged=skip)
+    said = str(refused.value)
+    assert "shard packed/0.tar is missing" in said
+    assert "(and 1 more damaged shards); no shard has a sample that can be read; correct data.init_args.shards" in said
+    assert said.endswith(f"; relative paths begin at {tmp_path}")
+    assert "skip_damaged" not in said
+
+
 def test_shards_that_may_be_skipped_leave_only_whole_samples_counted_and_the_same_on_any_ranks(
     shards: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -183,7 +183,8 @@ def test_settings_that_cannot_hold_are_refused(case: str) -> None:
 
 
 def test_a_network_without_layers_asks_for_their_names() -> None:
-    with pytest.raises(UserError, match=r"Linear has no list of equal blocks.*groups\.layers"):
+    said = r"Linear has no list of equal blocks.*model\.init_args\.groups\.layers\).*without the head"
+    with pytest.raises(UserError, match=said):
         ParameterGroups(layer_decay=0.5).build(nn.Linear(2, 2))
 
 

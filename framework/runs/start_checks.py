@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
 
-from lightspan.commands.catalogue import print_notes
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 
 
 class StartChecks(Callback):
