@@ -79,8 +79,11 @@ def local_path(shard: str) -> Path:
     return expanded(shard, "data.init_args.shards")
 
 
-def open_shard(shard: str) -> BinaryIO:
+def open_shard(shard: str, setting: str = "data.init_args.shards") -> BinaryIO:
     """A stream of the shard's bytes. Reading from https raises TimeoutError where the server stalls or drips.
+
+    Args:
+        setting: what names the shard, in messages.
 
     Raises: UserError for any other scheme, a missing file, what is no regular file, or a server's refusal.
     """
@@ -95,7 +98,7 @@ def open_shard(shard: str) -> BinaryIO:
     except UserError:
         raise
     except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors, a malformed redirect none
-        raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct data.init_args.shards") from error
+        raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct {setting}") from error
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
