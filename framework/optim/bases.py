@@ -33,6 +33,9 @@ from lightspan.triton_kernels.project import project
 class Basis(ABC):
     """A family of frames. It owns no state; the optimiser hands it in.
 
+    `project` is the pull of `lightspan.subspaces.frames.Frames`, and `update` takes a step along its push, each in one
+    pass over memory.
+
     Args:
         carry: what becomes of moments when a frame changes; see `lightspan.optim.carries`.
     """
@@ -55,12 +58,6 @@ class Basis(ABC):
     @abstractmethod
     def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
-
-    def map(self, state: State, layout: Layout) -> frames.Frames:
-        """The `SubspaceMap` that a state stands for. `project` is its pull, and `update` takes a step along its push,
-        each in one pass over memory.
-        """
-        return frames.Frames(self.frame(state, layout))
 
     def materialised(self, state: State, layout: Layout) -> State:
         """The state with whatever several parts of one step would otherwise each make of it."""
