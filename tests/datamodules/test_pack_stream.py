@@ -174,11 +174,15 @@ def test_only_pack_reads_a_stream(action: str, capsys: pytest.CaptureFixture[str
         (b"", "shard of standard input is not a tar file, or is cut short"),
         (tar_of(), "there is no sample to pack"),
         (tar_of(("README", b"x")), "there is no sample to pack"),
-        (gzip.compress(tar_of(("a.txt", b"x"))), "is compressed; unpack it on the way: `zcat FILE | lightspan"),
+        (
+            gzip.compress(tar_of(("a.txt", b"x")), mtime=0),
+            "is compressed; unpack it on the way: `zcat FILE | lightspan",
+        ),
         (tar_of(("../a.txt", b"x")), r"member ../a.txt leaves its folder"),
         (tar_of(("a.cls", b"no number")), "1 of 1 samples cannot be decoded, so training could not read them: a.cls"),
         (tar_of(("\udce4.txt", b"x")), "is not UTF-8, as shards need it"),
     ],
+    ids=["nothing", "no member", "no sample", "compressed", "leaves its folder", "damaged", "not UTF-8"],
 )
 def test_a_stream_without_a_sample_or_with_a_bad_one_is_refused(
     piped: Callable[[bytes], None], tmp_path: Path, capsys, content: bytes, message: str
