@@ -7,7 +7,9 @@ from torch import nn
 from lightspan.errors import UserError
 
 
-def list_of_blocks(network: nn.Module, counts: Callable[[nn.Parameter], bool], way_out: str) -> tuple[str, nn.Module]:
+def list_of_blocks(
+    network: nn.Module, counts: Callable[[nn.Parameter], bool], way_out: str
+) -> tuple[str, nn.ModuleList | nn.Sequential]:
     """(path, list) of the longest nn.ModuleList or nn.Sequential of at least two modules of one type.
 
     Lists inside one another belong together. Several side by side, as the stages of a convolutional network or two

@@ -100,7 +100,7 @@ class Encoded(Input):
             "transforms": transforms,
             "reads": None if self._is_method() else self.field,
             "layer": self.layer,
-            "pool": self.pool,
+            "tokens": self.pool,
             "dtype": self.dtype,
             "data": data,
             "split": self.split,

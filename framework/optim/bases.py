@@ -80,6 +80,7 @@ class Basis(ABC):
         lr: Tensor,
         keep: Tensor,
         seed: Tensor | None,
+        /,
     ) -> None:
         """W <- keep W - lr (coefficients Q^T + scale o G), in place; see triton_kernels/backproject_update.py."""
         frame_BNR = self.frame(state, layout)[..., : coefficients_BMR.shape[-1]]

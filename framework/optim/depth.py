@@ -82,4 +82,4 @@ def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
             above = True
         elif name.startswith(child) and not above:
             depths[name] = 0
-    return depths, len(list(blocks)) + 1
+    return depths, len(blocks) + 1
