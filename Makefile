@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 QUICKSTART := build/quickstart
+LOWEST := build/lowest
 
 # One thread per process: the tests start pairs of processes, and their time limits assume two cores.
 OMP_NUM_THREADS ?= 1
@@ -23,7 +24,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence evidence-data test-packages bench lm-quality robustness docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test test-lowest check format deepspeed evidence evidence-data test-packages bench lm-quality robustness docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,11 @@ readme: quickstart ## run the quickstart and write its figures and its picture t
 
 test: $(DEV) ## run the tests; ARGS="-k resume -x" is passed to pytest, JOBS=0 runs them in one process (for --pdb)
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Without processes, sweeps and compiled kernels: what a version that is too old breaks shows in the parts.
+test-lowest: $(LOWEST)/.installed ## run the tests of parts on the lowest versions that pyproject.toml allows (9 GB)
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  -m 'not (ranks or runs or sweep or pretrained or aot or other_targets or docker or slurm)' $(ARGS)
 
 check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/ruff check .
@@ -139,3 +145,11 @@ $(DEV): pyproject.toml setup.py | $(VENV)/.created
 	@rm -f $(BASE) $@
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $(BASE) $@
+
+$(LOWEST)/.installed: pyproject.toml setup.py tools/lowest_versions.py | $(DEV)
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python tools/lowest_versions.py pyproject.toml dev > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	@touch $@

@@ -4,9 +4,7 @@
 that one line in a Trainer is enough.
 """
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,30 +12,17 @@ from typing import Any, Literal
 from weakref import proxy
 
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.hooks import RemovableHandle
 
-from lightspan import __version__
-from lightspan.callbacks.resilience.random_state import random_states, restore_random_states
-from lightspan.checkpoints.background import Background
-from lightspan.checkpoints.fit import check_fits, class_path
-from lightspan.checkpoints.folder import FolderCheckpoints, said
-from lightspan.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn
-from lightspan.checkpoints.manifest import (
-    COMPLETE,
-    FORMAT,
-    header,
-    newest_whole,
-    point_latest,
-    seal_folder,
-)
+from lightspan.callbacks.resilience.stamp import KEY, go_on_drawing, refuse_other_optimizers, stamp
+from lightspan.callbacks.resilience.writer import Writer
+from lightspan.checkpoints.fit import check_fits
+from lightspan.checkpoints.io import WholeFileCheckpointIO
 from lightspan.checkpoints.names import OwnFiles
-from lightspan.checkpoints.rest_of_step import RestOfStep, log_position, rewind_logs
+from lightspan.checkpoints.rest_of_step import RestOfStep, load_positions, rewind_logs
 from lightspan.checkpoints.restore import (
     explained_restoring,
     guard,
@@ -45,9 +30,8 @@ from lightspan.checkpoints.restore import (
     unfreeze,
     warn_of_what_cannot_go_on,
 )
-from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
-from lightspan.files import link_atomic, remove_leftovers
+from lightspan.files import remove_leftovers
 
 
 class Checkpoint(OwnFiles):
@@ -113,21 +97,14 @@ class Checkpoint(OwnFiles):
         self._keeps_only = False
         self._stored: dict[str, Any] = {}
         self._in_background = in_background
-        self._background: Background | None = None
-        self._folders: FolderCheckpoints | None = None
-        self._submitted_step: int | None = None
-        self._just_written: str | None = None
+        self._writer = Writer(Path(dirpath or ""), in_background=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         super().setup(trainer, pl_module, stage)
-        if self._in_background and stage == "fit":
-            self._background = Background()
-        if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFileCheckpointIO):
-            trainer.strategy.checkpoint_io = WholeFileCheckpointIO(self._background, trainer.strategy.broadcast)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            self._take_over(trainer, trainer.strategy)
+        self._writer = Writer(Path(self.dirpath or ""), self._in_background and stage == "fit")
+        self._writer.take_over(trainer, partial(_refuse_shards, trainer))
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(self.dirpath)
         self.look(trainer)
@@ -138,22 +115,13 @@ class Checkpoint(OwnFiles):
         self._fit_check = pl_module.register_load_state_dict_pre_hook(_refuses_other_models(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lightspan"] = {
-            "version": __version__,
-            "format": FORMAT,
-            "model": class_path(pl_module),
-            "optimizers": [class_path(optimizer) for optimizer in trainer.optimizers],
-            "loggers": _run_ids(trainer),
-            "log": log_position(trainer),
-            "random_states": _of_every_rank(random_states()),
-            "trained": [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad],
-        }
+        checkpoint[KEY] = stamp(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
         refuse_what_cannot_go_on(trainer, checkpoint)
-        self._wrote = checkpoint.get("lightspan", {})
+        self._wrote = checkpoint.get(KEY, {})
         with explained_restoring(trainer.ckpt_path, "lightspan.trained"):
             unfreeze(trainer, pl_module, self._wrote.get("trained"))
         log = self._wrote.get("log", {})
@@ -164,7 +132,7 @@ class Checkpoint(OwnFiles):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
-        _refuse_other_optimizers(trainer, self._wrote)
+        refuse_other_optimizers(trainer, self._wrote)
         warn_of_what_cannot_go_on(trainer)
         if self._rest is not None:
             self._rest.begin(trainer)
@@ -173,9 +141,9 @@ class Checkpoint(OwnFiles):
         super().on_train_start(trainer, pl_module)
         self._drop_fit_check()
         with explained_restoring(trainer.ckpt_path, "loops.fit_loop"):
-            _load_positions(trainer)
+            load_positions(trainer)
         with explained_restoring(trainer.ckpt_path, "lightspan.random_states"):
-            _go_on_drawing(self._wrote.get("random_states"))
+            go_on_drawing(self._wrote.get("random_states"))
         if trainer.strategy.broadcast(self._is_last(trainer.ckpt_path)):
             self._take_up(trainer)
         if trainer.is_global_zero and trainer.ckpt_path:
@@ -186,29 +154,28 @@ class Checkpoint(OwnFiles):
             self._rest = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._just_written = None
+        self._writer.new_moment()
         super().on_train_end(trainer, pl_module)
-        with self._naming_the_last_whole():
-            self._wait()
+        self._writer.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._drop_fit_check()
-        self._just_written = None
+        self._writer.new_moment()
         super().on_exception(trainer, pl_module, exception)
         try:
-            self._wait()
-        except UserError as error:  # the run ends with its own exception
+            self._writer.finish()
+        except UserError as error:  # the run ends by its own exception
             exception.add_note(str(error))
-        self._close()
+        self._writer.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._drop_fit_check()
-        self._close()
+        self._writer.close()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._just_written = None
+        self._writer.new_moment()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (_stops_inside_epoch(trainer) or _reached_max_steps(trainer)) and not self._should_skip_saving_checkpoint(
             trainer
@@ -216,8 +183,8 @@ class Checkpoint(OwnFiles):
             self._keep_step(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning already counts a shortened epoch as done: resuming from here would skip the rest of its data.
-        self._just_written = None
+        # Lightning counts a cut epoch as done by now: resuming from here would skip the rest of its data.
+        self._writer.new_moment()
         if _stops_inside_epoch(trainer):
             return
         super().on_train_epoch_end(trainer, pl_module)
@@ -226,7 +193,7 @@ class Checkpoint(OwnFiles):
             self._keep_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._just_written = None
+        self._writer.new_moment()
         super().on_validation_end(trainer, pl_module)
         if self._every_n_epochs and not self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
@@ -276,94 +243,21 @@ class Checkpoint(OwnFiles):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        with self._naming_the_last_whole():
-            if self._submitted_step != trainer.global_step:
-                self._wait()
-            if self._just_written is not None:
-                self._give_second_name(trainer, Path(self._just_written), filepath)
-            else:
-                self._write(trainer, filepath)
-            self._kept_step = self._submitted_step = trainer.global_step
-            if trainer.is_global_zero:
-                self._after_writing(filepath, point_latest)
-
-    def _write(self, trainer: Trainer, filepath: str) -> None:
-        seals = trainer.is_global_zero and _writes_folders(trainer)
-        if seals and Path(filepath).is_dir():
-            (Path(filepath) / COMPLETE).unlink(missing_ok=True)
-        super()._save_checkpoint(trainer, filepath)
-        if seals:
-            stamp = {"loggers": _run_ids(trainer), "random_states": [None] * world_size()}
-            seal_folder(Path(filepath), header({"global_step": trainer.global_step, "lightspan": stamp}))
-        self._just_written = filepath if self._writes_all(trainer.strategy) else None
-
-    def _writes_all(self, strategy: Strategy) -> bool:
-        """Whether nothing else writes: a strategy may change what it writes itself in place, under both names."""
-        by_itself = type(strategy).save_checkpoint is not Strategy.save_checkpoint and self._folders is None
-        return isinstance(strategy.checkpoint_io, WholeFileCheckpointIO) and not by_itself
-
-    def _give_second_name(self, trainer: Trainer, written: Path, filepath: str) -> None:
-        """What was written in this same hook has the same state: the second name costs only a link."""
-        verdict, job = None, partial(link_atomic, written, Path(filepath))
-        if trainer.is_global_zero and self._background is not None:
-            self._background.submit(Path(filepath), job)
-        elif trainer.is_global_zero:
-            verdict = said(job)
-        if verdict := trainer.strategy.broadcast(verdict):
-            raise UserError(verdict)
-        self._last_checkpoint_saved = filepath
-        for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.after_save_checkpoint(proxy(self))
+        if self._writer.save(trainer, filepath, partial(super()._save_checkpoint, trainer, filepath)):
+            self._last_checkpoint_saved = filepath
+            for logger in trainer.loggers if trainer.is_global_zero else []:
+                logger.after_save_checkpoint(proxy(self))
+        self._kept_step = trainer.global_step
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if trainer.is_global_zero and self.may_remove(Path(filepath)):
-            self._after_writing(filepath, trainer.strategy.checkpoint_io.remove_checkpoint)
-
-    def _after_writing(self, filepath: str, job: Callable[[Path], None]) -> None:
-        """Does a job that needs all earlier checkpoints to be complete: at once, or after them in the background."""
-        if self._background is None:
-            job(Path(filepath))
-        else:
-            self._background.submit(Path(filepath), partial(job, Path(filepath)))
+            self._writer.afterwards(filepath, trainer.strategy.checkpoint_io.remove_checkpoint)
 
     def save_now(self, trainer: Trainer) -> None:
-        """Writes last.ckpt at the end of an optimiser step, on all ranks; returns when it is complete."""
-        self._just_written = None
+        """Writes last.ckpt at the end of an optimiser step, on all ranks; returns once it is whole."""
+        self._writer.new_moment()
         self._keep_step(trainer)
-        with self._naming_the_last_whole():
-            self._wait()
-
-    def _wait(self) -> None:
-        if self._background is not None:
-            self._background.wait()
-
-    def _close(self) -> None:
-        if self._background is not None:
-            self._background.close()
-        if self._folders is not None:
-            self._folders.close()
-
-    @contextlib.contextmanager
-    def _naming_the_last_whole(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            whole, _ = newest_whole(Path(self.dirpath or ""), contents=False)
-            kept = f"the last whole checkpoint is {whole}" if whole else "there is no checkpoint yet"
-            raise UserError(f"{error}; {kept}") from error
-
-    def _take_over(self, trainer: Trainer, strategy: ModelParallelStrategy) -> None:
-        def check(checkpoint: dict[str, Any], path: Path) -> None:
-            stamp = checkpoint.get("lightspan", {})
-            module = trainer.lightning_module
-            check_fits(checkpoint["state_dict"], module, str(path), stamp.get("model"), module.strict_loading)
-            if trainer.state.fn == TrainerFn.FITTING:
-                _refuse_other_optimizers(trainer, stamp)
-
-        self._folders = FolderCheckpoints(strategy, self._background, check, refuse_torn, outline)
-        if strategy._save_distributed_checkpoint:
-            setattr(strategy, "save_checkpoint", self._folders.save)  # noqa: B010
-        setattr(strategy, "load_checkpoint", self._folders.load)  # noqa: B010
+        self._writer.finish()
 
     def _drop_fit_check(self) -> None:
         if self._fit_check is not None:
@@ -380,54 +274,12 @@ def _reached_max_steps(trainer: Trainer) -> bool:
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
-def _load_positions(trainer: Trainer) -> None:
-    """Give loaders the position that Lightning does not: that of a run bounded by epochs, resumed at an epoch's end."""
-    loop = trainer.fit_loop
-    if loop._combined_loader_states_to_load and loop._combined_loader is not None and loop._data_fetcher is not None:
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-        loop._combined_loader_states_to_load = []
-        iter(loop._data_fetcher)  # the existing iterator does not know the position
-
-
-def _refuse_other_optimizers(trainer: Trainer, stamp: Mapping[str, Any]) -> None:
-    before, now = stamp.get("optimizers"), [class_path(optimizer) for optimizer in trainer.optimizers]
-    if before is not None and before != now:
-        raise UserError(
-            f"checkpoint {trainer.ckpt_path} was trained with {', '.join(before)}, this run uses {', '.join(now)}: "
-            "their states do not match; resume with the optimiser that wrote it"
-        )
-
-
-def _writes_folders(trainer: Trainer) -> bool:
-    """Whether the strategy itself writes a folder in place: not atomic, but a marker shows if it is incomplete."""
-    strategy = trainer.strategy
-    return type(strategy) is DeepSpeedStrategy or (
-        isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
-    )
-
-
-def _run_ids(trainer: Trainer) -> dict[str, str]:
-    return {class_path(logger): str(logger.version) for logger in trainer.loggers if logger.version}
-
-
-def _of_every_rank(states: dict[str, Any]) -> list[dict[str, Any]]:
-    gathered: list[Any] = [states] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(gathered, states)
-    return gathered
-
-
-def _go_on_drawing(states: Sequence[dict[str, Any]] | None) -> None:
-    if states is None:
-        return
-    if len(states) == world_size():
-        restore_random_states(states[rank()])
-    elif rank() == 0:
-        warnings.warn(
-            f"the checkpoint has the random states of {len(states)} ranks but this run has {world_size()}: they are "
-            "not restored; with the callback RandomState every step draws the same on any machine",
-            stacklevel=2,
-        )
+def _refuse_shards(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+    """Raises: UserError for the checkpoint of a sharded model that does not fit."""
+    written, module = checkpoint.get(KEY, {}), trainer.lightning_module
+    check_fits(checkpoint["state_dict"], module, str(path), written.get("model"), module.strict_loading)
+    if trainer.state.fn == TrainerFn.FITTING:
+        refuse_other_optimizers(trainer, written)
 
 
 def _refuses_other_models(trainer: Trainer) -> Callable[..., None]:

@@ -79,10 +79,13 @@ def local_path(shard: str) -> Path:
     return expanded(shard, "data.init_args.shards")
 
 
-def open_shard(shard: str) -> BinaryIO:
-    """A stream of the shard's bytes. Reading from https raises TimeoutError if the server stalls or is too slow.
+def open_shard(shard: str, setting: str = "data.init_args.shards") -> BinaryIO:
+    """A stream of the shard's bytes. Reading from https raises TimeoutError where the server stalls or drips.
 
-    Raises: UserError for any other scheme, a missing file, what is not a regular file, or a server's refusal.
+    Args:
+        setting: what names the shard, in messages.
+
+    Raises: UserError for any other scheme, a missing file, what is no regular file, or a server's refusal.
     """
     check_shard(shard)
     try:
@@ -94,12 +97,8 @@ def open_shard(shard: str) -> BinaryIO:
         return path.open("rb")
     except UserError:
         raise
-    except (
-        OSError,
-        HTTPException,
-        ValueError,
-    ) as error:  # urllib's errors are OSErrors, a malformed redirect's is not
-        raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct data.init_args.shards") from error
+    except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors, a malformed redirect none
+        raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct {setting}") from error
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):

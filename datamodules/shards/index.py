@@ -23,7 +23,8 @@ from lightspan.files import require_regular_file
 
 FORMAT = 1
 SUFFIX = ".index.json"
-_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+# How streams of gzip, bzip2, xz and zstandard begin.
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _END = bytes(1024)  # the end mark of a tar
 
 
@@ -119,7 +120,7 @@ def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str
     damage = None
     require_regular_file(path, "shard")
     with path.open("rb") as stream:
-        if stream.read(6).startswith(_PACKED):
+        if stream.read(6).startswith(COMPRESSED):
             raise UserError(
                 f"shard {shard} is compressed, so its samples cannot be read by position; unpack it to a plain "
                 ".tar, or rewrite it with `lightspan data pack`"
@@ -150,22 +151,26 @@ def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str
             checks.append(zlib.crc32(stream.read(end - start)))
     borders = np.array(spans, dtype=np.int64).reshape(-1, 2)
     index = ShardIndex(shard, size, digest, borders[:, 0], borders[:, 1], np.array(checks, dtype=np.uint32))
-    return replace(index, remarks=_remarks(passed_over, apart)), damage
+    return replace(index, remarks=(*passed_over_remark(passed_over), *_apart_remark(apart))), damage
 
 
-def _remarks(passed_over: list[str], apart: list[str]) -> tuple[str, ...]:
-    remarks = []
-    if passed_over:
-        remarks.append(
-            f"{len(passed_over)} members belong to no sample and are skipped, the first: {passed_over[0]!r} (names "
-            "without an ending, and __LIKE_THIS__, which describe the shard)"
-        )
-    if apart:
-        remarks.append(
-            f"{len(apart)} keys reappear after other samples, the first: {apart[0]!r}; each time counts as a sample "
-            "of its own, since only adjacent members form one"
-        )
-    return tuple(remarks)
+def passed_over_remark(names: list[str]) -> tuple[str, ...]:
+    """On members that belong to no sample, one line or none."""
+    if not names:
+        return ()
+    return (
+        f"{len(names)} members belong to no sample and are skipped, the first: {names[0]!r} (names "
+        "without an ending, and __LIKE_THIS__, which describe the shard)",
+    )
+
+
+def _apart_remark(keys: list[str]) -> tuple[str, ...]:
+    if not keys:
+        return ()
+    return (
+        f"{len(keys)} keys reappear after other samples, the first: {keys[0]!r}; each time counts as a sample "
+        "of its own, since only members side by side form one",
+    )
 
 
 def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: int) -> dict[str, Any]:

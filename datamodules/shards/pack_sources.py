@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from lightspan.datamodules.shards.decoders import DECODERS, IMAGES
 from lightspan.datamodules.shards.tars import META, split_name
 from lightspan.errors import UserError
@@ -54,6 +56,15 @@ def sources(folder: Path, as_files: bool = False) -> Sources:
             "without labels with --files"
         )
     return _by_class(folder, in_classes, remarks)
+
+
+def shuffled(samples: list[Members], seed: int) -> list[Members]:
+    """The samples in an order drawn from `seed`.
+
+    A training run mixes only the shards that are open together, so samples that are sorted by class should be packed in
+    random order.
+    """
+    return [samples[number] for number in np.random.default_rng(seed).permutation(len(samples)).tolist()]
 
 
 def _files_below(folder: Path) -> tuple[list[Path], int]:

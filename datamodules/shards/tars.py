@@ -27,8 +27,14 @@ class Member(NamedTuple):
     end: int
 
 
-def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterator[Member]:
-    """The regular files in a plain tar, in order. `shard` is its name in messages.
+def read_members(
+    stream: BinaryIO, shard: str, max_member_bytes: int, setting: str = "data.init_args.max_member_mib"
+) -> Iterator[Member]:
+    """The regular files in a plain tar, in order; `stream` is read once, from its start, and need not seek.
+
+    Args:
+        shard: its name in messages.
+        setting: what raises the limit, in messages.
 
     Raises: UserError that names the shard if it is not a tar, is cut short, continues after its end mark, or contains a
         link, a device, a name that leaves its folder, or a member above `max_member_bytes`.
@@ -38,7 +44,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
         if header.size > max_member_bytes:
             raise UserError(
                 f"shard {shard}: member {one_line(header.name)} has {header.size:,} bytes, above the limit of "
-                f"{max_member_bytes:,}; raise data.init_args.max_member_mib if you trust the shard"
+                f"{max_member_bytes:,}; raise {setting} if you trust the shard"
             )
 
     class Header(tarfile.TarInfo):

@@ -235,3 +235,12 @@ def _move_schedules(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     if loop._num_ready_batches_reached():
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+def load_positions(trainer: Trainer) -> None:
+    """Give loaders the position that Lightning does not: that of a run bounded by epochs, resumed at an epoch's end."""
+    loop = trainer.fit_loop
+    if loop._combined_loader_states_to_load and loop._combined_loader is not None and loop._data_fetcher is not None:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
+        iter(loop._data_fetcher)  # the iterator made before knows nothing of the position

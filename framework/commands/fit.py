@@ -101,6 +101,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         write_run_files(resolved, run_dir, args, checkpoint)
         if checkpoint is None or run_dir not in checkpoint.parents:
             set_metrics_aside(run_dir)
+        if args.wandb:
+            _tell_wandb(resolved, built)
 
     step = (manifest(checkpoint) or {}).get("step") if checkpoint else None  # now: the file may be written anew
 
@@ -313,6 +315,15 @@ def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:
         settings |= {"id": run_id, "resume": "allow"}
     spec = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": settings}
     return {"trainer": {"logger": {"wandb": spec}}}
+
+
+def _tell_wandb(resolved: Resolved, built: Built) -> None:
+    """The tracker gets the recipe as resolved, which contains no secrets: they were refused before."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    for logger in built.trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(resolved.config)
 
 
 def _write_predictions(predictions: Any, path: Path) -> None:

@@ -34,6 +34,11 @@ MODULES = {  # old name -> new name
     "lightspan.datamodules.reviews": "lightspan.datamodules.text.reviews",
 }
 
+CLASSES = {  # that left a module which is still there
+    f"lightspan.optim.bases.{name}": f"lightspan.experiments.kronecker_bases.{name}"
+    for name in ("HadamardBasis", "KroneckerDCTBasis")
+}
+
 
 def followed(node: Node) -> Node:
     """The tree with every `class_path` as in this version."""
@@ -45,5 +50,6 @@ def followed(node: Node) -> Node:
     named = children.get("class_path")
     if named is not None and isinstance(named.value, str):
         module, dot, name = named.value.rpartition(".")
-        children["class_path"] = Node(f"{MODULES.get(module, module)}{dot}{name}", named.where, named.replaced)
+        now = CLASSES.get(named.value, f"{MODULES.get(module, module)}{dot}{name}")
+        children["class_path"] = Node(now, named.where, named.replaced)
     return Node(children, node.where, node.replaced)

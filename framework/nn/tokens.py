@@ -3,7 +3,7 @@
 Layers are counted from the input. They are given by the first of these that a network has:
 - `feature_modules`: the list of its modules whose outputs are its layers (this project's own networks);
 - timm's `feature_info`: blocks of transformers, stages of convolutional networks;
-- its longest nn.ModuleList, as the blocks of transformers' networks.
+- its list of equal blocks (`lightspan.layers`), as networks of transformers and torchvision's ViT have one.
 Shapes: B batch, T tokens (positions of a map, row by row), P prefix tokens (class, registers), D width, H W grid.
 """
 
@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.devices import wide
 from lightspan.errors import UserError
+from lightspan.layers import list_of_blocks
 from lightspan.nn.taps import tapped
 
 
@@ -34,8 +36,21 @@ class Tokens:
     prefix_BPD: Tensor | None = None
 
     def pooled(self) -> Tensor:
-        """Mean over tokens, prefix left out: [B D]."""
-        return self.tokens_BTD.mean(dim=1)
+        """Mean over tokens, prefix left out, in float32 or wider: [B D]."""
+        return wide(self.tokens_BTD).mean(dim=1)
+
+    def first(self) -> Tensor:
+        """The first prefix token, of timm's networks the class token; where no prefix is told, the first token: [B D].
+
+        Raises: UserError where no token stands for the whole: all lie in an image.
+        """
+        if self.prefix_BPD is not None:
+            return self.prefix_BPD[:, 0]
+        if self.grid is not None:
+            raise UserError(
+                f"there is no first token: all lie on a grid of {self.grid[0]} x {self.grid[1]}; take the mean"
+            )
+        return self.tokens_BTD[:, 0]
 
 
 def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequence[int] = (-1,)) -> list[Tokens]:
@@ -46,14 +61,7 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
         layers: from 0, or from the end with -1 as the last.
     Raises: UserError for a layer out of range, or a backbone whose layers are unknown.
     """
-    modules = feature_modules(backbone)
-    for layer in layers:
-        if not -len(modules) <= layer < len(modules):
-            raise UserError(
-                f"layer {layer} is outside the {len(modules)} layers of {type(backbone).__name__}; it must be in "
-                f"[{-len(modules)}, {len(modules) - 1}]"
-            )
-    chosen = [layer % len(modules) for layer in layers]
+    modules, chosen = feature_modules(backbone), chosen_layers(backbone, layers)
     distinct = sorted(set(chosen))  # in the order in which they run
     with tapped([modules[layer] for layer in distinct]) as outputs:
         forward()
@@ -63,7 +71,19 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
             "run once; name other modules in its feature_modules"
         )
     found = dict(zip(distinct, outputs, strict=True))
-    return [_arranged(backbone, found[layer]) for layer in chosen]
+    return [arranged(backbone, found[layer]) for layer in chosen]
+
+
+def chosen_layers(backbone: nn.Module, layers: Sequence[int]) -> list[int]:
+    """The layers counted from 0. Raises: UserError as `token_features`."""
+    count = len(feature_modules(backbone))
+    for layer in layers:
+        if not -count <= layer < count:
+            raise UserError(
+                f"layer {layer} is outside the {count} layers of {type(backbone).__name__}; it must be in "
+                f"[{-count}, {count - 1}]"
+            )
+    return [layer % count for layer in layers]
 
 
 def feature_modules(backbone: nn.Module) -> list[nn.Module]:
@@ -81,11 +101,10 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
                 "with features_only=True; make it without"
             ) from None
     if told is None:
-        told = max((part for part in backbone.modules() if isinstance(part, nn.ModuleList)), key=len, default=None)
-    if not told:
-        raise UserError(
-            f"the layers of {type(backbone).__name__} are unknown; give it a property feature_modules, the list of the "
-            "modules whose outputs are its layers"
+        _, told = list_of_blocks(
+            backbone,
+            lambda parameter: True,
+            "give it a property feature_modules, the list of the modules whose outputs are its layers",
         )
     return list(told)
 
@@ -94,9 +113,9 @@ def _entries(info: Any) -> list[dict[str, Any]]:
     return list(getattr(info, "info", info))  # timm's class of this name, or a plain list
 
 
-def _arranged(backbone: Any, output: Any) -> Tokens:
-    """A layer's output, [B D H W], [B H W D], [B P+T D] or [B D], as tokens."""
-    output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may return more than states
+def arranged(backbone: Any, output: Any) -> Tokens:
+    """What a network or one of its layers gives, [B D H W], [B H W D], [B P+T D] or [B D], as tokens."""
+    output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may give more than states
     if output.ndim == 4:
         last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
         map_BHWD = output if last else output.permute(0, 2, 3, 1)

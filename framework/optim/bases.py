@@ -33,6 +33,9 @@ from lightspan.triton_kernels.project import project
 class Basis(ABC):
     """A family of frames. It has no state; the optimiser passes it in.
 
+    `project` is the pull of `lightspan.subspaces.frames.Frames`, and `update` takes a step along its push, each in one
+    pass over memory.
+
     Args:
         carry: what becomes of moments when a frame changes; see `lightspan.optim.carries`.
     """
@@ -56,12 +59,6 @@ class Basis(ABC):
     def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
 
-    def map(self, state: State, layout: Layout) -> frames.Frames:
-        """The `SubspaceMap` that a state stands for. `project` is its pull, and `update` takes a step along its push,
-        each in one pass over memory.
-        """
-        return frames.Frames(self.frame(state, layout))
-
     def materialised(self, state: State, layout: Layout) -> State:
         """The state with whatever several parts of a step would otherwise each compute from it."""
         return state
@@ -83,6 +80,7 @@ class Basis(ABC):
         lr: Tensor,
         keep: Tensor,
         seed: Tensor | None,
+        /,
     ) -> None:
         """W <- keep W - lr (coefficients Q^T + scale o G), in place; see triton_kernels/backproject_update.py."""
         frame_BNR = self.frame(state, layout)[..., : coefficients_BMR.shape[-1]]

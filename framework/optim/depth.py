@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.layers import list_of_blocks
 from lightspan.patterns import matches
 
 _SET_LAYERS = (
@@ -72,35 +72,19 @@ def _told_by_timm(network: Any) -> tuple[dict[str, int], int]:
 
 
 def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
-    """Layers by the longest list of blocks, and how many there are."""
-    lists = {
-        path: len(part)
-        for path, part in module.named_modules()
-        if isinstance(part, nn.ModuleList | nn.Sequential)
-        and len(part) > 1
-        and len({type(block) for block in part}) == 1
-        and all(any(parameter.requires_grad for parameter in block.parameters()) for block in part)
-    }
-    if not lists:
-        raise UserError(
-            f"{type(module).__name__} has no list of equal blocks that would tell its layers; {_SET_LAYERS}"
-        )
-    path = max(lists, key=lambda known: lists[known])
-    beside = [
-        other for other in lists if not (f"{other}.".startswith(f"{path}.") or f"{path}.".startswith(f"{other}."))
-    ]
-    if beside:
-        raise UserError(
-            f"{type(module).__name__} has lists of equal blocks side by side ({', '.join([path, *beside][:4])}), which "
-            f"do not tell its layers; {_SET_LAYERS}"
-        )
-    child = path.split(".")[0] + "." if "." in path else ""
+    """Layers by the list of blocks that train, and how many there are."""
+    path, blocks = list_of_blocks(
+        module,
+        lambda parameter: parameter.requires_grad,
+        _SET_LAYERS,
+    )
+    inside, child = f"{path}." if path else "", path.split(".")[0] + "." if "." in path else ""
     depths: dict[str, int] = {}
     above = False
     for name, _ in module.named_parameters():
-        if name.startswith(f"{path}."):
-            depths[name] = int(name.removeprefix(f"{path}.").split(".")[0]) + 1
+        if name.startswith(inside):
+            depths[name] = int(name.removeprefix(inside).split(".")[0]) + 1
             above = True
         elif name.startswith(child) and not above:
             depths[name] = 0
-    return depths, lists[path] + 1
+    return depths, len(blocks) + 1

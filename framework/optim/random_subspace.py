@@ -102,8 +102,8 @@ class RandomSubspace(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients = [parameter.grad for parameter in self.slice.parameters]
-        # A rank without a gradient still takes part in the mean.
-        if not self.averages and all(gradient is None for gradient in gradients):
+        reached = any(gradient is not None for gradient in gradients)
+        if not (reached or self.averages):
             return loss
         self._require_one_setting()
         settings = {key: value for key, value in self.param_groups[0].items() if key in self._shared}
@@ -116,7 +116,12 @@ class RandomSubspace(Optimizer):
             g_D += decay_D
         pulled = self._pull(g_D)
         if self.averages:
-            mean_over_ranks(pulled)
+            # A rank without a gradient counts zeros for the others; where no rank has one there is no step, as in one
+            # process.
+            reached_by = pulled[0].new_tensor(float(reached))
+            mean_over_ranks([*pulled, reached_by])
+            if not reached_by:
+                return loss
         if not all(bool(part.isfinite().all()) for part in pulled):
             raise UserError(
                 "the gradient is not finite, which in a random subspace affects every weight; nothing was changed. "

@@ -3,12 +3,12 @@
 `push(z)` lifts coordinates, `pull(g)` is its adjoint and brings a gradient down: <push(z), g> = <z, pull(g)>. Training
 in the subspace is an optimiser on z.
 
-| map                      | coordinates           | numbers          | used by                  |
-|--------------------------|-----------------------|------------------|--------------------------|
-| `frames.Frames`          | [B M R]               | B matrices [M N] | `Basis.map` of `LowRank` |
-| `projections.Projection` | [d]                   | all D weights    | `RandomSubspace`         |
-| `singular.SingularFrame` | [R] singular values   | a matrix [O I]   | SVFit                    |
-| `tucker.TuckerFrame`     | a core [r_1 ... r_N]  | [d_1 ... d_N]    | FLoRA                    |
+| map                      | coordinates           | numbers          | who uses it                      |
+|--------------------------|-----------------------|------------------|----------------------------------|
+| `frames.Frames`          | [B M R]               | B matrices [M N] | `LowRank`, fused into its passes |
+| `projections.Projection` | [d]                   | all D weights    | `RandomSubspace`                 |
+| `singular.SingularFrame` | [R] singular values   | a matrix [O I]   | SVFit                            |
+| `tucker.TuckerFrame`     | a core [r_1 ... r_N]  | [d_1 ... d_N]    | FLoRA                            |
 
 A map is a value and does not change. What changes is which one is in use: code that chooses new maps (a `Basis` by
 `refresh`, a random subspace by its seed) keeps the state that defines them. tests/subspaces/test_maps.py checks

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import lightspan.files
-from lightspan.callbacks.resilience import checkpoint as checkpoint_module
+from lightspan.callbacks.resilience import writer
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.checkpoints.fit import check_fits
 from lightspan.checkpoints.io import WholeFileCheckpointIO
@@ -366,7 +366,7 @@ class WritesFolders(SingleDeviceStrategy):
 def test_a_folder_that_a_strategy_writes_by_itself_is_marked_and_one_cut_off_is_not(
     make_trainer, net, batches, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(checkpoint_module, "_writes_folders", lambda trainer: True)
+    monkeypatch.setattr(writer, "_writes_folders", lambda strategy: True)
     strategy = WritesFolders(device="cpu")
     fit(make_trainer, net(), batches, strategy=strategy)
     assert newest_whole(tmp_path / "checkpoints") == (ckpt(tmp_path), {})

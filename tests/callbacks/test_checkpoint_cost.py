@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import lightspan.callbacks.resilience.checkpoint as checkpoint_module
+import lightspan.callbacks.resilience.writer as writer_module
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.checkpoints import manifest as checkpoint_manifest
 from lightspan.checkpoints.io import WholeFileCheckpointIO
@@ -131,7 +131,7 @@ def test_a_strategy_that_writes_by_itself_gets_no_links(make_trainer, net, batch
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
     linked: list[Path] = []
-    monkeypatch.setattr(checkpoint_module, "link_atomic", lambda source, path: linked.append(path))
+    monkeypatch.setattr(writer_module, "link_atomic", lambda source, path: linked.append(path))
     checkpoint = Checkpoint(every_n_train_steps=2)
     trainer = make_trainer(
         max_steps=2, enable_checkpointing=True, callbacks=[checkpoint], strategy=WritesByItself(device="cpu")

@@ -296,7 +296,7 @@ def test_a_file_that_shrinks_or_goes_while_others_are_packed_is_named(pictures: 
     (pictures / "cats" / "0.png").write_bytes(b"")
     (pictures / "cats" / "2.png").unlink()
     with pytest.raises(UserError, match=r"2 of 12 samples .*cats/0\.png: it is empty; .*cats/2\.png: .*No such file"):
-        list(packing.pack(samples, classes, tmp_path / "out", 2**20, None))
+        list(packing.pack(samples, classes, tmp_path / "out", 2**20))
 
 
 def test_a_disk_that_is_full_is_told_with_the_flag_that_chose_it(
@@ -308,7 +308,7 @@ def test_a_disk_that_is_full_is_told_with_the_flag_that_chose_it(
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     samples, classes, _ = sources(pictures)
     with pytest.raises(UserError, match=r"the disk is full .* on another disk with --out"):
-        list(packing.pack(samples, classes, tmp_path / "out", 2**20, None))
+        list(packing.pack(samples, classes, tmp_path / "out", 2**20))
 
 
 # Afterwards
@@ -372,6 +372,7 @@ def test_a_list_of_sums_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_have_units() -> None:
-    assert [parse_size(text) for text in ("2048", "1K", "3MB", "2GiB")] == [2048, 1024, 3 * 2**20, 2 * 2**30]
+    for text, size in (("2048", 2048), ("1K", 1024), ("3MB", 3 * 2**20), ("2GiB", 2 * 2**30)):
+        assert parse_size(text, "--shard-size") == size
     with pytest.raises(UserError, match="write for instance 64M"):
-        parse_size("1023")
+        parse_size("1023", "--shard-size")

@@ -212,7 +212,7 @@ def test_what_is_nested_too_deep_is_refused(make_run: MakeRun, tmp_path: Path, f
     folder = make_run("a")
     line = '{"step": 0, "x": ' + "[" * depth + "]" * depth + "}\n"
     (folder / file).write_text(line * 2 if file.endswith("jsonl") else line)  # a last line may be cut off
-    with pytest.raises(UserError, match=f"{file}.*(nested|levels|mapping|YAML)"):
+    with pytest.raises(UserError, match=f"{file}.*(nested|levels|mapping|YAML|values)"):
         run_report(folder, "--out", tmp_path / "out")
 
 

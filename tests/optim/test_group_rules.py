@@ -204,6 +204,11 @@ def test_groups_whose_rates_are_to_be_scaled_are_not_handed_out_without_their_op
         ParameterGroups(rules=[Rule(match=["*"], lr_scale=0.1)]).build(nn.Linear(2, 2))
 
 
+def test_a_network_that_is_itself_the_list_of_blocks_has_them_as_layers() -> None:
+    found = settings(ParameterGroups(layer_decay=0.5), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    assert [found[f"{number}.weight"][0] for number in (0, 1)] == [0.25, 0.5]
+
+
 def test_lists_of_blocks_side_by_side_tell_no_layers() -> None:
     with pytest.raises(UserError, match=r"side by side \(layer3, layer1, layer2, layer4\)"):
         ParameterGroups(layer_decay=0.5).optimizer(torchvision.models.resnet50(num_classes=2), torch.optim.AdamW)

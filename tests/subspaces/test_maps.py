@@ -126,7 +126,7 @@ def test_pull_is_the_adjoint_of_push(kind: type, sizes: Sizes, seed: int) -> Non
 @settings(derandomize=True, max_examples=8, deadline=None)
 @given(rows=st.integers(1, 9), size=st.sampled_from([2, 3, 6, 8]), seed=st.integers(0, 2**20), data=st.data())
 @pytest.mark.parametrize("kind", BASES, ids=lambda kind: kind.__name__)
-def test_what_a_basis_projects_and_updates_is_its_maps_pull_and_push(
+def test_what_a_basis_projects_and_updates_is_the_pull_and_push_of_its_frames(
     kind: type[Basis], rows: int, size: int, seed: int, data: st.DataObject
 ) -> None:
     """The fused forms that a step uses, in float64, after a refresh from a gradient."""
@@ -135,7 +135,7 @@ def test_what_a_basis_projects_and_updates_is_its_maps_pull_and_push(
     layout = Layout(rows, size, rank, False, torch.float64, torch.device("cpu"), (seed, seed + 1))
     gradients = list(normal(2, rows, size, seed=seed))
     state = basis.refresh(gradients, basis.initial(layout), layout, first=True)
-    subspace = basis.map(state, layout)
+    subspace = Frames(basis.frame(state, layout))
     coordinates, _ = basis.project(gradients, state, layout, energy=False)
     torch.testing.assert_close(coordinates, subspace.pull(torch.stack(gradients)), rtol=0, atol=1e-12)
     z, weights = normal(2, rows, rank, seed=seed + 1), [torch.zeros(rows, size, dtype=torch.float64) for _ in range(2)]
