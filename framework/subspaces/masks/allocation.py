@@ -9,24 +9,32 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lightspan.subspaces.masks.top_k import count_at, require_density, top_k, top_k_of_all
+from lightspan.subspaces.masks.top_k import count_at, require_density, top_k_of_all
 
 Shapes = Mapping[str, Sequence[int]]
 
 
 class Allocation(ABC):
-    """Chooses masks by scores."""
+    """Which tensors compete for which number of open entries."""
 
     @abstractmethod
+    def groups(self, shapes: Shapes, density: float) -> list[tuple[tuple[str, ...], int]]:
+        """(names of tensors that share one ranking, open entries of all of them together), every tensor once."""
+
     def choose(self, scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-        """Masks, bool, of the highest scores at this density of all entries together."""
+        """Masks, bool, of the highest scores."""
+        shapes = {name: one.shape for name, one in scores.items()}
+        chosen: dict[str, Tensor] = {}
+        for names, count in self.groups(shapes, density):
+            chosen |= top_k_of_all({name: scores[name] for name in names}, count)
+        return {name: chosen[name] for name in scores}
 
 
 class AllTogether(Allocation):
     """One ranking of all entries of all tensors; a tensor can lose every entry. The total count is exact."""
 
-    def choose(self, scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-        return top_k_of_all(scores, count_at(density, sum(one.numel() for one in scores.values())))
+    def groups(self, shapes: Shapes, density: float) -> list[tuple[tuple[str, ...], int]]:
+        return [(tuple(shapes), count_at(density, sum(math.prod(shape) for shape in shapes.values())))]
 
 
 class PerTensor(Allocation):
@@ -36,9 +44,8 @@ class PerTensor(Allocation):
     def counts(self, shapes: Shapes, density: float) -> dict[str, int]:
         """Open entries of each tensor; at least one of each that has any."""
 
-    def choose(self, scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-        counts = self.counts({name: one.shape for name, one in scores.items()}, density)
-        return {name: top_k(one, counts[name]) for name, one in scores.items()}
+    def groups(self, shapes: Shapes, density: float) -> list[tuple[tuple[str, ...], int]]:
+        return [((name,), count) for name, count in self.counts(shapes, density).items()]
 
 
 class Uniform(PerTensor):
