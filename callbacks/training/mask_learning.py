@@ -117,13 +117,14 @@ class MaskLearning(Callback):
             for name, parameter in pl_module.named_parameters()
             if parameter.requires_grad and matches(name, self.match)
         }
+        self._numbers = {name: place.shape.numel() for name, place in self._places.items()}
         if left_out := [name for name, place in self._places.items() if id(place.parameter) not in held]:
             raise UserError(f"MaskLearning matches {left_out[0]}, which the optimiser does not train; leave it out")
         stored, self._stored = self._stored, {}
         self._begin(Fixed() if stored.get("fixed") else self.mask, optimizer, stored.get("learner"))
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
-        self._last = dict(stored.get("last") or {})
+        self._last, self._figures = dict(stored.get("last") or {}), dict(stored.get("figures") or {})
         self._taken = steps_taken(optimizer)
 
     @torch.no_grad()
@@ -157,8 +158,7 @@ class MaskLearning(Callback):
             self._cut()
             if step >= self._learning_steps and not self.masks:
                 self._fix(optimizer)
-            if step % trainer.log_every_n_steps == 0:
-                self._log(trainer, pl_module, step)
+            self._log(trainer, pl_module, step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._now is not None and not self._now.sparse:
@@ -181,7 +181,8 @@ class MaskLearning(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
             return dict(self._stored)
-        return {"fixed": bool(self.masks), "learner": self._now.state_dict(), "last": dict(self._last)}
+        state = {"fixed": bool(self.masks), "learner": self._now.state_dict()}
+        return {**state, "last": dict(self._last), "figures": dict(self._figures)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stored = state_dict  # taken up once the parameters are what they will be trained as
@@ -239,16 +240,25 @@ class MaskLearning(Callback):
             place.weight.copy_(self._kept[name])
 
     def _log(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        counts = self._learner.open_counts()
-        numbers = {name: place.shape.numel() for name, place in self._places.items()}
-        chosen = self.masks or on_cpu(self._learner.chosen(self._progress(step)))
-        figures = {"density": sum(counts.values()) / sum(numbers.values()), "churn": _churn(self._last, chosen)}
-        figures |= self._learner.figures(self._progress(step))
+        # In every step what was found at the last line, so that a resumed run has the figures of a straight one.
+        if step % trainer.log_every_n_steps == 0 or not self._figures:
+            self._figures, counts = self._measure(step)
+            for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
+                each = {f"mask/density/{name}": counts[name] / max(self._numbers[name], 1) for name in counts}
+                logger.log_metrics(each, step=step - 1)
+        module.log_dict(self._figures, batch_size=1)
+
+    def _measure(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        """(figures to log, open entries of each tensor)."""
+        progress, counts = self._progress(step), self._learner.open_counts()
+        chosen = self.masks or on_cpu(self._learner.chosen(progress))
+        figures = {
+            "density": sum(counts.values()) / sum(self._numbers.values()),
+            "churn": _churn(self._last, chosen),
+            **self.mask.figures(progress),
+        }
         self._last = chosen
-        module.log_dict({f"mask/{what}": value for what, value in figures.items()}, batch_size=1)
-        for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
-            each = {f"mask/density/{name}": counts[name] / max(numbers[name], 1) for name in counts}
-            logger.log_metrics(each, step=step - 1)
+        return {f"mask/{what}": value for what, value in figures.items()}, counts
 
     @rank_zero_only
     def _announce(self) -> None:

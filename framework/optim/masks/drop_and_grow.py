@@ -52,7 +52,7 @@ class DropAndGrow(Fixed):
 
     def pull(self, name: str, gradient_S: Tensor) -> Tensor:
         if (self._step + 1) % self.every == 0:  # dense gradients are kept for the update alone
-            self._gradients[name] = gradient_S
+            self._gradients[name] = gradient_S.clone()  # what is pulled goes to the memory of this one
         return super().pull(name, gradient_S)
 
     @torch.no_grad()
