@@ -241,7 +241,8 @@ class MaskLearning(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         # In every step what was found at the last line, so that a resumed run has the figures of a straight one.
-        if step % trainer.log_every_n_steps == 0 or not self._figures:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the trainer sets it
+        if step % every == 0 or not self._figures:
             self._figures, counts = self._measure(step)
             for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
                 each = {f"mask/density/{name}": counts[name] / max(self._numbers[name], 1) for name in counts}
