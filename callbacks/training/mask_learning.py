@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightspan.devices import wide
@@ -88,6 +89,10 @@ class MaskLearning(Callback):
         self._kept: dict[str, Tensor] = {}  # the weights, while those in use stand in the parameters
         self._in_use = False
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(match=self.match)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._now, self.masks = None, {}
         if not pl_module.automatic_optimization:
@@ -102,6 +107,12 @@ class MaskLearning(Callback):
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
+        others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
+        for other in others:
+            if twice := [name for name in names if matches(name, self.match) and matches(name, other.match)]:
+                raise UserError(f"two entries of MaskLearning match {twice[0]}; give each parameter one mask")
+            if self.path == other.path:
+                raise UserError(f"two entries of MaskLearning write to path={self.path}; give each a path of its own")
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,10 +143,10 @@ class MaskLearning(Callback):
         now = self._learner
         now.draw(trainer.global_step, self._progress(trainer.global_step))
         if not now.sparse:
-            self._use(now.factor)
+            self._use(pl_module, now.factor)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put_back()
+        self._put_back(pl_module)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -148,7 +159,7 @@ class MaskLearning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._put_back()  # of a step without a backward pass
+        self._put_back(pl_module)  # of a step without a backward pass
         (optimizer,) = trainer.optimizers
         taken, step = steps_taken(optimizer), trainer.global_step
         if taken != self._taken:  # gradients are not being accumulated, and the step was not skipped
@@ -162,13 +173,13 @@ class MaskLearning(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._now is not None and not self._now.sparse:
-            self._use(self._now.mean_factor)
+            self._use(pl_module, self._now.mean_factor)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put_back()
+        self._put_back(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._put_back()
+        self._put_back(pl_module)
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,6 +194,13 @@ class MaskLearning(Callback):
             return dict(self._stored)
         state = {"fixed": bool(self.masks), "learner": self._now.state_dict()}
         return {**state, "last": dict(self._last), "figures": dict(self._figures)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        stored = [key for key in checkpoint.get("callbacks", {}) if key.startswith(f"{type(self).__qualname__}{{")]
+        if trainer.training and stored and self.state_key not in stored:
+            raise UserError(
+                f"the checkpoint is of {stored[0]}, this run has {self.state_key}; resume with the match of that run"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stored = state_dict  # taken up once the parameters are what they will be trained as
@@ -220,11 +238,12 @@ class MaskLearning(Callback):
                 place.weight.masked_fill_(~self._learner.factor(name), 0)
 
     @torch.no_grad()
-    def _use(self, factor: Callable[[str], Tensor]) -> None:
+    def _use(self, module: nn.Module, factor: Callable[[str], Tensor]) -> None:
         """Puts the weights in use, weight times factor, into the parameters."""
         if self._in_use:
             return
         self._in_use = True
+        _let_go(module)
         for name, place in self._places.items():
             weight_S = place.weight
             kept_S = self._kept.setdefault(name, torch.empty_like(weight_S))
@@ -232,10 +251,11 @@ class MaskLearning(Callback):
             weight_S.copy_(wide(weight_S) * factor(name))
 
     @torch.no_grad()
-    def _put_back(self) -> None:
+    def _put_back(self, module: nn.Module) -> None:
         if not self._in_use:
             return
         self._in_use = False
+        _let_go(module)
         for name, place in self._places.items():
             place.weight.copy_(self._kept[name])
 
@@ -289,6 +309,13 @@ def save_masks(path: Path, module: nn.Module, masks: Mapping[str, Tensor]) -> No
     )
     with atomic_path(path) as temporary:
         write_tensors(temporary, forms, pieces, {"format": "pt", "what": "masks"})
+
+
+def _let_go(module: nn.Module) -> None:
+    """A sharded module may hold on to gathered parameters after a forward pass, and would not see what is written."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _churn(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:

@@ -396,6 +396,16 @@ class ByHand(Plain):
             [MaskLearning(["*"], ByGradient()), SubspaceProjection(rank=2)],
             "the logits of ByGradient cannot be trained by a LowRank",
         ),
+        (
+            Plain,
+            [MaskLearning(["*"], ByScore()), MaskLearning(["*.weight"], ByScore())],
+            r"two entries of MaskLearning match net\.0\.weight; give each parameter one mask",
+        ),
+        (
+            Plain,
+            [MaskLearning(["*.bias"], ByScore()), MaskLearning(["*.weight"], ByScore())],
+            "two entries of MaskLearning write to path=None; give each a path of its own",
+        ),
         (ByHand, [MaskLearning(["*"], ByScore())], "ByHand steps by hand; set automatic_optimization=True"),
     ],
 )
@@ -420,10 +430,26 @@ def test_a_checkpoint_of_other_masks_is_refused(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     for other, message in (
         (MaskLearning(WEIGHTS, DropAndGrow()), r"the saved masks have masks of shape none for net\.0\.weight"),
-        (MaskLearning(["*.bias"], ByGradient(optimizer=ADAM)), r"logits of shape none for net\.0\.bias"),
+        (MaskLearning(["*.bias"], ByGradient(optimizer=ADAM)), r"resume with the match of that run"),
     ):
         with pytest.raises(UserError, match=message):
             fit(Plain(), [other], tmp_path, ckpt_path=tmp_path / "old.ckpt", max_steps=8)
+
+
+def test_two_entries_learn_the_masks_of_different_parameters(tmp_path: Path) -> None:
+    def entries() -> list[Any]:
+        first = MaskLearning(["net.0.weight"], ByGradient(optimizer=ADAM), 0.5, path=str(tmp_path / "first"))
+        return [first, MaskLearning(["net.2.weight"], DropAndGrow(every=3), 0.2, path=str(tmp_path / "second"))]
+
+    def save(trainer: lightning.Trainer, module: Plain) -> None:
+        if trainer.global_step == 7:
+            trainer.save_checkpoint(tmp_path / "part.ckpt")
+
+    straight, resumed, again = Plain(), Plain(), entries()
+    fit(straight, [*entries(), Watch(save)], tmp_path, batch_size=64, max_steps=18)
+    fit(resumed, again, tmp_path, batch_size=64, max_steps=18, ckpt_path=tmp_path / "part.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert [int(mask.sum()) for callback in again for mask in callback.masks.values()] == [80, 13]
 
 
 def test_small_tensors_and_erdos_renyi(tmp_path: Path) -> None:
