@@ -1,6 +1,8 @@
 """One line that trains any LightningModule with few of its weights, and learns which."""
 
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +90,14 @@ class MaskLearning(Callback):
         self._stored: Mapping[str, Any] = {}
         self._kept: dict[str, Tensor] = {}  # the weights, while those in use stand in the parameters
         self._in_use = False
+        self._handles: list[Any] = []
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(match=self.match)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._now, self.masks = None, {}
+        self._now, self.masks, self._kept = None, {}, {}
         if not pl_module.automatic_optimization:
             raise UserError(
                 f"MaskLearning draws a mask for each optimiser step, and {type(pl_module).__name__} steps by hand; set "
@@ -136,7 +139,13 @@ class MaskLearning(Callback):
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
         self._last, self._figures = dict(stored.get("last") or {}), dict(stored.get("figures") or {})
-        self._taken = steps_taken(optimizer)
+        self._counts: dict[str, float] = {}
+        self._taken = steps_taken(optimizer)  # first, so that steps are counted when the hook asks
+        self._handles = [
+            # Inside the step: whoever writes a checkpoint after it finds weights and masks of one moment.
+            optimizer.register_step_post_hook(partial(self._after_step, trainer)),
+            pl_module.register_state_dict_post_hook(partial(_show_weights, weakref.ref(self), weakref.ref(pl_module))),
+        ]
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -160,16 +169,13 @@ class MaskLearning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._put_back(pl_module)  # of a step without a backward pass
-        (optimizer,) = trainer.optimizers
-        taken, step = steps_taken(optimizer), trainer.global_step
-        if taken != self._taken:  # gradients are not being accumulated, and the step was not skipped
-            self._taken = taken
-            if self._learner.update(step, self._progress(step)):
-                self._forget(optimizer)
-            self._cut()
-            if step >= self._learning_steps and not self.masks:
-                self._fix(optimizer)
-            self._log(trainer, pl_module, step)
+        if self._counts:
+            each = {f"mask/density/{name}": count / max(self._numbers[name], 1) for name, count in self._counts.items()}
+            for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
+                logger.log_metrics(each, step=trainer.global_step - 1)
+            self._counts = {}
+        # In every step what was found at the last line, so that a resumed run has the figures of a straight one.
+        pl_module.log_dict(self._figures, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._now is not None and not self._now.sparse:
@@ -180,11 +186,13 @@ class MaskLearning(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._put_back(pl_module)
+        self._let_go()
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.masks:  # the run ended before its time
             self._fix(trainer.optimizers[0])
+        self._let_go()
         self._announce()
         if trainer.is_global_zero:
             save_masks(Path(self.path or Path(trainer.default_root_dir) / FILE), pl_module, self.masks)
@@ -210,6 +218,26 @@ class MaskLearning(Callback):
         assert self._now is not None
         return self._now
 
+    @torch.no_grad()
+    def _after_step(self, trainer: Trainer, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        taken, step = steps_taken(optimizer), trainer.global_step + 1
+        if taken == self._taken:  # it changed nothing
+            return
+        self._taken = taken
+        if self._learner.update(step, self._progress(step)):
+            self._forget(optimizer)
+        self._cut()
+        if step >= self._learning_steps and not self.masks:
+            self._fix(optimizer)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the trainer sets it
+        if step % every == 0 or not self._figures:
+            self._measure(step)
+
+    def _let_go(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
     def _progress(self, step: int) -> float:
         return min(step / self._learning_steps, 1.0)
 
@@ -223,7 +251,7 @@ class MaskLearning(Callback):
     def _fix(self, optimizer: Optimizer) -> None:
         """The mask as it is to stay, and the weights with it: from now on they are the masked ones."""
         chosen = self._learner.chosen(1.0)
-        self.masks = on_cpu(chosen)
+        self.masks, self._kept = on_cpu(chosen), {}
         self._begin(Fixed(chosen), optimizer)
         self._forget(optimizer)
 
@@ -243,11 +271,12 @@ class MaskLearning(Callback):
         if self._in_use:
             return
         self._in_use = True
-        _let_go(module)
+        _reshard(module)
         for name, place in self._places.items():
+            if name not in self._kept:
+                self._kept[name] = torch.empty_like(place.parameter.detach())
             weight_S = place.weight
-            kept_S = self._kept.setdefault(name, torch.empty_like(weight_S))
-            kept_S.copy_(weight_S)
+            local(self._kept[name]).copy_(weight_S)
             weight_S.copy_(wide(weight_S) * factor(name))
 
     @torch.no_grad()
@@ -255,31 +284,20 @@ class MaskLearning(Callback):
         if not self._in_use:
             return
         self._in_use = False
-        _let_go(module)
+        _reshard(module)
         for name, place in self._places.items():
-            place.weight.copy_(self._kept[name])
+            place.weight.copy_(local(self._kept[name]))
 
-    def _log(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        # In every step what was found at the last line, so that a resumed run has the figures of a straight one.
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the trainer sets it
-        if step % every == 0 or not self._figures:
-            self._figures, counts = self._measure(step)
-            for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
-                each = {f"mask/density/{name}": counts[name] / max(self._numbers[name], 1) for name in counts}
-                logger.log_metrics(each, step=step - 1)
-        module.log_dict(self._figures, batch_size=1)
-
-    def _measure(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
-        """(figures to log, open entries of each tensor)."""
-        progress, counts = self._progress(step), self._learner.open_counts()
+    def _measure(self, step: int) -> None:
+        """Figures to log, and open entries of each tensor."""
+        progress, self._counts = self._progress(step), self._learner.open_counts()
         chosen = self.masks or on_cpu(self._learner.chosen(progress))
         figures = {
-            "density": sum(counts.values()) / sum(self._numbers.values()),
+            "density": sum(self._counts.values()) / sum(self._numbers.values()),
             "churn": _churn(self._last, chosen),
             **self.mask.figures(progress),
         }
-        self._last = chosen
-        return {f"mask/{what}": value for what, value in figures.items()}, counts
+        self._figures, self._last = {f"mask/{what}": value for what, value in figures.items()}, chosen
 
     @rank_zero_only
     def _announce(self) -> None:
@@ -311,7 +329,24 @@ def save_masks(path: Path, module: nn.Module, masks: Mapping[str, Tensor]) -> No
         write_tensors(temporary, forms, pieces, {"format": "pt", "what": "masks"})
 
 
-def _let_go(module: nn.Module) -> None:
+def _show_weights(
+    of: "weakref.ref[MaskLearning]",
+    trained: "weakref.ref[nn.Module]",
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+) -> None:
+    """While the weights in use stand in the parameters, the state_dict has the weights themselves: checkpoints are
+    written at any time, also while the module is validated. A copy of the module, hook and all, is left alone.
+    """
+    callback = of()
+    if callback is not None and callback._in_use and trained() is module:
+        for name, kept in callback._kept.items():
+            state_dict[prefix + name] = kept
+
+
+def _reshard(module: nn.Module) -> None:
     """A sharded module may hold on to gathered parameters after a forward pass, and would not see what is written."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
