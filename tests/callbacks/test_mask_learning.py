@@ -4,11 +4,13 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -453,6 +455,13 @@ def test_what_makes_no_sense_together_is_refused_before_the_first_step(
     with pytest.raises(UserError, match=message):
         fit(made, callbacks, tmp_path)
     assert made.losses == []
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_lay_parameters_end_to_end_are_refused(kind: type) -> None:
+    trainer = SimpleNamespace(strategy=object.__new__(kind), callbacks=[])
+    with pytest.raises(UserError, match=f"{kind.__name__} lays them end to end; train with --config scale/fsdp2"):
+        MaskLearning(["*"], ByScore()).on_fit_start(trainer, Plain())
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
