@@ -110,6 +110,9 @@ class MaskLearning(Callback):
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
+        for name, parameter in pl_module.named_parameters():
+            if matches(name, self.match) and parameter.requires_grad and not parameter.is_floating_point():
+                raise UserError(f"MaskLearning takes real parameters, and {name} is {parameter.dtype}; leave it out")
         others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
         for other in others:
             if twice := [name for name in names if matches(name, self.match) and matches(name, other.match)]:

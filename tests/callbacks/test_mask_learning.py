@@ -33,7 +33,7 @@ from lightspan.subspaces.masks.allocation import AllTogether, ErdosRenyi
 from lightspan.subspaces.masks.distributions import HardConcrete, concrete
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.subspaces.masks.schedules import Cubic, Linear
-from lightspan.subspaces.masks.scores import Movement
+from lightspan.subspaces.masks.scores import Movement, Score
 from lightspan.tensor_files import Form
 
 ADAM = partial(torch.optim.Adam, lr=0.1)
@@ -404,6 +404,12 @@ class ByHand(Plain):
     automatic_optimization = False
 
 
+class WithComplex(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize(
     ("module", "callbacks", "message"),
     [
@@ -445,6 +451,7 @@ class ByHand(Plain):
             [MaskLearning(["*.bias"], ByScore()), MaskLearning(["*.weight"], ByScore())],
             "two entries of MaskLearning write to path=None; give each a path of its own",
         ),
+        (WithComplex, [MaskLearning(["*"], ByScore())], "real parameters, and phase is torch.complex64; leave it out"),
         (ByHand, [MaskLearning(["*"], ByScore())], "ByHand steps by hand; set automatic_optimization=True"),
     ],
 )
@@ -496,6 +503,37 @@ def test_two_entries_learn_the_masks_of_different_parameters(tmp_path: Path) -> 
     fit(resumed, again, tmp_path, batch_size=64, max_steps=18, ckpt_path=tmp_path / "part.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     assert [int(mask.sum()) for callback in again for mask in callback.masks.values()] == [80, 13]
+
+
+def test_a_shared_parameter_has_one_mask_under_both_of_its_names(tmp_path: Path) -> None:
+    class Tied(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = nn.Linear(10, 16)
+            self.again.weight = self.net[0].weight
+
+    module = Tied()
+    fit(module, [MaskLearning(["net.0.weight"], ByScore(), 0.3)], tmp_path)
+    first, second = (
+        StoredMask(str(tmp_path / FILE)).of(name, Form((16, 10), torch.float32))
+        for name in ("net.0.weight", "again.weight")
+    )
+    assert first.sum() == 48
+    assert torch.equal(first, second)
+
+
+class Largest(Score):
+    """Of one's own: positive weights first."""
+
+    def of(self, weight_S: Tensor, gradient_S: Tensor) -> Tensor:
+        return weight_S
+
+
+def test_a_score_of_ones_own(tmp_path: Path) -> None:
+    module = Plain()
+    callback = MaskLearning(WEIGHTS, ByScore(Largest(), every=5), 0.3, until=1.0)
+    fit(module, [callback], tmp_path)
+    assert (module.net[0].weight[callback.masks["net.0.weight"]] > 0).all()
 
 
 def test_small_tensors_and_erdos_renyi(tmp_path: Path) -> None:

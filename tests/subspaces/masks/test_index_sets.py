@@ -16,7 +16,7 @@ from lightspan.subspaces.masks.scores import GradientMagnitude, Magnitude, Movem
 VALUES = st.sampled_from([-1.0, 0.0, 0.0, 2.0, math.nan, -math.inf, math.inf])
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(derandomize=True, max_examples=80, deadline=None)
 @given(data=st.data())
 def test_the_count_is_exact_after_every_update_and_what_stays_scores_highest(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 10))
