@@ -47,8 +47,8 @@ class MaskLearning(Callback):
     `LowRank` (also by SubspaceProjection) keeps its moments, which belong to coordinates, and its steps are cut to the
     mask. Parameters of adapters can be matched; those that are frozen cannot.
 
-    Logs mask/density (the share of open entries, or its expectation), mask/churn (the share of the entries to be kept
-    that were not so at the last line), and for each tensor mask/density/NAME. When fitting ends, the masks go to a
+    Logs mask/density (the share of open entries, or its expectation), mask/churn (the share of the open entries that
+    were closed at the last line), and for each tensor mask/density/NAME. When fitting ends, the masks go to a
     safetensors file, by the names of the state_dict and open for every tensor that has none, which
     `lightspan.merging.arithmetic.StoredMask` reads.
 
@@ -141,7 +141,8 @@ class MaskLearning(Callback):
         self._begin(Fixed() if stored.get("fixed") else self.mask, optimizer, stored.get("learner"))
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
-        self._last, self._figures = dict(stored.get("last") or {}), dict(stored.get("figures") or {})
+        self._last = self._learner.saved(stored, "last") if stored.get("last") else {}
+        self._figures = dict(stored.get("figures") or {})
         self._counts: dict[str, float] = {}
         self._taken = steps_taken(optimizer)  # first, so that steps are counted when the hook asks
         self._handles = [
@@ -204,7 +205,7 @@ class MaskLearning(Callback):
         if self._now is None:
             return dict(self._stored)
         state = {"fixed": bool(self.masks), "learner": self._now.state_dict()}
-        return {**state, "last": dict(self._last), "figures": dict(self._figures)}
+        return {**state, "last": on_cpu(self._now.wholes(self._last)), "figures": dict(self._figures)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         stored = [key for key in checkpoint.get("callbacks", {}) if key.startswith(f"{type(self).__qualname__}{{")]
@@ -294,13 +295,15 @@ class MaskLearning(Callback):
     def _measure(self, step: int) -> None:
         """Figures to log, and open entries of each tensor."""
         progress, self._counts = self._progress(step), self._learner.open_counts()
-        chosen = self.masks or on_cpu(self._learner.chosen(progress))
+        before, self._last = self._last, self._learner.opened()
+        opened = {name: mask & ~before[name] for name, mask in self._last.items() if name in before}
+        now, new = (sum(self._learner.totals(masks).values()) for masks in (self._last, opened))
         figures = {
-            "density": sum(self._counts.values()) / sum(self._numbers.values()),
-            "churn": _churn(self._last, chosen),
+            "density": sum(self._counts.values()) / max(1, sum(self._numbers.values())),
+            "churn": new / max(now, 1),
             **self.mask.figures(progress),
         }
-        self._figures, self._last = {f"mask/{what}": value for what, value in figures.items()}, chosen
+        self._figures = {f"mask/{what}": value for what, value in figures.items()}
 
     @rank_zero_only
     def _announce(self) -> None:
@@ -354,9 +357,3 @@ def _reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def _churn(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:
-    """Share of the entries of `now` that `before` had closed; 0 where there is no before."""
-    opened = sum(int((mask & ~before[name]).sum()) for name, mask in now.items() if name in before)
-    return opened / max(1, sum(int(mask.sum()) for mask in now.values()))

@@ -104,13 +104,15 @@ class ByGradient(MaskLearner):
     def chosen(self, progress: float) -> dict[str, Tensor]:
         return self.highest(self.logits, self.density.at(progress))
 
+    def opened(self) -> dict[str, Tensor]:
+        return {name: self.mean_factor(name) > 0.5 for name in self.places}
+
     @torch.no_grad()
     def open_counts(self) -> dict[str, float]:
         temperature = self.temperature.at(self._progress)
-        return {
-            name: float(total_over([(ranks_of(place.parameter), self._probability(name, temperature))]))
-            for name, place in self.places.items()
-        }
+        return self.totals(
+            {name: self.distribution.keep_probability(x, temperature) for name, x in self.logits.items()}
+        )
 
     def figures(self, progress: float) -> dict[str, float]:
         return {"temperature": self.temperature.at(progress)}
@@ -140,9 +142,6 @@ class ByGradient(MaskLearner):
                 for key, value in kept.items()
             }
         self._step, self._drawn = -1, {}
-
-    def _probability(self, name: str, temperature: float) -> Tensor:
-        return self.distribution.keep_probability(self.logits[name], temperature)
 
     @torch.no_grad()
     def _limit(self, progress: float) -> None:

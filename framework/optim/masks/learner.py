@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightspan.distributed import copy_of_first_rank, world_size
 from lightspan.errors import UserError
 from lightspan.optim.masks.place import Place
+from lightspan.optim.sharding import ranks_of, total_over
 from lightspan.subspaces.masks.allocation import Allocation
 from lightspan.subspaces.masks.schedules import Schedule
 
@@ -75,8 +76,12 @@ class MaskLearner(ABC):
         """Whole masks, bool: what stays open if the mask is fixed now. All ranks must call it."""
 
     @abstractmethod
+    def opened(self) -> dict[str, Tensor]:
+        """The masks [S], bool, of what is open now: more often than not, where that is up to chance."""
+
+    @abstractmethod
     def open_counts(self) -> dict[str, float]:
-        """Open entries of each whole parameter in the step, or how many are to be expected. All ranks must call it."""
+        """Open entries of each whole parameter, or how many are to be expected. All ranks must call it."""
 
     def figures(self, progress: float) -> dict[str, float]:
         """What else is worth a curve."""
@@ -89,6 +94,12 @@ class MaskLearner(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse, after `begin`. Raises: UserError for the state of other masks."""
+
+    def totals(self, parts: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sums over whole tensors. All ranks must call it."""
+        return {
+            name: float(total_over([(ranks_of(self.places[name].parameter), part)])) for name, part in parts.items()
+        }
 
     def wholes(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors from the parts of all ranks."""
@@ -144,8 +155,11 @@ class Fixed(MaskLearner):
     def chosen(self, progress: float) -> dict[str, Tensor]:
         return self.wholes(self.masks)
 
+    def opened(self) -> dict[str, Tensor]:
+        return self.masks
+
     def open_counts(self) -> dict[str, float]:
-        return {name: float(mask.sum()) for name, mask in self.wholes(self.masks).items()}
+        return self.totals(self.masks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"masks": on_cpu(self.wholes(self.masks))}
