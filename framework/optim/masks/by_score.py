@@ -23,7 +23,7 @@ class ByScore(Fixed):
 
     Args:
         score: what an entry is worth.
-        memory: 0 for the score of the moment, 1 for the sum over all steps, >= 0.
+        memory: 0 for the score of the moment, 1 for the sum over all steps, in [0, 1].
         every: optimiser steps between two choices, >= 1.
     """
 
