@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -110,6 +111,9 @@ class Preemption(Callback):
         if stage != "fit":
             return
         self.obey(trainer)
+        # What other callbacks do after a step belongs into its checkpoint. A new list, since Lightning is in the old one.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+        trainer.callbacks = sorted(callbacks, key=lambda one: (one is self) + 2 * isinstance(one, LightningCheckpoint))  # type: ignore[attr-defined]
         # Lightning would replace the handlers by its own, which communicate from inside a handler and can hang.
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
         if trainer.world_size > 1:

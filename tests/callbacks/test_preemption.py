@@ -71,6 +71,23 @@ def test_a_signal_ends_the_step_and_the_next_start_ends_like_an_undisturbed_run(
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters(), strict=True))
 
 
+class Shrink(Callback):
+    """Acts on the weights after each step."""
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        for parameter in pl_module.parameters():
+            parameter.mul_(0.9)
+
+
+def test_what_callbacks_behind_it_do_after_a_step_is_in_the_checkpoint(make_trainer, net, batches, tmp_path):
+    with pytest.raises(Preempted):
+        fit(make_trainer, net, batches, [Send(3), Shrink()])
+    resumed = fit(make_trainer, net, batches, [Shrink()], ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    straight = fit(make_trainer, net, batches, [Shrink()], default_root_dir=str(tmp_path / "straight"))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters(), strict=True))
+
+
 def test_an_accumulation_is_finished_first(make_trainer, net, batches, tmp_path):
     seen = []
 
