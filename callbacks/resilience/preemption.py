@@ -111,9 +111,11 @@ class Preemption(Callback):
         if stage != "fit":
             return
         self.obey(trainer)
-        # What other callbacks do after a step belongs into its checkpoint. A new list, since Lightning is in the old one.
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
-        trainer.callbacks = sorted(callbacks, key=lambda one: (one is self) + 2 * isinstance(one, LightningCheckpoint))  # type: ignore[attr-defined]
+        # What other callbacks do after a step belongs in its checkpoint. A new list: Lightning is iterating over the old.
+        within: Any = trainer  # whose callbacks a connector sets
+        within.callbacks = sorted(
+            within.callbacks, key=lambda one: (one is self) + 2 * isinstance(one, LightningCheckpoint)
+        )
         # Lightning would replace the handlers by its own, which communicate from inside a handler and can hang.
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
         if trainer.world_size > 1:
