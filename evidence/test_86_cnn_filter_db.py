@@ -17,7 +17,7 @@ from lightspan.backbones.pretrained import efficientnet_lite0, mobilenet_v2
 from lightspan.estimators.filters import FEWEST, FilterReport, FilterStatistics
 
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
-WIDTHS, WIDTH = (8, 16, 32, 64, 128), 32
+WIDTHS, WIDTH = (4, 8, 16, 32, 64), 32
 EPOCHS, BATCH, TRAINED_ON = 60, 64, 1500
 RATES, DECAYS = (0.03, 0.1, 0.3, 1.0), (5e-5, 5e-4, 5e-3)
 RATE, DECAY = 0.3, 5e-5  # see `search`

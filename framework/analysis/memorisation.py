@@ -11,6 +11,7 @@ is then of prompts and not of their number.
 Shapes: the second linear layer of a feed-forward block has weights [O I] and an input of I hidden units; T steps.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -134,9 +135,11 @@ def largest_control(chosen_OI: Tensor, weight_OI: Tensor) -> Tensor:
     return torch.zeros(chosen_OI.numel(), dtype=torch.bool).index_fill_(0, places, True).view(chosen_OI.shape)
 
 
-def pixel_distance(images: Tensor, references: Tensor) -> Tensor:
-    """sqrt(mean over entries of (x - y)^2) of image i and reference i, [B]: the field's normalised L2 distance.
+def pixel_distances(images_BD: Tensor, references_ND: Tensor) -> Tensor:
+    """sqrt(mean over entries of (x - y)^2) of every image and every reference, [B N]: the field's normalised distance.
 
     Source: Carlini et al., "Extracting Training Data from Diffusion Models", 2023, arXiv 2301.13188, section 4.1.
     """
-    return (images.double() - references.double()).flatten(1).square().mean(dim=1).sqrt()
+    # By differences: products would leave a copy at the rounding error of its norm.
+    apart_BN = torch.cdist(images_BD.double(), references_ND.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return apart_BN / math.sqrt(max(images_BD.shape[1], 1))

@@ -7,6 +7,7 @@ out as it went in. Later work recovers pruned images with optimised prompts: thi
 Shapes: [O I] weights of the second linear layer of a feed-forward block; T steps.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.analysis.memorisation import memorised_entries, overlap, pixel_distance, recorded, voted
+from lightspan.analysis.memorisation import memorised_entries, overlap, pixel_distances, recorded, voted
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.prompts import DrawnImages, Prompts
@@ -80,7 +81,7 @@ class MemorisedNeurons(Estimator):
             raise UserError(f"MemorisedNeurons share={share} must be above 0 and at most 1")
         if not 0 <= vote < 1:
             raise UserError(f"MemorisedNeurons vote={vote} must be at least 0 and below 1")
-        self.match, self.share, self.vote = match or ["*.mlp.fc2"], share, vote
+        self.match, self.share, self.vote = match or ["*mlp.fc2"], share, vote
 
     def fit(self, network: nn.Module, target: Prompts, base: Prompts, other: Prompts | None = None) -> MemorisedWeights:
         """The mask of `target` against `base`; `other` are memorised prompts too, for the overlap alone.
@@ -184,12 +185,14 @@ class ExtractionAttack(Estimator):
     """Draws images from prompts, and counts those within `radius` of the image that stands under that prompt.
 
     Args:
-        radius: root mean square over pixels, above 0, in the units that the network sees; see `pixel_distance`.
+        radius: root mean square over pixels, finite and above 0, in the units that the network sees; see
+            `pixel_distances`. 0.15 is that paper's for pixels in [0, 1]: of standardised images, divide it by their
+            deviation.
     """
 
-    def __init__(self, radius: float) -> None:
-        if not radius > 0:
-            raise UserError(f"ExtractionAttack radius={radius} must be above 0")
+    def __init__(self, radius: float = 0.15) -> None:
+        if not 0 < radius < math.inf:
+            raise UserError(f"ExtractionAttack radius={radius} must be above 0 and finite")
         self.radius = radius
 
     def fit(self, network: nn.Module, prompts: DrawnImages, images: Features) -> Extracted:
@@ -209,11 +212,10 @@ class ExtractionAttack(Estimator):
                 f"ExtractionAttack: {rows_ND.shape[1]} numbers an image, and {drawn_BD.shape[1]} are drawn; give "
                 "images as they are, flattened"
             )
-        nearest_B = torch.full((len(drawn_BD),), torch.inf, dtype=torch.float64)
+        nearest_B = torch.empty(len(drawn_BD), dtype=torch.float64)
         for label in set(prompts.labels):
             here = label_B == label
-            for reference_D in rows_ND[classes_N == label].unique(dim=0):
-                nearest_B[here] = nearest_B[here].minimum(pixel_distance(drawn_BD[here], reference_D))
+            nearest_B[here] = pixel_distances(drawn_BD[here], rows_ND[classes_N == label]).amin(dim=1)
         copies = int((nearest_B <= self.radius).sum())
         quantiles = nearest_B.quantile(torch.linspace(0, 1, 11, dtype=torch.float64))
         labels = len(set(prompts.labels))

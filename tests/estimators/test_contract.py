@@ -5,7 +5,9 @@ import inspect
 import json
 import math
 import pkgutil
-from collections.abc import Iterator
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ import lightspan.estimators
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.filters import FilterStatistics
+from lightspan.estimators.memorisation import ExtractionAttack, MemorisedNeurons
+from lightspan.estimators.prompts import DrawnImages, Prompts
 from lightspan.features.features import Features
 from lightspan.results import Result
 
@@ -42,11 +46,47 @@ class Bank(nn.Module):
         self.weight = nn.Parameter(nn.functional.pad(x, (0, 9 - x.shape[1])).view(-1, 1, 3, 3))
 
 
+class Block(nn.Module):
+    """A feed-forward block whose weights are the same every time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights without numbers
+            torch.manual_seed(0)
+            layers = {"fc1": nn.Linear(width, 120), "act": nn.GELU(), "fc2": nn.Linear(120, 4)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+class Painter(nn.Module):
+    """Draws ones."""
+
+    def draw(self, label: torch.Tensor, shape: tuple[int, ...], *rest: Any, **named: Any) -> Iterator[torch.Tensor]:
+        yield torch.ones(len(label), *shape)
+
+
+class Rows(Prompts):
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def run(self, network: nn.Module, entering: Callable[[int], None]) -> None:
+        entering(0)
+        network(self.x.float())
+
+
 def inputs(kind: type[Estimator], features: Features) -> dict[str, Any]:
     """The same features for every input; an estimator that takes something else says here what."""
     taken = {name: p.annotation for name, p in inspect.signature(kind.fit).parameters.items() if name != "self"}
     if kind is FilterStatistics:
         return {"first": Bank(features), "second": Bank(features)}
+    if kind is MemorisedNeurons:
+        return {"network": Block(features.x.shape[-1]), "target": Rows(features.x), "base": Rows(features.x[:1])}
+    if kind is ExtractionAttack:
+        shape = (1, 1, features.x.shape[-1])
+        return {"network": Painter(), "prompts": DrawnImages([0, 1, 2], shape, steps=1, first=1), "images": features}
     assert set(taken.values()) == {Features}, f"{kind.__name__} takes {taken}: give the suite such inputs here"
     return dict.fromkeys(taken, features)
 
@@ -102,6 +142,11 @@ WRONG = {
     "LinearProbe": [{"l2": 0.0}, {"l2": -1.0}, {"l2": math.nan}, {"l2": math.inf}, {"max_iterations": 0}],
     "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
     "Spectrum": [{"shown": 0}],
+    "MemorisedNeurons": [
+        *({"share": wrong} for wrong in (0.0, 1.1, math.nan)),
+        *({"vote": wrong} for wrong in (-0.1, 1.0, math.nan)),
+    ],
+    "ExtractionAttack": [{"radius": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)],
     "FilterStatistics": [
         *({"zero": wrong} for wrong in (0.0, 1.0, math.nan)),
         *({"sparse_from": wrong} for wrong in (0.0, 1.1, math.nan)),
@@ -116,6 +161,8 @@ COMPUTED = {
     "TwoNN": {"one class", "classes left out", "a row of zeros", "more features than rows", "without labels"},
     "Spectrum": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "without labels"},
     "FrechetDistance": {"two rows", "one class", "constant features", "zeros", "a lattice", "without labels"},
+    "MemorisedNeurons": {"one row", "constant features", "zeros", "denormal", "huge", "without labels", "no feature"},
+    "ExtractionAttack": {"constant features", "zeros", "a row of zeros", "equal points", "a lattice", "denormal"},
     "FilterStatistics": {
         *("one row", "one class", "classes left out", "constant features", "zeros", "a row of zeros", "a lattice"),
         *("more features than rows", "no feature", "denormal", "huge", "positions kept", "without labels"),
