@@ -139,8 +139,8 @@ def noise_floor(
     What D would be if both were of one distribution: small sets look far apart. Components are drawn one by one.
     """
     pooled_JQ = first_JQ + second_JQ
-    draws = [_drawn(pooled_JQ, int(x_JQ[0].sum()), resamples, generator) for x_JQ in (first_JQ, second_JQ)]
-    return divergence(*draws, explained_J)
+    first, second = (_drawn(pooled_JQ, int(x_JQ[0].sum()), resamples, generator) for x_JQ in (first_JQ, second_JQ))
+    return divergence(first, second, explained_J)
 
 
 def _distribution(counts_JQ: Tensor) -> Tensor:
