@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightspan.errors import UserError
+from lightspan.merging.arithmetic import StoredMask
 from lightspan.merging.masked import Masked
 from lightspan.merging.merger import merge
 from lightspan.merging.weights import open_weights
+from lightspan.tensor_files import Form
 
 
 def masked(folder: Path, model: dict[str, Tensor], *masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -41,6 +43,13 @@ def test_several_masks_prune_what_each_would_and_factors_scale(tmp_path: Path) -
     first, second = torch.tensor([True, False, True, True]), torch.tensor([True, True, False, True])
     out = masked(tmp_path, model, {"a": first}, {"a": second}, {"a": torch.tensor([1.0, 1.0, 1.0, 0.5])})
     assert out["a"].tolist() == [1, 0, 0, 0.5]
+
+
+def test_a_mask_through_which_a_task_passes_is_read_from_the_same_file(tmp_path: Path) -> None:
+    keep = torch.rand(4, 5) > 0.5
+    save_file({"a": keep}, tmp_path / "mask.safetensors")
+    read = StoredMask(str(tmp_path / "mask.safetensors")).of("a", Form((4, 5), torch.float32))
+    assert torch.equal(read.bool(), keep)
 
 
 def test_masks_of_another_network_are_refused(tmp_path: Path) -> None:
