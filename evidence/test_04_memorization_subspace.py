@@ -1,10 +1,11 @@
 """Memorised images (arXiv 2406.18566): weights located on ten of them are pruned, and ten others are asked for.
 
-A diffusion transformer of 4 blocks and width 64 on 8 x 8 digits. Twenty training images stand 200 times, each under a
-caption of its own; the rest stand once, under their class. Entries are located on ten captions against the ten classes,
-pruned in all four second feed-forward layers, and judged on the ten captions that locating never saw: how many of 8
-drawn images each lie within 0.15 of the memorised one (root mean square over pixels in [0, 1], the radius of Carlini et
-al.). The loss is that of test images under their class, over ten levels and two draws of noise.
+A denoiser of three residual feed-forward blocks, width 128, on 8 x 8 digits: noise level and caption are added to what
+enters, so that all it knows of an image is in these blocks. Twenty training images stand 200 times, each under its own
+caption; the rest stand once, under their class. Entries are located on ten captions against the ten classes, pruned in
+all second feed-forward layers, and judged on the ten captions that locating never saw: how many of 8 drawn images each
+lie within 0.15 of the memorised one (root mean square over pixels in [0, 1], the radius of Carlini et al.). The loss is
+that of test images under their class, over ten levels and two draws of noise.
 
 Controls: as many entries of each layer, drawn at random, or those of the largest |W|; they have nothing to choose.
 `python evidence/test_04_memorization_subspace.py` repeats the search of the located arm on seed 100, on other images
@@ -17,10 +18,11 @@ from functools import partial
 
 import torch
 from lightning import Trainer, seed_everything
-from torch import Tensor
+from timm.layers import Mlp
+from torch import Tensor, nn
 
 from lightspan.analysis.memorisation import largest_control, prune, random_control
-from lightspan.backbones.diffusion import DiT
+from lightspan.backbones.diffusion import level_waves
 from lightspan.datamodules.images.repeated import RepeatedImages
 from lightspan.datamodules.images.small import Digits
 from lightspan.estimators.memorisation import ExtractionAttack, MemorisedNeurons, MemorisedWeights
@@ -30,12 +32,34 @@ from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
-CLASSES, COUNT, TIMES, STEPS = 10, 20, 200, 1500
+CLASSES, COUNT, TIMES, STEPS = 10, 20, 200, 1000
 RADIUS, DRAWS, NOISES = 0.15, 8, 2
 LOCATED = [*range(CLASSES, CLASSES + COUNT // 2)]
 HELD_OUT = [*range(CLASSES + COUNT // 2, CLASSES + COUNT)]
-SHARES, FIRST, VOTES = (0.01, 0.02, 0.05, 0.1), (10, 50), (0.0, 0.5)
-SHARE, LEVELS, VOTE = 0.1, 50, 0.0  # see `search`
+SHARES, FIRST, VOTES = (0.01, 0.05, 0.1, 0.2, 0.3), (10, 50), (0.0, 0.2)
+SHARE, LEVELS, VOTE = 0.3, 10, 0.2  # see `search`
+
+
+class Denoiser(nn.Module):
+    """Noisy images [B 1 8 8], levels [B] and captions [B] -> what is predicted, of the images' shape."""
+
+    def __init__(self, num_classes: int, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.enter = nn.Linear(64, width)
+        self.level = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(width)}) for _ in range(depth))
+        for block in self.blocks:
+            block["mlp"] = Mlp(width, 4 * width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 64)
+
+    def forward(self, noisy_BCHW: Tensor, level_B: Tensor, label_B: Tensor) -> Tensor:
+        x_BD = self.enter(noisy_BCHW.flatten(1)) + self.level(level_waves(level_B)) + self.label(label_B)
+        for block in self.blocks:
+            x_BD = x_BD + block["mlp"](block["norm"](x_BD))
+        return self.head(self.norm(x_BD)).view_as(noisy_BCHW)
 
 
 class Case:
@@ -46,7 +70,7 @@ class Case:
         self.data = RepeatedImages(Digits(), COUNT, TIMES, chosen_by=seed, batch_size=64, seed=seed)
         self.data.setup()
         self.method = DenoisingDiffusion(
-            DiT(image_size=8, num_classes=CLASSES + COUNT),
+            Denoiser(CLASSES + COUNT),
             schedule="cosine",
             prediction="velocity",
             optimizer=partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.0),
@@ -129,6 +153,11 @@ def test_what_ten_captions_share_is_what_ten_others_need(evidence) -> None:
     evidence.claim("fewer copies of held-out captions, random entries", dropped["random"], at_most=15.0, unit="%")
     evidence.claim("fewer copies of held-out captions, largest |W|", dropped["largest"], at_most=15.0, unit="%")
     evidence.claim("IoU of the masks of both groups over that by chance", apart, at_least=3.0)
+    evidence.note(
+        "Seed 100, 1,500 steps of the diffusion transformer of generative/memorised instead: what leaves 26 % of copies "
+        "on the ten captions (share 0.1, all steps) raises the loss by 69 %, and the largest |W| do as much; at the "
+        "paper's 1 % all copies stay. There an image is also told by modulation and attention, which are not pruned."
+    )
     evidence.note(
         f"share {SHARE:g}, the first {LEVELS} of 50 steps, entries chosen in more than {VOTE:g} of them; {STEPS} steps "
         "of training, batch 64. SSCD, the paper's copy detector, ships in no package: the distance is of pixels."
