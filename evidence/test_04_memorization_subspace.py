@@ -154,9 +154,9 @@ def test_what_ten_captions_share_is_what_ten_others_need(evidence) -> None:
     evidence.claim("fewer copies of held-out captions, largest |W|", dropped["largest"], at_most=15.0, unit="%")
     evidence.claim("IoU of the masks of both groups over that by chance", apart, at_least=3.0)
     evidence.note(
-        "Seed 100, 1,500 steps of the diffusion transformer of generative/memorised instead: what leaves 26 % of copies "
-        "on the ten captions (share 0.1, all steps) raises the loss by 69 %, and the largest |W| do as much; at the "
-        "paper's 1 % all copies stay. There an image is also told by modulation and attention, which are not pruned."
+        "Seed 100, 1,500 steps of the diffusion transformer of generative/memorised instead: what leaves 26 % of "
+        "copies on the ten captions (share 0.1, all steps) raises the loss by 69 %, and the largest |W| do as much; at "
+        "the paper's 1 % all copies stay. There modulation and attention, which are not pruned, tell of an image too."
     )
     evidence.note(
         f"share {SHARE:g}, the first {LEVELS} of 50 steps, entries chosen in more than {VOTE:g} of them; {STEPS} steps "
