@@ -285,8 +285,8 @@ class _Source:
 def norms_behind(network: nn.Module) -> dict[str, BatchNorm]:
     """{name of a convolution's weight: the batch norm with running statistics that comes next in the order of modules}.
 
-    Between them may stand identities and dropouts; both have as many channels. Where a network calls its modules in
-    another order than it registers them, this is not told.
+    Between them may stand identities and dropouts; both have as many channels. Modules do not tell what a network adds
+    between them, as pre-activation networks do, or in which order it calls them: fold none of these.
     """
     found: dict[str, BatchNorm] = {}
     last: tuple[str, int] | None = None
@@ -317,7 +317,7 @@ def _by_depth(forms: Mapping[str, Any]) -> list[str]:
     if names != sorted(names):
         return names
     return sorted(
-        names, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else part) for part in _parts(name)]
+        names, key=lambda name: [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in _parts(name)]
     )
 
 
