@@ -201,7 +201,7 @@ def test_recipes_locate_prune_and_attack(tmp_path: Path, monkeypatch: pytest.Mon
     pruned = load_file("runs/pruned/merged.safetensors")
     for name, mask in masks.items():
         assert (pruned[name][~mask] == 0).all()
-    prompts = ["inputs.prompts.init_args.draws=1", "inputs.prompts.init_args.steps=2", "--features", "store"]
-    attack = ["run", "analysis/extraction_attack", "--run", "runs/attack", *prompts]
-    assert main([*attack, "inputs.prompts.init_args.first=1"]) == 0
+    few = ["draws=1", "steps=2", "first=1"]
+    prompts = [*(f"inputs.prompts.init_args.{one}" for one in few), "inputs.images.init_args.data.init_args.times=1"]
+    assert main(["run", "analysis/extraction_attack", "--run", "runs/attack", "--features", "store", *prompts]) == 0
     assert json.loads(Path("runs/attack/result.json").read_text())["fields"]["prompts"] == 10
