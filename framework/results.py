@@ -49,6 +49,10 @@ class Result(ABC):
     def draw(self, axes: Any) -> None:  # noqa: B027 - optional
         """Draws the result on matplotlib axes. A subclass without a picture does not override this."""
 
+    def table(self) -> tuple[dict[str, Any], ...]:
+        """Rows that a spreadsheet shows, of equal keys, values numbers or text. A subclass without any leaves it."""
+        return ()
+
     def to_json(self) -> str:
         """The fields as text; `from_json` of the same class gives an equal result."""
         return json.dumps(self._plain(), indent=1, allow_nan=False)

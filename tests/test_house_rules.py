@@ -50,7 +50,7 @@ MAY_USE: dict[str, set[str]] = {
     "backbones": {"nn"},
     "analysis": {"subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
-    "estimators": {"analysis", "features", "subspaces"},
+    "estimators": {"analysis", "features", "merging", "subspaces"},
     "merging": {"checkpoints", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),

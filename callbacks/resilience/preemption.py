@@ -111,7 +111,7 @@ class Preemption(Callback):
         if stage != "fit":
             return
         self.obey(trainer)
-        # What other callbacks do after a step belongs in its checkpoint. A new list: Lightning is iterating over the old.
+        # What other callbacks do after a step belongs in its checkpoint. A new list: Lightning is inside the old.
         within: Any = trainer  # whose callbacks a connector sets
         within.callbacks = sorted(
             within.callbacks, key=lambda one: (one is self) + 2 * isinstance(one, LightningCheckpoint)

@@ -1,6 +1,8 @@
 """`lightspan run RECIPE`: recipes that compute without training. An estimator gives a result, a merger a checkpoint."""
 
 import argparse
+import csv
+import io
 import json
 import os
 from contextlib import ExitStack, contextmanager
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from lightspan.merging.weights import Weights
     from lightspan.results import Result
 
-PICTURE, TENSORS = "picture.png", "result.safetensors"
+PICTURE, TABLE, TENSORS = "picture.png", "table.csv", "result.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,8 +175,15 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     if (picture := result.picture(str(resolved.about.get("title", resolved.name)))) is not None:
         write_atomic(run_dir / PICTURE, picture)
         written.append(PICTURE)
-    text = json.dumps({"recipe": resolved.name, **result.document()}, indent=1, allow_nan=False)
-    write_atomic(run_dir / RESULT, text + "\n")
+    if rows := result.table():
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(run_dir / TABLE, text.getvalue())
+        written.append(TABLE)
+    document = json.dumps({"recipe": resolved.name, **result.document()}, indent=1, allow_nan=False)
+    write_atomic(run_dir / RESULT, document + "\n")
     for figure in result.figures():
         print(printable(f"{figure.name:<32} {_text(figure.value)} {figure.unit}".rstrip()))
     print(f"wrote {run_dir}: {', '.join([*written, RESULT])}")

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class Merger(ABC):
     @abstractmethod
     def leading(self, names: Sequence[str]) -> str:
         """Which of the named checkpoints leads. Raises: UserError if these are not what the merger needs."""
+
+    def prepared(self, checkpoints: Mapping[str, Weights], forms: Mapping[str, Form]) -> Self:
+        """The merger that knows what follows from all tensors together: a threshold over the whole model, say.
+
+        `forms` are those of the tensors that it will be asked for. It is another object, or `self` where single tensors
+        are enough.
+        """
+        return self
 
     @abstractmethod
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
@@ -83,6 +92,7 @@ def merge(
     expected = outlook(merger, checkpoints)
     leading = checkpoints[merger.leading(list(checkpoints))]
     stored = _stored(leading, checkpoints)
+    merger = merger.prepared(checkpoints, {name: form for name, form in stored.items() if _has_fractions(form)})
     origins = json.dumps({name: weights.origin for name, weights in checkpoints.items()})
     facts = {"format": "pt", "lightspan": __version__, "merged": origins, **(record or {})}
     facts |= _shared(leading, checkpoints)

@@ -8,7 +8,7 @@ image whose class is hidden from the network belongs to the null class, or is un
 Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import torch
@@ -114,7 +114,6 @@ class DenoisingDiffusion(Method):
         levels = len(self.kept_T)
         return torch.linspace(0, levels - 1, 2 * count + 1, dtype=torch.float64)[1::2].round().long().tolist()
 
-    @torch.no_grad()
     def sample(
         self,
         label_B: Tensor,
@@ -125,7 +124,25 @@ class DenoisingDiffusion(Method):
         seed: int = 0,
         clip: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Images [B C H W] of these classes, standardised as the training images were, in float32 or wider.
+        """Images [B C H W] of these classes, standardised as the training images were, in float32 or wider: the last of
+        `draw`.
+        """
+        for image_BCHW in self.draw(label_B, shape, steps, eta, guidance, seed, clip):
+            last_BCHW = image_BCHW
+        return last_BCHW
+
+    @torch.no_grad()
+    def draw(
+        self,
+        label_B: Tensor,
+        shape: tuple[int, int, int],
+        steps: int = 50,
+        eta: float = 0.0,
+        guidance: float = 1.0,
+        seed: int = 0,
+        clip: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """The images after each step, as they lose their noise; who wants the first steps alone stops there.
 
         The network sees them in the precision of its weights; between its calls they keep their own.
 
@@ -163,4 +180,4 @@ class DenoisingDiffusion(Method):
                 predicted_BCHW = noise_of_velocity(predicted_BCHW, x_BCHW, here_B)
             fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(x_BCHW)
             x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW, clip)
-        return x_BCHW
+            yield x_BCHW
