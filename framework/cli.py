@@ -64,6 +64,7 @@ VERBS = (
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
     Verb("fit", "train", "run", "add_fit_arguments", "run_fit", True),
     Verb("run", "compute what needs no training: an estimator's or a merger's recipe", "compute", flags=True),
+    Verb("merge", "merge checkpoints of the command line into one of their format", "merge"),
     Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
     Verb("validate", "measure a checkpoint on validation data", "run", "add_evaluate_arguments", "run_validate", True),
     Verb("test", "measure a checkpoint on test data", "run", "add_evaluate_arguments", "run_test", True),

@@ -48,8 +48,8 @@ MAY_USE: dict[str, set[str]] = {
     "backbones": {"nn"},
     "analysis": {"subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
-    "estimators": {"analysis", "features", "subspaces"},
-    "merging": {"checkpoints", "subspaces"},
+    "estimators": {"analysis", "features", "merging", "subspaces"},
+    "merging": {"adapters", "checkpoints", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),
     "loggers": set(),
@@ -58,7 +58,7 @@ MAY_USE: dict[str, set[str]] = {
     "deepspeed": {"optim", "callbacks", "checkpoints", "strategies", "wiring"},
     "method": {"nn", "optim", "strategies", "wiring"},
     "methods": {
-        *("method", "subspaces", "optim", "adapters", "objectives"),
+        *("method", "subspaces", "optim", "adapters", "objectives", "merging"),
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
     "callbacks": {
