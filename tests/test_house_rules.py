@@ -49,7 +49,7 @@ MAY_USE: dict[str, set[str]] = {
     "analysis": {"subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
     "estimators": {"analysis", "features", "merging", "subspaces"},
-    "merging": {"adapters", "checkpoints", "subspaces"},
+    "merging": {"adapters", "checkpoints", "method", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),
     "loggers": set(),

@@ -1,6 +1,6 @@
 """The Fisher-weighted average: each model counts where its likelihood says that an entry matters to it.
 
-Source: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832, equation 5:
+Source: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832:
 
     theta = sum_i w_i F_i theta_i / sum_i w_i F_i        entry by entry,
 

@@ -1,7 +1,7 @@
 """RegMean: the linear layer whose outputs are nearest to those of all models, each on its own inputs.
 
 Source: Jin, Ren, Preotiuc-Pietro, Cheng, "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023,
-arXiv 2212.09849, equation 2 and section 3.3. With G_i = X_i' X_i of a layer's inputs, and its off-diagonal times alpha,
+arXiv 2212.09849. With G_i = X_i' X_i of a layer's inputs, and its off-diagonal times alpha,
 
     W = (sum_i W_i G_i) (sum_i G_i)^-1,     W [O I], G [I I]
 
