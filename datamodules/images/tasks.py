@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
-from lightspan.datamodules.images.small import ImageData, ImageSamples, Labelled
+from lightspan.datamodules.images.small import ImageData, Labelled
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
+from lightspan.datamodules.loading.workers import Dataset
 from lightspan.errors import UserError
 
 
 class TaskSamples:
     """Samples of `TasksBatch`: as many as the largest task has, the others from their beginning again."""
 
-    def __init__(self, tasks: list[ImageSamples]) -> None:
+    def __init__(self, tasks: list[Dataset]) -> None:
         self.tasks = tasks
 
     def __len__(self) -> int:
@@ -35,7 +36,8 @@ class TaskImages(LightningDataModule):
     """Trains on `TasksBatch` of all tasks side by side; validates and tests on one loader a task, of `ImageBatch`.
 
     Args:
-        tasks: the sets by name, of one shape of image; their own batch sizes count for nothing.
+        tasks: the sets by name, of one shape of image, each an `ImageData` or `Shards`; their own batch sizes count for
+            nothing.
         batch_size: samples of one optimiser step over all ranks, each with an image of every task.
         adapt_on: the images that are trained on: "train", "val" (those that a set's `val_size` holds out of its
             training), or "test", which is what is scored too, as test-time adaptation of published merges has it.
@@ -46,7 +48,7 @@ class TaskImages(LightningDataModule):
 
     def __init__(
         self,
-        tasks: dict[str, ImageData],
+        tasks: dict[str, LightningDataModule],
         batch_size: int = 16,
         adapt_on: Literal["train", "val", "test"] = "val",
         score_on: Literal["train", "val", "test"] = "test",
@@ -56,10 +58,10 @@ class TaskImages(LightningDataModule):
         super().__init__()
         if not tasks:
             raise UserError("TaskImages needs at least one set; name it under tasks")
-        shapes = {name: data.image_shape for name, data in tasks.items()}
+        shapes = {name: data.image_shape for name, data in tasks.items() if isinstance(data, ImageData)}
         if len(set(shapes.values())) > 1:
             raise UserError(f"TaskImages: the sets have images of different shapes, {shapes}; one network reads one")
-        if adapt_on == "val" and (none := [name for name, data in tasks.items() if not data.val_size]):
+        if adapt_on == "val" and (none := [n for n, data in tasks.items() if not getattr(data, "val_size", 1)]):
             raise UserError(
                 f"TaskImages adapt_on=val, and {none[0]} holds no images out of its training; set its val_size, or "
                 "adapt on train or test"
@@ -69,6 +71,7 @@ class TaskImages(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         for data in self.tasks.values():
+            data.trainer = self.trainer
             data.setup(stage)
 
     def train_dataloader(self) -> ExactLoader:
@@ -89,8 +92,12 @@ class TaskImages(LightningDataModule):
     def _each(self, part: str) -> list[EvaluationLoader]:
         return [evaluation_loader(s, self.batch_size, self.num_workers, self.trainer) for s in self._of(part)]
 
-    def _of(self, part: str) -> list[ImageSamples]:
-        return [getattr(data, "bank" if part == "train" else part) for data in self.tasks.values()]
+    def _of(self, part: str) -> list[Dataset]:
+        found = {n: getattr(data, "bank" if part == "train" else part, None) for n, data in self.tasks.items()}
+        for name, samples in found.items():
+            if not samples:
+                raise UserError(f"{name} of TaskImages has no images in {part}; choose other ones to adapt or score on")
+        return list(found.values())  # type: ignore[arg-type]
 
 
 class Derived(ImageData):
