@@ -62,8 +62,7 @@ class GaussianModels(Models):
     """theta_0 plus noise: tau ~ N(mean, std^2) with the mean and deviation of each tensor of theta_0.
 
     The control of aTLAS: what random directions of the same count are worth (arXiv 2407.02880; whether the
-    moments there are those of the weights or of the task vectors is not said, here it is the weights). It also stands
-    in for checkpoints that are not at hand, to plan a run.
+    moments there are those of the weights or of the task vectors is not said, here it is the weights).
 
     Args:
         tasks: their names.
@@ -79,6 +78,22 @@ class GaussianModels(Models):
         base = own if self.base is None else Part(open_weights(self.base), own.forms)
         require_alike({"the network": own, BASE: base})
         return {BASE: base} | {task: _Noisy(base, self.seed, task) for task in self.tasks}
+
+
+class BlankModels(Models):
+    """The network's own weights under every name, so that no task changes anything: to plan or time a run whose
+    checkpoints are not at hand.
+
+    Args:
+        tasks: their names.
+    """
+
+    def __init__(self, tasks: list[str]) -> None:
+        require_names(tasks)
+        self.tasks = list(tasks)
+
+    def open(self, own: Weights) -> dict[str, Weights]:
+        return dict.fromkeys((BASE, *self.tasks), own)
 
 
 class Part(Weights):

@@ -159,9 +159,9 @@ class Atlas(AnisotropicScaling):
     def on_train_start(self) -> None:
         """Scores theta_0, unless a checkpoint has brought a score."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        loaders = data.val_dataloader() if data is not None and self.best_score == -torch.inf else []
-        if not loaders:
+        if data is None or not self.trainer.enable_validation or self.best_score > -torch.inf:
             return
+        loaders = data.val_dataloader()
         with torch.no_grad():
             self.on_validation_epoch_start()
             for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):

@@ -205,6 +205,13 @@ def test_the_start_is_kept_where_no_epoch_is_better(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, net(0).get_parameter(name)) for name, tensor in method.merged().items())
 
 
+def test_what_the_last_step_left_is_the_result_where_nothing_is_validated(tmp_path: Path) -> None:
+    method = make("Atlas", tmp_path)
+    trainer(limit_val_batches=0).fit(method, data())
+    assert method.learned.weight.any()
+    assert method.best_score == -torch.inf
+
+
 def test_negation_takes_the_target_down_and_stops_when_a_control_falls(tmp_path: Path) -> None:
     method = logged(make("Negation", tmp_path))
     ce = [
