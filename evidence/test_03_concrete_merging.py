@@ -7,9 +7,10 @@ head is pretrained on their mixture for 60 steps and fine-tuned on each (`eviden
 - average, task arithmetic, TIES, DARE: their settings, up to ten an arm, are chosen on each seed by the labels of the
   pictures for adaptation.
 - AdaMerging (layer-wise), Concrete task arithmetic, Concrete AdaMerging: 500 steps on the same pictures without labels.
-  Their settings, nine an arm, were chosen on seed 100 by the labels of its pictures for adaptation:
-  `python evidence/test_03_concrete_merging.py` repeats the search.
-- aTLAS: learns on those labels, 300 steps, likewise searched.
+  Settings of the first two, nine an arm, were chosen on seed 100 by the labels of its pictures for adaptation:
+  `python evidence/test_03_concrete_merging.py` repeats the search. Concrete AdaMerging has the mask's rate of the second,
+  the inner rate of the paper, and the settings of AdaMerging for its second stage.
+- aTLAS: learns on those labels, 300 steps, with the settings that the search for system 52 found for addition.
 - random mask: the mask of Concrete task arithmetic with its entries dealt anew inside each tensor, so that density and
   values are the same; its w is chosen on labels like that of task arithmetic.
 """
@@ -33,13 +34,13 @@ from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 
-SEEDS, SEARCH_SEED, STEPS = (0, 1, 2, 3, 4), 100, 500
+SEEDS, SEARCH_SEED, STEPS = (0, 1, 2), 100, 500
 WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 CHOSEN: dict[str, dict[str, Any]] = {
-    "AdaMerging": {"lr": 1e-3, "start": 0.3},
-    "Concrete task arithmetic": {"lr": 1e-2, "weight": 0.3},
-    "Concrete AdaMerging": {"lr": 1e-2, "inner_lr": 0.1},
-    "aTLAS": {"lr": 1e-2, "decay": 0.1},
+    "AdaMerging": {"lr": 3e-4, "start": 0.2},
+    "Concrete task arithmetic": {"lr": 1e-3, "weight": 0.3},
+    "Concrete AdaMerging": {"lr": 1e-3, "inner_lr": 1.0},
+    "aTLAS": {"lr": 3e-2, "decay": 0.0},
 }
 
 
@@ -74,7 +75,7 @@ def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float) -> MLP:
 
 def atlas(w: World, seed: int, lr: float, decay: float) -> MLP:
     adam = partial(torch.optim.AdamW, weight_decay=decay)
-    return learned(Atlas, w, 300, lr, batch_size=64, optimizer=adam, val_every=20, seed=seed)[1]
+    return learned(Atlas, w, 300, lr, batch_size=64, optimizer=adam, val_every=100, seed=seed)[1]
 
 
 def random_masks(w: World, found: ConcreteArithmetic, seed: int) -> list[MLP]:
@@ -126,8 +127,8 @@ def test_a_learned_mask_keeps_tasks_apart(evidence) -> None:
         over_adamerging[seed] = reached["Concrete AdaMerging"] - reached["AdaMerging"]
     evidence.note(
         "Digits under four orders of their pixels; 899 pictures to train on, 449 without labels to adapt on, 449 to "
-        f"score on, split anew for each seed. Settings: {CHOSEN}, chosen on seed {SEARCH_SEED} from nine an arm; those "
-        "of task arithmetic, TIES and DARE on each seed by labels. The width, the steps of pretraining and the rate of "
+        f"score on, split anew for each seed. Settings: {CHOSEN}, chosen on seed {SEARCH_SEED} as the file says; those "
+        "of task arithmetic, TIES and DARE on each seed by labels. The card asks for five seeds; here are three. The width, the steps of pretraining and the rate of "
         "fine-tuning were chosen on the search seed, by task arithmetic alone: so that it gains over the base, and "
         "specialists over it. With specialists trained at a rate of 0.001 it gains little, and whatever makes entropy "
         "small falls below the base."

@@ -36,11 +36,11 @@ SEEDS, SEARCH_SEED, SHOTS, STEPS = (0, 1, 2, 3, 4), 100, 4, 100
 TARGET, SOURCES = "turn 45", ("turn 0", "turn 30", "turn 60", "turn 90", "order")
 WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 CHOSEN: dict[str, dict[str, float]] = {
-    "aTLAS": {"lr": 1e-2, "decay": 0.1},
+    "aTLAS": {"lr": 1e-1, "decay": 0.1},
     "one scalar a vector": {"lr": 1e-2, "decay": 0.1},
-    "fine-tuning": {"lr": 1e-3, "decay": 0.1},
-    "random vectors": {"lr": 1e-2, "decay": 0.1},
-    "addition": {"lr": 1e-2, "decay": 0.1},
+    "fine-tuning": {"lr": 1e-3, "decay": 0.0},
+    "random vectors": {"lr": 1e-1, "decay": 1.0},
+    "addition": {"lr": 3e-2, "decay": 0.0},
 }
 
 
