@@ -8,8 +8,8 @@ head is pretrained on their mixture for 60 steps and fine-tuned on each (`eviden
   pictures for adaptation.
 - AdaMerging (layer-wise), Concrete task arithmetic, Concrete AdaMerging: 500 steps on the same pictures without labels.
   Settings of the first two, nine an arm, were chosen on seed 100 by the labels of its pictures for adaptation:
-  `python evidence/test_03_concrete_merging.py` repeats the search. Concrete AdaMerging has the mask's rate of the second,
-  the inner rate of the paper, and the settings of AdaMerging for its second stage.
+  `python evidence/test_03_concrete_merging.py` repeats the search. Concrete AdaMerging has the mask's rate of the
+  second, the inner rate of the paper, and the settings of AdaMerging for its second stage.
 - aTLAS: learns on those labels, 300 steps, with the settings that the search for system 52 found for addition.
 - random mask: the mask of Concrete task arithmetic with its entries dealt anew inside each tensor, so that density and
   values are the same; its w is chosen on labels like that of task arithmetic.
@@ -128,10 +128,10 @@ def test_a_learned_mask_keeps_tasks_apart(evidence) -> None:
     evidence.note(
         "Digits under four orders of their pixels; 899 pictures to train on, 449 without labels to adapt on, 449 to "
         f"score on, split anew for each seed. Settings: {CHOSEN}, chosen on seed {SEARCH_SEED} as the file says; those "
-        "of task arithmetic, TIES and DARE on each seed by labels. The card asks for five seeds; here are three. The width, the steps of pretraining and the rate of "
-        "fine-tuning were chosen on the search seed, by task arithmetic alone: so that it gains over the base, and "
-        "specialists over it. With specialists trained at a rate of 0.001 it gains little, and whatever makes entropy "
-        "small falls below the base."
+        "of task arithmetic, TIES and DARE on each seed by labels. The card asks for five seeds; here are three. The "
+        "width, the steps of pretraining and the rate of fine-tuning were chosen on the search seed as ones where task "
+        "arithmetic gains over the base; where specialists were trained at a rate of 0.001, or with turns in the place "
+        "of orders, every merge was near the base or below it, and those by entropy far below."
     )
     evidence.claim("Concrete minus task arithmetic", over_ta, at_least=2.0, unit="points")
     evidence.claim("random mask minus task arithmetic", random_over_ta, at_most=0.5, unit="points")
