@@ -1,7 +1,7 @@
 """Concrete merging (arXiv 2312.06173) on digits under four orders of their pixels, beside merges without a mask.
 
 Four tasks are the 8 x 8 digits, each under an order of the 64 pixels of its own. A network 64-256-256 with a frozen
-head is pretrained on their mixture for 60 steps and fine-tuned on each (`evidence/merging.py` has the split). Arms:
+head is pretrained on their mixture for 60 steps and fine-tuned on each; `evidence/merged_tasks.py` has the split. Arms:
 
 - single: each specialist on its own task. base: the pretrained network.
 - average, task arithmetic, TIES, DARE: their settings, up to ten an arm, are chosen on each seed by the labels of the
@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from merging import InMemory, World, best_on_labels, digits, learned, merged_by, shuffled_pixels, world
+from merged_tasks import InMemory, World, best_on_labels, digits, learned, merged_by, shuffled_pixels, world
 
 from lightspan.backbones.vision import MLP
 from lightspan.merging.arithmetic import Scales, TaskArithmetic, WeightedAverage

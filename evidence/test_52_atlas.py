@@ -2,7 +2,7 @@
 
 Five source tasks are the 8 x 8 digits turned by 0, 30, 60 and 90 degrees and under one order of their pixels; the
 target is a turn by 45 degrees. A network 64-128-128 with a frozen head is pretrained on the sources for 60 steps
-and fine-tuned on each task (`evidence/merging.py` has the split). With 4 pictures of each class of the target:
+and fine-tuned on each task (`evidence/merged_tasks.py` has the split). With 4 pictures of each class of the target:
 
 - aTLAS: a coefficient for each of the five source vectors and six tensors.
 - one scalar a vector: the same loss, five numbers.
@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from merging import Task, World, best_on_labels, digits, learned, merged_by, shuffled_pixels, turned, world
+from merged_tasks import Task, World, best_on_labels, digits, learned, merged_by, shuffled_pixels, turned, world
 from torch.nn import functional as F
 
 from lightspan.backbones.vision import MLP

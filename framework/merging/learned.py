@@ -26,6 +26,7 @@ from lightspan.merging.span import TaskSpan, difference
 from lightspan.method import Method
 from lightspan.tensor_files import Form, write_tensors
 
+MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
 COEFFICIENTS, MASK, MERGED = "coefficients.safetensors", "mask.safetensors", "merged.safetensors"
 
 
@@ -216,6 +217,19 @@ class LearnedMerging(Method):
             self.log(f"{stage}/accuracy/{task}", value)
         self.log(f"{stage}/accuracy", sum(found.values()) / len(found), prog_bar=True)
         del self._theta
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[MERGED_FROM] = {name: weights.origin["sha256"] for name, weights in self.span.weights.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises: UserError where a model is not the one that the checkpoint's coefficients were learned for."""
+        for name, digest in checkpoint.get(MERGED_FROM, {}).items():
+            own = self.span.weights.get(name)
+            if own is None or own.origin["sha256"] != digest:
+                raise UserError(
+                    f"the checkpoint was learned with another {name} than {own.origin['path'] if own else 'there is'} "
+                    "(their sha256 differ); name the models that it was learned with, or start a new run"
+                )
 
     def on_fit_end(self) -> None:
         if self.out is not None and rank() == 0:

@@ -46,6 +46,10 @@ def stored(folder: Path) -> StoredModels:
     for seed, name in enumerate((BASE, *TASKS)):
         state = {f"backbone.{key}": tensor for key, tensor in net(seed).state_dict().items()}
         save_file(state, folder / f"{name}.safetensors")
+    return stored_as_is(folder)
+
+
+def stored_as_is(folder: Path) -> StoredModels:
     return StoredModels(str(folder / "base.safetensors"), {t: str(folder / f"{t}.safetensors") for t in TASKS})
 
 
@@ -303,6 +307,17 @@ def test_a_run_that_is_resumed_takes_the_steps_of_a_straight_one(tmp_path: Path)
         trainer(4).fit(second, data(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
         for (key, x), y in zip(straight.state_dict().items(), second.state_dict().values(), strict=True):
             assert torch.equal(x, y), (name, key)
+
+
+def test_a_run_is_not_resumed_with_other_models(tmp_path: Path) -> None:
+    fit, other = trainer(1), tmp_path / "other"
+    fit.fit(make("Atlas", tmp_path), data())
+    fit.save_checkpoint(tmp_path / "one.ckpt")
+    make("Atlas", other)
+    save_file({f"backbone.{key}": t for key, t in net(8).state_dict().items()}, other / "left.safetensors")
+    method = Atlas(net(9), stored_as_is(other), heads(), optimizer=partial(torch.optim.Adam, lr=0.01))
+    with pytest.raises(UserError, match=r"learned with another left than .*left.safetensors .their sha256 differ"):
+        trainer(2).fit(method, data(), ckpt_path=str(tmp_path / "one.ckpt"), weights_only=True)
 
 
 def wrong(folder: Path, **settings: Any) -> Any:
