@@ -32,7 +32,9 @@ class Blank(ImageData):
         super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
         if min(classes, size, *shape) < 1:
             raise UserError(f"Blank: classes={classes}, size={size} and shape={list(shape)} must each be at least 1")
-        self.num_classes, self.image_shape, self.size = classes, tuple(shape), size  # type: ignore[misc]
+        channels, height, width = shape
+        self.num_classes, self.image_shape = classes, (channels, height, width)  # type: ignore[misc]
+        self.size = size
 
     def load(self) -> tuple[Labelled, Labelled]:
         return self._of(self.size), self._of(max(1, self.size // 4))

@@ -72,7 +72,7 @@ class TaskImages(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         for data in self.tasks.values():
             data.trainer = self.trainer
-            data.setup(stage)
+            data.setup(stage)  # type: ignore[arg-type]  # our modules take None too
 
     def train_dataloader(self) -> ExactLoader:
         samples = TaskSamples(self._of(self.adapt_on))

@@ -153,4 +153,4 @@ class Interference(Estimator):
             for name in InterferenceReport.__dataclass_fields__
             if name not in ("tasks", "layers", "tensors")
         }
-        return InterferenceReport(tuple(models), layers=layers, **means)
+        return InterferenceReport(tuple(models), layers=layers, **means)  # type: ignore[arg-type]  # the fields above

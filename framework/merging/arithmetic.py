@@ -140,6 +140,8 @@ class TaskArithmetic(Merger):
         base: name of the checkpoint that the tasks were trained from; all others are tasks.
     """
 
+    base: str
+
     def __init__(self, coefficients: Coefficients | None = None, mask: Mask | None = None, base: str = "base") -> None:
         self.coefficients, self.mask, self.base = coefficients or Scales(), mask, base
 

@@ -47,7 +47,8 @@ class ConcreteMask(nn.Module):
         self._row = {name: row for row, name in enumerate(shapes)}
         self.logits = nn.ParameterList([nn.Parameter(torch.full(shape, start)) for shape in shapes.values()])
         # A decay would pull masks to 1/2, so none of the logits is a matrix to an optimiser.
-        self.logits.parameter_kinds = {str(row): "vectors" for row in self._row.values()}
+        kinds = {str(row): "vectors" for row in self._row.values()}
+        self.logits.parameter_kinds = kinds  # type: ignore[assignment]  # a plain attribute, see `ParameterGroups`
 
     def drawn(self, step: int) -> dict[str, Tensor]:
         """m / mean(m) of each tensor, differentiable in the logits; other numbers at each step."""

@@ -13,6 +13,7 @@ Shapes: K tasks, S shape of a tensor, O I a matrix (a kernel read as outputs x e
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -48,10 +49,9 @@ def sign_conflicts(vectors_S: Sequence[Tensor], density: float) -> tuple[int, in
     """(entries that at least two of the vectors change, those of them with different signs), of vectors that are each
     trimmed to this share of the tensor's entries.
     """
-    kept = []
-    for tau_S in vectors_S:
-        magnitude = tau_S.float().abs().flatten()
-        kept.append(trim(tau_S, least_kept(lambda m=magnitude: [m], magnitude.numel(), density)))
+    magnitudes = [tau_S.float().abs().flatten() for tau_S in vectors_S]
+    least = [least_kept(partial(iter, [flat]), flat.numel(), density) for flat in magnitudes]
+    kept = [trim(tau_S, at) for tau_S, at in zip(vectors_S, least, strict=True)]
     signs_KS = torch.stack(kept).sign()
     shared_S = (signs_KS != 0).sum(dim=0) > 1
     split_S = shared_S & (signs_KS.sum(dim=0).abs() < signs_KS.abs().sum(dim=0))

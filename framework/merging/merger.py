@@ -160,8 +160,8 @@ def _tensors(
 
 
 def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
-    for source, given in weights.items():
-        if any(piece.isnan().any() for piece in given.reshape(-1).split(span.CHUNK)):
+    for source, read in weights.items():
+        if any(piece.isnan().any() for piece in read.reshape(-1).split(span.CHUNK)):
             raise UserError(
                 f"{name} of the checkpoint {source} holds NaN; merge checkpoints from before the run diverged"
             )

@@ -39,6 +39,8 @@ class Ties(Merger):
         base: name of the checkpoint that the tasks were trained from; all others are tasks.
     """
 
+    base: str
+
     def __init__(
         self,
         density: float = 0.2,
@@ -84,9 +86,7 @@ class Ties(Merger):
         c = self.coefficients.of(name, form, list(models_S))
         entries = [c_i.expand(form.shape) for c_i in c]
         least = [
-            self._least[task]
-            if self.scope == "model"
-            else least_kept(lambda m=model_S, c=c_S: _magnitudes(base_S, m, c), form.numbers, self.density)
+            self._least[task] if self.scope == "model" else self._least_of(base_S, model_S, c_S)
             for (task, model_S), c_S in zip(models_S.items(), c, strict=True)
         ]
 
@@ -97,6 +97,9 @@ class Ties(Merger):
             return base + self.scale * elected_mean([trim(tau, at) for tau, at in zip(taus, least, strict=True)])
 
         return in_pieces(form.dtype, piece, base_S, *models_S.values(), *entries)
+
+    def _least_of(self, base_S: Tensor, model_S: Tensor, c: Tensor) -> float:
+        return least_kept(lambda: _magnitudes(base_S, model_S, c), base_S.numel(), self.density)
 
 
 def trim(tau_S: Tensor, least: float) -> Tensor:

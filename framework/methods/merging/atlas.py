@@ -45,6 +45,9 @@ class AnisotropicScaling(LearnedMerging):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    chosen_Lb: Tensor
+    is_chosen: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -125,6 +128,9 @@ class Atlas(AnisotropicScaling):
     included; without validation data it is what the last step left. Arguments as of `AnisotropicScaling`.
     """
 
+    best: Tensor
+    best_score: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -201,6 +207,8 @@ class AtlasNegation(Atlas):
         floor: that share.
         backbone, models, heads, parts, budget, seed, prefix, out, optimization: as of `Atlas`.
     """
+
+    control_start: Tensor
 
     def __init__(
         self,

@@ -40,6 +40,10 @@ class ConcreteAdaMerging(LearnedMerging):
     optimization: `optimizer` of the logits, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    first_moment: Tensor
+    second_moment: Tensor
+    inner_steps: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -112,7 +116,8 @@ class ConcreteAdaMerging(LearnedMerging):
     def _adam(self, gradient: Tensor) -> Tensor:
         """Adam's direction (arXiv 1412.6980, algorithm 1)."""
         if self.inner == "adam":
-            self.first_moment.zero_(), self.second_moment.zero_(), self.inner_steps.zero_()
+            for state in (self.first_moment, self.second_moment, self.inner_steps):
+                state.zero_()
         self.inner_steps += 1
         self.first_moment.lerp_(gradient, 1 - BETAS[0])
         self.second_moment.lerp_(gradient.square(), 1 - BETAS[1])
