@@ -127,6 +127,7 @@ def test_an_adapter_of_convolutions_is_read_under_the_names_of_a_run(tmp_path: P
 def test_safetensors_stay_safetensors_and_say_what_they_were_made_of(tmp_path: Path, capsys: Any) -> None:
     for name, value in (("a", 1.0), ("step=4", 3.0)):
         save_file({"w": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
+    Path("out").mkdir()  # an empty folder is as good as none
     assert main(["merge", "a.safetensors", "step=4.safetensors", "--method", "average", "--out", "out"]) == 0
     assert load_file("out/model.safetensors")["w"].tolist() == [2, 2]
     with safe_open("out/model.safetensors", "pt") as file:
@@ -182,6 +183,8 @@ def spoilt(folder: Path, what: str) -> list[str]:
         return [str(other), *line]
     if what == "no such setting":
         return [base, *line, "--set", "densety=0.2"]
+    if what == "a base for nothing":
+        return [base, base, *line[:2], "--method", "slerp", "--out", "out"]
     assert what == "no such method"
     return [base, *line[:2], "--method", "tyes", "--out", "out"]
 
@@ -202,6 +205,7 @@ def spoilt(folder: Path, what: str) -> list[str]:
         ("no base", "--method ties needs --base"),
         ("a shard is gone", "which is not in"),
         ("no such setting", "did you mean density"),
+        ("a base for nothing", "--method slerp asks for no base, and no adapter needs one; leave --base out"),
         ("no such method", "did you mean merging/ties"),
     ],
 )
