@@ -7,6 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightspan.adapters.inject import adapt, fold
+from lightspan.adapters.lora import LoRA
+from lightspan.adapters.peft import save_peft
 from lightspan.errors import UserError
 from lightspan.merging.coefficients import LayerWise, Partitioned, TaskWise
 from lightspan.merging.concrete import ConcreteMask, rescaled
@@ -221,6 +224,24 @@ def test_models_come_from_files_and_their_parts(tmp_path: Path) -> None:
         save_file(spoilt, tmp_path / "two.safetensors")
         with pytest.raises(UserError, match=message):
             NetworkSpan(network(9, torch.float32), stored, "backbone.")
+
+
+def test_adapters_are_task_vectors_of_low_rank(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 5))
+    save_file({f"backbone.{key}": t for key, t in model.state_dict().items()}, tmp_path / "base.safetensors")
+    fresh = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 5))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapt(model, ["*"], LoRA(2), show=False)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_()
+    save_peft(model, tmp_path / "lora")
+    fold(model)
+    s = NetworkSpan(fresh, StoredModels(str(tmp_path / "base.safetensors"), {"a": str(tmp_path / "lora")}), "backbone.")
+    for name, parameter in model.named_parameters():
+        tau = s.vectors(name)[0]
+        torch.testing.assert_close(tau, parameter.detach() - start[name], rtol=1e-4, atol=1e-5)
+        assert tau.ndim < 2 or torch.linalg.matrix_rank(tau) == 2
 
 
 def test_noise_has_the_moments_of_each_tensor_and_is_the_same_again() -> None:
