@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.vision import MLP
-from lightspan.datamodules.images.small import FashionMNIST, ImageData, Labelled
+from lightspan.datamodules.images.small import ImageData, Labelled
 from lightspan.datamodules.images.tasks import TaskImages
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.merger import Merger
@@ -56,11 +56,6 @@ def shuffled_pixels(seed: int) -> Change:
 def digits() -> Labelled:
     data = load_digits()
     return Labelled(np.rint(data.images * (255 / 16)).astype(np.uint8), data.target.astype(np.int64))
-
-
-def clothes() -> Labelled:
-    parts = FashionMNIST().load()
-    return Labelled(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 class Task(ImageData):
