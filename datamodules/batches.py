@@ -1,6 +1,6 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views.
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, K tasks.
 """
 
 from typing import TypedDict
@@ -54,5 +54,18 @@ class ViewsBatch(TypedDict):
     """
 
     views: list[Tensor]
+    label: Tensor
+    index: Tensor
+
+
+class TasksBatch(TypedDict):
+    """One picture of each of several tasks a sample, standardised as each task's own.
+
+    image: float32 [B, K, C, H, W], of the tasks in their order.
+    label: int64 [B, K], each a class of its task. A method that learns without labels leaves it alone.
+    index: int64 [B], the sample's number; a task's own sample is that number modulo its size.
+    """
+
+    image: Tensor
     label: Tensor
     index: Tensor

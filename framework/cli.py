@@ -64,6 +64,7 @@ VERBS = (
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
     Verb("fit", "train", "fit", "add_fit_arguments", "run_fit", True),
     Verb("run", "compute what needs no training: an estimator's or a merger's recipe", "run", flags=True),
+    Verb("merge", "merge checkpoints given on the command line, in their own format", "merge"),
     Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
     Verb("validate", "measure a checkpoint on validation data", "fit", "add_evaluate_arguments", "run_validate", True),
     Verb("test", "measure a checkpoint on test data", "fit", "add_evaluate_arguments", "run_test", True),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan import objectives
-from lightspan.objectives import barlow, class_text, diffusion, distillation, language
+from lightspan.objectives import barlow, class_text, diffusion, distillation, entropy, language, pseudo_labels
 
 CURRENT = torch.tensor([False, True, False, True, True, True])
 
@@ -68,6 +68,10 @@ CASES = {
         lambda x, weight, label_B, mixed_B: distillation.weight_perturbation([weight], [weight.detach().round()], 0.01),
         of_weights=True,
     ),
+    "entropy.prediction_entropy": Case(lambda x, weight, label_B, mixed_B: entropy.prediction_entropy(x @ weight)),
+    "pseudo_labels.pseudo_label_loss": Case(
+        lambda x, weight, label_B, mixed_B: pseudo_labels.pseudo_label_loss(x @ weight, x.sin(), label_B % 4)
+    ),
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
     ),
@@ -77,6 +81,7 @@ PARTS = {
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
     "means.squared_error",
+    "pseudo_labels.trusted_labels",
 }
 """What is no loss: parts of losses, and what makes their inputs."""
 

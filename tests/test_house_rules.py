@@ -51,7 +51,7 @@ MAY_USE: dict[str, set[str]] = {
     "analysis": {"subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
     "estimators": {"analysis", "features", "merging", "subspaces"},
-    "merging": {"checkpoints", "subspaces"},
+    "merging": {"adapters", "checkpoints", "method", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),
     "loggers": set(),
@@ -60,7 +60,7 @@ MAY_USE: dict[str, set[str]] = {
     "deepspeed": {"optim", "callbacks", "checkpoints", "strategies", "wiring"},
     "method": {"nn", "optim", "strategies", "wiring"},
     "methods": {
-        *("method", "subspaces", "optim", "adapters", "objectives"),
+        *("method", "subspaces", "optim", "adapters", "objectives", "merging"),
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
     "callbacks": {

@@ -32,7 +32,8 @@ def after_runs_before(make: Callable[[], Any]) -> Any:
         before = re.search(r"there are no weights at (runs/(\w+)/export/safetensors/model.safetensors)", str(error))
         if before is None:
             raise
-        [recipe] = [name for name in catalogue_names() if name.split("/")[1] == before[2]]
+        wanted = "specialist" if before[2] in ("low", "middle", "high") else before[2]
+        [recipe] = [name for name in catalogue_names() if name.split("/")[1] == wanted]
         Path(before[1]).parent.mkdir(parents=True)
         weights = after_runs_before(lambda: build(resolve(recipe, [], SHORT))).model.state_dict()
         save_file({key: tensor.clone() for key, tensor in weights.items()}, before[1])
@@ -51,7 +52,7 @@ def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installe
         built = after_runs_before(lambda: build(resolve(name, [], SHORT), tmp_path))
         built.trainer.fit(built.model, datamodule=built.datamodule)
     except UserError as error:
-        if re.search(r"shard \S+ is missing", str(error)):
+        if re.search(r"shard \S+ is missing|there are no weights at runs/clip/", str(error)):
             return  # of a paper's scale: it builds, and no machine here has its data
         if not re.search("is not installed|install it", str(error)):
             raise

@@ -96,14 +96,7 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     folder = Path(folder)
     config, tensors = _read(folder)
     known = dict(model.named_modules())
-    pairs: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(PREFIX))
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = tensor
-        else:
-            others[key.removeprefix(PREFIX)] = tensor
+    pairs, others = _sorted(tensors, folder)
     places = destinations(model, others, str(folder))
     _require_all_names(model, places, folder)
     if missing := [layer for layer in pairs if layer not in known]:
@@ -112,8 +105,6 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     factors = {}
     for layer, pair in pairs.items():
         where = f"{folder}, {layer}"
-        if pair.keys() != {"A", "B"}:
-            raise UserError(f"{where}: lora_{'A' if 'B' in pair else 'B'} is missing, so the folder is incomplete")
         try:
             shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])
         except UserError as error:
@@ -126,6 +117,76 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     for layer, adapter in planned.adapters.items():
         adapter.restore(factors[layer])
     return carry_out_loaded(planned, others, places, show)
+
+
+class StoredChange:
+    """A PEFT LoRA folder as what it changes of weights that no module holds, tensor by tensor.
+
+    Attributes:
+        layers: names of the layers whose weight gets a sum added.
+        replaced: name -> tensor, of what trained as a whole and stands in the place of the base's.
+        base: what the folder calls the model it belongs to; may be empty.
+
+    Raises: UserError for a folder that is no LoRA or holds more than this can read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._config, tensors = _read(folder)
+        self._pairs, self.replaced = _sorted(tensors, folder)
+        self.layers = list(self._pairs)
+        self.base = str(self._config.get("base_model_name_or_path") or "")
+
+    def delta(self, layer: str, weight: tuple[int, ...], transposed: bool = False) -> Tensor:
+        """What is added to a layer's weight of this shape, in float64.
+
+        Args:
+            transposed: whether a matrix is stored as [I O], as transformers' Conv1D does.
+        Raises: UserError where the factors belong to a layer of other sizes.
+        """
+        shape, up_OR, down_RI = self.factors(layer, weight, transposed)
+        return shape.shaped(up_OR @ down_RI) * _scale(self._config, layer, len(self._pairs[layer]["A"]))
+
+    def factors(
+        self, layer: str, weight: tuple[int, ...], transposed: bool = False
+    ) -> tuple[LayerShape, Tensor, Tensor]:
+        """How the layer's weight is read as a matrix, and `up` [O R] and `down` [R I] of `delta` before its scale."""
+        where = f"{self.folder}, {layer}"
+        pair, linear = self._pairs[layer], len(weight) == 2
+        if len(weight) < 2 or len(weight) != pair["A"].ndim:
+            raise UserError(f"{where}: a LoRA of {pair['A'].ndim} axes does not fit a tensor {list(weight)}")
+        groups = 1 if linear else max(1, pair["A"].shape[1] // weight[1])
+        shape = LayerShape(weight, linear and transposed, groups, () if linear else (1,) * (len(weight) - 2))
+        return shape, *_as_matrices(shape, pair["A"].double(), pair["B"].double(), where)
+
+    def transposes(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Whether matrices of these layers are stored as [I O]: the folder says so, or one that is not square shows it.
+
+        PEFT itself looks at the layer's class, and folders need not say it.
+        """
+        sizes = {layer: (len(pair["B"]), pair["A"].shape[1]) for layer, pair in self._pairs.items()}
+        shown = any(shapes.get(layer) == (i, o) and i != o for layer, (o, i) in sizes.items())
+        return bool(self._config.get("fan_in_fan_out")) or shown
+
+
+def _sorted(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(layer -> {"A": ..., "B": ...}, everything else), by their names in the model.
+
+    Raises: UserError for half a pair.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(PREFIX))
+        if found:
+            pairs.setdefault(found[1], {})[found[2]] = tensor
+        else:
+            others[key.removeprefix(PREFIX)] = tensor
+    for layer, pair in pairs.items():
+        if pair.keys() != {"A", "B"}:
+            missing = "A" if "B" in pair else "B"
+            raise UserError(f"{folder}, {layer}: lora_{missing} is missing, so the folder is not whole")
+    return pairs, others
 
 
 def _require_all_names(model: nn.Module, places: dict[str, Tensor], folder: Path) -> None:

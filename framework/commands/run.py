@@ -7,7 +7,7 @@ import json
 import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.config.resolve import Resolved, resolve
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightspan.features.store import FeatureStore
-    from lightspan.merging.weights import Weights
     from lightspan.results import Result
 
 PICTURE, TABLE, TENSORS = "picture.png", "table.csv", "result.safetensors"
+MERGED_FOLDER = "merged"  # of a merger whose leading checkpoint is a Hugging Face folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,38 +83,41 @@ def _estimate(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "R
 
 def _merge(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Result":
     from lightspan.config.build import build_parts
+    from lightspan.merging.adapted import open_checkpoints
     from lightspan.merging.merger import merge
+    from lightspan.merging.product import write_product
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a merger works in one process; start it without a launcher")
     parts = build_parts(resolved, run_dir)
     record = {"recipe": resolved.name, "configuration": dump(resolved.config)}
-    return merge(parts["merger"], _weights(parts), run_dir / MERGED, record)
+    merger, checkpoints = parts["merger"], open_checkpoints(parts["merger"], parts["checkpoints"])
+    if checkpoints[merger.leading(list(checkpoints))].is_huggingface:
+        return write_product(
+            merger, checkpoints, run_dir / MERGED_FOLDER, record, resolved.name, resolved.config["merger"]
+        )
+    return merge(merger, checkpoints, run_dir / MERGED, record)
 
 
 def _outlook(args: argparse.Namespace, resolved: Resolved) -> list[str]:
     """What a run would do, line by line."""
     from lightspan.config.build import build_parts
     from lightspan.estimators.estimator import require_inputs
+    from lightspan.merging.adapted import open_checkpoints
     from lightspan.merging.merger import outlook
 
     parts = build_parts(resolved)
     if resolved.kind == "merger":
+        checkpoints = open_checkpoints(parts["merger"], parts["checkpoints"])
         lines = [
             f"  {figure.name:<28} {_text(figure.value)} {figure.unit}".rstrip()
-            for figure in outlook(parts["merger"], _weights(parts)).figures()
+            for figure in outlook(parts["merger"], checkpoints).figures()
         ]
     else:
         inputs, store = parts.get("inputs") or {}, _store(args)
         require_inputs(parts["estimator"], inputs)
         lines = [f"  {name}: {one.outlook(store)}" for name, one in inputs.items()]
     return [f"{resolved.name}: builds. Nothing was written.", *lines]
-
-
-def _weights(parts: dict[str, Any]) -> "dict[str, Weights]":
-    from lightspan.merging.weights import open_weights
-
-    return {name: open_weights(path) for name, path in parts["checkpoints"].items()}
 
 
 def _store(args: argparse.Namespace) -> "FeatureStore":
@@ -166,7 +169,7 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     from lightspan.tensor_files import Form, write_tensors
 
     write_run_files(resolved, run_dir, args, None)
-    written = [MERGED] if (run_dir / MERGED).exists() else []
+    written = [name for name in (MERGED, MERGED_FOLDER) if (run_dir / name).exists()]
     if result.tensors:
         forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in result.tensors.items()}
         with atomic_path(run_dir / TENSORS) as temporary:

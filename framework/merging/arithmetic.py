@@ -1,4 +1,4 @@
-"""Averages and sums of models.
+"""Averages and sums of models. Negation and analogy are sums too: coefficients below 0, see `Scales`.
 
 Sources: Wortsman et al., "Model soups", 2022, arXiv 2203.05482 (averages); Ilharco et al., "Editing Models with Task
 Arithmetic", 2022, arXiv 2212.04089 (sums of task vectors).
@@ -57,7 +57,8 @@ class Coefficients(ABC):
 
 
 class Scales(Coefficients):
-    """One number per task, the same for all tensors.
+    """One number a task, the same for all tensors. Below 0 it unlearns the task; with a: -1, b: 1, c: 1 what makes b of
+    a is done to c (section 3 of the paper).
 
     Args:
         scale: of every task.
@@ -139,22 +140,29 @@ class TaskArithmetic(Merger):
         base: name of the checkpoint that the tasks were trained from; all others are tasks.
     """
 
+    base: str
+
     def __init__(self, coefficients: Coefficients | None = None, mask: Mask | None = None, base: str = "base") -> None:
         self.coefficients, self.mask, self.base = coefficients or Scales(), mask, base
 
     def leading(self, names: Sequence[str]) -> str:
-        if self.base not in names or len(names) < 2:
-            raise UserError(
-                f"TaskArithmetic needs the checkpoint {self.base!r} that the tasks were trained from, and a task; got "
-                f"{', '.join(names) or 'none'}: name them under `checkpoints`, or set base"
-            )
-        return self.base
+        return require_base("TaskArithmetic", self.base, names)
 
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         tasks = [task for task in weights if task != self.base]
         coefficients = self.coefficients.of(name, form, tasks)
         mask = None if self.mask is None else self.mask.of(name, form)
         return in_span_as(form.dtype, weights[self.base], [weights[task] for task in tasks], coefficients, mask)
+
+
+def require_base(merger: str, base: str, names: Sequence[str]) -> str:
+    """The base itself. Raises: UserError unless it is among the checkpoints, beside a task."""
+    if base not in names or len(names) < 2:
+        raise UserError(
+            f"{merger} needs the checkpoint {base!r} that the tasks were trained from, and a task; got "
+            f"{', '.join(names) or 'none'}: name them under `checkpoints`, or set base"
+        )
+    return base
 
 
 def _stored(weights: Weights, name: str, what: str) -> Tensor:

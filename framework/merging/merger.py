@@ -22,10 +22,15 @@ from lightspan.tensor_files import Form, write_tensors
 class Merger(ABC):
     """Computes one tensor of the merged checkpoint from that tensor of each checkpoint.
 
-    Settings belong to the constructor, which opens no file. The result has the names, shapes and dtypes of the
-    leading checkpoint. Tensors without fractions (counters, positions, booleans) are copied from it, and
-    mergers do not see them. Names that share memory in all checkpoints share it in the merged one.
+    Settings belong to the constructor, which touches no file. The result has the names, shapes and dtypes of the
+    leading checkpoint. Tensors without fractions (counters, positions, booleans) are the leading checkpoint's own, and
+    no merger is asked for them. Names that share memory in all checkpoints share it in the merged one.
+
+    Attributes:
+        base: name of the checkpoint that the others were trained from; None for a merger that asks for none.
     """
+
+    base: str | None = None
 
     @abstractmethod
     def leading(self, names: Sequence[str]) -> str:
@@ -86,19 +91,39 @@ def merge(
     Its metadata record what was merged: path and sha256 of each checkpoint under `merged`, and the texts of `record`.
     Memory needs about one tensor beyond what the checkpoints themselves keep in memory.
 
-    Raises: UserError if checkpoints do not fit together, or a tensor of the result has NaN, or infinity where no
-    checkpoint has it.
+    Raises: UserError where checkpoints do not fit together, or a tensor of one or of the result holds NaN, or infinity
+    where no checkpoint does.
     """
-    expected = outlook(merger, checkpoints)
-    leading = checkpoints[merger.leading(list(checkpoints))]
-    stored = _stored(leading, checkpoints)
-    merger = merger.prepared(checkpoints, {name: form for name, form in stored.items() if _has_fractions(form)})
-    origins = json.dumps({name: weights.origin for name, weights in checkpoints.items()})
-    facts = {"format": "pt", "lightspan": __version__, "merged": origins, **(record or {})}
-    facts |= _shared(leading, checkpoints)
+    plan = Plan(merger, checkpoints)
     with atomic_path(out) as temporary:
-        write_tensors(temporary, stored, _tensors(merger, leading, stored, checkpoints), facts)
-    return expected
+        plan.write(temporary, list(plan.stored), record or {})
+    return plan.outlook
+
+
+class Plan:
+    """Checkpoints that fit together, and the files that a merger makes of them.
+
+    Attributes:
+        leading: the checkpoint that gives names and forms.
+        stored: the forms of all tensors that are written; those that share their memory with another are not.
+        outlook: what is to be written.
+    Raises: UserError where checkpoints do not fit together.
+    """
+
+    def __init__(self, merger: Merger, checkpoints: Mapping[str, Weights]) -> None:
+        self.outlook = outlook(merger, checkpoints)
+        self.leading = checkpoints[merger.leading(list(checkpoints))]
+        self.stored = _stored(self.leading, checkpoints)
+        self._checkpoints = checkpoints
+        self._merger = merger.prepared(checkpoints, {n: f for n, f in self.stored.items() if _has_fractions(f)})
+
+    def write(self, path: Path, names: Sequence[str], record: Mapping[str, str]) -> None:
+        """Writes these of the tensors, and texts beside them; `path` is one that `atomic_path` gave, or inside it."""
+        forms = {name: self.stored[name] for name in names}
+        origins = json.dumps({name: weights.origin for name, weights in self._checkpoints.items()})
+        facts = {"format": "pt", "lightspan": __version__, "merged": origins, **record}
+        facts |= {n: kept for n, kept in _shared(self.leading, self._checkpoints).items() if kept in forms}
+        write_tensors(path, forms, _tensors(self._merger, self.leading, forms, self._checkpoints), facts)
 
 
 def require_alike(checkpoints: Mapping[str, Weights]) -> None:
@@ -135,13 +160,18 @@ def _tensors(
 
 
 def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
+    for source, read in weights.items():
+        if any(piece.isnan().any() for piece in read.reshape(-1).split(span.CHUNK)):
+            raise UserError(
+                f"{name} of the checkpoint {source} holds NaN; merge checkpoints from before the run diverged"
+            )
     tensor = merger.tensor(name, form, weights)
     assert tensor.dtype == form.dtype, f"{name} was merged as {tensor.dtype}, not {form.dtype}"
     assert tuple(tensor.shape) == form.shape, f"{name} was merged as {list(tensor.shape)}, not {list(form.shape)}"
     if tensor.isnan().any():
         raise UserError(
-            f"{name} of the merged checkpoint contains NaN, as a checkpoint does, or infinite differences: merge "
-            "checkpoints from before the run diverged, or lower the coefficients"
+            f"{name} of the merged checkpoint would hold NaN, from infinite differences: merge checkpoints from before "
+            "the run diverged, or lower the coefficients"
         )
     for at in range(0, tensor.numel(), span.CHUNK):
         infinite, *given = (x.reshape(-1)[at : at + span.CHUNK].isinf() for x in (tensor, *weights.values()))

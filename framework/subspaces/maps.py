@@ -11,6 +11,7 @@ in the subspace is an optimiser on z.
 | `tucker.TuckerFrame`     | a core [r_1 ... r_N]  | [d_1 ... d_N]    | FLoRA                            |
 | `masks.maps.Selected`    | [k] open entries      | a tensor [S]     | index sets                       |
 | `masks.maps.Masked`      | [S]                   | a tensor [S]     | soft masks and gates             |
+| `merging.span.TaskSpan`  | [K] coefficients      | a tensor [S]     | merging                          |
 
 A map is a value and does not change. What changes is which one is in use: code that chooses new maps (a `Basis` by
 `refresh`, a random subspace by its seed) keeps the state that defines them. tests/subspaces/test_maps.py checks

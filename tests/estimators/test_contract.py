@@ -17,10 +17,11 @@ from torch import nn
 import lightspan.estimators
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
-from lightspan.estimators.filters import FilterStatistics
-from lightspan.estimators.memorisation import ExtractionAttack, MemorisedNeurons
+from lightspan.estimators.merging_statistics import NetworkOnData
 from lightspan.estimators.prompts import DrawnImages, Prompts
 from lightspan.features.features import Features
+from lightspan.merging.models import Held
+from lightspan.merging.weights import Weights
 from lightspan.results import Result
 
 ROWS, WIDTH = 60, 5
@@ -77,18 +78,58 @@ class Rows(Prompts):
         network(self.x.float())
 
 
+class Layer(nn.Module):
+    """A linear layer of three classes that takes what rows there are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 3)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.linspace(-1, 1, 3 * width).view(3, width))
+            self.linear.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.float())
+
+
+def network_on(features: Features) -> NetworkOnData:
+    return NetworkOnData(
+        Layer(features.x.shape[-1]), [{"x": x} for x in features.x.split(16)], "x", torch.device("cpu")
+    )
+
+
+def weights_of(scale: float) -> Callable[[Features], Weights]:
+    """The features as the tensor of a checkpoint, and what became of it."""
+    return lambda features: Held({"w": scale * features.x.roll(int(scale), 0), "steps": torch.tensor(1)}, "memory")
+
+
+OF: dict[type, Callable[[Features], Any]] = {Features: lambda features: features, NetworkOnData: network_on}
+"""What an estimator takes, made of the same features, by type."""
+
+GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
+    "Interference": {"base": weights_of(1), "one": weights_of(2), "two": weights_of(4)},
+    "FilterStatistics": {"first": Bank, "second": Bank},
+    "MemorisedNeurons": {
+        "network": lambda features: Block(features.x.shape[-1]),
+        "target": lambda features: Rows(features.x),
+        "base": lambda features: Rows(features.x[:1]),
+    },
+    "ExtractionAttack": {
+        "network": lambda features: Painter(),
+        "prompts": lambda features: DrawnImages([0, 1, 2], (1, 1, features.x.shape[-1]), steps=1, first=1),
+        "images": lambda features: features,
+    },
+}
+"""The same by estimator and name, for those whose types do not say enough."""
+
+
 def inputs(kind: type[Estimator], features: Features) -> dict[str, Any]:
-    """The same features for every input; an estimator that takes something else says here what."""
+    """The same features for every input, or what is made of them."""
+    if made := GIVEN.get(kind.__name__):
+        return {name: make(features) for name, make in made.items()}
     taken = {name: p.annotation for name, p in inspect.signature(kind.fit).parameters.items() if name != "self"}
-    if kind is FilterStatistics:
-        return {"first": Bank(features), "second": Bank(features)}
-    if kind is MemorisedNeurons:
-        return {"network": Block(features.x.shape[-1]), "target": Rows(features.x), "base": Rows(features.x[:1])}
-    if kind is ExtractionAttack:
-        shape = (1, 1, features.x.shape[-1])
-        return {"network": Painter(), "prompts": DrawnImages([0, 1, 2], shape, steps=1, first=1), "images": features}
-    assert set(taken.values()) == {Features}, f"{kind.__name__} takes {taken}: give the suite such inputs here"
-    return dict.fromkeys(taken, features)
+    assert set(taken.values()) <= OF.keys(), f"{kind.__name__} takes {taken}: give the suite such inputs here"
+    return {name: OF[annotation](features) for name, annotation in taken.items()}
 
 
 def numbers(given: dict[str, Any]) -> list[torch.Tensor]:
@@ -142,6 +183,9 @@ WRONG = {
     "LinearProbe": [{"l2": 0.0}, {"l2": -1.0}, {"l2": math.nan}, {"l2": math.inf}, {"max_iterations": 0}],
     "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
     "Spectrum": [{"shown": 0}],
+    "Interference": [{"rank": 0}, {"density": 0.0}, {"density": 1.5}, {"density": math.nan}],
+    "DiagonalFisher": [{"most": 0}],
+    "InputGrams": [{"most": 0}],
     "MemorisedNeurons": [
         *({"share": wrong} for wrong in (0.0, 1.1, math.nan)),
         *({"vote": wrong} for wrong in (-0.1, 1.0, math.nan)),
@@ -161,6 +205,9 @@ COMPUTED = {
     "TwoNN": {"one class", "classes left out", "a row of zeros", "more features than rows", "without labels"},
     "Spectrum": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "without labels"},
     "FrechetDistance": {"two rows", "one class", "constant features", "zeros", "a lattice", "without labels"},
+    "Interference": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "huge"},
+    "DiagonalFisher": {"one row", "one class", "constant features", "zeros", "a lattice", "without labels"},
+    "InputGrams": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "without labels"},
     "MemorisedNeurons": {"one row", "constant features", "zeros", "denormal", "huge", "without labels", "no feature"},
     "ExtractionAttack": {"constant features", "zeros", "a row of zeros", "equal points", "a lattice", "denormal"},
     "FilterStatistics": {

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightspan import adapters, analysis, experiments, nn, objectives, optim, subspaces
+from lightspan import adapters, analysis, experiments, merging, nn, objectives, optim, subspaces
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
+from lightspan.merging.span import TaskSpan
 from lightspan.optim.bases import (
     Basis,
     DCTBasis,
@@ -36,7 +37,7 @@ from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, Projecti
 from lightspan.subspaces.singular import SingularFrame
 from lightspan.subspaces.tucker import TuckerFrame
 
-PACKAGES = (adapters, analysis, experiments, nn, objectives, optim, subspaces)
+PACKAGES = (adapters, analysis, experiments, merging, nn, objectives, optim, subspaces)
 Case = tuple[SubspaceMap, tuple[int, ...], tuple[int, ...]]  # the map, shapes of coordinates and of numbers
 Sizes = tuple[int, int, int]
 
@@ -73,6 +74,7 @@ CASES: dict[type, Callable[[Sizes, int], Case]] = {
         s[:2],
     ),
     TuckerFrame: tucker,
+    TaskSpan: lambda s, seed: (TaskSpan(list(normal(s[2], *s[:2], seed=seed))), (s[2],), s[:2]),
     Selected: selected,
     Masked: lambda s, seed: (Masked(normal(s[0], 1, seed=seed)), s[:2], s[:2]),
 }
