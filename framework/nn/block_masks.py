@@ -3,11 +3,13 @@
 Source: Bao et al., "BEiT", 2021, arXiv 2106.08254, algorithm 1 (blocks); Zhou et al., "iBOT", 2021, arXiv 2111.07832
 (half of the images masked, at a random ratio). The last patches that no block fits are drawn one by one, as DINOv3's
 code does it, so that a mask has exactly as many patches as were asked for.
-Shapes: B images, H W grid of patches.
+Shapes: B images, H W grid of patches, N masked patches of all images, w width.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,22 +46,49 @@ class BlockMasks:
                 "least 0"
             )
 
-    def draw(self, grid: tuple[int, int], step: int, index_B: Tensor, view: int = 0) -> Tensor:
-        """bool [B H W] on the CPU, True where a patch is masked.
+    def draw(self, grid: tuple[int, int], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B H W], True where a patch is masked.
 
         Args:
-            index_B: the images' numbers in their dataset.
+            indices: the images' numbers in their dataset.
             view: number of the view, each of which has masks of its own.
         """
         height, width = grid
-        masks_BHW = np.zeros((len(index_B), height, width), dtype=bool)
-        for mask_HW, index in zip(masks_BHW, index_B.tolist(), strict=True):
+        masks_BHW = np.zeros((len(indices), height, width), dtype=bool)
+        for mask_HW, index in zip(masks_BHW, indices, strict=True):
             generator = np.random.default_rng((self.seed, step, index, view))
             masked, share = generator.random(2)
             if masked < self.probability:
                 ratio = self.ratio[0] + share * (self.ratio[1] - self.ratio[0])
                 fill_blocks(mask_HW, int(ratio * height * width), self.aspect, generator)
-        return torch.from_numpy(masks_BHW)
+        return masks_BHW
+
+
+class MaskedPatches(NamedTuple):
+    """Masks as networks and losses read them, on their device; made from arrays, so that no number of patches has to be
+    asked of it.
+
+    Attributes:
+        hidden_BHW: bool, the masks.
+        place_N: int64, of each masked patch among all B H W.
+        weight_N: float32, 1 / (masked patches of its image x B): a weighted sum is the mean over images of that over
+            their masked patches, with 0 for an image without (iBOT's).
+    """
+
+    hidden_BHW: Tensor
+    place_N: Tensor
+    weight_N: Tensor
+
+    @classmethod
+    def of(cls, masks_BHW: np.ndarray, device: torch.device | str = "cpu") -> "MaskedPatches":
+        counts_B = masks_BHW.sum(axis=(1, 2))
+        weight_N = np.repeat(1 / (np.maximum(counts_B, 1) * max(len(counts_B), 1)), counts_B).astype(np.float32)
+        arrays = masks_BHW, np.flatnonzero(masks_BHW), weight_N
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    def tokens(self, tokens_BTw: Tensor) -> Tensor:
+        """[N w], those of masked patches; T = H W."""
+        return tokens_BTw.flatten(0, 1).index_select(0, self.place_N)
 
 
 def fill_blocks(mask_HW: np.ndarray, count: int, aspect: float, generator: np.random.Generator) -> None:

@@ -20,14 +20,16 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.datamodules.batches import ViewsBatch
+from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.block_masks import BlockMasks
+from lightspan.nn.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.ema import EMATeacher
 from lightspan.nn.slices import widened
@@ -52,22 +54,22 @@ class PrototypeNetwork(nn.Module):
         super().__init__()
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
 
-    def forward(self, views: Sequence[Tensor], mask_GBHW: Tensor, hide: bool, size: Size | None = None) -> Seen:
+    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, size: Size | None = None) -> Seen:
         """One pass of the backbone for each run of views of one size.
 
         Args:
-            mask_GBHW: the patches of the first G views that are scored.
+            masked: patches that are scored, of as many images as there are masks: those of the first views.
             hide: whether the network has to guess what they show.
             size: of the part of the backbone that runs.
         """
-        images, others = torch.cat([*views[: len(mask_GBHW)]]), views[len(mask_GBHW) :]
-        mask_BHW = mask_GBHW.flatten(0, 1)
-        tokens_BTw = self.backbone.tokens(images, size, mask_BHW if hide else None)
+        count = len(masked.hidden_BHW) // len(views[0])
+        images, others = torch.cat([*views[:count]]), views[count:]
+        tokens_BTw = self.backbone.tokens(images, size, masked.hidden_BHW if hide else None)
         classes = [tokens_BTw[:, 0]]
         for _, run in groupby(others, key=lambda view: view.shape):
             classes.append(self.backbone.tokens(torch.cat([*run]), size)[:, 0])
-        class_VBw = torch.cat(classes).unflatten(0, (len(views), -1))
-        patches_Nw = tokens_BTw[:, 1:][mask_BHW.flatten(1)]
+        class_VBw = torch.cat(classes).unflatten(0, (len(views), len(views[0])))
+        patches_Nw = masked.tokens(tokens_BTw[:, 1:])
         rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)
         split = [len(rows) - len(patches_Nw), len(patches_Nw)]
         scores = [head(rows).split(split) for head in self.heads]
@@ -162,29 +164,27 @@ class POA(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
-        views, mask_GBHW = self._views(batch), self._masks(batch)
-        taught = self.teacher(views[: self.global_views], mask_GBHW, hide=False)
+        views, masked = self._views(batch), self._masks(batch)
+        taught = self.teacher(views[: self.global_views], masked, hide=False)
         temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
         targets_GBK = [sinkhorn(scores.flatten(0, 1), temperature).view_as(scores) for scores in taught.scores_VBK]
         targets_NK = [sinkhorn(scores, temperature) for scores in taught.patches_NK]
-        patches_GB = mask_GBHW.flatten(2).sum(dim=2)
-        weight_N = (1 / (patches_GB.clamp_min(1) * patches_GB.numel())).repeat_interleave(patches_GB.flatten())
 
         def from_teacher(seen: Seen) -> Tensor:
             """L_IT or L_ET."""
             heads = zip(targets_GBK, targets_NK, seen.scores_VBK, seen.patches_NK, strict=True)
             losses = [
                 cross_view_loss(target_GBK, scores_VBK, self.student_temperature)
-                + prototype_cross_entropy(target_NK, patches_NK, self.student_temperature, weight_N)
+                + prototype_cross_entropy(target_NK, patches_NK, self.student_temperature, masked.weight_N)
                 for target_GBK, target_NK, scores_VBK, patches_NK in heads
             ]
             return torch.stack(losses).mean()
 
-        intact = self.student(views, mask_GBHW, hide=True)
+        intact = self.student(views, masked, hide=True)
         students, figures = [intact], {"intact": from_teacher(intact)}
         loss = self.lam * figures["intact"]
         if self.sampler is not None:
-            elastic = self.student(views, mask_GBHW, hide=True, size=self.sampler.at(self.global_step))
+            elastic = self.student(views, masked, hide=True, size=self.sampler.at(self.global_step))
             students.append(elastic)
             figures |= {"elastic": from_teacher(elastic), "same_view": self.same_view(intact, elastic)}
             loss = loss + (1 - self.lam) * (figures["elastic"] + figures["same_view"])
@@ -223,12 +223,15 @@ class POA(Method):
             )
         return views
 
-    def _masks(self, batch: ViewsBatch) -> Tensor:
-        """bool [G B H W]; nothing is masked before `patch_loss_from`."""
-        image = batch["views"][0]
+    def _masks(self, batch: ViewsBatch) -> MaskedPatches:
+        """Of the global views, one after the other; nothing is masked before `patch_loss_from`."""
+        image, index_B = batch["views"][0], batch["index"]
         height, width = (side // self.backbone.patch_embed.patch_size[0] for side in image.shape[2:])
-        if self.share_of_run() < self.patch_loss_from:
-            return torch.zeros(self.global_views, len(image), height, width, dtype=torch.bool, device=image.device)
-        index_B = batch["index"].cpu()
-        drawn = [self.masks.draw((height, width), self.global_step, index_B, view) for view in range(self.global_views)]
-        return torch.stack(drawn).to(image.device)
+        masks = np.zeros((self.global_views, len(image), height, width), dtype=bool)
+        # A plan counts what a step needs from then on, and knows no index.
+        planned = not has_values(index_B)
+        if planned or self.share_of_run() >= self.patch_loss_from:
+            indices = range(len(image)) if planned else index_B.tolist()
+            for view, masks_BHW in enumerate(masks):
+                masks_BHW[:] = self.masks.draw((height, width), self.global_step, indices, view)
+        return MaskedPatches.of(masks.reshape(-1, height, width), image.device)

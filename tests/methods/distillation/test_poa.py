@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rank_processes
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.errors import UserError
 from lightspan.methods.distillation.poa import POA
-from lightspan.nn.block_masks import BlockMasks
+from lightspan.nn.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.slices import widened
 from lightspan.objectives.koleo import koleo
@@ -56,7 +57,8 @@ def test_the_loss_is_the_papers_put_together_pair_by_pair() -> None:
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     views, size = given["views"], model.sampler.at(0)
-    masks = [model.masks.draw((4, 4), 0, given["index"], view) for view in range(2)]
+    indices = given["index"].tolist()
+    masks = [torch.from_numpy(model.masks.draw((4, 4), 0, indices, view)) for view in range(2)]
 
     def scored(tokens: Tensor, network: Any) -> list[Tensor]:
         return [head(widened(tokens, 16)) for head in network.heads]
@@ -108,7 +110,7 @@ def test_the_loss_is_the_papers_put_together_pair_by_pair() -> None:
 
 def test_the_elastic_students_pull_does_not_reach_the_intact_one_and_nothing_reaches_the_teacher() -> None:
     model, given = method(koleo_weight=0.0), batch()
-    masks = torch.zeros(2, 6, 4, 4, dtype=torch.bool)
+    masks = MaskedPatches.of(np.zeros((12, 4, 4), dtype=bool))
     intact = model.student(given["views"], masks, hide=True)
     elastic = model.student(given["views"], masks, hide=True, size=model.backbone.sizes[0])
     scores = [of.detach().requires_grad_() for of in elastic.scores_VBK]
@@ -193,9 +195,9 @@ def test_prototypes_stay_while_they_are_frozen_and_patches_count_from_their_shar
     masked: list[int] = []
     draw = model._masks
 
-    def watched(given: Any) -> Tensor:
+    def watched(given: Any) -> MaskedPatches:
         masks = draw(given)
-        masked.append(int(masks.sum()))
+        masked.append(len(masks.place_N))
         same = torch.equal(model.student.heads[0].prototypes.weight, before)
         assert same == (model.global_step <= STEPS // 2)
         return masks
