@@ -1,4 +1,4 @@
-"""Networks as timm reads them: folders with `config.json` and `model.safetensors`, for `local-dir:FOLDER` or the hub."""
+"""Networks as timm reads them: folders of `config.json` and `model.safetensors`, for `local-dir:FOLDER` or the hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
