@@ -149,8 +149,10 @@ class RandomViews(Views):
         area, shape, y, x, angle, mirrored, jittered, bright, contrast, colour, hue, greyed, blurred, sigma = (
             torch.rand(14).tolist()
         )
-        box = _crop_box(*image.shape[1:], _between(area, *self.scale), _log_between(shape, *self.ratio), y, x)
-        height, width = image.shape[1:] if self.size is None else (self.size, self.size)
+        _, height, width = image.shape
+        box = _crop_box(height, width, _between(area, *self.scale), _log_between(shape, *self.ratio), y, x)
+        if self.size is not None:
+            height = width = self.size
         view = F.resized_crop_image(image, *box, [height, width], antialias=True)
         if self.degrees:
             view = F.rotate_image(view, _between(angle, -self.degrees, self.degrees), F.InterpolationMode.BILINEAR)

@@ -92,7 +92,7 @@ class ElasticViT(VisionTransformer):
         }  # fmt: skip
         self.widths, self.depths, self.head_dim = list(widths), list(depths), head_dim
         make_block = partial(ElasticBlock, rate=drop_path)
-        super().__init__(**self.settings(self.largest), block_fn=make_block, weight_init=weight_init)  # type: ignore[arg-type]
+        super().__init__(**self.settings(self.largest), block_fn=make_block, weight_init=weight_init)
         self.mask_token = nn.Parameter(torch.zeros(widths[-1]))
 
     @property

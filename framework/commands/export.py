@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         require_pretrained(model)
         fold(model)
     with whole_folder(out) as folder:
-        writers = {
+        writers: dict[str, Callable[[LightningModule, Path, str], float]] = {
             "safetensors": _to_safetensors,
             "huggingface": _to_huggingface,
             "peft": _to_peft,

@@ -55,11 +55,11 @@ class DINOHead(nn.Module):
                 "be at least 1"
             )
         self.in_features = in_features
-        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.GELU())][:-1]
-        for layer in layers[::2]:
+        linear = [nn.Linear(*pair) for pair in pairwise(widths)]
+        for layer in linear:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(*[part for layer in linear for part in (layer, nn.GELU())][:-1])
         self.prototypes = Prototypes(bottleneck, prototypes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -172,9 +172,9 @@ class _Step:
         self.notes: list[str] = []
         self._idle_state: int | None = None
         datamodule.trainer = trainer
-        batch = datamodule.stand_in() if isinstance(datamodule, Shards) else None
-        whole = None if batch is None else datamodule.batch_size
-        if batch is not None:
+        batch, whole = None, None
+        if isinstance(datamodule, Shards) and (batch := datamodule.stand_in()) is not None:
+            whole = datamodule.batch_size
             self.notes.append("a batch of black pictures stands in for the shards, which are not here")
         else:
             datamodule.prepare_data()
