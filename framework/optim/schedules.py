@@ -85,10 +85,7 @@ class WarmupCosineDecay(WarmupCosine):
         if decay_factor < 0:
             raise UserError(f"decay_factor={decay_factor} must be at least 0")
         self.decay_factor = decay_factor
-        # As rates, decays start from what the group had first: a resumed group comes with the decay of its step.
-        self.base_decays = [
-            group.setdefault("initial_weight_decay", group["weight_decay"]) for group in optimizer.param_groups
-        ]
+        self.base_decays = [group["weight_decay"] for group in optimizer.param_groups]
         super().__init__(optimizer, total_steps, warmup, final)
 
     def step(self, epoch: int | None = None) -> None:

@@ -9,72 +9,32 @@ L = lam L_IT + (1 - lam) (L_ET + L_EI), each a mean over the heads, plus the wei
 - L_EI: class tokens of the elastic student against those of the intact one, same view: the mean over global views plus
   the mean over local views, which no number of pairs divides;
 - KoLeo: of both students' class tokens before the heads, summed over the global views.
-The parts are `lightspan.backbones.elastic`, `.nn.dino_head`, `.nn.ema`, `.nn.subnets`, `.nn.block_masks` and
+The parts are `lightspan.backbones.elastic`, `.nn.prototype_network`, `.nn.ema`, `.nn.subnets`, `.nn.block_masks` and
 `.objectives.prototypes`. Differences from the authors' code: prototypes have unit length (their gains start at 1 and
 are trained), KoLeo looks for neighbours on all ranks, masks depend on each image alone. With `lam` = 1 this is DINOv2's
 loss with several heads.
 Shapes: B batch of this rank, G global and V views, H W grid of a global view, w width, K prototypes, N masked patches.
 """
 
-from collections.abc import Sequence
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import has_values
+from lightspan.devices import has_values, wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.ema import EMATeacher
-from lightspan.nn.slices import widened
-from lightspan.nn.subnets import Size, SubNetSampler
+from lightspan.nn.prototype_network import PrototypeNetwork, Seen
+from lightspan.nn.subnets import SubNetSampler
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import cross_view_loss, prototype_cross_entropy, sinkhorn
 from lightspan.optim.schedules import cosine_between, line_between
-
-
-class Seen(NamedTuple):
-    """What a network says of its views: class tokens, and by head the scores of these and of masked patches."""
-
-    class_VBw: Tensor
-    scores_VBK: list[Tensor]
-    patches_NK: list[Tensor]
-
-
-class PrototypeNetwork(nn.Module):
-    """A backbone with parallel heads, which class tokens and patches share."""
-
-    def __init__(self, backbone: ElasticViT, heads: Sequence[DINOHead]) -> None:
-        super().__init__()
-        self.backbone, self.heads = backbone, nn.ModuleList(heads)
-
-    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, size: Size | None = None) -> Seen:
-        """One pass of the backbone for each run of views of one size.
-
-        Args:
-            masked: patches that are scored, of as many images as there are masks: those of the first views.
-            hide: whether the network has to guess what they show.
-            size: of the part of the backbone that runs.
-        """
-        count = len(masked.hidden_BHW) // len(views[0])
-        images, others = torch.cat([*views[:count]]), views[count:]
-        tokens_BTw = self.backbone.tokens(images, size, masked.hidden_BHW if hide else None)
-        classes = [tokens_BTw[:, 0]]
-        for _, run in groupby(others, key=lambda view: view.shape):
-            classes.append(self.backbone.tokens(torch.cat([*run]), size)[:, 0])
-        class_VBw = torch.cat(classes).unflatten(0, (len(views), len(views[0])))
-        patches_Nw = masked.tokens(tokens_BTw[:, 1:])
-        rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)
-        split = [len(rows) - len(patches_Nw), len(patches_Nw)]
-        scores = [head(rows).split(split) for head in self.heads]
-        shape = class_VBw.shape[:2]
-        return Seen(class_VBw, [of_class.unflatten(0, shape) for of_class, _ in scores], [of for _, of in scores])
 
 
 class POA(Method):
@@ -199,7 +159,7 @@ class POA(Method):
         """L_EI."""
         losses = []
         for target_VBK, scores_VBK in zip(intact.scores_VBK, elastic.scores_VBK, strict=True):
-            target_VBK = (target_VBK.detach().float() / self.student_temperature).softmax(dim=2)
+            target_VBK = (wide(target_VBK.detach()) / self.student_temperature).softmax(dim=2)
             for views in (slice(0, self.global_views), slice(self.global_views, None)):
                 rows = target_VBK[views].flatten(0, 1), scores_VBK[views].flatten(0, 1)
                 losses.append(prototype_cross_entropy(*rows, self.student_temperature))
