@@ -36,6 +36,9 @@ from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import cross_view_loss, prototype_cross_entropy, sinkhorn
 from lightspan.optim.schedules import cosine_between, line_between
 
+PLANNED = 64
+"""Images whose masks stand for those of all others in a plan."""
+
 
 class POA(Method):
     """Trains an elastic vision transformer so that each of its sizes is a good encoder. The teacher is what is kept.
@@ -188,10 +191,11 @@ class POA(Method):
         image, index_B = batch["views"][0], batch["index"]
         height, width = (side // self.backbone.patch_embed.patch_size[0] for side in image.shape[2:])
         masks = np.zeros((self.global_views, len(image), height, width), dtype=bool)
-        # A plan counts what a step needs from then on, and knows no index.
+        # A plan knows no index and may try any number of images; it counts what a step needs from then on.
         planned = not has_values(index_B)
         if planned or self.share_of_run() >= self.patch_loss_from:
-            indices = range(len(image)) if planned else index_B.tolist()
+            indices = range(min(len(image), PLANNED)) if planned else index_B.tolist()
             for view, masks_BHW in enumerate(masks):
-                masks_BHW[:] = self.masks.draw((height, width), self.global_step, indices, view)
+                drawn = self.masks.draw((height, width), self.global_step, indices, view)
+                masks_BHW[:] = np.resize(drawn, masks_BHW.shape)
         return MaskedPatches.of(masks.reshape(-1, height, width), image.device)

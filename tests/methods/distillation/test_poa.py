@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.elastic import ElasticViT
+from lightspan.datamodules.images.small import Digits
+from lightspan.datamodules.images.views import MultiCrop, RandomViews
 from lightspan.errors import UserError
 from lightspan.methods.distillation.poa import POA
 from lightspan.nn.block_masks import BlockMasks, MaskedPatches
@@ -23,6 +25,7 @@ from lightspan.nn.slices import widened
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import sinkhorn
 from lightspan.optim.schedules import WarmupCosineDecay, cosine_between
+from lightspan.planning.planned_step import make_plan
 from lightspan.strategies import FSDP2
 
 STEPS = 4
@@ -285,3 +288,14 @@ def test_batches_without_global_views_are_refused_in_words() -> None:
     mixed["views"] = mixed["views"][1:]
     with pytest.raises(UserError, match=r"views of \[\[8, 8\], \[4, 4\], \[4, 4\], \[4, 4\]\]"):
         method().training_step(mixed, 0)
+
+
+def test_a_plan_takes_shapes_alone_through_the_step_with_its_patches(tmp_path: Path) -> None:
+    crops = MultiCrop([RandomViews(count=2, size=8), RandomViews(count=2, size=4)])
+    silent: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=4, accelerator="cpu", default_root_dir=tmp_path, enable_checkpointing=False, **silent)
+    model, masked = method(patch_loss_from=0.5, masks=BlockMasks(1.0, (1.0, 1.0))), list[int]()
+    model.student.register_forward_hook(lambda *call: masked.append(len(call[-1].patches_NK[0])))
+    plan = make_plan(trainer, model, Digits(8, crops), 1)
+    assert not plan.notes  # nothing was run on numbers
+    assert set(masked) == {2 * 8 * 16, 2 * 16 * 16}  # all patches of both global views, for 8 images and for 16
