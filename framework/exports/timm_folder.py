@@ -62,7 +62,7 @@ def write_networks(backbone: ElasticViT, sizes: Sequence[Size], folder: Path) ->
             str(path),
             model_args=backbone.settings(size),
             safe_serialization=True,
-            data_config={"input_size": (channels, side, side)},
+            data_config={"input_size": (channels, side, side), "mean": (0.5,) * channels, "std": (0.5,) * channels},
         )
         loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
         with torch.no_grad():
