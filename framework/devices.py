@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 WITHOUT_FLOAT64 = {"mps"}
 """Types of device without float64; some of Intel's GPUs lack it."""
@@ -24,3 +25,8 @@ def wide_type(*dtypes: torch.dtype) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """The tensor in float32 or wider, itself if it is."""
     return x.to(wide_type(x.dtype))
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor holds numbers; those of `lightspan plan` are shapes alone."""
+    return not isinstance(x, FakeTensor)

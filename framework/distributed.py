@@ -74,6 +74,21 @@ def all_reduce_sums(*parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(total.view(part.shape) for total, part in zip(split, parts, strict=True))
 
 
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """(rows of all ranks in their order, place of this rank's first one), differentiable in every rank's rows.
+
+    Ranks may have different numbers of rows, or none; this asks the device for them. Every rank must call it.
+    """
+    if world_size() == 1:
+        return x, 0
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    counts[rank()] = len(x)
+    dist.all_reduce(counts)
+    before, after = int(counts[: rank()].sum()), int(counts[rank() + 1 :].sum())
+    padded = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (before, after))
+    return all_reduce_sum(padded), before
+
+
 @torch.no_grad()
 def all_reduce_max(x: Tensor) -> Tensor:
     """The largest value of each entry over all ranks, without a gradient; `x` itself, detached, on one rank."""

@@ -89,6 +89,18 @@ class Method(LightningModule):
             return False
         return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
 
+    def share_of_run(self) -> float:
+        """Optimiser steps done over those of the whole run, in [0, 1]: for schedules of momenta, temperatures, weights.
+        0 without a Trainer. Raises: UserError for a run without an end.
+        """
+        return 0.0 if self._trainer is None else min(self.global_step / self._total_steps(), 1.0)
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("a schedule needs the run's length; set trainer.max_steps or trainer.max_epochs")
+        return int(total)
+
     def after_optimizer_step(self) -> None:
         """For what follows a step of the optimiser: an EMA teacher, a mask, a proximal step. Does nothing by default.
 
@@ -116,10 +128,5 @@ class Method(LightningModule):
         wire(self.trainer, self, [optimizer])
         if self.lr_scheduler is None:
             return optimizer
-        total_steps = self.trainer.estimated_stepping_batches
-        if total_steps == float("inf"):
-            raise UserError(
-                "a learning-rate schedule needs the run's length; set trainer.max_steps or trainer.max_epochs"
-            )
-        scheduler = self.lr_scheduler(optimizer, int(total_steps))
+        scheduler = self.lr_scheduler(optimizer, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan import objectives
-from lightspan.objectives import barlow, class_text, diffusion, distillation, entropy, language, pseudo_labels
+from lightspan.objectives import (
+    barlow,
+    class_text,
+    diffusion,
+    distillation,
+    entropy,
+    koleo,
+    language,
+    prototypes,
+    pseudo_labels,
+)
 
 CURRENT = torch.tensor([False, True, False, True, True, True])
 
@@ -53,6 +63,11 @@ def feature_distillation(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
     return distillation.feature_distillation([x @ weight, (x @ weight).tanh()], [x.sin(), x.cos()])
 
 
+def cross_view_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    targets = torch.stack([prototypes.centred_softmax(view, torch.ones(4), 0.5) for view in (x, x.cos())])
+    return prototypes.cross_view_loss(targets, torch.stack([x @ weight, x.tanh() @ weight, x.sin() @ weight]), 0.5)
+
+
 CASES = {
     "class_text.current_class_text_loss": Case(class_text_loss, 2),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
@@ -72,16 +87,20 @@ CASES = {
     "pseudo_labels.pseudo_label_loss": Case(
         lambda x, weight, label_B, mixed_B: pseudo_labels.pseudo_label_loss(x @ weight, x.sin(), label_B % 4)
     ),
+    "koleo.koleo": Case(lambda x, weight, label_B, mixed_B: koleo.koleo(x @ weight), 3),
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
+    ),
+    "prototypes.cross_view_loss": Case(cross_view_loss),
+    "prototypes.prototype_cross_entropy": Case(
+        lambda x, weight, label_B, mixed_B: prototypes.prototype_cross_entropy(x.softmax(dim=1), x @ weight, 0.5)
     ),
 }
 PARTS = {
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
-    "means.squared_error",
-    "pseudo_labels.trusted_labels",
+    *("means.squared_error", "prototypes.sinkhorn", "prototypes.centred_softmax", "pseudo_labels.trusted_labels"),
 }
 """What is no loss: parts of losses, and what makes their inputs."""
 

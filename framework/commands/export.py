@@ -5,7 +5,8 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file,
         help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest complete one",
     )
-    parser.add_argument("--to", required=True, choices=("safetensors", "huggingface", "peft"), help="format to write")
+    parser.add_argument(
+        "--to", required=True, choices=("safetensors", "huggingface", "peft", "timm"), help="format to write"
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="WIDTHxDEPTH",
+        help="networks to cut out of an elastic one, each into a folder of its name, or all (timm; default: the whole)",
+    )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     parser.add_argument("--run", type=folder, metavar="DIR", help="run folder, if the checkpoint is not inside it")
@@ -46,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.callbacks.training.adaptation import Adaptation
     from lightspan.config.build import build
 
+    if args.sizes and args.to != "timm":
+        raise UserError(f"--sizes cuts networks for --to timm, and this is --to {args.to}; leave one of them out")
     checkpoint = find_checkpoint(args.checkpoint)
     resolved = _resolved(args, checkpoint)
     out = args.out or _run_folder(args, checkpoint) / "export" / args.to
@@ -61,7 +72,12 @@ def run(args: argparse.Namespace) -> int:
         require_pretrained(model)
         fold(model)
     with whole_folder(out) as folder:
-        writers = {"safetensors": _to_safetensors, "huggingface": _to_huggingface, "peft": _to_peft}
+        writers: dict[str, Callable[[LightningModule, Path, str], float]] = {
+            "safetensors": _to_safetensors,
+            "huggingface": _to_huggingface,
+            "peft": _to_peft,
+            "timm": partial(_to_timm, sizes=args.sizes),
+        }
         difference = writers[args.to](model, folder, resolved.name)
         what = "tensor" if args.to == "safetensors" else "output"
         print(f"read back with {args.to}: largest {what} difference {difference:.3g}")
@@ -129,7 +145,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
             if not (folder / RECORD).is_file():
                 return
             mode = (folder / RECORD).stat().st_mode
-            for path in folder.iterdir():
+            for path in (found for found in folder.rglob("*") if found.is_file()):
                 path.chmod(mode)  # safetensors makes files that only their owner can read
             replace_folder(folder, out)
         finally:
@@ -179,6 +195,13 @@ def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
     save_peft(part, folder)
     require_changes(part)
     return largest_difference(part, folder)
+
+
+def _to_timm(model: "LightningModule", folder: Path, recipe: str, sizes: list[str] | None) -> float:
+    from lightspan.exports.timm_folder import elastic_backbone, sizes_of, write_networks
+
+    backbone = elastic_backbone(model)
+    return write_networks(backbone, sizes_of(backbone, sizes), folder)
 
 
 def _resolved(args: argparse.Namespace, checkpoint: Path) -> "Resolved":

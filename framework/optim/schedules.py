@@ -16,6 +16,16 @@ ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 `torch.optim.lr_scheduler.CosineAnnealingLR` fits unchanged."""
 
 
+def cosine_between(start: float, end: float, share: float) -> float:
+    """A half cosine from `start` to `end` over `share` in [0, 1], flat at both: of a rate, a momentum, a decay."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def line_between(start: float, end: float, share: float, until: float) -> float:
+    """A line from `start` to `end`, which it reaches at the share `until` and keeps; `end` at once where that is 0."""
+    return start + (end - start) * share / until if share < until else end
+
+
 class WarmupCosine(LRScheduler):
     """Linear warm-up from 0, then a half cosine down to a floor; every group keeps its own peak rate.
 
@@ -48,7 +58,38 @@ class WarmupCosine(LRScheduler):
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         done = min((step - warmup_steps) / max(self.total_steps - warmup_steps, 1), 1.0)
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+        return cosine_between(1.0, self.final, done)
 
     def get_lr(self) -> list[float | Tensor]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+
+class WarmupCosineDecay(WarmupCosine):
+    """`WarmupCosine` of the rate, and a half cosine of the weight decay from each group's own to `decay_factor` times
+    it (Caron et al., "DINO", 2021, arXiv 2104.14294, section 4: 0.04 to 0.4). Groups without decay keep none.
+
+    Args:
+        total_steps, warmup, final: as in `WarmupCosine`.
+        decay_factor: weight decay at the end by that at the start, >= 0.
+    Raises: UserError for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup: float = 0.1,
+        final: float = 0.1,
+        decay_factor: float = 10.0,
+    ) -> None:
+        if decay_factor < 0:
+            raise UserError(f"decay_factor={decay_factor} must be at least 0")
+        self.decay_factor = decay_factor
+        self.base_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        super().__init__(optimizer, total_steps, warmup, final)
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        factor = cosine_between(1.0, self.decay_factor, min(self.last_epoch / self.total_steps, 1.0))
+        for group, base in zip(self.optimizer.param_groups, self.base_decays, strict=True):
+            group["weight_decay"] = base * factor

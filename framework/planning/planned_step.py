@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightspan.analysis.memory import rss_bytes
 from lightspan.datamodules.loading.loader import ExactLoader, split_batch
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.planning.division import Division
 from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
@@ -172,14 +173,22 @@ class _Step:
         self.notes: list[str] = []
         self._idle_state: int | None = None
         datamodule.trainer = trainer
-        datamodule.prepare_data()
-        datamodule.setup("fit")
+        batch, whole = None, None
+        if isinstance(datamodule, Shards) and (batch := datamodule.stand_in()) is not None:
+            whole = datamodule.batch_size
+            self.notes.append("a batch of black pictures stands in for the shards, which are not here")
+        else:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
         prepare_model(trainer, module, datamodule)
-        loader = datamodule.train_dataloader()
-        self.batch = trainer.precision_plugin.convert_input(next(iter(loader)))
+        if batch is None:
+            loader = datamodule.train_dataloader()
+            batch = next(iter(loader))
+            whole = loader.batch_size if isinstance(loader, ExactLoader) else None
+        self.batch = trainer.precision_plugin.convert_input(batch)
         self.rows = batch_rows(self.batch)
-        if isinstance(loader, ExactLoader):  # it gives one process what all ranks together would see
-            self.rows = split_batch(loader.batch_size, division.ranks, trainer.accumulate_grad_batches)
+        if whole is not None:  # the loader gives one process what all ranks together would see
+            self.rows = split_batch(whole, division.ranks, trainer.accumulate_grad_batches)
         trainer.precision_plugin.convert_module(module)
         self.module = module.train()
 

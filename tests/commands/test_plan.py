@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
 from lightspan.commands.plan import measured_peak, shares, verdict
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.planning.division import Division, division, strategy_of
 from lightspan.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
@@ -338,3 +339,28 @@ def test_ranks_that_are_not_here_are_planned_here(tmp_path: Path, capsys: pytest
         run_plan(recipe, "--ranks", 3, flags=size)
     with pytest.raises(UserError, match=r"--ranks 0 must be at least 1"):
         run_plan(recipe, "--ranks", 0, flags=size)
+
+
+class Pictures(LightningModule):
+    """Of 3 channels to a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch["image"].mean(dim=(2, 3))).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_plan_needs_no_shards_and_one_that_is_there_has_to_be_whole(tmp_path: Path) -> None:
+    data = Shards([str(tmp_path / "0.tar")], image_size=8, batch_size=12)
+    plan = make_plan(trainer(tmp_path), Pictures(), data, AMPLE, division=Division(ranks=3))
+    assert plan.step.rows == 4
+    assert plan.notes == ["a batch of black pictures stands in for the shards, which are not here"]
+    (tmp_path / "0.tar").write_bytes(b"")
+    data = Shards([str(tmp_path / f"{number}.tar") for number in range(2)], image_size=8)
+    with pytest.raises(UserError, match=r"0\.tar is not a tar file"):
+        make_plan(trainer(tmp_path), Pictures(), data, AMPLE)

@@ -22,7 +22,7 @@ from lightspan.datamodules.images.repeated import RepeatedImages
 from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
 from lightspan.datamodules.images.tasks import Derived, TaskImages
-from lightspan.datamodules.images.views import TwoViews
+from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -67,6 +67,10 @@ def text(folder: Path) -> ByteText:
 MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Digits": (lambda folder: Digits(4), "ImageBatch"),
     "Digits, two views": (lambda folder: Digits(4, TwoViews(flip=0.0)), "ViewsBatch"),
+    "Digits, crops": (
+        lambda folder: Digits(4, MultiCrop([RandomViews(size=8), RandomViews(count=3, size=4)])),
+        "ViewsBatch",
+    ),
     "FashionMNIST": (lambda folder: FashionMNIST(4), "ImageBatch"),
     "MNIST5k": (lambda folder: MNIST5k(4), "ImageBatch"),
     "Shapes": (lambda folder: Shapes(4, size=64), "ImageBatch"),

@@ -20,7 +20,7 @@ from PIL import Image
 from shard_files import damage, write_shard, write_shards
 from torch import Tensor, nn
 
-from lightspan.datamodules.images.views import Plain, TwoViews
+from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.workers import Replacement
 from lightspan.datamodules.shards import samples as shard_samples
@@ -496,3 +496,19 @@ def test_a_trainer_trains_and_validates_on_shards(shards: list[str], tmp_path: P
 def test_settings_that_cannot_work_are_refused_before_anything_is_read(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Shards(**arguments)
+
+
+def test_black_pictures_stand_in_where_no_shard_is(shards: list[str], tmp_path: Path) -> None:
+    away = [str(tmp_path / "away" / f"{number}.tar") for number in range(2)]
+    crops = MultiCrop([RandomViews(count=2, size=16), RandomViews(count=1, size=8)])
+    batch = Shards(away, views=crops).stand_in()
+    assert batch is not None
+    assert [view.shape for view in batch["views"]] == [(2, 3, 16, 16)] * 2 + [(2, 3, 8, 8)]
+    assert batch["label"].tolist() == [0, 0]
+    assert batch["index"].tolist() == [0, 1]
+    plain = Shards(away, image_size=20).stand_in()
+    assert plain is not None
+    assert plain["image"].shape == (2, 3, 20, 20)
+    assert Shards([*shards, *away]).stand_in() is None
+    assert Shards(["https://example.org/0.tar"]).stand_in() is None
+    assert Shards(away, fields={"image": "jpg", "depth": "npy"}).stand_in() is None
