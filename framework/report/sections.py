@@ -15,9 +15,11 @@ _GROUPS = (
     ("throughput", "Throughput", ("throughput", "time", "step")),
     ("memory", "Memory", ("memory",)),
     ("dimension", "Dimensions", ("dimension",)),
+    ("mask", "Masks", ("mask",)),
     ("spectrum", "Spectra", ("spectrum", "spectra")),
     ("other", "Other metrics", ()),
 )
+_PROFILED = ("dimension", "mask")  # groups that also have a figure for each matrix
 _UNITS = (
     ("bits_per_byte", "bits per byte"),
     ("_nats", "nats"),
@@ -30,6 +32,8 @@ _UNITS = (
     ("_seconds", "s"),
     ("_s", "s"),
     ("_energy", "share"),
+    ("mask/density", "share"),
+    ("mask/churn", "share"),
     ("_rank", "dimensions"),
     ("participation_ratio", "dimensions"),
     ("_nn", "dimensions"),
@@ -56,7 +60,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
             charts[1:1] = [_over_time(runs, found[key][0]), *_against_first(runs, found[key][0])]
         if key == "spectrum":
             charts = _spectra(runs) + charts
-        if key == "dimension":
+        if key in _PROFILED:
             charts += _profiles(runs, found[key])
         charts = [
             chart for chart in charts if any(finite(curve.points) for curve in chart.curves) or chart.title in metrics
@@ -67,8 +71,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _profiled(metric: str) -> bool:
-    """Whether a metric is that of one matrix, dimension/MEASURE/MATRIX: a network has too many for a chart each."""
-    return group_of(metric) == "dimension" and metric.count("/") > 1
+    """Whether a metric is that of one matrix, GROUP/MEASURE/MATRIX: a network has too many for a chart each."""
+    return group_of(metric) in _PROFILED and metric.count("/") > 1
 
 
 def group_of(metric: str) -> str:
@@ -138,7 +142,7 @@ def _spectra(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _profiles(runs: Sequence[Run], metrics: Sequence[str]) -> list[Chart]:
-    """The last values of dimension/MEASURE/MATRIX over the matrices, in the order in which they were logged."""
+    """The last values of GROUP/MEASURE/MATRIX over the matrices, in the order in which they were logged."""
     measures: dict[str, list[str]] = {}
     for name in filter(_profiled, metrics):
         measures.setdefault("/".join(name.split("/")[:2]), []).append(name)

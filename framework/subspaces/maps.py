@@ -9,6 +9,8 @@ in the subspace is an optimiser on z.
 | `projections.Projection` | [d]                   | all D weights    | `RandomSubspace`         |
 | `singular.SingularFrame` | [R] singular values   | a matrix [O I]   | SVFit                    |
 | `tucker.TuckerFrame`     | a core [r_1 ... r_N]  | [d_1 ... d_N]    | FLoRA                    |
+| `masks.maps.Selected`    | [k] open entries      | a tensor [S]     | index sets               |
+| `masks.maps.Masked`      | [S]                   | a tensor [S]     | soft masks and gates     |
 
 A map is a value and does not change. What changes is which one is in use: who chooses maps anew (a `Basis` by
 `refresh`, a random subspace by its seed) keeps the state that they are made of. tests/subspaces/test_maps.py holds

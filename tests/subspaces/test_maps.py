@@ -31,6 +31,7 @@ from lightspan.optim.bases import (
 from lightspan.optim.layout import Layout
 from lightspan.subspaces.frames import Frames
 from lightspan.subspaces.maps import SubspaceMap
+from lightspan.subspaces.masks.maps import Masked, Selected
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, Projection, Sparse
 from lightspan.subspaces.singular import SingularFrame
 from lightspan.subspaces.tucker import TuckerFrame
@@ -51,6 +52,11 @@ def tucker(sizes: Sizes, seed: int) -> Case:
     return TuckerFrame([*factors, None]), (*ranks, 2), axes
 
 
+def selected(sizes: Sizes, seed: int) -> Case:
+    open_S = normal(*sizes, seed=seed) > 0  # now and then none, or all
+    return Selected(open_S), (int(open_S.sum()),), sizes
+
+
 def all_weights(kind: type[Projection]) -> Callable[[Sizes, int], Case]:
     return lambda sizes, seed: (kind(sizes[0] * sizes[1], sizes[2], seed), (sizes[2],), (sizes[0] * sizes[1],))
 
@@ -67,6 +73,8 @@ CASES: dict[type, Callable[[Sizes, int], Case]] = {
         s[:2],
     ),
     TuckerFrame: tucker,
+    Selected: selected,
+    Masked: lambda s, seed: (Masked(normal(s[0], 1, seed=seed)), s[:2], s[:2]),
 }
 BASES: dict[type[Basis], Basis] = {
     PowerBasis: PowerBasis(),

@@ -1,0 +1,79 @@
+"""Uniform numbers that are a function of (seed, step, name, place): the same on every rank and device, in any order of
+calls, for a whole tensor or a part of it.
+
+A counter-based generator: number i of a stream is the mixing function of splitmix64 at start + i * stride (Steele, Lea,
+Flood, "Fast splittable pseudorandom number generators", 2014), where start and stride, an odd number, come from a hash
+of (seed, step, name). All of it is 64-bit integer arithmetic, which every device does alike, and a rank that holds some
+rows of a tensor draws these rows alone.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightspan.devices import widest_float
+
+_TRANSITIONS = 24  # a stride needs as many changes between neighbouring bits, or close counters mix alike
+
+
+def uniform(
+    seed: int,
+    step: int,
+    name: str,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    within: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
+    """Independent uniform numbers [*shape] in the open interval (0, 1), symmetric about 1/2.
+
+    They are multiples of 2^-24 (float32) or 2^-53 (float64) that are never 0 nor 1, so a logarithm of u or of 1 - u is
+    finite; at most 16.7 in size in float32.
+
+    Args:
+        name: of the tensor: other names have other numbers.
+        dtype: float32 or float64; half types are stored, not computed in. float32 where the device has no float64.
+        within: shape of the whole tensor, of which `shape` at `offset` is a block; None for all of it.
+    """
+    assert dtype in (torch.float32, torch.float64), f"{dtype} is too narrow to draw in"
+    device = torch.device(device)
+    start, stride = _stream(seed, step, name)
+    bits = _mixed(
+        _places(shape, within or shape, offset or [0] * len(shape), device) * _signed(stride) + _signed(start)
+    )
+    kept = 52 if dtype == torch.float64 and widest_float(device) == torch.float64 else 23
+    drawn = (bits >> (64 - kept)) & ((1 << kept) - 1)  # the sign bit is shifted in from the left
+    return (drawn.to(torch.float64 if kept == 52 else torch.float32) + 0.5) * 2.0**-kept
+
+
+def _stream(seed: int, step: int, name: str) -> tuple[int, int]:
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    start, stride = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big") | 1
+    if (stride ^ stride >> 1).bit_count() < _TRANSITIONS:
+        stride ^= 0xAAAAAAAAAAAAAAAA
+    return start, stride
+
+
+def _places(shape: Sequence[int], within: Sequence[int], offset: Sequence[int], device: torch.device) -> Tensor:
+    """The number of each entry of the block [*shape] in the whole tensor, rows first."""
+    places, stride = torch.zeros(tuple(shape), dtype=torch.int64, device=device), 1
+    for axis in reversed(range(len(shape))):
+        along = torch.arange(offset[axis], offset[axis] + shape[axis], device=device) * stride
+        places += along.view(-1, *[1] * (len(shape) - axis - 1))
+        stride *= within[axis]
+    return places
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser, in place, on int64 that stand for the unsigned integers of the same bits."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = x.bitwise_xor_((x >> shift) & ((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+    return x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
