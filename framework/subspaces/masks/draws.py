@@ -28,6 +28,7 @@ def uniform(
     device: torch.device | str = "cpu",
     within: Sequence[int] | None = None,
     offset: Sequence[int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Independent uniform numbers [*shape] in the open interval (0, 1), symmetric about 1/2.
 
@@ -38,12 +39,13 @@ def uniform(
         name: of the tensor: other names have other numbers.
         dtype: float32 or float64; half types are stored, not computed in. float32 where the device has no float64.
         within: shape of the whole tensor, of which `shape` at `offset` is a block; None for all of it.
+        rows: int64 [shape[0]], which rows of a whole tensor of any length these are, such as samples of a data set.
     """
     assert dtype in (torch.float32, torch.float64), f"{dtype} is too narrow to draw in"
     device = torch.device(device)
     start, stride = _stream(seed, step, name)
     bits = _mixed(
-        _places(shape, within or shape, offset or [0] * len(shape), device) * _signed(stride) + _signed(start)
+        _places(shape, within or shape, offset or [0] * len(shape), device, rows) * _signed(stride) + _signed(start)
     )
     kept = 52 if dtype == torch.float64 and widest_float(device) == torch.float64 else 23
     drawn = (bits >> (64 - kept)) & ((1 << kept) - 1)  # the sign bit is shifted in from the left
@@ -58,12 +60,16 @@ def _stream(seed: int, step: int, name: str) -> tuple[int, int]:
     return start, stride
 
 
-def _places(shape: Sequence[int], within: Sequence[int], offset: Sequence[int], device: torch.device) -> Tensor:
+def _places(
+    shape: Sequence[int], within: Sequence[int], offset: Sequence[int], device: torch.device, rows: Tensor | None
+) -> Tensor:
     """The number of each entry of the block [*shape] in the whole tensor, rows first."""
     places, stride = torch.zeros(tuple(shape), dtype=torch.int64, device=device), 1
     for axis in reversed(range(len(shape))):
-        along = torch.arange(offset[axis], offset[axis] + shape[axis], device=device) * stride
-        places += along.view(-1, *[1] * (len(shape) - axis - 1))
+        along = torch.arange(offset[axis], offset[axis] + shape[axis], device=device)
+        if axis == 0 and rows is not None:
+            along = rows.to(device)
+        places += (along * stride).view(-1, *[1] * (len(shape) - axis - 1))
         stride *= within[axis]
     return places
 
