@@ -25,6 +25,7 @@ from lightspan.datamodules.batches import ImageBatch, ViewsBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.init import he_normal_
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
 from lightspan.strategies import FSDP2
@@ -40,6 +41,8 @@ def kl_weight(kl_scale: float, samples: int, progress: float) -> float:
 
 class SSVI(Method):
     """Trains a backbone and a linear classifier with a Gaussian posterior over a fixed share of their weights.
+
+    Where `start` keeps the model's own weights, the classifier's are He-normal; its bias starts at zero.
 
     Right under DDP; strategies that split parameters are refused, since coordinates would cross their borders.
     Validation and test log accuracy, loss_nats (negative log-likelihood), ece (15 bins) and entropy_nats of the
@@ -95,6 +98,7 @@ class SSVI(Method):
         if not prior_std > 0 or not kl_scale >= 0:
             raise UserError(f"SSVI prior_std={prior_std} must be above 0 and kl_scale={kl_scale} at least 0")
         self.backbone, self.head = backbone, nn.Linear(width, num_classes)
+        he_normal_(self.head)
         self.topology, self.prior_std, self.kl_scale = topology, prior_std, kl_scale
         self.train_samples, self.draws, self.seed = train_samples, draws, seed
         sparsify(self, match or ["*"], density, dense or [], allocation, start, seed)
