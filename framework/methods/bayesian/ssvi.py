@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
@@ -28,7 +28,6 @@ from lightspan.method import Method
 from lightspan.nn.init import he_normal_
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
-from lightspan.strategies import FSDP2
 from lightspan.subspaces.masks.allocation import PerTensor
 
 STEP_OF_NOISE = -2  # of the draws that make images of noise; steps and sampled networks count from 0
@@ -117,7 +116,7 @@ class SSVI(Method):
 
     def configure_model(self) -> None:
         strategy = self._trainer.strategy if self._trainer is not None else None
-        if isinstance(strategy, FSDP2 | FSDPStrategy | DeepSpeedStrategy):
+        if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
             raise UserError(
                 f"SSVI moves coordinates within whole parameters, which {type(strategy).__name__} splits; train with "
                 "--config scale/ddp"
