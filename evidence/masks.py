@@ -51,7 +51,10 @@ class Arm:
 
 
 def arms(rates: tuple[float, float, float, float]) -> list[Arm]:
-    """Every arm has four settings; those with a second setting try the middle two rates of the weights."""
+    """Every arm has four settings; those with a second setting try the middle two rates of the weights.
+
+    "Magnitude, all at once" trains with all weights for three quarters of the run and then cuts the smallest.
+    """
     middle = rates[1:3]
     return [
         Arm(
@@ -65,6 +68,7 @@ def arms(rates: tuple[float, float, float, float]) -> list[Arm]:
         ),
         Arm("drop and grow", lambda s: DropAndGrow(s["alpha"], EVERY), {"rate": middle, "alpha": (0.1, 0.3)}, False),
         Arm("magnitude", lambda s: ByScore(every=EVERY), {"rate": rates}),
+        Arm("magnitude, all at once", lambda s: ByScore(every=10**9), {"rate": rates}),
         Arm("random", lambda s: DropAndGrow(0.0, EVERY), {"rate": rates}, False),
     ]  # fmt: skip
 
@@ -112,6 +116,10 @@ def train(net: nn.Module, loss: Loss, batches: Batches, rate: float, callback: M
         )  # fmt: skip
         loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         trainer.fit(Net(net, loss, rate), loader)
+
+
+def callback_of(arm: Arm, settings: Settings, match: list[str], density: float, seed: int) -> MaskLearning:
+    return MaskLearning(match, arm.make(settings), arm.density(density), seed=seed)
 
 
 def searched(arm: Arm, trial: Callable[[Arm, Settings], float]) -> dict[str, float]:

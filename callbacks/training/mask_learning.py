@@ -1,6 +1,8 @@
 """One line that trains any LightningModule with few of its weights, and learns which."""
 
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightspan.devices import wide
@@ -87,9 +90,14 @@ class MaskLearning(Callback):
         self._stored: Mapping[str, Any] = {}
         self._kept: dict[str, Tensor] = {}  # the weights, while those in use stand in the parameters
         self._in_use = False
+        self._handles: list[Any] = []
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(match=self.match)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._now, self.masks = None, {}
+        self._now, self.masks, self._kept = None, {}, {}
         if not pl_module.automatic_optimization:
             raise UserError(
                 f"MaskLearning draws a mask for each optimiser step, and {type(pl_module).__name__} steps by hand; set "
@@ -102,6 +110,12 @@ class MaskLearning(Callback):
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
+        others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
+        for other in others:
+            if twice := [name for name in names if matches(name, self.match) and matches(name, other.match)]:
+                raise UserError(f"two entries of MaskLearning match {twice[0]}; give each parameter one mask")
+            if self.path == other.path:
+                raise UserError(f"two entries of MaskLearning write to path={self.path}; give each a path of its own")
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,17 +139,23 @@ class MaskLearning(Callback):
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
         self._last, self._figures = dict(stored.get("last") or {}), dict(stored.get("figures") or {})
-        self._taken = steps_taken(optimizer)
+        self._counts: dict[str, float] = {}
+        self._taken = steps_taken(optimizer)  # first, so that steps are counted when the hook asks
+        self._handles = [
+            # Inside the step: whoever writes a checkpoint after it finds weights and masks of one moment.
+            optimizer.register_step_post_hook(partial(self._after_step, trainer)),
+            pl_module.register_state_dict_post_hook(partial(_show_weights, weakref.ref(self), weakref.ref(pl_module))),
+        ]
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = self._learner
         now.draw(trainer.global_step, self._progress(trainer.global_step))
         if not now.sparse:
-            self._use(now.factor)
+            self._use(pl_module, now.factor)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put_back()
+        self._put_back(pl_module)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -148,32 +168,31 @@ class MaskLearning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._put_back()  # of a step without a backward pass
-        (optimizer,) = trainer.optimizers
-        taken, step = steps_taken(optimizer), trainer.global_step
-        if taken != self._taken:  # gradients are not being accumulated, and the step was not skipped
-            self._taken = taken
-            if self._learner.update(step, self._progress(step)):
-                self._forget(optimizer)
-            self._cut()
-            if step >= self._learning_steps and not self.masks:
-                self._fix(optimizer)
-            self._log(trainer, pl_module, step)
+        self._put_back(pl_module)  # of a step without a backward pass
+        if self._counts:
+            each = {f"mask/density/{name}": count / max(self._numbers[name], 1) for name, count in self._counts.items()}
+            for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
+                logger.log_metrics(each, step=trainer.global_step - 1)
+            self._counts = {}
+        # In every step what was found at the last line, so that a resumed run has the figures of a straight one.
+        pl_module.log_dict(self._figures, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._now is not None and not self._now.sparse:
-            self._use(self._now.mean_factor)
+            self._use(pl_module, self._now.mean_factor)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put_back()
+        self._put_back(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._put_back()
+        self._put_back(pl_module)
+        self._let_go()
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.masks:  # the run ended before its time
             self._fix(trainer.optimizers[0])
+        self._let_go()
         self._announce()
         if trainer.is_global_zero:
             save_masks(Path(self.path or Path(trainer.default_root_dir) / FILE), pl_module, self.masks)
@@ -184,6 +203,13 @@ class MaskLearning(Callback):
         state = {"fixed": bool(self.masks), "learner": self._now.state_dict()}
         return {**state, "last": dict(self._last), "figures": dict(self._figures)}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        stored = [key for key in checkpoint.get("callbacks", {}) if key.startswith(f"{type(self).__qualname__}{{")]
+        if trainer.training and stored and self.state_key not in stored:
+            raise UserError(
+                f"the checkpoint is of {stored[0]}, this run has {self.state_key}; resume with the match of that run"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stored = state_dict  # taken up once the parameters are what they will be trained as
 
@@ -191,6 +217,26 @@ class MaskLearning(Callback):
     def _learner(self) -> MaskLearner:
         assert self._now is not None
         return self._now
+
+    @torch.no_grad()
+    def _after_step(self, trainer: Trainer, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        taken, step = steps_taken(optimizer), trainer.global_step + 1
+        if taken == self._taken:  # it changed nothing
+            return
+        self._taken = taken
+        if self._learner.update(step, self._progress(step)):
+            self._forget(optimizer)
+        self._cut()
+        if step >= self._learning_steps and not self.masks:
+            self._fix(optimizer)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the trainer sets it
+        if step % every == 0 or not self._figures:
+            self._measure(step)
+
+    def _let_go(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _progress(self, step: int) -> float:
         return min(step / self._learning_steps, 1.0)
@@ -205,7 +251,7 @@ class MaskLearning(Callback):
     def _fix(self, optimizer: Optimizer) -> None:
         """The mask as it is to stay, and the weights with it: from now on they are the masked ones."""
         chosen = self._learner.chosen(1.0)
-        self.masks = on_cpu(chosen)
+        self.masks, self._kept = on_cpu(chosen), {}
         self._begin(Fixed(chosen), optimizer)
         self._forget(optimizer)
 
@@ -220,45 +266,38 @@ class MaskLearning(Callback):
                 place.weight.masked_fill_(~self._learner.factor(name), 0)
 
     @torch.no_grad()
-    def _use(self, factor: Callable[[str], Tensor]) -> None:
+    def _use(self, module: nn.Module, factor: Callable[[str], Tensor]) -> None:
         """Puts the weights in use, weight times factor, into the parameters."""
         if self._in_use:
             return
         self._in_use = True
+        _reshard(module)
         for name, place in self._places.items():
+            if name not in self._kept:
+                self._kept[name] = torch.empty_like(place.parameter.detach())
             weight_S = place.weight
-            kept_S = self._kept.setdefault(name, torch.empty_like(weight_S))
-            kept_S.copy_(weight_S)
+            local(self._kept[name]).copy_(weight_S)
             weight_S.copy_(wide(weight_S) * factor(name))
 
     @torch.no_grad()
-    def _put_back(self) -> None:
+    def _put_back(self, module: nn.Module) -> None:
         if not self._in_use:
             return
         self._in_use = False
+        _reshard(module)
         for name, place in self._places.items():
-            place.weight.copy_(self._kept[name])
+            place.weight.copy_(local(self._kept[name]))
 
-    def _log(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        # In every step what was found at the last line, so that a resumed run has the figures of a straight one.
-        if step % trainer.log_every_n_steps == 0 or not self._figures:
-            self._figures, counts = self._measure(step)
-            for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
-                each = {f"mask/density/{name}": counts[name] / max(self._numbers[name], 1) for name in counts}
-                logger.log_metrics(each, step=step - 1)
-        module.log_dict(self._figures, batch_size=1)
-
-    def _measure(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
-        """(figures to log, open entries of each tensor)."""
-        progress, counts = self._progress(step), self._learner.open_counts()
+    def _measure(self, step: int) -> None:
+        """Figures to log, and open entries of each tensor."""
+        progress, self._counts = self._progress(step), self._learner.open_counts()
         chosen = self.masks or on_cpu(self._learner.chosen(progress))
         figures = {
-            "density": sum(counts.values()) / sum(self._numbers.values()),
+            "density": sum(self._counts.values()) / sum(self._numbers.values()),
             "churn": _churn(self._last, chosen),
             **self.mask.figures(progress),
         }
-        self._last = chosen
-        return {f"mask/{what}": value for what, value in figures.items()}, counts
+        self._figures, self._last = {f"mask/{what}": value for what, value in figures.items()}, chosen
 
     @rank_zero_only
     def _announce(self) -> None:
@@ -288,6 +327,30 @@ def save_masks(path: Path, module: nn.Module, masks: Mapping[str, Tensor]) -> No
     )
     with atomic_path(path) as temporary:
         write_tensors(temporary, forms, pieces, {"format": "pt", "what": "masks"})
+
+
+def _show_weights(
+    of: "weakref.ref[MaskLearning]",
+    trained: "weakref.ref[nn.Module]",
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+) -> None:
+    """While the weights in use stand in the parameters, the state_dict has the weights themselves: checkpoints are
+    written at any time, also while the module is validated. A copy of the module, hook and all, is left alone.
+    """
+    callback = of()
+    if callback is not None and callback._in_use and trained() is module:
+        for name, kept in callback._kept.items():
+            state_dict[prefix + name] = kept
+
+
+def _reshard(module: nn.Module) -> None:
+    """A sharded module may hold on to gathered parameters after a forward pass, and would not see what is written."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _churn(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:

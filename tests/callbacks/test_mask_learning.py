@@ -1,13 +1,16 @@
 """MaskLearning in a LightningModule that knows nothing of lightspan."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -223,9 +226,10 @@ def test_moments_of_dropped_coordinates_vanish_and_new_ones_start_clean(tmp_path
     assert sum(moved) > 10
 
 
-@pytest.mark.parametrize("at", [7, 13])  # while the mask is learned, and after it was fixed
+@pytest.mark.parametrize("last", [True, False])  # the callback that saves stands behind MaskLearning, or before it
+@pytest.mark.parametrize("at", [6, 13])  # at an update while the mask is learned, and after it was fixed
 @pytest.mark.parametrize("kind", LEARNERS)
-def test_a_resumed_run_has_every_bit_of_the_straight_one(kind: str, at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_has_every_bit_of_the_straight_one(kind: str, at: int, last: bool, tmp_path: Path) -> None:
     def masks() -> MaskLearning:
         return MaskLearning(WEIGHTS, LEARNERS[kind](), density=Cubic(1.0, 0.3), until=0.6)
 
@@ -235,7 +239,8 @@ def test_a_resumed_run_has_every_bit_of_the_straight_one(kind: str, at: int, tmp
 
     straight, resumed, callbacks = Plain(), Plain(), (masks(), masks())
     # One batch an epoch: a plain DataLoader forgets its place within an epoch, which is not what is tested here.
-    fit(straight, [callbacks[0], Watch(save)], tmp_path, batch_size=64, max_steps=18)
+    both = [callbacks[0], Watch(save)]
+    fit(straight, both if last else both[::-1], tmp_path, batch_size=64, max_steps=18)
     fit(resumed, [callbacks[1]], tmp_path, batch_size=64, max_steps=18, ckpt_path=tmp_path / "part.ckpt")
     assert resumed.losses == straight.losses[at:]
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
@@ -274,6 +279,40 @@ def test_validation_runs_with_the_mean_mask_and_training_goes_on_with_the_weight
     start = Plain().net[0].weight
     in_use = [weight for weight, sanity in seen if not sanity]
     assert (in_use[0].abs() < 0.9 * start.abs()).float().mean() > 0.8
+
+
+def test_a_checkpoint_of_any_moment_holds_the_weights_not_those_in_use(tmp_path: Path) -> None:
+    """As one that is written on a signal while the module is validated."""
+
+    class Saves(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.look()
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.look()
+
+        def look(self) -> None:
+            used, shown, copied = self.net[0].weight, self.state_dict(), copy.deepcopy(self.net).state_dict()
+            if not self.trainer.sanity_checking:
+                assert torch.equal(shown["net.0.weight"], at_rest[-1])
+                assert callback.masks or not torch.equal(used, at_rest[-1])  # once fixed, they are the same
+                assert torch.equal(copied["0.weight"], used)
+                looked.append(self.trainer.validating)
+
+    module, looked = Saves(), []
+    at_rest = [module.net[0].weight.detach().clone()]
+    callback = MaskLearning(WEIGHTS, ByGradient(optimizer=ADAM), 1.0, until=1.0)
+    watch = Watch(lambda trainer, m: at_rest.append(m.net[0].weight.detach().clone()))
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=3, callbacks=[watch, callback], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, val_check_interval=1,
+        max_epochs=-1,
+    )  # fmt: skip
+    trainer.fit(module, loader(16), loader(64))
+    assert looked.count(True) >= 2
+    assert looked.count(False) == 3
+    assert not module._state_dict_hooks
 
 
 def test_a_run_that_breaks_off_leaves_the_weights_not_those_in_use(tmp_path: Path) -> None:
@@ -396,6 +435,16 @@ class ByHand(Plain):
             [MaskLearning(["*"], ByGradient()), SubspaceProjection(rank=2)],
             "the logits of ByGradient cannot be trained by a LowRank",
         ),
+        (
+            Plain,
+            [MaskLearning(["*"], ByScore()), MaskLearning(["*.weight"], ByScore())],
+            r"two entries of MaskLearning match net\.0\.weight; give each parameter one mask",
+        ),
+        (
+            Plain,
+            [MaskLearning(["*.bias"], ByScore()), MaskLearning(["*.weight"], ByScore())],
+            "two entries of MaskLearning write to path=None; give each a path of its own",
+        ),
         (ByHand, [MaskLearning(["*"], ByScore())], "ByHand steps by hand; set automatic_optimization=True"),
     ],
 )
@@ -406,6 +455,13 @@ def test_what_makes_no_sense_together_is_refused_before_the_first_step(
     with pytest.raises(UserError, match=message):
         fit(made, callbacks, tmp_path)
     assert made.losses == []
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_lay_parameters_end_to_end_are_refused(kind: type) -> None:
+    trainer = SimpleNamespace(strategy=object.__new__(kind), callbacks=[])
+    with pytest.raises(UserError, match=f"{kind.__name__} lays them end to end; train with --config scale/fsdp2"):
+        MaskLearning(["*"], ByScore()).on_fit_start(trainer, Plain())
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
@@ -420,10 +476,26 @@ def test_a_checkpoint_of_other_masks_is_refused(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     for other, message in (
         (MaskLearning(WEIGHTS, DropAndGrow()), r"the saved masks have masks of shape none for net\.0\.weight"),
-        (MaskLearning(["*.bias"], ByGradient(optimizer=ADAM)), r"logits of shape none for net\.0\.bias"),
+        (MaskLearning(["*.bias"], ByGradient(optimizer=ADAM)), r"resume with the match of that run"),
     ):
         with pytest.raises(UserError, match=message):
             fit(Plain(), [other], tmp_path, ckpt_path=tmp_path / "old.ckpt", max_steps=8)
+
+
+def test_two_entries_learn_the_masks_of_different_parameters(tmp_path: Path) -> None:
+    def entries() -> list[Any]:
+        first = MaskLearning(["net.0.weight"], ByGradient(optimizer=ADAM), 0.5, path=str(tmp_path / "first"))
+        return [first, MaskLearning(["net.2.weight"], DropAndGrow(every=3), 0.2, path=str(tmp_path / "second"))]
+
+    def save(trainer: lightning.Trainer, module: Plain) -> None:
+        if trainer.global_step == 7:
+            trainer.save_checkpoint(tmp_path / "part.ckpt")
+
+    straight, resumed, again = Plain(), Plain(), entries()
+    fit(straight, [*entries(), Watch(save)], tmp_path, batch_size=64, max_steps=18)
+    fit(resumed, again, tmp_path, batch_size=64, max_steps=18, ckpt_path=tmp_path / "part.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert [int(mask.sum()) for callback in again for mask in callback.masks.values()] == [80, 13]
 
 
 def test_small_tensors_and_erdos_renyi(tmp_path: Path) -> None:

@@ -129,9 +129,12 @@ class ByGradient(MaskLearner):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, logits in self.saved(state, "logits").items():
-            self.logits[name].copy_(logits)
-            place, kept = self.places[name], state["moments"][name]
+        saved, moments = self.saved(state, "logits"), state.get("moments")
+        for name, place in self.places.items():
+            kept = moments.get(name) if isinstance(moments, Mapping) else None
+            if not isinstance(kept, Mapping) or {value.shape for value in kept.values()} - {place.shape, torch.Size()}:
+                raise UserError(f"the saved masks have no moments of {name} that fit its {tuple(place.shape)} logits")
+            self.logits[name].copy_(saved[name])
             self._steps.state[self.logits[name]] = {
                 key: place.own(value).clone() if value.shape == place.shape and value.ndim else value.clone()
                 for key, value in kept.items()

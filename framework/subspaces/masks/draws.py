@@ -8,13 +8,16 @@ rows of a tensor draws these rows alone.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightspan.devices import widest_float
 
+_AT_ONCE = 2**14  # numbers that a processor's caches hold; a GPU wants fewer and larger launches
+_AT_ONCE_ON_GPU = 2**24
 _TRANSITIONS = 24  # a stride needs as many changes between neighbouring bits, or close counters mix alike
 
 
@@ -44,12 +47,15 @@ def uniform(
     assert dtype in (torch.float32, torch.float64), f"{dtype} is too narrow to draw in"
     device = torch.device(device)
     start, stride = _stream(seed, step, name)
-    bits = _mixed(
-        _places(shape, within or shape, offset or [0] * len(shape), device, rows) * _signed(stride) + _signed(start)
-    )
     kept = 52 if dtype == torch.float64 and widest_float(device) == torch.float64 else 23
-    drawn = (bits >> (64 - kept)) & ((1 << kept) - 1)  # the sign bit is shifted in from the left
-    return (drawn.to(torch.float64 if kept == 52 else torch.float32) + 0.5) * 2.0**-kept
+    drawn = torch.empty(tuple(shape), dtype=torch.float64 if kept == 52 else torch.float32, device=device)
+    flat, places = drawn.view(-1), _numbers(shape, within or shape, offset or [0] * len(shape), device, rows)
+    at_once = _AT_ONCE if device.type == "cpu" else _AT_ONCE_ON_GPU
+    for first in range(0, flat.numel(), at_once):
+        part = flat[first : first + at_once]
+        bits = _mixed(places(first, first + len(part)).mul_(_signed(stride)).add_(_signed(start)))
+        part.copy_((bits >> (64 - kept)).bitwise_and_((1 << kept) - 1))  # the sign bit is shifted in from the left
+    return drawn.add_(0.5).mul_(2.0**-kept)
 
 
 def _stream(seed: int, step: int, name: str) -> tuple[int, int]:
@@ -60,25 +66,51 @@ def _stream(seed: int, step: int, name: str) -> tuple[int, int]:
     return start, stride
 
 
-def _places(
+class _Places:
+    """The numbers of a block's entries in the whole tensor, rows first."""
+
+    def __init__(
+        self, shape: Sequence[int], within: Sequence[int], offset: Sequence[int], device: torch.device
+    ) -> None:
+        self.device = device
+        # Axes before the last one that is cut short run together with those behind it: a block of rows is one run.
+        cut = max((axis for axis in range(len(shape)) if shape[axis] != within[axis]), default=0)
+        self.run = math.prod(shape[cut:])
+        self.first = sum(o * math.prod(within[axis + 1 :]) for axis, o in enumerate(offset))
+        self.axes = [(shape[axis], math.prod(within[axis + 1 :])) for axis in range(cut)]
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        """Of the block's entries `first` to `last`."""
+        places = torch.arange(first, last, device=self.device)
+        if not self.axes:
+            return places.add_(self.first)
+        rest, places = places // self.run, places % self.run + self.first
+        for size, stride in reversed(self.axes):
+            places += rest % size * stride
+            rest = rest // size
+        return places
+
+
+def _numbers(
     shape: Sequence[int], within: Sequence[int], offset: Sequence[int], device: torch.device, rows: Tensor | None
-) -> Tensor:
-    """The number of each entry of the block [*shape] in the whole tensor, rows first."""
-    places, stride = torch.zeros(tuple(shape), dtype=torch.int64, device=device), 1
-    for axis in reversed(range(len(shape))):
-        along = torch.arange(offset[axis], offset[axis] + shape[axis], device=device)
-        if axis == 0 and rows is not None:
-            along = rows.to(device)
-        places += (along * stride).view(-1, *[1] * (len(shape) - axis - 1))
-        stride *= within[axis]
-    return places
+) -> Callable[[int, int], Tensor]:
+    """The numbers, in the whole tensor, of the entries `first` to `last` of a block or of rows."""
+    if rows is None:
+        return _Places(shape, within, offset, device)
+    rows, width = rows.to(device, torch.int64), math.prod(shape[1:])
+
+    def numbers(first: int, last: int) -> Tensor:
+        places = torch.arange(first, last, device=device)
+        return rows[places // width].mul_(width).add_(places.remainder_(width))
+
+    return numbers
 
 
 def _mixed(x: Tensor) -> Tensor:
     """splitmix64's finaliser, in place, on int64 that stand for the unsigned integers of the same bits."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = x.bitwise_xor_((x >> shift) & ((1 << (64 - shift)) - 1)).mul_(_signed(factor))
-    return x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
+        x = x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
 
 
 def _signed(x: int) -> int:

@@ -28,6 +28,15 @@ def test_a_block_has_the_numbers_of_its_place() -> None:
     assert uniform(1, 2, "w", []).shape == ()
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 2**20])
+def test_how_many_are_drawn_at_once_changes_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = {"within": [5, 6, 3], "offset": [3, 1, 0]}
+    whole, part = uniform(1, 2, "w", [5, 6, 3]), uniform(1, 2, "w", [2, 4, 3], **block)
+    monkeypatch.setattr("lightspan.subspaces.masks.draws._AT_ONCE", at_once)
+    assert torch.equal(uniform(1, 2, "w", [5, 6, 3]), whole)
+    assert torch.equal(uniform(1, 2, "w", [2, 4, 3], **block), part)
+
+
 def test_the_order_of_calls_and_torchs_own_generators_do_not_matter() -> None:
     first, second = uniform(0, 7, "a", [9]), uniform(0, 7, "b", [9])
     torch.manual_seed(3)
