@@ -2,11 +2,12 @@
 
 Digits: a network of 64-256-256-10 on the 8 x 8 digits, with 5 % of each layer's weights, 40 epochs. Arms:
 
-- SSVI: a Gaussian posterior over the active weights, which move every 20 steps.
+- SSVI: a Gaussian posterior over the active weights, which move every 10 steps.
 - static: the same posterior over random weights that stay.
 - pruned: variational inference over all weights, of which after training the 5 % of each layer with the highest
   |mu| / sigma stay.
-- RigL: the same share of single weights, moved by size and gradient, with weight decay.
+- RigL: the limit of SSVI without variance and divergence: single weights, moved by their size and gradient, with weight
+  decay.
 
 All start from He-normal weights, those of sparse arms times 1 / sqrt(density), so that signals keep their size. Each
 arm has four settings, chosen by the negative log-likelihood on 400 validation images with seed 100, which no claim is
@@ -21,47 +22,41 @@ loss on 100 further samples with seed 100.
 
 import contextlib
 import io
-import logging
 import sys
-import tempfile
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import product
 
 import torch
-from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Mean, Outputs, normal
-from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
+from lightspan.adapters.sparse_gaussian.draws import Mean, Outputs, Weights, normal
+from lightspan.adapters.sparse_gaussian.inject import Start, drawing, sparsify
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.backbones.vision import MLP
-from lightspan.callbacks.training.mask_learning import MaskLearning
 from lightspan.datamodules.images.small import Digits, FashionMNIST
-from lightspan.methods.bayesian.ssvi import SSVI, entropy
-from lightspan.methods.supervised.classifier import Classifier
-from lightspan.optim.masks.drop_and_grow import DropAndGrow
+from lightspan.methods.bayesian.ssvi import entropy, kl_weight
+from lightspan.nn.init import he_normal_
 from lightspan.optim.masks.reindex import reindex
 from lightspan.optim.schedules import WarmupCosine
-from lightspan.subspaces.masks.top_k import top_k
+from lightspan.subspaces.masks.top_k import count_at, top_k
 from lightspan.subspaces.sparse_gaussian.criteria import SNR, SizeOfMean, SizeSNR
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2, 3, 4), 100, 400
-DENSITY, EPOCHS, BATCH, EVERY, NETWORKS = 0.05, 40, 64, 20, 20
+EPOCHS, BATCH, EVERY, NETWORKS = 40, 128, 10, 20
+DENSITY = 0.05
 Settings = Mapping[str, float]
-POSTERIOR = {"rate": (0.03, 0.1), "prior": (0.3, 1.0)}
+POSTERIOR = {"rate": (0.05, 0.15), "prior": (0.3, 1.0)}
 GRIDS: dict[str, Mapping[str, tuple[float, ...]]] = {
     "SSVI": POSTERIOR,
     "static": POSTERIOR,
     "pruned": POSTERIOR,
-    "RigL": {"rate": (0.03, 0.1), "decay": (5e-4, 5e-3)},
+    "RigL": {"rate": (0.05, 0.15), "decay": (5e-4, 5e-3)},
 }
 CHOSEN: dict[str, Settings] = {}
 
@@ -77,89 +72,128 @@ class Outcome:
     clothes: float
 
 
-def backbone(density: float) -> MLP:
-    network = MLP((1, 8, 8), (256, 256))
+def network(density: float) -> nn.Sequential:
+    model = nn.Sequential(MLP((1, 8, 8), (256, 256)), nn.Linear(256, 10))
+    he_normal_(model)
     with torch.no_grad():
-        for layer in network.modules():
+        for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 layer.weight /= density**0.5
-    return network
+    return model
 
 
-def optimization(settings: Settings) -> dict:
-    sgd = partial(torch.optim.SGD, lr=settings["rate"], momentum=0.9, weight_decay=settings.get("decay", 0.0))
-    return {"optimizer": sgd, "lr_scheduler": partial(WarmupCosine, warmup=0.05, final=0.0)}
+def train(
+    arm: str, model: nn.Module, layers: dict[str, SparseGaussian], settings: Settings, loss: Callable[[Tensor], Tensor],
+    rows: Sequence[Tensor], samples: int, seed: int,
+) -> None:  # fmt: skip
+    """Equation 6, step by step as `lightspan.methods.bayesian.ssvi.SSVI` takes them, whatever the likelihood is.
+
+    Args:
+        loss: the mean negative log-likelihood of these samples.
+        rows: of each step.
+    """
+    removal, alpha = SizeOfMean() if arm == "RigL" else SizeSNR(), 0.3 if arm in ("SSVI", "RigL") else 0.0
+    topology, steps = Topology(removal, alpha, EVERY), len(rows)
+    decay = {"params": [layer.mu for layer in layers.values()], "weight_decay": settings.get("decay", 0.0)}
+    others = [p for p in model.parameters() if all(p is not one for one in decay["params"])]
+    optimizer = torch.optim.SGD([decay, {"params": others}], lr=settings["rate"], momentum=0.9)
+    schedule = WarmupCosine(optimizer, steps, warmup=0.05, final=0.0)
+    for step, rows_B in enumerate(rows):
+        due = topology.due(step, steps)
+        for layer in layers.values():
+            layer.watching = due
+        with drawing(model, Mean() if arm == "RigL" else Outputs(seed, step, rows_B)):
+            objective = loss(rows_B)
+        if arm != "RigL":
+            divergence = sum(layer.kl(settings["prior"]) for layer in layers.values())
+            objective = objective + kl_weight(1.0, samples, step / steps) * divergence
+        optimizer.zero_grad()
+        objective.backward()
+        if due:
+            dropped = {name: topology.dropped(len(layer.mu), step, steps) for name, layer in layers.items()}
+            for name, source_k in move(layers, dropped, removal).items():
+                for parameter in (layers[name].mu, layers[name].rho):
+                    reindex(optimizer, parameter, source_k)
+        else:
+            optimizer.step()
+        schedule.step()
 
 
-def fit(method: LightningModule, data: Digits, callbacks: list[Callback]) -> None:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        trainer = Trainer(
-            max_epochs=EPOCHS, accelerator="cpu", limit_val_batches=0, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
-        )  # fmt: skip
-        trainer.fit(method, datamodule=data)
-
-
-def trained(arm: str, settings: Settings, seed: int, val_size: int) -> SSVI | Classifier:
+def trained(arm: str, settings: Settings, seed: int, val_size: int) -> nn.Module:
     torch.manual_seed(seed)
-    data, density = Digits(BATCH, val_size=val_size, seed=seed), 1.0 if arm == "pruned" else DENSITY
-    if arm == "RigL":
-        classifier = Classifier(backbone(density), 10, **optimization(settings))
-        with tempfile.TemporaryDirectory() as folder:
-            masks = f"{folder}/masks.safetensors"
-            learned = MaskLearning(["*.weight"], DropAndGrow(0.3, EVERY), DENSITY, seed=seed, path=masks)
-            fit(classifier, data, [learned])
-        return classifier
-    method = SSVI(
-        backbone(density), 10, density, start=Start(None, 0.05, 0.01), prior_std=settings["prior"],
-        topology=Topology(alpha=0.3 if arm == "SSVI" else 0.0, every=EVERY), kl_scale=1.0, draws=NETWORKS,
-        seed=seed, **optimization(settings),
+    density = 1.0 if arm == "pruned" else DENSITY
+    (image, label), _ = digits(val_size)
+    model = network(density)
+    layers = sparsify(model, ["*"], density, start=Start(None, 0.05, 0.01), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(image), generator=generator) for _ in range(EPOCHS)]
+    rows = [part for order in orders for part in order.split(BATCH) if len(part) == BATCH]
+    train(
+        arm, model, layers, settings, lambda rows_B: F.cross_entropy(model(image[rows_B]), label[rows_B]), rows,
+        len(image), seed,
     )  # fmt: skip
-    fit(method, data, [])
     if arm == "pruned":
-        for layer in gaussian_layers(method).values():
-            keep(layer, top_k(SNR().of(layer.mu, layer.std), round(DENSITY * layer.count)))
-    return method
+        prune(layers, DENSITY)
+    return model
+
+
+@cache
+def digits(val_size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(image, label) that are trained on, and of those that are tested on or, where some are held out, validated on."""
+    data = Digits(val_size=val_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        data.setup()
+    loaders = data.bank_dataloader(), data.val_dataloader()
+    batches = [list(loader) for loader in loaders]
+    return tuple(tuple(torch.cat([b[key] for b in part]) for key in ("image", "label")) for part in batches)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def keep(layer: SparseGaussian, kept_k: Tensor) -> None:
-    """Lets all other coordinates go."""
-    layer.mu, layer.rho = nn.Parameter(layer.mu[kept_k]), nn.Parameter(layer.rho[kept_k])
-    layer.places = layer.places[kept_k]
+def prune(layers: dict[str, SparseGaussian], density: float) -> None:
+    """Of each layer the weights with the highest |mu| / sigma stay."""
+    for layer in layers.values():
+        kept_k = top_k(SNR().of(layer.mu, layer.std), count_at(density, layer.count))
+        layer.mu, layer.rho = nn.Parameter(layer.mu[kept_k]), nn.Parameter(layer.rho[kept_k])
+        layer.places = layer.places[kept_k]
 
 
 @cache
 def clothes() -> Tensor:
-    """[1000 1 8 8] in [0, 1]."""
+    """[1000 1 8 8], standardised as the digits are."""
     _, test = FashionMNIST().load()
-    return F.adaptive_avg_pool2d(torch.from_numpy(test.images[:, None] / 255).float(), 8)
+    data = Digits()
+    with contextlib.redirect_stdout(io.StringIO()):
+        data.setup()
+    assert data.train is not None
+    return (
+        F.adaptive_avg_pool2d(torch.from_numpy(test.images[:, None] / 255).float(), 8) - data.train.mean
+    ) / data.train.std
 
 
 @torch.no_grad()
-def outcome(method: SSVI | Classifier, val_size: int) -> Outcome:
-    data = Digits(BATCH, val_size=val_size)
-    with contextlib.redirect_stdout(io.StringIO()):
-        data.setup()
-    batches = list(data.val_dataloader())
-    image, label, index = (torch.cat([one[key] for one in batches]) for key in ("image", "label", "index"))
+def outcome(arm: str, model: nn.Module, seed: int, val_size: int) -> Outcome:
+    _, (image, label) = digits(val_size)
 
     def probabilities(x: Tensor) -> Tensor:
-        return method.probabilities(x) if isinstance(method, SSVI) else method(x).softmax(dim=1)
+        if arm == "RigL":
+            return model(x).softmax(dim=1)
+        networks = []
+        for number in range(NETWORKS):
+            with drawing(model, Weights(seed, number)):
+                networks.append(model(x).softmax(dim=1))
+        return torch.stack(networks).mean(0)
 
     def told(outside: Tensor) -> float:
         found = torch.cat([entropy(probability), entropy(probabilities(outside))])
-        return binary_auroc(found, torch.arange(len(found)) >= len(probability)).item()
+        return binary_auroc(found, (torch.arange(len(found)) >= len(probability)).long()).item()
 
-    method.eval()
     probability = probabilities(image)
     return Outcome(
         100 * (probability.argmax(1) == label).float().mean().item(),
         F.nll_loss(probability.clamp_min(1e-30).log(), label).item(),
         multiclass_calibration_error(probability, label, 10).item(),
-        told(normal(0, -2, "noise", image.shape, index)),
-        told((clothes() - data.train.mean) / data.train.std),
+        told(normal(0, -2, "noise", image.shape, torch.arange(len(image)))),
+        told(clothes()),
     )
 
 
@@ -171,12 +205,12 @@ def test_moving_coordinates_train_better_networks(evidence) -> None:
     found = {}
     for seed in SEEDS:
         for arm in GRIDS:
-            method = trained(arm, CHOSEN[arm], seed, 0)
-            found[arm, seed] = outcome(method, 0)
+            model = trained(arm, CHOSEN[arm], seed, 0)
+            found[arm, seed] = outcome(arm, model, seed, 0)
             for name, value in vars(found[arm, seed]).items():
                 evidence.figure(f"{name.replace('_', ' ')}, {arm}", value, seed, "%" if name == "accuracy" else "")
             if (arm, seed) == ("SSVI", 0):
-                counted = costs(method, torch.zeros(1, 1, 8, 8), watched=0.75 / EVERY)
+                counted = costs(model, torch.zeros(1, 1, 8, 8), watched=0.75 / EVERY)
                 for figure in counted.figures():
                     if "optimiser" not in figure.name:
                         evidence.figure(figure.name, figure.value, unit=figure.unit)
@@ -217,7 +251,7 @@ class Recovered:
 
 
 def regression(arm: str, settings: Settings, seed: int) -> Recovered:
-    """Equation 6 with a Gaussian likelihood of known noise; RigL is its limit without variance and divergence."""
+    """With a Gaussian likelihood of known noise."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(SAMPLES + 100, INPUTS, generator=generator)
     known = torch.randperm(INPUTS, generator=generator)[:ACTIVE]
@@ -227,35 +261,18 @@ def regression(arm: str, settings: Settings, seed: int) -> Recovered:
     )
     y = x @ weight + NOISE * torch.randn(len(x), generator=generator)
     model = nn.Sequential(nn.Linear(INPUTS, 1, bias=False))
-    layer = sparsify(
-        model, ["0"], 1.0 if arm == "pruned" else ACTIVE / INPUTS, start=Start(0.01, 0.05, 0.01), seed=seed
-    )["0"]
-    topology = Topology(
-        SizeOfMean() if arm == "RigL" else SizeSNR(), alpha=0.3 if arm in ("SSVI", "RigL") else 0.0, every=EVERY
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings["rate"], momentum=0.9)
-    for step in range(STEPS):
-        rows = torch.randperm(SAMPLES, generator=generator)[:BATCH]
-        layer.watching = topology.due(step, STEPS)
-        with drawing(model, Mean() if arm == "RigL" else Outputs(seed, step, rows)):
-            loss = (model(x[rows])[:, 0] - y[rows]).square().mean() / (2 * NOISE**2)
-        if arm != "RigL":
-            loss = loss + min(1.0, 2 * step / STEPS) / SAMPLES * layer.kl(1.0)
-        optimizer.zero_grad()
-        due = layer.watching
-        loss.backward()
-        if due:
-            dropped = topology.dropped(len(layer.mu), step, STEPS)
-            for source_k in move({"0": layer}, {"0": dropped}, topology.removal).values():
-                for parameter in (layer.mu, layer.rho):
-                    reindex(optimizer, parameter, source_k)
-        else:
-            optimizer.step()
+    density = 1.0 if arm == "pruned" else ACTIVE / INPUTS
+    layers = sparsify(model, ["0"], density, start=Start(0.01, 0.05, 0.01), seed=seed)
+    rows = [torch.randperm(SAMPLES, generator=generator)[:BATCH] for _ in range(STEPS)]
+    train(
+        arm, model, layers, {**settings, "prior": 1.0},
+        lambda rows_B: (model(x[rows_B])[:, 0] - y[rows_B]).square().mean() / (2 * NOISE**2), rows, SAMPLES, seed,
+    )  # fmt: skip
     if arm == "pruned":
-        keep(layer, top_k(SNR().of(layer.mu, layer.std), ACTIVE))
+        prune(layers, ACTIVE / INPUTS)
     with torch.no_grad():
         error = (model(x[SAMPLES:])[:, 0] - y[SAMPLES:]).square().mean().item()
-    return Recovered(torch.isin(known, layer.places).float().mean().item(), error)
+    return Recovered(torch.isin(known, layers["0"].places).float().mean().item(), error)
 
 
 def test_the_known_support_is_found(evidence) -> None:
@@ -282,7 +299,12 @@ def search() -> None:
                     print(one, settings, regression(one, settings, SEARCH_SEED), flush=True)
             continue
         for settings in settings_of(arm, GRIDS):
-            print(arm, settings, outcome(trained(arm, settings, SEARCH_SEED, VALIDATION), VALIDATION), flush=True)
+            print(
+                arm,
+                settings,
+                outcome(arm, trained(arm, settings, SEARCH_SEED, VALIDATION), SEARCH_SEED, VALIDATION),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

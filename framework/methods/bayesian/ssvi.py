@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 
+from lightspan.adapters.sparse_gaussian.costs import costs
 from lightspan.adapters.sparse_gaussian.draws import Outputs, Weights, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
@@ -30,6 +31,7 @@ from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
 from lightspan.subspaces.masks.allocation import PerTensor
 
+COUNTED = ("weights", "active", "stored_bytes", "dense_bytes", "sparse_flops", "dense_flops")
 STEP_OF_NOISE = -2  # of the draws that make images of noise; steps and sampled networks count from 0
 
 
@@ -45,7 +47,8 @@ class SSVI(Method):
 
     Right under DDP; strategies that split parameters are refused, since coordinates would cross their borders.
     Validation and test log accuracy, loss_nats (negative log-likelihood), ece (15 bins) and entropy_nats of the
-    prediction; a test also logs auroc_noise, how well the entropy tells its images from images of noise.
+    prediction; a test also logs auroc_noise, how well the entropy tells its images from images of noise. Loggers get
+    what the layers cost beside dense ones once, as costs/..., see `lightspan.adapters.sparse_gaussian.costs`.
 
     Args:
         backbone: [B C H W] -> [B F], with F in its attribute `num_features`.
@@ -137,6 +140,14 @@ class SSVI(Method):
                 raise UserError("SSVI cannot count the training samples; set model.init_args.train_samples")
             self._samples = max(1, len(dataset))  # type: ignore[arg-type]
 
+    def on_train_batch_start(self, batch: ImageBatch | ViewsBatch, batch_idx: int) -> None:
+        if self.global_step == 0 and batch_idx == 0:
+            watched = self.topology.until / self.topology.every if self.topology.alpha else 0.0
+            found = vars(costs(self, _training_image(batch)[:1], watched=watched))
+            shown = {f"costs/{name}": float(found[name]) for name in COUNTED}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(shown, step=0)
+
     def training_step(self, batch: ImageBatch | ViewsBatch, batch_idx: int) -> Tensor:
         image_BCHW, label_B = _training_image(batch), batch["label"]
         due = self._due()
@@ -225,8 +236,10 @@ def entropy(probability_BK: Tensor) -> Tensor:
 
 def _training_image(batch: ImageBatch | ViewsBatch) -> Tensor:
     """The image, or its one view."""
-    if "views" not in batch:
-        return batch["image"]  # type: ignore[typeddict-item]
-    if len(batch["views"]) != 1:
-        raise UserError(f"SSVI trains on one view of each image, not {len(batch['views'])}; give views of one")
-    return batch["views"][0]
+    given: Any = batch
+    views = given.get("views")
+    if views is None:
+        return given["image"]
+    if len(views) != 1:
+        raise UserError(f"SSVI trains on one view of each image, not {len(views)}; give views of one")
+    return views[0]
