@@ -58,7 +58,12 @@ GRIDS: dict[str, Mapping[str, tuple[float, ...]]] = {
     "pruned": POSTERIOR,
     "RigL": {"rate": (0.05, 0.15), "decay": (5e-4, 5e-3)},
 }
-CHOSEN: dict[str, Settings] = {}
+CHOSEN: dict[str, Settings] = {
+    "SSVI": {"rate": 0.15, "prior": 1.0},
+    "static": {"rate": 0.15, "prior": 1.0},
+    "pruned": {"rate": 0.15, "prior": 0.3},
+    "RigL": {"rate": 0.15, "decay": 5e-3},
+}
 
 
 @dataclass(frozen=True)
@@ -235,10 +240,10 @@ INPUTS, ACTIVE, SAMPLES, NOISE, STEPS = 200, 20, 300, 0.5, 2000
 RATES = {"rate": (1e-3, 3e-3, 1e-2, 3e-2)}
 REGRESSION = dict.fromkeys(("SSVI", "static", "pruned", "RigL"), RATES)
 CHOSEN_RATES: dict[str, Settings] = {
-    "SSVI": {"rate": 3e-3},
+    "SSVI": {"rate": 3e-2},
     "static": {"rate": 1e-3},
-    "pruned": {"rate": 1e-2},
-    "RigL": {"rate": 3e-3},
+    "pruned": {"rate": 3e-2},
+    "RigL": {"rate": 1e-2},
 }
 
 
