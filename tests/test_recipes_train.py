@@ -1,4 +1,6 @@
-"""Every recipe of the catalogue: what it trains takes three steps; what only computes or merges is built."""
+"""Every recipe of the catalogue: what it trains takes three steps; what only computes or merges, and what reads shards
+that are not here, is built.
+"""
 
 import re
 from pathlib import Path
@@ -46,6 +48,9 @@ def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installe
             assert build_parts(resolved)[resolved.kind] is not None
             return
         built = built_after(name, tmp_path)
+        shards = getattr(built.datamodule, "shards", [])
+        if shards and not any(Path(shard).exists() for shard in shards):
+            return
         built.trainer.fit(built.model, datamodule=built.datamodule)
     except UserError as error:
         if not re.search("is not installed|install it", str(error)):
