@@ -40,6 +40,7 @@ class SparseGaussian(nn.Module):
 
     parameter_kinds: ClassVar = {"mu": "matrices", "rho": "vectors"}  # decay for the means alone
     places: Tensor
+    gradient_S: Tensor | None
 
     def __init__(self, base: nn.Module, name: str, places_k: Tensor, mu_k: Tensor, std_k: Tensor) -> None:
         super().__init__()
@@ -51,8 +52,6 @@ class SparseGaussian(nn.Module):
         self.register_buffer("places", places_k.to(torch.int32 if self.count <= LARGEST_INT32 else torch.int64))
         self.draw: Draw = Mean()
         self.watching, self.gradient_S = False, None
-
-    gradient_S: Tensor | None
 
     def extra_repr(self) -> str:
         return f"{len(self.mu)} of {self.count} weights active"
