@@ -167,11 +167,15 @@ class SSVI(Method):
         return torch.stack([layer.kl(self.prior_std) for layer in gaussian_layers(self).values()]).sum()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        if not self._due():
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-            return
-        optimizer_closure()
-        self._move(optimizer)
+        """A step that moves coordinates goes through all hooks, and leaves the optimiser without a gradient."""
+
+        def moving() -> None:
+            optimizer_closure()
+            self._move(optimizer)
+            for parameter in self.parameters():
+                parameter.grad = None
+
+        super().optimizer_step(epoch, batch_idx, optimizer, moving if self._due() else optimizer_closure)
 
     def probabilities(self, image_BCHW: Tensor) -> Tensor:
         """[B K], of the posterior mean or averaged over networks 0 to draws - 1 of the seed."""

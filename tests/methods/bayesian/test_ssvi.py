@@ -55,10 +55,14 @@ def batch(rows: int = 6) -> dict[str, Tensor]:
 
 
 class Watch(Callback):
-    """State of the module and its optimiser before each step and after the last."""
+    """State of the module and its optimiser before each step and after the last, and how often its hook was called."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
+        self.hooks = 0
+
+    def on_before_optimizer_step(self, *rest: Any) -> None:
+        self.hooks += 1
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, *rest: Any) -> None:
         self.states.append(state_of(trainer, module))
@@ -106,8 +110,10 @@ def test_the_weight_of_the_divergence_follows_the_run_and_counts_its_samples(tmp
 
 
 def test_the_step_that_moves_coordinates_takes_no_step_of_the_optimiser(tmp_path: Path) -> None:
-    states = trained(tmp_path).states
+    watch = trained(tmp_path)
+    states = watch.states
     assert len(states) == STEPS + 1
+    assert watch.hooks == STEPS
     for step, (before, after) in enumerate(pairwise(states)):
         moves = step in (3, 6)
         assert torch.equal(before["head.base.bias"], after["head.base.bias"]) == moves, step
