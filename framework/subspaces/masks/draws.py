@@ -9,12 +9,12 @@ rows of a tensor draws these rows alone.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightspan.devices import widest_float
+from lightspan.devices import has_values, widest_float
 
 _AT_ONCE = 2**14  # numbers that a processor's caches hold; a GPU wants fewer and larger launches
 _AT_ONCE_ON_GPU = 2**24
@@ -31,6 +31,7 @@ def uniform(
     device: torch.device | str = "cpu",
     within: Sequence[int] | None = None,
     offset: Sequence[int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Independent uniform numbers [*shape] in the open interval (0, 1), symmetric about 1/2.
 
@@ -41,13 +42,16 @@ def uniform(
         name: of the tensor: other names have other numbers.
         dtype: float32 or float64; half types are stored, not computed in. float32 where the device has no float64.
         within: shape of the whole tensor, of which `shape` at `offset` is a block; None for all of it.
+        rows: int64 [shape[0]], which rows of a whole tensor of any length these are, such as samples of a data set.
     """
     assert dtype in (torch.float32, torch.float64), f"{dtype} is too narrow to draw in"
     device = torch.device(device)
     start, stride = _stream(seed, step, name)
     kept = 52 if dtype == torch.float64 and widest_float(device) == torch.float64 else 23
     drawn = torch.empty(tuple(shape), dtype=torch.float64 if kept == 52 else torch.float32, device=device)
-    flat, places = drawn.view(-1), _Places(shape, within or shape, offset or [0] * len(shape), device)
+    if not has_values(drawn):  # planned: only its shape counts
+        return drawn
+    flat, places = drawn.view(-1), _numbers(shape, within or shape, offset or [0] * len(shape), device, rows)
     at_once = _AT_ONCE if device.type == "cpu" else _AT_ONCE_ON_GPU
     for first in range(0, flat.numel(), at_once):
         part = flat[first : first + at_once]
@@ -87,6 +91,21 @@ class _Places:
             places += rest % size * stride
             rest = rest // size
         return places
+
+
+def _numbers(
+    shape: Sequence[int], within: Sequence[int], offset: Sequence[int], device: torch.device, rows: Tensor | None
+) -> Callable[[int, int], Tensor]:
+    """The numbers, in the whole tensor, of the entries `first` to `last` of a block or of rows."""
+    if rows is None:
+        return _Places(shape, within, offset, device)
+    rows, width = rows.to(device, torch.int64), math.prod(shape[1:])
+
+    def numbers(first: int, last: int) -> Tensor:
+        places = torch.arange(first, last, device=device)
+        return rows[places // width].mul_(width).add_(places.remainder_(width))
+
+    return numbers
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """Masks as maps of the one algebra, see `lightspan.subspaces.maps`. Shapes: S, any; k open entries."""
 
+from collections.abc import Sequence
+from typing import Self
+
+import torch
 from torch import Tensor
 
 
@@ -12,6 +16,13 @@ class Selected:
 
     def __init__(self, open_S: Tensor) -> None:
         self.shape, self.places_k = open_S.shape, open_S.reshape(-1).nonzero().flatten()
+
+    @classmethod
+    def at(cls, places_k: Tensor, shape: Sequence[int]) -> Self:
+        """Of the entries at `places_k`, int64, each counted with rows first and none twice."""
+        selected = cls.__new__(cls)
+        selected.shape, selected.places_k = torch.Size(shape), places_k
+        return selected
 
     def push(self, z_k: Tensor) -> Tensor:
         """[S], in the order of rows first."""

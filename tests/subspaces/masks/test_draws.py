@@ -72,3 +72,11 @@ def test_the_extreme_float32_numbers_are_inside_the_interval() -> None:
     extremes = torch.tensor([0.5, 2.0**23 - 0.5]) * 2.0**-23
     assert extremes[0] > 0
     assert extremes[1] < 1
+
+
+def test_rows_have_the_numbers_of_their_places_in_any_order() -> None:
+    whole = uniform(1, 2, "w", [9, 2, 3])
+    rows = torch.tensor([7, 0, 7])
+    assert torch.equal(uniform(1, 2, "w", [3, 2, 3], rows=rows), whole[rows])
+    assert torch.equal(uniform(1, 2, "w", [1, 3], rows=torch.tensor([5])), uniform(1, 2, "w", [6, 3])[5:])
+    assert uniform(1, 2, "w", [0, 3], rows=rows[:0]).shape == (0, 3)
