@@ -37,6 +37,9 @@ MODULES = {  # old name -> new name
 CLASSES = {  # that left a module which is still there
     f"lightspan.optim.bases.{name}": f"lightspan.experiments.kronecker_bases.{name}"
     for name in ("HadamardBasis", "KroneckerDCTBasis")
+} | {
+    f"lightspan.optim.bases.{name}": f"lightspan.experiments.bases.{name}"
+    for name in ("RandomBasis", "RandomColumns", "IdentityBasis")
 }
 
 

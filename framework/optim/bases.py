@@ -5,10 +5,8 @@ projector, and choosing it again (`refresh`) is what GaLore's code does every up
 |-----------------|------------------------------------------------------------------|------------------|
 | PowerBasis      | top singular directions, tracked by block power iteration        | N R numbers      |
 | SVDBasis        | top singular directions, recomputed                              | N R numbers      |
-| RandomBasis     | random orthonormal, drawn anew                                   | N R numbers      |
 | GaussianBasis   | independent normal entries of variance 1 / R, drawn anew         | N R numbers      |
-| ColumnSelection | the R best columns of one fixed orthonormal matrix: DCTBasis,    | R integers       |
-|                 | RandomColumns, IdentityBasis                                     |                  |
+| DCTBasis        | the R best columns of one fixed orthonormal matrix               | R integers       |
 
 Shapes: B matrices of one shape, M rows (kept), N columns (projected, N <= M), R rank.
 """
@@ -158,7 +156,7 @@ class SVDBasis(_DenseBasis):
         return {"frame": torch.stack(vectors)}
 
 
-class _DrawnBasis(_DenseBasis):
+class DrawnBasis(_DenseBasis):
     """A random frame, drawn anew at each refresh from the matrix' seed and the number of draws so far."""
 
     def initial(self, layout: Layout) -> State:
@@ -174,21 +172,7 @@ class _DrawnBasis(_DenseBasis):
         return {"frame": self.draw(seeds, layout), "draws": state["draws"] + 1}
 
 
-class RandomBasis(_DrawnBasis):
-    """Random orthonormal frames, whatever the gradient.
-
-    Args:
-        carry: Rotate or Keep.
-    """
-
-    def __init__(self, carry: Rotate | Keep = Rotate()) -> None:  # noqa: B008 - frozen
-        super().__init__(carry)
-
-    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
-        return frames.random_frame(seeds, layout.size, layout.rank, dtype=layout.dtype, device=layout.device)
-
-
-class GaussianBasis(_DrawnBasis):
+class GaussianBasis(DrawnBasis):
     """Independent normal entries of variance 1 / R: norms are kept in the mean, angles are not (APOLLO, arXiv
     2412.05270, section 4.2). Goes with the Apollo residual only.
     """
@@ -287,31 +271,3 @@ class DCTBasis(ColumnSelection):
 
     def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
         return dct_energies(gradients) if self.fast else super().energies(gradients, layout)
-
-
-class RandomColumns(ColumnSelection):
-    """Columns of one random orthonormal matrix: shows the effect of selection alone, without the DCT.
-
-    Args:
-        seed: of the matrix.
-        norm, carry: see ColumnSelection.
-    """
-
-    def __init__(
-        self,
-        seed: int = 0,
-        norm: Literal[1, 2] = 2,
-        carry: Gather | Rotate | Keep = Gather(),  # noqa: B008 - frozen
-    ) -> None:
-        super().__init__(norm, carry)
-        self.seed = seed
-
-    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return frames.random_frame([self.seed], size, size, dtype=dtype, device=device)[0]
-
-
-class IdentityBasis(ColumnSelection):
-    """The weight's own columns: those with the largest gradients train, the others do not."""
-
-    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.eye(size, dtype=dtype, device=device)

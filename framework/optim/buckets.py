@@ -3,17 +3,21 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightspan.devices import wide_type
-from lightspan.optim.core import Rule
+from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State, canonical, is_wide, matrices, matrix_shape, shards_of
 from lightspan.optim.loading import require_same_kind
+from lightspan.optim.settings import Switches
 from lightspan.sharded import local
+
+if TYPE_CHECKING:
+    from lightspan.optim.low_rank import LowRank
 
 SEED_STRIDE = 1 << 24
 """Distance between the seeds of two random streams, so that counting up in one does not reach the next."""
@@ -58,7 +62,7 @@ class Bucket:
         stacked: bool,
         phases: list[float],
         layout: Layout,
-        rule: Rule,
+        rule: Switches,
         saved: list[State],
         names: list[str],
     ) -> "Bucket":
@@ -75,9 +79,7 @@ class Bucket:
             if shards is not None:
                 view.update({key: shards.distributed(view[key]) for key in by_row})
             view["step"] = torch.tensor(0.0)
-            if "rank" in known:
-                view["rank"] = torch.tensor(layout.rank)
-            if known.keys() - {"rank"}:
+            if known:
                 require_same_kind(names[i], known, view)
             for key, value in known.items():
                 if shards is not None and key in by_row:
@@ -100,7 +102,7 @@ class Bucket:
             for p, view in zip(self.parameters, self.views, strict=True)
         )
 
-    def due(self, positions: list[int], rule: Rule) -> tuple[list[int], list[int]]:
+    def due(self, positions: list[int], rule: Switches) -> tuple[list[int], list[int]]:
         """Those of `positions` whose frame the coming step chooses for the first time, and those it chooses again; as
         indices into `positions`.
         """
@@ -108,7 +110,7 @@ class Bucket:
         later = [place for place, i in enumerate(positions) if self.done[i] > 0]
         if not later:
             return first, []
-        due = set(rule.trigger.due([positions[place] for place in later], self.done, self.phases, self.state))
+        due = set(rule.trigger.due([positions[place] for place in later], self.done, self.phases))
         return first, [place for place in later if positions[place] in due]
 
 
@@ -129,7 +131,7 @@ class Member:
     saved: State
 
 
-def build_buckets(members: Sequence[Member], rule: Rule, seed: int) -> list[Bucket]:
+def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[Bucket]:
     """Groups what can step together: parameters of one group whose matrices have one shape, one rank, and their
     axes in one order in memory; the rows of moved ones are made alike.
 
@@ -166,9 +168,79 @@ def build_buckets(members: Sequence[Member], rule: Rule, seed: int) -> list[Buck
     return buckets
 
 
-def places_of(buckets: Sequence[Bucket]) -> dict[Tensor, tuple[Bucket, int]]:
-    """The bucket of each projected parameter, and its position there."""
-    return {p: (bucket, i) for bucket in buckets for i, p in enumerate(bucket.parameters)}
+class Buckets:
+    """An optimiser's buckets, built when they are needed."""
+
+    def __init__(self) -> None:
+        self._built: list[Bucket] | None = None
+        self._built_for: tuple[list[Any], list[Any]] = [], []
+        self._places: dict[Tensor, tuple[Bucket, int]] = {}
+
+    def of(self, optimizer: "LowRank") -> list[Bucket]:
+        """The buckets, rebuilt whenever something, a checkpoint or a device move, replaced the state that consists of
+        their views.
+
+        Raises: UserError if a group's `rank` or `project` changed after its state had taken steps.
+        """
+        groups, state = optimizer.param_groups, optimizer.state
+        # Buckets keep groups and parameters alive, so nothing else can get their ids.
+        look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in groups for p in g["params"]]
+        settings = [(group["rank"], group["project"]) for group in groups]
+        shown = self._built is not None and all(bucket.is_shown_in(state) for bucket in self._built)
+        if self._built is None or (look, settings) != self._built_for or not shown:
+            if self._built is not None and settings != self._built_for[1]:
+                _forget_unstepped(state, self._built_for[1], settings)
+            self._built, self._places = build_buckets(_members(optimizer), optimizer.rule, optimizer.seed), {}
+            for bucket in self._built:
+                views = zip(bucket.parameters, bucket.views, strict=True)
+                state.update((parameter, dict(view)) for parameter, view in views)
+            self._built_for = look, settings
+        return self._built
+
+    def places(self, optimizer: "LowRank") -> dict[Tensor, tuple[Bucket, int]]:
+        """The bucket of each projected parameter, and its position there. Checks for replaced state once per step."""
+        if not self._places:
+            self._places = {p: (bucket, i) for bucket in self.of(optimizer) for i, p in enumerate(bucket.parameters)}
+        return self._places
+
+    def end_step(self) -> None:
+        """The next step checks again whether the state was replaced."""
+        self._places = {}
+
+    def rebuild(self) -> None:
+        """The next step builds them anew from the optimiser's state."""
+        self._built, self._places = None, {}
+
+    def forget_coordinates(self) -> None:
+        """Clears gradients that exist only in coordinates."""
+        for bucket in self._built or []:
+            bucket.pending.clear()
+
+
+def _members(optimizer: "LowRank") -> list[Member]:
+    return [
+        Member(
+            parameter,
+            group,
+            group["rank"],
+            optimizer.selection(group).stacked(parameter),
+            optimizer.name_of(parameter),
+            optimizer.state[parameter],
+        )
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if optimizer.projected(parameter, group)
+    ]
+
+
+def _forget_unstepped(state: dict[Tensor, Any], before: list[Any], now: list[Any]) -> None:
+    if any(int(held["step"]) for held in state.values() if "step" in held):
+        changes = [f"{b} -> {n}" for b, n in zip(before, now, strict=True) if b != n]
+        raise UserError(
+            f"(rank, project) of a parameter group changed in the middle of training: {', '.join(changes)}. State "
+            "cannot follow; restore the value, or build a new optimiser"
+        )
+    state.clear()
 
 
 def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:
@@ -179,7 +251,7 @@ def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: tor
     return Layout(held, size, rank, is_wide(first), dtype, device, tuple(seeds), shards)
 
 
-def _keys_by_row(rule: Rule, layout: Layout) -> set[str]:
+def _keys_by_row(rule: Switches, layout: Layout) -> set[str]:
     """The state with a part for every row: what grows by one with each row."""
     small, large = (
         rule.initial(replace(layout, rows=rows, device=torch.device("meta"))) for rows in (layout.rows, layout.rows + 1)

@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.projected import Selection
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.patterns import require_matches
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
@@ -120,9 +119,8 @@ def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options
     asked = inspect.signature(LowRank).bind([], **options)
     asked.apply_defaults()
     rank, backward = asked.arguments["rank"], asked.arguments["backward"]
-    most, by_energy = (rank.most, rank) if isinstance(rank, RankByEnergy) else (rank, None)
     for group in optimizer.param_groups:
-        selection = Selection(_project(group, match), group.get("rank", most), by_energy, backward)
+        selection = Selection(_project(group, match), group.get("rank", rank), backward)
         if any(map(selection.projects, group["params"], _names_in(group, module))):
             return True
     return False

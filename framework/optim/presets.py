@@ -40,7 +40,6 @@ from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import NewtonSchulz
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.optim.settings import require_sound
 from lightspan.optim.triggers import Trigger
@@ -236,11 +235,6 @@ class Trion(LowRank):
         **options: Any,
     ) -> None:
         require_sound("Trion", {"other_lr": other_lr})
-        if isinstance(rank, RankByEnergy):
-            raise UserError(
-                "Trion rank=RankByEnergy() could leave a matrix to AdamW at the rate of Newton-Schulz; set rank to a "
-                "number"
-            )
         self.other_lr = other_lr
         basis, residual = DCTBasis(norm=norm, carry=Keep()), ErrorFeedback(kept=momentum)
         inner = NewtonSchulz(scale=convention)

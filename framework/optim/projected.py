@@ -8,7 +8,6 @@ from torch.distributed.tensor import DTensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import is_matrix, matrix_shape
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.patterns import matches
 
 
@@ -18,14 +17,12 @@ class Selection:
 
     Args:
         project: that of the group: True, False, or patterns of names.
-        rank: that of the group; the largest, if ranks are chosen by energy.
-        by_energy: what chooses a rank for each matrix, if anything does.
+        rank: that of the group.
         backward: "whole", "hooks" or "projected", see `LowRank`.
     """
 
     project: bool | Sequence[str]
     rank: int
-    by_energy: RankByEnergy | None
     backward: str
 
     def allows(self, name: str) -> bool:
@@ -42,23 +39,13 @@ class Selection:
         """The shorter side of the parameter's matrix, or of each matrix in its stack."""
         return min(parameter.shape[1:]) if self.stacked(parameter) else matrix_shape(parameter)[1]
 
-    def projects(self, parameter: Tensor, name: str, rank: int | None = None) -> bool:
-        """Whether a parameter's state lives in a subspace.
-
-        Args:
-            rank: the parameter's; None means the smallest that it can get.
-        """
+    def projects(self, parameter: Tensor, name: str) -> bool:
+        """Whether a parameter's state lives in a subspace."""
         if not is_matrix(parameter) or not self.allows(name):
             return False
         if self.stacked(parameter):
-            whole = self.backward == "whole" and self.by_energy is None
-            return whole and not isinstance(parameter, DTensor)
-        return (self.least if rank is None else rank) < self.side(parameter)
-
-    @property
-    def least(self) -> int:
-        """The smallest rank that a matrix can get."""
-        return self.rank if self.by_energy is None else self.by_energy.least
+            return self.backward == "whole" and not isinstance(parameter, DTensor)
+        return self.rank < self.side(parameter)
 
 
 def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, Selection]]) -> None:
@@ -75,15 +62,14 @@ def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, S
             f"{owner} got no matrix to project: pass real parameters with two or more axes in a group with "
             "project=True, or set project=False in all groups to use AdamW"
         )
-    flat = [(s.side(p), s.least, s.by_energy) for p, _, s in candidates if not s.stacked(p)]
+    flat = [(s.side(p), s.rank) for p, _, s in candidates if not s.stacked(p)]
     if not flat:
         raise UserError(
-            f"{owner} got no matrix to project except stacks [experts out in], which need whole, unsharded gradients "
-            "and a fixed rank; set backward='whole' and rank to a number, train unsharded, or use AdamW"
+            f"{owner} got no matrix to project except stacks [experts out in], which need whole, unsharded gradients; "
+            "set backward='whole', train unsharded, or use AdamW"
         )
-    side, least, by_energy = max(flat, key=lambda each: each[:2])
-    asked = f"rank={least}" if by_energy is None else f"RankByEnergy least={least}"
+    side, rank = max(flat)
     raise UserError(
-        f"{asked} is not below the shorter side of any matrix (the largest is {side}), so nothing would be projected; "
-        f"choose a rank of at most {max(side // 2, 1)}, or use AdamW"
+        f"rank={rank} is not below the shorter side of any matrix (the largest is {side}), so nothing would be "
+        f"projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
     )

@@ -20,6 +20,23 @@ from lightspan.sharded import local
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a treatment of the residual knows of a step.
+
+    Args:
+        direction_BMR: what the inner rule made of the coordinates.
+        coordinates_BMR: of the gradient.
+        energy_BM: squared row norms of the gradient, if `needs_energy`.
+        layout: that of the matrices; its `total` extends sums over rows to those of other ranks.
+    """
+
+    direction_BMR: Tensor
+    coordinates_BMR: Tensor
+    energy_BM: Tensor
+    layout: Layout
+
+
 class Residual(ABC):
     """A treatment of the residual. Parts that a treatment does not need keep these defaults: no state, no feedback."""
 
@@ -49,20 +66,8 @@ class Residual(ABC):
         raise NotImplementedError(f"{type(self).__name__} feeds nothing back")
 
     @abstractmethod
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        """(coefficients [B M R] or [B M 0], scale [B M] or [0 M]) of the update; may change the direction in place.
-
-        Args:
-            energy_BM: squared row norms of the gradient, if `needs_energy`.
-            layout: that of the matrices; its `total` extends sums over rows to those of other ranks.
-        """
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        """(coefficients [B M R] or [B M 0], scale [B M] or [0 M]) of the update; may change the direction in place."""
 
     def remember(
         self,
@@ -85,15 +90,8 @@ class Dropped(Residual):
 
     needs_gradient = False
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        return given.direction_BMR, given.direction_BMR.new_empty(0, given.direction_BMR.shape[1])
 
 
 EPSILON = 1e-8
@@ -214,20 +212,14 @@ class Fira(_Rescaling):
         if not 0 < self.inside <= 1:
             raise UserError(f"Fira inside={self.inside} must be in (0, 1]")
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        direction_BMR, coordinates_BMR = given.direction_BMR, given.coordinates_BMR
         direction_BM, inside_BM = (torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR))
         # |G - a r Q^T|^2 = |G|^2 - a (2 - a) |r|^2
         taken = self.inside * (2 - self.inside)
-        outside_BM = (energy_BM - taken * inside_BM.square()).clamp_min_(0).sqrt_()
-        scale_BM = row_scales(direction_BM, inside_BM, outside_BM, layout, self.bound)
-        scale_BM = self._limited(scale_BM, outside_BM, state, layout)
+        outside_BM = (given.energy_BM - taken * inside_BM.square()).clamp_min_(0).sqrt_()
+        scale_BM = row_scales(direction_BM, inside_BM, outside_BM, given.layout, self.bound)
+        scale_BM = self._limited(scale_BM, outside_BM, state, given.layout)
         coefficients_BMR = direction_BMR.addcmul_(coordinates_BMR, scale_BM[:, :, None], value=-1)
         return coefficients_BMR if self.inside == 1 else coefficients_BMR.mul_(self.inside), scale_BM
 
@@ -257,22 +249,16 @@ class Apollo(_Rescaling):
 
     needs_orthonormal = False
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        rows_BM = energy_BM.sqrt()
-        norms = [*(torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR)), rows_BM]
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        rows_BM, layout = given.energy_BM.sqrt(), given.layout
+        norms = [torch.linalg.vector_norm(x, dim=-1) for x in (given.direction_BMR, given.coordinates_BMR)]
+        norms.append(rows_BM)
         if self.per == "tensor":
             squares_3B1 = torch.stack(norms).square().sum(dim=-1, keepdim=True)
             norms = list(layout.total(squares_3B1).sqrt().expand(-1, -1, layout.rows))
         moved_BM, inside_BM, whole_BM = norms
         scale_BM = row_scales(moved_BM, inside_BM, whole_BM, layout, self.bound)
-        return direction_BMR[..., :0], self._limited(scale_BM, rows_BM, state, layout)
+        return given.direction_BMR[..., :0], self._limited(scale_BM, rows_BM, state, layout)
 
 
 @dataclass(frozen=True)
@@ -313,15 +299,8 @@ class ErrorFeedback(Residual):
     def accumulate(self, gradients: list[Tensor], state: State, clip: Tensor) -> list[Tensor]:
         return list(add_error(gradients, state["error"], state["error_scale"], clip))
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        return given.direction_BMR, given.direction_BMR.new_empty(0, given.direction_BMR.shape[1])
 
     def remember(
         self,

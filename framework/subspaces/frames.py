@@ -15,11 +15,6 @@ from lightspan.devices import widest_float
 from lightspan.triton_kernels.project import project
 
 
-def push(coordinates_BMR: Tensor, frame_BNR: Tensor) -> Tensor:
-    """Matrices [B M N] from coordinates [B M R]; `Frames.pull` is the adjoint."""
-    return coordinates_BMR @ frame_BNR.mT
-
-
 @dataclass(frozen=True)
 class Frames:
     """The `SubspaceMap` of frames [B N R]: coordinates [B M R] to matrices [B M N]. Frames need not be orthonormal."""
@@ -27,7 +22,7 @@ class Frames:
     frame_BNR: Tensor
 
     def push(self, z_BMR: Tensor) -> Tensor:
-        return push(z_BMR, self.frame_BNR)
+        return z_BMR @ self.frame_BNR.mT
 
     def pull(self, g_BMN: Tensor) -> Tensor:
         return g_BMN @ self.frame_BNR

@@ -5,7 +5,7 @@ in the subspace is an optimiser on z.
 
 | map                      | coordinates           | numbers          | who uses it                      |
 |--------------------------|-----------------------|------------------|----------------------------------|
-| `frames.Frames`          | [B M R]               | B matrices [M N] | `LowRank`, fused into its passes |
+| `frames.Frames`          | [B M R]               | B matrices [M N] | `LowRank`, when frames change    |
 | `projections.Projection` | [d]                   | all D weights    | `RandomSubspace`                 |
 | `singular.SingularFrame` | [R] singular values   | a matrix [O I]   | SVFit                            |
 | `tucker.TuckerFrame`     | a core [r_1 ... r_N]  | [d_1 ... d_N]    | FLoRA                            |

@@ -17,7 +17,6 @@ from lightspan.optim import presets
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.ranks import RankByEnergy
 
 
 class Net(nn.Module):
@@ -294,29 +293,6 @@ def test_an_optimiser_without_any_matrix_is_made_when_asked_for() -> None:
     assert torch.equal(ours, theirs)
     with pytest.raises(UserError, match=r"no matrix to project.*or set project=False in all groups"):
         LowRank([ours])
-
-
-def test_matrices_that_come_later_get_ranks_of_their_own_within_the_budget() -> None:
-    low, high = (nn.Parameter(torch.zeros(40, 30)) for _ in range(2))
-
-    def gradient(rank: int, seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(40, rank, generator=generator) @ torch.randn(rank, 30, generator=generator)
-
-    optimizer = LowRank([low], rank=RankByEnergy(energy=0.9999, least=2, most=20))
-    low.grad = gradient(3, 0)
-    optimizer.step()
-    optimizer.add_param_group({"params": [high]})
-    low.grad = None
-    optimizer.step()  # the new one has no gradient yet
-    low.grad, high.grad = gradient(3, 1), gradient(5, 2)
-    optimizer.step()
-    group = optimizer.param_groups[0]
-    assert [optimizer.rank_of(p, group) for p in (low, high)] == [3, 5]
-    assert optimizer.state[high]["exp_avg"].shape == (40, 5)
-    assert optimizer.state[low]["step"] == 2
-    narrow = RankByEnergy(energy=0.9999, least=2, most=20, budget_mib=4 * 110 * 6 / 2**20)
-    assert narrow.choose([high], spent=4 * 110 * 3) == [3]
 
 
 # Gradients

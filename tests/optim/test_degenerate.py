@@ -27,7 +27,6 @@ from lightspan.optim import bases, carries, inner, moments, presets, residuals, 
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.subspaces.projections import Projection
 
 ROWS, COLUMNS, RANK, STEPS, LR = 12, 8, 3, 18, 0.125
@@ -105,7 +104,6 @@ def optimisers() -> dict[str, Make]:
                 found[name] = make
     for mode in get_args(typing.get_type_hints(LowRank.__init__)["backward"]):
         found[f"backward={mode}"] = partial(LowRank, **default, backward=mode, residual=None)
-    found["RankByEnergy"] = partial(LowRank, rank=RankByEnergy(least=2, most=6), refresh=3)
     found["max_norm"] = partial(LowRank, **default, max_norm=1.0)
     return found
 

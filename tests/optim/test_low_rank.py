@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
+from lightspan.experiments.bases import IdentityBasis
 from lightspan.optim import reference
-from lightspan.optim.bases import DCTBasis, IdentityBasis, PowerBasis
+from lightspan.optim.bases import DCTBasis, PowerBasis
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.residuals import ErrorFeedback, Fira
 

@@ -17,18 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightspan import adapters, analysis, experiments, merging, nn, objectives, optim, subspaces
+from lightspan.experiments.bases import IdentityBasis, RandomBasis, RandomColumns
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.merging.span import TaskSpan
-from lightspan.optim.bases import (
-    Basis,
-    DCTBasis,
-    GaussianBasis,
-    IdentityBasis,
-    PowerBasis,
-    RandomBasis,
-    RandomColumns,
-    SVDBasis,
-)
+from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.layout import Layout
 from lightspan.subspaces.frames import Frames
 from lightspan.subspaces.maps import SubspaceMap

@@ -45,7 +45,8 @@ class DCTAdamW(_Columns):
         W <- W - lr N Q^T            N = Adam(R), with the bias correction of all steps
 
     The paper refreshes in its first and every T_u-th step, counted from 1; here, as in the engine, in the first and
-    every T_u-th after it. The published code compares columns by norm=1 and has no rotation by default.
+    every T_u-th after it. The published code's defaults differ: norm=1, no rotation, no error feedback, and
+    (sim_type="matmul") columns of the DCT-III matrix, basis=lambda n: dct_basis(n).T; ours are those of its "makhoul".
 
     Args:
         error_feedback: whether there is an E; not quantised here.

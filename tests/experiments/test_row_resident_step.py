@@ -6,8 +6,8 @@ from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import needs_triton
 from torch import Tensor
 
-from lightspan.triton_kernels import row_resident_step as module
-from lightspan.triton_kernels.row_resident_step import (
+from lightspan.experiments import row_resident_step as module
+from lightspan.experiments.row_resident_step import (
     blocks,
     row_resident_step,
     row_resident_step_reference,
@@ -177,7 +177,7 @@ def specification(rank: int, dtype: str, precision: str, *, wide: bool) -> Spec:
     constants |= {"WEIGHTS_ALIGNED": True, "GRADIENTS_ALIGNED": True, "UPCAST": False, "PRECISION": precision}
     constants |= {name: size for name, size in tile.items() if name.startswith("BLOCK")}
     return Spec(
-        kernel="row_resident_step:row_resident_step_kernel",
+        kernel="experiments.row_resident_step:row_resident_step_kernel",
         types=types,
         constants=constants if half else constants | {"seed_ptr": None},
         aligned=[name for name, kind in types.items() if kind != "fp32"],

@@ -1,7 +1,9 @@
 """A rank for each matrix from its first gradient: as much energy as requested, within a budget of bytes."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from lightspan.devices import widest_float
 from lightspan.distributed import agreed
 from lightspan.errors import UserError
-from lightspan.optim.layout import canonical_gradient, matrix_shape
+from lightspan.optim.layout import canonical_gradient, is_matrix, matrix_shape
 from lightspan.optim.sharding import splits_of
 
 
@@ -20,8 +22,10 @@ class RankByEnergy:
     Early gradients of most networks have a few strong directions and a long tail; matrices differ in both. If the
     ranks of the energy target would cost more than `budget_mib`, directions are taken in order of the share of energy
     that they bring per byte, over all matrices, until the budget is spent. Spectra are descending, so no other choice
-    within the budget captures more in total. Ranks are chosen in the first step, from rank 0's spectra if there are
-    several ranks, and are part of the saved state.
+    within the budget captures more in total. Among several processes rank 0's spectra decide.
+
+        loss.backward()
+        optimizer = LowRank(RankByEnergy(0.9).groups(list(model.parameters())), lr=1e-3)
 
     Args:
         energy: share in (0, 1].
@@ -40,20 +44,22 @@ class RankByEnergy:
         if not 1 <= self.least <= self.most:
             raise UserError(f"RankByEnergy needs 1 <= least <= most, got least={self.least}, most={self.most}")
 
-    def choose(self, parameters: Sequence[Tensor], spent: int = 0) -> list[int]:
+    def choose(self, parameters: Sequence[Tensor]) -> list[int]:
         """One rank for each parameter, from its `grad`.
 
-        Args:
-            spent: bytes of the budget that earlier choices used.
-        Raises: UserError if `least` everywhere exceeds the budget.
+        Raises: UserError if `least` everywhere exceeds the budget, and for sharded parameters.
         """
+        if splits_of(parameters):
+            raise UserError(
+                "RankByEnergy needs whole gradients, but this model is sharded; set rank to a number, or train with DDP"
+            )
         gradients = [canonical_gradient(p.grad, p) for p in parameters if p.grad is not None]
         shares = [_energy_shares(gradient) for gradient in gradients]
         costs = [bytes_per_rank(parameter) for parameter in parameters if parameter.grad is not None]
         wanted = [self._wanted(share_N) for share_N in shares]
         if self.budget_mib is None:
             return wanted
-        left = self.budget_mib * 2**20 - spent
+        left = self.budget_mib * 2**20
         left -= sum(min(self.least, rank) * size for rank, size in zip(wanted, costs, strict=True))
         if left < 0:
             raise UserError(
@@ -72,19 +78,20 @@ class RankByEnergy:
                 ranks[number] += 1
         return ranks
 
-    def assign(self, candidates: Sequence[Tensor], ranks: dict[Tensor, int]) -> dict[Tensor, int]:
-        """Ranks of those candidates that have a gradient and no rank yet, within the rest of the budget.
+    def groups(self, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Parameter groups for `LowRank`, one a rank, after a backward pass; what is no matrix or has no gradient is in
+        a last group with project=False.
 
-        Raises: UserError as `choose` does, and for sharded parameters.
+        Raises: UserError as `choose` does.
         """
-        new = [p for p in candidates if p.grad is not None and p not in ranks]
-        if new and splits_of(new):
-            raise UserError(
-                "rank=RankByEnergy() needs whole gradients, but this model is sharded; set rank to a number, or "
-                "train with DDP"
-            )
-        spent = sum(rank * bytes_per_rank(p) for p, rank in ranks.items())
-        return dict(zip(new, self.choose(new, spent), strict=True)) if new else {}
+        chosen = [p for p in parameters if p.grad is not None and is_matrix(p)]
+        alike: dict[int, list[Tensor]] = defaultdict(list)
+        for parameter, rank in zip(chosen, self.choose(chosen), strict=True):
+            alike[rank].append(parameter)
+        groups: list[dict[str, Any]] = [{"params": alike[rank], "rank": rank} for rank in sorted(alike)]
+        held = set(chosen)
+        rest = [p for p in parameters if p not in held]
+        return groups + ([{"params": rest, "project": False}] if rest else [])
 
     def _wanted(self, share_N: Tensor) -> int:
         reached = int((share_N.cumsum(0) < self.energy).sum()) + 1
