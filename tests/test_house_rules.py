@@ -22,6 +22,7 @@ GROUND = {
     "files",
     "layers",
     "distributed",
+    "drawing",
     "patterns",
     "results",
     "run_files",
@@ -36,6 +37,7 @@ MAY_USE: dict[str, set[str]] = {
     "files": set(),
     "layers": set(),
     "distributed": set(),
+    "drawing": set(),
     "patterns": set(),
     "sharded": set(),
     "results": set(),
@@ -158,4 +160,15 @@ def test_tensor_code_never_imports_lightning() -> None:
     found = [(place, name) for file in pure for place, name in imports(file)]
     lightning = {"lightning", "pytorch_lightning", "lightning_fabric"}
     wrong = [f"{place} imports {name}" for place, name in found if name.split(".")[0] in lightning]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_pictures_have_one_look() -> None:
+    files = [file for _, file in SOURCES] + sorted([*ROOT.glob("evidence/*.py"), *ROOT.glob("benchmarks/*.py")])
+    wrong = [
+        f"{place} imports {name}; draw on a canvas of lightspan.drawing"
+        for file in files
+        for place, name in imports(file)
+        if name.startswith("matplotlib.figure") and file != ROOT / "framework/drawing.py"
+    ]
     assert not wrong, "\n".join(wrong)
