@@ -165,7 +165,7 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     from lightspan.files import atomic_path, write_atomic
     from lightspan.tensor_files import Form, write_tensors
 
-    write_run_files(resolved, run_dir, args, None)
+    write_run_files(resolved, run_dir, args.command_line, args.overlays)
     written = [MERGED] if (run_dir / MERGED).exists() else []
     if result.tensors:
         forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in result.tensors.items()}

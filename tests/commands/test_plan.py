@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
-from lightspan.commands.plan import measured_peak, shares, verdict
 from lightspan.errors import UserError
 from lightspan.planning.division import Division, division, strategy_of
+from lightspan.planning.outcome import measured_peak, shares, verdict
 from lightspan.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
 from lightspan.planning.step_memory import StepMemory
 from lightspan.strategies import FSDP2

@@ -1,0 +1,40 @@
+"""The folder of an export: written whole or not at all, and replaced only if an export wrote it."""
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightspan.errors import UserError
+from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
+
+RECORD = "export.json"  # distinguishes a folder that an export may replace from one that it must not
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raises: UserError if `out` is there and may not be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / RECORD).is_file():
+        raise UserError(f"--out {str(out)!r} exists and is not an earlier export; name a folder that does not exist")
+    if not overwrite:
+        raise UserError(f"--out {str(out)!r} contains an earlier export; add --overwrite, or name another folder")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `out` if the block wrote RECORD last; otherwise removes it."""
+    out = out.absolute()
+    folder = temporary_path(out, secrets.token_hex(4))
+    with explained_os_errors(out, setting="--out"):
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            if not (folder / RECORD).is_file():
+                return
+            mode = (folder / RECORD).stat().st_mode
+            for path in folder.iterdir():
+                path.chmod(mode)  # safetensors makes files that only their owner can read
+            replace_folder(folder, out)
+        finally:
+            remove(folder)
