@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lightspan.checkpoints.manifest import COMPLETE, other_thing
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
-from lightspan.exports.folder import RECORD, refuse_occupied, whole_folder
+from lightspan.exports.folder import refuse_occupied, whole_folder
 from lightspan.planning.one_process import in_one_process
-from lightspan.run_files import MERGED, RESOLVED
+from lightspan.run_files import EXPORT, MERGED, RESOLVED
 from lightspan.runs.folder import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"this is more than {limit:g}: nothing was written")
             return 1
         record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}
-        (folder / RECORD).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
+        (folder / EXPORT).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
     files = sorted(path.name for path in out.iterdir())
     print(f"wrote {out}: {', '.join(files)}")
     return 0

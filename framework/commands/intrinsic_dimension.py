@@ -17,7 +17,7 @@ from lightspan.files import write_atomic
 from lightspan.intrinsic.curve import Curve, Point
 from lightspan.intrinsic.fits import recipe_of, references_of, require_rate, train
 from lightspan.intrinsic.search import Fit, Settings, search
-from lightspan.run_files import RESULT
+from lightspan.run_files import CURVE, RESULT
 from lightspan.runs.fits import exits_on_sigterm
 
 NOT_REACHED = 1
@@ -122,7 +122,7 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
     tidy(axes)
     files: dict[Path, str | bytes] = {
         settings.out / RESULT: json.dumps(record, indent=2, allow_nan=False) + "\n",
-        settings.out / "curve.png": png(figure),
+        settings.out / CURVE: png(figure),
     }
     for path, content in files.items():
         write_atomic(path, content, setting="--out")

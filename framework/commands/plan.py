@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError
 from lightspan.planning.outcome import MIB, as_json, in_mib, measured_peak, shares, verdict
+from lightspan.run_files import PLAN
 
 if TYPE_CHECKING:
     from lightspan.planning.planned_step import Plan
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.run:
         from lightspan.files import write_atomic
 
-        path = args.run / "plan.json"
+        path = args.run / PLAN
         write_atomic(path, json.dumps(as_json(plan, measured), indent=2) + "\n")
         print(f"wrote {path}")
     return 0

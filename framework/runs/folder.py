@@ -19,16 +19,14 @@ from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
-from lightspan.run_files import METRICS, PROVENANCE, RESOLVED
+from lightspan.run_files import CHECKPOINTS, LOCK, METRICS, PROVENANCE, RESOLVED
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = Path(CHECKPOINTS) / LAST
-LOCK_FILE = ".lightspan.lock"
 LOCK_WAIT_S = 30.0
 _RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
 
@@ -85,7 +83,7 @@ def sole_use(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
     if fcntl is None or not is_first_rank():
         yield
         return
-    path = run_dir / LOCK_FILE
+    path = run_dir / LOCK
     with _opened(path) as file:
         until_s = time.monotonic() + wait_s
         while not _locked(file):

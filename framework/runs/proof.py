@@ -13,6 +13,7 @@ from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.run_files import CHECKPOINTS, OUTPUT, TRACE
 from lightspan.runs.differences import first_difference, first_other_batch, largest_difference
 from lightspan.runs.fits import fit_command, last_lines, ranks_of
 
@@ -127,7 +128,7 @@ def start(resolved: Resolved, settings: Settings, run_dir: Path, leg: Leg) -> No
     """Runs one leg. Raises: UserError if it ends in another way than planned."""
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
     write_atomic(recipe, dump(with_layer(resolved, _changes(resolved, settings, run_dir, leg)).document()))
-    log = run_dir / "output.txt"
+    log = run_dir / OUTPUT
     statuses = ranks_of(fit_command(recipe, run_dir, resolved.allow_modules), leg.ranks, log)
     killed = -signal.SIGKILL in statuses
     if killed != (leg.kill is not None) or (not killed and any(statuses)):
@@ -141,7 +142,7 @@ def start(resolved: Resolved, settings: Settings, run_dir: Path, leg: Leg) -> No
 
 def _changes(resolved: Resolved, settings: Settings, run_dir: Path, leg: Leg) -> dict[str, Any]:
     """What a proof changes in the recipe: its length, its checkpoints, its logs, and the kill."""
-    checkpoint = {"dirpath": "${run}/checkpoints", "every_n_train_steps": settings.every, "save_top_k": 1}
+    checkpoint = {"dirpath": f"${{run}}/{CHECKPOINTS}", "every_n_train_steps": settings.every, "save_top_k": 1}
     callbacks: dict[str, Any] = {
         "proof_length": {
             "class_path": "lightspan.callbacks.resilience.proof.StopAfter",
@@ -150,7 +151,7 @@ def _changes(resolved: Resolved, settings: Settings, run_dir: Path, leg: Leg) ->
         "checkpoint": {"class_path": "lightspan.callbacks.resilience.checkpoint.Checkpoint", "init_args": checkpoint},
         "proof_trace": {
             "class_path": "lightspan.callbacks.resilience.proof.Trace",
-            "init_args": {"folder": "${run}/trace"},
+            "init_args": {"folder": f"${{run}}/{TRACE}"},
         },
     }
     if leg.kill is not None:

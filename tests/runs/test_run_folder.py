@@ -101,7 +101,7 @@ def test_a_start_that_is_refused_leaves_no_folder_and_one_that_wrote_leaves_it(t
 def test_what_a_killed_write_left_is_removed(tmp_path):
     (tmp_path / ".lightspan-0a1b-resolved.yaml.tmp").write_text("half")
     with sole_use(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == [run_folder.LOCK_FILE]
+        assert [path.name for path in tmp_path.iterdir()] == [".lightspan.lock"]
 
 
 def test_figures_of_a_start_without_a_checkpoint_are_kept(tmp_path, capsys):
