@@ -63,7 +63,7 @@ VERBS = (
     Verb("new", "write the files of a new method", "new"),
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
     Verb("fit", "train", "fit", "add_fit_arguments", "run_fit", True),
-    Verb("run", "compute what needs no training: an estimator's or a merger's recipe", "run", flags=True),
+    Verb("run", "run a recipe that does not train (an estimator or a merger)", "run", flags=True),
     Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
     Verb("validate", "measure a checkpoint on validation data", "fit", "add_evaluate_arguments", "run_validate", True),
     Verb("test", "measure a checkpoint on test data", "fit", "add_evaluate_arguments", "run_test", True),

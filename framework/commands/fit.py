@@ -13,6 +13,7 @@ from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
 from lightspan.loggers.wandb_key import wandb_key_place
+from lightspan.run_files import PREDICTIONS
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
@@ -157,7 +158,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, args.ckpt)
     if status == 0 and is_first_rank():
         if verb == "predict":
-            _write_predictions(result, run_dir / "predictions.pt")
+            _write_predictions(result, run_dir / PREDICTIONS)
         else:
             _print_metrics(result, run_dir / f"{verb}.json")
     return status
@@ -175,7 +176,7 @@ def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:
     elif epochs is not None and 0 <= epochs <= trainer.current_epoch:
         end = f"trainer.max_epochs={epochs}; a larger number of epochs"
     else:
-        return f"no step was taken: {checkpoint} is at step {step}, where the run ended at once"
+        return f"no step was taken: {checkpoint} is at step {step}, and the run stopped immediately"
     return f"nothing was left to do: {checkpoint} is at step {step}, and the run ends at {end} trains longer"
 
 

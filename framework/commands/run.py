@@ -13,8 +13,8 @@ from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, print_notes, printable
-from lightspan.run_files import MERGED, METRICS, RESULT
-from lightspan.runs.folder import CHECKPOINTS, is_first_rank, run_folder, sole_use, write_run_files
+from lightspan.run_files import CHECKPOINTS, MERGED, METRICS, PICTURE, RESULT, TABLE, TENSORS
+from lightspan.runs.folder import is_first_rank, run_folder, sole_use, write_run_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from lightspan.features.store import FeatureStore
     from lightspan.merging.weights import Weights
     from lightspan.results import Result
-
-PICTURE, TABLE, TENSORS = "picture.png", "table.csv", "result.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +187,7 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     print(f"wrote {run_dir}: {', '.join([*written, RESULT])}")
     if MERGED in written:
         print(
-            "next: a network gets these weights in a recipe by class_path: lightspan.backbones.weights.with_weights, "
+            "next: to load these weights in a recipe, use class_path: lightspan.backbones.weights.with_weights, "
             f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}"
         )
 
