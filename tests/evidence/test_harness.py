@@ -18,7 +18,7 @@ def test_measures(evidence):
     evidence.figure("accuracy", 0.7, seed=1, unit="%")
     assert evidence.claim("gain", {0: 1.0, 1: 2.0}, at_least=1.5, unit="points")
     assert not evidence.claim("cost", 2.0, at_most=1.6)
-    assert not evidence.claim("gain of one seed", {0: 80.0, 1: -1.0, 2: -2.0}, at_least=0.5)
+    assert not evidence.claim("lucky seed", {0: 80.0, 1: -1.0, 2: -2.0}, at_least=0.5)
     assert not evidence.claim("loss", {0: float("nan"), 1: 1.0}, at_most=9.0)
     evidence.note("Chosen on seed 100.")
     evidence.note("Rates", {"turned": {"LoRA": 0.003}, ("full", 0): (0.01, None)})
@@ -92,7 +92,7 @@ def test_every_figure_is_recorded_also_those_that_fall_short(toy: tuple) -> None
     assert [(c["name"], c["value"], c["held"]) for c in record["claims"]] == [
         ("gain", 1.5, True),
         ("cost", 2.0, False),
-        ("gain of one seed", 77 / 3, False),
+        ("lucky seed", 77 / 3, False),
         ("loss", None, False),
         ("exact", 0.0, True),
     ]
