@@ -46,13 +46,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightspan.analysis.memory import MIB, state_bytes
 from lightspan.backbones.language import llama
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.drawing import COLOURS, canvas, png, tidy
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.memory import MIB, state_bytes
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import WarmupCosine

@@ -41,25 +41,10 @@ class Verb:
 
 
 VERBS = (
-    Verb("recipes", "list the catalogue", "catalogue", "add_recipes_arguments", "run_recipes", only_prints=True),
-    Verb(
-        "show",
-        "print a recipe, or its merged form",
-        "catalogue",
-        "add_show_arguments",
-        "run_show",
-        True,
-        only_prints=True,
-    ),
-    Verb("copy", "copy a recipe to a file of your own", "catalogue", "add_copy_arguments", "run_copy"),
-    Verb(
-        "check",
-        "find every mistake before a run",
-        "catalogue",
-        "add_check_arguments",
-        "run_check",
-        True,
-    ),
+    Verb("recipes", "list the catalogue", "recipes", only_prints=True),
+    Verb("show", "print a recipe, or its merged form", "show", flags=True, only_prints=True),
+    Verb("copy", "copy a recipe to a file of your own", "copy"),
+    Verb("check", "find every mistake before a run", "check", flags=True),
     Verb("new", "write the files of a new method", "new"),
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
     Verb("fit", "train", "fit", "add_fit_arguments", "run_fit", True),

@@ -17,7 +17,8 @@ PACKAGES = {
 GROUND: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    **{floor: {"errors"} for floor in ("distributed", "facts", "files", "layers", "patterns")},
+    **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns")},
+    "memory": {"sharded"},
     **{floor: set() for floor in ("devices", "drawing", "run_files", "sharded")},
     "results": {"drawing", "errors"},
     "tensor_files": {"errors", "files"},

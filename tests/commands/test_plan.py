@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
 from lightspan.errors import UserError
+from lightspan.memory import state_bytes
 from lightspan.planning.division import Division, division, strategy_of
 from lightspan.planning.outcome import measured_peak, shares, verdict
 from lightspan.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
