@@ -1,6 +1,5 @@
 """Learned masks: the support of a planted sparse net, and accuracy over density on Fashion-MNIST."""
 
-import io
 from collections.abc import Mapping
 from functools import cache
 from statistics import mean
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from lightspan.backbones.vision import MLP
 from lightspan.datamodules.images.small import FashionMNIST, ImageSamples
+from lightspan.drawing import COLOURS, SOFT, canvas, png, tidy
 from lightspan.files import write_atomic
 
 # Planted: 100 correlated inputs, 20 units, a tenth of 2,000 weights is not zero; 400 noisy samples.
@@ -21,10 +21,7 @@ PLANTED_SEEDS, PLANTED_RATES, PLANTED_STEPS = (0, 1, 2, 3, 4), (1e-3, 3e-3, 1e-2
 SEEDS, RATES, STEPS, BATCH = (0, 1, 2), (3e-4, 1e-3, 3e-3, 1e-2), 400, 100
 DENSITIES, SEARCHED_AT = (0.5, 0.2, 0.1, 0.05, 0.02), 0.05
 HELD_OUT = 500  # training images that judge settings
-COLOURS = {
-    "Concrete": "#1f5fd0", "movement": "#7a4fc0", "drop and grow": "#2a8a5b", "magnitude": "#d1560f",
-    "magnitude, all at once": "#e0a020", "random": "#8a929c",
-}  # fmt: skip
+ARMS = ("Concrete", "magnitude", "drop and grow", "movement", "magnitude, all at once", "random")
 
 
 class Planted:
@@ -152,16 +149,14 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[
 
 def picture(dense: Mapping[int, float], curves: Mapping[str, Mapping[float, Mapping[int, float]]]) -> bytes:
     """PNG bytes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=130, layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.axhline(mean(dense.values()), color="#5b6470", linewidth=1.2, linestyle="--", label="all weights")
+    figure, ((axes,),) = canvas("", (7, 4))
+    axes.axhline(mean(dense.values()), color=SOFT, linewidth=1.2, linestyle="--", label="all weights")
+    colours = dict(zip(ARMS, COLOURS, strict=True))
     for name, curve in curves.items():
         density, values = [100 * d for d in curve], [list(found.values()) for found in curve.values()]
-        axes.plot(density, list(map(mean, values)), "-o", color=COLOURS[name], linewidth=1.6, markersize=4, label=name)
+        axes.plot(density, list(map(mean, values)), "-o", color=colours[name], linewidth=1.6, markersize=4, label=name)
         axes.fill_between(
-            density, list(map(min, values)), list(map(max, values)), color=COLOURS[name], alpha=0.15, lw=0
+            density, list(map(min, values)), list(map(max, values)), color=colours[name], alpha=0.15, lw=0
         )
     axes.set_xscale("log")
     axes.set_xticks([100 * d for d in DENSITIES], [f"{100 * d:g}" for d in DENSITIES])
@@ -169,9 +164,6 @@ def picture(dense: Mapping[int, float], curves: Mapping[str, Mapping[float, Mapp
     axes.set_xlabel("open weights of both hidden layers in %")
     axes.set_ylabel("test accuracy in %")
     axes.set_title("784-200-200-10 on 3,000 images of Fashion-MNIST", fontsize=10, loc="left")
-    axes.grid(color="#e9ebee", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # equal results give equal bytes
-    return buffer.getvalue()
+    return png(figure)

@@ -29,13 +29,15 @@ def list_of_blocks(
         and all(any(map(counts, block.parameters())) for block in part)
     }
     if not lists:
-        raise UserError(f"{type(network).__name__} has no list of equal blocks that would tell its layers; {way_out}")
+        raise UserError(
+            f"{type(network).__name__} has no list of equal blocks from which to read its layers; {way_out}"
+        )
     path = max(lists, key=lambda known: len(lists[known]))
     beside = [other for other in lists if not (_inside(other, path) or _inside(path, other))]
     if beside:
         raise UserError(
             f"{type(network).__name__} has lists of equal blocks side by side ({', '.join([path, *beside][:4])}), "
-            f"which do not tell its layers; {way_out}"
+            f"from which its layers cannot be read; {way_out}"
         )
     return path, lists[path]
 

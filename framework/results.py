@@ -5,12 +5,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
-from io import BytesIO
 from typing import Any, Self
 
 from torch import Tensor
 
+from lightspan.drawing import canvas, png, tidy
 from lightspan.errors import UserError
 
 
@@ -74,22 +73,13 @@ class Result(ABC):
         }
 
     def picture(self, title: str) -> bytes | None:
-        """PNG bytes of what `draw` draws; None for a result without a picture, or without matplotlib."""
-        if type(self).draw is Result.draw or find_spec("matplotlib") is None:
+        """PNG bytes of what `draw` draws; None for a result without a picture."""
+        if type(self).draw is Result.draw:
             return None
-        from matplotlib.figure import Figure as Canvas
-
-        canvas = Canvas(figsize=(6.4, 3.8), dpi=150, layout="constrained", facecolor="white")
-        axes = canvas.subplots()
+        figure, ((axes,),) = canvas(title)
         self.draw(axes)
-        axes.grid(color="#e9ebee", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        canvas.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-        buffer = BytesIO()
-        # Software and date are left out, so that equal results give equal bytes.
-        canvas.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+        tidy(axes)
+        return png(figure)
 
     def _plain(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "tensors"}

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, one_line
 
 DTYPES = {
     torch.float64: "F64",
@@ -95,3 +95,28 @@ def _write(file: BinaryIO, piece: Tensor) -> int:
     data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(data.numpy().data)
     return data.numel()
+
+
+_KINDS = {list: "a list", dict: "a mapping", bool: "true or false", int: "a whole number", str: "text"}
+
+
+def facts_of(metadata: Mapping[str, str], path: str | Path, **kinds: type) -> dict[str, Any]:
+    """The named facts in a file's metadata, each of its given type; all except text is JSON. Another program may have
+    written it.
+
+    Raises: UserError that names the file and the first fact that is missing or of another type.
+    """
+    facts: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if name not in metadata:
+            raise UserError(f"{path} has no {name!r} in its metadata; it is damaged, or another program wrote it")
+        try:
+            facts[name] = metadata[name] if kind is str else json.loads(metadata[name])
+        except (ValueError, RecursionError):
+            facts[name] = None
+        if type(facts[name]) is not kind:
+            raise UserError(
+                f"{path} has {name!r}: {one_line(metadata[name])[:60]!r} in its metadata, not {_KINDS[kind]}; it is "
+                "damaged, or another program wrote it"
+            )
+    return facts

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan import objectives
+from lightspan.experiments import class_text
 from lightspan.objectives import (
     barlow,
-    class_text,
     diffusion,
     distillation,
     entropy,
@@ -106,12 +106,14 @@ PARTS = {
 
 
 def public_functions() -> set[str]:
-    """All public functions of the modules in `lightspan.objectives`, as `module.function`."""
+    """All public functions of the modules in `lightspan.objectives`, and of what waits to join it, as
+    `module.function`.
+    """
     found = set()
-    for info in pkgutil.iter_modules(objectives.__path__):
-        module = importlib.import_module(f"lightspan.objectives.{info.name}")
+    names = [f"lightspan.objectives.{info.name}" for info in pkgutil.iter_modules(objectives.__path__)]
+    for module in (*map(importlib.import_module, names), class_text):
         found |= {
-            f"{info.name}.{name}"
+            f"{module.__name__.rpartition('.')[2]}.{name}"
             for name, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }

@@ -1,16 +1,19 @@
-"""Every recipe of the catalogue: what it trains takes three steps; what only computes or merges is built."""
+"""Every recipe of the catalogue: what trains takes three steps; what computes or merges gives its result."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
+from lightspan.cli import main
 from lightspan.config.build import build, build_parts, resolve
 from lightspan.config.recipes import catalogue_names
-from lightspan.config.resolve import ANY_KIND
+from lightspan.config.resolve import ANY_KIND, Resolved
 from lightspan.errors import UserError
 
 SHORT = [
@@ -23,6 +26,9 @@ SHORT = [
     ),
 ]
 """Three steps of few samples, with what the recipe itself adds and nothing that writes or listens."""
+
+UNDONE = {"analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"}
+"""They ask Stable Diffusion for images, or need what such a run found; they are only built."""
 
 
 def after_runs_before(make: Callable[[], Any]) -> Any:
@@ -41,6 +47,16 @@ def after_runs_before(make: Callable[[], Any]) -> Any:
         return after_runs_before(make)
 
 
+def gives_its_result(resolved: Resolved) -> None:
+    """`lightspan run`, for a merger of two small checkpoints."""
+    words = ["run", resolved.name, "--run", "computed", "--features", "features", "--device", "cpu"]
+    for number, checkpoint in enumerate(resolved.config.get("checkpoints", {})):
+        save_file({"weight": torch.full((2, 3), float(number))}, f"{checkpoint}.safetensors")
+        words.append(f"checkpoints.{checkpoint}={checkpoint}.safetensors")
+    assert main(words) == 0
+    assert json.loads(Path("computed/result.json").read_text())["figures"]
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", catalogue_names())
 def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installed(name, tmp_path, monkeypatch):
@@ -50,7 +66,9 @@ def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installe
         return  # of a paper's scale, which is planned in other tests: no machine here has its data
     try:
         if resolved.kind != "model":
-            assert after_runs_before(lambda: build_parts(resolved))[resolved.kind] is not None
+            after_runs_before(lambda: build_parts(resolved))
+            if name not in UNDONE:
+                gives_its_result(resolved)
             return
         built = after_runs_before(lambda: build(resolve(name, [], SHORT), tmp_path))
         built.trainer.fit(built.model, datamodule=built.datamodule)

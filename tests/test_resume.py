@@ -1,6 +1,5 @@
 """k steps, a checkpoint, a new process' worth of objects, and k more steps equal 2k steps bit for bit."""
 
-import argparse
 import json
 
 import pytest
@@ -87,7 +86,7 @@ def test_resumed_run_equals_straight_run(flags, half, tmp_path):
 
 
 def resume(run, how="auto"):
-    return checkpoint_to_resume(argparse.Namespace(resume=how, run=run), run)
+    return checkpoint_to_resume(how, run, given=True)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from lightspan.checkpoints.restore import (
 )
 from lightspan.errors import UserError
 from lightspan.files import remove_leftovers
+from lightspan.run_files import CHECKPOINTS
 
 
 class Checkpoint(OwnFiles):
@@ -101,7 +102,7 @@ class Checkpoint(OwnFiles):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+            self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
         self._writer = Writer(Path(self.dirpath or ""), self._in_background and stage == "fit")
         self._writer.take_over(trainer, partial(_refuse_shards, trainer))

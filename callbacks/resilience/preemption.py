@@ -24,6 +24,7 @@ from lightspan.callbacks.resilience.random_state import random_states, restore_r
 from lightspan.checkpoints.manifest import LAST, standing
 from lightspan.checkpoints.rest_of_step import before_validation
 from lightspan.errors import UserError
+from lightspan.run_files import CHECKPOINTS
 from lightspan.signals import BUDGET_S, SignalFlag, installed, main_thread
 
 PREEMPTED = 143
@@ -306,7 +307,7 @@ def _signals(argument: str, names: Sequence[str]) -> tuple[signal.Signals, ...]:
 
 def _last_checkpoint(trainer: Trainer) -> Path:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(folder or Path(trainer.default_root_dir) / "checkpoints") / LAST
+    return Path(folder or Path(trainer.default_root_dir) / CHECKPOINTS) / LAST
 
 
 def _slurm_job() -> str | None:

@@ -15,10 +15,9 @@ from lightspan.errors import UserError
 from lightspan.optim.convert import hand_over
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import save_subspace
+from lightspan.run_files import SUBSPACE
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 from lightspan.wiring.optimizers import average_in_coordinates
-
-FILE = "subspace.safetensors"
 
 
 class IntrinsicDimension(Callback):
@@ -94,7 +93,7 @@ class IntrinsicDimension(Callback):
         (optimizer,) = trainer.optimizers
         assert isinstance(optimizer, RandomSubspace)
         if trainer.is_global_zero:
-            save_subspace(optimizer, self.path or Path(trainer.default_root_dir) / FILE)
+            save_subspace(optimizer, self.path or Path(trainer.default_root_dir) / SUBSPACE)
 
 
 def to_random_subspace(

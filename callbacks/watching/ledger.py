@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightspan.distributed import world_size
 from lightspan.files import write_atomic
 
-FORMAT = 1  # commands/ledger.py reads it without the imports of this module
+FORMAT = 1  # runs/ledger.py reads it without the imports of this module
 
 
 @runtime_checkable

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lightspan.analysis.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
 from lightspan.files import write_atomic
 from lightspan.loggers.jsonl import plain_number
+from lightspan.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
 
 WARM_UP_STEPS = 5
 

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightspan.analysis.memory import MIB, rss_bytes
 from lightspan.errors import UserError
+from lightspan.memory import MIB, rss_bytes
 
 
 class Throughput(Callback):

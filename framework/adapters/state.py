@@ -24,9 +24,9 @@ from lightspan.adapters.layers import weight_of
 from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
-from lightspan.facts import facts_of
 from lightspan.files import write_atomic
 from lightspan.sharded import whole
+from lightspan.tensor_files import facts_of
 
 FORMAT = "lightspan adapter 1"
 _ADAPTER, _TRAINED = "adapter.", "trained."

@@ -73,12 +73,6 @@ def leading_energy(values_S: Tensor, rank: int) -> Tensor:
     return energy_shares(values_S)[..., :rank].sum(dim=-1)
 
 
-def captured_energy(matrix_ND: Tensor, basis_DR: Tensor) -> Tensor:
-    """Share of the squared Frobenius norm that remains when rows are projected on orthonormal columns; in [0, 1]."""
-    matrix_ND = _relative(matrix_ND.flatten()).view(matrix_ND.shape)
-    return _ratio((matrix_ND @ basis_DR.to(matrix_ND)).square().sum(), matrix_ND.square().sum())
-
-
 def _relative(values_S: Tensor) -> Tensor:
     """Divided by the largest magnitude, so that squares neither vanish nor overflow."""
     values_S = wide(values_S)

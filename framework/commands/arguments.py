@@ -1,7 +1,6 @@
 """Arguments that several verbs share."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -38,11 +37,6 @@ def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
         metavar="PACKAGE",
         help="your own package that the configuration may name; it is recorded with the run",
     )
-
-
-def allow_options(modules: Sequence[str]) -> list[str]:
-    """The options that `add_allow_module_argument` read, as arguments for another command line."""
-    return [word for module in modules for word in ("--allow-module", module)]
 
 
 def folder(text: str) -> Path:

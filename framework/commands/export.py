@@ -1,11 +1,9 @@
 """`lightspan export CKPT --to FORMAT`: weights for other programs, written only if their loader reads them back."""
 
 import argparse
-import contextlib
 import json
 import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightspan.checkpoints.manifest import COMPLETE, other_thing
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
+from lightspan.exports.folder import refuse_occupied, whole_folder
 from lightspan.planning.one_process import in_one_process
-from lightspan.run_files import MERGED, RESOLVED
+from lightspan.run_files import EXPORT, MERGED, RESOLVED
 from lightspan.runs.folder import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from lightspan.config.build import Resolved
 
-RECORD = "export.json"  # distinguishes a folder that an export may replace from one that it must not
 LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 
 
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         require_pretrained(model)
         fold(model)
     with whole_folder(out) as folder:
-        writers: dict[str, Callable[[LightningModule, Path, str], float]] = {
+        writers: dict[str, Callable[[Any, Path, str], float]] = {
             "safetensors": _to_safetensors,
             "huggingface": _to_huggingface,
             "peft": _to_peft,
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"this is more than {limit:g}: nothing was written")
             return 1
         record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}
-        (folder / RECORD).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
+        (folder / EXPORT).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
     files = sorted(path.name for path in out.iterdir())
     print(f"wrote {out}: {', '.join(files)}")
     return 0
@@ -121,62 +119,10 @@ def load_weights(model: "LightningModule", checkpoint: Path) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Raises: UserError if `out` is there and may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / RECORD).is_file():
-        raise UserError(f"--out {str(out)!r} exists and is not an earlier export; name a folder that does not exist")
-    if not overwrite:
-        raise UserError(f"--out {str(out)!r} contains an earlier export; add --overwrite, or name another folder")
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `out` if the block wrote RECORD last; otherwise removes it."""
-    from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
-
-    out = out.absolute()
-    folder = temporary_path(out, secrets.token_hex(4))
-    with explained_os_errors(out, setting="--out"):
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-            if not (folder / RECORD).is_file():
-                return
-            mode = (folder / RECORD).stat().st_mode
-            for path in (found for found in folder.rglob("*") if found.is_file()):
-                path.chmod(mode)  # safetensors makes files that only their owner can read
-            replace_folder(folder, out)
-        finally:
-            remove(folder)
-
-
 def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> float:
-    """Writes model.safetensors with all of `model.state_dict()`; returns the largest difference after reading back.
+    from lightspan.exports.safetensors import write_safetensors
 
-    Tensors that share memory are stored once; the file's metadata names the others, as safetensors does.
-    """
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_model
-
-    path = folder / "model.safetensors"
-    save_model(model, str(path), metadata={"format": "pt", "recipe": recipe, **_version()})
-    largest = 0.0
-    with safe_open(str(path), framework="pt") as file:
-        stored = file.metadata() or {}
-        for name, tensor in model.state_dict().items():
-            back = file.get_tensor(stored.get(name, name))
-            if back.dtype != tensor.dtype or back.shape != tensor.shape:
-                return float("inf")
-            if not torch.equal(back, tensor) and tensor.numel():
-                wide = torch.complex128 if tensor.is_complex() else torch.float64
-                apart = (back.to(wide) - tensor.to(wide)).abs().nan_to_num(float("inf"))
-                # NaN is unequal to itself and infinity minus itself is NaN, even if they are stored correctly.
-                same = (back == tensor) | (back.isnan() & tensor.isnan())
-                largest = max(largest, float(apart.masked_fill(same, 0.0).amax()))
-    return largest
+    return write_safetensors(model, folder, {"recipe": recipe, **_version()})
 
 
 def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> float:

@@ -2,21 +2,18 @@
 
 import argparse
 import contextlib
-import errno
 import json
-import os
 import shlex
-import signal
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import manifest, other_thing, standing
-from lightspan.commands.arguments import add_recipe_arguments, allow_options, file, folder
+from lightspan.checkpoints.manifest import manifest, other_thing
+from lightspan.commands.arguments import add_recipe_arguments, file, folder
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
+from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
 from lightspan.loggers.wandb_key import wandb_key_place
+from lightspan.run_files import PREDICTIONS
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
@@ -30,13 +27,10 @@ from lightspan.runs.folder import (
 )
 from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
+from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lightning.pytorch import Trainer
-
-INTERRUPTED = 130
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +78,7 @@ def run_fit(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
-    checkpoint = checkpoint_to_resume(args, run_dir)
+    checkpoint = checkpoint_to_resume(args.resume, run_dir, given=args.run is not None)
     resolved = with_seed(resolved, run_dir, checkpoint)
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
@@ -94,11 +88,11 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         print_notes(resolved.notes)
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
     built = build(resolved, run_dir)
-    _check_at_start(built)
-    _obey_signals(built)
-    _meet_after_restart(built)
+    check_at_start(built)
+    obey_signals(built)
+    meet_after_restart(built)
     if is_first_rank():
-        write_run_files(resolved, run_dir, args, checkpoint)
+        write_run_files(resolved, run_dir, args.command_line, args.overlays, checkpoint)
         if checkpoint is None or run_dir not in checkpoint.parents:
             set_metrics_aside(run_dir)
         if args.wandb:
@@ -156,7 +150,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     built = build(resolved, run_dir)
     if is_first_rank():
         print_notes(resolved.notes)
-        write_run_files(resolved, run_dir, args, args.ckpt)
+        write_run_files(resolved, run_dir, args.command_line, args.overlays, args.ckpt)
     call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": str(args.ckpt), "weights_only": True}
     if verb != "predict":
         call_arguments["verbose"] = False
@@ -164,7 +158,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, args.ckpt)
     if status == 0 and is_first_rank():
         if verb == "predict":
-            _write_predictions(result, run_dir / "predictions.pt")
+            _write_predictions(result, run_dir / PREDICTIONS)
         else:
             _print_metrics(result, run_dir / f"{verb}.json")
     return status
@@ -172,43 +166,6 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
 
 def _resolve(args: argparse.Namespace) -> Resolved:
     return resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
-
-
-def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint: Path | None) -> tuple[int, Any]:
-    """Runs a Trainer function; returns (exit status, its result) and turns what a user can fix into a UserError."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from lightspan.callbacks.resilience.preemption import Preempted
-    from lightspan.distributed import leave
-    from lightspan.signals import installed
-
-    flag = installed()
-    try:
-        result = function()
-        leave()
-        return 0, result
-    except Preempted as leaving:
-        leave()
-        _say_stopped(str(leaving), run_dir)
-        return int(leaving.code or 0), None
-    except BaseException as error:
-        # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), after teardown. A write that it interrupts
-        # raises whatever its library raises.
-        if built.trainer.interrupted and (
-            isinstance(error, KeyboardInterrupt | SystemExit) or (flag is not None and flag.insisted)
-        ):
-            _say_stopped(f"stopped by Ctrl-C at step {built.trainer.global_step}", run_dir)
-            return INTERRUPTED, None
-        if isinstance(error, MisconfigurationException):
-            raise UserError(f"the Trainer refuses this run: {error}") from error
-        if isinstance(error, OSError):
-            _explain(error, run_dir)
-        if message := _reason(error, checkpoint):
-            raise UserError(message) from error
-        raise
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # Lightning sets this after Ctrl-C
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:
@@ -219,92 +176,8 @@ def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:
     elif epochs is not None and 0 <= epochs <= trainer.current_epoch:
         end = f"trainer.max_epochs={epochs}; a larger number of epochs"
     else:
-        return f"no step was taken: {checkpoint} is at step {step}, where the run ended at once"
+        return f"no step was taken: {checkpoint} is at step {step}, and the run stopped immediately"
     return f"nothing was left to do: {checkpoint} is at step {step}, and the run ends at {end} trains longer"
-
-
-def _say_stopped(why: str, run_dir: Path) -> None:
-    if is_first_rank():
-        way_on = f"; the same command with --run {shlex.quote(str(run_dir))} continues from it"
-        print(f"\nlightspan: {why}; {standing(run_dir / LAST_CHECKPOINT, way_on)}", file=sys.stderr, flush=True)
-
-
-def _explain(error: OSError, run_dir: Path) -> None:
-    """Raises a UserError for an error with a file in the run folder, or with a disk, but not with sockets and pipes."""
-    from lightspan.files import explained_os_errors
-
-    disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    if not isinstance(error.filename, str | os.PathLike):
-        path = run_dir if disk else None
-    else:
-        path = Path(error.filename).absolute()
-    if path is not None and (path == run_dir or run_dir in path.parents):
-        with explained_os_errors(path):
-            raise error
-
-
-def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
-    """The message for a library's error that a user can fix, by where it was raised; None for all others."""
-    if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError):
-        return None
-    passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if isinstance(error, ValueError) and "configure_optimizers" in passed:
-        return f"the optimiser or its schedule refuses its settings: {error}"
-    if "setup_data" in passed and "`val_check_interval`" in str(error):
-        return f"the Trainer refuses this run: {str(error).strip()}"
-    if "_validate_condition_metric" in passed:
-        return f"early stopping: {error}"
-    from lightspan.runs.start_checks import past_its_end
-
-    if (said := past_its_end(error)) is not None:
-        return said
-    if checkpoint is not None and "load_state_dict" in passed:
-        return f"{checkpoint} is a checkpoint of another model: {_few_lines(str(error))}"
-    return None
-
-
-def _check_at_start(built: Built) -> None:
-    """Has the run looked at once more when everything is set up, before its first step."""
-    from lightspan.runs.start_checks import StartChecks
-
-    # First, since Lightning wants callbacks that write checkpoints last.
-    built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
-
-
-def _obey_signals(built: Built) -> None:
-    """Leaves signals to the run's callback that obeys them, or restores their usual meaning."""
-    from lightspan.callbacks.resilience.preemption import Preemption
-    from lightspan.signals import installed
-
-    callbacks = built.trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
-    preemption = next((callback for callback in callbacks if isinstance(callback, Preemption)), None)
-    if preemption is not None:
-        preemption.obey(built.trainer)
-    elif (flag := installed()) is not None:
-        flag.release()
-
-
-def _meet_after_restart(built: Built) -> None:
-    """Ranks that torchrun restarts meet under new keys.
-
-    torchrun keeps its store on a restart (torch 2.13), and under its default keys a rank can find the address of one
-    that was killed, and wait for it in vain. Lightning uses an existing process group as it is.
-    """
-    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if start == 0 or ranks == 1:
-        return
-    import torch.distributed as dist
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.PrefixStore(f"start-{start}", dist.TCPStore(address, port, ranks, is_master=False))
-    on_cpu = built.trainer.strategy.root_device.type == "cpu"
-    dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=int(os.environ["RANK"]), world_size=ranks)
-
-
-def _few_lines(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(line if len(line) < 300 else line[:297] + "..." for line in lines[:4])
 
 
 def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lightspan.checkpoints.manifest import (
 from lightspan.commands.arguments import folder
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, irregular, leftovers, put_back, remove
-from lightspan.runs.folder import CHECKPOINTS
+from lightspan.run_files import CHECKPOINTS
 
 QUARANTINE = "quarantine"
 TORN = 1

@@ -11,12 +11,13 @@ from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.config.resolve import Resolved, resolve
+from lightspan.drawing import canvas, png, tidy
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.intrinsic.curve import Curve, Point
 from lightspan.intrinsic.fits import recipe_of, references_of, require_rate, train
 from lightspan.intrinsic.search import Fit, Settings, search
-from lightspan.run_files import RESULT
+from lightspan.run_files import CURVE, RESULT
 from lightspan.runs.fits import exits_on_sigterm
 
 NOT_REACHED = 1
@@ -103,8 +104,6 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
     from rich.table import Table
     from rich.text import Text
 
-    from lightspan.intrinsic.picture import picture
-
     shown = {key: references[key] for key in ("constant_answer", "linear_probe", "parameters")}
     shown["untrained"] = mean(references["untrained"].values())
     record = {
@@ -118,9 +117,12 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
         **curve.record(),
     }
     title = f"{_named(resolved)}: {settings.metric} in random subspaces of {shown['parameters']:,} weights"
+    figure, ((axes,),) = canvas(title, (7.4, 4.4))
+    curve.draw(axes, settings.metric, settings.threshold, shown)
+    tidy(axes)
     files: dict[Path, str | bytes] = {
         settings.out / RESULT: json.dumps(record, indent=2, allow_nan=False) + "\n",
-        settings.out / "curve.png": picture(curve, settings.metric, settings.threshold, shown, title),
+        settings.out / CURVE: png(figure),
     }
     for path, content in files.items():
         write_atomic(path, content, setting="--out")

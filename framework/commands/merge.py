@@ -5,10 +5,9 @@ import dataclasses
 from pathlib import Path
 
 from lightspan.commands.arguments import add_allow_module_argument, folder
-from lightspan.commands.catalogue import print_notes
 from lightspan.config.resolve import resolve
 from lightspan.config.tree import dump
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, print_notes, printable
 
 FAMILY = "merging"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import file, folder
 from lightspan.errors import UserError
-from lightspan.run_files import METRICS, SUMMARY
+from lightspan.run_files import METRICS, REPORT, SUMMARY
 
 if TYPE_CHECKING:
     from lightspan.report.runs import Run
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.report.picture import picture
     from lightspan.report.runs import load_runs
 
-    page = args.out if args.out.suffix in (".html", ".htm") else args.out / "report.html"
+    page = args.out if args.out.suffix in (".html", ".htm") else args.out / REPORT
     if (page.parent / METRICS).exists():
         raise UserError(
             f"--out {str(args.out)!r} would overwrite summary.json of run folder {str(page.parent)!r}, the run's "

@@ -13,17 +13,14 @@ from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, print_notes, printable
-from lightspan.run_files import MERGED, METRICS, RESULT
-from lightspan.runs.folder import CHECKPOINTS, is_first_rank, run_folder, sole_use, write_run_files
+from lightspan.run_files import CHECKPOINTS, MERGED, MERGED_FOLDER, METRICS, PICTURE, RESULT, TABLE, TENSORS
+from lightspan.runs.folder import is_first_rank, run_folder, sole_use, write_run_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightspan.features.store import FeatureStore
     from lightspan.results import Result
-
-PICTURE, TABLE, TENSORS = "picture.png", "table.csv", "result.safetensors"
-MERGED_FOLDER = "merged"  # of a merger whose leading checkpoint is a Hugging Face folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +165,7 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     from lightspan.files import atomic_path, write_atomic
     from lightspan.tensor_files import Form, write_tensors
 
-    write_run_files(resolved, run_dir, args, None)
+    write_run_files(resolved, run_dir, args.command_line, args.overlays)
     written = [name for name in (MERGED, MERGED_FOLDER) if (run_dir / name).exists()]
     if result.tensors:
         forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in result.tensors.items()}
@@ -192,7 +189,7 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     print(f"wrote {run_dir}: {', '.join([*written, RESULT])}")
     if MERGED in written:
         print(
-            "next: a network gets these weights in a recipe by class_path: lightspan.backbones.weights.with_weights, "
+            "next: to load these weights in a recipe, use class_path: lightspan.backbones.weights.with_weights, "
             f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}"
         )
 

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments, allow_options, folder
+from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.config.flags import allow_options
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump

@@ -1,7 +1,7 @@
 """Flags of the command line: `a.b.c=value`, `--a.b.c=value` and `--a.b.c value` mean the same, wherever they are."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from lightspan.config.tree import COMMAND_LINE, Key, Node, parse
 from lightspan.errors import UserError
@@ -65,3 +65,8 @@ def flag_layer(flags: list[str]) -> Node:
             branch = node.value
         branch[last] = parse(match[2], COMMAND_LINE, line_numbers=False)
     return Node(root, COMMAND_LINE)
+
+
+def allow_options(modules: Sequence[str]) -> list[str]:
+    """--allow-module for each of the modules, as arguments for another command line."""
+    return [word for module in modules for word in ("--allow-module", module)]

@@ -13,6 +13,7 @@ from lightspan.analysis.spectra import (
     participation_ratio,
     stable_rank,
 )
+from lightspan.drawing import COLOURS
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.features.features import Features
@@ -40,8 +41,8 @@ class Dimension(Result):
 
         x = np.log(self.ratios)
         share = np.arange(1, len(x) + 1) / (len(x) + 1)
-        axes.plot(x, -np.log1p(-share), "o", color="#1f5fd0", markersize=3, label="points")
-        axes.plot(x, self.dimension * x, color="#d1560f", linewidth=1.5, label=f"slope {self.dimension:.3g}")
+        axes.plot(x, -np.log1p(-share), "o", color=COLOURS[0], markersize=3, label="points")
+        axes.plot(x, self.dimension * x, color=COLOURS[1], linewidth=1.5, label=f"slope {self.dimension:.3g}")
         axes.set(xlabel="log(r2 / r1)", ylabel="-log(1 - share below)")
         axes.legend(frameon=False)
 
@@ -103,7 +104,7 @@ class SpectrumOfFeatures(Result):
         )
 
     def draw(self, axes: Any) -> None:
-        axes.plot(range(1, len(self.energies) + 1), self.energies, "-o", color="#1f5fd0", markersize=3)
+        axes.plot(range(1, len(self.energies) + 1), self.energies, "-o", color=COLOURS[0], markersize=3)
         axes.set(xlabel="direction", ylabel="share of the energy")
         if any(self.energies):
             axes.set_yscale("log")

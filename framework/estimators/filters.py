@@ -30,6 +30,7 @@ from lightspan.analysis.filters import (
     variance_entropy,
 )
 from lightspan.analysis.moments import Moments
+from lightspan.drawing import SOFT
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.merging.weights import Weights
@@ -90,7 +91,7 @@ class FilterReport(Result):
             (line,) = axes.plot(depth, ratio, "-o", markersize=3, linewidth=1, label=name)
             flagged = [one for one in layers if one["flags"]]
             axes.plot([one["depth"] for one in flagged], [*map(_ratio, flagged)], "x", color=line.get_color())
-        axes.axhline(1, color="#888888", linewidth=0.8, linestyle="--")
+        axes.axhline(1, color=SOFT, linewidth=0.8, linestyle="--")
         axes.set(xlabel="depth", ylabel="variance entropy over its value in noise")
         axes.legend(frameon=False)
 

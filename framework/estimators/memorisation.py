@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.analysis.memorisation import memorised_entries, overlap, pixel_distances, recorded, voted
+from lightspan.drawing import COLOURS
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.prompts import DrawnImages, Prompts
@@ -62,7 +63,7 @@ class MemorisedWeights(Result):
 
     def draw(self, axes: Any) -> None:
         place = range(len(self.layers))
-        axes.bar(place, [100 * one["density"] for one in self.layers], color="#1f5fd0")
+        axes.bar(place, [100 * one["density"] for one in self.layers], color=COLOURS[0])
         axes.set(xlabel="layer", ylabel="weights to prune, %")
         axes.set_xticks(list(place))
 

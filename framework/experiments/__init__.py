@@ -10,5 +10,7 @@
   `benchmarks/lm_quality.py` shows a lower loss than with one rank for all matrices in the same bytes.
 - `row_resident_step`: a whole step without residual or clipping in one kernel. Back in `lightspan.optim.core` when
   `benchmarks/kernels.py` shows a recipe's steps to be faster by more than noise on a GPU.
+- `class_text`: CoDyRA's loss of images against the names of a growing set of classes. Back in `lightspan.objectives`
+  with the first method that learns tasks of image and text one after the other.
 - `transforms.idct`: the inverse of the fast DCT. Back in `lightspan.subspaces` with its first caller.
 """

@@ -11,10 +11,10 @@ from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
-from lightspan.intrinsic.search import LOG, Fit, Settings
+from lightspan.intrinsic.search import Fit, Settings
 from lightspan.report.compare import differences
 from lightspan.report.runs import load_run
-from lightspan.run_files import METRICS, SUMMARY
+from lightspan.run_files import METRICS, OUTPUT, REFERENCES, SUBSPACE, SUMMARY
 from lightspan.runs.fits import fit_command, last_lines, run_side_by_side
 
 CALLBACK = "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension"
@@ -42,7 +42,7 @@ def train(resolved: Resolved, settings: Settings, fits: Sequence[Fit]) -> dict[F
         remove(runs / fit.name)
         recipe = runs / f"{fit.name}.yaml"
         write_atomic(recipe, recipe_of(resolved, settings, fit))
-        commands.append((fit_command(recipe, runs / fit.name, resolved.allow_modules), runs / fit.name / LOG))
+        commands.append((fit_command(recipe, runs / fit.name, resolved.allow_modules), runs / fit.name / OUTPUT))
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(settings.workers)}
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -103,7 +103,7 @@ def layer(resolved: Resolved, settings: Settings, fit: Fit) -> dict[str, Any]:
     if fit.dim is not None:
         settings_of = {"dim": fit.dim, "seed": fit.drawn(), "projection": {"class_path": settings.projection}}
         settings_of |= {"layer_scales": True} if settings.layer_scales else {}
-        changed[ENTRY] = {"class_path": CALLBACK, "init_args": settings_of | {"path": "${run}/subspace.safetensors"}}
+        changed[ENTRY] = {"class_path": CALLBACK, "init_args": settings_of | {"path": f"${{run}}/{SUBSPACE}"}}
     jsonl = {"class_path": "lightspan.loggers.jsonl.JsonlLogger", "init_args": {"save_dir": "${run}"}}
     logger = {**{name: None for name in loggers if name != "jsonl"}, "jsonl": jsonl}
     found: dict[str, Any] = {
@@ -138,7 +138,7 @@ def references_of(resolved: Resolved, settings: Settings) -> dict[str, Any]:
     from lightspan.intrinsic.references import references
 
     direct = with_layer(resolved, layer(resolved, settings, Fit(None, settings.lrs[0], 0)))
-    path, wanted = settings.out / "references.json", {"recipe": dump(direct.document()), "seeds": settings.seeds}
+    path, wanted = settings.out / REFERENCES, {"recipe": dump(direct.document()), "seeds": settings.seeds}
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from lightspan.errors import UserError
 from lightspan.intrinsic.curve import Curve, Point, target
+from lightspan.run_files import OUTPUT
 
 TUNING_SEED = -1
 """Rates are compared on a separate seed, from which no figure is reported."""
-LOG = "output.txt"
-"""The file in its folder with the output of a run."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def search(settings: Settings, references: Mapping[str, Any], train: Train) -> C
     if not baseline.values:
         raise UserError(
             f"no run of the baseline finished with a value of {settings.metric}; the last lines of each are in "
-            f"{settings.out / 'runs'}/direct*/{LOG}"
+            f"{settings.out / 'runs'}/direct*/{OUTPUT}"
         )
     line = target(settings.threshold, settings.mode, baseline.mean, mean(untrained.values()))
     curve = Curve(settings.mode, line, baseline, {})

@@ -18,10 +18,11 @@ from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError
 from lightspan.files import require_regular_file
+from lightspan.run_files import CHECKPOINTS
 from lightspan.tensor_files import DTYPES, Form
 
-RUN_CHECKPOINTS = "checkpoints"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -64,7 +65,7 @@ def open_weights(path: str | Path) -> Weights:
     if place.is_dir() and not (place / COMPLETE).exists():
         if files := safetensors_of(place):
             return _Safetensors(place, files)
-        found, passed = newest_whole(place / RUN_CHECKPOINTS)
+        found, passed = newest_whole(place / CHECKPOINTS)
         if found is None:
             reasons = "; ".join(f"{one} {fault.text}" for one, fault in passed.items())
             raise UserError(

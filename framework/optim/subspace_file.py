@@ -15,11 +15,11 @@ from safetensors.torch import save
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.facts import facts_of
 from lightspan.files import write_atomic
 from lightspan.optim.affine import AffineSlice
 from lightspan.optim.random_subspace import COORDINATES, SCALES, START, RandomSubspace
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, ProjectionCallable, Sparse
+from lightspan.tensor_files import facts_of
 
 FORMAT = "lightspan random subspace 1"
 KINDS: tuple[type[Dense] | type[Sparse] | type[Fastfood], ...] = (Dense, Sparse, Fastfood)

@@ -13,10 +13,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from lightspan.analysis.memory import rss_bytes
 from lightspan.datamodules.loading.loader import ExactLoader, split_batch
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
+from lightspan.memory import rss_bytes
 from lightspan.planning.division import Division
 from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
 from lightspan.planning.step_memory import (

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightspan.analysis.memory import state_bytes
+from lightspan.memory import state_bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightspan.run_files import METRICS
+from lightspan.run_files import METRICS, TRACE
 from lightspan.runs.folder import LAST_CHECKPOINT
 
 MEASURED = ("time_s", "seconds", "step_ms", "throughput/", "memory/")
@@ -139,7 +139,7 @@ def largest_difference(one: Path, other: Path) -> float:
 def trace_of(run_dir: Path) -> dict[int, Batch]:
     """Batch number -> what `callbacks.proof.Trace` wrote about it in its last attempt."""
     last: dict[int, dict[str, Any]] = {}
-    for path in sorted((run_dir / "trace").glob("rank-*.jsonl")):
+    for path in sorted((run_dir / TRACE).glob("rank-*.jsonl")):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line that the kill cut short
                 entry = json.loads(line)

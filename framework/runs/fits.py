@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.arguments import allow_options
+from lightspan.config.flags import allow_options
 
 LAST_LINES = 15
 

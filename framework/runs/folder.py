@@ -1,6 +1,5 @@
 """The run folder: where it is, who uses it, what it records about the run, and whether a run may continue in it."""
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -9,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
@@ -20,16 +19,14 @@ from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
-from lightspan.run_files import METRICS, PROVENANCE, RESOLVED
+from lightspan.run_files import CHECKPOINTS, LOCK, METRICS, PROVENANCE, RESOLVED
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = Path(CHECKPOINTS) / LAST
-LOCK_FILE = ".lightspan.lock"
 LOCK_WAIT_S = 30.0
 _RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
 
@@ -86,7 +83,7 @@ def sole_use(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
     if fcntl is None or not is_first_rank():
         yield
         return
-    path = run_dir / LOCK_FILE
+    path = run_dir / LOCK
     with _opened(path) as file:
         until_s = time.monotonic() + wait_s
         while not _locked(file):
@@ -124,25 +121,29 @@ def _locked(file: TextIO) -> bool:
     return True
 
 
-def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
+def checkpoint_to_resume(how: str, run_dir: Path, given: bool) -> Path | None:
     """The checkpoint that --resume means, or None for a fresh start. Raises: UserError if it would lose a run.
+
+    Args:
+        how: auto, never, or the path of a checkpoint.
+        given: whether the user named the run folder; a folder made for this run holds nothing to continue.
 
     `auto` chooses the newest whole one and names on stderr those that it skipped. The first rank chooses for all, so
     only it reads checkpoints to compare their sha256.
     """
     folder = run_dir / CHECKPOINTS
     holds_run = bool(checkpoints(folder)) or _has_content(run_dir / METRICS)
-    if args.resume == "auto":
-        return newest_checkpoint(run_dir) if args.run is not None else None
-    if args.resume == "never":
+    if how == "auto":
+        return newest_checkpoint(run_dir) if given else None
+    if how == "never":
         if holds_run:
             raise UserError(
                 f"--resume never: {run_dir} already contains a run; give another --run DIR or delete that folder"
             )
         return None
-    path = Path(args.resume)
+    path = Path(how)
     if not path.exists():
-        raise UserError(f"--resume {args.resume}: no such file; give auto, never or the path of a checkpoint")
+        raise UserError(f"--resume {how}: no such file; give auto, never or the path of a checkpoint")
     if other := other_thing(path):
         raise UserError(f"--resume {path} {other}")
     if checkpoints(folder) and run_dir not in path.absolute().parents:
@@ -206,9 +207,15 @@ def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace, checkpoint: Path | None) -> None:
+def write_run_files(
+    resolved: Resolved,
+    run_dir: Path,
+    command_line: Sequence[str],
+    overlays: Sequence[str],
+    checkpoint: Path | None = None,
+) -> None:
     """resolved.yaml and provenance.json; of earlier starts, under `earlier`, what was different then (null: absent)."""
-    record = provenance.provenance(resolved, args.command_line, args.overlays)
+    record = provenance.provenance(resolved, command_line, overlays)
     if checkpoint is not None:
         record["checkpoint"] = str(checkpoint)
     path = run_dir / PROVENANCE

@@ -15,7 +15,8 @@ in the subspace is an optimiser on z.
 
 A map is a value and does not change. What changes is which one is in use: code that chooses new maps (a `Basis` by
 `refresh`, a random subspace by its seed) keeps the state that defines them. tests/subspaces/test_maps.py checks
-this equation for every class with these two methods.
+this equation for every class of lightspan with these two methods. To add a map, write `push` and `pull` and add one
+line to its CASES.
 """
 
 from typing import Protocol, runtime_checkable

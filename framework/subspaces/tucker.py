@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.subspaces.svd import thin_svd
-
 
 def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """Every fibre of `tensor` along `axis` multiplied by `matrix` [any, size of that axis]."""
@@ -41,11 +39,3 @@ class TuckerFrame:
 def unfolding(tensor: Tensor, axis: int) -> Tensor:
     """The tensor as a matrix, with `axis` as its rows; the ranks of all unfoldings bound the core's sizes."""
     return tensor.movedim(axis, 0).flatten(1)
-
-
-def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """(core, orthonormal factors) with the leading singular vectors of each unfolding: exact at full ranks, and within
-    sqrt(N) of the best Tucker form otherwise.
-    """
-    factors = [thin_svd(unfolding(tensor, axis))[0][:, :rank] for axis, rank in enumerate(ranks)]
-    return TuckerFrame(factors).pull(tensor), factors

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.ledger import Ledger
 from lightspan.cli import main
-from lightspan.commands.ledger import balance, runs_of
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.datamodules.shards.stream import Shards
+from lightspan.runs.ledger import balance, runs_of
 
 
 class Numbers:

@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
-from lightspan.commands.plan import measured_peak, shares, verdict
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
+from lightspan.memory import state_bytes
 from lightspan.planning.division import Division, division, strategy_of
+from lightspan.planning.outcome import measured_peak, shares, verdict
 from lightspan.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
 from lightspan.planning.step_memory import StepMemory
 from lightspan.strategies import FSDP2

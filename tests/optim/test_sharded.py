@@ -283,7 +283,7 @@ def test_ranks_share_the_state(runs, name):
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_checkpoint_of_two_ranks_goes_on_on_four_and_on_one(runs, straight, name, folder):
+def test_a_checkpoint_of_two_ranks_can_be_resumed_on_four_and_on_one(runs, straight, name, folder):
     rest = straight[name][SAVED:]
     for out in runs:
         torch.testing.assert_close(out["resumed"][name], rest, rtol=1e-5, atol=0)

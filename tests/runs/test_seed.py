@@ -85,8 +85,8 @@ def test_a_proof_gives_all_its_starts_one_seed_and_says_when_each_has_ended(reci
     from lightspan.commands import prove_resume
 
     seeds = []
-    monkeypatch.setattr(prove_resume, "_start", lambda resolved, *_: seeds.append(resolved.config["seed_everything"]))
-    monkeypatch.setattr(prove_resume, "_verdicts", lambda *_: iter(()))
+    monkeypatch.setattr(prove_resume, "start", lambda resolved, *_: seeds.append(resolved.config["seed_everything"]))
+    monkeypatch.setattr(prove_resume, "verdicts", lambda *_: iter(()))
     assert main(["prove-resume", *ALLOW, recipe, "--steps", "4", "--keep", str(tmp_path / "kept")]) == 0
     assert len(seeds) > 1
     assert len(set(seeds)) == 1

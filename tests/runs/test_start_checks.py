@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR
 from torch.utils.data import DataLoader
 
-from lightspan.commands.fit import call
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.errors import UserError
 from lightspan.runs.start_checks import StartChecks, past_its_end
+from lightspan.runs.train import call
 
 
 class OneCycle(LightningModule):

@@ -101,7 +101,7 @@ def test_a_start_that_is_refused_leaves_no_folder_and_one_that_wrote_leaves_it(t
 def test_what_a_killed_write_left_is_removed(tmp_path):
     (tmp_path / ".lightspan-0a1b-resolved.yaml.tmp").write_text("half")
     with sole_use(tmp_path):
-        assert [path.name for path in tmp_path.iterdir()] == [run_folder.LOCK_FILE]
+        assert [path.name for path in tmp_path.iterdir()] == [".lightspan.lock"]
 
 
 def test_figures_of_a_start_without_a_checkpoint_are_kept(tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_figures_of_a_start_without_a_checkpoint_are_kept(tmp_path, capsys):
     assert [(tmp_path / f"metrics-{number}.jsonl").read_text() for number in (1, 2)] == ["1\n", "2\n"]
     (tmp_path / "metrics.jsonl").write_text("3\n")
     with pytest.raises(UserError, match="already contains a run"):
-        checkpoint_to_resume(argparse.Namespace(run=tmp_path, resume="never"), tmp_path)
+        checkpoint_to_resume("never", tmp_path, given=True)
 
 
 @pytest.mark.parametrize("run", ["", "  "])
@@ -130,10 +130,10 @@ def test_a_folder_that_cannot_be_made_is_refused_in_words(run):
 def test_the_record_keeps_of_earlier_starts_what_was_different(tmp_path, monkeypatch):
     starts = [{"seed": 1, "packages": ["a"] * 99}, {"seed": 2, "packages": ["a"] * 99, "checkpoint": "last"}]
     starts.append(starts[1] | {"seed": 3})
-    resolved, args = SimpleNamespace(document=dict), argparse.Namespace(command_line=[], overlays=[])
+    resolved = SimpleNamespace(document=dict)
     for start in starts:
         monkeypatch.setattr(run_folder.provenance, "provenance", lambda *_, start=start: dict(start))
-        run_folder.write_run_files(resolved, tmp_path, args, None)
+        run_folder.write_run_files(resolved, tmp_path, [], [])
     record = json.loads((tmp_path / "provenance.json").read_text())
     assert record.pop("earlier") == [{"seed": 1, "checkpoint": None}, {"seed": 2}]
     assert record == starts[2]

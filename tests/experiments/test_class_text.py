@@ -8,7 +8,7 @@ from host_reads import HostReads
 from torch.nn import functional as F
 
 from lightspan.errors import UserError
-from lightspan.objectives.class_text import current_class_text_loss
+from lightspan.experiments.class_text import current_class_text_loss
 
 
 def batch() -> tuple[torch.Tensor, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.analysis.memory import parameter_counts, peak_rss_bytes, rss_bytes, state_bytes
+from lightspan.memory import parameter_counts, peak_rss_bytes, rss_bytes, state_bytes
 
 
 def stepped(optimizer_class: type[torch.optim.Optimizer], **options: float) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lightspan.analysis.memory import state_bytes
+from lightspan.memory import state_bytes
 from lightspan.planning.step_memory import (
     OptimizerStopped,
     StepMemory,
