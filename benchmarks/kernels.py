@@ -42,7 +42,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightspan.errors import UserError
-from lightspan.experiments import kronecker_energies, kronecker_gather, kronecker_scatter_update
+from lightspan.experiments import kronecker_energies, kronecker_gather, kronecker_scatter_update, row_resident_step
 from lightspan.experiments.transforms import kronecker_dct_factors
 from lightspan.files import write_atomic
 from lightspan.optim.bases import PowerBasis
@@ -54,7 +54,6 @@ from lightspan.triton_kernels import (
     error_feedback,
     low_rank_adam,
     project,
-    row_resident_step,
     walsh_hadamard,
 )
 from lightspan.triton_kernels.launch import INTERPRETED, triton
@@ -180,7 +179,7 @@ OPS = (
     Op("add_error, int8", error_feedback, lambda x: (x.gradients, *x.error("int8"), x.one), FULL),
     Op("add_error, int4", error_feedback, lambda x: (x.gradients, *x.error("int4"), x.one), FULL),
 )  # fmt: skip
-IN_STEPS = {op.name for op in OPS if op.module in (project, backproject_update, row_resident_step)} | {OPS[1].name}
+IN_STEPS = {op.name for op in OPS if op.module in (project, backproject_update)} | {OPS[1].name}
 
 
 @dataclass(frozen=True)

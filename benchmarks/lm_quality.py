@@ -46,12 +46,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightspan.analysis.memory import MIB, state_bytes
 from lightspan.backbones.language import llama
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.text.windows import ByteText
+from lightspan.drawing import COLOURS, canvas, png, tidy
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, write_atomic
+from lightspan.files import write_atomic
+from lightspan.memory import MIB, state_bytes
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import WarmupCosine
@@ -94,7 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 LONGEST_LINE = 13  # a rate that changes nothing has no best value inside any line
 # One an optimiser, in the order of START: dark enough to read as text.
-COLOURS = ("#1a1a1a", "#7d6608", "#d1560f", "#1f5fd0", "#0c8065", "#a3278f", "#5a49b8", "#b3202c", "#2e86ab", "#6b4226")
+OWN_COLOURS = ("#1a1a1a", *COLOURS, "#b3202c", "#2e86ab", "#6b4226")
 KEY = ("optimizer", "lr", "other_lr", "seed", "stage")
 Row = dict[str, Any]
 Rates = tuple[float, float]  # (matrices, everything else)
@@ -385,7 +386,6 @@ def spread(wanted: list[float], gap: float) -> list[float]:
 
 def draw(rows: list[Row], path: Path) -> None:
     """State bytes against validation loss, a point an optimiser (torch's own are squares); bars span the seeds."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
     points = [
@@ -399,14 +399,12 @@ def draw(rows: list[Row], path: Path) -> None:
     low, high = min(point[1] for point in points), max(point[2] for point in points)
     margin = max(0.08 * (high - low), 1e-3)
     low, high = low - margin, high + margin
-    figure = Figure(figsize=(8.4, 4.6), dpi=150, facecolor="white")
-    panel = figure.add_axes((0.09, 0.13, 0.62, 0.76))
+    figure, ((panel,),) = canvas("Loss and optimiser state on equal tokens (mean and range of the seeds)", (8.4, 4.6))
     panel.set_xscale("log")
     panel.set(ylim=(low, high), xlabel="optimiser state, MiB", ylabel="validation loss, nats per byte")
-    panel.set_title("Loss and optimiser state on equal tokens (mean and range of the seeds)", loc="left", fontsize=10)
     heights = spread([(point[0] - low) / (high - low) for point in points], gap=0.062)
     for (mean, least, most, state, name), height in zip(points, heights, strict=True):
-        colour, marker = COLOURS[list(START).index(name)], "s" if name in ("adamw", "muon") else "o"
+        colour, marker = OWN_COLOURS[list(START).index(name)], "s" if name in ("adamw", "muon") else "o"
         panel.errorbar(
             state, mean, [[mean - least], [most - mean]], fmt=marker, color=colour, markersize=5.5, capsize=2.5
         )
@@ -433,12 +431,8 @@ def draw(rows: list[Row], path: Path) -> None:
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(color="#e9ebee", linewidth=0.8)
-    panel.set_axisbelow(True)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        # The software's name is left out, so that equal results give equal bytes.
-        figure.savefig(file, format="png", metadata={"Software": None})
+    tidy(panel)
+    write_atomic(path, png(figure))
 
 
 def main(arguments: list[str] | None = None, setup: Setup = Setup()) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightspan.analysis.memory import MIB
+from lightspan.memory import MIB
 from lightspan.optim import presets
 from lightspan.optim.bases import PowerBasis
 from lightspan.optim.low_rank import LowRank

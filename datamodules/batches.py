@@ -1,6 +1,6 @@
-"""The batches that datamodules hand to methods: typed mappings, one for each modality.
+"""The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views.
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, K tasks.
 """
 
 from typing import TypedDict
@@ -18,12 +18,12 @@ class TextBatch(TypedDict):
 
 
 class LabelledTextBatch(TypedDict):
-    """Texts of a tokenizer, cut or padded to one length, each with its class.
+    """Tokenized texts, truncated or padded to one length, each with its class.
 
     tokens: int64 [B, T].
-    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which stands at the end.
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which is at the end.
     label: int64 [B], each in [0, num_classes).
-    index: int64 [B], the sample's place in its dataset.
+    index: int64 [B], the sample's position in its dataset.
     """
 
     tokens: Tensor
@@ -33,11 +33,11 @@ class LabelledTextBatch(TypedDict):
 
 
 class ImageBatch(TypedDict):
-    """One picture a sample, standardised channel by channel to about zero mean and unit variance.
+    """One picture per sample, standardised per channel to about zero mean and unit variance.
 
     image: float32 [B, C, H, W].
-    label: int64 [B], each in [0, num_classes). A method that learns without labels leaves it alone.
-    index: int64 [B], the sample's place in its dataset; the same on every rank and in every epoch.
+    label: int64 [B], each in [0, num_classes). A method that learns without labels ignores it.
+    index: int64 [B], the sample's position in its dataset; the same on every rank and in every epoch.
     """
 
     image: Tensor
@@ -54,5 +54,18 @@ class ViewsBatch(TypedDict):
     """
 
     views: list[Tensor]
+    label: Tensor
+    index: Tensor
+
+
+class TasksBatch(TypedDict):
+    """One picture of each of several tasks a sample, standardised as each task's own.
+
+    image: float32 [B, K, C, H, W], of the tasks in their order.
+    label: int64 [B, K], each a class of its task. A method that learns without labels leaves it alone.
+    index: int64 [B], the sample's number; a task's own sample is that number modulo its size.
+    """
+
+    image: Tensor
     label: Tensor
     index: Tensor

@@ -1,8 +1,8 @@
 """Data sets of R packages, read without R from where Debian and Ubuntu install them.
 
-An R package holds its data sets in two files. `Rdata.rdx` is a list in R's own serialisation whose `variables` give
+An R package has its data sets in two files. `Rdata.rdx` is a list in R's own serialisation whose `variables` give
 offset and length of each data set in `Rdata.rdb`. Such a piece is 4 bytes of unpacked size, big-endian, and then a zlib
-stream, or a letter and what it names: `2` bzip2, `Z` raw LZMA2, `0` nothing packed. Source: R's
+stream, or a letter and data packed as it says: `2` bzip2, `Z` raw LZMA2, `0` uncompressed. Source: R's
 src/main/serialize.c, R_compress1 to R_compress3.
 """
 
@@ -29,14 +29,14 @@ def read_r_data(package: str, names: tuple[str, ...], library: str | None = None
     Args:
         package: the R package, e.g. modeldata; as a Debian package r-cran-modeldata.
         names: of its data sets.
-        library: folder that holds the package's folder; None looks where systems keep R's packages.
+        library: folder that contains the package's folder; None searches the usual places of R packages.
     Raises: UserError naming what to install, or the file that is damaged.
     """
     try:
         from rdata.conversion import DEFAULT_CLASS_MAP, convert
         from rdata.parser import parse_data
     except ImportError as error:
-        raise UserError("data of R packages are read with rdata, which is not installed: pip install rdata") from error
+        raise UserError("reading data of R packages needs rdata, which is not installed: pip install rdata") from error
     folder = find_package(package, library)
     try:
         index = convert(parse_data((folder / "Rdata.rdx").read_bytes(), extension=".rds"))["variables"]
@@ -47,13 +47,13 @@ def read_r_data(package: str, names: tuple[str, ...], library: str | None = None
         return [plain(convert(parse_data(piece, extension=".rds"), classes)) for piece in pieces]
     except (OSError, KeyError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
-            f"{folder} does not hold {' and '.join(names)} of the R package {package} in a form that can be read "
-            f"({type(error).__name__}: {error}); install r-cran-{package.lower()} again"
+            f"{folder} does not contain {' and '.join(names)} of the R package {package} in a form that can be read "
+            f"({type(error).__name__}: {error}); reinstall r-cran-{package.lower()}"
         ) from error
 
 
 def find_package(package: str, library: str | None) -> Path:
-    """Folder with the data of an installed R package. Raises: UserError where there is none."""
+    """Folder with the data of an installed R package. Raises: UserError if there is none."""
     libraries = LIBRARIES if library is None else (expanded(library, "data.init_args.library"),)
     for place in libraries:
         if (folder := place / package / "data").joinpath("Rdata.rdx").is_file():
@@ -66,7 +66,7 @@ def find_package(package: str, library: str | None) -> Path:
 
 
 def unpack(piece: bytes) -> bytes:
-    """One piece of an `rdb` file. Raises: ValueError where its size is not the one it names."""
+    """One piece of an `rdb` file. Raises: ValueError if its size is not the one it states."""
     size, kind, rest = int.from_bytes(piece[:4], "big"), piece[4:5], piece[5:]
     if kind == b"2":
         data = bz2.decompress(rest)
@@ -77,10 +77,10 @@ def unpack(piece: bytes) -> bytes:
     else:
         data = zlib.decompress(piece[4:])
     if len(data) != size:
-        raise ValueError(f"{len(data)} bytes where {size} are announced")
+        raise ValueError(f"{len(data)} bytes instead of the announced {size}")
     return data
 
 
 def plain(value: Any) -> Any:
-    """R's vectors as lists of Python's own types; data frames as they are."""
+    """R's vectors as lists of Python's own types; data frames unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the CPU image where no image registry can be reached, and trains in it for five steps as its own user.
+# Builds the CPU image without access to an image registry, and trains in it for five steps as the image's user.
 #
 # Usage:  docker/build-local.sh      (root on Debian; apt-get install --no-install-recommends buildah netavark debootstrap)
 #
 # The base image is made here: a minimal Debian of this machine's release with this machine's Python in /usr/local, where
-# the official Python images keep theirs. Everything after FROM is docker/Dockerfile as it stands. PIP_FIND_LINKS (a
-# folder of wheels) and PIP_INDEX_URL are handed on to pip inside. It takes about 6 GB under TMPDIR, freed at the end.
+# the official Python images have theirs. Everything after FROM is docker/Dockerfile unchanged. PIP_FIND_LINKS (a
+# folder of wheels) and PIP_INDEX_URL are passed to pip inside. It needs about 6 GB under TMPDIR, freed at the end.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -17,14 +17,14 @@ die() {
     echo "build-local.sh: $*" >&2
     exit 2
 }
-[[ "$(id -u)" == 0 ]] || die "needs root: debootstrap and buildah's chroot isolation do"
+[[ "$(id -u)" == 0 ]] || die "needs root, for debootstrap and buildah's chroot isolation"
 for tool in buildah debootstrap "${python}"; do
     command -v "${tool}" >/dev/null ||
         die "${tool} is missing: apt-get install --no-install-recommends buildah netavark debootstrap"
 done
 
 work="$(mktemp -d)"
-# chroot isolation and plain folders work without the privileges and kernel features that containers otherwise need.
+# Chroot isolation and plain folders work without the privileges and kernel features that containers usually need.
 export BUILDAH_ISOLATION=chroot
 limits=(--ulimit nofile=20000:20000 --ulimit nproc=90000:90000)
 store() { buildah --storage-driver vfs --root "${work}/storage" --runroot "${work}/run" "$@"; }
@@ -60,7 +60,7 @@ chroot "${root}" python3 -c 'import bz2, ctypes, lzma, sqlite3, ssl, venv'
 store umount "${container}" >/dev/null
 store commit --quiet --rm "${container}" "${base}" >/dev/null
 
-echo "== docker/Dockerfile on it"
+echo "== docker/Dockerfile on top of it"
 certificates=/etc/ssl/certs/ca-certificates.crt
 mounts=(--volume "${certificates}:${certificates}:ro")
 {
@@ -73,12 +73,12 @@ mounts=(--volume "${certificates}:${certificates}:ro")
 store build --pull=never --format docker "${limits[@]}" "${mounts[@]}" --secret "id=pip,src=${work}/pip.conf" \
     --build-arg "BASE=${base}" --build-arg RUNTIME_PACKAGES= --tag "${image}" --file "${here}/docker/Dockerfile" "${here}"
 
-echo "== the image at work"
+echo "== test of the image"
 container="$(store from --pull=never "${limits[@]}" "${image}")"
 inside() { store run "${container}" -- "$@"; }
 [[ "$(inside id -u)" == 10001 ]] || die "the image does not run as user 10001"
 for path in /usr/bin/gcc /opt/lightspan/bin/pip; do
-    ! inside test -e "${path}" || die "the image carries ${path}, which belongs to the build"
+    ! inside test -e "${path}" || die "the image contains ${path}, which is only for the build"
 done
 inside lightspan recipes
 inside lightspan fit language/quickstart --run /runs/smoke trainer.max_steps=5

@@ -11,7 +11,6 @@ shorter. intrinsic_dimension.py says what d90 is and how rates were chosen.
 `python evidence/intrinsic_curves.py` draws the picture anew from the records.
 """
 
-import io
 import json
 import math
 from collections.abc import Iterable
@@ -20,13 +19,13 @@ from statistics import mean
 
 from intrinsic_dimension import FASHION, MNIST, PROJECTIONS, SHARE, Task, record, record_baseline, spread, trace
 
+from lightspan.drawing import COLOURS, SOFT, canvas, png, tidy
 from lightspan.files import write_atomic
 
 SETS = {"MNIST-5k": MNIST, "Fashion-MNIST, 5,000 images": FASHION}
 PAPER = {MNIST["FC"]: 750, MNIST["LeNet"]: 290}  # d90 on all of MNIST
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {"Fastfood": "#1f5fd0", "sparse": "#d1560f", "dense": "#2a8a5b"}
-SOFT = "#5b6470"
+COLOURS_OF = dict(zip(("Fastfood", "sparse", "dense"), COLOURS[:3], strict=True))
 
 
 def measure(evidence, task: Task, grid: Iterable[int], dense: Iterable[int]) -> None:
@@ -56,11 +55,8 @@ def draw() -> None:
 
 def picture(found: dict[str, dict[int, float]]) -> bytes:
     """PNG bytes: means over seeds as lines, lowest to highest as bands, d90 as stars; a row for each measured set."""
-    from matplotlib.figure import Figure
-
     sets = {name: nets for name, nets in SETS.items() if f"D, {nets['FC'].name}" in found}
-    figure = Figure(figsize=(9, 3.2 * len(sets)), dpi=130, layout="constrained", facecolor="white")
-    panels = figure.subplots(len(sets), 2, sharey="row", squeeze=False)
+    figure, panels = canvas("", (9, 3.2 * len(sets)), (len(sets), 2), sharey="row")
     for row, (name, nets) in zip(panels, sets.items(), strict=True):
         row[0].set_ylabel("test accuracy in %")
         for axes, (net, task) in zip(row, nets.items(), strict=True):
@@ -71,9 +67,7 @@ def picture(found: dict[str, dict[int, float]]) -> bytes:
             axes.set_xlabel("dimension of the subspace d")
             _panel(axes, task, found)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # equal results give equal bytes
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _panel(axes, task: Task, found: dict[str, dict[int, float]]) -> None:
@@ -81,7 +75,7 @@ def _panel(axes, task: Task, found: dict[str, dict[int, float]]) -> None:
     axes.axhline(whole, color=SOFT, linewidth=1.2, linestyle="--", label="all weights")
     axes.axhline(SHARE * whole, color=SOFT, linewidth=1.2, linestyle=":", label=f"{100 * SHARE:.0f} % of that")
     text, ticks = ["d90 (\N{BLACK STAR})"], set()
-    for kind, colour in COLOURS.items():
+    for kind, colour in COLOURS_OF.items():
         prefix = f"accuracy, {task.name}, {kind}, d = "
         points = {int(name.removeprefix(prefix)): found[name].values() for name in found if name.startswith(prefix)}
         dims, means = list(points), [mean(values) for values in points.values()]
@@ -99,8 +93,7 @@ def _panel(axes, task: Task, found: dict[str, dict[int, float]]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sorted(ticks), [str(dim) for dim in sorted(ticks)], fontsize=7)
     axes.minorticks_off()
-    axes.grid(color="#e9ebee", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,14 @@ KINDS = {  # by the folder that holds the code
     "adapters": "adapter",
     "analysis": "estimator",
     "backbones": "network",
+    "estimators": "estimator",
+    "merging": "merger",
     "methods": "method",
     "objectives": "loss",
     "optim": "optimiser",
     "subspaces": "map",
 }
+WORK = {"methods", "estimators", "merging"}  # what a recipe without a paper is about
 PAPER = re.compile(r",?\s*arXiv (\d{4}\.\d{4,5})")
 
 
@@ -93,7 +96,7 @@ def methods_page(root: Path, measured: dict[str, tuple[str, str]], titles: dict[
     for key, recipes in systems.items():
         named = set().union(*(modules for _, _, modules in recipes))
         citing = {module for module, text in texts.items() if key in text}
-        code = sorted((named & citing) or citing or {module for module in named if ".methods." in module})
+        code = sorted((named & citing) or citing or {module for module in named if module.split(".")[1] in WORK})
         if "/" in key:
             title = recipes[0][1]["title"]
         else:

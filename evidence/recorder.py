@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -61,8 +62,8 @@ class Recorder:
         """Records a claim with its margin and says whether it held. The test fails at its end if one did not.
 
         Args:
-            value: a number, or {seed: number}, whose mean is held against the margin. A number that is not finite
-                fails every margin.
+            value: a number, or {seed: number}, whose mean and median must both keep the margin: one run that
+                diverged, or one lucky seed, moves a mean alone. A number that is not finite fails every margin.
             at_least, at_most: the margin; exactly one of them.
         """
         if (at_least is None) == (at_most is None):
@@ -71,11 +72,16 @@ class Recorder:
         if per_seed == {}:
             raise ValueError(f"claim {name!r} has no figures")
         mean = sum(per_seed.values()) / len(per_seed) if per_seed else float(value)  # type: ignore[arg-type]
-        held = math.isfinite(mean) and (mean >= at_least if at_least is not None else mean <= at_most)
+        middle = statistics.median(per_seed.values()) if per_seed and math.isfinite(mean) else None
+        held = all(
+            math.isfinite(one) and (one >= at_least if at_least is not None else one <= at_most)
+            for one in ((mean,) if middle is None else (mean, middle))
+        )
         self.record["claims"].append(
             {
                 "name": name,
                 "value": _finite(mean),
+                "median": middle if middle is None else float(middle),
                 "per_seed": {str(seed): _finite(v) for seed, v in per_seed.items()} if per_seed else None,
                 "unit": unit,
                 "margin": {"at_least": at_least} if at_least is not None else {"at_most": at_most},
@@ -84,9 +90,13 @@ class Recorder:
         )
         return bool(held)
 
-    def note(self, text: str) -> None:
-        """Records a sentence a reader of the figures needs: how a rate was chosen, what a run leaves out."""
-        self.record["notes"].append(text)
+    def note(self, text: str, found: Mapping[Any, Any] | None = None) -> None:
+        """Records a sentence a reader of the figures needs: how a rate was chosen, what a run leaves out.
+
+        Args:
+            found: settings to list behind it, such as the rate of each arm.
+        """
+        self.record["notes"].append(text if found is None else f"{text}: {listed(found)}.")
 
     def write(self, complete: bool) -> None:
         """Replaces the JSON file. `complete` is false unless all tests of the file have run to their end."""
@@ -97,6 +107,19 @@ class Recorder:
         write_atomic(self.path, json.dumps(self.record, indent=1, allow_nan=False) + "\n")
 
 
+def listed(value: Any) -> str:
+    """Settings as a reader wants them: `LoRA: 0.01, FLoRA: (0.03, 16)`."""
+    if isinstance(value, Mapping):
+        parts = []
+        for key, one in value.items():
+            name = " ".join(map(listed, key)) if isinstance(key, tuple) else listed(key)
+            parts.append(f"{name} ({listed(one)})" if isinstance(one, Mapping) else f"{name}: {listed(one)}")
+        return ", ".join(parts)
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(listed, value))})"
+    return "none" if value is None else value if isinstance(value, str) else f"{value:g}"
+
+
 def unmet(claims: list[dict[str, Any]]) -> str:
     """One line for each claim that did not hold; empty when all did."""
     lines = []
@@ -104,7 +127,8 @@ def unmet(claims: list[dict[str, Any]]) -> str:
         if not claim["held"]:
             ((bound, margin),) = claim["margin"].items()
             seeds = f", per seed {claim['per_seed']}" if claim["per_seed"] else ""
-            lines.append(f"{claim['name']}: {claim['value']} {claim['unit']}, wanted {bound} {margin}{seeds}")
+            median = "" if claim["median"] is None else f" (median {claim['median']})"
+            lines.append(f"{claim['name']}: {claim['value']}{median} {claim['unit']}, wanted {bound} {margin}{seeds}")
     return "\n".join(lines)
 
 

@@ -105,7 +105,7 @@ def run(arm: str, domain: str, seed: int, rate: float, on: str) -> tuple[float, 
 
 
 def test_singular_values_adapt_to_a_shifted_domain(evidence) -> None:
-    evidence.note(f"Rates by one search for all arms on seeds {SEARCH_SEEDS}: {RATES}")
+    evidence.note(f"Rates by one search for all arms on seeds {SEARCH_SEEDS}", RATES)
     for domain in DOMAINS:
         gaps: dict[str, dict[int, float]] = {"none": {}, "random": {}, "LoRA": {}}
         for seed in SEEDS:

@@ -194,7 +194,7 @@ def test_a_tucker_change_is_found_at_half_the_error_of_flattened_kernels(evidenc
                 evidence.figure(f"relative test error, {truth} truth, {arm}", error, seed)
             (ratio if truth == "Tucker" else other)[seed] = found["FLoRA"][0] / found["flatten-LoRA"][0]
             budget = abs(found["FLoRA"][1] / found["flatten-LoRA"][1] - 1)
-    evidence.note(f"Rates and scales by one search on seeds {SEARCH_SEEDS}: {FIT}")
+    evidence.note(f"Rates and scales by one search on seeds {SEARCH_SEEDS}", FIT)
     evidence.claim("test error, FLoRA over flatten-LoRA, Tucker truth", ratio, at_most=0.5)
     evidence.claim("trained numbers, difference of the two", 100 * budget, at_most=5.0, unit="%")
     for seed, value in other.items():
@@ -202,7 +202,7 @@ def test_a_tucker_change_is_found_at_half_the_error_of_flattened_kernels(evidenc
 
 
 def test_kernels_in_tucker_form_adapt_to_a_shifted_domain(evidence) -> None:
-    evidence.note(f"Digits: rates and scales by one search on seeds {SEARCH_SEEDS}: {DIGITS}")
+    evidence.note(f"Digits: rates and scales by one search on seeds {SEARCH_SEEDS}", DIGITS)
     full = {seed: adapted_accuracy(*FULL, seed, *DIGITS[FULL], "test") for seed in DIGITS_SEEDS}
     for seed, (percent, numbers) in full.items():
         evidence.figure(f"accuracy, full ({numbers} numbers)", percent, seed, "%")

@@ -162,7 +162,7 @@ def test_the_largest_class(evidence) -> None:
     great = 100 * float(reviews(0)[1].labels.mean())
     evidence.figure("accuracy of the majority class", max(great, 100 - great), unit="%")
     rates = ", ".join(f"{arm.name} {rate:g}" for arm, rate in RATES.items())
-    evidence.note(f"Rates on seed {SEARCH_SEED}: {rates}; penalties of the probe: {PENALTIES}.")
+    evidence.note(f"Rates on seed {SEARCH_SEED}: {rates}; penalties of the probe", PENALTIES)
 
 
 @pytest.mark.usefixtures("installed")

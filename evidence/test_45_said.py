@@ -57,7 +57,11 @@ class Start:
 
     @property
     def name(self) -> str:
-        start = f"pretrained for {self.epochs} epochs on {self.source}" if self.epochs else "random"
+        start = (
+            f"pretrained for {self.epochs} epoch{'' if self.epochs == 1 else 's'} on {self.source}"
+            if self.epochs
+            else "random"
+        )
         return f"{start}, {self.images}"
 
     @property

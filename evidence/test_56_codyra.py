@@ -147,7 +147,7 @@ def test_gates_recover_the_ranks_that_the_layers_need(evidence) -> None:
             evidence.figure(f"components kept where the true rank is {rank}", count, seed)
         evidence.figure("relative test error, CoDyRA", error, seed)
         evidence.figure("relative test error, LoRA", plain, seed)
-    evidence.note(f"Known ranks: rate and last threshold by one search on seeds {SEARCH_SEEDS}: {FIT}")
+    evidence.note(f"Known ranks: rate and last threshold by one search on seeds {SEARCH_SEEDS}", FIT)
     evidence.claim("rank correlation of kept and true ranks", correlation, at_least=0.9)
     evidence.claim("components kept where none is needed", idle, at_most=1.0)
     evidence.claim("test error, CoDyRA over LoRA", ratio, at_most=1.1)
@@ -163,7 +163,7 @@ def test_adaptive_ranks_forget_less(evidence) -> None:
         average[seed] = found["CoDyRA"]["average"] - found["LoRA"]["average"]
         last[seed] = found["LoRA"]["last"] - found["CoDyRA"]["last"]
         drop[seed] = found["CoDyRA"]["drop"] / found["LoRA"]["drop"]
-    evidence.note(f"Continual: rate, steps and last threshold by searches on seeds {SEARCH_SEEDS}: {CONTINUAL}")
+    evidence.note(f"Continual: rate, steps and last threshold by searches on seeds {SEARCH_SEEDS}", CONTINUAL)
     evidence.claim("average final accuracy, CoDyRA minus LoRA", average, at_least=2.0, unit="points")
     evidence.claim("accuracy of the last domain, LoRA minus CoDyRA", last, at_most=1.0, unit="points")
     evidence.claim("drop on upright digits, CoDyRA over LoRA", drop, at_most=0.5)

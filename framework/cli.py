@@ -1,6 +1,6 @@
 """The `lightspan` command.
 
-Every verb's module is imported only when the verb is used, and none of them loads torch at import.
+Every verb's module is imported only when the verb is used, and none of these modules loads torch at import.
 """
 
 import argparse
@@ -27,8 +27,8 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: where its two functions live, whether it takes flags (`key.path=value`) anywhere on the line, and whether
-    printing is all it does, so that a reader such as `head` may leave when it has seen enough.
+    """A verb: where its two functions are, whether it takes flags (`key.path=value`) anywhere on the line, and whether
+    it only prints, so that a reader such as `head` may close the pipe early.
     """
 
     name: str
@@ -41,33 +41,19 @@ class Verb:
 
 
 VERBS = (
-    Verb("recipes", "list the catalogue", "catalogue", "add_recipes_arguments", "run_recipes", only_prints=True),
-    Verb(
-        "show",
-        "print a recipe, or its merged form",
-        "catalogue",
-        "add_show_arguments",
-        "run_show",
-        True,
-        only_prints=True,
-    ),
-    Verb("copy", "copy a recipe to a file of your own", "catalogue", "add_copy_arguments", "run_copy"),
-    Verb(
-        "check",
-        "find every mistake before a run",
-        "catalogue",
-        "add_check_arguments",
-        "run_check",
-        True,
-    ),
+    Verb("recipes", "list the catalogue", "recipes", only_prints=True),
+    Verb("show", "print a recipe, or its merged form", "show", flags=True, only_prints=True),
+    Verb("copy", "copy a recipe to a file of your own", "copy"),
+    Verb("check", "find every mistake before a run", "check", flags=True),
     Verb("new", "write the files of a new method", "new"),
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
-    Verb("fit", "train", "run", "add_fit_arguments", "run_fit", True),
-    Verb("run", "compute what needs no training: an estimator's or a merger's recipe", "compute", flags=True),
+    Verb("fit", "train", "fit", "add_fit_arguments", "run_fit", True),
+    Verb("run", "run a recipe that does not train (an estimator or a merger)", "run", flags=True),
+    Verb("merge", "merge checkpoints given on the command line, in their own format", "merge"),
     Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
-    Verb("validate", "measure a checkpoint on validation data", "run", "add_evaluate_arguments", "run_validate", True),
-    Verb("test", "measure a checkpoint on test data", "run", "add_evaluate_arguments", "run_test", True),
-    Verb("predict", "write the predictions of a checkpoint", "run", "add_evaluate_arguments", "run_predict", True),
+    Verb("validate", "measure a checkpoint on validation data", "fit", "add_evaluate_arguments", "run_validate", True),
+    Verb("test", "measure a checkpoint on test data", "fit", "add_evaluate_arguments", "run_test", True),
+    Verb("predict", "write the predictions of a checkpoint", "fit", "add_evaluate_arguments", "run_predict", True),
     Verb("prove-resume", "show that a killed and resumed run equals a straight one", "prove_resume", flags=True),
     Verb(
         "intrinsic-dimension",
@@ -77,7 +63,7 @@ VERBS = (
     ),
     Verb("report", "compare runs on one HTML page", "report"),
     Verb("export", "write a checkpoint for other libraries", "export"),
-    Verb("fsck", "find torn checkpoints of a run and move them out of the way", "fsck"),
+    Verb("fsck", "find damaged checkpoints of a run and move them out of the way", "fsck"),
     Verb("data", "pack a folder into shards, verify them, or write their indices", "data"),
     Verb("ledger", "account for the samples that a run consumed", "ledger", only_prints=True),
     Verb("doctor", "look for problems with this machine and installation", "doctor", only_prints=True),
@@ -85,14 +71,14 @@ VERBS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line; returns its exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Runs one command line; returns its exit status: 0, 2 for what the user can fix, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        # A scheduler may warn a job while it still loads its libraries: the warning must not kill it there.
+        # A scheduler may signal a job while it still loads its libraries: the signal must not kill it then.
         with _warned() if arguments[:1] == ["fit"] else contextlib.nullcontext():
             status = _run([argument for argument in arguments if argument != "--debug"])
-            sys.stdout.flush()  # a reader that is gone shows here, and not while Python shuts down
+            sys.stdout.flush()  # a closed pipe is noticed here and not while Python shuts down
             return status
     except UserError as error:
         if debug:
@@ -105,10 +91,10 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print("\nlightspan: stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # of a worker, a service or a socket, unless nobody reads what is printed here
+    except BrokenPipeError:  # from a worker, a service or a socket, unless it is standard output that nobody reads
         if not _output_is_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python has not flushed yet
         if arguments[:1] in ([], ["--help"], *([verb.name] for verb in VERBS if verb.only_prints)):
             return 0
         print("lightspan: stopped, because nothing reads its standard output any more", file=sys.stderr)
@@ -117,27 +103,27 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warned() -> Iterator[None]:
-    """What a run does about signals from its first line on; its Preemption callback takes over."""
+    """How a run handles signals from the start until its Preemption callback takes over."""
     end_with_launcher()
     with remembered((*WARNINGS, signal.SIGINT)):
         yield
 
 
 def _output_is_closed() -> bool:
-    """Whether standard output is a pipe or socket that nobody reads."""
+    """Whether standard output is a pipe or socket that nothing reads any more."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind it
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or not a real file
         return False
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains like every other part of the command: in one line, without the usage."""
+    """Reports errors like every other part of the command: in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` shows what it takes")
+        raise UserError(f"{message}; `{self.prog} --help` lists the options")
 
 
 def _run(arguments: list[str]) -> int:
@@ -173,7 +159,7 @@ def _without_verb(arguments: Sequence[str]) -> int:
 
         names = [verb.name for verb in VERBS]
         raise UserError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], names)}there are: {', '.join(names)}")
-    print("usage: lightspan VERB ...   (lightspan VERB --help tells more)\n")
+    print("usage: lightspan VERB ...   (lightspan VERB --help says more)\n")
     for verb in VERBS:
         print(f"  {verb.name:<20} {verb.help}")
     print("\nStart with: lightspan recipes; lightspan fit language/quickstart")

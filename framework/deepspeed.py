@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO under Lightning, with checkpoints that are whole or absent and run no code when they are read.
 
-ZeRO lays parameters end to end and gives each rank one run of numbers, so an optimiser sees vectors where matrices
-were. For AdamW and everything else that treats each number by itself that changes nothing; what needs rows and columns
+ZeRO concatenates parameters and gives each rank one range of the numbers, so an optimiser sees vectors instead of
+matrices. This changes nothing for AdamW and others that treat each number by itself; what needs rows and columns
 is refused.
 """
 
@@ -25,12 +25,12 @@ from lightspan.wiring.optimizers import refuse_flat_partitions
 
 
 class ZeRO(ExactMeans, DeepSpeedStrategy):
-    """Lightning's DeepSpeedStrategy, with its arguments; `stage` says what the ranks share out: 1 optimiser state,
+    """Lightning's DeepSpeedStrategy, with its arguments; `stage` says what the ranks divide up: 1 optimiser state,
     2 gradients too, 3 weights too.
 
     A checkpoint is a folder: written under a temporary name, sealed with a manifest, and renamed when all ranks are
     done. It resumes on as many ranks as wrote it. Its files are read with `weights_only=True` and the few classes of
-    DeepSpeed that they hold.
+    DeepSpeed that they contain.
 
     Raises: UserError before the first step for an optimiser that needs matrices.
     """
@@ -41,7 +41,7 @@ class ZeRO(ExactMeans, DeepSpeedStrategy):
         return optimizer, scheduler
 
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: Any | None = None) -> None:
-        """Raises: UserError, on every rank, when the folder cannot be written; what stood there then still stands."""
+        """Raises: UserError, on every rank, if the folder cannot be written; what was there before is kept."""
         path = Path(self.broadcast(str(filepath)))
         temporary = temporary_path(path, "ranks")  # the same on every rank
         self._on_first_rank(path, partial(shutil.rmtree, temporary, ignore_errors=True))  # of a killed run
@@ -51,7 +51,7 @@ class ZeRO(ExactMeans, DeepSpeedStrategy):
         self._on_first_rank(path, partial(_publish, header(checkpoint), temporary, path))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises: UserError for a folder that is torn, or holds more than tensors, plain values and DeepSpeed's own
+        """Raises: UserError for a folder that is torn, or contains more than tensors, plain values and DeepSpeed's own
         records.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
@@ -91,7 +91,7 @@ def _load(checkpoint: Path, path: str, map_location: Any = None) -> Any:
             return torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
         raise UserError(
-            f"checkpoint {checkpoint}: {Path(path).name} holds more than tensors, plain values and DeepSpeed's own "
+            f"checkpoint {checkpoint}: {Path(path).name} contains more than tensors, plain values and DeepSpeed's own "
             "records, so it was not loaded and no code in it was run; resume from another checkpoint"
         ) from error
     except (RuntimeError, EOFError) as error:

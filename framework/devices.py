@@ -1,15 +1,15 @@
-"""In which precision to compute: what a device can, and what a result deserves."""
+"""In which precision to compute: what a device supports, and what a result needs."""
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 WITHOUT_FLOAT64 = {"mps"}
-"""Types of device that stop at float32; of Intel's GPUs some do."""
+"""Types of device without float64; some of Intel's GPUs lack it."""
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64 where the device has it, float32 elsewhere."""
+    """float64 if the device has it, otherwise float32."""
     lacks = device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
     return torch.float32 if lacks or device.type in WITHOUT_FLOAT64 else torch.float64
 

@@ -1,4 +1,4 @@
-"""What a loss needs to see the batch of all ranks, with gradients that DDP's averaging makes exact.
+"""Lets a loss see the batch of all ranks, with gradients that DDP's averaging makes exact.
 
 Convention: every rank computes the same GLOBAL loss L from sums over all ranks. The backward pass of `all_reduce_sum`
 sums the gradients of all ranks, so a rank's parameter gradient is world_size * dL/d(theta through its own samples), and
@@ -17,7 +17,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 
 BUCKET_BYTES = 25 * 2**20
-"""Most bytes of a collective over many tensors: DDP's size, large enough for full bandwidth."""
+"""Largest size in bytes of a collective over many tensors: DDP's size, large enough for full bandwidth."""
 
 
 def world_size() -> int:
@@ -33,11 +33,11 @@ def rank() -> int:
 def leave() -> None:
     """Ends the default process group, all ranks in step; does nothing without one. For the end of a process's work.
 
-    A gloo group that is still there when the interpreter exits, or that one rank ends while another still talks to it,
-    can abort the process after all its work is done, and a launcher would take that for a failure.
+    A gloo group that is still there when the interpreter exits, or that one rank ends while another still uses it,
+    can abort the process after all its work is done, which a launcher would see as a failure.
     """
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a DDP reducer nobody uses any more still holds the group
+        gc.collect()  # a DDP reducer that is no longer used still holds the group
         dist.barrier()
         dist.destroy_process_group()
 
@@ -51,7 +51,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        # d(sum of all ranks' losses)/dx: torch's own dist.all_reduce would drop this term without a word.
+        # d(sum of all ranks' losses)/dx: torch's own dist.all_reduce would silently drop this term.
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
@@ -60,7 +60,7 @@ class _AllReduceSum(torch.autograd.Function):
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of `x` over all ranks, differentiable in every rank's `x`; `x` itself on one rank.
 
-    Every rank must call it, in the same order and with the same shape, and must run backward when any rank does.
+    Every rank must call it, in the same order and with the same shape, and must run backward if any rank does.
     """
     return _AllReduceSum.apply(x) if world_size() > 1 else x
 
@@ -91,7 +91,7 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def all_reduce_max(x: Tensor) -> Tensor:
-    """Largest value of each entry over all ranks, without a gradient; `x` itself, detached, on one rank."""
+    """The largest value of each entry over all ranks, without a gradient; `x` itself, detached, on one rank."""
     x = x.detach()
     if world_size() > 1:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -102,7 +102,7 @@ def all_reduce_max(x: Tensor) -> Tensor:
 def mean_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replaces tensors by their means over all ranks, in place and bit-equal on all of them.
 
-    They travel in few large collectives, each under way while the next is packed. Every rank must pass the same shapes
+    They travel in a few large collectives, each sent while the next is packed. Every rank must pass the same shapes
     and dtypes in the same order.
     """
     # Divided before the sum, as DDP does: half-precision sums of many ranks could overflow.
@@ -115,10 +115,10 @@ def copy_of_first_rank(tensors: Sequence[Tensor]) -> None:
 
 
 def agreed(tensor: Tensor) -> Tensor:
-    """Rank 0's `tensor` on every rank, in place: for a number that all ranks must draw the same choice from.
+    """Rank 0's `tensor` on every rank, in place: for a number from which all ranks must make the same choice.
 
     Replicas compute it from the same gradient, but another processor, number of threads or library may round the last
-    bit differently, and the choice with it.
+    bit differently, and so choose differently.
     """
     if world_size() > 1:
         copy_of_first_rank([tensor])
@@ -127,7 +127,7 @@ def agreed(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def together(doing: str) -> Iterator[None]:
-    """Ends on all ranks or raises on all; they meet at its end. Raises: UserError where only another rank failed."""
+    """Succeeds on all ranks or raises on all; they meet at its end. Raises: UserError if only another rank failed."""
     error: BaseException | None = None
     try:
         yield
@@ -137,16 +137,16 @@ def together(doing: str) -> Iterator[None]:
     if error is not None:
         raise error
     if failed:
-        raise UserError(f"another rank could not {doing}; see what it says")
+        raise UserError(f"another rank could not {doing}; see its message")
 
 
 def first_rank_says(question: Callable[[], bool]) -> bool:
-    """The first rank's answer, on every rank; only that one is asked."""
+    """The first rank's answer, on every rank; only the first rank computes it."""
     return bool(agreed(torch.tensor(int(rank() == 0 and question()), device=_device())))
 
 
 def digest_of_first_rank(digest: str) -> str:
-    """The first rank's digest, hexadecimal and of one length everywhere, on every rank."""
+    """The first rank's digest, hexadecimal and of the same length everywhere, on every rank."""
     return bytes(agreed(torch.tensor(list(bytes.fromhex(digest)), device=_device())).tolist()).hex()
 
 
@@ -169,8 +169,8 @@ def _unpack(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one dtype and device, of up to `BUCKET_BYTES` or one tensor, in an order that depends on
-    nothing but shapes, dtypes and the given order.
+    """Buckets of tensors of one dtype and device, up to `BUCKET_BYTES` or one tensor, in an order that depends on
+    only shapes, dtypes and the given order.
     """
     open_ones: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:

@@ -1,21 +1,30 @@
-"""The one exception that means: the user can mend this; and how foreign text reaches a terminal."""
+"""The one exception that means: the user can fix this; and how foreign text is made safe to print."""
+
+import sys
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """Bad input. The message is one readable paragraph: the thing, its value, the limit, the way out.
 
-    The command line prints the message alone and exits with status 2; a traceback appears only with --debug.
+    The command line prints only the message and exits with status 2; a traceback appears only with --debug.
     """
 
 
 def printable(text: str) -> str:
-    """The text with every control character but line breaks and tabs written out (`\\x1b`).
+    """The text with every control character except line breaks and tabs escaped (`\\x1b`).
 
-    Names, settings and answers of servers come from others, and a terminal obeys what is in them.
+    Names, settings and answers of servers come from others, and a terminal obeys control characters in them.
     """
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: object) -> str:
-    """`printable` for what stands inside a sentence: line breaks and tabs are written out too."""
+    """`printable` for text inside a sentence: line breaks and tabs are escaped too."""
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints what a user should know and need not mend, to stderr so that printed YAML stays YAML."""
+    for note in notes:
+        print(printable(f"note: {note}"), file=sys.stderr)

@@ -1,6 +1,6 @@
 """Files and folders written whole or not at all: a temporary name beside them, fsync, rename, fsync of the folder.
 
-A reader, a crash or a full disk therefore never meets half a file: either the old content stands or the new one.
+So no reader, crash or full disk ever leaves half a file: the file has either the old content or the new one.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space or choose a folder on another disk with {setting}"),
     errno.EDQUOT: (
         "your disk quota is used up",
-        "delete files of yours or choose a folder on another disk with {setting}",
+        "delete some of your files or choose a folder on another disk with {setting}",
     ),
     errno.EFBIG: (
         "the file would be larger than the file system or `ulimit -f` allows",
@@ -31,7 +31,7 @@ _REASONS = {
     ),
     errno.EIO: (
         "the disk or network file system reports an error",
-        "have it looked at, or choose a folder on another disk with {setting}",
+        "have it checked, or choose a folder on another disk with {setting}",
     ),
     errno.EROFS: ("the file system is read-only", _ANOTHER_FOLDER),
     errno.EACCES: ("permission is denied", _ANOTHER_FOLDER),
@@ -41,20 +41,20 @@ _REASONS = {
         "rename that file or choose another folder with {setting}",
     ),
     errno.EEXIST: (
-        "a file stands where a folder is needed",
+        "there is a file where a folder is needed",
         "rename that file or choose another folder with {setting}",
     ),
-    errno.EISDIR: ("a folder of this name stands there", "rename that folder or choose another one with {setting}"),
+    errno.EISDIR: ("there is a folder of this name", "rename that folder or choose another one with {setting}"),
     errno.ESTALE: (
         "the file server no longer knows this file",
-        "mount it again or choose another folder with {setting}",
+        "remount it or choose another folder with {setting}",
     ),
     errno.ETIMEDOUT: (
         "the file server does not answer",
-        "look at the server or choose another folder with {setting}",
+        "check the server or choose another folder with {setting}",
     ),
     errno.ENAMETOOLONG: ("a name in this path is too long", "choose a shorter one with {setting}"),
-    errno.ELOOP: ("links in this path lead in a circle", "mend the link or choose another folder with {setting}"),
+    errno.ELOOP: ("links in this path are circular", "fix the link or choose another folder with {setting}"),
 }
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EINVAL}
 _KINDS = (
@@ -67,9 +67,9 @@ _KINDS = (
 
 
 def irregular(path: str | Path) -> str | None:
-    """Why `path` is no regular file nor a link to one, as the end of a sentence about it; None where it is one.
+    """Why `path` is not a regular file or a link to one, as the end of a sentence about it; None if it is one.
 
-    Anything else may never end or never begin: a named pipe blocks whoever opens it, a device gives bytes for ever.
+    Reading anything else may never end or begin: a named pipe blocks whoever opens it, a device gives bytes forever.
     """
     try:
         mode = os.stat(path).st_mode
@@ -80,7 +80,7 @@ def irregular(path: str | Path) -> str | None:
 
 
 def require_regular_file(path: str | Path, what: str = "") -> None:
-    """Raises: UserError where `path` is missing, cannot be reached, or is no regular file (nor a link to one).
+    """Raises: UserError if `path` is missing, cannot be reached, or is not a regular file (or a link to one).
 
     `what` says in one word what it should be, for the message.
     """
@@ -90,11 +90,11 @@ def require_regular_file(path: str | Path, what: str = "") -> None:
 
 @contextlib.contextmanager
 def explained_os_errors(path: Path, doing: str = "write", *, setting: str = "--run") -> Iterator[None]:
-    """Turn the errors a user can mend (full disk, read-only folder, ...) into a `UserError` that names `path`.
+    """Turn the errors a user can fix (full disk, read-only folder, ...) into a `UserError` that names `path`.
 
     Args:
         doing: what fails, for the message.
-        setting: what chooses the folder of `path`, for the message.
+        setting: the option that chooses the folder of `path`, for the message.
 
     Errors that carry the name of a file outside the folder of `path` pass through: they are about something else.
     """
@@ -112,7 +112,7 @@ def explained_os_errors(path: Path, doing: str = "write", *, setting: str = "--r
 
 def _concerns(error: OSError, path: Path) -> bool:
     if not isinstance(error.filename, (str, os.PathLike)):
-        return True  # a failed write to an open file carries no name
+        return True  # the error of a failed write to an open file has no name
     named = Path(error.filename).absolute()
     folder = path.absolute().parent
     return named == folder or folder in named.parents or named in folder.parents
@@ -122,12 +122,12 @@ def _concerns(error: OSError, path: Path) -> bool:
 def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--run") -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` (made if missing); on success it becomes `path` in one step.
 
-    When the block raises, also by Ctrl-C, the temporary is removed and whatever stood at `path` stays as it was.
-    A block may make a folder of it; that takes the place of a file or folder as `replace_folder` does it. A folder at
-    `path` is refused to a file, or with `over_folder` replaced in the same way. `setting` is what chooses the folder of
+    When the block raises, also by Ctrl-C, the temporary is removed and whatever was at `path` is unchanged.
+    A block may make it a folder, which then replaces a file or folder as `replace_folder` does. A folder at
+    `path` is not replaced by a file, or with `over_folder` in the same way. `setting` is what chooses the folder of
     `path`, for messages.
 
-    Raises: UserError when the disk is full, the folder is read-only or cannot be one; other errors pass through.
+    Raises: UserError if the disk is full, or the folder is read-only or cannot be made; other errors pass through.
     """
     path = Path(path)
     temporary = temporary_path(path, secrets.token_hex(4))
@@ -146,26 +146,26 @@ def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--r
 
 
 def expanded(path: str | Path, setting: str) -> Path:
-    """`path` with `~` and `~user` written out. Raises: UserError that names `setting` where there is no such user."""
+    """`path` with `~` and `~user` expanded. Raises: UserError that names `setting` if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: {error}; correct {setting}") from error
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | str, setting: str = "--run") -> None:
     """Write `data` (text as UTF-8, newlines untouched) to `path`, whole or not at all.
 
-    Raises: UserError as `atomic_path` does.
+    Raises: UserError as `atomic_path` does, naming the `setting` that chose the folder.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, setting=setting) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def link_atomic(source: Path, path: Path) -> None:
-    """Give the content of `source`, a file or folder that nothing changes in place, the name `path` too, in one step.
+    """Give the content of `source`, a file or folder that is never changed in place, also the name `path`, in one step.
 
-    Hard links cost no bytes; where the file system has none the files are copied. Raises: UserError as `atomic_path`.
+    Hard links cost no bytes; if the file system has none, the files are copied. Raises: UserError as `atomic_path`.
     """
     with atomic_path(path, over_folder=True) as temporary:
         if not source.is_dir():
@@ -188,27 +188,27 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def make_folder(folder: Path, setting: str = "--run") -> None:
-    """Make `folder`, which `setting` chose, and those above it where they are missing.
+    """Make `folder`, which `setting` chose, and its missing parents.
 
-    Raises: UserError where that cannot be.
+    Raises: UserError if that is impossible.
     """
     with explained_os_errors(folder, "make folder", setting=setting):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # /proc and other file systems that only their owner makes files in
+        except FileNotFoundError as error:  # /proc and other file systems in which users cannot make files
             way_out = _ANOTHER_FOLDER.format(setting=setting)
             raise UserError(f"cannot make folder {folder}: {error.strerror}; {way_out}") from error
 
 
 def temporary_path(path: Path, mark: str) -> Path:
-    """The name beside `path` that it is written under; equal marks give equal names, so that ranks can share one."""
+    """The temporary name beside `path`; equal marks give equal names, so that ranks can share one."""
     return path.with_name(f"{_LEFTOVER_PREFIX}{mark}-{path.name}{_LEFTOVER_SUFFIX}")
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Give the finished `temporary` the name `path`, with everything in it on disk, where one of the two is a folder.
+    """Give the finished `temporary` the name `path`, with everything in it on disk, if one of the two is a folder.
 
-    A folder that stands at `path` moves aside first, since no rename replaces a folder that is not empty; a process
+    A folder at `path` is moved aside first, since no rename replaces a folder that is not empty; a process
     killed between the two renames leaves it there, and `put_back` returns it.
     """
     for folder, _, names in os.walk(temporary):
@@ -235,9 +235,9 @@ def put_back(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there. A folder gives up its name first, so that no half of it keeps that.
+    """Delete a file or a folder, if it exists. A folder is renamed first, so that no half of it keeps the name.
 
-    Raises: UserError where that is not permitted, or the disk fails.
+    Raises: UserError if that is not permitted, or the disk fails.
     """
     with explained_os_errors(path, "remove"):
         if not path.is_dir() or path.is_symlink():
@@ -255,9 +255,9 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete what killed processes left in `folder`, once what they moved aside is back in its place.
+    """Delete what killed processes left in `folder`, after moving back what they had moved aside.
 
-    Call it only where nobody else is writing.
+    Call it only while nothing else is writing.
     """
     put_back(Path(folder))
     for leftover in leftovers(Path(folder)):

@@ -22,9 +22,9 @@ from lightspan.wiring.optimizers import wire
 
 
 class Method(LightningModule):
-    """Holds how a method is optimised; a subclass writes its `training_step` and, for probes, `features`.
+    """Knows how a method is optimised; a subclass writes its `training_step` and, for probes, `features`.
 
-    A subclass takes the arguments below as `**optimization: Any` and hands them on; recipes set them as its own.
+    A subclass takes the arguments below as `**optimization: Any` and passes them on; recipes set them like its own.
 
     Args:
         optimizer: called with the parameter groups. The recipe binds lr and every other setting.
@@ -44,7 +44,7 @@ class Method(LightningModule):
         self.groups = groups or ParameterGroups()
 
     def features(self, batch: Any) -> Tensor:
-        """What probes read: float [B, D], taken before any projector. Raises: UserError where a method defines none."""
+        """What probes read: float [B, D], before any projector. Raises: UserError if a method defines none."""
         raise UserError(
             f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
         )
@@ -54,19 +54,21 @@ class Method(LightningModule):
 
         A method whose backbone has another name, or that reads another part, overrides it.
 
-        Raises: UserError for a layer out of range, and where a method has no backbone or defines no features.
+        Raises: UserError for a layer out of range, and if a method has no backbone or defines no features.
         """
         backbone = getattr(self, "backbone", None)
         if not isinstance(backbone, nn.Module):
-            raise UserError(f"{type(self).__name__} has no backbone to read tokens of; let it define token_features")
+            raise UserError(
+                f"{type(self).__name__} has no backbone from which to read tokens; define token_features in it"
+            )
         return token_features(backbone, lambda: self.features(batch), layers)
 
     def log_training(self, figures: Mapping[str, Tensor], **options: Any) -> None:
         """Logs 0-d figures of a training step, which are the same on all ranks: means over them.
 
-        Several ranks exchange figures, all in one collective, and log them in the steps that loggers write down
-        (`trainer.log_every_n_steps`) alone. With Lightning's `sync_dist=True` every rank would wait for all others once
-        a figure in every step.
+        Several ranks exchange figures, all in one collective, and log them only in the steps that loggers record
+        (`trainer.log_every_n_steps`). With Lightning's `sync_dist=True` every rank would wait for all others once per
+        figure in every step.
 
         Args:
             options: further arguments of `log_dict`.
@@ -81,18 +83,30 @@ class Method(LightningModule):
         self.log_dict(dict(figures), **options)
 
     def _writes_this_step(self) -> bool:
-        """Whether loggers are due, as Lightning counts; the same on all ranks, whatever else makes one log."""
+        """Whether loggers are due, as Lightning counts; the same on all ranks, whatever else makes one of them log."""
         trainer: Any = self._trainer
         if trainer is None or not trainer.log_every_n_steps:
             return False
         return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
 
+    def share_of_run(self) -> float:
+        """Optimiser steps done over those of the whole run, in [0, 1]: for schedules of momenta, temperatures, weights.
+        0 without a Trainer. Raises: UserError for a run without an end.
+        """
+        return 0.0 if self._trainer is None else min(self.global_step / self._total_steps(), 1.0)
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("a schedule needs the run's length; set trainer.max_steps or trainer.max_epochs")
+        return int(total)
+
     def after_optimizer_step(self) -> None:
         """For what follows a step of the optimiser: an EMA teacher, a mask, a proximal step. Does nothing by default.
 
-        Called without gradients once after each step that moved the weights, before anything is logged or saved of it:
+        Called without gradients once after each step that moved the weights, before anything of it is logged or saved:
         neither while gradients are accumulated, nor after a step that was skipped (`lightspan.optim.steps`). Sharded
-        weights are those of this rank. With manual optimisation a method calls it itself.
+        weights are those of this rank. With manual optimisation, a method calls it itself.
         """
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -103,10 +117,10 @@ class Method(LightningModule):
                 self.after_optimizer_step()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs nothing: a method without a loss worth validating is watched by probes. Others log `val/...` here."""
+        """Logs nothing: probes watch a method whose loss is not worth validating. Others log `val/...` here."""
 
     def configure_model(self) -> None:
-        """Shards the method where the strategy asks for it; see `lightspan.strategies`."""
+        """Shards the method if the strategy asks for it; see `lightspan.strategies`."""
         shard(self)
 
     def configure_optimizers(self) -> Any:
@@ -114,10 +128,5 @@ class Method(LightningModule):
         wire(self.trainer, self, [optimizer])
         if self.lr_scheduler is None:
             return optimizer
-        total_steps = self.trainer.estimated_stepping_batches
-        if total_steps == float("inf"):
-            raise UserError(
-                "a learning-rate schedule needs the run's length; set trainer.max_steps or trainer.max_epochs"
-            )
-        scheduler = self.lr_scheduler(optimizer, int(total_steps))
+        scheduler = self.lr_scheduler(optimizer, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,4 +1,4 @@
-"""Names chosen by shell-style patterns, the one way in which this project lets a user point at parts of a module."""
+"""Names chosen by shell-style patterns, the one way in which users of this project select parts of a module."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -13,8 +13,8 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def require_matches(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
-    """Raises: UserError for a pattern that matches none of `names`, with the closest of them. `what` says what they
-    name, such as "trained parameter of CausalLM".
+    """Raises: UserError for a pattern that matches none of `names`, with the most similar of them. `what` says what
+    they name, such as "trained parameter of CausalLM".
     """
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):

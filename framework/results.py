@@ -1,16 +1,15 @@
-"""What a computation leaves behind: a few numbers that JSON holds, figures to print, perhaps a picture and tensors."""
+"""The results of a computation: a few numbers for JSON, figures to print, perhaps a picture and tensors."""
 
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
-from io import BytesIO
 from typing import Any, Self
 
 from torch import Tensor
 
+from lightspan.drawing import canvas, png, tidy
 from lightspan.errors import UserError
 
 
@@ -25,15 +24,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """The small outcome of an estimator or a merger. A subclass is a frozen dataclass of its own fields.
+    """The small outcome of an estimator or a merger. A subclass is a frozen dataclass with its own fields.
 
-    Fields hold numbers, text, true or false, None, tuples, and mappings by text of these: what JSON takes and gives
-    back equal. Numbers are finite, which is looked at here, so that an estimator need not ask.
+    Fields are numbers, text, true or false, None, tuples, and mappings from text to these: what JSON can store and
+    restore. Numbers are finite, which is checked here, so that an estimator need not check it.
 
     Attributes:
         tensors: what is too large for JSON, such as the weights of a head: written beside it as safetensors, and not
             compared.
-    Raises: UserError for a number that is not finite; TypeError for a field that is none of these kinds.
+    Raises: UserError for a number that is not finite; TypeError for a field of another kind.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
@@ -47,7 +46,11 @@ class Result(ABC):
         """What is worth printing, the most important one first."""
 
     def draw(self, axes: Any) -> None:  # noqa: B027 - optional
-        """Draws the result on matplotlib axes. A subclass that has no picture leaves this alone."""
+        """Draws the result on matplotlib axes. A subclass without a picture does not override this."""
+
+    def table(self) -> tuple[dict[str, Any], ...]:
+        """Rows that a spreadsheet shows, of equal keys, values numbers or text. A subclass without any leaves it."""
+        return ()
 
     def to_json(self) -> str:
         """The fields as text; `from_json` of the same class gives an equal result."""
@@ -55,11 +58,11 @@ class Result(ABC):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises: UserError for text that is no result of this class."""
+        """Raises: UserError for text that is not a result of this class."""
         try:
             return cls(**{name: _frozen(value) for name, value in json.loads(text).items()})
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"this is no {cls.__name__} as JSON: {error}") from error
+            raise UserError(f"this is not {cls.__name__} as JSON: {error}") from error
 
     def document(self) -> dict[str, Any]:
         """The content of result.json: class, figures and fields, all plain data."""
@@ -70,22 +73,13 @@ class Result(ABC):
         }
 
     def picture(self, title: str) -> bytes | None:
-        """PNG bytes of what `draw` draws; None for a result without a picture, or without matplotlib."""
-        if type(self).draw is Result.draw or find_spec("matplotlib") is None:
+        """PNG bytes of what `draw` draws; None for a result without a picture."""
+        if type(self).draw is Result.draw:
             return None
-        from matplotlib.figure import Figure as Canvas
-
-        canvas = Canvas(figsize=(6.4, 3.8), dpi=150, layout="constrained", facecolor="white")
-        axes = canvas.subplots()
+        figure, ((axes,),) = canvas(title)
         self.draw(axes)
-        axes.grid(color="#e9ebee", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        canvas.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-        buffer = BytesIO()
-        # Software and date are left out, so that equal results give equal bytes.
-        canvas.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+        tidy(axes)
+        return png(figure)
 
     def _plain(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "tensors"}
@@ -93,7 +87,9 @@ class Result(ABC):
 
 def _require_plain(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where} is {value}: these data give no finite answer; look at the rows that it was made of")
+        raise UserError(
+            f"{where} is {value}: these data give no finite result; check the rows from which it was computed"
+        )
     if isinstance(value, tuple):
         for child in value:
             _require_plain(child, where)
@@ -101,7 +97,7 @@ def _require_plain(value: Any, where: str) -> None:
         for key, child in value.items():
             _require_plain(child, f"{where}[{key!r}]")
     elif value is not None and not isinstance(value, bool | int | float | str):
-        raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not give back; see Result")
+        raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot restore; see Result")
 
 
 def _frozen(value: Any) -> Any:

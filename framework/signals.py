@@ -18,9 +18,9 @@ from typing import Any
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""
 BUDGET_S = 60.0
-"""Seconds that a warned process has before it ends itself, wherever its main thread is."""
+"""Seconds that a signalled process has before it ends itself, wherever its main thread is."""
 INTERRUPT_S = 10.0
-"""Seconds between a Ctrl-C that is to act at once and the end of a process whose main thread does not come to it."""
+"""Seconds between a Ctrl-C that must act at once and the end of a process whose main thread does not react."""
 _LOOK_S = 1.0
 _CLOSE = 0
 
@@ -29,18 +29,18 @@ class SignalFlag:
     """Remembers the first of some signals; installed as their handler until `restore` or `release`.
 
     Python runs a handler only when the main thread is back in Python. A thread therefore sees each signal too, at once,
-    also while the main thread waits inside a library for a rank or a file that never comes: `budget_s` after a warning
-    it calls `late`, which ends the process, unless `met` or the end of the flag came first.
+    even while the main thread waits inside a library for a rank or a file that never comes: `budget_s` after a warning
+    it calls `late`, which ends the process, unless `met` was called or the flag ended first.
 
-    SIGINT, where it is watched, is a KeyboardInterrupt as ever; with `patient` the first one is remembered like a
-    warning, and the next one raises. One that the main thread does not come to within `INTERRUPT_S` ends the process.
+    SIGINT, if it is watched, is a KeyboardInterrupt as usual; with `patient` the first one is remembered like a
+    warning, and the next one raises. One to which the main thread does not react within `INTERRUPT_S` ends the process.
 
-    Processes that are forked meanwhile, such as data workers, have these signals blocked: a scheduler signals every
-    process of a job, a terminal every process of a command, and a worker that died of it would take the step, and with
-    it the checkpoint, along.
+    Processes forked meanwhile, such as data workers, have these signals blocked: a scheduler signals every
+    process of a job, a terminal every process of a command, and a worker that died of it would spoil the step, and with
+    it the checkpoint.
 
     Args:
-        signals: which; nothing is installed outside the main thread, where Python allows no handlers.
+        signals: which signals; nothing is installed outside the main thread, where Python allows no handlers.
     """
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
@@ -67,14 +67,14 @@ class SignalFlag:
             self.since_s = time.monotonic() if self.since_s is None else self.since_s
 
     def age_s(self) -> float:
-        """Seconds since the signal came; only after one came."""
+        """Seconds since the signal came; only valid after one came."""
         assert self.since_s is not None
         return time.monotonic() - self.since_s
 
     def watch(self, signals: Iterable[signal.Signals]) -> None:
-        """Watches exactly these from now on. One that came and is not among them does now what it would have done.
+        """Watches exactly these from now on. One that came and is not among them now has its usual effect.
 
-        A SIGINT that somebody else handles or ignores, as shells make background commands do, is left alone.
+        A SIGINT that others handle or ignore, as in background commands of a shell, is left alone.
         """
         wanted = set(signals)
         if threading.current_thread() is not threading.main_thread():
@@ -90,23 +90,23 @@ class SignalFlag:
             signal.raise_signal(unwanted)
 
     def tell(self, number: signal.Signals, age_s: float) -> None:
-        """Another rank received a signal so many seconds ago: what is left of its budget holds here too."""
+        """Another rank received a signal so many seconds ago: the rest of its budget applies here too."""
         if self.received is None:
             self.received, self.since_s = number, time.monotonic() - age_s
             if self._pipe is not None:
                 os.write(self._pipe[1], bytes([number]))
 
     def met(self) -> None:
-        """What the signal asked for is done: the process may take its time to end."""
+        """What the signal asked for is done: the process may take any time to end."""
         self._met = True
 
     def restore(self) -> None:
-        """Puts the handlers of before back and forgets what came."""
+        """Restores the previous handlers and forgets what came."""
         self.received = None
         self.watch(())
 
     def ignore(self) -> None:
-        """Forgets what came, and has its signals do nothing for as long as the process lasts."""
+        """Forgets what came, and ignores its signals for the rest of the process."""
         for number in self._before:
             if signal.getsignal(number) is self:
                 signal.signal(number, signal.SIG_IGN)
@@ -114,7 +114,7 @@ class SignalFlag:
         self.restore()
 
     def release(self) -> None:
-        """Puts the handlers of before back, and lets a signal that came do what it would have done."""
+        """Restores the previous handlers, and lets a signal that came have its usual effect."""
         self.watch(())
 
     def _listen_while(self, watching: bool) -> None:
@@ -137,7 +137,7 @@ class SignalFlag:
         self._thread.start()
 
     def _listen(self, pipe: int) -> None:
-        """Reads the signals that Python's C level writes to a pipe the moment they come."""
+        """Reads the signals that Python's C code writes to a pipe as soon as they come."""
         first, since_s, interrupted_s = signal.SIGINT, None, None
         while True:
             left_s = _LOOK_S
@@ -163,7 +163,7 @@ class SignalFlag:
                 since_s = self.since_s = time.monotonic() if self.since_s is None else self.since_s
 
     def _end(self, number: signal.Signals) -> None:
-        print(f"lightspan: {number.name}: still {main_thread()}; leaving at once", file=sys.stderr, flush=True)
+        print(f"lightspan: {number.name}: still {main_thread()}; exiting at once", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     def _forget_pipe(self) -> None:
@@ -173,7 +173,7 @@ class SignalFlag:
     def _give_back(self, signals: Iterable[signal.Signals]) -> None:
         for number in set(signals):
             before = self._before.pop(number)
-            if signal.getsignal(number) is self:  # somebody who came after us keeps the place
+            if signal.getsignal(number) is self:  # a handler installed after ours is kept
                 signal.signal(number, before)
 
     def _block(self) -> None:
@@ -184,7 +184,7 @@ class SignalFlag:
 
 
 def installed() -> SignalFlag | None:
-    """The flag that is the handler of one of the warning signals at present, if any."""
+    """The flag that currently handles one of the warning signals, if any."""
     flags = (signal.getsignal(number) for number in WARNINGS)
     return next((flag for flag in flags if isinstance(flag, SignalFlag)), None)
 
@@ -199,7 +199,7 @@ def main_thread() -> str:
 
 @contextlib.contextmanager
 def remembered(signals: Iterable[signal.Signals] = WARNINGS) -> Any:
-    """A `SignalFlag` for the length of a block."""
+    """A `SignalFlag` for the duration of a block."""
     flag = SignalFlag(signals)
     try:
         yield flag

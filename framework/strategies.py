@@ -1,7 +1,7 @@
-"""Strategies for any LightningModule: DDP that sums alike in every process, and FSDP2 with hybrid sharding.
+"""Strategies for any LightningModule: DDP that sums equally in every process, and FSDP2 with hybrid sharding.
 
-Under the strategy `FSDP2`, `shard(module)` splits a module block by block, then what is left of it. Under every other
-strategy it does nothing, so a module calls it in `configure_model` whatever it will be trained with; `Method` does.
+Under the strategy `FSDP2`, `shard(module)` splits a module block by block, then the rest of it. Under every other
+strategy it does nothing, so a module calls it in `configure_model` whatever its strategy; `Method` does.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,36 +25,36 @@ from lightspan.errors import UserError
 from lightspan.optim.layout import is_wide
 
 FORWARD_METHODS = ("training_step", "validation_step", "test_step", "predict_step", "features")
-"""What is called on a LightningModule from outside in the place of `forward`."""
+"""What is called on a LightningModule from outside instead of `forward`."""
 
 
 class FixedBuckets(DistributedDataParallel):
     """DistributedDataParallel whose buckets are the same in the first step of a process and in all later ones.
 
-    Where a gradient lies in its bucket decides in which order three or more ranks are summed. torch starts with one
-    bucket in the order of registration, and cuts others after the first step, in the order in which gradients arrived:
-    a resumed process would take its first step with other last bits than the process that never stopped. Here the
-    buckets are cut once, when the module is wrapped, from the parameters in reverse order of registration. That is
-    about the order in which gradients arrive, so buckets still travel while the backward pass goes on.
+    The place of a gradient in its bucket decides in which order three or more ranks are summed. torch starts with one
+    bucket in the order of registration, and forms others after the first step, in the order in which gradients arrived:
+    a resumed process would take its first step with other last bits than an uninterrupted process. Here the
+    buckets are formed once, when the module is wrapped, from the parameters in reverse order of registration. That is
+    about the order in which gradients arrive, so buckets are still sent during the backward pass.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        # In the place of the gradients of a first step. With find_unused_parameters torch never cuts anew.
+        # Instead of the gradients of a first step. With find_unused_parameters torch never forms new buckets.
         self.reducer._push_all_rebuilt_params()
         self.reducer._rebuild_buckets()
 
     def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
         parameters, sparse = super()._build_params_for_reducer()
-        # What is cut at the start and kept, torch turns round itself.
+        # torch itself reverses the buckets that are formed at the start and kept.
         return (parameters, sparse) if self.find_unused_parameters else (parameters[::-1], sparse[::-1])
 
 
 class ExactMeans:
     """For strategies: means over ranks of whole numbers, which Lightning rounds down.
 
-    It divides a logged sum by the mean number of samples of a rank. On two ranks with 5 and 4 samples that would be 4,
-    and every figure of the validation 9/8 of what it is.
+    It divides a logged sum by the mean number of samples per rank. On two ranks with 5 and 4 samples that would be 4,
+    and every validation figure 9/8 of its value.
     """
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -70,34 +70,34 @@ class DDP(ExactMeans, DDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         device_ids = self.determine_ddp_device_ids()
-        # A stream of its own, as in the method that this one replaces: torch asks for it where steps are captured.
+        # A separate stream, as in the method that this one replaces: torch requires it if steps are captured.
         with nullcontext() if device_ids is None else torch.cuda.stream(torch.cuda.Stream()):
             return FixedBuckets(model, device_ids=device_ids, **self._ddp_kwargs)
 
 
 def register_ddp() -> None:
-    """Has the names of Lightning's DDPStrategy, such as "ddp", stand for `DDP`."""
+    """Makes the names of Lightning's DDPStrategy, such as "ddp", mean `DDP`."""
     for entry in StrategyRegistry.values():
         if entry["strategy"] is DDPStrategy:
             entry["strategy"] = DDP
 
 
 class FSDP2(ExactMeans, ModelParallelStrategy):
-    """Fully sharded data parallelism: weights, gradients and optimiser state are split over the ranks.
+    """Fully sharded data parallelism: weights, gradients and optimiser state are divided among the ranks.
 
-    Every rank works on its own samples, as with DDP. A block's weights are gathered before it runs and let go after it.
-    Unlike Lightning's class, whose defaults split a model over the nodes alone, it uses all ranks.
+    Every rank works on its own samples, as with DDP. A block's weights are gathered before it runs and released after
+    it. Unlike Lightning's class, whose defaults split a model only over the nodes, it uses all ranks.
 
     Args:
         replicas: copies of the model, >= 1, each split over (ranks / replicas) neighbouring ranks: hybrid sharding
-            (HSDP), where weights travel inside a copy only and gradients between copies once a step. "nodes" keeps
+            (HSDP), where weights are sent only within a copy and gradients between copies once per step. "nodes" keeps
             one copy on each node.
-        activation_checkpointing: whether activations inside a block are computed again in the backward pass instead of
+        activation_checkpointing: whether activations inside a block are recomputed in the backward pass instead of
             kept.
         compile: whether blocks are compiled by torch.compile.
         save_distributed_checkpoint: whether a checkpoint is a folder to which every rank writes its part; otherwise
             rank 0 gathers everything and writes one file.
-        process_group_backend: as of ModelParallelStrategy.
+        process_group_backend: as in ModelParallelStrategy.
     Raises: UserError when training starts, if `replicas` does not divide the number of ranks, or for a module that
         never calls `shard`.
     """
@@ -148,7 +148,7 @@ class FSDP2(ExactMeans, ModelParallelStrategy):
         super().setup(trainer)
 
     def shard(self, module: LightningModule) -> None:
-        """Splits a module over `mesh`; does nothing to one that is split already."""
+        """Splits a module over `mesh`; does nothing to one that is already split."""
         if isinstance(module, FSDPModule):
             return
         assert self.mesh is not None
@@ -171,7 +171,7 @@ def shard(module: LightningModule) -> None:
 
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The parts of a module that are gathered one at a time, inner ones first: elements of ModuleLists, and of
-    Sequentials that repeat one composite class, where they have parameters.
+    Sequentials that repeat one composite class, if they have parameters.
     """
     found: dict[nn.Module, None] = {}
     for container in module.modules():
@@ -187,7 +187,7 @@ def shard_blocks(module: nn.Module, mesh: DeviceMesh) -> None:
     """Splits the blocks of a module, then the module, over a mesh [shards] or [replicas, shards].
 
     All ranks start from rank 0's weights and buffers. Matrices with fewer rows than columns are split along their
-    columns where these divide evenly, all others along their rows: that is the longer side, which a low-rank optimiser
+    columns if these divide evenly, all others along their rows: that is the longer side, which a low-rank optimiser
     steps row by row.
     """
     for part in (*blocks(module), module):
@@ -200,8 +200,8 @@ def shard_blocks(module: nn.Module, mesh: DeviceMesh) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, parts of a sharded module can be called by themselves, without a step of the whole one around them. All
-    ranks have to enter and to call the same; does nothing to a module that is not sharded.
+    """Inside, parts of a sharded module can be called by themselves, without a step of the whole module. All
+    ranks must enter and call the same; does nothing to a module that is not sharded.
     """
     if not isinstance(module, FSDPModule):
         yield

@@ -1,4 +1,4 @@
-"""Safetensors files written piece by piece, so that no more than a piece is ever in memory.
+"""Safetensors files written piece by piece, so that at most one piece is in memory.
 
 The format is 8 bytes with the length of a JSON header, the header, and the bytes of the tensors (little-endian, rows
 first) without gaps: https://github.com/huggingface/safetensors. Its own writer takes all tensors at once.
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, one_line
 
 DTYPES = {
     torch.float64: "F64",
@@ -37,7 +37,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Form:
-    """What a tensor is without its numbers."""
+    """A tensor's description without its numbers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,13 +54,13 @@ class Form:
 def write_tensors(
     path: Path, forms: Mapping[str, Form], pieces: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file; `path` is one that `lightspan.files.atomic_path` gave.
+    """Writes a safetensors file; `path` comes from `lightspan.files.atomic_path`.
 
     Args:
         forms: every tensor of the file, in the order of their bytes.
-        pieces: (name, numbers) in the same order. A tensor comes in one piece or in several, the first numbers first.
+        pieces: (name, numbers) in the same order. A tensor may come in several pieces, in the order of its numbers.
         metadata: text by name.
-    Raises: UserError for a kind of tensor that the format has no name for.
+    Raises: UserError for a dtype that the format does not have.
     """
     assert sys.byteorder == "little", "safetensors are little-endian"
     with path.open("wb") as file:
@@ -83,7 +83,7 @@ def _header(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> bytes:
     at = 0
     for name, form in forms.items():
         if form.dtype not in DTYPES:
-            raise UserError(f"tensor {name} is {form.dtype}, which safetensors files do not hold")
+            raise UserError(f"tensor {name} is {form.dtype}, which safetensors files cannot contain")
         header[name] = {"dtype": DTYPES[form.dtype], "shape": list(form.shape), "data_offsets": [at, at + form.nbytes]}
         at += form.nbytes
     text = json.dumps(header).encode()
@@ -95,3 +95,28 @@ def _write(file: BinaryIO, piece: Tensor) -> int:
     data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(data.numpy().data)
     return data.numel()
+
+
+_KINDS = {list: "a list", dict: "a mapping", bool: "true or false", int: "a whole number", str: "text"}
+
+
+def facts_of(metadata: Mapping[str, str], path: str | Path, **kinds: type) -> dict[str, Any]:
+    """The named facts in a file's metadata, each of its given type; all except text is JSON. Another program may have
+    written it.
+
+    Raises: UserError that names the file and the first fact that is missing or of another type.
+    """
+    facts: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if name not in metadata:
+            raise UserError(f"{path} has no {name!r} in its metadata; it is damaged, or another program wrote it")
+        try:
+            facts[name] = metadata[name] if kind is str else json.loads(metadata[name])
+        except (ValueError, RecursionError):
+            facts[name] = None
+        if type(facts[name]) is not kind:
+            raise UserError(
+                f"{path} has {name!r}: {one_line(metadata[name])[:60]!r} in its metadata, not {_KINDS[kind]}; it is "
+                "damaged, or another program wrote it"
+            )
+    return facts

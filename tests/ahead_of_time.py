@@ -70,7 +70,7 @@ def key_of(spec: Spec, target: str) -> str:
     kernel's module imports, however far away.
     """
     found: dict[str, bytes] = {}
-    _collect(f"lightspan.triton_kernels.{spec.kernel.partition(':')[0]}", found)
+    _collect(_module_of(spec.kernel), found)
     parts = [json.dumps(asdict(spec), sort_keys=True), target, importlib.metadata.version("triton")]
     parts += [Path(__file__).read_text(), sys.version]
     parts += sorted(
@@ -80,6 +80,12 @@ def key_of(spec: Spec, target: str) -> str:
     for name, source in sorted(found.items()):
         whole.update(b"\0" + name.encode() + b"\0" + source)
     return whole.hexdigest()
+
+
+def _module_of(kernel: str) -> str:
+    """That of a kernel "module:function": one of `lightspan.triton_kernels`, or with a dot one of `lightspan`."""
+    module = kernel.partition(":")[0]
+    return f"{'lightspan' if '.' in module else 'lightspan.triton_kernels'}.{module}"
 
 
 def _collect(module: str, found: dict[str, bytes]) -> None:
@@ -168,9 +174,7 @@ def _main() -> None:
     targets["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
     def compiled(spec: dict[str, Any]) -> dict[str, int]:
-        module, _, function = spec["kernel"].partition(":")
-        home = "lightspan" if "." in module else "lightspan.triton_kernels"
-        kernel = getattr(importlib.import_module(f"{home}.{module}"), function)
+        kernel = getattr(importlib.import_module(_module_of(spec["kernel"])), spec["kernel"].partition(":")[2])
         constants = {
             name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
             for name, value in spec["constants"].items()

@@ -14,7 +14,18 @@ from torch.nn import functional as F
 
 from lightspan import objectives
 from lightspan.distributed import gather_rows
-from lightspan.objectives import barlow, class_text, diffusion, distillation, info_nce, language
+from lightspan.experiments import class_text
+from lightspan.objectives import (
+    barlow,
+    diffusion,
+    distillation,
+    entropy,
+    info_nce,
+    koleo,
+    language,
+    prototypes,
+    pseudo_labels,
+)
 
 CURRENT = torch.tensor([False, True, False, True, True, True])
 
@@ -64,6 +75,11 @@ def multi_positive_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B:
     return info_nce.multi_positive_info_nce(info_nce.gated_cosine(x.sin() @ weight, key_ND) / 0.5, *masks)
 
 
+def cross_view_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    targets = torch.stack([prototypes.centred_softmax(view, torch.ones(4), 0.5) for view in (x, x.cos())])
+    return prototypes.cross_view_loss(targets, torch.stack([x @ weight, x.tanh() @ weight, x.sin() @ weight]), 0.5)
+
+
 CASES = {
     "class_text.current_class_text_loss": Case(class_text_loss, 2),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
@@ -81,8 +97,17 @@ CASES = {
     ),
     "info_nce.class_pair_loss": Case(class_pair_loss, 2 + 2 + 1),
     "info_nce.multi_positive_info_nce": Case(multi_positive_info_nce, 2 + 2 + 1),
+    "entropy.prediction_entropy": Case(lambda x, weight, label_B, mixed_B: entropy.prediction_entropy(x @ weight)),
+    "pseudo_labels.pseudo_label_loss": Case(
+        lambda x, weight, label_B, mixed_B: pseudo_labels.pseudo_label_loss(x @ weight, x.sin(), label_B % 4)
+    ),
+    "koleo.koleo": Case(lambda x, weight, label_B, mixed_B: koleo.koleo(x @ weight), 3),
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
+    ),
+    "prototypes.cross_view_loss": Case(cross_view_loss),
+    "prototypes.prototype_cross_entropy": Case(
+        lambda x, weight, label_B, mixed_B: prototypes.prototype_cross_entropy(x.softmax(dim=1), x @ weight, 0.5)
     ),
 }
 PARTS = {
@@ -90,18 +115,20 @@ PARTS = {
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
     *("info_nce.gated_cosine", "info_nce.class_pair_masks"),
-    "means.squared_error",
+    *("means.squared_error", "prototypes.sinkhorn", "prototypes.centred_softmax", "pseudo_labels.trusted_labels"),
 }
 """What is no loss: parts of losses, and what makes their inputs."""
 
 
 def public_functions() -> set[str]:
-    """All public functions of the modules in `lightspan.objectives`, as `module.function`."""
+    """All public functions of the modules in `lightspan.objectives`, and of what waits to join it, as
+    `module.function`.
+    """
     found = set()
-    for info in pkgutil.iter_modules(objectives.__path__):
-        module = importlib.import_module(f"lightspan.objectives.{info.name}")
+    names = [f"lightspan.objectives.{info.name}" for info in pkgutil.iter_modules(objectives.__path__)]
+    for module in (*map(importlib.import_module, names), class_text):
         found |= {
-            f"{info.name}.{name}"
+            f"{module.__name__.rpartition('.')[2]}.{name}"
             for name, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
         }

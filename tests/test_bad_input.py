@@ -94,7 +94,7 @@ def test_a_class_outside_the_allow_list_is_never_imported(flags, capsys, monkeyp
 def test_the_refusal_says_how_to_allow_a_module(capsys):
     message = refused(["fit", str(PROJECT / "tiny.yaml")], capsys)
     assert "tiny_lab.parts.Tiny is outside the allowed modules" in message
-    assert "to use code of your own, add --allow-module tiny_lab" in message
+    assert "to use your own code, add --allow-module tiny_lab" in message
 
 
 def test_a_file_that_is_not_yaml(capsys):
@@ -170,7 +170,7 @@ def test_a_torn_last_checkpoint_is_passed_over_and_said(trained, tmp_path, capsy
     assert main(["fit", *TINY, "--run", "r"]) == 0
     said = capsys.readouterr().err
     assert str(last) in said
-    assert "going on from" in said
+    assert "continuing from" in said
     assert "step=4.ckpt" in said
 
 
@@ -271,7 +271,7 @@ def test_ctrl_c_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     assert process.returncode == 130, err
     assert "stopped by Ctrl-C after step" in err
     assert len([line for line in err.splitlines() if line and not line.startswith("note: ")]) == 1
-    assert f"{last} is whole; the same command with --run {tmp_path / 'r'} goes on from it" in err
+    assert f"{last} is whole; the same command with --run {tmp_path / 'r'} continues from it" in err
     assert "Traceback" not in err
     import torch
 

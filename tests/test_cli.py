@@ -138,7 +138,7 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert main(["fit", "--run", "r", *TINY, "data.init_args.batch_size=4"]) == 2
     assert "data.init_args.batch_size: not set -> 4" in capsys.readouterr().err
     assert main(["fit", "--run", "r", *TINY, "--resume", "never"]) == 2
-    assert "already holds a run; give another --run DIR" in capsys.readouterr().err
+    assert "already contains a run; give another --run DIR" in capsys.readouterr().err
 
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     assert main(["validate", *TINY, "--ckpt", checkpoint, "--run", "v"]) == 0
@@ -150,6 +150,18 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     import torch
 
     assert torch.load("p/predictions.pt", weights_only=True)[0].shape == (8, 3)
+
+
+def test_a_run_that_is_at_its_end_says_that_nothing_is_left_and_how_to_train_longer(capsys):
+    assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=2"]) == 0
+    assert "nothing was left" not in capsys.readouterr().err
+    assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=1"]) == 0
+    assert (
+        f"note: nothing was left to do: {Path('r/checkpoints/last.ckpt').absolute()} is at step 2, and the run ends at "
+        "trainer.max_steps=1; a larger number of steps trains longer\n"
+    ) in capsys.readouterr().err
+    assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=3"]) == 0
+    assert "nothing was left" not in capsys.readouterr().err
 
 
 def test_resuming_gives_the_bits_of_a_straight_run():
@@ -213,7 +225,7 @@ def test_an_allowed_module_is_found_in_the_current_folder(tmp_path):
 
 
 def test_wandb_is_offline_without_a_key_and_takes_none_from_the_configuration(monkeypatch):
-    from lightspan.commands.run import _wandb_layer
+    from lightspan.commands.fit import _wandb_layer
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert _wandb_layer(None)["trainer"]["logger"]["wandb"]["init_args"]["offline"] is True
@@ -232,7 +244,7 @@ def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["fitt"], "unknown verb 'fitt'; did you mean fit? there are: recipes, show,"),
-        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` shows what it takes"),
+        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` lists the options"),
         (["check", "language/quickstart", "--trainer.max_steps"], "--trainer.max_steps has no value"),
         (["recipes", "--family", "langage"], "no recipe has the family 'langage'; did you mean language?"),
         (["validate", *TINY, "--ckpt", "gone.ckpt"], "--ckpt gone.ckpt: no such file"),

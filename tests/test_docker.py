@@ -1,5 +1,6 @@
 """The container image: its recipe is checked in words here, and built and run for real by `make docker-test`."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,9 +14,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+_SPEC = importlib.util.spec_from_file_location("docker_lock", ROOT / "docker" / "lock.py")
+assert _SPEC
+assert _SPEC.loader
+lock = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(lock)
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 LOCK = (ROOT / "docker" / "requirements.lock").read_text()
-PINS = dict(line.split("==") for line in LOCK.splitlines() if not line.startswith("#"))
+PINS = dict(re.findall(r"^([a-z0-9-]+)==(\S+) \\$", LOCK, re.MULTILINE))
 TORCH = {"torch", "torchvision"}
 
 
@@ -54,6 +60,32 @@ def test_the_lock_was_resolved_with_the_torch_that_the_image_installs() -> None:
 def test_the_lock_leaves_device_builds_to_torch() -> None:
     assert len(PINS) > 50
     assert not [name for name in PINS if re.match(r"torch$|torchvision$|triton$|nvidia-|cuda-", name)]
+
+
+def test_every_pin_names_its_files_by_their_sha256_and_no_place() -> None:
+    """So a file that another index, a proxy or a folder of wheels serves in its place is refused."""
+    lines = [line for line in LOCK.splitlines() if not line.startswith("#")]
+    hashes = [line for line in lines if re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line)]
+    assert len(hashes) + len(PINS) == len(lines)
+    assert all(lines[at + 1] in hashes for at, line in enumerate(lines) if "==" in line)
+    assert len(set(hashes)) == len(hashes)
+    assert "//" not in LOCK
+
+
+def test_hashes_are_required_of_all_but_the_builds_of_torch() -> None:
+    installs = re.findall(r"pip install [^&]*", DOCKERFILE)
+    assert [install for install in installs if "--require-hashes" in install and "requirements.lock" in install]
+    assert [install for install in installs if "torch==" in install and "requirements.lock" not in install]
+    with pytest.raises(ValueError, match="any comes from file:///wheels/any"):
+        lock.sha256_of({"metadata": {"name": "any"}, "download_info": {"url": "file:///wheels/any.whl"}})
+
+
+def test_the_lock_is_written_in_the_order_of_names_with_each_hash_once() -> None:
+    text = lock.text_of({"b": "2", "a-c": "1.0"}, {"b": {"0" * 64}, "a-c": {"2" * 64, "1" * 64}})
+    assert text == (
+        f"a-c==1.0 \\\n    --hash=sha256:{'1' * 64} \\\n    --hash=sha256:{'2' * 64}\n"
+        f"b==2 \\\n    --hash=sha256:{'0' * 64}\n"
+    )
 
 
 def test_the_final_stage_runs_as_an_ordinary_user_and_passes_signals_on() -> None:

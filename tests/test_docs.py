@@ -36,9 +36,20 @@ def test_the_documents_show_commands() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text())
-    missing = [link for link in links if not (document.parent / link).exists()]
+    missing = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)", document.read_text()):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            missing.append(link)
     assert not missing
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+?)\s*$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def options_of(verb: str) -> set[str]:
@@ -46,9 +57,7 @@ def options_of(verb: str) -> set[str]:
     found = next(known for known in VERBS if known.name == verb)
     parser = argparse.ArgumentParser()
     getattr(importlib.import_module(f"lightspan.commands.{found.module}"), found.add_arguments)(parser)
-    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    parsers = [parser, *(child for action in nested for child in action.choices.values())]
-    return {"--debug", *(option for each in parsers for option in each._option_string_actions)}
+    return {"--debug", *parser._option_string_actions}
 
 
 def unknown(command: str) -> list[str]:

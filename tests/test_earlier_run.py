@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightspan.cli import main
-from lightspan.config.moved import MODULES
+from lightspan.config.moved import CLASSES, MODULES
 from lightspan.config.resolve import resolve
+from lightspan.optim.bases import Basis
 
 EARLIER = Path(__file__).parent / "earlier_run"
 
@@ -39,3 +40,15 @@ def test_it_is_resumed_from_its_checkpoint(run: Path) -> None:
 def test_every_module_that_moved_is_where_the_table_says() -> None:
     for now in MODULES.values():
         importlib.import_module(now)
+
+
+@pytest.mark.parametrize("earlier", CLASSES)
+def test_a_recipe_of_earlier_reaches_a_class_that_left_its_module(earlier: str, tmp_path: Path) -> None:
+    basis = "model.init_args.optimizer.init_args.basis"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("base: language/quickstart\n")
+    config = resolve(str(recipe), [], [f"{basis}.class_path={earlier}"], ["lightspan.experiments"]).config
+    now = config["model"]["init_args"]["optimizer"]["init_args"]["basis"]["class_path"]
+    module, _, name = now.rpartition(".")
+    assert now != earlier
+    assert issubclass(getattr(importlib.import_module(module), name), Basis)

@@ -12,9 +12,9 @@ from lightspan.adapters.inject import adapt
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.state import load_adapter, save_adapter
 from lightspan.errors import UserError
-from lightspan.facts import facts_of
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import apply_subspace, save_subspace
+from lightspan.tensor_files import facts_of
 
 FOREIGN = '{"0": {"class_path": "os.system", "init_args": {}}}'
 
@@ -73,12 +73,12 @@ def test_a_spec_that_takes_other_arguments_is_named(tmp_path):
     specs = json.loads(metadata["specs"])
     specs["0"]["init_args"]["colour"] = "red"
     save_file(tensors, path, {**metadata, "specs": json.dumps(specs)})
-    with pytest.raises(UserError, match=r"describes a lightspan\.adapters\.lora\.LoRA that cannot be made: .*colour"):
+    with pytest.raises(UserError, match=r"describes a lightspan\.adapters\.lora\.LoRA that cannot be built: .*colour"):
         load()
 
 
 def test_facts_are_parsed_by_their_kind():
     given = {"a": "[1]", "b": "true", "c": "7", "d": "7"}
     assert facts_of(given, "f", a=list, b=bool, c=int, d=str) == {"a": [1], "b": True, "c": 7, "d": "7"}
-    with pytest.raises(UserError, match=r"f says 'b' is 'true' in its metadata, not a whole number"):
+    with pytest.raises(UserError, match=r"f has 'b': 'true' in its metadata, not a whole number"):
         facts_of(given, "f", b=int)

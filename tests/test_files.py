@@ -74,7 +74,7 @@ def test_the_new_content_is_synced_before_it_takes_the_name_and_the_folder_after
         (errno.EDQUOT, "your disk quota is used up"),
         (errno.EROFS, "the file system is read-only .* choose a folder you may write to with --run"),
         (errno.EACCES, "permission is denied"),
-        (errno.EIO, "the disk or network file system reports an error .* have it looked at"),
+        (errno.EIO, "the disk or network file system reports an error .* have it checked"),
         (errno.ESTALE, "the file server no longer knows this file"),
     ],
 )
@@ -107,14 +107,14 @@ def test_a_real_refusal_in_the_middle_of_a_write_is_a_user_error(tmp_path):
 @pytest.mark.parametrize("below", ["taken/file", "taken/deeper/file"])
 def test_a_file_in_the_place_of_a_folder_is_a_user_error(tmp_path, below):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(UserError, match=r"taken.*: (a part of this path is a file|a file stands where a folder)"):
+    with pytest.raises(UserError, match=r"taken.*: (a part of this path is a file|there is a file where a folder)"):
         write_atomic(tmp_path / below, "x")
     assert (tmp_path / "taken").read_text() == "a file"
 
 
 def test_a_folder_in_the_place_of_the_file_is_a_user_error(tmp_path):
     (tmp_path / "name").mkdir()
-    with pytest.raises(UserError, match="a folder of this name stands there"):
+    with pytest.raises(UserError, match="there is a folder of this name"):
         write_atomic(tmp_path / "name", "x")
     assert names(tmp_path) == ["name"]
 

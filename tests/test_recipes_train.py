@@ -1,18 +1,24 @@
-"""Every recipe of the catalogue: what it trains takes three steps; what only computes or merges is built."""
+"""Every recipe of the catalogue: what trains takes three steps; what computes or merges gives its result."""
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from lightspan.config.build import Built, build, build_parts, resolve
+from lightspan.cli import main
+from lightspan.config.build import build, build_parts, resolve
 from lightspan.config.recipes import catalogue_names
-from lightspan.config.resolve import ANY_KIND
+from lightspan.config.resolve import ANY_KIND, Resolved
 from lightspan.errors import UserError
 
 SHORT = [
     *("trainer.max_steps=3", "trainer.limit_val_batches=0", "trainer.accelerator=cpu", "data.init_args.batch_size=4"),
+    *("trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", "trainer.precision=null"),
     *("trainer.logger=null", "trainer.enable_progress_bar=false"),
     *(
         f"trainer.callbacks.{name}=null"
@@ -21,19 +27,34 @@ SHORT = [
 ]
 """Three steps of few samples, with what the recipe itself adds and nothing that writes or listens."""
 
+UNDONE = {"analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"}
+"""They ask Stable Diffusion for images, or need what such a run found; they are only built."""
 
-def built_after(name: str, folder: Path) -> Built:
-    """`name`, built; weights of a run of its family that it starts from are those of that run's recipe, untrained."""
+
+def after_runs_before(make: Callable[[], Any]) -> Any:
+    """What `make` gives; weights of a run that it starts from are made by the recipe of that name, untrained."""
     try:
-        return build(resolve(name, [], SHORT), folder)
+        return make()
     except UserError as error:
-        before = re.search(r"there are no weights at (runs/(\w+)/export/safetensors/model\.safetensors)", str(error))
+        before = re.search(r"there are no weights at (runs/(\w+)/export/safetensors/model.safetensors)", str(error))
         if before is None:
             raise
+        wanted = "specialist" if before[2] in ("low", "middle", "high") else before[2]
+        [recipe] = [name for name in catalogue_names() if name.split("/")[1] == wanted]
         Path(before[1]).parent.mkdir(parents=True)
-        weights = built_after(f"{name.split('/')[0]}/{before[2]}", folder).model.state_dict()
+        weights = after_runs_before(lambda: build(resolve(recipe, [], SHORT))).model.state_dict()
         save_file({key: tensor.clone() for key, tensor in weights.items()}, before[1])
-        return build(resolve(name, [], SHORT), folder)
+        return after_runs_before(make)
+
+
+def gives_its_result(resolved: Resolved) -> None:
+    """`lightspan run`, for a merger of two small checkpoints."""
+    words = ["run", resolved.name, "--run", "computed", "--features", "features", "--device", "cpu"]
+    for number, checkpoint in enumerate(resolved.config.get("checkpoints", {})):
+        save_file({"weight": torch.full((2, 3), float(number))}, f"{checkpoint}.safetensors")
+        words.append(f"checkpoints.{checkpoint}={checkpoint}.safetensors")
+    assert main(words) == 0
+    assert json.loads(Path("computed/result.json").read_text())["figures"]
 
 
 @pytest.mark.sweep
@@ -41,15 +62,17 @@ def built_after(name: str, folder: Path) -> Built:
 def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resolved = resolve(name, kinds=ANY_KIND)
+    if re.search(r"'shards': |runs/clip/", str(resolved.config)):
+        return  # of a paper's scale, which is planned in other tests: no machine here has its data
     try:
         if resolved.kind != "model":
-            assert build_parts(resolved)[resolved.kind] is not None
+            after_runs_before(lambda: build_parts(resolved))
+            if name not in UNDONE:
+                gives_its_result(resolved)
             return
-        built = built_after(name, tmp_path)
+        built = after_runs_before(lambda: build(resolve(name, [], SHORT), tmp_path))
         built.trainer.fit(built.model, datamodule=built.datamodule)
     except UserError as error:
-        if re.search(r"shard \S+ is missing", str(error)):
-            return  # one of a paper's scale: it builds, and no machine of ours holds its data
         if not re.search("is not installed|install it", str(error)):
             raise
         pytest.skip(str(error))

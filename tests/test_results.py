@@ -27,7 +27,7 @@ def test_every_plain_value_comes_back_equal(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), (1.0, float("-inf")), {"a": (float("nan"),)}], ids=repr)
 def test_what_is_not_finite_is_no_result(value: Any) -> None:
-    with pytest.raises(UserError, match=r"Odd\.value.* is (nan|inf|-inf): these data give no finite answer"):
+    with pytest.raises(UserError, match=r"Odd\.value.* is (nan|inf|-inf): these data give no finite result"):
         Odd(value)
 
 
@@ -39,5 +39,5 @@ def test_what_json_does_not_give_back_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", '{"values": 1}', "[" * 10**5])
 def test_text_that_is_no_result_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="this is no Odd as JSON"):
+    with pytest.raises(UserError, match="this is not Odd as JSON"):
         Odd.from_json(text)

@@ -1,6 +1,5 @@
 """k steps, a checkpoint, a new process' worth of objects, and k more steps equal 2k steps bit for bit."""
 
-import argparse
 import json
 
 import pytest
@@ -87,7 +86,7 @@ def test_resumed_run_equals_straight_run(flags, half, tmp_path):
 
 
 def resume(run, how="auto"):
-    return checkpoint_to_resume(argparse.Namespace(resume=how, run=run), run)
+    return checkpoint_to_resume(how, run, given=True)
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_a_torn_one_is_never_picked_and_the_fall_back_is_said(run, capsys, chang
     assert resume(run) == run / "checkpoints" / "step=2.ckpt"
     err = capsys.readouterr().err
     assert str(newest) in err
-    assert f"going on from {run / 'checkpoints' / 'step=2.ckpt'}" in err
+    assert f"continuing from {run / 'checkpoints' / 'step=2.ckpt'}" in err
 
 
 def test_a_run_without_a_whole_one_is_not_silently_started_anew(run):
@@ -131,7 +130,7 @@ def test_never_refuses_a_run_of_any_form(run):
     for path in (run / "checkpoints").glob("*.ckpt"):
         path.unlink()
         path.mkdir()
-    with pytest.raises(UserError, match=r"--resume never: .* already holds a run"):
+    with pytest.raises(UserError, match=r"--resume never: .* already contains a run"):
         resume(run, "never")
 
 

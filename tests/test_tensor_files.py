@@ -48,5 +48,5 @@ def test_pieces_that_are_not_what_was_said_end_the_write(pieces: list[tuple[str,
 
 
 def test_a_kind_of_tensor_without_a_name_in_the_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tensor z is torch\.complex128, which safetensors files do not hold"):
+    with pytest.raises(UserError, match=r"tensor z is torch\.complex128, which safetensors files cannot contain"):
         write_tensors(tmp_path / "t", {"z": Form((1,), torch.complex128)}, [], {})

@@ -1,8 +1,9 @@
 """The weight update from coordinates: W <- keep W - lr (U Q^T + s o G), decay, step and residual in one pass over W.
 
 The residual s o G is what Fira and APOLLO add to the low-rank step, with one scale per row. For Fira,
-U Q^T + s o (G - R Q^T) = (U - s o R) Q^T + s o G, so a single back-projection serves both parts. The sum is rounded to
-the weight's dtype once: bfloat16 stochastically, since to nearest it would lose every step below 2^-9 of a weight.
+U Q^T + s o (G - R Q^T) = (U - s o R) Q^T + s o G, so a single back-projection does both parts. The sum is rounded to
+the weight's dtype once: bfloat16 stochastically, since rounding to nearest would lose every step below 2^-9 of a
+weight.
 
 Shapes: B matrices, M rows, N columns, R rank (0: no back-projection). No backward: optimiser steps only.
 """
@@ -22,9 +23,9 @@ if triton is not None:
 
 
 def operand_type(weight: torch.dtype) -> torch.dtype:
-    """What U and Q are multiplied in.
+    """The dtype in which U and Q are multiplied.
 
-    bfloat16 weights take bfloat16 products: they err by 2^-9 of one step, the weight itself by up to 2^-8 of a weight.
+    bfloat16 weights use bfloat16 products: they err by 2^-9 of one step, the weight itself by up to 2^-8 of a weight.
     float16 does not, because it has no exponents for directions of any scale.
     """
     return torch.float32 if weight == torch.float16 else weight
@@ -34,7 +35,7 @@ def backproject_update_reference(
     weights: Sequence[Tensor], direction_BMR: Tensor, frame_BNR: Tensor, gradients: Sequence[Tensor],
     scale_BM: Tensor, lr: Tensor, keep: Tensor, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    """The definition, and the CPU path: by tiles of rows, so that what lies between W and W stays in the caches."""
+    """The definition, and the CPU path: by tiles of rows, so that intermediate results stay in the caches."""
     (M, N), dtype = weights[0].shape, weights[0].dtype
     wide, operand = wide_type(dtype), operand_type(dtype)
     rate, kept = lr.item(), keep.item()
@@ -119,11 +120,11 @@ def backproject_update_triton(
     weights: Sequence[Tensor], direction_BMR: Tensor, frame_BNR: Tensor, gradients: Sequence[Tensor],
     scale_BM: Tensor, lr: Tensor, keep: Tensor, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launches the kernel, never autotuned: a tuning run would apply the step. float64 takes the reference."""
+    """Launches the kernel, never autotuned: a tuning run would apply the step. float64 uses the reference."""
     (M, N), (B, _, R), dtype = weights[0].shape, frame_BNR.shape, weights[0].dtype
     if torch.float64 in (dtype, direction_BMR.dtype):
         return backproject_update_reference(weights, direction_BMR, frame_BNR, gradients, scale_BM, lr, keep, seed)
-    # Both are read once per tile of W: where W is bfloat16, rounding them here halves that traffic.
+    # Both are read once per tile of W: if W is bfloat16, rounding them here halves that traffic.
     operand = operand_type(dtype)
     direction_BMR, frame_BNR = direction_BMR.to(operand).contiguous(), frame_BNR.to(operand).contiguous()
     sizes = blocks(R, operand.itemsize)

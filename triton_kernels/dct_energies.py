@@ -3,10 +3,10 @@
 A row x of N = a * b numbers is put in Makhoul's order, v = x_0, x_2, ... and then the odd positions backwards, so that
 y_k = s_k Re(exp(-i pi k / 2N) FFT(v)_k) with s_0 = sqrt(1/N), s_k = sqrt(2/N) (Makhoul 1980). The FFT is done in two
 steps over v as a matrix V [a b], and with k = k1 + a * k2 the last rotation splits into one factor for k1 and one for
-k2, which move into the tables, so that only real parts are ever needed of the second step:
+k2, which are part of the tables, so that only real parts of the second step are needed:
     Y = Re((T o (F V)) S),   F = exp(-i pi 4 k1 n1 / 2a),   T = exp(-i pi k1 (4 n2 + 1) / 2N),
                              S = exp(-i pi k2 (4 n2 + 1) / 2b).
-That is four real products of tiles, 4 (a + b) operations a number where the product with the basis takes 2 N.
+That is four real products of tiles, 4 (a + b) operations per number where the product with the basis takes 2 N.
 
 Shapes: B matrices, M rows, N = a * b columns. No backward: optimiser steps only.
 """
@@ -27,9 +27,9 @@ if triton is not None:
 
 
 def rotation(size: int, like: Tensor) -> Tensor:
-    """s_k exp(-i pi k / 2N) for the first half of k, from phases in float64 where the device has it."""
+    """s_k exp(-i pi k / 2N) for the first half of k, from phases in float64 if the device has it."""
     if size < 1:
-        raise UserError(f"DCT of length {size}: the last axis must hold at least one number")
+        raise UserError(f"DCT of length {size}: the last axis must have at least one number")
     index = torch.arange(size // 2 + 1, device=like.device).to(widest_float(like.device))
     phase = index * (torch.pi / (2 * size))
     scale = torch.full_like(phase, (2 / size) ** 0.5)
@@ -54,7 +54,7 @@ def dct(x: Tensor) -> Tensor:
 def two_factors(size: int) -> tuple[int, int]:
     """The most balanced (a, b) with a <= b and a * b == size; (1, size) for a prime."""
     if size < 1:
-        raise UserError(f"size {size}: a transform has at least one number")
+        raise UserError(f"size {size}: a transform needs at least one number")
     left = next(a for a in range(int(size**0.5) + 1, 0, -1) if size % a == 0 and a * a <= size)
     return left, size // left
 
@@ -130,16 +130,16 @@ if triton is not None:
 
 
 def tile(size: int, dtype: torch.dtype, transposed: bool) -> dict[str, int]:
-    """Tile and launch sizes: those of a Kronecker basis, except that a tile of 64 rows gets four warps in any case.
+    """Tile and launch sizes: those of a Kronecker basis, except that a tile of 64 rows always gets four warps.
 
-    In chained products every warp has 16 rows to itself, and warps beyond repeat the work of others.
+    In chained products every warp has 16 rows, and additional warps repeat the work of others.
     """
     sizes = blocks(*two_factors(size), dtype, transposed, tiles=4)
     return sizes | {"num_warps": 4 if sizes["PADDED_A"] <= 64 and sizes["PADDED_B"] <= 64 else 8}
 
 
 def fits(dtype: torch.dtype, size: int) -> bool:
-    """Whether a row and the tables fit the registers and the shared memory of one program."""
+    """Whether a row and the tables fit into the registers and the shared memory of one program."""
     exact = torch.get_float32_matmul_precision() == "highest"
     limits = {torch.float32: 1024 if exact else 4096, torch.bfloat16: 8192, torch.float16: 8192}
     sizes = tile(size, dtype, False)
@@ -147,7 +147,7 @@ def fits(dtype: torch.dtype, size: int) -> bool:
 
 
 def dct_energies_triton(gradients: Sequence[Tensor]) -> Tensor:
-    """Launches the kernel; no atomics, so the sum has one order. Sizes that do not fit take the reference."""
+    """Launches the kernel; no atomics, so the sum has a fixed order. Sizes that do not fit use the reference."""
     (M, N), dtype, device = gradients[0].shape, gradients[0].dtype, gradients[0].device
     if not fits(dtype, N):
         return dct_energies_reference(gradients)

@@ -2,18 +2,18 @@
 
 For an input A = clip G + E with coordinates R = A Q in an orthonormal frame, the new error is
     E <- A - (1 - kept) R Q^T.
-kept = 0 is error feedback (Karimireddy et al. 2019, algorithm 2, with projection as the compressor): only what lies
+kept = 0 is error feedback (Karimireddy et al. 2019, algorithm 2, with projection as the compressor): only what is
 outside the frame comes back. kept = mu makes E the momentum of Dion (Ahn & Xu 2025, algorithm 1): a share mu of what
 was applied stays as well.
 
-Two ops, because the one writes what the other reads. The dtype of the codes is the format:
+Two ops, because one writes what the other reads. The dtype of the codes is the format:
     float64, float32, bfloat16   the error itself, rounded to nearest; no scales
     int8                         codes -127..127
-    uint8                        two 4-bit codes -7..7 a byte in two's complement: the low nibble holds the even column
+    uint8                        two 4-bit codes -7..7 per byte in two's complement: the low nibble is the even column
 Integer formats have one float32 scale per row and BLOCK columns: E = code * scale, scale = max|E| / largest code. A
 block below SMALLEST is stored as zeros, scale included, so that nothing is ever divided by zero.
 
-Shapes: B matrices, M rows, N columns, R rank, K stored columns (N, or ceil(N / 2) for uint8), S scales a row
+Shapes: B matrices, M rows, N columns, R rank, K stored columns (N, or ceil(N / 2) for uint8), S scales per row
 (ceil(N / BLOCK), or 0 for float formats). No backward: optimiser steps only.
 """
 
@@ -57,7 +57,7 @@ def zero_error(batch: int, rows: int, columns: int, storage: str, device: torch.
 def working_dtype(codes_BMK: Tensor) -> torch.dtype:
     if codes_BMK.dtype not in LARGEST_CODE:
         known = ", ".join(str(dtype) for dtype in LARGEST_CODE)
-        raise UserError(f"error codes of {codes_BMK.dtype} have no meaning; store the error as one of {known}")
+        raise UserError(f"error codes of {codes_BMK.dtype} are not supported; store the error as one of {known}")
     return torch.float64 if codes_BMK.dtype == torch.float64 else torch.float32
 
 
@@ -80,7 +80,7 @@ def quantise_error_reference(
     scales_BMS.copy_(most_BMS / largest)
     code_BMN = (error_BMSC * inverse_BMS1).add_(0.5).floor_().to(torch.int8).flatten(2)
     if largest == 7:
-        # the padding is an even number of zeros, so an odd last column finds its partner there
+        # the padding is an even number of zeros, which completes an odd last column
         code_BMN = code_BMN.view(torch.uint8) & 15
         code_BMN = code_BMN[..., 0::2] | code_BMN[..., 1::2] << 4
     codes_BMK.copy_(code_BMN[..., : codes_BMK.shape[2]])
@@ -172,7 +172,7 @@ if triton is not None:
             byte = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
             codes_ptr += (matrix * rows + row)[:, None] * stored + byte[None, :]
             packed = tl.load(codes_ptr, mask=(row < rows)[:, None] & (byte < stored)[None, :], other=0).to(tl.int32)
-            # flipping the sign bit and taking 8 away extends the sign of a nibble
+            # flipping the sign bit and subtracting 8 extends the sign of a nibble
             error = tl.interleave(((packed & 15) ^ 8) - 8, ((packed >> 4) ^ 8) - 8).to(tl.float32)
         else:
             codes_ptr += (matrix * rows + row)[:, None] * stored + column[None, :]
@@ -185,14 +185,14 @@ if triton is not None:
 
 
 def blocks(rank: int) -> dict[str, int]:
-    """Block sizes of a rank. Frames are read in slices of 32 columns: whole ones would not fit gfx942's 64 KiB."""
+    """Block sizes of a rank. Frames are read in slices of 32 columns: whole ones would not fit into gfx942's 64 KiB."""
     return {"BLOCK_M": 64, "BLOCK": BLOCK, "BLOCK_R": 16 if rank <= 16 else 32}
 
 
 def quantise_error_triton(
     a: Sequence[Tensor], coordinates_BMR: Tensor, frame_BNR: Tensor, kept: float, codes_BMK: Tensor, scales_BMS: Tensor
 ) -> None:
-    """Launches the kernel. Float64 takes the reference: GPUs have no tensor cores to gain from there."""
+    """Launches the kernel. Float64 uses the reference: tensor cores would not help there."""
     if working_dtype(codes_BMK) == torch.float64:
         return quantise_error_reference(a, coordinates_BMR, frame_BNR, kept, codes_BMK, scales_BMS)
     assert codes_BMK.is_contiguous()
@@ -213,7 +213,7 @@ def quantise_error_triton(
 
 
 def add_error_triton(gradients: Sequence[Tensor], codes_BMK: Tensor, scales_BMS: Tensor, clip: Tensor) -> Tensor:
-    """Launches the kernel; float64 takes the reference."""
+    """Launches the kernel; float64 uses the reference."""
     if working_dtype(codes_BMK) == torch.float64:
         return add_error_reference(gradients, codes_BMK, scales_BMS, clip)
     assert codes_BMK.is_contiguous()
@@ -249,7 +249,7 @@ def add_error(gradients: Sequence[Tensor], codes_BMK: Tensor, scales_BMS: Tensor
 
     Args:
         gradients: B matrices [M N] of one layout, any float dtype.
-        clip: 0-d factor of the gradients alone; the error was stored clipped.
+        clip: 0-d factor of the gradients only; the error was stored clipped.
     """
     return add_error_reference(gradients, codes_BMK, scales_BMS, clip)
 

@@ -16,7 +16,7 @@ from lightspan.errors import UserError
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU-only installs come without Triton; the references are their path
+except ImportError:  # CPU-only installs have no Triton and use the references
     triton = tl = None
 
 # The interpreter computes with bfloat16 bit patterns as if they were integers: kernels widen operands before `tl.dot`.
@@ -26,8 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def address_table(matrices: list[Tensor]) -> Tensor:
     """Addresses [B] of B matrices of one shape, dtype and layout, on their device.
 
-    Tables are kept: weights stay where they are, gradients come back to the same places, and a captured CUDA graph goes
-    on reading the table that it was captured with.
+    Tables are cached: weights stay where they are, gradients return to the same addresses, and a captured CUDA graph
+    keeps reading the table with which it was captured.
     """
     first = matrices[0]
     for matrix in matrices:

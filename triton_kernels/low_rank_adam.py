@@ -3,15 +3,15 @@
 For coordinates g of age a (1 in the first step that a column sees):
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     u = (m / (1 - b1^a)) / (sqrt(v / (1 - b2^a)) + eps)
-With one age for all columns this is Adam (Kingma & Ba 2015, algorithm 1). A column that enters later starts a bias
-correction of its own; under the global step its first update would be (1 - b1) / sqrt(1 - b2) = 3.2 times too long at
+With one age for all columns this is Adam (Kingma & Ba 2015, algorithm 1). A column that enters later starts its own
+bias correction; with the global step its first update would be (1 - b1) / sqrt(1 - b2) = 3.2 times too long at
 (0.9, 0.999).
 
-Moments are stored in float32 or float64; in bfloat16, rounded stochastically, because to nearest b2 v is v again; or in
-bytes with a scale per row (quantised_moments.py). The arithmetic is float32 at least, and u is made of moments that are
-not yet rounded.
+Moments are stored in float32 or float64; in bfloat16, rounded stochastically, because rounded to nearest, b2 v would be
+v again; or in bytes with a scale per row (quantised_moments.py). The arithmetic is at least float32, and u is computed
+from moments before rounding.
 
-Where columns are chosen anew from one fixed basis, moments move with their columns: `source` says from where.
+If columns are chosen again from one fixed basis, moments move with their columns: `source` says from where.
 
 Shapes: B matrices, M rows, R rank. No backward: optimiser steps only.
 """
@@ -32,7 +32,7 @@ from lightspan.triton_kernels.quantised_moments import (
 )
 from lightspan.triton_kernels.rounding import stochastic_round
 
-MAX_RANK = 4096  # one program holds whole rows; longer ones take the reference path
+MAX_RANK = 4096  # one program holds whole rows; longer ones use the reference path
 FORMATS = {  # dtype of m: dtype of v
     torch.float32: torch.float32,
     torch.float64: torch.float64,
@@ -90,7 +90,7 @@ def _update(
     g_BMR = g_BMR.to(m_BMR.dtype)
     dense = m_BMR.is_contiguous() and v_BMR.is_contiguous()
     if m_BMR.is_cpu and dense and m_BMR.numel() and bool((age_BR == age_BR[0, 0]).all()):
-        # One age for all: torch's fused Adam, from zero at rate -1, takes one pass where the lines below take seven.
+        # One age for all: torch's fused Adam, from zero at rate -1, needs one pass where the lines below need seven.
         u_BMR = torch.zeros_like(m_BMR)
         adam(
             [u_BMR], [g_BMR.contiguous()], [m_BMR], [v_BMR], [], [age_BR[0, 0] - 1], fused=True, amsgrad=False,
@@ -100,7 +100,7 @@ def _update(
     m_BMR.lerp_(g_BMR, 1 - beta1)
     v_BMR.mul_(beta2).addcmul_(g_BMR, g_BMR, value=1 - beta2)
     correction1_B1R, correction2_B1R = (bias_correction(age_BR, beta)[:, None] for beta in (beta1, beta2))
-    # The corrections are multiplied into the denominator: they have one row each, so it costs no pass of its own.
+    # The corrections are multiplied into the denominator: they have one row each, so this costs no extra pass.
     denominator_BMR = v_BMR.sqrt().mul_(correction1_B1R / correction2_B1R.sqrt()).add_(correction1_B1R * eps)
     return torch.div(m_BMR, denominator_BMR, out=denominator_BMR)
 
@@ -161,7 +161,7 @@ if triton is not None:
 
 
 def blocks(rank: int) -> dict[str, int]:
-    """Tile of whole rows, 16 numbers a thread."""
+    """Tile of whole rows, 16 numbers per thread."""
     block_rank = triton.next_power_of_2(rank)
     numbers = max(2048, block_rank)
     return {"BLOCK_M": numbers // block_rank, "BLOCK_R": block_rank, "num_warps": numbers // 512}
@@ -204,9 +204,9 @@ def low_rank_adam(
         m_BMR, v_BMR: both float32, float64 or bfloat16, or m int8 and v uint8.
         age_BR: float, steps each column has seen, this one included; >= 1.
         beta1, beta2: decay rates in [0, 1). eps: added to the root of the corrected second moment.
-        m_scale_BM, v_scale_BM: float32, for moments in bytes alone.
+        m_scale_BM, v_scale_BM: float32, only for moments in bytes.
         source_BR: int64; before the update, column j of the moments becomes what column source[j] was, or zeros for -1.
-        seed: 0-d, int64, of the rounding of bfloat16 and bytes; a new one for every step.
+        seed: 0-d, int64, for the rounding of bfloat16 and bytes; a new one for every step.
     """
     return low_rank_adam_reference(
         g_BMR, m_BMR, v_BMR, age_BR, beta1, beta2, eps, m_scale_BM, v_scale_BM, source_BR, seed

@@ -2,7 +2,7 @@
 
 The energies measure the part outside the frame without forming it: for orthonormal Q the rows of G - R Q^T have energy
 |g_m|^2 - |r_m|^2. G is the one large operand; a program keeps a tile of rows against as many columns of the frame as
-its registers hold, so that G is read once up to rank 256.
+fit into its registers, so that G is read once up to rank 256.
 
 Shapes: B matrices, M rows, N columns, R rank. No backward: optimiser steps only.
 """
@@ -20,7 +20,7 @@ def row_energies(gradient_MN: Tensor, dtype: torch.dtype) -> Tensor:
     """Squared row norms, summed in `dtype`."""
     if gradient_MN.stride(1) == 1:
         return torch.linalg.vector_norm(gradient_MN, dim=1, dtype=dtype).square_()
-    # Down a stride the norm is not vectorised and takes 20 times as long; a sum of squares is.
+    # With a stride the norm is not vectorised and takes 20 times as long; a sum of squares is vectorised.
     return torch.empty_like(gradient_MN, dtype=dtype).copy_(gradient_MN).square_().sum(dim=1)
 
 
@@ -45,8 +45,8 @@ def project_reference(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bo
 def blocks(rank: int, element_size: int) -> dict[str, int]:
     """Tile and launch sizes for operands of `element_size` bytes.
 
-    64 rows, because with fewer the frame's traffic through the L2 cache exceeds that of G. The depth is 128 bytes of a
-    row, less at rank 256: AMD's 64 KiB of shared memory must hold the tiles twice.
+    64 rows, because with fewer the L2 cache traffic of the frame exceeds that of G. The depth is 128 bytes of a
+    row, less at rank 256: AMD's 64 KiB of shared memory must fit the tiles twice.
     """
     block_rank = min(max(16, triton.next_power_of_2(rank)), 256)
     depth = min(128, 16_384 // block_rank) // element_size
@@ -62,7 +62,7 @@ if triton is not None:
         PRECISION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
-        # Rank tiles vary fastest: programs that read the same rows of G run side by side and share them in the cache.
+        # Rank tiles vary fastest: programs that read the same rows of G run together and share them in the cache.
         rank_tile = tl.program_id(0)
         row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         matrix = tl.program_id(2).to(tl.int64)
@@ -100,12 +100,12 @@ if triton is not None:
 
 
 def dot_precision() -> str:
-    """Precision of float32 products on tensor cores, as the caller set it for torch.matmul."""
+    """Precision of float32 products on tensor cores, as set by the caller for torch.matmul."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def project_triton(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
-    """Launches the kernel; float64 has none and takes the reference."""
+    """Launches the kernel; float64 has none and uses the reference."""
     if torch.float64 in (frame_BNR.dtype, gradients[0].dtype):
         return project_reference(gradients, frame_BNR, energy)
     (B, N, R), (M, _), dtype = frame_BNR.shape, gradients[0].shape, gradients[0].dtype
@@ -129,8 +129,8 @@ def project(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tup
 
     Args:
         gradients: B matrices [M N] of one dtype and layout; a transposed view is as good as a contiguous matrix.
-        frame_BNR: one frame a matrix; any float dtype.
-        energy: whether row norms are wanted; without, they are returned as an empty [0 M].
+        frame_BNR: one frame per matrix; any float dtype.
+        energy: whether row norms are wanted; if not, they are returned as an empty [0 M].
     """
     return project_reference(gradients, frame_BNR, energy)
 

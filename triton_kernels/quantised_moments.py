@@ -1,23 +1,23 @@
-"""Adam's moments in one byte a number: companded levels, one scale a row, stochastic rounding between levels.
+"""Adam's moments in one byte per number: companded levels, one scale per row, stochastic rounding between levels.
 
-A block is the R coordinates of one row; its scale s, float32, is the largest magnitude in it, which is thus exact.
+A block is the R coordinates of one row; its scale s, float32, is the largest magnitude in it, which is therefore exact.
     first moment, int8 k:    s sign(k) (|k| / 127)^3
     second moment, uint8 k:  s (k / 255)^4
-Companding by powers (FlashOptim, arXiv 2602.23349, compands by other functions): neighbouring levels of sqrt(v) lie
+Companding by powers (FlashOptim, arXiv 2602.23349, compands by other functions): neighbouring levels of sqrt(v) are
 0.8 % apart at its largest value, 8 % two decades below and 27 % three below. The third power instead of the second
-serves columns far below their row's largest: the relative error of Adam's direction falls from 0.83 to 0.48 a
+helps columns far below their row's largest: the relative error of Adam's direction falls from 0.83 to 0.48 a
 thousandth below and from 4.8 to 2.2 a ten-thousandth below, and rises from 0.044 to 0.048 in the largest columns.
 
-x goes to the upper of its two neighbours with probability (x - low) / (high - low), so that a decoded moment is x on
-average. A root of x gives the code of one of the two, even if it is off by almost half a code, and comparing x with the
-level of that code tells which: neighbours are exact with any fast cube root. Rounded to nearest, a second moment could
-only grow: at b2 = 0.999 a step lowers it by a thousandth, and the gap between levels is at least fifteen times that.
+x is rounded to the upper of its two neighbours with probability (x - low) / (high - low), so that a decoded moment is x
+on average. A root of x gives the code of one of the two, even if it is off by almost half a code, and comparing x with
+the level of that code shows which: neighbours are exact with any fast cube root. Rounded to nearest, a second moment
+could only grow: at b2 = 0.999 a step lowers it by a thousandth, and the gap between levels is at least 15 times that.
 
 One exception to the average: a positive second moment never falls to level 0, but stays at level 1, where sqrt(v) is
 1.5e-5 of its largest value. A zero under a first moment that was rounded up would make the quotient m / sqrt(v) huge,
 the zero-point problem of Li et al. 2023, arXiv 2309.01507.
 
-The columns of a row share nothing but the scale: to reorder codes is to reorder moments.
+The columns of a row share only the scale: reordering codes reorders moments.
 
 Shapes: B matrices, M rows, R coordinates, K rows that are encoded at once.
 """
@@ -30,8 +30,8 @@ from torch import Tensor
 from lightspan.triton_kernels.launch import tl, triton
 from lightspan.triton_kernels.rounding import noise_pool, window_start
 
-MAX_RANK = 8192  # one program holds whole rows; longer ones take the reference path, which waits for a GPU
-# Both moments of a step are rounded with one seed; this, added bit by bit, makes a second stream of it.
+MAX_RANK = 8192  # one program holds whole rows; longer ones use the reference path, which waits for a GPU
+# Both moments of a step are rounded with one seed; this, added bit by bit, makes a second random stream.
 SECOND_STREAM = 0x5851F42D4C957F2D
 PIECE = 2**17  # numbers that the reference encodes at once: its temporaries stay in the processor's caches
 
@@ -54,7 +54,7 @@ def encode_reference(x_BMR: Tensor, seed: Tensor, *, first: bool) -> tuple[Tenso
     scale_BM = x_BMR.amax(dim=-1)
     if first:
         torch.maximum(scale_BM, x_BMR.amin(dim=-1).neg_(), out=scale_BM)
-    # Piece by piece: with the temporaries of a whole stack, page faults take several times as long as the arithmetic.
+    # Piece by piece: with temporaries for a whole stack, page faults take several times as long as the arithmetic.
     rows = max(1, PIECE // x_BMR.shape[-1])
     pieces = (t.view(-1, t.shape[-1]).split(rows) for t in (x_BMR, scale_BM[..., None], codes_BMR))
     for number, (x_KR, scale_K1, codes_KR) in enumerate(zip(*pieces, strict=True)):
@@ -77,15 +77,15 @@ def _nearby_codes(x_KR: Tensor, scale_K1: Tensor, noise_KR: Tensor, first: bool)
     else:
         code_KR = (x_KR / unit_K1).sqrt_().sqrt_().mul_(top).round_()
     level_KR = decode(code_KR, scale_K1[:, 0])
-    beyond_KR = x_KR - level_KR  # zero on a level, which then is its own neighbour and stays
+    beyond_KR = x_KR - level_KR  # zero on a level, which is then its own neighbour and stays
     other_KR = beyond_KR.sign().add_(code_KR)
     gap_KR = decode(other_KR, scale_K1[:, 0]).sub_(level_KR)
     uniform_KR = torch.add(noise_KR, 0.5, out=level_KR).mul_(2**-16)
-    # Signs stand for comparisons, whose truth values take several times as long to turn into numbers: 1 or -1 towards
+    # Signs replace comparisons, whose truth values take several times as long to convert to numbers: 1 or -1 towards
     # `other` if x goes there, the opposite if it stays.
     side_KR = beyond_KR.sub_(gap_KR.mul_(uniform_KR)).sign_()
-    # The mean of both codes and half a code to that side: `other` or `code`. A tie stays at the mean, and the cast to
-    # bytes cuts it to one of them.
+    # The mean of both codes plus half a code to that side: `other` or `code`. A tie stays at the mean, and the cast to
+    # bytes truncates it to one of them.
     code_KR.add_(other_KR).add_(side_KR).mul_(0.5)
     return code_KR if first else torch.maximum(code_KR, x_KR.sign(), out=code_KR)
 
@@ -107,13 +107,13 @@ if triton is not None:
     @triton.jit
     def encode_block(x, uniform, FIRST: tl.constexpr):
         """Codes [rows, columns] and scales [rows] of whole rows; `uniform` in [0, 1) is drawn for every element."""
-        # As integers magnitudes keep their order and a NaN is the largest; tl.max of floats would lose it.
+        # As integers, magnitudes keep their order and a NaN is the largest; tl.max of floats would lose it.
         bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         magnitude = bits.to(tl.float32, bitcast=True)
         scale = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
         scale_column = scale[:, None]
-        # The smallest share keeps the logarithm finite, and has code 0 as zero has. A NaN becomes it, too: its code has
-        # to be a number, and it decodes to NaN by its scale.
+        # The smallest share keeps the logarithm finite, and has code 0 like zero. A NaN becomes it, too: its code must
+        # be a number, and it decodes to NaN because of its scale.
         share = tl.maximum(magnitude / tl.where(scale_column == 0, 1.0, scale_column), 1e-30)
         root = tl.exp2(tl.log2(share) * (1 / 3)) if FIRST else tl.sqrt(tl.sqrt(share))
         code = tl.floor(root * (127 if FIRST else 255) + 0.5)
@@ -137,7 +137,7 @@ if triton is not None:
         offset = row[:, None] * rank + column[None, :]
         inside = (row < rows)[:, None] & (column < rank)[None, :]
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        # Both moments of one seed take the same integers of Philox and different words of them.
+        # Both moments of one seed use the same integers of Philox but different words of them.
         uniform_first, uniform_second, _, _ = tl.rand4x(tl.load(seed_ptr), offset, n_rounds=7)
         codes, scale = encode_block(x, uniform_first if FIRST else uniform_second, FIRST)
         tl.store(codes_ptr + offset, codes, mask=inside)
@@ -145,7 +145,7 @@ if triton is not None:
 
 
 def blocks(rank: int) -> dict[str, int]:
-    """Tile of whole rows, 16 numbers a thread; with 32 a thread spills registers on Hopper."""
+    """Tile of whole rows, 16 numbers per thread; with 32 a thread spills registers on Hopper."""
     block_rank = triton.next_power_of_2(rank)
     numbers = max(2048, block_rank)
     return {"BLOCK_M": numbers // block_rank, "BLOCK_R": block_rank, "num_warps": numbers // 512}

@@ -1,8 +1,8 @@
 """Stochastic rounding of float32 to bfloat16: up with a probability equal to the fraction that would be cut off.
 
 bfloat16 is the upper half of float32's bits, so: add a uniform 16-bit integer to the bits, drop the lower half. The
-result is one of the two neighbours, right on average, and exact where x is a bfloat16 already. A carry into the
-exponent is what rounding up to the next power of two means; past the largest number it gives infinity. Rounding to
+result is one of the two neighbours, right on average, and exact if x already is a bfloat16. A carry into the
+exponent is rounding up to the next power of two; beyond the largest number it gives infinity. Rounding to
 nearest loses every step shorter than 2^-9 of the weight; this keeps it on average (Gupta et al. 2015, section 3.1).
 
 The reference takes its integers from a pool, the kernels from Philox: their bits differ, their distribution does not.
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lightspan.triton_kernels.launch import tl, triton
 
-WINDOW = 2**19  # elements that the reference rounds at once: 2 MiB, which a processor keeps in its caches
+WINDOW = 2**19  # elements that the reference rounds at once: 2 MiB, which fit into a processor's caches
 
 
 @cache
 def noise_pool(device: torch.device) -> Tensor:
-    """Two windows of 16-bit integers (int32), every value as often as any other, always the same ones.
+    """Two windows of 16-bit integers (int32), every value equally often, always the same ones.
 
     Drawn once: `torch.randint` of every element takes 70 times as long as adding a slice of the pool.
     """
@@ -31,7 +31,7 @@ def noise_pool(device: torch.device) -> Tensor:
 
 
 def window_start(seed: int, tile: int) -> int:
-    """Where tile number `tile` reads the pool: the mixing function of splitmix64, modulo one window."""
+    """Where tile number `tile` starts to read the pool: the mixing function of splitmix64, modulo one window."""
     mixed = (seed * 0x9E3779B97F4A7C15 + tile * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**64
     mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
@@ -39,7 +39,7 @@ def window_start(seed: int, tile: int) -> int:
 
 
 def stochastic_round_(x: Tensor, seed: int, tile: int = 0) -> Tensor:
-    """Rounds contiguous float32 `x` in place to values that bfloat16 holds: a cast to it is exact afterwards.
+    """Rounds contiguous float32 `x` in place to values that bfloat16 can represent: a cast to it is exact afterwards.
 
     Args:
         tile: number of the first window of 2^19 elements; pieces of one matrix need different ones.
@@ -47,7 +47,7 @@ def stochastic_round_(x: Tensor, seed: int, tile: int = 0) -> Tensor:
     assert x.dtype == torch.float32
     pool = noise_pool(x.device)
     for number, piece in enumerate(x.view(-1).split(WINDOW), start=tile):
-        # Noise would carry a NaN of full bits, which is what GPUs make, past the sign to zero. A new NaN has an empty
+        # Noise would carry a NaN with all bits set, as GPUs make it, over the sign to zero. A new NaN has an empty
         # lower half and stays one. The sum finds it in a fifteenth of the time of isnan().any().
         if math.isnan(piece.sum().item()):
             piece.masked_fill_(piece.isnan(), torch.nan)
@@ -87,7 +87,7 @@ if triton is not None:
         tl.store(out_ptr + offset, round_stochastically(x, tl.load(seed_ptr), offset), mask=offset < total)
 
 
-BLOCK = {"BLOCK": 2048, "num_warps": 4}  # 16 numbers a thread
+BLOCK = {"BLOCK": 2048, "num_warps": 4}  # 16 numbers per thread
 
 
 def stochastic_round_triton(x_fp32: Tensor, seed: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from lightspan.triton_kernels.launch import INTERPRETED, element_type, tl, trito
 REFERENCE_BLOCK = 32
 # Rows of one pass over all axes: 1 MiB of float32 stays in a core's cache; 64 rows of 2^16 go three times faster.
 REFERENCE_TILE = 2**18
-# Longer rows are done in pieces of this length, then across the pieces, a tile at a time: 2^20 numbers in 3.3 instead
-# of 9.3 ms, 2^24 in 92 instead of 206.
+# Longer rows are transformed in pieces of this length, then across the pieces, a tile at a time: 2^20 numbers in 3.3
+# instead of 9.3 ms, 2^24 in 92 instead of 206.
 REFERENCE_ROW = 2**15
 KERNEL_BLOCK = 64  # with 128 the three parts of a float32 tile spill registers on every GPU tried
 
@@ -31,7 +31,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tens
     """Orthonormal Hadamard matrix [N N] in Sylvester's order; symmetric.
 
     Raises:
-        UserError: if size is no power of two.
+        UserError: if size is not a power of two.
     """
     check_power_of_two(size)
     index = torch.arange(size, device=device)
@@ -46,7 +46,7 @@ def check_power_of_two(size: int) -> None:
     if size < 1 or size & (size - 1):
         raise UserError(
             f"Hadamard transform of length {size}: the length must be a power of two; pad it to "
-            f"{1 << max(size - 1, 0).bit_length()}, or take the Kronecker factors of any size "
+            f"{1 << max(size - 1, 0).bit_length()}, or use the Kronecker factors of any size "
             "(lightspan.experiments.transforms.hadamard_factors)"
         )
 
@@ -83,7 +83,7 @@ def walsh_hadamard_reference(x: Tensor) -> Tensor:
 
 
 def _across_pieces(x_PN: Tensor) -> Tensor:
-    """The passes over rows whose pieces of `REFERENCE_ROW` are transformed already, in place."""
+    """The passes over rows whose pieces of `REFERENCE_ROW` are already transformed, in place."""
     size, inner = x_PN.shape[-1], REFERENCE_ROW
     for block in blocks(size // REFERENCE_ROW, REFERENCE_BLOCK):
         factor = _small_matrix(block, x_PN.dtype, x_PN.device)
@@ -111,8 +111,8 @@ if triton is not None:
         parity ^= parity >> 4
         parity ^= parity >> 2
         parity ^= parity >> 1
-        # Signs are exact in every type: half inputs meet them on tensor cores without a loss, and so does float32 as a
-        # sum of three bfloat16 of 8 bits each. Rows past BLOCK meet the zeros of the masked load.
+        # Signs are exact in every type: half inputs are multiplied with them on tensor cores without loss, and so is
+        # float32 as a sum of three bfloat16 of 8 bits each. Rows beyond BLOCK meet the zeros of the masked load.
         sign = (1 - 2 * (parity & 1)).to(OPERAND)
         if x.dtype == tl.float32:
             high = x.to(tl.bfloat16)
@@ -128,17 +128,17 @@ if triton is not None:
 
 
 def operand(dtype: torch.dtype) -> "tl.dtype":
-    """What `tl.dot` multiplies: parts of float32 in bfloat16, half types as they are; interpreted, all in float32."""
+    """What `tl.dot` multiplies: parts of float32 in bfloat16, half types unchanged; all in float32 when interpreted."""
     return tl.float32 if INTERPRETED else tl.bfloat16 if dtype == torch.float32 else element_type(dtype)
 
 
 def tile(block: int) -> dict[str, int]:
-    """Tile of one pass: block length padded to what `tl.dot` takes, and vectors of a program."""
+    """Tile of one pass: block length padded to what `tl.dot` accepts, and vectors of a program."""
     return {"PADDED": max(16, block), "FIBRES": 64}
 
 
 def walsh_hadamard_triton(x: Tensor) -> Tensor:
-    """Launches one kernel a pass; between passes the numbers are float32 and unscaled."""
+    """Launches one kernel per pass; between passes the numbers are float32 and unscaled."""
     size = x.shape[-1]
     check_power_of_two(size)
     out, inner, passes = x.contiguous(), 1, blocks(size, KERNEL_BLOCK)
@@ -164,7 +164,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
         x: any float type and strides; the last axis is a power of two, at most 2^30 on a GPU.
 
     Raises:
-        UserError: if the last axis is no power of two.
+        UserError: if the last axis is not a power of two.
     """
     return walsh_hadamard_reference(x)
 

@@ -1,4 +1,4 @@
-"""Lets a resumed run cut its steps into another number of micro-batches, as another number of GPUs may need."""
+"""Lets a resumed run divide its steps into another number of micro-batches, as another number of GPUs may need."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Accumulation(Callback):
-    """Translates a checkpoint for another `trainer.accumulate_grad_batches` than that which wrote it.
+    """Translates a checkpoint to another `trainer.accumulate_grad_batches` than the one it was written with.
 
-    Lightning counts micro-batches, the data count samples, and the optimiser counts steps. A checkpoint lies between
+    Lightning counts micro-batches, the data count samples, and the optimiser counts steps. A checkpoint is between
     two steps, so its micro-batches can be counted in steps and then in the new micro-batches; a loader that refuses to
-    go on with other micro-batches is told of the new number. Nothing is translated, and the loader refuses, where
-    trainer.limit_train_batches is set: it counts micro-batches and would end epochs elsewhere.
+    continue with other micro-batches is given the new number. Nothing is translated, and the loader refuses, if
+    trainer.limit_train_batches is set: it counts micro-batches and would end epochs at other places.
     """
 
     alters_training = False  # see config.identity
@@ -31,7 +31,7 @@ class Accumulation(Callback):
             return
         for count in counts:
             more = count["ready"] // parts * now - count["ready"]
-            # Not each by itself: a checkpoint written while a batch ends has completed one less than it has begun.
+            # Not each separately: a checkpoint written while a batch ends has completed one less than it has begun.
             for name in count:
                 count[name] += more
         for state in loaders:

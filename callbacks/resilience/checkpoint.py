@@ -1,12 +1,10 @@
-"""Checkpoints at the right moments, and refused in words when they do not fit.
+"""Checkpoints at the right moments, with a clear message if one does not fit.
 
-`Checkpoint` is the callback; it brings `WholeFileCheckpointIO`, and `FolderCheckpoints` for sharded models, with it, so
+`Checkpoint` is the callback; it adds `WholeFileCheckpointIO`, and `FolderCheckpoints` for sharded models, so
 that one line in a Trainer is enough.
 """
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,30 +12,17 @@ from typing import Any, Literal
 from weakref import proxy
 
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.hooks import RemovableHandle
 
-from lightspan import __version__
-from lightspan.callbacks.resilience.random_state import random_states, restore_random_states
-from lightspan.checkpoints.background import Background
-from lightspan.checkpoints.fit import check_fits, class_path
-from lightspan.checkpoints.folder import FolderCheckpoints, said
-from lightspan.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn
-from lightspan.checkpoints.manifest import (
-    COMPLETE,
-    FORMAT,
-    header,
-    newest_whole,
-    point_latest,
-    seal_folder,
-)
+from lightspan.callbacks.resilience.stamp import KEY, go_on_drawing, refuse_other_optimizers, stamp
+from lightspan.callbacks.resilience.writer import Writer
+from lightspan.checkpoints.fit import check_fits
+from lightspan.checkpoints.io import WholeFileCheckpointIO
 from lightspan.checkpoints.names import OwnFiles
-from lightspan.checkpoints.rest_of_step import RestOfStep, log_position, rewind_logs
+from lightspan.checkpoints.rest_of_step import RestOfStep, load_positions, rewind_logs
 from lightspan.checkpoints.restore import (
     explained_restoring,
     guard,
@@ -45,22 +30,22 @@ from lightspan.checkpoints.restore import (
     unfreeze,
     warn_of_what_cannot_go_on,
 )
-from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
-from lightspan.files import link_atomic, remove_leftovers
+from lightspan.files import remove_leftovers
+from lightspan.run_files import CHECKPOINTS
 
 
 class Checkpoint(OwnFiles):
-    """Keeps `last.ckpt` and `step=N.ckpt`, each whole, at every validation or every `every_n_train_steps`.
+    """Keeps `last.ckpt` and `step=N.ckpt`, each complete, at every validation or every `every_n_train_steps`.
 
-    On top of Lightning's ModelCheckpoint: checkpoints are whole or absent, also the folders of a sharded model; each
+    Beyond Lightning's ModelCheckpoint: checkpoints are whole or absent, also the folders of a sharded model; each
     has a manifest, and the pointer `latest` follows the newest whole one; a failed write names the last whole one and
-    leaves it; a checkpoint of another model, a torn or a foreign file is refused in words; the last step of a run is
-    always kept, as taken between two steps, so that a run which `max_steps` cut inside an epoch resumes on its very
-    next batch; two names that are due at the same moment are one file on disk; what a killed process had no time to
-    remove goes when the run is resumed, and only files of this folder with a name of this pattern ever go; the random
-    states of every rank and the run ids of the loggers are inside; a resumed run drops what was logged after the
-    checkpoint, and first does what was left to do there (`RestOfStep`).
+    leaves it; a checkpoint of another model, a torn or a foreign file is refused with a message; a run's last step is
+    always kept, as taken between two steps, so that a run that `max_steps` ended inside an epoch resumes with exactly
+    the next batch; two names that are due at the same moment are one file on disk; what a killed process could not
+    remove is removed when the run is resumed, and only files of this folder with a name of this pattern are; the random
+    states of every rank and the run ids of the loggers are included; a resumed run drops what was logged after the
+    checkpoint, and first does what was still to do there (`RestOfStep`).
 
     Args:
         dirpath: folder; by default `trainer.default_root_dir`/checkpoints.
@@ -68,11 +53,11 @@ class Checkpoint(OwnFiles):
         monitor, mode: metric to rank by and its direction; without one the newest is kept.
         save_top_k: how many ranked files stay; without `monitor` 1 (newest), -1 (all) or 0 (only last.ckpt).
         every_n_train_steps: optimiser steps between checkpoints; None: at every validation, or at every epoch's end
-            where there is none.
+            if there is none.
         train_time_interval: time between checkpoints, instead of steps.
-        save_weights_only: leave out optimiser and loop state; such a file cannot be resumed from.
-        in_background: copy the state to CPU memory at the step and write it while training goes on. The next moment to
-            save and the end of fit wait for it. Takes the checkpoint's size in CPU memory.
+        save_weights_only: leave out optimiser and loop state; a run cannot be resumed from such a file.
+        in_background: copy the state to CPU memory at the step and write it while training continues. The next
+            save and the end of fit wait for it. It needs the checkpoint's size in CPU memory.
     """
 
     alters_training = False  # see config.identity
@@ -113,47 +98,31 @@ class Checkpoint(OwnFiles):
         self._keeps_only = False
         self._stored: dict[str, Any] = {}
         self._in_background = in_background
-        self._background: Background | None = None
-        self._folders: FolderCheckpoints | None = None
-        self._submitted_step: int | None = None
-        self._just_written: str | None = None
+        self._writer = Writer(Path(dirpath or ""), in_background=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+            self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
-        if self._in_background and stage == "fit":
-            self._background = Background()
-        if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, WholeFileCheckpointIO):
-            trainer.strategy.checkpoint_io = WholeFileCheckpointIO(self._background, trainer.strategy.broadcast)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            self._take_over(trainer, trainer.strategy)
+        self._writer = Writer(Path(self.dirpath or ""), self._in_background and stage == "fit")
+        self._writer.take_over(trainer, partial(_refuse_shards, trainer))
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(self.dirpath)
         self.look(trainer)
         guard(trainer)
         if isinstance(trainer.precision_plugin, DoublePrecision):
-            pl_module.double()  # Lightning does so after it has loaded the weights, which float32 would have rounded
-        # Lightning calls no callback between reading a checkpoint and filling the model; a hook of the module is there.
+            pl_module.double()  # Lightning does so after loading the weights, which float32 would have rounded
+        # Between reading a checkpoint and filling the model, Lightning calls no callback, but a hook of the module.
         self._fit_check = pl_module.register_load_state_dict_pre_hook(_refuses_other_models(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lightspan"] = {
-            "version": __version__,
-            "format": FORMAT,
-            "model": class_path(pl_module),
-            "optimizers": [class_path(optimizer) for optimizer in trainer.optimizers],
-            "loggers": _run_ids(trainer),
-            "log": log_position(trainer),
-            "random_states": _of_every_rank(random_states()),
-            "trained": [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad],
-        }
+        checkpoint[KEY] = stamp(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
         refuse_what_cannot_go_on(trainer, checkpoint)
-        self._wrote = checkpoint.get("lightspan", {})
+        self._wrote = checkpoint.get(KEY, {})
         with explained_restoring(trainer.ckpt_path, "lightspan.trained"):
             unfreeze(trainer, pl_module, self._wrote.get("trained"))
         log = self._wrote.get("log", {})
@@ -164,7 +133,7 @@ class Checkpoint(OwnFiles):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
-        _refuse_other_optimizers(trainer, self._wrote)
+        refuse_other_optimizers(trainer, self._wrote)
         warn_of_what_cannot_go_on(trainer)
         if self._rest is not None:
             self._rest.begin(trainer)
@@ -173,9 +142,9 @@ class Checkpoint(OwnFiles):
         super().on_train_start(trainer, pl_module)
         self._drop_fit_check()
         with explained_restoring(trainer.ckpt_path, "loops.fit_loop"):
-            _load_positions(trainer)
+            load_positions(trainer)
         with explained_restoring(trainer.ckpt_path, "lightspan.random_states"):
-            _go_on_drawing(self._wrote.get("random_states"))
+            go_on_drawing(self._wrote.get("random_states"))
         if trainer.strategy.broadcast(self._is_last(trainer.ckpt_path)):
             self._take_up(trainer)
         if trainer.is_global_zero and trainer.ckpt_path:
@@ -186,29 +155,28 @@ class Checkpoint(OwnFiles):
             self._rest = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._just_written = None
+        self._writer.new_moment()
         super().on_train_end(trainer, pl_module)
-        with self._naming_the_last_whole():
-            self._wait()
+        self._writer.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._drop_fit_check()
-        self._just_written = None
+        self._writer.new_moment()
         super().on_exception(trainer, pl_module, exception)
         try:
-            self._wait()
+            self._writer.finish()
         except UserError as error:  # the run ends by its own exception
             exception.add_note(str(error))
-        self._close()
+        self._writer.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._drop_fit_check()
-        self._close()
+        self._writer.close()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._just_written = None
+        self._writer.new_moment()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (_stops_inside_epoch(trainer) or _reached_max_steps(trainer)) and not self._should_skip_saving_checkpoint(
             trainer
@@ -217,7 +185,7 @@ class Checkpoint(OwnFiles):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning counts a cut epoch as done by now: resuming from here would skip the rest of its data.
-        self._just_written = None
+        self._writer.new_moment()
         if _stops_inside_epoch(trainer):
             return
         super().on_train_epoch_end(trainer, pl_module)
@@ -226,7 +194,7 @@ class Checkpoint(OwnFiles):
             self._keep_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._just_written = None
+        self._writer.new_moment()
         super().on_validation_end(trainer, pl_module)
         if self._every_n_epochs and not self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
@@ -235,7 +203,7 @@ class Checkpoint(OwnFiles):
         return path is not None and self._last.exists() and self._last.samefile(path)
 
     def _take_up(self, trainer: Trainer) -> None:
-        """From now on the save that training goes on from is this process' own: what was saved at its step is not saved
+        """From now on training continues from a save of this process: what was saved at its step is not saved
         again, which at the end of a run would change nothing but counters and positions.
         """
         self.last_model_path = self._last_checkpoint_saved = str(self._last)
@@ -250,7 +218,7 @@ class Checkpoint(OwnFiles):
         return Path(self.dirpath or "") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
 
     def state_dict(self) -> dict[str, Any]:
-        """On top of the ranking: whether this save only keeps a step, at which another one may be due still, and
+        """In addition to the ranking: whether this save only keeps a step, at which another one may still be due, and
         whether it is because a save waits for the metric of a validation.
         """
         deferred = self._keeps_only and self._defer_save_until_validation
@@ -261,7 +229,7 @@ class Checkpoint(OwnFiles):
         self._stored = state_dict
 
     def _keep_step(self, trainer: Trainer) -> None:
-        """Writes last.ckpt alone. What is due at a validation at this same step still ranks and saves: this save leaves
+        """Writes only last.ckpt. What is due at a validation at this same step still ranks and saves: this save leaves
         no trace in Lightning's test for it.
         """
         saved_before, self._keeps_only = self._last_global_step_saved, True
@@ -271,99 +239,26 @@ class Checkpoint(OwnFiles):
             self._last_global_step_saved, self._keeps_only = saved_before, False
 
     def _keep_last(self, trainer: Trainer) -> None:
-        # Lightning writes last.ckpt only where it also ranked a file, so not when the metric did not improve.
+        # Lightning writes last.ckpt only if it also ranked a file, so not if the metric did not improve.
         if self._kept_step != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        with self._naming_the_last_whole():
-            if self._submitted_step != trainer.global_step:
-                self._wait()
-            if self._just_written is not None:
-                self._give_second_name(trainer, Path(self._just_written), filepath)
-            else:
-                self._write(trainer, filepath)
-            self._kept_step = self._submitted_step = trainer.global_step
-            if trainer.is_global_zero:
-                self._after_writing(filepath, point_latest)
-
-    def _write(self, trainer: Trainer, filepath: str) -> None:
-        seals = trainer.is_global_zero and _writes_folders(trainer)
-        if seals and Path(filepath).is_dir():
-            (Path(filepath) / COMPLETE).unlink(missing_ok=True)
-        super()._save_checkpoint(trainer, filepath)
-        if seals:
-            stamp = {"loggers": _run_ids(trainer), "random_states": [None] * world_size()}
-            seal_folder(Path(filepath), header({"global_step": trainer.global_step, "lightspan": stamp}))
-        self._just_written = filepath if self._writes_all(trainer.strategy) else None
-
-    def _writes_all(self, strategy: Strategy) -> bool:
-        """Whether nobody else writes: what a strategy writes by itself it may change in place, under both names."""
-        by_itself = type(strategy).save_checkpoint is not Strategy.save_checkpoint and self._folders is None
-        return isinstance(strategy.checkpoint_io, WholeFileCheckpointIO) and not by_itself
-
-    def _give_second_name(self, trainer: Trainer, written: Path, filepath: str) -> None:
-        """What was written in this same hook holds the same state: the second name costs a link, and no write."""
-        verdict, job = None, partial(link_atomic, written, Path(filepath))
-        if trainer.is_global_zero and self._background is not None:
-            self._background.submit(Path(filepath), job)
-        elif trainer.is_global_zero:
-            verdict = said(job)
-        if verdict := trainer.strategy.broadcast(verdict):
-            raise UserError(verdict)
-        self._last_checkpoint_saved = filepath
-        for logger in trainer.loggers if trainer.is_global_zero else []:
-            logger.after_save_checkpoint(proxy(self))
+        if self._writer.save(trainer, filepath, partial(super()._save_checkpoint, trainer, filepath)):
+            self._last_checkpoint_saved = filepath
+            for logger in trainer.loggers if trainer.is_global_zero else []:
+                logger.after_save_checkpoint(proxy(self))
+        self._kept_step = trainer.global_step
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if trainer.is_global_zero and self.may_remove(Path(filepath)):
-            self._after_writing(filepath, trainer.strategy.checkpoint_io.remove_checkpoint)
-
-    def _after_writing(self, filepath: str, job: Callable[[Path], None]) -> None:
-        """Does a job that needs all earlier checkpoints to be whole: at once, or behind them in the background."""
-        if self._background is None:
-            job(Path(filepath))
-        else:
-            self._background.submit(Path(filepath), partial(job, Path(filepath)))
+            self._writer.afterwards(filepath, trainer.strategy.checkpoint_io.remove_checkpoint)
 
     def save_now(self, trainer: Trainer) -> None:
         """Writes last.ckpt at the end of an optimiser step, on all ranks; returns once it is whole."""
-        self._just_written = None
+        self._writer.new_moment()
         self._keep_step(trainer)
-        with self._naming_the_last_whole():
-            self._wait()
-
-    def _wait(self) -> None:
-        if self._background is not None:
-            self._background.wait()
-
-    def _close(self) -> None:
-        if self._background is not None:
-            self._background.close()
-        if self._folders is not None:
-            self._folders.close()
-
-    @contextlib.contextmanager
-    def _naming_the_last_whole(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            whole, _ = newest_whole(Path(self.dirpath or ""), contents=False)
-            kept = f"the last whole checkpoint is {whole}" if whole else "there is no checkpoint yet"
-            raise UserError(f"{error}; {kept}") from error
-
-    def _take_over(self, trainer: Trainer, strategy: ModelParallelStrategy) -> None:
-        def check(checkpoint: dict[str, Any], path: Path) -> None:
-            stamp = checkpoint.get("lightspan", {})
-            module = trainer.lightning_module
-            check_fits(checkpoint["state_dict"], module, str(path), stamp.get("model"), module.strict_loading)
-            if trainer.state.fn == TrainerFn.FITTING:
-                _refuse_other_optimizers(trainer, stamp)
-
-        self._folders = FolderCheckpoints(strategy, self._background, check, refuse_torn, outline)
-        if strategy._save_distributed_checkpoint:
-            setattr(strategy, "save_checkpoint", self._folders.save)  # noqa: B010
-        setattr(strategy, "load_checkpoint", self._folders.load)  # noqa: B010
+        self._writer.finish()
 
     def _drop_fit_check(self) -> None:
         if self._fit_check is not None:
@@ -380,54 +275,12 @@ def _reached_max_steps(trainer: Trainer) -> bool:
     return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
 
 
-def _load_positions(trainer: Trainer) -> None:
-    """Give loaders the position that Lightning does not: that of a run bounded by epochs, resumed at an epoch's end."""
-    loop = trainer.fit_loop
-    if loop._combined_loader_states_to_load and loop._combined_loader is not None and loop._data_fetcher is not None:
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-        loop._combined_loader_states_to_load = []
-        iter(loop._data_fetcher)  # the iterator made before knows nothing of the position
-
-
-def _refuse_other_optimizers(trainer: Trainer, stamp: Mapping[str, Any]) -> None:
-    before, now = stamp.get("optimizers"), [class_path(optimizer) for optimizer in trainer.optimizers]
-    if before is not None and before != now:
-        raise UserError(
-            f"checkpoint {trainer.ckpt_path} was trained with {', '.join(before)}, this run uses {', '.join(now)}: "
-            "their states do not fit; resume with the optimiser that wrote it"
-        )
-
-
-def _writes_folders(trainer: Trainer) -> bool:
-    """Whether the strategy writes a folder in place by itself: not atomic, but with a marker known when torn."""
-    strategy = trainer.strategy
-    return type(strategy) is DeepSpeedStrategy or (
-        isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
-    )
-
-
-def _run_ids(trainer: Trainer) -> dict[str, str]:
-    return {class_path(logger): str(logger.version) for logger in trainer.loggers if logger.version}
-
-
-def _of_every_rank(states: dict[str, Any]) -> list[dict[str, Any]]:
-    gathered: list[Any] = [states] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(gathered, states)
-    return gathered
-
-
-def _go_on_drawing(states: Sequence[dict[str, Any]] | None) -> None:
-    if states is None:
-        return
-    if len(states) == world_size():
-        restore_random_states(states[rank()])
-    elif rank() == 0:
-        warnings.warn(
-            f"the checkpoint holds the random states of {len(states)} ranks and this run has {world_size()}: they are "
-            "not restored; with the callback RandomState every step draws the same on any machine",
-            stacklevel=2,
-        )
+def _refuse_shards(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+    """Raises: UserError for the checkpoint of a sharded model that does not fit."""
+    written, module = checkpoint.get(KEY, {}), trainer.lightning_module
+    check_fits(checkpoint["state_dict"], module, str(path), written.get("model"), module.strict_loading)
+    if trainer.state.fn == TrainerFn.FITTING:
+        refuse_other_optimizers(trainer, written)
 
 
 def _refuses_other_models(trainer: Trainer) -> Callable[..., None]:

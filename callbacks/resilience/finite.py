@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite ends the run with its batch named, or costs the step; never the weights."""
+"""A loss or gradient that is not finite ends the run and names its batch, or skips the step; weights never see it."""
 
 import math
 from collections.abc import Iterator
@@ -20,34 +20,34 @@ from lightspan.sharded import local
 
 
 class FiniteLoss(Callback):
-    """Looks at the losses of an optimiser step and at its gradients, before the optimiser sees them.
+    """Checks the losses of an optimiser step and its gradients before the optimiser sees them.
 
-    One host synchronisation an optimiser step, on any number of ranks and accumulated micro-batches: the losses and the
+    One host synchronisation per step, on any number of ranks and accumulated micro-batches: the losses and the
     largest norm of a gradient stay on the device, their maxima are reduced over ranks there, and one small tensor is
-    read. All ranks read the same numbers, so all of them stop, or skip, the same step. Norms, because second moments
-    are squares, which end at 1.8e19 in float32: a matrix whose gradient is larger would stand still from then on.
+    read. All ranks read the same numbers, so all of them stop at, or skip, the same step. Norms, because second moments
+    are squares, which overflow above 1.8e19 in float32: a matrix with a larger gradient would never move again.
 
     "stop" raises on every rank before the optimiser's step: no weight, no optimiser state and no checkpoint has seen
     the batch, so the last checkpoint is a good one. "skip" clears the gradients of that step on all ranks instead: the
-    optimiser finds none and changes nothing, while step, schedule and data go on; the figure `skipped_steps` is logged.
-    Skipping cannot heal a network that is not finite itself, such as running means that took in the batch: then, and
+    optimiser finds none and changes nothing; step, schedule and data continue; the figure `skipped_steps` is logged.
+    Skipping cannot fix a network that is not finite itself, such as running means that include the batch: then, and
     after `most_skips` steps, it stops too.
 
-    `LowRank` looks at its gradients itself. Where this callback sees them it switches that second look off until the
+    `LowRank` checks its gradients itself. If this callback sees them, it switches that second check off until the
     fit ends, and with it a second synchronisation; with backward="hooks" or "projected" gradients are kept in
     coordinates, which the optimiser alone sees, and it stops the run under either policy. With gradient scaling
-    (16-mixed) infinite gradients are part of the method, and with DeepSpeed they are out of reach: the loss alone is
-    watched, and "skip" is refused.
+    (16-mixed) infinite gradients are part of the method, and with DeepSpeed they are out of reach: only the loss is
+    checked, and "skip" is refused.
 
     Args:
         policy: "stop" or "skip".
         most_skips: skipped steps of this run, resumes included, that are still tolerated; >= 0.
 
-    Raises: UserError, with step, epoch, place in the epoch, samples where the batch names them, rank, and the first
+    Raises: UserError, with step, epoch, place in the epoch, samples if the batch names them, rank, and the first
         parameter or gradient that is not finite.
     """
 
-    alters_training = False  # a step of finite numbers is the same with it and without it
+    alters_training = False  # a step with finite numbers is the same with or without it
 
     def __init__(self, policy: Literal["stop", "skip"] = "stop", most_skips: int = 10) -> None:
         if policy not in ("stop", "skip"):
@@ -65,7 +65,7 @@ class FiniteLoss(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._sees_gradients = not (scaled or trainer.strategy.handles_gradient_accumulation)
         if self.policy == "skip" and not self._sees_gradients:
-            what = "16-mixed skips such steps itself" if scaled else "DeepSpeed keeps the gradients to itself"
+            what = "16-mixed skips such steps itself" if scaled else "DeepSpeed does not expose the gradients"
             raise UserError(f"FiniteLoss(policy='skip'): {what}; use policy='stop' or another precision or strategy")
         self._losses, self._batches = [], []
 
@@ -82,7 +82,7 @@ class FiniteLoss(Callback):
         self._hand_back()
 
     def _hand_back(self) -> None:
-        """Optimisers that outlive the fit look at their gradients again."""
+        """Optimisers that outlive the fit check their gradients again."""
         for optimizer in self._relieved:
             optimizer.check_finite = True
         self._relieved = []
@@ -101,14 +101,14 @@ class FiniteLoss(Callback):
         largest = largest.nan_to_num(nan=torch.inf, posinf=torch.inf)
         if world_size() > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        if all(map(math.isfinite, largest.tolist())):  # the one time the host waits
+        if all(map(math.isfinite, largest.tolist())):  # the only time that the host waits
             return
         broken = _first_broken(_values(pl_module))
         reason = self._reason(trainer, pl_module, losses, batches, broken)
         if self.policy == "stop":
-            raise UserError(f"{reason}. Lower the learning rate, clip gradients, or look at that batch")
+            raise UserError(f"{reason}. Lower the learning rate, clip gradients, or inspect that batch")
         if _anywhere(broken is not None, pl_module.device):
-            raise UserError(f"{reason}. Skipping the step would not repair the network")
+            raise UserError(f"{reason}. Skipping the step would not fix the network")
         self.skipped += 1
         if self.skipped > self.most_skips:
             raise UserError(f"{reason}. It is skip number {self.skipped}, above most_skips={self.most_skips}")
@@ -129,7 +129,7 @@ class FiniteLoss(Callback):
         self.skipped = state_dict["skipped"]
 
     def _largest_gradient(self, optimizer: Optimizer, module: LightningModule) -> Tensor:
-        """Largest norm among this rank's gradients, 0-d on the device; not finite where `LowRank` finds one that is
+        """Largest norm among this rank's gradients, 0-d on the device; not finite if `LowRank` finds one that is
         not.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -160,7 +160,7 @@ class FiniteLoss(Callback):
 
 
 def _position(trainer: Trainer, batch_idx: int) -> str:
-    """Where a batch stands, as text: by the loader's own count of samples where it keeps one."""
+    """The position of a batch, as text: with the loader's own count of samples, if it keeps one."""
     state_dict = getattr(trainer.train_dataloader, "state_dict", None)
     position = None if state_dict is None else state_dict().get("samples")
     return f"batch {batch_idx}" + (f", which ends at sample {position} of the epoch's order" if position else "")
@@ -193,7 +193,7 @@ def _first_broken(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
 
 
 def _held(tensor: Tensor) -> Tensor:
-    """The numbers that this rank has of a tensor, dense and real."""
+    """This rank's numbers of a tensor, dense and real."""
     part = local(tensor)
     return real(part.coalesce().values() if part.is_sparse else part)
 

@@ -1,4 +1,4 @@
-"""A job that is told to end writes a checkpoint between two steps, and every rank leaves at the same one."""
+"""A job that is asked to end writes a checkpoint between two steps, and every rank stops after the same step."""
 
 import math
 import os
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -23,14 +24,15 @@ from lightspan.callbacks.resilience.random_state import random_states, restore_r
 from lightspan.checkpoints.manifest import LAST, standing
 from lightspan.checkpoints.rest_of_step import before_validation
 from lightspan.errors import UserError
+from lightspan.run_files import CHECKPOINTS
 from lightspan.signals import BUDGET_S, SignalFlag, installed, main_thread
 
 PREEMPTED = 143
-"""Default exit status: 128 + SIGTERM, what a scheduler sees of a job that ended because it was asked to."""
+"""Default exit status: 128 + SIGTERM, which tells a scheduler that the job ended because it was asked to."""
 
 
 class Preempted(SystemExit):
-    """Ends the process with the status that asks for a new start. `str` tells why and where, for people."""
+    """Ends the process with the status that requests a restart. `str` says why and where, for people."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(status)
@@ -41,30 +43,30 @@ class Preempted(SystemExit):
 
 
 class Preemption(Callback):
-    """On a signal to any rank: a checkpoint at the end of the optimiser step, then all ranks leave with `exit_code`.
+    """On a signal to any rank: a checkpoint at the end of the optimiser step, then all ranks exit with `exit_code`.
 
-    A handler only sets a flag. The flags of all ranks are combined once an optimiser step over a process group on the
+    A handler only sets a flag. The flags of all ranks are combined once per optimiser step over a process group on the
     CPU (gloo: the run's own, or one more beside NCCL), begun at the end of one step and read at the end of the next: no
-    device is waited for, and no rank waits for another longer than it does for the gradients. So all ranks leave one
+    rank waits for a device, nor for another rank longer than it does for the gradients. So all ranks stop one
     step after the flag reached any of them. Lightning's own handlers, which save and communicate inside the handler,
-    stay out.
+    are not used.
 
-    The checkpoint is `last.ckpt` of the run's `Checkpoint`. A validation that is due at that very step is left to the
-    next start. One that has begun is given up after the batch at hand, with a checkpoint of the step before it; the
-    next start runs the whole of it.
+    The checkpoint is `last.ckpt` of the run's `Checkpoint`. A validation that is due at that step is left to the
+    next start. One that has begun is stopped after the current batch, with a checkpoint of the step before it; the
+    next start repeats all of it.
 
-    Ctrl-C does the same, with status 130; the second one ends the run at once.
+    Ctrl-C does the same, with status 130; a second Ctrl-C ends the run at once.
 
     Args:
         signals: names of signals to obey.
-        budget_s: seconds from the signal to a whole checkpoint, > 0 and finite. When they are over a rank that was
-            signalled ends without one, wherever it is: in a step, a write, or waiting for data or other ranks. The
-            checkpoint before stays whole. Keep it below the time the scheduler leaves (30 s on Kubernetes and for
+        budget_s: seconds from the signal to a complete checkpoint, > 0 and finite. After that, a rank that was
+            signalled exits without one, wherever it is: in a step, a write, or waiting for data or other ranks. The
+            previous checkpoint stays intact. Keep it below the time the scheduler allows (30 s on Kubernetes and for
             SIGTERM of SLURM, N for `--signal=USR1@N`).
-        exit_code: status of every rank, in [1, 255]. Ranks that Lightning itself started end with 0 instead, since it
-            kills the run, rank 0 included, when one of them ends otherwise.
-        requeue_on: signals after which rank 0 calls `scontrol requeue` once the checkpoint is whole, where
-            SLURM_JOB_ID is set. SIGTERM is not among them by default: SLURM itself requeues what it preempts so, and a
+        exit_code: status of every rank, in [1, 255]. Ranks that Lightning itself started exit with 0 instead, since it
+            kills the run, rank 0 included, if one of them exits otherwise.
+        requeue_on: signals after which rank 0 calls `scontrol requeue` once the checkpoint is complete, if
+            SLURM_JOB_ID is set. SIGTERM is not among them by default: SLURM itself requeues what it preempts, and a
             job that its user cancels gets it too. A requeue ends the job, so all ranks ignore `signals` from then on.
 
     Raises: UserError for an unknown signal or a value out of range.
@@ -94,12 +96,12 @@ class Preemption(Callback):
         self._group: Any = None
         self._exchange: tuple[Tensor, Any] | None = None
         self._step = 0
-        self._shared_batches = 0.0  # of the validation that runs, as many as every rank has
-        self._random_states: dict[str, Any] = {}  # before it
+        self._shared_batches = 0.0  # of the current validation, as many as every rank has
+        self._random_states: dict[str, Any] = {}  # before the validation
         self._leaving: tuple[signal.Signals, str] | None = None
 
     def obey(self, trainer: Trainer) -> None:
-        """From here on the signals of this process mean what this callback promises. Lightning calls `setup`, which
+        """From here on this process handles signals as this callback describes. Lightning calls `setup`, which
         does the same, once all ranks have met.
         """
         self._flag = installed() or SignalFlag(())
@@ -110,10 +112,15 @@ class Preemption(Callback):
         if stage != "fit":
             return
         self.obey(trainer)
+        # What other callbacks do after a step belongs in its checkpoint. A new list: Lightning is inside the old.
+        within: Any = trainer  # whose callbacks a connector sets
+        within.callbacks = sorted(
+            within.callbacks, key=lambda one: (one is self) + 2 * isinstance(one, LightningCheckpoint)
+        )
         # Lightning would replace the handlers by its own, which communicate from inside a handler and can hang.
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
         if trainer.world_size > 1:
-            # A second gloo group would meet, in a store that outlives a restart by torchrun, the addresses of before.
+            # A second gloo group would find the old addresses in a store that survives a restart by torchrun.
             on_cpu = dist.get_backend() == "gloo"
             self._group = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
         self._leaving = None
@@ -121,7 +128,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        self._end_exchange()  # flags stay up, so the one just begun sees all that an older one saw
+        self._end_exchange()  # flags stay set, so the new exchange sees all that an older one saw
         self._begin_exchange()
         if (warning := self._read_exchange()) is not None:
             self._leaving = (warning[0], "before the first step")
@@ -134,7 +141,7 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._step:
-            return  # inside an accumulation: its gradients would be lost
+            return  # inside an accumulation, whose gradients would be lost
         self._step = trainer.global_step
         warning = self._read_exchange()
         self._begin_exchange()
@@ -142,7 +149,7 @@ class Preemption(Callback):
         if warning is not None and not finished:
             self._leaving = (warning[0], self._save(trainer, *warning))
 
-    # The step is logged between its end and these, so the next run continues the log without a gap.
+    # The step is logged between its end and these hooks, so the next run continues the log without a gap.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._leave(trainer)
@@ -157,7 +164,7 @@ class Preemption(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        # lightspan's loaders give all ranks equally many batches, loaders of one's own may not: ranks agree only at
+        # lightspan's loaders give all ranks equally many batches, a user's own may not: ranks agree only at
         # batches that all of them have.
         inside = batch_idx < self._shared_batches and dataloader_idx == 0
         if trainer.state.fn != TrainerFn.FITTING or not inside or trainer.fit_loop._should_accumulate():
@@ -197,7 +204,7 @@ class Preemption(Callback):
     def _begin_exchange(self) -> None:
         assert self._flag is not None
         received = self._flag.received
-        # The age rides along, plus 1 so that a flag is never 0: all ranks then agree on how much of the budget is left.
+        # The age is sent too, plus 1 so that a flag is never 0: all ranks then agree on how much of the budget is left.
         values = torch.zeros(2, dtype=torch.float64)
         if received is not None:
             values = torch.tensor([1 + self._flag.age_s(), received], dtype=torch.float64)
@@ -217,7 +224,7 @@ class Preemption(Callback):
     def _read_exchange(self) -> tuple[signal.Signals, float] | None:
         """(signal, its age in seconds at the exchange), the same on all ranks, or None."""
         if self._group is None:
-            self._begin_exchange()  # alone, there is nobody to wait for
+            self._begin_exchange()  # a single rank has nothing to wait for
         values = self._end_exchange()
         assert values is not None
         aged, number = values.tolist()
@@ -225,19 +232,19 @@ class Preemption(Callback):
 
     def _save(self, trainer: Trainer, received: signal.Signals, age_s: float) -> str:
         if age_s >= self.budget_s:
-            over = f"the budget of {self.budget_s:g} s was over before step {trainer.global_step} ended"
+            over = f"the budget of {self.budget_s:g} s ran out before step {trainer.global_step} ended"
             return f"without a new checkpoint: {over}"
         assert self._flag is not None
         self._flag.tell(received, age_s)
-        # Ours also waits for a write in the background; any other callback's folder gets a plain checkpoint.
+        # Ours also waits for a background write; any other callback's folder gets a plain checkpoint.
         keeper, path = trainer.checkpoint_callback, _last_checkpoint(trainer)
         keeper.save_now(trainer) if isinstance(keeper, Checkpoint) else trainer.save_checkpoint(path)
         self._flag.met()
         return f"after step {trainer.global_step}"
 
     def _give_up(self, trainer: Trainer, received: signal.Signals) -> None:
-        """Ends this process from the flag's thread: its main thread did not leave within the budget."""
-        over = f"the budget of {self.budget_s:g} s was over before a checkpoint of step {trainer.global_step} was whole"
+        """Ends this process from the flag's thread: its main thread did not exit within the budget."""
+        over = f"the budget of {self.budget_s:g} s ran out before a checkpoint of step {trainer.global_step} was whole"
         said = f"{received.name}: {over}, still {main_thread()}; {standing(_last_checkpoint(trainer))}"
         print(f"lightspan: {said}", file=sys.stderr, flush=True)
         self._requeue(trainer, received)
@@ -249,9 +256,9 @@ class Preemption(Callback):
         received, when = self._leaving
         self._end_exchange()
         if self._job_after(received) is not None and self._flag is not None:
-            self._flag.ignore()  # SLURM ends what it requeues, and would end this process in its teardown
+            self._flag.ignore()  # SLURM ends what it requeues, and would end this process during its teardown
         self._requeue(trainer, received)
-        trainer.strategy.barrier("preempted")  # rank 0 has asked for the new start before any rank is gone
+        trainer.strategy.barrier("preempted")  # rank 0 has requested the restart before any rank exits
         why = "stopped by Ctrl-C" if received == signal.SIGINT else f"preempted by {received.name}"
         raise Preempted(self._status(trainer, received), f"{why} {when}")
 
@@ -281,7 +288,7 @@ class Preemption(Callback):
 
 
 def _fewest(trainer: Trainer, group: Any) -> float:
-    """Batches of the first loader of the validation that begins, on the rank with the fewest of them."""
+    """Batches of the first loader of the validation that begins, on the rank with the fewest."""
     if group is None:
         return math.inf
     batches = torch.tensor(float(trainer.fit_loop.epoch_loop.val_loop.max_batches[0]), dtype=torch.float64)
@@ -300,7 +307,7 @@ def _signals(argument: str, names: Sequence[str]) -> tuple[signal.Signals, ...]:
 
 def _last_checkpoint(trainer: Trainer) -> Path:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(folder or Path(trainer.default_root_dir) / "checkpoints") / LAST
+    return Path(folder or Path(trainer.default_root_dir) / CHECKPOINTS) / LAST
 
 
 def _slurm_job() -> str | None:

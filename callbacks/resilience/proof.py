@@ -1,4 +1,4 @@
-"""What `lightspan prove-resume` puts into its runs: a trace of what each step saw, and a kill at a known place."""
+"""What `lightspan prove-resume` adds to its runs: a trace of what each step saw, and a kill at a known place."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ Place = Literal["batch_start", "before_backward", "before_step", "batch_end", "a
 
 class Trace(Callback):
     """Appends a line for each micro-batch to `folder`/rank-N.jsonl: its number, a digest of each sample, its loss, a
-    digest of each buffer that no checkpoint holds, and the start of this process' group of ranks (`start_s`, the same
-    on all of them), which tells attempts apart.
+    digest of each buffer that is in no checkpoint, and the start of this process' group of ranks (`start_s`, the same
+    on all of them), which distinguishes attempts.
 
-    The digests are of the samples' bytes as they reach the model, so they know nothing of loaders, ranks or workers.
+    The digests are of the samples' bytes as they reach the model, so they do not depend on loaders, ranks or workers.
     Every line waits for the device: for proofs, not for training.
 
     Args:
@@ -67,10 +67,10 @@ class Trace(Callback):
 
 
 class StopAfter(Callback):
-    """Ends a run after `steps` optimiser steps and leaves everything that hangs on its length as it was.
+    """Ends a run after `steps` optimiser steps without changing anything that depends on its length.
 
-    With `trainer.max_steps` instead, a schedule would go through its warm-up and all the rest of it in these few steps:
-    another experiment than the recipe's, and so rough a one that a last bit grows a hundredfold within five steps.
+    With `trainer.max_steps` instead, a schedule would run completely, warm-up included, in these few steps:
+    another experiment than the recipe's, and so rough that a last bit grows a hundredfold within five steps.
     """
 
     alters_training = False  # see config.identity
@@ -79,15 +79,15 @@ class StopAfter(Callback):
         self.steps = steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Schedules have read their length, and `Checkpoint`, behind all others, asks next whether a step is left.
+        # Schedules have read their length, and `Checkpoint`, the last callback, then checks whether a step is left.
         trainer.fit_loop.epoch_loop.max_steps = self.steps
 
 
 class KillAt(Callback):
-    """Sends SIGKILL to its own process: nothing is flushed, closed or said.
+    """Sends SIGKILL to its own process: nothing is flushed, closed or printed.
 
     Args:
-        step: optimiser steps finished before the one that is not, >= 0.
+        step: optimiser steps finished before the interrupted one, >= 0.
         place: where in that step; "after_save" is after the callbacks of the first step from this one on that has
             written a checkpoint, and before Lightning logs and validates.
         rank: which rank's process.
@@ -134,7 +134,7 @@ class KillAt(Callback):
 
 
 def sample_digests(batch: Any) -> list[str]:
-    """One digest for each row of a batch: of that row's bytes in all its tensors, whose first axis is the samples'."""
+    """One digest for each row of a batch: of that row's bytes in all its tensors with the samples on the first axis."""
     tensors = [tensor.detach().cpu() for tensor in _tensors(batch)]
     rows = len(tensors[0]) if tensors and tensors[0].ndim else 0
     return [_digest(*(t[i] for t in tensors if t.ndim and len(t) == rows)) for i in range(rows)]

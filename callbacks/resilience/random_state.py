@@ -1,4 +1,4 @@
-"""Random numbers that depend on seed, step and rank alone, so that a resumed run draws what it would have drawn."""
+"""Random numbers that depend only on seed, step and rank, so that a resumed run draws what it would have drawn."""
 
 import hashlib
 import os
@@ -11,14 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class RandomState(Callback):
-    """Seeds Python, NumPy and torch (CPU and GPUs) anew before every training batch, every epoch and every validation.
+    """Seeds Python, NumPy and torch (CPU and GPUs) again before every training batch, every epoch and every validation.
 
-    The generators' states that `Checkpoint` keeps of every rank are not enough: between the step where they are taken
+    The generators' states that `Checkpoint` keeps for every rank are not enough: between the step where they are taken
     and the next batch, validation and new data iterators draw numbers too, and another number of ranks needs others.
-    Here the state is a
-    pure function instead: of (seed, batches trained, rank) for a training batch, of (seed, epoch, rank) for the start
-    of an epoch, and of (seed, rank) for validation, so that every validation meets the same draws. Straight, stopped
-    anywhere and resumed, with or without validation: dropout and all other draws of a step are the same bits.
+    Here the state is instead a
+    pure function: of (seed, batches trained, rank) for a training batch, of (seed, epoch, rank) for the start
+    of an epoch, and of (seed, rank) for validation, so that every validation draws the same. Uninterrupted, stopped
+    anywhere and resumed, with or without validation: dropout and all other draws of a step are bit-identical.
 
     Put it first among the callbacks: hooks of callbacks before it see the old state.
 
@@ -71,7 +71,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Sets the generators to what `random_states` returned; GPUs only where their number is the same."""
+    """Sets the generators to what `random_states` returned; GPUs only if their number is the same."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, key, position, has_gauss, cached = states["numpy"]
@@ -82,5 +82,5 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 
 def derived_seed(*key: int | str | None) -> int:
-    """An integer in [0, 2**63) that looks random and depends on nothing but `key`, on every machine."""
+    """An integer in [0, 2**63) that looks random and depends only on `key`, on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""A run that stands still names the rank that holds it up, shows where every rank stands, and ends."""
+"""A run that hangs names the rank that holds it up, shows where every rank is, and ends."""
 
 import contextlib
 import faulthandler
@@ -17,20 +17,20 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightspan.errors import UserError
 
 MOST_S = 30 * 86_400.0
-"""Longest time without a hook that can be set: a month."""
+"""The longest time without a hook that can be set: a month."""
 HUNG = 124
-"""Exit status of a run that stood still, as of timeout(1)."""
+"""Exit status of a run that hung, as that of timeout(1)."""
 LAST_WORDS_S = 5.0
-"""Most seconds that ranks wait for each other's stacks."""
+"""The longest time in seconds that ranks wait for each other's stacks."""
 _COLLECTIVES = str(Path("torch", "distributed"))
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank tells the others: hooks passed since fit began, where that was, how long it has not moved, where its
-    main thread is, whether it has seen the run stand still, and whether it has told people. `turn` counts the
+    """What a rank tells the others: hooks passed since fit began, the last one, how long it has not moved, where its
+    main thread is, whether it has noticed that the run hangs, and whether it has printed so. `turn` counts the
     messages, so that a silent rank shows; `waits` is whether the main thread is inside a collective operation, or a
-    backward pass that may hold one.
+    backward pass that may contain one.
     """
 
     rank: int
@@ -49,21 +49,21 @@ class Watchdog(Callback):
     """Ends a run in which any rank passes no hook for `timeout_s` seconds.
 
     A thread of each rank writes the rank's heartbeat to `folder`/heartbeats. Rank 0 reads those of all, the others that
-    of rank 0, so that many ranks are not many times as much work for the file system; the hooks only count, so a step
-    pays nothing. When a rank does not move, or its thread is silent because a library holds the
+    of rank 0, so that the file system's work grows only linearly with the ranks; the hooks only count, so a step
+    pays nothing. If a rank does not move, or its thread is silent because a library holds the
     interpreter, every rank writes the stacks of all its threads to `folder`/stacks/rank-N.txt, and the rank that
-    passed the fewest hooks is named, of several the one outside a collective operation: the others wait for it there.
-    All processes then end with status 124, which also works where the main thread sits inside a collective. A rank
-    whose interpreter is stuck writes its stacks all the same, from C, and ends with status 1.
+    passed the fewest hooks is named, of several the one outside a collective operation, where the others wait for it.
+    All processes then end with status 124, which also works if the main thread is inside a collective. A rank
+    whose interpreter is stuck writes its stacks nevertheless, from C, and ends with status 1.
 
-    The time has to cover the longest stretch without a hook: a compilation in the first step, a checkpoint, a batch
-    that takes long to load. Collectives of their own accord time out later or never (10 minutes with NCCL and 30 with
-    gloo by default), and without a name.
+    The time must cover the longest stretch without a hook: a compilation in the first step, a checkpoint, a batch
+    that takes long to load. By themselves, collectives time out later or never (10 minutes with NCCL and 30 with
+    gloo by default), and name no rank.
 
     Args:
         folder: the run folder, shared by all ranks; "" is the trainer's default_root_dir.
         timeout_s: seconds without a hook, in (0, 30 days].
-        every_s: seconds between two looks; a tenth of `timeout_s`, at most 10, by default.
+        every_s: seconds between two checks; by default a tenth of `timeout_s`, at most 10.
 
     Raises: UserError for a value out of range.
     """
@@ -95,7 +95,7 @@ class Watchdog(Callback):
         stacks = folder / "stacks" / f"rank-{trainer.global_rank}.txt"
         stacks.parent.mkdir(parents=True, exist_ok=True)
         heartbeat = _heartbeat_path(folder, trainer.global_rank)
-        heartbeat.unlink(missing_ok=True)  # of an earlier start
+        heartbeat.unlink(missing_ok=True)  # from an earlier start
         trainer.strategy.barrier("watchdog")  # no rank reads what an earlier start left
         self._beat("setup")
         self._over.clear()
@@ -155,11 +155,11 @@ class Watchdog(Callback):
         self._thread = self._stacks = None
         for left in (stacks, _heartbeat_path(stacks.parents[1], trainer.global_rank)):
             left.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # the last rank's is the one that leaves it empty
+            with contextlib.suppress(OSError):  # only the last rank finds it empty
                 left.parent.rmdir()
 
     def _arm(self) -> None:
-        """Starts the C side's own clock, for the case that no thread here runs again; late, so that it is only that."""
+        """Starts a timer in C, in case no Python thread runs again; it fires late, so only in that case."""
         assert self._stacks is not None
         late_s = self.timeout_s + 3 * self.every_s + 2 * self._last_words_s
         self._armed = self._beats
@@ -185,7 +185,7 @@ class Watchdog(Callback):
             path.parent.mkdir(exist_ok=True)
             half = path.with_suffix(".half")
             half.write_text(json.dumps(asdict(mine)))
-            os.replace(half, path)  # whole for who reads it; what a power cut leaves of it is of no interest
+            os.replace(half, path)  # complete for readers; what a power cut leaves of it does not matter
 
     def _give_up(self, trainer: Trainer, folder: Path, others: "_Others", turn: int) -> None:
         assert self._stacks is not None
@@ -202,7 +202,7 @@ class Watchdog(Callback):
             self._tell(trainer, folder, turn + 1, gave_up=True, told=True)
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs == [] and trainer.local_rank != 0:
-            _wait_for_parent(self._last_words_s)  # Lightning kills its rank 0 when a rank it started ends
+            _wait_for_parent(self._last_words_s)  # Lightning kills its rank 0 when a rank that it started ends
         os._exit(HUNG)
 
 
@@ -236,7 +236,7 @@ class _Others:
         return any(told.told for told in self._last.values())
 
     def choose_speaker(self, timeout_s: float) -> bool:
-        """Whether this rank tells people: rank 0, or rank 1, which then reads all, where rank 0 is the silent one."""
+        """Whether this rank prints: rank 0, or if rank 0 is the silent one, rank 1, which then reads all."""
         if self._rank == 1 and self._silent(timeout_s):
             silent_s = self._heard_s[0]
             self._heard_s = {rank: silent_s if rank == 0 else time.monotonic() for rank in range(self._ranks)}

@@ -11,13 +11,13 @@ class Adaptation(Callback):
     adapters, everything else is frozen.
 
     It acts when the module is set up, before it is sharded, optimisers are built and a checkpoint is loaded, so all
-    three see the adapted module. The pretrained weights have to be in the module by then. What is made only in
+    three see the adapted module. The pretrained weights must be in the module by then. What is made only in
     `configure_model` cannot be matched.
 
     Args:
         spec: which adapter, with its settings.
         match: shell-style patterns of module names (`*` crosses dots).
-        train: patterns of parameters that train as a whole.
+        train: patterns of parameters that train completely.
         name: of the adapters; entries for different layers may share it.
     Raises: UserError at setup, see `lightspan.adapters.inject.adapt`.
     """
@@ -39,7 +39,7 @@ class Adaptation(Callback):
 
     @staticmethod
     def act(trainer: Trainer, module: LightningModule) -> None:
-        """What the callbacks of a trainer would do to a module, for commands that build a run and do not start it."""
+        """What the callbacks of a trainer would do to a module, for commands that build a run without starting it."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Adaptation):
                 callback.adapt(module)

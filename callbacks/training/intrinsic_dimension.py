@@ -15,33 +15,32 @@ from lightspan.errors import UserError
 from lightspan.optim.convert import hand_over
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import save_subspace
+from lightspan.run_files import SUBSPACE
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 from lightspan.wiring.optimizers import average_in_coordinates
 
-FILE = "subspace.safetensors"
-
 
 class IntrinsicDimension(Callback):
-    """Trainer(callbacks=[IntrinsicDimension(dim=750)]): the module's optimiser steps 750 numbers, and all its weights
+    """Trainer(callbacks=[IntrinsicDimension(dim=750)]): the module's optimiser updates 750 numbers, and all its weights
     follow (Li et al. 2018, arXiv 1804.08838; SAID with `layer_scales`, Aghajanyan et al. 2021, arXiv 2012.13255).
 
-    The optimiser is exchanged for `RandomSubspace` around one of its own class and settings, after Lightning has built
-    it and before a checkpoint is loaded into it; its schedulers go on. Rates have to be those of the coordinates, 10 to
-    100 times the usual ones. Weight decay pulls at the whole of the weights. Under DDP ranks exchange d numbers a step,
+    The optimiser is replaced by `RandomSubspace` around one of its own class and settings, after Lightning has built
+    it and before a checkpoint is loaded into it; its schedulers continue. Rates must suit the coordinates, 10 to
+    100 times the usual ones. Weight decay acts on the full weights. Under DDP ranks exchange d numbers per step,
     unless gradients are clipped or the module has buffers.
 
-    A checkpoint holds the coordinates, not the initial weights: a run is resumed with the module built as it was (same
-    seed or same pretrained weights), which is checked. When fitting ends the run as a seed and d numbers goes to
-    `path`, and `lightspan.optim.subspace_file.apply_subspace` makes its weights of it.
+    A checkpoint contains the coordinates, not the initial weights: a run is resumed with the same module (same
+    seed or same pretrained weights), which is checked. When fitting ends, the run is written as a seed and d numbers to
+    `path`, and `lightspan.optim.subspace_file.apply_subspace` makes its weights from it.
 
     Args:
         dim: d, layer scales included.
         projection, seed, per_tensor, layer_scales: see `lightspan.optim.random_subspace.RandomSubspace`.
-        path: of the file of d numbers; None puts it as subspace.safetensors into the Trainer's default_root_dir.
+        path: file for the d numbers; None means subspace.safetensors in the Trainer's default_root_dir.
     Raises: UserError when fitting starts, for several optimisers, for one that is a subspace already, under DeepSpeed.
     """
 
-    prepares_optimizers = True  # on_fit_start does nothing else, so that a plan may call it
+    prepares_optimizers = True  # on_fit_start does nothing else, so a plan may call it
 
     def __init__(
         self,
@@ -64,14 +63,14 @@ class IntrinsicDimension(Callback):
         self._start: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Most strategies load weights before they build optimisers, and no hook says beforehand whether they will.
+        # Most strategies load weights before they build optimisers, and no hook tells in advance whether they will.
         if stage == "fit" and not trainer.strategy.restore_checkpoint_after_setup:
             self._start = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise UserError(
-                "IntrinsicDimension writes whole parameters, and DeepSpeed's ZeRO lays them end to end on its ranks; "
+                "IntrinsicDimension writes whole parameters, but DeepSpeed's ZeRO divides them among its ranks; "
                 "train with --config scale/fsdp2 or scale/ddp"
             )
         if len(trainer.optimizers) != 1:
@@ -81,7 +80,7 @@ class IntrinsicDimension(Callback):
             )
         old = trainer.optimizers[0]
         if isinstance(old, RandomSubspace):
-            raise UserError("the module's optimiser is a RandomSubspace already; remove it or IntrinsicDimension")
+            raise UserError("the module's optimiser is already a RandomSubspace; remove it or IntrinsicDimension")
         start, self._start = self._start if trainer.ckpt_path else None, None
         new = to_random_subspace(old, pl_module, self.make, start)
         for config in trainer.lr_scheduler_configs:
@@ -94,7 +93,7 @@ class IntrinsicDimension(Callback):
         (optimizer,) = trainer.optimizers
         assert isinstance(optimizer, RandomSubspace)
         if trainer.is_global_zero:
-            save_subspace(optimizer, self.path or Path(trainer.default_root_dir) / FILE)
+            save_subspace(optimizer, self.path or Path(trainer.default_root_dir) / SUBSPACE)
 
 
 def to_random_subspace(
@@ -104,7 +103,7 @@ def to_random_subspace(
 
     Args:
         make: binds all of RandomSubspace but `params` and `inner`.
-        start: initial weights by name, where the module has moved on already.
+        start: initial weights by name, if the module has already been trained.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     first = optimizer.param_groups[0]

@@ -1,4 +1,4 @@
-"""CoDyRA's schedule: gates shrink along a ladder of thresholds, and a task's end writes what is left into the weights.
+"""CoDyRA's schedule: gates shrink along a ladder of thresholds, and a task's end merges what is left into the weights.
 
 Source: arXiv 2412.01004; the operators and the gated adapter are in `lightspan.adapters.codyra`.
 """
@@ -18,8 +18,8 @@ OPERATORS = {"soft": soft_threshold, "cut": shrink_then_cut}
 
 
 def threshold(step: int, steps: int, kappa_max: float, dense: float, levels: int) -> float:
-    """kappa after optimiser step `step` of `steps`: 0 for the share `dense` of them, then `levels` even rungs from 0 to
-    `kappa_max`, each as long as the others.
+    """kappa after optimiser step `step` of `steps`: 0 for the share `dense` of them, then `levels` even steps from 0 to
+    `kappa_max`, all equally long.
     """
     climbed = (step - dense * steps) / (steps - dense * steps)
     return kappa_max * min(max(int(climbed * levels), 0), levels - 1) / (levels - 1)
@@ -28,17 +28,17 @@ def threshold(step: int, steps: int, kappa_max: float, dense: float, levels: int
 class RankSelection(Callback):
     """Chooses ranks of `GatedLoRA` adapters while they train: one `fit` is one task.
 
-    After every optimiser step the gates take a proximal step, past the optimiser, whose moments do not know of it. At
-    the end, components whose gate is zero go, the others are written into the layers' weights, and the adapters start
-    anew for the next task; nothing else is stored.
+    After every optimiser step the gates take a proximal step outside the optimiser, whose moments do not see it. At
+    the end, components whose gate is zero are removed, the others are merged into the layers' weights, and the adapters
+    are reset for the next task; nothing else is stored.
 
     Args:
-        kappa_max: last threshold, >= 0, in units of a gate. It trades new against old: 500 steps at 0.005 take 0.6 off
-            every gate, more than half the gates drawn from N(0, 1) start with.
+        kappa_max: last threshold, >= 0, in units of a gate. It trades new against old: 500 steps at 0.005 take 0.6 from
+            every gate, more than half of the gates drawn from N(0, 1) start with.
         dense: share of the steps before any gate shrinks, in [0, 1).
-        levels: rungs of the ladder, >= 2.
+        levels: steps of the ladder, >= 2.
         operator: "soft" is the paper's; "cut" that of the authors' code, with a dead zone twice as wide.
-        merge: whether to write into the weights and start anew; otherwise the pruned adapters stay.
+        merge: whether to merge into the weights and reset; otherwise the pruned adapters stay.
         name: of the adapters.
     Attributes:
         ranks: components kept at the end of the last fit, by layer.
@@ -72,7 +72,7 @@ class RankSelection(Callback):
                 f"RankSelection finds no GatedLoRA adapter named {self.name!r} in {type(pl_module).__name__}; add "
                 "callbacks.adaptation with spec lightspan.adapters.codyra.GatedLoRA"
             )
-        for layer in self._gated(pl_module) if self.merge else ():  # found now, not when the run is over
+        for layer in self._gated(pl_module) if self.merge else ():  # found now, not at the end of the run
             adapted_layers(pl_module)[layer].require_mergeable([self.name])
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):

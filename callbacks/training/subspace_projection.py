@@ -19,14 +19,14 @@ class SubspaceProjection(Callback):
     """Trainer(callbacks=[SubspaceProjection(rank=64)]): the moments of matched matrices move into a subspace of rank
     64.
 
-    The optimisers are exchanged after Lightning has built them and before a checkpoint is loaded into them. They keep
-    their groups with every key, rates, betas and weight decay among them, and their schedulers go on. Accumulation
+    The optimisers are replaced after Lightning has built them and before a checkpoint is loaded into them. They keep
+    their groups with every key, such as rates, betas and weight decay, and their schedulers continue. Accumulation
     works as without the callback, and what the Trainer or the module's `configure_gradient_clipping` clips by norm is
     clipped inside the step.
 
-    Of several optimisers those are exchanged in which something is projected: `match=["gen.*"]` leaves a GAN's other
-    optimiser, of any class, as it is. Groups with a `project` of their own (those of `lightspan.optim.groups` have one)
-    are held to it; `match` chooses among what it allows.
+    Of several optimisers, those are replaced in which something is projected: `match=["gen.*"]` leaves a GAN's other
+    optimiser, of any class, as it is. Groups that have their own `project` (those of `lightspan.optim.groups` do)
+    obey it; `match` chooses among what it allows.
 
     Args:
         rank: dimension of the subspace, >= 1 and below the shorter side of at least one matched matrix.
@@ -37,7 +37,7 @@ class SubspaceProjection(Callback):
     of them, or a matched optimiser other than Adam and AdamW.
     """
 
-    prepares_optimizers = True  # on_fit_start does nothing else, so that a plan may call it
+    prepares_optimizers = True  # on_fit_start does nothing else, so a plan may call it
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Looking at a model in training without touching it.
+"""Looks at a model during training without changing it.
 
 Shapes: B rows of this rank's batch, D features, N rows of all ranks.
 """
@@ -18,7 +18,7 @@ from lightspan.errors import UserError
 
 @contextmanager
 def detached(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the mode of every submodule and all random states as before outside."""
+    """Evaluation mode without gradients inside; afterwards restores the modes of submodules and all random states."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         with torch.no_grad(), isolate_rng():
@@ -43,7 +43,7 @@ def features_of(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor
 
 
 def of_all_ranks(trainer: Trainer, columns: Sequence[Tensor], index_B: Tensor) -> list[Tensor]:
-    """Columns [B ...] of every rank put together [N ...], in the order of "index", each index once."""
+    """Columns [B ...] of all ranks joined to [N ...], in the order of "index", each index once."""
     index_N, *gathered = (
         torch.cat(gather_all_tensors(column.contiguous())) if trainer.world_size > 1 else column
         for column in (index_B, *columns)

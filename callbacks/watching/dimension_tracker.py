@@ -32,7 +32,7 @@ from lightspan.patterns import matches, require_matches
 
 MEASURES = ("effective_rank", "stable_rank", "top_energy")
 GRAM_NUMBERS = 2**25
-"""Most numbers in the Grams that are decomposed together: 256 MiB in float64."""
+"""The most numbers in Grams that are decomposed together: 256 MiB in float64."""
 
 Key = tuple[str, str]
 """("gradient" or "weight", name of the parameter)."""
@@ -48,23 +48,23 @@ class DimensionTracker(Callback):
       `rank` strongest directions): means over the parameters, and the same with /NAME for each.
     - spectrum/KIND/I: share of the energy in direction I, mean over the parameters.
 
-    With every validation, where the module has `features(batch)` -> [B D], of up to `samples` validation samples:
+    With every validation, if the module has `features(batch)` -> [B D], of up to `samples` validation samples:
     dimension/features_two_nn (`two_nn_fit`; NaN where features have collapsed or are not finite),
     dimension/features_participation_ratio of the centred features, and their spectrum/features/I. `lightspan report`
-    draws all of it.
+    plots all of it.
 
     Gradients are those that the optimiser gets, before the Trainer clips them, so under DDP they are the means over all
     ranks. Under FSDP2 the Grams [N N] of the ranks' rows are summed; no matrix is gathered. Grams are formed in
-    float64, the decomposition of one costs N^3, and figures leave the device in one transfer. Training is not touched:
-    weights, moments and random states are bit for bit what they would be without it.
+    float64, the decomposition of one costs N^3, and figures leave the device in one transfer. Training is not affected:
+    weights, moments and random states are bit for bit the same as without it.
 
     Args:
         every_n_steps: optimiser steps between two measurements, >= 1.
         match: shell-style patterns of parameter names; None for all.
         rank: of the share of energy, >= 1; the rank that you would give a low-rank optimiser.
         spectrum: leading values of each spectrum that are logged, >= 0.
-        samples: validation samples over all ranks, >= 0; at 0 features are left alone.
-    Raises: UserError when fitting starts, for a pattern without a match, and where no rank sees whole gradients:
+        samples: validation samples over all ranks, >= 0; 0 measures no features.
+    Raises: UserError when fitting starts, for a pattern without a match, and if no rank sees whole gradients:
     DeepSpeed, and LowRank with another backward than "whole".
     """
 
@@ -93,14 +93,14 @@ class DimensionTracker(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise UserError(
-                "DimensionTracker reads whole gradients, and DeepSpeed's ZeRO hands each rank a flat part of them; "
+                "DimensionTracker reads whole gradients, but DeepSpeed's ZeRO gives each rank a flat part of them; "
                 "train with --config scale/ddp or scale/fsdp2, or remove the callback"
             )
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LowRank) and optimizer.backward != "whole":
                 raise UserError(
-                    f"DimensionTracker reads whole gradients, and LowRank(backward={optimizer.backward!r}) keeps their "
-                    "coordinates alone; set backward='whole', or remove the callback"
+                    f"DimensionTracker reads whole gradients, but LowRank(backward={optimizer.backward!r}) keeps only "
+                    "their coordinates; set backward='whole', or remove the callback"
                 )
         names = [name for name, p in pl_module.named_parameters() if p.requires_grad and p.ndim > 1]
         require_matches(self.match, names, f"trained matrix of {type(pl_module).__name__}")
@@ -134,7 +134,7 @@ class DimensionTracker(Callback):
             features_BD = features_of(trainer, pl_module, batch)
         given = batch.get("index") if isinstance(batch, Mapping) else None
         count = torch.arange(rows, rows + len(features_BD), device=features_BD.device)
-        # Without an index every row is another sample: its number on this rank, among those of all ranks.
+        # Without an index every row is a different sample, numbered on this rank among those of all ranks.
         index_B = count * trainer.world_size + trainer.global_rank if given is None else given
         self._seen.append((features_BD, index_B))
 
@@ -186,13 +186,13 @@ class DimensionTracker(Callback):
                 gram_BNN = torch.stack([rows_mN.mT @ rows_mN for rows_mN in wide])
                 tables.append(self._table(gram_BNN if ranks is None else ranks.total(gram_BNN)))
                 keys += some
-        return dict(zip(keys, torch.cat(tables).tolist(), strict=True))  # one transfer, whatever the parameters
+        return dict(zip(keys, torch.cat(tables).tolist(), strict=True))  # one transfer for any number of parameters
 
     def _table(self, gram_BNN: Tensor) -> Tensor:
         values_BS = gram_singular_values(gram_BNN)
         measures = [effective_rank(values_BS), stable_rank(values_BS), leading_energy(values_BS, self.rank)]
         shares = energy_shares(values_BS)[:, : self.spectrum]
-        padded = nn.functional.pad(shares, (0, self.spectrum - shares.shape[1]))  # what is missing holds no energy
+        padded = nn.functional.pad(shares, (0, self.spectrum - shares.shape[1]))  # what is missing has no energy
         return torch.cat((torch.stack(measures, dim=1), padded), dim=1)
 
     def _of_features(self, features_ND: Tensor) -> tuple[dict[str, float], dict[str, float]]:
@@ -201,7 +201,7 @@ class DimensionTracker(Callback):
         values_S = gram_singular_values(centred_ND.mT @ centred_ND if tall else centred_ND @ centred_ND.mT)
         try:
             two_nn = two_nn_fit(features_ND).item()
-        except UserError:  # a run goes on with features that have collapsed; its figures say so
+        except UserError:  # a run continues with features that have collapsed; its figures show it
             two_nn = math.nan
         metrics = {"two_nn": two_nn, "participation_ratio": participation_ratio(values_S).item()}
         shares = energy_shares(values_S)[: self.spectrum].tolist()
@@ -212,6 +212,6 @@ class DimensionTracker(Callback):
 
 
 def _log(trainer: Trainer, values: dict[str, float], step: int) -> None:
-    """To the loggers alone: a figure for each matrix would drown the summary of a run."""
+    """Only to the loggers: a figure for each matrix would swamp the summary of a run."""
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)

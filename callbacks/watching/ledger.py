@@ -12,14 +12,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightspan.distributed import world_size
 from lightspan.files import write_atomic
 
-FORMAT = 1  # commands/ledger.py reads it, without the weight of this module
+FORMAT = 1  # runs/ledger.py reads it without the imports of this module
 
 
 @runtime_checkable
 class ExactOrder(Protocol):
-    """A loader that knows its place in one stream of samples. lightspan's training loaders are such."""
+    """A loader that knows its position in a stream of samples, such as lightspan's training loaders."""
 
-    consumed: int  # samples of the stream handed out so far, over all ranks
+    consumed: int  # samples of the stream returned so far, over all ranks
     round_samples: int  # of them in one micro-batch of all ranks
     replaced: list[Any]  # (damaged, by, reason) of each damaged sample met on this rank
 
@@ -32,13 +32,13 @@ class Ledger(Callback):
     """Writes `path`: {"format", "data", "ranges": [[epoch, first, last], ...], "replaced": [...]}.
 
     `data` describes the order (seed, sizes of its blocks, ...) and what was left out of it as unreadable. A range says
-    that the places [first, last) of that epoch's order were trained on. `replaced` names each damaged sample, the
-    sample that took its place, and the step. `lightspan ledger RUN` reads all this and draws the conclusions.
+    that positions [first, last) of that epoch's order were trained on. `replaced` names each damaged sample, the
+    sample that replaced it, and the step. `lightspan ledger RUN` reads and summarises this.
 
-    The ledger is a part of the checkpoint, so a resumed run forgets what the steps after its checkpoint consumed, which
-    is lost with them, and goes on. The file is written with every checkpoint and when training ends or fails; rank 0
-    writes. A run that replaces damaged samples logs their number as `data/replaced`. A loader that has no such order
-    leaves no ledger, and a warning.
+    The ledger is a part of the checkpoint, so a resumed run drops what the steps after its checkpoint consumed: their
+    effect is lost. The file is written with every checkpoint and when training ends or fails; rank 0
+    writes. A run that replaces damaged samples logs their number as `data/replaced`. A loader without such an order
+    gives a warning and no ledger.
 
     Args:
         path: the file, usually ${run}/ledger.json.
@@ -59,7 +59,7 @@ class Ledger(Callback):
         loader = trainer.train_dataloader
         if not isinstance(loader, ExactOrder):
             rank_zero_info(
-                f"no ledger is kept: a {type(loader).__name__} has no order of samples blind to ranks; take the loader "
+                f"no ledger is kept: a {type(loader).__name__} has no order independent of ranks; use the loader "
                 "from lightspan.datamodules.loading.ranks.train_loader"
             )
             return
@@ -69,8 +69,8 @@ class Ledger(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._loader is None:
             return
-        # Before the step, since a checkpoint may be written anywhere behind it. The last batch alone, and not all since
-        # training began: when that is, the loader need not stand at its place yet.
+        # Before the step, since a checkpoint may be written any time after it. Only the last batch, and not all since
+        # training began: at that moment the loader may not have its position yet.
         for span in self._loader.spans(self._loader.consumed - self._loader.round_samples, self._loader.consumed):
             self._add(*span)
         if not self._may_replace:
@@ -113,7 +113,7 @@ class Ledger(Callback):
 
 
 def _from_all_ranks(new: list[Any]) -> list[list[Any]]:
-    """`new` of every rank. Every rank must call it."""
+    """`new` from every rank. Every rank must call it."""
     if world_size() == 1:
         return [new]
     gathered: list[Any] = [None] * world_size()

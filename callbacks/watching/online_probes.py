@@ -1,4 +1,4 @@
-"""How good are the features by now? Answered while a model trains, without touching its training.
+"""How good are the features so far? Measured while a model trains, without affecting its training.
 
 Shapes: N bank rows, M validation rows, D features.
 """
@@ -25,12 +25,12 @@ class OnlineProbes(Callback):
     samples, no augmentation) and scored on the validation samples; the effective rank is that of the centred
     validation features, in [1, min(M - 1, D)].
 
-    Detached: features are taken in evaluation mode without gradients, from loaders of its own; the mode of every
-    submodule and the state of every random generator are put back. Weights, buffers and optimiser are bit for bit what
+    Detached: features are taken in evaluation mode without gradients, from its own loaders; the mode of every
+    submodule and the state of every random generator are restored. Weights, buffers and optimiser are bit for bit what
     they would be without it.
 
-    With several ranks each encodes the samples its loaders give it; features are then gathered, put in the order of
-    "index" and freed of repeats, so all ranks log the same numbers, those of one rank. The weights must be whole on
+    With several ranks, each encodes the samples of its loaders; features are then gathered, put in the order of
+    "index" without repeats, so all ranks log the same numbers as a single rank would. The weights must be whole on
     every rank (one device, DDP). `lightspan validate` logs the same.
 
     Args:
@@ -55,7 +55,7 @@ class OnlineProbes(Callback):
             raise UserError(f"knn_k={knn_k}: a vote needs at least 1 neighbour")
         if every_n_epochs < 1:
             raise UserError(
-                f"every_n_epochs={every_n_epochs} must be at least 1; to switch the probes off set them to null"
+                f"every_n_epochs={every_n_epochs} must be at least 1; to switch the probes off, set them to null"
             )
         self.knn_k, self.knn_temperature = knn_k, knn_temperature
         self.linear, self.linear_l2 = linear, linear_l2
@@ -70,13 +70,13 @@ class OnlineProbes(Callback):
         for name in ("bank_dataloader", "val_dataloader"):
             if not callable(getattr(trainer.datamodule, name, None)):  # type: ignore[attr-defined]
                 raise UserError(
-                    f"OnlineProbes reads {name}() of the datamodule, and "
+                    f"OnlineProbes reads {name}() of the datamodule, but "
                     f"{type(trainer.datamodule).__name__ if trainer.datamodule else 'this run'} has none; "  # type: ignore[attr-defined]
                     "train with a datamodule that has it, or remove the callback"
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # One batch of each before the first step, so that what cannot work fails now and not an epoch later.
+        # One batch of each before the first step, so that what cannot work fails now and not after an epoch.
         with detached(pl_module):
             for name in ("bank_dataloader", "val_dataloader"):
                 loader, encoded = getattr(trainer.datamodule, name)(), False  # type: ignore[attr-defined]
@@ -123,7 +123,7 @@ def _encoded(
         features_BD = features_of(trainer, module, batch)
         missing = [name for name in ("label", "index") if name not in batch]
         if missing:
-            raise UserError(f"a batch for the probes has no {' and no '.join(missing)}: it holds {sorted(batch)}")
+            raise UserError(f"a batch for the probes has no {' and no '.join(missing)}: it contains {sorted(batch)}")
         yield features_BD, batch["label"], batch["index"]
 
 

@@ -1,4 +1,4 @@
-"""What a generative model draws by now, as one picture beside the run's figures."""
+"""What a generative model draws so far, as one picture beside the run's figures."""
 
 from pathlib import Path
 
@@ -13,22 +13,22 @@ from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.strategies import gathered
 
-MOST_VALUES = 2**20  # that quantiles are taken of: torch sorts no more than 2^24
+MOST_VALUES = 2**20  # for quantiles: torch sorts no more than 2^24
 
 
 class PictureSamples(Callback):
-    """Writes a grid of drawn images, a column a class, to FOLDER/samples-STEP.png every few epochs and in the end.
+    """Writes a grid of drawn images, one column per class, to FOLDER/samples-STEP.png every few epochs and at the end.
 
     For modules with `sample(label, shape, steps=..., eta=..., guidance=..., seed=..., clip=...)` -> [B C H W], such as
     `DenoisingDiffusion`, and 1 or 3 channels. Data modules with `bounds`, such as `ImageData`, say what is black and
-    what is white: images are clipped to it as they are drawn, and shown by it. Training goes on as without it.
+    what is white: images are clipped to this range while drawn, and shown in it. Training continues as without it.
 
     Args:
         folder: where the pictures go.
         shape: C H W of an image.
         classes: one column each.
         rows: images of each class, >= 1.
-        every_n_epochs: 0 draws at the end alone.
+        every_n_epochs: 0 draws only at the end.
         steps, eta, guidance, seed: as the module's `sample` takes them.
     """
 
@@ -48,7 +48,7 @@ class PictureSamples(Callback):
     ) -> None:
         if not classes or rows < 1 or every_n_epochs < 0 or shape[0] not in (1, 3):
             raise UserError(
-                f"PictureSamples needs a class or more, rows={rows} of at least 1, every_n_epochs={every_n_epochs} of "
+                f"PictureSamples needs at least one class, rows={rows} at least 1, every_n_epochs={every_n_epochs} "
                 f"at least 0, and 1 or 3 channels in shape={list(shape)}"
             )
         self.folder, self.shape, self.classes, self.rows = Path(folder), shape, classes, rows
@@ -67,7 +67,7 @@ class PictureSamples(Callback):
         self.draw(trainer, pl_module)
 
     def draw(self, trainer: Trainer, module: LightningModule) -> None:
-        # Before other ranks are sent away: the blocks of a sharded model are gathered by all of them.
+        # Before other ranks return: the blocks of a sharded model are gathered by all ranks.
         label_B = torch.tensor(self.classes * self.rows, device=module.device)
         bounds = getattr(getattr(trainer, "datamodule", None), "bounds", None)
         with gathered(module), detached(module):
@@ -82,17 +82,17 @@ class PictureSamples(Callback):
             )
         if trainer.is_global_zero:
             shown_BCHW = images_BCHW.float().cpu()
-            # Without bounds: a pixel gone astray would leave the rest of the picture grey.
+            # Without bounds: a single extreme pixel would leave the rest of the picture grey.
             black, white = bounds or quantiles(shown_BCHW, [0.005, 0.995])
             shown_BCHW = ((shown_BCHW - black) / (white - black).clamp_min(1e-5)).clamp(0, 1)
-            shown_BCHW = shown_BCHW.nan_to_num()  # what has no value is black
+            shown_BCHW = shown_BCHW.nan_to_num()  # NaN is black
             grid_CHW = make_grid(shown_BCHW, nrow=len(self.classes), pad_value=0.5)
             content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
             write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)
 
 
 def quantiles(values: Tensor, at: list[float]) -> Tensor:
-    """Of the values that are finite, 0 without any; of evenly spaced ones where there are more than torch can sort."""
+    """Of the finite values, 0 if there are none; of evenly spaced ones if there are more than torch can sort."""
     finite = values[values.isfinite()]
     if not len(finite):
         return torch.zeros(len(at))

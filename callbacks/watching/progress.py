@@ -1,4 +1,4 @@
-"""A calm console: one bar for training where the output is a terminal, one line for every validation everywhere."""
+"""A calm console: a bar for training if the output is a terminal, and always one line for every validation."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 class ProgressLine(TQDMProgressBar):
-    """Prints `step 100  12 s  val/loss_nats 1.93` after every validation; the bar vanishes when training ends.
+    """Prints `step 100  12 s  val/loss_nats 1.93` after every validation; the bar disappears when training ends.
 
     Args:
         refresh_rate: training batches between two redraws of the bar, >= 1.

@@ -1,4 +1,4 @@
-"""summary.json: what a run reached and what it cost, in one flat file, and the same as a table at the end."""
+"""summary.json: what a run reached and what it cost, in one flat file, and as a table at the end."""
 
 import json
 import statistics
@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lightspan.analysis.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
 from lightspan.files import write_atomic
 from lightspan.loggers.jsonl import plain_number
+from lightspan.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
 
 WARM_UP_STEPS = 5
 
@@ -143,7 +143,7 @@ class StepTimer:
                 self._read_first()
 
     def median_ms(self) -> float | None:
-        """Median over the steps after the first WARM_UP_STEPS, over all where there are no more; None without steps."""
+        """Median over the steps after the first WARM_UP_STEPS, over all if there are no more; None without steps."""
         if self._unread:
             torch.cuda.synchronize()
         while self._unread:
@@ -166,7 +166,7 @@ class StepTimer:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The summary as two columns, numbers shortened to what one compares."""
+    """The summary as two columns, numbers shortened to the digits that matter."""
     table = Table("", "", show_header=False)
     for name, value in summary.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))

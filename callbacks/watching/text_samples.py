@@ -1,4 +1,4 @@
-"""What a language model writes by now, kept beside the run's figures and shown in its report."""
+"""What a language model writes so far, kept beside the run's figures and shown in its report."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from lightspan.strategies import gathered
 class TextSamples(Callback):
     """Lets a byte-level model continue a prompt when training ends, and appends {"step", "text"} to samples.jsonl.
 
-    For modules whose `backbone(input_ids=int64 [1 T])` returns `logits` [1 T 256]. Drawn from a generator of its own on
-    the first rank, so that training goes on as without it.
+    For modules whose `backbone(input_ids=int64 [1 T])` returns `logits` [1 T 256]. Drawn with its own generator on
+    the first rank, so that training continues as without it.
 
     Args:
         path: the file that lines are appended to.
-        prompt: text to go on from, not empty.
+        prompt: text to continue, not empty.
         length: bytes to write, >= 1.
         temperature: > 0; below 1 prefers likely bytes.
         context: bytes the model reads at once.
@@ -46,7 +46,7 @@ class TextSamples(Callback):
         self.temperature, self.context, self.seed = temperature, context, seed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Before other ranks are sent away: the blocks of a sharded model are gathered by all of them.
+        # Before other ranks return: the blocks of a sharded model are gathered by all ranks.
         with gathered(pl_module):
             text = self.write(pl_module)
         if not trainer.is_global_zero:
@@ -57,7 +57,7 @@ class TextSamples(Callback):
             file.write(line + "\n")
 
     def write(self, module: LightningModule) -> str:
-        """The prompt and its continuation; bytes that are no text come out as replacement characters. It ends where
+        """The prompt and its continuation; bytes that are not text become replacement characters. It ends where
         the network's logits are not finite.
         """
         generator = torch.Generator().manual_seed(self.seed)
@@ -65,7 +65,7 @@ class TextSamples(Callback):
         with detached(module):
             for _ in range(self.length):
                 output = module.backbone(input_ids=tokens_1T[:, -self.context :])  # type: ignore[operator]
-                logits_V = output.logits[0, -1, :256].float().cpu()  # a padded head knows more than bytes
+                logits_V = output.logits[0, -1, :256].float().cpu()  # a padded head has more outputs than bytes
                 if not logits_V.max().isfinite():
                     break  # a network that has diverged writes nothing
                 probabilities_V = ((logits_V - logits_V.max()) / self.temperature).softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""How fast a run goes and how much memory it holds, measured over windows of steps."""
+"""How fast a run is and how much memory it uses, measured over windows of steps."""
 
 import time
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightspan.analysis.memory import MIB, rss_bytes
 from lightspan.errors import UserError
+from lightspan.memory import MIB, rss_bytes
 
 
 class Throughput(Callback):
     """Logs throughput/samples_per_s, throughput/tokens_per_s, memory/rss_mib and, on CUDA, memory/device_peak_mib.
 
-    A line of their own at the end of each window, which is where the number of steps is a multiple of `every_n_steps`,
+    They form a separate line at the end of each window, when the number of steps is a multiple of `every_n_steps`,
     also in a resumed run. Samples and tokens are counted over all ranks (every rank counted as busy as this one);
-    tokens only where the batch is a mapping with "tokens" [B T+1], of which T are predicted. Time is wall time, waiting
-    for data and writing checkpoints included, validation excluded. The device is waited for once a window, never in
+    tokens only if the batch is a mapping with "tokens" [B T+1], of which T are predicted. Time is wall time, waiting
+    for data and writing checkpoints included, validation excluded. It waits for the device once per window, never in
     between.
 
     Args:
@@ -57,7 +57,7 @@ class Throughput(Callback):
             metrics["throughput/tokens_per_s"] = self._tokens / seconds
         if on_cuda:
             metrics["memory/device_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
-        # Not by `log`, which would repeat the figures in the lines of all steps until the next ones.
+        # Not with `log`, which would repeat the figures in the lines of all steps until the next ones.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,4 +1,4 @@
-"""Some classes of an image set as a set of their own: one task of several."""
+"""Some classes of an image set as a separate set: one task of several."""
 
 import numpy as np
 
@@ -11,10 +11,10 @@ class ClassSubset(ImageData):
     """The images of `source` whose label is in `classes`. Labels stay as they are, so tasks can share one table.
 
     Args:
-        source: the whole set; of its settings those count that say which images it has.
+        source: the whole set; only its settings that determine which images it has are used.
         classes: labels to keep, each in [0, source.num_classes).
         batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`; the images are standardised with
-            moments of their own.
+            their own moments.
     """
 
     def __init__(

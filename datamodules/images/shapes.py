@@ -1,6 +1,6 @@
-"""Pictures of ten shapes, drawn on the spot: known classes without a file.
+"""Pictures of ten shapes, drawn on the fly: known classes without a file.
 
-Shapes: N images, S pixels a side.
+Shapes: N images, S pixels per side.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from lightspan.errors import UserError
 
 SIDE = 28
 
-# Inside a shape its function is above 0, and falls with slope 1 or so across the outline; u, v in units of its radius.
+# A shape's function is above 0 inside it, and falls with slope about 1 across the outline; u, v in units of its radius.
 _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "disc": lambda u, v: 0.9 - np.hypot(u, v),
     "ring": lambda u, v: 0.2 - np.abs(np.hypot(u, v) - 0.75),
@@ -35,12 +35,12 @@ def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) ->
 
 
 def draw(labels: np.ndarray, noise: float, generator: np.random.Generator, variety: float = 1.0) -> np.ndarray:
-    """One picture a label, uint8 [N, S, S]: place, size, angle, brightness of shape and ground, and grain are random.
+    """One picture per label, uint8 [N, S, S]: place, size, angle, brightness of shape and ground, and grain are random.
 
     Args:
         labels: int64 [N], each in [0, 10), see `NAMES`.
         noise: standard deviation of each pixel's grain, where white is 1.
-        variety: how much of their ranges place, size and angle take: at 0 shapes are central, of one size, and upright.
+        variety: how much of their ranges place, size and angle use: at 0 shapes are central, of one size, and upright.
     """
     radius, angle, light, dark = (
         generator.uniform(least, most, len(labels))
@@ -77,12 +77,12 @@ def cover(names: Sequence[str], centre: np.ndarray, radius: np.ndarray, angle: n
 
 
 class Shapes(ImageData):
-    """Ten shapes (`NAMES`), 28 x 28 grey, as many of each.
+    """Ten shapes (`NAMES`), 28 x 28 grey, equally many of each.
 
     Args:
         size: training images; a quarter as many are drawn for testing, from another stream.
         noise, variety: as in `draw`; noise >= 0, variety in [0, 1].
-        draw_seed: of the pictures. `seed` is that of their order.
+        draw_seed: seed of the pictures. `seed` is that of their order.
         batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
     """
 
@@ -106,7 +106,7 @@ class Shapes(ImageData):
         if size < 4 * len(NAMES) or noise < 0 or draw_seed < 0 or not 0 <= variety <= 1:
             raise UserError(
                 f"size={size} must be at least {4 * len(NAMES)}, noise={noise} and draw_seed={draw_seed} at least 0, "
-                f"and variety={variety} lie in [0, 1]"
+                f"and variety={variety} in [0, 1]"
             )
         self.size, self.noise, self.draw_seed, self.variety = size, noise, draw_seed, variety
 

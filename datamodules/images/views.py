@@ -1,6 +1,6 @@
-"""Views: random pictures of one picture, for methods that learn from agreement between them.
+"""Views: random variants of a picture, for methods that learn from agreement between them.
 
-A view draws from torch's global CPU generator alone; `seeded` lends it that generator, so a view is a function of its
+A view draws only from torch's global CPU generator; `seeded` seeds that for it, so a view is a function of its
 seed.
 Shapes: C H W image.
 """
@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lightspan.errors import UserError
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run with torch's global CPU generator at `seed`, and put it back as it was. Other devices are not touched."""
+    """Run with torch's global CPU generator at `seed`, and restore it. Other devices are not touched."""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -39,7 +40,7 @@ class Views(ABC):
 
 
 class Plain(Views):
-    """The image itself, `count` times over: the control of every method that works with views."""
+    """The image itself, `count` times: the control for every method that works with views."""
 
     def __init__(self, count: int = 2) -> None:
         if count < 1:
@@ -50,28 +51,53 @@ class Plain(Views):
         return [_unit_float(image)] * self.count
 
 
-class TwoViews(Views):
-    """Two independent views of the image's own size: crop, turn, mirror, colour jitter, grey, blur, in this order.
+class MultiCrop(Views):
+    """The views of several others, one after the other (Caron et al., "SwAV", 2020, arXiv 2006.09882, section 3.3).
+
+    Large crops of most of the image come first by convention, then smaller crops of less of it: methods that tell
+    global from local views go by the order.
+
+    Args:
+        parts: for instance a `RandomViews` of two views of 224 pixels and one of eight views of 96.
+    """
+
+    def __init__(self, parts: list[Views]) -> None:
+        if not parts:
+            raise UserError("MultiCrop parts is an empty list; give at least one kind of views")
+        self.parts = parts
+
+    def __call__(self, image: Tensor) -> list[Tensor]:
+        return [view for part in self.parts for view in part(image)]
+
+
+class RandomViews(Views):
+    """Independent views: crop, turn, mirror, colour jitter, grey, blur, solarise, grain, in this order.
 
     The defaults suit small grey pictures of things without a reading direction (28 x 28 clothes). For digits and
     letters set flip=0. For colour photographs set saturation, hue, grey and blur as well.
 
     Args:
+        count: views of an image, at least 1.
+        size: sides of a view in pixels; None keeps the image's own height and width.
         scale: share of the image's area that a crop keeps, least and most, each in (0, 1].
-        ratio: width by height of a crop relative to the image's own, least and most, > 0; uniform in the logarithm.
-        degrees: turn by an angle uniform in [-degrees, degrees]; black moves in at the corners.
+        ratio: width over height of a crop relative to the image's own, least and most, > 0; uniform in the logarithm.
+        degrees: rotate by an angle uniform in [-degrees, degrees]; corners become black.
         flip: probability of a left-right mirror.
-        brightness, contrast, saturation: x in [0, 1], a factor uniform in [1 - x, 1 + x]; saturation acts on colour
-            alone.
-        hue: shift uniform in [-hue, hue] turns of the colour circle, at most 0.5; acts on colour alone.
+        brightness, contrast, saturation: x in [0, 1], a factor uniform in [1 - x, 1 + x]; saturation affects only
+            colour images.
+        hue: shift uniform in [-hue, hue] turns of the colour circle, at most 0.5; affects only colour images.
         jitter: probability that brightness, contrast, saturation and hue change at all.
         grey: probability that a colour image loses its colour.
         blur: probability of a Gaussian blur.
         blur_sigma: its standard deviation in pixels, least and most, > 0.
+        solarise: probability that what is brighter than half is inverted.
+        grain: standard deviation of Gaussian noise on each pixel, >= 0, where white is 1.
     """
 
     def __init__(
         self,
+        count: int = 2,
+        size: int | None = None,
         scale: tuple[float, float] = (0.3, 1.0),
         ratio: tuple[float, float] = (0.75, 4 / 3),
         degrees: float = 0.0,
@@ -84,10 +110,15 @@ class TwoViews(Views):
         grey: float = 0.0,
         blur: float = 0.0,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
+        solarise: float = 0.0,
+        grain: float = 0.0,
     ) -> None:
-        _check_range("scale", scale, 1.0)
-        _check_range("ratio", ratio, math.inf)
-        _check_range("blur_sigma", blur_sigma, math.inf)
+        kind = type(self).__name__
+        if count < 1 or (size is not None and size < 1):
+            raise UserError(f"{kind} count={count} views of size={size} pixels: each must be at least 1")
+        _check_range(kind, "scale", scale, 1.0)
+        _check_range(kind, "ratio", ratio, math.inf)
+        _check_range(kind, "blur_sigma", blur_sigma, math.inf)
         for name, value, most in (
             ("degrees", degrees, 180.0),
             ("flip", flip, 1.0),
@@ -98,16 +129,20 @@ class TwoViews(Views):
             ("jitter", jitter, 1.0),
             ("grey", grey, 1.0),
             ("blur", blur, 1.0),
+            ("solarise", solarise, 1.0),
+            ("grain", grain, math.inf),
         ):
             if not 0 <= value <= most:
-                raise UserError(f"TwoViews {name}={value} is outside [0, {most:g}]")
+                raise UserError(f"{kind} {name}={value} is outside [0, {most:g}]")
+        self.count, self.size = count, size
         self.scale, self.ratio, self.degrees, self.flip = scale, ratio, degrees, flip
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.jitter, self.grey, self.blur, self.blur_sigma = jitter, grey, blur, blur_sigma
+        self.solarise, self.grain = solarise, grain
 
     def __call__(self, image: Tensor) -> list[Tensor]:
         image = _unit_float(image)
-        return [self._view(image), self._view(image)]
+        return [self._view(image) for _ in range(self.count)]
 
     def _view(self, image: Tensor) -> Tensor:
         # All numbers are drawn at once, used or not, so that one setting does not shift the draws of the others.
@@ -115,8 +150,10 @@ class TwoViews(Views):
             torch.rand(14).tolist()
         )
         _, height, width = image.shape
-        top, left, h, w = _crop_box(height, width, _between(area, *self.scale), _log_between(shape, *self.ratio), y, x)
-        view = F.resized_crop_image(image, top, left, h, w, [height, width], antialias=True)
+        box = _crop_box(height, width, _between(area, *self.scale), _log_between(shape, *self.ratio), y, x)
+        if self.size is not None:
+            height = width = self.size
+        view = F.resized_crop_image(image, *box, [height, width], antialias=True)
         if self.degrees:
             view = F.rotate_image(view, _between(angle, -self.degrees, self.degrees), F.InterpolationMode.BILINEAR)
         if mirrored < self.flip:
@@ -138,7 +175,19 @@ class TwoViews(Views):
             # Two deviations each way, but no further than the mirrored border reaches.
             radius = min(math.ceil(2 * deviation), height - 1, width - 1)
             view = F.gaussian_blur_image(view, [2 * radius + 1] * 2, [deviation] * 2)
+        # These draw beside the numbers above, so that views without them are what they were before there were any.
+        if self.solarise and float(torch.rand(())) < self.solarise:
+            view = F.solarize_image(view, 0.5)
+        if self.grain:
+            view = view + self.grain * torch.randn_like(view)
         return view.clamp(0, 1)  # turning and blurring round a little past the ends
+
+
+class TwoViews(RandomViews):
+    """Two `RandomViews` of the image's own size; `settings` are the others of that class."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(count=2, size=None, **settings)
 
 
 def _unit_float(image: Tensor) -> Tensor:
@@ -158,16 +207,16 @@ def _factor(draw: float, strength: float) -> float:
 
 
 def _crop_box(height: int, width: int, area: float, ratio: float, y: float, x: float) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels of a crop with this share of the area and this relative width by height.
+    """(top, left, height, width) in pixels of a crop with this share of the area and this relative width over height.
 
-    A side that would pass the image's is cut to it. `y` and `x` in [0, 1) place the crop.
+    A side that would exceed the image's is limited to it. `y` and `x` in [0, 1) place the crop.
     """
     h = min(height, max(1, round(height * math.sqrt(area / ratio))))
     w = min(width, max(1, round(width * math.sqrt(area * ratio))))
     return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
 
 
-def _check_range(name: str, bounds: tuple[float, float], most: float) -> None:
+def _check_range(kind: str, name: str, bounds: tuple[float, float], most: float) -> None:
     if not 0 < bounds[0] <= bounds[1] <= most:
         limit = "" if most == math.inf else f" <= {most:g}"
-        raise UserError(f"TwoViews {name}={list(bounds)} must be two numbers with 0 < least <= most{limit}")
+        raise UserError(f"{kind} {name}={list(bounds)} must be two numbers with 0 < least <= most{limit}")

@@ -1,7 +1,7 @@
 """Loaders whose order of samples is exact: the same on any number of ranks and workers, and after a resume.
 
 Why not torch's DataLoader alone: Lightning replaces its sampler by a padded, rank-strided one, and neither knows where
-in an epoch it stands. Lightning leaves a loader of our own alone, and saves its `state_dict` with the loops.
+in an epoch it is. Lightning does not touch a loader of our own, and saves its `state_dict` with the loops.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,28 +19,28 @@ def _keys(indices: np.ndarray, seeds: np.ndarray) -> list[Key]:
 
 
 class ExactLoader:
-    """Training batches: shuffled anew each epoch, resumable at any batch, one stream of samples on any number of ranks.
+    """Training batches: reshuffled each epoch, resumable at any batch, one stream of samples on any number of ranks.
 
-    An optimiser step consumes `batch_size` consecutive samples of the epoch's order; they are cut first into
+    An optimiser step consumes `batch_size` consecutive samples of the epoch's order; they are divided first into
     `accumulate` parts, then into ranks, so the union over ranks is what one rank would see. What happens to the tail of
-    an epoch that does not fill a batch, the order says. All ranks take the same number of batches. The position counts
-    samples of batches handed out, never those that workers have fetched ahead, and says nothing of ranks or workers.
+    an epoch that does not fill a batch depends on the order. All ranks get equally many batches. The position counts
+    samples of returned batches, never those that workers have prefetched, and does not depend on ranks or workers.
 
     Attributes:
-        consumed: samples handed out since the first epoch began, over all ranks together.
+        consumed: samples returned since the first epoch began, over all ranks together.
         round_samples: samples that all ranks together consume for one micro-batch each.
-        replaced: damaged samples in the batches handed out on this rank since the loader was made.
+        replaced: damaged samples in the batches returned on this rank since the loader was made.
 
     Args:
         dataset: the samples.
         batch_size: samples of one optimiser step over all ranks; at least 1, at most len(dataset).
-        seed: of the order and of the per-sample randomness; >= 0.
+        seed: seed of the order and of the per-sample randomness; >= 0.
         rank, world_size: this rank among those that see different data.
         accumulate: micro-batches of one optimiser step on one rank.
         num_workers: processes that fetch; 0 fetches in this process. Batches are bit-equal for any number.
         limit_batches: Trainer(limit_train_batches=...): the epoch ends there. A count, or a fraction of the epoch.
-        pin_memory: hand out batches in page-locked memory.
-        order: of the samples; None mixes them all and drops the tail.
+        pin_memory: return batches in page-locked memory.
+        order: order of the samples; None mixes them all and drops the tail.
 
     Raises: UserError for a batch size that does not divide or leaves no full batch.
     """
@@ -85,7 +85,7 @@ class ExactLoader:
         return len(self.dataset) // self.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the current epoch; the next epoch where the current one is finished."""
+        """The rest of the current epoch; the next epoch if the current one is finished."""
         if not self._between_epochs:
             return
         consumed = self.consumed
@@ -117,7 +117,7 @@ class ExactLoader:
             yield keys
 
     def description(self) -> dict[str, Any]:
-        """What the whole stream of samples follows from, in JSON's types: with it, a position can be looked up."""
+        """What determines the whole stream of samples, in JSON's types: with it, a position can be looked up."""
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -130,7 +130,7 @@ class ExactLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: `samples` consumed of `epoch` by all ranks together, and what it can be resumed with."""
+        """The position: `samples` consumed of `epoch` by all ranks together, and what is needed to resume it."""
         epoch = max(self.consumed - 1, 0) // max(self._epoch_samples, 1)
         state = {
             "epoch": epoch,
@@ -145,7 +145,7 @@ class ExactLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a position, on any number of ranks and workers.
 
-        Raises: UserError where the order is not the one that was saved, or is cut into another number of micro-batches:
+        Raises: UserError if the order is not the one that was saved, or is cut into another number of micro-batches:
             Lightning's own progress counts those.
         """
         here = self.state_dict()
@@ -159,7 +159,7 @@ class ExactLoader:
         ):
             if state_dict.get(name) != here.get(name):
                 raise UserError(
-                    f"the checkpoint has data {name} {state_dict.get(name)}, this run has {here.get(name)}, so "
+                    f"the checkpoint has data {name} {state_dict.get(name)}, but this run has {here.get(name)}, so "
                     f"it cannot continue with the next sample; restore {setting}, or start a new run"
                 )
         # An epoch that is now limited to fewer samples has ended.
@@ -169,10 +169,10 @@ class ExactLoader:
 class EvaluationLoader:
     """Every sample exactly once over all ranks, in order: rank r takes samples r, r + world_size, ...
 
-    All ranks take the same number of batches, none of them empty, since a rank that went ahead would leave the others
+    All ranks get the same number of batches, none of them empty, since a rank that ran ahead would leave the others
     waiting in the next collective: of a sharded model's forward pass, of a loss or of a metric. Nothing is padded, so
-    means over samples are exact; where samples do not divide evenly, last batches are smaller than `batch_size`. Only
-    batches of one sample, which cannot be cut, become batches of two there. Each pass is the same; there is no
+    means over samples are exact; if samples do not divide evenly, last batches are smaller than `batch_size`. Only
+    batches of one sample, which cannot be divided, become batches of two there. Each pass is the same; there is no
     position.
 
     Args:
@@ -206,7 +206,7 @@ class EvaluationLoader:
                 "trainer.limit_val_batches=0 to skip validation"
             )
         self.indices = chosen[rank::world_size]
-        fewest, most = len(chosen) // world_size, -(-len(chosen) // world_size)  # samples of a rank
+        fewest, most = len(chosen) // world_size, -(-len(chosen) // world_size)  # samples per rank
         self._length = min(-(-most // batch_size), fewest)
 
     def __len__(self) -> int:
@@ -221,14 +221,14 @@ class EvaluationLoader:
         start = 0
         for left in range(self._length, 0, -1):
             samples = len(self.indices) - start
-            # Full batches first, as long as each of those to come keeps a sample.
+            # Full batches first, as long as each remaining batch keeps a sample.
             size = min(max(self.batch_size, -(-samples // left)), samples - left + 1)
             yield _keys(self.indices[start : start + size], seeds)
             start += size
 
 
 def split_batch(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Samples of one micro-batch on one rank. Raises: UserError where `batch_size` does not divide."""
+    """Samples of one micro-batch on one rank. Raises: UserError if `batch_size` does not divide evenly."""
     parts = world_size * accumulate
     if batch_size < 1 or batch_size % parts:
         raise UserError(

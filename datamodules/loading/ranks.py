@@ -1,4 +1,4 @@
-"""What a rank loads: its part of each batch follows from the trainer alone, without one from the process group."""
+"""What a rank loads: its part of each batch follows from the trainer or, without one, from the process group."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ def say(line: str) -> None:
 
 
 def data_rank(trainer: Trainer | None) -> tuple[int, int]:
-    """(rank, world_size) among the ranks that see different data; without a trainer those of the process group."""
+    """(rank, world_size) among the ranks that see different data; without a trainer, from the process group."""
     if trainer is None:
         return rank(), world_size()
-    # A strategy that also splits the model has fewer data ranks than processes, and says so here.
+    # A strategy that also splits the model has fewer data ranks than processes; it tells their number here.
     replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
     return replicas["rank"], replicas["num_replicas"]
 
@@ -30,7 +30,7 @@ def data_rank(trainer: Trainer | None) -> tuple[int, int]:
 def micro_batch_size(batch_size: int, trainer: Trainer | None) -> int:
     """Samples of one forward pass on one rank: batch_size / (data ranks * accumulate_grad_batches).
 
-    Raises: UserError where it does not divide.
+    Raises: UserError if it does not divide evenly.
     """
     return split_batch(batch_size, data_rank(trainer)[1], trainer.accumulate_grad_batches if trainer else 1)
 
@@ -49,8 +49,8 @@ def train_loader(
         return ExactLoader(dataset, batch_size, seed, own, ranks, num_workers=num_workers, order=order)
     if overfit := trainer.overfit_batches:  # type: ignore[attr-defined]  # a connector of the trainer sets it
         raise UserError(
-            f"trainer.overfit_batches={overfit} would see other samples each epoch, since the order is "
-            "drawn anew; give a small set of data instead, or use trainer.limit_train_batches"
+            f"trainer.overfit_batches={overfit} would see other samples in each epoch, since the order is "
+            "reshuffled; use a small data set instead, or use trainer.limit_train_batches"
         )
     return ExactLoader(
         dataset,
@@ -81,5 +81,5 @@ def evaluation_loader(
 
 
 def pins_memory(trainer: Trainer | None) -> bool:
-    """Whether batches should lie in page-locked memory, from which copies to a GPU are fastest."""
+    """Whether batches should be in page-locked memory, from which copies to a GPU are fastest."""
     return trainer is not None and trainer.strategy.root_device.type == "cuda"

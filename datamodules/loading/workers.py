@@ -1,4 +1,4 @@
-"""Samples on their way from a dataset into batches: fetched here or in worker processes, and never reordered."""
+"""Fetches samples from a dataset into batches, in this process or in workers, without reordering them."""
 
 import multiprocessing.connection
 import multiprocessing.util
@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, default_collate
 from lightspan.errors import UserError
 
 Key = tuple[int, int]  # (index, seed) of one sample
-DYING_S = 1.0  # from a connection that breaks to the end of the process that broke it
+DYING_S = 1.0  # a process may take this long to end after it broke its connection
 MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unreadable
 
 
 class Dataset(Protocol):
-    """Samples by number. `sample` must be a pure function of its arguments: that is what makes runs repeatable.
+    """Samples by number. `sample` must be a pure function of its arguments: this makes runs repeatable.
 
     `seed`, in [0, 2**63), is all the randomness a sample may use (augmentation, masking).
     """
@@ -37,7 +37,7 @@ class Damaged(Exception):
 
 
 class Replacement(NamedTuple):
-    """The index of a damaged sample, that of the one that took its place, and what is wrong with the first."""
+    """The index of a damaged sample, that of the one that replaced it, and what is wrong with the first."""
 
     damaged: int
     by: int
@@ -45,7 +45,7 @@ class Replacement(NamedTuple):
 
 
 class _Fetched(NamedTuple):
-    """A sample or batch on its way out of a worker. DataLoader would wrap a user's error in a traceback."""
+    """A sample or batch returned by a worker. DataLoader would wrap a user's error in a traceback."""
 
     data: Any
     replaced: tuple[Replacement, ...] = ()
@@ -62,7 +62,7 @@ class _Samples:
         index, seed = key
         reason = ""
         for attempt in range(MAX_DAMAGED):
-            # The place of a damaged sample goes to another, drawn from its seed alone: the same on any ranks.
+            # A damaged sample is replaced by another, drawn from its seed alone: the same on any number of ranks.
             chosen = index if attempt == 0 else _drawn(seed, attempt, len(self.dataset))
             try:
                 sample = self.dataset.sample(chosen, seed)
@@ -80,7 +80,7 @@ def _drawn(seed: int, attempt: int, length: int) -> int:
 
 
 class _Keys:
-    """The keys of the batches to come, as DataLoader wants them."""
+    """The keys of the coming batches, as DataLoader wants them."""
 
     def __init__(self) -> None:
         self.batches: Iterator[list[Key]] = iter(())
@@ -109,12 +109,12 @@ _ends_workers_in = 0  # pid
 
 
 def _end_at_exit(workers: Sequence[BaseProcess]) -> None:
-    """multiprocessing ends what is left by SIGTERM and waits for it, and these workers do not obey SIGTERM. Its own
-    list of what to do first is for each process: ranks that it started itself never come to `atexit`.
+    """multiprocessing ends remaining processes by SIGTERM and waits for them, but these workers ignore SIGTERM. Its own
+    finalisers run in each process: ranks that it started itself never reach `atexit`.
     """
     global _ends_workers_in
     if _ends_workers_in != os.getpid():
-        _workers.clear()  # a fork's are its parent's
+        _workers.clear()  # those of a fork belong to its parent
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=100)
         _ends_workers_in = os.getpid()
     _workers.update(workers)
@@ -122,27 +122,27 @@ def _end_at_exit(workers: Sequence[BaseProcess]) -> None:
 
 def _end_workers() -> None:
     if _workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # nobody is to be told of these deaths
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # nothing should react to these deaths
     for worker in _workers:
         worker.kill()
 
 
 def _outlive_warnings(worker: int) -> None:
-    """A scheduler warns every process of a job; a worker that died of it would take the last step along."""
+    """A scheduler warns every process of a job; a worker that died of it would spoil the last step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _dead(how: str) -> UserError:
     return UserError(
-        f"a process that reads data died: {how}. Most often memory ran out: each of data.init_args.num_workers "
-        "processes holds batches of its own. Lower num_workers or batch_size, or give the job more memory (in a "
+        f"a process that reads data died: {how}. Most often, memory ran out: each of data.init_args.num_workers "
+        "processes has its own batches. Lower num_workers or batch_size, or give the job more memory (in a "
         "container, after a bus error: more shared memory)"
     )
 
 
 def _refuse_dead(workers: Sequence[BaseProcess], error: Exception) -> None:
-    """Raises: UserError if a worker died, which shows as broken connections of all kinds where it is waited for."""
+    """Raises: UserError if a worker died, which shows as various broken connections where this process waits for it."""
     dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], DYING_S)
     for worker in workers:
         if worker.sentinel in dying:
@@ -151,7 +151,7 @@ def _refuse_dead(workers: Sequence[BaseProcess], error: Exception) -> None:
 
 
 def _explain_deaths() -> None:
-    """torch notices the death of a worker by SIGCHLD, and raises wherever the main thread is by then."""
+    """torch notices the death of a worker by SIGCHLD, and raises wherever the main thread is at that moment."""
     torchs = signal.getsignal(signal.SIGCHLD)
     outside = threading.current_thread() is not threading.main_thread()
     if outside or not callable(torchs) or getattr(torchs, "explains", False):
@@ -168,14 +168,14 @@ def _explain_deaths() -> None:
 
 
 class Fetcher:
-    """Fetches the samples of batches, in the order in which it is asked for them.
+    """Fetches the samples of batches, in the order in which they are requested.
 
     Args:
         dataset: the samples.
         num_workers: processes that fetch; 0 fetches in this process.
         pin_memory: fetch into page-locked memory.
-        keeps_workers: whether workers stay for the next `fetch`, instead of being forked anew. They hold their memory
-            meanwhile, and only one `fetch` can be under way at a time.
+        keeps_workers: whether workers stay for the next `fetch`, instead of being forked again. They keep their memory
+            meanwhile, and only one `fetch` can run at a time.
     """
 
     def __init__(self, dataset: Dataset, num_workers: int, pin_memory: bool, keeps_workers: bool = False) -> None:
@@ -192,7 +192,7 @@ class Fetcher:
         )
 
     def fetch(self, batches: Iterator[list[Key]]) -> Iterator[tuple[Any, tuple[Replacement, ...]]]:
-        """(batch, which of its samples took the place of damaged ones), for each list of keys.
+        """(batch, which of its samples replace damaged ones), for each list of keys.
 
         Raises: UserError that the data raise, and for a worker that dies.
         """

@@ -16,22 +16,22 @@ from lightspan.datamodules.shards.index import sha256_of
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, expanded, explained_os_errors, temporary_path
 
-COPY = "[0-9a-f]" * 32 + ".tar"  # the folder may hold other people's tars
-# How long after its last use a file counts as in use: copies, and what is being fetched, which grows all the time.
+COPY = "[0-9a-f]" * 32 + ".tar"  # the folder may contain other people's tars
+# How long after its last use a file counts as in use: copies, and downloads, which grow all the time.
 IN_USE_S = {COPY: 60, temporary_path(Path(COPY), "*").name: 3600}
-ROOM_BYTES = 2**26  # made at a time for a shard whose size nobody says
+ROOM_BYTES = 2**26  # freed at a time for a shard of unknown size
 SETTING = "data.init_args.cache_dir"
 
 
 class ShardCache:
-    """Copies of remote shards, each fetched whole, once for all ranks and workers of a machine.
+    """Copies of remote shards, each downloaded completely, once for all ranks and workers of a machine.
 
-    A copy gets its name when it is whole, and has the size and sha256 of its index where there is one. Before and while
-    a shard is fetched, the copies used longest ago make room for it; whoever needs one again fetches it again. Copies
+    A copy gets its name once complete, and has the size and sha256 of its index, if there is one. Before and while
+    a shard is fetched, the least recently used copies make room for it; they are fetched again when needed. Copies
     used in the last minute stay, since another process may be about to open them.
 
     Args:
-        folder: of the copies; None takes $XDG_CACHE_HOME/lightspan/shards, usually below ~/.cache.
+        folder: folder for the copies; None means $XDG_CACHE_HOME/lightspan/shards, usually below ~/.cache.
         limit_bytes: of all copies together; no single shard may be larger.
     """
 
@@ -41,9 +41,9 @@ class ShardCache:
         self.limit_bytes = limit_bytes
 
     def local(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """Where the bytes of `shard` lie. A copy of another size than `size` is fetched anew.
+        """Where the bytes of `shard` are. A copy of another size than `size` is fetched again.
 
-        Raises: UserError where a remote shard cannot be fetched, or comes with another size or sha256.
+        Raises: UserError if a remote shard cannot be fetched, or has another size or sha256.
         """
         if not SCHEME.match(shard):
             return local_path(shard)
@@ -52,14 +52,14 @@ class ShardCache:
             with explained_os_errors(copy, setting=SETTING), self._lock(copy):
                 if not _is_copy(copy, size):  # another process may have been first
                     retried(partial(self._fetch, shard, copy, size, sha256))
-        with contextlib.suppress(OSError):  # its last use; the time it was written stays
+        with contextlib.suppress(OSError):  # the time of its last use; the time of writing stays
             os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
         return copy
 
     def renewed(self, shard: str, sha256: str | None = None) -> Path | None:
         """A remote shard fetched again, for a copy that turned out to be bad.
 
-        None where that cannot help: the shard is local, or its copy has the sha256 that it should have.
+        None if that cannot help: the shard is local, or its copy has the sha256 that it should have.
         Raises: UserError as `local` does.
         """
         if not SCHEME.match(shard):
@@ -80,7 +80,7 @@ class ShardCache:
 
     def _fetch(self, shard: str, copy: Path, size: int | None, sha256: str | None) -> None:
         for leftover in self.folder.glob(temporary_path(copy, "*").name):
-            leftover.unlink(missing_ok=True)  # of a process that was killed: this one holds the lock
+            leftover.unlink(missing_ok=True)  # from a killed process: this one holds the lock
         with open_shard(shard) as stream, atomic_path(copy, setting=SETTING) as temporary:
             promised: int | None = getattr(stream, "length", None)  # what the server announces
             expected = promised if size is None else size
@@ -96,7 +96,7 @@ class ShardCache:
                     if expected is not None and found > expected:
                         raise UserError(_other_size(shard, f"more than {expected:,}", expected))
                     if found > self.limit_bytes:
-                        raise UserError(self._too_large(shard, "does not say its size and does not end"))
+                        raise UserError(self._too_large(shard, "does not state its size and does not end"))
                     if found > room:
                         self._make_room(ROOM_BYTES)
                         room = found + ROOM_BYTES
@@ -109,8 +109,8 @@ class ShardCache:
                 raise UserError(_other_size(shard, f"{found:,}", expected))
             if sha256 is not None and digest.hexdigest() != sha256:
                 raise UserError(
-                    f"shard {shard} came with the sha256 {digest.hexdigest()}, its index says {sha256}; write shard "
-                    "and index again, or start a new run where the index is one that an earlier run kept"
+                    f"shard {shard} has sha256 {digest.hexdigest()}, but its index says {sha256}; write shard "
+                    "and index again, or start a new run if the index was kept by an earlier run"
                 )
 
     def _make_room(self, incoming: int) -> None:
@@ -129,7 +129,7 @@ class ShardCache:
 
     def _too_large(self, shard: str, what: str) -> str:
         return (
-            f"shard {shard} {what}, above the {self.limit_bytes:,} bytes that all copies together may have; raise "
+            f"shard {shard} {what}, above the limit of {self.limit_bytes:,} bytes for all copies together; raise "
             "data.init_args.cache_gib if you trust the server"
         )
 
@@ -140,11 +140,11 @@ def _is_copy(path: Path, size: int | None) -> bool:
 
 def _next_block(stream: BinaryIO, shard: str) -> bytes:
     try:
-        block: bytes = stream.read1(2**20)  # type: ignore[attr-defined]  # what has come, and not until all has come
+        block: bytes = stream.read1(2**20)  # type: ignore[attr-defined]  # what has arrived so far
     except (OSError, HTTPException) as error:
         raise UserError(f"shard {shard} could not be downloaded completely: {error}") from error
     return block
 
 
 def _other_size(shard: str, found: str, expected: int | None) -> str:
-    return f"shard {shard} came with {found} bytes instead of {expected:,}; fetch or write it again"
+    return f"shard {shard} has {found} bytes instead of {expected:,}; fetch or write it again"

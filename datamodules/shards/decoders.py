@@ -19,27 +19,27 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 def open_image(content: bytes) -> Image.Image:
-    """An image whose header alone has been read. Raises: ValueError above MAX_PIXELS or for what is no image."""
+    """An image of which only the header was read. Raises: ValueError above MAX_PIXELS or for what is not an image."""
     try:
         image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
     except UnidentifiedImageError as error:
-        what = "it is no JPEG, PNG or WebP image" if content else "it is empty"
+        what = "it is not a JPEG, PNG or WebP image" if content else "it is empty"
         raise ValueError(what) from error
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS:,}")
+        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
     return image
 
 
 def decode_image(content: bytes) -> Tensor:
-    """uint8 [3, H, W], turned upright as the EXIF orientation says.
+    """uint8 [3, H, W], rotated upright according to the EXIF orientation.
 
-    Grey becomes three equal channels; palettes and CMYK become RGB. Transparency is dropped, so the colours below it
-    show. 16 bits a channel become 8: grey v is round(v / 257), and colours lose their lower 8 bits.
-    Raises: ValueError above MAX_PIXELS or for what is no image, OSError and others of `UNDECODABLE` for a damaged one.
+    Grey becomes three equal channels; palettes and CMYK become RGB. Transparency is dropped, so the colours under it
+    show. 16 bits per channel become 8: grey v is round(v / 257), and colours lose their lower 8 bits.
+    Raises: ValueError above MAX_PIXELS or for what is not an image, OSError and others of `UNDECODABLE` if damaged.
     """
     with open_image(content) as stored:
         image = ImageOps.exif_transpose(stored)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would not scale but cut at 255
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would not scale but clip at 255
             grey = (np.asarray(image).astype(np.uint32) + 128) // 257
             return torch.from_numpy(grey.astype(np.uint8)).repeat(3, 1, 1)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -47,7 +47,7 @@ def decode_image(content: bytes) -> Tensor:
 
 def decode_array(content: bytes) -> Tensor:
     """The tensor of a .npy file. Raises: ValueError for an array of objects, which would need pickle."""
-    # Not np.load: it takes what begins as a zip file for a whole archive of arrays.
+    # Not np.load: it reads what begins like a zip file as an archive of arrays.
     return torch.from_numpy(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False))
 
 
@@ -60,7 +60,7 @@ def decode_class(content: bytes) -> int:
     digits = content.decode("ascii").strip()
     if not re.fullmatch(r"\d{1,18}", digits):
         shown = digits[:20] + "..." * (len(digits) > 20)
-        raise ValueError(f"{shown!r} is no class, which is a whole number from 0 up of at most 18 digits")
+        raise ValueError(f"{shown!r} is not a class, which is a whole number from 0 up of at most 18 digits")
     return int(digits)
 
 
@@ -88,11 +88,11 @@ UNDECODABLE = (
 
 
 def damage_of(ending: str, content: bytes, whole: bool) -> str | None:
-    """Why `content` cannot be decoded as its ending says; None where it can, or the ending has no decoder.
+    """Why `content` cannot be decoded as its ending says; None if it can, or the ending has no decoder.
 
     Args:
         whole: False reads only the header of an image, which takes a thousandth of the time: it finds what is empty,
-            no image or too large, not what is cut short.
+            not an image or too large, but not what is truncated.
     """
     try:
         if ending in IMAGES and not whole:
@@ -121,7 +121,7 @@ def check_fields(fields: dict[str, str]) -> None:
 def decode_fields(sample: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """{field: value}, each from the first of its endings (`"jpg|png"`) that the sample has.
 
-    Raises: UserError that names shard and sample where none is there or its bytes are not what the ending says.
+    Raises: UserError that names shard and sample if none is there or its bytes are not what the ending says.
     """
     where = f"shard {sample['__url__']}: sample {one_line(sample['__key__'])}"
     decoded = {}

@@ -1,4 +1,4 @@
-"""Names of shards, and streams of their bytes: regular files of this machine, or https within limits of time."""
+"""Names of shards, and streams of their bytes: regular files on this machine, or https within time limits."""
 
 import itertools
 import re
@@ -19,18 +19,18 @@ from lightspan.files import expanded, require_regular_file
 
 MAX_SHARDS = 100_000  # what one pattern may expand to
 TIMEOUT_S = 60.0  # without a byte from the server
-# The least that a server must send in each such time of waiting for it. Together with a limit on bytes, which every
-# reader has, this ends each fetch, also one that drips.
+# The least that a server must send in each such waiting time. Together with a limit on bytes, which every
+# reader has, this ends every fetch, even one that only trickles.
 PACE_S, PACE_BYTES = 60.0, 2**20
 PAUSES_S = (1.0, 4.0, 15.0)  # before each new attempt at a fetch that failed
 T = TypeVar("T")
-SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")  # one letter alone is a drive
+SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")  # a single letter is a drive
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` and `{a,b}.tar` written out, in order; several groups give every combination.
+    """`a-{000..002}.tar` and `{a,b}.tar` expanded, in order; several groups give every combination.
 
-    Raises: UserError where there would be more than MAX_SHARDS names.
+    Raises: UserError if there would be more than MAX_SHARDS names.
     """
     parts = re.split(r"\{([^{}]*)\}", pattern)  # text, group, text, group, ..., text
     choices: list[list[str] | range] = []
@@ -62,7 +62,7 @@ def check_shard(shard: str) -> None:
     if scheme and scheme[1].lower() != "https":
         raise UserError(
             f"shard {shard} is neither a local path nor https ({scheme[1]}: is refused, because it could run a command "
-            "or be read in the clear); download it, or serve it over https; a file name with a colon is written ./NAME"
+            "or be read unencrypted); download it, or serve it over https; write a file name with a colon as ./NAME"
         )
     if scheme:
         try:
@@ -79,8 +79,11 @@ def local_path(shard: str) -> Path:
     return expanded(shard, "data.init_args.shards")
 
 
-def open_shard(shard: str) -> BinaryIO:
+def open_shard(shard: str, setting: str = "data.init_args.shards") -> BinaryIO:
     """A stream of the shard's bytes. Reading from https raises TimeoutError where the server stalls or drips.
+
+    Args:
+        setting: what names the shard, in messages.
 
     Raises: UserError for any other scheme, a missing file, what is no regular file, or a server's refusal.
     """
@@ -89,17 +92,17 @@ def open_shard(shard: str) -> BinaryIO:
         if SCHEME.match(shard):
             return cast(BinaryIO, _opener().open(shard, timeout=TIMEOUT_S))
         path = local_path(shard)
-        path.stat()  # says more than the next line of what is missing
+        path.stat()  # says more clearly than the next line what is missing
         require_regular_file(path, "shard")
         return path.open("rb")
     except UserError:
         raise
     except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors, a malformed redirect none
-        raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct data.init_args.shards") from error
+        raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct {setting}") from error
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """A redirect must not leave https."""
+    """A redirect must stay on https."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         check_shard(newurl)
@@ -107,14 +110,14 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 
 class _PacedSocket(ssl.SSLSocket):
-    """Gives up on a server that drips. A timeout alone starts anew with each byte, in headers and in content alike."""
+    """Gives up on a server that trickles. A plain timeout restarts with each byte, in headers and in content."""
 
     _waited_s, _received = 0.0, 0
 
     def recv_into(self, *arguments: Any, **more: Any) -> int:
         begin = time.monotonic()
         received = super().recv_into(*arguments, **more)
-        self._waited_s += time.monotonic() - begin  # of the server alone: this side may be slow to write
+        self._waited_s += time.monotonic() - begin  # only for the server: this side may be slow to write
         self._received += received
         if self._waited_s >= PACE_S:
             if self._received < PACE_BYTES:
@@ -132,9 +135,9 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def retried(fetch: Callable[[], T]) -> T:
-    """`fetch()`, once more after each of PAUSES_S where the network or the server may only have stumbled.
+    """`fetch()`, retried after each of PAUSES_S if the failure of network or server may be temporary.
 
-    Raises: the UserError of `fetch` that is caused by anything else, or of the last attempt, with their number.
+    Raises: the UserError of `fetch` with any other cause, or that of the last attempt, with the number of attempts.
     """
     for pause_s in PAUSES_S:
         try:
@@ -142,7 +145,7 @@ def retried(fetch: Callable[[], T]) -> T:
         except UserError as error:
             if not _may_pass(error.__cause__):
                 raise
-            print(f"lightspan: {error}; once more in {pause_s:g} s", file=sys.stderr, flush=True)
+            print(f"lightspan: {error}; trying again in {pause_s:g} s", file=sys.stderr, flush=True)
             time.sleep(pause_s)
     try:
         return fetch()
@@ -152,7 +155,7 @@ def retried(fetch: Callable[[], T]) -> T:
 
 def _may_pass(cause: BaseException | None) -> bool:
     if isinstance(cause, urllib.error.HTTPError):
-        return cause.code in (408, 425, 429) or cause.code >= 500  # too slow, too early, too many, not our fault
+        return cause.code in (408, 425, 429) or cause.code >= 500  # too slow, too early, too many, server errors
     if isinstance(cause, urllib.error.URLError) and isinstance(cause.reason, BaseException):
         cause = cause.reason
     if isinstance(cause, ssl.SSLCertVerificationError):

@@ -1,8 +1,8 @@
-"""Where each sample of a tar shard lies, so that it can be read alone and its bytes can be trusted.
+"""Where each sample of a tar shard is, so that it can be read separately and its bytes can be trusted.
 
-An index lies beside its shard as SHARD.index.json: {"format", "bytes", "sha256" of the shard, and for each of its
-samples "starts" and "ends" in bytes and the "crc32" of what lies between, and "remarks" where the scan saw anything
-that the numbers do not tell}.
+An index is beside its shard as SHARD.index.json: {"format", "bytes", "sha256" of the shard, and for each of its
+samples "starts" and "ends" in bytes and the "crc32" of what is between, and "remarks" if the scan saw anything
+that the numbers do not show}.
 """
 
 import hashlib
@@ -23,16 +23,17 @@ from lightspan.files import require_regular_file
 
 FORMAT = 1
 SUFFIX = ".index.json"
-_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+# How streams of gzip, bzip2, xz and zstandard begin.
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _END = bytes(1024)  # the end mark of a tar
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """N samples of one shard, in the order in which they lie.
+    """N samples of one shard, in the order of the shard.
 
     size: bytes of the whole shard. sha256: of the whole shard. starts, ends: int64 [N], bytes; crc32: uint32 [N].
-    remarks: what was passed over or looks odd, one line each.
+    remarks: what was skipped or looks odd, one line each.
     """
 
     shard: str
@@ -57,13 +58,13 @@ class ShardIndex:
 
 
 def from_json(text: str | bytes, shard: str, source: str | None = None) -> ShardIndex:
-    """The index of `shard` from its file's text. Raises: UserError for what is no such index, naming `source`, which
-    is the file beside the shard where None.
+    """The index of `shard` from its file's text. Raises: UserError if it is not such an index, naming `source`, which
+    is the file beside the shard if None.
     """
     try:
         document = json.loads(text)
         if document["format"] != FORMAT:
-            raise ValueError(f"its format is {document['format']}, this lightspan reads {FORMAT}")
+            raise ValueError(f"its format is {document['format']}, but this lightspan reads {FORMAT}")
         starts, ends = (np.array(document[name], dtype=np.int64) for name in ("starts", "ends"))
         index = ShardIndex(
             shard,
@@ -75,15 +76,15 @@ def from_json(text: str | bytes, shard: str, source: str | None = None) -> Shard
             tuple(one_line(remark)[:400] for remark in document.get("remarks", ())),
         )
         if not re.fullmatch("[0-9a-f]{64}", index.sha256):
-            raise ValueError("its sha256 is none")
-        borders = np.stack([starts, ends], axis=1).ravel()  # raises where their numbers differ
+            raise ValueError("its sha256 is not valid")
+        borders = np.stack([starts, ends], axis=1).ravel()  # raises if their numbers differ
         if (
             starts.ndim != 1
             or index.crc32.shape != starts.shape
             or (np.diff(borders) < 0).any()
             or not _within(borders, index.size)
         ):
-            raise ValueError("its samples overlap or leave the shard")
+            raise ValueError("its samples overlap or exceed the shard")
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{source or shard + SUFFIX} is not the index of a shard ({error}); delete it, and the shard is scanned "
@@ -102,7 +103,7 @@ def _within(borders: np.ndarray, size: int) -> bool:
 
 
 def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str | None]:
-    """Reads a whole shard; returns (index, None), or (index of the whole samples before the damage, what is wrong).
+    """Reads a whole shard; returns (index, None), or (index of the complete samples before the damage, what is wrong).
 
     Args:
         path: the shard on this machine.
@@ -119,10 +120,10 @@ def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str
     damage = None
     require_regular_file(path, "shard")
     with path.open("rb") as stream:
-        if stream.read(6).startswith(_PACKED):
+        if stream.read(6).startswith(COMPRESSED):
             raise UserError(
                 f"shard {shard} is compressed, so its samples cannot be read by position; unpack it to a plain "
-                ".tar, or write it anew with `lightspan data pack`"
+                ".tar, or rewrite it with `lightspan data pack`"
             )
         stream.seek(0)
         try:
@@ -140,7 +141,7 @@ def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str
                 last = key
         except UserError as error:
             spans = spans[:-1]  # members of the last sample may be lost
-            damage = f"{error} ({len(spans)} whole samples lie before)"
+            damage = f"{error} ({len(spans)} complete samples come before)"
         stream.seek(0)
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         size = stream.tell()
@@ -150,28 +151,32 @@ def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str
             checks.append(zlib.crc32(stream.read(end - start)))
     borders = np.array(spans, dtype=np.int64).reshape(-1, 2)
     index = ShardIndex(shard, size, digest, borders[:, 0], borders[:, 1], np.array(checks, dtype=np.uint32))
-    return replace(index, remarks=_remarks(passed_over, apart)), damage
+    return replace(index, remarks=(*passed_over_remark(passed_over), *_apart_remark(apart))), damage
 
 
-def _remarks(passed_over: list[str], apart: list[str]) -> tuple[str, ...]:
-    remarks = []
-    if passed_over:
-        remarks.append(
-            f"{len(passed_over)} members belong to no sample and are passed over, the first: {passed_over[0]!r} (names "
-            "without an ending, and __LIKE_THIS__, which describe the shard)"
-        )
-    if apart:
-        remarks.append(
-            f"{len(apart)} keys come again after other samples, the first: {apart[0]!r}; each time counts as a sample "
-            "of its own, since only members side by side form one"
-        )
-    return tuple(remarks)
+def passed_over_remark(names: list[str]) -> tuple[str, ...]:
+    """On members that belong to no sample, one line or none."""
+    if not names:
+        return ()
+    return (
+        f"{len(names)} members belong to no sample and are skipped, the first: {names[0]!r} (names "
+        "without an ending, and __LIKE_THIS__, which describe the shard)",
+    )
+
+
+def _apart_remark(keys: list[str]) -> tuple[str, ...]:
+    if not keys:
+        return ()
+    return (
+        f"{len(keys)} keys reappear after other samples, the first: {keys[0]!r}; each time counts as a sample "
+        "of its own, since only members side by side form one",
+    )
 
 
 def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: int) -> dict[str, Any]:
-    """One sample, undecoded, as `group_members` gives it.
+    """One sample, undecoded, as `group_members` returns it.
 
-    Raises: UserError that names shard, sample and byte where it is missing, cut short, or not what the index says.
+    Raises: UserError that names shard, sample and byte if it is missing, truncated, or not what the index says.
     """
     start, end = int(index.starts[number]), int(index.ends[number])
     try:
@@ -182,7 +187,7 @@ def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: in
             stream.seek(start)
             content = stream.read(end - start)
     except OSError as error:
-        raise UserError(f"{index.where(number)} cannot be read: {error}; put the shard back") from error
+        raise UserError(f"{index.where(number)} cannot be read: {error}; restore the shard") from error
     found = zlib.crc32(content)
     if found != index.crc32[number]:
         raise UserError(

@@ -5,12 +5,11 @@ import io
 import json
 import secrets
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, damage_of
+from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, UNDECODABLE, damage_of, open_image
 from lightspan.datamodules.shards.index import SUFFIX, scan, sha256_of
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.shards.tars import split_name
@@ -22,51 +21,52 @@ CLASSES_FILE = "classes.json"
 
 
 def pack(
-    samples: list[Members],
+    samples: Iterable[Members],
     classes: list[str],
     out: Path,
     shard_bytes: int,
-    seed: int | None,
     decode: bool = False,
     left_out: list[str] | None = None,
 ) -> Iterator[int]:
-    """Writes `out`, a new folder: shards, their indices, SHA256SUMS, and classes.json where there are classes.
+    """Writes `out`, a new folder: shards, their indices, SHA256SUMS, and classes.json if there are classes.
 
-    The folder appears when everything in it is whole, and never otherwise. The same input gives the same bytes. What
+    The folder appears only once everything in it is complete. The same input gives the same bytes. What
     has a decoder must decode; of images, only the header is read.
 
     Args:
+        samples: in the order in which they are written; each is held no longer than it takes to write it.
         shard_bytes: a shard ends when it has reached this many bytes.
-        seed: of the order in which the samples are written; None keeps them as they are. A training run mixes only the
-            shards that are open together, so samples that are sorted by class should be written in random order.
         decode: True decodes images to the end.
         left_out: a list that gets a line for each sample that cannot be read or decoded, and is left out; None refuses
             to pack where there is any, once all have been read.
 
-    Yields: after each sample, how many are read.
-    Raises: UserError where `out` exists, or cannot be written, or samples are damaged.
+    Yields: after each sample, how many have been read.
+    Raises: UserError if `out` exists, or cannot be written, or samples are damaged.
     """
     if out.exists():
-        raise UserError(f"{out} exists already; name a new folder with --out, or remove that one")
-    order = range(len(samples)) if seed is None else np.random.default_rng(seed).permutation(len(samples)).tolist()
+        raise UserError(f"{out} already exists; name a new folder with --out, or remove that one")
     temporary = temporary_path(out, secrets.token_hex(4))
     damaged: list[str] = [] if left_out is None else left_out
+    count = 0
     try:
         with explained_os_errors(out, setting="--out"):
             try:
                 temporary.mkdir(parents=True)
-            except FileNotFoundError as error:  # /proc and its like
+            except FileNotFoundError as error:  # /proc and the like
                 raise UserError(f"cannot make the folder {out}: {error.strerror}; name another with --out") from error
             with contextlib.closing(_Writer(temporary, shard_bytes)) as writer:
-                for count, number in enumerate(order, 1):
-                    contents = _contents(samples[number], decode, damaged)
+                for sample in samples:
+                    count += 1
+                    contents = _contents(sample, decode, damaged)
                     if contents is not None and (left_out is not None or not damaged):
                         writer.add(contents)
                     yield count
             if damaged and left_out is None:
-                raise UserError(_refusal(damaged, len(samples), decode))
+                raise UserError(_refusal(damaged, count, decode))
+            if not count:
+                raise UserError("there is no sample to pack; look at what was to be read")
             if not writer.shards:
-                raise UserError(f"no sample is left: {_refusal(damaged, len(samples), decode)}")
+                raise UserError(f"no sample is left: {_refusal(damaged, count, decode)}")
             for shard in writer.shards:
                 _write_index(shard)
             if classes:
@@ -80,7 +80,7 @@ def pack(
 
 
 def _contents(sample: Members, decode: bool, damaged: list[str]) -> dict[str, bytes] | None:
-    """The members of a sample; None with a new line in `damaged` where one cannot be read or decoded."""
+    """The members of a sample; None, with a new line in `damaged`, if one cannot be read or decoded."""
     contents = {}
     for name, source in sample.items():
         try:
@@ -102,7 +102,7 @@ def _file_bytes(path: Path) -> bytes:
 
 def _refusal(damaged: list[str], count: int, decode: bool) -> str:
     shown = "; ".join(sorted(damaged)[:5]) + ("; ..." if damaged[5:] else "")
-    further = "" if decode else ". Of images only the header was read; --decode also finds those that are cut short"
+    further = "" if decode else ". Only the headers of images were read; --decode also finds images that are cut short"
     return (
         f"{len(damaged)} of {count} samples cannot be decoded, so training could not read them: {shown}. Correct or "
         f"remove these files, or leave them out with --skip-damaged{further}"
@@ -110,14 +110,21 @@ def _refusal(damaged: list[str], count: int, decode: bool) -> str:
 
 
 class _Writer:
-    """Writes samples to shards NUMBER.tar of a folder; one ends when it has reached `shard_bytes`."""
+    """Writes samples to shards NUMBER.tar of a folder; one ends when it has reached `shard_bytes`, and before a sample
+    of the key of its last one: side by side the two would be read as one.
+    """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
         self.shards: list[Path] = []
         self._archive: tarfile.TarFile | None = None
+        self._last: str | None = None
 
     def add(self, contents: dict[str, bytes]) -> None:
+        key = next((parts[0] for name in contents if (parts := split_name(name))), None)
+        if key == self._last:
+            self.close()
+        self._last = key
         if self._archive is None:
             self.shards.append(self.folder / f"{len(self.shards):05}.tar")
             self._archive = tarfile.open(self.shards[-1], "w")  # noqa: SIM115  # `close` closes it
@@ -136,9 +143,8 @@ class _Writer:
 
 def _write_index(shard: Path) -> None:
     index, damage = scan(shard, shard.name, max_member_bytes=2**63)
-    if damage is not None or index.remarks:
-        what = damage or index.remarks[0]
-        raise UserError(f"reading back what was just written failed: {what}; check the disk")
+    if damage is not None:
+        raise UserError(f"reading back what was just written failed: {damage}; check the disk")
     Path(f"{shard}{SUFFIX}").write_text(index.to_json(), encoding="utf-8")
 
 
@@ -148,14 +154,39 @@ def pattern(folder: Path) -> str:
     return str(folder / (f"{{{names[0]}..{names[-1]}}}.tar" if len(names) > 1 else f"{names[0]}.tar"))
 
 
-def fields_of(samples: list[Members]) -> dict[str, str]:
-    """{field: endings} that read what every sample has, as data.init_args.fields; other tools may read the rest."""
-    images, common = set(), None
-    for sample in samples:
-        endings = {parts[1] for name in sample if (parts := split_name(name)) is not None}
-        images |= endings & set(IMAGES)
-        has = {"image" if ending in IMAGES else ending for ending in endings}
-        common = has if common is None else common & has
-    names = {"image": "|".join(ending for ending in IMAGES if ending in images), "cls": "cls"}
-    fields = {field: names.get(field, field) for field in ("image", *DECODERS) if field in (common or ())}
-    return {"label" if field == "cls" else field: endings for field, endings in fields.items()}
+@dataclass
+class Seen:
+    """What a recipe has to know of samples, noted while they pass.
+
+    endings: of the members of a sample, each combination that occurred. side: the shorter one of the first picture that
+    can be read, in pixels.
+    """
+
+    count: int = 0
+    endings: set[frozenset[str]] = field(default_factory=set)
+    side: int | None = None
+
+    def through(self, samples: Iterable[Members]) -> Iterator[Members]:
+        for sample in samples:
+            self.count += 1
+            self.endings.add(frozenset(parts[1] for name in sample if (parts := split_name(name)) is not None))
+            if self.side is None:
+                self.side = _side(sample)
+            yield sample
+
+    def fields(self) -> dict[str, str]:
+        """{field: endings} that read what every sample has, as data.init_args.fields; other tools may read the rest."""
+        present = frozenset().union(*self.endings)
+        images = "|".join(ending for ending in IMAGES if ending in present)
+        has = [{"image" if ending in IMAGES else ending for ending in endings} for endings in self.endings]
+        common = set.intersection(*has) if has else set()
+        fields = {name: {"image": images}.get(name, name) for name in ("image", *DECODERS) if name in common}
+        return {"label" if name == "cls" else name: endings for name, endings in fields.items()}
+
+
+def _side(sample: Members) -> int | None:
+    for name, source in sample.items():
+        if name.rpartition(".")[2].lower() in IMAGES:
+            with contextlib.suppress(*UNDECODABLE, OSError):
+                return min(*open_image(source if isinstance(source, bytes) else source.read_bytes()).size)
+    return None

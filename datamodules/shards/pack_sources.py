@@ -1,4 +1,4 @@
-"""What a folder holds that can be packed: images by class, or files of which those of one name form a sample."""
+"""What can be packed from a folder: images by class, or files, where those with the same name form a sample."""
 
 import os
 from collections import Counter
@@ -7,15 +7,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from lightspan.datamodules.shards.decoders import DECODERS, IMAGES
 from lightspan.datamodules.shards.tars import META, split_name
 from lightspan.errors import UserError
 
-Members = dict[str, Path | bytes]  # one sample: {name in the shard: its content, or the file that holds it}
+Members = dict[str, Path | bytes]  # one sample: {name in the shard: its content, or the file that contains it}
 
 
 class Sources(NamedTuple):
-    """samples; classes: their names, none where samples have no label; remarks: lines on what may be unexpected."""
+    """samples; classes: their names, none if samples have no label; remarks: lines on what may be unexpected."""
 
     samples: list[Members]
     classes: list[str]
@@ -25,21 +27,21 @@ class Sources(NamedTuple):
 def sources(folder: Path, as_files: bool = False) -> Sources:
     """What is to be packed. Hidden files are left out and counted; links are refused, since they can lead elsewhere.
 
-    Where each image lies in a folder of its class, and nothing else is there, samples are labelled images: members
-    CLASS/NAME.ENDING and CLASS/NAME.cls, the number of the class in sorted order. Where no folder holds an image, the
-    files of one name up to the first dot form one sample. What lies between the two is refused.
+    If each image is in a folder of its class, and nothing else is there, samples are labelled images: members
+    CLASS/NAME.ENDING and CLASS/NAME.cls, the number of the class in sorted order. If no folder contains an image, the
+    files with the same name up to the first dot form one sample. Anything between the two is refused.
 
     Args:
-        as_files: True takes any folder for the second kind.
+        as_files: True treats any folder as the second kind.
 
-    Raises: UserError where there is no such folder or nothing in it, for what is neither kind, and for names that
-        readers of shards would pass over or take for one sample.
+    Raises: UserError if there is no such folder or nothing in it, for what is neither kind, and for names that
+        readers of shards would skip or take for one sample.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name the folder whose files are to be packed")
     files, hidden = _files_below(folder)
     if not files:
-        raise UserError(f"{folder} holds no file to pack; name another folder")
+        raise UserError(f"{folder} contains no file to pack; name another folder")
     _check_names(folder, files)
     remarks = [f"{hidden} hidden files and folders are left out"] if hidden else []
     in_classes = [file for file in files if _is_image(file) and len(file.parts) > 1]
@@ -49,11 +51,20 @@ def sources(folder: Path, as_files: bool = False) -> Sources:
     if others:
         more = f", nor are {len(others) - 1} others" if others[1:] else ""
         raise UserError(
-            f"{folder / others[0]} is no image ({', '.join(IMAGES)}) in the folder of a class{more}, but other files "
+            f"{folder / others[0]} is not an image ({', '.join(IMAGES)}) in a class folder{more}, but other files "
             f"of {folder} are; remove it, or begin its name with a dot, to pack labelled images, or pack all files "
             "without labels with --files"
         )
     return _by_class(folder, in_classes, remarks)
+
+
+def shuffled(samples: list[Members], seed: int) -> list[Members]:
+    """The samples in an order drawn from `seed`.
+
+    A training run mixes only the shards that are open together, so samples that are sorted by class should be packed in
+    random order.
+    """
+    return [samples[number] for number in np.random.default_rng(seed).permutation(len(samples)).tolist()]
 
 
 def _files_below(folder: Path) -> tuple[list[Path], int]:
@@ -69,13 +80,13 @@ def _files_below(folder: Path) -> tuple[list[Path], int]:
         for path in (Path(parent, name) for name in shown):
             if path.is_symlink():
                 raise UserError(
-                    f"{path} is a link, which can lead out of the folder, so it is not followed; put what it leads to "
+                    f"{path} is a link, which can lead out of the folder, so it is not followed; put the file itself "
                     "in its place, or remove it"
                 )
             if path.is_file():
                 files.append(path.relative_to(folder))
             elif not path.is_dir():
-                raise UserError(f"{path} is no regular file; remove it")
+                raise UserError(f"{path} is not a regular file; remove it")
         children[:] = [child for child in children if not child.startswith(".")]
     return sorted(files), hidden
 
@@ -84,13 +95,13 @@ def _check_names(folder: Path, files: Iterable[Path]) -> None:
     for file in files:
         if META.match(file.as_posix()):
             raise UserError(
-                f"{folder / file.parts[0]}: names __LIKE_THIS__ mark what describes a shard, so every reader of "
-                "WebDataset passes over what is in it; rename it"
+                f"{folder / file.parts[0]}: names like __THIS__ mark what describes a shard, so every reader of "
+                "WebDataset skips what is in it; rename it"
             )
         try:
             file.as_posix().encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"the name {str(folder / file)!r} is not UTF-8, as shards need it; rename it") from error
+            raise UserError(f"the name {str(folder / file)!r} is not UTF-8, which shards need; rename it") from error
 
 
 def _is_image(file: Path) -> bool:
@@ -112,7 +123,7 @@ def _by_class(folder: Path, images: list[Path], remarks: list[str]) -> Sources:
     if repeated:
         more = f", and {len(repeated) - 1} more names are shared" if repeated[1:] else ""
         raise UserError(
-            f"{folder}: {keys.count(repeated[0])} images are named {repeated[0]}, dots written as _, so they would "
+            f"{folder}: {keys.count(repeated[0])} images are named {repeated[0]}, with dots as _, so they would "
             f"form one sample{more}; rename them"
         )
     empty = sorted(set(classes) - {image.parts[0] for image in images})
@@ -127,7 +138,7 @@ def _by_name(folder: Path, files: list[Path], remarks: list[str], as_files: bool
     if nameless:
         more = f", nor have {len(nameless) - 1} others" if nameless[1:] else ""
         raise UserError(
-            f"{folder / nameless[0]} has no ending that could say what it holds{more}; rename it, or move it elsewhere"
+            f"{folder / nameless[0]} has no ending that could say what it contains{more}; rename it or move it away"
         )
     members = sorted((parts[0], parts[1], file) for parts, file in names if parts is not None)
     samples: list[Members] = []
@@ -143,12 +154,12 @@ def _by_name(folder: Path, files: list[Path], remarks: list[str], as_files: bool
         samples.append(sample)
     if not as_files and not set(endings) & set(DECODERS):
         raise UserError(
-            f"{folder} holds no file of an ending that can be decoded ({', '.join(DECODERS)}), but "
-            f"{', '.join(sorted(endings)[:5])}, for an ending begins at the first dot of a name; convert or rename the "
+            f"{folder} contains no file with an ending that can be decoded ({', '.join(DECODERS)}), but "
+            f"{', '.join(sorted(endings)[:5])}, as an ending begins at the first dot of a name; convert or rename the "
             "files, or pack them for other readers with --files"
         )
     if "cls" not in endings:
-        remarks = [*remarks, "samples have no label: no folder holds images of one class, and no file ends in .cls"]
+        remarks = [*remarks, "samples have no label: no folder contains images of one class, and no file ends in .cls"]
     lacking = {ending: len(samples) - count for ending, count in endings.items() if count < len(samples)}
     remarks += [f"{count} of {len(samples)} samples have no .{ending}" for ending, count in sorted(lacking.items())[:5]]
     return Sources(samples, [], remarks)

@@ -1,4 +1,4 @@
-"""The samples of many tar shards by running number, read one by one where they lie."""
+"""The samples of many tar shards by running number, read one by one in place."""
 
 import copy
 import hashlib
@@ -24,7 +24,8 @@ MAX_INDEX_BYTES = 2**30  # of one shard's index file
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard whose samples are known. The first `usable` of them can be read; `damage` says what the others lack.
+    """A shard whose samples are known. The first `usable` of them can be read; `damage` says what is wrong with the
+    others.
 
     `scanned` is True where the whole shard had to be read to find them.
     """
@@ -39,8 +40,8 @@ class ShardOpener:
     """Finds the samples of shards: from the index beside a shard, from an earlier scan, or by a scan.
 
     Args:
-        cache: holds copies of remote shards.
-        scans: folder that keeps the index of each shard that had to be scanned; None keeps none.
+        cache: has copies of remote shards.
+        scans: folder that keeps the index of each shard that had to be scanned; None keeps no index.
         max_member_bytes: the largest member that is read.
     """
 
@@ -69,10 +70,10 @@ class ShardOpener:
         return OpenShard(index, len(index), damage, scanned=True)
 
     def _kept(self, shard: str) -> Path | None:
-        """Where the index of a scan of this very shard is kept; None where none is.
+        """Where the index of a scan of this very shard is kept; None if there is none.
 
-        A remote shard needs no mark of its content, and is not fetched for it: its sha256 is compared when it is.
-        Raises: OSError where there is no shard.
+        A remote shard needs no mark of its content and is not fetched for it: its sha256 is compared when it is.
+        Raises: OSError if there is no shard.
         """
         marks: list[str] = []
         if not SCHEME.match(shard):
@@ -81,7 +82,7 @@ class ShardOpener:
         return self.scans and self.scans / f"{_digest([shard, *marks])[:32]}{SUFFIX}"
 
     def _scanned(self, shard: str) -> tuple[ShardIndex, str | None]:
-        """As `scan`; a remote shard that turns out to be damaged is fetched again, once."""
+        """Like `scan`, but a remote shard that turns out to be damaged is fetched again, once."""
         index, damage = scan(self.cache.local(shard), shard, self.max_member_bytes)
         copy = self.cache.renewed(shard) if damage else None
         if copy is not None:
@@ -91,7 +92,7 @@ class ShardOpener:
 
 
 def _index_text(shard: str) -> bytes | None:
-    """The index file beside a shard; None where there is none."""
+    """The index file beside a shard; None if there is none."""
     name = shard + SUFFIX
     if not SCHEME.match(shard) and not local_path(name).exists():
         return None
@@ -115,7 +116,7 @@ def _index_text(shard: str) -> bytes | None:
 
 
 def _absent(error: UserError) -> bool:
-    """Whether a server said that there is no such file; it says 403 where nobody may list its files."""
+    """Whether a server said that there is no such file; it says 403 if listing its files is not allowed."""
     return isinstance(error.__cause__, HTTPError) and error.__cause__.code in (403, 404, 410)
 
 
@@ -128,7 +129,7 @@ def _checked(index: ShardIndex) -> OpenShard:
         size = path.stat().st_size
         require_regular_file(path, "shard")
     except OSError as error:
-        return OpenShard(index, 0, f"shard {index.shard} is missing: {error}; it holds {len(index)} samples")
+        return OpenShard(index, 0, f"shard {index.shard} is missing: {error}; it contains {len(index)} samples")
     if size == index.size:
         return OpenShard(index, len(index))
     usable = int(np.searchsorted(index.ends, size, side="right")) if size < index.size else 0
@@ -138,7 +139,7 @@ def _checked(index: ShardIndex) -> OpenShard:
     return OpenShard(
         index,
         usable,
-        f"shard {index.shard} has {size:,} bytes, its index says {index.size:,}; it {what} "
+        f"shard {index.shard} has {size:,} bytes, but its index says {index.size:,}; it {what} "
         f"{len(index) - usable} samples that cannot be read",
     )
 
@@ -152,12 +153,13 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 class ShardSamples:
-    """Samples of shards, numbered through the usable ones of each shard in turn. Nothing is held between two samples.
+    """Samples of shards, numbered consecutively over the usable ones of each shard. Nothing stays open between two
+    samples.
 
     Args:
         shards: as `ShardOpener` opened them.
         decode: (members of a sample, seed) -> values.
-        cache: holds copies of remote shards.
+        cache: has copies of remote shards.
         max_member_bytes: the largest member that is read.
         skip_damaged: True raises `Damaged` for a sample that cannot be read or decoded, so that the loader replaces it.
     """
@@ -177,8 +179,8 @@ class ShardSamples:
         self.remarks = tuple(f"shard {index.shard}: {remark}" for index in self.indices for remark in index.remarks)
         if scanned:
             self.remarks = (
-                f"{scanned} shards have no index, so they were read from end to end; `lightspan data index FOLDER`, "
-                "where they lie, writes one beside each",
+                f"{scanned} shards have no index, so they were read completely; `lightspan data index FOLDER` "
+                "on their folder writes one beside each",
                 *self.remarks,
             )
         self.firsts = np.concatenate([[0], np.cumsum(self.sizes)])  # number of each shard's first sample, then N
@@ -189,7 +191,7 @@ class ShardSamples:
         return int(self.firsts[-1])
 
     def decoded_by(self, decode: Callable[[dict[str, Any], int], dict[str, Any]]) -> "ShardSamples":
-        """The same samples with other values."""
+        """The same samples, decoded in another way."""
         other = copy.copy(self)
         other.decode = decode
         return other
@@ -200,7 +202,7 @@ class ShardSamples:
         return Order(self.sizes, window, True, content[:32], self.skip_damaged, self.damage)
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
-        """The decoded fields and `index`. Raises: UserError, or `Damaged` where damaged samples are skipped."""
+        """The decoded fields and `index`. Raises: UserError, or `Damaged` if damaged samples are skipped."""
         block = int(np.searchsorted(self.firsts, index, side="right")) - 1
         number, shard = index - int(self.firsts[block]), self.indices[block]
         try:

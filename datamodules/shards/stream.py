@@ -11,21 +11,23 @@ import torch.distributed as dist
 from lightning import LightningDataModule
 from rich.progress import track
 from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.images.views import Views, seeded
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.shards.cache import ShardCache
-from lightspan.datamodules.shards.decoders import check_fields, decode_fields
-from lightspan.datamodules.shards.fetch import check_shard, expand_braces
+from lightspan.datamodules.shards.decoders import IMAGES, check_fields, decode_fields
+from lightspan.datamodules.shards.fetch import SCHEME, check_shard, expand_braces, local_path
 from lightspan.datamodules.shards.samples import OpenShard, ShardOpener, ShardSamples
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 
 GIB = 2**30
-OPENED_BETWEEN_MEETINGS = 4  # shards that a rank opens until all ranks tell each other what they found
-MAX_REMARKS = 10  # printed of one setting's shards
+OPENED_BETWEEN_MEETINGS = 4  # how many shards a rank opens before all ranks exchange what they found
+MAX_REMARKS = 10  # how many are printed for the shards of one setting
 T = TypeVar("T")
 
 
@@ -62,45 +64,45 @@ class Decoding:
 
 
 class Shards(LightningDataModule):
-    """Batches from WebDataset tar shards: members `KEY.ENDING` that lie side by side form one sample.
+    """Batches from WebDataset tar shards: adjacent members `KEY.ENDING` form one sample.
 
-    A batch maps each name of `fields` to its values, and `index` to int64 [B], the sample's number through all shards.
+    A batch maps each name of `fields` to its values, and `index` to int64 [B], the sample's number over all shards.
     The field `image` becomes float32 [B, 3, H, W], standardised, as in `ImageBatch`; in training with `views` it
     becomes `views`, as in `ViewsBatch`. `cls` members become int64 [B], `npy` members tensors [B, ...], `txt` members
     lists of str.
 
     Every sample is seen exactly once in each epoch on any number of ranks and workers, whatever the sizes of the
-    shards, and a run that stops at any step goes on with the next sample, also on other ranks: see `ExactLoader` and
-    `Order`. For this each shard needs an index, SHARD.index.json, as `lightspan data pack` writes it; a shard without
-    one is read once from end to end when the run starts, and its index is kept in the run folder.
+    shards, and a run that stops at any step continues with the next sample, even on other ranks: see `ExactLoader` and
+    `Order`. For this, each shard needs an index, SHARD.index.json, as `lightspan data pack` writes it; a shard without
+    one is read completely once when the run starts, and its index is kept in the run folder.
 
-    Memory: 16 bytes a sample on each rank for the order, 20 for the index. Reading: only `window` shards are in use at
-    a time, sample by sample in mixed order, so they should fit into the memory that the system has for its file cache.
-    Shards behind https are fetched whole, once for each machine.
+    Memory: 16 bytes per sample on each rank for the order, 20 for the index. Reading: only `window` shards are in use
+    at a time, sample by sample in mixed order, so they should fit into the memory that the system has for its file
+    cache. Shards behind https are fetched completely, once per machine.
 
     Args:
-        shards: local paths and https addresses; `{000..099}` and `{a,b}` are written out. `pipe:` and every other
+        shards: local paths and https addresses; `{000..099}` and `{a,b}` are expanded. `pipe:` and every other
             scheme is refused.
-        val_shards: likewise, read once each validation; no validation where None.
+        val_shards: likewise, read once in each validation; None means no validation.
         fields: name in the batch -> ending of the member, or several as "jpg|png", of which the first present one wins.
             Decoders exist for jpg, jpeg, png, webp, cls, txt, json and npy (without pickle).
         batch_size: samples of one optimiser step over all ranks.
-        image_size: H = W in pixels; the shorter side is scaled to it and the middle cut out. None leaves images as is.
+        image_size: H = W in pixels; the shorter side is scaled to it and the centre cropped. None leaves images as is.
         views: makes the views of a training image.
         mean, std: of the image's channels in [0, 1], for standardising.
         window: shards whose training samples are mixed with one another, >= 1.
         seed: of the order and of the views.
         num_workers: processes that fetch batches.
         max_member_mib: the largest member that is read, in MiB.
-        skip_damaged: True trains without what cannot be read: missing shards and cut-off ends are left out before the
-            order is drawn; the place of any other damaged sample goes to one drawn from the seed, the same on any
+        skip_damaged: True trains without what cannot be read: missing shards and missing ends are left out before the
+            order is drawn; any other damaged sample is replaced by one drawn from the seed, the same on any
             number of ranks.
-        cache_dir: folder for copies of shards behind https; None takes ~/.cache/lightspan/shards.
-        cache_gib: GiB that all copies together may have; those used longest ago are deleted for new ones. A shard that
-            is larger by itself is refused.
+        cache_dir: folder for copies of shards behind https; None means ~/.cache/lightspan/shards.
+        cache_gib: GiB that all copies together may use; the least recently used are deleted for new ones. A single
+            shard that is larger is refused.
 
     Raises: UserError before the first step for a pattern, scheme or field that cannot work, and, unless `skip_damaged`,
-        for a shard that is missing, no tar, or cut short; while reading for a sample that is damaged, naming shard,
+        for a shard that is missing, not a tar, or cut short; while reading, for a sample that is damaged, naming shard,
         sample and byte.
     """
 
@@ -145,7 +147,7 @@ class Shards(LightningDataModule):
         self.val: ShardSamples | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the samples of all shards, once; each rank opens some, and all take over what the others found."""
+        """Find the samples of all shards, once; each rank opens some, and all share what they found."""
         if self.train is not None:
             return
         self.train = self._samples("shards", self.shards, self.decode)
@@ -177,16 +179,36 @@ class Shards(LightningDataModule):
         assert self.val is not None
         return evaluation_loader(self.val, self.batch_size, self.num_workers, self.trainer) if self.val_shards else []
 
+    def stand_in(self) -> dict[str, Any] | None:
+        """A training batch of two black pictures of ImageNet's usual size with class 0, for a plan where no shard is.
+
+        None where a shard is at hand, behind https or here, and for fields whose shape only the shards know (npy).
+        """
+        if any("://" in shard or Path(shard).exists() for shard in self.shards):
+            return None
+        picture = encode_png(torch.zeros(3, 375, 500, dtype=torch.uint8)).numpy().tobytes()
+        known = {**dict.fromkeys(IMAGES, picture), "cls": b"0", "txt": b"", "json": b"null"}
+        endings = [ending for field in self.decode.fields.values() for ending in field.split("|")]
+        if not known.keys() >= set(endings):
+            return None
+        members = {"__url__": "none", "__key__": "none"} | {ending: known[ending] for ending in endings}
+        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+
     def _samples(self, setting: str, shards: list[str], decode: Decoding) -> ShardSamples:
         opened, problem = self._opened(setting, shards)
         damage = [shard.damage for shard in opened if shard.damage is not None]
-        if problem is None and damage and not self.skip_damaged:
-            problem = (
-                f"{damage[0]}{f' (and {len(damage) - 1} more damaged shards)' if damage[1:] else ''}; put the shard "
-                "back or fetch it again, or train without these samples with data.init_args.skip_damaged=true"
+        nothing = shards and not any(shard.usable for shard in opened)
+        if problem is None and damage and (nothing or not self.skip_damaged):
+            more = f" (and {len(damage) - 1} more damaged shards)" if damage[1:] else ""
+            way_out = (
+                f"no shard has a sample that can be read; correct data.init_args.{setting}"
+                if nothing
+                else "put the shard back or fetch it again, or train without these samples with "
+                "data.init_args.skip_damaged=true"
             )
-        if problem is None and shards and not sum(shard.usable for shard in opened):
-            problem = f"{setting} {', '.join(shards[:5])} hold no sample; correct data.init_args.{setting}"
+            problem = f"{damage[0]}{more}; {way_out}{_begin(shards)}"
+        if problem is None and nothing:
+            problem = f"{setting} {', '.join(shards[:5])} contain no sample; correct data.init_args.{setting}"
         if problem is not None:
             raise UserError(problem)
         return ShardSamples(opened, decode, self.cache, self.max_member_bytes, self.skip_damaged)
@@ -194,7 +216,7 @@ class Shards(LightningDataModule):
     def _opened(self, setting: str, shards: list[str]) -> tuple[list[OpenShard], str | None]:
         """Opens the shards, each on one rank; returns all of them in order on every rank, or the first that failed.
 
-        All ranks must draw the same order, also where one of them misses a shard. They meet after every few shards, so
+        All ranks must draw the same order, even if one of them misses a shard. They meet after every few shards, so
         that none waits longer for another than those take to be scanned.
         """
         here, ranks = (rank(), world_size()) if self.trainer is not None else (0, 1)
@@ -213,6 +235,12 @@ class Shards(LightningDataModule):
         return opened, None
 
 
+def _begin(shards: list[str]) -> str:
+    """Where relative paths begin, if there are any."""
+    relative = any(not SCHEME.match(shard) and not local_path(shard).is_absolute() for shard in shards)
+    return f"; relative paths begin at {Path.cwd()}" if relative else ""
+
+
 def _opened(opener: ShardOpener, shards: list[str]) -> list[OpenShard | str]:
     """The shards up to the first that cannot be opened, and then why."""
     found: list[OpenShard | str] = []
@@ -225,7 +253,7 @@ def _opened(opener: ShardOpener, shards: list[str]) -> list[OpenShard | str]:
 
 
 def _gathered(own: T, ranks: int) -> list[T]:
-    """What each rank has, in the order of ranks. Every rank must call it."""
+    """What each rank has, in the order of the ranks. Every rank must call it."""
     if ranks == 1:
         return [own]
     parts: list[Any] = [None] * ranks

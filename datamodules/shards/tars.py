@@ -1,6 +1,6 @@
 """Reads WebDataset tar shards that may come from strangers: members of plain tars, grouped into samples, undecoded.
 
-WebDataset's convention: members `KEY.ENDING` that lie side by side form one sample, and what is named `__LIKE_THIS__`
+WebDataset's convention: adjacent members `KEY.ENDING` form one sample, and what is named like `__THIS__`
 describes the shard. Of the webdataset library only the rule that splits names is used: its opener runs what follows
 `pipe:` in a shell, its decoder unpickles, and its expander has no limit on sizes.
 """
@@ -19,7 +19,7 @@ META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebD
 
 
 class Member(NamedTuple):
-    """A regular file of a tar. Its headers and padded content lie in bytes [start, end) of the tar."""
+    """A regular file of a tar. Its headers and padded content are bytes [start, end) of the tar."""
 
     name: str
     content: bytes
@@ -27,10 +27,16 @@ class Member(NamedTuple):
     end: int
 
 
-def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterator[Member]:
-    """The regular files in a plain tar, in order. `shard` is its name in messages.
+def read_members(
+    stream: BinaryIO, shard: str, max_member_bytes: int, setting: str = "data.init_args.max_member_mib"
+) -> Iterator[Member]:
+    """The regular files in a plain tar, in order; `stream` is read once, from its start, and need not seek.
 
-    Raises: UserError that names the shard where it is no tar, is cut short, goes on after its end mark, or holds a
+    Args:
+        shard: its name in messages.
+        setting: what raises the limit, in messages.
+
+    Raises: UserError that names the shard if it is not a tar, is cut short, continues after its end mark, or contains a
         link, a device, a name that leaves its folder, or a member above `max_member_bytes`.
     """
 
@@ -38,13 +44,13 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
         if header.size > max_member_bytes:
             raise UserError(
                 f"shard {shard}: member {one_line(header.name)} has {header.size:,} bytes, above the limit of "
-                f"{max_member_bytes:,}; raise data.init_args.max_member_mib if you trust the shard"
+                f"{max_member_bytes:,}; raise {setting} if you trust the shard"
             )
 
     class Header(tarfile.TarInfo):
-        """Sees every header block, also those of long names, before their content is read."""
+        """Checks every header block, including those of long names, before their content is read."""
 
-        end_seen = False  # a whole tar ends in blocks of zeros; tarfile is content without them
+        end_seen = False  # a complete tar ends in blocks of zeros; tarfile accepts tars without them
 
         @classmethod
         def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
@@ -65,7 +71,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
                     raise UserError(f"{what} is a link, a device or sparse; only files are read")
                 if name.is_absolute() or ".." in name.parts:
                     raise UserError(f"{what} leaves its folder; pack it with relative names")
-                check_size(member)  # once more: an extended header may have changed the size
+                check_size(member)  # again: an extended header may have changed the size
                 content = archive.extractfile(member)
                 assert content is not None
                 data = content.read()
@@ -75,8 +81,8 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
             while complete and (block := archive.fileobj.read(2**20)):
                 if block.strip(b"\0"):
                     raise UserError(
-                        f"shard {shard} goes on after the end mark at byte {end}, as tars do that were joined without "
-                        "`tar --concatenate`; no reader sees what lies there, so write it as shards of its own"
+                        f"shard {shard} continues after the end mark at byte {end}, like tars that were joined without "
+                        "`tar --concatenate`; no reader sees what is there, so write it as separate shards"
                     )
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
@@ -89,7 +95,7 @@ def read_members(stream: BinaryIO, shard: str, max_member_bytes: int) -> Iterato
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, ending in lower case) of a member, split at the first dot of its own name; None where it is no sample's."""
+    """(key, ending in lower case) of a member, split at the first dot of its own name; None if it is no sample's."""
     key, ending = (None, None) if META.match(name) else base_plus_ext(name)
     return None if key is None or ending is None else (key, ending.lower())
 
@@ -97,7 +103,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 def group_members(members: Iterable[Member], shard: str) -> Iterator[dict[str, Any]]:
     """Samples, undecoded: {"__key__": name without ending, "__url__": `shard`, ending in lower case: bytes, ...}.
 
-    Members that belong to no sample are passed over. Raises: UserError for two members of one name.
+    Members that belong to no sample are skipped. Raises: UserError for two members of the same name.
     """
     sample: dict[str, Any] = {}
     for member in members:
@@ -111,7 +117,7 @@ def group_members(members: Iterable[Member], shard: str) -> Iterator[dict[str, A
             sample = {"__key__": key, "__url__": shard}
         if ending in sample:
             raise UserError(
-                f"shard {shard}: {one_line(member.name)} is there twice; give each member of a sample its own ending"
+                f"shard {shard}: {one_line(member.name)} occurs twice; give each member of a sample its own ending"
             )
         sample[ending] = member.content
     if sample:

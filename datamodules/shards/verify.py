@@ -1,4 +1,4 @@
-"""Compares packed shards with what was written, and gives an index to shards that have none."""
+"""Compares packed shards with what was written, and writes an index for shards that have none."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ NO_LIMIT = 2**63  # of a member's size: these are the user's own shards
 
 
 def listed(folder: Path) -> dict[str, str]:
-    """{name of a file: its sha256} as written by `pack`. Raises: UserError where there is no such list."""
+    """{name of a file: its sha256} as written by `pack`. Raises: UserError if there is no such list."""
     path = folder / SUMS_FILE
     if reason := irregular(path):
         raise UserError(f"{path} {reason}; only folders that `data pack` wrote can be verified")
@@ -29,13 +29,13 @@ def listed(folder: Path) -> dict[str, str]:
 
 
 def unlisted(folder: Path, sums: dict[str, str]) -> list[str]:
-    """Names of what lies in `folder` though `pack` did not write it. Hidden ones do not count."""
+    """Names of what is in `folder` but was not written by `pack`. Hidden files do not count."""
     names = (path.name for path in folder.iterdir())
     return sorted(name for name in names if not name.startswith(".") and name not in {SUMS_FILE, *sums})
 
 
 def problem_of(path: Path, sha256: str) -> str | None:
-    """What is wrong with a packed file, for a shard down to its first damaged samples; None where nothing is."""
+    """What is wrong with a packed file, for a shard down to its first damaged samples; None if nothing is."""
     if reason := irregular(path):
         return f"{path} {reason}"
     try:
@@ -43,7 +43,7 @@ def problem_of(path: Path, sha256: str) -> str | None:
             return None
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    found = f"{path}: its sha256 is not the one that was written"
+    found = f"{path}: its sha256 is not the recorded one"
     index_path = Path(f"{path}{SUFFIX}")
     if path.suffix != ".tar" or not index_path.is_file():
         return found
@@ -62,15 +62,15 @@ def problem_of(path: Path, sha256: str) -> str | None:
 
 
 def without_index(folder: Path) -> list[Path]:
-    """The shards, NAME.tar, that lie in `folder` without an index. Raises: UserError where no shard lies there."""
+    """The shards, NAME.tar, in `folder` that have no index. Raises: UserError if there is no shard."""
     shards = sorted(folder.glob("*.tar"))
     if not shards:
-        raise UserError(f"{folder} holds no .tar file; name the folder of the shards")
+        raise UserError(f"{folder} contains no .tar file; name the folder of the shards")
     return [shard for shard in shards if not Path(f"{shard}{SUFFIX}").exists()]
 
 
 def write_index(shard: Path) -> tuple[int, tuple[str, ...]]:
-    """Writes the index of `shard` beside it; returns (its samples, remarks). Raises: UserError where it is damaged."""
+    """Writes the index of `shard` beside it; returns (its samples, remarks). Raises: UserError if it is damaged."""
     index, damage = scan(shard, str(shard), NO_LIMIT)
     if damage is not None:
         raise UserError(f"{damage}; it gets no index")

@@ -18,18 +18,19 @@ BOOKS: tuple[Book, ...] = get_args(Book)
 class Austen(TextData):
     """Windows of tokens, each inside one book: `TextBatch`, tokens int64 [B, T+1].
 
-    Whole books are held out for testing, and the end of the others for choosing settings; no text stands on two sides.
+    Whole books are held out for testing, and the end of the others for choosing settings; no text is in two of the
+    parts.
 
     Args:
-        tokenizer: turns a book into tokens; None takes its bytes (UTF-8).
-        held_out: the books that are tested on; all others are trained on.
-        val_fraction: share of each book trained on, at its end, that is kept out of training to validate on, in [0, 1).
+        tokenizer: turns a book into tokens; None uses its bytes (UTF-8).
+        held_out: the books to test on; all others are for training.
+        val_fraction: share of each book trained on, at its end, that is held out to validate on, in [0, 1).
             0 trains on all of them and validates on the books held out.
-        library: folder of R packages that holds janeaustenr; None looks where systems keep them.
+        library: folder of R packages that contains janeaustenr; None searches the usual places.
         context, batch_size, val_windows, seed, num_workers: as in `TextData`.
 
     Attributes:
-        bytes_per_token: mean over the books trained on; what `CausalLM` turns nats per token into bits per byte with.
+        bytes_per_token: mean over the training books; `CausalLM` needs it to turn nats per token into bits per byte.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Austen(TextData):
         self.val = self._side(ends) if self.val_fraction else self.test
         self.bytes_per_token = sum(len(texts[b].encode()) for b in trained) / sum(len(tokens[b]) for b in trained)
         say(
-            f"text: {len(trained)} books to train on, {self.bytes_per_token:.2f} bytes a token; {len(self.train)} "
+            f"text: {len(trained)} books to train on, {self.bytes_per_token:.2f} bytes per token; {len(self.train)} "
             f"training, {len(self.val)} validation and {len(self.test)} test windows of {self.context + 1} tokens"
         )
 
@@ -83,7 +84,7 @@ class Austen(TextData):
         text = np.concatenate(parts).reshape(-1)
         if not len(text):
             raise UserError(
-                f"context={self.context} and val_fraction={self.val_fraction} leave a side without a window; lower "
+                f"context={self.context} and val_fraction={self.val_fraction} leave a part without a window; lower "
                 "context, or hold out a larger share"
             )
         return Windows(text, self.context + 1)

@@ -47,21 +47,21 @@ class ReviewSamples:
 class FoodReviews(LightningDataModule):
     """4,000 training and 1,000 test reviews of food (McAuley and Leskovec 2013), batches of `LabelledTextBatch`.
 
-    Label 1 is the verdict `great` (the best score), 0 any other; about two thirds are great. Each review is cut or
-    padded to one length. Training reviews that stand twice, or among the test reviews, are left out (about 25).
+    Label 1 is the verdict `great` (the best score), 0 any other; about two thirds are great. Each review is truncated
+    or padded to one length. Training reviews that occur twice, or among the test reviews, are left out (about 25).
 
     Args:
         tokenizer: turns a review into tokens, special tokens included.
         length: T, tokens of a review that are read; half of the reviews have fewer than 70 words.
         batch_size: reviews of one optimiser step over all ranks.
-        train_size: train on this many reviews, evenly spaced; None takes all.
-        val_size: validate on this many training reviews, evenly spaced and kept out of training, so that settings can
+        train_size: train on this many reviews, evenly spaced; None uses all.
+        val_size: validate on this many training reviews, evenly spaced and held out from training, so that settings can
             be chosen without the test reviews. 0 trains on all and validates on the test reviews.
-        library: folder of R packages that holds modeldata; None looks where systems keep them.
+        library: folder of R packages that contains modeldata; None searches the usual places.
         seed: of the order of training reviews.
         num_workers: processes that fetch batches.
 
-    Raises: UserError at setup where the reviews are not installed or too few for the sizes asked for.
+    Raises: UserError at setup if the reviews are not installed or too few for the requested sizes.
     """
 
     num_classes = 2

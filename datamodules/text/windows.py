@@ -19,13 +19,13 @@ from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_lo
 from lightspan.errors import UserError
 from lightspan.files import expanded, require_regular_file
 
-SEPARATOR = b"\0"  # stands between files; a file that holds it is taken for binary and skipped
+SEPARATOR = b"\0"  # is put between files; a file that contains it counts as binary and is skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
 LIBRARY_LEAVES_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
 def find_files(root: Path, suffixes: tuple[str, ...], leave_out: frozenset[str]) -> Iterator[tuple[str, Path]]:
-    """(path relative to root, path) of the files under `root` whose names end so, in sorted order.
+    """(path relative to root, path) of the files under `root` whose names end in one of the suffixes, in sorted order.
 
     Folders named in `leave_out` are not entered. Links are not followed, so nothing is read twice or from elsewhere.
     """
@@ -38,13 +38,13 @@ def find_files(root: Path, suffixes: tuple[str, ...], leave_out: frozenset[str])
 
 
 def in_validation(relative_path: str, val_fraction: float) -> bool:
-    """Whether a file is held out: decided by a hash of its relative path alone, so it is the same on every machine."""
+    """Whether a file is held out: decided only by a hash of its relative path, so it is the same on every machine."""
     digest = hashlib.sha256(relative_path.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
 
 
 class Windows:
-    """Non-overlapping windows of `width` bytes or tokens over one long text; the tail that fills none is unused."""
+    """Non-overlapping windows of `width` bytes or tokens over one long text; the incomplete tail is unused."""
 
     def __init__(self, text: np.ndarray, width: int) -> None:
         self.windows = text[: len(text) // width * width].reshape(-1, width)  # whole numbers [N, width]
@@ -58,7 +58,7 @@ class Windows:
 
 
 class TextData(LightningDataModule, ABC):
-    """What texts cut into windows share: batches of `TextBatch`.
+    """What all texts that are cut into windows share: batches of `TextBatch`.
 
     Args:
         context: T, tokens a model reads at once.
@@ -105,7 +105,7 @@ class ByteText(TextData):
 
     Args:
         paths: folders and files to read. None reads the source of the running Python's standard library, tests and
-            installed packages left out. A folder gives the files under it that end in `suffixes`, a file is taken as
+            installed packages left out. A folder gives the files under it that end in `suffixes`, a file is used as
             it is.
         suffixes: endings of the file names taken from folders.
         val_fraction: share of the files held out, in (0, 1).
@@ -175,8 +175,8 @@ class ByteText(TextData):
                 found = list(find_files(path, self.suffixes, frozenset({"__pycache__"})))
                 if not found:
                     raise UserError(
-                        f"text folder {name} holds no file ending in {' or '.join(self.suffixes)}; name another folder "
-                        "in data.init_args.paths, or the endings of its files in data.init_args.suffixes"
+                        f"text folder {name} contains no file ending in {' or '.join(self.suffixes)}; name another "
+                        "folder in data.init_args.paths, or the endings of its files in data.init_args.suffixes"
                     )
                 yield from found
             elif path.exists():

@@ -1,8 +1,8 @@
-"""`Adapter`, a trainable change of one frozen layer, and `Adapted`, the layer with its adapters side by side.
+"""`Adapter`, a trainable change of one frozen layer, and `Adapted`, the layer together with its adapters.
 
-The layer is never written to: its output y is computed as ever, and each active adapter adds its change to it. So an
-adapter that starts at zero starts at the pretrained output bit for bit, switching adapters off gives it back bit for
-bit, and adapters that know nothing of each other can share a layer.
+The layer is never changed: its output y is computed as before, and each active adapter adds its change to it. So an
+adapter that starts at zero starts at the pretrained output bit for bit, switching adapters off restores it bit for
+bit, and independent adapters can share a layer.
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +21,8 @@ from lightspan.sharded import whole
 class Adapter(nn.Module, ABC):
     """A trainable change of one frozen layer; zero when it is made.
 
-    A subclass keeps what it trains as parameters, and what it holds fixed as parameters that need no gradient, so that
-    sharding splits both. A reference to the layer, for a change made of its own weight, stays out of torch's sight.
+    A subclass keeps what it trains as parameters, and what is fixed as parameters that need no gradient, so that
+    sharding splits both. A reference to the layer, for a change computed from its own weight, is hidden from torch.
 
     Args:
         layer: what is changed; its weight may be read here.
@@ -34,7 +34,7 @@ class Adapter(nn.Module, ABC):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = LayerShape.of(layer)
-        self.spec: AdapterSpec | None = None  # which `adapt` enters, and an adapter file names
+        self.spec: AdapterSpec | None = None  # set by `adapt`, and named in an adapter file
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -42,21 +42,21 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def delta(self) -> Tensor:
-        """The change of the weight, weight-shaped, materialised here alone. Raises: UserError if there is none."""
+        """The change of the weight, weight-shaped, materialised only here. Raises: UserError if there is none."""
 
     def bias_delta(self) -> Tensor | None:
-        """The change of the bias [O]; None for adapters that leave it."""
+        """The change of the bias [O]; None for adapters that do not change it."""
         return None
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """(up [O R], down [R I]) whose product is `delta` as a matrix [O I], R as small as it gets.
+        """(up [O R], down [R I]) whose product is `delta` as a matrix [O I], R as small as possible.
 
         Raises: UserError, with the reason, for a change without low rank.
         """
         raise UserError(f"{type(self).__name__} has no low-rank form, which a PEFT LoRA folder needs")
 
     def stored(self) -> dict[str, Tensor]:
-        """What an adapter file keeps: everything, for adapters that cannot make some of it again from the layer."""
+        """What an adapter file keeps: everything, unless an adapter can compute some of it from the layer again."""
         return {name: whole(tensor).detach() for name, tensor in self.state_dict().items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -76,13 +76,13 @@ class AdapterSpec(ABC):
 
 
 class Adapted(nn.Module):
-    """A frozen layer with adapters by name. The sum of all active ones is added to what the layer gives.
+    """A frozen layer with adapters by name. The sum of the active changes is added to the output of the layer.
 
     Attributes:
         name: the layer's dotted name, for messages.
-        base: the layer, never written to but by `write` and `absorb`.
+        base: the layer, changed only by `write` and `absorb`.
         active: names of the adapters in use; others keep their numbers and change nothing.
-        enabled: False leaves the layer alone, whatever is active.
+        enabled: False uses only the layer, whatever is active.
         open: whether the changes can be those of its weight, see `lightspan.adapters.layers.is_open`.
     """
 
@@ -96,12 +96,12 @@ class Adapted(nn.Module):
         self.enabled = True
         self.merged_weight: Tensor | None
         self.merged_bias: Tensor | None
-        # Not part of checkpoints: what they stand for is in there already.
+        # Not part of checkpoints, which already contain what they stand for.
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Puts an adapter beside the others and makes it active."""
+        """Adds an adapter to the others and makes it active."""
         assert name not in self.adapters
         self.unmerge()
         self.adapters[name] = adapter
@@ -114,16 +114,16 @@ class Adapted(nn.Module):
         y = self.base(x, *args, **kwargs)
         out = y
         for name in self.active if self.enabled else ():
-            # Half-precision layers keep their adapters in float32; a change that small would be lost otherwise.
+            # Half-precision layers keep their adapters in float32; small changes would be lost otherwise.
             out = out + self.adapters[name](x, y).to(y.dtype)
         return out
 
     @property
     def weight(self) -> Tensor:
-        """The weight with all active changes, differentiable. Code that reads a layer's weight past its forward
-        (nn.MultiheadAttention does with its `out_proj`) therefore gets the adapted one.
+        """The weight with all active changes, differentiable. Code that reads a layer's weight without calling the
+        layer (nn.MultiheadAttention does with its `out_proj`) therefore gets the adapted one.
 
-        Raises: UserError for changes that are none of the weight, which such code would pass over.
+        Raises: UserError for changes that are not of the weight, which such code would miss.
         """
         if self.merged_weight is not None and self.enabled:
             return self.merged_weight
@@ -143,7 +143,7 @@ class Adapted(nn.Module):
 
     def changed_bias(self, names: Sequence[str]) -> Tensor | None:
         """The layer's bias plus the changes of the named adapters; None without either. Raises: UserError for a change
-        of a bias that the layer does not have, which no plain layer of its kind could hold.
+        of a bias that the layer does not have, which no plain layer of its kind could have.
         """
         deltas = [delta for name in names if (delta := self.adapters[name].bias_delta()) is not None]
         if deltas and self.base.bias is None:
@@ -160,36 +160,36 @@ class Adapted(nn.Module):
     def merge(self) -> None:
         """One product instead of several until `unmerge`: the sum of weight and changes, kept beside the weight.
 
-        Done twice it is the same as done once. The layer's own weight stays as it is, so `unmerge` has nothing to
-        compute. Training goes on only after it. Raises: UserError for a change that is none of the weight.
+        Calling it twice is the same as calling it once. The layer's own weight is unchanged, so `unmerge` has nothing
+        to compute. Training can continue only after it. Raises: UserError for a change that is not of the weight.
         """
         bias = self.changed_bias(self.active)
         self.merged_weight = self.changed_weight(self.active).detach().clone()
         self.merged_bias = None if bias is None or bias is self.base.bias else bias.detach().clone()
 
     def unmerge(self) -> None:
-        """Back to the layer and its adapters apart, bit for bit as before `merge`."""
+        """Separates the layer and its adapters again, bit for bit as before `merge`."""
         self.merged_weight, self.merged_bias = None, None
 
     def require_mergeable(self, names: Sequence[str]) -> None:
         """Raises: UserError if the named changes are not all of the weight and of a bias that the layer has."""
         if names and not self.open:
             raise UserError(
-                f"{self.name} is a {type(self.base).__name__} whose weight is packed or computed anew each time, so no "
+                f"{self.name} is a {type(self.base).__name__} whose weight is packed or recomputed each time, so no "
                 "change can be merged into it; keep the adapter as it is, or start from a layer with a plain weight"
             )
         for name in names:
             if not self.adapters[name].mergeable:
                 raise UserError(
                     f"the change of adapter {name!r} of {self.name} is not a change of the weight alone, so no "
-                    "plain layer can hold it, and code that reads a weight would miss it; keep the adapter, or "
+                    "plain layer can represent it, and code that reads a weight would miss it; keep the adapter, or "
                     "deactivate it first"
                 )
         self.changed_bias(names)
 
     @torch.no_grad()
     def write(self, names: Sequence[str]) -> None:
-        """Writes the changes of adapters into the layer's own weight and bias, in place; the adapters stay as well."""
+        """Writes the changes of adapters into the layer's own weight and bias, in place; the adapters are kept."""
         self.unmerge()
         weight, bias = self.changed_weight(names), self.changed_bias(names)
         self.base.weight.copy_(weight)
@@ -197,14 +197,14 @@ class Adapted(nn.Module):
             self.base.bias.copy_(bias)
 
     def absorb(self, names: Sequence[str]) -> None:
-        """`write`, and without the adapters."""
+        """`write`, then removes the adapters."""
         self.write(names)
         self.active = [name for name in self.active if name not in names]
         for name in names:
             del self.adapters[name]
 
     def __getattr__(self, name: str) -> Any:
-        """What else a layer has (`in_features`, `stride`) is read from it."""
+        """Other attributes (`in_features`, `stride`) are read from the layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -214,7 +214,7 @@ class Adapted(nn.Module):
 
 
 def _sum(tensor: Tensor, deltas: Sequence[Tensor]) -> Tensor:
-    """Added up in the widest of the dtypes and rounded once; `tensor` itself without deltas."""
+    """The sum, in the widest of the dtypes and rounded once; `tensor` itself without deltas."""
     total = tensor
     for delta in deltas:
         total = total + delta

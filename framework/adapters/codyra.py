@@ -1,8 +1,8 @@
-"""CoDyRA: LoRA whose rank-1 components carry gates, and sparsity that chooses how many each layer keeps.
+"""CoDyRA: LoRA whose rank-1 components have gates, and sparsity that chooses how many each layer keeps.
 
 Source: "Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual Learning VLMs with Dynamic Rank-Selective
-LoRA", 2024, arXiv 2412.01004: y = W x + B (g * (A x)). After each optimiser step the gates alone take a proximal step
-of the L1 norm; what reaches zero is removed when the task ends, and the rest is merged into W.
+LoRA", 2024, arXiv 2412.01004: y = W x + B (g * (A x)). After each optimiser step, only the gates take a proximal step
+of the L1 norm; components that reach zero are removed when the task ends, and the rest is merged into W.
 `lightspan.callbacks.training.rank_selection` does both on its schedule. The paper prints the operator with a plus sign,
 which would grow gates; it must shrink them.
 Shapes: O output features, I inputs of one of them (see `lightspan.adapters.layers`), R rank.
@@ -24,7 +24,7 @@ def soft_threshold(gates: Tensor, kappa: float) -> Tensor:
     """sign(g) max(|g| - kappa, 0): the minimiser over z of (z - g)^2 / 2 + kappa |z|, the paper's operator.
 
     Args:
-        kappa: >= 0, taken off every gate, not scaled by the learning rate.
+        kappa: >= 0, subtracted from every gate, not scaled by the learning rate.
     """
     return gates.sign() * (gates.abs() - kappa).clamp_min(0)
 
@@ -33,7 +33,7 @@ def shrink_then_cut(gates: Tensor, kappa: float) -> Tensor:
     """The authors' code: shrinks by kappa, then sets to zero what is below kappa. Its dead zone is 2 kappa wide.
 
     It is the proximal operator of no convex penalty, and jumps by kappa at the edge of the zone: a gate either stays at
-    kappa or above, or goes. Under `soft_threshold` a gate may hover just above zero, kept and useless.
+    kappa or above, or becomes zero. Under `soft_threshold` a gate may stay just above zero, kept and useless.
     """
     shrunk = soft_threshold(gates, kappa)
     return torch.where(shrunk.abs() < kappa, torch.zeros_like(shrunk), shrunk)
@@ -42,10 +42,10 @@ def shrink_then_cut(gates: Tensor, kappa: float) -> Tensor:
 @dataclass(frozen=True)
 class GatedLoRA(AdapterSpec):
     """Args:
-    rank: components of every layer before any goes, from 1 to the rank of the layer's weight.
-    gates: how they start. "normal" draws N(0, 1) as the authors' code does, so about half the components of a run go by
-        their first draw alone; "ones" starts all alike.
-    cap: as of `lightspan.adapters.lora.LoRA`.
+    rank: components of every layer before any is removed, from 1 to the rank of the layer's weight.
+    gates: how they start. "normal" draws N(0, 1) as the authors' code does, so about half of the components of a run
+        vanish by their first draw alone; "ones" starts all equally.
+    cap: as in `lightspan.adapters.lora.LoRA`.
     """
 
     rank: int = 16
@@ -76,7 +76,7 @@ class GatedLoRAUpdate(Adapter):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Starts anew, in place: what a task's end does once the change is in the weight."""
+        """Resets the adapter in place: done at the end of a task, once the change is merged into the weight."""
         nn.init.kaiming_uniform_(self.down_RI, a=math.sqrt(5))
         self.up_OR.zero_()
         self.gate_R.normal_() if self.normal_gates else self.gate_R.fill_(1)
@@ -88,7 +88,7 @@ class GatedLoRAUpdate(Adapter):
 
     @torch.no_grad()
     def prune(self) -> None:
-        """Removes components with gate zero; the outputs stay. Optimisers have to be built anew after it."""
+        """Removes components with gate zero; outputs do not change. Optimisers must be rebuilt after it."""
         kept_R = self.gate_R != 0
         self.down_RI = nn.Parameter(self.down_RI[kept_R])
         self.up_OR = nn.Parameter(self.up_OR[:, kept_R])

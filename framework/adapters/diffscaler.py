@@ -1,9 +1,9 @@
 """DiffScaler: a task scales and shifts what a layer computes, and adds a bottleneck for what the layer lacks.
 
 Source: Nair, Valanarasu, Patel, "Diffscaler: Enhancing the Generative Prowess of Diffusion Transformers", 2024, arXiv
-2404.09976: y' = W x + b + a (W x) + b_k + s W_up ReLU(W_down x). a, b_k and W_up start at zero, which the paper leaves
-open and a start at the pretrained network asks for. For convolutions the bottleneck is two 1x1 kernels.
-Each task's numbers are one named adapter, so a network holds any number of tasks side by side.
+2404.09976: y' = W x + b + a (W x) + b_k + s W_up ReLU(W_down x). a, b_k and W_up start at zero, which the paper does
+not say and a start at the pretrained network requires. For convolutions the bottleneck is two 1x1 kernels.
+Each task's numbers are one named adapter, so a network can have any number of tasks.
 Shapes: O output features, I inputs of one of them (see `lightspan.adapters.layers`), C channels of them, R bottleneck.
 """
 
@@ -21,7 +21,7 @@ from lightspan.errors import UserError
 @dataclass(frozen=True)
 class DiffScaler(AdapterSpec):
     """Args:
-    rank: width of the bottleneck, >= 0. At 0 scale and shift are all there is, and the change can be merged.
+    rank: width of the bottleneck, >= 0. At 0 there are only scale and shift, and the change can be merged.
     """
 
     rank: int = 8
@@ -35,14 +35,14 @@ class DiffScaler(AdapterSpec):
 
 
 class Affiner(Adapter):
-    """The change of one layer. Layers without a bias get no shift: no plain layer could hold it.
+    """The change of one layer. Layers without a bias get no shift: no plain layer could represent it.
 
-    It can be merged where `strength` (s) is zero or there is no bottleneck.
+    It can be merged if `strength` (s) is zero or there is no bottleneck.
     """
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__(layer)
-        # In a tuple, out of torch's sight: the change is made of the layer's own weight and bias, which are not its.
+        # In a tuple, hidden from torch: the change uses the layer's own weight and bias, which are not part of it.
         self._changed = (layer,)
         outputs, options = self.layer.out_features, like(layer)
         channels = self.layer.fan_in if self.layer.linear else self.layer.weight[1]
@@ -68,13 +68,13 @@ class Affiner(Adapter):
     def _down(self, x: Tensor) -> Tensor:
         if self.layer.linear:
             return self.layer.down(x, self.down_RC)
-        # At the centre of an empty kernel of the layer's size: stride, padding and groups are then the layer's.
+        # At the centre of an empty kernel of the layer's size: stride, padding and groups are then those of the layer.
         kernel = self.down_RC.new_zeros(self.rank, *self.layer.weight[1:])
         kernel.flatten(2)[..., kernel[0, 0].numel() // 2] = self.down_RC
         return self.layer.convolve(x, self.layer.for_each_group(kernel))
 
     def _beside(self, values_O: Tensor) -> Tensor:
-        """One number a feature, in a shape that broadcasts to the layer's output."""
+        """One number per feature, in a shape that broadcasts to the layer's output."""
         return values_O if self.layer.linear else values_O.view(-1, *(1,) * len(self.layer.stride))
 
     @property
@@ -85,7 +85,7 @@ class Affiner(Adapter):
         """diag(a) W. Raises: UserError while the bottleneck adds something."""
         if not self.mergeable:
             raise UserError(
-                f"the bottleneck of DiffScaler(rank={self.rank}) has a ReLU, so its change is none of the weight and "
+                f"the bottleneck of DiffScaler(rank={self.rank}) has a ReLU, so its change is not of the weight and "
                 "can be neither merged nor exported; keep the adapter, or set its strength to 0 to fold scale and shift"
             )
         return self.layer.shaped(self.scale_O[:, None] * self._matrix())

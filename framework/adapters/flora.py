@@ -1,10 +1,10 @@
 """FLoRA: the change of an N-dimensional weight in Tucker form, so that a convolution's kernel keeps its axes.
 
 Source: "FLoRA: Low-Rank Core Space for N-dimension", 2024, arXiv 2405.14739: Delta W = s G x_1 U_1 ... x_N U_N with a
-core G that starts at zero and factors that start random. There are two unrelated methods of this name.
+core G that starts at zero and factors that start random. There is another, unrelated method of this name.
 A Tucker kernel is applied as three small convolutions, 1x1 to r_in channels, the core's kernel to r_out, 1x1 to O; the
 authors' code forms Delta W and runs a second full convolution. The input mode of a grouped convolution has the size
-(channels / groups), as the weight's axis has, and all groups share its factor.
+(channels / groups), like the weight's axis, and all groups share its factor.
 Shapes: O output features, C input channels of one group, then one axis for each kernel dimension.
 """
 
@@ -26,9 +26,9 @@ class FLoRA(AdapterSpec):
     """Args:
     rank: of the output and the input mode, from 1 to the layer's output features; at most C for the input mode.
     kernel_rank: of each kernel mode, >= 1, and at most that mode's size.
-    scale: s, > 0; not tied to the rank as LoRA's alpha / r is, and the setting to search first (0.04 to 4).
-    dropout: share of inputs that the change does not see while training, in [0, 1).
-    cap: whether a layer with fewer output features gets them as its rank; otherwise it is refused.
+    scale: s, > 0; not tied to the rank as LoRA's alpha / r is, and the first setting to tune (0.04 to 4).
+    dropout: share of its inputs that are dropped while training, in [0, 1).
+    cap: whether a layer with fewer output features uses their number as its rank; otherwise it is refused.
     """
 
     rank: int = 16
@@ -58,7 +58,7 @@ class FLoRA(AdapterSpec):
 
 
 class FLoRAUpdate(Adapter):
-    """scale * core x_1 factors[0] x_2 factors[1] ...; axes as `LayerShape.modes` has them: output, input, kernel."""
+    """scale * core x_1 factors[0] x_2 factors[1] ...; axes as in `LayerShape.modes`: output, input, kernel."""
 
     def __init__(self, layer: nn.Module, ranks: tuple[int, ...], scale: float, dropout: float) -> None:
         super().__init__(layer)

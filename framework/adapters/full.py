@@ -1,6 +1,6 @@
-"""A change of the whole weight: what fine-tuning trains, kept beside the layer so that a task can be switched.
+"""A change of the whole weight: what fine-tuning trains, kept beside the layer so that tasks can be switched.
 
-For layers that are small or that a task needs to itself, such as a table of classes.
+For layers that are small or specific to a task, such as a table of classes.
 Shapes: O output features, I inputs of one of them (see `lightspan.adapters.layers`), R rank.
 """
 
@@ -16,7 +16,7 @@ from lightspan.adapters.layers import like
 
 @dataclass(frozen=True)
 class Full(AdapterSpec):
-    """As many trained numbers as the weight has; the bias stays."""
+    """Trains as many numbers as the weight has; the bias is unchanged."""
 
     def build(self, layer: nn.Module, name: str) -> "FullChange":
         return FullChange(layer)
@@ -39,6 +39,6 @@ class FullChange(Adapter):
         return self.change
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """The change itself beside an identity of its shorter side."""
+        """The change itself, and an identity of the size of its shorter side."""
         change_OI, identity = self.layer.matrix(self.change), torch.eye(self.layer.largest_rank).to(self.change)
         return (identity, change_OI) if self.layer.out_features == len(identity) else (change_OI, identity)

@@ -23,7 +23,7 @@ from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
 from lightspan.sharded import whole
 
-# Their fast paths read the weights of their parts, so a part's own forward need not run.
+# Their fast paths read the weights of their parts, so the forward of a part may not run.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -37,19 +37,19 @@ def adapt(
 ) -> Injection:
     """Gives every matched layer an adapter and freezes everything else.
 
-    Layers of other kinds that a pattern also matches (a block, a norm, a dropout) are passed over. BatchNorm and other
+    Layers of other kinds that a pattern also matches (a block, a norm, a dropout) are skipped. BatchNorm and other
     layers whose parameters are frozen keep their running statistics: they are switched to eval, which `model.train()`
-    undoes and `freeze_statistics` does again. What an earlier call left to train goes on training.
+    undoes and `freeze_statistics` repeats. What an earlier call left trainable stays trainable.
 
     Args:
         model: changed in place.
         match: shell-style patterns of module names (`*` crosses dots).
         spec: which adapter, with its settings.
-        name: of the adapter; a layer may carry several under different names.
-        train: patterns of parameters, as they were named before, that train as a whole: a head, norms, biases.
+        name: of the adapter; a layer may have several under different names.
+        train: patterns of parameters, by their names before adapting, that train completely: a head, norms, biases.
         show: whether to print what is trained, on the first rank.
-    Raises: UserError for a pattern that matches nothing or no layer that can be adapted, a name that is taken, and what
-    the adapter itself refuses; the model is then as it was.
+    Raises: UserError for a pattern that matches nothing or no layer that can be adapted, a name that is already used,
+    and what the adapter itself refuses; the model is then as it was.
     """
     if not isinstance(spec, AdapterSpec):
         given = f"the class {spec.__name__}; write {spec.__name__}()" if isinstance(spec, type) else repr(spec)
@@ -74,11 +74,11 @@ def adapt(
 
 @dataclass(frozen=True)
 class Plan:
-    """Adapters that are built and not yet in the model, so that all that can be refused is refused before it changes.
+    """Adapters that are built but not yet in the model, so that everything is checked before the model changes.
 
     Attributes:
-        adapters: by the plain name of their layer; what a file holds is put into them here.
-        train: plain names of parameters that are to train as a whole.
+        adapters: by the plain name of their layer; the content of a file is loaded into them here.
+        train: plain names of parameters that train completely.
     """
 
     model: nn.Module
@@ -87,7 +87,7 @@ class Plan:
     train: set[str]
 
     def carry_out(self) -> Injection:
-        """Puts the adapters into the model and freezes what does not train."""
+        """Inserts the adapters into the model and freezes what does not train."""
         parameters = {n: p for n, p in plain_tensors(self.model) if isinstance(p, nn.Parameter)}
         goes_on = bool(adapted_layers(self.model))
         for parameter_name, parameter in parameters.items():
@@ -113,21 +113,22 @@ def plan(model: nn.Module, specs: Mapping[str, AdapterSpec], name: str, train: s
 
     Args:
         specs: by the plain name of a layer that `adaptable` gives.
-        train: plain names of parameters that are to train as a whole.
-    Raises: UserError for a name that is taken, a layer or parameter that cannot train, and what an adapter refuses.
+        train: plain names of parameters that train completely.
+    Raises: UserError for a name that is already used, a layer or parameter that cannot train, and what an adapter
+    refuses.
     """
     chosen = {layer: model.get_submodule(layer) for layer in specs}
     if taken := [layer for layer, m in chosen.items() if isinstance(m, Adapted) and name in m.adapters]:
-        raise UserError(f"{taken[0]} has an adapter named {name!r} already; choose another name")
+        raise UserError(f"{taken[0]} already has an adapter named {name!r}; choose another name")
     bases = {layer: m.base if isinstance(m, Adapted) else m for layer, m in chosen.items()}
     for layer, base in bases.items():
         if reason := obstacle(base):
             raise UserError(f"{layer} ({_kind(base)}) cannot have an adapter: {reason}")
-        if weight_of(base).is_meta:  # an adapter alone may be counted there, but a model's would never get numbers
-            raise UserError(f"{layer} is on the meta device, which holds no numbers; load the weights first")
+        if weight_of(base).is_meta:  # an adapter alone may be counted there, but one in a model would get no numbers
+            raise UserError(f"{layer} is on the meta device, which has no numbers; load the weights first")
     for parameter, tensor in plain_tensors(model):
         if parameter in train and not tensor.is_floating_point():
-            raise UserError(f"{parameter} holds {tensor.dtype} numbers, which have no gradient; leave it out of train")
+            raise UserError(f"{parameter} has {tensor.dtype} numbers, which have no gradient; leave it out of train")
     built = {layer: spec.build(bases[layer], layer) for layer, spec in specs.items()}
     for layer, adapter in built.items():
         adapter.spec = specs[layer]
@@ -137,7 +138,7 @@ def plan(model: nn.Module, specs: Mapping[str, AdapterSpec], name: str, train: s
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The layers that carry adapters, by the name they had without them."""
+    """The layers that have adapters, by the name they had without them."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
@@ -150,14 +151,14 @@ def adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _outside_adapters(model: nn.Module) -> list[str]:
-    """Names of modules below `model` that it had without adapters."""
+    """Names of the modules below `model`, as without adapters."""
     inside = tuple(f"{name}." for name in adapted_layers(model))
     return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
 
 
 def plain_tensors(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers that are no adapter's, under the names they had without adapters. Those that several
-    modules share come once, under the first of their names, or under each of them with `every_name`.
+    """Parameters and saved buffers that belong to no adapter, by their names without adapters. Those that several
+    modules share appear once, under the first of their names, or under each of them with `every_name`.
     """
     once = not every_name
     adapted = {n for n, m in model.named_modules(remove_duplicate=once) if isinstance(m, Adapted)}
@@ -183,9 +184,9 @@ def freeze_statistics(model: nn.Module) -> None:
 
 def frozen_hash(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bits of everything in the model that does not train: parameters without
-    gradient and saved buffers, adapters left out. Equal before and after training, or something frozen moved.
+    gradient and saved buffers, without adapters. Equal before and after training, unless something frozen changed.
 
-    Sharded models gather one tensor at a time; all ranks have to call it and get the same.
+    Sharded models gather one tensor at a time; all ranks must call it and get the same.
     """
     return digest((n, t) for n, t in plain_tensors(model) if not t.requires_grad)
 
@@ -195,7 +196,7 @@ def digest(named: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         full = whole(tensor)
-        if is_traceable_wrapper_subclass(full):  # a quantised tensor: what it is made of
+        if is_traceable_wrapper_subclass(full):  # a quantised tensor: the tensors it is made of
             made_of: Any = full
             parts = {f"{name}.{part}": getattr(made_of, part) for part in made_of.__tensor_flatten__()[0]}
             total.update(digest(parts.items()).encode())
@@ -207,7 +208,7 @@ def digest(named: Iterable[tuple[str, Tensor]]) -> str:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model gives what it gave before `adapt`, bit for bit."""
+    """Inside, the model computes what it did before `adapt`, bit for bit."""
     layers = adapted_layers(model).values()
     before = [layer.enabled for layer in layers]
     for layer in layers:
@@ -220,7 +221,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Puts exactly the named adapters to use, in every layer that has them. Raises: UserError for a name none has."""
+    """Activates exactly the named adapters, in every layer that has them. Raises: UserError for an unknown name."""
     layers = adapted_layers(model).values()
     known = sorted({name for layer in layers for name in layer.adapters})
     if unknown := sorted(set(names) - set(known)):
@@ -231,9 +232,9 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Merges every layer's active adapters: one product a layer, until `unmerge`.
+    """Merges every layer's active adapters: one product per layer, until `unmerge`.
 
-    Raises: UserError for a change that is none of the weight; the model is then as it was.
+    Raises: UserError for a change that is not of the weight; the model is then unchanged.
     """
     layers = adapted_layers(model).values()
     for layer in layers:
@@ -249,10 +250,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def fold(model: nn.Module) -> None:
-    """Makes plain layers again, with the changes of active adapters written into their weights.
+    """Restores plain layers, with the changes of active adapters written into their weights.
 
-    Raises: UserError for a weight that other modules share, which would change with it, and for a change that is none
-    of the weight; the model is then as it was.
+    Raises: UserError for a weight that other modules share, which would change with it, and for a change that is not
+    of the weight; the model is then unchanged.
     """
     layers = adapted_layers(model)
     for name, layer in layers.items():
@@ -268,7 +269,7 @@ def fold(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Makes plain layers again, as they were before `adapt`; the adapters and their changes go."""
+    """Restores the plain layers as they were before `adapt`; the adapters and their changes are lost."""
     parents = list(model.modules())
     for layer in adapted_layers(model).values():
         _replace(parents, layer, layer.base)
@@ -276,15 +277,15 @@ def remove(model: nn.Module) -> None:
 
 
 def _replace(parents: Iterable[nn.Module], old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` in every place where `old` stands, so that a layer used twice is adapted in both."""
+    """Puts `new` in every place of `old`, so that a layer used twice is adapted in both."""
     for parent in parents:
-        # Not named_children(), which passes over a child's second name.
+        # Not named_children(), which skips a child's second name.
         for slot in [slot for slot, child in parent._modules.items() if child is old]:
             setattr(parent, slot, new)
 
 
 def _watch_saving(model: nn.Module) -> None:
-    """Makes `save_pretrained` of transformers' and diffusers' models say that what it writes has adapters in it."""
+    """Makes `save_pretrained` of transformers' and diffusers' models warn that what it writes contains adapters."""
     for module in model.modules():
         if callable(getattr(type(module), "save_pretrained", None)) and adapted_layers(module):
             # A bound method, since copies of the model then get one that is bound to them.
@@ -299,9 +300,9 @@ def _stop_watching(model: nn.Module) -> None:
 def _save_with_warning(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
     if adapted_layers(model):
         warnings.warn(
-            f"{_kind(model)}.save_pretrained writes layers that carry adapters under other names, so from_pretrained "
-            f"would start them at random and without a change; fold(model) first, or use save_peft or save_adapter "
-            f"for the adapters alone ({save_directory})",
+            f"{_kind(model)}.save_pretrained writes layers that have adapters under other names, so from_pretrained "
+            f"would initialise them at random, without the change; fold(model) first, or use save_peft or save_adapter "
+            f"for the adapters only ({save_directory})",
             stacklevel=2,
         )
     return type(model).save_pretrained(model, save_directory, *args, **kwargs)
@@ -313,7 +314,7 @@ def _refuse_weight_readers(parents: Iterable[nn.Module], chosen: dict[str, nn.Mo
             if isinstance(parent, READS_WEIGHTS) and any(part is layer for part in parent.modules()):
                 raise UserError(
                     f"{name} is part of {_kind(parent)}, which reads its weight instead of calling it, and this "
-                    "adapter's change is none of a weight that can be read; leave it out, or choose an adapter that "
+                    "adapter's change is not that of a weight that can be read; leave it out, or choose one that "
                     "can be merged"
                 )
 

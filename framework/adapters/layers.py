@@ -1,8 +1,8 @@
-"""What an adapter knows of the layer it changes: its sizes, and how a thin matrix is applied to the layer's input.
+"""What an adapter knows about the layer it changes: its sizes, and how a thin matrix is applied to the layer's input.
 
 A layer's weight is read as one matrix [O I]: O output features, I the inputs that one of them sees, for a convolution
 (input channels / groups) x kernel positions. R is the rank of a change. A change of rank R is applied as two cheap
-steps, `down` to R numbers a position and `up` to O, and never needs the matrix [O I] itself.
+steps, `down` to R numbers per position and `up` to O, and never needs the matrix [O I] itself.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ TAKEN = (
 
 
 def known_kind(layer: nn.Module) -> type[nn.Module] | None:
-    """Which of the classes in `TAKEN` a layer is of or derives from; None for others."""
+    """The class in `TAKEN` that a layer has or derives from; None for others."""
     for kind in type(layer).__mro__:
-        # transformers' Conv1D (GPT-2), a linear layer whose weight is stored as [in, out], is told by name, so that
-        # transformers need not be imported.
+        # transformers' Conv1D (GPT-2), a linear layer whose weight is stored as [in, out], is recognised by name, so
+        # that transformers need not be imported.
         transposed = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
         if transposed or kind is nn.Linear or kind in _CONVOLUTIONS:
             return kind
@@ -37,11 +37,11 @@ def known_kind(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def is_open(layer: nn.Module) -> bool:
-    """Whether the layer's weight may be read and written as numbers, and is all that its output depends on beside the
+    """Whether the layer's weight may be read and written as numbers, and its output depends on nothing else but the
     bias: a plain floating-point parameter under the forward pass of a known class.
 
-    Not so are quantised layers, whose weight is packed or only looks like floats, layers with a forward pass of their
-    own, and weights that are computed anew each time (weight norm), into which nothing can be written.
+    That excludes quantised layers, whose weight is packed or only looks like floats, layers with a forward pass of
+    their own, and weights that are recomputed each time (weight norm), which cannot be written to.
     """
     kind: Any = known_kind(layer)
     if kind is None or _runs_its_own(layer, kind):
@@ -53,7 +53,7 @@ def is_open(layer: nn.Module) -> bool:
 def obstacle(layer: nn.Module) -> str | None:
     """Why the layer can have no adapter, as the end of a sentence; None if it can.
 
-    A linear layer that is not open can have one beside it: y = f(x) + change(x) asks nothing of f but its sizes.
+    A linear layer that is not open can still have one: y = f(x) + change(x) needs only the sizes of f.
     """
     kind = known_kind(layer)
     if kind is None:
@@ -68,8 +68,8 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}; adapters take {TAKEN}"
     if kind is not nn.Linear:
         return (
-            f"{type(layer).__name__} has a forward pass of its own or a weight that is no plain parameter, which "
-            f"adapters can take of linear layers alone; use {kind.__name__}, or leave it out"
+            f"{type(layer).__name__} has its own forward pass or a weight that is not a plain parameter, which "
+            f"adapters accept only for linear layers; use {kind.__name__}, or leave it out"
         )
     return None
 
@@ -105,11 +105,11 @@ class LayerShape:
 
     @classmethod
     def of(cls, layer: nn.Module) -> "LayerShape":
-        """Raises: UserError for a layer that is none of `TAKEN`."""
+        """Raises: UserError for a layer that is not of a kind in `TAKEN`."""
         if reason := obstacle(layer):
             raise UserError(f"no adapter for this layer: {reason}")
         conv: Any = layer
-        if not is_open(layer):  # the weight may be packed, so its shape says nothing
+        if not is_open(layer):  # the weight may be packed, so its shape means nothing
             return cls((conv.out_features, conv.in_features))
         weight = tuple(weight_of(layer).shape)
         if (kind := known_kind(layer)) not in _CONVOLUTIONS:
@@ -150,19 +150,19 @@ class LayerShape:
         return matrix_OI.mT if self.transposed else matrix_OI.view(self.weight)
 
     def down(self, x: Tensor, down_RI: Tensor) -> Tensor:
-        """R numbers a position: [... R] for linear layers, [B groups*R ...] for convolutions, group after group."""
+        """R numbers per position: [... R] for linear layers, [B groups*R ...] for convolutions, group after group."""
         if self.linear:
             return F.linear(x, down_RI)
         return self.convolve(x, self.for_each_group(down_RI.view(-1, *self.weight[1:])))
 
     def scale(self, z: Tensor, scale_R: Tensor) -> Tensor:
-        """Multiplies what `down` gave by one number a component."""
+        """Multiplies the output of `down` by one number per component."""
         if self.linear:
             return z * scale_R
         return z * self.for_each_group(scale_R).view(-1, *(1,) * len(self.stride))
 
     def up(self, z: Tensor, up_OR: Tensor) -> Tensor:
-        """O numbers a position from what `down` gave."""
+        """O numbers per position from the output of `down`."""
         if self.linear:
             return F.linear(z, up_OR)
         return self.pointwise(z, up_OR)
@@ -179,7 +179,7 @@ class LayerShape:
         return self._convolution(x, matrix.view(*matrix.shape, *(1,) * len(self.stride)), groups=self.groups)
 
     def for_each_group(self, tensor: Tensor) -> Tensor:
-        """Repeats a tensor along its first axis, once a group."""
+        """Repeats a tensor along its first axis, once per group."""
         return tensor if self.groups == 1 else tensor.repeat(self.groups, *(1,) * (tensor.ndim - 1))
 
     @property
@@ -188,24 +188,24 @@ class LayerShape:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """A layer's weight, for the type checker: a module's attributes may be anything to it."""
+    """A layer's weight, for the type checker: to which a module's attributes may be anything."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def readable_weight(layer: nn.Module) -> Tensor:
-    """The weight, for an adapter that is made of it. Raises: UserError for a layer that is not open."""
+    """The weight, for an adapter that is computed from it. Raises: UserError for a layer that is not open."""
     if not is_open(layer):
         raise UserError(
-            f"this adapter is made of the weight, and that of {type(layer).__name__} is quantised or computed, so it "
+            f"this adapter uses the weight, but that of {type(layer).__name__} is quantised or computed, so it "
             "cannot be read; choose LoRA, GatedLoRA, FLoRA or Full"
         )
     return weight_of(layer)
 
 
 def like(layer: nn.Module) -> dict[str, Any]:
-    """Device and dtype of a layer's adapter: the layer's own, but float32 for half-precision and quantised layers."""
+    """Device and dtype of a layer's adapter: as of the layer, but float32 for half-precision and quantised layers."""
     weight = weight_of(layer)
     dtype = wide_type(weight.dtype) if _floats(weight) else torch.float32
     return {"dtype": dtype, "device": weight.device}
@@ -221,6 +221,6 @@ def fitting_rank(rank: int, layer: nn.Module, name: str, cap: bool) -> int:
         sizes = " x ".join(map(str, shape.weight))
         raise UserError(
             f"rank={rank} is above {shape.largest_rank}, the largest for {name} of shape {sizes}; lower it, or set "
-            "cap=True to give such layers the largest they can have"
+            "cap=True to use the largest possible rank in such layers"
         )
     return min(rank, shape.largest_rank)

@@ -1,8 +1,8 @@
 """LoRA: a change of rank r, from two trained matrices.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv 2106.09685, equation 3:
-y = W x + (alpha / r) B A x, with A random and B zero. For convolutions as Hugging Face PEFT has it: A a kernel to r
-channels, B a 1x1 kernel; that is the same on the weight read as a matrix [O I].
+y = W x + (alpha / r) B A x, with A random and B zero. For convolutions as in Hugging Face PEFT: A a kernel to r
+channels, B a 1x1 kernel; this is the same on the weight read as a matrix [O I].
 Shapes: O output features, I inputs of one of them (see `lightspan.adapters.layers`), R rank.
 """
 
@@ -23,8 +23,8 @@ class LoRA(AdapterSpec):
     """Args:
     rank: r, from 1 to the rank of the layer's weight.
     alpha: the change is scaled by alpha / r, > 0; None is r, a scale of 1.
-    dropout: share of inputs that the change does not see while training, in [0, 1).
-    cap: whether a layer whose weight has a smaller rank gets that one as its r; otherwise it is refused.
+    dropout: share of its inputs that are dropped while training, in [0, 1).
+    cap: whether a layer whose weight has a smaller rank uses that as its r; otherwise it is refused.
     """
 
     rank: int = 8

@@ -1,10 +1,10 @@
-"""Adapters out to Hugging Face PEFT and in from it: the folder of a LoRA, adapter_config.json and safetensors.
+"""Adapters to and from Hugging Face PEFT: the folder of a LoRA, adapter_config.json and safetensors.
 
     save_peft(model, "folder")                       # then, anywhere, without lightspan:
     peft.PeftModel.from_pretrained(pretrained_model, "folder")
 
 Every adapter whose change has low rank is a LoRA: up [O R] and down [R I], with R and alpha written for each layer, so
-that nothing is scaled on the other side. Parameters that trained as a whole travel as `modules_to_save`.
+that nothing is scaled on the other side. Parameters that trained completely are stored as `modules_to_save`.
 """
 
 import inspect
@@ -33,17 +33,17 @@ from lightspan.sharded import whole
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 LARGEST = 2**24
-"""Most numbers of one layer's lora_A; it grows with the square of a convolution's groups."""
+"""The most numbers in one layer's lora_A; it grows with the square of a convolution's groups."""
 _NO_LORA_WITH = ("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
 _SAFE_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""PEFT's `init_lora_weights` that leave the base weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take
-what the adapter starts at out of them, so that the folder's numbers mean nothing beside the pretrained ones.
+"""PEFT's `init_lora_weights` that leave the base weights unchanged. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+subtract the adapter's start from them, so that the folder's numbers are meaningless with the pretrained weights.
 """
 _OF_STARTS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config")
 
 
 def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> None:
-    """Writes the adapter of that name as a PEFT LoRA folder, on the first rank; all ranks have to call it.
+    """Writes the adapter of that name as a PEFT LoRA folder, on the first rank; all ranks must call it.
 
     Args:
         model: the adapted model, of the class that PEFT will be given: its layers' names go into the folder.
@@ -66,7 +66,7 @@ def save_peft(model: nn.Module, folder: str | Path, name: str = "default") -> No
         if (numbers := down_RI.numel() * adapter.layer.groups**2) > LARGEST:
             raise UserError(
                 f"{layer} cannot go into a PEFT LoRA folder: PEFT's lora_A sees all channels of a grouped convolution, "
-                f"and would take {numbers:,} numbers; fold it, or leave that layer out"
+                f"and would need {numbers:,} numbers; fold it, or leave that layer out"
             )
         down, up = _as_layers(adapter.layer, up_OR, down_RI)
         ranks[layer] = len(down)
@@ -89,21 +89,14 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     Args:
         model: the pretrained model that the folder belongs to, changed in place.
         name: of the adapters.
-        show: as of `lightspan.adapters.inject.adapt`.
-    Raises: UserError for a folder that is no LoRA or holds more than this can read, and for one of another model; the
-    model is then as it was.
+        show: as in `lightspan.adapters.inject.adapt`.
+    Raises: UserError for a folder that is not a LoRA or contains more than this can read, and for one of another model;
+    the model is then unchanged.
     """
     folder = Path(folder)
     config, tensors = _read(folder)
     known = dict(model.named_modules())
-    pairs: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(PREFIX))
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = tensor
-        else:
-            others[key.removeprefix(PREFIX)] = tensor
+    pairs, others = _sorted(tensors, folder)
     places = destinations(model, others, str(folder))
     _require_all_names(model, places, folder)
     if missing := [layer for layer in pairs if layer not in known]:
@@ -112,8 +105,6 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     factors = {}
     for layer, pair in pairs.items():
         where = f"{folder}, {layer}"
-        if pair.keys() != {"A", "B"}:
-            raise UserError(f"{where}: lora_{'A' if 'B' in pair else 'B'} is missing, so the folder is not whole")
         try:
             shape = LayerShape.of(known[layer].base if isinstance(known[layer], Adapted) else known[layer])
         except UserError as error:
@@ -128,15 +119,85 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", show:
     return carry_out_loaded(planned, others, places, show)
 
 
+class StoredChange:
+    """A PEFT LoRA folder as what it changes of weights that no module holds, tensor by tensor.
+
+    Attributes:
+        layers: names of the layers whose weight gets a sum added.
+        replaced: name -> tensor, of what trained as a whole and stands in the place of the base's.
+        base: what the folder calls the model it belongs to; may be empty.
+
+    Raises: UserError for a folder that is no LoRA or holds more than this can read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._config, tensors = _read(folder)
+        self._pairs, self.replaced = _sorted(tensors, folder)
+        self.layers = list(self._pairs)
+        self.base = str(self._config.get("base_model_name_or_path") or "")
+
+    def delta(self, layer: str, weight: tuple[int, ...], transposed: bool = False) -> Tensor:
+        """What is added to a layer's weight of this shape, in float64.
+
+        Args:
+            transposed: whether a matrix is stored as [I O], as transformers' Conv1D does.
+        Raises: UserError where the factors belong to a layer of other sizes.
+        """
+        shape, up_OR, down_RI = self.factors(layer, weight, transposed)
+        return shape.shaped(up_OR @ down_RI) * _scale(self._config, layer, len(self._pairs[layer]["A"]))
+
+    def factors(
+        self, layer: str, weight: tuple[int, ...], transposed: bool = False
+    ) -> tuple[LayerShape, Tensor, Tensor]:
+        """How the layer's weight is read as a matrix, and `up` [O R] and `down` [R I] of `delta` before its scale."""
+        where = f"{self.folder}, {layer}"
+        pair, linear = self._pairs[layer], len(weight) == 2
+        if len(weight) < 2 or len(weight) != pair["A"].ndim:
+            raise UserError(f"{where}: a LoRA of {pair['A'].ndim} axes does not fit a tensor {list(weight)}")
+        groups = 1 if linear else max(1, pair["A"].shape[1] // weight[1])
+        shape = LayerShape(weight, linear and transposed, groups, () if linear else (1,) * (len(weight) - 2))
+        return shape, *_as_matrices(shape, pair["A"].double(), pair["B"].double(), where)
+
+    def transposes(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Whether matrices of these layers are stored as [I O]: the folder says so, or one that is not square shows it.
+
+        PEFT itself looks at the layer's class, and folders need not say it.
+        """
+        sizes = {layer: (len(pair["B"]), pair["A"].shape[1]) for layer, pair in self._pairs.items()}
+        shown = any(shapes.get(layer) == (i, o) and i != o for layer, (o, i) in sizes.items())
+        return bool(self._config.get("fan_in_fan_out")) or shown
+
+
+def _sorted(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(layer -> {"A": ..., "B": ...}, everything else), by their names in the model.
+
+    Raises: UserError for half a pair.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(PREFIX))
+        if found:
+            pairs.setdefault(found[1], {})[found[2]] = tensor
+        else:
+            others[key.removeprefix(PREFIX)] = tensor
+    for layer, pair in pairs.items():
+        if pair.keys() != {"A", "B"}:
+            missing = "A" if "B" in pair else "B"
+            raise UserError(f"{folder}, {layer}: lora_{missing} is missing, so the folder is not whole")
+    return pairs, others
+
+
 def _require_all_names(model: nn.Module, places: dict[str, Tensor], folder: Path) -> None:
-    """Raises: UserError for a tensor that several modules share, of which PEFT would change one and part it from the
-    others.
+    """Raises: UserError for a tensor that several modules share, of which PEFT would change one and separate it from
+    the others.
     """
     for key, place in places.items():
         names = [name for name, tensor in plain_tensors(model, every_name=True) if tensor is place]
         if absent := [name for name in names if name not in places]:
             raise UserError(
-                f"{folder} changes {key} alone, which is one tensor with {absent[0]} in this {type(model).__name__}; "
+                f"{folder} changes only {key}, which is the same tensor as {absent[0]} in this {type(model).__name__}; "
                 f"PEFT would separate them, so {untying(absent[0])}"
             )
 
@@ -144,7 +205,7 @@ def _require_all_names(model: nn.Module, places: dict[str, Tensor], folder: Path
 def _as_layers(shape: LayerShape, up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
     """The weights of PEFT's lora_A and lora_B.
 
-    PEFT's lora_A of a grouped convolution sees all channels, so the factors of all groups stand there block by block.
+    PEFT's lora_A of a grouped convolution sees all channels, so it contains the factors of all groups block by block.
     """
     if not up_OR.shape[1]:  # nothing is left of the change; PEFT has no rank 0
         up_OR, down_RI = up_OR.new_zeros(len(up_OR), 1), down_RI.new_zeros(1, down_RI.shape[1])
@@ -158,9 +219,9 @@ def _as_layers(shape: LayerShape, up_OR: Tensor, down_RI: Tensor) -> tuple[Tenso
 
 
 def _as_matrices(shape: LayerShape, down: Tensor, up: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """The inverse of `_as_layers`, of a rank that a change of the weight can have.
+    """The inverse of `_as_layers`, with a rank that a change of the weight can have.
 
-    Raises: UserError for a layer of other sizes, and a grouped convolution whose groups see each other.
+    Raises: UserError for a layer of other sizes, and a grouped convolution whose groups are mixed.
     """
     count, ones = len(down), (1,) * len(shape.stride)
     inputs = (shape.fan_in,) if shape.linear else (shape.groups * shape.weight[1], *shape.weight[2:])
@@ -179,13 +240,13 @@ def _as_matrices(shape: LayerShape, down: Tensor, up: Tensor, where: str) -> tup
     )
     if not same:
         raise UserError(
-            f"{where}: this LoRA of a grouped convolution mixes its groups, and no change of its weight does"
+            f"{where}: this LoRA of a grouped convolution mixes its groups, which no change of its weight can do"
         )
     return _of_largest_rank(shape, up.flatten(1), kernel.flatten(1))
 
 
 def _of_largest_rank(shape: LayerShape, up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product from factors no thicker than the weight's shorter side: PEFT's may be."""
+    """The same product from factors no thicker than the weight's shorter side: PEFT's may be thicker."""
     if len(down_RI) <= shape.largest_rank:
         return up_OR, down_RI
     change_OI, identity = up_OR @ down_RI, torch.eye(shape.largest_rank).to(up_OR)
@@ -201,17 +262,17 @@ def _refuse_what_peft_cannot_run(model: nn.Module, layer: str, module: Adapted, 
         reason = f"PEFT runs it without dilation={shape.dilation} and padding_mode={shape.padding_mode!r}"
     elif shape.groups**2 * math.prod(shape.weight[1:]) * module.adapters[name].low_rank()[1].shape[0] > LARGEST:
         reason = (
-            f"PEFT has no grouped lora_A, and the dense one of {shape.groups} groups takes over {LARGEST:,} numbers"
+            f"PEFT has no grouped lora_A, and the dense one of {shape.groups} groups needs over {LARGEST:,} numbers"
         )
     elif any(isinstance(p, READS_WEIGHTS) and any(part is module for part in p.modules()) for p in model.modules()):
-        reason = "it is part of an attention that reads its weight, where PEFT's LoRA would be passed over"
+        reason = "it is part of an attention that reads its weight, where PEFT's LoRA would be ignored"
     if reason:
         raise UserError(f"{layer} cannot go into a PEFT LoRA folder: {reason}; fold it, or leave that layer out")
 
 
 def _warn_of_readers(model: nn.Module, layer: str) -> None:
-    """Warns where a forward pass asks a convolution for its geometry, as Whisper's encoder does: PEFT's layers do not
-    have it, so that such a model fails under any LoRA of that layer, PEFT's own too.
+    """Warns if a forward pass reads a convolution's geometry, as Whisper's encoder does: PEFT's layers do not
+    have it, so that such a model fails with any LoRA of that layer, even PEFT's own.
     """
     place, _, attribute = layer.rpartition(".")
     parent = model.get_submodule(place)
@@ -226,9 +287,9 @@ def _warn_of_readers(model: nn.Module, layer: str) -> None:
 
 
 def _trained_modules(model: nn.Module) -> list[str]:
-    """Modules of which every parameter trains as a whole, each under its own name where several share one tensor: PEFT
-    gives every module in its list a copy of its own, so that all of them have to be there. Raises: UserError for a
-    parameter that trains alone.
+    """Modules of which every parameter trains completely, each by its own name if several share one tensor: PEFT
+    gives every module in its list its own copy, so that all of them must be listed. Raises: UserError for a
+    parameter that trains without the rest of its module.
     """
     trained = [name for name, tensor in plain_tensors(model, every_name=True) if tensor.requires_grad]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
@@ -236,19 +297,19 @@ def _trained_modules(model: nn.Module) -> list[str]:
         mine = [name for name in trained if name.rpartition(".")[0] == module]
         if isinstance(model.get_submodule(module), Adapted):
             raise UserError(
-                f"{mine[0]} trained as a whole and {module} has an adapter too, and a PEFT folder holds one of both; "
+                f"{mine[0]} trained completely and {module} also has an adapter, but a PEFT folder has one of both; "
                 f"train one of them, or if another module shares this weight, {untying(mine[0])}"
             )
         if not module or len(mine) < len(list(model.get_submodule(module).parameters())):
-            raise UserError(f"{mine[0]} trained by itself, and PEFT saves whole modules; train all of its module")
+            raise UserError(f"{mine[0]} trained by itself, but PEFT saves whole modules; train its whole module")
         if twins := [name for name, _ in model.named_modules() if name != module and name.endswith(module)]:
-            raise UserError(f"PEFT would take {twins[0]} for {module}, which trained as a whole; rename one of them")
+            raise UserError(f"PEFT would mistake {twins[0]} for {module}, which trained completely; rename one of them")
     return modules
 
 
 def _config(model: nn.Module, ranks: dict[str, int], saved: list[str]) -> dict[str, Any]:
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    # Patterns are searched for at the end of a name; anchored, they mean one layer.
+    # Patterns match at the end of a name; anchored, they mean exactly one layer.
     unusual = {f"^{re.escape(layer)}": count for layer, count in ranks.items() if count != usual}
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
@@ -278,7 +339,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is not a PEFT folder with {CONFIG} and {WEIGHTS}: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be loaded")
+        raise UserError(
+            f"{folder} contains a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be loaded"
+        )
     used = [
         key
         for key, value in config.items()
@@ -294,7 +357,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(
             f"{folder} was made with init_lora_weights={start!r}, which changes the base weights at the start, and "
             "those are not in the folder; write it again from PEFT with "
-            "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
+            "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
         )
     return config, tensors
 

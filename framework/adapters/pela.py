@@ -1,8 +1,8 @@
 """PELA: each linear layer becomes two thinner ones, cut from its singular value decomposition.
 
 Source: Guo, Wang, Kankanhalli, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", CVPR 2024,
-arXiv 2310.10700, section 3.1. W ~ (U_r S_r^1/2) (S_r^1/2 V_r^T); both factors carry half of the spectrum, so that
-neither trains at a scale of its own. What trains them afterwards is in `lightspan.methods.compression.pela`.
+arXiv 2310.10700, section 3.1. W ~ (U_r S_r^1/2) (S_r^1/2 V_r^T); both factors get the square root of the spectrum, so
+that both train at the same scale. What trains them afterwards is in `lightspan.methods.compression.pela`.
 Shapes: B rows, O outputs, I inputs, R rank.
 """
 
@@ -24,18 +24,18 @@ __all__ = ["FactorisedLinear", "factorise"]
 
 EXCLUDED = ("*norm*", "*head*", "*patch_embed*", "*downsample*")
 """Patterns of layers that stay whole, as in the authors' code."""
-FEWEST_OUTPUTS = 10  # as in the authors' code: a layer this thin has nothing to give
+FEWEST_OUTPUTS = 10  # as in the authors' code: a layer this thin has nothing to save
 
 
 def rank_within(outputs: int, inputs: int, ratio: float) -> int:
-    """Largest r with r (O + I) <= O I / ratio: two factors of this rank hold at most 1/ratio of the layer's weights."""
+    """Largest r with r (O + I) <= O I / ratio: two factors of this rank have at most 1/ratio of the layer's weights."""
     return math.floor(outputs * inputs / (ratio * (outputs + inputs)))
 
 
 def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U_r S_r^1/2 [O R] and S_r^1/2 V_r^T [R I], whose product is the nearest matrix of this rank, in its dtype.
 
-    A direction without a singular value (a matrix of zeros has no other) stands in the second factor alone, at the
+    A direction with singular value zero (a matrix of zeros has no other) is only in the second factor, at the
     scale of the largest one: zero in both, it would never get a gradient.
 
     Raises: UserError for a rank outside [1, min(O, I)], or a weight that is not finite.
@@ -43,7 +43,7 @@ def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if not 1 <= rank <= min(weight_OI.shape):
         raise UserError(f"rank={rank} is outside [1, {min(weight_OI.shape)}], the shorter side of {[*weight_OI.shape]}")
     if not weight_OI.isfinite().all():
-        raise UserError(f"a weight of shape {[*weight_OI.shape]} holds NaN or infinite values, which have no SVD")
+        raise UserError(f"a weight of shape {[*weight_OI.shape]} has NaN or infinite values, so it has no SVD")
     u_OK, s_K, v_KI = thin_svd(weight_OI.detach())
     s_R, largest = s_K[:rank], s_K[0]
     none_R = s_R <= torch.finfo(s_K.dtype).eps * max(weight_OI.shape) * largest
@@ -56,14 +56,14 @@ def balanced_factors(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class FactorisedLinear(nn.Module):
     """y = (x A) B + bias: [B I] -> [B O] through R numbers, with A = down.weight^T and B = up.weight^T.
 
-    Starts as the truncated SVD of `layer`, whose bias it takes over. `weight` is the product, made when asked for.
+    Starts as the truncated SVD of `layer`, whose bias it keeps. `weight` is the product, computed on request.
     """
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = layer.in_features, layer.out_features, rank
         up_OR, down_RI = balanced_factors(layer.weight, rank)
-        # On meta, since the random weights that a Linear starts with would be drawn for nothing.
+        # On meta, to avoid drawing a Linear's random start weights for nothing.
         self.down = nn.Linear(layer.in_features, rank, bias=False, device="meta")
         self.up = nn.Linear(rank, layer.out_features, bias=False, device="meta")
         self.down.weight, self.up.weight = nn.Parameter(down_RI), nn.Parameter(up_OR)
@@ -81,7 +81,7 @@ class FactorisedLinear(nn.Module):
         return self.up(self.down(x_BI))
 
     def dense(self) -> nn.Linear:
-        """The one layer that computes the same."""
+        """A single layer that computes the same."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         layer.weight, layer.bias = nn.Parameter(self.weight.detach()), self.bias  # type: ignore[assignment]
         return layer.train(self.training)
@@ -98,24 +98,25 @@ class Cut:
 
     @property
     def weights(self) -> int:
-        """Weights left, biases apart."""
+        """Remaining weights, without biases."""
         return self.outputs * self.inputs if self.rank is None else self.rank * (self.outputs + self.inputs)
 
 
 def plan(model: nn.Module, ratio: float, exclude: list[str]) -> list[Cut]:
     """One entry for each linear layer below `model`.
 
-    Raises: UserError for a ratio below 1, a pattern that matches nothing but the defaults, or a plan without a cut.
+    Raises: UserError for a ratio below 1, a pattern that matches nothing but the defaults, or a plan that factorises
+    nothing.
     """
     if not ratio >= 1:
-        raise UserError(f"ratio={ratio} must be at least 1: a layer keeps 1/ratio of its weights")
+        raise UserError(f"ratio={ratio} must be at least 1: a layer keeps at most 1/ratio of its weights")
     linear = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, nn.Linear)}
     require_matches([p for p in exclude if p not in EXCLUDED], list(linear), f"linear layer of {type(model).__name__}")
     cuts = []
     for name, layer in linear.items():
         if not matches(name, exclude) and not is_open(layer):
             raise UserError(
-                f"{name} is a {type(layer).__name__} whose weight is packed or computed anew each time, so it cannot "
+                f"{name} is a {type(layer).__name__} whose weight is packed or recomputed each time, so it cannot "
                 "be factorised; add it to exclude, or start from a layer with a plain weight"
             )
         rank: int | None = rank_within(layer.out_features, layer.in_features, ratio)
@@ -131,12 +132,12 @@ def plan(model: nn.Module, ratio: float, exclude: list[str]) -> list[Cut]:
 
 
 def factorise(model: nn.Module, ratio: float = 2.0, exclude: list[str] | None = None) -> nn.Module:
-    """Replaces linear layers of `model` by `FactorisedLinear` in place, prints what became of each, returns `model`.
+    """Replaces linear layers of `model` by `FactorisedLinear` in place, prints the result for each, returns `model`.
 
     Args:
         ratio: c >= 1; a replaced layer keeps at most 1/c of its weights.
         exclude: shell-style patterns of layer names that stay whole; None is `EXCLUDED`.
-    Raises: UserError as `plan` does, and for a layer whose weight another one uses too.
+    Raises: UserError as `plan` does, and for a layer whose weight is shared with another one.
     """
     cuts = plan(model, ratio, list(EXCLUDED) if exclude is None else exclude)
     for cut in cuts:
@@ -162,7 +163,7 @@ def factorised(model: nn.Module) -> Iterator[tuple[str, FactorisedLinear]]:
 
 
 def table(cuts: list[Cut]) -> list[str]:
-    """Lines to print: a layer each, then the sum."""
+    """Lines to print: one per layer, then the total."""
     width = max(len(cut.name) for cut in cuts)
     lines = [
         f"{cut.name:{width}}  {cut.outputs:>6} x {cut.inputs:<6} "

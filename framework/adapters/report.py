@@ -11,7 +11,7 @@ from lightspan.distributed import rank
 
 @dataclass(frozen=True)
 class Row:
-    """An adapted layer: its dotted name, the shape of its weight, and how many numbers are trained in their place."""
+    """An adapted layer: its dotted name, the shape of its weight, and how many numbers are trained instead."""
 
     module: str
     shape: tuple[int, ...]
@@ -19,7 +19,7 @@ class Row:
 
     @property
     def kind(self) -> tuple[str, str, int]:
-        """What layers of one kind share; `*` stands for their numbers."""
+        """The name that layers of one kind share; `*` stands for their numbers."""
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", self.module)
         return name, " x ".join(map(str, self.shape)), self.trainable
 

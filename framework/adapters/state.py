@@ -1,10 +1,10 @@
-"""Adapters in one safetensors file: their numbers, what was trained beside them, and on which weights.
+"""Adapters in one safetensors file: their numbers, what else was trained, and on which weights.
 
     save_adapter(model, "digits.safetensors")
     load_adapter(another_copy_of_the_pretrained_model, "digits.safetensors")
 
-The file's metadata names format, adapter, layers with their specs, and the SHA-256 of the frozen layers: an adapter put
-on other weights than it was trained on gives numbers without meaning and no error.
+The file's metadata names format, adapter, layers with their specs, and the SHA-256 of the frozen layers: an adapter
+on other weights than it was trained on would give meaningless numbers and no error.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from lightspan.adapters.layers import weight_of
 from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
 from lightspan.errors import UserError
-from lightspan.facts import facts_of
 from lightspan.files import write_atomic
 from lightspan.sharded import whole
+from lightspan.tensor_files import facts_of
 
 FORMAT = "lightspan adapter 1"
 _ADAPTER, _TRAINED = "adapter.", "trained."
@@ -35,7 +35,7 @@ _ADAPTER, _TRAINED = "adapter.", "trained."
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Writes the adapter of that name from every layer that has it, and all else that trains, on the first rank.
 
-    All ranks of a sharded model have to call it.
+    All ranks of a sharded model must call it.
 
     Raises: UserError if no layer has such an adapter, or the file cannot be written.
     """
@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         for layer, module in layers.items()
         for key, tensor in module.adapters[name].stored().items()
     }
-    # Under every name of a shared tensor, so that a model in which they are apart gets them all.
+    # Under every name of a shared tensor, so that a model in which they are separate gets them all.
     trained = {n: t for n, t in plain_tensors(model, every_name=True) if t.requires_grad}
     tensors |= {f"{_TRAINED}{name}": whole(tensor).detach() for name, tensor in trained.items()}
     metadata = {
@@ -60,10 +60,10 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all, with the permissions that new files get here."""
-    # Copies: safetensors refuses tensors that share memory, and an expanded one has none of its own.
+    """Writes a safetensors file, whole or not at all, with the usual permissions of new files."""
+    # Copies: safetensors refuses tensors that share memory, and an expanded one has no memory of its own.
     copies = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-    write_atomic(path, save(copies, metadata))  # not its save_file, which gives the owner alone a right to read
+    write_atomic(path, save(copies, metadata))  # not its save_file, which lets only the owner read
 
 
 def load_adapter(
@@ -81,9 +81,9 @@ def load_adapter(
         name: to give the adapter; None is the name it was saved under.
         specs: spec classes of your own that the file may name; lightspan's are known.
         other_weights: whether frozen weights may differ from those that the adapter was trained on.
-        show: as of `adapt`.
-    Raises: UserError for a file that is no adapter, does not fit the model, or belongs to other frozen weights; the
-    model is then as it was.
+        show: as in `adapt`.
+    Raises: UserError for a file that is not an adapter, does not fit the model, or belongs to other frozen weights; the
+    model is then unchanged.
     """
     try:
         with safe_open(str(path), "pt") as file:
@@ -92,7 +92,7 @@ def load_adapter(
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no {FORMAT!r} file, its format is {metadata.get('format')!r}")
+        raise UserError(f"{path} is not a {FORMAT!r} file; its format is {metadata.get('format')!r}")
     facts = facts_of(metadata, path, name=str, specs=dict, base_sha256=str)
     name, described = name or facts["name"], facts["specs"]
     known = dict(model.named_modules())
@@ -122,29 +122,29 @@ def destinations(model: nn.Module, tensors: dict[str, Tensor], where: str) -> di
     """The model's own tensors that those of a file go into, by the file's names.
 
     Raises: UserError for a name that the model does not have, another shape, and a tensor that the model has under
-    several names for which the file holds different numbers.
+    several names for which the file has different numbers.
     """
     own = dict(plain_tensors(model, every_name=True))
     kind = type(model).__name__
     if foreign := [key for key in tensors if key not in own]:
-        raise UserError(f"{where} holds {foreign[0]}, which {kind} has no place for")
+        raise UserError(f"{where} contains {foreign[0]}, for which {kind} has no place")
     first: dict[int, str] = {}
     for key, tensor in tensors.items():
         if own[key].shape != tensor.shape:
             raise UserError(f"{where}: {key} is {list(tensor.shape)}, not {list(own[key].shape)}")
         other = first.setdefault(id(own[key]), key)
         if not torch.equal(tensors[other], tensor):
-            raise UserError(f"{where} holds different numbers for {other} and {key}, one tensor here; {untying(key)}")
+            raise UserError(f"{where} has different numbers for {other} and {key}, one tensor here; {untying(key)}")
     return {key: own[key] for key in tensors}
 
 
 def untying(name: str) -> str:
-    """What to do about a parameter that should be one of its own, as the end of a message."""
+    """How to make a shared parameter separate, as the end of a message."""
     module, _, attribute = name.rpartition(".")
     return (
-        f"give it one of its own first: layer = model.get_submodule({module!r}); "
+        f"give it its own tensor first: layer = model.get_submodule({module!r}); "
         f"layer.{attribute} = nn.Parameter(layer.{attribute}.detach().clone()), "
-        "and model.config.tie_word_embeddings = False where there is one"
+        "and model.config.tie_word_embeddings = False if it has one"
     )
 
 
@@ -157,9 +157,9 @@ def trained_names(model: nn.Module, places: dict[str, Tensor]) -> set[str]:
 
 @torch.no_grad()
 def carry_out_loaded(planned: Plan, tensors: dict[str, Tensor], places: dict[str, Tensor], show: bool) -> Injection:
-    """Puts restored adapters into the model and a file's other tensors into their places.
+    """Inserts restored adapters into the model and copies a file's other tensors to their places.
 
-    The adapters are in the mode of their layer, so that a model in eval mode is one with them.
+    The adapters are in the mode of their layer, so that a model in eval mode stays in it.
     """
     for layer, adapter in planned.adapters.items():
         adapter.train(planned.model.get_submodule(layer).training)
@@ -180,7 +180,7 @@ def _with_adapter(model: nn.Module, name: str) -> dict[str, Adapted]:
 
 
 def _base_hash(layers: dict[str, nn.Module] | dict[str, Adapted]) -> str:
-    """Of weights alone: biases may be trained."""
+    """Of weights only: biases may be trained."""
     bases = {layer: module.base if isinstance(module, Adapted) else module for layer, module in layers.items()}
     return digest((layer, weight_of(module)) for layer, module in bases.items())
 
@@ -193,7 +193,7 @@ def _described(spec: AdapterSpec | None) -> dict[str, object]:
 
 
 def _spec(description: Any, own: tuple[type[AdapterSpec], ...], path: str | Path) -> AdapterSpec:
-    """Raises: UserError for a class that is neither lightspan's nor handed in, since importing what a file names runs
+    """Raises: UserError for a class that is neither lightspan's nor passed in, since importing what a file names runs
     it, and for arguments that the class does not take.
     """
     match description:
@@ -204,7 +204,7 @@ def _spec(description: Any, own: tuple[type[AdapterSpec], ...], path: str | Path
     try:
         return kind(**init_args)
     except TypeError as error:
-        raise UserError(f"{path} describes a {class_path} that cannot be made: {error}") from error
+        raise UserError(f"{path} describes a {class_path} that cannot be built: {error}") from error
 
 
 def _kind(class_path: str, own: tuple[type[AdapterSpec], ...]) -> type[AdapterSpec]:

@@ -23,9 +23,9 @@ from lightspan.subspaces.svd import thin_svd
 @dataclass(frozen=True)
 class SVFit(AdapterSpec):
     """Args:
-    rank: singular values that train, the largest ones; None is all of them, which is where the paper's rule ends.
-    energy: instead of `rank`, the share of the squared singular values that the trained ones have at least, in (0, 1].
-    cap: as of `lightspan.adapters.lora.LoRA`, for `rank`.
+    rank: number of singular values that train, the largest ones; None is all of them, the limit of the paper's rule.
+    energy: instead of `rank`, least share of the squared singular values that the trained ones must have, in (0, 1].
+    cap: as in `lightspan.adapters.lora.LoRA`, for `rank`.
     """
 
     rank: int | None = None
@@ -58,13 +58,13 @@ def frames(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 class SVFitUpdate(Adapter):
     """left diag(shift) right, with fixed frames.
 
-    Of a half-precision layer the frames have the layer's dtype, and so have the products with them: the change is added
+    For a half-precision layer the frames have the layer's dtype, and so do the products with them: the change is added
     to an output in that dtype, and accelerators form such products several times as fast. Shifts, and their gradients'
     sums over positions, stay float32.
 
-    An adapter file keeps the shifts alone, and the frames are computed anew from the layer. They come out the same up
-    to rounding, but for singular values that (nearly) coincide; so the file also keeps what the change does to one
-    fixed input, and another outcome is refused.
+    An adapter file keeps only the shifts, and the frames are recomputed from the layer. They are the same up
+    to rounding, except for singular values that (nearly) coincide; so the file also keeps the change of one
+    fixed input, and a different result is refused.
     """
 
     def __init__(self, layer: nn.Module, left_OR: Tensor, values_R: Tensor, right_RI: Tensor) -> None:
@@ -110,12 +110,12 @@ class SVFitUpdate(Adapter):
             self.shift_R.copy_(stored)
 
     def _probe(self, shift_R: Tensor) -> Tensor:
-        """What these shifts do to one fixed input, in their dtype."""
+        """The effect of these shifts on one fixed input, in their dtype."""
         left_OR, right_RI = (whole(frame).detach().to(shift_R.dtype) for frame in (self.left_OR, self.right_RI))
         x_I = torch.randn(right_RI.shape[1], generator=torch.Generator().manual_seed(0)).to(right_RI)
         return left_OR @ (shift_R * (right_RI @ x_I))
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
-    """A parameter that needs no gradient; a copy without what it was cut from."""
+    """A parameter that needs no gradient; a copy that does not keep the larger tensor."""
     return nn.Parameter(tensor.clone(memory_format=torch.contiguous_format), requires_grad=False)

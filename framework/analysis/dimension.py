@@ -1,15 +1,15 @@
 """Dimension of the manifold that points lie on, from the distances to their two nearest neighbours (TwoNN).
 
 Source: Facco, d'Errico, Rodriguez, Laio, "Estimating the intrinsic dimension of datasets by a minimal neighborhood
-information", Scientific Reports 7 (2017), arXiv 1803.06992. Where density is constant up to the second neighbour, the
-ratio mu = r2 / r1 of a point's two distances has P(mu <= t) = 1 - t^-d (equation 4): the dimension d and nothing else.
-Ratios know no scale and no rotation, and dimensions that the manifold leaves empty do not count. Estimates fall short
-where points are few for the dimension, which is so above d = 20 for thousands of points.
+information", Scientific Reports 7 (2017), arXiv 1803.06992. If density is constant up to the second neighbour, the
+ratio mu = r2 / r1 of a point's two distances has P(mu <= t) = 1 - t^-d (equation 4): it depends only on the dimension
+d. Ratios do not depend on scale or rotation, and dimensions that the manifold leaves empty do not count. Estimates are
+too small if there are few points for the dimension, as above d = 20 for thousands of points.
 
 What a linear map can see, such as the participation ratio of centred features, is in `lightspan.analysis.spectra`; it
 is never below the dimension of a flat manifold, and much above that of a curved one.
 
-Shapes: N points, D coordinates, Q points a chunk.
+Shapes: N points, D coordinates, Q points per chunk.
 """
 
 import torch
@@ -24,10 +24,10 @@ def two_nn_likelihood(points_ND: Tensor) -> Tensor:
 
 
 def likeliest_dimension(mu_N: Tensor) -> Tensor:
-    """The dimension that makes the ratios likeliest, freed of its bias: (N - 1) / sum log mu, 0-d float64.
+    """The dimension that makes the ratios likeliest, corrected for bias: (N - 1) / sum log mu, 0-d float64.
 
     d / N times the sum of the logarithms is a Gamma variable of shape N, so the relative standard error is
-    1 / sqrt(N - 2). Infinite when all ratios are 1, as on a lattice.
+    1 / sqrt(N - 2). Infinite if all ratios are 1, as on a lattice.
     """
     return (len(mu_N) - 1) / mu_N.log().sum()
 
@@ -39,10 +39,10 @@ def two_nn_fit(points_ND: Tensor, discard: float = 0.1) -> Tensor:
 
 
 def fitted_dimension(mu_N: Tensor, discard: float = 0.1) -> Tensor:
-    """Slope of the line through the origin and (log mu_i, -log(1 - i / N)), mu rising (section 2 of the paper), 0-d.
+    """Slope of the line through the origin and (log mu_i, -log(1 - i / N)), mu ascending (section 2 of the paper), 0-d.
 
-    The largest ratios come from points whose density changes, and are noisy: `discard` of them have no say. With it the
-    fit bears outliers better than the likelihood. Infinite when all ratios are 1.
+    The largest ratios come from points whose density changes, and are noisy: a share `discard` of them is ignored. With
+    it the fit tolerates outliers better than the likelihood. Infinite if all ratios are 1.
 
     Args:
         discard: share in [0, 1) of the largest ratios left out; the last one always is, since its ordinate is infinite.
@@ -62,7 +62,7 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
     """mu = r2 / r1 >= 1 of each different point, float64, in no particular order; equal rows count once.
 
     Args:
-        chunk: points at a time; memory is chunk * N distances. The answer does not depend on it.
+        chunk: points at a time; memory is chunk * N distances. The result does not depend on it.
     Raises: UserError for fewer than 3 different points, or coordinates that are not finite.
     """
     if not points_ND.isfinite().all():
@@ -71,8 +71,8 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
     different_ND = points_ND.unique(dim=0) if points_ND.numel() else points_ND[:1]
     if len(different_ND) < 3:
         raise UserError(
-            f"TwoNN got {len(different_ND)} different points of {len(points_ND)}, and needs 3: each has to have two "
-            "neighbours; give more points, or look for features that have collapsed"
+            f"TwoNN got {len(different_ND)} different points of {len(points_ND)}, but needs 3: each must have two "
+            "neighbours; give more points, or check whether features have collapsed"
         )
     ratios = []
     for points_QD in different_ND.split(chunk):
@@ -85,4 +85,4 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
 
 def _require_share(discard: float) -> None:
     if not 0 <= discard < 1:
-        raise UserError(f"TwoNN discard={discard} must be at least 0 and below 1; the paper takes 0.1")
+        raise UserError(f"TwoNN discard={discard} must be at least 0 and below 1; the paper uses 0.1")

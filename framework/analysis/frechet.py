@@ -28,7 +28,7 @@ def principal_directions(rows_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     """`gaussian_distance` of the two sets' means and unbiased covariances; 0 for equal moments.
 
-    Small sets look farther apart than they are: compare only distances of equally large sets.
+    Small sets seem farther apart than they are: compare only distances between sets of equal size.
 
     Raises: UserError for fewer than 2 rows, sets of different width, or features that are not finite.
     """
@@ -52,4 +52,4 @@ def gaussian_distance(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_
 
 def _require_finite(*sets: Tensor) -> None:
     if not all(bool(rows.isfinite().all()) for rows in sets):
-        raise UserError("features hold NaN or infinite values, which have no moments; the model has diverged")
+        raise UserError("features contain NaN or infinite values, which have no moments; the model has diverged")

@@ -1,7 +1,8 @@
-"""Nearest-neighbour classification on frozen features: the probe that has nothing to tune.
+"""Nearest-neighbour classification on frozen features: a probe without anything to tune.
 
 Source: Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (CVPR 2018,
-arXiv 1805.01978), section 3.4. Shapes: N bank rows, M query rows, D features, K neighbours, C classes, Q rows a chunk.
+arXiv 1805.01978), section 3.4. Shapes: N bank rows, M query rows, D features, K neighbours, C classes, Q rows per
+chunk.
 """
 
 import torch
@@ -23,7 +24,7 @@ def knn_accuracy(
 ) -> float:
     """Share of queries whose class is the one that their k nearest bank rows by cosine vote for, in [0, 1].
 
-    A neighbour of similarity s votes with exp(s / temperature) as in Wu et al., with 1 where temperature is None. Of
+    A neighbour of similarity s votes with exp(s / temperature) as in Wu et al., with 1 if temperature is None. Of
     classes with equal votes the smallest wins. Similarities are computed in float32 at least.
 
     Args:
@@ -31,7 +32,7 @@ def knn_accuracy(
         bank_labels_N, query_labels_M: int64, >= 0.
         k: neighbours, in [1, N].
         temperature: > 0, or None for equal votes.
-        chunk: queries at a time; memory is chunk * N similarities. The answer does not depend on it.
+        chunk: queries at a time; memory is chunk * N similarities. The result does not depend on it.
     Raises: UserError for k or temperature out of range, features that are not finite, or no query.
     """
     if not 1 <= k <= len(bank_ND):
@@ -41,14 +42,14 @@ def knn_accuracy(
     if not len(query_MD):
         raise UserError("knn got no query rows; give it at least one validation sample")
     if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
-        raise UserError("features hold NaN or infinite values, so they have no neighbours; the model has diverged")
+        raise UserError("features contain NaN or infinite values, so they have no neighbours; the model has diverged")
     wide = wide_type(bank_ND.dtype, query_MD.dtype)
     bank_ND, query_MD = (_of_length_one(x.to(wide)) for x in (bank_ND, query_MD))
     classes = 1 + int(torch.cat((bank_labels_N, query_labels_M)).max())
     correct = 0
     for query_QD, labels_Q in zip(query_MD.split(chunk), query_labels_M.split(chunk), strict=True):
         similarity_QK, neighbour_QK = (query_QD @ bank_ND.T).topk(k)
-        # Relative to the nearest one: the same vote, and no overflow at a small temperature.
+        # Relative to the nearest one: the same votes, without overflow at a small temperature.
         nearness_QK = similarity_QK - similarity_QK[:, :1]
         weight_QK = torch.ones_like(nearness_QK) if temperature is None else (nearness_QK / temperature).exp()
         votes_QC = torch.zeros(len(query_QD), classes, dtype=weight_QK.dtype, device=weight_QK.device)
@@ -58,5 +59,5 @@ def knn_accuracy(
 
 
 def _of_length_one(x_ND: Tensor) -> Tensor:
-    # By the largest entry first: squares of small numbers vanish, those of large ones overflow.
+    # Divided by the largest entry first: squares of small numbers vanish, those of large ones overflow.
     return normalize(normalize(x_ND, p=torch.inf, eps=torch.finfo(x_ND.dtype).tiny)) if x_ND.shape[1] else x_ND

@@ -42,14 +42,14 @@ def fit_linear_probe(
 
         sum_n cross_entropy(x_n W + b, label_n) + l2 / 2 * |W|^2
 
-    with the bias free, as scikit-learn's LogisticRegression(C=1/l2) after StandardScaler. The problem is convex: the
-    answer depends on no seed, and `max_iterations` of L-BFGS bound the work. Computed in float64; features that are
+    with the bias free, like scikit-learn's LogisticRegression(C=1/l2) after StandardScaler. The problem is convex: the
+    result depends on no seed, and `max_iterations` of L-BFGS bound the work. Computed in float64; features that are
     constant in training get weight zero.
 
     Args:
         labels_N: int64 in [0, C), C being the largest label + 1.
         l2: > 0.
-    Raises: UserError when l2 <= 0, for no training row, a negative label, or features that are not finite.
+    Raises: UserError if l2 <= 0, for no training row, a negative label, or features that are not finite.
     """
     if l2 <= 0:
         raise UserError(f"linear probe l2={l2} must be above 0: without it separable features have no best weights")
@@ -64,7 +64,7 @@ def _fit(x_ND: Tensor, labels_N: Tensor, l2: float, max_iterations: int) -> tupl
     _require_finite(x_ND)
     mean_D = x_ND.mean(dim=0)
     std_D = (x_ND - mean_D).square().mean(dim=0).sqrt()
-    # A constant feature has a deviation of rounding errors, not of zero: dividing by it would make noise the signal.
+    # A constant feature has a deviation of rounding errors, not zero: dividing by it would turn noise into signal.
     scale_D = torch.where(std_D > 1e-7 * x_ND.abs().amax(dim=0).clamp_min(1e-30), 1 / std_D, torch.zeros_like(std_D))
     x_ND = (x_ND - mean_D) * scale_D
     classes = 1 + int(labels_N.max())
@@ -98,4 +98,4 @@ def _require_rows(test_MD: Tensor) -> None:
 
 def _require_finite(x_ND: Tensor) -> None:
     if not x_ND.isfinite().all():
-        raise UserError("features hold NaN or infinite values, so no linear probe fits them; the model has diverged")
+        raise UserError("features contain NaN or infinite values, so no linear probe fits them; the model has diverged")

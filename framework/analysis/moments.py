@@ -1,8 +1,8 @@
-"""Counts, means and scatter of rows that come in batches and on several ranks, in float64.
+"""Counts, means and scatter of rows in batches and on several ranks, in float64.
 
-Two sets are joined by the difference of their means (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm
-for computing sample variances", 1979), never by sums of squares: features far from the origin lose no digits, and
-constant ones have a scatter of exactly zero, however they were cut.
+Two sets are combined with the difference of their means (Chan, Golub, LeVeque, "Updating formulae and a pairwise
+algorithm for computing sample variances", 1979), never by sums of squares: features far from the origin lose no digits,
+and constant ones have a scatter of exactly zero, however they are split.
 
 Shapes: B rows of a batch, D features, C classes; of a pair of features, E columns of the second.
 """
@@ -21,7 +21,7 @@ from lightspan.errors import UserError
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of rows, class by class; rows without labels are one class.
+    """Statistics of rows, class by class; rows without labels are one class.
 
         sums = Moments.of(x, label) + Moments.of(more_x, more_label)   # any batches, in any order
         sums.over_ranks().total().covariance()
@@ -41,27 +41,27 @@ class Moments:
         """Moments of one batch; B may be 0.
 
         Args:
-            x_BD: any dtype; on a device without float64 the CPU computes.
+            x_BD: any dtype; without float64 on the device, the CPU computes.
             label_B: whole numbers from 0.
-            classes: that there are at least; labels may name more.
-        Raises: UserError for rows that are not finite or not a matrix, or labels that do not go with them.
+            classes: the least number of classes; labels may name more.
+        Raises: UserError for rows that are not finite or not a matrix, or labels that do not match them.
         """
         if x_BD.ndim != 2:
-            raise UserError(f"moments are of rows [B, D], and got {list(x_BD.shape)}; pool or flatten the features")
+            raise UserError(f"moments need rows [B, D], but got {list(x_BD.shape)}; pool or flatten the features")
         device = x_BD.device if widest_float(x_BD.device) == torch.float64 else torch.device("cpu")
         x_BD = x_BD.detach().to(device, torch.float64)
         label_B = torch.zeros(len(x_BD), dtype=torch.int64) if label_B is None else label_B.detach()
         label_B = label_B.to(device)
         if label_B.shape != x_BD.shape[:1] or label_B.is_floating_point() or (len(label_B) and int(label_B.min()) < 0):
             raise UserError(
-                f"moments by class need one whole number from 0 as the label of each of {len(x_BD)} rows, and got "
+                f"moments by class need one whole number from 0 as the label of each of {len(x_BD)} rows, but got "
                 f"{label_B.dtype} {list(label_B.shape)}"
             )
         if not x_BD.isfinite().all():
-            raise UserError("features hold NaN or infinite values, which have no moments; the model has diverged")
+            raise UserError("features contain NaN or infinite values, which have no moments; the model has diverged")
         classes = max(classes, 1 + int(label_B.max())) if len(label_B) else classes
         count_C = torch.bincount(label_B, minlength=classes).double()
-        # From the first row: a mean of equal numbers would leave its rounding errors, and they would be the scatter.
+        # Relative to the first row: the mean of equal numbers has rounding errors, which would become the scatter.
         origin_1D = x_BD[:1] if len(x_BD) else x_BD.new_zeros(1, x_BD.shape[1])
         from_origin_BD = x_BD - origin_1D
         sum_CD = x_BD.new_zeros(classes, x_BD.shape[1]).index_add_(0, label_B, from_origin_BD)
@@ -82,9 +82,9 @@ class Moments:
         return Moments(count_C, mean_CD, one.within_DD + two.within_DD + between_DD)
 
     def over_ranks(self) -> "Moments":
-        """Those of the rows of all ranks together, the same on each. Every rank has to call it, also one without rows.
+        """Those of the rows of all ranks together, the same on each. Every rank must call it, even one without rows.
 
-        Means are gathered and joined as batches are; of the scatter, D x D, only the sum travels.
+        Means are gathered and combined like those of batches; of the scatter, D x D, only the sum is sent.
         """
         if world_size() == 1:
             return self
@@ -111,7 +111,7 @@ class Moments:
     def covariance(self, correction: int = 1) -> Tensor:
         """Scatter within classes over (rows - correction), [D D]. Raises: UserError for too few rows."""
         if self.count <= correction:
-            raise UserError(f"a covariance needs more than {correction} rows, and there are {self.count}; give more")
+            raise UserError(f"a covariance needs more than {correction} rows, but there are {self.count}; give more")
         return self.within_DD / (self.count - correction)
 
     def between(self, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
 """How many dimensions a matrix really uses. All functions are pure, take any device, and compute in float32 or wider.
-NaN in gives NaN out; zeros, and matrices without rows or columns, use 0 dimensions. No measure knows a scale.
+NaN in gives NaN out; zeros, and matrices without rows or columns, use 0 dimensions. No measure depends on scale.
 
 Measures of singular values treat leading axes as a batch: [... S] gives [...].
 Shapes: N rows (samples), D columns (features), S singular values, R columns of a frame.
@@ -12,7 +12,7 @@ from lightspan.devices import wide
 
 
 def singular_values(matrix_ND: Tensor, center: bool = False) -> Tensor:
-    """Singular values [min(N, D)], falling; with `center` those of the rows after their mean is taken off."""
+    """Singular values [min(N, D)], descending; with `center` those of the rows after subtracting their mean."""
     matrix_ND = centred(matrix_ND) if center else wide(matrix_ND)
     sound = matrix_ND.isfinite().all()  # LAPACK may raise on NaN
     values_S = torch.linalg.svdvals(matrix_ND.where(sound, 0))
@@ -20,24 +20,25 @@ def singular_values(matrix_ND: Tensor, center: bool = False) -> Tensor:
 
 
 def centred(rows_ND: Tensor) -> Tensor:
-    """Rows less their mean; zeros where all rows are equal, of which a mean alone would leave its rounding errors."""
+    """Rows minus their mean; exactly zero if all rows are equal, where the mean alone would leave rounding errors."""
     from_first_ND = wide(rows_ND) - wide(rows_ND[:1])
     return from_first_ND - from_first_ND.mean(dim=0)
 
 
 def gram_singular_values(gram_NN: Tensor) -> Tensor:
-    """Singular values [... S] of matrices X from X^T X or X X^T [... S S], falling; NaN for a Gram that is not finite.
+    """Singular values [... S] of matrices X from X^T X or X X^T [... S S], descending; NaN for a Gram that is not
+    finite.
 
     A Gram has the square of X's condition number: in float64 values below 1e-8 of the largest are rounding errors.
     """
     sound = gram_NN.isfinite().all(dim=-1).all(dim=-1)[..., None]
-    # LAPACK refuses the whole batch for one NaN, and to look for it here would make a device wait.
+    # LAPACK refuses the whole batch for one NaN, and checking for it here would make a device wait.
     energy_S = torch.linalg.eigvalsh(torch.where(sound[..., None], gram_NN, torch.zeros_like(gram_NN))).flip(-1)
     return torch.where(sound, energy_S.clamp_min(0).sqrt(), torch.full_like(energy_S, torch.nan))
 
 
 def effective_rank(values_S: Tensor) -> Tensor:
-    """exp of the entropy of the singular values as shares of their sum; in [1, S], S when all are equal, 0 for zeros.
+    """exp of the entropy of the singular values as shares of their sum; in [1, S], S if all are equal, 0 for zeros.
 
     Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007), definition 1.
     """
@@ -48,7 +49,7 @@ def effective_rank(values_S: Tensor) -> Tensor:
 
 
 def participation_ratio(values_S: Tensor) -> Tensor:
-    """(sum e)^2 / sum e^2 over the energies e = s^2; in [1, S], S when all are equal, 0 for zeros."""
+    """(sum e)^2 / sum e^2 over the energies e = s^2; in [1, S], S if all are equal, 0 for zeros."""
     share_S = energy_shares(values_S)
     return _ratio(share_S.sum(dim=-1), share_S.square().sum(dim=-1))
 
@@ -67,19 +68,13 @@ def energy_shares(values_S: Tensor) -> Tensor:
 def leading_energy(values_S: Tensor, rank: int) -> Tensor:
     """Share of the energy in the `rank` strongest directions, which no frame of that rank exceeds; in [0, 1], [...].
 
-    `values_S` falls, as `singular_values` gives it.
+    `values_S` is descending, as from `singular_values`.
     """
     return energy_shares(values_S)[..., :rank].sum(dim=-1)
 
 
-def captured_energy(matrix_ND: Tensor, basis_DR: Tensor) -> Tensor:
-    """Share of the squared Frobenius norm that stays when rows are projected on orthonormal columns; in [0, 1]."""
-    matrix_ND = _relative(matrix_ND.flatten()).view(matrix_ND.shape)
-    return _ratio((matrix_ND @ basis_DR.to(matrix_ND)).square().sum(), matrix_ND.square().sum())
-
-
 def _relative(values_S: Tensor) -> Tensor:
-    """To the largest magnitude, so that squares neither vanish nor overflow."""
+    """Divided by the largest magnitude, so that squares neither vanish nor overflow."""
     values_S = wide(values_S)
     return _ratio(values_S, values_S.abs().amax(dim=-1, keepdim=True)) if values_S.shape[-1] else values_S
 

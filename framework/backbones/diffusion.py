@@ -1,9 +1,9 @@
-"""DiT: a transformer that predicts the noise in an image, told the noise level and the class.
+"""DiT: a transformer that predicts the noise in an image from the noisy image, the noise level and the class.
 
 Source: Peebles, Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748, section 3.2, the variant
-adaLN-Zero: level and class set shift, scale and gate of every block, and all gates start at 0. The noise alone is
+adaLN-Zero: level and class set shift, scale and gate of every block, and all gates start at 0. Only the noise is
 predicted; the paper's learned variance is left out.
-Shapes: B batch, C H W image, N patches, D width, K classes and one more, P numbers of a patch.
+Shapes: B batch, C H W image, N patches, D width, K classes and one more, P numbers per patch.
 """
 
 import math
@@ -45,7 +45,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicted noise [B C H W] of noisy images [B C H W] at levels [B], of classes int64 [B] or of none.
+    """Predicted noise [B C H W] of noisy images [B C H W] at levels [B], of classes int64 [B] or of no class.
 
     Args:
         image_size: H and W, a multiple of `patch_size`.
@@ -53,8 +53,8 @@ class DiT(nn.Module):
         width: D, a multiple of `heads` and of 4.
         depth: blocks, >= 1.
         mlp_ratio: hidden width of the MLP over D.
-        num_classes: classes there are, 0 for a network that knows none. Row `num_classes` of the table stands for no
-            class; training draws it now and then, so that one network predicts with and without.
+        num_classes: number of classes, 0 for a network without them. Row `num_classes` of the table stands for no
+            class; training draws it sometimes, so that one network predicts with and without a class.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class DiT(nn.Module):
         place_ND = build_sincos2d_pos_embed([self.grid, self.grid], width)
         self.register_buffer("place_ND", place_ND, persistent=False)
         self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        # A table as a layer over one-hot classes: adapters take it like any other, so that a task can have its own.
-        # That it is a table, `lightspan.optim.groups` could not see.
+        # A table as a layer over one-hot classes: adapters can use it like any other, so that a task can have its own.
+        # `lightspan.optim.groups` could not see that it is a table.
         self.label = nn.Linear(num_classes + 1, width, bias=False)
         self.label.parameter_kinds = {"weight": "embeddings"}  # type: ignore[assignment]
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
@@ -117,7 +117,7 @@ class DiT(nn.Module):
         return self._image(self.head(self.norm(x_BND) * (1 + scale) + shift))
 
     def _image(self, patches_BNP: Tensor) -> Tensor:
-        """Patches [B N P] put back in their places, [B C H W]."""
+        """Patches [B N P] put back in place, [B C H W]."""
         folded = patches_BNP.unflatten(2, (self.in_chans, self.patch_size, self.patch_size))
         rows = folded.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 4, 2, 5)
         return rows.flatten(4, 5).flatten(2, 3)

@@ -1,8 +1,8 @@
 """Pretrained networks whose weights are files inside installable packages; docs/pretrained.md lists them.
 
-A package is found without being imported: its files are wanted, not what its own code depends on. Nothing is fetched,
-nothing is unpickled. With `weights=False` a builder gives the same architecture with random weights drawn from `seed`,
-the control that tells what pretraining is worth. Every network comes in training mode, as new modules do.
+A package is found without being imported: only its files are needed, not the dependencies of its code. Nothing is
+downloaded, nothing is unpickled. With `weights=False` a builder gives the same architecture with random weights drawn
+from `seed`, the control that shows what pretraining is worth. Every network comes in training mode, as new modules do.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ HEAD = "classifier."  # timm's name of the last layer of both convolutional netw
 def smollm2(weights: bool = True, seed: int = 0) -> LlamaForCausalLM:
     """SmolLM2-135M-Instruct: 30 blocks of width 576, 134.5 M values, head tied to the embedding, 49,152 tokens.
 
-    The package holds it in 4 bits (GGUF Q4_1), so its weights carry that rounding; here they are float32 and train.
+    The package has it in 4 bits (GGUF Q4_1), so its weights have that rounding; here they are float32 and trainable.
 
     Raises: UserError naming what to install.
     """
@@ -51,9 +51,9 @@ def smollm2(weights: bool = True, seed: int = 0) -> LlamaForCausalLM:
         with drawn_from(seed):
             return LlamaForCausalLM(AutoConfig.from_pretrained(**source, use_cache=False))
     stored = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # What transformers loads from GGUF counts as quantized and refuses .float(): the values go into a plain model.
+    # A model that transformers loads from GGUF counts as quantized and refuses .float(): copy it to a plain model.
     del stored.config.quantization_config
-    stored.config.use_cache = False  # of use in generation only
+    stored.config.use_cache = False  # useful only for generation
     return LlamaForCausalLM.from_pretrained(None, config=stored.config, state_dict=stored.state_dict()).train()
 
 
@@ -92,7 +92,7 @@ def efficientnet_lite0(num_classes: int = 0, weights: bool = True, seed: int = 0
     Args:
         num_classes: 0 gives pooled features; 1000 the head that was trained on ImageNet; any other number a new head.
         weights: False leaves the trunk random too.
-        seed: of what is random.
+        seed: seed of what is random.
     Raises: UserError naming what to install.
     """
     return _timm_network("tf_efficientnet_lite0", num_classes, shipped(*EFFICIENTNET_LITE0) if weights else None, seed)
@@ -112,7 +112,7 @@ def mobilenet_v2(num_classes: int = 0, weights: bool = True, seed: int = 0) -> n
 def shipped(module: str, inside: str, install: str) -> Path:
     """A file or folder `inside` the installed package `module`.
 
-    Raises: UserError with the command `install` where the package or the file is missing.
+    Raises: UserError with the command `install` if the package or the file is missing.
     """
     spec = find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
@@ -120,12 +120,12 @@ def shipped(module: str, inside: str, install: str) -> Path:
         if path.exists():
             return path
     missing = "is not installed" if spec is None else f"is installed without {inside}"
-    raise UserError(f"the package {module.replace('_', '-')}, which holds these weights, {missing}: {install}")
+    raise UserError(f"the package {module.replace('_', '-')}, which contains these weights, {missing}: {install}")
 
 
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from `seed`; afterwards it is where it was."""
+    """Inside, torch's CPU generator starts from `seed`; afterwards its state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -134,9 +134,9 @@ def drawn_from(seed: int) -> Iterator[None]:
 def load_in_order(network: nn.Module, stored: dict[str, Tensor], source: str) -> None:
     """Copies tensors of the same network under other names, in the order in which both list them.
 
-    A head that only one of the two has, or that has another number of classes, is left as it is.
+    A head that only one of the two has, or that has another number of classes, is left unchanged.
 
-    Raises: UserError where a tensor's kind (the last part of its name) or shape differs, or one is missing.
+    Raises: UserError if a tensor's kind (the last part of its name) or shape differs, or one is missing.
     """
     own = network.state_dict()
     pairs = dict(zip(own, stored.items(), strict=False))

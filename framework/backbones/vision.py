@@ -1,4 +1,4 @@
-"""Image backbones: any timm network by name, and those small enough for 8x8 and 28x28 images that no library has.
+"""Image backbones: any timm network by name, and small ones for 8x8 and 28x28 images, which no library has.
 
 Every backbone maps [B C H W] to pooled features [B F] and says F in its attribute `num_features`.
 """
@@ -24,7 +24,7 @@ def timm_backbone(name: str, in_chans: int = 3, small_stem: bool = False, pretra
         name: as in `timm.list_models()`, e.g. resnet18.
         in_chans: image channels.
         small_stem: for images of about 64 pixels or less: the first convolution becomes 3x3 with stride 1 and the
-            max-pool goes (the usual CIFAR form of a ResNet). Only for networks with timm's ResNet stem.
+            max-pool is removed (the usual CIFAR form of a ResNet). Only for networks with timm's ResNet stem.
         pretrained: load published weights from timm's usual source; needs a network connection.
     Raises: UserError on an unknown name, or on small_stem for a network without a ResNet stem.
     """
@@ -40,7 +40,7 @@ def timm_backbone(name: str, in_chans: int = 3, small_stem: bool = False, pretra
         if not isinstance(stem, nn.Conv2d) or not hasattr(network, "maxpool"):
             raise UserError(
                 f"{name} has no ResNet stem (one convolution `conv1`, then `maxpool`), so small_stem=true does not "
-                "fit it; set small_stem to false or take a network such as resnet18"
+                "fit it; set small_stem to false or use a network such as resnet18"
             )
         network.conv1 = nn.Conv2d(in_chans, stem.out_channels, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does for its own
@@ -80,7 +80,7 @@ class SmallConvNet(nn.Module):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The stages' ReLUs: one layer of features a stage, see `lightspan.nn.tokens`."""
+        """The stages' ReLUs: one layer of features per stage, see `lightspan.nn.tokens`."""
         return [*self.layers][2::3]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class MLP(nn.Module):
     """Linear layers with ReLU, on flattened images of one size: [B C H W] -> [B num_features], the last hidden layer.
 
     Weights start He-normal and biases at zero, as in Li et al. 2018 (arXiv 1804.08838). With a classifier of 10 classes
-    behind it, hidden [200, 200] on 28 x 28 grey images is their network of 199,210 weights.
+    after it, hidden [200, 200] on 28 x 28 grey images is their network of 199,210 weights.
 
     Args:
         in_shape: C, H, W of the images.
@@ -102,7 +102,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [math.prod(in_shape), *hidden]
         if not hidden or min(widths) < 1:
-            raise UserError(f"MLP: in_shape={tuple(in_shape)} and hidden={tuple(hidden)} must be of numbers above 0")
+            raise UserError(f"MLP: in_shape={tuple(in_shape)} and hidden={tuple(hidden)} must contain numbers above 0")
         layers = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU(inplace=True))]
         self.layers = nn.Sequential(nn.Flatten(), *layers)
         self.num_features = widths[-1]
@@ -121,7 +121,7 @@ class LeNet(nn.Module):
     """Two 5x5 convolutions with 2x2 max-pooling, of 6 and 16 channels, then layers of 120 and 84: [B C H W] -> [B 84].
 
     After LeCun et al. 1998, with ReLU and the start of `MLP`, as in Li et al. 2018 (arXiv 1804.08838). With a
-    classifier of 10 classes behind it, it has 44,426 weights on 28 x 28 grey images and 62,006 on 32 x 32 colour ones.
+    classifier of 10 classes after it, it has 44,426 weights on 28 x 28 grey images and 62,006 on 32 x 32 colour ones.
 
     Args:
         in_shape: C, H, W of the images; H and W at least 16.
@@ -133,7 +133,7 @@ class LeNet(nn.Module):
         super().__init__()
         channels, height, width = in_shape
         if min(height, width) < 16 or channels < 1:
-            raise UserError(f"LeNet: in_shape={tuple(in_shape)} must have a channel and 16 x 16 pixels or more")
+            raise UserError(f"LeNet: in_shape={tuple(in_shape)} must have at least one channel and 16 x 16 pixels")
         left = [((side - 4) // 2 - 4) // 2 for side in (height, width)]
         self.layers = nn.Sequential(
             *(nn.Conv2d(channels, 6, kernel_size=5), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
@@ -145,7 +145,7 @@ class LeNet(nn.Module):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """Both max-poolings and the ReLUs of both layers behind them, see `lightspan.nn.tokens`."""
+        """Both max-poolings and the ReLUs of both layers after them, see `lightspan.nn.tokens`."""
         return [self.layers[i] for i in (2, 5, 8, 10)]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
 
     Args:
         path: as `lightspan export RUN --to safetensors` writes it.
-        prefix: of the names in the file that belong to `module`; other names are left alone.
-    Raises: UserError for a file that is not there, is none of this kind, or belongs to another network.
+        prefix: of the names in the file that belong to `module`; other names are ignored.
+    Raises: UserError for a file that is missing, not of this kind, or belongs to another network.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -25,10 +25,10 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
     try:
         with safe_open(file, "pt") as stored:
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-            # Of tensors that share memory one is stored, and the metadata names the others.
+            # Of tensors that share memory only one is stored, and the metadata names the others.
             state |= {name: state[kept] for name, kept in (stored.metadata() or {}).items() if kept in state}
     except SafetensorError as error:
-        raise UserError(f"{file} is no whole safetensors file ({error}); export it again") from error
+        raise UserError(f"{file} is not a complete safetensors file ({error}); export it again") from error
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     own = module.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - state.keys()]

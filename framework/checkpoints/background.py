@@ -1,4 +1,4 @@
-"""Writing while training goes on: one thread, in order, and no error that nobody hears of."""
+"""Writing while training continues: one thread, in order, and without losing errors."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +11,11 @@ from lightspan.errors import UserError
 
 
 class Background:
-    """Runs jobs one after another in a thread. After one has failed the others are dropped until `wait` has told of it.
+    """Runs jobs one after another in a thread. After one has failed, the others are dropped until `wait` has reported
+    it.
 
-    So a job may rely on those before it: the pointer moves, and an old checkpoint goes, once the new one is whole.
+    So a job may rely on those before it: the pointer moves, and an old checkpoint is deleted, once the new one is
+        whole.
     """
 
     def __init__(self) -> None:
@@ -22,7 +24,7 @@ class Background:
         self._failed = False
 
     def submit(self, path: Path, job: Callable[[], None]) -> None:
-        """Queues a job about `path` and returns; after `close` there is no queue, and the job is done first."""
+        """Queues a job about `path` and returns; after `close` there is no queue, and the job is done at once."""
         if self._thread is None:
             job()
             return
@@ -49,14 +51,14 @@ class Background:
             raise UserError(f"writing checkpoint {path} in the background failed: {error!r}") from error
 
     def close(self) -> None:
-        """Ends the thread after its last job; errors still come out of `wait`."""
+        """Ends the thread after its last job; `wait` still raises errors."""
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
 
 
 def staged(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy in CPU memory that later steps do not change; tensors that shared memory still do."""
+    """A copy in CPU memory that later steps do not change; tensors that shared memory still share it."""
     copy = DefaultStager(
         StagingOptions(
             use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False

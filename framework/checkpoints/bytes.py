@@ -1,4 +1,4 @@
-"""torch.save into an open file, with the cause of a failed write and the sum of what was written."""
+"""torch.save into an open file, with the cause of a failed write and the sha256 of what was written."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ class Summed:
 
 
 def torch_save(content: Any, file: Any) -> "hashlib._Hash":
-    """Writes `content` to an open file; returns the sha256 of what it wrote. Raises: OSError where a write fails."""
+    """Writes `content` to an open file; returns the sha256 of what it wrote. Raises: OSError if a write fails."""
     summed = Summed(file)
     with causes_kept(summed):
         torch.save(content, summed)
@@ -41,7 +41,7 @@ def torch_save(content: Any, file: Any) -> "hashlib._Hash":
 def causes_kept(file: Summed) -> Iterator[None]:
     """Raises what ended a write by torch: a full disk, or a Ctrl-C inside or between the writes.
 
-    torch's zip writer goes on to write the end of the archive, and replaces the cause by a message about file positions
+    torch's zip writer still writes the end of the archive, and replaces the cause by a message about file positions
     or names of files.
     """
     try:
@@ -53,7 +53,7 @@ def causes_kept(file: Summed) -> Iterator[None]:
 
 
 def _interruption(error: BaseException | None) -> BaseException | None:
-    """The KeyboardInterrupt or SystemExit during whose handling `error` came up, if any."""
+    """The KeyboardInterrupt or SystemExit during whose handling `error` occurred, if any."""
     while error is not None and isinstance(error, Exception):
         error = error.__context__
     return error

@@ -1,8 +1,8 @@
-"""What may stand in a checkpoint, entry by entry: the one look at its inside before anything believes it.
+"""What may be in a checkpoint, entry by entry: the check of its content before anything trusts it.
 
-A manifest finds damage and says nothing about what was written. `content_fault` knows the form that every checkpoint
-has, and is asked by whoever reads one; `state_fault` compares a stored state with the state of the object that it is
-meant for, and is asked where that object exists. Both name the first wrong entry by its path, as in
+A manifest reveals damage but says nothing about what was written. `content_fault` knows the form that every checkpoint
+has, and is called by whatever reads one; `state_fault` compares a stored state with the state of the object that it is
+meant for, once that object exists. Both name the first wrong entry by its path, as in
 `optimizer_states[0].param_groups`.
 """
 
@@ -19,14 +19,14 @@ MOST_DEEP = 64
 
 Check = Callable[[Any, str], Iterator[str]]
 
-_WHOLE = 2**63  # counters and sizes beyond do not fit what reads them
+_WHOLE = 2**63  # larger counters and sizes do not fit what reads them
 
 
 def content_fault(content: Any) -> str | None:
-    """What is wrong with a loaded checkpoint, as the end of a sentence about it; None where its form is right."""
+    """What is wrong with a loaded checkpoint, as the end of a sentence about it; None if its form is right."""
     if not isinstance(content, dict) or "state_dict" not in content:
         what = f"the keys {sorted(map(str, content))[:5]}" if isinstance(content, dict) else described(content)
-        return f"is a torch file but no checkpoint: it holds {what}, no 'state_dict'"
+        return f"is a torch file but not a checkpoint: it contains {what}, but no 'state_dict'"
     if too_deep := _too_deep(content):
         return f"cannot be used: its entry {too_deep} is nested more than {MOST_DEEP} levels deep"
     wrong = next(_CHECKPOINT(content, ""), None)
@@ -34,14 +34,14 @@ def content_fault(content: Any) -> str | None:
 
 
 def state_fault(stored: Any, now: Any, entry: str, may_lack: bool = False) -> str | None:
-    """How a stored state differs in kind from `now`, the state that its owner has itself; None where it can be taken.
+    """How a stored state differs in kind from `now`, the state that its owner has now; None if it can be used.
 
-    Mappings are compared under their common keys and lists over their common length; tuples have one length. Numbers,
-    whole ones within 64 bits, go with numbers, and with tensors of one number. What is None now may be any setting, but
-    no collection.
+    Mappings are compared under their common keys and lists over their common length; tuples must be equally long.
+    Numbers, whole ones within 64 bits, match numbers and tensors of one number. What is None now may be any setting,
+    but not a collection.
 
     Args:
-        may_lack: None goes with everything, as for an owner of whom it is not known what it keeps and when.
+        may_lack: None matches everything, for an owner of which it is unknown what it keeps and when.
     """
     kind = _kind(now)
     if may_lack and (stored is None or now is None):
@@ -62,7 +62,7 @@ def state_fault(stored: Any, now: Any, entry: str, may_lack: bool = False) -> st
 
 
 def described(value: Any) -> str:
-    """A value as a message calls it: by its kind, and small ones by what they are."""
+    """A value as described in a message: by its kind, or for small ones by the value itself."""
     if isinstance(value, str):
         return "text"
     if value is None or isinstance(value, bool | int | float):
@@ -84,7 +84,7 @@ def _kind(value: Any) -> str:
 
 def _too_deep(content: Any) -> str | None:
     """The entry that is nested too deep, or that contains itself."""
-    heights: dict[int, int] = {}  # of what was seen: a branch that stands in many places is walked once
+    heights: dict[int, int] = {}  # of what was seen: a branch that is in many places is walked once
 
     def height(value: Any, level: int) -> int:
         if not isinstance(value, dict | list | tuple):
@@ -101,7 +101,7 @@ def _too_deep(content: Any) -> str | None:
 
 
 def counts_fault(stored: Any, now: Any, entry: str) -> str | None:
-    """What in nested counters is missing, or counts nothing: a number below 0, or none at all."""
+    """What in nested counters is missing, or is not a count: a number below 0, or no number."""
     if isinstance(now, dict):
         for key, child in now.items():
             if key not in stored:
@@ -124,7 +124,7 @@ def _is(kind: type | tuple[type, ...], name: str) -> Check:
 
 
 def _number(value: Any, entry: str) -> Iterator[str]:
-    if isinstance(value, int) and not -_WHOLE <= value < 2 * _WHOLE:  # torch counts seeds without a sign
+    if isinstance(value, int) and not -_WHOLE <= value < 2 * _WHOLE:  # torch's seeds are unsigned
         yield f"{entry} is a number of {len(hex(value)) - 2} hexadecimal digits, beyond 64 bits"
     if isinstance(value, float) and math.isnan(value):
         yield f"{entry} is {value}, not a number"
@@ -143,7 +143,7 @@ def _version(value: Any, entry: str) -> Iterator[str]:
 
 
 def _dense(value: Any, entry: str) -> Iterator[str]:
-    """A tensor with numbers in memory; anything else is no tensor, and whoever put it there reads it."""
+    """A tensor with numbers in memory; anything else is not a tensor, and is left to its owner to read."""
     if not isinstance(value, Tensor):
         return
     if value.layout != torch.strided:
@@ -164,7 +164,7 @@ def _weight(value: Any, entry: str) -> Iterator[str]:
     if not isinstance(value, Tensor):
         yield f"{entry} is {described(value)}, not a tensor"
     else:
-        yield from _plain(value, entry)  # sparse is what a graph's buffer may be; the model decides, see check_fits
+        yield from _plain(value, entry)  # a graph's buffer may be sparse; the model decides, see check_fits
 
 
 def _anything(value: Any, entry: str) -> Iterator[str]:
@@ -198,7 +198,7 @@ def _list(check: Check) -> Check:
 
 
 def _record(required: Mapping[str, Check], optional: Mapping[str, Check]) -> Check:
-    """A mapping with these keys; what else is in it belongs to somebody who knows."""
+    """A mapping with these keys; other entries are left to their owners."""
 
     def check(value: Any, entry: str) -> Iterator[str]:
         if not isinstance(value, dict):
@@ -225,7 +225,7 @@ def _or_empty(check: Check) -> Check:
 def _moments(value: Any, entry: str) -> Iterator[str]:
     yield from _MAPPING(value, entry)
     for key, child in value.items() if isinstance(value, dict) else ():
-        if isinstance(key, int) or isinstance(child, dict):  # under other names an optimiser may keep what it likes
+        if isinstance(key, int) or isinstance(child, dict):  # under other names an optimiser may keep anything
             yield from _each(_dense)(child, f"{entry}.{key}")
 
 
@@ -263,7 +263,7 @@ _CHECKPOINT = _record(
         "pytorch-lightning_version": _version,
         "loops": _each(_MAPPING),
         "callbacks": _each(_MAPPING),
-        # An empty one is of the stand-in that Lightning makes where configure_optimizers returns None.
+        # An empty one is from the stand-in that Lightning uses if configure_optimizers returns None.
         "optimizer_states": _list(_or_empty(_record({"state": _moments, "param_groups": _list(_GROUP)}, {}))),
         "lr_schedulers": _list(_MAPPING),
         "hyper_parameters": _MAPPING,

@@ -10,7 +10,7 @@ from lightspan.distributed import rank
 from lightspan.errors import UserError
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-"""Precisions of one kind of number: a run may load the weights of another one, rounded, and says so."""
+"""Precisions of one kind of number: a run may load weights of another precision, rounded, and says so."""
 
 
 def check_fits(
@@ -21,15 +21,15 @@ def check_fits(
     strict: bool = True,
     way_out: str = "load it with the recipe and settings that wrote it, or start without it",
 ) -> None:
-    """Raise a UserError when `state_dict` belongs to another model than `module`; print a line where it is rounded.
+    """Raise a UserError if `state_dict` belongs to another model than `module`; print a line if it is rounded.
 
     Weights load into another floating-point precision (float16, bfloat16, float32, float64), since evaluating and
-    exporting in another one than that of the training is common; into another kind of number they do not.
+    exporting in another precision than in training is common; they do not load into another kind of number.
 
     Args:
         origin: path of the checkpoint, for the message.
         written_by: class that wrote it, when known.
-        strict: when False, missing and unexpected names pass and only shapes and dtypes count.
+        strict: if False, missing and unexpected names are allowed and only shapes and dtypes count.
         way_out: what to do about it, for the message.
     """
     wanted = module.state_dict()

@@ -1,7 +1,7 @@
 """Checkpoints of sharded models: a folder that all ranks write together, and that any number of ranks reads.
 
-The folder is torch's distributed form (DCP) as Lightning lays it out: `__RANK_N.distcp` with the shards of weights and
-optimiser states, `.metadata` with where each shard lies, `meta.pt` with everything else, and our COMPLETE.
+The folder is torch's distributed form (DCP) as Lightning writes it: `__RANK_N.distcp` with the shards of weights and
+optimiser states, `.metadata` with the place of each shard, `meta.pt` with everything else, and our COMPLETE.
 """
 
 import contextlib
@@ -39,20 +39,20 @@ from lightspan.checkpoints.shards import (
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, replace_folder, require_regular_file, temporary_path
 
-REST = "meta.pt"  # Lightning's name for everything but weights and optimiser states
+REST = "meta.pt"  # Lightning's name for everything except weights and optimiser states
 
 
 class FolderCheckpoints:
-    """Saves and loads for a ModelParallelStrategy in place of its own two functions, which go round every CheckpointIO.
+    """Saves and loads for a ModelParallelStrategy instead of its own two functions, which bypass every CheckpointIO.
 
-    Those write straight into the final folder, and read with an unpickler that runs what it is told to.
+    Those write straight into the final folder, and read with an unpickler that runs any code.
 
     Args:
         background: writes there and returns once the shards are copied to CPU memory.
-        check: called with a checkpoint, its weights standing for their shapes and dtypes, before anything is loaded;
-            raises what does not fit.
-        refuse: raises a UserError for a path that is not whole; called on the first rank alone.
-        outline: reads a checkpoint file with its tensors left on disk; called on the first rank alone.
+        check: called with a checkpoint whose weights are only shapes and dtypes, before anything is loaded;
+            raises if it does not fit.
+        refuse: raises a UserError for a path that is not whole; called only on the first rank.
+        outline: reads a checkpoint file with its tensors left on disk; called only on the first rank.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class FolderCheckpoints:
         self._group: dist.ProcessGroup | None = None
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Raises: UserError for what could not be read back, and on every rank when one of them cannot write; what
-        stood at `filepath` then still stands.
+        """Raises: UserError for what could not be read back, and on every rank if one of them cannot write; what
+        was at `filepath` is then unchanged.
         """
         if storage_options is not None:
             raise UserError(
                 f"storage_options={storage_options!r}: checkpoints go to local files, which have none; omit it"
             )
         if self._group is None:
-            # A group of its own: a background save talks while training does. gloo, since file names are no GPU's work.
+            # A separate group: a background save communicates during training. gloo, since file names need no GPU.
             self._group = dist.new_group(backend="gloo")
         path = Path(self._strategy.broadcast(filepath))
         shards = {"state_dict": checkpoint.pop("state_dict")}
@@ -91,7 +91,7 @@ class FolderCheckpoints:
     def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fills the model and the optimisers of the strategy, on any number of ranks; returns the rest.
 
-        Raises: UserError on every rank when the checkpoint is torn or belongs to another model.
+        Raises: UserError on every rank if the checkpoint is torn or belongs to another model.
         """
         strategy = self._strategy
         path = Path(strategy.broadcast(checkpoint_path))
@@ -123,7 +123,7 @@ class FolderCheckpoints:
 
     def _look_at(self, path: Path) -> None:
         self._refuse(path)
-        if path.is_file():  # Lightning reads it, and believes it
+        if path.is_file():  # Lightning reads it, and trusts it
             self._check(self._outline(path), path)
 
     def close(self) -> None:
@@ -136,7 +136,8 @@ class FolderCheckpoints:
 def write_folder(
     shards: dict[str, Any], rest: dict[str, Any], path: Path, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Writes a checkpoint folder, all ranks of `group` together: each its shards, the first the rest and the manifest.
+    """Writes a checkpoint folder, all ranks of `group` together: each its shards, the first one the rest and the
+    manifest.
 
     Raises: UserError, the same on every rank.
     """
@@ -171,19 +172,19 @@ def _publish(rest: dict[str, Any], temporary: Path, path: Path, sums: list[dict[
 
 
 def read_rest(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint folder but weights and optimiser states. Raises: UserError."""
+    """Everything in a checkpoint folder except weights and optimiser states. Raises: UserError."""
     require_regular_file(path / REST)
     with explained_reading(path):
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     if not isinstance(rest, dict):
-        raise UserError(f"checkpoint {path} is not a checkpoint: {REST} holds {type(rest).__name__}")
+        raise UserError(f"checkpoint {path} is not a checkpoint: {REST} contains {type(rest).__name__}")
     return rest
 
 
 def read_outline(path: Path) -> dict[str, Any]:
-    """A checkpoint folder without optimiser states, its weights standing for their shapes and dtypes alone.
+    """A checkpoint folder without optimiser states, its weights only as shapes and dtypes.
 
-    Raises: UserError, also for what no checkpoint holds.
+    Raises: UserError, also for content that no checkpoint has.
     """
     outline = {**read_rest(path), "state_dict": stored_weights(SafeReader(path))}
     if found := content_fault(outline):
@@ -194,7 +195,7 @@ def read_outline(path: Path) -> dict[str, Any]:
 def read_folder(path: Path, optimizers: bool = True) -> dict[str, Any]:
     """A checkpoint folder as one checkpoint in CPU memory, with whole tensors; works without a process group.
 
-    Optimiser states are numbered as `Optimizer.state_dict` does it. Raises: UserError.
+    Optimiser states are numbered as in `Optimizer.state_dict`. Raises: UserError.
     """
 
     def wanted(name: str) -> bool:
@@ -241,6 +242,6 @@ def said(function: Callable[[], object]) -> str | None:
     """The message of what `function` raises, to be raised again on every rank as a UserError; None without one."""
     try:
         function()
-    except Exception as error:  # of any kind: the other ranks wait for a word
+    except Exception as error:  # of any kind: the other ranks wait for an answer
         return str(error) or type(error).__name__
     return None

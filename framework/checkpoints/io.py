@@ -1,4 +1,4 @@
-"""Reading and writing single-file checkpoints: whole or not at all, and without unpickling anything foreign."""
+"""Reading and writing single-file checkpoints: whole or not at all, and without unpickling anything else."""
 
 import os
 from collections.abc import Callable
@@ -31,15 +31,15 @@ from lightspan.files import atomic_path, remove
 
 
 class WholeFileCheckpointIO(CheckpointIO):
-    """One local file a checkpoint: saved through a temporary name with its manifest inside, loaded once that agrees.
+    """One local file per checkpoint: saved via a temporary name with its manifest inside, loaded if that matches.
 
-    Loading is by `weights_only=True` and nothing else. A folder that several ranks wrote together is read too, whole,
-    so that a sharded run can be looked at, or gone on with, where nothing is sharded. `loaded_stamp` is what lightspan
-    wrote about itself into the checkpoint loaded last (version, format, classes).
+    Loading always uses `weights_only=True`. A folder that several ranks wrote together is read too, completely,
+    so that a sharded run can be inspected or continued without sharding. `loaded_stamp` is what lightspan
+    wrote about itself into the last loaded checkpoint (version, format, classes).
 
     Args:
         background: writes there and returns once the tensors are copied.
-        broadcast: gives every rank what the first one has; the first then chooses and verifies for all.
+        broadcast: gives every rank what the first one has; the first one then chooses and verifies for all.
     """
 
     def __init__(self, background: Background | None = None, broadcast: Callable[[Any], Any] = lambda it: it) -> None:
@@ -47,8 +47,8 @@ class WholeFileCheckpointIO(CheckpointIO):
         self._background, self._broadcast = background, broadcast
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises: UserError for what could not be read back, and when the file cannot be written; what stood at `path`
-        then still stands.
+        """Raises: UserError for what could not be read back, and if the file cannot be written; what was at `path`
+        is then unchanged.
         """
         if storage_options is not None:
             raise UserError(
@@ -63,8 +63,8 @@ class WholeFileCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Raises: UserError, the same on every rank, when the checkpoint is missing, torn, foreign, of a newer format,
-        or holds what no checkpoint holds.
+        """Raises: UserError, the same on every rank, if the checkpoint is missing, torn, foreign, of a newer format,
+        or has content that no checkpoint has.
         """
         if weights_only is False:
             raise UserError(
@@ -81,7 +81,7 @@ class WholeFileCheckpointIO(CheckpointIO):
 
 
 def chosen(path: Path, broadcast: Callable[[Any], Any]) -> Path:
-    """The first rank's checkpoint, which that rank alone has verified. Raises: UserError on every rank."""
+    """The first rank's checkpoint, which only that rank has verified. Raises: UserError on every rank."""
     path, verdict = broadcast((path, said(partial(refuse_torn, path))) if rank() == 0 else (path, None))
     if verdict:
         raise UserError(verdict)
@@ -100,15 +100,15 @@ def read_checkpoint(path: Path, optimizers: bool = True) -> dict[str, Any]:
 
 
 def contents(path: Path, map_location: Any = "cpu", optimizers: bool = True) -> dict[str, Any]:
-    """What is in a checkpoint that is known to be whole. Raises: UserError for what no checkpoint holds."""
+    """The content of a checkpoint that is known to be whole. Raises: UserError for content that no checkpoint has."""
     checkpoint = read_folder(path, optimizers) if path.is_dir() else _read(path, map_location)
     return _of_known_form(checkpoint, path)
 
 
 def unusable(path: Path) -> str | None:
-    """What is wrong inside a whole checkpoint, without reading its tensors; None where it can be loaded.
+    """What is wrong inside a whole checkpoint, without reading its tensors; None if it can be loaded.
 
-    Folders of DeepSpeed, which have no list of shards, are not looked into.
+    Folders of DeepSpeed, which have no list of shards, are not inspected.
     """
     if path.is_dir() and not (path / METADATA).exists():
         return None
@@ -117,16 +117,16 @@ def unusable(path: Path) -> str | None:
 
 
 def outline(path: Path) -> dict[str, Any]:
-    """A whole checkpoint without its numbers: tensors of a file stay on disk, those of a folder stand for their shapes.
+    """A whole checkpoint without its numbers: tensors of a file stay on disk, those of a folder are only shapes.
 
-    Raises: UserError for what no checkpoint holds.
+    Raises: UserError for content that no checkpoint has.
     """
     checkpoint = read_outline(path) if path.is_dir() else _read(path, "cpu", mmap=True)
     return _of_known_form(checkpoint, path)
 
 
 def refuse_torn(path: Path) -> None:
-    """Raises: UserError when the checkpoint at `path` is missing or not whole, with what could be loaded instead."""
+    """Raises: UserError if the checkpoint at `path` is missing or not whole, with what could be loaded instead."""
     if not os.path.lexists(path):
         raise UserError(f"checkpoint {path} does not exist; {_others(path)}")
     if found := fault_at_use(path):
@@ -134,18 +134,18 @@ def refuse_torn(path: Path) -> None:
 
 
 def refuse_newer(checkpoint: Any, path: Path) -> None:
-    """Raises: UserError when a checkpoint tells of a format that this code does not know."""
+    """Raises: UserError if a checkpoint has a format that this code does not know."""
     stamp = checkpoint.get("lightspan") if isinstance(checkpoint, dict) else None
     written = stamp.get("format") if isinstance(stamp, dict) else None
     if isinstance(stamp, dict) and isinstance(written, int) and written > FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {written} (written by lightspan {stamp.get('version')}), and "
+            f"checkpoint {path} has format {written} (written by lightspan {stamp.get('version')}), but "
             f"lightspan {__version__} reads formats up to {FORMAT}; upgrade lightspan"
         )
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    # A sharded run that goes on in one process has left folders under the same names.
+    # A sharded run that continues in one process has left folders under the same names.
     over_folder = (path / COMPLETE).exists()
     with atomic_path(path, over_folder) as temporary, temporary.open("w+b") as file:
         seal_file(file, header(checkpoint), torch_save(checkpoint, file))
@@ -168,7 +168,7 @@ def _read(path: Path, map_location: Any, mmap: bool = False) -> Any:
             f"checkpoint {path} contains more than tensors and plain values, so it was not loaded and no code in it "
             f"was run ({first_line(error)}); {_others(path)}"
         ) from error
-    except Exception as error:  # whatever torch meets in a file from outside
+    except Exception as error:  # whatever torch raises for an untrusted file
         raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); {_others(path)}") from error
 
 

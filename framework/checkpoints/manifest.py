@@ -1,7 +1,7 @@
 """What makes a checkpoint whole: a manifest with the sha256 of its content, and a pointer to the newest whole one.
 
 A single-file checkpoint carries its manifest inside, as the comment of the zip archive that torch.save writes: one
-rename then publishes content and manifest together (a second file beside it could be a step older or newer), copies
+rename then publishes content and manifest together (a separate file could be a step older or newer), copies
 keep it, and torch reads the file as before. A checkpoint folder has a file COMPLETE, written after everything else.
 `latest` is a small text file with the name of the newest whole checkpoint; it moves after that one is whole.
 
@@ -25,29 +25,33 @@ from lightspan.files import irregular, write_atomic
 from lightspan.run_files import RESOLVED
 
 FORMAT = 2
-"""Rises when a checkpoint of ours can no longer be read by older code. 1: no manifest, no random states."""
+"""Increases when older code can no longer read our checkpoints. 1: no manifest, no random states."""
 
 COMPLETE = "COMPLETE"
 LATEST = "latest"
 SUFFIX = ".ckpt"
 LAST = f"last{SUFFIX}"
+WEIGHTS_ALONE = (
+    "holds weights alone, as safetensors, and is no checkpoint; a network gets them in a recipe by "
+    "class_path: lightspan.backbones.weights.with_weights"
+)
 
 _END, _END_BYTES, _MOST_COMMENT = b"PK\x05\x06", 22, 2**16 - 1  # of a zip archive's last record
-_MOST_MANIFEST = 2**28  # bytes of COMPLETE: about 200 each file of a folder
+_MOST_MANIFEST = 2**28  # bytes of COMPLETE: about 200 for each file of a folder
 _NAME = re.compile(rf"[^./\0][^/\0]{{0,240}}{re.escape(SUFFIX)}")
 _seen_whole: dict[Path, tuple[int, ...]] = {}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a checkpoint is not used: `text` goes on from its path. Not `torn`: whole, but written by newer code."""
+    """Why a checkpoint is not used: `text` continues a sentence after its path. Not `torn`: written by newer code."""
 
     text: str
     torn: bool = True
 
 
 def header(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest tells without torch: format, version, optimiser step, ranks, and run ids of the loggers."""
+    """What a manifest says without torch: format, version, optimiser step, ranks, and run ids of the loggers."""
     stamp = checkpoint.get("lightspan", {})
     return {
         "format": FORMAT,
@@ -67,14 +71,14 @@ def seal_file(file: BinaryIO, head: Mapping[str, Any], digest: "hashlib._Hash") 
 
 
 def seal_folder(folder: Path, head: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
-    """Writes COMPLETE, the manifest of everything in `folder`. Files in `known` were summed up by who wrote them."""
+    """Writes COMPLETE, the manifest of everything in `folder`. Sums of files in `known` come from their writers."""
     rest = [name for name in _names(folder) if name not in (known or {})]
     files = {**(known or {}), **summed(folder, rest)}
     write_atomic(folder / COMPLETE, _with_sum({**head, "files": files}, hashlib.sha256()) + "\n")
 
 
 def summed(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """{name: {"bytes": size, "sha256": digest}} of files in `folder`; hashing lets go of the interpreter's lock."""
+    """{name: {"bytes": size, "sha256": digest}} of files in `folder`; hashing releases the interpreter's lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: _sha256(folder / name), names)
         return {
@@ -84,7 +88,7 @@ def summed(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint, unchecked; None where it has none that can be read."""
+    """The manifest of a checkpoint, unchecked; None if it has none that can be read."""
     file = path / COMPLETE if path.is_dir() else path
     if irregular(file):
         return None
@@ -100,17 +104,26 @@ def manifest(path: Path) -> dict[str, Any] | None:
 
 
 def standing(last: Path, way_on: str = "") -> str:
-    """What a run that stops says of its last checkpoint, and `way_on` where there is one."""
+    """What a run that stops says about its last checkpoint, followed by `way_on` if there is one."""
     return f"{last} is whole{way_on}" if last.exists() else "no checkpoint was written yet"
 
 
+def other_thing(path: Path) -> str | None:
+    """What stands at `path` where that is a run folder, or weights alone, and not a checkpoint at all."""
+    if (path / RESOLVED).is_file():
+        return f"is a run folder, not a checkpoint: name one of its own, such as {path / 'checkpoints' / LAST}"
+    return WEIGHTS_ALONE if path.suffix == ".safetensors" and path.is_file() else None
+
+
 def fault(path: Path, contents: bool = True) -> Fault | None:
-    """What is wrong with the checkpoint at `path`, or None when it is whole.
+    """What is wrong with the checkpoint at `path`, or None if it is whole.
 
     Args:
         contents: also read everything and compare the sha256; otherwise only sizes count. Files of format 1 have no
-            manifest: the check sums that every zip archive keeps of its records stand in for it.
+            manifest: the check sums that every zip archive keeps of its records are used instead.
     """
+    if other := other_thing(path):
+        return Fault(other)
     try:
         if path.is_dir():
             return _folder_fault(path, contents)
@@ -123,13 +136,13 @@ def fault(path: Path, contents: bool = True) -> Fault | None:
 
 
 def fault_at_use(path: Path) -> Fault | None:
-    """As `fault` with its contents, but what `newest_whole` has just read, and nothing changed since, is read once."""
+    """Like `fault` with its contents, but what `newest_whole` has just read is not read again if unchanged."""
     state = _seen_whole.pop(path, None)
     return fault(path, contents=state is None or state != _state(path))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint in `folder`, whole or not, the newest first: by step, those of format 1 last and by time."""
+    """Every checkpoint in `folder`, whole or not, the newest first: by step; those of format 1 come last, by time."""
 
     def age(path: Path) -> tuple[int, float]:
         step = (manifest(path) or {}).get("step")
@@ -142,7 +155,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that the pointer names, there or not; None without a pointer, or with one to no checkpoint."""
+    """The checkpoint that the pointer names, existing or not; None without a pointer, or if it names no checkpoint."""
     if irregular(folder / LATEST):
         return None
     try:
@@ -159,7 +172,7 @@ def point_latest(checkpoint: Path) -> None:
 
 
 def newest_whole(folder: Path, contents: bool = True) -> tuple[Path | None, dict[Path, Fault]]:
-    """The checkpoint to go on from, and those that were passed over on the way to it with the reason.
+    """The checkpoint to continue from, and the skipped ones with the reason.
 
     It is the one the pointer names, or else the newest whole one.
 
@@ -183,7 +196,7 @@ def newest_whole(folder: Path, contents: bool = True) -> tuple[Path | None, dict
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a checkpoint is written anew: of a folder, that of its manifest; empty where nothing stands."""
+    """What changes when a checkpoint is rewritten: for a folder, that of its manifest; empty if nothing is there."""
     try:
         found = os.stat(path / COMPLETE if path.is_dir() else path)
     except OSError:
@@ -227,8 +240,6 @@ def _archive_fault(path: Path) -> Fault | None:
 
 
 def _folder_fault(path: Path, contents: bool) -> Fault | None:
-    if (path / RESOLVED).is_file():
-        return Fault("is a run folder, not a checkpoint: name one of its checkpoints/, such as last.ckpt")
     if not (path / COMPLETE).is_file():
         return Fault(f"has no {COMPLETE} file: its save was cut off, or lightspan did not write it")
     found = manifest(path)
@@ -238,7 +249,7 @@ def _folder_fault(path: Path, contents: bool) -> Fault | None:
     if too_new := _too_new(found):
         return too_new
     if strange := next((name for name, entry in files.items() if not isinstance(entry, dict)), None):
-        return Fault(f"is damaged: its {COMPLETE} file says nothing of the size and sum of {strange}")
+        return Fault(f"is damaged: its {COMPLETE} file does not give the size and sum of {strange}")
     if not _sum_agrees(found, hashlib.sha256()):
         return Fault(f"is damaged: its {COMPLETE} file has changed")
     there = set(_names(path))
@@ -256,7 +267,7 @@ def _too_new(found: Mapping[str, Any]) -> Fault | None:
     if found["format"] <= FORMAT:
         return None
     return Fault(
-        f"has format {found['format']} (written by lightspan {found.get('lightspan')}), and lightspan {__version__} "
+        f"has format {found['format']} (written by lightspan {found.get('lightspan')}), but lightspan {__version__} "
         f"reads formats up to {FORMAT}; upgrade lightspan",
         torn=False,
     )
@@ -280,7 +291,7 @@ def _end_of_archive(path: Path) -> tuple[int, bytes]:
 
 
 def _with_sum(head: Mapping[str, Any], digest: "hashlib._Hash") -> str:
-    """A manifest as text, with one sum over what `digest` has seen and over the manifest itself."""
+    """A manifest as text, with one sha256 over what `digest` has seen and over the manifest itself."""
     digest.update(_canonical(head))
     return json.dumps({**head, "sha256": digest.hexdigest()}, indent=1)
 
@@ -295,7 +306,7 @@ def _canonical(head: Mapping[str, Any]) -> bytes:
 
 
 def _digest(path: Path, end: int) -> "hashlib._Hash":
-    """Of an archive as torch.save wrote it, without the comment whose length stands at byte `end`."""
+    """Of an archive as torch.save wrote it, without the comment whose length is at byte `end`."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while end > 0 and (block := file.read(min(end, 2**20))):

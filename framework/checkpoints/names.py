@@ -1,4 +1,4 @@
-"""Which files a checkpoint callback calls its own: the only ones that it ranks, and the only ones that it removes."""
+"""Which files belong to a checkpoint callback: the only ones that it ranks and removes."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ _NUMBER = r"[-+ ]?(?:[\d.,_]+(?:e[-+]?\d+)?%?|inf|nan)"  # as Python formats a n
 
 
 class OwnFiles(ModelCheckpoint):
-    """A ModelCheckpoint that takes no path from a checkpoint: what that tells are names, and the folder is its own."""
+    """A ModelCheckpoint that takes no path from a checkpoint, only file names: the folder is always its own."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -23,7 +23,7 @@ class OwnFiles(ModelCheckpoint):
         self._before_top_k: int | None = None
 
     def look(self, trainer: Trainer) -> None:
-        """Notes on all ranks what is in the folder now. Called before a checkpoint is loaded."""
+        """Records on all ranks what is in the folder now. Called before a checkpoint is loaded."""
         there = [path.name for path in checkpoints(Path(self.dirpath or ""))] if trainer.is_global_zero else []
         self._there = frozenset(trainer.strategy.broadcast(there))
 
@@ -31,8 +31,8 @@ class OwnFiles(ModelCheckpoint):
         return {**super().state_dict(), "save_top_k": self.save_top_k}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over which files are ranked, by their names. Names that are not there are forgotten: those of another
-        run, from whose checkpoint this one goes on.
+        """Restores which files are ranked, by their names. Names that are not there are dropped: those of another
+        run, from whose checkpoint this one continues.
         """
         self._before_top_k = state_dict.get("save_top_k")
         self.current_score = state_dict.get("current_score")
@@ -52,14 +52,15 @@ class OwnFiles(ModelCheckpoint):
             self.kth_value = self.best_k_models[self.kth_best_model_path]
 
     def may_remove(self, path: Path) -> bool:
-        """Whether `path` can be a file that this callback ranked: a direct child of its folder, named as it names."""
+        """Whether this callback can have ranked the file `path`: in its folder, with a name of its form."""
         here = path.parent.resolve() == Path(self.dirpath or "").resolve()
         return here and _pattern(self.filename or "").fullmatch(path.name) is not None
 
     def forgotten(self, trainer: Trainer, resumed: Path) -> list[Path]:
-        """Files that a killed process had saved, and had no time to remove, up to the step that training goes on from.
+        """Files that a killed process had saved but had no time to remove, up to the step from which training
+        continues.
 
-        Empty where other than now many files were meant to stay, or another callback keeps all of its own.
+        Empty if a different number of files was to be kept, or another callback keeps all of its files.
         """
         if self.save_top_k < 1 or self._before_top_k != self.save_top_k:
             return []
@@ -78,7 +79,7 @@ class OwnFiles(ModelCheckpoint):
         return str(Path(self.dirpath or "") / name) if name in self._there else ""
 
     def _format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
-        # A metric called val/loss would put the file into a folder, where nobody looks for checkpoints.
+        # A metric called val/loss would put the file into a subfolder, where nothing looks for checkpoints.
         return super()._format_checkpoint_name(*args, **kwargs).replace("/", "_")
 
 

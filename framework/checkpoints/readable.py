@@ -1,7 +1,8 @@
-"""What may be written into a checkpoint: only what `weights_only=True` gives back, said at the save, not at the resume.
+"""What may be written into a checkpoint: only what `weights_only=True` reads back, checked when saving, not when
+resuming.
 
-Hyper-parameters describe a run, and nothing goes on from them: they are written as plain values. All else is given back
-to whoever kept it as it was, and so refused where it cannot be.
+Hyper-parameters only describe a run: they are written as plain values. All else must be returned
+to its owner unchanged, and so is refused if that is impossible.
 """
 
 import io
@@ -46,9 +47,9 @@ def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
                 )
     for entry, value in _unreadable(plain, ""):
         raise UserError(
-            f"the entry {entry} of the checkpoint is a {type(value).__name__}, and could not be read back: checkpoints "
-            "hold tensors and plain values, so that no code in them can run; keep str(path), float(number), "
-            "list(values) or a dict of such in the state, and make the object from it when it is loaded"
+            f"the entry {entry} of the checkpoint is a {type(value).__name__}, which cannot be read back: checkpoints "
+            "contain tensors and plain values, so that no code in them can run; keep str(path), float(number), "
+            "list(values) or a dict of such in the state, and build the object from it when it is loaded"
         )
     return plain
 
@@ -59,7 +60,7 @@ def _plain_mapping(values: Mapping[Any, Any], entry: str, left_out: list[str]) -
         where = f"{entry}.{key}"
         try:
             plain[_plain(key, where, left_out)] = _plain(values[key], where, left_out)
-        except Exception:  # whatever a mapping that computes its values raises for one that it has none for
+        except Exception:  # whatever a mapping raises that computes its values
             left_out.append(where)
     return plain
 
@@ -67,9 +68,9 @@ def _plain_mapping(values: Mapping[Any, Any], entry: str, left_out: list[str]) -
 def _plain(value: Any, entry: str, left_out: list[str]) -> Any:
     if isinstance(value, Enum):
         return _plain(value.value, entry, left_out)
-    if isinstance(value, np.longdouble | np.clongdouble):  # whose `tolist` gives the same again
+    if isinstance(value, np.longdouble | np.clongdouble):  # whose `tolist` returns the same type
         return complex(value) if isinstance(value, np.clongdouble) else float(value)
-    if isinstance(value, np.generic | np.ndarray):  # may hold dates, or anything at all
+    if isinstance(value, np.generic | np.ndarray):  # may contain dates, or anything else
         return _plain(value.tolist(), entry, left_out)
     if isinstance(value, PurePath):
         return str(value)
@@ -91,7 +92,7 @@ def _plain(value: Any, entry: str, left_out: list[str]) -> Any:
 
 
 def _unreadable(value: Any, entry: str) -> Iterator[tuple[str, Any]]:
-    # A tensor of another class, or with attributes of its own, is written with more than its numbers.
+    # A tensor of another class, or with its own attributes, is written with more than its numbers.
     if type(value) in _PLAIN or (type(value) in (Tensor, nn.Parameter) and not vars(value)):
         return
     if type(value) in (dict, OrderedDict, Counter):
@@ -111,6 +112,6 @@ def _reads_back(value: Any) -> bool:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception:  # whatever pickle and torch say of it
+    except Exception:  # whatever pickle and torch raise
         return False
     return True

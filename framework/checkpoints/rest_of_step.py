@@ -1,9 +1,9 @@
-"""What a run still owes at the moment of a checkpoint, and how the next start pays it.
+"""What is left to do for a step at the moment of its checkpoint, and how the next start does it.
 
 Lightning writes checkpoints in the middle of its work: after the optimiser's step and before the line of that step is
-logged, before the validation and the end of the epoch that are due at it, before schedules that go by a metric move,
-and before the end of training. A run that is killed there and goes on from that checkpoint would never do these things:
-Lightning resumes behind them.
+logged, before the validation and the end of the epoch that are due, before schedules that follow a metric step,
+and before the end of training. A run that is killed there and continues from that checkpoint would never do these
+things: Lightning resumes after them.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from lightspan.loggers.jsonl import JsonlLogger
 
 
 def log_position(trainer: Trainer) -> dict[str, Any]:
-    """How far the logs have come, for a checkpoint: "lines" of metrics.jsonl, which are on disk then, "unlogged", and
-    the "metrics" that schedules and callbacks go by.
+    """The position in the logs, for a checkpoint: "lines" of metrics.jsonl, which are on disk then, "unlogged", and
+    the "metrics" that schedules and callbacks follow.
 
     Every rank must call it: figures that are means over ranks are reduced.
     """
@@ -35,7 +35,7 @@ def log_position(trainer: Trainer) -> dict[str, Any]:
 
 
 def _metrics(trainer: Trainer) -> dict[str, Tensor]:
-    """Lightning's `callback_metrics`, with the means over the training epoch where its last batch is done."""
+    """Lightning's `callback_metrics`, with the means over the training epoch if its last batch is done."""
     metrics, results = dict(trainer.callback_metrics), trainer.fit_loop.epoch_loop._results
     if trainer.fit_loop.epoch_loop._num_ready_batches_reached() and results:
         metrics.update(results.metrics(on_step=False)["callback"])
@@ -43,7 +43,7 @@ def _metrics(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def rewind_logs(trainer: Trainer, step: int, lines: int | None) -> None:
-    """Drops what was logged after a checkpoint: of the optimiser step `step` or later, or after so many lines."""
+    """Drops what was logged after a checkpoint: for optimiser step `step` or later, or after that many lines."""
     for logger in trainer.loggers:
         if isinstance(logger, JsonlLogger):
             logger.rewind(step, lines)
@@ -53,7 +53,7 @@ def rewind_logs(trainer: Trainer, step: int, lines: int | None) -> None:
 
 @rank_zero_only
 def _purge(logger: TensorBoardLogger, step: int) -> None:
-    """TensorBoard's own way: a start of a session at a step hides what earlier files say of this step and later."""
+    """TensorBoard's own way: a session start at a step hides what earlier files have for this step and later."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
     start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
@@ -61,7 +61,7 @@ def _purge(logger: TensorBoardLogger, step: int) -> None:
 
 
 def unlogged(trainer: Trainer) -> dict[str, Any] | None:
-    """{"step", "metrics"} of the line that Lightning is about to log; None where it has none to log."""
+    """{"step", "metrics"} of the line that Lightning is about to log; None if it has none to log."""
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     if trainer.validating or trainer.sanity_checking or trainer._results is None:
         return None
@@ -85,7 +85,7 @@ def unlogged(trainer: Trainer) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def before_validation(trainer: Trainer) -> Iterator[None]:
-    """Inside a validation: a checkpoint written in this block has all of it ahead, and its step behind."""
+    """Inside a validation: a checkpoint written in this block is before all of the validation and after its step."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     for count in (progress.total, progress.current):
         count.completed -= 1
@@ -96,15 +96,15 @@ def before_validation(trainer: Trainer) -> Iterator[None]:
 
 
 class RestOfStep:
-    """Does what was left to do where a checkpoint was written: the line, the validation, the schedules that go by a
-    metric, the end of the epoch, and the end of training where no step is left.
+    """Does what was left to do when a checkpoint was written: the log line, the validation, schedules that follow a
+    metric, the end of the epoch, and the end of training if no step is left.
 
-    Made while the checkpoint is loaded for training; then `begin` before Lightning asks whether training is over, and
-    `finish` when training starts.
+    Created while the checkpoint is loaded for training; then call `begin` before Lightning checks whether training is
+    over, and `finish` when training starts.
 
     Args:
         checkpoint: as loaded.
-        log: what `log_position` gave when it was written; {} where nothing did.
+        log: what `log_position` returned when it was written; {} if it was not called.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any], log: Mapping[str, Any]) -> None:
@@ -123,17 +123,17 @@ class RestOfStep:
         self._limits: tuple[int, int | None] | None = None
 
     def begin(self, trainer: Trainer) -> None:
-        """Lets Lightning into its loop where no step is left: it would skip the end of training with the steps."""
+        """Lets Lightning enter its loop if no step is left: it would otherwise also skip the end of training."""
         loop = trainer.fit_loop
         if self._no_step_is_left(trainer) or _reached(self._epochs["current"]["processed"], loop.max_epochs):
             self._limits = (loop.epoch_loop.max_steps, loop.max_epochs)
             loop.epoch_loop.max_steps = loop.max_epochs = -1
 
     def finish(self, trainer: Trainer) -> None:
-        """Every rank must call it, once all that was in the checkpoint is restored.
+        """Every rank must call it, once everything in the checkpoint is restored.
 
-        Behind it the loops stand where those of a run stand that was never stopped, at the next batch or the next
-        epoch, and Lightning has nothing to move on for a restart.
+        Afterwards the loops are where those of an uninterrupted run would be, at the next batch or the next
+        epoch, and Lightning has nothing to advance for a restart.
         """
         loop, device = trainer.fit_loop, trainer.strategy.root_device
         if self._limits is not None:
@@ -141,11 +141,11 @@ class RestOfStep:
         over = self._no_step_is_left(trainer) or _reached(self._epochs["current"]["processed"], loop.max_epochs)
         trainer._logger_connector._callback_metrics.update({n: v.to(device) for n, v in self._metrics.items()})
         if self._behind_batch or self._at_epochs_end:
-            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # of the loops inside too
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # also of the inner loops
             for stage in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
                 stage.reset_restart_stage()
-            loop.epoch_progress.load_state_dict(self._epochs)  # Lightning has moved it on
-        loop._restarting = False  # else Lightning leaves the metric's schedules out at the end of this epoch
+            loop.epoch_progress.load_state_dict(self._epochs)  # Lightning has advanced it
+        loop._restarting = False  # else Lightning skips the metric's schedules at the end of this epoch
         if self._line is not None:
             with explained_restoring(trainer.ckpt_path, "lightspan.log.unlogged"):
                 _log(trainer, self._line["step"], self._line["metrics"])
@@ -196,8 +196,8 @@ def _end_batch(trainer: Trainer) -> None:
 
 
 def _go_on_inside_epoch(trainer: Trainer) -> None:
-    """Lets Lightning begin its loop over an epoch's batches where their counts are. It begins one that is not restarted
-    at 0, and moves the counts of a restarted one on by what it takes to be missing.
+    """Lets Lightning begin its loop over an epoch's batches at their counts. It begins one that is not restarted
+    at 0, and advances the counts of a restarted one by what it believes to be missing.
     """
     loop = trainer.fit_loop
     loop._restart_stage = RestartStage.RESTARTED_MID_EPOCH  # the epoch has started
@@ -206,7 +206,7 @@ def _go_on_inside_epoch(trainer: Trainer) -> None:
     def reset_but_for_counts() -> None:
         epoch_loop.reset = reset  # type: ignore[method-assign]
         counts = copy.deepcopy(epoch_loop.state_dict())
-        epoch_loop.restarting = True  # Lightning then warns of loaders that forget their place
+        epoch_loop.restarting = True  # Lightning then warns of loaders that do not keep their position
         reset()
         epoch_loop.load_state_dict(counts)
         epoch_loop.restarting = False
@@ -224,14 +224,23 @@ def _end_epoch(trainer: Trainer) -> None:
     call._call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=True)
     connector.on_epoch_end()
     _move_schedules(trainer)
-    loop.epoch_loop._batches_that_stepped -= 1  # as Lightning does, for the step of the line
+    loop.epoch_loop._batches_that_stepped -= 1  # as Lightning does, for the step of the log line
     connector.update_train_epoch_metrics()
     loop.epoch_loop._batches_that_stepped += 1
     loop.epoch_progress.increment_completed()
 
 
 def _move_schedules(trainer: Trainer) -> None:
-    """Those that go by a metric and by epochs; the others moved before the checkpoint."""
+    """Those that follow a metric or epochs; the others stepped before the checkpoint."""
     loop = trainer.fit_loop.epoch_loop
     if loop._num_ready_batches_reached():
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+def load_positions(trainer: Trainer) -> None:
+    """Give loaders the position that Lightning does not: that of a run bounded by epochs, resumed at an epoch's end."""
+    loop = trainer.fit_loop
+    if loop._combined_loader_states_to_load and loop._combined_loader is not None and loop._data_fetcher is not None:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
+        iter(loop._data_fetcher)  # the iterator made before knows nothing of the position

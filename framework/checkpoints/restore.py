@@ -1,7 +1,7 @@
 """Restoring entry by entry: each is compared with what it is restored into, and no failure is left unexplained.
 
-Lightning hands the entries of a checkpoint to the data, the model, the callbacks, the loops and the optimisers, and
-each believes what it is given. `guard` stands in front of these steps.
+Lightning passes the entries of a checkpoint to the data, the model, the callbacks, the loops and the optimisers, and
+each trusts what it is given. `guard` checks before each of these steps.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lightspan.checkpoints.shards import first_line
 from lightspan.errors import UserError
 
 Fault = str | None
-_GLOO = "gloo/transport/"  # gloo raises plain RuntimeErrors, which begin with the place in its source
+_GLOO = "gloo/transport/"  # gloo raises plain RuntimeErrors whose text begins with the place in its source
 _SWA_ENDS = (
     "Lightning's StochasticWeightAveraging exchanges the run's schedule and restores neither that nor its averages; "
     "WeightAveraging and EMAWeightAveraging of lightning.pytorch.callbacks can be resumed"
@@ -52,9 +52,9 @@ def guard(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def explained_restoring(path: object, entry: str) -> Iterator[None]:
-    """Turns what an entry of the wrong kind raises in whoever takes it into a UserError that names the entry.
+    """Turns whatever the receiver of a wrong entry raises into a UserError that names the entry.
 
-    What they refuse in words of their own passes, and so do errors about this machine and the way to other ranks.
+    Their own UserErrors pass unchanged, and so do errors of this machine and of the connection to other ranks.
     """
     try:
         yield
@@ -72,27 +72,27 @@ def explained_restoring(path: object, entry: str) -> Iterator[None]:
 
 
 def warn_of_what_cannot_go_on(trainer: Trainer) -> None:
-    """Says before the first step which callbacks a run cannot be resumed with."""
+    """Warns before the first step about callbacks with which a run cannot be resumed."""
     if _of_swa(trainer) and trainer.is_global_zero:
-        warnings.warn(f"{_SWA_ENDS}: once it has begun, this run will not go on from a checkpoint", stacklevel=2)
+        warnings.warn(f"{_SWA_ENDS}: once it has begun, this run cannot be resumed", stacklevel=2)
 
 
 def refuse_what_cannot_go_on(trainer: Trainer, loaded: dict[str, Any]) -> None:
-    """Raises: UserError for a checkpoint in the state of whose callbacks there is no way on."""
+    """Raises: UserError for a checkpoint that cannot be resumed because of the state of its callbacks."""
     for key in _of_swa(trainer):
         state = (loaded.get("callbacks") or {}).get(key)
         if isinstance(state, dict) and state.get("scheduler_state") is not None:
             raise UserError(
                 f"checkpoint {trainer.ckpt_path} was written after StochasticWeightAveraging had begun; {_SWA_ENDS}; "
-                "go on from a checkpoint before it, or start anew"
+                "resume from an earlier checkpoint, or start a new run"
             )
 
 
 def unfreeze(trainer: Trainer, module: LightningModule, trained: list[str] | None) -> None:
-    """Lets those parameters train that did when the checkpoint was written, where a BaseFinetuning unfreezes them.
+    """Unfreezes the parameters that were trained when the checkpoint was written, if a BaseFinetuning controls them.
 
-    It restores the groups of the optimisers and has frozen again what it had unfrozen: the rest of such a run would
-    train nothing but the head. Called before a strategy looks at the parameters.
+    It restores the groups of the optimisers, but freezes again what it had unfrozen: the rest of such a run would
+    train only the head. Called before a strategy looks at the parameters.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
     if trained is None or not any(isinstance(callback, BaseFinetuning) for callback in callbacks):
@@ -114,7 +114,7 @@ def _of_swa(trainer: Trainer) -> list[str]:
 def _guarded(
     trainer: Trainer, step: Callable[..., None], entry: str, check: Callable[[Trainer, dict[str, Any]], Fault] | None
 ) -> Callable[..., None]:
-    """`step` of restoring `entry`, where `check` finds no fault in what was loaded."""
+    """`step`, which restores `entry`, run only if `check` finds no fault in what was loaded."""
 
     def run(*args: Any, **kwargs: Any) -> None:
         loaded = trainer._checkpoint_connector._loaded_checkpoint
@@ -135,7 +135,7 @@ def _progress_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
         try:
             now = callback.state_dict()
         except Exception:
-            continue  # one that has a state only after the fit has begun
+            continue  # it has a state only after the fit has begun
         if not _is_of(callback, "lightspan.", "lightning."):
             continue  # only its author knows which values its state may take
         foreign = not _is_of(callback, "lightspan.")
@@ -182,7 +182,7 @@ def _optimizers_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
             return f"{name} is missing: it was saved with weights only, which can be evaluated and exported"
         stored = loaded[name]
         if len(stored) != len(owners):
-            return f"{name} holds {len(stored)} states, and this run has {len(owners)} of them"
+            return f"{name} contains {len(stored)} states, but this run has {len(owners)}"
         for i, (state, owner) in enumerate(zip(stored, owners, strict=True)):
             if name == "optimizer_states" and not state:
                 if owner.state_dict():
@@ -203,10 +203,10 @@ def _moments_fault(state: dict[str, Any], optimizer: torch.optim.Optimizer, entr
     plain = _is_plain(optimizer)
     parameters = [(parameter, at) for at, group in enumerate(optimizer.param_groups) for parameter in group["params"]]
     of_numbers = {number: moments for number, moments in state["state"].items() if isinstance(number, int)}
-    names: dict[int, set[str]] = {}  # of moments, in each group
+    names: dict[int, set[str]] = {}  # names of moments, by group
     for number, moments in of_numbers.items():
         if not 0 <= number < len(parameters):
-            return f"{entry}.state is of parameter {number}, and this run has {len(parameters)}"
+            return f"{entry}.state is of parameter {number}, but this run has {len(parameters)}"
         names.setdefault(parameters[number][1], set()).update(moments)
     for number, moments in of_numbers.items():
         parameter, group = parameters[number]
@@ -221,7 +221,7 @@ def _moments_fault(state: dict[str, Any], optimizer: torch.optim.Optimizer, entr
 def _moment_fault(name: str, moment: Any, parameter: Tensor, plain: bool) -> Fault:
     shape = list(moment.shape) if isinstance(moment, Tensor) else None
     if isinstance(moment, Tensor) and moment.is_complex() and not parameter.is_complex():
-        return "is a complex tensor of a real parameter"
+        return "is a complex tensor for a real parameter"
     if not plain:
         return None
     if name in _OF_PARAMETER and shape != list(parameter.shape) and not (name == "momentum_buffer" and moment is None):
@@ -233,7 +233,7 @@ def _moment_fault(name: str, moment: Any, parameter: Tensor, plain: bool) -> Fau
 
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is one of torch's own, whose states and settings are known."""
+    """Whether it is one of torch's own optimisers, whose states and settings are known."""
     return _is_of(optimizer, "torch.optim.")
 
 
@@ -244,12 +244,12 @@ def _is_of(owner: object, *packages: str) -> bool:
 def _settings_fault(trainer: Trainer, loaded: dict[str, Any]) -> Fault:
     """What optimisers lack once they have taken what was stored: torch replaces their settings and adds those it knows.
 
-    Asked at the end of restoring.
+    Called at the end of restoring.
     """
     for i, optimizer in enumerate(trainer.optimizers):
         if not _is_plain(optimizer):  # others may have groups without some of their defaults
             continue
-        # Loading adds defaults that some, like LBFGS, do not take and never had.
+        # Loading adds defaults that some optimisers, like LBFGS, do not accept and never had.
         own = [name for name in optimizer.defaults if name in inspect.signature(type(optimizer)).parameters]
         for j, group in enumerate(optimizer.param_groups):
             if missing := next((name for name in own if name not in group), None):

@@ -1,7 +1,7 @@
-"""Reads the folder form of torch.distributed.checkpoint (DCP) without running, or believing, what is in it.
+"""Reads the folder form of torch.distributed.checkpoint (DCP) without running or trusting what is in it.
 
-torch reads two parts of that form by plain unpickling: `.metadata`, which tells where each shard lies, and values that
-are no tensors (learning rates). Here the first is read with a short list of classes and then checked, and the second
+torch reads two parts of that form by plain unpickling: `.metadata`, which says where each shard is, and values that
+are not tensors (learning rates). Here the first is read with a short list of classes and then checked, and the second
 with `weights_only=True`, so that a folder from elsewhere runs no code, and none of its tensors is left unfilled.
 """
 
@@ -40,14 +40,14 @@ class SafeReader(dcp.FileSystemReader):
             with (path / METADATA).open("rb") as file:
                 found = _MetadataUnpickler(file).load()
             if not isinstance(found, metadata.Metadata):
-                raise UserError(f"checkpoint {path} is damaged: its {METADATA} holds {type(found).__name__}")
+                raise UserError(f"checkpoint {path} is damaged: its {METADATA} contains {type(found).__name__}")
             if fault := _metadata_fault(found, path):
                 raise UserError(f"checkpoint {path} cannot be used: its {METADATA} {fault}")
             found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return found
 
 
-# Classes by their names alone, some of which are private to torch, so that importing this module needs none of them.
+# Classes by name only: some are private to torch, and importing this module must not need any of them.
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -63,7 +63,7 @@ _CLASSES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
 }
-# Each system has a class of its own, and Python 3.13 names them by another module: all that they hold is a name.
+# Each operating system has its own path class, and Python 3.13 moved them to another module: they contain only a name.
 _PATH_MODULES, _PATHS = {"pathlib", "pathlib._local"}, {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 
 
@@ -75,11 +75,11 @@ class _MetadataUnpickler(pickle.Unpickler):
             return PurePosixPath
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is nothing that belongs into the list of shards")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a list of shards")
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Reads values that are no tensors with `weights_only=True`."""
+    """Reads values that are not tensors with `weights_only=True`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         torch.load(value, weights_only=True)  # refuses what the unpickler of the next line would run
@@ -88,7 +88,7 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 def read_parts(reader: SafeReader, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """{first name: nested content} of what is stored under the names that are `wanted`, in CPU memory, without ranks.
+    """{first name: nested content} of what is stored under the `wanted` names, in CPU memory, without other ranks.
 
     Raises: UserError.
     """
@@ -96,14 +96,14 @@ def read_parts(reader: SafeReader, wanted: Callable[[str], bool]) -> dict[str, A
     stored = {name: entry for name, entry in found.state_dict_metadata.items() if wanted(name)}
     flat = {name: _space(entry) if _is_tensor(entry) else None for name, entry in stored.items()}
     with explained_reading(Path(reader.path)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns where no process group is asked for
+        warnings.simplefilter("ignore")  # torch warns if there is no process group
         planner = SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         dcp.load(flat, storage_reader=reader, planner=planner, no_dist=True)
         return _nested(flat, found.planner_data or {})
 
 
 def stored_weights(reader: SafeReader) -> dict[str, Tensor]:
-    """{name: tensor of the right shape and dtype, in no memory of its own} of the weights in a checkpoint folder."""
+    """{name: tensor of the right shape and dtype, without memory} of the weights in a checkpoint folder."""
     return {
         name.removeprefix("state_dict."): torch.zeros((), dtype=entry.properties.dtype).expand(entry.size)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -132,7 +132,7 @@ def explained_reading(path: Path) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what torch adds: places in its code, and advice to load what is not safe."""
+    """What an error says, without what torch adds: places in its code, and advice to load unsafe files."""
     text = str(error).strip()
     inner = re.search(r"WeightsUnpickler error:\s*([^\n]+)", text)
     return ((inner[1] if inner else text).splitlines() or [type(error).__name__])[0][:200]
@@ -147,7 +147,7 @@ def _space(entry: Any) -> Tensor:
 
 
 def _nested(flat: Mapping[str, Any], paths: Mapping[str, Sequence[str | int]]) -> dict[str, Any]:
-    """Values at their paths: names are keys of mappings, whole numbers places in lists."""
+    """Values at their paths: names are keys of mappings, whole numbers are positions in lists."""
     root: dict[Any, Any] = {}
     for name, value in flat.items():
         *above, last = paths.get(name, (name,))
@@ -166,10 +166,10 @@ def _nested(flat: Mapping[str, Any], paths: Mapping[str, Sequence[str | int]]) -
 
 
 def _metadata_fault(found: metadata.Metadata, path: Path) -> str | None:
-    """What is wrong with a list of shards: every tensor must be there as a whole, in files of the folder."""
+    """What is wrong with a list of shards: every tensor must be complete, in files of the folder."""
     places, paths = found.storage_data, found.planner_data
     if not isinstance(places, dict) or not isinstance(found.state_dict_metadata, dict):
-        return "is no list of shards"
+        return "is not a list of shards"
     if not (paths is None or (isinstance(paths, dict) and all(map(_is_path, paths.values())))):
         return "does not say where values belong"
     sizes: dict[str, int] = {}

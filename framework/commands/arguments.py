@@ -1,14 +1,13 @@
 """Arguments that several verbs share."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """RECIPE, overlays, flags and --allow-module, as `args.recipe`, `.overlays`, `.flags` and `.allow_modules`.
 
-    Flags are taken out of the command line before argparse sees it, so they may stand anywhere.
+    Flags are taken out of the command line before argparse sees it, so they may be anywhere.
     """
     parser.add_argument("recipe", metavar="RECIPE", help="a name that `lightspan recipes` lists, or a .yaml file")
     parser.add_argument(
@@ -23,7 +22,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add_allow_module_argument(parser)
     parser.set_defaults(flags=[])
     parser.epilog = (
-        "Flags: key.path=value, --key.path=value or --key.path value, anywhere on the line and always above recipe and "
+        "Flags: key.path=value, --key.path=value or --key.path value, anywhere on the line; they override recipe and "
         "overlays. Example: trainer.max_steps=200 model.init_args.optimizer.init_args.lr=1e-3"
     )
 
@@ -36,30 +35,23 @@ def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="a package of your own that the configuration may name; it is recorded with the run",
+        help="your own package that the configuration may name; it is recorded with the run",
     )
 
 
-def allow_options(modules: Sequence[str]) -> list[str]:
-    """What `add_allow_module_argument` reads, for another command line."""
-    return [word for module in modules for word in ("--allow-module", module)]
-
-
 def folder(text: str) -> Path:
-    """The type of an option that names a folder; the empty text, which an unset variable of a shell leaves, is none."""
+    """The type of an option that names a folder; the empty text, which an unset shell variable leaves, is refused."""
     return _place(text, "folder")
 
 
 def file(text: str) -> Path:
-    """The type of an option that names a file, as `folder`; a checkpoint may be either."""
+    """The type of an option that names a file, like `folder`; a checkpoint may be either."""
     return _place(text, "file")
 
 
 def _place(text: str, kind: str) -> Path:
     if not text.strip():
-        raise argparse.ArgumentTypeError(
-            f"the name of the {kind} is empty, as where a variable of the shell is not set"
-        )
+        raise argparse.ArgumentTypeError(f"the name of the {kind} is empty; is a shell variable not set?")
     try:
         Path(text).exists()
     except OSError as error:

@@ -1,10 +1,12 @@
-"""`lightspan data pack FOLDER --out DIR`, `data verify DIR` and `data index DIR`: write shards and look after them."""
+"""`lightspan data pack SOURCE --out DIR`, `data verify DIR` and `data index DIR`: write shards and look after them."""
 
 import argparse
-import contextlib
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightspan.commands.arguments import folder
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from lightspan.datamodules.shards.pack_sources import Members
 
 SHARDS = "lightspan.datamodules.shards.stream.Shards"
-BATCH, SIDE = 256, 224  # proposed at most
+BATCH, SIDE = 256, 224  # the largest that are proposed
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -25,19 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write shards; compare them with their sha256; write an index beside each shard that has none",
     )
     parser.add_argument(
-        "folder",
-        metavar="FOLDER",
-        type=folder,
-        help="pack: the files to write; one folder of images for each class becomes labelled images, of other files "
-        "those of one name form one sample. verify: what `data pack` wrote. index: the folder of the shards",
+        "source",
+        metavar="SOURCE",
+        type=_source,
+        help="pack: a folder of the files to write; one folder of images for each class becomes labelled images; "
+        "other files with the same name form one sample. Or a tar that is read once: - for standard input, or an https "
+        "address. verify: what `data pack` wrote. index: the folder of the shards",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, help="pack: folder to write; it must not exist")
     parser.add_argument(
         "--shard-size", metavar="BYTES", default="256M", help="pack: size of a shard, with K, M or G (default: 256M)"
     )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="pack: seed of the order of samples (default: 0)"
-    )
+    parser.add_argument("--seed", metavar="N", type=int, help="pack: seed of the order of samples (default: 0)")
     parser.add_argument("--keep-order", action="store_true", help="pack: write the samples in sorted order instead")
     parser.add_argument(
         "--files",
@@ -48,50 +49,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-damaged", action="store_true", help="pack: leave out what cannot be decoded, and name it"
     )
+    parser.add_argument(
+        "--max-member",
+        metavar="BYTES",
+        default="256M",
+        help="pack: the largest member that is read from a tar (default: 256M, as when training)",
+    )
+
+
+def _source(text: str) -> Path | str:
+    """A folder, or - or an address, which stay text."""
+    from lightspan.datamodules.shards.fetch import SCHEME
+    from lightspan.datamodules.shards.pack_stream import STANDARD_INPUT
+
+    return text if text == STANDARD_INPUT or SCHEME.match(text) else folder(text)
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"pack": _pack, "verify": _verify, "index": _index}[args.action](args)
+    if args.action == "pack":
+        return _pack(args)
+    if not isinstance(args.source, Path):
+        raise UserError(f"data {args.action} looks at a folder, not at {args.source}; name the folder of the shards")
+    return {"verify": _verify, "index": _index}[args.action](args.source)
 
 
 def _pack(args: argparse.Namespace) -> int:
-    """Packs, then says how a recipe names the shards. Raises: UserError for a source or size that cannot work."""
+    """Packs, then prints how a recipe names the shards. Raises: UserError for a source or size that cannot work."""
     if args.out is None:
         raise UserError("data pack needs a folder to write; name it with --out DIR")
-    shard_bytes = parse_size(args.shard_size)
-    if args.seed < 0:
+    shard_bytes = parse_size(args.shard_size, "--shard-size")
+    if args.seed is not None and args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative; give a whole number from 0 up")
     from rich.progress import track
 
-    from lightspan.datamodules.shards.pack import fields_of, pack, pattern
-    from lightspan.datamodules.shards.pack_sources import sources
+    from lightspan.datamodules.shards.pack import Seen, pack, pattern
 
-    samples, classes, remarks = sources(args.folder, args.files)
+    seen, remarks = Seen(), list[str]()
     left_out: list[str] = []
-    packing = pack(
-        samples,
-        classes,
-        args.out,
-        shard_bytes,
-        None if args.keep_order else args.seed,
-        args.decode,
-        left_out if args.skip_damaged else None,
-    )
-    for _ in track(packing, "packing", total=len(samples), transient=True, disable=not sys.stdout.isatty()):
-        pass
+    with ExitStack() as stack:
+        samples, classes, total = _samples(args, stack, remarks)
+        packing = pack(
+            seen.through(samples), classes, args.out, shard_bytes, args.decode, left_out if args.skip_damaged else None
+        )
+        for _ in track(packing, "packing", total=total, transient=True, disable=not sys.stdout.isatty()):
+            pass
     for line in (*remarks, *(f"left out: {line}" for line in sorted(left_out))):
         print(one_line(line))
     shards = len(list(args.out.glob("*.tar")))
     shown = f"{', '.join(classes[:5])}{', ...' if classes[5:] else ''}"
     of_classes = f" of {len(classes)} classes ({shown})" if classes else ""
-    count = len(samples) - len(left_out)
+    count = seen.count - len(left_out)
     print(one_line(f"wrote {args.out}: {count:,} samples{of_classes} in {shards} shards"))
-    print(one_line(f"next: {shlex.join(_settings(pattern(args.out), fields_of(samples), count, _side(samples)))}"))
+    side = None if seen.side is None else min(seen.side, SIDE)
+    print(one_line(f"next: {shlex.join(_settings(pattern(args.out), seen.fields(), count, side))}"))
     return 0
 
 
+def _samples(
+    args: argparse.Namespace, stack: ExitStack, remarks: list[str]
+) -> "tuple[Iterator[Members], list[str], int | None]":
+    """(samples in the order of writing, names of classes, how many samples or None where nobody knows)."""
+    if isinstance(args.source, Path):
+        from lightspan.datamodules.shards.pack_sources import shuffled, sources
+
+        found = sources(args.source, args.files)
+        remarks += found.remarks
+        ordered = found.samples if args.keep_order else shuffled(found.samples, args.seed or 0)
+        return iter(ordered), found.classes, len(ordered)
+    from lightspan.datamodules.shards.pack_stream import LIMIT, opened, samples_of
+
+    if args.seed is not None or args.files:
+        flag = "--files" if args.files else "--seed"
+        raise UserError(f"{flag} is for folders: a tar that is read once keeps its order and its members; leave it out")
+    limit = parse_size(args.max_member, LIMIT)
+    stream = stack.enter_context(opened(args.source))
+    return samples_of(stream, args.source, limit, remarks), [], None
+
+
 def _settings(shards: str, fields: dict[str, str], count: int, side: int | None) -> list[str]:
-    """The flags with which any recipe reads what was packed; pictures of `side` pixels or none."""
+    """The flags with which any recipe reads what was packed; pictures of `side` pixels, or none where None."""
     settings = {"shards": f"[{shards}]", "fields": f"{{{', '.join(f'{k}: {v}' for k, v in fields.items())}}}"}
     settings["batch_size"] = str(min(count, BATCH))
     if side is not None:
@@ -99,55 +135,41 @@ def _settings(shards: str, fields: dict[str, str], count: int, side: int | None)
     return [f"data.class_path={SHARDS}", *(f"data.init_args.{key}={value}" for key, value in settings.items())]
 
 
-def _side(samples: "list[Members]") -> int | None:
-    """The side of the squares that pictures may be cut to: the shorter one of the first picture that can be read, at
-    most that of most pretrained networks; None where there are no pictures.
-    """
-    from lightspan.datamodules.shards.decoders import IMAGES, UNDECODABLE, open_image
-
-    for sample in samples:
-        for name, source in sample.items():
-            if name.rpartition(".")[2].lower() in IMAGES:
-                with contextlib.suppress(*UNDECODABLE, OSError):
-                    return min(*open_image(source if isinstance(source, bytes) else source.read_bytes()).size, SIDE)
-    return None
-
-
-def _verify(args: argparse.Namespace) -> int:
+def _verify(folder: Path) -> int:
     """Reads every file of a packed folder. Returns 1 where one is missing, damaged or not listed, and names it."""
     from rich.progress import track
 
     from lightspan.datamodules.shards.verify import listed, problem_of, unlisted
 
-    sums = listed(args.folder)
+    sums = listed(folder)
     checks = track(sums.items(), "verifying", transient=True, disable=not sys.stdout.isatty())
-    problems = [problem for name, digest in checks if (problem := problem_of(args.folder / name, digest)) is not None]
-    strangers = [f"{args.folder / name}: was not written by `data pack`" for name in unlisted(args.folder, sums)]
+    problems = [problem for name, digest in checks if (problem := problem_of(folder / name, digest)) is not None]
+    strangers = [f"{folder / name}: was not written by `data pack`" for name in unlisted(folder, sums)]
     for problem in problems + strangers:
         print(one_line(problem))
-    print(f"{args.folder}: {len(sums) - len(problems)} of {len(sums)} files are as they were written")
+    print(f"{folder}: {len(sums) - len(problems)} of {len(sums)} files are unchanged")
     return 1 if problems or strangers else 0
 
 
-def _index(args: argparse.Namespace) -> int:
+def _index(folder: Path) -> int:
     from rich.progress import track
 
     from lightspan.datamodules.shards.verify import without_index, write_index
 
-    shards, samples = without_index(args.folder), 0
+    shards, samples = without_index(folder), 0
     for shard in track(shards, "indexing", transient=True, disable=not sys.stdout.isatty()):
         count, remarks = write_index(shard)
         samples += count
         for remark in remarks:
             print(one_line(remark))
-    print(f"{args.folder}: wrote the index of {len(shards)} shards with {samples:,} samples")
+    print(f"{folder}: wrote the index of {len(shards)} shards with {samples:,} samples")
     return 0
 
 
-def parse_size(text: str) -> int:
-    """Bytes from `64M` and the like. Raises: UserError for anything else, and below 1 KiB."""
+def parse_size(text: str, option: str) -> int:
+    """Bytes from `64M` and the like, as `option` gives them. Raises: UserError for anything else, and below 1 KiB."""
     match = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", text)
     size = int(match[1]) * UNITS[match[2]] if match else 0
     if size < 1024:
-        raise UserError(f"--shard-size {text} is not a size from 1K up; write for instance 64M or 1G")
+        raise UserError(f"{option} {text} is not a size from 1K up; write for instance 64M or 1G")
     return size

@@ -1,4 +1,4 @@
-"""`lightspan doctor`: is this machine ready, and if not, what to do. Asks no network and prints no secret."""
+"""`lightspan doctor`: is this machine ready, and if not, what to do. Uses no network and prints no secrets."""
 
 import argparse
 import importlib.metadata
@@ -18,7 +18,7 @@ from lightspan.loggers.wandb_key import wandb_key_place
 GIB = 2**30
 State = Literal["ok", "warn", "bad", "none"]
 
-# Versions that must not stand on a training machine, whatever the ranges in the package's metadata say.
+# Versions that must not be on a training machine, whatever the ranges in the package's metadata say.
 KNOWN_BAD = (
     ("lightning", "==2.6.2", "this release steals credentials when imported (GHSA-w37p-236h-pfx3)"),
     ("lightning", "==2.6.3", "this release steals credentials when imported (GHSA-w37p-236h-pfx3)"),
@@ -31,7 +31,7 @@ RUNTIME_EXTRAS = ("deepspeed", "peft", "triton")  # extras that a run can use
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; `bad`: something required is broken; `none`: something optional is absent."""
+    """One line of the table; `bad`: something required is broken; `none`: something optional is missing."""
 
     check: str
     state: State
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; 0 when all that is required is fine, 1 when something required is broken."""
+    """Prints the table; 0 if everything required works, 1 if something required is broken."""
     findings = [
         *python_findings(sys.version_info[:2]),
         *package_findings(importlib.metadata.requires("lightspan") or [], installed_version),
@@ -111,9 +111,9 @@ def package_findings(requirements: Iterable[str], version_of: Callable[[str], st
     for name, specifier, reason in KNOWN_BAD:
         version = version_of(name)
         if version is not None and SpecifierSet(specifier).contains(version, prereleases=True):
-            way_out = f"uninstall it now, then install {name} of another version"
+            way_out = f"uninstall it now, then install {name} in another version"
             findings.append(Finding(name, "bad", f"{version}: {reason}", way_out))
-    # One package may be asked for by several extras.
+    # Several extras may require the same package.
     return list(dict.fromkeys(findings))
 
 
@@ -124,7 +124,7 @@ def device_findings() -> list[Finding]:
     except Exception as error:  # a broken binary raises whatever its loader raises
         return [Finding("devices", "bad", f"torch does not import: {str(error).splitlines()[0]}", "reinstall torch")]
     threads = torch.get_num_threads()
-    findings = [Finding("processor", "ok", f"{cores} cores to use, {threads} threads in torch")]
+    findings = [Finding("processor", "ok", f"{cores} usable cores, {threads} threads in torch")]
     if threads > cores:
         findings[0] = Finding("processor", "warn", findings[0].found, f"set OMP_NUM_THREADS={cores}")
     if torch.cuda.is_available():
@@ -133,7 +133,7 @@ def device_findings() -> list[Finding]:
             found = f"{card.name}, {card.total_memory / GIB:.0f} GiB, compute {card.major}.{card.minor}"
             findings.append(Finding(f"cuda:{index}", "ok", found))
     elif torch.version.cuda:
-        found = f"torch is built for CUDA {torch.version.cuda} and finds no card"
+        found = f"torch is built for CUDA {torch.version.cuda} but finds no GPU"
         findings.append(Finding("cuda", "warn", found, "check nvidia-smi and, in a container, --gpus all"))
     else:
         findings.append(Finding("cuda", "none", "torch is built without CUDA"))
@@ -146,11 +146,11 @@ def space_findings(here: Path, shared_memory: Path) -> list[Finding]:
     free = shutil.disk_usage(here).free
     findings = [Finding("disk", "ok", f"{free / GIB:.1f} GiB free in {here}")]
     if free < 2 * GIB:
-        way_out = "free some space, or choose another place with --run"
+        way_out = "free some space, or choose another folder with --run"
         findings = [Finding("disk", "warn", findings[0].found, way_out)]
     if not os.access(here, os.W_OK):
         findings.append(
-            Finding("folder", "warn", f"{here} cannot be written", "go elsewhere, or name a place with --run")
+            Finding("folder", "warn", f"{here} cannot be written", "change to another folder, or name one with --run")
         )
     if shared_memory.is_dir():
         free = shutil.disk_usage(shared_memory).free
@@ -162,7 +162,7 @@ def space_findings(here: Path, shared_memory: Path) -> list[Finding]:
 
 
 def tool_findings(which: Callable[[str], str | None]) -> list[Finding]:
-    """Optional helpers: what each one is for where it is missing."""
+    """Optional helpers: says what each missing one is for."""
     findings = []
     for name, commands, use in (
         ("C compiler", ("cc", "gcc", "clang"), "triton and torch.compile need one"),
@@ -189,9 +189,9 @@ def wandb_finding(place: str | None) -> Finding:
 
 
 def network_finding(timeout_s: float = 60.0) -> Finding:
-    """An all-reduce between two processes over loopback, as every distributed run on the CPU needs it."""
+    """An all-reduce between two processes over loopback, which every distributed run on the CPU needs."""
     code = "import sys; from lightspan.commands.doctor import all_reduce; all_reduce(int(sys.argv[1]), sys.argv[2])"
-    way_out = "let processes talk over 127.0.0.1 (firewall, container network)"
+    way_out = "allow connections over 127.0.0.1 (check firewall and container network)"
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{folder}/rendezvous"
         ranks = [
@@ -219,7 +219,7 @@ def all_reduce(rank: int, rendezvous: str) -> None:
     import torch
     import torch.distributed
 
-    # By name, since gloo otherwise asks the resolver for this host, which is another matter.
+    # The interface by name, since gloo otherwise resolves this host's name, which is not tested here.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     torch.distributed.init_process_group(
         "gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=30)
@@ -228,7 +228,7 @@ def all_reduce(rank: int, rendezvous: str) -> None:
     torch.distributed.all_reduce(value)
     torch.distributed.destroy_process_group()
     if value.item() != 3:
-        raise RuntimeError(f"1 + 2 over two ranks came out as {value.item():g}")
+        raise RuntimeError(f"1 + 2 over two ranks gave {value.item():g}")
 
 
 def _print(findings: Iterable[Finding]) -> None:

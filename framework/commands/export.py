@@ -1,19 +1,19 @@
-"""`lightspan export CKPT --to FORMAT`: weights for other programs, first read back with their loader."""
+"""`lightspan export CKPT --to FORMAT`: weights for other programs, written only if their loader reads them back."""
 
 import argparse
-import contextlib
 import json
 import os
-import secrets
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import COMPLETE
+from lightspan.checkpoints.manifest import COMPLETE, other_thing
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
+from lightspan.exports.folder import refuse_occupied, whole_folder
 from lightspan.planning.one_process import in_one_process
-from lightspan.run_files import RESOLVED
+from lightspan.run_files import EXPORT, MERGED, RESOLVED
 from lightspan.runs.folder import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from lightspan.config.build import Resolved
 
-RECORD = "export.json"  # tells a folder that an export may replace from one that it must not
-LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; a faithful export differs by nothing, another attention kernel by less
+LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CKPT",
         type=file,
-        help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest whole one",
+        help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest complete one",
     )
-    parser.add_argument("--to", required=True, choices=("safetensors", "huggingface", "peft"), help="format to write")
+    parser.add_argument(
+        "--to", required=True, choices=("safetensors", "huggingface", "peft", "timm"), help="format to write"
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="WIDTHxDEPTH",
+        help="networks to cut out of an elastic one, each into a folder of its name, or all (timm; default: the whole)",
+    )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     parser.add_argument("--run", type=folder, metavar="DIR", help="run folder, if the checkpoint is not inside it")
@@ -46,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.callbacks.training.adaptation import Adaptation
     from lightspan.config.build import build
 
+    if args.sizes and args.to != "timm":
+        raise UserError(f"--sizes cuts networks for --to timm, and this is --to {args.to}; leave one of them out")
     checkpoint = find_checkpoint(args.checkpoint)
     resolved = _resolved(args, checkpoint)
     out = args.out or _run_folder(args, checkpoint) / "export" / args.to
@@ -61,16 +70,21 @@ def run(args: argparse.Namespace) -> int:
         require_pretrained(model)
         fold(model)
     with whole_folder(out) as folder:
-        writers = {"safetensors": _to_safetensors, "huggingface": _to_huggingface, "peft": _to_peft}
+        writers: dict[str, Callable[[Any, Path, str], float]] = {
+            "safetensors": _to_safetensors,
+            "huggingface": _to_huggingface,
+            "peft": _to_peft,
+            "timm": partial(_to_timm, sizes=args.sizes),
+        }
         difference = writers[args.to](model, folder, resolved.name)
         what = "tensor" if args.to == "safetensors" else "output"
         print(f"read back with {args.to}: largest {what} difference {difference:.3g}")
         limit = 0.0 if args.to == "safetensors" else LARGEST_DIFFERENCE
         if not difference <= limit:
-            print(f"that is more than {limit:g}: nothing was written")
+            print(f"this is more than {limit:g}: nothing was written")
             return 1
         record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}
-        (folder / RECORD).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
+        (folder / EXPORT).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
     files = sorted(path.name for path in out.iterdir())
     print(f"wrote {out}: {', '.join(files)}")
     return 0
@@ -78,8 +92,11 @@ def run(args: argparse.Namespace) -> int:
 
 def find_checkpoint(given: Path) -> Path:
     """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError where there is none."""
+    merged = given / MERGED if (given / MERGED).is_file() else given
+    if not merged.is_dir() and (other := other_thing(merged)):
+        raise UserError(f"{merged} {other}; there is nothing left to export")
     is_run = given.is_dir() and given.suffix != ".ckpt" and not (given / COMPLETE).exists()
-    if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused where it is read
+    if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused when it is read
         return given
     found = newest_checkpoint(given) if given.is_dir() else None
     if found is None:
@@ -90,7 +107,7 @@ def find_checkpoint(given: Path) -> Path:
 def load_weights(model: "LightningModule", checkpoint: Path) -> None:
     """Puts the checkpoint's weights into `model`, all of them and nothing else.
 
-    Raises: UserError for a file that is no checkpoint, is cut off, or belongs to another model.
+    Raises: UserError for a file that is not a checkpoint, is truncated, or belongs to another model.
     """
     from lightspan.checkpoints.fit import check_fits
     from lightspan.checkpoints.io import read_checkpoint
@@ -102,62 +119,10 @@ def load_weights(model: "LightningModule", checkpoint: Path) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Raises: UserError if `out` is there and may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / RECORD).is_file():
-        raise UserError(f"--out {str(out)!r} exists and is no earlier export; name a folder that does not exist yet")
-    if not overwrite:
-        raise UserError(f"--out {str(out)!r} holds an earlier export; add --overwrite to replace it, or name another")
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `out` if the block wrote RECORD last, and is removed otherwise."""
-    from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
-
-    out = out.absolute()
-    folder = temporary_path(out, secrets.token_hex(4))
-    with explained_os_errors(out):
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-            if not (folder / RECORD).is_file():
-                return
-            mode = (folder / RECORD).stat().st_mode
-            for path in folder.iterdir():
-                path.chmod(mode)  # safetensors makes files that only their owner can read
-            replace_folder(folder, out)
-        finally:
-            remove(folder)
-
-
 def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> float:
-    """Writes model.safetensors with all of `model.state_dict()`; returns the largest difference of what is read back.
+    from lightspan.exports.safetensors import write_safetensors
 
-    Tensors that share memory are stored once; the file's metadata names the others, as safetensors does it.
-    """
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_model
-
-    path = folder / "model.safetensors"
-    save_model(model, str(path), metadata={"format": "pt", "recipe": recipe, **_version()})
-    largest = 0.0
-    with safe_open(str(path), framework="pt") as file:
-        stored = file.metadata() or {}
-        for name, tensor in model.state_dict().items():
-            back = file.get_tensor(stored.get(name, name))
-            if back.dtype != tensor.dtype or back.shape != tensor.shape:
-                return float("inf")
-            if not torch.equal(back, tensor) and tensor.numel():
-                wide = torch.complex128 if tensor.is_complex() else torch.float64
-                apart = (back.to(wide) - tensor.to(wide)).abs().nan_to_num(float("inf"))
-                # NaN is unequal to itself, and infinity has no distance from itself, also where they are stored well.
-                same = (back == tensor) | (back.isnan() & tensor.isnan())
-                largest = max(largest, float(apart.masked_fill(same, 0.0).amax()))
-    return largest
+    return write_safetensors(model, folder, {"recipe": recipe, **_version()})
 
 
 def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> float:
@@ -176,6 +141,13 @@ def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
     save_peft(part, folder)
     require_changes(part)
     return largest_difference(part, folder)
+
+
+def _to_timm(model: "LightningModule", folder: Path, recipe: str, sizes: list[str] | None) -> float:
+    from lightspan.exports.timm_folder import elastic_backbone, sizes_of, write_networks
+
+    backbone = elastic_backbone(model)
+    return write_networks(backbone, sizes_of(backbone, sizes), folder)
 
 
 def _resolved(args: argparse.Namespace, checkpoint: Path) -> "Resolved":

@@ -1,4 +1,4 @@
-"""`lightspan fsck RUN`: which checkpoints of a run are whole, torn ones out of the way, the pointer mended."""
+"""`lightspan fsck RUN`: which checkpoints of a run are complete; moves damaged ones away and fixes the pointer."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from lightspan.checkpoints.manifest import (
 from lightspan.commands.arguments import folder
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, irregular, leftovers, put_back, remove
-from lightspan.runs.folder import CHECKPOINTS
+from lightspan.run_files import CHECKPOINTS
 
 QUARANTINE = "quarantine"
 TORN = 1
@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line a checkpoint; moves torn ones to RUN/checkpoints/quarantine, deletes none. 1 if one was torn."""
+    """Prints one line per checkpoint; moves torn ones to RUN/checkpoints/quarantine, deletes none. 1 if any."""
     folder = args.run_folder / CHECKPOINTS
     if not folder.is_dir():
-        raise UserError(f"{str(folder)!r} does not exist; name a run folder, which holds {CHECKPOINTS}/")
+        raise UserError(f"{str(folder)!r} does not exist; name a run folder, which contains {CHECKPOINTS}/")
     if not args.dry_run:
         put_back(folder)
     found = {path: fault(path) or _unusable(path) for path in checkpoints(folder)}
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _unusable(path: Path) -> Fault | None:
-    """What is wrong inside a checkpoint that its manifest calls whole: a manifest tells damage, not content."""
+    """What is wrong inside a checkpoint that its manifest calls whole: a manifest reveals damage, not wrong content."""
     from lightspan.checkpoints.io import unusable
 
     reason = unusable(path)
@@ -88,7 +88,7 @@ def _quarantine(path: Path) -> Path:
 
 
 def _mend_pointer(folder: Path, usable: Sequence[Path]) -> None:
-    """The pointer stays where it names a whole checkpoint; otherwise it moves to the newest whole one, or goes."""
+    """Keeps a pointer that names a whole checkpoint; otherwise points it to the newest whole one, or removes it."""
     if latest(folder) in usable:
         return
     if usable:

@@ -1,5 +1,5 @@
 """`lightspan intrinsic-dimension`: d90 of a recipe, the smallest random subspace in which it reaches most of what it
-reaches in all its weights. The search itself is `lightspan.intrinsic`.
+reaches when all its weights are trained. The search itself is `lightspan.intrinsic`.
 """
 
 import argparse
@@ -11,12 +11,13 @@ from typing import Any
 
 from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.config.resolve import Resolved, resolve
+from lightspan.drawing import canvas, png, tidy
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.intrinsic.curve import Curve, Point
 from lightspan.intrinsic.fits import recipe_of, references_of, require_rate, train
 from lightspan.intrinsic.search import Fit, Settings, search
-from lightspan.run_files import RESULT
+from lightspan.run_files import CURVE, RESULT
 from lightspan.runs.fits import exits_on_sigterm
 
 NOT_REACHED = 1
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grid", required=True, metavar="0,10,50", help="dimensions in ascending order; 0 is the untrained network"
     )
     parser.add_argument("--threshold", type=float, default=0.9, help="share of the baseline to reach (default 0.9)")
-    parser.add_argument("--metric", default="val/accuracy", help="what validation logs (default val/accuracy)")
+    parser.add_argument("--metric", default="val/accuracy", help="a metric that validation logs (default val/accuracy)")
     parser.add_argument(
         "--mode", choices=("max", "min"), default="max", help="whether larger or smaller is better (default max)"
     )
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="class path of the random map: Fastfood (default), Dense or Sparse of lightspan.subspaces.projections",
     )
     parser.add_argument("--layer-scales", action="store_true", help="also learn a factor for each layer (SAID)")
-    parser.add_argument("--stop-early", action="store_true", help="end at the first dimension that reaches the line")
+    parser.add_argument("--stop-early", action="store_true", help="end at the first dimension that reaches the share")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
     parser.add_argument(
         "--out", type=folder, default=Path("intrinsic-dimension"), metavar="DIR", help="folder for all runs and results"
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when a dimension of the grid reaches the line, 1 when none does. Raises: UserError for what cannot be searched,
-    and when every rate of the baseline fails.
+    """0 if a dimension of the grid reaches the line, 1 if none does. Raises: UserError for what cannot be searched,
+    and if every learning rate of the baseline fails.
     """
     settings = _settings(args)
     resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
@@ -82,7 +83,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             f"--grid {args.grid!r} must be whole numbers from 0 up in ascending order, such as 0,10,50,100,200"
         )
     if not 0 < args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold:g} must be above 0 and at most 1; the paper takes 0.9")
+        raise UserError(f"--threshold {args.threshold:g} must be above 0 and at most 1; the paper uses 0.9")
     for name in ("seeds", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -103,8 +104,6 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
     from rich.table import Table
     from rich.text import Text
 
-    from lightspan.intrinsic.picture import picture
-
     shown = {key: references[key] for key in ("constant_answer", "linear_probe", "parameters")}
     shown["untrained"] = mean(references["untrained"].values())
     record = {
@@ -118,12 +117,15 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
         **curve.record(),
     }
     title = f"{_named(resolved)}: {settings.metric} in random subspaces of {shown['parameters']:,} weights"
+    figure, ((axes,),) = canvas(title, (7.4, 4.4))
+    curve.draw(axes, settings.metric, settings.threshold, shown)
+    tidy(axes)
     files: dict[Path, str | bytes] = {
         settings.out / RESULT: json.dumps(record, indent=2, allow_nan=False) + "\n",
-        settings.out / "curve.png": picture(curve, settings.metric, settings.threshold, shown, title),
+        settings.out / CURVE: png(figure),
     }
     for path, content in files.items():
-        write_atomic(path, content)
+        write_atomic(path, content, setting="--out")
     table = Table(title=Text(title), title_justify="left")
     for column in ("d", "mean", "lowest", "highest", "lr"):
         table.add_column(column, justify="right")
@@ -146,12 +148,12 @@ def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], c
 
 
 def _named(resolved: Resolved) -> str:
-    """The recipe and, since flags may put another in its place, the class of its data."""
+    """The recipe and, since flags may replace them, the class of its data."""
     data = resolved.config.get("data")
     return f"{resolved.name} on {data['class_path'].rpartition('.')[2]}" if data else resolved.name
 
 
-_WHOLE = {"max": "the baseline", "min": "the way from untrained to the baseline"}
+_WHOLE = {"max": "the baseline", "min": "the distance from untrained to the baseline"}
 REFERENCES = {
     "untrained": "untrained",
     "constant_answer": "always the most frequent class",

@@ -1,7 +1,7 @@
-"""`lightspan new`: the files that a new method consists of, with something in them that runs.
+"""`lightspan new`: the files of a new method, with content that already runs.
 
-Inside a checkout of lightspan they join the house: method, recipe, test and evidence, each where it belongs. In any
-other folder they are a project of one's own: a package of the method's name, and recipe, test and evidence beside it.
+Inside a checkout of lightspan, method, recipe, test and evidence go where such files belong. In any
+other folder they form their own project: a package named after the method, with recipe, test and evidence beside it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lightspan.errors import UserError
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 40
-RESERVED = ("scale",)  # holds overlays, not recipes
+RESERVED = ("scale",)  # contains overlays, not recipes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,19 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=folder,
         default=Path(),
         metavar="FOLDER",
-        help="where to write: a checkout of lightspan, or a project of your own; by default the current folder",
+        help="where to write: a checkout of lightspan, or your own project (default: the current folder)",
     )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files go, what they call the method, and what to do with them next.
+    """Where the files go, how they name the method, and what to do next.
 
     Attributes:
-        files: template names by path, relative to the folder; an empty one is an empty file.
+        files: template names by path, relative to the folder; an empty name stands for an empty file.
         module: where the class is.
-        evidence: what the recipe says of its evidence.
-        optional: files of `files` that may be there already, and then stay.
+        evidence: what the recipe says about its evidence.
+        optional: those of `files` that may exist already, and are then kept.
         commands: to type next, in the folder.
     """
 
@@ -61,36 +61,35 @@ def run(args: argparse.Namespace) -> int:
     family, name = _parts(args.name)
     root: Path = args.folder
     if not root.is_dir():
-        raise UserError(f"--in {root}: there is no such folder; make it first")
+        raise UserError(f"--in {root}: there is no such folder; create it first")
     house = is_checkout(root)
     layout = _in_the_house(family, name) if house else _of_ones_own(name)
     there = [path for path in layout.files if (root / path).exists() and path not in layout.optional]
     if there:
         raise UserError(f"{', '.join(str(root / path) for path in there)} exists; choose another name, or remove it")
     if not house and _is_installed(name):
-        raise UserError(f"a package named {name} would hide the one that is installed; choose another name")
+        raise UserError(f"a package named {name} would hide the installed one; choose another name")
     texts = {path: _text(parts, layout, family, name, house) for path, parts in layout.files.items()}
     _require_class_of_its_own(args.name, _class_of(name), texts)
     new = {root / path: text for path, text in texts.items() if not (root / path).exists()}
     for path, text in new.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        write_atomic(path, text, setting="--in")
     # Printed when all is there: where nobody reads it, printing raises.
     print("".join(f"wrote {path}\n" for path in new), end="")
     steps = ([] if root == Path() else [f"cd {root}"]) + layout.commands
-    print("\nIt runs as it stands. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")
+    print("\nIt runs as it is. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")
     return 0
 
 
 def is_checkout(root: Path) -> bool:
-    """Whether a folder is the top of a checkout of lightspan."""
+    """Whether a folder is the root of a checkout of lightspan."""
     project = root / "pyproject.toml"
     named = project.is_file() and re.search(r'(?m)^name = "lightspan"$', project.read_text(encoding="utf-8"))
     return bool(named) and (root / "framework" / "method.py").is_file()
 
 
 def _is_installed(name: str) -> bool:
-    """Whether Python knows a module of this name; a folder without code, as one that a project begins with, is none."""
+    """Whether Python knows a module of this name; a folder without code, such as a new project's, does not count."""
     found = importlib.util.find_spec(name)
     return name in sys.stdlib_module_names or (found is not None and found.origin is not None)
 
@@ -101,7 +100,7 @@ def _parts(text: str) -> tuple[str, str]:
         if not NAME.fullmatch(part) or len(part) > LONGEST or keyword.iskeyword(part) or part in RESERVED:
             raise UserError(
                 f"{text!r} must be FAMILY/NAME, such as contrastive/my_method: small letters, digits and single "
-                f"underscores, a letter first, at most {LONGEST} of them, and no word of Python's own"
+                f"underscores, a letter first, at most {LONGEST} characters, and not a Python keyword"
             )
     return family, name
 
@@ -111,18 +110,18 @@ def _class_of(name: str) -> str:
 
 
 def _require_class_of_its_own(given: str, cls: str, texts: dict[str, str]) -> None:
-    """Raises: UserError where one file would give the name of the class to something else too, or Python does."""
-    if hasattr(builtins, cls):  # or a constant, such as None, with which the files could not be parsed
+    """Raises: UserError if one of the files, or Python itself, already uses the name of the class."""
+    if hasattr(builtins, cls):  # or a constant such as None, with which the files could not be parsed
         owner = "Python"
     else:
         sources = (path for path in texts if path.endswith(".py"))
         owner = next((path for path in sources if _names_given(texts[path]).count(cls) > 1), "")
     if owner:
-        raise UserError(f"{given!r} makes a class {cls}, and {owner} has another of that name; choose another name")
+        raise UserError(f"{given!r} gives a class {cls}, but {owner} already has one of that name; choose another name")
 
 
 def _names_given(text: str) -> list[str]:
-    """The names of imports, classes and variables in Python source, as often as each is given."""
+    """The names of imports, classes and variables in Python source, each as often as it is bound."""
     names = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.alias):
@@ -195,7 +194,7 @@ def _text(parts: list[str], layout: Layout, family: str, name: str, house: bool)
 
 
 def _with_sorted_imports(text: str, own: str) -> str:
-    """The imports in the order that linters ask for, which hangs on whose project the file is part of."""
+    """The imports in the order that linters want, which depends on whose project the file belongs to."""
     lines = text.split("\n")
     places = [i for i, line in enumerate(lines) if line.startswith(("import ", "from "))]
     sections: list[list[str]] = [[], [], []]

@@ -1,18 +1,17 @@
-"""`lightspan plan RECIPE`: what a run will hold in memory, before anything starts."""
+"""`lightspan plan RECIPE`: how much memory a run will need, before anything starts."""
 
 import argparse
-import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError
-from lightspan.run_files import SUMMARY
+from lightspan.planning.outcome import MIB, as_json, in_mib, measured_peak, shares, verdict
+from lightspan.run_files import PLAN
 
 if TYPE_CHECKING:
     from lightspan.planning.planned_step import Plan
 
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan. Raises: UserError for a recipe that does not build or cannot be planned."""
+    """Prints the plan. Raises: UserError for a recipe that cannot be built or planned."""
     from lightspan.config.build import build, resolve
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
@@ -67,62 +66,10 @@ def run(args: argparse.Namespace) -> int:
     if args.run:
         from lightspan.files import write_atomic
 
-        path = args.run / "plan.json"
+        path = args.run / PLAN
         write_atomic(path, json.dumps(as_json(plan, measured), indent=2) + "\n")
         print(f"wrote {path}")
     return 0
-
-
-def shares(plan: "Plan") -> list[tuple[str, int, float]]:
-    """(what, bytes, share of the sum) for everything that a step holds."""
-    step = plan.step
-    parts = [
-        ("weights", step.weights),
-        ("gradients", step.gradients),
-        ("optimiser state", step.optimizer_state),
-        (f"activations, {step.rows} samples", step.activations),
-        ("batch", step.batch),
-    ]
-    if plan.division.extra:
-        parts.append((plan.division.extra_name, plan.division.extra))
-    total = sum(size for _, size in parts) or 1
-    return [(name, size, size / total) for name, size in parts]
-
-
-def verdict(plan: "Plan") -> str:
-    """Which part is larger, and what that means for whoever wants to save memory."""
-    step = plan.step
-    activations, state = _mib(step.activations), _mib(step.optimizer_state)
-    if step.activations > step.optimizer_state:
-        return (
-            f"Activations outweigh optimiser state ({activations} against {state} MiB): a leaner optimiser saves at "
-            f"most {state} MiB; a smaller micro-batch with more accumulation, or activation checkpointing, saves more."
-        )
-    return (
-        f"Optimiser state outweighs activations ({state} against {activations} MiB): "
-        "a low-rank optimiser is where to save."
-    )
-
-
-def measured_peak(run_dir: Path) -> tuple[str, float] | None:
-    """(key, MiB) of the peak that the run's summary recorded: of the device where it had one, else of the process."""
-    path = run_dir / SUMMARY
-    if not path.is_file():
-        return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fix or remove it") from error
-    for key in ("peak_device_mib", "peak_rss_mib"):
-        if isinstance(summary.get(key), int | float):
-            return key, float(summary[key])
-    return None
-
-
-def as_json(plan: "Plan", measured: tuple[str, float] | None) -> dict[str, Any]:
-    """The plan in bytes as the content of plan.json, with the measured peak (MiB) where there is one."""
-    recorded = {} if measured is None else {f"measured_{measured[0]}": measured[1]}
-    return {**dataclasses.asdict(plan), "planned_total": plan.total, **recorded}
 
 
 def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
@@ -134,12 +81,12 @@ def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
     for heading in ("", "MiB", "share"):
         table.add_column(heading, justify="right" if heading else "left")
     for what, size, share in shares(plan):
-        table.add_row(what, _mib(size), f"{100 * share:.1f} %")
+        table.add_row(what, in_mib(size), f"{100 * share:.1f} %")
     table.add_section()
-    table.add_row("most of these alive at once, with temporaries", _mib(plan.step.peak), "")
+    table.add_row("peak of these at one time, with temporaries", in_mib(plan.step.peak), "")
     if plan.process:
-        table.add_row("Python, libraries and data in this process", _mib(plan.process), "")
-        table.add_row("together", _mib(plan.total), "")
+        table.add_row("Python, libraries and data in this process", in_mib(plan.process), "")
+        table.add_row("together", in_mib(plan.total), "")
     console = Console()
     console.print(table)
     lines = [verdict(plan), _fit_line(plan)]
@@ -156,7 +103,7 @@ def _ranks(config: dict[str, Any]) -> int:
 
 
 def _whole(config: dict[str, Any], key: str) -> int:
-    """A number of the trainer; 1 where it is left to the machine, which is not asked here."""
+    """A number of the trainer; 1 if it is left to the machine, which is not queried here."""
     value = config.get("trainer", {}).get(key)
     return len(value) if isinstance(value, list) else value if isinstance(value, int) and value > 0 else 1
 
@@ -169,7 +116,3 @@ def _fit_line(plan: "Plan") -> str:
         return f"Memory: {has}: not even a micro-batch of 1 sample fits."
     fits = "fits" if plan.step.rows <= plan.largest_rows else "does NOT fit"
     return f"Memory: {has}: the micro-batch of {plan.step.rows} {fits}; the largest that does is {plan.largest_rows:,}."
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:,.1f}"

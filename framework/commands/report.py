@@ -1,4 +1,4 @@
-"""`lightspan report RUN...`: one HTML page that sets runs side by side, and the same table on the console."""
+"""`lightspan report RUN...`: one HTML page that compares runs, and the same table on the console."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import file, folder
 from lightspan.errors import UserError
-from lightspan.run_files import METRICS, SUMMARY
+from lightspan.run_files import METRICS, REPORT, SUMMARY
 
 if TYPE_CHECKING:
     from lightspan.report.runs import Run
@@ -37,16 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the page and summary.json beside it. Raises: UserError for what is no run, or a place it cannot write."""
+    """Writes the page and summary.json beside it. Raises: UserError for what is not a run or cannot be written."""
     from lightspan.files import write_atomic
     from lightspan.report.page import render
     from lightspan.report.picture import picture
     from lightspan.report.runs import load_runs
 
-    page = args.out if args.out.suffix in (".html", ".htm") else args.out / "report.html"
+    page = args.out if args.out.suffix in (".html", ".htm") else args.out / REPORT
     if (page.parent / METRICS).exists():
         raise UserError(
-            f"--out {str(args.out)!r} would put a summary.json into run folder {str(page.parent)!r}, over the run's "
+            f"--out {str(args.out)!r} would overwrite summary.json of run folder {str(page.parent)!r}, the run's "
             f"own; name another folder, for example --out {page.parent / 'report'}"
         )
     runs = load_runs(args.runs)
@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
     if args.png:
         files[args.png] = picture(runs, title)
     for path, content in files.items():
-        write_atomic(path, content)
+        write_atomic(path, content, setting="--png" if path == args.png else "--out")
     _print_table(runs, title)
     print(" ".join(["wrote", *map(str, files)]))
     return 0
 
 
 def summary_json(runs: Sequence["Run"]) -> str:
-    """{run name: its summary}; what is not finite becomes null, since JSON has no word for it."""
+    """{run name: its summary}; values that are not finite become null, since JSON cannot express them."""
     table = {run.name: {key: _finite_or_none(value) for key, value in run.summary.items()} for run in runs}
     return json.dumps(table, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -92,5 +92,5 @@ def _print_table(runs: Sequence["Run"], title: str) -> None:
         ]
         table.add_row(label, *cells)
     if len(runs) > 1:
-        table.caption = Text(f"green: best; second figures: against {runs[0].name}")
+        table.caption = Text(f"green: best; second figures: relative to {runs[0].name}")
     Console().print(table)

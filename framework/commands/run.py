@@ -1,315 +1,198 @@
-"""`lightspan fit`, `validate`, `test` and `predict`: a run folder, a built configuration, and Lightning's Trainer."""
+"""`lightspan run RECIPE`: recipes that compute without training. An estimator gives a result, a merger a checkpoint."""
 
 import argparse
-import contextlib
-import errno
+import csv
+import io
 import json
 import os
-import shlex
-import signal
-import sys
-import traceback
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightspan.checkpoints.manifest import standing
-from lightspan.commands.arguments import add_recipe_arguments, allow_options, file, folder
-from lightspan.commands.catalogue import print_notes
-from lightspan.commands.seed import with_seed
-from lightspan.config.build import Built, Resolved, build, resolve, with_layer
-from lightspan.errors import UserError
-from lightspan.loggers.wandb_key import wandb_key_place
-from lightspan.runs.folder import (
-    LAST_CHECKPOINT,
-    checkpoint_to_resume,
-    is_first_rank,
-    refuse_other_experiment,
-    run_folder,
-    run_ids,
-    set_metrics_aside,
-    sole_use,
-    write_run_files,
-)
-from lightspan.runs.metrics_csv import write_csv
+from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.config.resolve import Resolved, resolve
+from lightspan.config.tree import dump
+from lightspan.errors import UserError, print_notes, printable
+from lightspan.run_files import CHECKPOINTS, MERGED, MERGED_FOLDER, METRICS, PICTURE, RESULT, TABLE, TENSORS
+from lightspan.runs.folder import is_first_rank, run_folder, sole_use, write_run_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
-INTERRUPTED = 130
+    from lightspan.features.store import FeatureStore
+    from lightspan.results import Result
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    _add_run_argument(parser)
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="auto (default): continue from the last checkpoint in --run DIR, if there is one; never: refuse; "
-        "or a checkpoint file",
-    )
-    parser.add_argument(
-        "--wandb", action="store_true", help="also log to Weights & Biases; offline if there is no API key"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build and set up everything, read a batch, write nothing, stop before the first step",
-    )
-
-
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_arguments(parser)
-    _add_run_argument(parser)
-    parser.add_argument("--ckpt", type=file, required=True, metavar="PATH", help="the checkpoint to use")
-
-
-def _add_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
+    parser.add_argument(
+        "--features", type=folder, metavar="DIR", help="the feature store (default: ~/.cache/lightspan/features)"
+    )
+    parser.add_argument(
+        "--features-limit", type=float, default=64.0, metavar="GIB", help="largest entry of the store (default 64)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda",
+        help="where encoders compute (default: a GPU, if there is one; each rank takes its own)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything and say what would be computed; write nothing"
+    )
 
 
-def run_fit(args: argparse.Namespace) -> int:
-    resolved = _resolve(args)
+def run(args: argparse.Namespace) -> int:
+    """Raises: UserError for whatever the user can fix, before the run folder contains a result."""
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ("estimator", "merger"))
     if args.dry_run:
-        from lightspan.planning.rehearsal import rehearse
-
         print_notes(resolved.notes)
-        print("\n".join(rehearse(resolved)))
+        print(printable("\n".join(_outlook(args, resolved))))
         return 0
-    run_dir = run_folder(args.run, resolved.name)
-    with sole_use(run_dir):
-        return _fit(args, resolved, run_dir)
+    from lightspan.distributed import together
 
-
-def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
-    checkpoint = checkpoint_to_resume(args, run_dir)
-    resolved = with_seed(resolved, run_dir, checkpoint)
-    if checkpoint is not None:
-        refuse_other_experiment(resolved, checkpoint)
-    if args.wandb:
-        resolved = with_layer(resolved, _wandb_layer(checkpoint))
-    if is_first_rank():  # said before torch is loaded, which takes seconds
-        print_notes(resolved.notes)
-        print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
-    built = build(resolved, run_dir)
-    _check_at_start(built)
-    _obey_signals(built)
-    _meet_after_restart(built)
-    if is_first_rank():
-        write_run_files(resolved, run_dir, args, checkpoint)
-        if checkpoint is None or run_dir not in checkpoint.parents:
-            set_metrics_aside(run_dir)
-
-    def fit() -> Any:
-        return built.trainer.fit(
-            built.model, datamodule=built.datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True
-        )
-
-    try:
-        status = call(fit, built, run_dir, checkpoint)[0]
-    except BaseException:
+    with _ranks(), ExitStack() as held:
+        with together("take the run folder"):
+            run_dir = run_folder(args.run, resolved.name)
+            held.enter_context(sole_use(run_dir))
+            _refuse_used(run_dir)
         if is_first_rank():
-            with contextlib.suppress(UserError):  # a disk that is full now hides nothing of what came first
-                write_csv(run_dir)
-        raise
-    if is_first_rank():
-        write_csv(run_dir)
-    if status == 0 and is_first_rank():
-        print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
-        if (run_dir / LAST_CHECKPOINT).exists():
-            words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
-            print(f"      lightspan export {shlex.join(words)}")
-    return status
+            print_notes(resolved.notes)
+            print(f"{resolved.name} -> {run_dir}", flush=True)
+        result = (_estimate if resolved.kind == "estimator" else _merge)(args, resolved, run_dir)
+        if is_first_rank():
+            _write(result, resolved, run_dir, args)
+    return 0
 
 
-def run_validate(args: argparse.Namespace) -> int:
-    return _evaluate(args, "validate")
+def _estimate(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Result":
+    from lightspan.config.build import build_parts
+    from lightspan.estimators.estimator import require_inputs
+
+    parts = build_parts(resolved, run_dir)
+    inputs, store = parts.get("inputs") or {}, _store(args)
+    require_inputs(parts["estimator"], inputs)
+    loaded = {name: one.load(store) for name, one in inputs.items()}
+    result: Result = parts["estimator"].fit(**loaded)
+    return result
 
 
-def run_test(args: argparse.Namespace) -> int:
-    return _evaluate(args, "test")
+def _merge(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Result":
+    from lightspan.config.build import build_parts
+    from lightspan.merging.adapted import open_checkpoints
+    from lightspan.merging.merger import merge
+    from lightspan.merging.product import write_product
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a merger works in one process; start it without a launcher")
+    parts = build_parts(resolved, run_dir)
+    record = {"recipe": resolved.name, "configuration": dump(resolved.config)}
+    merger, checkpoints = parts["merger"], open_checkpoints(parts["merger"], parts["checkpoints"])
+    if checkpoints[merger.leading(list(checkpoints))].is_huggingface:
+        return write_product(
+            merger, checkpoints, run_dir / MERGED_FOLDER, record, resolved.name, resolved.config["merger"]
+        )
+    return merge(merger, checkpoints, run_dir / MERGED, record)
 
 
-def run_predict(args: argparse.Namespace) -> int:
-    return _evaluate(args, "predict")
+def _outlook(args: argparse.Namespace, resolved: Resolved) -> list[str]:
+    """What a run would do, line by line."""
+    from lightspan.config.build import build_parts
+    from lightspan.estimators.estimator import require_inputs
+    from lightspan.merging.adapted import open_checkpoints
+    from lightspan.merging.merger import outlook
 
-
-def _evaluate(args: argparse.Namespace, verb: str) -> int:
-    resolved = _resolve(args)
-    if not args.ckpt.exists():
-        raise UserError(f"--ckpt {args.ckpt}: no such file; a run keeps its checkpoints in RUN/checkpoints")
-    if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
-        raise UserError(f"--run {args.run} holds a training run; give {verb} a folder of its own or leave --run out")
-    run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
-    resolved = with_seed(resolved, run_dir, args.ckpt)
-    resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go into one JSON file
-    built = build(resolved, run_dir)
-    if is_first_rank():
-        print_notes(resolved.notes)
-        write_run_files(resolved, run_dir, args, args.ckpt)
-    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": str(args.ckpt), "weights_only": True}
-    if verb != "predict":
-        call_arguments["verbose"] = False
-    function = getattr(built.trainer, verb)
-    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, args.ckpt)
-    if status == 0 and is_first_rank():
-        if verb == "predict":
-            _write_predictions(result, run_dir / "predictions.pt")
-        else:
-            _print_metrics(result, run_dir / f"{verb}.json")
-    return status
-
-
-def _resolve(args: argparse.Namespace) -> Resolved:
-    return resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
-
-
-def call(function: "Callable[[], Any]", built: Built, run_dir: Path, checkpoint: Path | None) -> tuple[int, Any]:
-    """Runs a Trainer function; returns (exit status, its result) and turns what a user can mend into a UserError."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from lightspan.callbacks.resilience.preemption import Preempted
-    from lightspan.distributed import leave
-    from lightspan.signals import installed
-
-    flag = installed()
-    try:
-        result = function()
-        leave()
-        return 0, result
-    except Preempted as leaving:
-        leave()
-        _say_stopped(str(leaving), run_dir)
-        return int(leaving.code or 0), None
-    except BaseException as error:
-        # Lightning ends a run that was stopped by Ctrl-C with sys.exit(1), its teardown done. A write that is cut by it
-        # raises whatever its library raises.
-        if built.trainer.interrupted and (
-            isinstance(error, KeyboardInterrupt | SystemExit) or (flag is not None and flag.insisted)
-        ):
-            _say_stopped(f"stopped by Ctrl-C at step {built.trainer.global_step}", run_dir)
-            return INTERRUPTED, None
-        if isinstance(error, MisconfigurationException):
-            raise UserError(f"the Trainer refuses this run: {error}") from error
-        if isinstance(error, OSError):
-            _explain(error, run_dir)
-        if message := _reason(error, checkpoint):
-            raise UserError(message) from error
-        raise
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # Lightning's doing after Ctrl-C
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _say_stopped(why: str, run_dir: Path) -> None:
-    if is_first_rank():
-        way_on = f"; the same command with --run {shlex.quote(str(run_dir))} goes on from it"
-        print(f"\nlightspan: {why}; {standing(run_dir / LAST_CHECKPOINT, way_on)}", file=sys.stderr, flush=True)
-
-
-def _explain(error: OSError, run_dir: Path) -> None:
-    """Raises a UserError for an error of a file in the run folder, or of a disk. Sockets and pipes have others."""
-    from lightspan.files import explained_os_errors
-
-    disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    if not isinstance(error.filename, str | os.PathLike):
-        path = run_dir if disk else None
+    parts = build_parts(resolved)
+    if resolved.kind == "merger":
+        checkpoints = open_checkpoints(parts["merger"], parts["checkpoints"])
+        lines = [
+            f"  {figure.name:<28} {_text(figure.value)} {figure.unit}".rstrip()
+            for figure in outlook(parts["merger"], checkpoints).figures()
+        ]
     else:
-        path = Path(error.filename).absolute()
-    if path is not None and (path == run_dir or run_dir in path.parents):
-        with explained_os_errors(path):
-            raise error
+        inputs, store = parts.get("inputs") or {}, _store(args)
+        require_inputs(parts["estimator"], inputs)
+        lines = [f"  {name}: {one.outlook(store)}" for name, one in inputs.items()]
+    return [f"{resolved.name}: builds. Nothing was written.", *lines]
 
 
-def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
-    """What a library complains of that a user can mend, by where it was raised; None for all else."""
-    if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError):
-        return None
-    passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if isinstance(error, ValueError) and "configure_optimizers" in passed:
-        return f"the optimiser or its schedule refuses its settings: {error}"
-    if "setup_data" in passed and "`val_check_interval`" in str(error):
-        return f"the Trainer refuses this run: {str(error).strip()}"
-    if "_validate_condition_metric" in passed:
-        return f"early stopping: {error}"
-    from lightspan.commands.start_checks import past_its_end
+def _store(args: argparse.Namespace) -> "FeatureStore":
+    import torch
 
-    if (said := past_its_end(error)) is not None:
-        return said
-    if checkpoint is not None and "load_state_dict" in passed:
-        return f"{checkpoint} is a checkpoint of another model: {_few_lines(str(error))}"
-    return None
+    from lightspan.features.store import FeatureStore
+
+    device = _device(args.device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; use cpu or auto") from error
+    return FeatureStore(args.features, args.features_limit, device)
 
 
-def _check_at_start(built: Built) -> None:
-    """Has the run looked at once more when everything is set up, before its first step."""
-    from lightspan.commands.start_checks import StartChecks
+def _device(wanted: str) -> str:
+    """The device that --device means: of several GPUs the one that the launcher gave to this rank."""
+    import torch
 
-    # First, and not last, where Lightning wants those callbacks that write checkpoints.
-    built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
-
-
-def _obey_signals(built: Built) -> None:
-    """Hands signals to the callback of the run that obeys them, or gives them back their usual meaning."""
-    from lightspan.callbacks.resilience.preemption import Preemption
-    from lightspan.signals import installed
-
-    callbacks = built.trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
-    preemption = next((callback for callback in callbacks if isinstance(callback, Preemption)), None)
-    if preemption is not None:
-        preemption.obey(built.trainer)
-    elif (flag := installed()) is not None:
-        flag.release()
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" else wanted
 
 
-def _meet_after_restart(built: Built) -> None:
-    """Ranks that torchrun starts again meet under keys of their own.
-
-    torchrun keeps its store over a restart (torch 2.13), and by its default keys a rank can find the address of one
-    that was killed and wait for it in vain. Lightning takes a process group that is there as it is.
-    """
-    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if start == 0 or ranks == 1:
+@contextmanager
+def _ranks() -> "Iterator[None]":
+    """A process group, if a launcher started several ranks. What they exchange is on the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
         return
     import torch.distributed as dist
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.PrefixStore(f"start-{start}", dist.TCPStore(address, port, ranks, is_master=False))
-    on_cpu = built.trainer.strategy.root_device.type == "cpu"
-    dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=int(os.environ["RANK"]), world_size=ranks)
+    from lightspan.distributed import leave
+
+    dist.init_process_group("gloo")
+    yield
+    leave()
 
 
-def _few_lines(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(line if len(line) < 300 else line[:297] + "..." for line in lines[:4])
+def _refuse_used(run_dir: Path) -> None:
+    used = next((name for name in (RESULT, METRICS, CHECKPOINTS) if (run_dir / name).exists()), None)
+    if used:
+        raise UserError(f"{run_dir} already contains a run ({used}); give another --run DIR or delete that folder")
 
 
-def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:
-    """The tracker, offline without a key; a run that goes on keeps its id there."""
-    offline = wandb_key_place() is None
-    settings: dict[str, Any] = {"project": "lightspan", "save_dir": "${run}", "offline": offline}
-    if checkpoint is not None and (run_id := run_ids(checkpoint).get("lightning.pytorch.loggers.wandb.WandbLogger")):
-        settings |= {"id": run_id, "resume": "allow"}
-    spec = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": settings}
-    return {"trainer": {"logger": {"wandb": spec}}}
+def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.Namespace) -> None:
+    """Writes all files of the run, result.json last: if it exists, the rest is complete."""
+    from lightspan.files import atomic_path, write_atomic
+    from lightspan.tensor_files import Form, write_tensors
+
+    write_run_files(resolved, run_dir, args.command_line, args.overlays)
+    written = [name for name in (MERGED, MERGED_FOLDER) if (run_dir / name).exists()]
+    if result.tensors:
+        forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in result.tensors.items()}
+        with atomic_path(run_dir / TENSORS) as temporary:
+            write_tensors(temporary, forms, result.tensors.items(), {"format": "pt", "recipe": resolved.name})
+        written.append(TENSORS)
+    if (picture := result.picture(str(resolved.about.get("title", resolved.name)))) is not None:
+        write_atomic(run_dir / PICTURE, picture)
+        written.append(PICTURE)
+    if rows := result.table():
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(run_dir / TABLE, text.getvalue())
+        written.append(TABLE)
+    document = json.dumps({"recipe": resolved.name, **result.document()}, indent=1, allow_nan=False)
+    write_atomic(run_dir / RESULT, document + "\n")
+    for figure in result.figures():
+        print(printable(f"{figure.name:<32} {_text(figure.value)} {figure.unit}".rstrip()))
+    print(f"wrote {run_dir}: {', '.join([*written, RESULT])}")
+    if MERGED in written:
+        print(
+            "next: to load these weights in a recipe, use class_path: lightspan.backbones.weights.with_weights, "
+            f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}"
+        )
 
 
-def _write_predictions(predictions: Any, path: Path) -> None:
-    import torch
-
-    from lightspan.files import atomic_path
-
-    with atomic_path(path) as temporary:
-        torch.save(predictions, temporary)
-    print(f"wrote {path}: one entry a batch")
-
-
-def _print_metrics(results: list[dict[str, float]], path: Path) -> None:
-    from lightspan.files import write_atomic
-
-    metrics = {name: value for result in results for name, value in result.items()}
-    write_atomic(path, json.dumps(metrics, indent=2) + "\n")
-    for name, value in metrics.items():
-        print(f"{name:<32} {value:.6g}")
-    print(f"wrote {path}")
+def _text(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

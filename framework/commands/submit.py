@@ -1,4 +1,4 @@
-"""`lightspan submit RECIPE --to slurm|kubernetes|local`: the same recipe, started by somebody else."""
+"""`lightspan submit RECIPE --to slurm|kubernetes|local`: the same recipe, started by another program."""
 
 import argparse
 import os
@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments, allow_options, folder
-from lightspan.commands.catalogue import print_notes
+from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.config.flags import allow_options
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.config.tree import dump
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 from lightspan.launch import kubernetes, slurm, torchrun
 from lightspan.launch.job import Job, cores_of, job_name, leave_of, seconds
 from lightspan.runs.folder import run_folder
@@ -104,8 +104,8 @@ def _to_this_machine(args: argparse.Namespace, resolved: Resolved) -> int:
 
 
 def _passing_warnings_on(command: list[str], environment: dict[str, str], job: Job) -> int:
-    """Runs torchrun. It ends with 1 whatever its ranks said, so once a warning has been passed on to it, and it has
-    ended for that, the status is that of a run which left because it was told to.
+    """Runs torchrun. It ends with 1 whatever its ranks returned, so if a warning signal was passed on to it and it
+    ended for that reason, the status is that of a run that stopped because it was asked to.
     """
     told: list[int] = []
     process = subprocess.Popen(command, env=environment)
@@ -144,7 +144,7 @@ _ONLY_FOR = {
 
 def _count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
 
@@ -171,7 +171,7 @@ def _refuse_strangers(args: argparse.Namespace) -> None:
 
 
 def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
-    """The configuration on as many devices as the options say; the flags it took are left in `args.flags`."""
+    """The configuration on as many devices as the options say; the flags it used are left in `args.flags`."""
     if args.nodes is not None:
         args.flags.append(f"trainer.num_nodes={args.nodes}")
     if args.gpus_per_node is not None:
@@ -184,14 +184,14 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
             f"({resolved.sources['trainer.accelerator']}); use trainer.devices=N, or add trainer.accelerator=gpu"
         )
     if args.gpus_per_node is not None and accelerator == "auto":
-        # Asked for, so a node without them is an error and not a slow run.
+        # Requested explicitly, so a node without them is an error and not a slow run.
         args.flags.append("trainer.accelerator=gpu")
         resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
     return resolved
 
 
 def _job_of_files(args: argparse.Namespace, resolved: Resolved) -> Job:
-    """The job where recipe and run folder lie on this machine, or on storage that the others share with it."""
+    """The job if recipe and run folder are on this machine, or on storage that the others share with it."""
     folder = run_folder(args.run, resolved.name, make=not args.print)
     overlays = [word for overlay in args.overlays for word in ("-c", overlay)]
     return _job(args, resolved, str(folder), [args.recipe, *overlays, *args.flags])
@@ -227,7 +227,7 @@ def _number(value: Any, key: str, option: str) -> int:
 def _folder_in_the_volume(given: Path | None, name: str) -> str:
     """The run folder inside the pods."""
     if given is None:
-        new = run_folder(None, name, make=False)  # it is only named here
+        new = run_folder(None, name, make=False)  # only the name is needed
         return f"{kubernetes.RUNS}/{new.parent.name}/{new.name}"
     folder = PurePosixPath(kubernetes.RUNS) / given
     if folder.parts[:2] != ("/", "runs") or len(folder.parts) < 3 or ".." in folder.parts:

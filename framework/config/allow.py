@@ -1,12 +1,12 @@
 """The gate: what a configuration may name, and where a run may write.
 
 A `class_path` is imported and called, and a recipe may come from a stranger. So every name is judged before anything is
-imported, by where it is DEFINED: the sources are read and re-exports followed, for a module holds everything that it
+imported, by where it is DEFINED: the sources are read and re-exports followed, for a module contains everything that it
 imports (`lightspan.callbacks.watching.ledger.write_atomic`, `X.subprocess.run`). Only what `parts` lists passes; what
-cannot be found out is refused. `resolve` asks the gate for every configuration, `build` asks it again, and the typed
+cannot be determined is refused. `resolve` checks every configuration here, `build` checks it again, and the typed
 builder then imports nothing but the definitions that were found here.
 
-`--allow-module M` is the user's leave for everything that is defined in M.
+`--allow-module M` is the user's permission for everything that is defined in M.
 """
 
 import difflib
@@ -39,22 +39,22 @@ RUN = "${run}"
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"  # ASCII: other alphabets have letters that only look the same
 _IMPORT_PATH = re.compile(rf"{_NAME}(?:\.{_NAME})+")
 _DOTTED = re.compile(r"\w+(?:\.\w+)+")
-_ELSEWHERE = re.compile(r"[/\\~]|[A-Za-z]:|.*://")  # how a path begins that does not go on from the folder before it
+_ELSEWHERE = re.compile(r"[/\\~]|[A-Za-z]:|.*://")  # the beginning of a path that is not relative to its folder
 
 
 def under(name: str, prefix: str) -> bool:
-    """Whether a dotted name is `prefix` or lies inside it; `torchevil` is not under `torch`."""
+    """Whether a dotted name is `prefix` or is inside it; `torchevil` is not under `torch`."""
     return name == prefix or name.startswith(prefix + ".")
 
 
 def gate(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
-    """Everything in a raw tree that may not be imported, written to or tried at all."""
+    """Everything in a raw tree that may not be imported, written to or passed to a builder at all."""
     found = (*_refused_names(root, modules), *_refused_places(root, modules), *_refused_values(root))
     return [Problem(node.where, dotted(path), message) for path, node, message in found]
 
 
 def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
-    """Why a class path may not be imported, or None where it may.
+    """Why a class path may not be imported, or None if it may.
 
     Args:
         class_path: what the configuration says.
@@ -67,16 +67,18 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
     top = class_path.split(".")[0]
     leave = [module for module in modules if under(class_path, module)]
     if top not in TOPS and not leave:
-        near = difflib.get_close_matches(top, TOPS, n=1)
+        allowed = (*TOPS, *(module.split(".")[0] for module in modules if _is_there(module)))
+        near = difflib.get_close_matches(top, allowed, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"{class_path} is outside the allowed modules ({', '.join(TOPS)}); {hint}{way_in(class_path)}"
+        way = "" if near and near[0] not in TOPS else way_in(class_path)  # leave was given for what it looks like
+        return f"{class_path} is outside the allowed modules ({', '.join(allowed)}); {hint}{way}".rstrip("; ")
     found = locate(class_path)
     if isinstance(found, Absent):
         name = class_path.removeprefix(found.module + ".").split(".")[0]
         hint = nearest(name, found.names) or f"it has {', '.join(sorted(found.names)[:12])}" if found.names else ""
         return f"module {found.module} has no {name}; {hint}".rstrip("; ")
     if found is None or found.name is None:
-        # Under the user's leave the builder still imports nothing that is defined elsewhere.
+        # Even with the user's permission, the builder imports nothing that is defined elsewhere.
         return None if leave else f"{class_path} is not defined as a class in any source that can be read; refused"
     defined = found.name
     if any(under(defined, module) for module in modules) or _is_part(found):
@@ -86,7 +88,7 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
         return f"{class_path}{through} is outside the allowed modules ({', '.join(TOPS)}); {way_in(defined)}"
     if not found.is_class:
         return (
-            f"{class_path}{through} is a function; only classes may be named, and the builders that the modules of "
+            f"{class_path}{through} is a function; only classes may be named, and builders that the modules of "
             f"{' and '.join(FUNCTIONS_OF)} list in __all__; {way_round(defined)}"
         )
     listed = ", ".join(part for part in (*CLASSES_OF, *LIGHTNING) if under(part, defined.split(".")[0]))
@@ -97,34 +99,34 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
 
 
 def way_in(name: str) -> str:
-    """What to do about a refused full name. Leave is advised for code of one's own and for single modules of Lightning,
-    whose parts do what they say; never for what else a library or Python itself can do.
+    """What to do about a refused full name. Permission is advised for the user's code and single modules of Lightning,
+    whose parts do what they say; never for other parts of a library or of Python itself.
     """
     top = name.split(".")[0]
     if top in sys.stdlib_module_names:
         return (
-            f"{top} belongs to Python itself, with which a recipe from a stranger could do anything here, and no part "
-            "of a run is made of it; refused"
+            f"{top} belongs to Python itself, with which a stranger's recipe could do anything here, and no part "
+            "of a run needs it; refused"
         )
     if top == "lightning":
-        return f"what it does was not looked at; to use it all the same, add --allow-module {name.rpartition('.')[0]}"
+        return f"its code was not reviewed; to use it anyway, add --allow-module {name.rpartition('.')[0]}"
     if top in TOPS:
         return way_round(name)
     if _is_installed(top):
-        return f"{top} is a library; {way_round(name)}. Where it is your own, add --allow-module {top}"
-    return f"to use code of your own, add --allow-module {top}"
+        return f"{top} is a library; {way_round(name)}. If it is your own, add --allow-module {top}"
+    return f"to use your own code, add --allow-module {top}"
 
 
 def way_round(name: str) -> str:
-    """What to write where code under a full name is needed and cannot be named; never leave for all of a library."""
-    network = "timm networks go by name, through lightspan.backbones.vision.timm_backbone; else " * (
+    """What to write if code is needed whose full name is refused; never permission for a whole library."""
+    network = "timm networks are built by name, through lightspan.backbones.vision.timm_backbone; else " * (
         under(name, "timm") or under(name, "torchvision.models")
     )
-    return f"{network}call it in a function of your own and give leave for that one's module with --allow-module"
+    return f"{network}call it in your own function and allow that function's module with --allow-module"
 
 
 def importable(root: Node, modules: Sequence[str] = ()) -> set[str]:
-    """What a builder may import for this tree: the parts that may be named, which defaults and types name too, and of
+    """What a builder may import for this tree: the parts that may be named, which defaults and types name too, and from
     everything else the class paths of the tree and their definitions.
     """
     names = {*CLASSES_OF, *LIGHTNING, *modules}
@@ -153,7 +155,7 @@ def foreign(value: Any, modules: Sequence[str] = ()) -> Iterator[str]:
 
 
 def missing_modules(modules: Sequence[str]) -> list[str]:
-    """What to say of each --allow-module that is nowhere to be found; nothing is imported to look."""
+    """The message for each --allow-module that cannot be found; nothing is imported to look for it."""
     return [
         f"--allow-module {module}: there is no such module here, neither installed nor in the current folder"
         for module in modules
@@ -162,7 +164,7 @@ def missing_modules(modules: Sequence[str]) -> list[str]:
 
 
 def refuse_modules(modules: Sequence[str]) -> None:
-    """Raises UserError for an --allow-module that is no module name."""
+    """Raises UserError for an --allow-module that is not a module name."""
     for module in modules:
         if not re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", module, re.ASCII):
             raise UserError(f"--allow-module {module!r}: not a module name; write it as in an import, such as my_pkg")
@@ -174,7 +176,7 @@ def class_paths(root: Node) -> list[tuple[KeyPath, Node]]:
 
 
 def text_refusal(text: str, modules: Sequence[str] = ()) -> str | None:
-    """Why a text may not stand where a class may stand too, or None.
+    """Why a text may not be given where a class is possible too, or None.
 
     A typed builder takes `my_pkg.Model`, a YAML text or the name of a YAML file for a class; each would evade the check
     of `class_path`.
@@ -205,20 +207,20 @@ def _refused_names(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath
             if (message := refusal(node.value, modules)) is not None:
                 yield path, node, message
             elif "dict_kwargs" in path:
-                yield path, node, "no class may stand below dict_kwargs, which has no types; use init_args"
+                yield path, node, "no class may be given below dict_kwargs, which has no types; use init_args"
         elif isinstance(key, str) and (key.startswith("__") or "class_path" in key.split(".")):
-            # A typed builder reads a dotted key as a path of keys, and keeps notes of its own under such names.
-            yield path, node, "no setting has such a name"
+            # A typed builder reads a dotted key as a path of keys, and keeps its own notes under such names.
+            yield path, node, "no setting can have such a name"
 
 
 def _refused_places(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath, Node, str]]:
-    """Settings of the trainer that would have the run write outside its folder, classes of the user's own apart."""
+    """Settings of the trainer that would have the run write outside its folder, except in the user's own classes."""
     trainer = root.child("trainer")
     if (registry := root.at(("trainer", "model_registry"))) is not None and registry.value is not None:
         yield (
             ("trainer", "model_registry"),
             registry,
-            "sends checkpoints to a server; a run writes into its folder alone",
+            "sends checkpoints to a server; a run writes only into its folder",
         )
     own: list[KeyPath] = []
     for path, node in walk(trainer, ("trainer",)) if trainer is not None else ():
@@ -230,12 +232,12 @@ def _refused_places(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPat
         key, parts = str(path[-1]), PurePosixPath(node.value.replace("\\", "/")).parts
         inside = not (".." in parts or any(part.startswith("~") for part in parts))
         if key in NAME_PARTS and (len(parts) > 1 or node.value.startswith(("/", "\\"))):
-            yield path, node, f"{node.value!r:.80} becomes part of a file's name; give it without separators"
+            yield path, node, f"{node.value!r:.80} becomes part of a file name; write it without separators"
         elif key in NAMES:
             if not inside or _ELSEWHERE.match(node.value) or RUN in node.value:
                 yield path, node, f"{node.value!r:.80} leaves the run folder; give a plain name"
         elif _is_folder(key) and node.value and not (inside and parts[0] == RUN):
-            message = f"{node.value!r:.80} is outside the run folder; begin it with {RUN}/, and choose that by --run"
+            message = f"{node.value!r:.80} is outside the run folder; begin it with {RUN}/, which --run chooses"
             yield path, node, message
 
 
@@ -257,7 +259,7 @@ def _is_there(module: str) -> bool:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return False
-    if spec is None or top == "lightspan":  # its folders may lie in several places
+    if spec is None or top == "lightspan":  # its folders may be in several places
         return spec is not None
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     for part in rest:
@@ -269,7 +271,7 @@ def _is_there(module: str) -> bool:
 
 
 def _is_installed(top: str) -> bool:
-    """Whether a top-level module lies where installers put packages; an editable install of one's own does not."""
+    """Whether a top-level module is where installers put packages; the user's own editable install is not."""
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):

@@ -1,13 +1,15 @@
 """Whether a plain value fits a type annotation, as far as source alone can tell.
 
-Three answers: it fits, it does not, and unknown (None) for everything but numbers, texts, literals, lists, mappings and
-their unions. Unknown is left to the typed builder.
+Three answers: it fits, it does not, and unknown (None). A class of which no plain value can be an object is fitted by
+none, a mapping aside, which may fill its constructor; of other types than numbers, texts, literals, lists, mappings and
+their unions nothing is known. Unknown is left to the typed builder.
 """
 
 import ast
+import sys
 from typing import Any
 
-from lightspan.config.signatures import descends, resolve, signature_of
+from lightspan.config.signatures import base_definitions, descends, resolve, signature_of
 from lightspan.config.source import Definition, Source
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
@@ -15,7 +17,20 @@ _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
 _TEXTS = ("str", "Path", "PathLike", "_PATH")
 _NAMES = {"int": (int,), "float": (int, float), "bool": (bool,), **dict.fromkeys(_TEXTS, (str,))}
 _NEVER_PLAIN = ("Tensor", "Module", "Optimizer", "LRScheduler", "Callback", "Logger")  # told by name, unread
-_NUMBERS = {"int", "float", "Enum", "IntEnum", "IntFlag", "Flag", "Generic", "Protocol"}  # of which a number may be one
+# Bases of classes that a plain value may be made into.
+_PLAIN = {
+    "int",
+    "float",
+    "str",
+    "Enum",
+    "IntEnum",
+    "StrEnum",
+    "LightningEnum",
+    "IntFlag",
+    "Flag",
+    "Generic",
+    "Protocol",
+}
 _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
 _MODULE = "torch.nn.modules.module.Module"
@@ -56,12 +71,23 @@ def fits(value: Any, annotation: ast.expr, source: Source, depth: int = 0) -> bo
         return None if choices is None else any(value == choice and type(value) is type(choice) for choice in choices)
     if (name in _NEVER_PLAIN or name.endswith("Callable")) and not isinstance(value, dict):
         return False
-    if value is None or isinstance(value, int | float):
+    if not isinstance(value, dict):
         found = resolve(annotation, source)
         if isinstance(found, Definition) and isinstance(found.node, ast.ClassDef):
-            bases = {ast.unparse(base).split(".")[-1] for base in found.node.bases}
-            return None if bases & _NUMBERS else False
+            # The builder reads some classes of Python's own, such as `timedelta`, from a text.
+            read = isinstance(value, str) and found.source.name.split(".")[0] in sys.stdlib_module_names
+            return None if read or _may_be_plain(found.node, found.source) else False
     return None
+
+
+def _may_be_plain(node: ast.ClassDef, source: Source, depth: int = 0) -> bool:
+    """Whether a plain value may stand for an object of a class; also where a base cannot be read."""
+    if depth > _MAX_DEPTH or {ast.unparse(base).split(".")[-1].split("[")[0] for base in node.bases} & _PLAIN:
+        return True
+    return any(
+        base is None or (isinstance(base.node, ast.ClassDef) and _may_be_plain(base.node, base.source, depth + 1))
+        for base in base_definitions(node, source)
+    )
 
 
 def members(annotation: ast.expr, source: Source, depth: int = 0) -> list[tuple[ast.expr, Source]]:
@@ -93,7 +119,7 @@ def members(annotation: ast.expr, source: Source, depth: int = 0) -> list[tuple[
 
 
 def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
-    """Whether a text given for this annotation can only be taken as a text: no class, no callable, nothing unknown."""
+    """Whether a text given for this annotation can only be a text: no class, no callable, nothing unknown."""
     for member, where in members(annotation, source):
         name = _name(member)
         inner = _arguments(member)
@@ -106,7 +132,7 @@ def takes_only_plain(annotation: ast.expr, source: Source) -> bool:
 
 
 def takes_class_itself(annotation: ast.expr, source: Source) -> bool:
-    """Whether a class is wanted and no object of it: `type[...]`, and every kind of module of timm's, whose annotations
+    """Whether a class is wanted and not an object of it: `type[...]`, and every kind of timm module, whose annotations
     name the class that they take (`block: Union[BasicBlock, Bottleneck]`). Where timm says `nn.Module`, it takes one.
     """
     for member, where in members(annotation, source):
@@ -119,12 +145,12 @@ def takes_class_itself(annotation: ast.expr, source: Source) -> bool:
 
 
 def is_untyped(annotation: ast.expr, source: Source) -> bool:
-    """Whether every value fits, so that nothing is known of what the class does with it."""
+    """Whether every value fits, so that nothing is known about what the class does with it."""
     return any(_name(member) in _UNTYPED for member, _ in members(annotation, source))
 
 
 def item_annotation(annotation: ast.expr, source: Source, key: int | str) -> tuple[ast.expr, Source] | None:
-    """What an item of a list (by its position) or a value of a mapping (by its key) is declared as, None if nowhere."""
+    """What an item of a list (by its position) or a value of a mapping (by its key) is declared as, None if not."""
     for member, where in members(annotation, source):
         name, inner = _name(member), _arguments(member)
         if isinstance(key, int) and name in _SEQUENCES and inner:
@@ -139,7 +165,7 @@ def item_annotation(annotation: ast.expr, source: Source, key: int | str) -> tup
 def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
     """How many leading arguments the caller supplies to a class given for this annotation.
 
-    `Callable[[Optimizer, int], ...]` supplies 2, `Callable[..., X]` any number (-1), a plain class none (0); None where
+    `Callable[[Optimizer, int], ...]` supplies 2, `Callable[..., X]` any number (-1), a plain class none (0); None if
     there is no annotation.
     """
     if annotation is None:
@@ -154,7 +180,7 @@ def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
         return len(inner[0].elts) if inner and isinstance(inner[0], ast.List) else -1
     if name in _BOUND:
         return _BOUND[name]
-    # Only a name that says Callable is looked up: reading the source of every class would cost more than all else.
+    # Only names that contain Callable are looked up: reading the source of every class would cost more than all else.
     found = resolve(annotation, source) if name.endswith("Callable") else None
     if isinstance(found, Definition) and isinstance(found.node, ast.expr):
         return bound_arguments(found.node, found.source)
@@ -162,7 +188,7 @@ def bound_arguments(annotation: ast.expr | None, source: Source) -> int | None:
 
 
 def class_names(annotation: ast.expr, source: Source) -> list[str]:
-    """The full names of the classes that an annotation takes, or whose makers it takes; empty where one is unknown."""
+    """The full names of the classes that an annotation takes, or whose builders it takes; empty if one is unknown."""
     names: list[str] = []
     for member, where in members(annotation, source):
         name, inner = _name(member), _arguments(member)
@@ -179,8 +205,34 @@ def class_names(annotation: ast.expr, source: Source) -> list[str]:
     return names
 
 
+def kinds_of(annotation: ast.expr, source: Source) -> list[str]:
+    """The full names of the classes that an annotation takes an object of, as far as the modules that define its
+    members hold them: `SVDBasis` and its like for `Basis | None`.
+    """
+    names: list[str] = []
+    for member, where in members(annotation, source):
+        wanted = resolve(member, where)
+        if not isinstance(wanted, Definition) or wanted.name is None or _name(member) in _NEVER_PLAIN:
+            continue  # networks, for example, are anywhere
+        for node in wanted.source.tree.body:
+            found = Definition(node, wanted.source) if isinstance(node, ast.ClassDef) else None
+            if found is not None and found.name is not None and _is_concrete(found) and descends(found, wanted.name):
+                names.append(found.name)
+    return names
+
+
+def _is_concrete(found: Definition) -> bool:
+    """Whether a class is public and declares nothing abstract itself."""
+    abstract = any("abstract" in ast.unparse(mark) for part in ast.walk(found.node) for mark in _decorators(part))
+    return not abstract and not str(found.name).split(".")[-1].startswith("_")
+
+
+def _decorators(node: ast.AST) -> list[ast.expr]:
+    return node.decorator_list if isinstance(node, ast.FunctionDef) else []
+
+
 def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:
-    """The class that a mapping without class_path would fill, or None where it is no class in readable source."""
+    """The class that a mapping without class_path would fill, or None if it is not a class in readable source."""
     for member, where in members(annotation, source):
         found = resolve(member, where)
         if isinstance(found, Definition) and isinstance(found.node, ast.ClassDef) and signature_of(found):
@@ -189,7 +241,7 @@ def dataclass_of(annotation: ast.expr, source: Source) -> Definition | None:
 
 
 def literal_choices(annotation: ast.expr) -> list[Any] | None:
-    """The values of `Literal[...]`, or None where one is not written as a plain value."""
+    """The values of `Literal[...]`, or None if one is not written as a plain value."""
     try:
         return [ast.literal_eval(item) for item in _arguments(annotation)]
     except ValueError:
@@ -197,7 +249,7 @@ def literal_choices(annotation: ast.expr) -> list[Any] | None:
 
 
 def describe(annotation: ast.expr, source: Source) -> str:
-    """The annotation in a user's words: `a whole number or null`."""
+    """The annotation in plain words: `a whole number or null`."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", **dict.fromkeys(_TEXTS, "a text")}
     parts = []
     for member, _ in members(annotation, source):

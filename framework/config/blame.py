@@ -1,7 +1,10 @@
-"""Which key of a configuration an error while building comes from."""
+"""Which key of a configuration caused an error during building."""
 
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from lightspan.config.allow import class_paths, way_in
 from lightspan.config.resolve import Resolved
@@ -9,9 +12,11 @@ from lightspan.config.source import Definition, locate
 from lightspan.config.tree import KeyPath, Node, dotted
 from lightspan.errors import UserError
 
+_PYTHON = Path(sysconfig.get_path("stdlib"))
+_CALLERS = ("lightspan.commands", "lightspan.config", "lightspan.planning")  # of the parts that a configuration names
 _PARSER_KEY = re.compile(r'^(?:error: )?(?:Parser key|Validation failed: Key) "([^"]+)":?\s*(.*)$')
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, .* to allow it\.")
-_STRUCTURE = (  # lines of a jsonargparse message that say nothing about the mistake
+_STRUCTURE = (  # lines of a jsonargparse message that do not describe the mistake
     "Does not validate against any",
     "Subtypes:",
     "Errors:",
@@ -25,12 +30,12 @@ _STRUCTURE = (  # lines of a jsonargparse message that say nothing about the mis
 
 
 def blame(constructed: type, error: Exception, resolved: Resolved) -> str:
-    """One line for what a constructor said: file:line and key of its class or, where the message names a setting, of
+    """One line for what a constructor said: file:line and key of its class or, if the message names a setting, of
     that setting; the class; the message.
     """
     name = f"{constructed.__module__}.{constructed.__qualname__}"
-    text = " ".join(str(error).split())[:1000] or "no message"
-    said = text if isinstance(error, UserError) else f"{name}: {_kind(error)}{text}"
+    text, kind = " ".join(str(error).split())[:1000] or "no message", _kind(error)
+    said = text if isinstance(error, UserError) else f"{name}: {kind}{text}{own_line(error) if kind else ''}"
     for path, spec in _specs(resolved.tree, name):
         settings = spec.child("init_args")
         for key in re.findall(r"\w+", text):
@@ -38,6 +43,23 @@ def blame(constructed: type, error: Exception, resolved: Resolved) -> str:
                 return f"{node.where} {dotted((*path, 'init_args', key))}: {said}"
         return f"{spec.value['class_path'].where} {dotted(path)}: {said}"
     return said
+
+
+def own_line(error: BaseException) -> str:
+    """` (my_pkg/method.py:12)`: the last line that an error, or what caused it, passed of code that is neither a
+    library's nor Python's own, nor what calls such code here; empty where there is none.
+    """
+    found, here = "", Path.cwd()
+    while not found:
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            module, path = str(frame.f_globals.get("__name__")), Path(frame.f_code.co_filename)
+            library = {"site-packages", "dist-packages"} & set(path.parts) or _PYTHON in path.parents
+            if not library and path.is_file() and not module.startswith(_CALLERS):
+                found = f" ({path.relative_to(here) if here in path.parents else path}:{line})"
+        if (before := error.__cause__ or error.__context__) is None:
+            break
+        error = before
+    return found
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -48,7 +70,7 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def _kind(error: Exception) -> str:
-    """What kind of error it is, for those that do not say what is wrong with a value."""
+    """The kind of an error whose message alone does not say what is wrong with a value."""
     plain = isinstance(error, ValueError | TypeError | OSError) or type(error).__name__ == "MisconfigurationException"
     return "" if plain else f"{type(error).__name__}: "
 
@@ -63,7 +85,7 @@ def _specs(root: Node, name: str) -> Iterator[tuple[KeyPath, Node]]:
 
 
 def deepest_cause(text: str, resolved: Resolved) -> str:
-    """The complaint of a jsonargparse message about the innermost key, with the place that key was written.
+    """The complaint of a jsonargparse message about the innermost key, with the place where that key was written.
 
     The messages nest: a union lists the complaints of all its members, each under the key of the level above.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.config import allow
-from lightspan.config.blame import blame, deepest_cause, first_cause
+from lightspan.config.blame import blame, deepest_cause, first_cause, own_line
 from lightspan.config.resolve import (
     TRAINED,
     Resolved,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Built", "Resolved", "build", "build_parts", "load_resolved", "resolve", "with_layer"]
 
-# What Lightning says on every start, whatever the run: adverts, and hardware that the run summary records.
+# What Lightning says at every start of any run: adverts, and hardware that the run summary records.
 _CHATTER = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
@@ -44,7 +44,7 @@ _HARMLESS = (
     r".*does not have many workers which may be a bottleneck.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*Checkpoint directory .* exists and is not empty.*",
-    r".*The dirpath has changed from .*",  # a checkpoint was taken along into another run folder
+    r".*The dirpath has changed from .*",  # a checkpoint from another run folder
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*GPU available but not used.*",
     r".*The `srun` command is available on your system but is not used.*",
@@ -68,8 +68,8 @@ def build(resolved: Resolved, run_dir: Path | None = None) -> Built:
 
     Args:
         resolved: what `resolve` or `load_resolved` returned.
-        run_dir: fills in `${run}`. None is for looking only: paths then point to a folder that is never made.
-    Raises: UserError for whatever the configuration's author can mend.
+        run_dir: fills in `${run}`. None is for checks only: paths then point to a folder that is never made.
+    Raises: UserError for whatever the configuration's author can fix.
     """
     refuse_kind(resolved.kind, TRAINED, resolved.name)
     with _gated(resolved, with_lists(resolved.config), run_dir) as config:
@@ -77,7 +77,7 @@ def build(resolved: Resolved, run_dir: Path | None = None) -> Built:
 
 
 def build_parts(resolved: Resolved, run_dir: Path | None = None) -> dict[str, Any]:
-    """Seeds, with 0 where the recipe says nothing, then types and instantiates a recipe that trains nothing.
+    """Seeds, with 0 if the recipe gives no seed, then types and instantiates a recipe that trains nothing.
 
     Returns: `estimator` and `inputs`, the latter by name; or `merger` and `checkpoints`, paths by name.
     Raises: UserError as `build`.
@@ -88,9 +88,9 @@ def build_parts(resolved: Resolved, run_dir: Path | None = None) -> dict[str, An
 
 @contextlib.contextmanager
 def _gated(resolved: Resolved, config: dict[str, Any], run_dir: Path | None) -> Iterator[dict[str, Any]]:
-    """The configuration with its run folder filled in; inside, nothing else than what it may name is imported."""
+    """The configuration with its run folder filled in; inside, only what it may name can be imported."""
     calm()
-    # Asked again, for a Resolved need not come from `resolve`.
+    # Checked again, because a Resolved need not come from `resolve`.
     refuse(allow.gate(wrap(resolved.config, resolved.name), resolved.allow_modules), resolved.name)
     folder = run_dir if run_dir is not None else Path(tempfile.gettempdir()) / "lightspan-unwritten"
     config = with_run_folder(config, folder)
@@ -99,7 +99,7 @@ def _gated(resolved: Resolved, config: dict[str, Any], run_dir: Path | None) -> 
 
 
 def calm() -> None:
-    """Silences adverts and warnings that no user of a recipe can act on; everything else is still said."""
+    """Silences adverts and warnings that no user of a recipe can act on; everything else is still shown."""
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _HARMLESS:
@@ -114,10 +114,11 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
 
     register_ddp()
     refused: list[tuple[type, Exception]] = []
-    construct = _constructor(refused, {DDPStrategy: DDP})  # however written: a resumed run sums as the straight one
+    # However the recipe names it: a resumed run sums as an uninterrupted one does.
+    construct = _constructor(refused, {DDPStrategy: DDP})
 
     class Builder(LightningCLI):
-        """LightningCLI on one dict: no command line, no environment, no configuration file of its own."""
+        """LightningCLI on one dict: without its own command line, environment or configuration file."""
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             self.config = parser.parse_object(args)
@@ -141,7 +142,7 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
 
 
 def _instantiate_parts(config: dict[str, Any], resolved: Resolved) -> dict[str, Any]:
-    """Each part starts from the seed, so that inputs which say the same of an encoder get the same random weights."""
+    """Each part starts from the seed, so that inputs that describe the same encoder get the same random weights."""
     from lightspan.estimators.estimator import Estimator
     from lightspan.features.features import Input
     from lightspan.merging.merger import Merger
@@ -175,13 +176,13 @@ def _instantiate_part(key: str, kind: type, value: dict[str, Any], resolved: Res
 
 
 def _constructor(refused: list[tuple[type, Exception]], instead: dict[type, type]) -> Callable[..., Any]:
-    """How a parser makes objects: some classes by others, and what a constructor raises is added to `refused`."""
+    """How a parser makes objects: replaces some classes by others, and adds what a constructor raises to `refused`."""
 
     def construct(constructed: type, *arguments: Any, **settings: Any) -> Any:
         try:
             return instead.get(constructed, constructed)(*arguments, **settings)
         except Exception as error:
-            refused.append((constructed, error))  # jsonargparse would bury it in the complaints of a union
+            refused.append((constructed, error))  # jsonargparse would bury it among the complaints of a union
             raise
 
     return construct
@@ -197,27 +198,28 @@ def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint
     try:
         yield
     except argparse.ArgumentError as error:
-        raise UserError(f"{resolved.name} does not build: {deepest_cause(str(error), resolved)}") from error
+        said = f"{deepest_cause(str(error), resolved)}{own_line(error)}"
+        raise UserError(f"{resolved.name} does not build: {said}") from error
     except Exception as error:
         if refused:
             raise UserError(blame(*refused[0], resolved)) from error
         if isinstance(error, UserError) or not isinstance(error, ValueError | TypeError | MisconfigurationException):
             raise
-        if isinstance(first := first_cause(error), UserError):  # of a function, which is called without `construct`
+        if isinstance(first := first_cause(error), UserError):  # from a function, which is called without `construct`
             raise UserError(f"{resolved.name} does not build: {first}") from error
         raise UserError(f"{complaint}: {error}") from error
 
 
 @contextlib.contextmanager
 def _closed_imports(names: set[str]) -> Iterator[None]:
-    """Has jsonargparse import these alone: a second lock behind the gate.
+    """Lets jsonargparse import only these: a second lock behind the gate.
 
-    It compares an imported object's own module and name with the list too, and builds no class where the type says
-    nothing of one.
+    It compares an imported object's own module and name with the list too, and builds no class if the type says
+    nothing of a class.
     """
     from jsonargparse import _common, set_parsing_settings
 
-    before = dict(_common.parsing_settings)  # a caller's own; there is no public way back from a setting
+    before = dict(_common.parsing_settings)  # the caller's own; there is no public way to restore a setting
     set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=sorted(names), instantiate_subclass_spec_in_any=False
     )

@@ -1,12 +1,14 @@
 """Finds what is wrong with a merged configuration, from source alone: nothing is imported.
 
-Names are judged by the gate in `allow`, which refuses what it cannot tell. Of settings the names, the plain types and
-the well-known ranges are told here; the rest meets the typed builder, and the constructors themselves, later.
+Names are judged by the gate in `allow`, which refuses what it cannot determine. Names, plain types and known ranges of
+settings are checked here; the typed builder and the constructors check the rest later.
 """
 
 import ast
 import contextlib
+import difflib
 import gc
+import itertools
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,7 @@ from lightspan.config.annotations import (
     fits,
     is_untyped,
     item_annotation,
+    kinds_of,
     literal_choices,
     members,
     takes_class_itself,
@@ -30,16 +33,16 @@ from lightspan.config.problems import Problem, nearest
 from lightspan.config.secrets import find_secrets_and_placeholders
 from lightspan.config.signatures import Parameter, Signature, descends, signature, signature_of
 from lightspan.config.source import Definition, locate
-from lightspan.config.tree import KeyPath, Node, dotted, plain
+from lightspan.config.tree import COMMAND_LINE, Key, KeyPath, Node, dotted, plain
 
-RECIPES = {  # what a recipe is of, by the key that names its class -> the keys that it may have
+RECIPES = {  # kind of recipe, which is the key that names its class -> the keys that it may have
     "model": ("seed_everything", "trainer", "model", "data"),
     "estimator": ("seed_everything", "estimator", "inputs"),
     "merger": ("seed_everything", "merger", "checkpoints"),
 }
 ROOT_KEYS = tuple(dict.fromkeys(key for keys in RECIPES.values() for key in keys))
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
-KINDS = {  # what stands where no annotation of ours says so
+KINDS = {  # what belongs where no annotation of ours says so
     "model": "lightning.pytorch.core.module.LightningModule",
     "data": "lightning.pytorch.core.datamodule.LightningDataModule",
     "estimator": "lightspan.estimators.estimator.Estimator",
@@ -50,12 +53,12 @@ KINDS = {  # what stands where no annotation of ours says so
 }
 SCHEDULE = "torch.optim.lr_scheduler.LRScheduler"
 STEPS = ("total_steps", "total_iters", "T_max", "max_steps", "num_steps", "num_training_steps")  # of a whole run
-LONG_LIST = 15  # allowed names are listed up to here, or where no near name was found
+LONG_LIST = 15  # up to so many allowed names are listed; more only if no similar name was found
 SPEC_KEYS = ("class_path", *CLASS_SETTINGS)
 
 
 def kind_of(keys: Container[str]) -> str:
-    """What a recipe with these keys at its root is of: "model", unless it names an "estimator" or a "merger"."""
+    """The kind of a recipe with these keys at its root: "model", unless it names an "estimator" or a "merger"."""
     return next((kind for kind in RECIPES if kind in keys and kind != "model"), "model")
 
 
@@ -76,7 +79,7 @@ def find_problems(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """All syntax trees read meanwhile are kept; to look through them for garbage takes longer than to parse them."""
+    """All syntax trees read meanwhile are kept; searching them for garbage takes longer than parsing them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -98,7 +101,8 @@ class _Checker:
         allowed = RECIPES[kind]
         for key, node in root.value.items():
             if key not in allowed:
-                self.say(node, (key,), f"unknown key; {nearest(key, allowed)}allowed here: {', '.join(allowed)}")
+                meant = nearest(key, allowed) or self.further_down(key, root, allowed)
+                self.say(node, (key,), f"unknown key; {meant}allowed here: {', '.join(allowed)}")
         seed = root.child("seed_everything")
         if seed is not None and (isinstance(seed.value, float | str | dict | list) or seed.value is None):
             self.say(seed, ("seed_everything",), f"must be a whole number, got {plain(seed)!r}")
@@ -109,7 +113,7 @@ class _Checker:
             self.keyed(inputs, ("inputs",))
             for name in inputs.value if isinstance(inputs.value, dict) else ():
                 if not str(name).isidentifier():
-                    self.say(inputs, ("inputs", name), "must be a name that `fit` can take: letters, digits and _")
+                    self.say(inputs, ("inputs", name), "must be a name that `fit` accepts: letters, digits and _")
         if kind == "merger":
             self.checkpoints(root)
         for key in dict.fromkeys((kind, "data")):
@@ -122,12 +126,22 @@ class _Checker:
             else:
                 self.spec(node, (key,), 0, [KINDS[key]])
 
+    def further_down(self, key: Key, root: Node, allowed: Sequence[str]) -> str:
+        """`did you mean trainer.max_steps?` for a key that is a setting of the trainer, or of a class that is named."""
+        owners: list[tuple[KeyPath, str]] = [(("trainer",), TRAINER)] if "trainer" in allowed else []
+        for path, node in sorted(allow.class_paths(root), key=lambda found: len(found[0])):
+            if path[0] in allowed and allow.refusal(node.value, self.modules) is None:
+                owners.append(((*path[:-1], "init_args"), node.value))
+        for path, owner in owners:
+            known = signature(owner)
+            if isinstance(known, Signature) and key in known.parameters:
+                return f"did you mean {dotted((*path, key))}? "
+        return ""
+
     def checkpoints(self, root: Node) -> None:
         node = root.child("checkpoints")
         if node is None or not isinstance(node.value, dict) or not node.value:
-            self.say(
-                node or root, ("checkpoints",), "must be a mapping of names of your choice to paths of checkpoints"
-            )
+            self.say(node or root, ("checkpoints",), "must map names of your choice to paths of checkpoints")
             return
         for name, child in node.value.items():
             if not isinstance(child.value, str) or not child.value:
@@ -154,28 +168,29 @@ class _Checker:
             return
         if not isinstance(node.value, dict):
             if node.value is not None:
-                self.say(node, path, "must be a mapping of a name of your choice to class_path and init_args")
+                self.say(node, path, "must map a name of your choice to class_path and init_args")
             return
         if "class_path" in node.value:
             self.say(node, path, "give the entry a name: {my_name: {class_path: ..., init_args: ...}}")
             return
         for name, child in node.value.items():
             if not isinstance(child.value, dict) or "class_path" not in child.value:
-                self.incomplete(child, (*path, name))
+                others = [other for other, spec in node.value.items() if spec.child("class_path") is not None]
+                self.incomplete(child, (*path, name), nearest(name, others))
             else:
                 self.spec(child, (*path, name), 0, [KINDS[str(path[-1])]])
 
-    def incomplete(self, node: Node, path: KeyPath) -> None:
+    def incomplete(self, node: Node, path: KeyPath, hint: str = "") -> None:
         found = (
             f"got the keys {', '.join(map(str, node.value))}"
             if isinstance(node.value, dict)
             else f"got {plain(node)!r}"
         )
-        self.say(node, path, f"has no class_path (nothing below sets one either); {found}")
+        self.say(node, path, f"has no class_path (no lower layer sets one either); {hint}{found}")
 
     def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
         """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class
-        descends from one of `kinds`; an empty list says nothing.
+        descends from one of `kinds`; an empty list allows all.
         """
         for key, child in node.value.items():
             if key not in SPEC_KEYS:
@@ -191,14 +206,17 @@ class _Checker:
             if settings.value is not None:
                 self.say(settings, (*path, "init_args"), f"must be a mapping, got {plain(settings)!r}")
             settings = Node({}, settings.where)
-        known: Signature | None = None
-        if allow.refusal(class_path, self.modules) is None:
-            found = locate(class_path)
-            known = signature_of(found) if isinstance(found, Definition) else None
-            if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
-                wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
-                article = "an" if wanted[0] in "AEIO" else "a"
-                self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, and {class_path} is none")
+        if allow.refusal(class_path, self.modules) is not None:
+            return  # the gate has said so; what would be said of its settings follows from that alone
+        if absent := allow.missing_modules([module for module in self.modules if allow.under(class_path, module)]):
+            self.say(class_node, (*path, "class_path"), absent[0])
+            return
+        found = locate(class_path)
+        known = signature_of(found) if isinstance(found, Definition) else None
+        if kinds and isinstance(found, Definition) and all(descends(found, kind) is False for kind in kinds):
+            wanted = " or ".join(kind.split(".")[-1] for kind in kinds)
+            article = "an" if wanted[0] in "AEIO" else "a"
+            self.say(class_node, (*path, "class_path"), f"must be {article} {wanted}, but {class_path} is not")
         if known is None:
             self.untyped(settings, (*path, "init_args"))
             return
@@ -210,16 +228,16 @@ class _Checker:
             self.say(
                 class_node,
                 (*path, "class_path"),
-                f"a method passes the run's number of steps second, where {owner} takes {parameters[1].name}; name a "
+                f"a method passes the run's number of steps second, but {owner} takes {parameters[1].name}; name a "
                 f"schedule whose second argument is one of {', '.join(STEPS)}, such as "
-                "lightspan.optim.schedules.WarmupCosine, or bind the others in a function of your own "
+                "lightspan.optim.schedules.WarmupCosine, or bind the others in your own function "
                 "(optimizer, total_steps) and add --allow-module",
             )
             return
         for where in ("init_args", "dict_kwargs"):
             for parameter in parameters[:bound]:
                 if (given_node := node.at((where, parameter.name))) is not None:
-                    self.say(given_node, (*path, where, parameter.name), "the caller supplies it; leave it out")
+                    self.say(given_node, (*path, where, parameter.name), "the caller supplies this; leave it out")
         supplied = {parameter.name for parameter in parameters[:bound]}
         own = Signature({parameter.name: parameter for parameter in parameters[bound:]}, known.open)
         free = {name: child for name, child in settings.value.items() if name not in supplied}
@@ -254,9 +272,9 @@ class _Checker:
                 self.value(node, (*path, name), parameter.annotation, parameter)
 
     def passed_on(self, node: Node, path: KeyPath, owner: str) -> None:
-        """A setting that the signature does not name: it goes to somebody unknown, so it is a plain value."""
+        """A setting that the signature does not name: nobody knows where it goes, so it must be a plain value."""
         if isinstance(node.value, dict) and "class_path" not in node.value:
-            self.say(node, path, f"{owner} does not name it and hands it on; only plain values and lists may be so")
+            self.say(node, path, f"{owner} does not declare it and passes it on; it may only be a plain value or list")
         self.untyped(node, path)
 
     def value(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
@@ -267,19 +285,19 @@ class _Checker:
             self.say(
                 node,
                 path,
-                f"takes the class {named} itself, which a configuration cannot hand on; write a short name such as "
-                f"'relu' where {parameter.name} takes one, or: {allow.way_round(source.name)}",
+                f"takes the class {named} itself, which a configuration cannot give; write a short name such as "
+                f"'relu' if {parameter.name} takes one, or: {allow.way_round(source.name)}",
             )
         elif isinstance(node.value, dict) and "class_path" in node.value:
             if takes_only_plain(annotation, source):
-                self.say(node, path, self.wrong_type(node, annotation, parameter))
+                self.say(node, path, self.wrong_type(node, path, annotation, parameter))
             self.spec(node, path, bound_arguments(annotation, source) or 0, class_names(annotation, source))
         elif isinstance(node.value, dict) and "init_args" in node.value:
             self.incomplete(node, path)
         elif isinstance(node.value, str) and not takes_only_plain(annotation, source) and self.text(node, path):
             return
         elif fits(plain(node), annotation, source) is False:
-            self.say(node, path, self.wrong_type(node, annotation, parameter))
+            self.say(node, path, self.wrong_type(node, path, annotation, parameter))
         elif isinstance(node.value, dict) and (target := dataclass_of(annotation, source)) is not None:
             known = signature_of(target)
             if known is not None:
@@ -294,7 +312,7 @@ class _Checker:
         return name if isinstance(name, str) and "." in name and not allow.refusal(name, self.modules) else None
 
     def items(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> None:
-        """The values of a list or mapping, each by what it is declared as."""
+        """The values of a list or mapping, each checked as it is declared."""
         for key, child in node.value.items() if isinstance(node.value, dict) else enumerate(node.value):
             item = item_annotation(annotation, parameter.source, str(key) if isinstance(node.value, dict) else key)
             if item is None:
@@ -302,7 +320,7 @@ class _Checker:
             else:
                 self.value(child, (*path, key), item[0], replace(parameter, annotation=item[0], source=item[1]))
 
-    def wrong_type(self, node: Node, annotation: ast.expr, parameter: Parameter) -> str:
+    def wrong_type(self, node: Node, path: KeyPath, annotation: ast.expr, parameter: Parameter) -> str:
         value = plain(node)
         choices = [
             c
@@ -313,13 +331,15 @@ class _Checker:
         hint = nearest(value, choices) if isinstance(value, str) else ""
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             hint = f"write {int(value)}"
+        if not hint and (kinds := kinds_of(annotation, parameter.source)):
+            hint = naming(node, path, kinds)
         return f"must be {describe(annotation, parameter.source)}, got {value!r:.200}; {hint}".rstrip("; ")
 
     def untyped(self, node: Node, path: KeyPath) -> None:
-        """A value of unknown type: plain data, for nothing is known of what becomes of a class there."""
+        """A value of unknown type: plain data, because nobody knows what would happen to a class there."""
         if isinstance(node.value, dict):
             if "class_path" in node.value:
-                self.say(node, path, "no class may stand here: its type is not declared")
+                self.say(node, path, "no class may be given here: the type is not declared")
             elif "init_args" in node.value and path[-1] != "init_args":
                 self.incomplete(node, path)
             else:
@@ -332,8 +352,19 @@ class _Checker:
             self.text(node, path)
 
     def text(self, node: Node, path: KeyPath) -> bool:
-        """Whether a text was refused because a builder could take it for a class."""
+        """Whether a text was refused because a builder could mistake it for a class."""
         message = allow.text_refusal(node.value, self.modules)
         if message is not None:
             self.say(node, path, message)
         return message is not None
+
+
+def naming(node: Node, path: KeyPath, kinds: Sequence[str]) -> str:
+    """How to name one of these classes where `node` stands: the one that its value seems to mean, and all there are."""
+    key = f"{dotted(path)}.class_path=" if node.where == COMMAND_LINE else "class_path: "
+    names = {kind.rpartition(".")[2].lower(): kind for kind in kinds}
+    meant = node.value.partition("(")[0].lower() if isinstance(node.value, str) else ""
+    near = [name for name in names if len(meant) > 2 and meant in name] or difflib.get_close_matches(meant, names, n=1)
+    hint = f"did you mean {key}{names[near[0]]}? " if near else f"name a class with {key}MODULE.NAME; "
+    modules = itertools.groupby((kind.rpartition(".") for kind in kinds), key=lambda parts: parts[0])
+    return hint + "; ".join(f"{module} has {', '.join(name for *_, name in group)}" for module, group in modules)

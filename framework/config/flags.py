@@ -1,7 +1,7 @@
-"""Flags of the command line: `a.b.c=value`, `--a.b.c=value` and `--a.b.c value` say the same, wherever they stand."""
+"""Flags of the command line: `a.b.c=value`, `--a.b.c=value` and `--a.b.c value` mean the same, wherever they are."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from lightspan.config.tree import COMMAND_LINE, Key, Node, parse
 from lightspan.errors import UserError
@@ -16,9 +16,9 @@ def split_flags(arguments: list[str], valued: Collection[str] = ()) -> tuple[lis
     """Separates flags from all other arguments.
 
     Args:
-        valued: options such as --run whose next argument is theirs, whatever it looks like.
+        valued: options such as --run that take the next argument, whatever it looks like.
     Returns: (flags as `a.b.c=value`, the rest), each in the order given.
-    Raises: UserError where `--a.b.c` has no value.
+    Raises: UserError if `--a.b.c` has no value.
     """
     flags: list[str] = []
     rest: list[str] = []
@@ -65,3 +65,8 @@ def flag_layer(flags: list[str]) -> Node:
             branch = node.value
         branch[last] = parse(match[2], COMMAND_LINE, line_numbers=False)
     return Node(root, COMMAND_LINE)
+
+
+def allow_options(modules: Sequence[str]) -> list[str]:
+    """--allow-module for each of the modules, as arguments for another command line."""
+    return [word for module in modules for word in ("--allow-module", module)]

@@ -1,8 +1,8 @@
 """Whether two configurations are the same experiment: what a resumed run may change, and what it may not.
 
-A callback may come, go and change where its class says, in its own body, `alters_training = False`: with it and without
-it, every step is the same bit for bit. That is read from the source, without importing it, and not inherited. A class
-that says nothing is compared. Lightning's say nothing; `parts` says it for them.
+A callback may come, go and change if its class says, in its own body, `alters_training = False`: with it and without
+it, every step is the same bit for bit. This is read from the source, without importing it, and not inherited. A class
+that says nothing is compared. Lightning's classes say nothing; `parts` says it for them.
 """
 
 import ast
@@ -12,7 +12,7 @@ from typing import Any
 from lightspan.config.parts import WATCHING
 from lightspan.config.source import Definition, locate
 
-# How long, where and with which reports a run goes on; none of them alters the steps themselves.
+# How long, where and with which reports a run continues; none of them alters the steps themselves.
 FREE = (
     "about",
     "trainer.max_steps",
@@ -34,7 +34,7 @@ _UNSET = object()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What separates two configurations in a way that matters, as `key: before -> now`."""
+    """The differences between two configurations that matter, as `key: before -> now`."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     free = (*FREE, *_free_callbacks(before, now))
     lines = []
@@ -45,7 +45,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def alters_training(spec: Any) -> bool:
-    """Whether a callback, given with its class_path, may alter the steps of a run; so it is where nothing says that it
+    """Whether a callback, given with its class_path, may alter the steps of a run: yes, unless it says that it
     does not.
     """
     class_path = spec.get("class_path") if isinstance(spec, dict) else None
@@ -60,7 +60,7 @@ def alters_training(spec: Any) -> bool:
 
 
 def _free_callbacks(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys of those callbacks that alter no step, neither as they were nor as they are."""
+    """The keys of those callbacks that alter no step, neither in the old configuration nor in the new."""
     old, new = _callbacks(before), _callbacks(now)
     specs = {name: [side[name] for side in (old, new) if side.get(name) is not None] for name in {*old, *new}}
     return [f"trainer.callbacks.{name}" for name, given in specs.items() if not any(map(alters_training, given))]

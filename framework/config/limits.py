@@ -1,6 +1,6 @@
-"""Ranges of settings that mean the same wherever they stand, by name; what else a class refuses it says itself.
+"""Ranges, by name, of settings that mean the same everywhere; what else a class refuses, it says itself.
 
-Two rules hold for every value: a number is finite and fits in 64 bits, and a text has no NUL, which no path may hold.
+Two rules hold for every value: a number is finite and fits in 64 bits, and a text has no NUL, which no path may have.
 """
 
 import math
@@ -13,7 +13,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": _COUNT,
     "context": (1, 2**24),
     "lr": (0, 1e6),
-    "num_workers": (0, 512),  # each is a process, forked before anybody can object
+    "num_workers": (0, 512),  # each is a process, forked before anything can object
     "rank": _LONG,
     "weight_decay": (0, 1e6),
 }
@@ -36,13 +36,13 @@ TRAINER: dict[str, tuple[float, float]] = {
     "reload_dataloaders_every_n_epochs": _LONG,
 }
 POSITIVE = {"gradient_clip_val": "null clips nothing", "val_check_interval": "null validates at the end of an epoch"}
-SECONDS = (0.0, 1e9)  # of every setting that ends in _s: 30 years; the system's own timers end a little above
+SECONDS = (0.0, 1e9)  # for every setting that ends in _s: 30 years; the limit of the system's timers is a little higher
 
 
 def out_of_range(path: KeyPath, value: Any) -> str | None:
     """Why a plain value cannot be right under its key, or None."""
     if isinstance(value, str):
-        return f"{value[:80]!r} holds a NUL character; no text may" if "\0" in value else None
+        return f"{value[:80]!r} contains a NUL character, which no text may" if "\0" in value else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if not math.isfinite(value):

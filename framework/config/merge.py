@@ -1,6 +1,6 @@
 """Layers into one tree: base < recipe < overlays < flags, always in this order.
 
-Mappings merge key by key and everything else is replaced. Two rules go beyond that. A class named anew drops the
+Mappings merge key by key and everything else is replaced. There are two more rules. Another class drops the
 settings of the class before it, and a note says so. `null` under `trainer.callbacks` or `trainer.logger` removes that
 entry.
 """
@@ -25,7 +25,7 @@ def merge_layers(layers: Iterable[Node]) -> tuple[Node, list[str]]:
 
 
 def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath = ()) -> Node:
-    """`high` over `low`: the value of `high` wins, and remembers what it replaced."""
+    """`high` over `low`: the value of `high` wins and records what it replaced."""
     notes = [] if notes is None else notes
     if not (isinstance(low.value, dict) and isinstance(high.value, dict)):
         return Node(high.value, high.where, (*low.replaced, Node(low.value, low.where), *high.replaced))
@@ -72,7 +72,7 @@ def without_removed(root: Node) -> Node:
 
 
 def explain(root: Node, path: KeyPath) -> list[str] | None:
-    """Who set the value at `path` and what it replaced, latest first; None where no layer ever set it."""
+    """Who set the value at `path` and what it replaced, latest first; None if no layer ever set it."""
     entries = _history(root, path)
     if not entries:
         return None
@@ -86,7 +86,7 @@ def explain(root: Node, path: KeyPath) -> list[str] | None:
 
 
 def _history(node: Node, path: KeyPath) -> list[Node]:
-    """All nodes that ever stood at `path`, oldest first."""
+    """All nodes that were ever at `path`, oldest first."""
     if not path:
         return [*node.replaced, node]
     entries: list[Node] = []

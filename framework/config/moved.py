@@ -1,8 +1,8 @@
-"""Where classes are that earlier versions kept in other modules, so that their recipes and run folders still load."""
+"""New places of classes that earlier versions had in other modules, so that old recipes and run folders still load."""
 
 from lightspan.config.tree import Node
 
-MODULES = {  # as it was -> as it is
+MODULES = {  # old name -> new name
     "lightspan.callbacks.subspace_projection": "lightspan.callbacks.training.subspace_projection",
     "lightspan.callbacks.adaptation": "lightspan.callbacks.training.adaptation",
     "lightspan.callbacks.intrinsic_dimension": "lightspan.callbacks.training.intrinsic_dimension",
@@ -34,9 +34,17 @@ MODULES = {  # as it was -> as it is
     "lightspan.datamodules.reviews": "lightspan.datamodules.text.reviews",
 }
 
+CLASSES = {  # that left a module which is still there
+    f"lightspan.optim.bases.{name}": f"lightspan.experiments.kronecker_bases.{name}"
+    for name in ("HadamardBasis", "KroneckerDCTBasis")
+} | {
+    f"lightspan.optim.bases.{name}": f"lightspan.experiments.bases.{name}"
+    for name in ("RandomBasis", "RandomColumns", "IdentityBasis")
+}
+
 
 def followed(node: Node) -> Node:
-    """The tree with every `class_path` as this version has it."""
+    """The tree with every `class_path` as in this version."""
     if isinstance(node.value, list):
         return Node([followed(child) for child in node.value], node.where, node.replaced)
     if not isinstance(node.value, dict):
@@ -45,5 +53,6 @@ def followed(node: Node) -> Node:
     named = children.get("class_path")
     if named is not None and isinstance(named.value, str):
         module, dot, name = named.value.rpartition(".")
-        children["class_path"] = Node(f"{MODULES.get(module, module)}{dot}{name}", named.where, named.replaced)
+        now = CLASSES.get(named.value, f"{MODULES.get(module, module)}{dot}{name}")
+        children["class_path"] = Node(now, named.where, named.replaced)
     return Node(children, node.where, node.replaced)

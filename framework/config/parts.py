@@ -1,12 +1,12 @@
-"""What a configuration may name: the closed list that the gate in `allow` goes by.
+"""What a configuration may name: the closed list that the gate in `allow` uses.
 
-Everything is listed under the module that DEFINES it; where it is imported from does not matter. What stands here was
-read for what its constructor does: it computes, or it writes below a folder that the gate keeps inside the run. What
+Everything is listed under the module that DEFINES it; where it is imported from does not matter. Everything here was
+reviewed: its constructor computes, or writes below a folder that the gate keeps inside the run. What
 loads pickles, runs commands or takes code in other forms (`transformers` and its kernels from the Hub, loggers with
 servers of their own, DeepSpeed's and FSDP's own checkpoints) is left to --allow-module.
 """
 
-CLASSES_OF = (  # packages of which every public class may be named
+CLASSES_OF = (  # packages whose public classes may all be named
     "lightning.pytorch.demos.boring_classes",
     "lightspan.adapters",
     "lightspan.backbones",
@@ -30,11 +30,11 @@ CLASSES_OF = (  # packages of which every public class may be named
     "torchvision.ops",
     "torchvision.transforms",
 )
-# Packages that hold builders: of a module, the functions in its own `__all__` may be named.
+# Packages with builders: the functions in a module's own `__all__` may be named.
 FUNCTIONS_OF = ("lightspan.adapters", "lightspan.backbones")
 
 _CALLBACKS, _PLUGINS = "lightning.pytorch.callbacks", "lightning.pytorch.plugins.precision"
-# Lightning's callbacks that alter no step of a run, only their number and their record; see `identity`.
+# Lightning's callbacks that alter no step of a run, only the number of steps and the records; see `identity`.
 WATCHING = frozenset(
     {
         f"{_CALLBACKS}.device_stats_monitor.DeviceStatsMonitor",
@@ -84,9 +84,9 @@ LIGHTNING = (  # its classes one by one
 )
 TOPS = tuple(sorted({name.split(".")[0] for name in (*CLASSES_OF, *LIGHTNING)}))
 
-# Settings of the trainer that say where a run writes: folders and files, and names that become part of such a path.
+# Settings of the trainer that say where a run writes: folders, files, and names that become part of such a path.
 FOLDERS = frozenset({"dir", "dirpath", "file", "folder", "log_dir", "path", "root", "root_dir", "save_dir"})
 FOLDER_ENDINGS = ("_dir", "_file", "_folder", "_path")
 SCRATCH = frozenset({"nvme_path"})  # DeepSpeed's swap space: a disk of the machine, under names that it chooses itself
-NAME_PARTS = frozenset({"filename_suffix"})  # which a library appends to a file's name as they are
+NAME_PARTS = frozenset({"filename_suffix"})  # which a library appends unchanged to a file name
 NAMES = frozenset({"experiment_name", "filename", "id", "name", "prefix", "run_id", "run_name", "sub_dir", "version"})

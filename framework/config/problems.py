@@ -18,6 +18,6 @@ class Problem:
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
-    """`did you mean x?`, or nothing where no known name is near."""
+    """`did you mean x?`, or nothing if no known name is similar."""
     near = difflib.get_close_matches(str(name), [str(item) for item in known], n=1, cutoff=0.6)
     return f"did you mean {near[0]}? " if near else ""

@@ -53,7 +53,7 @@ def provenance(resolved: Resolved, arguments: Sequence[str], overlays: Sequence[
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of a folder, with `+changes` where files differ from it; None outside a repository."""
+    """The git commit of a folder, with `+changes` if files differ from it; None outside a repository."""
     try:
         head = _git(folder, "rev-parse", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")

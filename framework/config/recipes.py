@@ -1,7 +1,7 @@
 """Recipes by name or path, with what they build on.
 
 The catalogue is the folder of the installed package `lightspan.recipes`: `language/quickstart` names the file
-`language/quickstart.yaml`. `base:` names one or several other recipes, or files relative to the one that says so.
+`language/quickstart.yaml`. `base:` names one or several other recipes, or files relative to the one that names them.
 """
 
 import difflib
@@ -15,9 +15,9 @@ from lightspan.config.tree import Node, plain, read
 from lightspan.errors import UserError
 
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
-OVERLAY_FOLDER = "scale"  # holds where to run, not what
+OVERLAY_FOLDER = "scale"  # says where to run, not what
 SUFFIXES = (".yaml", ".yml")
-MAX_BASES = 32  # read for one recipe, each as often as it is named
+MAX_BASES = 32  # read for one recipe, each counted as often as it is named
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recipe:
 
 
 def catalogue_folder() -> Path:
-    """Where the recipes of the installed package lie."""
+    """Where the recipes of the installed package are."""
     return Path(str(resources.files("lightspan.recipes")))
 
 
@@ -56,7 +56,7 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
         name: `family/name`, or a path that ends in .yaml or .yml.
         folder: what a relative path is relative to; by default the current folder.
         what: "recipe" or "overlay", for the message.
-    Raises: UserError with the nearest names where there is none.
+    Raises: UserError with similar names if there is none.
     """
     try:
         if name.endswith(SUFFIXES):
@@ -74,7 +74,7 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
             raise UserError(f"{what} {name!r} is a file without the ending .yaml; rename it")
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody, links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, an unknown user's home, circular links
         raise UserError(f"{name[:80]!r} cannot name a file: {getattr(error, 'strerror', None) or error}") from error
     known = catalogue_names(overlays=what == "overlay") + catalogue_names(overlays=what != "overlay")
     tails = {known_name.split("/")[-1]: known_name for known_name in known}
@@ -86,14 +86,14 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
 
 
 def _listed(what: str) -> str:
-    """Where to find the names that there are."""
+    """Where to find the existing names."""
     if what == "overlay":
         return f"the catalogue has {', '.join(catalogue_names(overlays=True))}"
     return "`lightspan recipes` lists the names of the catalogue"
 
 
 def label(path: Path) -> str:
-    """How messages call a file: as seen from the current folder where that is shorter."""
+    """How messages call a file: relative to the current folder if that is shorter."""
     path = path.absolute()
     return os.path.relpath(path) if Path.cwd() in path.parents else str(path)
 
@@ -112,7 +112,7 @@ def load(name: str) -> Recipe:
 
 
 def load_overlay(name: str) -> list[Node]:
-    """An overlay, after what it builds on."""
+    """An overlay, preceded by what it builds on."""
     path = find(name, what="overlay")
     return _with_bases(read(path, label(path)), path, (), [])
 

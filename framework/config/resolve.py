@@ -1,6 +1,6 @@
 """From a recipe's name to one checked configuration, without importing torch.
 
-`resolve` is what every verb starts from. It raises one UserError with all problems at once.
+`resolve` is where every verb starts. It raises one UserError with all problems at once.
 """
 
 import json
@@ -30,7 +30,7 @@ class Resolved:
 
     Attributes:
         config: plain data; callbacks and loggers are still mappings by name, `${run}` is not filled in.
-        notes: what the user should know, such as settings dropped with a class.
+        notes: what the user should know, such as settings that were dropped with their class.
         sources: `key.path` -> where its value was written, for every scalar.
         about: the recipe's description.
         name: the recipe's name, or the stem of its file.
@@ -48,7 +48,7 @@ class Resolved:
 
     @property
     def kind(self) -> str:
-        """What the recipe is of: "model", "estimator" or "merger"."""
+        """The kind of the recipe: "model", "estimator" or "merger"."""
         return kind_of(self.config)
 
     def document(self) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def resolve(
         overlays: names or paths, later wins.
         flags: `key.path=value`, after all overlays.
         allow_modules: top-level modules beyond the allow-list; also looked up in the current folder.
-        kinds: of recipes that the caller can use, of `check.RECIPES`.
-    Raises: UserError naming every problem with its file and line, or for a recipe of another kind.
+        kinds: kinds of recipes that the caller can use, from `check.RECIPES`.
+    Raises: UserError naming every problem with its file and line, or refusing a recipe of another kind.
     """
     _open_modules(allow_modules)
     found, tree, notes = merged(recipe, overlays, flags)
@@ -93,7 +93,7 @@ def resolve(
 
 
 def with_layer(resolved: Resolved, layer: dict[str, Any], where: str = COMMAND_LINE) -> Resolved:
-    """The configuration with one more layer on top, checked again; `where` is what `sources` says of its values."""
+    """The configuration with one more layer on top, checked again; `where` is what `sources` records for its values."""
     tree, notes = merge_layers([resolved.tree, wrap(layer, where)])
     notes = resolved.notes + notes
     return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, where)
@@ -102,7 +102,7 @@ def with_layer(resolved: Resolved, layer: dict[str, Any], where: str = COMMAND_L
 def recorded(run_dir: Path | str) -> dict[str, Any]:
     """What a run folder was trained with, as plain data to compare with: nothing in it is built or checked.
 
-    Raises: UserError where there is no resolved.yaml, or none that is a mapping.
+    Raises: UserError if there is no resolved.yaml, or it is not a mapping.
     """
     root = _read_record(Path(run_dir))
     return {str(key): plain(node) for key, node in root.value.items() if key != "about"}
@@ -111,7 +111,7 @@ def recorded(run_dir: Path | str) -> dict[str, Any]:
 def load_resolved(run_dir: Path | str, allow_modules: Sequence[str] = ()) -> Resolved:
     """Reads back what a run folder was trained with. It is data like any recipe, and checked like one.
 
-    Raises: UserError where there is no resolved.yaml, or it names a class that is not allowed.
+    Raises: UserError if there is no resolved.yaml, or it names a class that is not allowed.
     """
     run_dir = Path(run_dir)
     root = _read_record(run_dir)
@@ -134,7 +134,8 @@ def _checked(
 ) -> Resolved:
     clean = without_removed(tree)
     if problems := find_problems(clean if clean.where else Node(clean.value, origin), modules):
-        refuse([*problems, *allow.missing_modules(modules)], name)
+        said = {problem.message for problem in problems}
+        refuse([*(message for message in allow.missing_modules(modules) if message not in said), *problems], name)
     config = plain(clean)
     ordered = {key: config[key] for key in ROOT_KEYS if key in config}
     sources = {
@@ -154,7 +155,7 @@ def refuse_kind(kind: str, kinds: Sequence[str], name: str) -> None:
         does = "trains" if kind in TRAINED else "does not train"
         article = "an" if kind[0] in "aeiou" else "a"
         raise UserError(
-            f"{name} is the recipe of {article} {kind}, which {does}; `lightspan {verb_for(kind)}` takes it"
+            f"{name} is the recipe of {article} {kind}, which {does}; use it with `lightspan {verb_for(kind)}`"
         )
 
 
@@ -168,7 +169,7 @@ def refuse(problems: Sequence[Problem | str], name: str) -> None:
 
 
 def with_lists(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as the Trainer takes it: named callbacks and loggers become lists."""
+    """The configuration as the Trainer expects it: named callbacks and loggers become lists."""
     trainer = dict(config.get("trainer", {}))
     for _, key in KEYED:
         if isinstance(trainer.get(key), dict):

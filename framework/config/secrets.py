@@ -1,5 +1,5 @@
 """Secrets and unknown placeholders: what they look like, in a configuration, where they are refused, and on a command
-line that is written down, where they are hidden.
+line that is recorded, where they are hidden.
 """
 
 import re
@@ -16,13 +16,13 @@ _VALUE = re.compile(
     r"(?<![A-Za-z0-9_])(?:wandb_v\d_\w{16,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}"
     r"|AKIA[A-Z0-9]{16})"
 )
-_HEX = re.compile(r"\b[0-9a-f]{40}\b")  # a key of Weights & Biases, or a commit: hidden, but not refused
+_HEX = re.compile(r"\b[0-9a-f]{40}\b")  # a Weights & Biases key or a commit: hidden, but not refused
 HIDDEN = "***"
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
 
 def names_secret(name: str) -> bool:
-    """Whether a setting or option of this name holds a secret; `pad_token` and `num_tokens` do not."""
+    """Whether a setting or option of this name contains a secret; `pad_token` and `num_tokens` do not."""
     return bool(_KEY.search(name.strip("-").replace("-", "_")))
 
 

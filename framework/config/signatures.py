@@ -1,6 +1,6 @@
 """Constructor parameters of classes and functions, read from source.
 
-Follows base classes where a class has no constructor of its own or passes `**kwargs` on. What cannot be read is left
+Follows base classes if a class has no constructor of its own or passes `**kwargs` on. What cannot be read is left
 open: an open signature accepts unknown names, and the typed builder has the last word.
 """
 
@@ -39,7 +39,7 @@ class Signature:
 def signature(class_path: str) -> Signature | Absent | None:
     """The signature of what a full import path names.
 
-    Returns: Absent where its module is known to have no such name, None where nothing can be told.
+    Returns: Absent if its module is known to have no such name, None if that is unknown.
     """
     found = locate(class_path)
     return signature_of(found) if isinstance(found, Definition) else found
@@ -64,7 +64,7 @@ def is_dataclass(definition: Definition | Absent | None) -> bool:
 
 
 def base_definitions(node: ast.ClassDef, source: Source) -> Iterator[Definition | None]:
-    """The base classes of a class, `object` and Generic left out; None for one that cannot be read."""
+    """The base classes of a class, `object` and Generic left out; None for each that cannot be read."""
     for base in node.bases:
         expression = base.value if isinstance(base, ast.Subscript) else base
         name = ast.unparse(expression)
@@ -75,8 +75,8 @@ def base_definitions(node: ast.ClassDef, source: Source) -> Iterator[Definition 
 
 
 def descends(definition: Definition, kind: str, depth: int = 0) -> bool | None:
-    """Whether a class, or what a function says that it returns, is or derives from the class defined under the full
-    name `kind`; None where that cannot be told.
+    """Whether a class, or the declared return type of a function, is or derives from the class defined under the full
+    name `kind`; None if that is unknown.
     """
     if definition.name == kind:
         return True
@@ -103,7 +103,7 @@ def resolve(expression: ast.expr, source: Source) -> Definition | Absent | None:
 
 
 def _full_name(name: str, source: Source) -> str | None:
-    """`nn.Module` as `torch.nn.Module`, by the imports of the module."""
+    """`nn.Module` as `torch.nn.Module`, according to the imports of the module."""
     first, _, rest = name.partition(".")
     for statement in source.tree.body:
         if isinstance(statement, ast.Import):
@@ -144,7 +144,7 @@ def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
 
 
 def _hands_on(constructor: ast.FunctionDef) -> bool:
-    """Whether a constructor hands its **kwargs to that of a base; else they go to somebody unknown."""
+    """Whether a constructor passes its **kwargs to that of a base; otherwise their receiver is unknown."""
     return _call_of_base(constructor) is not None
 
 
@@ -164,7 +164,7 @@ def _call_of_base(constructor: ast.FunctionDef) -> ast.Call | None:
 
 
 def _supplied(constructor: ast.FunctionDef, inherited: list[str]) -> set[str]:
-    """What a constructor itself gives to that of its base; all of it where that cannot be told."""
+    """What a constructor itself gives to that of its base; everything if that is unknown."""
     call, kwargs = _call_of_base(constructor), constructor.args.kwarg
     if call is None or kwargs is None:
         return set(inherited)
@@ -178,7 +178,7 @@ def _supplied(constructor: ast.FunctionDef, inherited: list[str]) -> set[str]:
 
 
 def _inherited(node: ast.ClassDef, source: Source, depth: int) -> Signature:
-    """What the first base with parameters takes; open where a base cannot be read."""
+    """What the first base with parameters takes; open if a base cannot be read."""
     if node.keywords:  # a metaclass may change how the class is called
         return Signature(open=True)
     for base in base_definitions(node, source):
@@ -187,7 +187,7 @@ def _inherited(node: ast.ClassDef, source: Source, depth: int) -> Signature:
         taken = _of_class(base.node, base.source, depth + 1)
         if taken.parameters or taken.open:
             return taken
-    # A class at the root that takes **kwargs itself hands them to nobody that could be read here.
+    # A root class that takes **kwargs passes them to nothing that could be read here.
     has_own = any(isinstance(s, ast.FunctionDef) and s.name == "__init__" for s in node.body)
     return Signature(open=has_own)
 

@@ -1,7 +1,7 @@
 """Reads Python source without importing it: where a name is defined, following re-exports.
 
-Only the top-level package is looked up through the import system (which runs no code of it); below it the files are
-walked. So a configuration can be checked against classes whose libraries take seconds to import, or must not be
+Only the top-level package is looked up through the import system (which runs none of its code); below it the files are
+searched. So a configuration can be checked against classes whose libraries take seconds to import, or must not be
 imported at all.
 """
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-MAX_STAR_DEPTH = 3  # deeper chains of `from x import *` are given up as unknown
-DYNAMIC = ("sys.modules", "globals()", "def __getattr__(name")  # such a module may hold names its source does not show
-MAPPED = ("callbacks", "datamodules", "recipes", "triton_kernels")  # folders of lightspan that may lie beside its own
+MAX_STAR_DEPTH = 3  # deeper chains of `from x import *` count as unknown
+DYNAMIC = ("sys.modules", "globals()", "def __getattr__(name")  # may have names that the source does not show
+MAPPED = ("callbacks", "datamodules", "recipes", "triton_kernels")  # folders of lightspan that may be beside its own
 
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed module. `name` is dotted, `is_package` where it is an __init__.py."""
+    """A parsed module. `name` is dotted, `is_package` if it is an __init__.py."""
 
     name: str
     path: Path
@@ -50,7 +50,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class Absent:
-    """The module is known in full and has no such name."""
+    """The module is completely known and has no such name."""
 
     module: str
     names: tuple[str, ...]
@@ -58,7 +58,7 @@ class Absent:
 
 @cache
 def module_file(name: str) -> Path | None:
-    """The source file of a module, or None where there is none on the Python path."""
+    """The source file of a module, or None if there is none on the Python path."""
     top, *rest = name.split(".")
     # lightspan is mapped from several folders in an editable install, and importing it runs nothing heavy.
     root_name, below = (f"{top}.{rest[0]}", rest[1:]) if top == "lightspan" and rest else (top, rest)
@@ -81,7 +81,7 @@ def module_file(name: str) -> Path | None:
 
 @cache
 def load(name: str) -> Source | None:
-    """A module's source, or None where it has none or does not parse."""
+    """A module's source, or None if it has none or does not parse."""
     path = module_file(name)
     if path is None:
         return None
@@ -94,7 +94,7 @@ def load(name: str) -> Source | None:
 
 
 def locate(dotted: str) -> Definition | Absent | None:
-    """The class, function or alias that a full import path names; None where that cannot be told."""
+    """The class, function or alias that a full import path names; None if that is unknown."""
     parts = dotted.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         source = load(".".join(parts[:cut]))
@@ -110,7 +110,7 @@ def locate(dotted: str) -> Definition | Absent | None:
 
 
 def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | None:
-    """What `name` means inside a module; None where that cannot be told from source."""
+    """What `name` means inside a module; None if the source does not tell."""
     stars: list[str] = []
     names: list[str] = []
     for statement in _top_level(source.tree.body):
@@ -140,7 +140,7 @@ def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | N
         return None
     unknown = (
         source.is_dynamic and source.name != "lightspan"
-    )  # the lazy names of lightspan are no classes to configure
+    )  # the lazy names of lightspan are not classes to configure
     for origin in stars:
         below = load(origin) if depth < MAX_STAR_DEPTH else None
         found = lookup(below, name, depth + 1) if below is not None else None
@@ -154,7 +154,7 @@ def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | N
 
 
 def exported(source: Source) -> frozenset[str]:
-    """The names that a module lists in `__all__`; none where it has no such list of plain texts."""
+    """The names that a module lists in `__all__`; empty if it has no such list of plain texts."""
     for statement in source.tree.body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
             try:
@@ -178,7 +178,7 @@ def _follow(origin: str, name: str, depth: int) -> Definition | Absent | None:
     if below is None or depth > 12:
         return None
     found = lookup(below, name, depth + 1)
-    # A broken re-export is the library's affair, never the user's misspelling.
+    # A broken re-export is the library's fault, never the user's misspelling.
     return found if isinstance(found, Definition) else None
 
 

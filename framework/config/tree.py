@@ -1,4 +1,4 @@
-"""YAML as a tree that remembers where every value stands.
+"""YAML as a tree that remembers where every value was written.
 
 A `Node` is a scalar, a mapping or a list, plus the place it was written (`file:line`, or `command line`) and the nodes
 that it replaced while layers were merged. Reading is strict: one document, a mapping at the root, no duplicate keys, no
@@ -19,7 +19,7 @@ Key = str | int
 KeyPath = tuple[Key, ...]
 Scalar = str | int | float | bool | None
 
-MAX_NODES = 20_000  # an alias may repeat a branch: this ends the exponential ones
+MAX_NODES = 20_000  # an alias may repeat a branch: this stops exponential growth
 MAX_DEPTH = 64
 MAX_BYTES = 2**20  # of a file: a recipe has a few thousand
 COMMAND_LINE = "command line"
@@ -39,11 +39,11 @@ _PREFIX = "tag:yaml.org,2002:"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Takes for numbers what `_RESOLVERS` says, and nothing else."""
+    """Reads as numbers what `_RESOLVERS` says, and nothing else."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that either this loader or a YAML 1.1 loader would take for something else."""
+    """Quotes every text that either this loader or a YAML 1.1 loader would read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -66,7 +66,7 @@ class Node:
     Attributes:
         value: a scalar, `dict[Key, Node]` or `list[Node]`.
         where: `file:line` of the value, or `command line`.
-        replaced: what stood here in earlier layers, oldest first.
+        replaced: what was here in earlier layers, oldest first.
     """
 
     value: Any
@@ -74,7 +74,7 @@ class Node:
     replaced: tuple["Node", ...] = ()
 
     def child(self, key: Key) -> "Node | None":
-        """The node under `key`, or None where this is no mapping or has no such key."""
+        """The node under `key`, or None if this is not a mapping or has no such key."""
         return self.value.get(key) if isinstance(self.value, dict) else None
 
     def at(self, path: KeyPath) -> "Node | None":
@@ -112,7 +112,7 @@ def walk(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
 
 
 def wrap(value: Any, where: str) -> Node:
-    """Ordinary data as a tree whose every value stands at `where`."""
+    """Ordinary data as a tree in which every value was written at `where`."""
     if isinstance(value, dict):
         return Node({key: wrap(child, where) for key, child in value.items()}, where)
     if isinstance(value, list | tuple):
@@ -126,7 +126,7 @@ def read(path: Path, label: str | None = None) -> Node:
     Args:
         path: the file.
         label: how messages call the file; by default the path as given.
-    Raises: UserError where the file cannot be read or is not such a file.
+    Raises: UserError if the file cannot be read or is not such a file.
     """
     label = label or str(path)
     try:
@@ -146,14 +146,14 @@ def read(path: Path, label: str | None = None) -> Node:
         return Node({}, f"{label}:1")
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else f"the text or number {str(root.value)[:60]!r}"
-        raise UserError(f"{root.where}: not a configuration: its root is {kind}, it must be a mapping (key: value)")
+        raise UserError(f"{root.where}: not a configuration: its root is {kind}, but must be a mapping (key: value)")
     return root
 
 
 def parse(text: str, label: str, *, line_numbers: bool = True) -> Node:
     """One YAML document as a tree. Raises: UserError naming `label` and the line."""
     try:
-        for count, event in enumerate(yaml.parse(text, Loader=_Loader)):  # cheaper by far than nodes that are too many
+        for count, event in enumerate(yaml.parse(text, Loader=_Loader)):  # far cheaper than building too many nodes
             if count > 3 * MAX_NODES:
                 mark = event.start_mark
                 place = f"{label}:{mark.line + 1}" if line_numbers and mark is not None else label
@@ -200,7 +200,7 @@ class _Builder:
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         try:
             return self.loader.construct_object(node)
-        except (ValueError, LookupError) as error:  # `!!bool maybe` is looked up
+        except (ValueError, LookupError) as error:  # `!!bool maybe` is a failed look-up
             kind = node.tag[len(_PREFIX) :]
             raise UserError(
                 f"{self.place(node)} {dotted(path)}: {node.value[:80]!r} is not a valid {kind}".replace(" :", ":")
@@ -222,7 +222,7 @@ class _Builder:
                     f"{where} {dotted((*path, key))}: duplicate key, first given at {result[key].where}; keep one"
                 )
             child = self.build(value_node, (*path, key))
-            # A value is known by the line of its key: a block mapping starts one line lower.
+            # The line of the key is given for a value: a block mapping starts one line lower.
             result[key] = Node(child.value, where)
         return result
 

@@ -1,4 +1,4 @@
-"""How many dimensions features use: of the manifold that they lie on, and of the space that they span."""
+"""How many dimensions features use: that of the manifold that they lie on, and that of the space that they span."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from lightspan.analysis.spectra import (
     participation_ratio,
     stable_rank,
 )
+from lightspan.drawing import COLOURS
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.features.features import Features
@@ -40,8 +41,8 @@ class Dimension(Result):
 
         x = np.log(self.ratios)
         share = np.arange(1, len(x) + 1) / (len(x) + 1)
-        axes.plot(x, -np.log1p(-share), "o", color="#1f5fd0", markersize=3, label="points")
-        axes.plot(x, self.dimension * x, color="#d1560f", linewidth=1.5, label=f"slope {self.dimension:.3g}")
+        axes.plot(x, -np.log1p(-share), "o", color=COLOURS[0], markersize=3, label="points")
+        axes.plot(x, self.dimension * x, color=COLOURS[1], linewidth=1.5, label=f"slope {self.dimension:.3g}")
         axes.set(xlabel="log(r2 / r1)", ylabel="-log(1 - share below)")
         axes.legend(frameon=False)
 
@@ -50,9 +51,9 @@ class TwoNN(Estimator):
     """The dimension of the manifold that features lie on, by `lightspan.analysis.dimension`.
 
     Args:
-        rule: "likelihood" or "fit", which bears outliers better.
+        rule: "likelihood", or "fit", which tolerates outliers better.
         discard: share of the largest ratios that "fit" leaves out.
-        most: rows looked at, evenly spaced in the order of their index; the work grows with the square.
+        most: largest number of rows used, evenly spaced in the order of their index; the work grows with its square.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class TwoNN(Estimator):
         if not value.isfinite():
             raise UserError(
                 f"TwoNN: all {len(mu_N)} points have two neighbours equally far away, as on a lattice, so distances "
-                "tell nothing of a dimension; take features that are not rounded"
+                "do not reveal a dimension; use features that are not rounded"
             )
         quantiles = mu_N.quantile(torch.arange(1, 100, dtype=mu_N.dtype) / 100)
         return Dimension(float(value), max(len(mu_N) - 2, 1) ** -0.5, len(mu_N), tuple(quantiles.tolist()))
@@ -84,7 +85,7 @@ class TwoNN(Estimator):
 
 @dataclass(frozen=True)
 class SpectrumOfFeatures(Result):
-    """What the singular values of features say; `energies` are the shares of the strongest directions, falling."""
+    """Summary of the singular values of features; `energies` are the shares of the strongest directions, descending."""
 
     effective_rank: float
     participation_ratio: float
@@ -103,7 +104,7 @@ class SpectrumOfFeatures(Result):
         )
 
     def draw(self, axes: Any) -> None:
-        axes.plot(range(1, len(self.energies) + 1), self.energies, "-o", color="#1f5fd0", markersize=3)
+        axes.plot(range(1, len(self.energies) + 1), self.energies, "-o", color=COLOURS[0], markersize=3)
         axes.set(xlabel="direction", ylabel="share of the energy")
         if any(self.energies):
             axes.set_yscale("log")
@@ -115,8 +116,8 @@ class Spectrum(Estimator):
     The Gram matrix, D x D in float64, is all that is kept: singular values below 1e-8 of the largest are rounding.
 
     Args:
-        center: take the mean off first.
-        shown: energies that the result keeps.
+        center: subtract the mean first.
+        shown: how many energies the result keeps.
     """
 
     def __init__(self, center: bool = True, shown: int = 256) -> None:

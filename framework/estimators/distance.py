@@ -11,7 +11,7 @@ from lightspan.results import Figure, Result
 
 @dataclass(frozen=True)
 class Distance(Result):
-    """The distance of two sets, and how many rows each had: distances of small sets are too large."""
+    """The distance between two sets, and how many rows each had: distances between small sets are too large."""
 
     distance: float
     first_rows: int
@@ -26,14 +26,14 @@ class Distance(Result):
 
 
 class FrechetDistance(Estimator):
-    """The Fréchet distance of two sets as Gaussians, from one pass over each and over all ranks."""
+    """The Fréchet distance between two sets as Gaussians, from one pass over each and over all ranks."""
 
     def fit(self, first: Features, second: Features) -> Distance:
         """Raises: UserError for fewer than 2 rows, different widths, or features that are not finite."""
         if first.rows().shape[1] != second.rows().shape[1]:
             raise UserError(
                 f"FrechetDistance: {first.rows().shape[1]} features in first and {second.rows().shape[1]} in second; "
-                "take both from one encoder"
+                "take both from the same encoder"
             )
         a, b = first.moments(), second.moments()
         value = gaussian_distance(a.mean_CD[0], a.covariance(), b.mean_CD[0], b.covariance())

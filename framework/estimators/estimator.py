@@ -1,4 +1,4 @@
-"""`Estimator`: what computes and does not train."""
+"""`Estimator`: computes without training."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -12,8 +12,8 @@ from lightspan.results import Result
 class Estimator(ABC):
     """Computes a small result from features, weights, graphs or tables: no optimiser, no Trainer, no state.
 
-    Settings belong to the constructor, which checks them. `fit` takes its inputs by name, keeps nothing, and answers
-    for degenerate ones (no row, one class, constant features) with a finite result or one UserError. Every rank calls
+    Settings belong to the constructor, which checks them. `fit` takes its inputs by name, keeps no state, and answers
+    degenerate ones (no row, one class, constant features) with a finite result or one UserError. Every rank calls
     it and gets the same result, so it may sum over ranks (`Features.moments`).
     """
 
@@ -23,7 +23,7 @@ class Estimator(ABC):
 
 
 def require_inputs(estimator: Estimator, names: Iterable[str]) -> None:
-    """Raises: UserError unless inputs of these names are what `estimator.fit` takes."""
+    """Raises: UserError unless these names are the inputs that `estimator.fit` takes."""
     given, taken = set(names), inspect.signature(estimator.fit).parameters
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken.values()):
         return
@@ -33,5 +33,5 @@ def require_inputs(estimator: Estimator, names: Iterable[str]) -> None:
     if wrong:
         raise UserError(
             f"{type(estimator).__name__} takes the inputs {', '.join(taken) or 'none'}: {'; '.join(wrong)}; "
-            "name them so under `inputs`"
+            "use these names under `inputs`"
         )

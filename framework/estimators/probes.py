@@ -1,4 +1,4 @@
-"""How much of the classes frozen features tell."""
+"""How much frozen features tell about classes."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class KNN(Estimator):
     """Nearest-neighbour classification by cosine, by `lightspan.analysis.knn`.
 
     Args:
-        k: neighbours, from 1 to the rows of the bank.
+        k: neighbours, from 1 to the number of rows of the bank.
         temperature: of the votes, above 0; None for equal votes.
     """
 
@@ -65,7 +65,7 @@ class LinearProbe(Estimator):
         self.l2, self.max_iterations = l2, max_iterations
 
     def fit(self, bank: Features, query: Features) -> Accuracy:
-        """Raises: UserError as `fit_linear_probe`, and for no query row or features of different width."""
+        """Raises: UserError as `fit_linear_probe`, and for a query without rows or features of different width."""
         _require_pair(bank, query)
         weight_DC, bias_C = fit_linear_probe(bank.rows(), bank.classes(), self.l2, self.max_iterations)
         accuracy = linear_accuracy(weight_DC, bias_C, query.rows(), query.classes())

@@ -5,7 +5,7 @@ Shapes: B matrices, M rows (kept), N columns (projected, N <= M), R rank.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,22 +61,17 @@ class _KroneckerColumns(ColumnSelection):
         coefficients_BMR: Tensor,
         state: State,
         layout: Layout,
-        gradients: Sequence[Tensor],
-        scale_BM: Tensor,
-        lr: Tensor,
-        keep: Tensor,
-        seed: Tensor | None,
+        /,
+        *step: Any,
     ) -> None:
         if layout.device.type != "cuda" or coefficients_BMR.shape[-1] == 0:
-            super().update(weights, coefficients_BMR, state, layout, gradients, scale_BM, lr, keep, seed)
-            return
-        kronecker_scatter_update(
-            weights, coefficients_BMR, state["columns"], *self.factors(layout), gradients, scale_BM, lr, keep, seed
-        )
+            super().update(weights, coefficients_BMR, state, layout, *step)
+        else:
+            kronecker_scatter_update(weights, coefficients_BMR, state["columns"], *self.factors(layout), *step)
 
 
 class HadamardBasis(_KroneckerColumns):
-    """Columns of a Hadamard matrix for powers of two; for other sizes of Hadamard times DCT of the odd part."""
+    """Columns of a Hadamard matrix for powers of two; for other sizes, of Hadamard times DCT of the odd part."""
 
     def build_factors(self, size: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         return hadamard_factors(size, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
 """Energies of all columns of G D for a fixed Kronecker basis D = A (x) B, without forming G D.
 
 Column j = i_a * b + i_b of D is A[:, i_a] (x) B[:, i_b], and a row x of G seen as a matrix X [a b] becomes A^T X B: two
-small products that stay in registers, 2 (a + b) operations a number where the product with D takes 2 N. G is read once
-and N numbers leave, which is all that choosing columns needs: dropping column j of G D costs energy_j of |G|^2.
+small products that stay in registers, 2 (a + b) operations per number; the product with D takes 2 N. G is read once
+and N numbers are written, all that choosing columns needs: dropping column j of G D costs energy_j of |G|^2.
 
 Shapes: B matrices, M rows, N = a * b columns; left_aa = A, right_bb = B. No backward: optimiser steps only.
 """
@@ -21,7 +21,7 @@ if triton is not None:
 
 
 def kronecker_energies_reference(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: Tensor) -> Tensor:
-    """The definition, and the CPU path: both products as they stand.
+    """The definition, and the CPU path: both products, written out.
 
     On one EPYC core 2^20 numbers take 1.2 to 3 ms for N from 256 to 4096; the product with the dense basis takes 2.4 to
     39 ms in float32 and 1.2 to 20 in bfloat16.
@@ -40,7 +40,7 @@ if triton is not None:
 
     @triton.jit
     def two_sided(left, x, right, PRECISION: tl.constexpr):
-        """left x right in float32; what lies between is rounded to the type of `left`."""
+        """left x right in float32; the intermediate product is rounded to the type of `left`."""
         middle = tl.dot(x.to(right.dtype), right, input_precision=PRECISION)
         return tl.dot(left, middle.to(left.dtype), input_precision=PRECISION)
 
@@ -74,13 +74,13 @@ if triton is not None:
 
 
 def fits(dtype: torch.dtype, left_aa: Tensor, right_bb: Tensor) -> bool:
-    """Whether a row and both factors fit the registers and the shared memory of one program."""
+    """Whether a row and both factors fit into the registers and the shared memory of one program."""
     limits = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
     return left_aa.dtype != torch.float64 and max(len(left_aa), len(right_bb)) <= limits.get(dtype, 0)
 
 
 def kronecker_energies_triton(gradients: Sequence[Tensor], left_aa: Tensor, right_bb: Tensor) -> Tensor:
-    """Launches the kernel; no atomics, so the sum has one order. Factors that do not fit take the reference."""
+    """Launches the kernel; no atomics, so the sum has a fixed order. Factors that do not fit use the reference."""
     (M, N), dtype = gradients[0].shape, gradients[0].dtype
     if not fits(dtype, left_aa, right_bb):
         return kronecker_energies_reference(gradients, left_aa, right_bb)

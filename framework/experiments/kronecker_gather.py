@@ -1,8 +1,8 @@
 """Coordinates in chosen columns of a fixed Kronecker basis, (G D)[:, columns] with D = A (x) B, and row energies of G.
 
-A program transforms whole rows in registers (see kronecker_energies.py) and stores the chosen numbers only. It finds
-them by a dense map from column to place, -1 where a column is not chosen: a masked store, no search. The cost does not
-depend on the rank, and the frame is R integers a matrix.
+A program transforms whole rows in registers (see kronecker_energies.py) and stores only the chosen numbers. It finds
+them with a dense map from column to position, -1 if not chosen: a masked store, no search. The cost does not
+depend on the rank, and the frame is R integers per matrix.
 
 Shapes: B matrices, M rows, N = a * b columns, R rank; left_aa = A, right_bb = B. No backward: optimiser steps only.
 """
@@ -37,7 +37,7 @@ def kronecker_gather_reference(
 
 
 def slot_map(columns_BR: Tensor, size: int) -> Tensor:
-    """Place of every column in `columns`, -1 for the others: [B N] int32."""
+    """Position of every column in `columns`, -1 for the others: [B N] int32."""
     slot_BN = torch.full((len(columns_BR), size), -1, dtype=torch.int32, device=columns_BR.device)
     place_R = torch.arange(columns_BR.shape[1], dtype=torch.int32, device=columns_BR.device)
     return slot_BN.scatter_(1, columns_BR, place_R.expand_as(columns_BR))
@@ -82,7 +82,7 @@ if triton is not None:
 def kronecker_gather_triton(
     gradients: Sequence[Tensor], columns_BR: Tensor, left_aa: Tensor, right_bb: Tensor, energy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel; factors that do not fit take the projection onto the columns, written out."""
+    """Launches the kernel; factors that do not fit use the projection onto the columns, written out."""
     (M, N), (B, R), dtype = gradients[0].shape, columns_BR.shape, gradients[0].dtype
     if not fits(dtype, left_aa, right_bb):
         return project_triton(gradients, kronecker_columns(columns_BR, left_aa, right_bb), energy)
@@ -110,7 +110,7 @@ def kronecker_gather(
         gradients: B matrices [M N] of one dtype and layout; a transposed view is as good as a contiguous matrix.
         columns_BR: int64, distinct within a matrix, in any order.
         left_aa, right_bb: A and B, with a * b = N.
-        energy: whether row norms are wanted; without, they are returned as an empty [0 M].
+        energy: whether row norms are wanted; if not, they are returned as an empty [0 M].
     """
     return kronecker_gather_reference(gradients, columns_BR, left_aa, right_bb, energy)
 

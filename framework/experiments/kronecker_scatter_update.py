@@ -1,7 +1,7 @@
 """The weight update from coordinates in a fixed Kronecker basis: W <- keep W - lr (U Q^T + s o G), Q = D[:, columns].
 
 It is backproject_update with the frame given by R integers. A program spreads a row of U over the N columns through the
-dense map of kronecker_gather.py, zeros where none is chosen, and transforms it back in registers: a row x of U Q^T seen
+dense map of kronecker_gather.py, with zeros for the others, and transforms it back in registers: a row x of U Q^T seen
 as a matrix [a b] is A Y B^T.
 
 Shapes: B matrices, M rows, N = a * b columns, R rank; left_aa = A, right_bb = B. No backward: optimiser steps only.
@@ -84,7 +84,7 @@ def kronecker_scatter_update_triton(
     weights: Sequence[Tensor], direction_BMR: Tensor, columns_BR: Tensor, left_aa: Tensor, right_bb: Tensor,
     gradients: Sequence[Tensor], scale_BM: Tensor, lr: Tensor, keep: Tensor, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launches the kernel, never autotuned: a tuning run would apply the step. Factors that do not fit take the
+    """Launches the kernel, never autotuned: a tuning run would apply the step. Factors that do not fit use the
     back-projection from the columns, written out.
     """
     (M, N), (B, R), dtype = weights[0].shape, columns_BR.shape, weights[0].dtype

@@ -1,7 +1,7 @@
 """Fast orthonormal transforms: the DCT by one FFT, and fixed bases that are a Kronecker product of two small factors.
 
 A Kronecker basis D = A (x) B of size N = a * b has the column A[:, i_a] (x) B[:, i_b] at j = i_a * b + i_b, and
-x @ D = (A^T X B).flatten() for x seen as a matrix X [a b]: a + b products a number instead of N.
+x @ D = (A^T X B).flatten() for x seen as a matrix X [a b]: a + b products per number instead of N.
 Kernels for both kinds are in triton_kernels; `dct` and its derivation come from dct_energies.py there.
 
 Shapes: a, b sizes of the factors; left_aa = A, right_bb = B.
@@ -23,7 +23,7 @@ def idct(y: Tensor) -> Tensor:
     """Inverse and adjoint of `dct`: the orthonormal DCT-III along the last axis."""
     size, wide_y = y.shape[-1], wide(y)
     half = size // 2 + 1
-    # What `dct` takes y from: s_k exp(-i pi k / 2N) FFT(v)_k = y_k - i y_(N-k), where y_N counts as 0.
+    # `dct` computes y from: s_k exp(-i pi k / 2N) FFT(v)_k = y_k - i y_(N-k), where y_N counts as 0.
     mirrored = torch.nn.functional.pad(wide_y[..., 1:].flip(-1), (1, 0))[..., :half]
     v = torch.fft.irfft(torch.complex(wide_y[..., :half], -mirrored) / rotation(size, wide_y), n=size)
     evens = (size + 1) // 2
@@ -39,13 +39,13 @@ def kronecker_dct_factors(size: int, dtype: torch.dtype, device: torch.device) -
 
 
 def hadamard_factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(A, B) whose Kronecker product is H_(2^k) (x) DCT_odd, for any size = 2^k * odd, split where it is most balanced.
+    """(A, B) whose Kronecker product is H_(2^k) (x) DCT_odd, for any size = 2^k * odd, split as evenly as possible.
 
     H_(2^k) is itself a Kronecker product, so A = H_(2^i) and B = H_(2^(k - i)) (x) DCT_odd are the same basis for every
     i. A power of two gives the Hadamard matrix of that size; an odd size has no Hadamard part and gives the plain DCT.
     """
     if size < 1:
-        raise UserError(f"size {size}: a basis has at least one column")
+        raise UserError(f"size {size}: a basis needs at least one column")
     power = size & -size
     odd = size // power
     left = min((1 << i for i in range(power.bit_length())), key=lambda a: (max(a, size // a), a))

@@ -1,4 +1,4 @@
-"""Reads an exported Hugging Face folder back with transformers alone and compares what both models say."""
+"""Reads an exported Hugging Face folder back with transformers alone and compares the outputs of both models."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ ROWS, TOKENS, SEED = 2, 64, 0
 
 
 def require_pretrained(model: nn.Module) -> None:
-    """Raises: UserError unless `model.backbone` is a transformers model, which is what the format can hold."""
+    """Raises: UserError unless `model.backbone` is a transformers model, which is what the format can store."""
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, PreTrainedModel):
         what = (
             f"its backbone is a {type(backbone).__name__}" if backbone is not None else "it has no attribute `backbone`"
         )
         raise UserError(
-            f"--to huggingface exports methods whose backbone is a transformers model, and {type(model).__name__} is "
-            f"none: {what}; use --to safetensors"
+            f"--to huggingface exports methods whose backbone is a transformers model, but {type(model).__name__} is "
+            f"not one: {what}; use --to safetensors"
         )
 
 
@@ -67,6 +67,6 @@ def seeded_inputs(backbone: PreTrainedModel) -> dict[str, Tensor]:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return {name: torch.randn(ROWS, config.num_channels, height, width, generator=generator)}
     raise UserError(
-        f"--to huggingface can check models that read input_ids or pixel_values, and {type(backbone).__name__} reads "
+        f"--to huggingface can check models that read input_ids or pixel_values, but {type(backbone).__name__} reads "
         f"{name}; use --to safetensors"
     )

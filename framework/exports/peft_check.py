@@ -1,4 +1,4 @@
-"""Reads an exported PEFT folder back with peft alone and compares what both models say."""
+"""Reads an exported PEFT folder back with peft alone and compares the outputs of both models."""
 
 import copy
 from pathlib import Path
@@ -17,13 +17,13 @@ ROWS, SEED = 4, 0
 
 
 def adapted_part(model: nn.Module) -> nn.Module:
-    """`model.backbone` if it holds all that trained, and otherwise the whole: what PEFT is given with the folder.
+    """`model.backbone` if it contains all that trained, otherwise `model`: the part that PEFT gets with the folder.
 
     Raises: UserError for a model without adapters.
     """
     if not adapted_layers(model):
         raise UserError(
-            f"--to peft exports adapters, and {type(model).__name__} of this run has none; add the callback "
+            f"--to peft exports adapters, but {type(model).__name__} of this run has none; add the callback "
             "lightspan.callbacks.training.adaptation.Adaptation to the recipe, or use --to safetensors"
         )
     backbone = getattr(model, "backbone", None)
@@ -33,7 +33,7 @@ def adapted_part(model: nn.Module) -> nn.Module:
 
 
 def require_changes(part: nn.Module) -> None:
-    """Raises: UserError where no adapter changes anything, so that the folder would say less than the run learned."""
+    """Raises: UserError if no adapter changes anything, so that the folder would lose what the run learned."""
     adapters = [adapter for layer in adapted_layers(part).values() for adapter in layer.adapters.values()]
     if not any(bool(adapter.low_rank()[0].any()) for adapter in adapters):
         raise UserError(
@@ -45,7 +45,7 @@ def require_changes(part: nn.Module) -> None:
 def largest_difference(part: nn.Module, folder: Path) -> float:
     """The largest difference between outputs of `part` and of the frozen part under peft's LoRA from `folder`.
 
-    Compared in float32: every adapted layer on seeded inputs, modules that trained as a whole tensor by tensor, and for
+    Compared in float32: every adapted layer on seeded inputs, modules that trained completely tensor by tensor, and for
     transformers models logits or last hidden states. Raises: UserError without peft.
     """
     try:
@@ -60,7 +60,7 @@ def largest_difference(part: nn.Module, folder: Path) -> float:
     with torch.no_grad():
         for parameter in frozen.parameters():
             if parameter.requires_grad:
-                parameter.zero_()  # what trained as a whole has to come from the folder
+                parameter.zero_()  # what trained completely has to come from the folder
     loaded: Any = PeftModel.from_pretrained(frozen, str(folder)).eval()
     theirs = loaded.base_model.model
     apart = [0.0]

@@ -1,6 +1,6 @@
-"""A digest of any Python value that is equal in every process, and another one where the value differs.
+"""A digest of any Python value that is the same in every process and differs if the value differs.
 
-Code is described by its bytecode, not by its file: what runs is what counts. Code of installed packages is described by
+Code is described by its bytecode, not by its file: only what runs counts. Code of installed packages is described by
 their versions; that of editable installations, and of files beside them, by bytecode.
 """
 
@@ -23,7 +23,7 @@ from lightspan.errors import UserError
 
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes, type(...))
 _OF_PROCESS = {"_original_object_hash"}
-"""Attributes of installed packages that are new in every process: transformers keeps Python's hash of a text."""
+"""Attributes of installed packages that differ in every process: transformers keeps Python's hash of a text."""
 _CHILDREN = ("_parameters", "_buffers", "_modules")
 
 
@@ -35,8 +35,8 @@ class Description:
     globals of a file.
 
     Args:
-        where: what errors call the value.
-    Raises: UserError for a value that is nothing but a place in memory or a thing outside of Python.
+        where: the name of the value in errors.
+    Raises: UserError for a value that is only a place in memory or something outside of Python.
     """
 
     def __init__(self, where: str, value: Any) -> None:
@@ -108,7 +108,7 @@ class Description:
         self._children("attributes", attributes.items(), list(attributes))
 
     def _object(self, value: Any) -> None:
-        """By what pickle would write of it: class, arguments, state, items."""
+        """By what pickle would store: class, arguments, state, items."""
         try:
             reduced = value.__reduce_ex__(4)
         except Exception as error:
@@ -172,7 +172,7 @@ class Description:
             self._where.pop()
 
     def _apart(self, value: Any) -> str:
-        """The digest of an element of a set, which have no order."""
+        """The digest of an element of a set, which has no order."""
         description = Description(".".join(self._where), value)
         self.packages |= description.packages
         return description.sha256
@@ -187,7 +187,7 @@ class Description:
             raise self._refusal(tensor) from error
 
     def _version(self, module: str | None) -> str | None:
-        """Of the package that a Python module belongs to; None where its code may change under one version."""
+        """Of the package that a Python module belongs to; None if its code may change without a new version."""
         package = (module or "builtins").split(".")[0]
         if (version := _installed(package)) is not None and package not in sys.stdlib_module_names:
             self.packages[package] = version
@@ -212,7 +212,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _names(code: CodeType) -> tuple[str, ...]:
-    """What a function and those inside it name."""
+    """The names that a function and those inside it use."""
     inner = [name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names(constant)]
     return tuple(sorted({*code.co_names, *inner}))
 
@@ -230,7 +230,7 @@ def _is_constant(value: Any) -> bool:
 
 @cache
 def _of_every_module() -> frozenset[str]:
-    """Attributes that torch and Lightning keep in every module; hooks, weights and submodules are looked at apart."""
+    """Attributes that torch and Lightning keep in every module; hooks, weights and submodules are described apart."""
     return frozenset({*vars(nn.Module()), *vars(LightningModule()), "trainer"})
 
 

@@ -14,25 +14,25 @@ from lightning import LightningDataModule
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightspan.devices import wide
 from lightspan.distributed import digest_of_first_rank, rank, together
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.identity import data_identity, module_identity
 from lightspan.features.store import FeatureStore, Rows
-from lightspan.nn.taps import tapped
+from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features
 
 Pool = Literal["none", "mean", "first"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Encoded(Input):
-    """What an encoder makes of each sample of a split, from the feature store, computed where it does not hold it.
+    """What an encoder makes of each sample of a split, from the feature store, or computed if it is not there.
 
-    The encoder is a method, any module with `features(batch)`, which is called with the batch; or else a network, which
-    is called with one field of it. It is used in evaluation mode and without gradients. Entries of the store are told
-    apart by the encoder's code, attributes, hooks and weights (`lightspan.features.description` says what of them is
-    not followed), the layer, the transforms, and some of the samples as the encoder gets them.
+    The encoder is a method, any module with `features(batch)`, which is called with the batch and reads its own layers
+    if it has `token_features`; or else a network, which is called with one field of it. It is used in evaluation mode
+    and without gradients. Entries of the store are told apart by the encoder's code, attributes, hooks and weights
+    (`lightspan.features.description` says what of them is not followed), the layer, the transforms, and some of the
+    samples as the encoder gets them.
 
     Args:
         encoder: the network or method.
@@ -40,9 +40,9 @@ class Encoded(Input):
         split: "bank" (training samples without augmentation), "val" or "test".
         field: of the batch, for an encoder without `features`.
         transforms: applied in order to that field as one batch: a resize, a normalisation.
-        layer: name of a module inside the encoder whose output is taken instead.
-        pool: what becomes of positions, [B T D] or [B D H W]: their "mean", prefix tokens included; the
-            "first" token; or "none" keeps them.
+        layer: counted as `lightspan.nn.tokens` counts layers, whose output is taken instead; -1 is the last.
+        pool: what becomes of tokens, as `lightspan.nn.tokens.Tokens` arranges them: their "mean", the "first", or
+            "none" keeps them.
         dtype: of the features on disk.
     """
 
@@ -53,17 +53,17 @@ class Encoded(Input):
         split: Literal["bank", "val", "test"] = "bank",
         field: str = "image",
         transforms: list[nn.Module] | None = None,
-        layer: str | None = None,
+        layer: int | None = None,
         pool: Pool = "mean",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        if layer is not None and layer not in (names := [name for name, _ in encoder.named_modules() if name]):
-            raise UserError(f"layer={layer!r} is no module of {type(encoder).__name__}; it has {', '.join(names[:40])}")
+        if layer is not None and not hasattr(encoder, "token_features"):
+            chosen_layers(encoder, [layer])
         self.encoder, self.data, self.split, self.field = encoder, data, split, field
         self.transforms, self.layer, self.pool, self.dtype = list(transforms or ()), layer, pool, dtype
         if self.transforms and self._is_method():
             raise UserError(
-                f"transforms go before a network, and {type(encoder).__name__} takes the whole batch itself; leave "
+                f"transforms go before a network, but {type(encoder).__name__} takes the whole batch itself; leave "
                 "transforms out, or name its network as the encoder"
             )
 
@@ -79,9 +79,9 @@ class Encoded(Input):
         return f"features of {key['data']['count']} samples, {what} at {store.entry(key)}"
 
     def key(self, loader: Any) -> dict[str, Any]:
-        """What these features depend on, the same on every rank: the first one looks at the samples for all.
+        """What these features depend on, the same on every rank: the first one reads the samples for all.
 
-        Raises: UserError where ranks have different encoders, or ones that `Description` cannot describe.
+        Raises: UserError if ranks have different encoders, or ones that `Description` cannot describe.
         """
         with together("describe the encoder"):
             encoder, *transforms = (module_identity(module) for module in (self.encoder, *self.transforms))
@@ -90,8 +90,8 @@ class Encoded(Input):
         with together("describe the same encoder"):
             if digest != first:
                 raise UserError(
-                    f"{type(self.encoder).__name__} of rank {rank()} is another one than that of rank 0, by its "
-                    "weights, attributes or transforms; seed it alike everywhere, and keep ranks and devices out of it"
+                    f"{type(self.encoder).__name__} of rank {rank()} differs from that of rank 0 in its "
+                    "weights, attributes or transforms; seed it equally everywhere and keep ranks and devices out of it"
                 )
         data = data_identity(self.data, loader)
         data["sha256"] = digest_of_first_rank(data["sha256"])
@@ -100,7 +100,7 @@ class Encoded(Input):
             "transforms": transforms,
             "reads": None if self._is_method() else self.field,
             "layer": self.layer,
-            "pool": self.pool,
+            "tokens": self.pool,
             "dtype": self.dtype,
             "data": data,
             "split": self.split,
@@ -120,7 +120,7 @@ class Encoded(Input):
         try:
             for batch in loader:
                 if "index" not in batch:
-                    raise UserError(f"a batch for the feature store has no index: it holds {sorted(batch)}")
+                    raise UserError(f"a batch for the feature store has no index: it contains {sorted(batch)}")
                 left = [i for i, index in enumerate(batch["index"].tolist()) if index not in done]
                 if not left:
                     continue
@@ -137,29 +137,27 @@ class Encoded(Input):
                 part.training = training
 
     def _encode(self, batch: Any) -> Tensor:
-        tapping = [] if self.layer is None else [self.encoder.get_submodule(self.layer)]
-        with tapped(tapping) as outputs:
-            if self._is_method():
-                x = self.encoder.features(batch)  # type: ignore[operator]
-            else:
-                if self.field not in batch:
-                    raise UserError(f"a batch has no {self.field!r}; it holds {sorted(batch)}; set field")
-                x = batch[self.field]
-                for transform in self.transforms:
-                    x = transform(x)
-                x = self.encoder(x)
-        if self.layer is not None:
-            if len(outputs) != 1:
-                raise UserError(f"layer {self.layer} ran {len(outputs)} times in one pass; name one that runs once")
-            x = outputs[0]
-        if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise UserError(f"{type(self.encoder).__name__} gave {got} as features, not floats [B, D]; set layer")
-        return pooled(x, self.pool)
+        if self.layer is None:
+            return pooled(self.encoder, self._run(batch), self.pool)
+        if (of_method := getattr(self.encoder, "token_features", None)) is not None:
+            (tokens,) = of_method(batch, [self.layer])
+        else:
+            (tokens,) = token_features(self.encoder, lambda: self._run(batch), [self.layer])
+        return _by(tokens, self.pool)
+
+    def _run(self, batch: Any) -> Any:
+        if self._is_method():
+            return self.encoder.features(batch)  # type: ignore[operator]
+        if self.field not in batch:
+            raise UserError(f"a batch has no {self.field!r}; it contains {sorted(batch)}; set field")
+        x = batch[self.field]
+        for transform in self.transforms:
+            x = transform(x)
+        return self.encoder(x)
 
     def _is_method(self) -> bool:
         features = getattr(self.encoder, "features", None)
-        return callable(features) and not isinstance(features, nn.Module)  # some networks call a part of them so
+        return callable(features) and not isinstance(features, nn.Module)  # some networks have a part of this name
 
 
 class FeatureFile(Input):
@@ -181,24 +179,28 @@ class FeatureFile(Input):
             with safe_open(file, "pt") as stored:
                 columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
         except SafetensorError as error:
-            raise UserError(f"{file} is no whole safetensors file ({error})") from error
+            raise UserError(f"{file} is not a complete safetensors file ({error})") from error
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
-            raise UserError(f"{file} holds {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
+            raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
         return Features(columns["features"], columns.get("label"), columns.get("index"), str(file))
 
     def outlook(self, store: FeatureStore) -> str:
         return f"features of {len(self.load(store))} samples in {self.path}"
 
 
-def pooled(x: Tensor, pool: Pool) -> Tensor:
-    """[B T D] or [B D H W] as [B D]; [B D] as it is. The mean is taken in float32 or wider."""
-    if x.ndim == 2 or pool == "none":
-        return x
-    if pool == "first":
-        if x.ndim != 3:
-            raise UserError(f"pool=first takes the first of the tokens [B, T, D], and got {list(x.shape)}; take mean")
-        return x[:, 0]
-    return wide(x).mean(dim=1) if x.ndim == 3 else wide(x).flatten(2).mean(dim=2)
+def pooled(encoder: nn.Module, x: Any, pool: Pool) -> Tensor:
+    """What an encoder gives as features, [B D] as it is.
+
+    Raises: UserError for anything but floats [B D], [B T D] or [B D H W].
+    """
+    if not isinstance(x, Tensor) or not 2 <= x.ndim <= 4 or not x.is_floating_point():
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"{type(encoder).__name__} gave {got} as features, not floats [B, D]; set layer")
+    return x if x.ndim == 2 else _by(arranged(encoder, x), pool)
+
+
+def _by(tokens: Tokens, pool: Pool) -> Tensor:
+    return {"mean": tokens.pooled, "first": tokens.first, "none": lambda: tokens.tokens_BTD}[pool]()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

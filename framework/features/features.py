@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Features:
-    """One row a sample, in the order of the samples' index; from a store they stay on disk until they are read.
+    """One row per sample, in the order of the samples' index; those from a store stay on disk until they are read.
 
     Attributes:
-        x: [N D], or [N T D] and the like where positions were kept; any float dtype.
-        label_N: the samples' labels, int64 [N] for classes; None where they have none.
-        index_N: int64 [N], rising: places in the data set.
-        key: what they are features of, as the store's manifest has it; empty where they come from elsewhere.
-    Raises: UserError for rows, labels and indices of different number.
+        x: [N D], or [N T D] and the like if positions were kept; any float dtype.
+        label_N: the samples' labels, int64 [N] for classes; None if they have none.
+        index_N: int64 [N], ascending: positions in the data set.
+        key: what they are features of, as in the store's manifest; empty if they come from elsewhere.
+    Raises: UserError if rows, labels and indices differ in number.
     """
 
     x: Tensor
@@ -47,19 +47,19 @@ class Features:
     def rows(self) -> Tensor:
         """[N D]. Raises: UserError for features that keep positions."""
         if self.x.ndim != 2:
-            raise UserError(f"this needs one vector a sample [N, D], and features are {list(self.x.shape)}; set pool")
+            raise UserError(f"this needs one vector per sample [N, D], but features are {list(self.x.shape)}; set pool")
         return self.x
 
     def classes(self) -> Tensor:
-        """int64 [N], each from 0. Raises: UserError where the samples have no labels, or none of this kind."""
+        """int64 [N], counted from 0. Raises: UserError if the samples have no labels, or other ones."""
         label = self.label_N
         if label is None or label.ndim != 1 or label.dtype != torch.int64 or (len(label) and int(label.min()) < 0):
             what = "none" if label is None else f"{label.dtype} {list(label.shape)}"
-            raise UserError(f"this needs the class of each sample as a whole number from 0, and the labels are {what}")
+            raise UserError(f"this needs the class of each sample as a whole number from 0, but the labels are {what}")
         return label
 
     def batches(self, size: int = 4096) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """This rank's share of the rows, (x, label) of `size` at a time; all ranks' shares are all rows, each once."""
+        """This rank's share of the rows, (x, label) of `size` at a time; all ranks together get each row once."""
         share = -(-len(self) // world_size())
         first, last = rank() * share, min(len(self), (rank() + 1) * share)
         for at in range(first, last, size):
@@ -80,7 +80,7 @@ class Features:
 class Input(ABC):
     """Something that a recipe names under `inputs` and a computation takes: features, weights, graphs, tables.
 
-    Settings belong to the constructor, which touches no file; `load` does the work. Every rank calls both.
+    Settings belong to the constructor, which opens no file; `load` does the work. Every rank calls both.
     """
 
     @abstractmethod
@@ -89,4 +89,4 @@ class Input(ABC):
 
     def outlook(self, store: "FeatureStore") -> str:
         """What `load` would do, in a few words, without doing it: for --dry-run."""
-        return f"{type(self).__name__}, not looked at"
+        return f"{type(self).__name__}, not inspected"

@@ -1,4 +1,4 @@
-"""What features depend on, as plain data: two equal descriptions give equal features, and any change another one."""
+"""What features depend on, as plain data: equal descriptions mean equal features, and any change shows."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from lightspan.features.description import Description, name_of
 
 SAMPLES_LOOKED_AT = 32
 _OF_RUNS = {"batch_size", "num_workers", "pin_memory", "prepare_data_per_node", "trainer"}
-"""Attributes of data that say how a computation is carried out, not what comes out of it."""
+"""Attributes of data that affect how a computation is carried out, not its result."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, np.generic, torch.dtype)
 
 
@@ -30,7 +30,7 @@ def module_identity(module: nn.Module) -> dict[str, Any]:
 
 
 def data_identity(data: object, loader: Any) -> dict[str, Any]:
-    """Class and plain settings of what makes the samples, their number, and the sha256 of some of them as an encoder
+    """Class and plain settings of what makes the samples, their number, and the sha256 of some samples as an encoder
     gets them: preprocessing that changes pixels changes it, wherever it is set.
     """
     dataset: Any = getattr(loader, "dataset", None)
@@ -49,7 +49,7 @@ def data_identity(data: object, loader: Any) -> dict[str, Any]:
 
 
 def _settings(data: object) -> dict[str, str]:
-    """The public attributes that are plain. Others, such as an opened data set, show in the samples."""
+    """The public attributes that are plain. Others, such as an opened data set, affect the samples."""
     settings = {name: value for name, value in sorted(vars(data).items()) if not name.startswith("_")}
     return {name: _sha256(value, name) for name, value in settings.items() if name not in _OF_RUNS and _is_plain(value)}
 

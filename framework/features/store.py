@@ -1,10 +1,10 @@
-"""The feature store: what an encoder makes of a data set, computed once and read from disk ever after.
+"""The feature store: what an encoder makes of a data set, computed once and then read from disk.
 
 Each key has a folder, named by its sha256. In it, `entry` holds `features.safetensors` with the tensors `features`,
 `index` and, where there are any, `label`, sorted by index, and COMPLETE, the manifest of a checkpoint folder with the
-key in it. It appears whole or not at all; while it is computed, each rank puts what it has into `parts` beside it, and
-a computation that was cut off goes on from those. A changed key is another folder: an entry is as fresh as its key is
-complete, see `lightspan.features.encoded`. To make room, delete any of them.
+key. It appears complete or not at all; while it is computed, each rank writes what it has to `parts` beside it, and
+an interrupted computation continues from those. A changed key is another folder: an entry is up to date if its key is
+complete, see `lightspan.features.encoded`. To free space, delete any of them.
 
 Shapes: N samples, B samples of a batch, D features.
 """
@@ -32,7 +32,7 @@ from lightspan.tensor_files import Form, write_tensors
 
 SETTING = "--features"
 ENTRY, CONTENT, PARTS, LOCK = "entry", "features.safetensors", "parts", "lock"
-PART_BYTES = 2**26  # in memory before they are written
+PART_BYTES = 2**26  # collected in memory before they are written
 ROWS_AT_A_TIME = 4096
 GIB = 2**30
 
@@ -41,10 +41,10 @@ Rows = Mapping[str, Tensor]
 
 
 class FeatureStore:
-    """A folder of entries that any number of runs share. The constructor touches nothing.
+    """A folder of entries that any number of runs share. The constructor opens no file.
 
     Args:
-        folder: None takes $XDG_CACHE_HOME/lightspan/features, usually below ~/.cache.
+        folder: None means $XDG_CACHE_HOME/lightspan/features, usually below ~/.cache.
         limit_gib: of one entry; a larger one is refused before it fills the disk.
         device: where encoders compute.
         verify: compare the sha256 of an entry's content whenever it is opened; sizes are always compared.
@@ -64,19 +64,19 @@ class FeatureStore:
         return self.folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40] / ENTRY
 
     def holds(self, key: Mapping[str, Any]) -> bool:
-        """Whether the entry is there and whole."""
+        """Whether the entry exists and is complete."""
         entry = self.entry(key)
         return (entry / COMPLETE).is_file() and fault(entry, contents=self.verify) is None
 
     def get(self, key: Mapping[str, Any], compute: Callable[[set[int]], Iterable[Rows]]) -> Features:
-        """The features of a key, computed where the store does not hold them. All ranks call it together.
+        """The features of a key, computed if they are not in the store. All ranks call it together.
 
         Args:
             key: the same on every rank.
-            compute: given the indices of samples that are done, yields the rows of this rank's other ones, in batches.
-                A sample that comes twice counts once.
-        Raises: UserError, on every rank, where the disk is full, the entry would pass the limit, or there is no sample;
-            whatever `compute` raises, and a UserError on the ranks where it did not.
+            compute: given the indices of samples that are done, yields the rows of this rank's others, in batches.
+                A sample that appears twice counts once.
+        Raises: UserError, on every rank, if the disk is full, the entry would exceed the limit, or there is no sample;
+            whatever `compute` raises, and a UserError on the ranks where it did not raise.
         """
         with self._alone(key):
             if not first_rank_says(lambda: self.holds(key)):
@@ -105,10 +105,10 @@ class FeatureStore:
             self._write_part(parts, held, before + (mine + sum(map(_bytes, held))) * world_size())
 
     def _write_part(self, parts: Path, held: list[Rows], total: int) -> None:
-        """`total` bytes are those of all ranks, as far as one of them can tell."""
+        """`total` bytes are those of all ranks, as far as one of them knows."""
         if total > self.limit_bytes:
             raise UserError(
-                f"these features pass {self.limit_bytes / GIB:g} GiB, the limit of an entry; pool them, store "
+                f"these features exceed {self.limit_bytes / GIB:g} GiB, the limit of an entry; pool them, store "
                 "bfloat16, take fewer samples, or raise --features-limit"
             )
         columns = {name: _joined(name, held) for name in held[0]}
@@ -118,7 +118,7 @@ class FeatureStore:
             write_tensors(temporary, forms, columns.items(), {"format": "pt"})
 
     def _assemble(self, key: Mapping[str, Any], parts: Path) -> None:
-        """One sorted file of all parts; of their numbers no more than some thousand rows are in memory."""
+        """One sorted file of all parts; at most a few thousand rows are in memory at a time."""
         paths = sorted(parts.glob("*.safetensors"))
         index = [_column(path, "index") for path in paths]
         lengths = torch.tensor([len(column) for column in index], dtype=torch.int64)
@@ -145,14 +145,14 @@ class FeatureStore:
     def _open(self, key: Mapping[str, Any]) -> Features:
         entry = self.entry(key)
         if reason := fault(entry, contents=False):
-            raise UserError(f"the features at {entry} {reason.text}; delete that folder, and they are computed anew")
+            raise UserError(f"the features at {entry} {reason.text}; delete that folder, and they are computed again")
         columns = {name: _column(entry / CONTENT, name) for name in _names(entry / CONTENT)}
         key_text = json.dumps((manifest(entry) or {}).get("key"), sort_keys=True)
         return Features(columns["features"], columns.get("label"), columns["index"], key_text)
 
     @contextmanager
     def _alone(self, key: Mapping[str, Any]) -> Iterator[None]:
-        """Holds the entry for the ranks of one run; another run that wants it too waits, and then finds it."""
+        """Locks the entry for the ranks of one run; another run that wants it too waits, and then finds it."""
         folder = self.entry(key).parent
         lock = FileLock(folder / LOCK)
         try:
@@ -171,27 +171,27 @@ class FeatureStore:
 def _require_rows(rows: Rows) -> None:
     lengths = {name: len(column) for name, column in rows.items()}
     if not {"features", "index"} <= rows.keys() or len(set(lengths.values())) > 1:
-        raise UserError(f"rows for a feature store need `features` and `index` of one length, and have {lengths}")
+        raise UserError(f"rows for a feature store need `features` and `index` of the same length, but have {lengths}")
     index = rows["index"]
     if index.dtype != torch.int64 or index.ndim != 1:
-        raise UserError(f"the index of samples must be int64 [B], and is {index.dtype} {list(index.shape)}")
+        raise UserError(f"the index of samples must be int64 [B], but is {index.dtype} {list(index.shape)}")
 
 
 def _joined(name: str, held: Sequence[Rows]) -> Tensor:
     columns = [rows[name] for rows in held if name in rows]
     if len(columns) < len(held):
-        raise UserError(f"some samples have a {name} and some have none; give it to all, or to none")
+        raise UserError(f"some samples have a {name} and some have none; give one to all, or to none")
     _one_form(name, columns)
     return torch.cat([column.detach().cpu() for column in columns])
 
 
 def _one_form(name: str, columns: Sequence[Tensor]) -> Tensor:
-    """The first of them. Raises: UserError where samples differ in shape or dtype."""
+    """The first column. Raises: UserError if samples differ in shape or dtype."""
     for column in columns:
         if column.shape[1:] != columns[0].shape[1:] or column.dtype != columns[0].dtype:
             raise UserError(
                 f"{name} of one sample is {list(columns[0].shape[1:])} in {columns[0].dtype}, of another "
-                f"{list(column.shape[1:])} in {column.dtype}; a store needs one form: pool, or resize the samples"
+                f"{list(column.shape[1:])} in {column.dtype}; a store needs a single form: pool, or resize the samples"
             )
     return columns[0]
 
@@ -214,10 +214,10 @@ def _names(path: Path) -> list[str]:
 
 
 def _column(path: Path, name: str) -> Tensor:
-    """A tensor of a file, mapped: its numbers are read when they are used. Raises: UserError for a damaged file."""
+    """A tensor of a file, memory-mapped: numbers are read when they are used. Raises: UserError for a damaged file."""
     with _opened(path) as file:
         if name not in file.keys():  # noqa: SIM118 - no mapping
-            raise UserError(f"{path} holds no {name!r}; delete its folder, and the features are computed anew")
+            raise UserError(f"{path} contains no {name!r}; delete its folder, and the features are computed again")
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -229,5 +229,5 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); delete its folder, and the features are computed anew"
+            f"{path} cannot be read ({error}); delete its folder, and the features are computed again"
         ) from error

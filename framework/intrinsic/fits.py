@@ -1,4 +1,4 @@
-"""The runs of a search: each is the recipe with a subspace, seeds and a rate, in a folder of its own."""
+"""The runs of a search: each is the recipe with a subspace, seeds and a learning rate, in its own folder."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
-from lightspan.intrinsic.search import LOG, Fit, Settings
+from lightspan.intrinsic.search import Fit, Settings
 from lightspan.report.compare import differences
 from lightspan.report.runs import load_run
-from lightspan.run_files import METRICS, SUMMARY
+from lightspan.run_files import METRICS, OUTPUT, REFERENCES, SUBSPACE, SUMMARY
 from lightspan.runs.fits import fit_command, last_lines, run_side_by_side
 
 CALLBACK = "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension"
@@ -25,13 +25,13 @@ def require_rate(resolved: Resolved, key: str) -> None:
     if key not in resolved.sources:
         rates = [path for path in resolved.sources if path.split(".")[-1] == "lr"]
         raise UserError(
-            f"--lrs sets {key}, and {resolved.name} has no such key; name it with --lr-key"
+            f"--lrs sets {key}, but {resolved.name} has no such key; name it with --lr-key"
             + (f", for example {rates[0]}" if rates else "")
         )
 
 
 def train(resolved: Resolved, settings: Settings, fits: Sequence[Fit]) -> dict[Fit, float]:
-    """Runs that stand finished in the folder are kept, all others are done anew, `workers` at a time."""
+    """Finished runs in the folder are kept, all others are started afresh, `workers` at a time."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -42,7 +42,7 @@ def train(resolved: Resolved, settings: Settings, fits: Sequence[Fit]) -> dict[F
         remove(runs / fit.name)
         recipe = runs / f"{fit.name}.yaml"
         write_atomic(recipe, recipe_of(resolved, settings, fit))
-        commands.append((fit_command(recipe, runs / fit.name, resolved.allow_modules), runs / fit.name / LOG))
+        commands.append((fit_command(recipe, runs / fit.name, resolved.allow_modules), runs / fit.name / OUTPUT))
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(settings.workers)}
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -66,7 +66,7 @@ def _threads(workers: int) -> str:
 
 
 def _finished(resolved: Resolved, settings: Settings, fit: Fit) -> bool:
-    """Whether the folder holds this run, whole. Raises: UserError where it holds another run of that name."""
+    """Whether the folder contains this run, complete. Raises: UserError if it contains another run of that name."""
     folder = settings.out / "runs" / fit.name
     try:
         finished = json.loads((folder / SUMMARY).read_text())["finished"] is True
@@ -79,8 +79,8 @@ def _finished(resolved: Resolved, settings: Settings, fit: Fit) -> bool:
         found = differences([yaml.safe_load(recipe.read_text()), yaml.safe_load(wanted)])
         lines = "\n".join(f"  {key}: {before} -> {now}" for key, (before, now) in found[:10])
         raise UserError(
-            f"{settings.out} holds a search with other settings (then -> now, in {fit.name}):\n{lines}\n"
-            "Put them back, or give another --out DIR"
+            f"{settings.out} contains a search with other settings (then -> now, in {fit.name}):\n{lines}\n"
+            "Restore them, or give another --out DIR"
         )
     return finished
 
@@ -90,7 +90,7 @@ def recipe_of(resolved: Resolved, settings: Settings, fit: Fit) -> str:
 
 
 def layer(resolved: Resolved, settings: Settings, fit: Fit) -> dict[str, Any]:
-    """What a run changes in the recipe: seeds, subspace and rate, and nothing is kept that a torn run would need."""
+    """What a run changes in the recipe: seeds, subspace and rate; and nothing is kept for resuming."""
     trainer = resolved.config.get("trainer", {})
     callbacks, loggers = (trainer.get(kind) for kind in ("callbacks", "logger"))
     callbacks, loggers = (given if isinstance(given, dict) else {} for given in (callbacks, loggers))
@@ -103,7 +103,7 @@ def layer(resolved: Resolved, settings: Settings, fit: Fit) -> dict[str, Any]:
     if fit.dim is not None:
         settings_of = {"dim": fit.dim, "seed": fit.drawn(), "projection": {"class_path": settings.projection}}
         settings_of |= {"layer_scales": True} if settings.layer_scales else {}
-        changed[ENTRY] = {"class_path": CALLBACK, "init_args": settings_of | {"path": "${run}/subspace.safetensors"}}
+        changed[ENTRY] = {"class_path": CALLBACK, "init_args": settings_of | {"path": f"${{run}}/{SUBSPACE}"}}
     jsonl = {"class_path": "lightspan.loggers.jsonl.JsonlLogger", "init_args": {"save_dir": "${run}"}}
     logger = {**{name: None for name in loggers if name != "jsonl"}, "jsonl": jsonl}
     found: dict[str, Any] = {
@@ -124,7 +124,7 @@ def _is_subspace(entry: Any) -> bool:
 
 
 def _value(folder: Path, metric: str) -> float:
-    """The last value of the metric; NaN where the run logged none."""
+    """The last value of the metric; NaN if the run logged none."""
     if not (folder / METRICS).is_file() or not (folder / SUMMARY).is_file():
         return math.nan
     points = load_run(folder, folder.name).points(metric)
@@ -133,24 +133,24 @@ def _value(folder: Path, metric: str) -> float:
 
 def references_of(resolved: Resolved, settings: Settings) -> dict[str, Any]:
     """What needs no training, kept in references.json. Raises: UserError for a metric that validation does not log, and
-    for a grid beyond the weights.
+    for a grid beyond the number of weights.
     """
     from lightspan.intrinsic.references import references
 
     direct = with_layer(resolved, layer(resolved, settings, Fit(None, settings.lrs[0], 0)))
-    path, wanted = settings.out / "references.json", {"recipe": dump(direct.document()), "seeds": settings.seeds}
+    path, wanted = settings.out / REFERENCES, {"recipe": dump(direct.document()), "seeds": settings.seeds}
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         found = {}
     if {key: found.get(key) for key in wanted} != wanted:
-        print("measuring what needs no training: the untrained network, a linear probe on its features", flush=True)
+        print("measuring what needs no training: the untrained network and a linear probe on its features", flush=True)
         seeds = {seed: Fit(0, None, seed).drawn() for seed in range(settings.seeds)}
         found = references(direct, seeds, settings.metric) | wanted
         write_atomic(path, json.dumps(found, indent=2) + "\n")
     if settings.grid[-1] > found["parameters"]:
         raise UserError(
-            f"--grid ends at {settings.grid[-1]:,}, and {resolved.name} trains {found['parameters']:,} weights; a "
-            "subspace has at most as many dimensions"
+            f"--grid ends at {settings.grid[-1]:,}, but {resolved.name} trains {found['parameters']:,} weights; a "
+            "subspace can have at most that many dimensions"
         )
     return found

@@ -1,4 +1,4 @@
-"""What an intrinsic dimension is read against and needs no training: figures of the network as it starts."""
+"""What an intrinsic dimension is compared with and needs no training: figures of the untrained network."""
 
 from collections import Counter
 from typing import Any
@@ -8,11 +8,11 @@ from lightspan.errors import UserError
 
 
 def references(resolved: Resolved, seeds: dict[int, int], metric: str) -> dict[str, Any]:
-    """Figures of the untrained network, one for each seed where the seed matters.
+    """Figures of the untrained network, one for each seed if the seed matters.
 
     Returns: "untrained" {seed: metric}, that is d = 0; "linear_probe", the mean accuracy of logistic regression on the
-    frozen features, None where module or data have none; "constant_answer", the share of the most frequent class among
-    the validation samples, None where batches have no label; "parameters", numbers that train.
+    frozen features, None if module or data have none; "constant_answer", the share of the most frequent class among
+    the validation samples, None if batches have no label; "parameters", how many numbers train.
 
     Args:
         seeds: {seed: seed_everything}.

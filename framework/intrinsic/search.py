@@ -1,7 +1,7 @@
-"""The search for d90: the baseline, then a grid of dimensions, each at the best of several rates.
+"""The search for d90: the baseline, then a grid of dimensions, each at the best of several learning rates.
 
-Source: Li et al. 2018, arXiv 1804.08838, section 2: for growing d the recipe is trained in theta_0 + P z with z of d
-numbers, fresh theta_0 and P for each d and seed; d90 is the first d of the grid whose mean performance is on the line.
+Source: Li et al. 2018, arXiv 1804.08838, section 2: for increasing d the recipe is trained in theta_0 + P z with z of d
+numbers, fresh theta_0 and P for each d and seed; d90 is the first d of the grid whose mean reaches the line.
 """
 
 import hashlib
@@ -14,16 +14,15 @@ from typing import Any, Literal
 
 from lightspan.errors import UserError
 from lightspan.intrinsic.curve import Curve, Point, target
+from lightspan.run_files import OUTPUT
 
 TUNING_SEED = -1
-"""Rates are compared on a seed of their own, which no reported figure is of."""
-LOG = "output.txt"
-"""What a run says, in its folder."""
+"""Rates are compared on a separate seed, from which no figure is reported."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The search; `lrs` is [None] where the recipe's own rate stands."""
+    """The search; `lrs` is [None] if the recipe's own rate is used."""
 
     grid: list[int]
     threshold: float
@@ -54,7 +53,7 @@ class Fit:
         return f"{where}{rate}-" + ("tuning" if self.seed == TUNING_SEED else f"seed{self.seed}")
 
     def drawn(self) -> int:
-        """The seed of theta_0 and of P: another one for each dimension, the same for all rates."""
+        """The seed of theta_0 and of P: different for each dimension, the same for all rates."""
         return int.from_bytes(hashlib.sha256(f"{self.dim}/{self.seed}".encode()).digest()[:4], "big") >> 1
 
 
@@ -63,7 +62,7 @@ Train = Callable[[Sequence[Fit]], dict[Fit, float]]
 
 
 def search(settings: Settings, references: Mapping[str, Any], train: Train) -> Curve:
-    """The baseline, then the grid: all of it, or up to the line with `stop_early`. Raises: UserError when every
+    """The baseline, then the grid: all of it, or with `stop_early` up to the line. Raises: UserError if every
     run of the baseline fails.
     """
     untrained = {int(seed): value for seed, value in references["untrained"].items()}
@@ -71,7 +70,7 @@ def search(settings: Settings, references: Mapping[str, Any], train: Train) -> C
     if not baseline.values:
         raise UserError(
             f"no run of the baseline finished with a value of {settings.metric}; the last lines of each are in "
-            f"{settings.out / 'runs'}/direct*/{LOG}"
+            f"{settings.out / 'runs'}/direct*/{OUTPUT}"
         )
     line = target(settings.threshold, settings.mode, baseline.mean, mean(untrained.values()))
     curve = Curve(settings.mode, line, baseline, {})
@@ -86,7 +85,7 @@ def search(settings: Settings, references: Mapping[str, Any], train: Train) -> C
 
 
 def measure(settings: Settings, dims: Sequence[int | None], train: Train) -> dict[Any, Point]:
-    """The best rate of each dimension by the tuning seed, where there is a choice, and the seeds at that rate."""
+    """The best rate of each dimension by the tuning seed, if there is a choice, and the seeds at that rate."""
     tried: dict[Fit, float] = {}
     if len(settings.lrs) > 1:
         tried = train([Fit(dim, lr, TUNING_SEED) for dim in dims for lr in settings.lrs])

@@ -1,4 +1,4 @@
-"""A run that somebody else will start: how many ranks, on what, for how long, and how long it may take to leave."""
+"""A run that another program will start: how many ranks, on what, for how long, and how long it may take to stop."""
 
 import math
 import re
@@ -8,9 +8,9 @@ from typing import Any
 from lightspan.errors import UserError
 
 LEAVING_S = 30
-"""Seconds beyond the budget of a checkpoint: one step to finish before it, and the ranks' way out after it."""
+"""Seconds beyond the budget of a checkpoint: to finish one step before it and end the ranks after it."""
 RESTARTS = 3
-"""How often a launcher starts a run again that failed. A run that was preempted does not count, where one can tell."""
+"""How often a launcher restarts a run that failed. A preempted run does not count, if the launcher can tell."""
 
 _PREEMPTION = "lightspan.callbacks.resilience.preemption.Preemption"
 _BUDGET_S, _EXIT_CODE = 60.0, 143  # the callback's defaults, which cannot be read without torch; a test compares them
@@ -27,10 +27,10 @@ class Job:
         run: the absolute run folder.
         workdir: the absolute folder that paths among the arguments are relative to.
         nodes, ranks_per_node: >= 1.
-        gpus: whether each rank has a GPU of its own.
+        gpus: whether each rank has its own GPU.
         cores: processor cores a rank keeps busy, its data workers included.
-        preemption: how the run leaves when it is told to; None where nothing in it obeys a signal.
-        time: time limit in SLURM's words, or None for the cluster's own.
+        preemption: how the run stops when it is asked to; None if nothing in it obeys a signal.
+        time: time limit in SLURM's notation, or None for the cluster's own.
         image: container image, or None.
         wandb: whether the run logs to Weights & Biases.
     """
@@ -55,8 +55,8 @@ class Leave:
 
     Attributes:
         callback: its name in the recipe.
-        budget_s: whole seconds from the signal to a whole checkpoint.
-        exit_code: status of a run that left because it was told to.
+        budget_s: whole seconds from the signal to a complete checkpoint.
+        exit_code: status of a run that stopped because it was asked to.
     """
 
     callback: str
@@ -65,12 +65,12 @@ class Leave:
 
     @property
     def grace_s(self) -> int:
-        """Seconds that a launcher has to leave between its signal and the end."""
+        """Seconds that a launcher must allow between its signal and the end."""
         return self.budget_s + LEAVING_S
 
 
 def leave_of(config: dict[str, Any]) -> Leave | None:
-    """How a resolved configuration leaves, or None where it has no `Preemption` callback. Raises: UserError."""
+    """How a resolved configuration stops, or None if it has no `Preemption` callback. Raises: UserError."""
     for name, spec in (config.get("trainer", {}).get("callbacks") or {}).items():
         if spec.get("class_path") == _PREEMPTION:
             settings = spec.get("init_args") or {}
@@ -93,7 +93,7 @@ def cores_of(config: dict[str, Any]) -> int:
 def job_name(*parts: str) -> str:
     """Lower-case letters, digits and dashes out of any text: a name for SLURM and a DNS label for Kubernetes.
 
-    At most 40 characters, since Kubernetes makes host names of up to 63 out of it; of longer texts the end is kept.
+    At most 40 characters, since Kubernetes makes host names of up to 63 from it; longer texts keep their end.
     """
     text = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
     name = text if len(text) <= 40 else text[-40:].lstrip("-")
@@ -102,7 +102,7 @@ def job_name(*parts: str) -> str:
 
 
 def seconds(time: str) -> int:
-    """A time limit in SLURM's words as seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises: UserError."""
+    """A time limit in SLURM's notation as seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises: UserError."""
     match = _TIME.fullmatch(time)
     if match is None:
         raise UserError(f"--time {time!r} is not a time; write minutes, H:M:S or D-H:M:S, for example 12:00:00")

@@ -1,6 +1,6 @@
 """Kubernetes manifests as plain data: a Job for one node, a JobSet for several, or a PyTorchJob of Kubeflow.
 
-The checked configuration travels as a ConfigMap, so the cluster runs what was checked, whatever recipes the image has.
+The checked configuration goes in as a ConfigMap, so the cluster runs what was checked, whatever recipes the image has.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ KINDS = ("job", "jobset", "pytorchjob")
 RUNS = "/runs"
 RECIPES = "/etc/lightspan"
 USER = 10001
-"""The user of docker/Dockerfile; volumes are given to the group of the same number."""
+"""The user of docker/Dockerfile; volumes belong to the group of the same number."""
 WANDB_SECRET = "lightspan-wandb"
 """Name of the Secret whose entry WANDB_API_KEY the pods read; without it runs log offline."""
 
-_SHARED_MEMORY_GIB = 2  # a rank: batches on their way from data workers, and NCCL's buffers
+_SHARED_MEMORY_GIB = 2  # per rank: batches from data workers, and NCCL's buffers
 _FILE = "recipe.yaml"
 _PORT = 29500
-_USER_ERROR = 2  # exit status of a mistake that a second start would meet again
+_USER_ERROR = 2  # exit status of a mistake that a restart would meet again
 _KEPT_S = 7 * 24 * 3600
 
 Manifest = dict[str, Any]
@@ -60,7 +60,7 @@ def _job(job: Job, claim: str) -> Manifest:
     command = ["lightspan", *_literal(job.arguments)]
     if job.ranks_per_node > 1:
         command = ["torchrun", "--standalone", *_ranks(job)]
-    # A preempted run starts again however often; only failures count. torchrun ends with 1 whatever its ranks said.
+    # A preempted run restarts any number of times; only failures count. torchrun ends with 1 whatever its ranks say.
     ignored: list[Manifest] = [{"action": "Ignore", "onPodConditions": [_DISRUPTED]}]
     if job.preemption is not None:
         ignored.append({"action": "Ignore", "onExitCodes": {"operator": "In", "values": [job.preemption.exit_code]}})
@@ -76,8 +76,8 @@ def _job(job: Job, claim: str) -> Manifest:
 
 
 def _jobset(job: Job, claim: str) -> Manifest:
-    # Any pod that ends badly ends the inner Job, and the JobSet starts all of them anew from the last checkpoint:
-    # ranks cannot go on without one of them.
+    # Any pod that fails ends the inner Job, and the JobSet restarts all of them from the last checkpoint:
+    # ranks cannot continue without one of them.
     head = f"{job.name}-node-0-0.{job.name}:{_PORT}"
     template = {
         "spec": {
@@ -181,7 +181,7 @@ def _template(job: Job, command: list[str], claim: str, container: str = "lights
 
 
 def _container(job: Job, command: list[str], name: str) -> Manifest:
-    # One file and not a folder is mounted under the name the run shall have.
+    # A single file, not a folder, is mounted under the name that the run shall have.
     recipe = {"name": "recipe", "mountPath": job.arguments[1], "subPath": _FILE, "readOnly": True}
     resources: Manifest = {"requests": {"cpu": str(job.cores * job.ranks_per_node)}}
     if job.gpus:
@@ -208,13 +208,13 @@ def _container(job: Job, command: list[str], name: str) -> Manifest:
 
 
 def _environment(job: Job) -> list[Manifest]:
-    # The root file system is read-only: caches go where a pod may write.
+    # The root file system is read-only: caches go to places where a pod may write.
     values = {"HOME": "/tmp", **torchrun.environment(job)}
     entries: list[Manifest] = [{"name": name, "value": value} for name, value in values.items()]
     if job.wandb:
         key = {"name": WANDB_SECRET, "key": "WANDB_API_KEY", "optional": True}
         entries.append({"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": key}})
-        # The image says offline; a run without a key stays so by itself.
+        # The image sets offline mode; a run without a key stays offline anyway.
         entries.append({"name": "WANDB_MODE", "value": "online"})
     return entries
 

@@ -1,4 +1,4 @@
-"""A rank ends with the launcher that started it: without one nobody would end it, or start it again."""
+"""A rank ends with the launcher that started it: without it nothing would end the rank or restart it."""
 
 import ctypes
 import os
@@ -11,8 +11,8 @@ _PR_SET_PDEATHSIG = 1
 def end_with_launcher(number: signal.Signals = signal.SIGTERM) -> bool:
     """Asks the kernel for a signal when the parent ends; returns whether it will send one.
 
-    Only for ranks that torchrun, Lightning or `lightspan` started, on Linux: a run that was started by a shell goes on
-    when the shell ends, and SLURM ends its tasks itself. By default the warning of a scheduler, so that the run leaves
+    Only for ranks that torchrun, Lightning or `lightspan` started, on Linux: a run that a shell started continues
+    when the shell ends, and SLURM ends its tasks itself. The default is a scheduler's warning, so that the run stops
     with a checkpoint.
     """
     if sys.platform != "linux" or not _started_by_launcher():

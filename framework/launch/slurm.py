@@ -12,13 +12,13 @@ from lightspan.launch.job import Job
 RUNTIMES = ("apptainer", "pyxis")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.,-]*")  # partitions, also several
 
-# A process that ignores a signal hands that on to the program it becomes: a warning that reaches a rank before
-# lightspan's own handler stands does not kill it.
+# A program inherits ignored signals from the process that executes it: a warning that reaches a rank before
+# lightspan's own handler is installed does not kill it.
 _SHIELDED = ("bash", "-c", 'trap "" USR1 && exec "$@"', "rank")
 
 
 def batch_script(job: Job, partition: str | None = None, runtime: str = "apptainer") -> str:
-    """The script for `sbatch`; everything that came from outside is quoted or of a plain alphabet.
+    """The script for `sbatch`; everything from outside is quoted or restricted to plain characters.
 
     Args:
         job: what to run.
@@ -29,7 +29,7 @@ def batch_script(job: Job, partition: str | None = None, runtime: str = "apptain
     rules = "\n".join(f"#SBATCH --{rule}" for rule in _rules(job, partition))
     command = shlex.join(_step(job, runtime))
     return f"""#!/bin/bash
-# Rendered by lightspan {__version__}. Submit it with sbatch; submitted again, the run goes on from its last checkpoint.
+# Rendered by lightspan {__version__}. Submit it with sbatch; submitted again, it continues from its last checkpoint.
 {rules}
 set -euo pipefail
 cd -- {shlex.quote(job.workdir)}
@@ -50,18 +50,18 @@ def _rules(job: Job, partition: str | None) -> list[str]:
         rules.append(f"time={job.time}")
     if partition is not None:
         if not _PLAIN.fullmatch(partition):
-            raise UserError(f"--partition {partition!r}: a name has letters, digits, '_', '-' and '.'; see sinfo")
+            raise UserError(f"--partition {partition!r}: a name may have letters, digits, '_', '-' and '.'; see sinfo")
         rules.append(f"partition={partition}")
     rules += ["requeue", "open-mode=append"]
     if job.preemption is not None:
-        # Without B: the signal goes to the ranks and not to this shell, which would forward nothing.
+        # Without B: the signal goes to the ranks and not to this shell, which would not forward it.
         rules.append(f"signal=USR1@{job.preemption.grace_s}")
     return rules
 
 
 def _step(job: Job, runtime: str) -> list[str]:
-    # --wait: ranks that a dead one leaves hanging are ended. --kill-on-bad-exit would do so at once, and take a rank
-    # that leaves a moment after the others for one that failed.
+    # --wait: ends ranks that a dead one leaves hanging. --kill-on-bad-exit would do so at once, and treat a rank
+    # that stops a moment after the others as failed.
     step = ["srun", f"--wait={job.preemption.grace_s if job.preemption else 60}"]
     if job.cores > 1:
         step.append(f"--cpus-per-task={job.cores}")  # since SLURM 22.05 srun does not take it from the job
@@ -86,7 +86,7 @@ def _apptainer(job: Job, folders: Sequence[str]) -> list[str]:
 
 
 def _requeue(job: Job) -> str:
-    """A job that was cancelled never gets here: SLURM ends this shell together with the ranks."""
+    """A cancelled job never gets here: SLURM ends this shell together with the ranks."""
     if job.preemption is None:
         return ""
     return f"""if [[ "${{status}}" -eq {job.preemption.exit_code} ]]; then
@@ -96,8 +96,8 @@ fi
 
 
 def _flags(job: Job) -> list[str]:
-    """Flags a run needs in this script, which asks for the requeue itself, once all ranks have left.
+    """Flags a run needs in this script, which requests the requeue itself, after all ranks have stopped.
 
-    A rank that asked would be ended by SLURM at once, its loggers still open; and in a container it could not ask.
+    A rank that requested it would be ended by SLURM at once, with open loggers; and in a container it could not.
     """
     return [f"trainer.callbacks.{job.preemption.callback}.init_args.requeue_on=[]"] if job.preemption else []

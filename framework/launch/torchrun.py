@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lightspan.launch.job import RESTARTS, Job
 
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""Seconds between the signal that torchrun passes on to its ranks and SIGKILL; 30 without it, as in older torch."""
+"""Seconds between the signal that torchrun passes on to its ranks and SIGKILL; 30 if it is unset, as in older torch."""
 
 
 def local_command(job: Job) -> list[str]:
@@ -15,7 +15,7 @@ def local_command(job: Job) -> list[str]:
 
 
 def ranks(job: Job) -> list[str]:
-    """How many ranks torchrun starts here, and how often again after one of them died."""
+    """How many ranks torchrun starts here, and how often it restarts them after one died."""
     return [f"--nproc-per-node={job.ranks_per_node}", f"--max-restarts={RESTARTS}"]
 
 

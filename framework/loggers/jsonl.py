@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, readable by anything, also while the run goes on."""
+"""metrics.jsonl: one JSON object per line, readable by any program, also during the run."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from lightspan.run_files import METRICS
 
 
 class JsonlLogger(Logger):
-    """Appends {"step": int, "time_s": float, "<metric>": number, ...} to `save_dir`/metrics.jsonl, a line per call.
+    """Appends {"step": int, "time_s": float, "<metric>": number, ...} to `save_dir`/metrics.jsonl, one line per call.
 
-    `step` is Lightning's: the number of optimiser steps finished before the one that the line tells of. `time_s` are
-    seconds since fit began; a resumed run goes on from the last line that it kept. Every line is flushed. JSON has no
+    `step` is Lightning's: the number of optimiser steps finished before the one that the line describes. `time_s` are
+    seconds since fit began; a resumed run continues from the last line that it kept. Every line is flushed. JSON has no
     NaN and no infinity: such a value is written as null, so that a diverged run still leaves a readable file.
-    Only rank 0 writes. Hyperparameters are not kept here: the run folder's resolved.yaml holds the whole configuration.
+    Only rank 0 writes. Hyperparameters are not kept here: the run folder's resolved.yaml has the whole configuration.
 
     Args:
         save_dir: the run folder; made if missing.
@@ -72,7 +72,7 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def position(self) -> int:
-        """How many lines there are. They are on disk when this returns, so a checkpoint may promise them."""
+        """How many lines there are. They are on disk when this returns, so a checkpoint may rely on them."""
         file = self.experiment
         with explained_os_errors(self._path):
             os.fsync(file.fileno())
@@ -80,8 +80,8 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def rewind(self, step: int, lines: int | None = None) -> None:
-        """Drop the lines of `step` and later, those after the first `lines`, and a torn one: the file then reads as one
-        straight run.
+        """Drop the lines of `step` and later, those after the first `lines`, and a torn one: the file then reads like
+        one uninterrupted run.
 
         Called with the number of finished optimiser steps, and of lines, when a checkpoint is loaded for training.
         """
@@ -101,7 +101,7 @@ class JsonlLogger(Logger):
         with explained_os_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._lines = len(self._path.read_text().splitlines()) if self._path.exists() else 0
-            self._file = self._path.open("a", buffering=1)  # line buffered: a whole line leaves in one write
+            self._file = self._path.open("a", buffering=1)  # line buffered: a whole line is one write
 
     def _close(self) -> None:
         if self._file is not None:
@@ -110,7 +110,7 @@ class JsonlLogger(Logger):
 
 
 def plain_number(value: Any) -> int | float | bool | None:
-    """A JSON number from a Python, numpy or one-element tensor number; None where it is NaN or infinite."""
+    """A JSON number from a Python, numpy or one-element tensor number; None if it is NaN or infinite."""
     number = value if isinstance(value, (bool, int)) else float(value)
     return number if math.isfinite(number) else None
 

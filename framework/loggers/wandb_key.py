@@ -1,4 +1,4 @@
-"""Where a key for Weights & Biases is kept, by wandb's own rules. The key itself is not read into anything."""
+"""Where a key for Weights & Biases is kept, by wandb's own rules. The key itself is not kept anywhere."""
 
 import netrc
 import os
@@ -16,4 +16,4 @@ def wandb_key_place(environment: Mapping[str, str] = os.environ, home: Path | No
     try:
         return str(path) if netrc.netrc(path).authenticators(host) else None
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return None  # no such file, or nothing that wandb could read either
+        return None  # no such file, or one that wandb could not read either

@@ -1,4 +1,4 @@
-"""Averages and sums of models.
+"""Averages and sums of models. Negation and analogy are sums too: coefficients below 0, see `Scales`.
 
 Sources: Wortsman et al., "Model soups", 2022, arXiv 2203.05482 (averages); Ilharco et al., "Editing Models with Task
 Arithmetic", 2022, arXiv 2212.04089 (sums of task vectors).
@@ -20,16 +20,16 @@ from lightspan.tensor_files import Form
 
 
 class WeightedAverage(Merger):
-    """The mean of models, weighted. Equal models give themselves, bit for bit; the first checkpoint leads.
+    """The weighted mean of models. The mean of equal models is that model, bit for bit; the first checkpoint leads.
 
     Args:
-        weights: of each checkpoint by name, >= 0; brought to a sum of 1. None weighs all alike.
+        weights: of each checkpoint by name, >= 0; normalised to a sum of 1. None weights all equally.
     """
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         values = list((weights or {}).values())
         if weights is not None and not (all(0 <= w < math.inf for w in values) and sum(values) > 0):
-            raise UserError(f"WeightedAverage weights={weights} must be 0 or more, one of them above 0")
+            raise UserError(f"WeightedAverage weights={weights} must be 0 or more, and one of them above 0")
         self.weights = weights
 
     def leading(self, names: Sequence[str]) -> str:
@@ -50,18 +50,19 @@ class Coefficients(ABC):
 
     @abstractmethod
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
-        """[K], or [K *shape] for one an entry, float64; one for each task in their order.
+        """[K], or [K *shape] for one per entry, float64; one for each task, in the order of the tasks.
 
         Raises: UserError for a task that has none.
         """
 
 
 class Scales(Coefficients):
-    """One number a task, the same for all tensors.
+    """One number a task, the same for all tensors. Below 0 it unlearns the task; with a: -1, b: 1, c: 1 what makes b of
+    a is done to c (section 3 of the paper).
 
     Args:
         scale: of every task.
-        of_tasks: of single tasks by name, instead.
+        of_tasks: instead, for single tasks by name.
     """
 
     def __init__(self, scale: float = 0.3, of_tasks: dict[str, float] | None = None) -> None:
@@ -72,16 +73,16 @@ class Scales(Coefficients):
 
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
         if strange := self.of_tasks.keys() - set(tasks):
-            raise UserError(f"Scales names the task {min(strange)}; the tasks are {', '.join(tasks)}")
+            raise UserError(f"Scales names an unknown task {min(strange)}; the tasks are {', '.join(tasks)}")
         return torch.tensor([self.of_tasks.get(task, self.scale) for task in tasks], dtype=torch.float64)
 
 
 class StoredCoefficients(Coefficients):
-    """Coefficients that were learned: a safetensors file with one [K] or [K *shape] a tensor, by the tensor's name.
+    """Learned coefficients: a safetensors file with one [K] or [K *shape] per tensor, by the tensor's name.
 
     Args:
         path: of the file.
-        tasks: which row is whose.
+        tasks: the task of each row.
     """
 
     def __init__(self, path: str, tasks: list[str]) -> None:
@@ -131,7 +132,7 @@ class StoredMask(Mask):
 
 
 class TaskArithmetic(Merger):
-    """The base, plus what each task changed of it times a coefficient, perhaps through a mask. The base leads.
+    """The base, plus each task's change of it times a coefficient, perhaps through a mask. The base leads.
 
     Args:
         coefficients: of the task vectors; None takes `Scales()`.
@@ -139,22 +140,29 @@ class TaskArithmetic(Merger):
         base: name of the checkpoint that the tasks were trained from; all others are tasks.
     """
 
+    base: str
+
     def __init__(self, coefficients: Coefficients | None = None, mask: Mask | None = None, base: str = "base") -> None:
         self.coefficients, self.mask, self.base = coefficients or Scales(), mask, base
 
     def leading(self, names: Sequence[str]) -> str:
-        if self.base not in names or len(names) < 2:
-            raise UserError(
-                f"TaskArithmetic needs the checkpoint {self.base!r} that the tasks were trained from, and a task; got "
-                f"{', '.join(names) or 'none'}: name them under `checkpoints`, or set base"
-            )
-        return self.base
+        return require_base("TaskArithmetic", self.base, names)
 
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         tasks = [task for task in weights if task != self.base]
         coefficients = self.coefficients.of(name, form, tasks)
         mask = None if self.mask is None else self.mask.of(name, form)
         return in_span_as(form.dtype, weights[self.base], [weights[task] for task in tasks], coefficients, mask)
+
+
+def require_base(merger: str, base: str, names: Sequence[str]) -> str:
+    """The base itself. Raises: UserError unless it is among the checkpoints, beside a task."""
+    if base not in names or len(names) < 2:
+        raise UserError(
+            f"{merger} needs the checkpoint {base!r} that the tasks were trained from, and a task; got "
+            f"{', '.join(names) or 'none'}: name them under `checkpoints`, or set base"
+        )
+    return base
 
 
 def _stored(weights: Weights, name: str, what: str) -> Tensor:

@@ -1,11 +1,13 @@
-"""The weights of a checkpoint, tensor by tensor: of a run, a checkpoint file or folder, or safetensors.
+"""The weights of a checkpoint, tensor by tensor: of a run, a checkpoint file or folder, or safetensors files.
 
-Files stay on disk until a tensor is read, and its numbers are mapped, not copied.
+Files stay on disk until a tensor is read, and its numbers are memory-mapped, not copied.
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError
 from lightspan.files import require_regular_file
+from lightspan.run_files import CHECKPOINTS
 from lightspan.tensor_files import DTYPES, Form
 
-RUN_CHECKPOINTS = "checkpoints"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -29,36 +33,117 @@ class Weights(ABC):
         forms: shape and dtype of each, in the order of the checkpoint; names that share memory each have one.
         aliases: {name: the name that it shares its memory with}.
         origin: path and sha256, for the record.
+        home: the file or folder whose format the checkpoint has.
     """
 
     forms: dict[str, Form]
     aliases: dict[str, str]
     origin: dict[str, str]
+    home: Path
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor, whole; nobody writes into it."""
+        """The tensor, whole, perhaps in a wider dtype than it is stored in; nobody writes into it."""
+
+    @property
+    def is_huggingface(self) -> bool:
+        """Whether it is a folder as transformers writes it."""
+        return self.home.is_dir() and (self.home / "config.json").is_file()
 
 
 def open_weights(path: str | Path) -> Weights:
-    """The weights at a path: a safetensors file or a folder of them, a `.ckpt`, or a run folder (its newest whole one).
+    """The weights at a path: a safetensors file, a folder of them as Hugging Face writes it or any other, a `.ckpt`, or
+    a run folder (its newest whole one).
 
     Raises: UserError for what is none of these, or is damaged.
     """
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"checkpoint {place} does not exist; name a run folder, a .ckpt or a safetensors file")
+    if is_adapter(place):
+        raise UserError(f"{place} is an adapter, which changes a model and is none; name that model as the base")
     if place.is_dir() and not (place / COMPLETE).exists():
-        if files := sorted(place.glob("*.safetensors")):
+        if files := safetensors_of(place):
             return _Safetensors(place, files)
-        found, passed = newest_whole(place / RUN_CHECKPOINTS)
+        found, passed = newest_whole(place / CHECKPOINTS)
         if found is None:
             reasons = "; ".join(f"{one} {fault.text}" for one, fault in passed.items())
             raise UserError(
-                f"{place} holds no whole checkpoint and no safetensors file" + f": {reasons}" * bool(reasons)
+                f"{place} contains no complete checkpoint and no safetensors file" + f": {reasons}" * bool(reasons)
             )
         place = found
     return _Safetensors(place, [place]) if place.suffix == ".safetensors" else _Checkpoint(place)
+
+
+def is_adapter(place: Path) -> bool:
+    """Whether this is a folder of Hugging Face PEFT."""
+    return (place / "adapter_config.json").is_file()
+
+
+def shards_of(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file, as the index of a sharded Hugging Face folder has it; None for a folder without an index.
+
+    Raises: UserError for an index that is damaged, or names what lies outside the folder or is not there.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(shards.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of safetensors files ({error}); export the folder again") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+            raise UserError(f"{index} names {file!r:.80}, which is not in {folder}; the folder is not whole")
+    return dict(shards)
+
+
+def safetensors_of(folder: Path) -> list[Path]:
+    """The files that make up a folder's checkpoint: those of its index, or model.safetensors, or all there are."""
+    if (shards := shards_of(folder)) is not None:
+        return [folder / file for file in sorted(set(shards.values()))]
+    return [folder / WHOLE] if (folder / WHOLE).is_file() else sorted(folder.glob("*.safetensors"))
+
+
+class Statistics:
+    """Files of numbers by tensor name that belong to checkpoints, opened when they are first asked.
+
+    Args:
+        merger: who asks, for messages.
+        files: of each checkpoint by its name.
+    """
+
+    def __init__(self, merger: str, files: Mapping[str, str]) -> None:
+        self.merger, self.files = merger, dict(files)
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raises: UserError unless each of the checkpoints has its file."""
+        if not names or set(self.files) != set(names):
+            raise UserError(
+                f"{self.merger} has statistics of {', '.join(self.files) or 'none'}; the checkpoints are "
+                f"{', '.join(names) or 'none'}: each needs its own"
+            )
+
+    @cached_property
+    def _open(self) -> dict[str, Weights]:
+        return {name: open_weights(path) for name, path in self.files.items()}
+
+    def of(self, tensor: str, names: Sequence[str]) -> list[Tensor] | None:
+        """Those of one tensor, in the order of the checkpoints; None where no file has any.
+
+        Raises: UserError where some files have them and others do not.
+        """
+        having = [name for name in names if tensor in self._open[name].forms]
+        if not having:
+            return None
+        if len(having) < len(names):
+            lacking = next(name for name in names if name not in having)
+            raise UserError(
+                f"{self.files[lacking]} has nothing of {tensor}, which {self.files[having[0]]} has; compute both in "
+                "one way"
+            )
+        return [self._open[name].read(tensor) for name in names]
 
 
 class _Safetensors(Weights):
@@ -70,17 +155,19 @@ class _Safetensors(Weights):
             try:
                 file = safe_open(path, "pt").__enter__()
                 here = {name: _form(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-            except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch has not
-                raise UserError(f"{path} is no whole safetensors file ({error}); export it again") from error
+            except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch does not have
+                raise UserError(f"{path} is not a complete safetensors file ({error}); export it again") from error
             if again := sorted(self._files.keys() & here.keys()):
-                raise UserError(f"{place}: {again[0]} stands in two of its files; name one of them")
+                raise UserError(f"{place}: {again[0]} is in two of its files; name one of them")
             self._files |= dict.fromkeys(here, file)
             self.forms |= here
-            # Of tensors that share memory one is stored, and the metadata names the others.
+            # Of tensors that share memory only one is stored, and the metadata names the others.
             self.aliases |= {name: kept for name, kept in (file.metadata() or {}).items() if kept in here}
+        if absent := sorted((shards_of(place) or {}).keys() - self._files.keys()) if place.is_dir() else []:
+            raise UserError(f"{place / INDEX} promises {absent[0]}, which no file holds; the folder is not whole")
         self.forms |= {name: self.forms[kept] for name, kept in self.aliases.items()}
-        digest = _sha256(files[0]) if len(files) == 1 else _of_digests([_sha256(path) for path in files])
-        self.origin = {"path": str(place), "sha256": digest}
+        digest = sha256_of(files[0]) if len(files) == 1 else _of_digests([sha256_of(path) for path in files])
+        self.origin, self.home = {"path": str(place), "sha256": digest}, place
 
     def read(self, name: str) -> Tensor:
         name = self.aliases.get(name, name)
@@ -89,7 +176,7 @@ class _Safetensors(Weights):
 
 
 class _Checkpoint(Weights):
-    """A folder that several ranks wrote is read whole into memory; a file is mapped."""
+    """A folder that several ranks wrote is read completely into memory; a file is memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         refuse_torn(path)
@@ -104,7 +191,8 @@ class _Checkpoint(Weights):
                 memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
                 if (kept := seen.setdefault(memory, name)) != name:
                     self.aliases[name] = kept
-        self.origin = {"path": str(path), "sha256": _sha256(path / COMPLETE if path.is_dir() else path)}
+        self.origin = {"path": str(path), "sha256": sha256_of(path / COMPLETE if path.is_dir() else path)}
+        self.home = path
 
     def read(self, name: str) -> Tensor:
         return self._state[name]
@@ -114,7 +202,7 @@ def _form(stored: Any) -> Form:
     return Form(tuple(stored.get_shape()), _TORCH[stored.get_dtype()])
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""A network that only looks on: a teacher, a reference."""
+"""A network that is not trained: a teacher, a reference."""
 
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ from torch import nn
 class Frozen(nn.Module):
     """Calls `module` without gradients, always in evaluation mode, whatever the mode of the module around it.
 
-    The weights it is given no longer require gradients.
+    Its weights no longer require gradients.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""How weights start."""
+"""How weights are initialised."""
 
 from torch import nn
 

@@ -14,7 +14,7 @@ class Projector(nn.Module):
         in_features: the backbone's `num_features`.
         hidden: widths of the hidden layers, at least one.
         out_features: embedding width.
-        bias: of the linear layers. A hidden one is undone by the BatchNorm behind it; published heads keep it or not.
+        bias: whether the linear layers have one. The following BatchNorm cancels a hidden one; published heads differ.
         layer_norm: end in a LayerNorm.
     """
 

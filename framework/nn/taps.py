@@ -11,7 +11,7 @@ from lightspan.errors import UserError
 def blocks_of(model: nn.Module, containers: Sequence[str]) -> list[nn.Module]:
     """The children of the named containers (`blocks`, or `layers.0.blocks`), in their order.
 
-    Raises: UserError for a name that is no container of `model`.
+    Raises: UserError for a name that is not a container of `model`.
     """
     found: list[nn.Module] = []
     known = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
@@ -26,7 +26,7 @@ def blocks_of(model: nn.Module, containers: Sequence[str]) -> list[nn.Module]:
 
 @contextmanager
 def tapped(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, the output of each of these modules joins the list whenever one is called."""
+    """Inside, the output of each of these modules is appended to the list whenever it is called."""
     outputs: list[Tensor] = []
     handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
     try:

@@ -1,9 +1,9 @@
 """Features by layer and by token, read while a network runs.
 
-Layers are counted from the input. The first of these that a network has tells them:
+Layers are counted from the input. They are given by the first of these that a network has:
 - `feature_modules`: the list of its modules whose outputs are its layers (this project's own networks);
 - timm's `feature_info`: blocks of transformers, stages of convolutional networks;
-- its longest nn.ModuleList, as the blocks of transformers' networks.
+- its list of equal blocks (`lightspan.layers`), as networks of transformers and torchvision's ViT have one.
 Shapes: B batch, T tokens (positions of a map, row by row), P prefix tokens (class, registers), D width, H W grid.
 """
 
@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.devices import wide
 from lightspan.errors import UserError
+from lightspan.layers import list_of_blocks
 from lightspan.nn.taps import tapped
 
 
@@ -22,9 +24,9 @@ class Tokens:
     """One layer's features.
 
     Attributes:
-        tokens_BTD: a row for each patch, position of a map, or text token; T is 1 where a layer gives vectors.
-        grid: (H, W) with H * W = T where the tokens lie in an image, else None.
-        prefix_BPD: tokens that stand for no place, such as the class token; None where there are none, or where the
+        tokens_BTD: a row for each patch, position of a map, or text token; T is 1 if a layer gives vectors.
+        grid: (H, W) with H * W = T if the tokens form an image, else None.
+        prefix_BPD: tokens without a position, such as the class token; None if there are none, or if the
             network does not say how many (timm's do, by `num_prefix_tokens`; those of transformers do not, so theirs
             are among the others).
     """
@@ -34,42 +36,60 @@ class Tokens:
     prefix_BPD: Tensor | None = None
 
     def pooled(self) -> Tensor:
-        """Mean over tokens, prefix left out: [B D]."""
-        return self.tokens_BTD.mean(dim=1)
+        """Mean over tokens, prefix left out, in float32 or wider: [B D]."""
+        return wide(self.tokens_BTD).mean(dim=1)
+
+    def first(self) -> Tensor:
+        """The first prefix token, of timm's networks the class token; where no prefix is told, the first token: [B D].
+
+        Raises: UserError where no token stands for the whole: all lie in an image.
+        """
+        if self.prefix_BPD is not None:
+            return self.prefix_BPD[:, 0]
+        if self.grid is not None:
+            raise UserError(
+                f"there is no first token: all lie on a grid of {self.grid[0]} x {self.grid[1]}; take the mean"
+            )
+        return self.tokens_BTD[:, 0]
 
 
 def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequence[int] = (-1,)) -> list[Tokens]:
-    """The features of these layers, in the order asked for.
+    """The features of these layers, in the requested order.
 
     Args:
-        forward: called once; has to call the backbone once.
+        forward: called once; must call the backbone once.
         layers: from 0, or from the end with -1 as the last.
-    Raises: UserError for a layer out of range, or a backbone that tells no layers.
+    Raises: UserError for a layer out of range, or a backbone whose layers are unknown.
     """
-    modules = feature_modules(backbone)
-    for layer in layers:
-        if not -len(modules) <= layer < len(modules):
-            raise UserError(
-                f"layer {layer} is outside the {len(modules)} layers of {type(backbone).__name__}; it must lie in "
-                f"[{-len(modules)}, {len(modules) - 1}]"
-            )
-    chosen = [layer % len(modules) for layer in layers]
+    modules, chosen = feature_modules(backbone), chosen_layers(backbone, layers)
     distinct = sorted(set(chosen))  # in the order in which they run
     with tapped([modules[layer] for layer in distinct]) as outputs:
         forward()
     if len(outputs) != len(distinct):
         raise UserError(
-            f"{type(backbone).__name__} ran {len(outputs)} of the {len(distinct)} layers asked for, where each has to "
+            f"{type(backbone).__name__} ran {len(outputs)} of the {len(distinct)} requested layers, but each must "
             "run once; name other modules in its feature_modules"
         )
     found = dict(zip(distinct, outputs, strict=True))
-    return [_arranged(backbone, found[layer]) for layer in chosen]
+    return [arranged(backbone, found[layer]) for layer in chosen]
+
+
+def chosen_layers(backbone: nn.Module, layers: Sequence[int]) -> list[int]:
+    """The layers counted from 0. Raises: UserError as `token_features`."""
+    count = len(feature_modules(backbone))
+    for layer in layers:
+        if not -count <= layer < count:
+            raise UserError(
+                f"layer {layer} is outside the {count} layers of {type(backbone).__name__}; it must be in "
+                f"[{-count}, {count - 1}]"
+            )
+    return [layer % count for layer in layers]
 
 
 def feature_modules(backbone: nn.Module) -> list[nn.Module]:
     """The modules whose outputs are the layers of a network.
 
-    Raises: UserError for one that tells none.
+    Raises: UserError for one whose layers are unknown.
     """
     told: Any = getattr(backbone, "feature_modules", None)
     if told is None and hasattr(backbone, "feature_info"):
@@ -77,15 +97,14 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
             told = [backbone.get_submodule(info["module"]) for info in _entries(backbone.feature_info)]
         except AttributeError:
             raise UserError(
-                f"{type(backbone).__name__} names layers in feature_info that it does not have, as networks made with "
-                "features_only=True; make it without"
+                f"{type(backbone).__name__} names layers in feature_info that it does not have, like networks made "
+                "with features_only=True; make it without"
             ) from None
     if told is None:
-        told = max((part for part in backbone.modules() if isinstance(part, nn.ModuleList)), key=len, default=None)
-    if not told:
-        raise UserError(
-            f"{type(backbone).__name__} tells no layers; give it a property feature_modules, the list of the modules "
-            "whose outputs are its layers"
+        _, told = list_of_blocks(
+            backbone,
+            lambda parameter: True,
+            "give it a property feature_modules, the list of the modules whose outputs are its layers",
         )
     return list(told)
 
@@ -94,17 +113,17 @@ def _entries(info: Any) -> list[dict[str, Any]]:
     return list(getattr(info, "info", info))  # timm's class of this name, or a plain list
 
 
-def _arranged(backbone: Any, output: Any) -> Tokens:
-    """A layer's output, [B D H W], [B H W D], [B P+T D] or [B D], as tokens."""
+def arranged(backbone: Any, output: Any) -> Tokens:
+    """What a network or one of its layers gives, [B D H W], [B H W D], [B P+T D] or [B D], as tokens."""
     output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may give more than states
     if output.ndim == 4:
-        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's word
+        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
         map_BHWD = output if last else output.permute(0, 2, 3, 1)
         return Tokens(map_BHWD.flatten(1, 2), (map_BHWD.shape[1], map_BHWD.shape[2]))
     if output.ndim == 2:
         return Tokens(output.unsqueeze(1))
     prefix = getattr(backbone, "num_prefix_tokens", 0)
     tokens_BTD, grid = output[:, prefix:], getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
-    if grid is not None and grid[0] * grid[1] != tokens_BTD.shape[1]:  # tokens were dropped, or the size is free
+    if grid is not None and grid[0] * grid[1] != tokens_BTD.shape[1]:  # tokens were dropped, or the size is variable
         grid = None
     return Tokens(tokens_BTD, None if grid is None else (grid[0], grid[1]), output[:, :prefix] if prefix else None)

@@ -4,7 +4,7 @@ Source: Zbontar et al., "Barlow Twins", 2021, arXiv 2103.03230, eq. 1-2 (standar
 "Guarding Barlow Twins Against Overfitting with Mixed Samples", 2023, arXiv 2312.02151, and the formula in the README of
 the authors' code (targets and L_reg). That code's ImageNet script has a Z2^T Z2 in the second target, for which L_reg
 is not zero at a = 1; here the formula holds. Its factor 0.5 and its warm-up of the weight are left out.
-Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (`lightspan.distributed` has the scale).
+Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (scale: see `lightspan.distributed`).
 Half precision is widened to float32, also under autocast: a correlation of bfloat16 numbers has two digits.
 """
 
@@ -16,15 +16,15 @@ from lightspan.distributed import all_reduce_sum, all_reduce_sums, world_size
 from lightspan.errors import UserError
 
 # Added to the variance, so that a feature that is constant over the batch gives 0 with a finite gradient, not NaN.
-# Small enough for a feature of unit variance to move by 5e-13: equalities hold to 1e-10 as without it.
+# Small enough for a feature of unit variance to move by 5e-13: equalities hold to 1e-10 as they would without it.
 VARIANCE_EPS = 1e-12
-# A mean is off by so many roundings at most; what varies less about it does not vary.
+# The largest error of a mean, in rounding units; a feature that varies less about its mean counts as constant.
 ROUNDINGS = 16
 
 
 def _sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The sum of `local` over all ranks and the number of their rows, in one collective and without asking the device
-    for a number.
+    """The sum of `local` over all ranks and the number of their rows, in one collective and without reading a number
+    from the device.
     """
     total, all_rows = all_reduce_sums(local, torch.full((), rows, dtype=local.dtype, device=local.device))
     return total, all_rows.detach()
@@ -33,8 +33,8 @@ def _sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def standardise(x_BD: Tensor) -> Tensor:
     """Each feature to mean 0 and unbiased standard deviation 1 over the batch of all ranks.
 
-    A feature that is constant up to rounding becomes nearly 0 and has a finite gradient. So do all features of several
-    ranks that have one row between them.
+    A feature that is constant up to rounding becomes nearly 0 and has a finite gradient. So do all features if several
+    ranks together have only one row.
 
     Raises: UserError on one rank, if the batch has fewer than 2 rows.
     """
@@ -79,11 +79,11 @@ def mixed_regulariser(zm_BD: Tensor, z1_BD: Tensor, z2_BD: Tensor, mix: Tensor, 
     Args:
         zm_BD: standardised embedding of a * x1 + (1 - a) * x2[p].
         z1_BD, z2_BD: standardised embeddings of x1 and x2.
-        mix: a, scalar in [0, 1]. Ranks may differ in a and p: both act on their own rows alone.
+        mix: a, scalar in [0, 1]. Ranks may differ in a and p: both act only on their own rows.
         permutation_B: p, int64, a permutation of this rank's rows.
     Returns: scalar >= 0, a sum over 2 D^2 entries.
     """
     # C is linear in its left side, so each difference is one product, (Zm - a Z1 - (1 - a) Z2[p])^T Z_v / B, and both
-    # differences are one with Z1 and Z2 side by side.
+    # differences are one with Z1 and Z2 concatenated.
     departure_BD = zm_BD - (mix * z1_BD + (1 - mix) * z2_BD[permutation_B])
     return cross_correlation(departure_BD, torch.cat([z1_BD, z2_BD], dim=1)).square().sum()

@@ -1,12 +1,12 @@
-"""Denoising diffusion: how noise comes in, what a network owes, and one step back.
+"""Denoising diffusion: how noise is added, what a network must predict, and one step back.
 
 Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, eq. 4 (noising), 14 (loss), and
 their linear schedule; Nichol, Dhariwal, 2021, arXiv 2102.09672, eq. 17 (cosine schedule); Song et al., "Denoising
 Diffusion Implicit Models", 2020, arXiv 2010.02502, eq. 12 and 16 (the step back); Salimans, Ho, 2022, arXiv 2202.00512,
 section 4 (velocity). Clipping as in the code published with Dhariwal, Nichol, 2021, arXiv 2105.05233.
-Shapes: T noise levels (the field's timesteps t), B batch. kept (the field's alpha_bar, in code alphas_cumprod) is the
-share of variance that is still the image, in (0, 1]. Its table belongs in float32 or wider: near 1, where half
-precision has no number left, 1 - kept is the noise.
+Shapes: T noise levels (the literature's timesteps t), B batch. kept (the literature's alpha_bar, in code
+alphas_cumprod) is the share of variance that is still the image, in (0, 1]. Its table must be in float32 or wider: near
+1, where half precision has no numbers left, 1 - kept is the noise.
 All functions compute in float32 or wider and round once, to the dtype of the images they are given.
 """
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from lightspan.devices import wide_type
 from lightspan.objectives.means import squared_error
 
-MOST_NOISE = 0.999  # of one step, as in Nichol and Dhariwal: the cosine would reach 1, which no step back survives
+MOST_NOISE = 0.999  # of one step, as in Nichol and Dhariwal: the cosine would reach 1, from which there is no step back
 
 
 def linear_kept(levels: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
-    """kept [T] in float64 when the noise of a step grows evenly from `first` to `last`, both in (0, 1)."""
+    """kept [T] in float64 if the noise of a step grows evenly from `first` to `last`, both in (0, 1)."""
     return (1 - torch.linspace(first, last, levels, dtype=torch.float64)).cumprod(dim=0)
 
 
@@ -40,7 +40,7 @@ def add_noise(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
 
 
 def velocity(clean: Tensor, noise: Tensor, kept_B: Tensor) -> Tensor:
-    """v = sqrt(kept) noise - sqrt(1 - kept) x_0, of the images' shape: what x_t moves along as kept falls."""
+    """v = sqrt(kept) noise - sqrt(1 - kept) x_0, of the images' shape: the direction of x_t as kept falls."""
     image, grain = _amplitudes(kept_B, clean)
     return (image * noise - grain * clean).to(clean.dtype)
 
@@ -52,7 +52,7 @@ def noise_of_velocity(v: Tensor, noisy: Tensor, kept_B: Tensor) -> Tensor:
 
 
 def prediction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all entries, in float32 or wider. Images and levels weigh the same."""
+    """Mean squared error over all entries, in float32 or wider. Images and levels have equal weight."""
     return squared_error(predicted, target)
 
 
@@ -68,20 +68,20 @@ def step_back(
     """The image at the level `next`, from its noise at the level `kept` <= `next` as predicted: a DDIM step.
 
     Args:
-        eta: share of the noise that is drawn anew, in [0, 1]: 0 is DDIM, whose result is a function of the first noise,
-            and 1 the ancestral step of DDPM with its smaller variance.
+        eta: share of the noise that is drawn afresh, in [0, 1]: 0 is DDIM, whose result is a function of the first
+            noise, and 1 the ancestral step of DDPM with its smaller variance.
         fresh: standard normal, of the images' shape.
         clip: least and greatest value of a clean image, broadcast to the images' shape. The clean image that the noise
             implies is clipped to them, and the noise is then what the clipped image implies: the two still add up to
             `noisy`, and at eta = 1 the step is DDPM's for the clipped image (2006.11239, eq. 7).
     """
     dtype, (kept, left), (following, next_left) = noisy.dtype, _shares(kept_B, noisy), _shares(next_B, noisy)
-    divisor = left.clamp_min(torch.finfo(left.dtype).tiny)  # a level without noise has a step back too
+    divisor = left.clamp_min(torch.finfo(left.dtype).tiny)  # even a level without noise has a step back
     clean = (noisy - left.sqrt() * predicted) / kept.sqrt()
     if clip is not None:
         least, greatest = (end.to(clean) for end in clip)
         inside = clean.clamp(least, greatest)
-        # As a difference: where nothing is clipped, the noise stays as it is to the last bit.
+        # As a difference: where nothing is clipped, the noise does not change by a bit.
         predicted = predicted + (kept / divisor).sqrt() * (clean - inside)
         clean = inside
     renewed = eta**2 * next_left / divisor * (1 - kept / following)
@@ -90,7 +90,7 @@ def step_back(
 
 
 def _shares(kept_B: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """kept and 1 - kept, what is left for the noise, in float32 or wider and beside images [B ...]."""
+    """kept and 1 - kept, the share of the noise, in float32 or wider, shaped to broadcast to images [B ...]."""
     wide = wide_type(kept_B.dtype, image.dtype)
     kept = kept_B.to(image.device, wide).view(-1, *[1] * (image.ndim - 1))
     return kept, 1 - kept

@@ -1,7 +1,7 @@
-"""What a student owes its teacher: hidden features, outputs, weights.
+"""What a student learns from its teacher: hidden features, outputs, weights.
 
 Source: Guo, Wang, Kankanhalli, "PELA", 2024, arXiv 2310.10700, section 3.2 (features, perturbation), with the details
-of the authors' code: features of all layers weigh the same, and the norm of the perturbation is that of the largest
+of the authors' code: features of all layers have equal weight, and the norm of the perturbation is that of the largest
 entry. Nothing here sends a gradient into the teacher.
 Shapes: L layers, O outputs and I inputs of one layer.
 """
@@ -20,7 +20,7 @@ def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
     """(1/L) sum_l MSE(f_l^s, f_l^t), a scalar >= 0.
 
     Args:
-        student, teacher: one tensor a layer, of any shape, pairwise alike.
+        student, teacher: one tensor per layer, of any shape, equal in pairs.
     Raises: UserError for no layer, or for a pair of different shapes.
     """
     shapes = [[[*x.shape] for x in side] for side in (student, teacher)]
@@ -37,14 +37,14 @@ def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float) -> Tensor:
-    """(1/L) sum_l (max_ij |W_l^s - W_l^t| - eps)^2 in float32 or wider: the largest entry of each residual is drawn to
+    """(1/L) sum_l (max_ij |W_l^s - W_l^t| - eps)^2 in float32 or wider: the largest entry of each residual is pulled to
     `eps`.
 
-    Its gradient goes through that entry alone. Factors may move as long as their product stays near the weight; a
-    residual below `eps` is drawn up to it.
+    Its gradient flows only through that entry. Factors may move as long as their product stays near the weight; a
+    residual below `eps` is pulled up to it.
 
     Args:
-        student, teacher: weights [O I], one a layer.
+        student, teacher: weights [O I], one per layer.
         eps: >= 0, in units of a weight.
     """
     largest = [(wide(s_OI) - wide(t_OI.detach())).abs().max() for s_OI, t_OI in zip(student, teacher, strict=True)]

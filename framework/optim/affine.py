@@ -1,8 +1,9 @@
-"""theta = theta_0 + lambda P z: the weights of a network as a point of a random affine slice through their start.
+"""theta = theta_0 + lambda P z: the weights of a network as a point of a random affine slice through their initial
+values.
 
 Source: Li et al. 2018, arXiv 1804.08838 (without lambda), Aghajanyan et al. 2021, arXiv 2012.13255 (SAID: a trained
 factor lambda_l for each layer l, 1 at the start).
-Shapes: D weights end to end in the order of the parameters, d coordinates, l layers.
+Shapes: D weights, concatenated in the order of the parameters, d coordinates, l layers.
 """
 
 import hashlib
@@ -18,17 +19,17 @@ from lightspan.subspaces.projections import PerTensor, Projection, ProjectionCal
 
 
 class AffineSlice:
-    """The parameters, where they started, and the map that moves them.
+    """The parameters, their initial values, and the map that moves them.
 
-    Arithmetic is in float32 or wider, whatever the dtype of the parameters. The start stays in memory, in their dtype.
-    Of sharded parameters (FSDP2) a rank keeps and writes its own part; the map itself is whole on every rank.
+    Arithmetic is in float32 or wider, whatever the dtype of the parameters. The initial values stay in memory, in their
+    dtype. For sharded parameters (FSDP2) a rank keeps and writes its own part; every rank has the whole map.
 
     Args:
-        parameters: what moves; each has its weights where the slice starts.
-        names: of the parameters, or "" where there is none. Those that agree up to the last dot are one layer.
-        start: theta_0 where it is not what the parameters hold now; taken over, not copied.
+        parameters: what moves; each contains its initial values.
+        names: of the parameters, or "" if there is none. Those that agree up to the last dot are one layer.
+        start: theta_0, if it is not the parameters' present values; kept, not copied.
         scaled: whether there are lambdas. They count towards `dim`.
-    Raises: UserError where `dim` leaves no coordinate or exceeds D.
+    Raises: UserError if `dim` leaves no coordinate or exceeds D.
     """
 
     def __init__(
@@ -68,22 +69,22 @@ class AffineSlice:
         self.ranks = _one_split(self.parameters)
 
     def origin(self) -> tuple[Tensor, Tensor]:
-        """z = 0 [d] and lambda = 1 [l], or [0] where there are no lambdas."""
+        """z = 0 [d] and lambda = 1 [l], or [0] if there are no lambdas."""
         z_d = torch.zeros(self.projection.dim, dtype=self.dtype, device=self.device)
         return z_d, z_d.new_ones(self.scales_count)
 
     @torch.no_grad()
     def write(self, z_d: Tensor, scales_l: Tensor) -> None:
-        """Puts theta into the parameters. At z = 0 they get their start, bit for bit."""
+        """Writes theta to the parameters. At z = 0 they get their initial values, bit for bit."""
         for number, moved in enumerate(self._parts(self.projection.push(z_d))):
             if len(scales_l):
                 moved = moved * scales_l[self.layers[number]]
             local(self.parameters[number].detach()).copy_(self.start[number] + moved)
 
     def flat(self, tensors: Sequence[Tensor | None], factors: Sequence[float] | None = None) -> Tensor:
-        """This rank's parts of parameter-shaped tensors, end to end [D] and zero elsewhere; None counts as zeros.
+        """This rank's parts of parameter-shaped tensors, concatenated [D] and zero elsewhere; None counts as zeros.
 
-        Parameters that all ranks of a sharded model hold are taken from the first one.
+        Parameters that all ranks of a sharded model have are taken from the first one.
         """
         flat_D = torch.zeros(self.projection.size, dtype=self.dtype, device=self.device)
         factors = factors or [1.0] * len(tensors)
@@ -95,7 +96,7 @@ class AffineSlice:
 
     @torch.no_grad()
     def pull(self, g_D: Tensor, z_d: Tensor, scales_l: Tensor) -> tuple[Tensor, Tensor]:
-        """What `g_D`, a gradient in the weights from `flat`, is in the coordinates [d] and in the lambdas [l], summed
+        """`g_D`, a gradient in the weights from `flat`, in the coordinates [d] and in the lambdas [l], summed
         over ranks; it changes `g_D`.
 
         d/dz = P^T (lambda g), and d/dlambda_l = <g, P z> over the weights of layer l.
@@ -125,7 +126,7 @@ class AffineSlice:
         return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
     def _parts(self, flat_D: Tensor) -> list[Tensor]:
-        """Views of D numbers, in the shape of each parameter or of what this rank holds of it."""
+        """Views of D numbers, in the shape of each parameter or of what this rank has of it."""
         return [
             own_part(piece.view(parameter.shape), parameter)
             for piece, parameter in zip(flat_D.split(self.sizes), self.parameters, strict=True)
@@ -141,11 +142,11 @@ def _layers(names: Sequence[str]) -> list[int]:
 
 
 def _one_split(parameters: Sequence[Tensor]) -> Ranks | None:
-    """The ranks among which the parameters are split. Raises: UserError where there are several such groups."""
+    """The ranks among which the parameters are split. Raises: UserError if there are several such groups."""
     found = {ranks for parameter in parameters if (ranks := ranks_of(parameter)) is not None}
     if len(found) > 1:
         raise UserError(
-            f"the parameters are split among {len(found)} different groups of ranks; RandomSubspace takes one: shard "
-            "the model with the strategy FSDP2"
+            f"the parameters are split among {len(found)} different groups of ranks, but RandomSubspace supports one: "
+            "shard the model with the strategy FSDP2"
         )
     return next(iter(found), None)

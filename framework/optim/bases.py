@@ -1,14 +1,12 @@
-"""The frame each matrix is projected on, and how it is chosen from a gradient. Its transpose is the field's projector,
-choosing it anew (`refresh`) what GaLore's code does every update_proj_gap steps.
+"""The frame each matrix is projected on, and how it is chosen from a gradient. Its transpose is the literature's
+projector, and choosing it again (`refresh`) is what GaLore's code does every update_proj_gap steps.
 
 | basis           | frame                                                            | state per matrix |
 |-----------------|------------------------------------------------------------------|------------------|
 | PowerBasis      | top singular directions, tracked by block power iteration        | N R numbers      |
 | SVDBasis        | top singular directions, recomputed                              | N R numbers      |
-| RandomBasis     | random orthonormal, drawn anew                                   | N R numbers      |
 | GaussianBasis   | independent normal entries of variance 1 / R, drawn anew         | N R numbers      |
-| ColumnSelection | the R best columns of one fixed orthonormal matrix: DCTBasis,    | R integers       |
-|                 | RandomColumns, IdentityBasis                                     |                  |
+| DCTBasis        | the R best columns of one fixed orthonormal matrix               | R integers       |
 
 Shapes: B matrices of one shape, M rows (kept), N columns (projected, N <= M), R rank.
 """
@@ -31,7 +29,10 @@ from lightspan.triton_kernels.project import project
 
 
 class Basis(ABC):
-    """A family of frames. It owns no state; the optimiser hands it in.
+    """A family of frames. It has no state; the optimiser passes it in.
+
+    `project` is the pull of `lightspan.subspaces.frames.Frames`, and `update` takes a step along its push, each in one
+    pass over memory.
 
     Args:
         carry: what becomes of moments when a frame changes; see `lightspan.optim.carries`.
@@ -39,31 +40,25 @@ class Basis(ABC):
 
     orthonormal = True
     momentum = 0.0
-    """Share of the lifted first moment in what `refresh` sees, in [0, 1); the rest is the gradient."""
+    """Share of the lifted first moment in the input of `refresh`, in [0, 1); the rest is the gradient."""
 
     def __init__(self, carry: Carry) -> None:
         self.carry = carry
 
     @abstractmethod
     def initial(self, layout: Layout) -> State:
-        """State before any gradient was seen, of final shape."""
+        """State before the first gradient, in its final shape."""
 
     @abstractmethod
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        """State chosen anew from gradients [M N]; `first` marks a state that no gradient has shaped yet."""
+        """State chosen again from gradients [M N]; `first` marks a state that no gradient has shaped yet."""
 
     @abstractmethod
     def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
 
-    def map(self, state: State, layout: Layout) -> frames.Frames:
-        """The `SubspaceMap` that a state stands for. `project` is its pull, and `update` takes a step along its push,
-        each in one pass over memory.
-        """
-        return frames.Frames(self.frame(state, layout))
-
     def materialised(self, state: State, layout: Layout) -> State:
-        """The state with whatever several parts of one step would otherwise each make of it."""
+        """The state with whatever several parts of a step would otherwise each compute from it."""
         return state
 
     def project(
@@ -83,6 +78,7 @@ class Basis(ABC):
         lr: Tensor,
         keep: Tensor,
         seed: Tensor | None,
+        /,
     ) -> None:
         """W <- keep W - lr (coefficients Q^T + scale o G), in place; see triton_kernels/backproject_update.py."""
         frame_BNR = self.frame(state, layout)[..., : coefficients_BMR.shape[-1]]
@@ -104,8 +100,8 @@ class _DenseBasis(Basis):
 class PowerBasis(_DenseBasis):
     """Top singular directions, tracked by one warm step of block power iteration with CholeskyQR2 at each refresh.
 
-    On gradients of small language models one such step captures what a fresh SVD captures, within half a percent of the
-    energy, at a fortieth of its time.
+    On gradients of small language models one such step captures as much as a new SVD, within half a percent of the
+    energy, in a fortieth of the time.
 
     Args:
         first_iterations: power steps from the random start, taken at a matrix's first refresh.
@@ -145,7 +141,7 @@ class PowerBasis(_DenseBasis):
 
 
 class SVDBasis(_DenseBasis):
-    """Top singular directions, by a full SVD at each refresh: GaLore's choice, and the yardstick of the others.
+    """Top singular directions, by a full SVD at each refresh: GaLore's choice, and the reference for the others.
 
     Args:
         carry: Keep, as GaLore does, or Rotate.
@@ -160,7 +156,7 @@ class SVDBasis(_DenseBasis):
         return {"frame": torch.stack(vectors)}
 
 
-class _DrawnBasis(_DenseBasis):
+class DrawnBasis(_DenseBasis):
     """A random frame, drawn anew at each refresh from the matrix' seed and the number of draws so far."""
 
     def initial(self, layout: Layout) -> State:
@@ -171,26 +167,12 @@ class _DrawnBasis(_DenseBasis):
         """Frames [B N R] from seeds."""
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        # A large odd factor keeps the streams of neighbouring seeds apart.
+        # A large odd factor separates the streams of neighbouring seeds.
         seeds = [seed + 1_000_003 * draw for seed, draw in zip(layout.seeds, state["draws"].tolist(), strict=True)]
         return {"frame": self.draw(seeds, layout), "draws": state["draws"] + 1}
 
 
-class RandomBasis(_DrawnBasis):
-    """Random orthonormal frames, whatever the gradient.
-
-    Args:
-        carry: Rotate or Keep.
-    """
-
-    def __init__(self, carry: Rotate | Keep = Rotate()) -> None:  # noqa: B008 - frozen
-        super().__init__(carry)
-
-    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
-        return frames.random_frame(seeds, layout.size, layout.rank, dtype=layout.dtype, device=layout.device)
-
-
-class GaussianBasis(_DrawnBasis):
+class GaussianBasis(DrawnBasis):
     """Independent normal entries of variance 1 / R: norms are kept in the mean, angles are not (APOLLO, arXiv
     2412.05270, section 4.2). Goes with the Apollo residual only.
     """
@@ -206,14 +188,14 @@ class GaussianBasis(_DrawnBasis):
 
 
 class ColumnSelection(Basis):
-    """The R columns of one fixed orthonormal matrix D that carry the most gradient (DCT-AdamW, arXiv 2505.17967,
+    """The R columns of one fixed orthonormal matrix D that contain the most gradient (DCT-AdamW, arXiv 2505.17967,
     section 3).
 
     For an orthonormal D the choice by squared column norms of G D is optimal: |G - G D_I D_I^T|^2 = |G|^2 - sum_{j in
     I} s_j^2. A matrix stores R integers; D is made once per size and shared.
 
     Args:
-        norm: of the columns that are compared: 2, or 1 as in the published code.
+        norm: by which columns are compared: 2, or 1 as in the published code.
         carry: Gather, which is exact here, or Keep.
     """
 
@@ -229,14 +211,14 @@ class ColumnSelection(Basis):
         """The fixed orthonormal matrix D [N N]."""
 
     def matrix(self, layout: Layout) -> Tensor:
-        """D, made once per size, dtype and device. It is a constant, so it is no part of the saved state."""
+        """D, made once per size, dtype and device. It is a constant, so it is not part of the saved state."""
         key = (layout.size, layout.dtype, layout.device)
         if key not in self._matrices:
             self._matrices[key] = self.build_matrix(layout.size, dtype=layout.dtype, device=layout.device)
         return self._matrices[key]
 
     def constants(self) -> list[Tensor]:
-        """The matrices that exist now, shared by all parameters of a size."""
+        """The existing matrices, shared by all parameters of the same size."""
         return list(self._matrices.values())
 
     def initial(self, layout: Layout) -> State:
@@ -249,7 +231,7 @@ class ColumnSelection(Basis):
         return torch.stack([project([g], matrix_NN[None], False)[0][0].square().sum(dim=0) for g in gradients])
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        if not layout.rows:  # a rank may hold none of a small matrix; transforms refuse to work on nothing
+        if not layout.rows:  # a rank may have no rows of a small matrix, and transforms refuse empty input
             score_BN = layout.zeros(layout.size)
         elif self.norm == 2:
             score_BN = self.energies(gradients, layout)
@@ -289,31 +271,3 @@ class DCTBasis(ColumnSelection):
 
     def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
         return dct_energies(gradients) if self.fast else super().energies(gradients, layout)
-
-
-class RandomColumns(ColumnSelection):
-    """Columns of one random orthonormal matrix: shows what selection alone brings, without the DCT.
-
-    Args:
-        seed: of the matrix.
-        norm, carry: see ColumnSelection.
-    """
-
-    def __init__(
-        self,
-        seed: int = 0,
-        norm: Literal[1, 2] = 2,
-        carry: Gather | Rotate | Keep = Gather(),  # noqa: B008 - frozen
-    ) -> None:
-        super().__init__(norm, carry)
-        self.seed = seed
-
-    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return frames.random_frame([self.seed], size, size, dtype=dtype, device=device)[0]
-
-
-class IdentityBasis(ColumnSelection):
-    """The weight's own columns: those with the largest gradients train, the others rest."""
-
-    def build_matrix(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.eye(size, dtype=dtype, device=device)

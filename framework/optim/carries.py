@@ -1,4 +1,4 @@
-"""What becomes of moments when the frame of a matrix changes: the field's moment rotation, or projection-aware moments.
+"""What becomes of moments when the frame of a matrix changes: known as moment rotation or projection-aware moments.
 
 Shapes: B matrices, M rows, N columns (projected), R rank.
 """
@@ -18,10 +18,10 @@ from lightspan.triton_kernels.bias_correction import bias_correction
 
 @dataclass(frozen=True)
 class FrameChange:
-    """Two frames of the same matrices, and what the new one sees.
+    """Two frames of the same matrices, and what the new one captures.
 
     Args:
-        make_old, make_new: give the frames [B N R] before and after.
+        make_old, make_new: return the frames [B N R] before and after.
         old, new: the basis' state before and after.
         coordinates_BMR: the present gradient in the new frame.
         betas: of Adam's moments.
@@ -46,7 +46,7 @@ class FrameChange:
 
 @dataclass(frozen=True)
 class Keep:
-    """Moments stay as they are, in the coordinates of a frame that is gone: GaLore, Fira and APOLLO do so."""
+    """Moments stay as they are, in the coordinates of the old frame: GaLore, Fira and APOLLO do so."""
 
     def carry(self, moments: State, change: FrameChange, storage: MomentStorage, seed: Tensor) -> Tensor | None:
         return None
@@ -60,12 +60,12 @@ class Rotate:
     and variances of uncorrelated old coordinates add up with weights O^2: v <- |O^2 (v - m^2) + (m O)^2|.
 
     Args:
-        floor: what stands in for directions outside the old span. A new direction owns a share c_j = sum_i O_ij^2 <= 1
-            of the old ones; about the rest, 1 - c_j, nothing is known but the present gradient, whose square is added
-            with that weight. Variances below zero, which running means of unequal length allow, count as zero.
-            Without it, as published, such a direction meets a denominator near zero; it is then no smaller than makes
-            the direction as long as Adam's can be at all, see `lightspan.optim.inner.farthest`. (Published code has
-            no such bound: where the terms of v cancel, it takes one step of m / eps.)
+        floor: the value used for directions outside the old span. A new direction contains a share c_j = sum_i O_ij^2
+            <= 1 of the old ones; about the rest, 1 - c_j, nothing is known but the present gradient, whose square is
+            added with that weight. Variances below zero, which running means of unequal length allow, count as zero.
+            Without it, as published, such a direction has a denominator near zero, which is here bounded so that
+            the direction is no longer than Adam's can ever be, see `lightspan.optim.inner.farthest`. (Published code
+            has no such bound: where the terms of v cancel, it takes one step of m / eps.)
     """
 
     floor: bool = True
@@ -99,14 +99,14 @@ class Gather:
     stay keep their moments exactly and new ones start at zero.
 
     Args:
-        own_age: whether a new column starts a bias correction of its own. Under the age of the whole matrix, as
-            DCT-AdamW publishes it, its first step is (1 - b1) / sqrt(1 - b2) times too long, 3.2 at (0.9, 0.999).
+        own_age: whether a new column starts its own bias correction. With the age of the whole matrix, as
+            published for DCT-AdamW, its first step is (1 - b1) / sqrt(1 - b2) times too long, 3.2 at (0.9, 0.999).
     """
 
     own_age: bool = True
 
     def carry(self, moments: State, change: FrameChange, storage: MomentStorage, seed: Tensor) -> Tensor | None:
-        """Returns where each column's moments stand now, -1 for nowhere [B R]: the inner rule moves them as it reads
+        """Returns where each column's moments are now, -1 for nowhere [B R]: the inner rule moves them as it reads
         them.
         """
         same_BRR = change.old["columns"][:, :, None] == change.new["columns"][:, None, :]

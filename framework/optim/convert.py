@@ -1,4 +1,4 @@
-"""Turns Adam-type optimisers into low-rank ones in place of them: same parameters, groups, rates and schedulers."""
+"""Replaces Adam-type optimisers by low-rank ones with the same parameters, groups, rates and schedulers."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -11,28 +11,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.projected import Selection
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.patterns import require_matches
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
-"""Settings of torch's Adam that LowRank has no counterpart of."""
+"""Settings of torch's Adam without a counterpart in LowRank."""
 OF_THE_KERNEL = ("foreach", "fused", "capturable", "decoupled_weight_decay")
-"""Settings of torch's Adam that say how it computes what LowRank computes anyway. In a group they would also move state
-to other devices when a checkpoint is loaded."""
+"""Settings of torch's Adam that only say how it computes what LowRank computes anyway. In a group they would also move
+state to other devices when a checkpoint is loaded."""
 
 
 def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **options: Any) -> LowRank:
     """A `LowRank` with the groups of `optimizer`, projecting the parameters of `module` whose names match.
 
     Groups keep their order and all their keys, those of schedulers and the user's own too, so a scheduler made for the
-    old optimiser fits the new one. A group that has a `rank` or a `project` already (`lightspan.optim.groups` writes
-    the latter) is held to it: `match` chooses among what `project` allows.
+    old optimiser fits the new one. A group that already has a `rank` or a `project` (`lightspan.optim.groups` writes
+    the latter) keeps it: `match` chooses among what `project` allows.
 
     Args:
         optimizer: torch's Adam or AdamW before its first step.
         match: shell-style patterns of parameter names.
         options: further arguments of LowRank, such as rank and basis.
-    Raises: UserError for another optimiser, for settings that LowRank has no counterpart of, and for patterns that
+    Raises: UserError for another optimiser, for settings without a counterpart in LowRank, and for patterns that
     match nothing.
     """
     require_matches(match, _names(optimizer, module), f"trained parameter of {type(module).__name__}")
@@ -44,13 +43,13 @@ def to_low_rank_where_matched(
 ) -> list[Optimizer]:
     """`to_low_rank` for the optimisers in which something is projected; the others are returned as they are.
 
-    Patterns are judged over the parameters of all optimisers together.
+    Patterns are matched against the parameters of all optimisers together.
 
     Raises: UserError as `to_low_rank`; and if nothing would be projected in any optimiser, LowRank's own.
     """
     trained = [name for optimizer in optimizers for name in _names(optimizer, module)]
     require_matches(match, trained, f"trained parameter of {type(module).__name__}")
-    # Where nothing can be projected anywhere, LowRank says why.
+    # If nothing can be projected anywhere, LowRank says why.
     chosen = [o for o in optimizers if _projects(o, module, match, options)] or optimizers
     return [_converted(o, module, match, options) if o in chosen else o for o in optimizers]
 
@@ -64,10 +63,10 @@ def hand_over(scheduler: Any, optimizer: Optimizer) -> None:
 
 
 class _TracksSteps(LRScheduler):
-    """Its construction makes torch track calls of `optimizer.step`, which the first `scheduler.step()` looks for."""
+    """Its construction makes torch track calls of `optimizer.step`, which the first `scheduler.step()` checks."""
 
     def step(self, epoch: int | None = None) -> None:
-        """Leaves all rates as they are, tensors too."""
+        """Leaves all rates unchanged, including tensors."""
 
 
 def _schedulers_on(optimizer: Optimizer, found: Any, seen: set[int]) -> Iterator[Any]:
@@ -90,8 +89,8 @@ def _schedulers_on(optimizer: Optimizer, found: Any, seen: set[int]) -> Iterator
 def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], options: dict[str, Any]) -> LowRank:
     if not isinstance(optimizer, Adam):
         raise UserError(
-            f"only Adam and AdamW can be made low-rank, this module's optimiser is {type(optimizer).__name__}; return "
-            "torch.optim.AdamW from configure_optimizers, or leave its parameters out of match"
+            f"only Adam and AdamW can be made low-rank, but this module's optimiser is {type(optimizer).__name__}; "
+            "return torch.optim.AdamW from configure_optimizers, or leave its parameters out of match"
         )
     groups = []
     for group in optimizer.param_groups:
@@ -101,7 +100,7 @@ def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], option
         if group["weight_decay"] and not (isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay")):
             raise UserError(
                 f"Adam with weight_decay={group['weight_decay']} adds the decay to the gradient, which no subspace "
-                "can carry; use AdamW"
+                "can represent; use AdamW"
             )
         own = {key: value for key, value in group.items() if key not in (*REFUSED, *OF_THE_KERNEL, "param_names")}
         named = list(zip(_names_in(group, module), group["params"], strict=True))
@@ -110,7 +109,7 @@ def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], option
 
 
 def _project(group: dict[str, Any], match: list[str]) -> bool | list[str]:
-    """What may be projected: what `match` says, unless the group says it itself."""
+    """What may be projected: what `match` says, unless the group itself says it."""
     own = group.get("project", True)
     return list(match) if own is True else own
 
@@ -120,9 +119,8 @@ def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options
     asked = inspect.signature(LowRank).bind([], **options)
     asked.apply_defaults()
     rank, backward = asked.arguments["rank"], asked.arguments["backward"]
-    most, by_energy = (rank.most, rank) if isinstance(rank, RankByEnergy) else (rank, None)
     for group in optimizer.param_groups:
-        selection = Selection(_project(group, match), group.get("rank", most), by_energy, backward)
+        selection = Selection(_project(group, match), group.get("rank", rank), backward)
         if any(map(selection.projects, group["params"], _names_in(group, module))):
             return True
     return False

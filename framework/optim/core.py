@@ -1,63 +1,49 @@
-"""One step of a low-rank optimiser on a list of matrices of one shape, in two halves.
+"""One step of a low-rank optimiser on the matrices of one bucket, in two halves.
 
     R = A Q                          coordinates of A = G, or of A = G + E with error feedback
     U = inner(R)                     direction; Adam's moments have shape M x R
     W <- (1 - lr wd) W - lr (U Q^T + what `residual` makes of A - R Q^T)
-with Q chosen anew by `basis` for the matrices that are due. The first half projects and writes nothing, so that all
-matrices can be clipped together, or refused, before any of them moves. The second half updates weights and state in
-place.
+with Q chosen again by `basis` for the matrices that are due. The first half projects and writes nothing, so that the
+gradients of all buckets can be clipped together, or refused, before any weight changes. The second half updates weights
+and state in place. Error feedback adds to clipped gradients, so there the second half begins with the first.
 
-Shapes: B matrices, M rows (the kept, longer side), N columns (the projected side), R rank. Wide matrices come in
+Shapes: B matrices, M rows (the kept, longer side), N columns (the projected side), R rank. Wide matrices are passed
 transposed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightspan.devices import widest_float
 from lightspan.optim.bases import Basis
+from lightspan.optim.buckets import Bucket
 from lightspan.optim.carries import FrameChange
-from lightspan.optim.inner import Adam, AdamSettings, Inner, InnerContext
-from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, part_of, write_part
-from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.residuals import Dropped, Residual
-from lightspan.optim.triggers import Trigger
-from lightspan.subspaces.frames import push
+from lightspan.optim.inner import AdamSettings, InnerContext
+from lightspan.optim.layout import (
+    WEIGHT_STREAM,
+    Layout,
+    State,
+    canonical,
+    canonical_gradient,
+    matrices,
+    part_of,
+    put,
+    write_part,
+)
+from lightspan.optim.residuals import Terms
+from lightspan.optim.settings import Switches
+from lightspan.optim.sharding import Ranks
+from lightspan.subspaces.frames import Frames
 from lightspan.triton_kernels.bias_correction import bias_correction
-from lightspan.triton_kernels.row_resident_step import row_resident_step
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The switches of a low-rank optimiser; each published one is a choice of them."""
-
-    basis: Basis
-    residual: Residual
-    inner: Inner
-    moments: MomentStorage
-    trigger: Trigger
-
-    def initial(self, layout: Layout) -> State:
-        """State before the first step. The parts' names differ, so one mapping holds them all."""
-        parts = (
-            self.basis.initial(layout),
-            self.inner.initial(layout, self.moments),
-            self.residual.initial(layout),
-            self.trigger.initial(layout),
-        )
-        return {key: value for part in parts for key, value in part.items()}
-
-    def takes_one_pass(self, state: State) -> bool:
-        """Whether a step needs nothing but its own rows: Adam in float32 on a stored frame, without residual."""
-        plain = isinstance(self.inner, Adam) and isinstance(self.moments, Float32Moments)
-        return plain and isinstance(self.residual, Dropped) and not self.trigger.needs_energy and "frame" in state
 
 
 @dataclass
 class NewFrames:
-    """Frames chosen anew for the matrices at `positions`; `first` where no gradient had shaped the old ones."""
+    """New frames for the matrices at `positions`; `first` if no gradient had shaped the old ones."""
 
     positions: list[int]
     first: bool
@@ -65,13 +51,13 @@ class NewFrames:
 
 
 @dataclass
-class ProjectedGradients:
-    """What the first half of a step found out.
+class Projected:
+    """The results of the first half of a step.
 
     Args:
-        gradients: what was projected, by matrix; None where only coordinates are left.
+        gradients: what was projected, by matrix; None if only coordinates are left.
         energy_BM: squared row norms of what was projected, or empty [0 M].
-        seen: the basis' state that the coordinates belong to, with frames made where frames are used.
+        seen: the basis' state that the coordinates belong to, with frames built if they are used.
     """
 
     gradients: list[Tensor | None]
@@ -81,132 +67,233 @@ class ProjectedGradients:
     seen: State
 
 
-def project_step(
-    gradients: list[Tensor | None],
-    pending: dict[int, Tensor],
-    state: State,
-    layout: Layout,
-    rule: Rule,
-    *,
-    first: list[int],
-    due: list[int],
-    energy: bool,
-    beta1: float,
-) -> ProjectedGradients:
-    """The first half: new frames where due, and coordinates in them. Nothing is written.
+@dataclass
+class BucketStep:
+    """One step of a bucket's matrices that have a gradient.
 
     Args:
-        gradients: [M N] by matrix, in any float dtype; None where there is none, or only a pending part.
-        pending: coordinates [M R] that came without their gradient, by position; such matrices cannot be due.
-        first, due: positions whose frame is chosen for the first time, or anew.
-        energy: whether row norms are wanted.
-        beta1: of Adam's first moment, for a basis that follows it.
+        owners: which of the bucket's parameters take part; `active`: which of its matrices.
+        index: selects the active matrices from the bucket's stacks; None if all take part.
+        layout, state: those of the active matrices.
+        gradients: [M N] by active matrix, in any float dtype; None if only coordinates are left.
+        pending: coordinates [M R] that came without their gradient, by position; such matrices are not due.
+        first, due: positions whose frame is chosen for the first time, or again.
+        projected: result of the first half; None before it.
     """
-    changes, seen = [], state
-    for positions, is_first in ((first, True), (due, False)):
-        if positions:
-            index = layout.select(positions)
-            chosen = [gradient for i in positions if (gradient := gradients[i]) is not None]
-            assert len(chosen) == len(positions), "a frame is chosen from whole gradients"
-            part, part_layout = part_of(state, index), layout.part(positions)
-            if rule.basis.momentum and not is_first:
-                chosen = _with_momentum(chosen, part, part_layout, rule, beta1)
-            basis = rule.basis.refresh(chosen, part, part_layout, first=is_first)
-            changes.append(NewFrames(positions, is_first, basis))
-            seen = {**seen, **{key: _with_part(seen[key], positions, index, value) for key, value in basis.items()}}
-    seen = rule.basis.materialised(seen, layout)
-    whole = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
-    if len(whole) == layout.batch:
-        coordinates_BMR, energy_BM = rule.basis.project(list(whole.values()), seen, layout, energy=energy)
-    else:
-        coordinates_BMR, energy_BM = layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0]
-        if whole:
-            index = layout.select(list(whole))
-            held = part_of(seen, index), layout.part(list(whole))
-            coordinates_BMR[index], _ = rule.basis.project(list(whole.values()), *held, energy=False)
-    for i, coordinates_MR in pending.items():
-        coordinates_BMR[i] += coordinates_MR
-    return ProjectedGradients(gradients, coordinates_BMR, energy_BM, changes, seen)
+
+    bucket: Bucket
+    rule: Switches
+    owners: list[int]
+    active: list[int]
+    index: slice | Tensor | None
+    layout: Layout
+    state: State
+    gradients: list[Tensor | None]
+    pending: dict[int, Tensor]
+    first: list[int]
+    due: list[int]
+    projected: Projected | None = None
+
+    @staticmethod
+    def of(bucket: Bucket, rule: Switches) -> "BucketStep | None":
+        """The bucket's part in the coming step; None if none of its parameters has a gradient."""
+        owners = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
+        if not owners:
+            return None
+        active = [place for i in owners for place in bucket.places(i)]
+        first, due = bucket.due(active, rule)
+        layout, state, index = bucket.layout, bucket.state, None
+        if len(active) < layout.batch:
+            index = layout.select(active)
+            layout, state = layout.part(active), part_of(state, index)
+        gradients: list[Tensor | None] = []
+        for parameter in (bucket.parameters[i] for i in owners):
+            held = matrices(parameter, bucket.stacked)
+            own = [None] * len(held) if parameter.grad is None else matrices(parameter.grad, bucket.stacked)
+            gradients += [None if g is None else canonical_gradient(g, p) for g, p in zip(own, held, strict=True)]
+        pending = {place: bucket.pending[i] for place, i in enumerate(active) if i in bucket.pending}
+        return BucketStep(bucket, rule, owners, active, index, layout, state, gradients, pending, first, due)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks among which the matrices are split."""
+        return None if self.layout.shards is None else self.layout.shards.ranks
+
+    def gradients_that_choose_frames(self) -> list[Tensor]:
+        """The gradients from which the first half chooses frames."""
+        return [] if self.rule.residual.feeds_back else _given(self.gradients[i] for i in (*self.first, *self.due))
+
+    def not_projected(self) -> list[Tensor]:
+        """The gradients, as long as their norms follow from nothing else."""
+        return _given(self.gradients) if self.projected is None else []
+
+    def squares(self, in_frames: bool) -> list[Tensor]:
+        """The squared norm of all gradients, 0-d, once they are projected.
+
+        Args:
+            in_frames: whether gradients no longer exist, so that it is that of their coordinates.
+        """
+        if self.projected is None:
+            return []
+        return [self.projected.coordinates_BMR.square().sum() if in_frames else self.projected.energy_BM.sum()]
+
+    def project(self, energy: bool) -> None:
+        """The first half: coordinates of the gradients, in new frames where due. Writes no state. Under error feedback
+        it comes after clipping, see `update`.
+
+        Args:
+            energy: whether row norms are wanted.
+        """
+        if not self.rule.residual.feeds_back:
+            self.projected = self._projected(self.gradients, energy)
+
+    def update(self, scale: float, clip: Tensor | None) -> None:
+        """The second half: weights and state, in place.
+
+        Args:
+            scale: factor on the learning rate, except for decay.
+            clip: 0-d factor by which the gradients must still be multiplied; None for none.
+        """
+        if self.rule.residual.feeds_back:
+            self.projected, clip = self._projected_with_error(clip), None
+        assert self.projected is not None, "a step has two halves"
+        self._count_step()
+        group, noise = self.bucket.group, self.bucket.noise
+        numbers = AdamSettings(group["betas"], group["eps"], noise)
+        owned = [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
+        weights = [canonical(matrix) for matrix in owned]
+        lr, keep = self._rates(scale)
+        update_weights(
+            weights, self.state, self.layout, self.rule, self.projected, numbers, lr=lr, keep=keep, clip=clip
+        )
+        put(weights, owned)
+        self.gradients, self.projected = [], None
+        noise.add_(len(self.active))
+        self.bucket.pending.clear()
+        if isinstance(self.index, Tensor):  # a slice was stepped in place
+            write_part(self.bucket.state, self.index, self.state, {})
+
+    def _projected(self, gradients: list[Tensor | None], energy: bool) -> Projected:
+        changes = [
+            self._new_frames(gradients, at, is_first) for at, is_first in ((self.first, True), (self.due, False)) if at
+        ]
+        seen = self.state
+        for change in changes:
+            index, basis = self.layout.select(change.positions), change.basis.items()
+            seen = {**seen, **{key: _with_part(seen[key], change.positions, index, value) for key, value in basis}}
+        seen = self.rule.basis.materialised(seen, self.layout)
+        return Projected(gradients, *self._coordinates(gradients, seen, energy), changes, seen)
+
+    def _projected_with_error(self, clip: Tensor | None) -> Projected:
+        """The first half with the clipped gradients plus what earlier steps left out. The sums are as large as the
+        gradients in float32, so those of one bucket exist at a time: those of all would cancel what quantised state
+        saves.
+        """
+        one = torch.ones((), device=self.layout.device) if clip is None else clip
+        accumulated = self.rule.residual.accumulate(_given(self.gradients), self.state, one)
+        gradients: list[Tensor | None] = [matrix_MN.to(self.layout.dtype) for matrix_MN in accumulated]
+        self.gradients = []
+        return self._projected(gradients, self.rule.residual.needs_energy)
+
+    def _new_frames(self, gradients: list[Tensor | None], positions: list[int], is_first: bool) -> NewFrames:
+        chosen = _given(gradients[i] for i in positions)
+        assert len(chosen) == len(positions), "a frame is chosen from whole gradients"
+        part, layout = part_of(self.state, self.layout.select(positions)), self.layout.part(positions)
+        if self.rule.basis.momentum and not is_first:
+            chosen = _with_momentum(chosen, part, layout, self.rule, self.bucket.group["betas"][0])
+        return NewFrames(positions, is_first, self.rule.basis.refresh(chosen, part, layout, first=is_first))
+
+    def _coordinates(self, gradients: list[Tensor | None], seen: State, energy: bool) -> tuple[Tensor, Tensor]:
+        """Coordinates [B M R], with what came without its gradient, and row norms [B M] or [0 M]."""
+        layout = self.layout
+        whole = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+        if len(whole) == layout.batch:
+            coordinates_BMR, energy_BM = self.rule.basis.project(list(whole.values()), seen, layout, energy=energy)
+        else:
+            coordinates_BMR, energy_BM = layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0]
+            if whole:
+                index = layout.select(list(whole))
+                held = part_of(seen, index), layout.part(list(whole))
+                coordinates_BMR[index], _ = self.rule.basis.project(list(whole.values()), *held, energy=False)
+        for i, coordinates_MR in self.pending.items():
+            coordinates_BMR[i] += coordinates_MR
+        return coordinates_BMR, energy_BM
+
+    def _count_step(self) -> None:
+        for i in self.active:
+            self.bucket.done[i] += 1
+        for i in self.owners:
+            self.bucket.views[i]["step"].fill_(self.bucket.done[self.bucket.places(i)[0]])
+
+    def _rates(self, scale: float) -> tuple[Tensor, Tensor]:
+        """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
+        rate, device = self.bucket.group["lr"], self.layout.device
+        wide = widest_float(device)
+        lr = rate.to(device, wide).reshape(()) if isinstance(rate, Tensor) else None
+        lr = torch.full((), rate, dtype=wide, device=device) if lr is None else lr
+        return lr * scale, 1 - lr * self.bucket.group["weight_decay"]
 
 
-def update_step(
+def _given(gradients: Iterable[Tensor | None]) -> list[Tensor]:
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def update_weights(
     weights: list[Tensor],
     state: State,
     layout: Layout,
-    rule: Rule,
-    projection: ProjectedGradients,
+    rule: Switches,
+    projected: Projected,
     numbers: AdamSettings,
     *,
     lr: Tensor,
     keep: Tensor,
     clip: Tensor | None,
 ) -> None:
-    """The second half: moments, weights [M N] and the rest of the state, in place.
+    """Frames, moments, weights [M N] and the rest of the state, in place. torch.compile makes one graph of it.
 
     Args:
         lr, keep: 0-d; keep = 1 - lr * weight decay.
-        clip: 0-d factor that the gradients still have to be multiplied with; None for none.
+        clip: 0-d factor by which the gradients must still be multiplied; None for none.
     """
-    coordinates_BMR, energy_BM = projection.coordinates_BMR, projection.energy_BM
+    coordinates_BMR, energy_BM = projected.coordinates_BMR, projected.energy_BM
     if clip is not None:
         clip = clip.to(coordinates_BMR.dtype)
         coordinates_BMR.mul_(clip)
         energy_BM = energy_BM * clip.square()
-    source_BR, lost = _change_frames(state, layout, rule, projection, numbers)
+    source_BR, lost = _change_frames(state, layout, rule, projected, numbers)
     setting = InnerContext(layout, rule.moments, numbers, source_BR)
     direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
-    coefficients_BMR, scale_BM = rule.residual.terms(direction_BMR, coordinates_BMR, energy_BM, state, layout)
+    given = Terms(direction_BMR, coordinates_BMR, energy_BM, layout)
+    coefficients_BMR, scale_BM = rule.residual.terms(given, state)
     whole: list[Tensor] = []
     if len(scale_BM):
-        whole = [gradient for gradient in projection.gradients if gradient is not None]
+        whole = _given(projected.gradients)
         scale_BM = scale_BM if clip is None else scale_BM * clip
     seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
-    if layout.rows:  # a rank may hold none of a small matrix
-        rule.basis.update(weights, coefficients_BMR, projection.seen, layout, whole, scale_BM, lr, keep, seed)
+    if layout.rows:  # a rank may have no rows of a small matrix
+        rule.basis.update(weights, coefficients_BMR, projected.seen, layout, whole, scale_BM, lr, keep, seed)
     if rule.residual.feeds_back:
-        accumulated = [gradient for gradient in projection.gradients if gradient is not None]
-        frame_BNR = rule.basis.frame(projection.seen, layout)
-        rule.residual.remember(accumulated, coordinates_BMR, frame_BNR, lost, state, numbers.betas)
-    if rule.trigger.needs_energy:
-        changed = sorted(i for change in projection.changes for i in change.positions)
-        refreshed = layout.select(changed) if changed else None
-        rule.trigger.observe(coordinates_BMR, energy_BM, refreshed, state, layout.total)
-
-
-def step_in_one_pass(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    state: State,
-    rule: Rule,
-    numbers: AdamSettings,
-    *,
-    lr: Tensor,
-    keep: Tensor,
-) -> None:
-    """Both halves in one kernel, for rules with `takes_one_pass` in steps without a change of frame or clipping."""
-    state["age"].add_(1)
-    if not len(weights[0]):
-        return
-    moments, seed = (state["exp_avg"], state["exp_avg_sq"], state["age"]), numbers.seed + WEIGHT_STREAM
-    row_resident_step(weights, gradients, state["frame"], *moments, *numbers.betas, numbers.eps, lr, keep, seed)
+        frame_BNR = rule.basis.frame(projected.seen, layout)
+        rule.residual.remember(_given(projected.gradients), coordinates_BMR, frame_BNR, lost, state, numbers.betas)
 
 
 def _change_frames(
-    state: State, layout: Layout, rule: Rule, projection: ProjectedGradients, numbers: AdamSettings
+    state: State, layout: Layout, rule: Switches, projected: Projected, numbers: AdamSettings
 ) -> tuple[Tensor | None, dict[int, Tensor]]:
     """Writes new frames and carries moments into them.
 
-    Returns where each column's moments stand [B R], None if in place; and what first moments lost [M N], by matrix.
+    Returns where each column's moments are [B R], None if in place; and what first moments lost [M N], by matrix.
     """
     source_BR: Tensor | None = None
     lost: dict[int, Tensor] = {}
-    for change in projection.changes:
+    for change in projected.changes:
         index = layout.select(change.positions)
         before, part_layout = part_of(state, index), layout.part(change.positions)
         part = dict(before)
         if not change.first and "exp_avg" in state:  # otherwise there is nothing to carry
             make_old, make_new = (partial(_frame, rule.basis, basis, part_layout) for basis in (before, change.basis))
-            coordinates_BMR = projection.coordinates_BMR[index]
+            coordinates_BMR = projected.coordinates_BMR[index]
             seen = FrameChange(make_old, make_new, before, change.basis, coordinates_BMR, numbers.betas)
             before_BMN = _lifted(part, seen.old_BNR, rule) if rule.residual.keeps_lost_moments else None
             moved_bR = rule.basis.carry.carry(part, seen, rule.moments, numbers.seed)
@@ -226,7 +313,7 @@ def _frame(basis: Basis, state: State, layout: Layout) -> Tensor:
 
 
 def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part: Tensor) -> Tensor:
-    """A stack with some matrices exchanged; the one given is not written."""
+    """A copy of the stack with some matrices replaced; the given stack is unchanged."""
     if len(positions) == len(stack):
         return part
     stack = stack.clone()
@@ -234,16 +321,16 @@ def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part:
     return stack
 
 
-def _with_momentum(gradients: list[Tensor], part: State, layout: Layout, rule: Rule, beta1: float) -> list[Tensor]:
+def _with_momentum(gradients: list[Tensor], part: State, layout: Layout, rule: Switches, beta1: float) -> list[Tensor]:
     """rho m_hat Q^T + (1 - rho) G, by matrix."""
     share = rule.basis.momentum
     correction_B1R = bias_correction(part["age"], beta1)[:, None]
     mean_BMR = rule.moments.load(part, "exp_avg").to(layout.dtype) / correction_B1R
-    lifted_BMN = push(mean_BMR, rule.basis.frame(part, layout).to(layout.dtype))
+    lifted_BMN = Frames(rule.basis.frame(part, layout).to(layout.dtype)).push(mean_BMR)
     return [
         torch.lerp(g.to(layout.dtype), lifted_MN, share) for g, lifted_MN in zip(gradients, lifted_BMN, strict=True)
     ]
 
 
-def _lifted(part: State, frame_BNR: Tensor, rule: Rule) -> Tensor:
-    return push(rule.moments.load(part, "exp_avg").to(frame_BNR.dtype), frame_BNR)
+def _lifted(part: State, frame_BNR: Tensor, rule: Switches) -> Tensor:
+    return Frames(frame_BNR).push(rule.moments.load(part, "exp_avg").to(frame_BNR.dtype))

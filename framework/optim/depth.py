@@ -1,12 +1,12 @@
-"""How deep in its network a parameter lies, for layer-wise decay of the learning rate.
+"""How deep in its network a parameter is, for layer-wise decay of the learning rate.
 
 Source: Clark et al., "ELECTRA", 2020, arXiv 2003.10555, appendix; Bao et al., "BEiT", 2021, arXiv 2106.08254; timm's
 `param_groups_layer_decay`, whose rates this gives for timm networks with a head.
 
-Layers are counted from the input. Of a timm network they are those that its own `group_matcher` tells. Of any other
+Layers are counted from the input. In a timm network they are those of its own `group_matcher`. In any other
 network with one list of equal blocks they are its elements: what is registered before the blocks in the same child of
-the module (embeddings, stem) is the layer below them, all else keeps the full rate. Several lists side by side, as the
-stages of a convolutional network or two towers, tell no order: `groups.layers` has to.
+the module (embeddings, stem) is the layer below them, all else keeps the full rate. Several parallel lists, such as the
+stages of a convolutional network or two towers, do not give an order: `groups.layers` must.
 """
 
 import math
@@ -15,16 +15,21 @@ from typing import Any
 
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.layers import list_of_blocks
 from lightspan.patterns import matches
+
+_SET_LAYERS = (
+    "set layers of ParameterGroups (in a recipe model.init_args.groups.layers) to name patterns, one a layer from "
+    "input to output, without the head, which keeps the full rate"
+)
 
 
 def shares_of_layers(module: nn.Module, decay: float, layers: Sequence[str] | None = None) -> dict[str, float]:
     """decay^(L - l) for each parameter of layer l of L, counted from 0, by name; a parameter of no layer is left out.
 
     Args:
-        layers: name patterns, one a layer, in the place of what the module tells.
-    Raises: UserError for a module that tells no layers.
+        layers: name patterns, one per layer, instead of the module's own layers.
+    Raises: UserError for a module whose layers are unknown.
     """
     if layers is not None:
         patterns = [[pattern] for pattern in layers]
@@ -45,7 +50,7 @@ def shares_of_layers(module: nn.Module, decay: float, layers: Sequence[str] | No
 
 
 def _timm_networks(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The outermost parts that tell their layers, with the prefix of their parameters' names."""
+    """The outermost parts with known layers, with the prefix of their parameters' names."""
     outer: list[str] = []
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
@@ -67,36 +72,19 @@ def _told_by_timm(network: Any) -> tuple[dict[str, int], int]:
 
 
 def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
-    """Layers by the longest list of blocks, and how many there are."""
-    lists = {
-        path: len(part)
-        for path, part in module.named_modules()
-        if isinstance(part, nn.ModuleList | nn.Sequential)
-        and len(part) > 1
-        and len({type(block) for block in part}) == 1
-        and all(any(parameter.requires_grad for parameter in block.parameters()) for block in part)
-    }
-    if not lists:
-        raise UserError(
-            f"{type(module).__name__} has no list of equal blocks that would tell its layers; set groups.layers to "
-            "name patterns, one a layer from input to output"
-        )
-    path = max(lists, key=lambda known: lists[known])
-    beside = [
-        other for other in lists if not (f"{other}.".startswith(f"{path}.") or f"{path}.".startswith(f"{other}."))
-    ]
-    if beside:
-        raise UserError(
-            f"{type(module).__name__} has lists of equal blocks side by side ({', '.join([path, *beside][:4])}), which "
-            "do not tell its layers; set groups.layers to name patterns, one a layer from input to output"
-        )
-    child = path.split(".")[0] + "." if "." in path else ""
+    """Layers by the list of blocks that train, and how many there are."""
+    path, blocks = list_of_blocks(
+        module,
+        lambda parameter: parameter.requires_grad,
+        _SET_LAYERS,
+    )
+    inside, child = f"{path}." if path else "", path.split(".")[0] + "." if "." in path else ""
     depths: dict[str, int] = {}
     above = False
     for name, _ in module.named_parameters():
-        if name.startswith(f"{path}."):
-            depths[name] = int(name.removeprefix(f"{path}.").split(".")[0]) + 1
+        if name.startswith(inside):
+            depths[name] = int(name.removeprefix(inside).split(".")[0]) + 1
             above = True
         elif name.startswith(child) and not above:
             depths[name] = 0
-    return depths, lists[path] + 1
+    return depths, len(blocks) + 1

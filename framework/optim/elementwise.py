@@ -1,6 +1,6 @@
 """AdamW for what is not projected, with the same moment formats and the same rounding of bfloat16 weights.
 
-Shapes: P numbers of several parameters, end to end.
+Shapes: P numbers of several parameters, concatenated.
 """
 
 from collections import defaultdict
@@ -21,11 +21,11 @@ from lightspan.sharded import local
 from lightspan.triton_kernels.rounding import stochastic_round
 
 SMALLEST_QUANTISED = 4096
-"""Smaller parameters keep float32 moments: they weigh nothing, and norms are sensitive."""
+"""Smaller parameters keep float32 moments: they need little memory, and norms are sensitive."""
 LONGEST_QUANTISED_ROW = 8192
-"""Longer rows keep float32 moments: one scale would have to serve too many numbers."""
+"""Longer rows keep float32 moments: one scale would have to fit too many numbers."""
 LONGEST_RUN = 1 << 22
-"""Numbers that are widened at once, unless one parameter alone has more: 16 MiB of float32."""
+"""How many numbers are widened at once, unless a single parameter has more: 16 MiB of float32."""
 
 
 def initial_state(parameter: Tensor, moments: MomentStorage) -> State:
@@ -47,7 +47,7 @@ def initial_state(parameter: Tensor, moments: MomentStorage) -> State:
 
 
 def _has_whole_rows(parameter: Tensor) -> bool:
-    """Whether each row, which shares one scale, lies on one rank, in the order in which ranks split scales."""
+    """Whether each row, which shares one scale, is on one rank, in the order in which ranks split scales."""
     ranks = ranks_of(parameter)
     if ranks is None:
         return True
@@ -63,16 +63,16 @@ def step_elementwise(
     clip: Tensor | None,
     seeds: Sequence[int],
 ) -> None:
-    """One step of AdamW on parameters of one group, all of which have a gradient: torch's fused one where weights and
+    """One step of AdamW on parameters of one group, all of which have a gradient: torch's fused one if weights and
     moments are float32 or wider, otherwise widened, stepped and rounded once.
 
     Args:
-        seeds: one a parameter; its roundings take what follows the seed, one a step.
+        seeds: one per parameter; its roundings use the numbers after the seed, one per step.
     """
     by_kind: dict[Any, list[int]] = defaultdict(list)
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
         quantised = local(state["exp_avg"]).dtype.itemsize < 4
-        # A rank's roundings are its own where it holds a part of its own, and the same as others' where it does not.
+        # A rank with a part of its own has its own roundings; otherwise all ranks round equally.
         by_kind[quantised, parameter.dtype, parameter.device, ranks_of(parameter)].append(i)
     for (quantised, _, device, _), members in by_kind.items():
         held = [real(local(parameters[i])) for i in members]
@@ -94,7 +94,7 @@ def step_elementwise(
 
 
 def _runs(sizes: Sequence[int]) -> Iterator[slice]:
-    """Neighbours that are widened together."""
+    """Neighbouring parameters that are widened together."""
     start = total = 0
     for i, size in enumerate(sizes):
         if i > start and total + size > LONGEST_RUN:
@@ -137,8 +137,8 @@ def _step_quantised(
     moments: MomentStorage,
     clip: Tensor | None,
 ) -> None:
-    """Moments in less than 32 bits: widened, stepped and rounded, the weight too where it is narrow."""
-    if not parameter.numel():  # of a small parameter a rank may hold nothing
+    """Moments in less than 32 bits: widened, stepped and rounded, the weight too if it is narrow."""
+    if not parameter.numel():  # a rank may have no part of a small parameter
         state["step"].add_(1)
         return
     dtype, names = wide_type(parameter.dtype), ("exp_avg", "exp_avg_sq")
@@ -160,7 +160,7 @@ def _step_quantised(
 
 
 def first_noise(parameter: Tensor, number: int, seed: int) -> int:
-    """Where the roundings of an unprojected parameter begin: below those of all matrices, a stream for each.
+    """Where the roundings of an unprojected parameter begin: below those of all matrices, one stream each.
 
     Args:
         number: of the parameter among all of the optimiser's.
@@ -171,7 +171,7 @@ def first_noise(parameter: Tensor, number: int, seed: int) -> int:
 
 
 def _noise(state: State, seed: int) -> Tensor:
-    """The seed of this step's roundings, on the device; the number of steps is saved, so a resumed run rounds alike."""
+    """The seed of this step's roundings, on the device; the step count is saved, so a resumed run rounds equally."""
     return state["step"].long() + seed
 
 
@@ -180,12 +180,12 @@ def _rounded(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers, for which Adam's rule is torch's; others as they are."""
+    """A complex tensor as pairs of real numbers, for which Adam's rule is torch's; others unchanged."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _adamw(parameters: list[Tensor], gradients: list[Tensor], states: list[State], group: dict[str, Any]) -> None:
-    """torch's fused step. It reads memory from end to end and looks at no strides, so what lies otherwise than its
+    """torch's fused step. It reads memory from end to end and ignores strides, so what is laid out differently from its
     weight, or with gaps, is stepped in a copy.
     """
     firsts, seconds = ([real(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))

@@ -1,14 +1,14 @@
-"""Gradients that never last: projected as soon as they are there, or never formed. For `LowRank(backward=...)`.
+"""Gradients that are not kept: projected as soon as they exist, or never formed. For `LowRank(backward=...)`.
 
 "hooks": when a parameter's gradient G of a micro-batch is complete, G Q is added to the parameter's coordinates and G
-is freed. Sums of coordinates are coordinates of sums, so accumulation is exact, and the step clips what it has.
+is freed. Sums of coordinates are coordinates of sums, so accumulation is exact, and the step clips the coordinates.
 
 "projected": for y = x W^T of nn.Linear, G = dY^T X, so G Q = dY^T (X Q) costs 2 T R (M + N) instead of 2 T M N
-operations for T tokens, and G never exists. (For a weight with M < N it is X^T (dY Q).) What is left to hooks: matrices
+operations for T tokens, and G never exists. (For a weight with M < N it is X^T (dY Q).) Hooks handle the rest: matrices
 of other layers.
 
-In a step that chooses a matrix' frame anew, that matrix' gradient is formed and accumulated as usual: the frame needs
-all of it. Refreshes are staggered, so these are few. Among data-parallel ranks, see `lightspan.optim.reduction`.
+In a step that chooses a matrix' frame again, that matrix' gradient is formed and accumulated as usual: the frame needs
+all of it. Refreshes are staggered, so these are few. For data-parallel ranks, see `lightspan.optim.reduction`.
 
 Shapes: T tokens, M out features, N in features, R rank.
 """
@@ -29,13 +29,13 @@ from lightspan.optim.reduction import Reduction
 
 
 class Sink:
-    """Where the coordinates of one parameter's gradient are added up, in the optimiser's own bucket."""
+    """Where the coordinates of one parameter's gradient are summed, in the optimiser's own bucket."""
 
     def __init__(self, optimizer: LowRank, parameter: Tensor) -> None:
         self.optimizer, self.parameter = optimizer, parameter
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copy of a model, or a pickle, holds no sink: it is attached to no optimiser."""
+        """A copy of a model, or a pickle, has no sink: it is attached to no optimiser."""
         return type(None), ()
 
     def frame(self) -> Tensor | None:
@@ -70,7 +70,7 @@ class Sink:
         return self.parameter.grad is not None or position in bucket.pending
 
     def tensor(self) -> Tensor:
-        """The gradient of a step that needs all of it, otherwise the coordinates; zeros, kept, where none exists."""
+        """The gradient of a step that needs all of it, otherwise the coordinates; zeros, kept, if there are none."""
         bucket, position = self.optimizer.place(self.parameter)
         if self._takes_whole():
             if self.parameter.grad is None:
@@ -87,12 +87,12 @@ class Sink:
 
 
 class _ProjectedProduct(torch.autograd.Function):
-    """x W^T + b whose backward pass puts the coordinates of W's gradient into a sink and gives W none."""
+    """x W^T + b whose backward pass adds the coordinates of W's gradient to a sink and gives W no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, frame: Tensor, sink: Sink) -> Tensor:
         wide = weight_MN.shape[0] < weight_MN.shape[1]
-        # For tall weights X Q is all that the gradient needs of X, and much smaller.
+        # For tall weights, X Q is all that the gradient needs of X, and much smaller.
         ctx.save_for_backward(x if wide else x @ frame, weight_MN, frame)
         ctx.sink, ctx.wide, ctx.has_bias = sink, wide, bias_M is not None
         return nn.functional.linear(x, weight_MN, bias_M)
@@ -111,7 +111,7 @@ class _ProjectedProduct(torch.autograd.Function):
 
 
 class ProjectedLinear(nn.Linear):
-    """nn.Linear whose weight's gradient reaches the optimiser in coordinates. Parameters, state dict and outputs are
+    """nn.Linear whose weight gradient reaches the optimiser in coordinates. Parameters, state dict and outputs are
     those of nn.Linear; `attach` turns existing layers into it, and `detach` back.
     """
 
@@ -146,7 +146,7 @@ class Attachment:
         self.linears, self.handles, self.reduction, self.optimizer = linears, handles, reduction, optimizer
 
     def detach(self) -> None:
-        """Gives the layers back their class and removes the hooks. After it DDP has to be built anew."""
+        """Restores the class of the layers and removes the hooks. After it DDP must be rebuilt."""
         for linear in self.linears:
             linear.__class__ = nn.Linear  # type: ignore[assignment]
             del linear.sink
@@ -161,21 +161,21 @@ def attach(model: nn.Module, optimizer: LowRank) -> Attachment:
     """Connects the gradients of a model with an optimiser made for `backward="hooks"` or `"projected"`.
 
     Call it after the model has its final device and dtype, before DistributedDataParallel is built around it, and
-    before the first backward pass. A weight that two layers share, or that a parametrisation computes, stays with
+    before the first backward pass. A weight that two layers share, or that a parametrisation computes, is left to
     hooks. Among several ranks the projected parameters get rank 0's values, and every rank's step reduces them: all
-    ranks have to take it.
+    ranks must take it.
 
-    Raises: UserError if the optimiser wants whole gradients, if DDP already holds the model, or if it is sharded.
+    Raises: UserError if the optimiser needs whole gradients, if DDP already wraps the model, or if it is sharded.
     """
     if optimizer.backward == "whole":
-        raise UserError("this optimiser wants whole gradients; make it with backward='hooks' or backward='projected'")
+        raise UserError("this optimiser needs whole gradients; build it with backward='hooks' or backward='projected'")
     if isinstance(model, DistributedDataParallel):
         raise UserError("DDP already reduces whole gradients of this model; attach first, then build DDP around it")
-    # A list: ranks reduce in this order, and sets have another one in every process.
+    # A list: ranks reduce in this order, and sets have a different one in every process.
     projected = [p for group in optimizer.param_groups for p in group["params"] if optimizer.projected(p, group)]
     if any(isinstance(p, DTensor) for p in projected):
         raise UserError(
-            f"backward={optimizer.backward!r} keeps coordinates of whole matrices, and this model is sharded; set "
+            f"backward={optimizer.backward!r} keeps coordinates of whole matrices, but this model is sharded; set "
             "backward='whole', or train with DDP"
         )
     owners: dict[Tensor, list[nn.Module]] = {}

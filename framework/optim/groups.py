@@ -10,16 +10,16 @@ Three kinds of parameters:
 
 The first of these that knows a parameter decides its kind:
 - a `Rule` of the recipe that matches its name;
-- a module's own word: `layer.parameter_kinds = {"weight": "embeddings"}`, by the names of the module's own parameters
-  (on the module, since sharding and copies make new parameters, without what was set on the old ones);
+- the module's own statement: `layer.parameter_kinds = {"weight": "embeddings"}`, by the names of the module's own
+  parameters (on the module, since sharding and copies make new parameters, without what was set on the old ones);
 - name patterns, `ParameterGroups.embeddings`;
 - the output embeddings of a transformers model, and the weights of nn.Embedding and nn.EmbeddingBag;
-- timm's `no_weight_decay()` of a module, and `_no_weight_decay` on a parameter, as state-space models have it: what is
-  to be spared decay is no matrix;
+- timm's `no_weight_decay()` of a module, and `_no_weight_decay` on a parameter, as in state-space models: what is
+  to be exempt from decay is not a matrix;
 - its number of axes.
 
-A kind is one group of the optimiser, named as the kind is. Rules and layer-wise decay cut it into groups of one rate
-and one decay, whose names say these too: `matrices-lr0.75`, `vectors-lr0.1-wd0.05`. The rate of a parameter is that of
+A kind is one group of the optimiser, named after it. Rules and layer-wise decay split it into groups of one rate
+and one decay, whose names include these: `matrices-lr0.75`, `vectors-lr0.1-wd0.05`. The rate of a parameter is that of
 its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rule that sets one, times the share of its
 layer; its decay is that of the first rule that sets one, else that of its kind.
 """
@@ -37,18 +37,18 @@ from lightspan.patterns import matches, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors"]
 TABLES = ("*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table")
-"""Names of tables that no nn.Embedding holds. They end in the parameter's own name: `mlp_tokens.fc1.weight` is none."""
+"""Tables that are not in an nn.Embedding, by their own name at the end: `mlp_tokens.fc1.weight` is not one."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds for the parameters of some names; None leaves a setting to later rules, and to the parameter's kind.
+    """Settings for the parameters of some names; None leaves a setting to later rules, and to the parameter's kind.
 
     Args:
         match: name patterns, at least one.
         lr_scale: factor of the learning rate, > 0.
-        weight_decay: decay, >= 0, in the place of the optimiser's own.
-        kind: of these parameters, with all that a kind says of decay and projection.
+        weight_decay: decay, >= 0, instead of the optimiser's own.
+        kind: kind of these parameters, with all that it implies for decay and projection.
     """
 
     match: list[str]
@@ -62,16 +62,16 @@ class ParameterGroups:
     """Rules that split a module's trainable parameters into groups.
 
     Args:
-        embeddings: name patterns that count as embeddings although no nn.Embedding holds them, the output head above
-            all: each of its rows belongs to one token, so the rows' gradients span no common subspace.
-        other_lr: learning rate of embeddings and vectors; None leaves them the optimiser's own. A rate tuned for
-            matrices is mostly too small for them (the quickstart loses more than a tenth of a nat so).
+        embeddings: name patterns that count as embeddings although they are not in an nn.Embedding, the output head
+            above all: each of its rows belongs to one token, so the rows' gradients span no common subspace.
+        other_lr: learning rate of embeddings and vectors; None means the optimiser's own. A rate tuned for
+            matrices is usually too small for them (it costs the quickstart more than a tenth of a nat).
         rules: settings by name; each setting of a parameter comes from the first rule that matches and sets it.
         layer_decay: layer-wise decay of the rate for fine-tuning, in (0, 1]: each layer trains at this share of the
             rate of the next one, and what follows the last layer, such as a head, at the full rate. None: no such
-            decay. Layers are told by `lightspan.optim.depth`.
-        layers: name patterns, one a layer from input to output, for networks that do not tell their layers or tell
-            them wrongly; what matches none of them keeps the full rate.
+            decay. Layers are found by `lightspan.optim.depth`.
+        layers: name patterns, one per layer from input to output, for networks whose layers are not found or are found
+            wrongly; what matches none of them keeps the full rate.
     """
 
     embeddings: list[str] = field(default_factory=lambda: list(TABLES))
@@ -81,7 +81,7 @@ class ParameterGroups:
     layers: list[str] | None = None
 
     def optimizer(self, module: nn.Module, make: Callable[[Iterable[Any]], Optimizer]) -> Optimizer:
-        """The optimiser that `make` makes of the groups, with its rates scaled as the groups say.
+        """The optimiser that `make` builds from the groups, with its rates scaled as the groups say.
 
         Raises: UserError as `build` does.
         """
@@ -101,13 +101,13 @@ class ParameterGroups:
         groups = self._groups(module)
         if any("lr_scale" in group for group in groups):
             raise UserError(
-                "groups with lr_scale or layer_decay scale a rate that the optimiser has; make it by "
+                "groups with lr_scale or layer_decay scale a rate that the optimiser has; build it with "
                 "ParameterGroups(...).optimizer(module, make), where make is called with the groups"
             )
         return groups
 
     def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """The groups; `lr_scale` stands in those whose rate is scaled."""
+        """The groups; `lr_scale` is in those whose rate is scaled."""
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if not trained:
             raise UserError(
@@ -140,7 +140,7 @@ class ParameterGroups:
                 group["name"] += f"-wd{decays:.6g}" if kind == "matrices" or decays else ""
             if kind != "matrices" and self.other_lr is not None:
                 group["lr"] = self.other_lr
-            same = sum(other["name"] == group["name"] for other in groups)  # equal but for digits that are not shown
+            same = sum(other["name"] == group["name"] for other in groups)  # equal except for digits that are not shown
             group["name"] += f"-{same + 1}" if same else ""
             groups.append(group)
         return groups
@@ -151,9 +151,9 @@ class ParameterGroups:
                 f"groups.other_lr={self.other_lr} must be above 0; leave it out to use the optimiser's own lr"
             )
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise UserError(f"groups.layer_decay={self.layer_decay} must lie in (0, 1]; 0.65 to 0.9 are usual")
+            raise UserError(f"groups.layer_decay={self.layer_decay} must be in (0, 1]; 0.65 to 0.9 are usual")
         if self.layers is not None and self.layer_decay is None:
-            raise UserError("groups.layers says what groups.layer_decay acts on; set layer_decay too")
+            raise UserError("groups.layers has an effect only with groups.layer_decay; set layer_decay too")
         require_matches(self.layers or [], names, f"trained parameter of {module} (groups.layers)")
         for i, rule in enumerate(self.rules):
             where = f"groups.rules[{i}]"
@@ -170,7 +170,7 @@ class ParameterGroups:
             require_matches(rule.match, names, f"trained parameter of {module} ({where})")
 
     def _kinds(self, module: nn.Module) -> dict[str, Kind]:
-        """The kind of each parameter, rules aside."""
+        """The kind of each parameter, before rules."""
         declared, tables, spared = dict(_declared(module)), set(_tables(module)), set(_spared(module))
         kinds: dict[str, Kind] = {}
         for name, parameter in module.named_parameters():
@@ -191,7 +191,7 @@ def _first(values: Iterable[Any]) -> Any:
 
 
 def _declared(module: nn.Module) -> Iterator[tuple[int, Kind]]:
-    """What modules say of their own parameters."""
+    """What modules say about their own parameters."""
     for path, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
         # Not by getattr: a wrapper (an adapter, torch.compile) would answer for the module inside it.
@@ -216,7 +216,7 @@ def _tables(module: nn.Module) -> Iterator[int]:
 
 
 def _spared(module: nn.Module) -> Iterator[int]:
-    """Parameters that are to be spared decay, as a module or they themselves say."""
+    """Parameters that are exempt from decay, according to a module or to themselves."""
     yield from (id(parameter) for parameter in module.parameters() if getattr(parameter, "_no_weight_decay", False))
     part: Any
     for part in module.modules():

@@ -28,10 +28,10 @@ class AdamSettings:
 
 @dataclass(frozen=True)
 class InnerContext:
-    """What an inner rule works with besides coordinates and its own state.
+    """What an inner rule needs besides coordinates and its own state.
 
     Args:
-        source_BR: where each column's state stands, -1 for nowhere; None if every column stands where it belongs.
+        source_BR: where each column's state is, -1 for nowhere; None if every column is in its place.
     """
 
     layout: Layout
@@ -49,7 +49,7 @@ class Inner(ABC):
 
     @abstractmethod
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
-        """The direction [B M R], a tensor of its own; updates `state` in place."""
+        """The direction [B M R], a new tensor; updates `state` in place."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SGD(Inner):
 
 @dataclass(frozen=True)
 class NewtonSchulz(Inner):
-    """Orthogonalised coordinates, without state: momentum lies outside, in an error feedback that forgets the captured
+    """Orthogonalised coordinates, without state: momentum is outside, in an error feedback that forgets the captured
     part slowly (Trion and Dion; arXiv 2505.17967, section 4).
 
     Five steps of X <- a X + (b A + c A^2) X, A = X X^T, on the coordinates divided by their Frobenius norm.

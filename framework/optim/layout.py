@@ -15,19 +15,19 @@ State = dict[str, Tensor]
 """Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""
 
 WEIGHT_STREAM = 1 << 61
-"""Added to a step's seed: the noise that rounds weights has nothing in common with that of moments."""
+"""Added to a step's seed: the noise that rounds weights is independent of that of moments."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """B matrices of one shape: M rows (the kept, longer side), N columns (the projected side), rank R.
 
-    Of sharded matrices a rank sees its own rows: `rows` counts these alone, possibly none.
+    Of sharded matrices a rank sees only its own rows: `rows` counts these, possibly none.
 
     Args:
         wide: whether the parameter itself is wide, so that the step sees its transpose.
         dtype: of the arithmetic and of unquantised state: float32, or float64 for float64 weights.
-        seeds: one a matrix; all randomness of its frames comes from it.
+        seeds: one per matrix; all randomness of its frames comes from it.
         shards: where the other rows are; None if they are all here.
     """
 
@@ -65,8 +65,9 @@ class Layout:
         return replace(self, seeds=tuple(self.seeds[i] for i in positions))
 
     def select(self, positions: Sequence[int]) -> slice | Tensor:
-        """What picks some matrices, in ascending order, out of a stack: a slice if they are neighbours, which copies
-        nothing, otherwise their indices on the device. These are sent there once: a copy from the host waits for it.
+        """An index that selects some matrices, in ascending order, from a stack: a slice if they are neighbours, which
+        copies nothing, otherwise their indices on the device. These are sent there once, because a copy from the host
+        waits for it.
         """
         key = tuple(positions)
         if key == tuple(range(key[0], key[0] + len(key))):
@@ -80,7 +81,7 @@ class Layout:
         return alone(part) if self.shards is None else self.shards.ranks.total(part)
 
     def gathered(self, part: Tensor) -> Tensor:
-        """Whole matrices from this rank's rows [..., m, any]: for what cannot be written as sums over rows."""
+        """Whole matrices from this rank's rows [..., m, any]: for what cannot be computed as sums over rows."""
         return part if self.shards is None else self.shards.gather(part)
 
     def own_rows(self, whole: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class Layout:
 
 
 def part_of(state: State, index: slice | Tensor) -> State:
-    """The matrices `index` alone: views of the stack for a slice, otherwise copies."""
+    """Only the matrices `index`: views of the stack for a slice, otherwise copies."""
     return {key: value[index] for key, value in state.items()}
 
 
@@ -97,7 +98,7 @@ def write_part(state: State, index: slice | Tensor, part: State, before: State) 
     """Writes matrices back in place, so that views of the stack stay views.
 
     Args:
-        before: what `part_of` gave for `index`; of a slice, what is still the same tensor was written through it.
+        before: what `part_of` returned for `index`; with a slice, a tensor that is still the same was changed in place.
     """
     for key, value in part.items():
         if isinstance(index, Tensor) or value is not before.get(key):
@@ -126,7 +127,7 @@ def is_wide(weight: Tensor) -> bool:
 
 
 def shards_of(weight: Tensor) -> Shards | None:
-    """How the rows that the step sees of a parameter lie on ranks; None if they are all here.
+    """How the rows of a parameter that the step sees are spread over ranks; None if they are all here.
 
     Raises: UserError for a parameter that is split along several axes of its mesh.
     """
@@ -135,7 +136,7 @@ def shards_of(weight: Tensor) -> Shards | None:
         return None
     axis, rows = weight.placements[ranks.axis].dim, matrix_shape(weight)[0]  # type: ignore[attr-defined]
     kept = 1 if is_wide(weight) else 0
-    # A split of a convolution's input channels is an even split of the flattened axis, or no split of it at all.
+    # A split of a convolution's input channels is an even split of the flattened axis, or not a split of it at all.
     whole_rows = axis == kept and (weight.ndim == 2 or kept == 0 or weight.shape[1] % ranks.count == 0)
     return Shards(ranks, rows, moved=not whole_rows)
 
@@ -143,8 +144,8 @@ def shards_of(weight: Tensor) -> Shards | None:
 def canonical(weight: Tensor) -> Tensor:
     """A matrix [M N] of a parameter, M >= N: trailing axes flattened in logical order, transposed when wide.
 
-    A convolution is out x (in * height * width), however it lies in memory, so state means the same in every memory
-    format. The matrix is a view where memory allows one, otherwise a copy, which `put` takes back. Of a sharded
+    A convolution is out x (in * height * width), however it is laid out in memory, so state means the same in every
+    memory format. The matrix is a view if memory allows one, otherwise a copy, which `put` writes back. Of a sharded
     parameter it has this rank's rows [m N].
     """
     shards, wide = shards_of(weight), is_wide(weight)
@@ -154,7 +155,7 @@ def canonical(weight: Tensor) -> Tensor:
 
 
 def canonical_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient as `canonical` shows the weight, with the same strides; a view where its memory allows one."""
+    """The gradient as `canonical` shows the weight, with the same strides; a view if its memory allows one."""
     shards, wide = shards_of(weight), is_wide(weight)
     if shards is not None and shards.moved:
         return _moved(gradient, shards.ranks, wide)
@@ -165,7 +166,7 @@ def canonical_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def put(matrices: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Brings matrices back to the parameters that `canonical` could not show as views; it must have made them."""
+    """Writes matrices back to the parameters that `canonical` could not show as views; it must have made them."""
     for matrix_mN, weight in zip(matrices, weights, strict=True):
         shards = shards_of(weight)
         if shards is not None and shards.moved:

@@ -1,12 +1,18 @@
-"""Loading state that an optimiser keeps in a form of its own: torch casts what it loads to the parameters' dtype."""
+"""Loading state that an optimiser keeps in its own form: torch casts what it loads to the parameters' dtype."""
 
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightspan.errors import UserError
+
+if TYPE_CHECKING:
+    from lightspan.optim.low_rank import LowRank
 
 
 def load_between_hooks(
@@ -15,12 +21,12 @@ def load_between_hooks(
     prepare: Callable[[dict[str, Any]], dict[str, Any]],
     restore: Callable[[dict[str, Any]], None],
 ) -> None:
-    """torch's `load_state_dict`, but for the state itself, between the hooks that users have registered.
+    """torch's `load_state_dict` except for the state itself, between the hooks that users have registered.
 
     Args:
-        prepare: gets what users' pre-hooks made of `state_dict`, and returns what is to be loaded, or raises before
+        prepare: gets the result of users' pre-hooks on `state_dict`, and returns what is to be loaded, or raises before
             anything is changed.
-        restore: gets the same and sets `optimizer.state`, before users' post-hooks look at it.
+        restore: gets the same and sets `optimizer.state`, before users' post-hooks see it.
     """
     prepared: dict[str, Any] = {}
 
@@ -42,13 +48,13 @@ def load_between_hooks(
 def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Any], Any]]:
     """(parameter, its group in `state_dict`, its number there), in order.
 
-    Raises: UserError where `state_dict` has other groups or other numbers of parameters in them.
+    Raises: UserError if `state_dict` has other groups or other numbers of parameters in them.
     """
     own, saved = optimizer.param_groups, state_dict["param_groups"]
     counts = [[len(group["params"]) for group in groups] for groups in (own, saved)]
     if counts[0] != counts[1]:
         raise UserError(
-            f"the saved optimiser state has parameter groups of {counts[1]} parameters, this "
+            f"the saved optimiser state has parameter groups of {counts[1]} parameters, but this "
             f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and groups of that run"
         )
     return [
@@ -59,7 +65,7 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
 
 
 def with_own_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict` with what its groups lack from those of the optimiser.
+    """`state_dict`, with what its groups lack added from those of the optimiser.
 
     Raises: UserError as `numbered` does.
     """
@@ -72,12 +78,67 @@ def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tens
     """Raises: UserError for saved state of a parameter that has other parts than expected, or parts of other shapes."""
     if known.keys() != expected.keys():
         raise UserError(
-            f"the saved optimiser state of {name or 'a parameter'} holds {', '.join(sorted(known))}, this optimiser "
-            f"keeps {', '.join(sorted(expected))}; resume with the basis, residual, inner rule and moments of that run"
+            f"the saved optimiser state of {name or 'a parameter'} contains {', '.join(sorted(known))}, but this "
+            f"optimiser keeps {', '.join(sorted(expected))}; resume with the basis, residual, inner rule "
+            "and moments of that run"
         )
     for key, value in known.items():
         if value.shape != expected[key].shape:
             raise UserError(
-                f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, this "
-                f"optimiser needs {tuple(expected[key].shape)}; resume with the settings it was saved with"
+                f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, but "
+                f"this optimiser needs {tuple(expected[key].shape)}; resume with the settings it was saved with"
             )
+
+
+def prepared(optimizer: "LowRank", given: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of a `LowRank` as `restore` takes it: numbers as tensors, and groups with what they lacked.
+
+    Raises: UserError for state of other groups, another rule or another rank; nothing is changed.
+    """
+    state = {
+        number: {k: torch.tensor(float(v)) if isinstance(v, int | float) else v for k, v in held.items()}
+        for number, held in given["state"].items()
+    }
+    whole = with_own_groups(optimizer, {**given, "state": state})
+    for parameter, group, number in numbered(optimizer, whole):
+        if held := whole["state"].get(number):
+            _require_state(optimizer, parameter, group, held)
+    return whole
+
+
+def _require_state(optimizer: "LowRank", parameter: Tensor, group: dict[str, Any], known: dict[str, Tensor]) -> None:
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    expected = optimizer.initial_state(parameter, group, whole)
+    if isinstance(parameter, DTensor) and not optimizer.projected(parameter, group):
+        # Which moments are quantised depends on how the parameter is split; either kind works.
+        expected, known = ({k: v for k, v in s.items() if not k.endswith("_scale")} for s in (expected, known))
+    require_same_kind(optimizer.name_of(parameter), known, expected)
+
+
+def restore(optimizer: "LowRank", prepared: dict[str, Any]) -> None:
+    """Sets the state, each tensor in its own dtype, and warns of what the residual had to reset."""
+    owners = {number: (parameter, group) for parameter, group, number in numbered(optimizer, prepared)}
+    for number, held in prepared["state"].items():  # in the saved order, so that the next save has it too
+        if number not in owners:
+            optimizer.state[number] = held
+            continue
+        parameter, group = owners[number]
+        # The fused step reads its step count on the parameter's device, the others are on the host.
+        on_host = {"step"} if optimizer.projected(parameter, group) else set()
+        for key, value in held.items():
+            device = torch.device("cpu") if key in on_host else parameter.device
+            optimizer.state[parameter][key] = value.to(device=device, copy=True)
+    _mend(optimizer, [parameter for parameter, _ in owners.values() if parameter in optimizer.state])
+
+
+def _mend(optimizer: "LowRank", parameters: list[Tensor]) -> None:
+    residual, state = optimizer.rule.residual, optimizer.state
+    mended = {p: what for p in parameters if (what := residual.mend(state[p])) is not None}
+    if mended:
+        shown = ", ".join(optimizer.called(p) for p in list(mended)[:3]) + ", ..." * (len(mended) > 3)
+        warnings.warn(
+            f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite and "
+            "is reset. Earlier versions wrote that after gradients with rows of zeros; check whether the "
+            "checkpoint's weights are finite, and resume from an older one if they are not",
+            stacklevel=2,
+        )

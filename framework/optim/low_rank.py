@@ -1,30 +1,34 @@
 """`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
-import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightspan.errors import UserError
 from lightspan.optim import elementwise
 from lightspan.optim.bases import Basis, PowerBasis
-from lightspan.optim.buckets import Bucket, Member, build_buckets, layout_of, places_of
-from lightspan.optim.checks import require_attached, require_dense_gradients, require_finite
-from lightspan.optim.core import Rule
+from lightspan.optim.buckets import Bucket, Buckets, layout_of
+from lightspan.optim.core import BucketStep
 from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.layout import State, is_matrix, matrices
-from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
+from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.norms import clip_factor, held_gradient, square_norms
+from lightspan.optim.norms import (
+    clip_factor,
+    held_gradient,
+    require_attached,
+    require_dense_gradients,
+    require_finite,
+    square_norms,
+    squares_by_ranks,
+)
 from lightspan.optim.projected import Selection, require_some_projected
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Dropped, Fira, Residual
-from lightspan.optim.settings import require_fit, require_parts, require_sound
-from lightspan.optim.share import Share, squares_of
+from lightspan.optim.settings import Switches, require_fit, require_parts, require_sound
+from lightspan.optim.sharding import ranks_of
 from lightspan.optim.triggers import Every, Trigger
 
 
@@ -34,48 +38,48 @@ class LowRank(Optimizer):
 
     A parameter is projected if its group allows it (key `project`: a bool, default True, or a list of name patterns),
     it has two or more axes, and `rank` is below its shorter side; the longer side is kept. Axes after the first are
-    flattened, as of a convolution; but a parameter [E out in] whose slices are larger than the rank on both sides, as
-    the experts of a layer are, counts as E matrices (AdamW for them under FSDP2 and away from whole gradients).
+    flattened, as of a convolution; but a parameter [E out in] whose slices are larger than the rank on both sides, like
+    the experts of a layer, counts as E matrices (with AdamW under FSDP2 and without whole gradients).
 
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
-    `lightspan.optim.presets` has the published optimisers. The equations, slow and plain:
+    `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
     `lightspan.optim.reference.LowRank`.
 
     Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
-    sharded with them. Steps give what one process gives, but for the order of sums.
+    sharded with them. Steps equal those of one process, except for the order of sums.
 
     Args:
         params: parameters, named parameters, or groups of either; `lightspan.optim.groups` makes good groups.
         lr: step size, >= 0, a float or a 0-d tensor. Adam's directions are normalised in coordinates, so rates are
             those of AdamW times a constant: about four was best where it was searched (docs/benchmarks.md).
-        rank: dimension of the subspace, >= 1, or `RankByEnergy` for one of each matrix' own. State shrinks in
-            proportion to rank / shorter side.
+        rank: dimension of the subspace, >= 1; a group may have its own. State shrinks in proportion to rank / shorter
+            side.
         basis: how frames are chosen; None means `PowerBasis()`. See `lightspan.optim.bases`.
         residual: what happens to the gradient outside the frame; None drops it. See `lightspan.optim.residuals`.
         inner: the rule in coordinates. See `lightspan.optim.inner`.
         moments: in which precision moments are stored. See `lightspan.optim.moments`.
-        refresh: when a matrix' frame is chosen anew: a number of steps, or a `Trigger`. Refreshes are staggered over
-            the matrices, so that no single step pays for all of them; the first step has to.
-        scale: factor on the update of projected matrices (GaLore's alpha), decay apart.
+        refresh: when a matrix' frame is chosen again: a number of steps, or a `Trigger`. Refreshes are staggered over
+            the matrices, so that no single step does all of them; only the first step must.
+        scale: factor on the update of projected matrices (GaLore's alpha), except for decay.
         betas, eps, weight_decay: as in torch.optim.AdamW.
         max_norm: clips the global norm of all gradients inside the step, as torch.nn.utils.clip_grad_norm_ would,
             without writing the gradients. None does not clip.
-        backward: "whole" needs gradients as usual. "hooks" takes each micro-batch's gradient to coordinates as soon as
-            it is there and frees it; "projected" never forms it in nn.Linear. Both need `residual=None` and
-            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then taken inside the frames, and neither
-            torch's clip_grad_norm_ nor GradScaler sees what is in coordinates: the one has no effect on it, the other
-            is refused.
+        backward: "whole" uses gradients as usual. "hooks" projects each micro-batch's gradient to coordinates as soon
+            as it exists and frees it; "projected" never forms it in nn.Linear. Both need `residual=None` and
+            `attach` of `lightspan.optim.gradients`; norms for `max_norm` are then computed inside the frames, and
+            neither torch's clip_grad_norm_ nor GradScaler sees what is in coordinates: the former has no effect on it,
+            the latter is refused.
         check_finite: whether a gradient that is not finite raises before anything is changed. Costs one host
             synchronisation a step on GPUs; without it the step can be captured in a CUDA graph.
-        seed: of random frames and of stochastic rounding.
+        seed: seed of random frames and of stochastic rounding.
     Raises: UserError for values out of range or parts that do not fit, if `rank` is below the shorter side of no
-        parameter, unless all groups say project=False, and in `step` for a gradient that is sparse or not finite.
+        parameter, unless all groups have project=False, and in `step` for a gradient that is sparse or not finite.
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "rule", "rank_rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names", "_ranks",
+        "rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names",
     )  # fmt: skip
-    """Attributes of its own that a copy has, or a pickle; a class that adds attributes adds their names."""
+    """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     used_gradients = False
     """Whether the last step found a gradient, whole or in coordinates; see `lightspan.optim.steps`."""
 
@@ -83,7 +87,7 @@ class LowRank(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        rank: int | RankByEnergy = 64,
+        rank: int = 64,
         basis: Basis | None = None,
         residual: Residual | None = Fira(),  # noqa: B008 - frozen
         inner: Inner = Adam(),  # noqa: B008 - frozen
@@ -98,75 +102,53 @@ class LowRank(Optimizer):
         check_finite: bool = True,
         seed: int = 0,
     ) -> None:
-        self.rank_rule = rank if isinstance(rank, RankByEnergy) else None
-        rank = rank.most if isinstance(rank, RankByEnergy) else rank
         defaults = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True}
         require_sound(type(self).__name__, {**defaults, "scale": scale, "max_norm": max_norm, "backward": backward})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
-        self.rule = Rule(basis or PowerBasis(), residual or Dropped(), inner, moments, trigger)
+        self.rule = Switches(basis or PowerBasis(), residual or Dropped(), inner, moments, trigger)
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
         self.check_finite, self.seed = check_finite, seed
         self.attached = False
         require_parts(self.rule)
-        require_fit(self.rule, backward, self.rank_rule is not None)
+        require_fit(self.rule, backward)
         self._names: dict[Tensor, str] = {}
-        self._ranks: dict[Tensor, int] = {}
-        self._buckets: list[Bucket] | None = None
-        self._places: dict[Tensor, tuple[Bucket, int]] = {}
-        self._built_for: tuple[list[Any], list[Any]] = [], []
+        self._buckets = Buckets()
         super().__init__(params, {**defaults, "betas": tuple(betas)})
-        if any(group["project"] is not False for group in self.param_groups):  # no group at all is asked for, too
-            candidates = [(p, self._names.get(p, ""), self._selection(g)) for p, g in self._matrices()]
-            require_some_projected(type(self).__name__, candidates)
+        if any(group["project"] is not False for group in self.param_groups):  # also if there is no group yet
+            selections = [(self.selection(g), p) for g in self.param_groups for p in g["params"] if is_matrix(p)]
+            allowed = [(p, self.name_of(p), s) for s, p in selections if s.allows(self.name_of(p))]
+            require_some_projected(type(self).__name__, allowed)
 
-    def _matrices(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Parameters that may be projected, whatever the rank, with their groups."""
-        return [(p, g) for g in self.param_groups for p in g["params"] if is_matrix(p) and self.allowed(p, g)]
+    def name_of(self, parameter: Tensor) -> str:
+        """Its name; empty if its group has none."""
+        return self._names.get(parameter, "")
 
-    def allowed(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Whether the group's `project` lets this parameter be projected, its shape aside."""
-        return self._selection(group).allows(self._names.get(parameter, ""))
+    def selection(self, group: dict[str, Any]) -> Selection:
+        """What the group lets be projected, and how."""
+        return Selection(group["project"], group["rank"], self.backward)
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
-        name, rank = self._names.get(parameter, ""), self.rank_of(parameter, group)
-        return self._selection(group).projects(parameter, name, rank)
+        return self.selection(group).projects(parameter, self.name_of(parameter))
 
-    def stacked(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a parameter [E out in] counts as E matrices, see `Selection`."""
-        return self._selection(group).stacked(parameter)
-
-    def side(self, parameter: Tensor, group: dict[str, Any]) -> int:
-        """The shorter side of the parameter's matrix, or of each matrix in its stack."""
-        return self._selection(group).side(parameter)
-
-    def _selection(self, group: dict[str, Any]) -> Selection:
-        return Selection(group["project"], group["rank"], self.rank_rule, self.backward)
-
-    def rank_of(self, parameter: Tensor, group: dict[str, Any]) -> int:
-        """The rank of this parameter; before the first step of a `RankByEnergy` the largest it may get."""
-        return self._ranks.get(parameter, group["rank"])
-
-    def initial_state(self, parameter: Tensor, group: dict[str, Any], device: torch.device | None = None) -> State:
-        """The state of one parameter before its first step; on the meta device it costs nothing and shows its size."""
-        like = torch.empty_like(parameter, device=device) if device else parameter
-        return self._initial_state(parameter, group, like)
-
-    def _initial_state(self, parameter: Tensor, group: dict[str, Any], like: Tensor) -> State:
-        """Of a parameter as `like` holds it."""
-        chosen = {"rank": torch.tensor(self._ranks[parameter])} if parameter in self._ranks else {}
+    def initial_state(self, parameter: Tensor, group: dict[str, Any], like: Tensor | None = None) -> State:
+        """The state of one parameter before its first step, laid out as `like` is, if given; on the meta device it
+        costs nothing and shows its size.
+        """
+        like = parameter if like is None else like
         if not self.projected(parameter, group):
-            return {**elementwise.initial_state(like, self.rule.moments), **chosen}
-        held, stacked = matrices(like, self.stacked(parameter, group)), self.stacked(parameter, group)
-        layout = layout_of(held, self.rank_of(parameter, group), [self.seed] * len(held), like.device)
+            return elementwise.initial_state(like, self.rule.moments)
+        stacked = self.selection(group).stacked(parameter)
+        held = matrices(like, stacked)
+        layout = layout_of(held, group["rank"], [self.seed] * len(held), like.device)
         state = {key: value if stacked else value[0] for key, value in self.rule.initial(layout).items()}
-        return {**state, **chosen, "step": torch.tensor(0.0)}
+        return {**state, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Where other groups have names and this one has none, as of callbacks that unfreeze layers, its parameters are
+        """If other groups have names and this one has none, as from callbacks that unfreeze layers, its parameters are
         named by their number: torch wants names in all groups or in none.
 
-        Raises: UserError for settings out of range; the optimiser is then as it was.
+        Raises: UserError for settings out of range; the optimiser is then unchanged.
         """
         require_sound(f"{type(self).__name__} group {param_group.get('name', len(self.param_groups))!r}:", param_group)
         given = param_group["params"]
@@ -175,242 +157,122 @@ class LowRank(Optimizer):
         if named and not any(isinstance(p, tuple) for p in parameters):
             first = sum(len(group["params"]) for group in self.param_groups)
             parameters = [(f"parameter {first + i}", p) for i, p in enumerate(parameters)]
-        super().add_param_group({**param_group, "params": parameters})  # which refuses a set, for it has no order
+        super().add_param_group({**param_group, "params": parameters})  # which refuses a set, because it has no order
         group = self.param_groups[-1]
         self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
-        self._buckets = None
+        self._buckets.rebuild()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or a pickle, is made of: as torch has it, without hooks and without what schedulers patched into
+        """What a copy or a pickle contains: as in torch, without hooks and without what schedulers patched into
         this object, which would act on it and its model. No backward pass is attached to the copy.
         """
         kept = {key: self.__dict__[key] for key in self.KEPT_IN_COPIES}
-        unbuilt: dict[str, Any] = {"_buckets": None, "_places": {}, "_built_for": ([], [])}
-        return {**super().__getstate__(), **kept, **unbuilt, "attached": False}
+        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "attached": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
+        """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
         column indices into floats and float32 moments of bfloat16 weights into bfloat16.
 
-        What a group lacks there, it keeps. The rank is part of the saved groups. Warns of what the residual had to
-        start anew, see `Residual.mend`.
+        Settings that a saved group lacks are kept. The rank is part of the saved groups. Warns of what the residual had
+        to reset, see `Residual.mend`.
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.
         """
-        load_between_hooks(self, state_dict, self._prepared, self._restore)
+        load_between_hooks(self, state_dict, partial(prepared, self), self._restore)
 
-    def _prepared(self, given: dict[str, Any]) -> dict[str, Any]:
-        state = {
-            number: {k: torch.tensor(float(v)) if isinstance(v, int | float) else v for k, v in held.items()}
-            for number, held in given["state"].items()
-        }
-        whole = with_own_groups(self, {**given, "state": state})
-        saved = [(p, group, whole["state"].get(number, {})) for p, group, number in numbered(self, whole)]
-        kept, self._ranks = self._ranks, {p: int(held["rank"]) for p, _, held in saved if "rank" in held}
-        try:
-            for parameter, group, held in saved:
-                if held.keys() - {"rank"}:
-                    self._require_state(parameter, group, held)
-        except UserError:
-            self._ranks = kept
-            raise
-        return whole
-
-    def _require_state(self, parameter: Tensor, group: dict[str, Any], known: State) -> None:
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        expected = self._initial_state(parameter, group, whole)
-        if isinstance(parameter, DTensor) and not self.projected(parameter, group):
-            # Which moments are quantised hangs on how the parameter is split; either kind steps.
-            expected, known = ({k: v for k, v in s.items() if not k.endswith("_scale")} for s in (expected, known))
-        require_same_kind(self._names.get(parameter, ""), known, expected)
-
-    def _restore(self, prepared: dict[str, Any]) -> None:
-        owners = {number: (parameter, group) for parameter, group, number in numbered(self, prepared)}
-        for number, held in prepared["state"].items():  # in the saved order, so that what is saved next is in it too
-            if number not in owners:
-                self.state[number] = held
-                continue
-            parameter, group = owners[number]
-            # The fused step reads its count of steps on the parameter's device, the others are the host's.
-            on_host = {"rank", "step"} if self.projected(parameter, group) else {"rank"}
-            for key, value in held.items():
-                device = torch.device("cpu") if key in on_host else parameter.device
-                self.state[parameter][key] = value.to(device=device, copy=True)
-        self._mend([parameter for parameter, _ in owners.values() if parameter in self.state])
-        self._buckets, self._places = None, {}
-
-    def _mend(self, parameters: list[Tensor]) -> None:
-        mended = {p: what for p in parameters if (what := self.rule.residual.mend(self.state[p])) is not None}
-        if mended:
-            shown = ", ".join(self._called(p) for p in list(mended)[:3]) + ", ..." * (len(mended) > 3)
-            warnings.warn(
-                f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite and "
-                "starts anew. Earlier versions wrote that after gradients with rows of zeros; look whether the "
-                "checkpoint's weights are finite, and resume from an older one if they are not",
-                stacklevel=2,
-            )
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        restore(self, state_dict)
+        self._buckets.rebuild()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for bucket in self._buckets or []:
-            bucket.pending.clear()
+        self._buckets.forget_coordinates()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step in two halves, so that nothing has changed when it raises: all gradients are brought to coordinates
-        and looked at before the first weight moves.
+        """One step in two halves, so that nothing has changed if it raises: all gradients are projected to coordinates
+        and checked before the first weight changes.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        every = [p for group in self.param_groups for p in group["params"]]
-        require_attached(self.backward, self.attached, hasattr(self, "grad_scale"))
-        require_dense_gradients(every, self._called, type(self).__name__)
-        self._choose_ranks()
-        shares = [share for bucket in self.buckets() if (share := Share.of(bucket, self.rule)) is not None]
+        self._require_supported()
+        steps = [step for bucket in self.buckets() if (step := BucketStep.of(bucket, self.rule)) is not None]
         unprojected = [self._unprojected(group) for group in self.param_groups]
-        self.used_gradients = bool(shares) or any(unprojected)
+        self.used_gradients = bool(steps) or any(unprojected)
         # A frame is chosen from the gradient: an SVD raises on NaN, a power step would hide it.
-        self._require_finite_for_frames(shares, every)
-        self._project(shares)
-        # The norm is that of all gradients, so after all are projected; and nothing has been written yet.
-        clip = self._clip_factor(shares, unprojected)
-        self._require_finite(shares, unprojected, every)
-        self._update(shares, clip)
-        self._update_unprojected(unprojected, clip, every)
-        self._places = {}
+        self._require_finite([], [gradient for step in steps for gradient in step.gradients_that_choose_frames()])
+        for step in steps:
+            step.project(energy=self._needs_energy())
+        # The norm is that of all gradients, so it comes after all are projected; and nothing has been written yet.
+        clip = self._clip_factor(steps, unprojected)
+        self._require_finite_norms(steps, unprojected)
+        for step in steps:
+            step.update(self.scale, clip)
+        self._update_unprojected(unprojected, clip)
+        self._buckets.end_step()
         return loss
 
-    def _choose_ranks(self) -> None:
-        """Ranks of the matrices that have their first gradient; their buckets are built anew."""
-        if self.rank_rule is None:
-            return
-        candidates = [p for p, group in self._matrices() if not self.stacked(p, group)]
-        # Others took steps before ranks were chosen.
-        fresh = [p for p in candidates if p in self._ranks or not int(self.state[p].get("step", 0))]
-        if chosen := self.rank_rule.assign(fresh, self._ranks):
-            self._ranks.update(chosen)
-            for parameter in chosen:
-                self.state.pop(parameter, None)
-            self._buckets = None
+    def _require_supported(self) -> None:
+        require_attached(self.backward, self.attached, hasattr(self, "grad_scale"))
+        require_dense_gradients(self._parameters(), self.called, type(self).__name__)
 
-    def _project(self, shares: list[Share]) -> None:
-        """The first half of what needs no clip factor; error feedback adds to clipped gradients, so it comes later."""
-        if self.rule.residual.feeds_back:
-            return
-        for share in shares:
-            if not self._takes_one_pass(share):
-                share.project(self.rule, self._needs_energy(norms=self.max_norm is not None))
+    def _needs_energy(self) -> bool:
+        """Whether the projection must give squared row norms of gradients, which it can only for whole ones."""
+        return self.backward == "whole" and (self.max_norm is not None or self.rule.residual.needs_energy)
 
-    def _takes_one_pass(self, share: Share) -> bool:
-        """Whether both halves are one kernel: nothing is to be looked at between them, and no frame changes."""
-        stops_between = self.check_finite or self.max_norm is not None or self.backward != "whole"
-        return not stops_between and share.keeps_its_frames() and self.rule.takes_one_pass(share.state)
-
-    def _needs_energy(self, norms: bool) -> bool:
-        """Whether the projection is to give squared row norms of gradients, which it can of whole ones alone."""
-        return self.backward == "whole" and (norms or self.rule.residual.needs_energy or self.rule.trigger.needs_energy)
-
-    def _clip_factor(self, shares: list[Share], unprojected: list[list[Tensor]]) -> Tensor | None:
+    def _clip_factor(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> Tensor | None:
         if self.max_norm is None:
             return None
-        plain = [parameter for parameters in unprojected for parameter in parameters]
-        return clip_factor(squares_of(shares, plain, in_frames=self.backward != "whole"), self.max_norm)
+        projected = [(step.ranks, square) for step in steps for square in step.squares(self.backward != "whole")]
+        others = [(ranks_of(p), held_gradient(p)) for parameters in unprojected for p in parameters]
+        others += [(step.ranks, gradient) for step in steps for gradient in step.not_projected()]
+        return clip_factor([*projected, *squares_by_ranks(others)], self.max_norm)
 
-    def _require_finite_for_frames(self, shares: list[Share], every: list[Tensor]) -> None:
-        if self.check_finite and not self.rule.residual.feeds_back:  # that projects after the check of all gradients
-            choosing = [gradient for share in shares for gradient in share.gradients_that_choose_frames()]
-            require_finite([square_norms(choosing)], every, self._called)
+    def _require_finite_norms(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> None:
+        """A row of a gradient that is not finite has coordinates that are not finite either."""
+        if self.check_finite:
+            norms = [norm for step in steps for in_frames in (True, False) for norm in step.squares(in_frames)]
+            others = [held_gradient(p) for parameters in unprojected for p in parameters]
+            self._require_finite(norms, others + [gradient for step in steps for gradient in step.not_projected()])
 
-    def _require_finite(self, shares: list[Share], unprojected: list[list[Tensor]], every: list[Tensor]) -> None:
-        """What is not finite anywhere in a row of a gradient is not finite in the row's coordinates either."""
-        if not self.check_finite:
-            return
-        whole, norms = [held_gradient(p) for parameters in unprojected for p in parameters], []
-        for share in shares:
-            if share.projected is None:
-                whole += share.whole_gradients()
-            else:
-                norms += [share.projected.coordinates_BMR.square().sum(), share.projected.energy_BM.sum()]
-        require_finite([*norms, square_norms(whole)], every, self._called)
-
-    def _update(self, shares: list[Share], clip: Tensor | None) -> None:
-        """The second half, weights and state; under error feedback with the first half right before it."""
-        for share in shares:
-            if self.rule.residual.feeds_back:
-                share.project_with_error(self.rule, self._needs_energy(norms=False), clip)
-                share.update(self.rule, self.scale, clip=None)
-            else:
-                share.update(self.rule, self.scale, clip)
+    def _require_finite(self, norms: list[Tensor], gradients: list[Tensor]) -> None:
+        if self.check_finite:
+            require_finite([*norms, square_norms(gradients)], self._parameters(), self.called)
 
     def _unprojected(self, group: dict[str, Any]) -> list[Tensor]:
         """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""
-        places = self._every_place()
+        places = self._buckets.places(self)
         parameters = [p for p in group["params"] if p.grad is not None and p not in places]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = self.initial_state(parameter, group)
         return parameters
 
-    def _update_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None, every: list[Tensor]) -> None:
-        numbers = {parameter: number for number, parameter in enumerate(every)}
+    def _update_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None) -> None:
+        numbers = {parameter: number for number, parameter in enumerate(self._parameters())}
         for group, parameters in zip(self.param_groups, unprojected, strict=True):
             states = [self.state[p] for p in parameters]
             seeds = [elementwise.first_noise(p, numbers[p], self.seed) for p in parameters]
             elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
 
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is there."""
+        """Makes GradScaler set `grad_scale` here instead of dividing gradients: a sign that it is used."""
         return self.backward != "whole"
 
     def buckets(self) -> list[Bucket]:
-        """Stacks of same-shape matrices, rebuilt whenever someone, a checkpoint or a device move, replaced the state
-        they are viewed through.
-        """
-        # Buckets keep groups and parameters alive, so nothing else gets their ids.
-        look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in self.param_groups for p in g["params"]]
-        settings = [(group["rank"], group["project"]) for group in self.param_groups]
-        shown = self._buckets is not None and all(bucket.is_shown_in(self.state) for bucket in self._buckets)
-        if self._buckets is None or (look, settings) != self._built_for or not shown:
-            if self._buckets is not None and settings != self._built_for[1]:
-                self._forget_unstepped(self._built_for[1], settings)
-            self._buckets, self._places = build_buckets(self._members(), self.rule, self.seed), {}
-            for bucket in self._buckets:
-                views = zip(bucket.parameters, bucket.views, strict=True)
-                self.state.update((parameter, dict(view)) for parameter, view in views)
-            self._built_for = look, settings
-        return self._buckets
-
-    def _members(self) -> list[Member]:
-        members = []
-        for parameter, group in ((p, g) for g in self.param_groups for p in g["params"] if self.projected(p, g)):
-            saved = self.state[parameter]
-            if not saved and parameter in self._ranks:
-                saved = {"rank": torch.tensor(self._ranks[parameter])}
-            rank, name = self.rank_of(parameter, group), self._names.get(parameter, "")
-            members.append(Member(parameter, group, rank, self.stacked(parameter, group), name, saved))
-        return members
-
-    def _forget_unstepped(self, before: list[Any], now: list[Any]) -> None:
-        """Raises: UserError if a group's `rank` or `project` changed after its state had taken steps."""
-        if any(int(held["step"]) for held in self.state.values() if "step" in held):
-            changes = [f"{b} -> {n}" for b, n in zip(before, now, strict=True) if b != n]
-            raise UserError(
-                f"(rank, project) of a parameter group changed in the middle of training: {', '.join(changes)}. State "
-                "cannot follow; set it back, or build a new optimiser"
-            )
-        self.state.clear()
+        """Stacks of same-shape matrices; see `Buckets.of`."""
+        return self._buckets.of(self)
 
     def place(self, parameter: Tensor) -> tuple[Bucket, int]:
-        """The bucket of a projected parameter, and its position there. Looks for replaced state once a step."""
-        return self._every_place()[parameter]
+        """The bucket of a projected parameter, and its position there. Checks for replaced state once per step."""
+        return self._buckets.places(self)[parameter]
 
-    def _every_place(self) -> dict[Tensor, tuple[Bucket, int]]:
-        if not self._places:
-            self._places = places_of(self.buckets())
-        return self._places
-
-    def _called(self, parameter: Tensor) -> str:
-        return self._names.get(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
+    def called(self, parameter: Tensor) -> str:
+        """What messages call a parameter."""
+        return self.name_of(parameter) or f"a parameter of shape {tuple(parameter.shape)}"

@@ -32,7 +32,7 @@ class MomentStorage(ABC):
 
     @abstractmethod
     def load(self, state: State, name: str) -> Tensor:
-        """The moment in working precision; the stored tensor itself where that is its format."""
+        """The moment in working precision; the stored tensor itself if that is its format."""
 
     @abstractmethod
     def save(self, moment_BMR: Tensor, state: State, name: str, seed: Tensor) -> None:
@@ -41,7 +41,7 @@ class MomentStorage(ABC):
 
 @dataclass(frozen=True)
 class Float32Moments(MomentStorage):
-    """As computed: float32, for float64 weights float64."""
+    """As computed: float32, or float64 for float64 weights."""
 
     def initial(self, layout: Layout, name: str, width: int) -> State:
         return {name: layout.zeros(layout.rows, width)}

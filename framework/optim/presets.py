@@ -10,11 +10,11 @@
 | `DCTAdamW`   | DCT columns, every step   | gather              | error feedback              | Adam          |
 | `Trion`      | DCT columns, every step   | -                   | momentum as error feedback  | Newton-Schulz |
 
-Each equals the equations of its namesake in `lightspan.optim.reference`, which are to be read first, but for what is
-said here and in the classes. The field's words: a frame's transpose is a projector, `refresh` its update_proj_gap.
+Each equals the equations of its namesake in `lightspan.optim.reference`, which should be read first, except for what is
+said here and in the classes. In the literature a frame's transpose is called projector, and `refresh` update_proj_gap.
 `LowRank` without a preset is what this project recommends.
 
-Where a recipe of published code does not carry over as it is:
+Where settings of published code do not carry over unchanged:
 
 - Refreshes take turns: the k-th of n matrices changes its frame first after k / n of `refresh`. Published code changes
   all frames in one step; `refresh=Every(200, staggered=False)` of `lightspan.optim.triggers` does so too.
@@ -23,10 +23,10 @@ Where a recipe of published code does not carry over as it is:
   `bound` is ours: no row moves farther than a stated multiple of AdamW's reach; `bound=None` is the paper's rule.
 - What is not projected, vectors and matrices whose shorter side is not above `rank`, gets AdamW at the group's rate.
   The 1e-2 of GaLore, Fira and APOLLO is high for it, and their code does the same: set `other_lr` of
-  `lightspan.optim.groups`, or give such parameters a group of their own. `Trion` has an `other_lr` of its own.
+  `lightspan.optim.groups`, or give such parameters their own group. `Trion` has its own `other_lr`.
 - Wide matrices are compressed on their rows and square ones on their columns, in all presets.
 
-All take what `LowRank` takes, but for the parts that make them what they are. In a recipe a preset is a class path like
+All accept the arguments of `LowRank`, except for the parts that define them. In a recipe a preset is a class path like
 any other.
 """
 
@@ -40,7 +40,6 @@ from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import NewtonSchulz
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.optim.settings import require_sound
 from lightspan.optim.triggers import Trigger
@@ -50,8 +49,8 @@ class GaLore(LowRank):
     """GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2), with decoupled weight decay. `scale` is alpha.
     Equations: `lightspan.optim.reference.GaLore`.
 
-    Published code projects a wide matrix by the SVD of G, not of G^T: signs of singular vectors are arbitrary, and meet
-    moments that stay, so that runs agree up to those signs only.
+    Published code projects a wide matrix by the SVD of G, not of G^T: signs of singular vectors are arbitrary, but
+    moments are kept, so that runs agree only up to those signs.
     """
 
     def __init__(
@@ -72,9 +71,9 @@ class FiraAdam(LowRank):
 
     Args:
         scale: alpha, of the whole update, as in the paper.
-        scale_residual: False is published code: alpha scales U Q^T and R Q^T alone, so that the rescaled part is
-            1 / alpha times as long, and contains (1 - alpha) R Q^T. Its recipes need this one: at the default their
-            rates move weights a quarter as far.
+        scale_residual: False is as in the published code: alpha scales U Q^T and R Q^T alone, so that the rescaled part
+            is 1 / alpha times as long, and contains (1 - alpha) R Q^T. Its recipes need this: at the default their
+            rates move weights only a quarter as far.
         limit, bound: of the norm-growth limiter and of a row, see `lightspan.optim.residuals.Fira`.
     """
 
@@ -152,8 +151,8 @@ class LDAdam(LowRank):
     could not have reached its first with it; see `lightspan.optim.carries.Rotate`. Equations:
     `lightspan.optim.reference.LDAdam`.
 
-    Of square matrices, as those of queries, keys, values and outputs often are, published code compresses the rows and
-    this the columns.
+    In square matrices, such as those of queries, keys, values and outputs often are, published code compresses the rows
+    and this class the columns.
 
     Args:
         rho: share of the momentum that frames follow, in [0, 1).
@@ -178,8 +177,8 @@ class DCTAdamW(LowRank):
 
     Args:
         error_feedback: storage format of the error, None for none.
-        rotate: whether moments follow their columns; otherwise they stay in their slots, as the published code's
-            default has it.
+        rotate: whether moments follow their columns; otherwise they stay in their slots, as by the published code's
+            default.
         norm: by which columns are compared; 2 loses least energy, the published code's default is 1.
     """
 
@@ -204,8 +203,8 @@ class Trion(LowRank):
     `lightspan.optim.reference.Trion`.
 
     Newton-Schulz needs a rate that is far too high for AdamW, which steps what is not projected: vectors, matrices
-    whose shorter side is not above `rank`, and groups with project=False. Where a group has no `lr` of its own these
-    get `other_lr`, in a group of theirs behind it, which keeps that rate under this name. A schedule that takes one
+    whose shorter side is not above `rank`, and groups with project=False. If a group has no `lr` of its own, these
+    get `other_lr`, in a separate group after it, which keeps that rate under this name. A schedule that takes one
     rate for all groups, such as OneCycleLR(max_lr=0.02), would give both the same: the first step refuses it. Give it a
     list, max_lr=[group["lr"] for group in optimizer.param_groups]; schedules that multiply rates keep their ratio.
 
@@ -236,18 +235,13 @@ class Trion(LowRank):
         **options: Any,
     ) -> None:
         require_sound("Trion", {"other_lr": other_lr})
-        if isinstance(rank, RankByEnergy):
-            raise UserError(
-                "Trion rank=RankByEnergy() could leave a matrix to AdamW at the rate of Newton-Schulz; set rank to a "
-                "number"
-            )
         self.other_lr = other_lr
         basis, residual = DCTBasis(norm=norm, carry=Keep()), ErrorFeedback(kept=momentum)
         inner = NewtonSchulz(scale=convention)
         super().__init__(params, lr, rank, basis, residual, inner, refresh=1, betas=betas, eps=eps, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds the group, or two: what is not projected of a group without a rate gets `other_lr`."""
+        """Adds the group, or two: in a group without a rate, what is not projected gets `other_lr`."""
         has_rate = "lr" in param_group
         super().add_param_group(dict(param_group))  # a copy: torch writes defaults into what it gets
         if has_rate:
@@ -261,12 +255,12 @@ class Trion(LowRank):
                     key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group
                 }
                 own: dict[str, Any] = {} if wanted else {"other_lr": rate}
-                if not wanted and "name" in group and any(projected):  # names tell groups apart, in logs of rates too
+                if not wanted and "name" in group and any(projected):  # names distinguish groups, also in logs of rates
                     own["name"] = f"{group['name']}-other"
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
 
     def step(self, closure: Any = None) -> Any:
-        """As `LowRank.step`. Raises: UserError in the first where a schedule has given both groups one rate."""
+        """As `LowRank.step`. Raises: UserError in the first step if a schedule has given both groups the same rate."""
         if not self._rates_seen:
             self._refuse_one_rate()
             self._rates_seen = True
@@ -287,5 +281,5 @@ class Trion(LowRank):
 
 
 def _peak(group: dict[str, Any]) -> float:
-    """The highest rate that a group is known to get: schedules leave theirs under these names."""
+    """The highest rate that a group is known to get: schedules store theirs under these names."""
     return max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))

@@ -1,4 +1,4 @@
-"""Which parameters of a group are projected: one rule for the optimiser, and for who asks before there is one."""
+"""Which parameters of a group are projected: one rule for the optimiser, and for code that asks before there is one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,32 +8,29 @@ from torch.distributed.tensor import DTensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import is_matrix, matrix_shape
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.patterns import matches
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What one parameter group, and the optimiser that it is in, let be projected.
+    """What one parameter group and its optimiser allow to be projected.
 
     Args:
-        project: the group's: True, False, or patterns of names.
-        rank: the group's; of ranks chosen by energy the largest.
-        by_energy: what chooses a rank for each matrix, if anything does.
+        project: that of the group: True, False, or patterns of names.
+        rank: that of the group.
         backward: "whole", "hooks" or "projected", see `LowRank`.
     """
 
     project: bool | Sequence[str]
     rank: int
-    by_energy: RankByEnergy | None
     backward: str
 
     def allows(self, name: str) -> bool:
-        """Whether the group's `project` lets a parameter of this name be projected, its shape aside."""
+        """Whether the group's `project` lets a parameter of this name be projected, whatever its shape."""
         return self.project if isinstance(self.project, bool) else matches(name, self.project)
 
     def stacked(self, parameter: Tensor) -> bool:
-        """Whether a parameter [E out in] counts as E matrices, as the experts of a layer are: each of them is larger
+        """Whether a parameter [E out in] counts as E matrices, like the experts of a layer: each of them is larger
         than the rank on both sides. The kernels of one-dimensional convolutions are shorter.
         """
         return parameter.ndim == 3 and len(parameter) > 0 and min(parameter.shape[1:]) > self.rank
@@ -42,23 +39,13 @@ class Selection:
         """The shorter side of the parameter's matrix, or of each matrix in its stack."""
         return min(parameter.shape[1:]) if self.stacked(parameter) else matrix_shape(parameter)[1]
 
-    def projects(self, parameter: Tensor, name: str, rank: int | None = None) -> bool:
-        """Whether a parameter's state lives in a subspace.
-
-        Args:
-            rank: the parameter's; None asks about the smallest that it can get.
-        """
+    def projects(self, parameter: Tensor, name: str) -> bool:
+        """Whether a parameter's state lives in a subspace."""
         if not is_matrix(parameter) or not self.allows(name):
             return False
         if self.stacked(parameter):
-            whole = self.backward == "whole" and self.by_energy is None
-            return whole and not isinstance(parameter, DTensor)
-        return (self.least if rank is None else rank) < self.side(parameter)
-
-    @property
-    def least(self) -> int:
-        """The smallest rank that a matrix can get."""
-        return self.rank if self.by_energy is None else self.by_energy.least
+            return self.backward == "whole" and not isinstance(parameter, DTensor)
+        return self.rank < self.side(parameter)
 
 
 def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, Selection]]) -> None:
@@ -73,17 +60,16 @@ def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, S
     if not candidates:
         raise UserError(
             f"{owner} got no matrix to project: pass real parameters with two or more axes in a group with "
-            "project=True, or say project=False of all groups to have AdamW"
+            "project=True, or set project=False in all groups to use AdamW"
         )
-    flat = [(s.side(p), s.least, s.by_energy) for p, _, s in candidates if not s.stacked(p)]
+    flat = [(s.side(p), s.rank) for p, _, s in candidates if not s.stacked(p)]
     if not flat:
         raise UserError(
-            f"{owner} got no matrix to project but stacks [experts out in], which only whole gradients in one piece "
-            "and a fixed rank can project; set backward='whole' and rank to a number, train unsharded, or use AdamW"
+            f"{owner} got no matrix to project except stacks [experts out in], which need whole, unsharded gradients; "
+            "set backward='whole', train unsharded, or use AdamW"
         )
-    side, least, by_energy = max(flat, key=lambda each: each[:2])
-    asked = f"rank={least}" if by_energy is None else f"RankByEnergy least={least}"
+    side, rank = max(flat)
     raise UserError(
-        f"{asked} is not below the shorter side of any matrix (the largest is {side}), so nothing would be projected; "
-        f"choose a rank of at most {max(side // 2, 1)}, or use AdamW"
+        f"rank={rank} is not below the shorter side of any matrix (the largest is {side}), so nothing would be "
+        f"projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
     )

@@ -19,40 +19,40 @@ from lightspan.optim.loading import load_between_hooks, numbered, with_own_group
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
-"""Makes an optimiser of parameters: lightning's type of this name, without loading a trainer for it."""
+"""Makes an optimiser of parameters: Lightning's type of this name, without importing a trainer for it."""
 
 COORDINATES, SCALES, START = "coordinates", "scales", "start_sha256"
-"""Names in the state of the first trained parameter, which holds all there is; those of `inner` begin with the first
+"""Names in the state of the first trained parameter, which contains all state; those of `inner` begin with the first
 two."""
 
 
 class RandomSubspace(Optimizer):
     """Trains theta = theta_0 + lambda P z: `inner` steps z, and the parameters follow.
 
-    After the backward pass `step` takes the gradients to the coordinates, lets `inner` step, and writes theta_0 + P z
-    into all parameters, also those that had no gradient. Accumulation, clipping and data-parallel means act on the
+    After the backward pass `step` maps the gradients to the coordinates, lets `inner` step, and writes theta_0 + P z
+    to all parameters, even those that had no gradient. Accumulation, clipping and data-parallel means act on the
     gradients of the parameters as usual. Schedules act on `param_groups`, whose settings `inner` gets in each step.
 
-    Weight decay, from `inner` or from a group, pulls at the whole of theta: its gradient decay * theta is taken to the
-    coordinates, and joins that of the loss or, for an AdamW, the step itself. All other settings are common to all
-    groups.
+    Weight decay, from `inner` or from a group, acts on all of theta: its gradient decay * theta is mapped to the
+    coordinates, and added to that of the loss or, for an AdamW, to the step itself. All other settings are common to
+    all groups.
 
     The state is that of the coordinates: d numbers and what `inner` keeps for them, plus the sha256 of theta_0. theta_0
-    is in memory only, so a state is loaded into an optimiser that was built on the same initial weights. Sharded
-    parameters (FSDP2) are written where they are; ranks sum d numbers. With `averages` set, gradients are a rank's
-    own and their mean is taken in the coordinates: `lightspan.wiring.optimizers.average_in_coordinates` does so for
+    is only in memory, so a state is loaded into an optimiser that was built on the same initial weights. Sharded
+    parameters (FSDP2) are written where they are; ranks sum d numbers. With `averages` set, gradients are each rank's
+    own and their mean is computed in the coordinates: `lightspan.wiring.optimizers.average_in_coordinates` does so for
     DDP.
 
     Args:
-        params: parameters, named parameters, or groups of either. Frozen ones stay out of the subspace.
-        inner: makes the optimiser of the coordinates, one that takes a vector and steps by its gradient alone. Its rate
-            is 10 to 100 times what it would be for the weights.
+        params: parameters, named parameters, or groups of either. Frozen ones are not in the subspace.
+        inner: makes the optimiser of the coordinates, which must accept a vector and step only by its gradient. Its
+            rate is 10 to 100 times what it would be for the weights.
         dim: d, lambdas included.
         projection: makes P from (size, dim, seed).
-        seed: of P.
-        per_tensor: each tensor has a projection of its own, all fed the same z; see `PerTensor`.
-        layer_scales: SAID's lambda for each layer, or for each tensor where parameters come without names.
-        start: theta_0 for parameters that have moved already, in their order.
+        seed: seed of P.
+        per_tensor: each tensor has its own projection of the same z; see `PerTensor`.
+        layer_scales: SAID's lambda for each layer, or for each tensor if parameters have no names.
+        start: theta_0 for parameters that have already been trained, in their order.
     Raises: UserError for a `dim` out of range, an `inner` that cannot step coordinates or groups that differ, and in
         `step` for a gradient that is not finite.
     """
@@ -60,7 +60,7 @@ class RandomSubspace(Optimizer):
     KEPT_IN_COPIES: tuple[str, ...] = (
         "_slice", "_shared", "z_d", "scales_l", "inner", "_decoupled", "start_sha256", "averages",
     )  # fmt: skip
-    """Attributes of its own that a copy has, or a pickle; a class that adds attributes adds their names."""
+    """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
 
     def __init__(
         self,
@@ -102,8 +102,8 @@ class RandomSubspace(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients = [parameter.grad for parameter in self.slice.parameters]
-        # A rank without a gradient still takes part in the mean.
-        if not self.averages and all(gradient is None for gradient in gradients):
+        reached = any(gradient is not None for gradient in gradients)
+        if not (reached or self.averages):
             return loss
         self._require_one_setting()
         settings = {key: value for key, value in self.param_groups[0].items() if key in self._shared}
@@ -116,11 +116,16 @@ class RandomSubspace(Optimizer):
             g_D += decay_D
         pulled = self._pull(g_D)
         if self.averages:
-            mean_over_ranks(pulled)
+            # A rank without a gradient counts zeros for the others; where no rank has one there is no step, as in one
+            # process.
+            reached_by = pulled[0].new_tensor(float(reached))
+            mean_over_ranks([*pulled, reached_by])
+            if not reached_by:
+                return loss
         if not all(bool(part.isfinite().all()) for part in pulled):
             raise UserError(
-                "the gradient is not finite, and in a random subspace that reaches every weight; nothing was changed. "
-                "Lower the learning rate or clip gradients, and look at the loss and the data of this step"
+                "the gradient is not finite, which in a random subspace affects every weight; nothing was changed. "
+                "Lower the learning rate or clip gradients, and check the loss and the data of this step"
             )
         if decay_D is not None and self._decoupled:
             for variable, part in zip((self.z_d, self.scales_l), self._pull(decay_D), strict=True):
@@ -138,18 +143,18 @@ class RandomSubspace(Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        # The state is empty before the first step: that is how torch's distributed checkpoints know they have to make
-        # one, with what `inner` keeps in it, to load into. Other checkpoints of that moment still hold the coordinates.
+        # The state is empty before the first step: that is how torch's distributed checkpoints know that they must
+        # create one, with what `inner` keeps, to load into. Other checkpoints of that moment contain the coordinates.
         if not self.state:
             self._publish()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or a pickle, is made of: as torch has it, without hooks and what schedulers patched in."""
+        """What a copy or a pickle contains: as in torch, without hooks and what schedulers patched in."""
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in self.KEPT_IN_COPIES}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads coordinates and what `inner` keeps, and moves the parameters there.
+        """Loads coordinates and what `inner` keeps, and moves the parameters to them.
 
         Raises: UserError for a state of another subspace, or of other initial weights; nothing is changed then.
         """
@@ -166,8 +171,8 @@ class RandomSubspace(Optimizer):
             if name not in saved or saved[name].shape != own.shape:
                 found = tuple(saved[name].shape) if name in saved else "missing"
                 raise UserError(
-                    f"the saved state has {name} of shape {found}, this RandomSubspace has {tuple(own.shape)}; resume "
-                    "with the dim, layer_scales and optimiser of that run"
+                    f"the saved state has {name} of shape {found}, but this RandomSubspace has {tuple(own.shape)}; "
+                    "resume with the dim, layer_scales and optimiser of that run"
                 )
         if not torch.equal(saved[START].cpu(), self.start_sha256):
             raise UserError(
@@ -188,7 +193,7 @@ class RandomSubspace(Optimizer):
         self._publish()
 
     def _publish(self) -> None:
-        """Shows the coordinates and the inner state as the first parameter's state, under one name each."""
+        """Shows the coordinates and the inner state as the first parameter's state, each under one name."""
         state: dict[str, Any] = {
             COORDINATES: self.z_d.detach(),
             SCALES: self.scales_l.detach(),
@@ -228,7 +233,8 @@ def _trained(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
 
 
 def _settings(inner: OptimizerCallable) -> dict[str, Any]:
-    """The settings of `inner`, from one on a placeholder: coordinates cannot be made before their parameters are known.
+    """The settings of `inner`, from one on a placeholder: coordinates cannot be created before their parameters are
+    known.
 
     Raises: UserError for an optimiser that cannot step coordinates.
     """
@@ -244,14 +250,14 @@ def _settings(inner: OptimizerCallable) -> dict[str, Any]:
     way_out = "; use another, such as torch.optim.Adam"
     if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
         raise UserError(
-            f"{kind.__name__} evaluates the loss several times a step, and a RandomSubspace has one gradient{way_out}"
+            f"{kind.__name__} evaluates the loss several times per step, but a RandomSubspace has one gradient{way_out}"
         )
     if isinstance(tried, Adafactor):
         raise UserError(
-            f"{kind.__name__} steps relative to the size of what it trains, and coordinates start at 0{way_out}"
+            f"{kind.__name__} steps relative to the size of what it trains, but coordinates start at 0{way_out}"
         )
     if isinstance(tried, SparseAdam):
-        raise UserError(f"{kind.__name__} takes sparse gradients, and those of coordinates are dense{way_out}")
+        raise UserError(f"{kind.__name__} needs sparse gradients, but those of coordinates are dense{way_out}")
     return tried.defaults
 
 

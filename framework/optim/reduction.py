@@ -1,12 +1,12 @@
 """Data-parallel means of gradients that are kept in coordinates: r / n of the traffic of whole gradients.
 
-Coordinates of a mean are means of coordinates, in a frame that all ranks share. So away from a refresh the ranks reduce
-M x R numbers of an M x N matrix; in a step that chooses the matrix' frame anew they reduce its whole gradient, and
-choose alike. Either happens once a step, after the last micro-batch.
+Coordinates of a mean are means of coordinates, in a frame that all ranks share. So except at a refresh, the ranks
+reduce M x R numbers of an M x N matrix; in a step that chooses the matrix' frame again they reduce its whole gradient,
+and choose equally. Either happens once per step, after the last micro-batch.
 
-DDP has to leave these parameters alone. A communication hook of DDP could project as well, but DDP fills its buckets
-with whole gradients first, and hands whole gradients back: the memory that coordinates save would be gone, and a
-gradient that is never formed cannot be put in at all.
+DDP must ignore these parameters. A communication hook of DDP could project as well, but DDP fills its buckets
+with whole gradients first, and returns whole gradients: the memory that coordinates save would be lost, and a
+gradient that is never formed could not take part at all.
 
 Shapes: P parameters that are kept in coordinates.
 """
@@ -32,7 +32,7 @@ class Share(Protocol):
         """Whether this rank's loss has reached the parameter since gradients were last cleared."""
 
     def tensor(self) -> Tensor:
-        """What is to be reduced in place: the whole gradient or its coordinates; zeros, kept, where none exists."""
+        """What is to be reduced in place: the whole gradient or its coordinates; zeros, kept, if there are none."""
 
 
 class Reduction:
@@ -41,7 +41,8 @@ class Reduction:
     The parameters get rank 0's values, and a DDP that is built around `model` later neither copies nor reduces them.
 
     A parameter that no rank's loss has reached takes no step, as in one process; one that some ranks' losses have
-    reached counts zeros for the others. To know, the ranks exchange P bytes, and the host waits for them: once a step.
+    reached counts zeros for the others. To know, the ranks exchange P bytes, and the host waits for them, once per
+    step.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, shares: Sequence[Share]) -> None:
@@ -53,7 +54,7 @@ class Reduction:
         self.handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
-        """Ends it. A DDP that exists goes on ignoring the parameters; one built from now on reduces them."""
+        """Ends it. An existing DDP still ignores the parameters; one built from now on reduces them."""
         self.handle.remove()
         _let_ddp_ignore(self.model, [name for name in _ignored(self.model) if name not in self.names])
 
@@ -74,7 +75,7 @@ class Reduction:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Every rank must call it, once a step."""
+        """Every rank must call it, once per step."""
         exists_P = torch.tensor([share.exists() for share in self.shares], dtype=torch.uint8, device=self.device)
         dist.all_reduce(exists_P, op=dist.ReduceOp.MAX)
         reached = [share for share, exists in zip(self.shares, exists_P.tolist(), strict=True) if exists]
@@ -87,7 +88,7 @@ def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def nothing_left_for_ddp(model: nn.Module) -> bool:
-    """Whether DDP would refuse to wrap `model`, because all that it trains was taken out of its hands."""
+    """Whether DDP would refuse to wrap `model`, because all its trained parameters are ignored."""
     ignored = _ignored(model)
     return all(name in ignored for name, p in model.named_parameters() if p.requires_grad)
 

@@ -1,7 +1,7 @@
 """What becomes of the part of the gradient outside the frame: dropped, rescaled into the update, or fed back.
 
 The update of a matrix is `direction Q^T + scale o G`, with one scale per row: Fira's U Q^T + s o (G - R Q^T) is
-(U - s o R) Q^T + s o G, so that there is one back-projection whatever the residual.
+(U - s o R) Q^T + s o G, so that there is one back-projection for every residual.
 
 Shapes: B matrices of one shape, M rows (kept), N columns (projected), R rank.
 """
@@ -20,8 +20,25 @@ from lightspan.sharded import local
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a treatment of the residual knows of a step.
+
+    Args:
+        direction_BMR: what the inner rule made of the coordinates.
+        coordinates_BMR: of the gradient.
+        energy_BM: squared row norms of the gradient, if `needs_energy`.
+        layout: that of the matrices; its `total` extends sums over rows to those of other ranks.
+    """
+
+    direction_BMR: Tensor
+    coordinates_BMR: Tensor
+    energy_BM: Tensor
+    layout: Layout
+
+
 class Residual(ABC):
-    """A treatment of the residual. Parts that a treatment has no use for keep these defaults: no state, no feedback."""
+    """A treatment of the residual. Parts that a treatment does not need keep these defaults: no state, no feedback."""
 
     needs_energy = False
     """Whether `terms` reads the row norms of the gradient."""
@@ -30,7 +47,7 @@ class Residual(ABC):
     needs_gradient = True
     """Whether the update reads the whole gradient in every step, not only its coordinates."""
     needs_orthonormal = True
-    """Whether it holds for orthonormal frames only."""
+    """Whether it is valid only for orthonormal frames."""
     keeps_lost_moments = False
     """Whether `remember` wants what first moments lose when frames change."""
 
@@ -39,30 +56,18 @@ class Residual(ABC):
         return {}
 
     def mend(self, state: State) -> str | None:
-        """Looks at one parameter's part of a state that was loaded. What no step can have written starts anew, in
-        place, and is named; None if all is sound.
+        """Checks one parameter's part of a loaded state. What no step can have written is reset, in
+        place, and is named; None if all is valid.
         """
         return None
 
     def accumulate(self, gradients: list[Tensor], state: State, clip: Tensor) -> list[Tensor]:
-        """What is projected in the place of the gradients, which are to be multiplied by `clip`, 0-d."""
+        """What is projected instead of the gradients, which are to be multiplied by `clip`, 0-d."""
         raise NotImplementedError(f"{type(self).__name__} feeds nothing back")
 
     @abstractmethod
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        """(coefficients [B M R] or [B M 0], scale [B M] or [0 M]) of the update; may work in place on the direction.
-
-        Args:
-            energy_BM: squared row norms of the gradient, if `needs_energy`.
-            layout: of the matrices; its `total` continues sums over rows to those of other ranks.
-        """
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        """(coefficients [B M R] or [B M 0], scale [B M] or [0 M]) of the update; may change the direction in place."""
 
     def remember(
         self,
@@ -85,28 +90,21 @@ class Dropped(Residual):
 
     needs_gradient = False
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        return given.direction_BMR, given.direction_BMR.new_empty(0, given.direction_BMR.shape[1])
 
 
 EPSILON = 1e-8
-"""Added to the norms that are divided by, as published code of Fira and APOLLO does; it is also Adam's."""
+"""Added to norms in denominators, as in the published code of Fira and APOLLO; it is also Adam's."""
 
 
 def row_scales(direction: Tensor, inside: Tensor, outside: Tensor, layout: Layout, bound: float | None) -> Tensor:
     """|u| / (|r| + EPSILON), what Adam does to the length of a row's coordinates. Finite for finite norms.
 
-    It is the estimate of what Adam would do to the row's `outside`, and it holds as long as the frame sees a fair share
-    of the row. Of an isotropic gradient |r| is about sqrt(R / N) of the row. A row whose gradient turns out of the
-    frame has |r| near 0 and a momentum that keeps |u| up: the quotient then says nothing, and times `outside` there is
-    no limit to it. So |r| counts as no less than sqrt(R / N) |outside| / bound, which gives
+    It is the estimate of what Adam would do to the row's `outside`, and it is valid as long as the frame captures a
+    fair share of the row. For an isotropic gradient |r| is about sqrt(R / N) of the row. A row whose gradient turns out
+    of the frame has |r| near 0 and a momentum that keeps |u| up: the quotient is then meaningless, and times `outside`
+    there is no limit to it. So |r| counts as no less than sqrt(R / N) |outside| / bound, which gives
 
         scale |outside| <= bound sqrt(N / R) |u|
 
@@ -118,7 +116,7 @@ def row_scales(direction: Tensor, inside: Tensor, outside: Tensor, layout: Layou
     """
     below = inside + EPSILON
     if bound is not None:
-        # fmax: of a row whose squares overflow, `outside` may be infinity less infinity; its scale is 0, as in AdamW.
+        # fmax: for a row whose squares overflow, `outside` may be infinity minus infinity; its scale is 0, as in AdamW.
         below = torch.fmax(below, outside * ((layout.rank / layout.size) ** 0.5 / bound))
     # Rows of zeros with a huge momentum: infinity times zero would be NaN.
     return (direction / below).clamp_max_(torch.finfo(below.dtype).max)
@@ -128,9 +126,9 @@ def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: Sta
     """Row scales after the norm-growth limiter (Fira, arXiv 2410.01623, section 3.3): the norm of what is rescaled
     grows by at most `limit` from one step to the next. Writes the norm to `state`, always a finite number.
 
-    The first step is not limited. A step that rescales nothing, as a gradient of zeros, does not count: the next one is
-    measured against the last that did. (Published code takes its norm of zero for the norm to grow from, after which
-    some two thousand steps pass until the part counts again.)
+    The first step is not limited. A step that rescales nothing, such as for a gradient of zeros, does not count: the
+    next one is compared with the last that did. (Published code uses its norm of zero as the norm to grow from, after
+    which some two thousand steps pass until the part matters again.)
 
     Args:
         rescaled_BM: scale times the norm of what is scaled, by row.
@@ -144,7 +142,7 @@ def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: Sta
 
 
 def mend_limiter(state: State) -> bool:
-    """Starts limiters of a parameter anew that are not finite or negative, which no step writes. Whether any was so.
+    """Resets limiters of a parameter that are not finite or negative, which no step writes. Whether there was any.
     A stack of matrices has one for each.
     """
     if "limiter" not in state or state["limiter"].is_meta:
@@ -163,7 +161,7 @@ def _require_above_one(owner: Residual, **limits: float | None) -> None:
 
 
 class _Rescaling(Residual):
-    """What residuals share that scale rows: a bound, a limiter, and its place in the state."""
+    """What residuals that scale rows share: a bound, a limiter, and its state."""
 
     limit: float | None
     bound: float | None
@@ -191,17 +189,17 @@ class Fira(_Rescaling):
 
     With coordinates r, direction u and residual E = G - r Q^T, row i of the update gains s_i E_i, s_i = |u_i| /
     (|r_i| + 1e-8). A limiter holds |s o E|_F to at most `limit` times its value in the step before. The frame is
-    orthonormal, so |E_i|^2 = |G_i|^2 - |r_i|^2: the residual's norm comes without forming the residual.
+    orthonormal, so |E_i|^2 = |G_i|^2 - |r_i|^2: the residual's norm is known without forming the residual.
 
     A row moves at most 1 + `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank`,
-    whatever its gradients: rows that die and come back, or turn out of the frame, included. See `row_scales`.
+    whatever its gradients: including rows that die and come back, or turn out of the frame. See `row_scales`.
 
     Args:
         limit: gamma of the norm-growth limiter, > 1; None for none.
         bound: s_i |E_i| is at most `bound` sqrt(N / R) |u_i|, which is `bound` times what it is for an isotropic
-            gradient; > 1. It is not in the paper. docs/optimisers.md says how often it acts. None leaves the paper's
+            gradient; > 1. It is not in the paper. docs/optimisers.md says how often it acts. None is the paper's
             rule, in which nothing bounds a step.
-        inside: factor on what lies inside the frame, u Q^T and r Q^T alike. Published code has alpha = 0.25 here and
+        inside: factor on what is inside the frame, u Q^T and r Q^T alike. Published code has alpha = 0.25 here and
             scales nothing else, the paper scales the whole update, which is `scale` of `LowRank`.
     """
 
@@ -214,20 +212,14 @@ class Fira(_Rescaling):
         if not 0 < self.inside <= 1:
             raise UserError(f"Fira inside={self.inside} must be in (0, 1]")
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        direction_BMR, coordinates_BMR = given.direction_BMR, given.coordinates_BMR
         direction_BM, inside_BM = (torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR))
         # |G - a r Q^T|^2 = |G|^2 - a (2 - a) |r|^2
         taken = self.inside * (2 - self.inside)
-        outside_BM = (energy_BM - taken * inside_BM.square()).clamp_min_(0).sqrt_()
-        scale_BM = row_scales(direction_BM, inside_BM, outside_BM, layout, self.bound)
-        scale_BM = self._limited(scale_BM, outside_BM, state, layout)
+        outside_BM = (given.energy_BM - taken * inside_BM.square()).clamp_min_(0).sqrt_()
+        scale_BM = row_scales(direction_BM, inside_BM, outside_BM, given.layout, self.bound)
+        scale_BM = self._limited(scale_BM, outside_BM, state, given.layout)
         coefficients_BMR = direction_BMR.addcmul_(coordinates_BMR, scale_BM[:, :, None], value=-1)
         return coefficients_BMR if self.inside == 1 else coefficients_BMR.mul_(self.inside), scale_BM
 
@@ -236,7 +228,7 @@ class Fira(_Rescaling):
 class Apollo(_Rescaling):
     """The whole gradient, scaled as Adam scales its coordinates (APOLLO, arXiv 2412.05270, section 4).
 
-    The frame serves to estimate scales only: nothing is lifted back, so it need not be orthonormal, and the update has
+    The frame is only used to estimate scales: nothing is lifted back, so it need not be orthonormal, and the update has
     full rank. s_i = |u_i| / (|r_i| + 1e-8) per row ("channel"), or s = |U| / (|R| + 1e-8) for the whole matrix
     ("tensor", APOLLO-Mini).
 
@@ -257,36 +249,30 @@ class Apollo(_Rescaling):
 
     needs_orthonormal = False
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        rows_BM = energy_BM.sqrt()
-        norms = [*(torch.linalg.vector_norm(x, dim=-1) for x in (direction_BMR, coordinates_BMR)), rows_BM]
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        rows_BM, layout = given.energy_BM.sqrt(), given.layout
+        norms = [torch.linalg.vector_norm(x, dim=-1) for x in (given.direction_BMR, given.coordinates_BMR)]
+        norms.append(rows_BM)
         if self.per == "tensor":
             squares_3B1 = torch.stack(norms).square().sum(dim=-1, keepdim=True)
             norms = list(layout.total(squares_3B1).sqrt().expand(-1, -1, layout.rows))
         moved_BM, inside_BM, whole_BM = norms
         scale_BM = row_scales(moved_BM, inside_BM, whole_BM, layout, self.bound)
-        return direction_BMR[..., :0], self._limited(scale_BM, rows_BM, state, layout)
+        return given.direction_BMR[..., :0], self._limited(scale_BM, rows_BM, state, layout)
 
 
 @dataclass(frozen=True)
 class ErrorFeedback(Residual):
-    """What a step leaves out is added to the gradient of the next: A = G + E, E <- A - (1 - kept) R Q^T.
+    """What a step leaves out is added to the next gradient: A = G + E, E <- A - (1 - kept) R Q^T.
 
-    The state is of the weight's own size in the format chosen; int8 and int4 round to the nearest of 255 or 15 levels
+    The state has the size of the weight in the chosen format; int8 and int4 round to the nearest of 255 or 15 levels
     per row and 128 columns.
 
     Args:
         precision: storage format of E.
         kept: share of the captured part that stays in E, in [0, 1). 0 is error feedback (DCT-AdamW); mu > 0 makes E a
             momentum of which only the captured part decays (Trion and Dion, arXiv 2505.17967, section 4).
-        of_moments: also what changes of frame cut off from Adam's first moment, times b1 / (1 - b1), so that nothing of
+        of_moments: also what changes of frame remove from Adam's first moment, times b1 / (1 - b1), so that nothing of
             the moving average is lost (generalised error feedback of LDAdam, arXiv 2410.16103, section 3).
     """
 
@@ -313,15 +299,8 @@ class ErrorFeedback(Residual):
     def accumulate(self, gradients: list[Tensor], state: State, clip: Tensor) -> list[Tensor]:
         return list(add_error(gradients, state["error"], state["error_scale"], clip))
 
-    def terms(
-        self,
-        direction_BMR: Tensor,
-        coordinates_BMR: Tensor,
-        energy_BM: Tensor,
-        state: State,
-        layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        return direction_BMR, direction_BMR.new_empty(0, direction_BMR.shape[1])
+    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
+        return given.direction_BMR, given.direction_BMR.new_empty(0, given.direction_BMR.shape[1])
 
     def remember(
         self,

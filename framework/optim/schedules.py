@@ -12,8 +12,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightspan.errors import UserError
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
-"""What a Method takes: called with the optimiser and the run's number of optimiser steps.
-`torch.optim.lr_scheduler.CosineAnnealingLR` fits as it is."""
+"""What a Method expects: called with the optimiser and the run's number of optimiser steps.
+`torch.optim.lr_scheduler.CosineAnnealingLR` fits unchanged."""
+
+
+def cosine_between(start: float, end: float, share: float) -> float:
+    """A half cosine from `start` to `end` over `share` in [0, 1], flat at both: of a rate, a momentum, a decay."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def line_between(start: float, end: float, share: float, until: float) -> float:
+    """A line from `start` to `end`, which it reaches at the share `until` and keeps; `end` at once where that is 0."""
+    return start + (end - start) * share / until if share < until else end
 
 
 class WarmupCosine(LRScheduler):
@@ -36,9 +46,9 @@ class WarmupCosine(LRScheduler):
                 f"total_steps={total_steps} must be at least 1; set trainer.max_steps or trainer.max_epochs"
             )
         if not 0 <= warmup < 1:
-            raise UserError(f"warmup={warmup} is a share of the run and must lie in [0, 1)")
+            raise UserError(f"warmup={warmup} is a share of the run and must be in [0, 1)")
         if not 0 <= final <= 1:
-            raise UserError(f"final={final} is a share of the peak rate and must lie in [0, 1]")
+            raise UserError(f"final={final} is a share of the peak rate and must be in [0, 1]")
         self.total_steps, self.warmup, self.final = total_steps, warmup, final
         super().__init__(optimizer)
 
@@ -48,7 +58,38 @@ class WarmupCosine(LRScheduler):
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         done = min((step - warmup_steps) / max(self.total_steps - warmup_steps, 1), 1.0)
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+        return cosine_between(1.0, self.final, done)
 
     def get_lr(self) -> list[float | Tensor]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+
+class WarmupCosineDecay(WarmupCosine):
+    """`WarmupCosine` of the rate, and a half cosine of the weight decay from each group's own to `decay_factor` times
+    it (Caron et al., "DINO", 2021, arXiv 2104.14294, section 4: 0.04 to 0.4). Groups without decay keep none.
+
+    Args:
+        total_steps, warmup, final: as in `WarmupCosine`.
+        decay_factor: weight decay at the end by that at the start, >= 0.
+    Raises: UserError for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup: float = 0.1,
+        final: float = 0.1,
+        decay_factor: float = 10.0,
+    ) -> None:
+        if decay_factor < 0:
+            raise UserError(f"decay_factor={decay_factor} must be at least 0")
+        self.decay_factor = decay_factor
+        self.base_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        super().__init__(optimizer, total_steps, warmup, final)
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        factor = cosine_between(1.0, self.decay_factor, min(self.last_epoch / self.total_steps, 1.0))
+        for group, base in zip(self.optimizer.param_groups, self.base_decays, strict=True):
+            group["weight_decay"] = base * factor

@@ -1,18 +1,39 @@
-"""Which settings a low-rank optimiser and its parameter groups may have."""
+"""The switches of a low-rank optimiser, and which settings it and its parameter groups may have."""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.bases import Basis
-from lightspan.optim.core import Rule
 from lightspan.optim.inner import Adam, Inner
+from lightspan.optim.layout import Layout, State
 from lightspan.optim.moments import MomentStorage
 from lightspan.optim.residuals import Residual
 from lightspan.optim.triggers import Trigger
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The parts that a low-rank optimiser is made of; each published one is one combination of them."""
+
+    basis: Basis
+    residual: Residual
+    inner: Inner
+    moments: MomentStorage
+    trigger: Trigger
+
+    def initial(self, layout: Layout) -> State:
+        """State before the first step. The parts' names differ, so one mapping contains them all."""
+        parts = (
+            self.basis.initial(layout),
+            self.inner.initial(layout, self.moments),
+            self.residual.initial(layout),
+        )
+        return {key: value for part in parts for key, value in part.items()}
 
 
 def _is_number(value: Any) -> bool:
@@ -47,7 +68,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_norm": (lambda value: value is None or (_is_number(value) and value > 0), "above 0, or None"),
     "backward": (lambda value: value in ("whole", "hooks", "projected"), "'whole', 'hooks' or 'projected'"),
 }
-"""What each setting may be, by name."""
+"""The allowed values of each setting, by name."""
 
 
 def _is_text(value: Any) -> bool:
@@ -55,18 +76,18 @@ def _is_text(value: Any) -> bool:
 
 
 def require_sound(owner: str, settings: Mapping[str, Any]) -> None:
-    """Raises: UserError for the first of `settings` that is outside its limits; keys without limits are not looked at.
+    """Raises: UserError for the first of `settings` that is outside its limits; keys without limits are ignored.
 
     Args:
-        owner: the optimiser, and the parameter group if the settings are one's.
+        owner: the optimiser, and the parameter group if the settings belong to one.
     """
     for name, (sound, limit) in LIMITS.items():
         if name in settings and not sound(settings[name]):
             raise UserError(f"{owner} {name}={settings[name]} must be {limit}")
 
 
-def require_parts(rule: Rule) -> None:
-    """Raises: UserError for a switch that is no object of its kind, such as the name of one."""
+def require_parts(rule: Switches) -> None:
+    """Raises: UserError for a switch that is not an object of its kind, such as the name of one."""
     parts = (
         ("basis", rule.basis, Basis), ("residual", rule.residual, Residual), ("inner", rule.inner, Inner),
         ("moments", rule.moments, MomentStorage), ("refresh", rule.trigger, Trigger),
@@ -76,10 +97,8 @@ def require_parts(rule: Rule) -> None:
             raise UserError(f"{name}={part!r} must be an object of a class in {kind.__module__}, a {kind.__name__}")
 
 
-def require_fit(rule: Rule, backward: str, by_energy: bool) -> None:
-    """Raises: UserError for parts of a rule that do not fit one another, the way of the backward pass, or ranks chosen
-    `by_energy`.
-    """
+def require_fit(rule: Switches, backward: str) -> None:
+    """Raises: UserError for parts of a rule that do not fit one another or the backward mode."""
     if rule.basis.momentum and not isinstance(rule.inner, Adam):
         raise UserError(f"PowerBasis momentum={rule.basis.momentum} follows Adam's first moment; leave inner=Adam()")
     if rule.residual.needs_orthonormal and not rule.basis.orthonormal:
@@ -87,11 +106,8 @@ def require_fit(rule: Rule, backward: str, by_energy: bool) -> None:
             f"{type(rule.basis).__name__} has no orthonormal frames, which residual="
             f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose PowerBasis"
         )
-    if backward != "whole" and by_energy:
-        raise UserError(f"rank=RankByEnergy() looks at whole gradients; set backward='whole', not {backward!r}")
-    if backward != "whole" and (rule.residual.needs_gradient or rule.trigger.needs_energy):
+    if backward != "whole" and rule.residual.needs_gradient:
         raise UserError(
             f"backward={backward!r} keeps only coordinates of the gradient, but residual="
-            f"{type(rule.residual).__name__} or refresh={type(rule.trigger).__name__} needs all of it; "
-            "set residual=None and refresh to a number of steps, or backward='whole'"
+            f"{type(rule.residual).__name__} needs all of it; set residual=None or backward='whole'"
         )

@@ -1,8 +1,8 @@
-"""Which rows of a matrix a rank holds, and what ranks have to tell each other about the rest.
+"""Which rows of a matrix a rank has, and what ranks must exchange about the rest.
 
-A step treats the rows of a matrix one by one, so a rank steps the rows it holds. Only sums over rows leave it: what
+A step treats the rows of a matrix one by one, so a rank steps the rows it has. Only sums over rows leave it: what
 chooses a frame, norms of whole matrices, and whether gradients are finite. All of them run over the ranks among which
-the matrix is split; replicas of a hybrid mesh compute the same and have nothing to say to each other.
+the matrix is split; replicas of a hybrid mesh compute the same and exchange nothing.
 
 Shapes: B matrices, M rows of whole matrices, m rows of this rank.
 """
@@ -21,11 +21,11 @@ from lightspan.devices import widest_float
 from lightspan.errors import UserError
 
 Total = Callable[[Tensor], Tensor]
-"""A sum over the ranks that hold the other rows of a matrix."""
+"""A sum over the ranks that have the other rows of a matrix."""
 
 
 def alone(part: Tensor) -> Tensor:
-    """The `Total` of a matrix that this rank holds whole."""
+    """The `Total` of a matrix of which this rank has all rows."""
     return part
 
 
@@ -42,7 +42,7 @@ class Ranks:
 
     @property
     def index(self) -> int:
-        """This rank's place among them."""
+        """This rank's position among them."""
         return self.mesh.get_local_rank(self.axis)
 
     def total(self, part: Tensor) -> Tensor:
@@ -58,13 +58,13 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Shards:
-    """How the rows of matrices of one shape lie on ranks: as torch.chunk splits them, so the last ones may have fewer
-    or none.
+    """How the rows of matrices of one shape are spread over ranks: as torch.chunk splits them, so the last ones may
+    have fewer or none.
 
     Args:
         total: M.
         moved: whether the parameter itself is split along its projected side, so that the rows of gradient and weight
-            travel to their rank and back in every step.
+            are sent to their rank and back in every step.
     """
 
     ranks: Ranks
@@ -95,7 +95,7 @@ class Shards:
         return torch.cat(parts, dim=-2)[..., : self.total, :]
 
     def own(self, whole: Tensor, axis: int = 0) -> Tensor:
-        """This rank's rows of a tensor that has all of them along `axis`."""
+        """This rank's rows of a tensor that has all rows along `axis`."""
         return whole.narrow(axis, self.start, self.rows)
 
     def distributed(self, part: Tensor) -> DTensor:
@@ -107,13 +107,13 @@ class Shards:
 
 
 def from_local(part: Tensor, ranks: Ranks, axis: int, shape: torch.Size) -> DTensor:
-    """A DTensor of `shape` split along `axis`, of which this rank holds `part`."""
+    """A DTensor of `shape` split along `axis`, of which this rank has `part`."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, ranks.mesh, ranks.placements(axis), run_check=False, shape=shape, stride=stride)
 
 
 def ranks_of(tensor: Tensor) -> Ranks | None:
-    """The ranks among which a tensor is split; None if this one holds it whole.
+    """The ranks among which a tensor is split; None if this rank has all of it.
 
     Raises: UserError for a tensor that is split along several axes of its mesh.
     """
@@ -125,7 +125,7 @@ def ranks_of(tensor: Tensor) -> Ranks | None:
         return None
     if len(split) > 1 or type(placements[split[0]]) is not Shard:
         raise UserError(
-            f"a parameter of shape {tuple(tensor.shape)} lies on its mesh as {placements}; LowRank can step one "
+            f"a parameter of shape {tuple(tensor.shape)} is placed on its mesh as {placements}; LowRank can step one "
             "that is split along a single axis of the mesh. Shard it without tensor parallelism (strategy FSDP2), or "
             "use AdamW"
         )
@@ -133,7 +133,7 @@ def ranks_of(tensor: Tensor) -> Ranks | None:
 
 
 def splits_of(tensors: Iterable[Tensor]) -> list[Ranks]:
-    """The different groups of ranks among which some of the tensors are split; none in a run that shards nothing."""
+    """The different groups of ranks among which some of the tensors are split; empty in a run that shards nothing."""
     every = dict.fromkeys(ranks_of(tensor) for tensor in tensors)
     return [ranks for ranks in every if ranks is not None]
 
@@ -147,7 +147,7 @@ def split_axis(tensor: Tensor, ranks: Ranks) -> int:
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """Of a plain tensor of the shape of `like` the view that this rank holds of `like`; all of it if that is not split.
+    """The view of a plain tensor shaped like `like` that this rank has of `like`; all of it if that is not split.
 
     Raises: UserError as `ranks_of` does.
     """
@@ -159,13 +159,13 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_of(part: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor, on every rank, of which this rank holds `part` as it holds `like`. All ranks must call it."""
+    """The whole tensor, on every rank, of which this rank has `part`, split like `like`. All ranks must call it."""
     ranks = ranks_of(like)
     return part if ranks is None else from_local(part, ranks, split_axis(like, ranks), like.shape).full_tensor()
 
 
 def total_over(parts: Iterable[tuple[Ranks | None, Tensor]]) -> Tensor:
-    """Sum of `parts`, vectors or 0-d, in float64 where the device has it; zero if there is none.
+    """Sum of `parts`, vectors or 0-d, in float64 if the device has it; zero if there is none.
 
     Each part counts once over the ranks that share its tensor.
     """

@@ -1,4 +1,4 @@
-"""How often an optimiser really stepped: what an EMA, a mask or a proximal step counts by.
+"""How often an optimiser really stepped: for an EMA, a mask or a proximal step.
 
 A Trainer's `global_step` also counts steps that changed nothing: a `training_step` that returned None, gradients that
 `FiniteLoss` cleared, infinite ones that a GradScaler skipped.
@@ -13,12 +13,12 @@ _TAKEN: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
 
 def steps_taken(optimizer: Any) -> int:
-    """Steps that the optimiser took, on at least one gradient, since this was first asked of it.
+    """Steps that the optimiser took, on at least one gradient, since this was first called for it.
 
-    Take the difference of two answers, both with no step under way: DeepSpeed, for one, writes the weights only after
-    the step of the optimiser inside it. A wrapper, such as Lightning's or DeepSpeed's, is looked through.
+    Use the difference of two results, both between steps: DeepSpeed, for one, writes the weights only after
+    the step of the optimiser inside it. A wrapper, such as Lightning's or DeepSpeed's, is unwrapped.
     """
-    while (inside := getattr(optimizer, "optimizer", None)) is not None:  # DeepSpeed's are no torch optimisers
+    while (inside := getattr(optimizer, "optimizer", None)) is not None:  # DeepSpeed's are not torch optimisers
         optimizer = inside
     if optimizer not in _TAKEN:
         _TAKEN[optimizer] = 0
@@ -31,11 +31,11 @@ def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _stepped(optimizer: Any) -> bool:
-    # Fused optimisers are called for infinite gradients too, and look at this themselves.
+    # Fused optimisers are also called for infinite gradients, and check this themselves.
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and bool(found_inf):
         return False
-    # `LowRank` may have used up gradients that never were in `grad`.
+    # `LowRank` may have used gradients that never were in `grad`.
     if getattr(optimizer, "used_gradients", False):
         return True
     return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])

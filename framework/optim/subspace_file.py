@@ -1,8 +1,9 @@
-"""A trained network as a seed and d numbers: what a run in a random subspace leaves, and how weights are made of it.
+"""A trained network as a seed and d numbers: the result of a run in a random subspace, and how weights are made from
+it.
 
 The file is safetensors: the coordinates z [d] and, if there are any, the layer scales [l]; its metadata name the kind
 of projection, its seed, the parameters in order, and the sha256 of theta_0. Buffers, such as running statistics of
-batch norm, are not weights and not in it.
+batch norm, are not weights and not included.
 """
 
 import json
@@ -14,20 +15,20 @@ from safetensors.torch import save
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.facts import facts_of
 from lightspan.files import write_atomic
 from lightspan.optim.affine import AffineSlice
 from lightspan.optim.random_subspace import COORDINATES, SCALES, START, RandomSubspace
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, ProjectionCallable, Sparse
+from lightspan.tensor_files import facts_of
 
 FORMAT = "lightspan random subspace 1"
 KINDS: tuple[type[Dense] | type[Sparse] | type[Fastfood], ...] = (Dense, Sparse, Fastfood)
 
 
 def save_subspace(optimizer: RandomSubspace, path: str | Path) -> None:
-    """Writes where `optimizer` stands, before its first step too, whole or not at all.
+    """Writes the state of `optimizer`, even before its first step, whole or not at all.
 
-    Raises: UserError for parameters without names, or that have one twice.
+    Raises: UserError for parameters without names, or that share a name.
     """
     moved = optimizer.slice
     if not all(moved.names) or len(set(moved.names)) < len(moved.names):
@@ -51,13 +52,13 @@ def save_subspace(optimizer: RandomSubspace, path: str | Path) -> None:
 
 
 def apply_subspace(path: str | Path, module: nn.Module, projection: ProjectionCallable | None = None) -> None:
-    """Gives `module`, which holds the initial weights of a run, the weights that the run ended with.
+    """Gives `module`, which has the initial weights of a run, the final weights of the run.
 
     The bits are those of the run on the same device and number of threads; elsewhere sums can differ in the last bit.
 
     Args:
-        projection: makes P where the run used a class that is not one of lightspan's.
-    Raises: UserError for a file that is none of this kind, and for a module with other parameters or other weights.
+        projection: makes P if the run used a class that is not one of lightspan's.
+    Raises: UserError for a file that is not of this kind, and for a module with other parameters or other weights.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -73,14 +74,14 @@ def apply_subspace(path: str | Path, module: nn.Module, projection: ProjectionCa
     kinds = {"parameters": list, "projection": str, "seed": int, "per_tensor": bool, "weights": int, START: str}
     facts = facts_of(metadata, path, **kinds)
     if COORDINATES not in numbers:
-        raise UserError(f"{path} holds no {COORDINATES!r}; it is damaged, or something else wrote it")
+        raise UserError(f"{path} contains no {COORDINATES!r}; it is damaged, or another program wrote it")
     names, known = facts["parameters"], dict(module.named_parameters())
     missing = [name for name in names if name not in known]
     if missing:
         raise UserError(f"{type(module).__name__} has no parameter {missing[0]!r}, which {path} moves")
     kind = projection or next((kind for kind in KINDS if kind.__name__ == facts["projection"]), None)
     if kind is None:
-        raise UserError(f"{path} was made with a projection {facts['projection']!r} of your own; pass projection=")
+        raise UserError(f"{path} was made with your own projection {facts['projection']!r}; pass projection=")
     z_d, scales_l = numbers[COORDINATES], numbers.get(SCALES, torch.zeros(0))
     moved = AffineSlice(
         [known[name] for name in names],

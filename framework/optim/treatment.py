@@ -13,7 +13,7 @@ from lightspan.sharded import local
 
 @dataclass(frozen=True)
 class Treatment:
-    """What one parameter gets. `state_bytes` is what this rank keeps of its state, `adamw_bytes` what AdamW would."""
+    """How one parameter is treated. `state_bytes` is this rank's part of its state, `adamw_bytes` that of AdamW."""
 
     group: str
     shape: tuple[int, ...]
@@ -25,21 +25,21 @@ class Treatment:
 
 def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> Treatment:
     """How `LowRank` treats a parameter, and why."""
+    selection = optimizer.selection(group)
     if optimizer.projected(parameter, group):
-        most = "up to " if optimizer.rank_rule else ""
-        how = f"rank {most}{optimizer.rank_of(parameter, group)} of {optimizer.side(parameter, group)}"
-        how += f", each of {len(parameter)}" if optimizer.stacked(parameter, group) else ""
+        how = f"rank {selection.rank} of {selection.side(parameter)}"
+        how += f", each of {len(parameter)}" if selection.stacked(parameter) else ""
     elif parameter.ndim < 2:
         how = "AdamW: a vector"
-    elif not optimizer.allowed(parameter, group):
+    elif not selection.allows(optimizer.name_of(parameter)):
         how = "AdamW: not to be projected"
     elif parameter.is_complex():
         how = "AdamW: complex"
-    elif optimizer.stacked(parameter, group):
-        how = "AdamW: a stack of matrices, which only whole gradients in one piece and a fixed rank can project"
+    elif selection.stacked(parameter):
+        how = "AdamW: a stack of matrices, whose projection needs whole, unsharded gradients"
     else:
-        how = f"AdamW: rank {group['rank']} is not below its shorter side"
-    state = optimizer.initial_state(parameter, group, torch.device("meta"))
+        how = f"AdamW: rank {selection.rank} is not below its shorter side"
+    state = optimizer.initial_state(parameter, group, torch.empty_like(parameter, device="meta"))
     kept = sum(local(tensor).nbytes for tensor in state.values())
     wide = wide_type(parameter.dtype).itemsize
     name, shape, rate = group.get("name", "parameters"), tuple(parameter.shape), float(group["lr"])

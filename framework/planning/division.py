@@ -1,4 +1,4 @@
-"""How a strategy divides one training step over ranks, and what each rank holds whole for a while all the same."""
+"""How a strategy divides one training step among ranks, and what each rank still needs whole for a while."""
 
 import dataclasses
 import importlib
@@ -20,13 +20,13 @@ from lightspan.strategies import FSDP2, blocks
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """Over how many ranks each part of a step is shared out; sizes in bytes on one rank.
+    """Among how many ranks each part of a step is divided; sizes in bytes on one rank.
 
     Attributes:
         ranks: processes that see different samples.
-        weights, gradients, optimizer_state: ranks that share one copy of each; 1 where every rank has its own.
-        extra: what a rank holds beside its shares at the worst moment: gathered weights, buffers of communication.
-        extra_name: what that is, for people.
+        weights, gradients, optimizer_state: ranks that share one copy of each; 1 if every rank has its own.
+        extra: what a rank needs beside its shares at the worst moment: gathered weights, communication buffers.
+        extra_name: description of that, for people.
     """
 
     ranks: int = 1
@@ -37,9 +37,9 @@ class Division:
     extra_name: str = ""
 
     def of(self, step: StepMemory) -> StepMemory:
-        """A step as one rank holds it.
+        """A step's memory on one rank.
 
-        What lives for a moment only (temporaries, and whatever of gradients and activations is alive at the peak) is
+        What exists only for a moment (temporaries, and whatever of gradients and activations is alive at the peak) is
         not divided.
         """
         standing = step.weights + step.gradients + step.optimizer_state
@@ -76,7 +76,7 @@ def strategy_of(setting: Any) -> Strategy | None:
 def division(strategy: Strategy | None, module: nn.Module, ranks: int, nodes: int = 1) -> Division:
     """How `strategy` divides a training step of `module` over `ranks` processes on `nodes` machines.
 
-    Raises: UserError where it is not known how it divides, or replicas do not divide the ranks.
+    Raises: UserError if it is unknown how it divides, or replicas do not divide the ranks.
     """
     weights = nbytes(module.parameters())
     gradients = nbytes(p for p in module.parameters() if p.requires_grad)
@@ -93,16 +93,16 @@ def division(strategy: Strategy | None, module: nn.Module, ranks: int, nodes: in
             raise UserError(f"FSDP2 replicas={replicas} does not divide {ranks} ranks; choose a divisor")
         shards = ranks // replicas
         return Division(ranks, shards, shards, shards, _gathered(module), "blocks gathered whole")
-    kind = "splits the model as its module says" if isinstance(strategy, ModelParallelStrategy) else "is not known here"
+    kind = "splits the model as its module says" if isinstance(strategy, ModelParallelStrategy) else "is unknown"
     raise UserError(
-        f"{type(strategy).__name__} {kind}, so what a rank holds cannot be planned; plan with -c scale/ddp, "
+        f"{type(strategy).__name__} {kind}, so the memory of a rank cannot be planned; plan with -c scale/ddp, "
         "scale/fsdp2, scale/hsdp or scale/deepspeed_zero1 to 3"
     )
 
 
 def _gathered(module: nn.Module) -> int:
-    """FSDP2 keeps the root's own weights whole from forward to backward, two neighbouring blocks where one is fetched
-    while the other runs, and of one block the gradient, once more as it is sent.
+    """FSDP2 keeps the root's own weights whole from forward to backward, two neighbouring blocks, one of which is
+    fetched while the other runs, and the gradient of one block twice, once as it is sent.
     """
     inside = blocks(module)
     of_blocks = {id(p) for block in inside for p in block.parameters()}
@@ -112,7 +112,7 @@ def _gathered(module: nn.Module) -> int:
 
 
 def _zero(strategy: DeepSpeedStrategy, weights: int, gradients: int, ranks: int) -> Division:
-    """ZeRO keeps a float32 copy of each rank's run of the weights, and one bucket of gradients on its way."""
+    """ZeRO keeps a float32 copy of each rank's range of the weights, and one bucket of gradients in transit."""
     assert isinstance(strategy.config, dict)
     settings = strategy.config["zero_optimization"]
     stage = settings["stage"]

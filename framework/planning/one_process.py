@@ -1,4 +1,4 @@
-"""Configurations of runs on other machines, as one process here can build them."""
+"""Configurations of runs on other machines, changed so that one process here can build them."""
 
 from lightspan.config.resolve import Resolved, with_layer
 

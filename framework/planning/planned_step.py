@@ -13,9 +13,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from lightspan.analysis.memory import rss_bytes
 from lightspan.datamodules.loading.loader import ExactLoader, split_batch
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
+from lightspan.memory import rss_bytes
 from lightspan.planning.division import Division
 from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
 from lightspan.planning.step_memory import (
@@ -39,10 +40,10 @@ class Plan:
     """Sizes in bytes on one rank.
 
     Attributes:
-        step: what one step holds.
-        division: how a strategy shares it out over ranks; `step` is one rank's share.
-        process: resident beside the step on a CPU run: interpreter, libraries in use, data; 0 on a device.
-        memory: what a rank has, and where that figure is from.
+        step: memory of one step.
+        division: how a strategy divides it among ranks; `step` is one rank's share.
+        process: resident memory outside the step in a CPU run: interpreter, loaded libraries, data; 0 on a device.
+        memory: what a rank has, and the source of that figure.
         largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
         notes: what was not counted the usual way, and why.
     """
@@ -57,7 +58,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """What the run is expected to peak at."""
+        """The expected peak of the run."""
         return self.step.peak + self.process
 
 
@@ -69,23 +70,24 @@ def make_plan(
     real: bool = False,
     division: Division = Division(),  # noqa: B008 - frozen
 ) -> Plan:
-    """Counts one step on a batch laid out like the datamodule's first one, and searches the largest micro-batch.
+    """Counts one step on a batch laid out like the datamodule's first one, and searches for the largest micro-batch.
 
     Args:
         limit: bytes of one rank, or None for what the device or this machine has.
-        real: count a step on real tensors; a fake step that cannot run falls back to that by itself.
-        division: of the step over ranks; the trainer itself is one of a single process.
+        real: count a step on real tensors; a fake step that cannot run falls back to this by itself.
+        division: of the step among ranks; the trainer itself has a single process.
     Raises: UserError for what cannot be planned: manual optimisation, a batch without tensors.
     """
     if not module.automatic_optimization:
         raise UserError(
-            f"{type(module).__name__} optimises by hand (automatic_optimization=False), so its optimiser step cannot "
-            "be told from its training_step; measure it by a short run: `lightspan fit RECIPE trainer.max_steps=10`"
+            f"{type(module).__name__} uses manual optimisation (automatic_optimization=False), so its optimiser step "
+            "cannot be separated from its training_step; measure it in a short run: "
+            "`lightspan fit RECIPE trainer.max_steps=10`"
         )
     step = _Step(trainer, module, datamodule, division)
     rows = step.rows
     if rows == 0:
-        raise UserError(f"the first batch of {type(datamodule).__name__} holds no tensor with samples along axis 0")
+        raise UserError(f"the first batch of {type(datamodule).__name__} contains no tensor with samples along axis 0")
     on_device = trainer.strategy.root_device.type != "cpu"
     process = 0 if on_device else max(0, _rss_at_work() - nbytes(module.parameters()))
     memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
@@ -97,19 +99,19 @@ def make_plan(
             largest = largest_rows(memory - process, step.fake, here, step.fake(2 * rows))
         except UserError:
             raise
-        except Exception as error:  # from whichever library needs numbers where there are only shapes
+        except Exception as error:  # from any library that needs numbers where there are only shapes
             here, notes = None, [f"counted by a real step, since a fake one stopped ({in_words(error)})"]
     if here is None:
         here = step.real(rows)
         if rows >= 4:
             half = step.real(rows // 2)
             largest = largest_rows(memory - process, _line(half, here), half, here)
-            notes.append(f"the largest micro-batch lies on a line through real steps of {half.rows} and {rows} samples")
+            notes.append(f"the largest micro-batch is on a line through real steps of {half.rows} and {rows} samples")
     return Plan(here, division, process, memory, source, largest, [*notes, *step.notes])
 
 
 def available_memory(device: torch.device) -> tuple[int, str]:
-    """(bytes, where from): all of a CUDA device, or what the machine has free for new processes."""
+    """(bytes, their source): all of a CUDA device, or what the machine has free for new processes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
     if limit := cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
@@ -118,7 +120,7 @@ def available_memory(device: torch.device) -> tuple[int, str]:
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                # What this process holds already is counted in the plan.
+                # What this process already uses is counted in the plan.
                 return int(line.split()[1]) * 1024 + rss_bytes(), "free on this machine"
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "all of this machine"
 
@@ -147,8 +149,8 @@ def cgroup_limit(groups: Path, root: Path) -> int | None:
 
 
 def _rss_at_work() -> int:
-    """Resident bytes of this process once it has computed: libraries bring in their code with its first use, some 20
-    MiB that a process which has only built its model does not show.
+    """Resident bytes of this process once it has computed: libraries load their code at first use, some 20
+    MiB that a process that has only built its model does not have yet.
     """
     x_BHTD = torch.ones(2, 2, 8, 16, requires_grad=True)
     weight_DD, kernel = (torch.ones(shape, requires_grad=True) for shape in ((16, 16), (2, 2, 3, 3)))
@@ -162,7 +164,7 @@ def _rss_at_work() -> int:
 
 
 class _Step:
-    """One training step of a module as its trainer would run it, on one of the ranks it is divided over."""
+    """One training step of a module as its trainer would run it, on one of the ranks among which it is divided."""
 
     def __init__(
         self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule, division: Division
@@ -171,14 +173,22 @@ class _Step:
         self.notes: list[str] = []
         self._idle_state: int | None = None
         datamodule.trainer = trainer
-        datamodule.prepare_data()
-        datamodule.setup("fit")
+        batch, whole = None, None
+        if isinstance(datamodule, Shards) and (batch := datamodule.stand_in()) is not None:
+            whole = datamodule.batch_size
+            self.notes.append("a batch of black pictures stands in for the shards, which are not here")
+        else:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
         prepare_model(trainer, module, datamodule)
-        loader = datamodule.train_dataloader()
-        self.batch = trainer.precision_plugin.convert_input(next(iter(loader)))
+        if batch is None:
+            loader = datamodule.train_dataloader()
+            batch = next(iter(loader))
+            whole = loader.batch_size if isinstance(loader, ExactLoader) else None
+        self.batch = trainer.precision_plugin.convert_input(batch)
         self.rows = batch_rows(self.batch)
-        if isinstance(loader, ExactLoader):  # it gives one process what all ranks together would see
-            self.rows = split_batch(loader.batch_size, division.ranks, trainer.accumulate_grad_batches)
+        if whole is not None:  # the loader gives one process what all ranks together would see
+            self.rows = split_batch(whole, division.ranks, trainer.accumulate_grad_batches)
         trainer.precision_plugin.convert_module(module)
         self.module = module.train()
 
@@ -187,7 +197,7 @@ class _Step:
         return self._measure(rows, self._optimizers)
 
     def fake(self, rows: int) -> StepMemory:
-        """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real one."""
+        """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real step."""
         if self._idle_state is None:
             try:
                 return self._fake(rows, self._optimizers)
@@ -229,6 +239,6 @@ class _Step:
 
 
 def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
-    """Steps of other sizes, their peak on the line through two measured ones."""
+    """Steps of other sizes, with their peak on the line through two measured ones."""
     slope = (large.peak - small.peak) / (large.rows - small.rows)
     return lambda rows: dataclasses.replace(large, rows=rows, peak=round(large.peak + slope * (rows - large.rows)))

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightspan.callbacks.training.adaptation import Adaptation
+from lightspan.config.blame import own_line
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.errors import UserError
 from lightspan.planning.one_process import in_one_process
@@ -29,11 +30,11 @@ _SMALL_DATA = "lightning.pytorch.demos.boring_classes.BoringDataModule"
 
 
 def rehearse(resolved: Resolved) -> list[str]:
-    """Builds everything, sets up model and data, makes the optimisers with what callbacks make of them, reads a batch
-    and takes it through `training_step`, without an optimiser's step. What several ranks do together is left out: they
+    """Builds everything, sets up model and data, makes the optimisers as callbacks change them, reads a batch
+    and passes it through `training_step`, without an optimiser step. What several ranks do together is left out: they
     are rehearsed as one.
 
-    Returns: lines for the user, the last of them says what was not tried.
+    Prints what a run prints of its optimisers. Returns: lines for the user, the last of them says what was not tried.
     Raises: UserError for whatever a run would stumble over.
     """
     with tempfile.TemporaryDirectory(prefix="lightspan-") as folder:  # for the index of a shard, and the like
@@ -45,9 +46,10 @@ def rehearse(resolved: Resolved) -> list[str]:
             untried = _start(built, ranks)
         except UserError:
             raise
-        except Exception as error:  # of whichever part: nothing of it ran before
+        except Exception as error:  # from any part: nothing of it ran before
             text = " ".join(str(error).split())[:600]
-            raise UserError(f"{resolved.name} builds but does not start: {type(error).__name__}: {text}") from error
+            said = f"{resolved.name} builds but does not start: {type(error).__name__}: {text}{own_line(error)}"
+            raise UserError(said) from error
     total = sum(parameter.numel() for parameter in built.model.parameters())
     return [
         f"{resolved.name}: builds and starts; {type(built.model).__name__} with {total:,} parameters. "
@@ -57,7 +59,7 @@ def rehearse(resolved: Resolved) -> list[str]:
 
 
 def _trainer_of_one_process(resolved: Resolved, folder: Path) -> Trainer:
-    """The trainer alone: model and data are there, and may be large."""
+    """Only the trainer: model and data exist already, and may be large."""
     small = {"model": {"class_path": _SMALL}, "data": {"class_path": _SMALL_DATA}}
     return build(with_layer(in_one_process(resolved), small), folder).trainer
 
@@ -71,10 +73,9 @@ def _start(built: Built, ranks: int) -> list[str]:
             data.trainer = built.trainer
             data.setup("fit")
         prepare_model(built.trainer, built.model, data)
-        batch = None
-        if data is not None and not untried:
-            batch = next(iter(data.train_dataloader()))
-        _, left_out = optimizers(built.trainer, built.model)
+        batch = next(iter(data.train_dataloader())) if data is not None and not untried else None
+    _, left_out = optimizers(built.trainer, built.model)  # says what each parameter gets, as when a run starts
+    with silent():
         if batch is None:
             untried.append("a forward pass")
         elif (reason := _forward(built, batch, ranks)) is not None:
@@ -85,13 +86,13 @@ def _start(built: Built, ranks: int) -> list[str]:
 def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     """One training_step on this batch; returns why it was not tried, or None.
 
-    A run of one process on the CPU does here what it will do. Of others only the shapes are taken through, since their
-    model or the batch of all their ranks may be too large for this. What fails there, or for want of what a hook would
-    have done before the first step, need not fail in the run, and is told without refusing it.
+    A run of one process on the CPU does here exactly what it will do. For others only shapes are passed through, since
+    their model or the batch of all their ranks may be too large for this. What fails there, or because a hook that
+    would run before the first step has not run, need not fail in the run, so it is reported without refusing the run.
     """
     trainer, module = built.trainer, built.model
     if not module.automatic_optimization:
-        return f"a forward pass, since {type(module).__name__} optimises by hand in it"
+        return f"a forward pass, since {type(module).__name__} uses manual optimisation in it"
     real = trainer.strategy.root_device.type == "cpu" and ranks == 1
     trainer.precision_plugin.convert_module(module.train())
     try:
@@ -101,7 +102,7 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
         if real and not _prepared_by_hooks(trainer, module):
             raise
         how = "as it is here" if real else "on shapes alone"
-        return f"a forward pass ({how} it stops, which need not be so in the run: {in_words(error)})"
+        return f"a forward pass ({how} it stops, which may not happen in the run: {in_words(error)})"
     return None
 
 
@@ -113,14 +114,14 @@ def _shapes_alone(module: LightningModule) -> Iterator[None]:
 
 
 def _prepared_by_hooks(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether hooks of the user's own come between the optimisers and the first step."""
+    """Whether the user's own hooks run between making the optimisers and the first step."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
     own = [(callback, Callback) for callback in callbacks if not _ours(callback)]
     return any(is_overridden(hook, *part) for part in ((module, LightningModule), *own) for hook in _BEFORE_A_STEP)
 
 
 def loss_of(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """What `training_step` returns for a batch as a loader gives it, taken to the module by the hooks of a fit."""
+    """What `training_step` returns for a batch from a loader, transferred to the module by the hooks of a fit."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch)
     batch = module._apply_batch_transfer_handler(batch, module.device)
@@ -133,23 +134,23 @@ def _takes_index(module: LightningModule) -> bool:
 
 
 def prepare_model(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
-    """The model as a fit finds it before its optimisers, on the CPU."""
+    """The model as it is in a fit before its optimisers are made, on the CPU."""
     trainer.strategy.connect(module)
     trainer._data_connector.attach_datamodule(module, datamodule)
     module.trainer = trainer
     Adaptation.act(trainer, module)
     module.setup("fit")
     module.configure_model()
-    # Schedules ask how long the run is. Here any length is the same, and the true one may need all the data.
+    # Schedules ask for the length of the run. Any length will do here, and the true one may need all the data.
     trainer.fit_loop.max_epochs = -1
     trainer.fit_loop.epoch_loop.max_steps = max(trainer.max_steps, 1000)
 
 
 def optimizers(trainer: Trainer, module: LightningModule) -> tuple[list[Optimizer], list[str]]:
-    """As the trainer sets them up, with what callbacks then make of them; and what callbacks were left out of that.
+    """The optimisers as the trainer sets them up and callbacks then change them; and which callbacks were left out.
 
-    Lightning's fine-tuning callbacks freeze parameters. All else may save, search, print or start a service, and
-    nothing of that belongs here: a callback says itself that its on_fit_start only prepares optimisers.
+    Lightning's fine-tuning callbacks freeze parameters. Others may save, search, print or start a service, and
+    none of that belongs here: a callback itself declares that its on_fit_start only prepares optimisers.
     """
     strategy, left_out = trainer.strategy, []
     strategy.setup_optimizers(trainer)
@@ -182,15 +183,15 @@ def without_logging(module: LightningModule) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """What a run prints when it starts would only repeat itself here."""
+    """What a run prints at its start would only be repeated here."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def _not_at_hand(data: Any) -> str | None:
-    """Why data cannot be set up without fetching them first, or None."""
+    """Why data cannot be set up without downloading them first, or None."""
     if type(data).prepare_data is not LightningDataModule.prepare_data:
-        return "the data, which prepare_data makes ready when a run starts"
+        return "the data, which prepare_data prepares when a run starts"
     if any("://" in str(shard) for shard in getattr(data, "shards", ())):
         return "the data, which come from elsewhere"
     return None

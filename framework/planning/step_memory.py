@@ -1,9 +1,9 @@
-"""What one training step holds in memory, counted from the step's own tensors.
+"""How much memory one training step needs, counted from the step's own tensors.
 
 The step runs on fake tensors (shapes and storages without data), so a model far larger than this machine can be
-planned in seconds, and any optimiser is planned from its own code instead of a formula. Where a real step looks at
-numbers to choose its way, a fake one takes the general way: transformers, for one, then builds the causal mask that it
-otherwise leaves out, a few percent of a small model's activations.
+planned in seconds, and any optimiser is planned from its own code instead of a formula. Where a real step reads
+numbers to choose its path, a fake one takes the general path: transformers, for one, then builds the causal mask that
+it otherwise omits, a few percent of a small model's activations.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightspan.analysis.memory import state_bytes
+from lightspan.memory import state_bytes
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one rank, every storage counted once and whole.
+    """Bytes on one rank, every storage counted once, with its full size.
 
     Attributes:
         rows: samples in the micro-batch.
@@ -34,7 +34,7 @@ class StepMemory:
         activations: tensors kept for the backward pass, without weights and batch.
         gradients: `.grad` of all parameters after the backward pass.
         optimizer_state: tensors in the optimisers' state after a step.
-        peak: all of the above as far as it is alive at once, with temporaries, at the worst moment of the first two
+        peak: what is alive of all this at the same time, with temporaries, at the worst moment of the first two
             steps: between operations, not inside one, and without the allocator's rounding.
     """
 
@@ -58,7 +58,7 @@ def in_words(error: BaseException) -> str:
 
 
 class OptimizerStopped(RuntimeError):
-    """An optimiser's step could not run, as on fake tensors where it reads numbers."""
+    """An optimiser's step could not run, as on fake tensors if it reads numbers."""
 
 
 def step_memory(
@@ -70,15 +70,15 @@ def step_memory(
 ) -> StepMemory:
     """Runs two optimiser steps and counts.
 
-    Two, because the first makes the state and the second meets it while activations are alive.
+    Two, because the first creates the state and in the second it exists together with activations.
 
     Args:
         module: its parameters are trained for real, unless they are fake (see `faked`).
         batch: a tensor or nested containers of tensors with the samples along axis 0.
         loss_of: the forward pass, from the batch to a scalar.
-        make_optimizers: called once, after the first backward pass; a list of none plans everything else.
+        make_optimizers: called once, after the first backward pass; an empty list plans everything else.
         backward_passes: micro-batches per optimiser step, >= 1; gradients stay alive between them.
-    Raises: OptimizerStopped where an optimiser's step cannot run on these tensors.
+    Raises: OptimizerStopped if an optimiser's step cannot run on these tensors.
     """
     own = [*module.parameters(), *module.buffers()]
     inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
@@ -113,7 +113,7 @@ def step_memory(
 
 
 def idle_state_bytes(module: nn.Module, optimizers: list[Optimizer]) -> int:
-    """Bytes of optimiser state after one real step on zero gradients, which only weight decay lets move a weight."""
+    """Bytes of optimiser state after one real step on zero gradients, in which only weight decay changes weights."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -124,7 +124,7 @@ def idle_state_bytes(module: nn.Module, optimizers: list[Optimizer]) -> int:
 
 @contextlib.contextmanager
 def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, `module` holds fake parameters and buffers of `mode` (shared ones stay shared); after, its own again."""
+    """Inside, `module` has fake parameters and buffers of `mode` (shared ones stay shared); afterwards its own."""
     kept = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     try:
         for part, parameters, buffers in kept:
@@ -138,12 +138,12 @@ def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
 
 def batch_rows(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor that has an axis; 0 where there is none."""
+    """Samples in a batch: the length of its first tensor that has an axis; 0 if there is none."""
     return next((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 def resized(batch: Any, rows: int) -> Any:
-    """A batch of the same layout and `rows` samples of zeros; what does not run along the samples is kept."""
+    """A batch of the same layout and `rows` samples of zeros; tensors without an axis of samples are kept."""
     old = batch_rows(batch)
 
     def resize(leaf: Any) -> Any:
@@ -154,9 +154,9 @@ def resized(batch: Any, rows: int) -> Any:
 
 
 def largest_rows(limit: int, measure: Callable[[int], StepMemory], small: StepMemory, large: StepMemory) -> int:
-    """The largest micro-batch whose measured peak is at most `limit` bytes; 0 where not even one sample fits.
+    """The largest micro-batch whose measured peak is at most `limit` bytes; 0 if not even one sample fits.
 
-    The line through two measured sizes gives a first guess; whatever grows faster than the batch is then met by
+    The line through two measured sizes gives a first guess; whatever grows faster than the batch is then handled by
     measuring the guess itself and shrinking it until it fits.
     """
     per_row = (large.peak - small.peak) / (large.rows - small.rows)
@@ -178,7 +178,7 @@ def _step(optimizers: list[Optimizer]) -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, from birth to death; `peak` is the most that lived at once."""
+    """Counts the bytes of storages that operations make, until they are freed; `peak` is the most at one time."""
 
     def __init__(self, known: dict[int, Any]) -> None:
         super().__init__()

@@ -78,7 +78,7 @@ class _Shape:
         return LEFT + (x - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
 
     def _y(self, y: float) -> float:
-        # Points above the frame run into the clip path; far ones are held near it to keep the numbers short.
+        # Points above the frame are clipped; far ones are kept near it to keep the numbers short.
         share = min(1.5, (y - self.low) / (self.high - self.low))
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
@@ -166,7 +166,7 @@ class _Shape:
         texts = [self.chart.note] if self.chart.note else []
         if self.above:
             texts.append(
-                f"the axis is cut: {self.above} early values, up to {number(self._value(self.peak))}, lie above it"
+                f"the axis is cut: {self.above} early values, up to {number(self._value(self.peak))}, are above it"
             )
         if self.lost:
             why = "not finite or not positive" if self.chart.log_y else "not finite (NaN, infinite or beyond 1e300)"
@@ -194,7 +194,7 @@ def _short(value: float, span: float) -> str:
 
 
 def _power(exponent: float) -> str:
-    """10 to the `exponent` as text; whole exponents in raised digits."""
+    """10 to the `exponent` as text; whole exponents in superscript digits."""
     if exponent != int(exponent):
         return number(10**exponent)
     return "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,4 +1,4 @@
-"""The comparison of runs as plain data: one row a figure, one cell a run; page and console print the same rows."""
+"""The comparison of runs as plain data: one row per figure, one cell per run; page and console print the same rows."""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ Better = Literal["lower", "higher", "neither"]
 
 @dataclass(frozen=True)
 class Figure:
-    """What is compared: the key in summary.json, how it is called, its unit, and which end is better.
+    """What is compared: the key in summary.json, its label, its unit, and which direction is better.
 
-    `relative` is how another run is told against the first: as a ratio, as a difference, or not at all.
+    `relative` says how another run is compared with the first: as a ratio, as a difference, or not at all.
     """
 
     key: str
@@ -28,7 +28,7 @@ class Figure:
 class Cell:
     """One run's figure.
 
-    `relative` is told against the first run ("" for the first); `best`: no run is better; `share`: value / largest.
+    `relative` is relative to the first run ("" for the first); `best`: no run is better; `share`: value / largest.
     """
 
     text: str
@@ -74,7 +74,7 @@ def compare(runs: Sequence[Run]) -> list[Row]:
 
 
 def headline(runs: Sequence[Run]) -> list[str]:
-    """One sentence for every run after the first: its loss and its cost against the first run's."""
+    """One sentence for every run after the first: its loss and its cost relative to the first run."""
     rows = {row.figure.key: row for row in compare(runs)}
     wanted = {
         "val_loss_nats": "{} nats validation loss",
@@ -94,7 +94,7 @@ def headline(runs: Sequence[Run]) -> list[str]:
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The dotted keys whose values differ between configurations, with each one's value ("—" where it has none)."""
+    """The dotted keys whose values differ between configurations, with each one's value ("—" if it has none)."""
     flat = [flatten(config) for config in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
     table = [(key, [one.get(key, "—") for one in flat]) for key in keys]
@@ -112,7 +112,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def number(value: float, decimals: int | None = None) -> str:
-    """Readable at a glance: whole numbers whole, thousands apart, otherwise `decimals` or four significant digits."""
+    """Readable at a glance: whole numbers whole, thousands separated, others with `decimals` or four digits."""
     if not math.isfinite(value):
         return str(value)
     if decimals is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 XY = tuple[float, float]
 LONG = 40  # points; fewer are readable as they are
 LARGEST, SMALLEST = 1e300, 1e-300
-"""Values and ranges between which axes can be computed: beyond, sums overflow and shares of a range vanish."""
+"""Values and ranges between which axes can be computed: beyond them, sums overflow and shares of a range vanish."""
 
 
 def finite(points: Sequence[XY]) -> list[XY]:
@@ -42,9 +42,9 @@ def thin(points: Sequence[XY], limit: int) -> list[XY]:
 
 
 def window(curves: Sequence[Sequence[XY]]) -> tuple[float, float, int, float]:
-    """The y range to draw: (low, high, how many points lie above it, the highest of all).
+    """The y range to draw: (low, high, how many points are above it, the highest of all).
 
-    The first steps of a loss can be many times as high as all that follows and would press the rest flat. Where the
+    The first steps of a loss can be many times higher than all that follows and would flatten the rest. If the
     whole range of a long curve is more than twice its range after the first tenth, the axis shows the latter, and the
     caller must say so. Short curves are always shown whole.
     """
@@ -73,7 +73,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def at_or_before(points: Sequence[XY], x: float) -> float | None:
-    """The y of the last point whose x is not beyond `x`, or None before the first point. Points are ordered by x."""
+    """The y of the last point whose x is at most `x`, or None before the first point. Points are ordered by x."""
     found = None
     for px, py in points:
         if px > x:

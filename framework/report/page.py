@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: no script, no font, no picture and no style from anywhere else."""
+"""The report as one self-contained HTML page: without scripts, fonts, pictures or styles from elsewhere."""
 
 import shlex
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def render(runs: Sequence[Run], title: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        # The policy makes the promise binding: the page can load nothing, whatever a metric is called.
+        # The policy enforces this: the page can load nothing, whatever the name of a metric.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
         f"<footer>lightspan {escape(lightspan.__version__)} · lightspan report "
@@ -81,13 +81,15 @@ def _comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
             mark = ' class="best" title="best of these runs"' if cell.best else ""
             cells.append(f'<td{mark}><span class="value">{escape(cell.text)}</span>{bar}{relative}</td>')
         lines.append(f'<tr><th scope="row">{escape(row.figure.label)}{unit}</th>{"".join(cells)}</tr>')
-    note = f'<p class="note">Green: best. Small figures: against {escape(runs[0].name)}.</p>' if len(runs) > 1 else ""
+    note = (
+        f'<p class="note">Green: best. Small figures: relative to {escape(runs[0].name)}.</p>' if len(runs) > 1 else ""
+    )
     table = f"<table><thead><tr><th></th>{''.join(heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<h2>Comparison</h2><div class="scroll">{table}</div>{note}' if rows else ""
 
 
 def _charts(section: Section) -> str:
-    # Groups of one chart stand two to a row on wide screens.
+    # Groups with one chart are shown two per row on wide screens.
     wide = ' class="wide"' if len(section.charts) > 1 else ""
     charts = "".join(draw(chart) for chart in section.charts)
     return f'<section{wide}><h2>{escape(section.title)}</h2><div class="charts">{charts}</div></section>'
@@ -124,7 +126,7 @@ def _configuration(runs: Sequence[Run]) -> str:
     else:
         shown = '<p class="lead">All runs have the same configuration.</p>'
     whole = "".join(
-        f"<details><summary>whole configuration of {escape(run.name)}</summary>"
+        f"<details><summary>complete configuration of {escape(run.name)}</summary>"
         f"<pre>{escape(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre></details>"
         for run in runs
         if run.config
@@ -153,7 +155,7 @@ def _command(value: object) -> object:
 
 
 def _plain_table(runs: Sequence[Run], rows: Sequence[tuple[str, list[str]]]) -> str:
-    """Text by key and run; a value that all runs share stands once."""
+    """Text by key and run; a value that all runs share is shown once."""
     heads = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
     lines = []
     for key, values in rows:

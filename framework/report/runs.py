@@ -1,8 +1,8 @@
-"""Reads run folders: what a training run left behind, without torch and without trusting the files.
+"""Reads run folders: the results of a training run, without torch and without trusting the files.
 
-A run folder holds metrics.jsonl (one JSON object a line: step, time_s and metrics) and, as far as the run got,
+A run folder contains metrics.jsonl (one JSON object per line: step, time_s and metrics) and, as far as the run got,
 summary.json (flat figures), resolved.yaml (the whole configuration), provenance.json (versions, command, commit) and
-samples.jsonl ({"step", "text"} a line).
+samples.jsonl ({"step", "text"} per line).
 """
 
 import json
@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml as it stands."""
+    """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged."""
 
     name: str
     folder: Path
@@ -44,12 +44,12 @@ class Run:
     samples: list[dict[str, Any]]
 
     def metrics(self) -> list[str]:
-        """Names of all metrics over steps, in the order in which they first appear; parts of a spectrum are none."""
+        """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
         names = (key for row in self.rows for key, value in row.items() if key not in AXES and _is_value(value))
         return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
 
     def points(self, metric: str) -> list[Point]:
-        """Every logged value of `metric` in order; null in the file is a value that was not finite, and becomes NaN."""
+        """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""
         return [
             Point(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
             for row in self.rows
@@ -69,15 +69,15 @@ class Run:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads all run folders and gives every run a name of its own.
+    """Reads all run folders and gives every run its own name.
 
-    Raises: UserError for a folder that is no run, holds no metric, or holds a file that does not parse.
+    Raises: UserError for a folder that is not a run, has no metrics, or contains a file that cannot be parsed.
     """
     return [load_run(folder, name) for folder, name in zip(folders, unique_names(folders), strict=True)]
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many parents in front as tell them apart (a folder named twice: "-2")."""
+    """The folders' own names, with as many parents as needed to distinguish them (a folder named twice: "-2")."""
     parts = [folder.resolve().parts for folder in folders]
     names: list[str] = []
     for own in parts:
@@ -95,12 +95,12 @@ def load_run(folder: Path, name: str) -> Run:
         raise UserError(f"run folder {str(folder)!r} {what}; name the folder in which `lightspan fit` wrote {METRICS}")
     if (folder / RESULT).is_file():
         raise UserError(
-            f"{str(folder)!r} holds what `lightspan run` computed, and report compares training runs; its figures "
+            f"{str(folder)!r} contains results of `lightspan run`, but report compares training runs; its figures "
             f"are in {folder / RESULT}"
         )
     if not (folder / METRICS).is_file():
         inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))
-        hint = f"it holds the runs {', '.join(inside)}: name those" if inside else "name the folder that --run named"
+        hint = f"it contains the runs {', '.join(inside)}: name those" if inside else "name the folder that --run named"
         if (folder / RESOLVED).is_file():
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
@@ -126,7 +126,7 @@ def load_run(folder: Path, name: str) -> Run:
 
 
 def _with_derived_summary(run: Run) -> Run:
-    """A run that was stopped wrote no summary: its last values stand in, and `finished` says so."""
+    """A run that was stopped wrote no summary: its last values are used instead, and `finished` says so."""
     last = {name.replace("/", "_"): run.points(name)[-1].value for name in run.metrics()}
     times = [_number(row.get("time_s")) for row in run.rows]
     seconds = {"seconds": max(times)} if all(map(math.isfinite, times)) else {}
@@ -148,7 +148,7 @@ def _shared_rate_names(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines. A last line that was cut off in mid-write is what a killed run leaves: it is left out."""
+    """JSON lines. A killed run may leave an incomplete last line, which is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -177,15 +177,15 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{path} cannot be parsed ({error}); fix or remove it") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not a mapping; fix or remove it")
+        raise UserError(f"{path} contains a {type(value).__name__}, not a mapping; fix or remove it")
     return value
 
 
 def _parsed(text: str) -> Any:
-    """JSON as floats can hold it and a page can show it. Raises: ValueError, also for what is nested too deep."""
+    """JSON that floats can represent and a page can show. Raises: ValueError, also for too deep nesting."""
     try:
         value = json.loads(text, parse_int=_whole)
-        if "\\u" in text:  # may have escaped half a surrogate pair, which is no text
+        if "\\u" in text:  # may have escaped half a surrogate pair, which is not text
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from error

@@ -1,4 +1,4 @@
-"""Which charts a set of runs gives: every metric that at least one run logged, in groups, one curve a run."""
+"""Which charts a set of runs gives: every metric that at least one run logged, in groups, one curve per run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ _GROUPS = (
     ("throughput", "Throughput", ("throughput", "time", "step")),
     ("memory", "Memory", ("memory",)),
     ("dimension", "Dimensions", ("dimension",)),
+    ("mask", "Masks", ("mask",)),
     ("spectrum", "Spectra", ("spectrum", "spectra")),
     ("other", "Other metrics", ()),
 )
+_PROFILED = ("dimension", "mask")  # groups that also have a figure for each matrix
 _UNITS = (
     ("bits_per_byte", "bits per byte"),
     ("_nats", "nats"),
@@ -30,6 +32,8 @@ _UNITS = (
     ("_seconds", "s"),
     ("_s", "s"),
     ("_energy", "share"),
+    ("mask/density", "share"),
+    ("mask/churn", "share"),
     ("_rank", "dimensions"),
     ("participation_ratio", "dimensions"),
     ("_nn", "dimensions"),
@@ -46,7 +50,7 @@ class Section:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """The non-empty groups in reading order: validation first, then training, probes and what they cost."""
+    """The non-empty groups in reading order: validation first, then training, probes and costs."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics()))
     found = {key: [name for name in metrics if group_of(name) == key] for key, _, _ in _GROUPS}
     out = []
@@ -56,7 +60,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
             charts[1:1] = [_over_time(runs, found[key][0]), *_against_first(runs, found[key][0])]
         if key == "spectrum":
             charts = _spectra(runs) + charts
-        if key == "dimension":
+        if key in _PROFILED:
             charts += _profiles(runs, found[key])
         charts = [
             chart for chart in charts if any(finite(curve.points) for curve in chart.curves) or chart.title in metrics
@@ -67,8 +71,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _profiled(metric: str) -> bool:
-    """Whether a metric is that of one matrix, dimension/MEASURE/MATRIX: a network has too many for a chart each."""
-    return group_of(metric) == "dimension" and metric.count("/") > 1
+    """Whether a metric is that of one matrix, GROUP/MEASURE/MATRIX: a network has too many for a chart each."""
+    return group_of(metric) in _PROFILED and metric.count("/") > 1
 
 
 def group_of(metric: str) -> str:
@@ -84,7 +88,7 @@ def group_of(metric: str) -> str:
 
 
 def unit_of(metric: str) -> str:
-    """The unit that a metric's name ends on, or "" where it names none."""
+    """The unit at the end of a metric's name, or "" if there is none."""
     if group_of(metric) == "lr":
         return "rate"
     return next((unit for ending, unit in _UNITS if metric.endswith(ending)), "")
@@ -115,14 +119,14 @@ def _over_time(runs: Sequence[Run], metric: str) -> Chart:
 
 
 def _against_first(runs: Sequence[Run], metric: str) -> list[Chart]:
-    """How far the other runs lie from the first at the same steps: curves that agree to a line's width differ here."""
+    """How far other runs are from the first at the same steps: shows differences too small for the curves."""
     first = {point.step: point.value for point in runs[0].points(metric)}
     curves = []
     for at, run in enumerate(runs[1:], start=1):
         shared = [(float(p.step), p.value - first[p.step]) for p in run.points(metric) if p.step in first]
         if finite(shared):
             curves.append(Curve(run.name, at, shared))
-    title, note = f"{metric} minus that of {runs[0].name}", "where both logged it at the same step"
+    title, note = f"{metric} minus that of {runs[0].name}", "at steps where both logged it"
     return [Chart(title, "optimiser steps", unit_of(metric), curves, note=note)] if curves else []
 
 
@@ -138,7 +142,7 @@ def _spectra(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _profiles(runs: Sequence[Run], metrics: Sequence[str]) -> list[Chart]:
-    """The last values of dimension/MEASURE/MATRIX over the matrices, in the order in which they were logged."""
+    """The last values of GROUP/MEASURE/MATRIX over the matrices, in the order in which they were logged."""
     measures: dict[str, list[str]] = {}
     for name in filter(_profiled, metrics):
         measures.setdefault("/".join(name.split("/")[:2]), []).append(name)

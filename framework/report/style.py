@@ -1,9 +1,15 @@
 """The look of the report: one style sheet, system fonts, light and dark by the reader's own setting."""
 
-CSS = """
+from lightspan.drawing import COLOURS
+
+_RUNS = ";".join(f"--run{at}:{colour}" for at, colour in enumerate(COLOURS))
+CSS = (
+    """
 :root{color-scheme:light dark;--paper:#fbfbf9;--card:#fff;--ink:#1b1f24;--soft:#5b6470;--rule:#e3e5e8;--grid:#eceef0;
 --mark:#e7f3ec;--good:#14683f;
---run0:#1f5fd0;--run1:#d1560f;--run2:#0c8065;--run3:#a3278f;--run4:#7a6500;--run5:#5a49b8}
+"""
+    + _RUNS
+    + """}
 @media (prefers-color-scheme:dark){:root{--paper:#14171a;--card:#1c2024;--ink:#e8eaed;--soft:#9aa4b0;--rule:#30363d;
 --grid:#282d33;--mark:#1b3527;
 --good:#7fd6a6;--run0:#79aaff;--run1:#ff9d5c;--run2:#4fd1ae;--run3:#f08bdc;--run4:#dcc14a;--run5:#b3a5ff}}
@@ -74,3 +80,4 @@ h1{font-size:1.5rem}th,td{padding:8px 10px}
 thead th{min-width:5.5em}table{font-size:.92rem}.tick,.label{font-size:14px!important}}
 @media print{.legend{position:static}.chart{break-inside:avoid}}
 """
+)

@@ -1,4 +1,4 @@
-"""What two runs do not share: of their last checkpoints, the samples and losses of their steps, the logged figures."""
+"""Differences of two runs: in their last checkpoints, the samples and losses of their steps, the logged figures."""
 
 import contextlib
 import json
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightspan.run_files import METRICS
+from lightspan.run_files import METRICS, TRACE
 from lightspan.runs.folder import LAST_CHECKPOINT
 
 MEASURED = ("time_s", "seconds", "step_ms", "throughput/", "memory/")
-"""How names begin of what is measured and not computed: times, speeds and memory are no part of any promise."""
+"""Prefixes of names of what is measured and not computed: times, speeds and memory are not promised."""
 
 
 class Batch(NamedTuple):
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 def first_difference(straight: Path, killed: Path) -> str | None:
-    """What two runs on the same ranks do not share bit for bit, named; None where they share everything."""
+    """The first difference in bits of two runs on the same ranks, named; None if there is none."""
     for place, difference in differences(_stored(straight), _stored(killed), "checkpoint"):
         return f"{place} {difference}"
     return (
@@ -64,7 +64,7 @@ def _computed(value: Any, folder: str) -> Any:
 def differences(expected: Any, found: Any, place: str) -> Iterator[tuple[str, str]]:
     """(place, what differs) of two trees of dicts, lists, tensors and plain values.
 
-    A tensor or a float differs in any bit: zero from minus zero, but not NaN from itself.
+    Tensors and floats are compared bit by bit: zero differs from minus zero, but NaN not from itself.
     """
     import torch
 
@@ -104,7 +104,7 @@ def _other_tensor(expected: Any, found: Any) -> str | None:
 
 
 def first_other_batch(one: Path, other: Path, tolerance: float | None = None) -> str | None:
-    """The first batch with other samples over all ranks, or a mean loss further away than `tolerance`, relative."""
+    """The first batch with other samples over all ranks, or a mean loss off by more than `tolerance`, relative."""
     expected, found = trace_of(one), trace_of(other)
     for batch in sorted(expected.keys() | found.keys()):
         if batch not in expected or batch not in found:
@@ -112,7 +112,7 @@ def first_other_batch(one: Path, other: Path, tolerance: float | None = None) ->
         (samples, loss, _), (other_samples, other_loss, _) = expected[batch], found[batch]
         missing = sorted(set(samples) - set(other_samples))
         if samples != other_samples:
-            first = missing[0] if missing else "none, but other counts"
+            first = missing[0] if missing else "none, but counts differ"
             return f"batch {batch} has other samples: {len(missing)} of {len(samples)} missing, the first {first}"
         near = abs(loss - other_loss) <= (tolerance or 0.0) * abs(loss) or (math.isnan(loss) and math.isnan(other_loss))
         if tolerance is not None and not near:
@@ -124,7 +124,7 @@ def _first_other_buffer(straight: Path, killed: Path) -> str | None:
     expected, found = trace_of(straight), trace_of(killed)
     for batch in sorted(expected.keys() & found.keys()):
         for place, _ in differences(expected[batch].buffers, found[batch].buffers, "buffer"):
-            return f"{place}, which no checkpoint holds, is another one in batch {batch}"
+            return f"{place}, which is in no checkpoint, differs in batch {batch}"
     return None
 
 
@@ -137,11 +137,11 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def trace_of(run_dir: Path) -> dict[int, Batch]:
-    """Batch number -> what `callbacks.proof.Trace` wrote of it, by its last attempt."""
+    """Batch number -> what `callbacks.proof.Trace` wrote about it in its last attempt."""
     last: dict[int, dict[str, Any]] = {}
-    for path in sorted((run_dir / "trace").glob("rank-*.jsonl")):
+    for path in sorted((run_dir / TRACE).glob("rank-*.jsonl")):
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that the kill cut
+            with contextlib.suppress(ValueError):  # a line that the kill cut short
                 entry = json.loads(line)
                 attempts = last.setdefault(entry["batch"], {})
                 attempts[path.stem] = entry

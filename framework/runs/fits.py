@@ -1,4 +1,4 @@
-"""`lightspan fit` runs as processes of their own, for verbs that start many: none is left running, whatever happens."""
+"""`lightspan fit` in separate processes, for verbs that start many: none is left running, whatever happens."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.arguments import allow_options
+from lightspan.config.flags import allow_options
 
 LAST_LINES = 15
 
@@ -23,7 +23,7 @@ def fit_command(recipe: Path, run_dir: Path, allow_modules: Sequence[str]) -> li
 
 
 def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a command in a session of its own; what it says is added to `log`."""
+    """Starts a command in its own session; its output is appended to `log`."""
     alone = {key: value for key, value in os.environ.items() if key != "LIGHTSPAN_RUN"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -83,7 +83,7 @@ def run_side_by_side(
 
 
 def last_lines(log: Path) -> str:
-    """The end of what a run said."""
+    """The end of a run's output."""
     return "\n".join(log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:])
 
 

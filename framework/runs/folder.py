@@ -1,6 +1,5 @@
-"""The run folder: where it is, who uses it, what it records of the run, and whether a run may go on in it."""
+"""The run folder: where it is, who uses it, what it records about the run, and whether a run may continue in it."""
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -9,27 +8,25 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole
+from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole, other_thing
 from lightspan.config import identity, provenance
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
-from lightspan.run_files import METRICS, PROVENANCE, RESOLVED
+from lightspan.run_files import CHECKPOINTS, LOCK, METRICS, PROVENANCE, RESOLVED
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-CHECKPOINTS = "checkpoints"
 LAST_CHECKPOINT = Path(CHECKPOINTS) / LAST
-LOCK_FILE = ".lightspan.lock"
 LOCK_WAIT_S = 30.0
 _RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
 
@@ -39,7 +36,7 @@ def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
 
     Args:
         make: also make it, on the first rank.
-    Raises: UserError where it cannot be made, or where ranks started from outside would each choose one of their own.
+    Raises: UserError if it cannot be made, or if ranks started by another program would each choose their own.
     """
     if given is not None:
         folder = given.absolute()
@@ -53,7 +50,7 @@ def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
     first = Path("runs").absolute() / name.replace("/", "-") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+        with contextlib.suppress(FileExistsError):  # from a run that began in the same second
             if make:
                 _make(folder, exist_ok=False)
             elif folder.exists():
@@ -69,7 +66,7 @@ def _make(folder: Path, exist_ok: bool) -> None:
             folder.mkdir(parents=True, exist_ok=exist_ok)
     except FileExistsError:
         raise
-    except OSError as error:  # a name that is too long, or a place that holds no folders
+    except OSError as error:  # a name that is too long, or a place where no folder can be made
         text = str(folder)
         shown = text if len(text) <= 200 else f"{text[:197]}..."
         raise UserError(f"--run: {shown} cannot be made: {error.strerror}; give another folder") from error
@@ -77,16 +74,16 @@ def _make(folder: Path, exist_ok: bool) -> None:
 
 @contextlib.contextmanager
 def sole_use(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Holds a run folder for the first rank of one run: a second one there would write over its files.
+    """Locks a run folder for the first rank of one run: a second run there would overwrite its files.
 
-    Waits a while for a run that is leaving. The lock ends with its process, however that ends, also on other machines
-    where the file system knows locks; where it does not, there is none. Leftovers of killed writes are removed.
-    Raises: UserError while another run holds the folder.
+    Waits a while for a run that is ending. The lock ends with its process, however that ends, also on other machines
+    if the file system supports locks; otherwise there is no lock. Leftovers of killed writes are removed.
+    Raises: UserError while another run uses the folder.
     """
     if fcntl is None or not is_first_rank():
         yield
         return
-    path = run_dir / LOCK_FILE
+    path = run_dir / LOCK
     with _opened(path) as file:
         until_s = time.monotonic() + wait_s
         while not _locked(file):
@@ -116,44 +113,50 @@ def _opened(path: Path) -> TextIO:
 
 
 def _locked(file: TextIO) -> bool:
-    """POSIX locks: data workers that are forked do not inherit them."""
+    """POSIX locks: forked data workers do not inherit them."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # another: this file system has no locks
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # any other: this file system has no locks
     return True
 
 
-def checkpoint_to_resume(args: argparse.Namespace, run_dir: Path) -> Path | None:
-    """The checkpoint that --resume means, or None for a fresh start. Raises: UserError where it would lose a run.
+def checkpoint_to_resume(how: str, run_dir: Path, given: bool) -> Path | None:
+    """The checkpoint that --resume means, or None for a fresh start. Raises: UserError if it would lose a run.
 
-    `auto` takes the newest whole one and says on stderr what it passed over. The first rank chooses for all, so it
-    alone reads checkpoints to compare their sha256.
+    Args:
+        how: auto, never, or the path of a checkpoint.
+        given: whether the user named the run folder; a folder made for this run holds nothing to continue.
+
+    `auto` chooses the newest whole one and names on stderr those that it skipped. The first rank chooses for all, so
+    only it reads checkpoints to compare their sha256.
     """
     folder = run_dir / CHECKPOINTS
     holds_run = bool(checkpoints(folder)) or _has_content(run_dir / METRICS)
-    if args.resume == "auto":
-        return newest_checkpoint(run_dir) if args.run is not None else None
-    if args.resume == "never":
+    if how == "auto":
+        return newest_checkpoint(run_dir) if given else None
+    if how == "never":
         if holds_run:
             raise UserError(
-                f"--resume never: {run_dir} already holds a run; give another --run DIR or delete that folder"
+                f"--resume never: {run_dir} already contains a run; give another --run DIR or delete that folder"
             )
         return None
-    path = Path(args.resume)
+    path = Path(how)
     if not path.exists():
-        raise UserError(f"--resume {args.resume}: no such file; give auto, never or the path of a checkpoint")
+        raise UserError(f"--resume {how}: no such file; give auto, never or the path of a checkpoint")
+    if other := other_thing(path):
+        raise UserError(f"--resume {path} {other}")
     if checkpoints(folder) and run_dir not in path.absolute().parents:
         raise UserError(
-            f"--resume {path}: {run_dir} holds another run, which would be overwritten; give another --run DIR"
+            f"--resume {path}: {run_dir} contains another run, which would be overwritten; give another --run DIR"
         )
     return path.absolute()
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None where the run never had one; torn ones are named on stderr.
+    """The newest whole checkpoint of a run, None if the run never had one; torn ones are named on stderr.
 
-    Raises: UserError when there are checkpoints and not one of them is whole.
+    Raises: UserError if there are checkpoints but none of them is whole.
     """
     folder = run_dir / CHECKPOINTS
     put_back(folder)
@@ -162,21 +165,21 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     if found is None and passed:
         raise UserError(
             f"no checkpoint of {run_dir} is whole: {'; '.join(reasons)}. `lightspan fsck {run_dir}` moves them out of "
-            "the way, and the run then starts anew"
+            "the way, and the run then starts from the beginning"
         )
     if reasons and is_first_rank():
-        print(f"lightspan: {'; '.join(reasons)}; going on from {found}", file=sys.stderr)
+        print(f"lightspan: {'; '.join(reasons)}; continuing from {found}", file=sys.stderr)
     return found
 
 
 def run_ids(checkpoint: Path) -> dict[str, str]:
-    """{class path of a logger: the id of its run} as a checkpoint's manifest tells; empty where it tells nothing."""
+    """{class path of a logger: the id of its run} according to a checkpoint's manifest; empty if it has none."""
     loggers = (manifest(checkpoint) or {}).get("loggers")
     return {str(name): str(run) for name, run in loggers.items()} if isinstance(loggers, dict) else {}
 
 
 def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
-    """Raises UserError where the run that wrote a checkpoint was another experiment than this configuration."""
+    """Raises UserError if a checkpoint was written by another experiment than this configuration."""
     source = checkpoint.parent.parent
     if not (source / RESOLVED).is_file():
         return
@@ -185,13 +188,13 @@ def refuse_other_experiment(resolved: Resolved, checkpoint: Path) -> None:
         lines = "\n".join(f"  {line}" for line in found[:20]) + ("\n  ..." if len(found) > 20 else "")
         raise UserError(
             f"{checkpoint} belongs to another experiment; these settings differ (then -> now):\n{lines}\n"
-            "Put them back, or start a new run with another --run DIR. A resumed run may change its length, devices, "
+            "Restore them, or start a new run with another --run DIR. A resumed run may change its length, devices, "
             "loggers, num_workers, and callbacks that declare alters_training = False."
         )
 
 
 def set_metrics_aside(run_dir: Path) -> None:
-    """Gives the metrics of a start that left no checkpoint another name, and says so: the run begins anew."""
+    """Renames the metrics of a start that left no checkpoint, and says so: the run starts from the beginning."""
     path = run_dir / METRICS
     if not _has_content(path):
         return
@@ -204,9 +207,15 @@ def _has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace, checkpoint: Path | None) -> None:
+def write_run_files(
+    resolved: Resolved,
+    run_dir: Path,
+    command_line: Sequence[str],
+    overlays: Sequence[str],
+    checkpoint: Path | None = None,
+) -> None:
     """resolved.yaml and provenance.json; of earlier starts, under `earlier`, what was different then (null: absent)."""
-    record = provenance.provenance(resolved, args.command_line, args.overlays)
+    record = provenance.provenance(resolved, command_line, overlays)
     if checkpoint is not None:
         record["checkpoint"] = str(checkpoint)
     path = run_dir / PROVENANCE
@@ -222,7 +231,7 @@ def write_run_files(resolved: Resolved, run_dir: Path, args: argparse.Namespace,
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, by what the launchers leave in the environment.
+    """Whether this process is rank 0, according to the launchers' environment variables.
 
     Inside a SLURM allocation every process sees a SLURM_PROCID, also ranks that Lightning starts there: each has 0.
     """

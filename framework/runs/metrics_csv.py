@@ -15,7 +15,7 @@ CSV_FILE = Path("csv") / "metrics.csv"
 
 
 def write_csv(run_dir: Path) -> None:
-    """Writes csv/metrics.csv beside metrics.jsonl; nothing where there is no metrics.jsonl."""
+    """Writes csv/metrics.csv beside metrics.jsonl; nothing if there is no metrics.jsonl."""
     from lightspan.files import write_atomic
 
     try:
@@ -26,13 +26,13 @@ def write_csv(run_dir: Path) -> None:
 
 
 def as_csv(text: str) -> str:
-    """The lines of a metrics.jsonl as CSV: columns in order of appearance, empty where a line has no such metric."""
+    """The lines of a metrics.jsonl as CSV: columns in order of appearance, empty if a line has no such metric."""
     rows = []
     for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            continue  # the last line of a killed run may be torn
+            continue  # the last line of a killed run may be incomplete
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

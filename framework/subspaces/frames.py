@@ -15,11 +15,6 @@ from lightspan.devices import widest_float
 from lightspan.triton_kernels.project import project
 
 
-def push(coordinates_BMR: Tensor, frame_BNR: Tensor) -> Tensor:
-    """Matrices [B M N] from coordinates [B M R]; `Frames.pull` is the adjoint."""
-    return coordinates_BMR @ frame_BNR.mT
-
-
 @dataclass(frozen=True)
 class Frames:
     """The `SubspaceMap` of frames [B N R]: coordinates [B M R] to matrices [B M N]. Frames need not be orthonormal."""
@@ -27,14 +22,14 @@ class Frames:
     frame_BNR: Tensor
 
     def push(self, z_BMR: Tensor) -> Tensor:
-        return push(z_BMR, self.frame_BNR)
+        return z_BMR @ self.frame_BNR.mT
 
     def pull(self, g_BMN: Tensor) -> Tensor:
         return g_BMN @ self.frame_BNR
 
 
 def gaussian(seeds: Sequence[int], size: int, rank: int) -> Tensor:
-    """Standard normal matrices [B N R] in float64, one a seed: the same on every device, since the CPU draws them."""
+    """Standard normal matrices [B N R] in float64, one per seed: the same on every device, since the CPU draws them."""
     draws = [
         torch.randn(size, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
     ]
@@ -42,28 +37,30 @@ def gaussian(seeds: Sequence[int], size: int, rank: int) -> Tensor:
 
 
 def random_frame(seeds: Sequence[int], size: int, rank: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random orthonormal frames [B N R], uniform over subspaces, one a seed."""
+    """Random orthonormal frames [B N R], uniform over subspaces, one per seed."""
     return torch.linalg.qr(gaussian(seeds, size, rank)).Q.to(dtype=dtype, device=device)
 
 
 def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Orthonormal columns with the span of `y`, by CholeskyQR twice; what `y` leaves open is filled from `anchor`.
+    """Orthonormal columns with the span of `y`, by CholeskyQR twice; what `y` does not determine is filled from
+    `anchor`.
 
     Two passes bring the orthogonality error to rounding as long as cond(y)^2 fits the Gram's precision (Yamamoto et al.
     2015), so columns are scaled to unit length first and the r x r Gram is formed in float64. Gradients may be rank
     deficient or zero: a trace of the anchor (relative size `nudge`) makes dependent columns independent again, at a
-    cost of nudge^2 in captured energy. A matrix whose Gram is still not positive definite, say by a NaN, keeps its
-    anchor whole. Neither case asks the host, so nothing synchronises. Devices without float64 leave it to the CPU.
+    cost of nudge^2 in captured energy. A matrix whose Gram is still not positive definite, such as after a NaN, keeps
+    its whole anchor. Neither case involves the host, so nothing synchronises. Devices without float64 leave it to the
+    CPU.
 
     Args:
-        anchor_BNR: orthonormal columns, such as the frame of the step before.
-        total: sums over ranks, if `y` and `anchor` are this rank's rows of taller ones; nothing else travels.
+        anchor_BNR: orthonormal columns, such as the frame of the previous step.
+        total: sums over ranks, if `y` and `anchor` are this rank's rows of taller ones; nothing else is sent.
     """
     device = y_BNR.device
     if widest_float(device) != torch.float64:
         return cholesky_qr2(y_BNR.cpu(), anchor_BNR.cpu(), total).to(device)
     norms, summed_gram = (_column_norms, gram) if total is None else _over_ranks(total)
-    # Above the rounding of y, so that dependent columns are told from noise; its square above the rounding of the Gram.
+    # Above the rounding of y, so that dependent columns differ from noise; its square above the rounding of the Gram.
     nudge = 1e-6 if y_BNR.dtype == torch.float64 else 1e-4
     tiny = torch.finfo(y_BNR.dtype).tiny
     q_BNR = (y_BNR / norms(y_BNR).clamp_min(tiny) + nudge * anchor_BNR).double()
@@ -81,7 +78,7 @@ def cholesky_qr2(y_BNR: Tensor, anchor_BNR: Tensor, total: Callable[[Tensor], Te
 
 
 def gram(y_BNR: Tensor) -> Tensor:
-    """Y^T Y of every matrix [B R R], in float64 and symmetric to the last bit: Cholesky loses positive definiteness to
+    """Y^T Y of every matrix [B R R], in float64 and symmetric to the last bit: Cholesky loses positive definiteness by
     its rounding errors (Fukaya et al. 2014).
     """
     gram_BRR = y_BNR.new_empty((len(y_BNR), y_BNR.shape[2], y_BNR.shape[2]), dtype=torch.float64)
@@ -96,7 +93,7 @@ def _column_norms(y_BNR: Tensor) -> Tensor:
 
 
 def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Column norms and Gram matrix of blocks whose rows lie on several ranks."""
+    """Column norms and Gram matrix of blocks whose rows are on several ranks."""
     return (lambda y_BNR: total(_column_norms(y_BNR).square()).sqrt(), lambda y_BNR: total(gram(y_BNR)))
 
 
@@ -108,12 +105,12 @@ def block_power_step(
 ) -> Tensor:
     """One step of subspace iteration towards the top right singular vectors of B gradients [M N]: orth(G^T orth(G Q)).
 
-    The inner orthonormalisation halves the exponent of the condition number that the outer one meets: cond(G) instead
-    of cond(G)^2. `frame` warm-starts it and stands in where the gradient has no direction to give.
+    The inner orthonormalisation halves the exponent of the condition number for the outer one: cond(G) instead
+    of cond(G)^2. `frame` warm-starts it and replaces directions that the gradient does not have.
 
     Args:
         total: sums over ranks, if the gradients are this rank's rows of taller ones, from row `first_row` on. Norms, R
-            x R and N x R numbers travel.
+            x R and N x R numbers are sent.
     """
     z_BMR, _ = project(gradients, frame_BNR, False)
     (rows, rank), options = z_BMR.shape[1:], {"dtype": z_BMR.dtype, "device": z_BMR.device}
@@ -128,7 +125,7 @@ def dct_matrix(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor
     'ortho'.
 
     Built in float64 with the phase reduced modulo 4N in integers: in float32, or without the reduction, the columns are
-    off orthonormal by 2e-4 at N = 4096.
+    not orthonormal by 2e-4 at N = 4096.
     """
     index = torch.arange(size, dtype=torch.int64)
     phase = torch.outer(2 * index + 1, index) % (4 * size)

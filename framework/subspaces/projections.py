@@ -1,18 +1,19 @@
-"""Random linear maps from d coordinates to D weights, made again from (size, dim, seed) wherever they are needed.
+"""Random linear maps from d coordinates to D weights, recreated from (size, dim, seed) wherever they are needed.
 
 theta = theta_0 + P z trains D weights through d numbers (Li et al. 2018, "Measuring the Intrinsic Dimension of
 Objective Landscapes", arXiv 1804.08838). `push(z) = P z` lifts coordinates to weights, `pull(g) = P^T g` is its
 adjoint: <push(z), g> = <z, pull(g)>. Columns of P have unit length over all D rows, never tensor by tensor, so that a
-step of length 1 in a coordinate is one of length 1 in the weights. They are orthogonal up to chance.
+step of length 1 in a coordinate is one of length 1 in the weights. They are orthogonal only on average.
 
 | kind     | unit length                | time of push or pull | kept                     |
 |----------|----------------------------|----------------------|--------------------------|
 | Dense    | exact                      | D d                  | 4 D d bytes, D d <= 10^8 |
 | Sparse   | exact                      | d sqrt(D)            | 9 d sqrt(D) bytes        |
-| Fastfood | exact for D = L, else mean | D log D              | 8 L bytes, whatever d    |
+| Fastfood | exact for D = L, else mean | D log D              | 8 L bytes, for any d     |
 
 The CPU draws everything, normal numbers in float64, so a seed means the same map on every machine and device; products
-are those of the device. Scales go to the coordinates, so unit length holds to the rounding of the argument's dtype.
+are those of the device. Scales are applied to the coordinates, so unit length holds up to the rounding of the
+argument's dtype.
 
 Shapes: D weights (`size`), d coordinates (`dim`), K entries that are not zero, L and M powers of two.
 """
@@ -31,7 +32,7 @@ from lightspan.triton_kernels.walsh_hadamard import walsh_hadamard
 DENSE_LIMIT = 10**8
 """Most entries of a dense map: 400 MB."""
 _DRAWN_AT_ONCE = 2**22  # normal numbers, in float64
-_BINS = 4096  # partial sums of a fold, so that none of them has too many terms for float32
+_BINS = 4096  # partial sums of a fold, so that none has too many terms for float32
 
 
 class Projection(ABC):
@@ -58,7 +59,7 @@ class Projection(ABC):
         return self._push(wide(z_d), start, stop).to(z_d.dtype)
 
     def pull(self, g: Tensor, start: int = 0) -> Tensor:
-        """P^T g [d] for a `g` that is zero but for the rows from `start` on, which are given: all D by default.
+        """P^T g [d] for a `g` that is zero except for the given rows from `start` on: all D by default.
 
         What ranks pull from their own slices sums to what one pulls from all rows.
         """
@@ -74,7 +75,7 @@ class Projection(ABC):
     def _pull(self, g: Tensor, start: int) -> Tensor: ...
 
     def _move(self, device: torch.device) -> None:
-        """What was drawn goes to the device it is used on, once."""
+        """Moves what was drawn to the device where it is used, once."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.device != device:
                 setattr(self, name, value.to(device))
@@ -85,7 +86,7 @@ ProjectionCallable = Callable[[int, int, int], Projection]
 
 
 class Dense(Projection):
-    """Entries N(0, 1), then every column over its length (arXiv 1804.08838, section 2). Memory and time D d.
+    """Entries N(0, 1), then every column divided by its length (arXiv 1804.08838, section 2). Memory and time D d.
 
     Raises: UserError for more than `DENSE_LIMIT` entries.
     """
@@ -95,7 +96,7 @@ class Dense(Projection):
         if size * dim > DENSE_LIMIT:
             raise UserError(
                 f"a Dense projection of size={size} and dim={dim} has {size * dim:.2g} entries, more than "
-                f"{DENSE_LIMIT:.0e}; take Fastfood or Sparse, or a dim of at most {DENSE_LIMIT // size}"
+                f"{DENSE_LIMIT:.0e}; use Fastfood or Sparse, or a dim of at most {DENSE_LIMIT // size}"
             )
         generator = _generator(seed, "dense")
         self.entries_Dd = torch.empty(size, dim)
@@ -114,12 +115,12 @@ class Dense(Projection):
 
 class Sparse(Projection):
     """Very sparse random projection (Li, Hastie, Church, KDD 2006): an entry is not zero with probability 1/sqrt(D),
-    then +c or -c alike, and c makes the column unit length. Memory and time d sqrt(D).
+    then +c or -c with equal probability; c makes columns unit length. Memory and time d sqrt(D).
 
-    Entries are independent, so the distances between those that are not zero are geometric: d sqrt(D) numbers are drawn
-    instead of D d. A column that has none, which happens for small D alone, gets one in a random place.
+    Entries are independent, so the distances between nonzero ones are geometric: d sqrt(D) numbers are drawn
+    instead of D d. A column that has none, which happens only for small D, gets one in a random place.
 
-    On a GPU equal runs can differ in the last bit, as sums are taken in changing order, unless
+    On a GPU equal runs can differ in the last bit, because the order of sums varies, unless
     `torch.use_deterministic_algorithms` is set.
     """
 
@@ -160,14 +161,14 @@ class Sparse(Projection):
 class Fastfood(Projection):
     """P z = the first D of H G Pi H B pad(z) / sqrt(D sum G^2) (arXiv 1804.08838, appendix S7, after Le, Sarlós, Smola,
     2013). H Walsh-Hadamard of size L, the power of two from D on, never stored, with entries +-1 in this equation; B
-    random signs; Pi a permutation; G normal. Time D log D and 8 L bytes, whatever d.
+    random signs; Pi a permutation; G normal. Time D log D and 8 L bytes, for any d.
 
-    B changes the signs of d numbers alone. Padding with zeros makes the first transform M = 2^ceil(log2 d) numbers
+    B changes only the signs of d numbers. Padding with zeros makes the first transform M = 2^ceil(log2 d) numbers
     long, not L: its result is L / M copies of theirs. So push costs a gather and one long transform, pull one and a
     scatter.
 
     Coordinates beyond L have no effect: a tensor with fewer weights than that sees the first L of them, which matters
-    for `PerTensor` alone. A slice costs as much as all rows.
+    for only for `PerTensor`. A slice costs as much as all rows.
     """
 
     def __init__(self, size: int, dim: int, seed: int = 0) -> None:
@@ -184,7 +185,7 @@ class Fastfood(Projection):
         for part in self.normal_L.split(_DRAWN_AT_ONCE):
             part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
             squares += float(part.double().square().sum())
-        # `walsh_hadamard` is orthonormal: H is sqrt(L) times it, and of the first H sqrt(M) is in the short transform.
+        # `walsh_hadamard` is orthonormal: H is sqrt(L) times it, and sqrt(M) of the first H is in the short transform.
         self.scale_d = signs_d * (self.length * self.short / (size * squares)) ** 0.5
 
     def _push(self, z_d: Tensor, start: int, stop: int) -> Tensor:
@@ -201,8 +202,8 @@ class Fastfood(Projection):
 
 
 class PerTensor(Projection):
-    """One projection a tensor, all fed the same coordinates: rows [D_1; D_2; ...] (Aghajanyan et al. 2021, "Intrinsic
-    Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", arXiv 2012.13255, as its code does it).
+    """One projection per tensor, all of the same coordinates: rows [D_1; D_2; ...] (Aghajanyan et al. 2021, "Intrinsic
+    Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", arXiv 2012.13255, as in its code).
 
     Each tensor's columns have unit length, so a whole column has length sqrt(number of tensors), and small tensors move
     as far as large ones.
@@ -227,7 +228,7 @@ class PerTensor(Projection):
         return total_d
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[Projection, int, int, int]]:
-        """(part, its first row, and of its rows the first and last + 1) of the parts that have rows in the slice."""
+        """(part, its first row, and the first and last + 1 of its rows) for the parts that have rows in the slice."""
         found, offset = [], 0
         for part in self.parts:
             first, last = max(start - offset, 0), min(stop - offset, part.size)
@@ -238,7 +239,7 @@ class PerTensor(Projection):
 
 
 def derived_seed(seed: int, stream: str) -> int:
-    """A seed below 2^63 of its own for each (seed, stream): neighbouring seeds share nothing."""
+    """A separate seed below 2^63 for each (seed, stream): neighbouring seeds are unrelated."""
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -248,7 +249,7 @@ def _generator(seed: int, stream: str) -> torch.Generator:
 
 
 def _bernoulli(rows: int, columns: int, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Row and column numbers, int64 [K] each, of independent hits among rows x columns, one column after the other."""
+    """Row and column numbers, int64 [K] each, of independent nonzero entries among rows x columns, column by column."""
     total, last, places = rows * columns, -1, []
     log_miss = torch.log1p(torch.tensor(-probability, dtype=torch.float64))
     while last < total:
@@ -263,7 +264,7 @@ def _bernoulli(rows: int, columns: int, probability: float, generator: torch.Gen
 
 
 def _folded(values_L: Tensor, order_L: Tensor, length: int) -> Tensor:
-    """Sums of the values whose place modulo `length`, a power of two, is the same: [length], the same in every run."""
+    """Sums of the values with the same position modulo `length`, a power of two: [length], the same in every run."""
     if values_L.is_cuda:  # sums of colliding writes would have no fixed order there; those of a permutation never meet
         spread_L = torch.empty_like(values_L)
         spread_L[order_L] = values_L
@@ -274,5 +275,5 @@ def _folded(values_L: Tensor, order_L: Tensor, length: int) -> Tensor:
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
+    """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()

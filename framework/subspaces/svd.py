@@ -1,4 +1,4 @@
-"""The singular value decomposition, as everything here takes it: thin, and in float32 or wider.
+"""The singular value decomposition, as used everywhere here: thin, and in float32 or wider.
 
 Shapes: M rows, N columns, K = min(M, N).
 """
@@ -10,7 +10,7 @@ from lightspan.devices import wide
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [... M K], falling s [... K] and V^T [... K N] with matrix = U diag(s) V^T; half precision has no SVD.
+    """U [... M K], descending s [... K] and V^T [... K N] with matrix = U diag(s) V^T; half precision has no SVD.
 
     Signs of singular vectors are arbitrary, and so are vectors of equal singular values.
     """

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.subspaces.svd import thin_svd
-
 
 def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """Every fibre of `tensor` along `axis` multiplied by `matrix` [any, size of that axis]."""
@@ -19,7 +17,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 
 def compose(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-    """core x_1 U_1 ... x_N U_N; None stands for the identity."""
+    """core x_1 U_1 ... x_N U_N; None means the identity."""
     for axis, factor in enumerate(factors):
         core = core if factor is None else mode_product(core, factor, axis)
     return core
@@ -27,7 +25,7 @@ def compose(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
 
 @dataclass(frozen=True)
 class TuckerFrame:
-    """The `SubspaceMap` from a core [r_1 ... r_N] to a tensor [d_1 ... d_N] by factors; None is the identity."""
+    """The `SubspaceMap` from a core [r_1 ... r_N] to a tensor [d_1 ... d_N] by factors; None means the identity."""
 
     factors: Sequence[Tensor | None]
 
@@ -41,11 +39,3 @@ class TuckerFrame:
 def unfolding(tensor: Tensor, axis: int) -> Tensor:
     """The tensor as a matrix, with `axis` as its rows; the ranks of all unfoldings bound the core's sizes."""
     return tensor.movedim(axis, 0).flatten(1)
-
-
-def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """(core, orthonormal factors) with the leading singular vectors of each unfolding: exact at full ranks, and within
-    sqrt(N) of the best Tucker form otherwise.
-    """
-    factors = [thin_svd(unfolding(tensor, axis))[0][:, :rank] for axis, rank in enumerate(ranks)]
-    return TuckerFrame(factors).pull(tensor), factors

@@ -1,4 +1,4 @@
-"""What has to be arranged between a Trainer and this project's optimisers before the first step."""
+"""What must be set up between a Trainer and this project's optimisers before the first step."""
 
 import gc
 import math
@@ -26,11 +26,11 @@ MATRIX_OPTIMIZERS = (LowRank, Muon, Adafactor)
 
 
 def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer]) -> None:
-    """Prints what each parameter gets, lets the optimisers clip in the Trainer's place, and attaches backward passes.
+    """Prints what each parameter gets, lets the optimisers clip instead of the Trainer, and attaches backward passes.
 
     What Lightning clips by norm, for `trainer.gradient_clip_val` or a module's `clip_gradients`, a `LowRank` clips
-    inside its next step: that costs no pass over the gradients of its own, and holds for gradients that exist in
-    coordinates only.
+    inside its next step: that costs no extra pass over the gradients, and works for gradients that exist only in
+    coordinates.
 
     Raises: UserError for settings of the Trainer that coordinates cannot honour.
     """
@@ -58,20 +58,20 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
 
 
 def refuse_flat_partitions(strategy: Strategy, optimizers: list[type[Optimizer]]) -> None:
-    """Raises: UserError for an optimiser that DeepSpeed's ZeRO would hand vectors where it needs matrices."""
+    """Raises: UserError for an optimiser to which DeepSpeed's ZeRO would give vectors where it needs matrices."""
     for kind in optimizers if isinstance(strategy, DeepSpeedStrategy) else ():
         if issubclass(kind, MATRIX_OPTIMIZERS):
             raise UserError(
-                f"{kind.__name__} works on matrices, and DeepSpeed's ZeRO lays all parameters end to end and hands "
-                "each rank one flat run of numbers; train with --config scale/fsdp2 or scale/ddp, or with an "
+                f"{kind.__name__} works on matrices, but DeepSpeed's ZeRO concatenates all parameters and gives "
+                "each rank one flat range of numbers; train with --config scale/fsdp2 or scale/ddp, or with an "
                 "elementwise optimiser such as torch.optim.AdamW"
             )
 
 
 def average_in_coordinates(trainer: Trainer, module: LightningModule, optimizer: RandomSubspace) -> None:
-    """Under DDP ranks then exchange d numbers a step instead of D gradients; does nothing under other strategies.
+    """Under DDP ranks then exchange d numbers per step instead of D gradients; does nothing under other strategies.
 
-    DDP keeps its work where it is needed: for clipping, which has to see mean gradients, and for buffers, which it
+    DDP still does what is needed: for clipping, which must see mean gradients, and for buffers, which it
     copies from the first rank.
     """
     strategy = trainer.strategy
@@ -85,7 +85,7 @@ def average_in_coordinates(trainer: Trainer, module: LightningModule, optimizer:
 
 
 def _attach_under_ddp(trainer: Trainer, module: LightningModule, kept: list[LowRank]) -> None:
-    """Lightning builds DDP before it asks for optimisers, so DDP is built anew without what `kept` reduces."""
+    """Lightning builds DDP before it asks for optimisers, so DDP is rebuilt without what `kept` reduces."""
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
         raise UserError(
@@ -105,10 +105,10 @@ def _build_ddp_anew(strategy: DDPStrategy, module: LightningModule) -> None:
 
 
 def _clip_in_the_step(trainer: Trainer) -> None:
-    """From now on, where Lightning would clip the gradients of a `LowRank` by norm, its next step does.
+    """From now on, instead of Lightning clipping the gradients of a `LowRank` by norm, its next step does.
 
-    The change is in what Lightning calls to clip, and asks of each optimiser what it is. Nothing of the Trainer's own
-    settings is touched: a module's `configure_gradient_clipping` sees them, other optimisers are clipped as ever, and
+    The change is in what Lightning calls to clip, which checks the kind of each optimiser. None of the Trainer's own
+    settings is changed: a module's `configure_gradient_clipping` sees them, other optimisers are clipped as usual, and
     the same Trainer can fit again with anything.
     """
     plugin = trainer.precision_plugin
@@ -119,7 +119,7 @@ def _clip_in_the_step(trainer: Trainer) -> None:
 
 @dataclass(frozen=True)
 class _Clip:
-    """In place of `Precision.clip_gradients`, which it is given."""
+    """Replaces `Precision.clip_gradients`, which it gets as an argument."""
 
     otherwise: Callable[..., None]
 
@@ -130,7 +130,7 @@ class _Clip:
         if not isinstance(optimizer, LowRank) or clip_val <= 0:
             self.otherwise(optimizer, clip_val, gradient_clip_algorithm)
         elif gradient_clip_algorithm == "norm":
-            # Clipping twice is clipping to the smaller norm.
+            # Clipping twice means clipping to the smaller norm.
             optimizer.max_norm = min(float(clip_val), optimizer.max_norm or math.inf)
         else:
             _require_whole(optimizer)
@@ -138,13 +138,13 @@ class _Clip:
 
 
 def _clip_as_it_would(own: float | None, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """What was asked for before one step holds for that step."""
+    """A limit requested before a step applies only to that step."""
     optimizer.max_norm = own  # type: ignore[attr-defined]
 
 
 def _require_whole(optimizer: LowRank) -> None:
     if optimizer.backward != "whole":
         raise UserError(
-            f"backward={optimizer.backward!r} keeps only coordinates of the gradient, which can be clipped by norm "
-            "alone; set trainer.gradient_clip_algorithm=norm, or backward='whole'"
+            f"backward={optimizer.backward!r} keeps only coordinates of the gradient, which can only be clipped by "
+            "norm; set trainer.gradient_clip_algorithm=norm, or backward='whole'"
         )

@@ -13,13 +13,13 @@ from lightspan.optim.treatment import treatment
 
 @rank_zero_only
 def print_report(optimizer: Optimizer) -> None:
-    """Prints one line per kind of parameter, and the state saved against AdamW. Does nothing for optimisers that
+    """Prints one line per kind of parameter, and the state saved compared with AdamW. Does nothing for optimisers that
     project nothing.
     """
     if not isinstance(optimizer, LowRank):
         return
     treatments = [treatment(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
-    # Without lines between columns the usual rows fit into 80 characters.
+    # Without lines between columns, typical rows fit into 80 characters.
     table = Table(
         title="LowRank: what each parameter gets (n of a kind), and its state in MiB",
         title_justify="left",

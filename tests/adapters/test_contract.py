@@ -93,7 +93,7 @@ def test_training_moves_adapters_and_the_named_parameters_and_nothing_else(spec)
 def test_merging_keeps_the_function_and_twice_is_once(spec):
     model, x = moved(spec), images(dtype=torch.float64)
     if not is_mergeable(model):
-        with pytest.raises(UserError, match="no plain layer can hold it"):
+        with pytest.raises(UserError, match="no plain layer can represent it"):
             merge(model)
         return
     y, base = model(x), frozen_hash(model)
@@ -112,7 +112,7 @@ def test_folding_gives_plain_layers_with_the_same_function(spec):
     model, x = moved(spec), images(dtype=torch.float64)
     y = model(x)
     if not is_mergeable(model):
-        with pytest.raises(UserError, match="no plain layer can hold it"):
+        with pytest.raises(UserError, match="no plain layer can represent it"):
             fold(model)
         assert torch.equal(model(x), y)
         return
@@ -206,7 +206,7 @@ def test_beside_a_layer_whose_weight_cannot_be_read_it_works_without_it_or_is_re
     x, states = torch.randn(7, 6), {name: t.clone() for name, t in model.named_buffers()}
     plain = model(x)
     if isinstance(spec, SVFit):
-        with pytest.raises(UserError, match="this adapter is made of the weight"):
+        with pytest.raises(UserError, match="this adapter uses the weight"):
             adapt(model, ["0"], spec, show=False)
         assert not adapted_layers(model)
         return
@@ -223,7 +223,7 @@ def test_beside_a_layer_whose_weight_cannot_be_read_it_works_without_it_or_is_re
     with disable_adapters(model):
         assert torch.equal(model(x), plain)
     for undo in (merge, fold):
-        with pytest.raises(UserError, match=r"0 is a \w+ whose weight is packed or computed anew each time"):
+        with pytest.raises(UserError, match=r"0 is a \w+ whose weight is packed or recomputed each time"):
             undo(model)
     assert torch.equal(model(x), y)
     save_adapter(model, tmp_path / "a.safetensors")

@@ -91,7 +91,7 @@ def test_a_bottleneck_that_adds_something_can_be_neither_merged_nor_exported() -
             ask()
     model = network()
     adapt(model, ["0"], DiffScaler(rank=2), show=False)
-    with pytest.raises(UserError, match="no plain layer can hold it"):
+    with pytest.raises(UserError, match="no plain layer can represent it"):
         fold(model)
 
 

@@ -94,7 +94,7 @@ def test_a_rank_that_one_layer_cannot_hold_leaves_the_model_as_it_was():
 def test_one_name_goes_once_on_a_layer():
     model = SmallNet()
     adapt(model, ["stem"], LoRA(rank=2), show=False)
-    with pytest.raises(UserError, match="stem has an adapter named 'default' already; choose another name"):
+    with pytest.raises(UserError, match="stem already has an adapter named 'default'; choose another name"):
         adapt(model, ["stem"], LoRA(rank=2), show=False)
     adapt(model, ["dense"], LoRA(rank=2), show=False)
     adapt(model, ["stem"], LoRA(rank=1), name="second", show=False)
@@ -280,9 +280,9 @@ def test_a_refused_file_leaves_the_model_as_it_was(tmp_path):
     [
         (lambda m: m, LoRA, [], r"not the class LoRA; write LoRA\(\)"),
         (lambda m: m, "LoRA", [], "spec must be an adapter with its settings, such as LoRA"),
-        (lambda m: m.to("meta"), LoRA(rank=2), [], "stem is on the meta device, which holds no numbers; load"),
+        (lambda m: m.to("meta"), LoRA(rank=2), [], "stem is on the meta device, which has no numbers; load"),
         (lambda m: m.stem, LoRA(rank=2), [], "the model is itself a Conv2d, which no name matches"),
-        (lambda m: whole_numbers(m), LoRA(rank=2), ["head.weight"], "head.weight holds torch.int32 numbers"),
+        (lambda m: whole_numbers(m), LoRA(rank=2), ["head.weight"], "head.weight has torch.int32 numbers"),
         (lambda m: own_forward(m), LoRA(rank=2), [], r"stem \(SamePadding\) cannot have an adapter"),
     ],
 )

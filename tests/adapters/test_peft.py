@@ -132,7 +132,7 @@ def test_transformers_conv1d_goes_there_and_back(tmp_path):
 
 
 def test_what_a_folder_cannot_hold_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"norm.bias trained by itself, and PEFT saves whole modules"):
+    with pytest.raises(UserError, match=r"norm.bias trained by itself, but PEFT saves whole modules"):
         save_peft(trained(LoRA(rank=2), train=["norm.bias"]), tmp_path)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, dilation=2))
     adapt(model, ["0"], LoRA(rank=2), show=False)
@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         load_peft(Net(), tmp_path)
     save_peft(trained(LoRA(rank=2)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    with pytest.raises(UserError, match=r"holds head.bias, which Sequential has no place for"):
+    with pytest.raises(UserError, match=r"contains head.bias, for which Sequential has no place"):
         load_peft(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     for change, message in (({"peft_type": "IA3"}, "of type 'IA3'; only LORA"), ({"use_dora": True}, "uses use_dora")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
@@ -199,7 +199,7 @@ def test_a_tied_weight_in_a_folder_of_peft_is_read_as_peft_reads_it_or_refused(t
     torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits)
     if not tie:
         with pytest.raises(
-            UserError, match=r"one tensor .*layer = model.get_submodule\('(lm_head|model.embed_tokens)'\)"
+            UserError, match=r"(same|one) tensor .*layer = model.get_submodule\('(lm_head|model.embed_tokens)'\)"
         ):
             load_peft(llama(), tmp_path, show=False)
 

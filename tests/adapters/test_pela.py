@@ -65,7 +65,7 @@ def test_directions_without_a_singular_value_train_too(true_rank: int, dtype: to
 
 
 def test_a_weight_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a weight of shape \[24, 40\] holds NaN or infinite values"):
+    with pytest.raises(UserError, match=r"a weight of shape \[24, 40\] has NaN or infinite values"):
         balanced_factors(torch.full((24, 40), torch.nan), 3)
 
 

@@ -13,7 +13,6 @@ from lightspan.analysis.frechet import frechet_distance, principal_directions
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import fit_linear_probe, linear_probe_accuracy
 from lightspan.analysis.spectra import (
-    captured_energy,
     effective_rank,
     energy_shares,
     leading_energy,
@@ -44,19 +43,14 @@ def test_measures_know_no_scale_down_to_the_smallest_and_up_to_the_largest_numbe
     for scale in (1e-37, 1e-30, 1e30, 1e37):
         assert measure(values * scale).item() == pytest.approx(measure(values).item(), rel=1e-4)
         torch.testing.assert_close(energy_shares(values * scale), energy_shares(values), rtol=1e-4, atol=1e-6)
-    frame = torch.linalg.qr(ROWS.T)[0][:, :2]
-    assert captured_energy(ROWS * 1e-30, frame).item() == pytest.approx(captured_energy(ROWS, frame).item(), rel=1e-4)
 
 
 @DTYPE
 def test_measures_are_taken_in_float32_or_wider(dtype) -> None:
     rows = ROWS.to(dtype)
     values = singular_values(rows)
-    frame = torch.eye(5)[:, :2]
-    for found in (*(m(values.to(dtype)) for m in MEASURES), captured_energy(rows, frame.to(dtype))):
-        assert found.dtype == torch.promote_types(dtype, torch.float32)
-    expected = captured_energy(rows.double(), frame.double())
-    assert captured_energy(rows, frame.to(dtype)).item() == pytest.approx(expected.item(), rel=1e-6)
+    for measure in MEASURES:
+        assert measure(values.to(dtype)).dtype == torch.promote_types(dtype, torch.float32)
 
 
 def test_matrices_without_rows_or_columns_use_no_dimension_and_nan_is_passed_on() -> None:

@@ -96,7 +96,7 @@ def test_a_lattice_has_no_finite_dimension():
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_bad_points_are_told(estimator):
-    with pytest.raises(UserError, match="got 2 different points of 5, and needs 3"):
+    with pytest.raises(UserError, match="got 2 different points of 5, but needs 3"):
         estimator(torch.tensor([[0.0], [0.0], [1.0], [1.0], [1.0]]))
     with pytest.raises(UserError, match="NaN or infinite"):
         estimator(torch.tensor([[0.0], [1.0], [torch.nan]]))

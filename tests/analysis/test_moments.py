@@ -75,7 +75,7 @@ def test_no_rows_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("x", "label", "message"),
     [
-        (torch.ones(3), None, r"rows \[B, D\], and got \[3\]"),
+        (torch.ones(3), None, r"rows \[B, D\], but got \[3\]"),
         (torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), "one whole number from 0 as the label of each of 3"),
         (torch.ones(1, 2), torch.tensor([-1]), "one whole number from 0"),
         (torch.ones(1, 2), torch.tensor([0.5]), "one whole number from 0"),
@@ -88,7 +88,7 @@ def test_what_has_no_moments_is_refused(x: Tensor, label: Tensor | None, message
 
 
 def test_one_row_has_no_covariance() -> None:
-    with pytest.raises(UserError, match="more than 1 rows, and there are 1"):
+    with pytest.raises(UserError, match="more than 1 rows, but there are 1"):
         Moments.of(torch.ones(1, 2)).covariance()
 
 

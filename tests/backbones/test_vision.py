@@ -66,7 +66,7 @@ def test_weights_start_he_normal() -> None:
 def test_shapes_that_leave_no_network_are_refused() -> None:
     with pytest.raises(UserError, match=r"MLP: in_shape=\(1, 28, 28\) and hidden=\(5, 0\)"):
         MLP(hidden=(5, 0))
-    with pytest.raises(UserError, match=r"LeNet: in_shape=\(1, 15, 28\) must have a channel and 16 x 16 pixels"):
+    with pytest.raises(UserError, match=r"LeNet: in_shape=\(1, 15, 28\) must have at least one channel and 16 x 16"):
         LeNet((1, 15, 28))
 
 

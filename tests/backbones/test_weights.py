@@ -53,5 +53,5 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path, file: Path) -> None:
     with pytest.raises(UserError, match=r"no weights at \S+gone\.safetensors; .*lightspan export RUN"):
         with_weights(nn.Linear(3, 2), str(tmp_path / "gone.safetensors"))
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(UserError, match="no whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         with_weights(nn.Linear(3, 2), str(file))

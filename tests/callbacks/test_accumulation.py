@@ -89,5 +89,5 @@ def test_steps_samples_weights_and_validations_are_those_of_the_straight_run(
 
 def test_a_limited_epoch_is_refused_since_it_would_end_elsewhere(tmp_path: Path) -> None:
     fit(tmp_path, 1, 2, limit_train_batches=4)
-    with pytest.raises(UserError, match=r"data accumulate 2, this run has 4.*trainer\.accumulate_grad_batches"):
+    with pytest.raises(UserError, match=r"data accumulate 2, but this run has 4.*trainer\.accumulate_grad_batches"):
         fit(tmp_path, 2, 4, tmp_path / "step=1.ckpt", limit_train_batches=4)

@@ -134,5 +134,5 @@ def test_what_rank_selection_cannot_do_is_named(tmp_path):
         RankSelection(operator="hard")
     module = Plain()
     nn.utils.parametrizations.weight_norm(module.net[3])
-    with pytest.raises(UserError, match=r"net.3 is a ParametrizedLinear whose weight is packed or computed anew"):
+    with pytest.raises(UserError, match=r"net.3 is a ParametrizedLinear whose weight is packed or recomputed"):
         fit(module, [Adaptation(GatedLoRA(rank=2), ["net.3"]), RankSelection()], tmp_path)

@@ -64,7 +64,7 @@ def swa():
 
 
 def test_a_run_with_swa_says_before_its_first_step_that_it_cannot_go_on_and_at_the_resume_why(fit, tmp_path):
-    with pytest.warns(UserWarning, match="StochasticWeightAveraging exchanges .* will not go on from a checkpoint"):
+    with pytest.warns(UserWarning, match="StochasticWeightAveraging exchanges .* this run cannot be resumed"):
         fit("straight", swa())
     with pytest.raises(UserError, match=r"was written after StochasticWeightAveraging had begun; .* EMAWeightAverag"):
         fit("resumed", swa(), tmp_path / "straight" / f"step={STEPS}.ckpt")

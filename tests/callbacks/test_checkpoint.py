@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import lightspan.files
-from lightspan.callbacks.resilience import checkpoint as checkpoint_module
+from lightspan.callbacks.resilience import writer
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.checkpoints.fit import check_fits
 from lightspan.checkpoints.io import WholeFileCheckpointIO
@@ -269,7 +269,7 @@ def test_code_hidden_in_a_file_does_not_run(tmp_path):
 @pytest.mark.parametrize("content", [{"weights": 1}, [1, 2]])
 def test_a_torch_file_without_a_state_dict_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"is a torch file but no checkpoint: it holds .*, no 'state_dict'"):
+    with pytest.raises(UserError, match=r"is a torch file but not a checkpoint: it contains .*, but no 'state_dict'"):
         WholeFileCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
 
 
@@ -343,7 +343,7 @@ def test_a_file_takes_the_place_of_the_folder_that_a_sharded_run_left(tmp_path):
     path = tmp_path / "last.ckpt"
     path.mkdir()
     (path / "shard").write_bytes(b"abc")
-    with pytest.raises(UserError, match=r"last.ckpt: a folder of this name stands there"):
+    with pytest.raises(UserError, match=r"last.ckpt: there is a folder of this name"):
         WholeFileCheckpointIO().save_checkpoint({"state_dict": {}}, path)  # a folder, but no checkpoint of ours
     seal_folder(path, {"format": FORMAT})
     WholeFileCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 7}, path)
@@ -366,7 +366,7 @@ class WritesFolders(SingleDeviceStrategy):
 def test_a_folder_that_a_strategy_writes_by_itself_is_marked_and_one_cut_off_is_not(
     make_trainer, net, batches, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(checkpoint_module, "_writes_folders", lambda trainer: True)
+    monkeypatch.setattr(writer, "_writes_folders", lambda strategy: True)
     strategy = WritesFolders(device="cpu")
     fit(make_trainer, net(), batches, strategy=strategy)
     assert newest_whole(tmp_path / "checkpoints") == (ckpt(tmp_path), {})

@@ -243,7 +243,7 @@ def test_gradients_in_coordinates_are_refused(tmp_path):
     def low_rank(parameters, lr):
         return LowRank(parameters, lr=lr, rank=2, residual=None, refresh=9, backward="hooks")
 
-    with pytest.raises(UserError, match="keeps their coordinates alone; set backward='whole'"):
+    with pytest.raises(UserError, match="keeps only their coordinates; set backward='whole'"):
         fit(tmp_path, DimensionTracker(), net=Net(optimizer=low_rank))
 
 

@@ -153,7 +153,7 @@ def test_too_many_skips_stop(make_trainer, net, batches):
 
 
 def test_skipping_does_not_pretend_to_heal_running_means(make_trainer, net, batches):
-    with pytest.raises(UserError, match=r"buffer body\.1\.running_mean is not finite.*would not repair the network"):
+    with pytest.raises(UserError, match=r"buffer body\.1\.running_mean is not finite.*would not fix the network"):
         fit(make_trainer, net(), batches, FiniteLoss("skip"), Poison(3))
 
 

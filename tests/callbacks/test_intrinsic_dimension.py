@@ -166,7 +166,7 @@ class OtherRates(Plain):
     ("kind", "dim", "message"),
     [
         (TwoOptimisers, 9, "TwoOptimisers has 2 optimisers, IntrinsicDimension trains with one"),
-        (Inside, 9, "is a RandomSubspace already"),
+        (Inside, 9, "is already a RandomSubspace"),
         (OtherRates, 9, "groups have lr=0.1 and 0.2, but one set of coordinates"),
         (Plain, 245, "dim=245 must be at least 1 and at most the 244 weights"),
     ],
@@ -180,12 +180,18 @@ def test_what_cannot_be_trained_so_is_refused_before_the_first_step(tmp_path, ki
 
 
 @pytest.mark.ranks
-def test_two_ranks_under_ddp_exchange_coordinates_and_train_as_one(tmp_path) -> None:
+@pytest.mark.parametrize("poisoned", [None, 5], ids=["sound rows", "a step skipped"])
+def test_two_ranks_under_ddp_exchange_coordinates_and_train_as_one(tmp_path, poisoned) -> None:
+    """A step that `FiniteLoss` skips moves neither coordinates nor moments of Adam, which would move them later."""
     flags = callback("subspace", "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension", dim=12)
+    if poisoned is not None:
+        flags += callback("finite", "lightspan.callbacks.resilience.finite.FiniteLoss", policy="skip")
+        flags += [f"data.init_args.poisoned={poisoned}"]
     numbers = []
     for ranks in (1, 2):
         ended = launched(tmp_path / f"{ranks}", *flags, ranks=ranks)
         assert ended.statuses == [0] * ranks, ended.said
+        assert ended.said.count("skipped: step") == (0 if poisoned is None else 2)  # once in each of two epochs
         numbers.append(load_file(tmp_path / f"{ranks}" / "subspace.safetensors")["coordinates"])
     assert numbers[0].norm() > 0
     torch.testing.assert_close(numbers[1], numbers[0], rtol=1e-4, atol=1e-6)

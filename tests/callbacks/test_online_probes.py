@@ -251,7 +251,7 @@ def test_a_datamodule_without_a_bank_is_named(make_trainer, net):
         bank_dataloader = None
 
     refuses(
-        make_trainer, net(), NoBank(), OnlineProbes(), r"bank_dataloader\(\) of the datamodule, and NoBank has none"
+        make_trainer, net(), NoBank(), OnlineProbes(), r"bank_dataloader\(\) of the datamodule, but NoBank has none"
     )
 
 
@@ -268,7 +268,7 @@ def test_batches_without_labels_are_named(make_trainer, net):
     data = Data()
     for sample in data.bank:
         del sample["label"]
-    refuses(make_trainer, net(), data, OnlineProbes(), r"no label: it holds \['image', 'index'\]")
+    refuses(make_trainer, net(), data, OnlineProbes(), r"no label: it contains \['image', 'index'\]")
 
 
 def test_settings_out_of_range_are_named():

@@ -71,6 +71,23 @@ def test_a_signal_ends_the_step_and_the_next_start_ends_like_an_undisturbed_run(
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters(), strict=True))
 
 
+class Shrink(Callback):
+    """Acts on the weights after each step."""
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        for parameter in pl_module.parameters():
+            parameter.mul_(0.9)
+
+
+def test_what_callbacks_behind_it_do_after_a_step_is_in_the_checkpoint(make_trainer, net, batches, tmp_path):
+    with pytest.raises(Preempted):
+        fit(make_trainer, net, batches, [Send(3), Shrink()])
+    resumed = fit(make_trainer, net, batches, [Shrink()], ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    straight = fit(make_trainer, net, batches, [Shrink()], default_root_dir=str(tmp_path / "straight"))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters(), strict=True))
+
+
 def test_an_accumulation_is_finished_first(make_trainer, net, batches, tmp_path):
     seen = []
 
@@ -161,7 +178,7 @@ with signal_flag.remembered((signal.SIGTERM, signal.SIGINT)) as flag:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == status
-    assert f"{name}: still in <module> (<string>:9); leaving at once" in done.stderr
+    assert f"{name}: still in <module> (<string>:9); exiting at once" in done.stderr
 
 
 def test_a_rank_that_was_told_of_a_signal_has_what_is_left_of_the_budget(monkeypatch):
@@ -213,7 +230,7 @@ class Over(Preemption):
 
 
 def test_over_budget_before_the_step_ends_the_checkpoint_before_is_kept(make_trainer, net, batches, tmp_path):
-    with pytest.raises(Preempted, match="without a new checkpoint: the budget of 60 s was over before step 4 ended"):
+    with pytest.raises(Preempted, match="without a new checkpoint: the budget of 60 s ran out before step 4 ended"):
         fit(make_trainer, net, batches, [Send(3)], Over(), val_check_interval=2)
     assert saved_step(tmp_path) == 2
 
@@ -240,7 +257,7 @@ def test_over_budget_while_writing_leaves_with_the_checkpoint_before(
         trainer.fit(net(), batches(5))
     assert statuses == [PREEMPTED]
     err = capsys.readouterr().err
-    assert "SIGTERM: the budget of 0.2 s was over before a checkpoint of step 4 was whole, still in wait (" in err
+    assert "SIGTERM: the budget of 0.2 s ran out before a checkpoint of step 4 was whole, still in wait (" in err
     assert f"{tmp_path}/checkpoints/last.ckpt is whole" in err
     assert saved_step(tmp_path) == 3
 
@@ -342,4 +359,4 @@ def test_a_rank_that_waits_for_others_in_vain_is_ended_by_a_warning(tmp_path):
     budget = "trainer.callbacks.preemption.init_args.budget_s=1"
     ended = rank_processes.launch(["fit", *rank_processes.TINY, *flags, budget], 1, tmp_path, environment=place)
     assert ended.statuses == [PREEMPTED], ended.said
-    assert "SIGTERM: the budget of 1 s was over before a checkpoint of step 0 was whole, still in " in ended.said
+    assert "SIGTERM: the budget of 1 s ran out before a checkpoint of step 0 was whole, still in " in ended.said

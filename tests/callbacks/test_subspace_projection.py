@@ -210,7 +210,7 @@ def test_gradients_kept_in_coordinates_train_as_whole_ones_do(tmp_path, backward
 
 def test_clipping_by_value_cannot_reach_gradients_in_coordinates(tmp_path):
     callback = SubspaceProjection(rank=3, residual=None, backward="hooks")
-    with pytest.raises(UserError, match="can be clipped by norm alone"):
+    with pytest.raises(UserError, match="can only be clipped by norm"):
         fit(Plain(), [callback], tmp_path, gradient_clip_val=0.05, gradient_clip_algorithm="value")
 
 
@@ -246,5 +246,5 @@ def test_what_cannot_be_projected_is_refused_before_the_first_step(callback, mes
 
 
 def test_an_optimiser_without_adams_moments_is_refused(tmp_path):
-    with pytest.raises(UserError, match="only Adam and AdamW can be made low-rank, this module's optimiser is SGD"):
+    with pytest.raises(UserError, match="only Adam and AdamW can be made low-rank, but this module's optimiser is SGD"):
         fit(Plain(torch.optim.SGD), [SubspaceProjection(rank=2)], tmp_path)

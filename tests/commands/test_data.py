@@ -104,10 +104,8 @@ def test_verify_names_what_is_missing_and_what_is_damaged_down_to_the_sample(
     assert main(["data", "verify", str(out)]) == 1
     printed = capsys.readouterr().out
     assert f"{out}/00000.tar cannot be read (No such file or directory)" in printed
-    assert f"00001.tar: its sha256 is not the one that was written; 1 of 3 samples are damaged: 1 (byte {start})" in (
-        printed
-    )
-    assert "files are as they were written" in printed
+    assert f"00001.tar: its sha256 is not the recorded one; 1 of 3 samples are damaged: 1 (byte {start})" in (printed)
+    assert "files are unchanged" in printed
 
 
 def test_a_folder_that_fails_to_be_packed_leaves_nothing_behind(
@@ -129,12 +127,12 @@ def test_a_folder_that_fails_to_be_packed_leaves_nothing_behind(
     ("arguments", "message"),
     [
         (["pack", "{}"], "data pack needs a folder to write; name it with --out DIR"),
-        (["pack", "{}", "--out", "{}"], r"exists already; name a new folder with --out"),
+        (["pack", "{}", "--out", "{}"], r"already exists; name a new folder with --out"),
         (["pack", "{}/none", "--out", "{}/out"], "none is not a folder"),
         (["pack", "{}", "--out", "{}/out", "--shard-size", "12X"], "--shard-size 12X is not a size from 1K up"),
         (["pack", "{}", "--out", "{}/out", "--seed", "-1"], "--seed -1 is negative"),
         (["pack", "{}", "--out", "/proc/lightspan"], "cannot make the folder /proc/lightspan: No such file.*--out"),
-        (["index", "{}"], "holds no .tar file"),
+        (["index", "{}"], "contains no .tar file"),
         (["verify", "{}"], r"SHA256SUMS cannot be read .*only folders that `data pack` wrote"),
     ],
 )
@@ -150,16 +148,16 @@ def test_bad_input_is_refused_in_one_line(
 
 def test_folders_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no file to pack"):
+    with pytest.raises(UserError, match="empty contains no file to pack"):
         sources(tmp_path / "empty")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "README").write_text("x")
-    with pytest.raises(UserError, match="README has no ending that could say what it holds"):
+    with pytest.raises(UserError, match="README has no ending that could say what it contains"):
         sources(tmp_path / "files")
     (tmp_path / "images" / "cat").mkdir(parents=True)
     for name in ("a.jpg", "a.png"):
         (tmp_path / "images" / "cat" / name).write_bytes(b"")
-    with pytest.raises(UserError, match="2 images are named cat/a, dots written as _"):
+    with pytest.raises(UserError, match="2 images are named cat/a, with dots as _"):
         sources(tmp_path / "images")
     (tmp_path / "twice").mkdir()
     for name in ("a.txt", "a.TXT"):
@@ -174,14 +172,14 @@ def test_folders_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
 def test_names_that_readers_would_pass_over_are_refused(pictures: Path) -> None:
     (pictures / "cats").rename(pictures / "__background__")
     for as_files in (False, True):
-        with pytest.raises(UserError, match=r"pictures/__background__: names __LIKE_THIS__ .* rename it"):
+        with pytest.raises(UserError, match=r"pictures/__background__: names like __THIS__ .* rename it"):
             sources(pictures, as_files)
 
 
 @pytest.mark.parametrize("name", ["cats/Thumbs.db", "cats/x.gif", "README.md", "flat.png"])
 def test_one_stray_file_does_not_cost_the_labels_in_silence(pictures: Path, name: str) -> None:
     shutil.copy(pictures / "cats" / "0.png", pictures / name)
-    with pytest.raises(UserError, match=rf"pictures/{name} is no image .* in the folder of a class, .*--files"):
+    with pytest.raises(UserError, match=rf"pictures/{name} is not an image .* in a class folder, .*--files"):
         sources(pictures)
     if name != "README.md":
         files = sources(pictures, as_files=True)
@@ -197,7 +195,7 @@ def test_nothing_that_leads_elsewhere_is_followed(pictures: Path, tmp_path: Path
         os.mkfifo(place)
     else:
         place.symlink_to(tmp_path / "private" if of == "folder" else pictures / "cats" / "0.png")
-    with pytest.raises(UserError, match=rf"{place} is (a link|no regular file)"):
+    with pytest.raises(UserError, match=rf"{place} is (a link|not a regular file)"):
         sources(pictures)
 
 
@@ -206,7 +204,7 @@ def test_a_flat_folder_of_images_has_no_labels_and_says_so(
 ) -> None:
     assert main(["data", "pack", str(pictures / "dogs" / "more"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "samples have no label: no folder holds images of one class" in printed
+    assert "samples have no label: no folder contains images of one class" in printed
     assert "'data.init_args.fields={image: png}'" in printed
     data = Shards([packing.pattern(tmp_path / "out")], fields={"image": "png"}, batch_size=2)
     data.setup()
@@ -237,7 +235,7 @@ def test_endings_that_nothing_decodes_are_refused_unless_asked_for(tmp_path: Pat
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "a.bmp").write_bytes(b"BM")
     with pytest.raises(
-        UserError, match=r"no file of an ending that can be decoded .*, but bmp, for an ending begins at the first dot"
+        UserError, match=r"no file with an ending that can be decoded .*, but bmp, as an ending begins at the first dot"
     ):
         sources(tmp_path)
     assert len(sources(tmp_path, as_files=True).samples) == 1
@@ -261,7 +259,7 @@ def spoil(folder: Path) -> dict[str, str]:
     (cats / "2.png").write_bytes(b"no image")
     header = b"IHDR" + (2**15).to_bytes(4, "big") * 2 + whole[24:29]  # says that it is 32,768 pixels wide and high
     (cats / "4.png").write_bytes(whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:])
-    return {"0.png": "it is empty", "2.png": "no JPEG, PNG or WebP", "4.png": "exceeds limit"}
+    return {"0.png": "it is empty", "2.png": "not a JPEG, PNG or WebP", "4.png": "exceeds limit"}
 
 
 def test_images_that_could_not_be_read_are_not_packed(
@@ -272,7 +270,7 @@ def test_images_that_could_not_be_read_are_not_packed(
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "3 of 12 samples cannot be decoded" in error
-    assert "Of images only the header was read; --decode also finds those that are cut short" in error
+    assert "Only the headers of images were read; --decode also finds images that are cut short" in error
     for name, what in wrong.items():
         assert re.search(rf"cats/{name}: [^;]*({what})", error)
     assert not (tmp_path / "out").exists()
@@ -298,7 +296,7 @@ def test_a_file_that_shrinks_or_goes_while_others_are_packed_is_named(pictures: 
     (pictures / "cats" / "0.png").write_bytes(b"")
     (pictures / "cats" / "2.png").unlink()
     with pytest.raises(UserError, match=r"2 of 12 samples .*cats/0\.png: it is empty; .*cats/2\.png: .*No such file"):
-        list(packing.pack(samples, classes, tmp_path / "out", 2**20, None))
+        list(packing.pack(samples, classes, tmp_path / "out", 2**20))
 
 
 def test_a_disk_that_is_full_is_told_with_the_flag_that_chose_it(
@@ -310,7 +308,7 @@ def test_a_disk_that_is_full_is_told_with_the_flag_that_chose_it(
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     samples, classes, _ = sources(pictures)
     with pytest.raises(UserError, match=r"the disk is full .* on another disk with --out"):
-        list(packing.pack(samples, classes, tmp_path / "out", 2**20, None))
+        list(packing.pack(samples, classes, tmp_path / "out", 2**20))
 
 
 # Afterwards
@@ -374,6 +372,7 @@ def test_a_list_of_sums_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_have_units() -> None:
-    assert [parse_size(text) for text in ("2048", "1K", "3MB", "2GiB")] == [2048, 1024, 3 * 2**20, 2 * 2**30]
+    for text, size in (("2048", 2048), ("1K", 1024), ("3MB", 3 * 2**20), ("2GiB", 2 * 2**30)):
+        assert parse_size(text, "--shard-size") == size
     with pytest.raises(UserError, match="write for instance 64M"):
-        parse_size("1023")
+        parse_size("1023", "--shard-size")

@@ -166,7 +166,7 @@ def test_an_export_that_differs_is_not_written(
     monkeypatch.setattr(huggingface, "largest_output_difference", lambda backbone, folder: 2e-6)
     assert run_export(run_dir, "--to", "huggingface") == 1
     assert list((run_dir / "export").iterdir()) == []
-    assert "that is more than 1e-06: nothing was written" in capsys.readouterr().out
+    assert "this is more than 1e-06: nothing was written" in capsys.readouterr().out
 
 
 def test_an_export_that_dies_half_way_leaves_the_earlier_one(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_an_export_that_dies_half_way_leaves_the_earlier_one(run_dir: Path, monk
 
 def test_an_earlier_export_is_replaced_only_on_demand(run_dir: Path) -> None:
     run_export(run_dir, "--to", "safetensors")
-    with pytest.raises(UserError, match="holds an earlier export; add --overwrite to replace it"):
+    with pytest.raises(UserError, match="contains an earlier export; add --overwrite"):
         run_export(run_dir, "--to", "safetensors")
     assert run_export(run_dir, "--to", "safetensors", "--overwrite") == 0
 
@@ -195,7 +195,7 @@ def test_a_folder_that_is_no_export_is_never_replaced(run_dir: Path, tmp_path: P
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"--out '.*/mine' exists and is no earlier export"):
+    with pytest.raises(UserError, match=r"--out '.*/mine' exists and is not an earlier export"):
         run_export(run_dir, "--to", "safetensors", "--out", mine, "--overwrite")
     assert (mine / "thesis.tex").read_text() == "x"
 
@@ -278,13 +278,13 @@ def test_a_checkpoint_of_another_model_is_named_with_what_differs(run_dir: Path)
 
 def test_a_file_without_weights_is_no_checkpoint(run_dir: Path) -> None:
     torch.save([1, 2], run_dir / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match="is a torch file but no checkpoint: it holds a list, no 'state_dict'"):
+    with pytest.raises(UserError, match="a torch file but not a checkpoint: it contains a list, but no 'state_dict'"):
         run_export(run_dir, "--to", "safetensors")
 
 
 def test_huggingface_needs_a_transformers_backbone() -> None:
     module = nn.Module()
-    with pytest.raises(UserError, match="Module is none: it has no attribute `backbone`; use --to safetensors"):
+    with pytest.raises(UserError, match="Module is not one: it has no attribute `backbone`; use --to safetensors"):
         huggingface.require_pretrained(module)
     module.backbone = nn.Linear(1, 1)
     with pytest.raises(UserError, match="its backbone is a Linear; use --to safetensors"):

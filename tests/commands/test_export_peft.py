@@ -87,7 +87,7 @@ def test_a_run_without_adapters_is_named(run_dir: Path) -> None:
     (run_dir / "resolved.yaml").write_text(json.dumps(bare))
     model = build(load_resolved(run_dir)).model
     torch.save({"state_dict": model.state_dict(), "global_step": 1}, run_dir / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match="--to peft exports adapters, and CausalLM of this run has none"):
+    with pytest.raises(UserError, match="--to peft exports adapters, but CausalLM of this run has none"):
         run_export(run_dir, "--to", "peft")
 
 

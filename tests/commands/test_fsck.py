@@ -162,7 +162,7 @@ STRANGE = {
     "a deep manifest": (archive(b"[" * 60_000), "its manifest cannot be read"),
     "a deep marker": (marker("[" * 1_000_000), "its COMPLETE file cannot be read"),
     "a marker that is a list": (marker("[]"), "its COMPLETE file cannot be read"),
-    "a marker of lists": (marker('{"format": 2, "files": {"shard": []}}'), "says nothing of the size and sum of shard"),
+    "a marker of lists": (marker('{"format": 2, "files": {"shard": []}}'), "does not give the size and sum of shard"),
     "a marker that is a pipe": (marker_pipe, "has no COMPLETE file"),
     "no text at all": (marker("\0" * 9), "its COMPLETE file cannot be read"),
     "a format that is text": (marker('{"format": "x", "files": {}}'), "its COMPLETE file cannot be read"),

@@ -167,7 +167,7 @@ def test_finished_runs_are_kept_torn_ones_done_again_and_other_settings_refused(
     assert "tiny on Rows: val/loss in random subspaces of 15 weights" in said
     assert intrinsic_dimension(*arguments, "trainer.max_steps=20") == 2
     said = capsys.readouterr().err
-    assert "holds a search with other settings (then -> now, in direct-seed0)" in said
+    assert "contains a search with other settings (then -> now, in direct-seed0)" in said
     assert "trainer.max_steps: 8 -> 20" in said
 
 
@@ -185,7 +185,7 @@ def test_finished_runs_are_kept_torn_ones_done_again_and_other_settings_refused(
             ["--grid", "5", "--metric", "val/f1"],
             "'val/f1' is not logged by the validation of tiny; it logs val/loss",
         ),
-        (["--grid", "5,16"], "--grid ends at 16, and tiny trains 15 weights"),
+        (["--grid", "5,16"], "--grid ends at 16, but tiny trains 15 weights"),
         (["--grid", "5", "--projection", "lightspan.nope.X"], "intrinsic_dimension.init_args.projection"),
     ],
 )

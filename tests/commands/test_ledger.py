@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.ledger import Ledger
 from lightspan.cli import main
-from lightspan.commands.ledger import balance, runs_of
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.datamodules.shards.stream import Shards
+from lightspan.runs.ledger import balance, runs_of
 
 
 class Numbers:
@@ -155,7 +155,7 @@ def test_shards_carry_an_epochs_rest_into_the_next_and_damage_is_counted(
     assert not account.exact
     assert main(["ledger", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
-    assert f"damaged     {account.replaced} samples replaced by others, 1 shards not whole" in printed
+    assert f"damaged     {account.replaced} samples replaced by others, 1 incomplete shards" in printed
     assert "never seen  1: 2\n" in printed
     assert "part-0.tar is missing" in printed
     assert f"part-1.tar: sample 2 at byte {start} is damaged" in printed
@@ -195,7 +195,7 @@ def test_a_loader_without_an_order_leaves_no_ledger_and_a_folder_without_one_is_
 
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(tmp_path, Plain(), 1)
-    assert "no ledger is kept: a DataLoader has no order of samples blind to ranks" in caplog.text
+    assert "no ledger is kept: a DataLoader has no order independent of ranks" in caplog.text
     assert not (tmp_path / "ledger.json").exists()
     assert main(["ledger", str(tmp_path)]) == 2
     assert "lightspan.callbacks.watching.ledger.Ledger" in capsys.readouterr().err
@@ -216,13 +216,12 @@ def test_why_there_is_no_ledger_is_said_by_what_the_run_records(
         assert main(["ledger", str(tmp_path / name)]) == 2
         said[name] = capsys.readouterr().err
     assert "the run has the Ledger callback" in said["with"]
-    assert "a DataLoader of your own has none" in said["with"]
-    assert "a run keeps a ledger where" not in said["with"]
+    assert "your own DataLoader has none" in said["with"]
+    assert "a run keeps a ledger if" not in said["with"]
     assert (
-        "a run keeps a ledger where trainer.callbacks has {class_path: lightspan.callbacks.watching.led"
-        in said["without"]
+        "a run keeps a ledger if trainer.callbacks has {class_path: lightspan.callbacks.watching.led" in said["without"]
     )
-    assert "a run keeps a ledger where" in said["odd"]
+    assert "a run keeps a ledger if" in said["odd"]
 
 
 LEDGER = {
@@ -256,4 +255,4 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path, capsys, text) -> None:
     (tmp_path / "ledger.json").unlink()
     os.mkfifo(tmp_path / "ledger.json")
     assert main(["ledger", str(tmp_path)]) == 2
-    assert "it is no regular file" in capsys.readouterr().err
+    assert "it is not a regular file" in capsys.readouterr().err

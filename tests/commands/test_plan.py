@@ -12,11 +12,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightspan.analysis.memory import state_bytes
 from lightspan.commands import plan as command
-from lightspan.commands.plan import measured_peak, shares, verdict
+from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
+from lightspan.memory import state_bytes
 from lightspan.planning.division import Division, division, strategy_of
+from lightspan.planning.outcome import measured_peak, shares, verdict
 from lightspan.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
 from lightspan.planning.step_memory import StepMemory
 from lightspan.strategies import FSDP2
@@ -148,7 +149,7 @@ def test_a_model_that_reads_numbers_is_planned_by_a_real_step(tmp_path: Path) ->
     assert plan.largest_rows is not None
     assert plan.largest_rows > 8
     assert "counted by a real step, since a fake one stopped (it reads a number from a tensor" in plan.notes[0]
-    assert plan.notes[1] == "the largest micro-batch lies on a line through real steps of 4 and 8 samples"
+    assert plan.notes[1] == "the largest micro-batch is on a line through real steps of 4 and 8 samples"
 
 
 def test_a_real_step_on_demand_counts_the_same(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_the_largest_batch_uses_the_memory_given(tmp_path: Path) -> None:
 def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     module = Regression()
     module.automatic_optimization = False
-    with pytest.raises(UserError, match=r"Regression optimises by hand .* measure it by a short run"):
+    with pytest.raises(UserError, match=r"Regression uses manual optimisation .* measure it in a short run"):
         planned(tmp_path, module)
 
 
@@ -338,3 +339,28 @@ def test_ranks_that_are_not_here_are_planned_here(tmp_path: Path, capsys: pytest
         run_plan(recipe, "--ranks", 3, flags=size)
     with pytest.raises(UserError, match=r"--ranks 0 must be at least 1"):
         run_plan(recipe, "--ranks", 0, flags=size)
+
+
+class Pictures(LightningModule):
+    """Of 3 channels to a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch["image"].mean(dim=(2, 3))).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_plan_needs_no_shards_and_one_that_is_there_has_to_be_whole(tmp_path: Path) -> None:
+    data = Shards([str(tmp_path / "0.tar")], image_size=8, batch_size=12)
+    plan = make_plan(trainer(tmp_path), Pictures(), data, AMPLE, division=Division(ranks=3))
+    assert plan.step.rows == 4
+    assert plan.notes == ["a batch of black pictures stands in for the shards, which are not here"]
+    (tmp_path / "0.tar").write_bytes(b"")
+    data = Shards([str(tmp_path / f"{number}.tar") for number in range(2)], image_size=8)
+    with pytest.raises(UserError, match=r"0\.tar is not a tar file"):
+        make_plan(trainer(tmp_path), Pictures(), data, AMPLE)

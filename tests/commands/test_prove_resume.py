@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from rank_processes import PROJECT, TINY
 
 from lightspan.cli import main
-from lightspan.commands import prove_resume
-from lightspan.commands.prove_resume import DIFFERENT, Kill
+from lightspan.commands.prove_resume import DIFFERENT
+from lightspan.runs import proof
 from lightspan.runs.fits import ranks_of
+from lightspan.runs.proof import Kill
 
 COMMAND = ["prove-resume", *TINY, "--steps", "8"]
 
@@ -33,7 +34,7 @@ def quick_starts(monkeypatch):
         log.write_text(ended.said)
         return ended.statuses
 
-    monkeypatch.setattr(prove_resume, "ranks_of", start)
+    monkeypatch.setattr(proof, "ranks_of", start)
 
 
 @pytest.mark.ranks
@@ -86,19 +87,19 @@ def test_a_loader_that_forgets_its_place_is_found_out(tmp_path, capsys):
 def test_a_run_that_fails_by_itself_is_no_proof(capsys):
     assert main([*COMMAND, "--kills", "1", "data.init_args.poisoned=3"]) == 2
     error = capsys.readouterr().err
-    assert "straight-1 on 1 rank(s) was to finish but ended with status 2; its last lines:" in error
+    assert "straight-1 on 1 rank(s) should finish but ended with status 2; its last lines:" in error
     assert "is not finite" in error
 
 
 def settings(**changes):
     values = {"ranks": [1, 2], "kills": 3, "steps": 20, "every": 4, "seed": 0, **changes}
-    return prove_resume._Settings(**values)
+    return proof.Settings(**values)
 
 
 def test_kills_are_drawn_from_the_seed_alone_and_change_the_ranks_in_turn():
-    runs = prove_resume._runs(settings())
-    assert runs == prove_resume._runs(settings())
-    assert runs != prove_resume._runs(settings(seed=1))
+    runs = proof.planned_runs(settings())
+    assert runs == proof.planned_runs(settings())
+    assert runs != proof.planned_runs(settings(seed=1))
     assert [leg.ranks for leg in runs["changing-float64"]] == [1, 2, 1, 2]
     assert all(leg.double for leg in runs["straight-2-float64"] + runs["changing-float64"])
     assert not any(leg.double for leg in runs["straight-2"] + runs["killed-2"])
@@ -113,7 +114,7 @@ def test_kills_are_drawn_from_the_seed_alone_and_change_the_ranks_in_turn():
 def test_every_kill_comes_before_the_step_at_which_its_start_would_end(steps, every, kills, seed):
     if not (kills < steps and every <= steps):
         return
-    legs = prove_resume._runs(settings(ranks=[2], steps=steps, every=every, kills=kills, seed=seed))["killed-2"]
+    legs = proof.planned_runs(settings(ranks=[2], steps=steps, every=every, kills=kills, seed=seed))["killed-2"]
     done = 0  # steps in the checkpoint that the next start goes on from
     for kill in (leg.kill for leg in legs if leg.kill is not None):
         assert done <= kill.step < steps

@@ -170,7 +170,7 @@ def test_what_is_no_run_is_named(tmp_path: Path, prepare: Callable[[Path], None]
 def test_a_folder_of_runs_tells_which_runs_to_name(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("all/a")
     make_run("all/b")
-    with pytest.raises(UserError, match="it holds the runs a, b: name those"):
+    with pytest.raises(UserError, match="it contains the runs a, b: name those"):
         run_report(tmp_path / "all", "--out", tmp_path / "out")
 
 
@@ -212,7 +212,7 @@ def test_what_is_nested_too_deep_is_refused(make_run: MakeRun, tmp_path: Path, f
     folder = make_run("a")
     line = '{"step": 0, "x": ' + "[" * depth + "]" * depth + "}\n"
     (folder / file).write_text(line * 2 if file.endswith("jsonl") else line)  # a last line may be cut off
-    with pytest.raises(UserError, match=f"{file}.*(nested|levels|mapping|YAML)"):
+    with pytest.raises(UserError, match=f"{file}.*(nested|levels|mapping|YAML|values)"):
         run_report(folder, "--out", tmp_path / "out")
 
 
@@ -249,7 +249,7 @@ def test_a_broken_line_is_named_by_file_and_number(make_run: MakeRun, tmp_path: 
 def test_the_runs_own_summary_is_never_overwritten(make_run: MakeRun) -> None:
     folder = make_run("a")
     before = (folder / "summary.json").read_bytes()
-    with pytest.raises(UserError, match=r"would put a summary.json into run folder .* over the run's own"):
+    with pytest.raises(UserError, match=r"would overwrite summary.json of run folder .* the run's own"):
         run_report(folder, "--out", folder)
     assert (folder / "summary.json").read_bytes() == before
 
@@ -281,3 +281,12 @@ def test_the_page_opens_in_a_browser(make_run: MakeRun, tmp_path: Path) -> None:
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
     # The curves of both runs, drawn with the style sheet's colours: neither the styles nor the SVG were refused.
     assert {(0x1F, 0x5F, 0xD0), (0xD1, 0x56, 0x0F)} <= colours
+
+
+def test_a_place_that_cannot_be_written_is_laid_to_the_option_that_chose_it(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("a")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make folder .*file/out: .*; .* with --out"):
+        run_report(folder, "--out", tmp_path / "file" / "out")
+    with pytest.raises(UserError, match=r"cannot make folder .*file/out: .*; .* with --png"):
+        run_report(folder, "--out", tmp_path / "out", "--png", tmp_path / "file" / "out" / "curves.png")

@@ -1,93 +1,209 @@
-"""What `lightspan fit` says when a run ends otherwise than by its last step."""
+"""`lightspan run`: recipes of estimators and mergers, from the check to the run folder."""
 
-import errno
-import os
-import signal
-from types import SimpleNamespace
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from rank_processes import launch
+from safetensors.torch import load_file, save_file
 
-from lightspan.commands import run
+from lightspan.cli import main
+from lightspan.commands.run import _device
+from lightspan.config.build import build_parts
+from lightspan.config.resolve import ANY_KIND, resolve
+from lightspan.config.tree import dump
 from lightspan.errors import UserError
-from lightspan.signals import remembered
+
+ESTIMATOR: dict[str, Any] = {
+    "about": {"title": "A probe"},
+    "estimator": {"class_path": "lightspan.estimators.probes.LinearProbe", "init_args": {"l2": 0.5}},
+    "inputs": {
+        name: {"class_path": "lightspan.features.encoded.FeatureFile", "init_args": {"path": f"{name}.safetensors"}}
+        for name in ("bank", "query")
+    },
+}
+MERGER: dict[str, Any] = {
+    "merger": {"class_path": "lightspan.merging.arithmetic.WeightedAverage"},
+    "checkpoints": {"first": "bank.safetensors", "second": "query.safetensors"},
+}
 
 
-def call(tmp_path, error: BaseException, checkpoint=None, interrupted=False):
-    built = SimpleNamespace(trainer=SimpleNamespace(interrupted=interrupted, global_step=7))
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIGHTSPAN_RUN", "")
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("bank", 40), ("query", 40)):
+        label = torch.arange(rows) % 2
+        x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows)) + 3 * label[:, None]
+        save_file({"features": x, "label": label}, f"{name}.safetensors")
 
-    def function():
-        raise error
 
-    return run.call(function, built, tmp_path, checkpoint)
+def recipe(content: dict[str, Any], **changes: Any) -> str:
+    Path("r.yaml").write_text(dump({**content, **changes}))
+    return "r.yaml"
 
 
-def test_an_error_of_a_disk_names_the_run_and_one_of_a_file_the_file(tmp_path):
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}: the disk is full"):
-        call(tmp_path, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}: the disk or network file system reports an error"):
-        call(tmp_path, OSError(errno.EIO, "Input/output error"))
-    old = tmp_path / "checkpoints" / "step=3.ckpt"
-    with pytest.raises(UserError, match=f"cannot write {old}: permission is denied"):
-        call(tmp_path, PermissionError(errno.EACCES, "Permission denied", str(old)))
+def test_an_estimators_run_leaves_its_result_and_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", recipe(ESTIMATOR), "--run", "out", "estimator.init_args.l2=2.0"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy" in said
+    assert "wrote" in said
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["recipe"] == "r"
+    assert result["result"] == "lightspan.estimators.probes.Accuracy"
+    assert result["figures"][0]["unit"] == "%"
+    assert result["fields"]["bank_rows"] == 40
+    assert load_file("out/result.safetensors")["weight"].shape == (3, 2)
+    assert "l2: 2.0" in Path("out/resolved.yaml").read_text()
+    assert json.loads(Path("out/provenance.json").read_text())["recipe"] == "r"
+    assert main(["run", "r.yaml", "--run", "out"]) == 2
+    assert "already contains a run (result.json)" in capsys.readouterr().err
+    assert main(["report", "out"]) == 2
+    assert "report compares training runs; its figures are in out/result.json" in capsys.readouterr().err
+
+
+def test_a_mergers_run_leaves_a_checkpoint_that_says_what_was_merged(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", recipe(MERGER), "--run", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "tensors merged" in said
+    assert f"with_weights, init_args: {{module: NETWORK, path: {Path('out/merged.safetensors').absolute()}}}" in said
+    assert torch.equal(load_file("out/merged.safetensors")["features"], load_file("bank.safetensors")["features"])
+    assert json.loads(Path("out/result.json").read_text())["fields"]["merged"] == 1
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("command", "ends"),
     [
-        PermissionError(errno.EACCES, "Permission denied"),  # of a socket, or shared memory
-        PermissionError(errno.EACCES, "Permission denied", "/etc/shadow"),
-        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
-        RuntimeError("my state_dict is broken"),
+        (["validate", "compression/vit", "--ckpt", "out/merged.safetensors"], ""),
+        (["fit", "compression/vit", "--run", "new", "--resume", "out/merged.safetensors"], ""),
+        (["export", "out/merged.safetensors", "--to", "safetensors"], "there is nothing left to export"),
+        (["export", "out", "--to", "safetensors"], "there is nothing left to export"),
     ],
 )
-def test_an_error_of_something_else_stays_as_it_is(tmp_path, error):
-    with pytest.raises(type(error)) as raised:
-        call(tmp_path, error, checkpoint=tmp_path / "last.ckpt")
-    assert raised.value is error
+def test_merged_weights_are_told_from_a_checkpoint(
+    command: list[str], ends: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").mkdir()
+    Path("bank.safetensors").rename("out/merged.safetensors")
+    assert main(command) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "out/merged.safetensors holds weights alone, as safetensors, and is no checkpoint; a network gets" in said
+    assert said.endswith(ends)
+    assert not Path("new").exists()
 
 
-def test_errors_are_told_by_where_they_were_raised(tmp_path):
-    def load_state_dict():
-        raise RuntimeError("size mismatch for weight")
-
-    def _validate_condition_metric():
-        raise RuntimeError("Early stopping conditioned on metric `val/los` which is not available")
-
-    built = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=7))
-    with pytest.raises(UserError, match=r"last.ckpt is a checkpoint of another model: size mismatch"):
-        run.call(load_state_dict, built, tmp_path, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="early stopping: Early stopping conditioned on metric `val/los`"):
-        run.call(_validate_condition_metric, built, tmp_path, None)
+@pytest.mark.parametrize("content", [ESTIMATOR, MERGER], ids=["estimator", "merger"])
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {*Path().iterdir(), Path(recipe(content))}
+    assert main(["run", "r.yaml", "--dry-run", "--features", "store"]) == 0
+    said = capsys.readouterr().out
+    assert "r: builds. Nothing was written." in said
+    assert ("features of 40 samples in bank.safetensors" if content is ESTIMATOR else "tensors merged") in said
+    assert {*Path().iterdir()} == before
 
 
-def test_a_second_ctrl_c_in_a_write_is_no_error_of_the_write(tmp_path, capsys):
-    with remembered((signal.SIGTERM, signal.SIGINT)):
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        status, _ = call(tmp_path, RuntimeError("inline_container.cc: unexpected pos"), interrupted=True)
-    assert status == 130
-    assert "stopped by Ctrl-C at step 7; no checkpoint was written yet" in capsys.readouterr().err
+@pytest.mark.parametrize("content", [ESTIMATOR, MERGER], ids=["estimator", "merger"])
+def test_every_verb_that_trains_says_which_verb_takes_the_recipe(
+    content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in (["fit"], ["plan"], ["submit", "--to", "local"], ["prove-resume"]):
+        assert main([*verb, recipe(content)]) == 2
+        said = capsys.readouterr().err
+        assert "which does not train; use it with `lightspan run`" in said, verb
+    assert main(["run", "compression/vit"]) == 2
+    assert "is the recipe of a model, which trains; use it with `lightspan fit`" in capsys.readouterr().err
+    assert main(["check", "r.yaml"]) == 0
+    assert main(["show", "r.yaml", "--resolved"]) == 0
 
 
-def test_where_it_stopped_and_how_to_go_on_are_said_once(tmp_path, capsys):
-    from lightspan.callbacks.resilience.preemption import Preempted
-
-    folder = tmp_path / "a `id`"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "last.ckpt").touch()
-    status, _ = call(folder, Preempted(143, "preempted by SIGTERM after step 3"))
-    assert status == 143
-    said = capsys.readouterr().err
-    assert said.count("is whole") == 1
-    assert f"the same command with --run '{folder}' goes on from it" in said
+def wrong(content: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return {**content, key: value}
 
 
-def test_a_validation_that_is_due_after_the_end_of_an_epoch_is_refused_in_words(tmp_path):
-    def setup_data():
-        raise ValueError(
-            " `val_check_interval` (9) must be less than or equal to the number of the training batches (4)."
-        )
+PROBE = ESTIMATOR["estimator"]
+BANK = ESTIMATOR["inputs"]["bank"]
 
-    built = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=0))
-    with pytest.raises(UserError, match=r"the Trainer refuses this run: `val_check_interval` \(9\) must be less"):
-        run.call(setup_data, built, tmp_path, None)
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            wrong(ESTIMATOR, "trainer", {"max_steps": 1}),
+            "trainer: unknown key; allowed here: seed_everything, estimator",
+        ),
+        (wrong(ESTIMATOR, "estimator", None), "estimator: missing; a recipe names its estimator with class_path"),
+        (wrong(ESTIMATOR, "estimator", {"class_path": "os.system"}), "os.system is outside the allowed modules"),
+        (
+            wrong(ESTIMATOR, "estimator", {"class_path": "torch.nn.Linear"}),
+            "must be an Estimator, but torch.nn.Linear is not",
+        ),
+        (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l3": 1}}), "LinearProbe takes: l2, max_iterations"),
+        (wrong(ESTIMATOR, "inputs", {"bank": {"class_path": "torch.nn.Linear"}}), "must be an Input"),
+        (wrong(ESTIMATOR, "inputs", {"a.b": BANK}), "must be a name that `fit` accepts"),
+        (wrong(ESTIMATOR, "inputs", BANK), "give the entry a name"),
+        (wrong(ESTIMATOR, "inputs", [1]), "must map a name"),
+        (wrong(ESTIMATOR, "checkpoints", {}), "checkpoints: unknown key"),
+        (wrong(MERGER, "checkpoints", ["a"]), "must map names of your choice to paths"),
+        (
+            wrong(MERGER, "checkpoints", {"a": 1}),
+            "must be the path of a run folder, a .ckpt or a safetensors file, got 1",
+        ),
+        (wrong(MERGER, "merger", {"class_path": "lightspan.merging.merger.merge"}), "is a function"),
+        (wrong(MERGER, "merger", {"class_path": "lightspan.merging.weights.Path"}), "outside the allowed modules"),
+    ],
+)
+def test_the_gate_and_the_check_are_those_of_every_recipe(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        resolve(recipe(content), kinds=ANY_KIND)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (wrong(ESTIMATOR, "inputs", {"bank": BANK}), "takes the inputs bank, query: query is missing"),
+        (wrong(ESTIMATOR, "inputs", {**ESTIMATOR["inputs"], "other": BANK}), "other is not one of them"),
+        (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l2": -1.0}}), "l2=-1.0 must be above 0"),
+        (wrong(MERGER, "checkpoints", {"a": "bank.safetensors", "b": "gone"}), "checkpoint gone does not exist"),
+        (
+            wrong(MERGER, "merger", {**MERGER["merger"], "init_args": {"weights": {"a": -1.0}}}),
+            "r.yaml:4 merger.init_args.weights: WeightedAverage weights={'a': -1.0} must be 0 or more",
+        ),
+    ],
+)
+def test_what_does_not_compute_is_said_in_one_error_and_leaves_no_result(
+    content: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", recipe(content), "--run", "out"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_inputs_that_say_the_same_of_an_encoder_get_the_same_random_weights() -> None:
+    parts = build_parts(resolve("analysis/knn_digits", kinds=ANY_KIND))
+    first, second = (list(parts["inputs"][name].encoder.parameters()) for name in ("bank", "query"))
+    assert first[0] is not second[0]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", recipe(ESTIMATOR), "--run", "out", "--device", "nonsense"]) == 2
+    assert "--device nonsense:" in capsys.readouterr().err
+
+
+def test_every_rank_computes_on_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [_device(wanted) for wanted in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+
+
+def test_all_ranks_refuse_a_used_run_folder_with_one_error(tmp_path: Path) -> None:
+    Path("out").mkdir()
+    Path("out/result.json").write_text("{}")
+    ended = launch(["run", recipe(ESTIMATOR), "--run", "out"], 2, tmp_path / "logs", cwd=tmp_path)
+    assert ended.statuses == [2, 2], ended.said
+    assert ended.said.count("already contains a run (result.json); give another --run DIR") == 2

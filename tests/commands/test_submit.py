@@ -384,7 +384,7 @@ def test_a_key_comes_from_a_secret_of_the_cluster(render: Callable[..., str]) ->
     ("arguments", "says"),
     [
         (["--to", "slurm", "trainer.max_stepz=1"], "did you mean max_steps"),
-        (["--to", "slurm", "--nodes", "0"], "'0' is no whole number from 1 on"),
+        (["--to", "slurm", "--nodes", "0"], "'0' is not a whole number from 1 up"),
         (["--to", "slurm", "--time", "soon"], "write minutes, H:M:S or D-H:M:S"),
         (["--to", "slurm", "--time", "0"], "at least 1 minute"),
         (["--to", "slurm", "--partition", "a b"], "letters, digits"),

@@ -17,12 +17,16 @@ from lightspan.config.source import Source
 MODULE = """
 from collections.abc import Callable
 from typing import Literal, Optional, Union
+import enum
 import torch
 Mode = Literal["min", "max"]
 Size = Union[int, list[int]]
 Schedule = Callable[[object, int], object]
 ScheduleCallable = Callable[[object, int], object]
 class Net: ...
+class Colour(enum.Enum): ...
+class Shade(Colour): ...
+class Own(Elsewhere): ...
 """
 SOURCE = Source("m", Path("m.py"), ast.parse(MODULE), False, False)
 
@@ -86,10 +90,18 @@ def test_classes_of_an_annotation_are_known_all_or_not_at_all():
     assert class_names(annotation("Net | Unknown"), SOURCE) == []
 
 
-@pytest.mark.parametrize("text", ["Net", "torch.dtype", "Any", "Unknown", "int | Net", "list[Net]"])
+@pytest.mark.parametrize("text", ["torch.dtype", "Any", "Unknown", "int | Unknown", "list[Unknown]", "Shade", "Own"])
 def test_what_source_cannot_decide_is_neither(text):
     value = ["x"] if text.startswith("list") else "x"
     assert fits(value, annotation(text), SOURCE) is None
+
+
+@pytest.mark.parametrize("text", ["Net", "int | Net", "list[Net]", "Net | None"])
+def test_no_plain_value_but_a_mapping_is_an_object_of_a_class(text):
+    value, mapping = (["x"], [{"a": 1}]) if text.startswith("list") else ("x", {"a": 1})
+    assert fits(value, annotation(text), SOURCE) is False
+    assert fits([[1]], annotation(text), SOURCE) is False
+    assert fits(mapping, annotation(text), SOURCE) is None
 
 
 @pytest.mark.parametrize(

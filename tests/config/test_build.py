@@ -153,8 +153,12 @@ def test_a_name_that_is_no_module_cannot_be_allowed():
 
 
 def test_a_misspelt_module_is_said_to_be_missing():
-    with pytest.raises(UserError, match=r"(?s)tiny_lab\.parts\.Tiny is outside.*--allow-module tiny_lib: there is no"):
+    with pytest.raises(UserError, match=r"(?s)--allow-module tiny_lib: there is no .*tiny_lab\.parts\.Tiny is outside"):
         resolve(RECIPE, [], [], ["tiny_lib"])
+    with pytest.raises(UserError) as refused:
+        resolve(RECIPE, [], ["model.class_path=tiny_lib.Tiny"], ["tiny_lab", "tiny_lib"])
+    _, line = str(refused.value).splitlines()  # and nothing of the settings, which nobody can judge
+    assert line.startswith("  command line model.class_path: --allow-module tiny_lib: there is no such module here")
     notes = resolve(RECIPE, [], [], ["tiny_lab", "tiny_lib"]).notes
     assert [note for note in notes if "--allow-module" in note] == [
         "--allow-module tiny_lib: there is no such module here, neither installed nor in the current folder"
@@ -170,3 +174,21 @@ def test_a_parser_of_ones_own_imports_after_a_build_what_it_could_before():
     parser.add_argument("--layer", type=torch.nn.Module)
     given = {"class_path": "torch.nn.Flatten"}
     assert type(parser.instantiate_classes(parser.parse_object({"layer": given})).layer) is torch.nn.Flatten
+
+
+def test_an_error_inside_ones_own_module_names_its_file_and_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = (
+        "from lightning import LightningModule\nimport %s\n"
+        "class Net(LightningModule):\n    def __init__(self):\n        super().__init__(); self.nope\n"
+    )
+    Path("own_broken.py").write_text(own % "nowhere_to_be_found")
+    Path("own_wrong.py").write_text(own % "torch")
+    for module, said in (
+        ("own_broken", r"model: No module named 'nowhere_to_be_found' \(own_broken\.py:2\)$"),
+        ("own_wrong", r"own_wrong\.Net: AttributeError: 'Net' object has no attribute 'nope' \(own_wrong\.py:5\)$"),
+    ):
+        Path("r.yaml").write_text(f"model: {{class_path: {module}.Net}}\n")
+        with pytest.raises(UserError, match=said):
+            build(resolve("r.yaml", [], [], [module]), tmp_path)

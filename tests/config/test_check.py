@@ -1,7 +1,8 @@
 import pytest
 
 from lightspan.config.check import find_problems
-from lightspan.config.merge import without_removed
+from lightspan.config.flags import flag_layer
+from lightspan.config.merge import merge_layers, without_removed
 from lightspan.config.tree import parse
 
 MODEL = "model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}\n"
@@ -26,13 +27,20 @@ def test_a_sound_configuration_has_no_problems():
         ("trainer: {detect_anomaly: 1}\n", "trainer.detect_anomaly: must be true or false, got 1"),
         ("trainer: 3\n", "trainer: must be a mapping of Trainer settings, got 3"),
         ("seed_everything: abc\n", "seed_everything: must be a whole number, got 'abc'"),
-        ("trainer: {callbacks: [{class_path: x.Y}]}\n", "must be a mapping of a name of your choice to class_path"),
+        ("trainer: {callbacks: [{class_path: x.Y}]}\n", "must map a name of your choice to class_path"),
         ("trainer: {callbacks: {class_path: torch.nn.ReLU}}\n", "give the entry a name"),
         (
             "trainer: {logger: {a: {init_args: {x: 1}}}}\n",
-            "trainer.logger.a: has no class_path (nothing below sets one",
+            "trainer.logger.a: has no class_path (no lower layer sets one",
         ),
-        ("data: {batch_size: 3}\n", "data: has no class_path (nothing below sets one either); got the keys batch_size"),
+        (
+            "trainer: {callbacks: {probes: {class_path: x.Y}, probs: {init_args: {x: 1}}}}\n",
+            "trainer.callbacks.probs: has no class_path (no lower layer sets one either); did you mean probes?",
+        ),
+        (
+            "data: {batch_size: 3}\n",
+            "data: has no class_path (no lower layer sets one either); got the keys batch_size",
+        ),
         ("trainer: {default_root_dir: '${home}/x'}\n", "unknown placeholder ${home}; only ${run} (the run folder)"),
         ("trainer: {strategy: os.system}\n", "'os.system' names a class as text"),
     ],
@@ -59,7 +67,7 @@ def test_each_mistake_is_named_with_place_and_way_out(text, expected):
         ("{class_path: torch.nn.ReLU, inplace: true}", "m.inplace: unknown key beside class_path;"),
         ("{class_path: torch.nn.ReLU, init_args: 3}", "m.init_args: must be a mapping, got 3"),
         ("{class_path: os.system}", "m.class_path: os.system is outside the allowed modules"),
-        ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, and torch.nn.ReLU is none"),
+        ("{class_path: torch.nn.ReLU}", "m.class_path: must be a Callback, but torch.nn.ReLU is not"),
         (
             "{class_path: lightspan.callbacks.resilience.chekpoint.Checkpoint}",
             "has no chekpoint; did you mean checkpoint?",
@@ -79,7 +87,7 @@ LINEAR = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("backbone: {class_path: torch.nn.ReLU}", "backbone.class_path: must be a PreTrainedModel, and torch.nn.ReLU"),
+        ("backbone: {class_path: torch.nn.ReLU}", "backbone.class_path: must be a PreTrainedModel, but torch.nn.ReLU"),
         ("backbone: torch.nn.ReLU", "'torch.nn.ReLU' names a class as text"),
         ("optimizer: AdamW", "optimizer: must be Callable[[Iterable], Optimizer], got 'AdamW'"),
         ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: [1]}}", "lr: must be a number or Tensor, got [1]"),
@@ -97,12 +105,53 @@ def test_a_value_is_of_the_kind_that_its_setting_declares(settings, expected):
     assert any(expected in problem for problem in found), found
 
 
+SWITCHES = (
+    "model:\n  class_path: lightspan.methods.language.causal_lm.CausalLM\n  init_args:\n"
+    "    backbone: {class_path: lightspan.backbones.language.llama}\n"
+    "    optimizer: {class_path: lightspan.optim.low_rank.LowRank, init_args: {%s}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("switch", "kind", "meant"),
+    [
+        ("basis: svd", "Basis or null, got 'svd'", "did you mean class_path: lightspan.optim.bases.SVDBasis?"),
+        ("basis: SVDBasis", "Basis or null, got 'SVDBasis'", "did you mean class_path: lightspan.optim.bases.SVDBas"),
+        ("residual: fira", "Residual or null, got 'fira'", "did you mean class_path: lightspan.optim.residuals.Fira?"),
+        ("refresh: 'Every(9)'", "a whole number or Trigger, got", "class_path: lightspan.optim.triggers.Every? "),
+        ("rank: auto", "a whole number, got 'auto'", ""),
+        ("basis: 3", "Basis or null, got 3", "class_path: MODULE.NAME; lightspan.optim.bases has PowerBasis, SVDBas"),
+        ("inner: [1]", "Inner, got [1]", "lightspan.optim.inner has Adam, SGD, NewtonSchulz"),
+        ("moments: null", "MomentStorage, got None", "lightspan.optim.moments has Float32Moments, BFloat16Moments"),
+    ],
+)
+def test_a_plain_value_for_an_object_is_refused_with_the_classes_there_are(switch, kind, meant):
+    (found,) = problems(SWITCHES % switch)
+    assert found.startswith(f"r.yaml:5 model.init_args.optimizer.init_args.{switch.split(':')[0]}: must be {kind}")
+    assert meant in found
+
+
+def test_on_the_command_line_a_class_is_named_by_a_flag():
+    flag = flag_layer(["model.init_args.optimizer.init_args.basis=svd"])
+    tree, _ = merge_layers([parse(SWITCHES % "rank: 4", "r.yaml"), flag])
+    (found,) = map(str, find_problems(tree))
+    assert found.startswith(
+        "command line model.init_args.optimizer.init_args.basis: must be Basis or null, got 'svd'; "
+    )
+    assert "did you mean model.init_args.optimizer.init_args.basis.class_path=lightspan.optim.bases.SVDBasis?" in found
+
+
+@pytest.mark.parametrize("switch", ["basis: null", "refresh: 7", "rank: 4", "residual: null"])
+def test_a_plain_value_passes_where_one_is_declared_beside_the_class(switch):
+    assert problems(SWITCHES % switch) == []
+
+
 @pytest.mark.parametrize("value", [LINEAR, "[" + LINEAR + "]", "{a: [" + LINEAR + "]}"])
 def test_no_class_stands_where_no_type_is_declared(value):
     linear = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features: 1, device: " + value + "}}"
     model = "model: {class_path: lightspan.methods.supervised.classifier.Classifier, init_args: {backbone: " + linear
     found = problems(model + ", num_classes: 2, optimizer: {class_path: torch.optim.AdamW}}}\n")
-    assert ["no class may stand here: its type is not declared" in problem for problem in found] == [True]
+    assert ["no class may be given here: the type is not declared" in problem for problem in found] == [True]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +164,7 @@ def test_no_class_stands_where_no_type_is_declared(value):
         ("devices: 99999999999999999999", "must fit in 64 bits"),
         ("max_time: .inf", "must be a finite number"),
         ("gradient_clip_val: .nan", "must be a finite number"),
-        ('max_time: "a\\0b"', "holds a NUL character"),
+        ('max_time: "a\\0b"', "contains a NUL character"),
         (
             "callbacks: {w: {class_path: lightspan.callbacks.resilience.watchdog.Watchdog,"
             " init_args: {timeout_s: 1e20}}}",
@@ -141,7 +190,7 @@ def test_the_arguments_that_a_method_supplies_are_neither_missing_nor_allowed():
     )
     assert problems(text) == []
     found = problems(text.replace("{lr: 1e-3}", "{lr: 1e-3, params: [1]}"))
-    assert ["optimizer.init_args.params: the caller supplies it" in problem for problem in found] == [True]
+    assert ["optimizer.init_args.params: the caller supplies this" in problem for problem in found] == [True]
 
 
 METHOD = (
@@ -162,7 +211,7 @@ METHOD = (
 )
 def test_the_second_argument_of_a_schedule_is_the_number_of_steps(schedule, second):
     (found,) = problems(METHOD + schedule + "}\n")
-    assert "lr_scheduler.class_path: a method passes the run's number of steps second, where" in found
+    assert "lr_scheduler.class_path: a method passes the run's number of steps second, but" in found
     assert f"takes {second}; name a schedule" in found
     assert "lightspan.optim.schedules.WarmupCosine" in found
 
@@ -174,7 +223,7 @@ def test_schedules_over_a_number_of_steps_pass(schedule):
 
 def test_what_a_method_supplies_is_called_so():
     (found,) = problems(METHOD + "CosineAnnealingLR, init_args: {T_max: 3}}\n")
-    assert "init_args.T_max: the caller supplies it; leave it out" in found
+    assert "init_args.T_max: the caller supplies this; leave it out" in found
 
 
 @pytest.mark.parametrize("place", ["init_args", "dict_kwargs"])
@@ -249,3 +298,29 @@ def test_tokens_of_a_tokenizer_are_no_secrets():
     assert not any(
         "secret" in problem for problem in problems(MODEL + "x: {pad_token: '<pad>', cls_token: true, key: 3}\n")
     )
+
+
+def test_a_class_that_is_refused_has_one_problem_whatever_stands_below_it():
+    model = "model: {class_path: my_pkg.Net, init_args: {backbone: " + LINEAR + ", text: torch.nn.ReLU}}\n"
+    (found,) = problems(model)
+    assert found.endswith("to use your own code, add --allow-module my_pkg")
+
+
+def test_a_name_near_one_that_has_leave_is_taken_for_it():
+    (found,) = problems("model: {class_path: rihc.table.Table}\n", ("rich",))
+    assert found.endswith("(lightning, lightspan, timm, torch, torchvision, rich); did you mean rich?")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("max_steps", "did you mean trainer.max_steps? allowed here: seed_everything, trainer, model, data"),
+        ("lr", "did you mean model.init_args.optimizer.init_args.lr? allowed"),
+        ("basis", "did you mean model.init_args.optimizer.init_args.basis? allowed"),
+        ("groups", "did you mean model.init_args.groups? allowed"),
+        ("nonsense_at_all", "r.yaml:6 nonsense_at_all: unknown key; allowed here"),
+    ],
+)
+def test_a_key_that_stands_too_high_is_told_its_place(key, meant):
+    (found,) = problems(SWITCHES % "rank: 4" + f"{key}: 1\n")
+    assert meant in found

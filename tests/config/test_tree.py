@@ -109,8 +109,8 @@ def test_aliases_that_grow_without_bound_end_early():
     ("content", "message"),
     [
         (b"\x89PNG\xff\xfe", "not a YAML file: byte 0 is not UTF-8 text"),
-        (b"just some words", "its root is the text or number 'just some words', it must be a mapping"),
-        (b"- a\n- b\n", "its root is a list, it must be a mapping"),
+        (b"just some words", "its root is the text or number 'just some words', but must be a mapping"),
+        (b"- a\n- b\n", "its root is a list, but must be a mapping"),
         (b"%PDF-1.4\n\x01", "not YAML"),
     ],
 )

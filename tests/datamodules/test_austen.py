@@ -90,7 +90,7 @@ def test_impossible_settings_are_refused_at_once(arguments: dict, message: str) 
 
 @pytest.mark.usefixtures("books")
 def test_too_long_windows_are_refused() -> None:
-    with pytest.raises(UserError, match=r"context=10000 and val_fraction=0\.0 leave a side without a window"):
+    with pytest.raises(UserError, match=r"context=10000 and val_fraction=0\.0 leave a part without a window"):
         Austen(context=10_000).setup()
 
 

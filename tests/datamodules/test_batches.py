@@ -16,10 +16,13 @@ from torch import Tensor
 
 from lightspan import datamodules
 from lightspan.datamodules import batches
+from lightspan.datamodules.images.blank import Blank
 from lightspan.datamodules.images.classes import ClassSubset
+from lightspan.datamodules.images.repeated import RepeatedImages
 from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
-from lightspan.datamodules.images.views import TwoViews
+from lightspan.datamodules.images.tasks import Derived, TaskImages
+from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -64,10 +67,18 @@ def text(folder: Path) -> ByteText:
 MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Digits": (lambda folder: Digits(4), "ImageBatch"),
     "Digits, two views": (lambda folder: Digits(4, TwoViews(flip=0.0)), "ViewsBatch"),
+    "Digits, crops": (
+        lambda folder: Digits(4, MultiCrop([RandomViews(size=8), RandomViews(count=3, size=4)])),
+        "ViewsBatch",
+    ),
     "FashionMNIST": (lambda folder: FashionMNIST(4), "ImageBatch"),
     "MNIST5k": (lambda folder: MNIST5k(4), "ImageBatch"),
     "Shapes": (lambda folder: Shapes(4, size=64), "ImageBatch"),
     "ClassSubset": (lambda folder: ClassSubset(Digits(), [1, 2], 4), "ImageBatch"),
+    "RepeatedImages": (lambda folder: RepeatedImages(Digits(), count=3, times=2, batch_size=4), "ImageBatch"),
+    "Blank": (lambda folder: Blank(3, (3, 6, 8), 9, 4), "ImageBatch"),
+    "Derived": (lambda folder: Derived(Digits(), 1, 7, 4), "ImageBatch"),
+    "TaskImages": (lambda folder: TaskImages({"a": Digits(), "b": Derived(Digits(), 1)}, 4, "train"), "TasksBatch"),
     "Shards": (shards, "ImageBatch"),
     "Shards, two views": (lambda folder: shards(folder, views=TwoViews(flip=0.0)), "ViewsBatch"),
     "ByteText": (text, "TextBatch"),

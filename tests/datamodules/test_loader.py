@@ -203,10 +203,10 @@ def test_a_limited_epoch_ends_at_the_limit_and_the_next_one_starts_anew(limit: i
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 8}, "data seed 8, this run has 0.*data.init_args.seed"),
-        ({"batch_size": 2}, "data batch_size 2, this run has 4.*data.init_args.batch_size"),
-        ({"length": 99}, "data length 99, this run has 20.*number of training samples"),
-        ({"accumulate": 4}, r"data accumulate 4, this run has 1.*trainer\.accumulate_grad_batches"),
+        ({"seed": 8}, "data seed 8, but this run has 0.*data.init_args.seed"),
+        ({"batch_size": 2}, "data batch_size 2, but this run has 4.*data.init_args.batch_size"),
+        ({"length": 99}, "data length 99, but this run has 20.*number of training samples"),
+        ({"accumulate": 4}, r"data accumulate 4, but this run has 1.*trainer\.accumulate_grad_batches"),
     ],
 )
 def test_a_checkpoint_of_another_order_is_refused(changed: dict[str, int], message: str) -> None:
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_order_is_refused(changed: dict[str, int], messa
 
 
 def test_a_checkpoint_of_another_datamodule_is_refused() -> None:
-    with pytest.raises(UserError, match="data seed None, this run has 0"):
+    with pytest.raises(UserError, match="data seed None, but this run has 0"):
         ExactLoader(Numbers(20), 4).load_state_dict({"epoch": 3})
 
 

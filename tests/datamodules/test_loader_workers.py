@@ -51,7 +51,8 @@ def test_the_interpreter_leaves_although_an_iterator_is_still_held() -> None:
 def test_a_worker_that_dies_is_an_error_of_one_sentence_that_names_the_likely_cause() -> None:
     loader = ExactLoader(Deadly(37), 4, num_workers=1)
     with pytest.raises(
-        UserError, match=r"reads data died: .*(exit status -9|Killed)\. Most often memory ran out: .* Lower num_workers"
+        UserError,
+        match=r"reads data died: .*(exit status -9|Killed)\. Most often, memory ran out: .* Lower num_workers",
     ):
         list(loader)
 
@@ -66,7 +67,7 @@ def test_so_is_one_that_dies_while_the_process_does_something_else() -> None:
         worker.kill()
         time.sleep(30)
 
-    with pytest.raises(UserError, match=r"is killed by signal: Killed\. Most often memory ran out"):
+    with pytest.raises(UserError, match=r"is killed by signal: Killed\. Most often, memory ran out"):
         computes()
 
 

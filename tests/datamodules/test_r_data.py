@@ -88,5 +88,5 @@ def test_damage_is_one_readable_line(tmp_path: Path, damage: str) -> None:
         (folder / "Rdata.rdb").write_bytes((folder / "Rdata.rdb").read_bytes()[:30])
     elif damage == "index":
         (folder / "Rdata.rdx").write_bytes(b"\x1f\x8b nonsense")
-    with pytest.raises(UserError, match=r"novels.*does not hold .* install r-cran-novels again"):
+    with pytest.raises(UserError, match=r"novels.*does not contain .* reinstall r-cran-novels"):
         read_r_data("novels", ("b" if damage == "name" else "a",), str(tmp_path))

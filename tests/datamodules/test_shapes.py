@@ -56,5 +56,5 @@ def test_sizes_out_of_range_are_refused() -> None:
         Shapes(size=39)
     with pytest.raises(UserError, match=r"noise=-1\.0"):
         Shapes(noise=-1.0)
-    with pytest.raises(UserError, match=r"variety=1\.5 lie in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"variety=1\.5 in \[0, 1\]"):
         Shapes(variety=1.5)

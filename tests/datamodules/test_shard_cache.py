@@ -33,7 +33,7 @@ def test_a_copy_is_fetched_once_and_anew_where_its_size_is_wrong(https_server: A
     cache.local(shard)
     assert https_server.asked == ["/a.tar"]
     assert cache.local(shard, 1000).read_bytes() == b"x" * 1000
-    with pytest.raises(UserError, match=r"a\.tar came with 1,000 bytes instead of 2,000"):
+    with pytest.raises(UserError, match=r"a\.tar has 1,000 bytes instead of 2,000"):
         cache.local(shard, 2000)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".tar", ".lock"}
 
@@ -49,9 +49,9 @@ def test_a_server_that_stumbles_is_asked_again_and_the_address_is_named(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
     assert said[0] == f"lightspan: shard {shard} cannot be opened: HTTP Error 503: Service Unavailable; correct " + (
-        "data.init_args.shards; once more in 0.01 s"
+        "data.init_args.shards; trying again in 0.01 s"
     )
-    assert said[1] == f"lightspan: shard {shard} ended after 500 of 1,000 bytes; once more in 0.02 s"
+    assert said[1] == f"lightspan: shard {shard} ended after 500 of 1,000 bytes; trying again in 0.02 s"
 
 
 def test_attempts_end_and_what_a_server_refuses_is_asked_for_once(https_server: Any, tmp_path: Path) -> None:
@@ -117,9 +117,7 @@ def kept(folder: Path) -> list[str]:
 def test_what_is_not_what_the_index_says_never_becomes_a_copy(https_server: Any, tmp_path: Path) -> None:
     cache, shard = ShardCache(str(tmp_path / "cache"), 10**6), f"{https_server.address}/a.tar"
     https_server.files["/a.tar"] = b"x" * 1000
-    with pytest.raises(
-        UserError, match=r"a\.tar came with the sha256 \w+, its index says 00; write shard and index again"
-    ):
+    with pytest.raises(UserError, match=r"a\.tar has sha256 \w+, but its index says 00; write shard and index again"):
         cache.local(shard, 1000, "00")
     assert kept(tmp_path / "cache") == []
     assert cache.local(shard, 1000, hashlib.sha256(b"x" * 1000).hexdigest()).read_bytes() == b"x" * 1000
@@ -143,13 +141,13 @@ def test_a_copy_that_proves_bad_is_fetched_again_unless_it_is_as_it_should_be(
 def test_no_server_fills_the_disk(https_server: Any, tmp_path: Path) -> None:
     cache, shard = ShardCache(str(tmp_path / "cache"), 2500), f"{https_server.address}/a.tar"
     https_server.stumbles["/a.tar"] = [[b"HTTP/1.0 200 OK\r\n\r\n", *[b"x" * 1000] * 50]]
-    with pytest.raises(UserError, match=r"a\.tar does not say its size and does not end, above the 2,500 .*cache_gib"):
+    with pytest.raises(UserError, match=r"a\.tar does not state its size and does not end, above .* 2,500 .*cache_gib"):
         cache.local(shard)
     https_server.stumbles["/a.tar"] = [[b"HTTP/1.0 200 OK\r\n\r\n", *[b"x" * 1000] * 50]]
-    with pytest.raises(UserError, match=r"a\.tar came with more than 1,000 bytes instead of 1,000"):
+    with pytest.raises(UserError, match=r"a\.tar has more than 1,000 bytes instead of 1,000"):
         cache.local(shard, 1000)
     https_server.files["/a.tar"] = b"x" * 5000
-    with pytest.raises(UserError, match=r"a\.tar has 5,000 bytes, above the 2,500 bytes that all copies"):
+    with pytest.raises(UserError, match=r"a\.tar has 5,000 bytes, above the limit of 2,500 bytes for all copies"):
         cache.local(shard)
     assert kept(tmp_path / "cache") == []
 
@@ -274,5 +272,5 @@ def test_a_remote_shard_that_was_scanned_is_not_fetched_to_be_counted_again(http
     assert https_server.asked.count("/part-0.tar") == 1
     https_server.files["/part-0.tar"] = Path(write_shard(tmp_path / "other.tar", range(4, 8))).read_bytes()
     assert again.train is not None
-    with pytest.raises(UserError, match="came with the sha256"):
+    with pytest.raises(UserError, match="has sha256"):
         again.train.sample(0, 0)

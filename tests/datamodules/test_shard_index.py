@@ -82,7 +82,7 @@ def test_a_scan_of_a_damaged_shard_keeps_the_whole_samples_before_and_says_where
     assert len(short) in (2, 3)  # a sample whose last member cannot be told to be the last is not trusted
     assert wrong is not None
     assert "cut short after byte" in wrong
-    assert f"({len(short)} whole samples lie before)" in wrong
+    assert f"({len(short)} complete samples come before)" in wrong
 
 
 def test_compressed_shards_are_refused_with_the_way_out(shard: Path) -> None:
@@ -125,15 +125,15 @@ def test_members_of_no_sample_and_samples_that_come_again_are_said(tmp_path: Pat
     assert wrong is None
     assert [read_sample(index, number, path, MIB)["__key__"] for number in range(len(index))] == ["a", "b", "a"]
     members, again = from_json(index.to_json(), "odd.tar").remarks
-    assert members.startswith("2 members belong to no sample and are passed over, the first: '__background__/0.png'")
-    assert again.startswith("1 keys come again after other samples, the first: 'a'; each time counts as a sample")
+    assert members.startswith("2 members belong to no sample and are skipped, the first: '__background__/0.png'")
+    assert again.startswith("1 keys reappear after other samples, the first: 'a'; each time counts as a sample")
 
 
 def test_joined_tars_are_damage_and_not_half_a_set(shard: Path) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole + whole)
     index, wrong = scan(shard, "a.tar", MIB)
-    assert "a.tar goes on after the end mark" in str(wrong)
+    assert "a.tar continues after the end mark" in str(wrong)
     assert len(index) == 5
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from shard_files import damage, write_shard, write_shards
 from torch import Tensor, nn
 
-from lightspan.datamodules.images.views import Plain, TwoViews
+from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.workers import Replacement
 from lightspan.datamodules.shards import samples as shard_samples
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_shards_or_another_window_is_refused(shards: list[
     other = opened([*shards[:2], write_shard(tmp_path / "other.tar", range(20, 24))])
     with pytest.raises(UserError, match=r"data content .* restore the data \(the content of its shards\)"):
         loaders(other, 4, 1)[0].load_state_dict(state)
-    with pytest.raises(UserError, match=r"data window 16, this run has 2.*data\.init_args\.window"):
+    with pytest.raises(UserError, match=r"data window 16, but this run has 2.*data\.init_args\.window"):
         loaders(opened(shards, window=2), 4, 1)[0].load_state_dict(state)
 
 
@@ -200,8 +200,8 @@ def test_what_a_scan_passed_over_is_said_and_how_to_do_without(
     shard = write_texts(tmp_path / "a.tar", {"__background__/0.txt": b"", "a.txt": b""})
     opened([shard], fields={"text": "txt"})
     printed = capsys.readouterr().out
-    assert f"shard {shard}: 1 members belong to no sample and are passed over, the first: '__background__" in printed
-    assert "1 shards have no index, so they were read from end to end; `lightspan data index" in printed
+    assert f"shard {shard}: 1 members belong to no sample and are skipped, the first: '__background__" in printed
+    assert "1 shards have no index, so they were read completely; `lightspan data index" in printed
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe", "."])
@@ -343,7 +343,7 @@ def cut(shard: str) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda shard: Path(shard).unlink(), r"part-0\.tar is missing: .*; it holds 5 samples"),
+        (lambda shard: Path(shard).unlink(), r"part-0\.tar is missing: .*; it contains 5 samples"),
         (cut, r"it is cut short: shard \S+part-0\.tar: sample 2 at byte \d+ is the first of 3 samples that cannot"),
         (lambda shard: (cut(shard), Path(shard + SUFFIX).unlink()), r"part-0\.tar is .*cut short after byte \d+"),
         (
@@ -360,6 +360,20 @@ def test_missing_and_cut_shards_are_refused_before_the_first_step(
         opened(shards)
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_where_no_shard_is_there_the_paths_are_at_fault(
+    skip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        opened(["packed/0.tar", "packed/1.tar"], skip_damaged=skip)
+    said = str(refused.value)
+    assert "shard packed/0.tar is missing" in said
+    assert "(and 1 more damaged shards); no shard has a sample that can be read; correct data.init_args.shards" in said
+    assert said.endswith(f"; relative paths begin at {tmp_path}")
+    assert "skip_damaged" not in said
+
+
 def test_shards_that_may_be_skipped_leave_only_whole_samples_counted_and_the_same_on_any_ranks(
     shards: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,7 +384,7 @@ def test_shards_that_may_be_skipped_leave_only_whole_samples_counted_and_the_sam
     assert "shards: 3 with 6 training samples" in printed
     assert "left out: shard" in printed
     assert "first of 3 samples that cannot be read" in printed
-    assert "it holds 3 samples" in printed
+    assert "it contains 3 samples" in printed
     for ranks in (1, 2, 3):
         assert sorted(steps(loaders(data, 6, ranks), 1)[0]) == [0, 1, 8, 9, 10, 11]
     assert len(loaders(data, 6, 1)[0].description()["damage"]) == 2
@@ -418,7 +432,7 @@ def test_shards_of_which_nothing_is_left_end_the_run_also_where_damage_may_be_sk
     tmp_path: Path, shards: list[str]
 ) -> None:
     empty = write_shard(tmp_path / "empty.tar", range(0))
-    with pytest.raises(UserError, match=r"empty\.tar hold no sample"):
+    with pytest.raises(UserError, match=r"empty\.tar contain no sample"):
         opened([empty])
     data = opened(shards[:1], skip_damaged=True)
     for start in json.loads(Path(shards[0] + SUFFIX).read_text())["starts"]:
@@ -482,3 +496,19 @@ def test_a_trainer_trains_and_validates_on_shards(shards: list[str], tmp_path: P
 def test_settings_that_cannot_work_are_refused_before_anything_is_read(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Shards(**arguments)
+
+
+def test_black_pictures_stand_in_where_no_shard_is(shards: list[str], tmp_path: Path) -> None:
+    away = [str(tmp_path / "away" / f"{number}.tar") for number in range(2)]
+    crops = MultiCrop([RandomViews(count=2, size=16), RandomViews(count=1, size=8)])
+    batch = Shards(away, views=crops).stand_in()
+    assert batch is not None
+    assert [view.shape for view in batch["views"]] == [(2, 3, 16, 16)] * 2 + [(2, 3, 8, 8)]
+    assert batch["label"].tolist() == [0, 0]
+    assert batch["index"].tolist() == [0, 1]
+    plain = Shards(away, image_size=20).stand_in()
+    assert plain is not None
+    assert plain["image"].shape == (2, 3, 20, 20)
+    assert Shards([*shards, *away]).stand_in() is None
+    assert Shards(["https://example.org/0.tar"]).stand_in() is None
+    assert Shards(away, fields={"image": "jpg", "depth": "npy"}).stand_in() is None

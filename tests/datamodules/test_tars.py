@@ -75,7 +75,7 @@ def test_a_shard_cut_short_anywhere_is_named(shard: Path) -> None:
 def test_what_lies_after_the_end_mark_is_not_passed_over(shard: Path) -> None:
     whole = tar_bytes({"a.txt": b"x"})
     shard.write_bytes(whole + tar_bytes({"b.txt": b"y"}))
-    with pytest.raises(UserError, match=r"a\.tar goes on after the end mark at byte 1024"):
+    with pytest.raises(UserError, match=r"a\.tar continues after the end mark at byte 1024"):
         list(read_members(str(shard), MIB))
     shard.write_bytes(whole + bytes(3 * 2**20))  # some tools write long end marks
     assert [member.name for member in read_members(str(shard), MIB)] == ["a.txt"]
@@ -100,7 +100,7 @@ def test_members_are_grouped_as_webdataset_does(names: list[str]) -> None:
     try:
         theirs = list(group_by_keys({"fname": m.name, "data": m.content, "__url__": "s"} for m in members))
     except ValueError:
-        with pytest.raises(UserError, match="is there twice"):
+        with pytest.raises(UserError, match="occurs twice"):
             list(group_members(members, "s"))
     else:
         ours = list(group_members(members, "s"))
@@ -151,5 +151,5 @@ def test_a_member_above_the_limit_is_refused_before_it_is_read(shard: Path, kind
 
 def test_two_members_of_one_name_are_refused(shard: Path) -> None:
     shard.write_bytes(tar_bytes({"a.txt": b"1", "a.TXT": b"2"}))
-    with pytest.raises(UserError, match=r"a\.tar: a\.TXT is there twice; give .*its own ending"):
+    with pytest.raises(UserError, match=r"a\.tar: a\.TXT occurs twice; give .*its own ending"):
         list(read_samples(str(shard), MIB))

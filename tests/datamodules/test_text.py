@@ -164,7 +164,7 @@ def test_files_may_be_named_one_by_one_whatever_their_ending(tmp_path: Path) -> 
 
 
 def test_a_folder_without_a_matching_file_is_named_with_the_endings_and_the_way_out(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"corpus holds no file ending in \.c or \.h; .*init_args\.paths.*suffixes"):
+    with pytest.raises(UserError, match=r"corpus contains no file ending in \.c or \.h; .*init_args\.paths.*suffixes"):
         ByteText([str(folder)], suffixes=(".c", ".h")).setup()
 
 

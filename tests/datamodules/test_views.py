@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightspan.datamodules.images.views import Plain, TwoViews, Views, seeded
+from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews, TwoViews, Views, seeded
 from lightspan.errors import UserError
 
 # Nothing random at all: each test switches on one thing.
@@ -168,3 +168,39 @@ def test_no_view_is_too_few() -> None:
 def test_views_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Views()  # type: ignore[abstract]
+
+
+def test_crops_of_several_sizes_come_in_the_order_of_their_parts(picture: Tensor) -> None:
+    large, small = RandomViews(count=2, size=8, scale=(0.5, 1.0)), RandomViews(count=3, size=4, scale=(0.1, 0.4))
+    with seeded(0):
+        made = MultiCrop([large, small, Plain(1)])(picture)
+    assert [view.shape[1:] for view in made] == [(8, 8)] * 2 + [(4, 4)] * 3 + [(12, 10)]
+    with seeded(0):
+        assert torch.equal(torch.stack(made[:2]), torch.stack(large(picture)))
+        assert torch.equal(torch.stack(made[2:5]), torch.stack(small(picture)))
+    assert all(view.min() >= 0 and view.max() <= 1 for view in made)
+
+
+def test_two_views_are_two_random_views_of_the_images_own_size(picture: Tensor) -> None:
+    with seeded(3):
+        two = TwoViews(blur=0.5)(picture)
+    with seeded(3):
+        assert torch.equal(torch.stack(two), torch.stack(RandomViews(blur=0.5)(picture)))
+
+
+def test_solarising_inverts_what_is_bright_and_grain_has_the_deviation_asked_for(picture: Tensor) -> None:
+    solarised = RandomViews(count=1, **STILL | {"solarise": 1.0})(picture)[0]
+    torch.testing.assert_close(solarised, torch.where(picture >= 0.5, 1 - picture, picture))
+    grey = torch.full((1, 50, 50), 0.5)
+    with seeded(0):
+        grainy = RandomViews(count=1, **STILL | {"grain": 0.1})(grey)[0]
+    assert grainy.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_kinds_of_views_that_give_none_are_refused() -> None:
+    with pytest.raises(UserError, match="parts is an empty list"):
+        MultiCrop([])
+    with pytest.raises(UserError, match="RandomViews count=0 views of size=None pixels"):
+        RandomViews(count=0)
+    with pytest.raises(UserError, match=r"RandomViews grain=-1 is outside \[0, inf\]"):
+        RandomViews(grain=-1)

@@ -18,8 +18,10 @@ def test_measures(evidence):
     evidence.figure("accuracy", 0.7, seed=1, unit="%")
     assert evidence.claim("gain", {0: 1.0, 1: 2.0}, at_least=1.5, unit="points")
     assert not evidence.claim("cost", 2.0, at_most=1.6)
+    assert not evidence.claim("lucky seed", {0: 80.0, 1: -1.0, 2: -2.0}, at_least=0.5)
     assert not evidence.claim("loss", {0: float("nan"), 1: 1.0}, at_most=9.0)
     evidence.note("Chosen on seed 100.")
+    evidence.note("Rates", {"turned": {"LoRA": 0.003}, ("full", 0): (0.01, None)})
     evidence.figure("after the claim that failed", 3)
 
 
@@ -90,10 +92,12 @@ def test_every_figure_is_recorded_also_those_that_fall_short(toy: tuple) -> None
     assert [(c["name"], c["value"], c["held"]) for c in record["claims"]] == [
         ("gain", 1.5, True),
         ("cost", 2.0, False),
+        ("lucky seed", 77 / 3, False),
         ("loss", None, False),
         ("exact", 0.0, True),
     ]
     assert record["claims"][0]["per_seed"] == {"0": 1.0, "1": 2.0}
+    assert [c["median"] for c in record["claims"]] == [1.5, None, -1.0, None, None]
     assert [(f["value"], f["seed"]) for f in record["figures"]] == [(0.5, 0), (0.7, 1), (3.0, None)]
 
 
@@ -136,11 +140,11 @@ def test_a_file_is_complete_only_when_all_of_its_tests_have_ended(house: Path, t
 
 def test_its_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:
     page = (house / "docs" / "evidence" / "77_toy.md").read_text()
-    assert "| gain | 0: 1, 1: 2 | 1.5 points | >= 1.5 | yes |" in page
-    assert "| cost |  | 2 | <= 1.6 | **no** |" in page
-    assert "| loss | 0: not finite, 1: 1 | not finite | <= 9 | **no** |" in page
+    assert "| gain | 0: 1, 1: 2 | 1.5 points | 1.5 | >= 1.5 | yes |" in page
+    assert "| cost |  | 2 |  | <= 1.6 | **no** |" in page
+    assert "| loss | 0: not finite, 1: 1 | not finite |  | <= 9 | **no** |" in page
     assert "| accuracy | 0: 0.5, 1: 0.7 | 0.6 % |" in page
-    assert "- Chosen on seed 100." in page
+    assert "- Chosen on seed 100.\n- Rates: turned (LoRA: 0.003), full 0: (0.01, none)." in page
     assert "![A toy system: what the harness records.](../../evidence/results/77_toy.png)" in page
     assert "`make evidence SYSTEM=77`" in page
 

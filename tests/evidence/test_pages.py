@@ -28,7 +28,8 @@ def build_docs() -> Iterator[ModuleType]:
 
 
 def claim(name: str, value: float | None, held: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": "points", "margin": {"at_least": 1.0}, "held": held, "per_seed": None}
+    about = {"name": name, "unit": "points", "margin": {"at_least": 1.0}, "per_seed": None}
+    return about | {"value": value, "median": None, "held": held}
 
 
 def record(system: str, *claims: dict[str, Any]) -> dict[str, Any]:
@@ -47,11 +48,15 @@ BASELINE = """\
 about: {title: All of it, paper: none, family: toys, evidence: none}
 model: {class_path: lightspan.methods.toys.toy.Toy}
 """
+COUNT = """\
+about: {title: A count, paper: none, family: toys, evidence: none}
+estimator: {class_path: lightspan.estimators.count.Count}
+"""
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
-    """A project with three measured systems, one method and two recipes."""
+    """A project with three measured systems, a method, an estimator and three recipes."""
     results = tmp_path / "evidence" / "results"
     records = (
         record("10_late", claim("c", 2.0, held=True)),
@@ -63,6 +68,8 @@ def house(tmp_path: Path) -> Path:
         tmp_path / "framework" / "methods" / "toys" / "toy.py": METHOD,
         tmp_path / "recipes" / "toys" / "toy.yaml": RECIPE,
         tmp_path / "recipes" / "toys" / "baseline.yaml": BASELINE,
+        tmp_path / "framework" / "estimators" / "count.py": "class Count: ...\n",
+        tmp_path / "recipes" / "toys" / "count.yaml": COUNT,
         tmp_path / "recipes" / "scale" / "ddp.yaml": "trainer: {strategy: ddp}\n",
     }
     for path, text in files.items():
@@ -83,7 +90,7 @@ def test_the_index_has_a_row_for_each_system_and_names_what_did_not_hold(build_d
         "| [10 late](evidence/10_late.md) | 10_late, a system (arXiv 1234.56789). | c: 2 points | >= 1 | 1 of 1 |"
         in text
     )
-    assert "| [02 toy](evidence/02_toy.md) | b | not finite points | >= 1 |" in text
+    assert "| [02 toy](evidence/02_toy.md) | b | not finite points |  | >= 1 |" in text
 
 
 def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: ModuleType, house: Path) -> None:
@@ -95,6 +102,7 @@ def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: Modu
         "| [named](evidence/named.md) 0 of 0, [02_toy](evidence/02_toy.md) **1 of 2**, "
         "[10_late](evidence/10_late.md) 1 of 1 |"
     ) in text
+    assert "| A count | estimator | [estimators/count.py](../framework/estimators/count.py) |" in text
     assert "| All of it | method | [methods/toys/toy.py](../framework/methods/toys/toy.py) |" in text
     assert text.count("## Toys") == 1
     assert "scale/" not in text

@@ -15,9 +15,11 @@ import rank_processes
 import torch
 import torch.distributed as dist
 from lightning import LightningDataModule
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightspan.backbones.vision import SmallConvNet
 from lightspan.checkpoints.manifest import COMPLETE
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader
@@ -27,6 +29,7 @@ from lightspan.features import store as store_module
 from lightspan.features.encoded import Encoded, FeatureFile, pooled
 from lightspan.features.identity import module_identity
 from lightspan.features.store import CONTENT, FeatureStore
+from lightspan.methods.supervised.classifier import Classifier
 
 SAMPLES = 11
 
@@ -87,6 +90,10 @@ class Net(nn.Module):
         self.slope = slope
         nn.init.uniform_(self.conv.weight, generator=torch.Generator().manual_seed(0))
         nn.init.zeros_(self.conv.bias)
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return [self.conv]
 
     @property
     def seen(self) -> int:
@@ -244,7 +251,7 @@ CHANGES: dict[str, Callable[[], Encoded]] = {
     "a setting without weights": lambda: encoded(Net(slope=0.2)),
     "a buffer": lambda: encoded(with_buffer()),
     "a structure": lambda: encoded(nn.Sequential(Net())),
-    "the layer": lambda: encoded(layer="conv"),
+    "the layer": lambda: encoded(layer=0),
     "the pooling": lambda: encoded(pool="none"),
     "the dtype": lambda: encoded(dtype="bfloat16"),
     "the pixels": lambda: encoded(data=Data(brightness=1.0001)),
@@ -323,13 +330,30 @@ def test_the_outlook_says_what_a_run_would_compute_and_computes_nothing(tmp_path
 
 def test_layers_positions_and_dtypes(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
-    assert encoded(layer="conv").load(store).x.shape == (SAMPLES, 3)
-    assert encoded(layer="conv", pool="none").load(store).x.shape == (SAMPLES, 3, 2, 2)
+    assert encoded(layer=-1).load(store).x.shape == (SAMPLES, 3)
+    assert encoded(layer=0, pool="none").load(store).x.shape == (SAMPLES, 4, 3)
     assert encoded(dtype="bfloat16").load(store).x.dtype == torch.bfloat16
     assert encoded(data=Data(label=None)).load(store).label_N is None
     tokens = torch.arange(12.0).view(2, 3, 2)
-    assert pooled(tokens, "first").tolist() == tokens[:, 0].tolist()
-    assert pooled(tokens.bfloat16(), "mean").tolist() == tokens.mean(dim=1).tolist()
+    assert pooled(net := Net(), tokens, "first").tolist() == tokens[:, 0].tolist()
+    assert pooled(net, tokens.bfloat16(), "mean").tolist() == tokens.mean(dim=1).tolist()
+
+
+def test_the_mean_leaves_the_class_token_out_and_the_first_is_it() -> None:
+    net = VisionTransformer(img_size=4, patch_size=2, in_chans=1, embed_dim=4, depth=2, num_heads=1, global_pool="")
+    net.reset_classifier(0, "")
+    x_BTD = net.eval()(torch.randn(2, 1, 4, 4)).detach()
+    assert x_BTD.shape == (2, 5, 4)
+    torch.testing.assert_close(pooled(net, x_BTD, "mean"), x_BTD[:, 1:].mean(dim=1))
+    assert torch.equal(pooled(net, x_BTD, "first"), x_BTD[:, 0])
+
+
+def test_a_method_reads_the_layer_by_the_contract_of_methods(tmp_path: Path) -> None:
+    """Of this backbone pooled features are the mean of the last layer."""
+    method = Classifier(SmallConvNet(stages=2), 3, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    last, features = (encoded(method, layer=layer).load(FeatureStore(tmp_path)).x for layer in (-1, None))
+    torch.testing.assert_close(last, features)
+    assert encoded(method, layer=0).load(FeatureStore(tmp_path)).x.shape == (SAMPLES, 32)
 
 
 def test_a_method_is_asked_for_its_features(tmp_path: Path) -> None:
@@ -343,11 +367,11 @@ def test_a_method_is_asked_for_its_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: encoded(layer="deep"), "layer='deep' is no module of Net; it has conv"),
+        (lambda: encoded(layer=1), r"layer 1 is outside the 1 layers of Net; it must be in \[-1, 0\]"),
         (lambda: encoded(split="test"), r"Data has no test_dataloader\(\)"),
-        (lambda: encoded(field="audio"), "a batch has no 'audio'; it holds"),
+        (lambda: encoded(field="audio"), "a batch has no 'audio'; it contains"),
         (lambda: encoded(nn.Flatten(0)), r"Flatten gave \[64\] as features"),
-        (lambda: encoded(layer="conv", pool="first"), "pool=first takes the first of the tokens"),
+        (lambda: encoded(layer=0, pool="first"), "there is no first token: all lie on a grid of 2 x 2; take the mean"),
         (lambda: encoded(data=Data(broken=5)), "sample 5 is broken"),
         (lambda: holding([threading.Lock()]), r"Net\.held\.0 is a _thread\.lock, which the feature store"),
         (
@@ -371,7 +395,7 @@ def test_features_of_other_programs_are_read(tmp_path: Path) -> None:
     (tmp_path / "t.safetensors").write_bytes(b"torn")
     for name, message in (
         ("w", "it needs `features`"),
-        ("t", "is no whole safetensors file"),
+        ("t", "is not a complete safetensors file"),
         ("gone", "no features at"),
     ):
         with pytest.raises(UserError, match=message):
@@ -393,8 +417,8 @@ def one_rank(index: int, folder: str) -> None:
     except UserError as error:
         said = str(error)
     out = {"x": features.x.clone(), "seen": torch.tensor(net.seen), "count": moments.count_C, "mean": moments.mean_CD}
-    assert said == ("this rank broke" if index else "another rank could not compute features; see what it says")
-    with pytest.raises(UserError, match="rank 1 is another one" if index else "another rank could not describe"):
+    assert said == ("this rank broke" if index else "another rank could not compute features; see its message")
+    with pytest.raises(UserError, match="rank 1 differs" if index else "another rank could not describe"):
         encoded(Net(slope=0.1 + rank())).load(store)
     torch.save({**out, "within": moments.within_DD}, Path(folder, f"{index}.pt"))
     leave()

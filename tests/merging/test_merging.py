@@ -1,51 +1,24 @@
 """Merged checkpoints: exact where they can be, tensor by tensor, and refused where checkpoints do not fit together."""
 
 import json
-import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from merging.models import InMemory, Live, merged, net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightspan.checkpoints.bytes import torch_save
 from lightspan.checkpoints.manifest import header, seal_file
 from lightspan.errors import UserError
 from lightspan.merging import span
 from lightspan.merging.arithmetic import Scales, StoredCoefficients, StoredMask, TaskArithmetic, WeightedAverage
-from lightspan.merging.merger import Merger, merge, outlook
+from lightspan.merging.merger import merge, outlook
 from lightspan.merging.span import in_span, in_span_as
-from lightspan.merging.weights import Weights, open_weights
-from lightspan.tensor_files import Form
-
-
-class InMemory(Weights):
-    def __init__(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None) -> None:
-        self.tensors, self.aliases = dict(tensors), dict(aliases or {})
-        self.forms = {name: Form(tuple(x.shape), x.dtype) for name, x in tensors.items()}
-        self.origin = {"path": "memory", "sha256": "0"}
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-def net(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in {"a.weight": (7, 5), "a.bias": (7,), "scale": (), "empty": (0, 3)}.items()
-    }
-    return {**weights, "steps": torch.tensor(seed), "on": torch.tensor([True, seed > 0])}
-
-
-def merged(merger: Merger, folder: Path, **models: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    merge(merger, {name: InMemory(model) for name, model in models.items()}, folder / "out.safetensors")
-    return load_file(folder / "out.safetensors")
+from lightspan.merging.weights import open_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -141,28 +114,6 @@ def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
             assert torch.equal(in_span_as(torch.float32, base, [one, two.T.contiguous().T], c, m), whole)
 
 
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made inside have held at a time."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.alive: list[weakref.ref[Tensor]] = []
-        self.most = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        self.alive += [weakref.ref(out)] if isinstance(out, Tensor) else []
-        storages = {}
-        for reference in list(self.alive):
-            if (tensor := reference()) is None:
-                self.alive.remove(reference)
-            else:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        self.most = max(self.most, sum(size for at, size in storages.items() if at not in self.known))
-        return out
-
-
 def test_memory_is_about_one_tensor_beyond_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(span, "CHUNK", 1000)
     size = 100_000
@@ -220,12 +171,12 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (changed(scale=None), "scale is in a and not in b"),
-        (changed(more=torch.ones(1)), "more is in b and not in a"),
-        (changed(scale=torch.ones(2)), r"scale is \[\] in a and \[2\] in b"),
-        (changed(steps=torch.tensor(1.0)), "steps is torch.int64 in a and torch.float32 in b"),
+        (changed(scale=None), "scale is in a but not in b"),
+        (changed(more=torch.ones(1)), "more is in b but not in a"),
+        (changed(scale=torch.ones(2)), r"scale is \[\] in a but \[2\] in b"),
+        (changed(steps=torch.tensor(1.0)), "steps is torch.int64 in a but torch.float32 in b"),
         ({f"n{i}": torch.ones(1) for i in range(9)}, "and 12 more"),
-        (changed(scale=torch.tensor(torch.nan)), "scale of the merged checkpoint holds NaN"),
+        (changed(scale=torch.tensor(torch.nan)), "scale of the checkpoint b holds NaN"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_and_nothing_is_written(
@@ -250,26 +201,29 @@ def test_what_overflows_in_a_narrow_dtype_is_merged_in_a_wide_one(tmp_path: Path
     ("make", "message"),
     [
         (lambda folder: open_weights(folder / "gone"), "gone does not exist"),
-        (lambda folder: open_weights(folder), "holds no whole checkpoint and no safetensors file"),
-        (lambda folder: open_weights(folder / "torn.safetensors"), "is no whole safetensors file"),
-        (lambda folder: WeightedAverage({"a": -1.0}), "must be 0 or more, one of them above 0"),
-        (lambda folder: WeightedAverage({"a": 0.0}), "must be 0 or more, one of them above 0"),
+        (lambda folder: open_weights(folder), "contains no complete checkpoint and no safetensors file"),
+        (lambda folder: open_weights(folder / "torn.safetensors"), "is not a complete safetensors file"),
+        (lambda folder: WeightedAverage({"a": -1.0}), "must be 0 or more, and one of them above 0"),
+        (lambda folder: WeightedAverage({"a": 0.0}), "must be 0 or more, and one of them above 0"),
         (lambda folder: Scales(float("inf")), "must be a finite number"),
         (lambda folder: merged(WeightedAverage(), folder), "got no checkpoint"),
         (lambda folder: merged(WeightedAverage({"x": 1}), folder, a=net(0)), "weighs x; the checkpoints are a"),
         (lambda folder: merged(TaskArithmetic(), folder, a=net(0)), "needs the checkpoint 'base'"),
         (lambda folder: merged(TaskArithmetic(), folder, base=net(0)), "and a task; got base"),
-        (lambda folder: merged(TaskArithmetic(Scales(1, {"x": 1})), folder, base=net(0), a=net(1)), "names the task x"),
+        (
+            lambda folder: merged(TaskArithmetic(Scales(1, {"x": 1})), folder, base=net(0), a=net(1)),
+            "an unknown task x",
+        ),
         (
             lambda folder: overflowing(torch.float16, folder),
-            "w .* infinity where no checkpoint does: torch.float16",
+            "w .* infinity where no checkpoint has: torch.float16",
         ),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    if "torn" in message or "no whole safetensors" in message:
+    if "torn" in message or "not a complete safetensors" in message:
         (folder / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=message):
         make(folder)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -80,11 +81,21 @@ def test_a_language_model_has_states_by_block() -> None:
     torch.testing.assert_close(found.tokens_BTD, expected)
 
 
+def test_blocks_of_a_network_that_names_no_layers_are_its_layers() -> None:
+    net = torchvision.models.VisionTransformer(16, 8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8).eval()
+    images = torch.randn(2, 3, 16, 16)
+    first, last = token_features(net, lambda: net(images), [0, -1])
+    assert first.tokens_BTD.shape == (2, 5, 8)
+    torch.testing.assert_close(net.heads(net.encoder.ln(last.first())), net(images))
+
+
 def test_what_cannot_be_read_is_named() -> None:
     net = MLP(hidden=(5, 4))
-    with pytest.raises(UserError, match=r"layer 2 is outside the 2 layers of MLP; it must lie in \[-2, 1\]"):
+    with pytest.raises(UserError, match=r"layer 2 is outside the 2 layers of MLP; it must be in \[-2, 1\]"):
         token_features(net, lambda: net(IMAGES), [2])
-    with pytest.raises(UserError, match="Linear tells no layers; give it a property feature_modules"):
+    with pytest.raises(UserError, match=r"Linear has no list of equal blocks.*give it a property feature_modules"):
         token_features(nn.Linear(2, 2), lambda: None)
-    with pytest.raises(UserError, match="MLP ran 0 of the 1 layers asked for"):
+    with pytest.raises(UserError, match=r"ResNet has lists of equal blocks side by side .*property feature_modules"):
+        token_features(torchvision.models.resnet18(), lambda: None)
+    with pytest.raises(UserError, match="MLP ran 0 of the 1 requested layers"):
         token_features(net, lambda: None)

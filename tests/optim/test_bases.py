@@ -4,16 +4,9 @@ import pytest
 import torch
 
 from lightspan.errors import UserError
+from lightspan.experiments.bases import IdentityBasis, RandomBasis, RandomColumns
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
-from lightspan.optim.bases import (
-    DCTBasis,
-    GaussianBasis,
-    IdentityBasis,
-    PowerBasis,
-    RandomBasis,
-    RandomColumns,
-    SVDBasis,
-)
+from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.layout import Layout
 
 FIXED = [DCTBasis(), DCTBasis(fast=False), HadamardBasis(), KroneckerDCTBasis(), RandomColumns(), IdentityBasis()]

@@ -10,6 +10,7 @@ from lightspan.optim.carries import FrameChange, Gather, Keep, Rotate
 from lightspan.optim.inner import SGD, Adam, AdamSettings, InnerContext, farthest
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.reference.ldadam import rotated_moments
 from lightspan.subspaces.frames import random_frame
 
 DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -85,14 +86,30 @@ def test_a_direction_from_outside_the_old_span_starts_from_the_present_gradient(
     torch.testing.assert_close(after["exp_avg_sq"], coordinates.square() * (1 - 0.99**20))
 
 
-def test_without_floor_it_is_the_published_formula():
+def test_without_floor_it_is_the_published_formula_where_adam_could_have_come():
     old, new = (random_frame([s], 6, 3, **DOUBLE) for s in (0, 5))
     before = moments(1, 9, 3)
     after = rotated(before, old, new, gradient(1), floor=False)
-    o = old[0].T @ new[0]
-    m_hat, v_hat = before["exp_avg"][0] / (1 - 0.9**20), before["exp_avg_sq"][0] / (1 - 0.99**20)
-    expected = (1 - 0.99**20) * ((v_hat - m_hat**2) @ o**2 + (m_hat @ o) ** 2).abs()
-    torch.testing.assert_close(after["exp_avg_sq"][0], expected)
+    first, second = before["exp_avg"][0], before["exp_avg_sq"][0]
+    overlap = old[0].T @ new[0]
+    published, bounded = (rotated_moments(first, second, overlap, 20, BETAS, reach)[1] for reach in (False, True))
+    assert torch.equal(published, bounded)
+    torch.testing.assert_close(after["exp_avg_sq"][0], published)
+
+
+def test_without_floor_a_second_moment_that_cancels_stays_within_adams_reach():
+    overlap = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    first, second = torch.tensor([[1.0, 1.0]], dtype=torch.float64), torch.tensor([[0.96, 0.96]], dtype=torch.float64)
+    corrected = {
+        "exp_avg": first[None] * (1 - BETAS[0] ** 20),
+        "exp_avg_sq": second[None] * (1 - BETAS[1] ** 20),
+        "age": torch.full((1, 2), 20.0, dtype=torch.float64),
+    }
+    after = rotated(corrected, torch.eye(2, **DOUBLE)[None], overlap[None], torch.zeros(1, 1, 2), floor=False)
+    of_first, of_second = corrected["exp_avg"][0], corrected["exp_avg_sq"][0]
+    published, bounded = (rotated_moments(of_first, of_second, overlap, 20, BETAS, reach)[1] for reach in (False, True))
+    assert (bounded > published).any()
+    torch.testing.assert_close(after["exp_avg_sq"][0], bounded)
 
 
 def test_momentum_alone_moves_linearly():

@@ -4,16 +4,19 @@ import pytest
 import torch
 from optim.rotated import adamw_rotated
 
+from lightspan.experiments.bases import RandomColumns
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
-from lightspan.optim.bases import DCTBasis, PowerBasis, RandomColumns
-from lightspan.optim.core import Rule, project_step, update_step
-from lightspan.optim.inner import Adam, AdamSettings
+from lightspan.optim.bases import DCTBasis, PowerBasis
+from lightspan.optim.buckets import Bucket
+from lightspan.optim.core import BucketStep
+from lightspan.optim.inner import Adam
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import Float32Moments
 from lightspan.optim.residuals import Dropped, ErrorFeedback, Fira
+from lightspan.optim.settings import Switches
 from lightspan.optim.triggers import Every
 
-NUMBERS = AdamSettings((0.9, 0.999), 1e-8, torch.tensor(0))
+GROUP = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def sequence(rows, columns, steps=20, seed=0):
@@ -21,18 +24,21 @@ def sequence(rows, columns, steps=20, seed=0):
     return list(torch.randn(steps, rows, columns, generator=generator, dtype=torch.float64))
 
 
-def run(rule, layout, weight, gradients, lr=0.1, weight_decay=0.1):
-    """Steps of one matrix, as the optimiser makes them, at ranks that the optimiser would leave to AdamW too."""
-    state, weight = rule.initial(layout), weight.clone()
-    for step, gradient in enumerate(gradients):
-        first = [0] if step == 0 else []
-        due = rule.trigger.due([0], [step], [0.0], state) if step else []
-        projection = project_step(
-            [gradient], {}, state, layout, rule, first=first, due=due, energy=rule.residual.needs_energy, beta1=0.9
-        )
-        lr_, keep = (torch.tensor(value, dtype=torch.float64) for value in (lr, 1 - lr * weight_decay))
-        update_step([weight], state, layout, rule, projection, NUMBERS, lr=lr_, keep=keep, clip=None)
-    return weight, state
+def bucket_of(rule, layout, weight):
+    """One matrix, also at ranks that the optimiser would leave to AdamW."""
+    parameter = torch.nn.Parameter(weight.clone())
+    return Bucket.build(GROUP, [parameter], False, [0.0], layout, rule, [{}], [""])
+
+
+@torch.no_grad()
+def run(rule, bucket, gradients):
+    """Steps as the optimiser makes them."""
+    for gradient in gradients:
+        bucket.parameters[0].grad = gradient
+        step = BucketStep.of(bucket, rule)
+        step.project(energy=rule.residual.needs_energy)
+        step.update(1.0, None)
+    return bucket.parameters[0].data
 
 
 @pytest.mark.parametrize(
@@ -42,25 +48,31 @@ def run(rule, layout, weight, gradients, lr=0.1, weight_decay=0.1):
 def test_at_full_rank_a_fixed_basis_is_adamw_in_rotated_coordinates(basis, size):
     layout = Layout(9, size, size, False, torch.float64, torch.device("cpu"), (0,))
     weight, *gradients = sequence(9, size, 21)
-    got, _ = run(Rule(basis, Dropped(), Adam(), Float32Moments(), Every(3)), layout, weight, gradients)
+    rule = Switches(basis, Dropped(), Adam(), Float32Moments(), Every(3))
+    got = run(rule, bucket_of(rule, layout, weight), gradients)
     expected = adamw_rotated(weight, gradients, basis.matrix(layout), lr=0.1, weight_decay=0.1)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
 def test_the_first_half_writes_nothing():
     layout = Layout(9, 6, 3, False, torch.float64, torch.device("cpu"), (0,))
-    rule = Rule(PowerBasis(), Fira(), Adam(), Float32Moments(), Every(2))
+    rule = Switches(PowerBasis(), Fira(), Adam(), Float32Moments(), Every(2))
     weight, *gradients = sequence(9, 6)
-    _, state = run(rule, layout, weight, gradients[:3])
-    before = {key: value.clone() for key, value in state.items()}
-    gradient = gradients[4].clone()
-    project_step([gradient], {}, state, layout, rule, first=[], due=[0], energy=True, beta1=0.9)
-    assert all(torch.equal(state[key], before[key]) for key in before)
-    assert torch.equal(gradient, gradients[4])
+    bucket = bucket_of(rule, layout, weight)
+    run(rule, bucket, gradients[:4])
+    before = {key: value.clone() for key, value in bucket.state.items()}
+    bucket.parameters[0].grad = gradients[4].clone()
+    step = BucketStep.of(bucket, rule)
+    assert step.due == [0]
+    with torch.no_grad():
+        step.project(energy=True)
+    assert step.projected.changes
+    assert all(torch.equal(bucket.state[key], before[key]) for key in before)
+    assert torch.equal(bucket.parameters[0].grad, gradients[4])
 
 
 def test_the_names_of_the_parts_state_never_meet():
     layout = Layout(9, 6, 3, False, torch.float64, torch.device("cpu"), (0,))
-    rule = Rule(DCTBasis(), ErrorFeedback("int8"), Adam(), Float32Moments(), Every(2))
+    rule = Switches(DCTBasis(), ErrorFeedback("int8"), Adam(), Float32Moments(), Every(2))
     parts = [rule.basis.initial(layout), rule.inner.initial(layout, rule.moments), rule.residual.initial(layout)]
     assert sum(map(len, parts)) == len(rule.initial(layout))

@@ -27,7 +27,6 @@ from lightspan.optim import bases, carries, inner, moments, presets, residuals, 
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
-from lightspan.optim.ranks import RankByEnergy
 from lightspan.subspaces.projections import Projection
 
 ROWS, COLUMNS, RANK, STEPS, LR = 12, 8, 3, 18, 0.125
@@ -72,14 +71,11 @@ def label(kind: type, options: dict[str, Any]) -> str:
     return f"{kind.__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
 
 
-def parts() -> list[tuple[str, type, dict[str, Any]]]:
-    """(switch of LowRank, class, options): each class as it comes and with every option."""
-    return [
-        (switch, kind, options)
-        for switch, base in PARTS.items()
-        for kind in concrete(base)
-        for options in choices(kind)
-    ]
+FOUND: list[tuple[str, type, dict[str, Any]]] = [
+    (switch, kind, options) for switch, base in PARTS.items() for kind in concrete(base) for options in choices(kind)
+]
+"""(switch of LowRank, class, options): each class as it comes and with every option. Looked up once, since whoever
+imports `lightspan.experiments` later adds classes that fit nothing here."""
 
 
 def preset_classes() -> list[type[LowRank]]:
@@ -99,7 +95,7 @@ def optimisers() -> dict[str, Make]:
         settings |= {"rank": min(RANK, known["rank"].default)}
         found |= {label(kind, options): partial(kind, **settings, **options) for options in choices(kind)}
     default = {"rank": RANK, "refresh": 3}
-    for switch, kind, options in parts():
+    for switch, kind, options in FOUND:
         neighbours = [{}] if options else [{}, {"residual": None}, {"residual": residuals.Apollo(), "refresh": 2}]
         for beside in neighbours:
             make = partial(LowRank, **{**default, **beside, switch: kind(**options)})
@@ -108,7 +104,6 @@ def optimisers() -> dict[str, Make]:
                 found[name] = make
     for mode in get_args(typing.get_type_hints(LowRank.__init__)["backward"]):
         found[f"backward={mode}"] = partial(LowRank, **default, backward=mode, residual=None)
-    found["RankByEnergy"] = partial(LowRank, rank=RankByEnergy(least=2, most=6), refresh=3)
     found["max_norm"] = partial(LowRank, **default, max_norm=1.0)
     return found
 
@@ -293,7 +288,7 @@ def movement(optimizer: LowRank, weight: Tensor, before: Tensor, strict: bool) -
 
 def test_something_of_everything_is_found():
     for switch in PARTS:
-        kinds = {kind for found, kind, _ in parts() if found == switch}
+        kinds = {kind for found, kind, _ in FOUND if found == switch}
         assert kinds
         for kind in kinds:
             assert any(name.startswith(f"{kind.__name__}(") for name in OPTIMISERS), f"{kind.__name__} fits nothing"

@@ -170,8 +170,8 @@ REFUSED = {
     "no rate": ({"rules": [Rule(["*"], 0.0)]}, r"groups\.rules\[0\]\.lr_scale=0\.0 must be above 0"),
     "negative decay": ({"rules": [Rule(["*"], None, -1.0)]}, r"rules\[0\]\.weight_decay=-1\.0 must be at least 0"),
     "unknown kind": ({"rules": [Rule(["*"], kind="matrix")]}, r"kind='matrix' must be one of matrices, embeddings"),
-    "decay above one": ({"layer_decay": 1.5}, r"groups\.layer_decay=1\.5 must lie in \(0, 1\]"),
-    "layers alone": ({"layers": ["*"]}, r"groups\.layers says what groups\.layer_decay acts on"),
+    "decay above one": ({"layer_decay": 1.5}, r"groups\.layer_decay=1\.5 must be in \(0, 1\]"),
+    "layers alone": ({"layers": ["*"]}, r"groups\.layers has an effect only with groups\.layer_decay"),
 }  # fmt: skip
 
 
@@ -183,7 +183,8 @@ def test_settings_that_cannot_hold_are_refused(case: str) -> None:
 
 
 def test_a_network_without_layers_asks_for_their_names() -> None:
-    with pytest.raises(UserError, match=r"Linear has no list of equal blocks.*groups\.layers"):
+    said = r"Linear has no list of equal blocks.*model\.init_args\.groups\.layers\).*without the head"
+    with pytest.raises(UserError, match=said):
         ParameterGroups(layer_decay=0.5).build(nn.Linear(2, 2))
 
 
@@ -199,8 +200,13 @@ def test_recipes_set_rules_and_misspelt_ones_are_found_before_a_run() -> None:
 
 
 def test_groups_whose_rates_are_to_be_scaled_are_not_handed_out_without_their_optimiser() -> None:
-    with pytest.raises(UserError, match="make it by ParameterGroups"):
+    with pytest.raises(UserError, match="build it with ParameterGroups"):
         ParameterGroups(rules=[Rule(match=["*"], lr_scale=0.1)]).build(nn.Linear(2, 2))
+
+
+def test_a_network_that_is_itself_the_list_of_blocks_has_them_as_layers() -> None:
+    found = settings(ParameterGroups(layer_decay=0.5), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    assert [found[f"{number}.weight"][0] for number in (0, 1)] == [0.25, 0.5]
 
 
 def test_lists_of_blocks_side_by_side_tell_no_layers() -> None:

@@ -11,9 +11,10 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
+from lightspan.experiments.bases import IdentityBasis
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim import presets
-from lightspan.optim.bases import DCTBasis, IdentityBasis, PowerBasis, SVDBasis
+from lightspan.optim.bases import DCTBasis, PowerBasis, SVDBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import SGD
 from lightspan.optim.layout import Layout

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
+from lightspan.experiments.bases import IdentityBasis
 from lightspan.optim import reference
-from lightspan.optim.bases import DCTBasis, IdentityBasis, PowerBasis
+from lightspan.optim.bases import DCTBasis, PowerBasis
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.residuals import ErrorFeedback, Fira
 
@@ -277,12 +278,12 @@ def saved_state(**options):
         (
             {},
             {"basis": DCTBasis()},
-            r"state of net.weight holds age, exp_avg, .* keeps .*columns.*resume with the basis",
+            r"state of net.weight contains age, exp_avg, .* keeps .*columns.*resume with the basis",
         ),
         (
             {"residual": ErrorFeedback("int8")},
             {"residual": ErrorFeedback("int4")},
-            r"state of net.weight has error of shape \(12, 8\), this optimiser needs \(12, 4\)",
+            r"state of net.weight has error of shape \(12, 8\), but this optimiser needs \(12, 4\)",
         ),
     ],
 )

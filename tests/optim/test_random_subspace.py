@@ -361,9 +361,9 @@ def test_a_state_of_other_weights_or_another_subspace_is_refused() -> None:
     saved = optimizer.state_dict()
     with pytest.raises(UserError, match=r"belong to other initial weights.*same seed or pretrained weights"):
         subspace(net(seed=1)).load_state_dict(saved)
-    with pytest.raises(UserError, match=r"coordinates of shape \(9,\), this RandomSubspace has \(8,\)"):
+    with pytest.raises(UserError, match=r"coordinates of shape \(9,\), but this RandomSubspace has \(8,\)"):
         subspace(net(), dim=8).load_state_dict(saved)
-    with pytest.raises(UserError, match=r"scales of shape \(0,\), this RandomSubspace has \(5,\)"):
+    with pytest.raises(UserError, match=r"scales of shape \(0,\), but this RandomSubspace has \(5,\)"):
         subspace(net(), dim=14, layer_scales=True).load_state_dict(saved)
 
 
@@ -400,7 +400,7 @@ def test_a_projection_of_ones_own_is_passed_to_its_file(tmp_path) -> None:
     optimizer = subspace(model, projection=Orthonormal)
     train(model, optimizer)
     save_subspace(optimizer, path)
-    with pytest.raises(UserError, match="projection 'Orthonormal' of your own; pass projection="):
+    with pytest.raises(UserError, match="your own projection 'Orthonormal'; pass projection="):
         apply_subspace(path, net())
     fresh = net()
     apply_subspace(path, fresh, Orthonormal)
@@ -479,9 +479,9 @@ def test_the_optimisers_load_no_trainer() -> None:
     ("inner", "message"),
     [
         (partial(torch.optim.Muon, lr=0.1), "are a vector, and their optimiser refused one: Muon only supports 2D"),
-        (partial(torch.optim.LBFGS, lr=0.1), "LBFGS evaluates the loss several times a step.*torch.optim.Adam"),
+        (partial(torch.optim.LBFGS, lr=0.1), "LBFGS evaluates the loss several times per step.*torch.optim.Adam"),
         (partial(torch.optim.Adafactor, lr=0.1), "Adafactor steps relative to the size of what it trains"),
-        (partial(torch.optim.SparseAdam, lr=0.1), "SparseAdam takes sparse gradients"),
+        (partial(torch.optim.SparseAdam, lr=0.1), "SparseAdam needs sparse gradients"),
         (partial(LowRank, rank=2), "LowRank got no matrix to project"),
     ],
 )
@@ -517,6 +517,6 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
     before = weights(model)
     loss_of(model).backward()
     model.head.bias.grad[0] = torch.inf
-    with pytest.raises(UserError, match="not finite, and in a random subspace that reaches every weight"):
+    with pytest.raises(UserError, match="not finite, which in a random subspace affects every weight"):
         optimizer.step()
     assert torch.equal(weights(model), before)

@@ -3,6 +3,7 @@
 One pair of processes does all that the tests look at.
 """
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,24 @@ def train(model: nn.Module, optimizer: RandomSubspace, steps: range, rank: int =
     return losses
 
 
+def moved(optimizer: RandomSubspace, reached: list[int]) -> bool:
+    """Whether a step changes a weight or what `inner` keeps, where the loss of this rank reached those parameters."""
+    parameters = optimizer.slice.parameters
+    for number in reached:
+        parameters[number].grad = torch.ones_like(parameters[number])
+    before = copy.deepcopy([*parameters, optimizer.state_dict()["state"][0]])
+    optimizer.step()
+    optimizer.zero_grad()
+    after = [*parameters, optimizer.state_dict()["state"][0]]
+    return any(not _equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _equal(a: torch.Tensor | dict, b: torch.Tensor | dict) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b)
+
+
 def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -105,8 +124,9 @@ def one_rank(rank: int, folder: str) -> None:
         optimizer = build(alone.named_parameters())
         optimizer.averages = True
         shares = train(alone, optimizer, range(STEPS), rank, 2)
-        out[name, "coordinates"] = {"losses": shares, "weights": [p.detach() for p in alone.parameters()]}
+        out[name, "coordinates"] = {"losses": shares, "weights": [p.detach().clone() for p in alone.parameters()]}
         out[name, "DDP"] = {"losses": losses, "weights": [p.detach() for p in replica.parameters()]}
+        out[name, "moved"] = {"no rank": moved(optimizer, []), "one rank": moved(optimizer, [0] if rank == 0 else [])}
     projection, half = Fastfood(101, 9, 7), 51
     g_D = torch.arange(101, dtype=torch.float64).sin()
     pulled_d = projection.pull(g_D[:half] if rank == 0 else g_D[half:], half * rank)
@@ -138,6 +158,13 @@ def test_two_ranks_train_as_one_process(runs, name, how) -> None:
     for out in runs:
         for found, wanted in zip(out[name, how]["weights"], model.parameters(), strict=True):
             torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_where_no_rank_has_a_gradient_there_is_no_step(runs, name) -> None:
+    """As when a step is skipped: neither momentum nor weight decay acts. A gradient of one rank moves both."""
+    for out in runs:
+        assert out[name, "moved"] == {"no rank": False, "one rank": True}
 
 
 def test_a_rank_of_a_sharded_model_keeps_its_part_of_the_start_alone(runs) -> None:

@@ -269,6 +269,18 @@ def test_the_dct_basis_is_scipys_transform() -> None:
         torch.testing.assert_close(x @ dct_basis(size), torch.from_numpy(fft.dct(x.numpy(), norm="ortho")), **EXACT)
 
 
+def test_dct_adamw_takes_the_published_codes_own_columns() -> None:
+    """Those of the DCT-III matrix D^T, with a D^T = dct(a, type=3)."""
+    fft = pytest.importorskip("scipy.fft")
+    weight, gradients = problem((9, 6))
+    settings = {"rank": 2, "norm": 1, "rotate": False, "error_feedback": False}
+    got = run(DCTAdamW, weight, gradients, **settings, **ADAM, basis=lambda size: dct_basis(size).T)
+    basis = torch.from_numpy(fft.dct(torch.eye(6).double().numpy(), type=3, norm="ortho"))
+    for gradient, frame in zip(gradients, got.frames, strict=True):
+        scores = torch.from_numpy(fft.dct(gradient.double().numpy(), type=3, norm="ortho")).abs().sum(dim=0)
+        torch.testing.assert_close(frame, basis[:, scores.topk(2).indices.sort().values], **EXACT)
+
+
 def test_columns_selected_by_their_l2_norm_leave_the_least_behind() -> None:
     a, basis = normal(5, 6), turn(6)
     left = {

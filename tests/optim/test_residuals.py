@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, RandomBasis
+from lightspan.experiments.bases import RandomBasis
+from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis
 from lightspan.optim.inner import SGD
 from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.residuals import Apollo, Dropped, ErrorFeedback, Fira
+from lightspan.optim.residuals import Apollo, Dropped, ErrorFeedback, Fira, Terms
 
 LAYOUT = Layout(7, 5, 2, False, torch.float64, torch.device("cpu"), (0, 1))
 
@@ -28,7 +29,7 @@ def parts(seed=0):
 
 def lifted(residual, gradient, frame, coordinates, direction, state):
     energy = gradient.square().sum(-1)
-    coefficients, scale = residual.terms(direction.clone(), coordinates, energy, state, LAYOUT)
+    coefficients, scale = residual.terms(Terms(direction.clone(), coordinates, energy, LAYOUT), state)
     update = coefficients @ frame[..., : coefficients.shape[-1]].mT
     return update + scale[..., None] * gradient if len(scale) else update
 
@@ -107,7 +108,8 @@ def test_the_bound_lets_ordinary_rows_pass_bit_for_bit():
     r, energy, u = gradient @ frame, gradient.square().sum(-1), draw(2, 7, 16, seed=2)
     for kind in (Fira, Apollo):
         bounded, free = (
-            kind(bound=bound).terms(u.clone(), r, energy, kind().initial(layout), layout) for bound in (4.0, None)
+            kind(bound=bound).terms(Terms(u.clone(), r, energy, layout), kind().initial(layout))
+            for bound in (4.0, None)
         )
         assert all(torch.equal(a, b) for a, b in zip(bounded, free, strict=True))
 

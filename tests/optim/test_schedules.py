@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim.schedules import WarmupCosine
+from lightspan.optim.schedules import WarmupCosine, WarmupCosineDecay, line_between
 
 
 def parameter(size=2):
@@ -63,3 +63,49 @@ def test_a_schedule_loaded_halfway_goes_on_as_if_it_had_never_stopped():
 def test_schedules_refuse_what_lies_outside_their_ranges(options, message):
     with pytest.raises(UserError, match=message):
         WarmupCosine(torch.optim.SGD([parameter()], lr=1.0), **{"total_steps": 10, **options})
+
+
+def test_weight_decay_follows_a_half_cosine_to_its_factor_and_groups_without_it_keep_none():
+    groups = [{"params": [parameter()]}, {"params": [parameter()], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.04)
+    scheduler, plain = (
+        WarmupCosineDecay(optimizer, 20, decay_factor=10.0),
+        WarmupCosine(torch.optim.SGD([parameter()], 1.0), 20),
+    )
+    decays, rates_ = [], []
+    for step in range(23):
+        decays.append(optimizer.param_groups[0]["weight_decay"])
+        rates_.append((optimizer.param_groups[0]["lr"], plain.factor(step)))
+        assert optimizer.param_groups[1]["weight_decay"] == 0
+        optimizer.step()
+        scheduler.step()
+    assert decays[:1] + decays[10:11] + decays[20:] == pytest.approx([0.04, 0.22, 0.4, 0.4, 0.4])
+    assert all(a == pytest.approx(b) for a, b in rates_)
+
+
+def test_a_resumed_decay_goes_on_from_where_it_was():
+    def made():
+        optimizer = torch.optim.AdamW([parameter()], lr=1.0, weight_decay=0.1)
+        return optimizer, WarmupCosineDecay(optimizer, 10, decay_factor=4.0)
+
+    straight, schedule = made()
+    for _ in range(4):
+        straight.step()
+        schedule.step()
+    resumed, again = made()
+    resumed.load_state_dict(straight.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    for optimizer, scheduler in ((straight, schedule), (resumed, again)):
+        optimizer.step()
+        scheduler.step()
+    assert straight.param_groups[0]["weight_decay"] == resumed.param_groups[0]["weight_decay"]
+    assert again.base_decays == [0.1]
+    with pytest.raises(UserError, match="decay_factor=-1 must be at least 0"):
+        WarmupCosineDecay(straight, 10, decay_factor=-1)
+
+
+def test_a_line_reaches_its_end_and_stays_there():
+    assert [line_between(0.04, 0.07, share, 0.5) for share in (0, 0.25, 0.5, 1)] == pytest.approx(
+        [0.04, 0.055, 0.07, 0.07]
+    )
+    assert line_between(0.04, 0.07, 0.0, 0.0) == 0.07

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from lightspan import devices
 from lightspan.devices import widest_float
+from lightspan.experiments.bases import RandomBasis
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
+from lightspan.experiments.ranks import RankByEnergy
 from lightspan.optim import presets
-from lightspan.optim.bases import RandomBasis
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.ranks import RankByEnergy
 
 
 class NoFloat64(TorchDispatchMode):

@@ -167,7 +167,7 @@ def test_fastfood_keeps_eight_bytes_a_row_and_sparse_nine_an_entry() -> None:
 
 
 def test_what_is_too_large_or_too_small_is_refused() -> None:
-    with pytest.raises(UserError, match=r"size=1000000 and dim=101 has 1e\+08 entries.*take Fastfood.*at most 100"):
+    with pytest.raises(UserError, match=r"size=1000000 and dim=101 has 1e\+08 entries.*use Fastfood.*at most 100"):
         Dense(10**6, 101)
     for kind in KINDS:
         with pytest.raises(UserError, match=r"size=5 and dim=0 must both be at least 1"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightspan.subspaces.tucker import compose, hosvd, mode_product, unfolding
+from lightspan.subspaces.tucker import compose, mode_product, unfolding
 
 SIZES = {2: (7, 5), 3: (4, 5, 3), 4: (6, 4, 3, 3), 5: (4, 3, 2, 3, 2)}
 EINSUM = {2: "ab,ia,jb->ij", 3: "abc,ia,jb,kc->ijk", 4: "abcd,ia,jb,kc,ld->ijkl", 5: "abcde,ia,jb,kc,ld,me->ijklm"}
@@ -22,18 +22,3 @@ def test_composition_is_the_sum_over_the_core(axes):
 def test_none_leaves_an_axis_alone():
     tensor, matrix = torch.randn(3, 4, 5), torch.randn(2, 4)
     assert torch.equal(compose(tensor, [None, matrix, None]), mode_product(tensor, matrix, 1))
-
-
-@pytest.mark.parametrize("axes", SIZES)
-def test_hosvd_at_full_rank_is_the_tensor(axes):
-    tensor = torch.randn(SIZES[axes], dtype=torch.float64)
-    core, factors = hosvd(tensor, SIZES[axes])
-    torch.testing.assert_close(compose(core, factors), tensor, rtol=1e-8, atol=1e-8)
-    for factor in factors:
-        torch.testing.assert_close(factor.mT @ factor, torch.eye(factor.shape[1]).double())
-
-
-def test_hosvd_finds_a_tensor_of_lower_multilinear_rank():
-    factors = [torch.randn(size, 2, dtype=torch.float64) for size in (6, 5, 4)]
-    tensor = compose(torch.randn(2, 2, 2, dtype=torch.float64), factors)
-    torch.testing.assert_close(compose(*hosvd(tensor, (2, 2, 2))), tensor, rtol=1e-8, atol=1e-8)

@@ -197,7 +197,7 @@ def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="'int2' is unknown; choose one of float64, float32, bfloat16, int8, int4"):
         zero_error(1, 2, 3, "int2", CPU)
     with pytest.raises(
-        UserError, match=r"codes of torch.int16 have no meaning; store the error as one of torch.float64"
+        UserError, match=r"codes of torch.int16 are not supported; store the error as one of torch.float64"
     ):
         add_error([torch.zeros(2, 3)], torch.zeros(1, 2, 3, dtype=torch.int16), torch.zeros(1, 2, 0), ONE)
 

@@ -1,4 +1,4 @@
-"""PELA: the intermediate training of a factorised network against the network it was cut from.
+"""PELA: the intermediate training of a factorised network, with the original network as its teacher.
 
 Source: Guo, Wang, Kankanhalli, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", CVPR 2024,
 arXiv 2310.10700. The surgery is `lightspan.adapters.pela`, the terms are `lightspan.objectives.distillation`:
@@ -25,19 +25,19 @@ from lightspan.sharded import whole
 
 
 class PELA(Method):
-    """Cuts a trained `backbone` to low rank and trains what is left, and `head`, to do what the whole did.
+    """Cuts a trained `backbone` to low rank and trains what is left, with `head`, to imitate the original.
 
-    Afterwards they are an ordinary, smaller network under the names that `Classifier` has: fine-tune it with any
-    method, its teacher left behind.
+    Afterwards they are an ordinary, smaller network with the names of `Classifier`: fine-tune it with any
+    method, without its teacher.
 
     Args:
         backbone: trained, [B C H W] -> [B F].
-        head: trained, [B F] -> logits [B K]; stays whole.
+        head: trained, [B F] -> logits [B K]; is not factorised.
         ratio, exclude: which layers are factorised and how far, as in `lightspan.adapters.pela.factorise`.
         hidden: containers whose children's outputs are distilled, all in one pass; None is ["blocks"].
         alpha, beta, lam: weights of features, logits and perturbation, each >= 0. A term of weight 0 is neither
             computed nor logged; without features and logits the teacher does not run.
-        eps: what the largest change of a weight is drawn to.
+        eps: target for the largest change of a weight.
         task_loss: (logits, label) -> scalar, the loss the network was trained with; None is cross-entropy.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
@@ -94,11 +94,11 @@ class PELA(Method):
 
     @property
     def original(self) -> nn.Module:
-        """The backbone before it was cut."""
+        """The backbone before it was factorised."""
         return self.teacher.module[0]  # type: ignore[index]
 
     def perturbation(self) -> Tensor:
-        """L_perturbation of all factorised layers; ranks that hold parts of them gather these first."""
+        """L_perturbation of all factorised layers; ranks that have parts of them gather these first."""
         layers = dict(factorised(self.backbone))
         products = [whole(layer.up.weight) @ whole(layer.down.weight) for layer in layers.values()]
         originals = [whole(self.original.get_submodule(name).weight) for name in layers]  # type: ignore[arg-type]

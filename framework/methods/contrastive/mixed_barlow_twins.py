@@ -1,7 +1,7 @@
-"""Mixed Barlow Twins: redundancy reduction that does not decay in long training, for one forward pass more.
+"""Mixed Barlow Twins: redundancy reduction that does not decay in long training, for one more forward pass.
 
 Source: Bandara, De Melo, Patel, "Guarding Barlow Twins Against Overfitting with Mixed Samples", 2023, arXiv 2312.02151.
-The two terms of the loss are in `lightspan.objectives.barlow`; here they are put together:
+The two terms of the loss are in `lightspan.objectives.barlow`; here they are combined:
 L = L_BT + lam_reg * lam * L_reg, on x_m = a x1 + (1 - a) x2[p] with a ~ Beta(alpha, alpha), one a and one p per step.
 As in the authors' code each rank draws its own a and p for its own rows. Statistics and correlations, which that code
 takes per rank, run over all ranks; with sync_batchnorm N ranks therefore give the gradient of one.
@@ -24,13 +24,13 @@ class MixedBarlowTwins(Method):
 
     Args:
         backbone: [B C H W] -> [B num_features]; what probes read.
-        projector: [B num_features] -> [B D]. Wide (D of 512 and more) is where the mixed term is needed.
+        projector: [B num_features] -> [B D]. The mixed term is needed if it is wide (D of 512 or more).
         lam: weight of the off-diagonal correlations, >= 0.
         lam_reg: weight of the mixed term relative to `lam`, >= 0; at 0 this is Barlow Twins and the third forward pass
             is left out.
         alpha: of the Beta distribution of a, > 0; 1 is uniform.
-        normalize: scale each embedding to length 1 before it is standardised, as the authors' code does on small images
-            and neither paper mentions.
+        normalize: scale each embedding to length 1 before it is standardised, as the authors' code does for small
+            images and neither paper mentions.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
@@ -60,7 +60,7 @@ class MixedBarlowTwins(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def embed(self, image_BCHW: Tensor) -> Tensor:
-        """Embedding before it is standardised, [B D]."""
+        """Embedding before standardising, [B D]."""
         e_BD = self.projector(self.backbone(image_BCHW))
         return F.normalize(e_BD, dim=1) if self.normalize else e_BD
 
@@ -71,7 +71,7 @@ class MixedBarlowTwins(Method):
         barlow = barlow_twins_loss(z1_BD, z2_BD, self.lam)
         regulariser = self.regulariser(x1_BCHW, x2_BCHW, z1_BD, z2_BD) if self.lam_reg > 0 else torch.zeros_like(barlow)
         loss = barlow + self.lam_reg * self.lam * regulariser
-        # 1 when unit-length embeddings fill the sphere evenly, 0 when all images share one.
+        # 1 if unit-length embeddings fill the sphere evenly, 0 if all images share one.
         spread = F.normalize(e1_BD.detach(), dim=1).std(dim=0, correction=0).mean() * e1_BD.shape[1] ** 0.5
         self.log_training(
             {

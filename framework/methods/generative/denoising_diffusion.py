@@ -1,14 +1,14 @@
-"""Denoising diffusion: learn to tell the noise in an image, then draw images by taking it out level by level.
+"""Denoising diffusion: learn to recognise the noise in an image, then draw images by removing it level by level.
 
 Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, algorithms 1 and 2; Song et al.,
 "Denoising Diffusion Implicit Models", 2020, arXiv 2010.02502 (fewer levels when drawing); Ho, Salimans, 2022, arXiv
 2207.12598 (guidance by the same network without its class); Salimans, Ho, 2022, arXiv 2202.00512 (velocity). The
-equations are in `lightspan.objectives.diffusion`. A level is the field's timestep, kept its alpha_bar, and an image
-whose class the network is not told is one of the null class, or unconditional.
+equations are in `lightspan.objectives.diffusion`. A level is the literature's timestep, `kept` its alpha_bar, and an
+image whose class is hidden from the network belongs to the null class, or is unconditional.
 Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import torch
@@ -38,11 +38,11 @@ class DenoisingDiffusion(Method):
         backbone: noisy [B C H W], level int64 [B], label int64 [B] or None -> what is predicted [B C H W].
         schedule: how noise grows over the levels; linear as in DDPM, cosine for small images.
         levels: T, >= 2.
-        label_dropout: share of training images whose class the network is not told, in [0, 1]; 1 trains without
+        label_dropout: share of training images whose class is hidden from the network, in [0, 1]; 1 trains without
             classes. Anything above 0 needs a network that takes `num_classes` as no class, as `DiT` does.
-        prediction: what the network is trained to tell. An error in the noise is 1 / sqrt(kept) times as large in the
-            image that it implies, and at the noisiest levels, where outlines are decided, that is a hundred times. An
-            error in the velocity never grows: it draws better with a small network.
+        prediction: what the network is trained to predict. An error in the noise is 1 / sqrt(kept) times as large in
+            the image that it implies, and at the noisiest levels, where outlines are decided, that is a hundred times.
+            An error in the velocity never grows: it draws better with a small network.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
@@ -59,7 +59,7 @@ class DenoisingDiffusion(Method):
     ) -> None:
         super().__init__(**optimization)
         if levels < 2 or not 0 <= label_dropout <= 1:
-            raise UserError(f"levels={levels} must be at least 2 and label_dropout={label_dropout} lie in [0, 1]")
+            raise UserError(f"levels={levels} must be at least 2 and label_dropout={label_dropout} in [0, 1]")
         self.backbone, self.label_dropout, self.prediction = backbone, label_dropout, prediction
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
         self.register_buffer("kept_T", kept_T.float(), persistent=False)
@@ -72,14 +72,14 @@ class DenoisingDiffusion(Method):
         return self
 
     def loss(self, batch: ImageBatch, level_B: Tensor, noise_BCHW: Tensor, told_B: Tensor) -> Tensor:
-        """Mean squared error of what is predicted at these levels; where `told` is false the class is withheld."""
+        """Mean squared error of what is predicted at these levels; if `told` is false the class is hidden."""
         kept_B = self.kept_T[level_B]
         noisy_BCHW = add_noise(batch["image"], noise_BCHW, kept_B)
         target_BCHW = noise_BCHW if self.prediction == "noise" else velocity(batch["image"], noise_BCHW, kept_B)
         return prediction_loss(self.backbone(noisy_BCHW, level_B, self.labels(batch["label"], told_B)), target_BCHW)
 
     def labels(self, label_B: Tensor, told_B: Tensor) -> Tensor | None:
-        """Classes as the network takes them, None where it takes none."""
+        """Classes as the network expects them, None if it takes none."""
         nobody = getattr(self.backbone, "num_classes", 0)
         return torch.where(told_B, label_B, nobody) if nobody else None
 
@@ -108,13 +108,12 @@ class DenoisingDiffusion(Method):
         return torch.stack(losses).mean()
 
     def spread(self, count: int) -> list[int]:
-        """The middles of `count` equal parts of all levels, rising. Neither end is among them: at the upper one a
-        cosine schedule keeps so little of an image that no prediction of the noise says what it was.
+        """The middles of `count` equal parts of all levels, ascending. Neither end is included: at the upper one a
+        cosine schedule keeps so little of an image that no prediction of the noise reveals it.
         """
         levels = len(self.kept_T)
         return torch.linspace(0, levels - 1, 2 * count + 1, dtype=torch.float64)[1::2].round().long().tolist()
 
-    @torch.no_grad()
     def sample(
         self,
         label_B: Tensor,
@@ -125,26 +124,44 @@ class DenoisingDiffusion(Method):
         seed: int = 0,
         clip: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Images [B C H W] of these classes, standardised as the training images were, in float32 or wider.
+        """Images [B C H W] of these classes, standardised as the training images were, in float32 or wider: the last of
+        `draw`.
+        """
+        for image_BCHW in self.draw(label_B, shape, steps, eta, guidance, seed, clip):
+            last_BCHW = image_BCHW
+        return last_BCHW
+
+    @torch.no_grad()
+    def draw(
+        self,
+        label_B: Tensor,
+        shape: tuple[int, int, int],
+        steps: int = 50,
+        eta: float = 0.0,
+        guidance: float = 1.0,
+        seed: int = 0,
+        clip: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """The images after each step, as they lose their noise; who wants the first steps alone stops there.
 
         The network sees them in the precision of its weights; between its calls they keep their own.
 
         Args:
-            label_B: int64; for a network without classes it counts the images alone.
+            label_B: int64; for a network without classes only its length counts.
             shape: C H W.
-            steps: levels visited, as `spread` gives them, in [1, T].
+            steps: number of levels visited, as chosen by `spread`, in [1, T].
             eta: 0 for DDIM, 1 for the ancestral sampler of DDPM, as in `step_back`.
-            guidance: the prediction is taken this many times as far from the one without class; 1 leaves it, and more
+            guidance: moves the prediction this many times as far from the one without a class; 1 leaves it, and more
                 gives images more typical of their class and less varied.
-            seed: of all noise, which the CPU draws.
-            clip: least and greatest value of a training image, as `ImageData.bounds` gives them; the clean image that
-                is predicted at each level is clipped to them, as in `step_back`. Else a small network, or a guided
-                one, wanders off to values that no image has.
+            seed: seed of all noise, which the CPU draws.
+            clip: least and greatest value of a training image, as in `ImageData.bounds`; the clean image that
+                is predicted at each level is clipped to them, as in `step_back`. Otherwise a small network, or a guided
+                one, drifts to values that no image has.
         Raises: UserError for steps or eta out of range.
         """
         levels, device = len(self.kept_T), label_B.device
         if not 1 <= steps <= levels or not 0 <= eta <= 1:
-            raise UserError(f"steps={steps} must lie in [1, {levels}] and eta={eta} in [0, 1]")
+            raise UserError(f"steps={steps} must be in [1, {levels}] and eta={eta} in [0, 1]")
         generator = torch.Generator().manual_seed(seed)
         told_B = torch.ones_like(label_B, dtype=torch.bool)
         seen = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), torch.float32)
@@ -163,4 +180,4 @@ class DenoisingDiffusion(Method):
                 predicted_BCHW = noise_of_velocity(predicted_BCHW, x_BCHW, here_B)
             fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(x_BCHW)
             x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW, clip)
-        return x_BCHW
+            yield x_BCHW

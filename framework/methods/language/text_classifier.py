@@ -39,7 +39,7 @@ class TextClassifier(Method):
 
     def features(self, batch: LabelledTextBatch) -> Tensor:
         """Mean of the last states over the mask, [B D]."""
-        longest = int(batch["mask"].sum(dim=1).max())  # columns that are padding in every row cost time and say nothing
+        longest = int(batch["mask"].sum(dim=1).max())  # columns that are padding in every row only cost time
         tokens_BT, mask_BT = batch["tokens"][:, :longest], batch["mask"][:, :longest]
         states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
         return masked_mean(states_BTD, mask_BT)
@@ -60,7 +60,7 @@ class TextClassifier(Method):
         return self.head(self.features(batch))
 
     def loss_and_accuracy(self, batch: LabelledTextBatch) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats, and the share of texts whose largest logit is their label's."""
+        """Mean cross-entropy in nats, and the share of texts whose largest logit is that of their label."""
         logits_BK = self.head(self.features(batch))
         accuracy = (logits_BK.argmax(dim=1) == batch["label"]).float().mean()
         return cross_entropy(logits_BK, batch["label"]), accuracy

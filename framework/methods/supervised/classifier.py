@@ -34,8 +34,8 @@ class Classifier(Method):
         width = getattr(backbone, "num_features", None)
         if not isinstance(width, int):
             raise UserError(
-                f"Classifier needs the width of its backbone, and {type(backbone).__name__} has no attribute "
-                "num_features; take one of lightspan.backbones.vision or set it"
+                f"Classifier needs the width of its backbone, but {type(backbone).__name__} has no attribute "
+                "num_features; use one of lightspan.backbones.vision or set it"
             )
         if num_classes < 2:
             raise UserError(f"Classifier num_classes={num_classes} must be at least 2")
@@ -70,7 +70,7 @@ class Classifier(Method):
         self.log_dict(self._measure(stage, batch), **options)
 
     def _measure(self, stage: str, batch: ImageBatch) -> dict[str, Tensor]:
-        """Loss in nats and the share of right answers."""
+        """Loss in nats and the share of correct answers."""
         logits_BK, label_B = self(batch["image"]), batch["label"]
         loss = F.cross_entropy(logits_BK, label_B)
         accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()

@@ -1,14 +1,14 @@
-"""The published low-rank optimisers as plain equations: one file each, slow, in float64, on any net.
+"""The published low-rank optimisers as plain equations: one file each, slow, in float64, for any network.
 
     from lightspan.optim import reference
     optimizer = reference.GaLore(model.parameters(), lr=1e-2, rank=8)
 
-Each is a torch optimiser whose whole rule is its `update`, ten to twenty lines to be read with the paper in hand. The
+Each is a torch optimiser whose whole rule is its `update`, ten to twenty lines to be read beside the paper. The
 engine, `lightspan.optim.low_rank.LowRank`, and its presets of the same names in `lightspan.optim.presets` do the same
-fast, sharded and in little memory, and are tested against these. They share none of their arithmetic.
+fast, sharded and in little memory, and are tested against these. They share no arithmetic.
 
-What all have in common, the loop over parameters, Adam, and when a frame is chosen anew, is in `loop`. What is neither
-in the paper nor in its code, an argument `bound` or a sentence in a docstring says; `bound` is off here by default.
+What all have in common, the loop over parameters, Adam, and when a frame is chosen again, is in `loop`. What is neither
+in the paper nor in its code is an argument `bound`, off here by default, or is named in a docstring.
 
 The equations are those of tall matrices: the shorter side is compressed, the columns of a square matrix, and a wide
 matrix is transposed. The papers' left projections P are therefore transposed too: R = G Q with Q = P^T.

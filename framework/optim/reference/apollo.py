@@ -15,15 +15,15 @@ class APOLLO(Reference):
     """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1, equations 4 and 5). `scale` is alpha, `limit` gamma of
     Fira's norm-growth limiter.
 
-        Q = entries N(0, 1 / R), not orthonormal, drawn anew every `refresh` steps; moments stay
+        Q = entries N(0, 1 / R), not orthonormal, redrawn every `refresh` steps; moments stay
         R = G Q
         R~ = Adam(R)
-        s_i = |R~_i| / |R_i|         one a row
+        s_i = |R~_i| / |R_i|         one per row
         W <- W - lr alpha limiter(s o G)
 
-    R~ is bias corrected, as in AdamW; equation 5 leaves the correction out. The limiter works before alpha: with a
-    constant alpha the order makes no difference. Draws come from the CPU and `seed`, and saved state has no part of
-    them.
+    R~ is bias corrected, as in AdamW; equation 5 omits the correction. The limiter comes before alpha: with a
+    constant alpha the order makes no difference. Draws come from the CPU and `seed`, and are not part of
+    saved state.
     """
 
     tensor_wise = False

@@ -1,4 +1,4 @@
-"""DCT-AdamW and Trion: frames are columns of one fixed orthonormal basis, chosen by what they carry."""
+"""DCT-AdamW and Trion: frames are columns of one fixed orthonormal basis, chosen by what they capture."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -45,7 +45,8 @@ class DCTAdamW(_Columns):
         W <- W - lr N Q^T            N = Adam(R), with the bias correction of all steps
 
     The paper refreshes in its first and every T_u-th step, counted from 1; here, as in the engine, in the first and
-    every T_u-th after it. The published code compares columns by norm=1 and has no rotation by default.
+    every T_u-th after it. The published code's defaults differ: norm=1, no rotation, no error feedback, and
+    (sim_type="matmul") columns of the DCT-III matrix, basis=lambda n: dct_basis(n).T; ours are those of its "makhoul".
 
     Args:
         error_feedback: whether there is an E; not quantised here.
@@ -85,7 +86,7 @@ class DCTAdamW(_Columns):
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
-    """U V^T of the SVD U S V^T, roughly, by the quintic iteration of Muon (Jordan et al. 2024)."""
+    """U V^T of the SVD U S V^T, approximately, by the quintic iteration of Muon (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix / (matrix.norm() + 1e-7)
     x = x.T if matrix.shape[0] > matrix.shape[1] else x
@@ -96,7 +97,7 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def shape_factor(shape: tuple[int, int], convention: str) -> float:
-    """Factor of an orthogonalised update of a weight (out, in), as given, not made tall."""
+    """Factor of an orthogonalised update of a weight (out, in), as given, not transposed to tall."""
     rows, columns = shape
     return {
         "kj": math.sqrt(max(1.0, rows / columns)),
@@ -110,9 +111,9 @@ class Trion(_Columns):
     """Trion (arXiv 2505.17967, algorithm 1): Dion with selected columns for its power iteration. `momentum` is mu.
 
         B = M + G
-        I = `selected` columns of D, Q = D_I, chosen anew in every step
+        I = `selected` columns of D, Q = D_I, chosen again in every step
         R = B Q
-        M <- B - (1 - mu) R Q^T      what is not captured stays whole
+        M <- B - (1 - mu) R Q^T      what is not captured stays complete
         W <- W - lr c newton_schulz(R) Q^T      c by `convention`, see `shape_factor`
 
     What is not projected gets AdamW with `other_lr`, betas and eps, as in the published code.

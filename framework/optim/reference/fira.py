@@ -1,4 +1,4 @@
-"""Fira: GaLore, and the gradient outside the frame at the scale that Adam has inside it."""
+"""Fira: GaLore, plus the gradient outside the frame at the scale that Adam has inside it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,12 +15,12 @@ class FiraAdam(Reference):
     norm-growth limiter.
 
         Q, R, N as in GaLore
-        phi_i = |N_i| / |R_i|        one a row (the paper's column, for its wide matrices)
+        phi_i = |N_i| / |R_i|        one per row (the paper's column, for its wide matrices)
         S = limiter(phi o (G - R Q^T))
         W <- W - lr alpha (N Q^T + S)
 
     The paper's N has epsilon outside the bias correction; here it is Adam's, as in the published code. With
-    scale_residual=False, as that code has it, alpha multiplies N Q^T and R Q^T and nothing else.
+    scale_residual=False, as in that code, alpha multiplies only N Q^T and R Q^T.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class GaLore(Reference):
     """GaLore with Adam (Zhao et al. 2024, arXiv 2403.03507, algorithm 2). `scale` is alpha; `refresh` is the code's
     update_proj_gap, Q^T its projector.
 
-        Q = top right singular vectors of G, chosen anew every `refresh` steps
+        Q = top right singular vectors of G, chosen again every `refresh` steps
         R = G Q
         N = Adam(R)                  bias correction counts all steps; moments stay when the frame changes
         W <- W - lr alpha N Q^T

@@ -12,22 +12,27 @@ from lightspan.optim.reference.loop import Group, Reference, State, adam
 Betas = tuple[float, float]
 
 
-def rotated_moments(m: Tensor, v: Tensor, overlap: Tensor, t: int, betas: Betas) -> tuple[Tensor, Tensor]:
+def rotated_moments(
+    m: Tensor, v: Tensor, overlap: Tensor, t: int, betas: Betas, reach: bool = False
+) -> tuple[Tensor, Tensor]:
     """LDAdam's projection-aware moments after t >= 1 steps (arXiv 2410.16103, section 3), for overlap = Q_old^T Q_new
     [R R]: the mean is rotated, the variance v_hat - m_hat^2 by the squares (coordinates count as uncorrelated), and
-    |.| mends a negative result.
+    |.| corrects a negative result.
 
-    Not in the paper: v stays so large that m / sqrt(v) is no more than Adam's can be, by Cauchy-Schwarz.
+    Args:
+        reach: not in the paper: whether v stays so large that m / sqrt(v) is no more than Adam's can be, by
+            Cauchy-Schwarz.
     """
     beta1, beta2 = betas
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
     v = ((v_hat - m_hat**2) @ overlap**2 + (m_hat @ overlap) ** 2).abs()
-    least = (m_hat @ overlap) ** 2 * (1 - beta2) * (1 - beta1**2 / beta2) / (1 - beta1) ** 2
-    return m @ overlap, (1 - beta2**t) * torch.maximum(v, least)
+    if reach:
+        v = torch.maximum(v, (m_hat @ overlap) ** 2 * (1 - beta2) * (1 - beta1**2 / beta2) / (1 - beta1) ** 2)
+    return m @ overlap, (1 - beta2**t) * v
 
 
 def power_step(a: Tensor, frame: Tensor, m_hat: Tensor, rho: float) -> Tensor:
-    """One block power iteration from the frame before, QR(B^T B Q) on B = rho m_hat Q^T + (1 - rho) A."""
+    """One block power iteration from the previous frame, QR(B^T B Q) on B = rho m_hat Q^T + (1 - rho) A."""
     b = rho * m_hat @ frame.T + (1 - rho) * a
     return torch.linalg.qr(b.T @ (b @ frame)).Q
 
@@ -37,13 +42,16 @@ class LDAdam(Reference):
 
         A = G + E
         Q = power_step(A), in the first step the top singular vectors of A
-        m', v' = rotated_moments of the step before
+        m', v' = rotated_moments of the previous step
         R = A Q
         E <- A - R Q^T + b1 / (1 - b1) (m_{t-1} Q_{t-1}^T - m' Q^T)
         W <- W - lr N Q^T            N = Adam(R) from m', v'
 
-    The last term of E returns what the rotation took from the momentum; b1 / (1 - b1) is the sum of the weights with
-    which that part would still have entered later steps.
+    The last term of E restores what the rotation removed from the momentum; b1 / (1 - b1) is the sum of the weights
+    with which that part would still have entered later steps.
+
+    Args:
+        reach: see `rotated_moments`; the engine does so. False is as published.
     """
 
     def __init__(
@@ -55,8 +63,10 @@ class LDAdam(Reference):
         rho: float = 0.908,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        reach: bool = False,
     ) -> None:
-        super().__init__(params, lr=lr, rank=rank, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay)
+        common = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, rho=rho, reach=reach, **common)
 
     def choose(self, a: Tensor, state: State, group: Group) -> Tensor:
         if "q" not in state:
@@ -70,7 +80,8 @@ class LDAdam(Reference):
         q = self.frame(a, state, group)
         if old is not None:
             lifted = state["m"] @ old.T
-            state["m"], state["v"] = rotated_moments(state["m"], state["v"], old.T @ q, state["t"] - 1, group["betas"])
+            m, v, t = state["m"], state["v"], state["t"] - 1
+            state["m"], state["v"] = rotated_moments(m, v, old.T @ q, t, group["betas"], group["reach"])
             lost = lifted - state["m"] @ q.T
         r = a @ q
         state["error"] = a - r @ q.T + beta1 / (1 - beta1) * lost

@@ -1,4 +1,4 @@
-"""What every reference shares: the loop over parameters, Adam, and when a frame is chosen anew.
+"""What every reference shares: the loop over parameters, Adam, and when a frame is chosen again.
 
 Shapes: M rows (longer side), N columns (shorter side), R rank.
 """
@@ -18,7 +18,7 @@ Group = dict[str, Any]
 
 
 def tall(matrix: Tensor) -> Tensor:
-    """In float64, as a matrix with the longer side as rows; axes after the first are flattened, as of a convolution."""
+    """In float64, as a matrix with the longer side as rows; axes after the first are flattened, as in convolutions."""
     matrix = matrix.detach().double().flatten(1)
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
@@ -40,18 +40,18 @@ def adam(g: Tensor, state: State, group: Group) -> Tensor:
 
 class Reference(Optimizer):
     """A published optimiser in float64: `update` for matrices whose shorter side is not below `rank`, AdamW for the
-    rest, both after decoupled weight decay. A rank equal to the shorter side turns the matrix and drops nothing (the
+    rest, both after decoupled weight decay. A rank equal to the shorter side rotates the matrix and drops nothing (the
     engine leaves such a matrix to AdamW).
 
-    For one process and parameters in one piece. State is whatever the equations name. All matrices change their frames
+    For one process and unsharded parameters. State is whatever the equations name. All matrices change their frames
     in the same step, the first and every `refresh`-th after it.
 
     Args:
-        settings: of the groups: lr, rank, betas, eps, weight_decay, and what the optimiser itself takes. `other_lr`,
-            where there is one, is the rate of what is not projected.
+        settings: those of the groups: lr, rank, betas, eps, weight_decay, and what the optimiser itself takes.
+            `other_lr`, if there is one, is the rate of what is not projected.
     Attributes:
-        frames: frames [N R] by step to use instead of those of `choose`: for comparisons where signs of singular
-            vectors or random draws differ. Makes sense for a single matrix.
+        frames: frames [N R] by step, used instead of those of `choose`: for comparisons in which signs of singular
+            vectors or random draws differ. Only useful for a single matrix.
     Raises: UserError for settings out of range.
     """
 
@@ -65,7 +65,7 @@ class Reference(Optimizer):
         """What is subtracted, times lr, from a tall matrix of gradient `g`.
 
         Args:
-            state: t, the step, and shape, (out, in) of the matrix as given; what else an optimiser keeps it puts there.
+            state: t, the step, and shape, (out, in) of the matrix as given; an optimiser adds whatever else it keeps.
         """
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class Reference(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state stays in float64: torch casts it to the dtype of the parameters.
+        """Like torch's, but state stays in float64: torch casts it to the dtype of the parameters.
 
         Raises: UserError for state of other groups; nothing is changed then.
         """
@@ -135,11 +135,11 @@ def run(
     frames: Sequence[Tensor] | None = None,
     **settings: Any,
 ) -> Run:
-    """Takes one step a gradient from `weight`, which stays as it is.
+    """Takes one step per gradient from `weight`, which is not changed.
 
     Args:
-        lr: one rate, or one a step.
-        frames: of every step, as `Reference.frames`; their rank is then the rank.
+        lr: one rate, or one per step.
+        frames: those of every step, as in `Reference.frames`; their rank is then the rank.
     """
     w = nn.Parameter(weight.detach().double().clone())
     if frames is not None:

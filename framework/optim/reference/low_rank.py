@@ -11,10 +11,10 @@ from lightspan.optim.reference.loop import Group, Reference, State, adam
 from lightspan.optim.reference.rescaling import limited, row_scale
 
 
-def rotated_moments(m: Tensor, v: Tensor, r: Tensor, overlap: Tensor, t: int, betas: tuple[float, float]) -> Any:
-    """Moments m and v after t >= 1 steps, for overlap = Q_old^T Q_new [R R]: LDAdam's (arXiv 2410.16103, section 3) but
-    for variances below zero, which count as zero, and for what the old frame did not see: a new direction owns a share
-    of the old ones below 1, and about the rest nothing is known but the present coordinates r, squared.
+def moments_with_floor(m: Tensor, v: Tensor, r: Tensor, overlap: Tensor, t: int, betas: tuple[float, float]) -> Any:
+    """Moments m and v after t >= 1 steps, for overlap = Q_old^T Q_new [R R]: LDAdam's (arXiv 2410.16103, section 3)
+    except for variances below zero, which count as zero, and for what the old frame did not capture: a new direction
+    has a share of the old ones below 1, and for the rest only the present coordinates r are known, squared.
     """
     beta1, beta2 = betas
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
@@ -26,9 +26,9 @@ def rotated_moments(m: Tensor, v: Tensor, r: Tensor, overlap: Tensor, t: int, be
 class LowRank(Reference):
     """Not published; what this project recommends.
 
-        Q = QR(G^T G Q) every `refresh` steps, one power step from the frame before
+        Q = QR(G^T G Q) every `refresh` steps, one power step from the previous frame
         R = G Q
-        m, v <- rotated_moments when the frame changes
+        m, v <- moments_with_floor when the frame changes
         N, S as in Fira, with `bound`
         W <- W - lr scale (N Q^T + S)
 
@@ -65,7 +65,7 @@ class LowRank(Reference):
         r = g @ q
         if old is not None and not torch.equal(old, q):
             m, v, t = state["m"], state["v"], state["t"] - 1
-            state["m"], state["v"] = rotated_moments(m, v, r, old.T @ q, t, group["betas"])
+            state["m"], state["v"] = moments_with_floor(m, v, r, old.T @ q, t, group["betas"])
         n = adam(r, state, group)
         update = n @ q.T
         if group["residual"]:

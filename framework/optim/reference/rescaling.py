@@ -19,7 +19,7 @@ def row_scale(above: Tensor, below: Tensor, outside: Tensor, frame: Tensor, boun
         above, below, outside: norms of n, of r and of what is rescaled, by row [M] or [M 1], or of whole matrices, 0-d.
         frame: [N R], for its shape.
         bound: not in the papers: what is rescaled becomes no longer than bound sqrt(N / R) |n|, `bound` times what an
-            isotropic gradient would make of it. None leaves it as published.
+            isotropic gradient would make of it. None is as published.
     """
     scale = above / (below + 1e-8)
     if bound is None:
@@ -32,7 +32,7 @@ def limited(update: Tensor, state: State, gamma: float | None) -> Tensor:
     """The norm-growth limiter (Fira, arXiv 2410.01623): at most gamma times as long as the last update
     that was not zero, itself limited, whose norm `state` keeps. None does not limit, nor does the first.
 
-    The papers' code counts steps without an update too, and lets the one after such a step be 1e-8 long.
+    The papers' code also counts steps without an update, and limits the one after such a step to a length of 1e-8.
     """
     own, before = update.norm().item(), state.get("norm", 0.0)
     if gamma is None or own == 0 or before == 0 or own <= gamma * before:

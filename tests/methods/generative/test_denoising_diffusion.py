@@ -215,7 +215,7 @@ def test_training_lowers_the_held_out_loss() -> None:
     ("settings", "message"),
     [
         ({"levels": 1}, r"levels=1 must be at least 2"),
-        ({"label_dropout": 1.5}, r"label_dropout=1\.5 lie in \[0, 1\]"),
+        ({"label_dropout": 1.5}, r"label_dropout=1\.5 in \[0, 1\]"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -225,7 +225,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 1001}, {"eta": -0.1}, {"eta": 1.1}])
 def test_steps_and_eta_outside_their_range_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"steps=\d+ must lie in \[1, 1000\] and eta=.* in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"steps=\d+ must be in \[1, 1000\] and eta=.* in \[0, 1\]"):
         method(Spy()).sample(torch.zeros(1, dtype=torch.int64), (1, 4, 4), **bad)
 
 

@@ -1,0 +1,359 @@
+"""One line that trains any LightningModule with few of its weights, and learns which."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from lightspan.devices import wide
+from lightspan.errors import UserError
+from lightspan.files import atomic_path
+from lightspan.optim.masks.follow import keep_only, require_entrywise
+from lightspan.optim.masks.learner import Fixed, MaskLearner, on_cpu
+from lightspan.optim.masks.place import Place
+from lightspan.optim.steps import steps_taken
+from lightspan.patterns import matches, require_matches
+from lightspan.sharded import local
+from lightspan.subspaces.masks.allocation import Allocation, Uniform
+from lightspan.subspaces.masks.schedules import Schedule, schedule_of
+from lightspan.subspaces.masks.top_k import require_density
+from lightspan.tensor_files import Form, write_tensors
+
+FILE = "masks.safetensors"
+
+
+class MaskLearning(Callback):
+    """Trainer(callbacks=[MaskLearning(["net.*.weight"], DropAndGrow(), density=0.1)]): of the matched weights a tenth
+    trains, and is used.
+
+    The module, its optimiser and its state_dict stay what they are. While a mask is soft, or closed weights keep their
+    values, the weights in use stand in the parameters from the start of a training batch to the end of its backward
+    pass, and while the module is validated; at all other times, and in checkpoints, the weights themselves do.
+    Gradients go back through the mask before they are clipped, once all micro-batches have added to them. After the
+    share `until` of the run's steps the mask is fixed at exactly the density's last value, the weights outside of it
+    become zero and stay so, and what is left trains on: what the run ends with are plain weights.
+
+    Masks are functions of the weights, the seed and the step, the same on every number of ranks up to the rounding of
+    gradients, and bit for bit in a resumed run. Where a mask closes an entry, the optimiser's moments of it vanish. A
+    `LowRank` (also by SubspaceProjection) keeps its moments, which belong to coordinates, and its steps are cut to the
+    mask. Parameters of adapters can be matched; those that are frozen cannot.
+
+    Logs mask/density (the share of open entries, or its expectation), mask/churn (the share of the open entries that
+    were closed at the last line), and for each tensor mask/density/NAME. When fitting ends, the masks go to a
+    safetensors file, by the names of the state_dict and open for every tensor that has none, which
+    `lightspan.merging.arithmetic.StoredMask` reads.
+
+    Args:
+        match: shell-style patterns of the names of parameters that train.
+        mask: how it is learned: one of `lightspan.optim.masks`.
+        density: share of open entries, in (0, 1], or its schedule over the time for learning.
+        allocation: how tensors share it.
+        until: share of the run after which the mask is fixed, in (0, 1].
+        seed: of random masks and draws.
+        path: of the file of masks; None puts it as masks.safetensors into the Trainer's default_root_dir.
+    Attributes:
+        masks: whole, bool, by parameter; once the mask is fixed.
+    Raises: UserError for values out of range; when fitting starts for patterns without a match, for manual
+    optimisation, for strategies and optimisers whose weights or state cannot follow a mask, and for a run without an
+    end.
+    """
+
+    def __init__(
+        self,
+        match: list[str],
+        mask: MaskLearner,
+        density: float | Schedule = 0.1,
+        allocation: Allocation | None = None,
+        until: float = 0.75,
+        seed: int = 0,
+        path: str | None = None,
+    ) -> None:
+        if isinstance(match, str) or not match:
+            raise UserError(f"MaskLearning match={match!r} must be a list of patterns, such as ['*.weight']")
+        self.match, self.mask, self.density = match, mask, schedule_of(density)
+        for value in self.density.ends():
+            require_density(value, "MaskLearning density")
+        if not 0 < until <= 1:
+            raise UserError(f"MaskLearning until={until} is a share of the run and must lie in (0, 1]")
+        self.allocation, self.until, self.seed, self.path = allocation or Uniform(), until, seed, path
+        self.masks: dict[str, Tensor] = {}
+        self._now: MaskLearner | None = None  # `mask`, then `Fixed`
+        self._stored: Mapping[str, Any] = {}
+        self._kept: dict[str, Tensor] = {}  # the weights, while those in use stand in the parameters
+        self._in_use = False
+        self._handles: list[Any] = []
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(match=self.match)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._now, self.masks, self._kept = None, {}, {}
+        if not pl_module.automatic_optimization:
+            raise UserError(
+                f"MaskLearning draws a mask for each optimiser step, and {type(pl_module).__name__} steps by hand; set "
+                "automatic_optimization=True"
+            )
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+            raise UserError(
+                f"MaskLearning needs parameters with a shape, and {type(trainer.strategy).__name__} lays them end to "
+                "end; train with --config scale/fsdp2 or scale/ddp"
+            )
+        names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+        require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
+        for name, parameter in pl_module.named_parameters():
+            if matches(name, self.match) and parameter.requires_grad and not parameter.is_floating_point():
+                raise UserError(f"MaskLearning takes real parameters, and {name} is {parameter.dtype}; leave it out")
+        others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
+        for other in others:
+            if twice := [name for name in names if matches(name, self.match) and matches(name, other.match)]:
+                raise UserError(f"two entries of MaskLearning match {twice[0]}; give each parameter one mask")
+            if self.path == other.path:
+                raise UserError(f"two entries of MaskLearning write to path={self.path}; give each a path of its own")
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (optimizer,) = trainer.optimizers  # automatic optimisation has one
+        require_entrywise(optimizer)
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("MaskLearning needs the run's length; set trainer.max_steps or trainer.max_epochs")
+        self._learning_steps = max(1, round(self.until * int(steps)))
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._places = {
+            name: Place(name, parameter)
+            for name, parameter in pl_module.named_parameters()
+            if parameter.requires_grad and matches(name, self.match)
+        }
+        self._numbers = {name: place.shape.numel() for name, place in self._places.items()}
+        if left_out := [name for name, place in self._places.items() if id(place.parameter) not in held]:
+            raise UserError(f"MaskLearning matches {left_out[0]}, which the optimiser does not train; leave it out")
+        stored, self._stored = self._stored, {}
+        self._begin(Fixed() if stored.get("fixed") else self.mask, optimizer, stored.get("learner"))
+        if stored.get("fixed"):
+            self.masks = on_cpu(self._learner.chosen(1.0))
+        self._last = self._learner.saved(stored, "last") if stored.get("last") else {}
+        self._figures = dict(stored.get("figures") or {})
+        self._counts: dict[str, float] = {}
+        self._taken = steps_taken(optimizer)  # first, so that steps are counted when the hook asks
+        self._handles = [
+            # Inside the step: whoever writes a checkpoint after it finds weights and masks of one moment.
+            optimizer.register_step_post_hook(partial(self._after_step, trainer)),
+            pl_module.register_state_dict_post_hook(partial(_show_weights, weakref.ref(self), weakref.ref(pl_module))),
+        ]
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        now = self._learner
+        now.draw(trainer.global_step, self._progress(trainer.global_step))
+        if not now.sparse:
+            self._use(pl_module, now.factor)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._put_back(pl_module)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for name, place in self._places.items():
+            if place.parameter.grad is not None:
+                gradient_S = local(place.parameter.grad)
+                gradient_S.copy_(self._learner.pull(name, wide(gradient_S)))
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._put_back(pl_module)  # of a step without a backward pass
+        if self._counts:
+            each = {f"mask/density/{name}": count / max(self._numbers[name], 1) for name, count in self._counts.items()}
+            for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
+                logger.log_metrics(each, step=trainer.global_step - 1)
+            self._counts = {}
+        # In every step what was found at the last line, so that a resumed run has the figures of a straight one.
+        pl_module.log_dict(self._figures, batch_size=1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._now is not None and not self._now.sparse:
+            self._use(pl_module, self._now.mean_factor)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._put_back(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._put_back(pl_module)
+        self._let_go()
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.masks:  # the run ended before its time
+            self._fix(trainer.optimizers[0])
+        self._let_go()
+        self._announce()
+        if trainer.is_global_zero:
+            save_masks(Path(self.path or Path(trainer.default_root_dir) / FILE), pl_module, self.masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._now is None:
+            return dict(self._stored)
+        state = {"fixed": bool(self.masks), "learner": self._now.state_dict()}
+        return {**state, "last": on_cpu(self._now.wholes(self._last)), "figures": dict(self._figures)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        stored = [key for key in checkpoint.get("callbacks", {}) if key.startswith(f"{type(self).__qualname__}{{")]
+        if trainer.training and stored and self.state_key not in stored:
+            raise UserError(
+                f"the checkpoint is of {stored[0]}, this run has {self.state_key}; resume with the match of that run"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stored = state_dict  # taken up once the parameters are what they will be trained as
+
+    @property
+    def _learner(self) -> MaskLearner:
+        assert self._now is not None
+        return self._now
+
+    @torch.no_grad()
+    def _after_step(self, trainer: Trainer, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        taken, step = steps_taken(optimizer), trainer.global_step + 1
+        if taken == self._taken:  # it changed nothing
+            return
+        self._taken = taken
+        if self._learner.update(step, self._progress(step)):
+            self._forget(optimizer)
+        self._cut()
+        if step >= self._learning_steps and not self.masks:
+            self._fix(optimizer)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the trainer sets it
+        if step % every == 0 or not self._figures:
+            self._measure(step)
+
+    def _let_go(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _progress(self, step: int) -> float:
+        return min(step / self._learning_steps, 1.0)
+
+    def _begin(self, learner: MaskLearner, optimizer: Optimizer, stored: Mapping[str, Any] | None = None) -> None:
+        learner.begin(self._places, self.allocation, self.density, self.seed, optimizer)
+        if stored is not None:
+            learner.load_state_dict(stored)
+        self._now = learner
+        self._cut()
+
+    def _fix(self, optimizer: Optimizer) -> None:
+        """The mask as it is to stay, and the weights with it: from now on they are the masked ones."""
+        chosen = self._learner.chosen(1.0)
+        self.masks, self._kept = on_cpu(chosen), {}
+        self._begin(Fixed(chosen), optimizer)
+        self._forget(optimizer)
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        for name, place in self._places.items():
+            keep_only(optimizer, place.parameter, self._learner.factor(name))
+
+    def _cut(self) -> None:
+        """Weights outside of a mask that leaves nothing there become zero, whatever the optimiser did to them."""
+        if self._learner.sparse:
+            for name, place in self._places.items():
+                place.weight.masked_fill_(~self._learner.factor(name), 0)
+
+    @torch.no_grad()
+    def _use(self, module: nn.Module, factor: Callable[[str], Tensor]) -> None:
+        """Puts the weights in use, weight times factor, into the parameters."""
+        if self._in_use:
+            return
+        self._in_use = True
+        _reshard(module)
+        for name, place in self._places.items():
+            if name not in self._kept:
+                self._kept[name] = torch.empty_like(place.parameter.detach())
+            weight_S = place.weight
+            local(self._kept[name]).copy_(weight_S)
+            weight_S.copy_(wide(weight_S) * factor(name))
+
+    @torch.no_grad()
+    def _put_back(self, module: nn.Module) -> None:
+        if not self._in_use:
+            return
+        self._in_use = False
+        _reshard(module)
+        for name, place in self._places.items():
+            place.weight.copy_(local(self._kept[name]))
+
+    def _measure(self, step: int) -> None:
+        """Figures to log, and open entries of each tensor."""
+        progress, self._counts = self._progress(step), self._learner.open_counts()
+        before, self._last = self._last, self._learner.opened()
+        opened = {name: mask & ~before[name] for name, mask in self._last.items() if name in before}
+        now, new = (sum(self._learner.totals(masks).values()) for masks in (self._last, opened))
+        figures = {
+            "density": sum(self._counts.values()) / max(1, sum(self._numbers.values())),
+            "churn": new / max(now, 1),
+            **self.mask.figures(progress),
+        }
+        self._figures = {f"mask/{what}": value for what, value in figures.items()}
+
+    @rank_zero_only
+    def _announce(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="MaskLearning: entries that stay", title_justify="left")
+        table.add_column("parameter")
+        for column in ("open", "of", "density"):
+            table.add_column(column, justify="right")
+        for name, mask in self.masks.items():
+            count, numbers = int(mask.sum()), mask.numel()
+            table.add_row(name, f"{count:,}", f"{numbers:,}", f"{count / max(numbers, 1):.1%}")
+        Console().print(table)
+
+
+def save_masks(path: Path, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Writes masks as a safetensors file of bool, whole or not at all: one for every floating-point tensor of the
+    module's state_dict, open where `masks` has none.
+    """
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+    shapes = {name: value.shape for name, value in module.state_dict().items() if value.is_floating_point()}
+    forms = {name: Form(tuple(shape), torch.bool) for name, shape in shapes.items()}
+    pieces = (
+        (name, masks.get(names.get(name, name), torch.ones(shape, dtype=torch.bool))) for name, shape in shapes.items()
+    )
+    with atomic_path(path) as temporary:
+        write_tensors(temporary, forms, pieces, {"format": "pt", "what": "masks"})
+
+
+def _show_weights(
+    of: "weakref.ref[MaskLearning]",
+    trained: "weakref.ref[nn.Module]",
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+) -> None:
+    """While the weights in use stand in the parameters, the state_dict has the weights themselves: checkpoints are
+    written at any time, also while the module is validated. A copy of the module, hook and all, is left alone.
+    """
+    callback = of()
+    if callback is not None and callback._in_use and trained() is module:
+        for name, kept in callback._kept.items():
+            state_dict[prefix + name] = kept
+
+
+def _reshard(module: nn.Module) -> None:
+    """A sharded module may hold on to gathered parameters after a forward pass, and would not see what is written."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

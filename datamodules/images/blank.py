@@ -1,0 +1,43 @@
+"""Blank pictures: what a run is planned or timed with where its data are not at hand."""
+
+import numpy as np
+
+from lightspan.datamodules.images.small import ImageData, Labelled
+from lightspan.datamodules.images.views import Views
+from lightspan.errors import UserError
+
+
+class Blank(ImageData):
+    """Black images whose labels take turns. Nothing can be learned from them.
+
+    Args:
+        classes: number of labels.
+        shape: C, H, W.
+        size: images for training; a quarter as many for testing.
+        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+    """
+
+    def __init__(
+        self,
+        classes: int = 10,
+        shape: tuple[int, int, int] = (3, 224, 224),
+        size: int = 256,
+        batch_size: int = 128,
+        views: Views | None = None,
+        train_size: int | None = None,
+        val_size: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        if min(classes, size, *shape) < 1:
+            raise UserError(f"Blank: classes={classes}, size={size} and shape={list(shape)} must each be at least 1")
+        channels, height, width = shape
+        self.num_classes, self.image_shape = classes, (channels, height, width)  # type: ignore[misc]
+        self.size = size
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        return self._of(self.size), self._of(max(1, self.size // 4))
+
+    def _of(self, count: int) -> Labelled:
+        return Labelled(np.zeros((count, *self.image_shape), np.uint8), np.arange(count) % self.num_classes)

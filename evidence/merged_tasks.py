@@ -1,0 +1,240 @@
+"""What the evidence of merging shares: tasks made of one set of pictures, specialists that were fine-tuned from one
+network, and merges of them, all scored on pictures that nothing was trained or chosen on.
+
+A task is a set under one fixed change: a turn, or one order of all pixels. The network is pretrained for a short time
+on a mixture of tasks, with a head of ten classes that is frozen from then on, as CLIP's are; each specialist is
+fine-tuned on its own task. Pictures are split anew for each seed: half for training, a quarter without labels for
+adaptation, on whose labels the arms that need labels choose, and a quarter for scoring.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.ndimage
+import torch
+from lightning import Trainer
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.backbones.vision import MLP
+from lightspan.datamodules.images.small import ImageData, Labelled
+from lightspan.datamodules.images.tasks import TaskImages
+from lightspan.merging.learned import LearnedMerging
+from lightspan.merging.merger import Merger
+from lightspan.merging.models import BASE, Held, Models
+from lightspan.merging.weights import Weights
+
+CLASSES = 10
+warnings.filterwarnings("ignore", module="lightning")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+def turned(degrees: float) -> Change:
+    """Counter-clockwise, about the middle."""
+    return lambda images: scipy.ndimage.rotate(images, degrees, axes=(1, 2), reshape=False, order=1, mode="constant")
+
+
+def shuffled_pixels(seed: int) -> Change:
+    def change(images: np.ndarray) -> np.ndarray:
+        order = np.random.default_rng(seed).permutation(images[0].size)
+        return images.reshape(len(images), -1)[:, order].reshape(images.shape)
+
+    return change
+
+
+def digits() -> Labelled:
+    data = load_digits()
+    return Labelled(np.rint(data.images * (255 / 16)).astype(np.uint8), data.target.astype(np.int64))
+
+
+class Task(ImageData):
+    """One task: half of the pictures to train on, a quarter as validation images (`val`), a quarter as `test`."""
+
+    num_classes = CLASSES
+
+    def __init__(self, pictures: Labelled, change: Change, seed: int, shots: int | None = None) -> None:
+        quarter = len(pictures.labels) // 4
+        super().__init__(val_size=quarter, train_size=None if shots is None else shots * CLASSES, seed=seed)
+        self.pictures, self.change = pictures, change
+        self.image_shape = (1, *pictures.images.shape[1:])  # type: ignore[misc]
+        self.order = np.random.default_rng(seed).permutation(len(pictures.labels))
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        images = self.change(self.pictures.images)[self.order]
+        labels, quarter = self.pictures.labels[self.order], len(self.order) // 4
+        return Labelled(images[quarter:], labels[quarter:]), Labelled(images[:quarter], labels[:quarter])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Standardised pictures [N 1 H W] and labels [N] of each part of a task."""
+
+    train: tuple[Tensor, Tensor]
+    adapt: tuple[Tensor, Tensor]
+    score: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, task: Task) -> "Pictures":
+        with contextlib.redirect_stdout(io.StringIO()):
+            task.setup()
+
+        def tensors(samples: Any) -> tuple[Tensor, Tensor]:
+            found = [samples.sample(i, 0) for i in range(len(samples))]
+            return torch.stack([s["image"] for s in found]), torch.stack([s["label"] for s in found])
+
+        return cls(tensors(task.bank), tensors(task.val), tensors(task.test))
+
+
+@dataclass
+class World:
+    """The pretrained network, the head that stays, and the specialists of each task."""
+
+    tasks: dict[str, Task]
+    pictures: dict[str, Pictures]
+    base: MLP
+    head: nn.Linear
+    specialists: dict[str, MLP]
+
+    def models(self, tasks: Iterable[str] | None = None) -> "InMemory":
+        chosen = self.specialists if tasks is None else {t: self.specialists[t] for t in tasks}
+        return InMemory(self.base, chosen)
+
+    def accuracy(self, network: nn.Module, part: str = "score", tasks: Iterable[str] | None = None) -> float:
+        """In per cent, the mean over tasks."""
+        return sum(self.accuracies(network, part, tasks).values()) / len(list(tasks or self.tasks))
+
+    @torch.no_grad()
+    def accuracies(self, network: nn.Module, part: str, tasks: Iterable[str] | None = None) -> dict[str, float]:
+        found = {}
+        for task in tasks or self.tasks:
+            x, y = getattr(self.pictures[task], part)
+            found[task] = 100 * (self.head(network(x)).argmax(dim=1) == y).double().mean().item()
+        return found
+
+
+class InMemory(Models):
+    """Networks as the models of a merge."""
+
+    def __init__(self, base: nn.Module, tasks: dict[str, MLP]) -> None:
+        self._all, self.tasks = {BASE: base, **tasks}, list(tasks)
+
+    def open(self, own: Weights) -> dict[str, Weights]:
+        return {
+            name: Held({f"backbone.{k}": t.clone() for k, t in network.state_dict().items()}, name)
+            for name, network in self._all.items()
+        }
+
+
+def world(
+    pictures: Labelled,
+    changes: dict[str, Change],
+    seed: int,
+    pretraining: int,
+    epochs: int = 20,
+    hidden: tuple[int, ...] = (128, 128),
+    pretrained_on: Iterable[str] | None = None,
+    lr: float = 1e-3,
+) -> World:
+    """Args:
+    pretraining: steps of 64 pictures on the mixture of the tasks of `pretrained_on` (None: all).
+    epochs, lr: of each specialist's fine-tuning.
+    """
+    torch.manual_seed(seed)
+    tasks = {name: Task(pictures, change, seed) for name, change in changes.items()}
+    parts = {name: Pictures.of(task) for name, task in tasks.items()}
+    base = MLP((1, *pictures.images.shape[1:]), hidden)
+    head = nn.Linear(hidden[-1], CLASSES)
+    mixed = [parts[name].train for name in pretrained_on or tasks]
+    x, y = (torch.cat(column) for column in zip(*mixed, strict=True))
+    train(base, head, x, y, steps=pretraining, parameters=[*base.parameters(), *head.parameters()])
+    specialists = {}
+    for name, part in parts.items():
+        specialists[name] = copy.deepcopy(base)
+        steps = epochs * len(part.train[1]) // 64
+        train(specialists[name], head, *part.train, steps=steps, parameters=[*specialists[name].parameters()], lr=lr)
+    return World(tasks, parts, base, head.requires_grad_(False), specialists)
+
+
+def train(
+    network: nn.Module, head: nn.Module, x: Tensor, y: Tensor, steps: int, parameters: list[Any], lr: float = 1e-3
+) -> None:
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (min(64, len(x)),))
+        optimizer.zero_grad()
+        F.cross_entropy(head(network(x[rows])), y[rows]).backward()
+        optimizer.step()
+
+
+def merged_by(merger: Merger, models: InMemory, network: MLP) -> MLP:
+    """A network with the weights of a merge that needs no training, by the merger's own `tensor`."""
+    found = copy.deepcopy(network)
+    opened = models.open(Held({}, ""))
+    if merger.base is None:
+        opened.pop(BASE)
+    forms = opened[merger.leading(list(opened))].forms
+    ready = merger.prepared(opened, forms)
+    state = {n: ready.tensor(n, form, {k: w.read(n) for k, w in opened.items()}) for n, form in forms.items()}
+    found.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in state.items()})
+    return found
+
+
+def best_on_labels(world: World, candidates: Iterable[MLP]) -> MLP:
+    """The candidate with the highest accuracy on the labels of the pictures for adaptation."""
+    return max(candidates, key=lambda network: world.accuracy(network, "adapt"))
+
+
+def learned(
+    kind: type[LearnedMerging],
+    world: World,
+    steps: int,
+    lr: float,
+    models: Models | None = None,
+    tasks: dict[str, Task] | None = None,
+    batch_size: int = 16,
+    adapt_on: str = "val",
+    optimizer: Any = torch.optim.Adam,
+    val_every: int | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> tuple[LearnedMerging, MLP]:
+    """A learned merge, trained by `fit`, and a network with its weights."""
+    tasks = tasks or world.tasks
+    heads = {name: copy.deepcopy(world.head) for name in tasks}
+    method = kind(
+        copy.deepcopy(world.base), models or world.models(), heads, optimizer=partial(optimizer, lr=lr), **settings
+    )
+    score_on = "val" if val_every else "test"
+    data = TaskImages(dict(tasks), batch_size, adapt_on, score_on, seed=seed)  # type: ignore[arg-type]
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        num_sanity_val_steps=0,
+        **(
+            {"limit_val_batches": 0}
+            if val_every is None
+            else {"val_check_interval": val_every, "check_val_every_n_epoch": None}
+        ),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.fit(method, datamodule=data)
+    network = copy.deepcopy(world.base)
+    with torch.no_grad():
+        for name, tensor in method.merged().items():
+            network.get_parameter(name).copy_(tensor)
+    return method, network

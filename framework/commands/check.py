@@ -1,0 +1,20 @@
+"""`lightspan check RECIPE`: every mistake before a run, without torch."""
+
+import argparse
+
+from lightspan.commands.arguments import add_recipe_arguments
+from lightspan.config.resolve import ANY_KIND, resolve
+from lightspan.config.tree import COMMAND_LINE
+from lightspan.errors import print_notes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ANY_KIND)
+    print_notes(resolved.notes)
+    flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
+    print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")
+    return 0

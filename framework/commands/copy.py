@@ -1,0 +1,47 @@
+"""`lightspan copy RECIPE FILE`: a recipe as a file of your own."""
+
+import argparse
+from pathlib import Path
+
+from lightspan.commands.arguments import file
+from lightspan.config import recipes
+from lightspan.config.check import kind_of
+from lightspan.config.resolve import merged, verb_for
+from lightspan.config.tree import plain, read
+from lightspan.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a name that `lightspan recipes` lists, or a .yaml file")
+    parser.add_argument("file", metavar="FILE", type=file, help="where to write it: a new .yaml file")
+
+
+def run(args: argparse.Namespace) -> int:
+    from lightspan.files import write_atomic
+
+    source, target = recipes.find(args.recipe), args.file
+    if target.suffix not in recipes.SUFFIXES:
+        raise UserError(f"{target}: a recipe file ends in .yaml; write {target}.yaml")
+    if target.exists():
+        raise UserError(f"{target} exists; remove it or choose another name")
+    text = source.read_text(encoding="utf-8")
+    if bases := _relative_bases(source):
+        raise UserError(
+            f"{source} builds on {', '.join(bases)} in the same folder, which a copy elsewhere would not find"
+        )
+    verb = verb_for(kind_of(merged(args.recipe, (), ())[1].value))
+    write_atomic(target, text, setting="another FILE")
+    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb} {target}")
+    return 0
+
+
+def _relative_bases(source: Path) -> list[str]:
+    """Bases given as files, which a copy elsewhere would not find."""
+    base = read(source, recipes.label(source)).child("base")
+    values = plain(base) if base is not None else []
+    names = values if isinstance(values, list) else [values]
+    return [
+        name
+        for name in names
+        if isinstance(name, str) and name.endswith(recipes.SUFFIXES) and not Path(name).is_absolute()
+    ]

@@ -1,0 +1,47 @@
+"""The list of equal blocks that tells the layers of a network, whichever library it comes from."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lightspan.errors import UserError
+
+
+def list_of_blocks(
+    network: nn.Module, counts: Callable[[nn.Parameter], bool], way_out: str
+) -> tuple[str, nn.ModuleList | nn.Sequential]:
+    """(path, list) of the longest nn.ModuleList or nn.Sequential of at least two modules of one type.
+
+    Lists inside one another belong together. Several side by side, as the stages of a convolutional network or two
+    towers, tell no order.
+
+    Args:
+        counts: each block of a list has to have such a parameter, else the list is passed over.
+        way_out: what the user can do where no list tells the layers, for the message.
+    Raises: UserError where there is no such list, or where there are several.
+    """
+    lists = {
+        path: part
+        for path, part in network.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential)
+        and len(part) > 1
+        and len({type(block) for block in part}) == 1
+        and all(any(map(counts, block.parameters())) for block in part)
+    }
+    if not lists:
+        raise UserError(
+            f"{type(network).__name__} has no list of equal blocks from which to read its layers; {way_out}"
+        )
+    path = max(lists, key=lambda known: len(lists[known]))
+    beside = [other for other in lists if not (_inside(other, path) or _inside(path, other))]
+    if beside:
+        raise UserError(
+            f"{type(network).__name__} has lists of equal blocks side by side ({', '.join([path, *beside][:4])}), "
+            f"from which its layers cannot be read; {way_out}"
+        )
+    return path, lists[path]
+
+
+def _inside(path: str, other: str) -> bool:
+    """Whether `path` is `other` or lies in it."""
+    return not other or f"{path}.".startswith(f"{other}.")

@@ -1,0 +1,65 @@
+"""The Fisher-weighted average: each model counts where its likelihood says that an entry matters to it.
+
+Source: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832:
+
+    theta = sum_i w_i F_i theta_i / sum_i w_i F_i        entry by entry,
+
+with F_i the diagonal of the i-th model's Fisher matrix on its own data, which
+`lightspan.estimators.merging_statistics.DiagonalFisher` writes. Entries that no F_i speaks for (sum_i w_i F_i at or
+below `floor`) and tensors without one, such as running statistics, take the plain average.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.merging.merger import Merger
+from lightspan.merging.span import in_span_as
+from lightspan.merging.weights import Statistics
+from lightspan.tensor_files import Form
+
+
+class FisherAverage(Merger):
+    """The first checkpoint named leads.
+
+    Args:
+        statistics: of each checkpoint by its name, a safetensors file of F >= 0 by tensor name.
+        weights: w_i of each checkpoint by name, above 0; None weighs all alike.
+        floor: of sum_i w_i F_i, >= 0.
+    """
+
+    def __init__(
+        self, statistics: dict[str, str], weights: dict[str, float] | None = None, floor: float = 1e-12
+    ) -> None:
+        if weights is not None and not all(0 < w < math.inf for w in weights.values()):
+            raise UserError(f"FisherAverage weights={weights} must each be above 0 and finite")
+        if not 0 <= floor < math.inf:
+            raise UserError(f"FisherAverage floor={floor} must be at least 0 and finite")
+        self.weights, self.floor = weights, floor
+        self._fishers = Statistics("FisherAverage", statistics)
+
+    def leading(self, names: Sequence[str]) -> str:
+        self._fishers.require(names)
+        if self.weights is not None and set(self.weights) != set(names):
+            raise UserError(f"FisherAverage weighs {', '.join(self.weights)}; the checkpoints are {', '.join(names)}")
+        return names[0]
+
+    def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
+        models = list(weights.values())
+        fishers = self._fishers.of(name, list(weights))
+        if fishers is None:
+            return in_span_as(form.dtype, models[0], models, torch.full((len(models),), 1 / len(models)).double())
+        own = [1.0 if self.weights is None else self.weights[n] for n in weights]
+        shares = torch.stack([w * fisher.double() for w, fisher in zip(own, fishers, strict=True)])
+        if shares.shape[1:] != form.shape or not bool((shares >= 0).all()):
+            raise UserError(
+                f"FisherAverage: F of {name} is {list(shares.shape[1:])} for a tensor {list(form.shape)}, or has "
+                "entries below 0; compute it anew with DiagonalFisher"
+            )
+        total = shares.sum(dim=0)
+        return in_span_as(
+            form.dtype, models[0], models, torch.where(total > self.floor, shares / total, 1 / len(models))
+        )

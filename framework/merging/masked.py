@@ -1,0 +1,62 @@
+"""A checkpoint with entries set to zero for good, where masks say so."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.merging.merger import Merger
+from lightspan.merging.weights import Weights, open_weights
+from lightspan.tensor_files import Form
+
+
+class Masked(Merger):
+    """theta = theta_0 * m_1 * m_2 * ...: what any mask has 0 for becomes 0, tensors that none names stay as they are.
+
+    Several masks prune together what each would: they are one edit for several groups of prompts.
+
+    Args:
+        masks: safetensors files with a mask for each tensor that they name, as `lightspan run` writes them
+            (`result.safetensors`); booleans, or factors.
+    """
+
+    def __init__(self, masks: list[str]) -> None:
+        if not masks:
+            raise UserError("Masked got no mask; name one or more files under `masks`")
+        self.masks = list(masks)
+
+    @cached_property
+    def _files(self) -> dict[str, Weights]:
+        return {path: open_weights(path) for path in self.masks}
+
+    def leading(self, names: Sequence[str]) -> str:
+        if len(names) != 1:
+            raise UserError(f"Masked takes one checkpoint, and got {', '.join(names) or 'none'}; name it alone")
+        return names[0]
+
+    def prepared(self, checkpoints: Mapping[str, Weights], forms: Mapping[str, Form]) -> Self:
+        """Raises: UserError for a mask of a tensor that the checkpoint has not, or has in another shape."""
+        for path, file in self._files.items():
+            for name, form in file.forms.items():
+                if name not in forms:
+                    raise UserError(
+                        f"{path} masks {name}, and the checkpoint has no such tensor of floats; it has "
+                        f"{', '.join(list(forms)[:3]) or 'none'}: take a mask that was made for this network"
+                    )
+                if forms[name].shape != form.shape:
+                    raise UserError(
+                        f"{path}: the mask of {name} is {list(form.shape)}, the tensor {list(forms[name].shape)}"
+                    )
+        return self
+
+    def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
+        (tensor,) = weights.values()
+        for file in self._files.values():
+            if name in file.forms:
+                mask = file.read(name)
+                # Not a product alone: an infinite number times 0 is NaN.
+                tensor = torch.where(mask == 0, 0, tensor * mask)
+        return tensor.to(form.dtype)

@@ -1,0 +1,151 @@
+"""The models of a merge that is learned: theta_0 and what was trained from it, from files or drawn as a control."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.merging.adapted import Adapted
+from lightspan.merging.merger import require_alike
+from lightspan.merging.weights import Weights, is_adapter, open_weights
+from lightspan.subspaces.masks.draws import uniform
+from lightspan.tensor_files import Form
+
+BASE = "base"
+"""What theta_0 is called beside the tasks."""
+
+
+class Models(ABC):
+    """Says what theta_0 and the theta_i of a network are.
+
+    Attributes:
+        tasks: names of the theta_i, in the order of their coefficients.
+    """
+
+    tasks: list[str]
+
+    @abstractmethod
+    def open(self, own: Weights) -> dict[str, Weights]:
+        """theta_0 under `BASE`, then the theta_i by task: of the names and shapes of `own`, the network's weights.
+
+        Raises: UserError for what is no checkpoint, or one of another network.
+        """
+
+
+class StoredModels(Models):
+    """Checkpoints: run folders, `.ckpt`, safetensors, Hugging Face folders, and PEFT adapters of the base.
+
+    Args:
+        base: path of theta_0.
+        tasks: paths of the theta_i by name.
+    """
+
+    def __init__(self, base: str, tasks: dict[str, str]) -> None:
+        require_names(tasks)
+        self.base, self.paths, self.tasks = base, dict(tasks), list(tasks)
+
+    def open(self, own: Weights) -> dict[str, Weights]:
+        base = open_weights(self.base)
+        found = {BASE: base}
+        for task, path in self.paths.items():
+            place = Path(path).expanduser()
+            found[task] = Adapted(place, base) if is_adapter(place) else open_weights(place)
+        parts: dict[str, Weights] = {name: Part(weights, own.forms) for name, weights in found.items()}
+        require_alike({"the network": own, **parts})
+        return parts
+
+
+class GaussianModels(Models):
+    """theta_0 plus noise: tau ~ N(mean, std^2) with the mean and deviation of each tensor of theta_0.
+
+    The control of aTLAS: what random directions of the same count are worth (arXiv 2407.02880; whether the
+    moments there are those of the weights or of the task vectors is not said, here it is the weights).
+
+    Args:
+        tasks: their names.
+        base: path of theta_0; None takes the weights that the network was built with.
+        seed: of the draw, a function of it, task and tensor name.
+    """
+
+    def __init__(self, tasks: list[str], base: str | None = None, seed: int = 0) -> None:
+        require_names(tasks)
+        self.tasks, self.base, self.seed = list(tasks), base, seed
+
+    def open(self, own: Weights) -> dict[str, Weights]:
+        base = own if self.base is None else Part(open_weights(self.base), own.forms)
+        require_alike({"the network": own, BASE: base})
+        return {BASE: base} | {task: _Noisy(base, self.seed, task) for task in self.tasks}
+
+
+class BlankModels(Models):
+    """The network's own weights under every name, so that no task changes anything: to plan or time a run whose
+    checkpoints are not at hand.
+
+    Args:
+        tasks: their names.
+    """
+
+    def __init__(self, tasks: list[str]) -> None:
+        require_names(tasks)
+        self.tasks = list(tasks)
+
+    def open(self, own: Weights) -> dict[str, Weights]:
+        return dict.fromkeys((BASE, *self.tasks), own)
+
+
+class Part(Weights):
+    """Some tensors of a checkpoint, those of these names that it has."""
+
+    def __init__(self, whole: Weights, names: Mapping[str, Form]) -> None:
+        self._whole = whole
+        self.forms = {name: whole.forms[name] for name in names if name in whole.forms}
+        self.aliases = {n: kept for n, kept in whole.aliases.items() if n in self.forms and kept in self.forms}
+        self.origin, self.home = whole.origin, whole.home
+
+    def read(self, name: str) -> Tensor:
+        return self._whole.read(name)
+
+
+class Held(Weights):
+    """Tensors in memory.
+
+    Args:
+        tensors: by name; those that share memory may each be given.
+        path: what they are called.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        self._tensors = dict(tensors)
+        self.forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        self.aliases, self.origin, self.home = {}, {"path": path, "sha256": ""}, Path(path)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class _Noisy(Weights):
+    def __init__(self, base: Weights, seed: int, task: str) -> None:
+        self._base, self._seed, self._task = base, seed, task
+        self.forms, self.aliases, self.home = base.forms, base.aliases, base.home
+        self.origin = {"path": f"noise {seed} on {base.origin['path']}", "sha256": base.origin["sha256"]}
+
+    def read(self, name: str) -> Tensor:
+        base = self._base.read(name)
+        if not base.is_floating_point() or not base.numel():
+            return base
+        drawn = torch.special.ndtri(uniform(self._seed, 0, f"{self._task}/{name}", base.shape, dtype=torch.float64))
+        wide = base.double()
+        return wide + wide.mean() + wide.std(correction=0) * drawn
+
+
+def require_names(tasks: Mapping[str, str] | list[str]) -> None:
+    """Raises: UserError for no task, two of one name, or a name that a module cannot have."""
+    names = list(tasks)
+    if not names or len(set(names)) < len(names) or any("." in name or not name or name == BASE for name in names):
+        raise UserError(
+            f"tasks are named {', '.join(names) or 'nothing'}; give one or more names, each once, without a dot and "
+            f"other than {BASE!r}"
+        )

@@ -1,0 +1,89 @@
+"""The merged checkpoint in the format of its leading one: a Hugging Face folder stays one, all else is a safetensors
+file. A model card beside it names parents, method and coefficients.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightspan.errors import UserError, one_line
+from lightspan.files import atomic_path
+from lightspan.merging.merger import Merged, Merger, Plan
+from lightspan.merging.weights import INDEX, WHOLE, Weights, shards_of
+
+CARD = "README.md"
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+"""What is copied from a Hugging Face folder: configuration, tokenizer, preprocessor. Neither code nor other weights."""
+
+
+def refuse_occupied(out: Path, setting: str = "--out") -> None:
+    """Raises: UserError if `out` is there and is anything but an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{setting} {out} exists and is not an empty folder; name one that does not exist yet")
+
+
+def write_product(
+    merger: Merger,
+    checkpoints: Mapping[str, Weights],
+    out: Path,
+    record: Mapping[str, str],
+    method: str,
+    settings: Mapping[str, Any],
+) -> Merged:
+    """Writes a folder, whole or not at all: the weights as `merge` does, the model card, and what stood beside the
+    weights of a leading Hugging Face folder.
+
+    Args:
+        out: does not exist, or is empty.
+        record: texts for the files' metadata.
+        method, settings: for the card.
+    Raises: UserError as `merge`, and for a folder that is not empty.
+    """
+    refuse_occupied(out)
+    plan = Plan(merger, checkpoints)
+    source, huggingface = plan.leading.home, plan.leading.is_huggingface
+    # Of names that no file of the source holds, there are none: names that share memory are stored once.
+    shards = (shards_of(source) if huggingface else None) or {}
+    files: dict[str, list[str]] = {}
+    for name in plan.stored:
+        files.setdefault(shards.get(name, WHOLE), []).append(name)
+    with atomic_path(out, setting="--out") as folder:
+        folder.mkdir()
+        for file, names in sorted(files.items()):
+            plan.write(folder / file, names, record)
+        if shards:
+            size = sum(form.nbytes for form in plan.stored.values())
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for path in _beside(source) if huggingface else ():
+            shutil.copyfile(path, folder / path.name)
+        (folder / CARD).write_text(_card(plan, checkpoints, method, settings, huggingface), encoding="utf-8")
+    return plan.outlook
+
+
+def _beside(source: Path) -> list[Path]:
+    found = {path for pattern in BESIDE for path in source.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name not in (INDEX, "adapter_config.json"))
+
+
+def _card(
+    plan: Plan, checkpoints: Mapping[str, Weights], method: str, settings: Mapping[str, Any], huggingface: bool
+) -> str:
+    parents = {name: one_line(weights.origin["path"]) for name, weights in checkpoints.items()}
+    head: dict[str, Any] = {"tags": ["merge", "lightspan"]} | ({"library_name": "transformers"} if huggingface else {})
+    rows = [f"| {name} | {parents[name]} | {weights.origin['sha256'][:16]} |" for name, weights in checkpoints.items()]
+    leading = next(name for name, weights in checkpoints.items() if weights is plan.leading)
+    return "\n".join(
+        [
+            *("---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""),
+            *("# A merged model", ""),
+            f"Merged by lightspan with `{method}`. Names, shapes, dtypes and files are those of `{leading}`.",
+            *("", "| parent | from | sha256, its beginning |", "|---|---|---|", *rows, ""),
+            *("Settings:", "", "```yaml", yaml.safe_dump(dict(settings), sort_keys=False).strip(), "```", ""),
+        ]
+    )

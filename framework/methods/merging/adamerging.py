@@ -1,0 +1,71 @@
+"""AdaMerging: coefficients of task vectors that make the merged model sure of its answers on unlabelled images.
+
+Source: Yang, Wang, Shen, Liu, Guo, Wang, Tao, "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024,
+arXiv 2310.02575: theta = theta_0 + sum_k lambda_k^l tau_k^l for each layer l, here each parameter
+tensor, or one lambda_k for all, and L = sum over tasks of the mean entropy of predictions.
+With a mask of `ConcreteAdaMerging` it is the second stage of that method (arXiv 2312.06173): the mask stands, the
+coefficients are learned from 0.3 anew.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.datamodules.batches import TasksBatch
+from lightspan.errors import UserError
+from lightspan.merging.coefficients import LayerWise, TaskWise
+from lightspan.merging.learned import LearnedMerging
+from lightspan.merging.models import Models
+from lightspan.merging.weights import open_weights
+from lightspan.objectives.entropy import prediction_entropy
+
+
+class AdaMerging(LearnedMerging):
+    """Args:
+    backbone, models, heads, prefix, out: as of `LearnedMerging`.
+    wise: one coefficient a "task", or a task and "layer".
+    start: of the coefficients.
+    mask: path of a stored mask that all changes go through, or None.
+    optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        models: Models,
+        heads: dict[str, nn.Module],
+        wise: Literal["task", "layer"] = "layer",
+        start: float = 0.3,
+        mask: str | None = None,
+        prefix: str = "backbone.",
+        out: str | None = None,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(backbone, models, heads, prefix, out, **optimization)
+        if wise not in ("task", "layer"):
+            raise UserError(f"AdaMerging wise={wise!r} must be task or layer")
+        kind = TaskWise if wise == "task" else LayerWise
+        self.learned = kind(self.span.shapes, len(self.span.tasks), start)
+        self._masked = mask is not None
+        if mask is not None:
+            stored = open_weights(mask)
+            for i, (name, shape) in enumerate(self.span.shapes.items()):
+                form = stored.forms.get(prefix + name)
+                if form is None or form.shape != shape:
+                    raise UserError(
+                        f"{mask} has no mask {list(shape)} of {prefix}{name}; it belongs to another network"
+                    )
+                self.register_buffer(f"mask_{i}", stored.read(prefix + name).clone(), persistent=False)
+
+    def coefficients(self) -> dict[str, Tensor]:
+        return {name: self.learned.of(name) for name in self.span.shapes}
+
+    def mask(self) -> dict[str, Tensor] | None:
+        return {name: getattr(self, f"mask_{i}") for i, name in enumerate(self.span.shapes)} if self._masked else None
+
+    def training_step(self, batch: TasksBatch, batch_idx: int) -> Tensor:
+        entropies = [prediction_entropy(logits) for logits in self.task_logits(self.merged(), batch).values()]
+        loss = torch.stack(entropies).sum()
+        self.log_training({"train/entropy_nats": loss}, batch_size=len(batch["index"]), prog_bar=True)
+        return loss

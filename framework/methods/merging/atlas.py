@@ -1,0 +1,318 @@
+"""aTLAS: one coefficient a task vector and parameter block, learned for what the model is wanted for.
+
+Source: Zhang, Albert, Rodriguez-Opazo, van den Hengel, Abbasnejad, "Knowledge Composition using Task Vectors with
+Learned Anisotropic Scaling", NeurIPS 2024, arXiv 2407.02880:
+
+    theta_j = theta_{0,j} + sum_i Lambda_ij tau_ij,    Lambda = 0 at first,    dL/dLambda_ij = <dL/dtheta_j, tau_ij>
+
+with j over the parameter tensors. `Atlas` is addition, few-shot adaptation and, with `parts` (aTLAS x K),
+parameter-efficient tuning, `AtlasNegation` unlearns, `AtlasTestTime` has no labels. Vectors come from `models`, whose
+tasks need not be those that are trained on; PEFT adapters among them are the paper's low-rank task vectors.
+
+Of the authors' code these are not taken over: random groups by shape that leave out all but matrices
+(`lightspan.merging.coefficients.Partitioned`), coefficients that are None where no epoch was better than theta_0 (it is
+kept), and what `lightspan.objectives.pseudo_labels` lists. The linearised variant is left out.
+
+Shapes: B batch of this rank, C classes, L tensors, P groups, K vectors, b of them in use.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.datamodules.batches import ImageBatch, TasksBatch, ViewsBatch
+from lightspan.distributed import all_reduce_sum, mean_over_ranks, world_size
+from lightspan.errors import UserError
+from lightspan.merging.coefficients import Partitioned
+from lightspan.merging.learned import LearnedMerging
+from lightspan.merging.models import Models
+from lightspan.merging.span import TaskSpan
+from lightspan.objectives.pseudo_labels import pseudo_label_loss, trusted_labels
+
+
+class AnisotropicScaling(LearnedMerging):
+    """What the uses share: Lambda, and the choice of vectors.
+
+    Args:
+        backbone, models, heads, prefix, out: as of `LearnedMerging`.
+        parts, seed: P and the seed of `Partitioned`.
+        budget: b, vectors that each block may use: those with the largest |dL/dLambda| at Lambda = 0 on the
+            training samples (block-wise gradient selection). None uses all.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    chosen_Lb: Tensor
+    is_chosen: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        models: Models,
+        heads: dict[str, nn.Module],
+        parts: int = 1,
+        budget: int | None = None,
+        seed: int = 0,
+        prefix: str = "backbone.",
+        out: str | None = None,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(backbone, models, heads, prefix, out, **optimization)
+        count = len(self.span.tasks)
+        if budget is not None and not 1 <= budget <= count:
+            raise UserError(f"budget={budget} must be from 1 to {count}, the number of task vectors")
+        self.budget = budget
+        self.learned = Partitioned(self.span.shapes, budget or count, 0.0, parts, seed)
+        self.register_buffer("chosen_Lb", torch.arange(budget or count).repeat(len(self.span.shapes), 1))
+        self.register_buffer("is_chosen", torch.tensor(budget is None))
+
+    def coefficients(self) -> dict[str, Tensor]:
+        c = {name: self.learned.of(name) for name in self.span.shapes}
+        if self.budget is None or self.span.is_narrowed:
+            return c
+        if self.is_chosen:  # by the run that this checkpoint is of
+            self._narrow()
+            return c
+        rows = enumerate(c.items())  # not chosen yet, as when a run is planned
+        full = len(self.span.tasks)
+        return {n: x.new_zeros(full, *x.shape[1:]).index_copy(0, self.chosen_Lb[row], x) for row, (n, x) in rows}
+
+    @abstractmethod
+    def loss(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
+        """What is made small."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(self.merged(), batch)
+        self.log_training({"train/loss": loss}, batch_size=len(batch["index"]), prog_bar=True)
+        return loss
+
+    def on_fit_start(self) -> None:
+        if not self.is_chosen:
+            assert self.budget is not None
+            gradient_LK = self.gradient_at_start()
+            self.chosen_Lb.copy_(gradient_LK.abs().topk(self.budget, dim=1).indices.sort(dim=1).values)
+            self.is_chosen.fill_(True)
+        if self.budget is not None and not self.span.is_narrowed:
+            self._narrow()
+
+    def gradient_at_start(self) -> Tensor:
+        """dL/dLambda at Lambda = 0, [L K], mean over the batches of `bank_dataloader`, the same on all ranks."""
+        bank = getattr(getattr(self.trainer, "datamodule", None), "bank_dataloader", None)
+        if bank is None:
+            raise UserError(
+                f"{type(self).__name__} budget={self.budget} looks at the training samples in order, and these data "
+                "have no bank_dataloader(); take TaskImages, or leave budget out"
+            )
+        theta = {n: self.span.network.get_parameter(n).detach().clone().requires_grad_() for n in self.span.shapes}
+        sums = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
+        with torch.enable_grad():
+            for batch in bank():
+                loss = self.loss(theta, self.transfer_batch_to_device(batch, self.device, 0))
+                for name, gradient in zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True):
+                    sums[name] += gradient
+        rows = [TaskSpan(self.span.vectors(name)).pull(sums[name]) for name in theta]  # type: ignore[arg-type]
+        gradient_LK = torch.stack(rows)
+        if world_size() > 1:
+            mean_over_ranks([gradient_LK])
+        return gradient_LK
+
+    def _narrow(self) -> None:
+        self.span.keep(dict(zip(self.span.shapes, self.chosen_Lb, strict=True)))
+
+
+class Atlas(AnisotropicScaling):
+    """The sum over tasks of cross-entropies on `TasksBatch`. What scored best in validation is the result, theta_0
+    included; without validation data it is what the last step left. Arguments as of `AnisotropicScaling`.
+    """
+
+    best: Tensor
+    best_score: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        models: Models,
+        heads: dict[str, nn.Module],
+        parts: int = 1,
+        budget: int | None = None,
+        seed: int = 0,
+        prefix: str = "backbone.",
+        out: str | None = None,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(backbone, models, heads, parts, budget, seed, prefix, out, **optimization)
+        self.register_buffer("best", torch.zeros_like(self.learned.weight))
+        self.register_buffer("best_score", torch.tensor(-torch.inf))
+
+    def loss(self, theta: dict[str, Tensor], batch: TasksBatch) -> Tensor:
+        losses = [
+            self.weight_of(task) * F.cross_entropy(logits_BC, batch["label"][:, i])
+            for i, (task, logits_BC) in enumerate(self.task_logits(theta, batch).items())
+        ]
+        return torch.stack(losses).sum()
+
+    def weight_of(self, task: str) -> float:
+        """Of a task's cross-entropy."""
+        return 1.0
+
+    def score(self, accuracies: dict[str, float]) -> float:
+        """What is best when it is largest."""
+        return sum(accuracies.values()) / len(accuracies)
+
+    def on_train_start(self) -> None:
+        """Scores theta_0, unless a checkpoint has brought a score."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None or not self.trainer.enable_validation or self.best_score > -torch.inf:
+            return
+        loaders = data.val_dataloader()
+        with torch.no_grad():
+            self.on_validation_epoch_start()
+            for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+                for j, batch in enumerate(loader):
+                    self.validation_step(self.transfer_batch_to_device(batch, self.device, i), j, i)
+            self.begin(self.accuracies())
+            self.take_if_best()
+
+    def begin(self, accuracies: dict[str, float]) -> None:
+        """Called with the accuracies of theta_0."""
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.take_if_best()
+        super().on_validation_epoch_end()
+
+    def take_if_best(self) -> None:
+        """Keeps a copy of the coefficients where they score better than all before."""
+        score = self.score(self.accuracies())
+        if score > self.best_score:
+            self.best.copy_(self.learned.weight.detach())
+            self.best_score.fill_(score)
+
+    def on_train_end(self) -> None:
+        if self.best_score > -torch.inf:
+            with torch.no_grad():
+                self.learned.weight.copy_(self.best)
+
+
+class AtlasNegation(Atlas):
+    """Unlearns a task and keeps the others, its controls: their cross-entropies minus that of the target. The result
+    has the lowest target accuracy while every control keeps a share of what theta_0 reaches; once none does, training
+    stops.
+
+    Args:
+        target: the task of `heads` to unlearn.
+        floor: that share.
+        backbone, models, heads, parts, budget, seed, prefix, out, optimization: as of `Atlas`.
+    """
+
+    control_start: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        models: Models,
+        heads: dict[str, nn.Module],
+        target: str,
+        floor: float = 0.95,
+        parts: int = 1,
+        budget: int | None = None,
+        seed: int = 0,
+        prefix: str = "backbone.",
+        out: str | None = None,
+        **optimization: Any,
+    ) -> None:
+        if target not in heads or len(heads) < 2:
+            raise UserError(
+                f"AtlasNegation target={target!r} must be one of the heads {', '.join(heads)}, beside a control task"
+            )
+        if not 0 <= floor <= 1:
+            raise UserError(f"AtlasNegation floor={floor} must be in [0, 1]; the paper keeps 0.95")
+        super().__init__(backbone, models, heads, parts, budget, seed, prefix, out, **optimization)
+        self.target, self.floor = target, floor
+        self.register_buffer("control_start", torch.zeros(len(heads), dtype=torch.float64))
+
+    def weight_of(self, task: str) -> float:
+        return -1.0 if task == self.target else 1.0
+
+    def begin(self, accuracies: dict[str, float]) -> None:
+        self.control_start.copy_(torch.tensor(list(accuracies.values())))
+
+    def score(self, accuracies: dict[str, float]) -> float:
+        starts = zip(accuracies.items(), self.control_start.tolist(), strict=True)
+        if any(value < self.floor * start for (task, value), start in starts if task != self.target):
+            self.trainer.should_stop = True
+            return -torch.inf
+        return -accuracies[self.target]
+
+
+class AtlasTestTime(AnisotropicScaling):
+    """Adapts to one task without labels, on `ViewsBatch` of a weak and a strong view: see
+    `lightspan.objectives.pseudo_labels`. Which samples are trusted is what theta_0 says of the images of
+    `bank_dataloader`, before the first step.
+
+    The authors also draw trusted samples more often; here all are drawn alike.
+
+    Args:
+        confidence, temperature: of `pseudo_label_loss`.
+        backbone, models, heads, parts, budget, seed, prefix, out, optimization: as of `Atlas`; one head.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        models: Models,
+        heads: dict[str, nn.Module],
+        confidence: float = 0.99,
+        temperature: float = 0.5,
+        parts: int = 1,
+        budget: int | None = None,
+        seed: int = 0,
+        prefix: str = "backbone.",
+        out: str | None = None,
+        **optimization: Any,
+    ) -> None:
+        if len(heads) != 1:
+            raise UserError(f"AtlasTestTime adapts to one task, and heads has {', '.join(heads) or 'none'}")
+        if not 0 <= confidence <= 1 or not temperature > 0:
+            raise UserError(
+                f"AtlasTestTime confidence={confidence} must be in [0, 1], and temperature={temperature} above 0"
+            )
+        super().__init__(backbone, models, heads, parts, budget, seed, prefix, out, **optimization)
+        self.confidence, self.temperature = confidence, temperature
+        self._trusted_N = torch.zeros(0, dtype=torch.int64)
+
+    def loss(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
+        (task,) = self.heads
+        if "views" not in batch:  # the bank, by which vectors are chosen: both views are the image
+            logits_BC = self.logits(theta, task, batch["image"])
+            return self._of_views(logits_BC, logits_BC, batch)
+        weak, strong = batch["views"][:2]
+        with torch.no_grad():
+            weak_BC = self.logits(theta, task, weak)
+        return self._of_views(self.logits(theta, task, strong), weak_BC, batch)
+
+    def _of_views(self, strong_BC: Tensor, weak_BC: Tensor, batch: ViewsBatch | ImageBatch) -> Tensor:
+        trusted_N = self._trusted_N.to(strong_BC.device)
+        trusted_B = trusted_N[batch["index"]] if len(trusted_N) else torch.full_like(batch["index"], -1)
+        return pseudo_label_loss(strong_BC, weak_BC, trusted_B, self.confidence, self.temperature)
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "bank_dataloader", None) is None:
+            raise UserError("AtlasTestTime needs data with bank_dataloader(), such as `lightspan.datamodules.images`")
+        loader, (task,) = data.bank_dataloader(), self.heads
+        theta = {name: self.span.network.get_parameter(name) for name in self.span.shapes}
+        probability_NC: Tensor | None = None
+        for batch in loader:
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            p_BC = self.logits(theta, task, batch["image"]).softmax(dim=1)
+            if probability_NC is None:
+                probability_NC = p_BC.new_zeros(len(loader.dataset), p_BC.shape[1])
+            probability_NC[batch["index"]] = p_BC
+        assert probability_NC is not None
+        self._trusted_N = trusted_labels(all_reduce_sum(probability_NC))
+        super().on_fit_start()

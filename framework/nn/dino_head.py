@@ -1,0 +1,66 @@
+"""The head of self-distillation: features to scores of prototypes.
+
+Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), 2021, arXiv 2104.14294,
+section 3.1 and appendix C; Caron et al., "SwAV", 2020, arXiv 2006.09882, for prototypes of unit length.
+Shapes: F features, R bottleneck, K prototypes.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.errors import UserError
+
+
+class Prototypes(nn.Module):
+    """Cosines of vectors with K directions: [..., R] -> [..., K], each in [-1, 1].
+
+    The weight is used at unit length, as DINO's weight-normed last layer with its gains frozen at 1; a zero vector has
+    the cosine 0 with all. Directions are rows of one table, which is not decayed and not projected.
+    """
+
+    parameter_kinds = {"weight": "embeddings"}  # noqa: RUF012 - read by lightspan.optim.groups
+
+    def __init__(self, in_features: int, count: int) -> None:
+        super().__init__()
+        if min(in_features, count) < 1:
+            raise UserError(f"Prototypes: in_features={in_features} and count={count} must each be at least 1")
+        self.weight = nn.Parameter(F.normalize(torch.randn(count, in_features)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
+
+
+class DINOHead(nn.Module):
+    """Linear - GELU, as often as there are hidden widths, a Linear to the bottleneck, then prototypes: [..., F] ->
+    [..., K].
+
+    Args:
+        in_features: the backbone's `num_features`.
+        prototypes: K.
+        hidden: widths of the hidden layers; none gives one linear layer.
+        bottleneck: R.
+    """
+
+    def __init__(
+        self, in_features: int, prototypes: int, hidden: tuple[int, ...] = (2048, 2048), bottleneck: int = 256
+    ) -> None:
+        super().__init__()
+        widths = [in_features, *hidden, bottleneck]
+        if min(widths) < 1:
+            raise UserError(
+                f"DINOHead widths in_features={in_features}, hidden={list(hidden)}, bottleneck={bottleneck}: each must "
+                "be at least 1"
+            )
+        self.in_features = in_features
+        linear = [nn.Linear(*pair) for pair in pairwise(widths)]
+        for layer in linear:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(*[part for layer in linear for part in (layer, nn.GELU())][:-1])
+        self.prototypes = Prototypes(bottleneck, prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prototypes(self.mlp(x))

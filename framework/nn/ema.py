@@ -1,0 +1,53 @@
+"""A teacher that follows its student: the moving average of the student's weights."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightspan.errors import UserError
+from lightspan.nn.frozen import Frozen
+from lightspan.sharded import local
+
+
+class EMATeacher(Frozen):
+    """theta_t <- m theta_t + (1 - m) theta_s after each step of the student (Tarvainen, Valpola, 2017, 1703.01780).
+
+    It starts as a copy, runs without gradients and in evaluation mode, so without dropout and stochastic depth, and is
+    part of the state of the module that holds it: saved, resumed and sharded with it. Buffers, such as BatchNorm's
+    statistics, are the student's own. `Method.after_optimizer_step` is where a method calls `follow`.
+
+    Args:
+        student: copied; it may train on, the copy does not.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(copy.deepcopy(student))
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module, momentum: float) -> None:
+        """One step of the average; of sharded weights each rank moves its part.
+
+        Args:
+            momentum: m, in [0, 1].
+        """
+        own = dict(self.module.named_parameters())
+        mine, theirs = [], []
+        for name, parameter in student.named_parameters():
+            mine.append(local(own[name]))
+            theirs.append(local(parameter).to(own[name].dtype))
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        buffers = dict(self.module.named_buffers())
+        for name, buffer in student.named_buffers():
+            buffers[name].copy_(buffer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: UserError for weights in half precision, in which a momentum near 1 moves nothing."""
+        half = next((p.dtype for p in self.module.parameters() if p.is_floating_point() and p.itemsize < 4), None)
+        if half is not None:
+            raise UserError(
+                f"the teacher's weights are {half}, where steps of 1 - momentum are rounded away; keep them in float32 "
+                "with trainer.precision=bf16-mixed or 16-mixed"
+            )
+        return super().forward(*args, **kwargs)

@@ -1,0 +1,61 @@
+"""A backbone whose class tokens and masked patches several heads score: the networks of DINO, iBOT and POA.
+
+Shapes: V views of B images, the first G of them with masks; H W grid of patches, T = 1 + H W tokens, w width of the
+tokens, K prototypes of a head, N masked patches.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.nn.block_masks import MaskedPatches
+from lightspan.nn.slices import widened
+
+
+class Seen(NamedTuple):
+    """What a network says of its views: class tokens, and by head the scores of these and of masked patches."""
+
+    class_VBw: Tensor
+    scores_VBK: list[Tensor]
+    patches_NK: list[Tensor]
+
+
+class PrototypeNetwork(nn.Module):
+    """One pass of the backbone for each run of views of one size, then all heads on what it gives.
+
+    Args:
+        backbone: has `tokens(image_BChw, mask_BHW=None)` -> [B T w], the class token first, where masked patches are
+            hidden, and `num_features`. Tokens may be narrower than that, see `lightspan.nn.slices.widened`.
+        heads: [..., num_features] -> [..., K]. Class tokens and patches share them.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.backbone, self.heads = backbone, nn.ModuleList(heads)
+
+    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> Seen:
+        """Scores of all class tokens and of the masked patches.
+
+        Args:
+            views: of at least one image; row b of all comes from image b.
+            masked: patches that are scored, of the first G views.
+            hide: whether the network has to guess what they show.
+            options: handed to `tokens` of the backbone.
+        """
+        tokens, images = self.backbone.tokens, len(views[0])
+        count = len(masked.hidden_BHW) // images
+        mask_BHW = masked.hidden_BHW if hide else None
+        tokens_BTw = tokens(torch.cat([*views[:count]]), mask_BHW=mask_BHW, **options)  # type: ignore[operator]
+        classes = [tokens_BTw[:, 0]]
+        for _, run in groupby(views[count:], key=lambda view: view.shape):
+            classes.append(tokens(torch.cat([*run]), **options)[:, 0])  # type: ignore[operator]
+        class_VBw = torch.cat(classes).unflatten(0, (len(views), images))
+        patches_Nw = masked.tokens(tokens_BTw[:, 1:])
+        rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)  # type: ignore[arg-type]
+        scores = [head(rows).split([len(views) * images, len(patches_Nw)]) for head in self.heads]
+        return Seen(
+            class_VBw, [of_class.unflatten(0, (len(views), images)) for of_class, _ in scores], [of for _, of in scores]
+        )

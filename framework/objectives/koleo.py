@@ -1,0 +1,35 @@
+"""Features spread out: the differential entropy of a batch, by distances of nearest neighbours.
+
+Source: Sablayrolles et al., "Spreading vectors for similarity search", 2019, arXiv 1806.03198, eq. 4, as DINOv2 (arXiv
+2304.07193) uses it. The neighbour is sought among the rows of all ranks; DINOv2's code looks on one rank alone.
+Shapes: B rows of this rank, N rows of all ranks, D width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightspan.devices import wide
+from lightspan.distributed import all_reduce_sum, gather_rows
+
+LEAST = 1e-8
+"""Distances below it count as it, without a gradient: equal rows would have an infinite one."""
+
+
+def koleo(x_BD: Tensor) -> Tensor:
+    """-1/N sum_n log min_m |x_n - x_m| of rows at unit length, a scalar in float32 or wider.
+
+    A row without a neighbour, the only one of all ranks, gives 0.
+    """
+    with torch.autocast(x_BD.device.type, enabled=False):
+        x_BD = F.normalize(wide(x_BD), dim=1)
+        all_ND, start = gather_rows(x_BD)
+        if len(all_ND) < 2:
+            return 0 * all_ND.sum()
+        with torch.no_grad():
+            cosine_BN = x_BD @ all_ND.T
+            own_B = torch.arange(start, start + len(x_BD), device=x_BD.device)
+            cosine_BN.scatter_(1, own_B[:, None], -torch.inf)
+            nearest_B = cosine_BN.argmax(dim=1)
+        squared_B = (x_BD - all_ND[nearest_B]).square().sum(dim=1)
+        return all_reduce_sum(-0.5 * squared_B.clamp_min(LEAST**2).log().sum()) / len(all_ND)

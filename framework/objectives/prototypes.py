@@ -1,0 +1,76 @@
+"""Self-distillation on prototypes: a teacher's scores become targets, a student's scores are held to them.
+
+Source: Caron et al., "SwAV", 2020, arXiv 2006.09882, section 3 and appendix A (Sinkhorn-Knopp); Caron et al., "DINO",
+2021, arXiv 2104.14294, eq. 1-3 (cross-view loss, centring); Zhou et al., "iBOT", 2021, arXiv 2111.07832, eq. 3 (masked
+patches, by the weights of `prototype_cross_entropy`).
+Targets carry no gradient. Temperatures are > 0; a target's is below a student's, or both collapse to a uniform answer.
+Shapes: B rows of this rank, K prototypes, G views with targets, V views of a student.
+"""
+
+import torch
+from torch import Tensor
+
+from lightspan.devices import wide
+from lightspan.distributed import all_reduce_max, all_reduce_sum
+
+
+@torch.no_grad()
+def sinkhorn(scores_BK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Targets [B K] in float32 or wider, each row a distribution, all prototypes used about equally over all ranks.
+
+    exp(scores / temperature) with its columns, then its rows, normalised `iterations` times (SwAV eq. 3-5), in
+    logarithms, so that no row and no prototype underflows. Batches of different sizes on the ranks count by their rows;
+    a rank without rows takes part.
+    """
+    scores_BK = wide(scores_BK) / temperature
+    by_row_B = scores_BK.new_zeros(len(scores_BK))
+    shifted_BK = scores_BK
+    for _ in range(iterations):
+        shifted_BK = scores_BK + by_row_B[:, None]
+        largest_K = all_reduce_max(
+            shifted_BK.amax(dim=0) if len(scores_BK) else scores_BK.new_full(scores_BK.shape[1:], -torch.inf)
+        )
+        by_column_K = -largest_K - all_reduce_sum((shifted_BK - largest_K).exp().sum(dim=0)).log()
+        shifted_BK = scores_BK + by_column_K
+        by_row_B = -shifted_BK.logsumexp(dim=1)
+    return (shifted_BK + by_row_B[:, None]).exp()
+
+
+@torch.no_grad()
+def centred_softmax(scores_BK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
+    """softmax((scores - centre) / temperature), [B K] in float32 or wider (DINO eq. 1 with section 3.1's centring)."""
+    return ((wide(scores_BK) - centre_K) / temperature).softmax(dim=1)
+
+
+def prototype_cross_entropy(
+    target_BK: Tensor, scores_BK: Tensor, temperature: float, weight_B: Tensor | None = None
+) -> Tensor:
+    """sum_b w_b (-sum_k p_bk log softmax(scores_b / temperature)_k), a scalar >= 0 in float32 or wider.
+
+    Args:
+        target_BK: p, rows that are distributions (rows of another sum count by it).
+        scores_BK: of the student.
+        weight_B: w; None is 1/B, the mean. With iBOT a masked patch weighs 1 / (masked patches of its image x images).
+    Returns: 0, with a gradient of 0, where there are no rows.
+    """
+    entropy_B = -(target_BK.detach() * (wide(scores_BK) / temperature).log_softmax(dim=1)).sum(dim=1)
+    return entropy_B.sum() / max(len(entropy_B), 1) if weight_B is None else (weight_B * entropy_B).sum()
+
+
+def cross_view_loss(targets_GBK: Tensor, scores_VBK: Tensor, temperature: float) -> Tensor:
+    """Mean cross-entropy over all pairs of a view with targets and another view of the student (DINO eq. 3).
+
+    The first G of the V views are those of the targets, so there are G (V - 1) pairs; without a pair the loss is 0.
+
+    Args:
+        targets_GBK: targets of G views.
+        scores_VBK: scores of V >= G views; row b of all comes from image b.
+    """
+    targets, views = len(targets_GBK), len(scores_VBK)
+    if views < 2:
+        return 0 * wide(scores_VBK).sum()
+    # Cross-entropy is linear in its target: a view is held to the sum of all targets but its own at once.
+    summed_VBK = targets_GBK.sum(dim=0).expand(views - targets, -1, -1)
+    others_VBK = torch.cat([targets_GBK.sum(dim=0) - targets_GBK, summed_VBK])
+    pairs = targets * (views - 1)
+    return prototype_cross_entropy(others_VBK.flatten(0, 1), scores_VBK.flatten(0, 1), temperature) * (views / pairs)

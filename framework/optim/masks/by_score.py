@@ -1,0 +1,69 @@
+"""Masks of the entries with the highest scores, chosen anew every few steps at the density of the moment."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightspan.devices import wide
+from lightspan.errors import UserError
+from lightspan.optim.masks.learner import Fixed, on_cpu
+from lightspan.subspaces.masks.scores import Magnitude, Score
+
+
+class ByScore(Fixed):
+    """Gradual pruning: magnitude with a cubic density is Zhu and Gupta 2017 (arXiv 1710.01878), `Movement` with a
+    memory of 1 is Sanh et al. 2020 (arXiv 2005.07683).
+
+    Scores are S <- memory S + score(weight, gradient), with the gradient of the weight in use (straight through the
+    mask). Closed weights get no gradient and keep their values, but for a weight decay, and open with them again.
+    Before the first gradient entries rank by magnitude.
+
+    Args:
+        score: what an entry is worth.
+        memory: 0 for the score of the moment, 1 for the sum over all steps, in [0, 1].
+        every: optimiser steps between two choices, >= 1.
+    """
+
+    sparse = False
+
+    def __init__(self, score: Score | None = None, memory: float = 0.0, every: int = 100) -> None:
+        super().__init__()
+        if every < 1 or not 0 <= memory <= 1:
+            raise UserError(f"ByScore every={every} must be at least 1, and memory={memory} in [0, 1]")
+        self.score, self.memory, self.every = score or Magnitude(), memory, every
+
+    def _begin(self, optimizer: Optimizer | None) -> None:
+        self.scores = {name: wide(place.weight).abs() for name, place in self.places.items()}
+        self.masks = self.owns(self.highest(self.scores, self.density.at(0.0)))
+        self._scored, self._now = False, dict[str, Tensor]()
+
+    def draw(self, step: int, progress: float) -> None:
+        self._now = {}
+
+    @torch.no_grad()
+    def pull(self, name: str, gradient_S: Tensor) -> Tensor:
+        self._now[name] = self.score.of(wide(self.places[name].weight), gradient_S)
+        return super().pull(name, gradient_S)
+
+    def update(self, step: int, progress: float) -> bool:
+        for name, now_S in self._now.items():  # here, so that a step that is not taken does not count
+            first = not self._scored or self.memory == 0
+            self.scores[name] = now_S if first else self.memory * self.scores[name] + now_S
+        self._scored = True
+        if step % self.every:
+            return False
+        self.masks = self.owns(self.chosen(progress))
+        return True
+
+    def chosen(self, progress: float) -> dict[str, Tensor]:
+        return self.highest(self.scores, self.density.at(progress))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "scores": on_cpu(self.wholes(self.scores)), "scored": self._scored}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.scores, self._scored = self.saved(state, "scores"), bool(state.get("scored"))

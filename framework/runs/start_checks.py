@@ -1,0 +1,87 @@
+"""What is known only when a Trainer is about to take its first step: whether its data can be resumed, and
+whether its schedules are long enough.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, Timer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
+
+from lightspan.errors import UserError, print_notes
+
+
+class StartChecks(Callback):
+    """Warns of training loaders that keep no position. Raises: UserError for a schedule that ends before the run."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_short_schedules(trainer)
+        if trainer.is_global_zero and (loaders := without_position(trainer)):
+            print_notes(
+                [
+                    f"the training data come from a {' and a '.join(loaders)}, which keeps no position: stopped inside "
+                    "an epoch and resumed, this run sees other samples than an uninterrupted one; "
+                    "lightspan.datamodules.loading.ranks.train_loader gives one that continues with the next sample"
+                ]
+            )
+
+
+def without_position(trainer: Trainer) -> list[str]:
+    """The classes of those training loaders whose position is not in a checkpoint."""
+    combined = trainer.fit_loop._combined_loader
+    loaders = combined.flattened if combined is not None else []
+    return sorted({type(loader).__name__ for loader in loaders if not isinstance(loader, _Stateful)})
+
+
+def refuse_short_schedules(trainer: Trainer) -> None:
+    """Raises UserError if a `OneCycleLR` has fewer steps than the run; torch would raise in the middle of it.
+
+    Does nothing if the number of steps is not known: time or early stopping may end the run, or accumulation
+    may change during it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    if any(isinstance(callback, EarlyStopping | Timer | GradientAccumulationScheduler) for callback in callbacks):
+        return
+    for config in trainer.lr_scheduler_configs:
+        to_come = _calls_to_come(trainer, config)
+        for schedule in _one_cycles(config.scheduler):
+            if math.isfinite(to_come) and (last := schedule.last_epoch + int(to_come)) > schedule.total_steps:
+                raise UserError(_too_short(schedule.total_steps, f"this run takes it to step {last}"))
+
+
+def past_its_end(error: BaseException) -> str | None:
+    """The message for torch's error that a schedule was stepped beyond its end; None for any other error."""
+    found = re.fullmatch(r"Tried to step (\d+) times\. The specified number of total steps is (\d+)", str(error))
+    return None if found is None else _too_short(int(found[2]), f"it came to step {found[1]}")
+
+
+def _too_short(length: int, run: str) -> str:
+    return (
+        f"the schedule OneCycleLR has total_steps={length}, but {run}; beyond its end it has no learning rate. Give it "
+        "total_steps=self.trainer.estimated_stepping_batches in configure_optimizers, or lower trainer.max_steps or "
+        "trainer.max_epochs, or use a schedule that keeps its last rate, such as "
+        "lightspan.optim.schedules.WarmupCosine"
+    )
+
+
+def _calls_to_come(trainer: Trainer, config: LRSchedulerConfig) -> float:
+    """How often the Trainer will step a schedule until the end; infinite if that is not known."""
+    if config.frequency != 1 or not trainer.lightning_module.automatic_optimization:
+        return math.inf
+    if config.interval == "step":
+        return trainer.estimated_stepping_batches - trainer.global_step
+    counted = trainer.max_epochs is not None and trainer.max_epochs >= 0 and trainer.max_steps == -1
+    return (trainer.max_epochs or 0) - trainer.current_epoch if counted else math.inf
+
+
+def _one_cycles(schedule: object) -> Iterator[OneCycleLR]:
+    """The schedule itself, or those chained in it. Parts of a SequentialLR count their own steps."""
+    if isinstance(schedule, OneCycleLR):
+        yield schedule
+    elif isinstance(schedule, ChainedScheduler):
+        for part in schedule._schedulers:
+            yield from _one_cycles(part)

@@ -1,0 +1,135 @@
+"""What MaskLearning cannot do is said before the first step."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from masked_net import ADAM, WEIGHTS, Plain, fit
+from torch import nn
+
+from lightspan.adapters.lora import LoRA
+from lightspan.callbacks.training.adaptation import Adaptation
+from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
+from lightspan.callbacks.training.mask_learning import MaskLearning
+from lightspan.callbacks.training.subspace_projection import SubspaceProjection
+from lightspan.errors import UserError
+from lightspan.optim.masks.by_gradient import ByGradient
+from lightspan.optim.masks.by_score import ByScore
+from lightspan.optim.masks.drop_and_grow import DropAndGrow
+from lightspan.subspaces.masks.allocation import AllTogether
+from lightspan.subspaces.masks.schedules import Cubic, Linear
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaskLearning("net.*", ByScore()), r"match='net\.\*' must be a list of patterns"),
+        (lambda: MaskLearning([], ByScore()), r"match=\[\] must be a list of patterns"),
+        (lambda: MaskLearning(["*"], ByScore(), 0.0), r"MaskLearning density=0\.0 must be above 0 and at most 1"),
+        (lambda: MaskLearning(["*"], ByScore(), 1.5), r"MaskLearning density=1\.5 must be above 0 and at most 1"),
+        (lambda: MaskLearning(["*"], ByScore(), Cubic(1.0, 0.0)), r"MaskLearning density=0\.0 must be above 0"),
+        (lambda: MaskLearning(["*"], ByScore(), until=0.0), r"until=0\.0 is a share of the run"),
+        (lambda: ByScore(every=0), r"ByScore every=0 must be at least 1, and memory=0\.0 in \[0, 1\]"),
+        (lambda: DropAndGrow(alpha=1.5), r"DropAndGrow every=100 must be at least 1, and alpha=1\.5 in \[0, 1\]"),
+        (lambda: ByGradient(temperature=0.0), r"temperature=0\.0 of a mask must be a finite number above 0"),
+        (lambda: ByGradient(temperature=Linear(1.0, -1.0)), r"temperature=-1\.0 of a mask must be"),
+        (lambda: ByGradient(start=float("inf")), r"start=inf is a logit and must lie between -100 and 100"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_once(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+class ByHand(Plain):
+    automatic_optimization = False
+
+
+class WithComplex(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    ("module", "callbacks", "message"),
+    [
+        (Plain, [MaskLearning(["encoder.*"], ByScore())], r"pattern 'encoder\.\*' matches no parameter of Plain that"),
+        (
+            Plain,
+            [Adaptation(LoRA(rank=2), ["net.0"]), MaskLearning(["net.0.base.weight"], ByScore())],
+            r"pattern 'net\.0\.base\.weight' matches no parameter of Plain that trains",
+        ),
+        (Plain, [IntrinsicDimension(dim=5), MaskLearning(["*"], ByScore())], "MaskLearning, not both"),
+        (
+            Plain,
+            [MaskLearning(["*"], DropAndGrow(), allocation=AllTogether())],
+            "keeps a count for each tensor",
+        ),
+        (
+            Plain,
+            [MaskLearning(["*"], ByScore()), SubspaceProjection(rank=2, residual=None, backward="hooks")],
+            r"LowRank\(backward='hooks'\) keeps their coordinates alone; set backward='whole'",
+        ),
+        (partial(Plain, torch.optim.LBFGS), [MaskLearning(["*"], ByScore())], "LBFGS evaluates the loss several times"),
+        (
+            partial(Plain, torch.optim.Adafactor),
+            [MaskLearning(["*"], ByScore())],
+            r"Adafactor keeps 'row_var' of shape \(2, 1\).*cannot follow a mask",
+        ),
+        (
+            Plain,
+            [MaskLearning(["*"], ByGradient()), SubspaceProjection(rank=2)],
+            "the logits of ByGradient cannot be trained by a LowRank",
+        ),
+        (
+            Plain,
+            [MaskLearning(["*"], ByScore()), MaskLearning(["*.weight"], ByScore())],
+            r"two entries of MaskLearning match net\.0\.weight; give each parameter one mask",
+        ),
+        (
+            Plain,
+            [MaskLearning(["*.bias"], ByScore()), MaskLearning(["*.weight"], ByScore())],
+            "two entries of MaskLearning write to path=None; give each a path of its own",
+        ),
+        (WithComplex, [MaskLearning(["*"], ByScore())], "real parameters, and phase is torch.complex64; leave it out"),
+        (ByHand, [MaskLearning(["*"], ByScore())], "ByHand steps by hand; set automatic_optimization=True"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_before_the_first_step(
+    module: Callable[[], Plain], callbacks: list[Any], message: str, tmp_path: Path
+) -> None:
+    made = module()
+    with pytest.raises(UserError, match=message):
+        fit(made, callbacks, tmp_path)
+    assert made.losses == []
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_lay_parameters_end_to_end_are_refused(kind: type) -> None:
+    trainer = SimpleNamespace(strategy=object.__new__(kind), callbacks=[])
+    with pytest.raises(UserError, match=f"{kind.__name__} lays them end to end; train with --config scale/fsdp2"):
+        MaskLearning(["*"], ByScore()).on_fit_start(trainer, Plain())
+
+
+def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs the run's length; set trainer.max_steps or trainer.max_epochs"):
+        fit(Plain(), [MaskLearning(["*"], ByScore())], tmp_path, max_steps=-1)
+
+
+def test_a_checkpoint_of_other_masks_is_refused(tmp_path: Path) -> None:
+    trainer = fit(Plain(), [MaskLearning(WEIGHTS, ByGradient(optimizer=ADAM), 1.0, until=1.0)], tmp_path, max_steps=4)
+    trainer.callbacks[0]._now = trainer.callbacks[0].mask  # as it was before it was fixed
+    trainer.callbacks[0].masks = {}
+    trainer.save_checkpoint(tmp_path / "old.ckpt")
+    for other, message in (
+        (MaskLearning(WEIGHTS, DropAndGrow()), r"the saved masks have masks of shape none for net\.0\.weight"),
+        (MaskLearning(["*.bias"], ByGradient(optimizer=ADAM)), r"resume with the match of that run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(Plain(), [other], tmp_path, ckpt_path=tmp_path / "old.ckpt", max_steps=8)

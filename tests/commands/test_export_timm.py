@@ -1,0 +1,113 @@
+"""`lightspan export --to timm`: one checkpoint gives networks of many sizes, each of which timm loads alone."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from lightspan.commands import export as command
+from lightspan.config.build import build, load_resolved
+from lightspan.errors import UserError
+from lightspan.nn.subnets import Size
+
+HEAD = {"class_path": "lightspan.nn.dino_head.DINOHead", "init_args": {"in_features": 16, "prototypes": 4}}
+CONFIG: dict[str, Any] = {
+    "about": {"title": "t", "paper": "none", "family": "distillation"},
+    "trainer": {"max_steps": 1, "accelerator": "cpu", "logger": {}, "enable_checkpointing": False},
+    "model": {
+        "class_path": "lightspan.methods.distillation.poa.POA",
+        "init_args": {
+            "backbone": {
+                "class_path": "lightspan.backbones.elastic.ElasticViT",
+                "init_args": {
+                    "widths": [8, 16],
+                    "depths": [1, 3],
+                    "head_dim": 4,
+                    "img_size": 8,
+                    "patch_size": 4,
+                    "in_chans": 1,
+                    "init_values": 0.1,
+                },
+            },
+            "heads": [HEAD],
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+        },
+    },
+    "data": {"class_path": "lightspan.datamodules.images.small.Digits"},
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "resolved.yaml").write_text(json.dumps(CONFIG))
+    (folder / "provenance.json").write_text(json.dumps({"recipe": "distillation/tiny"}))
+    model = build(load_resolved(folder)).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    torch.save({"state_dict": model.state_dict(), "global_step": 1}, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+def run_export(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_every_network_is_a_folder_that_timm_loads_and_says_what_the_teacher_says(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_export(run_dir, "--to", "timm", "--sizes", "all") == 0
+    out = run_dir / "export" / "timm"
+    assert {path.name for path in out.iterdir()} == {"8x1", "8x3", "16x1", "16x3", "export.json"}
+    model = build(load_resolved(run_dir)).model
+    model.load_state_dict(torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    x = torch.randn(3, 1, 8, 8)
+    for size in (Size(8, 1), Size(8, 3), Size(16, 1), Size(16, 3)):
+        alone = timm.create_model(f"local-dir:{out / str(size)}", pretrained=True).eval()
+        expected = model.teacher.module.backbone.tokens(x, size)[:, 0]
+        torch.testing.assert_close(alone(x), expected, rtol=1e-5, atol=1e-5)
+        assert load_file(out / str(size) / "model.safetensors").keys() == alone.state_dict().keys()
+        assert alone.num_features == size.width
+    assert json.loads((out / "8x1" / "config.json").read_text())["model_args"]["embed_dim"] == 8
+    assert "read back with timm: largest output difference" in capsys.readouterr().out
+
+
+def test_without_sizes_the_whole_teacher_is_written(run_dir: Path, tmp_path: Path) -> None:
+    assert run_export(run_dir, "--to", "timm", "--out", tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"16x3", "export.json"}
+
+
+def test_sizes_that_are_not_there_and_other_formats_are_refused_and_nothing_is_written(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"--sizes 12x1 is no network in here; widths are 8, 16 and depths 1, 3, written 8x1"
+    ):
+        run_export(run_dir, "--to", "timm", "--sizes", "8x1", "12x1", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"--sizes cuts networks for --to timm, and this is --to peft"):
+        run_export(run_dir, "--to", "peft", "--sizes", "all")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_without_an_elastic_backbone_is_refused(run_dir: Path) -> None:
+    other = json.loads((run_dir / "resolved.yaml").read_text())
+    classifier = {"backbone": {"class_path": "lightspan.backbones.vision.SmallConvNet"}, "num_classes": 3}
+    optimizer = {"optimizer": {"class_path": "torch.optim.AdamW"}}
+    other["model"] = {
+        "class_path": "lightspan.methods.supervised.classifier.Classifier",
+        "init_args": classifier | optimizer,
+    }
+    (run_dir / "resolved.yaml").write_text(json.dumps(other))
+    model = build(load_resolved(run_dir)).model
+    torch.save({"state_dict": model.state_dict(), "global_step": 1}, run_dir / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=r"out of an ElasticViT, and Classifier has a SmallConvNet as its backbone"):
+        run_export(run_dir, "--to", "timm")

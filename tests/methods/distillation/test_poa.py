@@ -1,0 +1,301 @@
+"""POA: the loss put together by hand, its limits, the teacher, resume, and ranks."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rank_processes
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightspan.backbones.elastic import ElasticViT
+from lightspan.datamodules.images.small import Digits
+from lightspan.datamodules.images.views import MultiCrop, RandomViews
+from lightspan.errors import UserError
+from lightspan.methods.distillation.poa import POA
+from lightspan.nn.block_masks import BlockMasks, MaskedPatches
+from lightspan.nn.dino_head import DINOHead
+from lightspan.nn.slices import widened
+from lightspan.objectives.koleo import koleo
+from lightspan.objectives.prototypes import sinkhorn
+from lightspan.optim.schedules import WarmupCosineDecay, cosine_between
+from lightspan.planning.planned_step import make_plan
+from lightspan.strategies import FSDP2
+
+STEPS = 4
+SCHEDULES = {"patch_loss_from": 0.0, "freeze_prototypes": 0.0, "temperature_warmup": 0.5}
+
+
+def method(**settings: Any) -> POA:
+    torch.manual_seed(0)
+    backbone = ElasticViT([8, 16], [1, 2], head_dim=4, img_size=8, patch_size=2, in_chans=1, init_values=0.1)
+    heads = [DINOHead(16, prototypes, hidden=(12,), bottleneck=6) for prototypes in (5, 9)]
+    given = {
+        "masks": BlockMasks(probability=0.8), "optimizer": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.04),
+        "lr_scheduler": WarmupCosineDecay, "momentum": 0.5, "final_momentum": 0.9,
+    }  # fmt: skip
+    return POA(backbone, heads, **given | SCHEDULES | settings)
+
+
+def batch(rows: int = 6, seed: int = 1, locals_: int = 3) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    views = [torch.randn(rows, 1, 8, 8, generator=generator) for _ in range(2)]
+    views += [torch.randn(rows, 1, 4, 4, generator=generator) for _ in range(locals_)]
+    return {"views": views, "label": torch.zeros(rows, dtype=torch.int64), "index": torch.arange(rows) + 10 * seed}
+
+
+def entropy(p: Tensor, q: Tensor) -> Tensor:
+    return -(p * (q / 0.1).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def test_the_loss_is_the_papers_put_together_pair_by_pair() -> None:
+    model, given = method(), batch()
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    views, size = given["views"], model.sampler.at(0)
+    indices = given["index"].tolist()
+    masks = [torch.from_numpy(model.masks.draw((4, 4), 0, indices, view)) for view in range(2)]
+
+    def scored(tokens: Tensor, network: Any) -> list[Tensor]:
+        return [head(widened(tokens, 16)) for head in network.heads]
+
+    teacher = model.teacher.module
+    taught = [teacher.backbone.tokens(view) for view in views[:2]]
+    by_head: list[dict[str, Any]] = []
+    for head in range(2):
+        scores = torch.cat([scored(tokens[:, 0], teacher)[head] for tokens in taught])
+        hidden = [tokens[:, 1:][mask.flatten(1)] for tokens, mask in zip(taught, masks, strict=True)]
+        patches = scored(torch.cat(hidden), teacher)[head]
+        by_head.append({"class": sinkhorn(scores, 0.04).chunk(2), "patches": sinkhorn(patches, 0.04)})
+
+    def student(size: Any) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
+        """L_IT or L_ET, and scores and tokens of each view's class."""
+        backbone = model.student.backbone
+        tokens = [backbone.tokens(view, size, mask) for view, mask in zip(views, masks, strict=False)]
+        tokens += [backbone.tokens(view, size) for view in views[2:]]
+        total, scores = torch.zeros(()), []
+        for head in range(2):
+            of_views = [scored(of[:, 0], model.student)[head] for of in tokens]
+            pairs = [
+                entropy(by_head[head]["class"][g], of_views[v]).mean() for g in range(2) for v in range(5) if g != v
+            ]
+            patches = torch.zeros(())
+            start = 0
+            for of, mask in zip(tokens, masks, strict=False):
+                for image in range(6):
+                    count = int(mask[image].sum())
+                    guessed = scored(of[image, 1:][mask[image].flatten()], model.student)[head]
+                    target = by_head[head]["patches"][start : start + count]
+                    start += count
+                    if count:
+                        patches = patches + entropy(target, guessed).mean() / 12
+            total = total + (sum(pairs) / len(pairs) + patches) / 2
+            scores.append(of_views)
+        return total, scores, [of[:, 0] for of in tokens]
+
+    (l_it, intact, seen), (l_et, elastic, seen_e) = student(None), student(size)
+    l_ei = torch.zeros(())
+    for head in range(2):
+        same = [entropy((intact[head][v] / 0.1).softmax(dim=-1), elastic[head][v]).mean() for v in range(5)]
+        l_ei = l_ei + (sum(same[:2]) / 2 + sum(same[2:]) / 3) / 2
+    spread = sum(koleo(of) for of in (*seen[:2], *seen_e[:2])) / 2
+    expected = 0.8 * l_it + 0.2 * (l_et + l_ei) + 0.1 * spread
+    loss = model.training_step(given, 0)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_elastic_students_pull_does_not_reach_the_intact_one_and_nothing_reaches_the_teacher() -> None:
+    model, given = method(koleo_weight=0.0), batch()
+    masks = MaskedPatches.of(np.zeros((12, 4, 4), dtype=bool))
+    intact = model.student(given["views"], masks, hide=True)
+    elastic = model.student(given["views"], masks, hide=True, size=model.backbone.sizes[0])
+    scores = [of.detach().requires_grad_() for of in elastic.scores_VBK]
+    loss = model.same_view(intact, elastic._replace(scores_VBK=scores))
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.training_step(given, 0).backward()
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in model.student.parameters())
+
+
+def test_with_lam_one_there_is_no_elastic_student_and_a_network_of_one_size_will_do() -> None:
+    backbone = ElasticViT([16], [2], head_dim=4, img_size=8, patch_size=2, in_chans=1)
+    heads = [DINOHead(16, 5, hidden=(), bottleneck=6)]
+    model = POA(backbone, heads, lam=1.0, optimizer=torch.optim.SGD)
+    seen: list[Any] = []
+    model.student.register_forward_hook(lambda *call: seen.append(call))
+    model.training_step(batch(), 0).backward()
+    assert len(seen) == 1
+    with pytest.raises(UserError, match="hold the whole network alone"):
+        POA(backbone, heads, optimizer=torch.optim.SGD)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen.append(float(args[2]["loss"]))
+
+
+def fit(model: POA, batches: list[dict[str, Any]], folder: Path, **options: Any) -> list[float]:
+    losses = Losses()
+    resume = options.pop("ckpt_path", None)
+    callbacks = [losses, *options.pop("callbacks", [])]
+    silent: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = silent | {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 1} | options
+    trainer = Trainer(default_root_dir=folder, callbacks=callbacks, **options)
+    trainer.fit(model, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)
+    return losses.seen
+
+
+BATCHES = [batch(seed=seed) for seed in range(STEPS)]
+
+
+class Recursion(Callback):
+    """The teacher by hand."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.expected = [p.detach().clone().double() for p in pl_module.student.parameters()]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        momentum = cosine_between(0.5, 0.9, (trainer.global_step - 1) / STEPS)
+        for mean, p in zip(self.expected, pl_module.student.parameters(), strict=True):
+            mean.mul_(momentum).add_(p.detach().double(), alpha=1 - momentum)
+
+
+def test_the_teacher_is_the_recursion_over_all_steps(tmp_path: Path) -> None:
+    model, by_hand = method(), Recursion()
+    fit(model, BATCHES, tmp_path, callbacks=[by_hand])
+    for mean, parameter in zip(by_hand.expected, model.teacher.parameters(), strict=True):
+        torch.testing.assert_close(parameter.double(), mean, rtol=1e-5, atol=1e-6)
+    x = batch()["views"][0]
+    assert torch.equal(model.features({"image": x}), model.teacher.module.backbone(x))
+    assert torch.equal(model.features(batch()), model.features({"image": x}))
+    assert len(model.token_features({"image": x}, [0, -1])) == 2
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight, resumed = method(), method()
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    same = [batch()] * STEPS  # a plain loader does not know where it was
+    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True)
+    fit(resumed, same, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_prototypes_stay_while_they_are_frozen_and_patches_count_from_their_share_on(tmp_path: Path) -> None:
+    model = method(freeze_prototypes=0.5, patch_loss_from=0.5)
+    before = model.student.heads[0].prototypes.weight.detach().clone()
+    masked: list[int] = []
+    draw = model._masks
+
+    def watched(given: Any) -> MaskedPatches:
+        masks = draw(given)
+        masked.append(len(masks.place_N))
+        same = torch.equal(model.student.heads[0].prototypes.weight, before)
+        assert same == (model.global_step <= STEPS // 2)
+        return masks
+
+    model._masks = watched  # type: ignore[method-assign]
+    fit(model, BATCHES, tmp_path)
+    assert masked[:2] == [0, 0]
+    assert min(masked[2:]) > 0
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["one image", "equal images", "black", "no local views"])
+def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
+    given = batch(rows=1 if kind == "one image" else 4, locals_=0 if kind == "no local views" else 2)
+    if kind == "equal images":
+        given["views"] = [view[:1].expand_as(view).contiguous() for view in given["views"]]
+    if kind == "black":
+        given["views"] = [torch.zeros_like(view) for view in given["views"]]
+    model = method()
+    losses = fit(model, [given] * 2, tmp_path, precision=precision)
+    assert all(torch.tensor(losses).isfinite())
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    losses = fit(method(), [batch()] * 30, tmp_path)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def in_float64(part: slice) -> list[dict[str, Any]]:
+    """These rows of all batches: rounding grows with each step, and float32 would hide a mistake in it."""
+    return [
+        {"views": [view[part].double() for view in of["views"]], "label": of["label"][part], "index": of["index"][part]}
+        for of in BATCHES
+    ]
+
+
+def ranks_train(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    own = in_float64(slice(3 * rank, 3 * rank + 3))
+    expected = torch.load(f"{folder}/alone.pt")
+    for strategy in ("ddp", FSDP2()):
+        model = method(optimizer=partial(torch.optim.SGD, lr=0.05, weight_decay=0.04)).double()
+        fit(model, own, Path(folder), strategy=strategy, devices=2, use_distributed_sampler=False)
+        for name, tensor in model.state_dict().items():
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            torch.testing.assert_close(whole, expected[name], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    alone = method(optimizer=partial(torch.optim.SGD, lr=0.05, weight_decay=0.04)).double()
+    fit(alone, in_float64(slice(None)), tmp_path)
+    torch.save(alone.state_dict(), tmp_path / "alone.pt")
+    rank_processes.start(ranks_train, 2, str(tmp_path), rank_processes.free_port())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lam": 1.2}, r"lam=1.2 must lie in \[0, 1\]"),
+        ({"student_temperature": 0.0}, r"student_temperature=0.0, .* must be above 0"),
+        ({"global_views": 1}, r"global_views=1 leaves a global view without another one"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        method(**settings)
+
+
+def test_heads_of_another_width_are_refused() -> None:
+    backbone = ElasticViT([8, 16], [1, 2], head_dim=4, img_size=8, patch_size=2)
+    for heads in ([], [DINOHead(8, 3)]):
+        with pytest.raises(UserError, match=r"ElasticViT gives 16; give one head or more with in_features=16"):
+            POA(backbone, heads, optimizer=torch.optim.SGD)
+
+
+def test_batches_without_global_views_are_refused_in_words() -> None:
+    image = {"image": torch.zeros(2, 1, 8, 8), "index": torch.arange(2)}
+    with pytest.raises(UserError, match=r"batch has views of no kind; set data.init_args.views to a MultiCrop"):
+        method().training_step(image, 0)  # type: ignore[arg-type]
+    mixed = batch()
+    mixed["views"] = mixed["views"][1:]
+    with pytest.raises(UserError, match=r"views of \[\[8, 8\], \[4, 4\], \[4, 4\], \[4, 4\]\]"):
+        method().training_step(mixed, 0)
+
+
+def test_a_plan_takes_shapes_alone_through_the_step_with_its_patches(tmp_path: Path) -> None:
+    crops = MultiCrop([RandomViews(count=2, size=8), RandomViews(count=2, size=4)])
+    silent: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=4, accelerator="cpu", default_root_dir=tmp_path, enable_checkpointing=False, **silent)
+    model, masked = method(patch_loss_from=0.5, masks=BlockMasks(1.0, (1.0, 1.0))), list[int]()
+    model.student.register_forward_hook(lambda *call: masked.append(len(call[-1].patches_NK[0])))
+    plan = make_plan(trainer, model, Digits(8, crops), 1)
+    assert not plan.notes  # nothing was run on numbers
+    assert set(masked) == {2 * 8 * 16, 2 * 16 * 16}  # all patches of both global views, for 8 images and for 16

@@ -1,0 +1,130 @@
+"""What is told before the first step, and not in mid-run: schedules that end early, data without a place."""
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR
+from torch.utils.data import DataLoader
+
+from lightspan.datamodules.loading.ranks import train_loader
+from lightspan.errors import UserError
+from lightspan.runs.start_checks import StartChecks, past_its_end
+from lightspan.runs.train import call
+
+
+class OneCycle(LightningModule):
+    """8 batches an epoch under a OneCycleLR of `length` steps; `steps` counts those that were taken."""
+
+    def __init__(self, length: int, interval: str = "step", chained: bool = False, frequency: int = 1) -> None:
+        super().__init__()
+        self.layer, self.length, self.interval = nn.Linear(4, 1), length, interval
+        self.chained, self.frequency, self.steps = chained, frequency, 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.steps += 1
+        loss = self.layer(batch).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule: Any = OneCycleLR(optimizer, max_lr=0.1, total_steps=self.length)
+        if self.chained:
+            schedule = ChainedScheduler([ConstantLR(optimizer), schedule])
+        return [optimizer], [{"scheduler": schedule, "interval": self.interval, "frequency": self.frequency}]
+
+
+def fit(tmp_path: Path, module: LightningModule, *callbacks: Any, data: Any = None, **options: Any) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        callbacks=[StartChecks(), *callbacks], enable_model_summary=False, default_root_dir=tmp_path, **quiet, **options
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data if data is not None else DataLoader(torch.ones(8, 4)))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "last"),
+    [
+        (OneCycle(15), {"max_epochs": 2}, 16),
+        (OneCycle(9), {"max_epochs": 5, "max_steps": 10}, 10),
+        (OneCycle(15, chained=True), {"max_epochs": 2}, 16),
+        (OneCycle(7), {"max_epochs": 2, "accumulate_grad_batches": 2}, 8),
+        (OneCycle(2, "epoch"), {"max_epochs": 3}, 3),
+    ],
+    ids=["epochs", "steps", "chained", "accumulated", "by epochs"],
+)
+def test_a_schedule_that_ends_before_the_run_is_refused_before_the_first_step(tmp_path, module, options, last):
+    said = rf"OneCycleLR has total_steps={module.length}, but this run takes it to step {last}; .*estimated_stepping"
+    with pytest.raises(UserError, match=said):
+        fit(tmp_path, module, **options)
+    assert module.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (OneCycle(16), {"max_epochs": 2}),
+        (OneCycle(8), {"max_epochs": 2, "accumulate_grad_batches": 2}),
+        (OneCycle(3, "epoch"), {"max_epochs": 3}),
+        (OneCycle(8, frequency=2), {"max_epochs": 2}),
+    ],
+    ids=["by steps", "accumulated", "by epochs", "every other step"],
+)
+def test_a_schedule_that_is_just_long_enough_runs(tmp_path, module, options):
+    fit(tmp_path, module, **options)
+    assert module.steps == 8 * options["max_epochs"]
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        EarlyStopping("loss", stopping_threshold=1e9, check_on_train_epoch_end=True),
+        GradientAccumulationScheduler({0: 2, 1: 4}),
+    ],
+    ids=["early stopping", "changing accumulation"],
+)
+def test_where_the_length_of_the_run_is_not_known_it_runs(tmp_path, callback):
+    module = OneCycle(16)
+    fit(tmp_path, module, callback, max_epochs=3 if isinstance(callback, GradientAccumulationScheduler) else 9)
+    assert module.steps >= 8
+
+
+def test_an_end_that_comes_in_mid_run_is_said_in_the_same_words(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = OneCycleLR(optimizer, max_lr=0.1, total_steps=2)
+
+    def steps() -> None:
+        for _ in range(3):
+            optimizer.step()
+            schedule.step()
+
+    built: Any = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=2))
+    with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, but it came to step 3; beyond its end"):
+        call(steps, built, tmp_path, None)
+    assert past_its_end(ValueError("another")) is None
+
+
+class _Rows:
+    def __len__(self) -> int:
+        return 8
+
+    def sample(self, index: int, seed: int) -> Tensor:
+        return torch.ones(4)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_loader_that_keeps_no_position_is_named_once(tmp_path, capsys, plain):
+    loader = DataLoader(torch.ones(8, 4), shuffle=True) if plain else train_loader(_Rows(), 1, 0, 0, None)
+    fit(tmp_path, OneCycle(16), data=loader, max_epochs=2)
+    said = capsys.readouterr().err
+    assert said.count("note: the training data come from a DataLoader, which keeps no position") == plain
+    assert said.count("lightspan.datamodules.loading.ranks.train_loader") == plain
