@@ -148,6 +148,21 @@ def test_numbered_blocks_are_layers_and_heads_keep_the_full_rate(backbone, first
     assert found[f"backbone.{last}"][0] == 1.0
 
 
+@pytest.mark.parametrize("trained", ["model.layers.2.", "head."])
+def test_freezing_does_not_change_the_depth_of_what_trains(trained: str) -> None:
+    net = llama(vocab_size=16, width=8, depth=3, heads=2, mlp_width=8, context=8)
+    headed = nn.ModuleDict({"backbone": net, "teacher": copy.deepcopy(net), "head": nn.Linear(8, 2)})
+    headed["teacher"].requires_grad_(False)
+    if trained == "head.":
+        del headed["teacher"]  # two frozen networks side by side would tell no order
+    whole = settings(ParameterGroups(layer_decay=0.5), Headed(net, 8))
+    net.requires_grad_(False)
+    net.model.layers[2].requires_grad_(True) if trained != "head." else None
+    found = settings(ParameterGroups(layer_decay=0.5), headed)
+    assert any(trained in name for name in found)
+    assert found == {name: whole[name] for name in found}
+
+
 def test_layers_can_be_named() -> None:
     groups = ParameterGroups(layer_decay=0.5, layers=["*layers.0.*", "*layers.[1-3].*"], rules=[Rule(["*.0.*"], 3.0)])
     found = settings(groups, Headed(SmallConvNet(stages=2), 4))
