@@ -195,7 +195,7 @@ def _first(values: Iterable[Any]) -> Any:
 
 
 def _declared(module: nn.Module) -> dict[int, Kind]:
-    """What modules say about their own parameters, by id. Raises: UserError where two of them disagree on a tied one."""
+    """What modules say about their own parameters, by id. Raises: UserError where two disagree on a tied one."""
     found: dict[int, tuple[str, Kind]] = {}
     for path, part in module.named_modules():
         own = _own(part)

@@ -191,7 +191,7 @@ REFUSED = {
     "no pattern": ({"rules": [Rule([], 2.0)]}, r"groups\.rules\[0\]\.match is empty"),
     "nothing set": ({"rules": [Rule(["*"])]}, r"groups\.rules\[0\] sets nothing; give it lr_scale,"),
     "no rate": ({"rules": [Rule(["*"], 0.0)]}, r"groups\.rules\[0\]\.lr_scale=0\.0 must be finite and above 0"),
-    "negative decay": ({"rules": [Rule(["*"], None, -1.0)]}, r"rules\[0\]\.weight_decay=-1\.0 must be finite and at least 0"),
+    "negative decay": ({"rules": [Rule(["*"], None, -1.0)]}, r"weight_decay=-1\.0 must be finite and at least 0"),
     "a rate that is no number": ({"rules": [Rule(["*"], math.nan)]}, r"lr_scale=nan must be finite and above 0"),
     "a rate without end": ({"rules": [Rule(["*"], math.inf)]}, r"lr_scale=inf must be finite and above 0"),
     "a decay that is no number": ({"rules": [Rule(["*"], None, math.nan)]}, r"weight_decay=nan must be finite and at"),
