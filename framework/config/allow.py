@@ -32,7 +32,7 @@ from lightspan.config.parts import (
 )
 from lightspan.config.problems import Problem, nearest
 from lightspan.config.source import Absent, Definition, exported, locate
-from lightspan.config.tree import KeyPath, Node, dotted, walk
+from lightspan.config.tree import KeyPath, Node, dotted, plain, walk
 from lightspan.errors import UserError
 
 RUN = "${run}"
@@ -207,7 +207,7 @@ def _refused_names(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath
     for path, node in walk(root):
         key = path[-1] if path else ""
         if key == "class_path":
-            if (message := refusal(node.value, modules)) is not None:
+            if (message := refusal(plain(node), modules)) is not None:
                 yield path, node, message
             elif "dict_kwargs" in path:
                 yield path, node, "no class may be given below dict_kwargs, which has no types; use init_args"
