@@ -16,7 +16,8 @@ def list_of_blocks(
     towers, tell no order.
 
     Args:
-        counts: each block of a list has to have such a parameter, else the list is passed over.
+        counts: lists without such a parameter, such as those of a frozen teacher, are passed over where another list
+            has one. It need not be in each block: the lower ones may be frozen.
         way_out: what the user can do where no list tells the layers, for the message.
     Raises: UserError where there is no such list, or where there are several.
     """
@@ -26,8 +27,9 @@ def list_of_blocks(
         if isinstance(part, nn.ModuleList | nn.Sequential)
         and len(part) > 1
         and len({type(block) for block in part}) == 1
-        and all(any(map(counts, block.parameters())) for block in part)
+        and all(any(True for _ in block.parameters()) for block in part)
     }
+    lists = {path: part for path, part in lists.items() if any(map(counts, part.parameters()))} or lists
     if not lists:
         raise UserError(
             f"{type(network).__name__} has no list of equal blocks from which to read its layers; {way_out}"

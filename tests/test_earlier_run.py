@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from lightspan.cli import main
-from lightspan.config.moved import CLASSES, MODULES
+from lightspan.config.allow import gate
+from lightspan.config.moved import CLASSES, MODULES, followed
 from lightspan.config.resolve import resolve
+from lightspan.config.tree import wrap
+from lightspan.errors import UserError
 from lightspan.optim.bases import Basis
 
 EARLIER = Path(__file__).parent / "earlier_run"
@@ -37,9 +40,20 @@ def test_it_is_resumed_from_its_checkpoint(run: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
 
 
-def test_every_module_that_moved_is_where_the_table_says() -> None:
-    for now in MODULES.values():
-        importlib.import_module(now)
+@pytest.mark.parametrize("earlier", MODULES)
+def test_classes_of_every_module_that_moved_may_be_named_as_before(earlier: str) -> None:
+    now = MODULES[earlier]
+    classes = [n for n, x in vars(importlib.import_module(now)).items() if isinstance(x, type) and x.__module__ == now]
+    named = [name for name in classes if not name.startswith("_")]
+    root = wrap({"trainer": {"callbacks": {n: {"class_path": f"{earlier}.{n}"} for n in named}}}, "recipe.yaml")
+    assert gate(followed(root)) == []
+
+
+@pytest.mark.parametrize("earlier", CLASSES)
+def test_a_class_that_no_recipe_may_name_any_more_is_refused_with_the_way_out(earlier: str) -> None:
+    basis = "model.init_args.optimizer.init_args.basis"
+    with pytest.raises(UserError, match=r"add --allow-module lightspan\.experiments"):
+        resolve("language/quickstart", [], [f"{basis}.class_path={earlier}"])
 
 
 @pytest.mark.parametrize("earlier", CLASSES)

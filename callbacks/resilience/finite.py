@@ -56,8 +56,8 @@ class FiniteLoss(Callback):
             raise UserError(f"most_skips={most_skips} must be at least 0")
         self.policy, self.most_skips = policy, most_skips
         self.skipped = 0
-        self._losses: list[Tensor] = []
-        self._batches: list[str | Tensor] = []
+        self._batch: str | Tensor = "a batch"  # the current one
+        self._losses: list[tuple[Tensor, str | Tensor]] = []  # of this step, each with its batch
         self._sees_gradients = True
         self._relieved: list[LowRank] = []
 
@@ -67,7 +67,7 @@ class FiniteLoss(Callback):
         if self.policy == "skip" and not self._sees_gradients:
             what = "16-mixed skips such steps itself" if scaled else "DeepSpeed does not expose the gradients"
             raise UserError(f"FiniteLoss(policy='skip'): {what}; use policy='stop' or another precision or strategy")
-        self._losses, self._batches = [], []
+        self._losses = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers if self._sees_gradients else ():
@@ -89,14 +89,15 @@ class FiniteLoss(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         index = batch.get("index") if isinstance(batch, dict) else None
-        self._batches.append(index if isinstance(index, Tensor) else _position(trainer, batch_idx))
+        self._batch = index if isinstance(index, Tensor) else _position(trainer, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._losses.append(loss.detach().abs().float().max())
+        # A micro-batch whose step returns None has no loss and does not come here.
+        self._losses.append((loss.detach().abs().float().max(), self._batch))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        largest = torch.stack([*self._losses, self._largest_gradient(optimizer, pl_module)])
-        losses, batches, self._losses, self._batches = self._losses, self._batches, [], []
+        losses, self._losses = self._losses, []
+        largest = torch.stack([*(loss for loss, _ in losses), self._largest_gradient(optimizer, pl_module)])
         # NaN as infinity, which a maximum over ranks keeps on every backend.
         largest = largest.nan_to_num(nan=torch.inf, posinf=torch.inf)
         if world_size() > 1:
@@ -104,7 +105,7 @@ class FiniteLoss(Callback):
         if all(map(math.isfinite, largest.tolist())):  # the only time that the host waits
             return
         broken = _first_broken(_values(pl_module))
-        reason = self._reason(trainer, pl_module, losses, batches, broken)
+        reason = self._reason(trainer, pl_module, losses, broken)
         if self.policy == "stop":
             raise UserError(f"{reason}. Lower the learning rate, clip gradients, or inspect that batch")
         if _anywhere(broken is not None, pl_module.device):
@@ -141,17 +142,18 @@ class FiniteLoss(Callback):
         self,
         trainer: Trainer,
         module: LightningModule,
-        losses: list[Tensor],
-        batches: list[str | Tensor],
+        losses: list[tuple[Tensor, str | Tensor]],
         broken: str | None,
     ) -> str:
-        bad = [place for loss, place in zip(losses, batches, strict=False) if not loss.isfinite()]
+        bad = [batch for loss, batch in losses if not loss.isfinite()]
         found = broken or _first_broken(_gradients(module))
         mine = []
         if bad:
             mine.append(f"the loss of {_named(bad[0])} is not finite")
         if found:
-            mine.append(f"{found} is not finite" + ("" if bad else f", after {_named(batches[-1])}" if batches else ""))
+            mine.append(
+                f"{found} is not finite" + ("" if bad else f", after {_named(losses[-1][1])}" if losses else "")
+            )
         everyone: list[Any] = [mine]
         if world_size() > 1:
             everyone = [None] * world_size()

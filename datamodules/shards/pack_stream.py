@@ -27,11 +27,13 @@ LIMIT = "--max-member"
 def opened(source: str) -> Iterator[BinaryIO]:
     """The bytes of standard input, for "-", or of an https address; never of a command.
 
-    Raises: UserError for any other scheme, a terminal, or a server's refusal.
+    Raises: UserError for any other scheme, a terminal, a closed standard input, or a server's refusal.
     """
     if source != STANDARD_INPUT:
         with open_shard(source, "its address") as stream:
             yield stream
+    elif sys.stdin is None or sys.stdin.closed:  # as after `<&-`
+        raise UserError("- is standard input, which is closed; write `PROGRAM | lightspan data pack - ...`")
     elif sys.stdin.isatty():
         raise UserError("- is standard input, and that is a terminal; write `PROGRAM | lightspan data pack - ...`")
     else:

@@ -28,7 +28,7 @@ class FullChange(Adapter):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
         self.change = nn.Parameter(torch.zeros(self.layer.weight, **like(layer)))
-        if kind := getattr(layer, "parameter_kinds", {}).get("weight"):
+        if kind := (getattr(layer, "parameter_kinds", None) or {}).get("weight"):
             self.parameter_kinds = {"change": kind}  # a change of a table is one, too
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Shapes: N points, D coordinates, Q points per chunk.
 import torch
 from torch import Tensor
 
+from lightspan.analysis.scale import scaled
 from lightspan.errors import UserError
 
 
@@ -63,11 +64,12 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
 
     Args:
         chunk: points at a time; memory is chunk * N distances. The result does not depend on it.
-    Raises: UserError for fewer than 3 different points, or coordinates that are not finite.
+    Raises: UserError for fewer than 3 different points, coordinates that are not finite, or distances more than 150
+        orders of magnitude below the largest coordinate.
     """
     if not points_ND.isfinite().all():
         raise UserError("TwoNN got NaN or infinite coordinates, which have no neighbours; the model has diverged")
-    points_ND = points_ND.detach().double()
+    _, (points_ND,) = scaled(points_ND)  # on which ratios do not depend
     different_ND = points_ND.unique(dim=0) if points_ND.numel() else points_ND[:1]
     if len(different_ND) < 3:
         raise UserError(
@@ -80,7 +82,13 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
         distance_QN = torch.cdist(points_QD, different_ND, compute_mode="donot_use_mm_for_euclid_dist")
         _, first_Q, second_Q = distance_QN.topk(3, largest=False).values.unbind(dim=1)  # each is its own nearest
         ratios.append(second_Q / first_Q)
-    return torch.cat(ratios)
+    mu_N = torch.cat(ratios)
+    if not mu_N.isfinite().all():
+        raise UserError(
+            "TwoNN got different points whose distance is zero in float64 beside the largest coordinate; leave out "
+            "outliers, or the points that are so close"
+        )
+    return mu_N
 
 
 def _require_share(discard: float) -> None:

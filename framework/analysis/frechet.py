@@ -4,10 +4,13 @@ Source: Dowson, Landau, 1982 (the distance of Gaussians); Heusel et al., 2017, a
 images). Shapes: N, M rows, D features, R directions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from lightspan.analysis.moments import Moments
+from lightspan.analysis.scale import scaled
 from lightspan.errors import UserError
 from lightspan.subspaces.svd import thin_svd
 
@@ -30,13 +33,20 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
 
     Small sets seem farther apart than they are: compare only distances between sets of equal size.
 
-    Raises: UserError for fewer than 2 rows, sets of different width, or features that are not finite.
+    Raises: UserError for fewer than 2 rows, sets of different width, features that are not finite, or a distance that
+        float64 cannot hold.
     """
     _require_finite(a_ND, b_MD)
     if min(len(a_ND), len(b_MD)) < 2 or a_ND.shape[1] != b_MD.shape[1]:
         raise UserError(f"sets of {list(a_ND.shape)} and {list(b_MD.shape)} need at least 2 rows and equal width")
-    a, b = Moments.of(a_ND), Moments.of(b_MD)
-    return gaussian_distance(a.mean_CD[0], a.covariance(), b.mean_CD[0], b.covariance())
+    scale, sets = scaled(a_ND, b_MD)
+    a, b = (Moments.of(rows) for rows in sets)
+    distance = gaussian_distance(a.mean_CD[0], a.covariance(), b.mean_CD[0], b.covariance()) * scale * scale
+    if not math.isfinite(distance):
+        raise UserError(
+            f"features near {scale:.3g} are so large that their squared distance overflows; scale them down"
+        )
+    return distance
 
 
 def gaussian_distance(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> float:

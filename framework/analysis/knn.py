@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightspan.analysis.labels import require_labels
 from lightspan.devices import wide_type
 from lightspan.errors import UserError
 
@@ -29,11 +30,12 @@ def knn_accuracy(
 
     Args:
         bank_ND, query_MD: features, any scale and dtype; a row of zeros is equally far from everything.
-        bank_labels_N, query_labels_M: int64, >= 0.
+        bank_labels_N, query_labels_M: int64, >= 0, in any numbering: memory grows with the classes that occur.
         k: neighbours, in [1, N].
         temperature: > 0, or None for equal votes.
         chunk: queries at a time; memory is chunk * N similarities. The result does not depend on it.
-    Raises: UserError for k or temperature out of range, features that are not finite, or no query.
+    Raises: UserError for k or temperature out of range, features that are not finite, no query, or labels that are
+            not one whole number from 0 for each row.
     """
     if not 1 <= k <= len(bank_ND):
         raise UserError(f"knn k={k} is outside [1, {len(bank_ND)}], the rows in the bank; lower k or use a larger bank")
@@ -41,20 +43,22 @@ def knn_accuracy(
         raise UserError(f"knn temperature={temperature} must be above 0, or null for equal votes")
     if not len(query_MD):
         raise UserError("knn got no query rows; give it at least one validation sample")
+    require_labels("knn", bank_ND, bank_labels_N)
+    require_labels("knn", query_MD, query_labels_M)
     if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
         raise UserError("features contain NaN or infinite values, so they have no neighbours; the model has diverged")
     wide = wide_type(bank_ND.dtype, query_MD.dtype)
     bank_ND, query_MD = (_of_length_one(x.to(wide)) for x in (bank_ND, query_MD))
-    classes = 1 + int(torch.cat((bank_labels_N, query_labels_M)).max())
+    class_C, bank_class_N = bank_labels_N.unique(return_inverse=True)  # only a class of the bank can win
     correct = 0
     for query_QD, labels_Q in zip(query_MD.split(chunk), query_labels_M.split(chunk), strict=True):
         similarity_QK, neighbour_QK = (query_QD @ bank_ND.T).topk(k)
         # Relative to the nearest one: the same votes, without overflow at a small temperature.
         nearness_QK = similarity_QK - similarity_QK[:, :1]
         weight_QK = torch.ones_like(nearness_QK) if temperature is None else (nearness_QK / temperature).exp()
-        votes_QC = torch.zeros(len(query_QD), classes, dtype=weight_QK.dtype, device=weight_QK.device)
-        votes_QC.scatter_add_(1, bank_labels_N[neighbour_QK], weight_QK)
-        correct += int((votes_QC.argmax(dim=1) == labels_Q).sum())
+        votes_QC = torch.zeros(len(query_QD), len(class_C), dtype=weight_QK.dtype, device=weight_QK.device)
+        votes_QC.scatter_add_(1, bank_class_N[neighbour_QK], weight_QK)
+        correct += int((class_C[votes_QC.argmax(dim=1)] == labels_Q).sum())
     return correct / len(query_MD)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lightspan.analysis.labels import require_few_classes, require_labels
 from lightspan.errors import UserError
 
 
@@ -28,8 +29,12 @@ def linear_probe_accuracy(
 
 
 def linear_accuracy(weight_DC: Tensor, bias_C: Tensor, test_MD: Tensor, test_labels_M: Tensor) -> float:
-    """Share of the rows whose class has the largest score, in [0, 1]. Raises: UserError for no row, or NaN in one."""
+    """Share of the rows whose class has the largest score, in [0, 1].
+
+    Raises: UserError for no row, NaN in one, or labels that are not one whole number from 0 for each.
+    """
     _require_rows(test_MD)
+    require_labels("linear probe", test_MD, test_labels_M)
     _require_finite(test_MD)
     predicted_M = (test_MD.to(weight_DC.dtype) @ weight_DC + bias_C).argmax(dim=1)
     return (predicted_M == test_labels_M).double().mean().item()
@@ -49,12 +54,15 @@ def fit_linear_probe(
     Args:
         labels_N: int64 in [0, C), C being the largest label + 1.
         l2: > 0.
-    Raises: UserError if l2 <= 0, for no training row, a negative label, or features that are not finite.
+    Raises: UserError if l2 <= 0, for no training row, labels that are not one whole number from 0 for each row, a C
+        above both N and `labels.MOST_CLASSES`, or features that are not finite.
     """
     if l2 <= 0:
         raise UserError(f"linear probe l2={l2} must be above 0: without it separable features have no best weights")
-    if not len(train_ND) or int(labels_N.min()) < 0:
-        raise UserError("linear probe needs at least one training row, and labels from 0")
+    if not len(train_ND):
+        raise UserError("linear probe needs at least one training row")
+    require_labels("linear probe", train_ND, labels_N)
+    require_few_classes("linear probe", labels_N)
     # Lightning's evaluation loops run in inference mode, whose tensors no gradient can pass: leave it, with copies.
     with torch.inference_mode(False), torch.enable_grad():
         return _fit(train_ND.detach().to(torch.float64, copy=True), labels_N.clone(), l2, max_iterations)

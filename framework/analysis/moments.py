@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightspan.analysis.labels import require_few_classes
 from lightspan.devices import widest_float
 from lightspan.distributed import all_reduce_max, all_reduce_sum, world_size
 from lightspan.errors import UserError
@@ -44,7 +45,8 @@ class Moments:
             x_BD: any dtype; without float64 on the device, the CPU computes.
             label_B: whole numbers from 0.
             classes: the least number of classes; labels may name more.
-        Raises: UserError for rows that are not finite or not a matrix, or labels that do not match them.
+        Raises: UserError for rows that are not finite or not a matrix, or labels that do not match them or are
+            so large that a row for each class would fill memory.
         """
         if x_BD.ndim != 2:
             raise UserError(f"moments need rows [B, D], but got {list(x_BD.shape)}; pool or flatten the features")
@@ -59,6 +61,7 @@ class Moments:
             )
         if not x_BD.isfinite().all():
             raise UserError("features contain NaN or infinite values, which have no moments; the model has diverged")
+        require_few_classes("moments by class", label_B)
         classes = max(classes, 1 + int(label_B.max())) if len(label_B) else classes
         count_C = torch.bincount(label_B, minlength=classes).double()
         # Relative to the first row: the mean of equal numbers has rounding errors, which would become the scatter.

@@ -76,8 +76,10 @@ def run(args: argparse.Namespace) -> int:
         write_atomic(path, text, setting="--in")
     # Printed when all is there: where nobody reads it, printing raises.
     print("".join(f"wrote {path}\n" for path in new), end="")
-    steps = ([] if root == Path() else [f"cd {root}"]) + layout.commands
-    print("\nIt runs as it is. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")
+    elsewhere = house and not _is_imported(root)
+    start = "This checkout is not the lightspan that runs here; install it first" if elsewhere else "It runs as it is"
+    steps = ([] if root == Path() else [f"cd {root}"]) + ["pip install -e ."] * elsewhere + layout.commands
+    print(f"\n{start}. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")
     return 0
 
 
@@ -86,6 +88,11 @@ def is_checkout(root: Path) -> bool:
     project = root / "pyproject.toml"
     named = project.is_file() and re.search(r'(?m)^name = "lightspan"$', project.read_text(encoding="utf-8"))
     return bool(named) and (root / "framework" / "method.py").is_file()
+
+
+def _is_imported(root: Path) -> bool:
+    """Whether a checkout is where this code comes from, as after `pip install -e .`; another would not be looked at."""
+    return (root / "framework" / "commands" / "new.py").resolve() == Path(__file__).resolve()
 
 
 def _is_installed(name: str) -> bool:

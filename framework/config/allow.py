@@ -32,7 +32,7 @@ from lightspan.config.parts import (
 )
 from lightspan.config.problems import Problem, nearest
 from lightspan.config.source import Absent, Definition, exported, locate
-from lightspan.config.tree import KeyPath, Node, dotted, walk
+from lightspan.config.tree import KeyPath, Node, dotted, plain, walk
 from lightspan.errors import UserError
 
 RUN = "${run}"
@@ -100,7 +100,8 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
 
 def way_in(name: str) -> str:
     """What to do about a refused full name. Permission is advised for the user's code and single modules of Lightning,
-    whose parts do what they say; never for other parts of a library or of Python itself.
+    whose parts do what they say, and work of lightspan that no recipe uses; never for other parts of a library or of
+    Python itself.
     """
     top = name.split(".")[0]
     if top in sys.stdlib_module_names:
@@ -110,6 +111,8 @@ def way_in(name: str) -> str:
         )
     if top == "lightning":
         return f"its code was not reviewed; to use it anyway, add --allow-module {name.rpartition('.')[0]}"
+    if under(name, "lightspan.experiments"):
+        return "it is kept, but no recipe uses it; to use it anyway, add --allow-module lightspan.experiments"
     if top in TOPS:
         return way_round(name)
     if _is_installed(top):
@@ -204,7 +207,7 @@ def _refused_names(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath
     for path, node in walk(root):
         key = path[-1] if path else ""
         if key == "class_path":
-            if (message := refusal(node.value, modules)) is not None:
+            if (message := refusal(plain(node), modules)) is not None:
                 yield path, node, message
             elif "dict_kwargs" in path:
                 yield path, node, "no class may be given below dict_kwargs, which has no types; use init_args"

@@ -12,6 +12,7 @@ _COUNT, _LONG = (1, 2**31 - 1), (0, 2**31 - 1)
 RANGES: dict[str, tuple[float, float]] = {
     "batch_size": _COUNT,
     "context": (1, 2**24),
+    "layer_decay": (0, 1),
     "lr": (0, 1e6),
     "num_workers": (0, 512),  # each is a process, forked before anything can object
     "rank": _LONG,
@@ -35,6 +36,10 @@ TRAINER: dict[str, tuple[float, float]] = {
     "overfit_batches": _LONG,
     "reload_dataloaders_every_n_epochs": _LONG,
 }
+OTHERS: dict[KeyPath, tuple[float, float]] = {
+    ("seed_everything",): (0, 2**32 - 1),
+    ("model", "init_args", "num_classes"): _COUNT,  # of a method; 0 asks networks for no head
+}
 POSITIVE = {"gradient_clip_val": "null clips nothing", "val_check_interval": "null validates at the end of an epoch"}
 SECONDS = (0.0, 1e9)  # for every setting that ends in _s: 30 years; the limit of the system's timers is a little higher
 
@@ -53,7 +58,9 @@ def out_of_range(path: KeyPath, value: Any) -> str | None:
     of_trainer = len(path) == 2 and path[0] == "trainer"
     if of_trainer and key in POSITIVE:
         return None if value > 0 else f"must be more than 0, got {value!r}; {POSITIVE[str(key)]}"
-    limits = TRAINER.get(str(key)) if of_trainer else RANGES.get(str(key))
+    if path == ("trainer", "devices") and value == 0:
+        return "must be at least 1, or -1 for all devices, got 0"
+    limits = OTHERS.get(path) or (TRAINER if of_trainer else RANGES).get(str(key))
     if limits is None and str(key).endswith("_s"):
         limits = SECONDS
     if limits is None or limits[0] <= value <= limits[1]:

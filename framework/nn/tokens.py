@@ -59,7 +59,8 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
     Args:
         forward: called once; must call the backbone once.
         layers: from 0, or from the end with -1 as the last.
-    Raises: UserError for a layer out of range, or a backbone whose layers are unknown.
+    Raises: UserError for a layer out of range, a backbone whose layers are unknown, or a layer whose output is not a
+        tensor that `arranged` can read.
     """
     modules, chosen = feature_modules(backbone), chosen_layers(backbone, layers)
     distinct = sorted(set(chosen))  # in the order in which they run
@@ -71,7 +72,11 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
             "run once; name other modules in its feature_modules"
         )
     found = dict(zip(distinct, outputs, strict=True))
-    return [arranged(backbone, found[layer]) for layer in chosen]
+    widths = _widths(backbone)
+    return [
+        arranged(backbone, found[layer], f"layer {layer} ({type(modules[layer]).__name__})", widths.get(layer))
+        for layer in chosen
+    ]
 
 
 def chosen_layers(backbone: nn.Module, layers: Sequence[int]) -> list[int]:
@@ -93,13 +98,14 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
     """
     told: Any = getattr(backbone, "feature_modules", None)
     if told is None and hasattr(backbone, "feature_info"):
-        try:
-            told = [backbone.get_submodule(info["module"]) for info in _entries(backbone.feature_info)]
-        except AttributeError:
+        known, names = dict(backbone.named_modules()), [info["module"] for info in _entries(backbone.feature_info)]
+        if missing := [name for name in names if name not in known]:
             raise UserError(
-                f"{type(backbone).__name__} names layers in feature_info that it does not have, like networks made "
-                "with features_only=True; make it without"
-            ) from None
+                f"{type(backbone).__name__} names layers in feature_info that are not among its modules "
+                f"({', '.join(missing)}); if it was made with features_only=True, make it without, else give it a "
+                "property feature_modules, the list of the modules whose outputs are its layers"
+            )
+        told = [known[name] for name in names]
     if told is None:
         _, told = list_of_blocks(
             backbone,
@@ -113,17 +119,55 @@ def _entries(info: Any) -> list[dict[str, Any]]:
     return list(getattr(info, "info", info))  # timm's class of this name, or a plain list
 
 
-def arranged(backbone: Any, output: Any) -> Tokens:
-    """What a network or one of its layers gives, [B D H W], [B H W D], [B P+T D] or [B D], as tokens."""
+def _widths(backbone: Any) -> dict[int, int]:
+    """D of each layer that timm's `feature_info` describes; none where the network tells its layers another way."""
+    if getattr(backbone, "feature_modules", None) is not None:
+        return {}
+    entries = _entries(getattr(backbone, "feature_info", None) or [])
+    return {layer: info["num_chs"] for layer, info in enumerate(entries) if "num_chs" in info}
+
+
+def arranged(backbone: Any, output: Any, what: str = "the output", width: int | None = None) -> Tokens:
+    """What a network or one of its layers gives, [B D H W], [B H W D], [B P+T D] or [B D], as tokens.
+
+    A network may add its prefix tokens after some of its layers, as CaiT and XCiT do: an output with as many tokens as
+    there are patches has none.
+
+    Args:
+        what: the name of the output, for messages.
+        width: D where it is known; it tells the order of a map's axes, else timm's `output_fmt` does.
+    Raises: UserError for an output that is not such a tensor, or a map neither of whose axes is as wide as told.
+    """
     output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may give more than states
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(
+            f"{what} of {type(backbone).__name__} is {kind}, but must be a tensor [B D H W], [B H W D], [B T D] or "
+            "[B D]; choose another layer, or name other modules in its feature_modules"
+        )
     if output.ndim == 4:
-        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
-        map_BHWD = output if last else output.permute(0, 2, 3, 1)
+        map_BHWD = output if _is_last(backbone, output, what, width) else output.permute(0, 2, 3, 1)
         return Tokens(map_BHWD.flatten(1, 2), (map_BHWD.shape[1], map_BHWD.shape[2]))
     if output.ndim == 2:
         return Tokens(output.unsqueeze(1))
+    patches = getattr(backbone, "patch_embed", None)
+    grid, count = getattr(patches, "grid_size", None), getattr(patches, "num_patches", None)
     prefix = getattr(backbone, "num_prefix_tokens", 0)
-    tokens_BTD, grid = output[:, prefix:], getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    prefix = 0 if count == output.shape[1] else prefix
+    tokens_BTD = output[:, prefix:]
     if grid is not None and grid[0] * grid[1] != tokens_BTD.shape[1]:  # tokens were dropped, or the size is variable
         grid = None
     return Tokens(tokens_BTD, None if grid is None else (grid[0], grid[1]), output[:, :prefix] if prefix else None)
+
+
+def _is_last(backbone: Any, map_: Tensor, what: str, width: int | None) -> bool:
+    """Whether the features of a map are its last axis."""
+    last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
+    if width is None or map_.shape[-1 if last else 1] == width:
+        return last
+    if map_.shape[1 if last else -1] != width:
+        raise UserError(
+            f"{what} of {type(backbone).__name__} has shape {tuple(map_.shape)}, but feature_info tells {width} "
+            "features, which is neither its second axis nor its last; name other modules in its feature_modules"
+        )
+    return not last

@@ -72,7 +72,7 @@ def _told_by_timm(network: Any) -> tuple[dict[str, int], int]:
 
 
 def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
-    """Layers by the list of blocks that train, and how many there are."""
+    """Layers by the list of blocks that trains, frozen blocks counted too, and how many there are."""
     path, blocks = list_of_blocks(
         module,
         lambda parameter: parameter.requires_grad,

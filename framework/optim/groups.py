@@ -24,11 +24,13 @@ its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rul
 layer; its decay is that of the first rule that sets one, else that of its kind.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from lightspan.errors import UserError
@@ -113,7 +115,7 @@ class ParameterGroups:
             raise UserError(
                 f"{type(module).__name__} has no parameter with requires_grad=True; unfreeze what should train"
             )
-        self._require_sound(list(trained), type(module).__name__)
+        self._require_sound([name for name, _ in module.named_parameters()], list(trained), type(module).__name__)
         kinds, shares = self._kinds(module), {}
         if self.layer_decay is not None:
             shares = shares_of_layers(module, self.layer_decay, self.layers)
@@ -145,33 +147,35 @@ class ParameterGroups:
             groups.append(group)
         return groups
 
-    def _require_sound(self, names: list[str], module: str) -> None:
-        if self.other_lr is not None and self.other_lr <= 0:
+    def _require_sound(self, everything: list[str], names: list[str], module: str) -> None:
+        if self.other_lr is not None and not 0 < self.other_lr < math.inf:
             raise UserError(
-                f"groups.other_lr={self.other_lr} must be above 0; leave it out to use the optimiser's own lr"
+                f"groups.other_lr={self.other_lr} must be finite and above 0; without it the optimiser's lr holds"
             )
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise UserError(f"groups.layer_decay={self.layer_decay} must be in (0, 1]; 0.65 to 0.9 are usual")
         if self.layers is not None and self.layer_decay is None:
             raise UserError("groups.layers has an effect only with groups.layer_decay; set layer_decay too")
-        require_matches(self.layers or [], names, f"trained parameter of {module} (groups.layers)")
+        require_matches(self.layers or [], everything, f"parameter of {module} (groups.layers)")
         for i, rule in enumerate(self.rules):
             where = f"groups.rules[{i}]"
             if not rule.match:
                 raise UserError(f"{where}.match is empty; give patterns of parameter names, such as '*head*'")
             if (rule.lr_scale, rule.weight_decay, rule.kind) == (None, None, None):
                 raise UserError(f"{where} sets nothing; give it lr_scale, weight_decay or kind")
-            if rule.lr_scale is not None and rule.lr_scale <= 0:
-                raise UserError(f"{where}.lr_scale={rule.lr_scale} must be above 0; freeze what should not train")
-            if rule.weight_decay is not None and rule.weight_decay < 0:
-                raise UserError(f"{where}.weight_decay={rule.weight_decay} must be at least 0")
+            if rule.lr_scale is not None and not 0 < rule.lr_scale < math.inf:
+                raise UserError(
+                    f"{where}.lr_scale={rule.lr_scale} must be finite and above 0; freeze what should not train"
+                )
+            if rule.weight_decay is not None and not 0 <= rule.weight_decay < math.inf:
+                raise UserError(f"{where}.weight_decay={rule.weight_decay} must be finite and at least 0")
             if rule.kind is not None and rule.kind not in get_args(Kind):
                 raise UserError(f"{where}.kind={rule.kind!r} must be one of {', '.join(get_args(Kind))}")
             require_matches(rule.match, names, f"trained parameter of {module} ({where})")
 
     def _kinds(self, module: nn.Module) -> dict[str, Kind]:
         """The kind of each parameter, before rules."""
-        declared, tables, spared = dict(_declared(module)), set(_tables(module)), set(_spared(module))
+        declared, tables, spared = _declared(module), set(_tables(module)), set(_spared(module))
         kinds: dict[str, Kind] = {}
         for name, parameter in module.named_parameters():
             kind: Kind = "matrices" if parameter.ndim >= 2 else "vectors"
@@ -190,19 +194,39 @@ def _first(values: Iterable[Any]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _declared(module: nn.Module) -> Iterator[tuple[int, Kind]]:
-    """What modules say about their own parameters."""
+def _declared(module: nn.Module) -> dict[int, Kind]:
+    """What modules say about their own parameters, by id. Raises: UserError where two disagree on a tied one."""
+    found: dict[int, tuple[str, Kind]] = {}
     for path, part in module.named_modules():
-        own = dict(part.named_parameters(recurse=False))
+        own = _own(part)
         # Not by getattr: a wrapper (an adapter, torch.compile) would answer for the module inside it.
-        kinds = vars(part).get("parameter_kinds", getattr(type(part), "parameter_kinds", {}))
+        kinds = vars(part).get("parameter_kinds", getattr(type(part), "parameter_kinds", None)) or {}
         for name, kind in kinds.items():
             if name not in own or kind not in get_args(Kind):
                 raise UserError(
                     f"{path or type(part).__name__}.parameter_kinds says that {name!r} is of the kind {kind!r}; its "
                     f"own parameters are {', '.join(own) or '(none)'}, the kinds {', '.join(get_args(Kind))}"
                 )
-            yield id(own[name]), kind
+            full = f"{path}.{name}" if path else name
+            for parameter in own[name]:
+                first, known = found.setdefault(id(parameter), (full, kind))
+                if known != kind:
+                    raise UserError(
+                        f"{first} and {full} are one tied parameter, but parameter_kinds declares it {known} in the "
+                        f"one and {kind} in the other; declare one kind in both, or in only one of them"
+                    )
+    return {parameter: kind for parameter, (_, kind) in found.items()}
+
+
+def _own(part: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a module by the name that its class gave them: a parametrisation, such as weight_norm, puts
+    others of its own in the place of one.
+    """
+    own = {name: [parameter] for name, parameter in part._parameters.items() if parameter is not None}
+    if is_parametrized(part):
+        assert isinstance(part.parametrizations, nn.ModuleDict)
+        own |= {name: list(made.parameters(recurse=False)) for name, made in part.parametrizations.items()}
+    return own
 
 
 def _tables(module: nn.Module) -> Iterator[int]:

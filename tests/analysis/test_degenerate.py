@@ -106,7 +106,7 @@ NAN[4, 1] = math.nan
         (lambda: linear_probe_accuracy(ROWS, LABELS, NAN, LABELS), "NaN or infinite values, so no linear probe"),
         (lambda: linear_probe_accuracy(ROWS, LABELS, ROWS[:0], LABELS[:0]), "got no test row"),
         (lambda: fit_linear_probe(ROWS[:0], LABELS[:0]), "at least one training row"),
-        (lambda: fit_linear_probe(ROWS, LABELS - 1), "labels from 0"),
+        (lambda: fit_linear_probe(ROWS, LABELS - 1), "labels must be at least 0"),
         (lambda: knn_accuracy(NAN, LABELS, ROWS, LABELS), "NaN or infinite values, so they have no neighbours"),
         (lambda: two_nn_fit(ROWS[:, :0]), "got 1 different points of 20"),
         (lambda: two_nn_likelihood(ROWS[:0]), "got 0 different points of 0"),

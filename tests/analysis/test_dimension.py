@@ -76,6 +76,17 @@ def test_the_chunk_changes_nothing_and_half_precision_is_widened():
     assert neighbour_ratios(points.half()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e200, 1e305])
+def test_ratios_do_not_depend_on_scale_even_where_squares_overflow(scale):
+    points = drawn(50, 2).double()
+    assert torch.allclose(neighbour_ratios(points * scale).sort().values, neighbour_ratios(points).sort().values)
+
+
+def test_points_that_float64_cannot_tell_apart_are_told():
+    with pytest.raises(UserError, match="distance is zero in float64"):
+        neighbour_ratios(torch.tensor([[0.0], [1e-200], [2e-200], [1.0]], dtype=torch.float64))
+
+
 def test_close_neighbours_far_from_the_origin_keep_their_digits():
     points = drawn(50, 2)
     assert torch.allclose(neighbour_ratios(points + 1e6).sort().values, neighbour_ratios(points).sort().values, 1e-6)

@@ -44,6 +44,15 @@ def test_principal_directions_are_orthonormal_and_hold_the_most_variance() -> No
     torch.testing.assert_close(kept, expected, rtol=1e-10, atol=0)
 
 
+def test_the_distance_scales_with_the_square_until_it_cannot_be_held() -> None:
+    a, b = rows(40, 1).double(), rows(30, 2).double()
+    for power in (-400, 400):  # where squares of squares vanish or overflow
+        expected = frechet_distance(a, b) * 2.0**power * 2.0**power
+        assert frechet_distance(a * 2.0**power, b * 2.0**power) == pytest.approx(expected, rel=1e-8, abs=0)
+    with pytest.raises(UserError, match="so large that their squared distance overflows"):
+        frechet_distance(a * 1e200, b * 1e200)
+
+
 def test_what_has_no_distance_is_refused() -> None:
     with pytest.raises(UserError, match=r"sets of \[1, 5\] and \[30, 5\] need at least 2 rows"):
         frechet_distance(rows(40, 1)[:1], rows(30, 2))

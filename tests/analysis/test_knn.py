@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from lightspan.analysis.knn import knn_accuracy
+from lightspan.analysis.linear_probe import linear_probe_accuracy
+from lightspan.analysis.moments import Moments
 from lightspan.errors import UserError
 
 
@@ -63,6 +65,40 @@ def test_settings_out_of_range_are_named(options, message):
     bank, labels = blobs(10, 0)
     with pytest.raises(UserError, match=message):
         knn_accuracy(bank, labels, bank, labels, **options)
+
+
+def test_labels_may_be_numbered_in_any_way():
+    bank, labels = blobs(10, 0)
+    query, query_labels = blobs(10, 1)
+    expected = knn_accuracy(bank, labels, query, query_labels, k=3)
+    assert knn_accuracy(bank, labels * 10**15, query, query_labels * 10**15, k=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda labels: labels - 9, "got the label -9; labels must be at least 0"),
+        (lambda labels: labels[1:], r"got labels \[9\] for 10 rows"),
+        (lambda labels: labels.double(), r"got labels of torch\.float64; they must be whole numbers"),
+    ],
+)
+def test_labels_that_name_no_class_are_refused(change, message):
+    bank, labels = blobs(10, 0)
+    labels[0] = 0
+    for sides in ((bank, change(labels), bank, labels), (bank, labels, bank, change(labels))):
+        with pytest.raises(UserError, match=f"knn {message}"):
+            knn_accuracy(*sides, k=1)
+        with pytest.raises(UserError, match=f"linear probe {message}"):
+            linear_probe_accuracy(*sides)
+
+
+def test_far_too_many_classes_are_refused_where_each_takes_memory():
+    bank, labels = blobs(10, 0)
+    labels[3] = 10**9
+    with pytest.raises(UserError, match="linear probe got the label 1000000000, which would take 1000000001 classes"):
+        linear_probe_accuracy(bank, labels, bank, labels)
+    with pytest.raises(UserError, match="moments by class got the label 1000000000"):
+        Moments.of(bank, labels)
 
 
 def test_diverged_features_and_empty_queries_are_named():

@@ -129,6 +129,20 @@ def test_the_bad_micro_batch_of_an_accumulation_is_the_one_named(make_trainer, n
         fit(make_trainer, plain(net), batches, FiniteLoss(), Second(), accumulate_grad_batches=2)
 
 
+def test_a_micro_batch_without_a_loss_does_not_shift_the_names(make_trainer, net, batches):
+    module = plain(net)
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: None if batch_idx == 1 else step(batch, batch_idx)
+
+    class Last(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 2:
+                batch["image"].fill_(torch.nan)
+
+    with pytest.raises(UserError, match=r"the loss of samples \[8, 9, 10, 11\]"):
+        fit(make_trainer, module, batches, FiniteLoss(), Last(), accumulate_grad_batches=3)
+
+
 def test_skip_changes_neither_weights_nor_optimiser_state_and_is_counted(make_trainer, net, batches, tmp_path):
     module, states = plain(net), {}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightspan.cli import main
+from lightspan.commands import new
 from lightspan.config.build import build
 from lightspan.config.recipes import load
 from lightspan.config.resolve import resolve
@@ -79,9 +80,15 @@ def test_in_a_checkout_the_files_join_the_house_and_touch_nothing_else(
     about = load(str(tmp_path / recipe)).about
     assert (about["family"], about["evidence"]) == ("supervised", evidence)
     said = capsys.readouterr().out
-    assert f"cd {tmp_path}\n  lightspan check supervised/abc\n" in said
+    assert "It runs as it is" not in said  # the installed code is that of another checkout
+    assert f"install it first. Next:\n  cd {tmp_path}\n  pip install -e .\n  lightspan check supervised/abc\n" in said
     assert said.endswith("  make docs\n")
     assert re.search("^docs:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_checkout_that_is_imported_needs_no_installation(tmp_path: Path) -> None:
+    assert new._is_imported(ROOT)
+    assert not new._is_imported(tmp_path)
 
 
 def test_nothing_is_overwritten(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 import pytest
 
+from lightspan.config.allow import gate
 from lightspan.config.check import find_problems
 from lightspan.config.flags import flag_layer
 from lightspan.config.merge import merge_layers, without_removed
@@ -161,6 +162,7 @@ def test_no_class_stands_where_no_type_is_declared(value):
         ("accumulate_grad_batches: 0", "must be from 1"),
         ("gradient_clip_val: -5", "must be more than 0, got -5; null clips nothing"),
         ("val_check_interval: 0", "must be more than 0, got 0; null validates at the end of an epoch"),
+        ("devices: 0", "must be at least 1, or -1 for all devices, got 0"),
         ("devices: 99999999999999999999", "must fit in 64 bits"),
         ("max_time: .inf", "must be a finite number"),
         ("gradient_clip_val: .nan", "must be a finite number"),
@@ -174,6 +176,26 @@ def test_no_class_stands_where_no_type_is_declared(value):
 )
 def test_numbers_are_such_as_the_setting_can_have(line, expected):
     assert any(expected in problem for problem in problems("trainer: {" + line + "}\n" + MODEL))
+
+
+@pytest.mark.parametrize("setting", ["seed_everything", "model.init_args.num_classes", "model.init_args.layer_decay"])
+def test_numbers_outside_the_trainer_are_such_as_the_setting_can_have(setting):
+    wrong = {"seed_everything": -1, "model.init_args.num_classes": 0, "model.init_args.layer_decay": 2}[setting]
+    (_, _, message), *more = refused_values([f"{setting}={wrong}"])
+    assert "must be from" in message
+    assert not more
+    assert refused_values([f"{setting}=1"]) == []
+
+
+def refused_values(flags):
+    tree, _ = merge_layers([flag_layer(flags)])
+    return [(problem.where, problem.key, problem.message) for problem in gate(tree)]
+
+
+def test_a_class_path_that_is_a_list_is_shown_as_it_was_written():
+    (_, _, message), *more = refused_values(["model.class_path=[1,a]"])
+    assert message.startswith("[1, 'a'] is not a class")
+    assert not more
 
 
 def test_all_mistakes_are_reported_at_once():

@@ -224,3 +224,12 @@ def test_a_terminal_is_no_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(pack_stream.sys, "stdin", Terminal())
     assert main(["data", "pack", "-", "--out", str(tmp_path / "out")]) == 2
     assert "- is standard input, and that is a terminal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [None, io.StringIO()], ids=["none", "closed"])
+def test_a_closed_standard_input_is_no_tar(closed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    if closed is not None:
+        closed.close()
+    monkeypatch.setattr(pack_stream.sys, "stdin", closed)
+    assert main(["data", "pack", "-", "--out", str(tmp_path / "out")]) == 2
+    assert "- is standard input, which is closed" in capsys.readouterr().err

@@ -3,9 +3,13 @@
 import pytest
 import torch
 import torchvision
+from timm.models.cait import Cait
+from timm.models.hrnet import hrnet_w18_small
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.volo import VOLO
+from timm.models.xcit import Xcit
 from torch import nn
 from torch.optim import SGD
 
@@ -87,6 +91,53 @@ def test_blocks_of_a_network_that_names_no_layers_are_its_layers() -> None:
     first, last = token_features(net, lambda: net(images), [0, -1])
     assert first.tokens_BTD.shape == (2, 5, 8)
     torch.testing.assert_close(net.heads(net.encoder.ln(last.first())), net(images))
+
+
+@pytest.mark.parametrize("family", [Cait, Xcit])
+def test_class_tokens_that_come_after_the_blocks_are_not_cut_off(family: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = family(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = net.forward_intermediates(images, intermediates_only=True)
+    for tokens, map_BDHW in zip(token_features(net, lambda: net(images), [0, 1]), expected, strict=True):
+        assert tokens.prefix_BPD is None
+        torch.testing.assert_close(tokens.tokens_BTD, map_BDHW.flatten(2).mT)
+
+
+def test_the_width_that_is_told_gives_the_order_of_a_maps_axes() -> None:
+    torch.manual_seed(0)
+    net = VOLO(
+        layers=(1, 1, 1, 1), img_size=32, embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), num_classes=0,
+        stem_hidden_dim=8,
+    ).eval()  # fmt: skip
+    images = torch.randn(2, 3, 32, 32)
+    expected = net.forward_intermediates(images, indices=[0], intermediates_only=True)[0]
+    (tokens,) = token_features(net, lambda: net(images), [0])
+    torch.testing.assert_close(tokens.tokens_BTD, expected.flatten(2).mT)
+    net.feature_info[0]["num_chs"] = 5
+    with pytest.raises(UserError, match=r"layer 0 \(Sequential\) of VOLO has shape .* feature_info tells 5 features"):
+        token_features(net, lambda: net(images), [0])
+
+
+class Branches(nn.Module):
+    """A block of several branches, as CrossViT and SelecSLS have them."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x, x]
+
+
+def test_layers_that_give_no_tensor_are_named() -> None:
+    net = nn.Sequential(nn.Identity(), Branches())
+    net.feature_modules = [*net]
+    with pytest.raises(UserError, match=r"layer 1 \(Branches\) of Sequential is list, but must be a tensor"):
+        token_features(net, lambda: net(IMAGES), [-1])
+
+
+def test_layers_that_are_no_modules_are_named() -> None:
+    with pytest.raises(
+        UserError, match=r"not among its modules \(stem, stage1\); .* give it a property feature_modules"
+    ):
+        token_features(hrnet_w18_small(), lambda: None)
 
 
 def test_what_cannot_be_read_is_named() -> None:

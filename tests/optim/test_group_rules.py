@@ -1,6 +1,7 @@
 """Rules by name and layer-wise decay: who gets which rate and which decay, and that groups without either stay."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -148,12 +149,34 @@ def test_numbered_blocks_are_layers_and_heads_keep_the_full_rate(backbone, first
     assert found[f"backbone.{last}"][0] == 1.0
 
 
+@pytest.mark.parametrize("trained", ["model.layers.2.", "head."])
+def test_freezing_does_not_change_the_depth_of_what_trains(trained: str) -> None:
+    net = llama(vocab_size=16, width=8, depth=3, heads=2, mlp_width=8, context=8)
+    headed = nn.ModuleDict({"backbone": net, "teacher": copy.deepcopy(net), "head": nn.Linear(8, 2)})
+    headed["teacher"].requires_grad_(False)
+    if trained == "head.":
+        del headed["teacher"]  # two frozen networks side by side would tell no order
+    whole = settings(ParameterGroups(layer_decay=0.5), Headed(net, 8))
+    net.requires_grad_(False)
+    net.model.layers[2].requires_grad_(True) if trained != "head." else None
+    found = settings(ParameterGroups(layer_decay=0.5), headed)
+    assert any(trained in name for name in found)
+    assert found == {name: whole[name] for name in found}
+
+
 def test_layers_can_be_named() -> None:
     groups = ParameterGroups(layer_decay=0.5, layers=["*layers.0.*", "*layers.[1-3].*"], rules=[Rule(["*.0.*"], 3.0)])
     found = settings(groups, Headed(SmallConvNet(stages=2), 4))
     assert found["backbone.layers.0.weight"][0] == 0.75
     assert found["backbone.layers.3.weight"][0] == 0.5
     assert found["backbone.layers.4.weight"][0] == found["head.bias"][0] == 1.0
+
+
+def test_frozen_layers_can_be_named() -> None:
+    net = Net()
+    net.blocks[0].requires_grad_(False)
+    found = settings(ParameterGroups(layer_decay=0.5, layers=["blocks.0.*", "blocks.1.*"]), net)
+    assert found["blocks.1.0.weight"][0] == 0.5
 
 
 REFUSED = {
@@ -163,12 +186,17 @@ REFUSED = {
     ),
     "a layer that matches nothing": (
         {"layer_decay": 0.5, "layers": ["block.0.*"]},
-        r"'block\.0\.\*' matches no trained parameter of Net \(groups\.layers\); names look like blocks\.2",
+        r"'block\.0\.\*' matches no parameter of Net \(groups\.layers\); names look like blocks\.2",
     ),
     "no pattern": ({"rules": [Rule([], 2.0)]}, r"groups\.rules\[0\]\.match is empty"),
     "nothing set": ({"rules": [Rule(["*"])]}, r"groups\.rules\[0\] sets nothing; give it lr_scale,"),
-    "no rate": ({"rules": [Rule(["*"], 0.0)]}, r"groups\.rules\[0\]\.lr_scale=0\.0 must be above 0"),
-    "negative decay": ({"rules": [Rule(["*"], None, -1.0)]}, r"rules\[0\]\.weight_decay=-1\.0 must be at least 0"),
+    "no rate": ({"rules": [Rule(["*"], 0.0)]}, r"groups\.rules\[0\]\.lr_scale=0\.0 must be finite and above 0"),
+    "negative decay": ({"rules": [Rule(["*"], None, -1.0)]}, r"weight_decay=-1\.0 must be finite and at least 0"),
+    "a rate that is no number": ({"rules": [Rule(["*"], math.nan)]}, r"lr_scale=nan must be finite and above 0"),
+    "a rate without end": ({"rules": [Rule(["*"], math.inf)]}, r"lr_scale=inf must be finite and above 0"),
+    "a decay that is no number": ({"rules": [Rule(["*"], None, math.nan)]}, r"weight_decay=nan must be finite and at"),
+    "another rate that is no number": ({"other_lr": math.nan}, r"groups\.other_lr=nan must be finite and above 0"),
+    "a share that is no number": ({"layer_decay": math.nan}, r"groups\.layer_decay=nan must be in \(0, 1\]"),
     "unknown kind": ({"rules": [Rule(["*"], kind="matrix")]}, r"kind='matrix' must be one of matrices, embeddings"),
     "decay above one": ({"layer_decay": 1.5}, r"groups\.layer_decay=1\.5 must be in \(0, 1\]"),
     "layers alone": ({"layers": ["*"]}, r"groups\.layers has an effect only with groups\.layer_decay"),

@@ -11,6 +11,7 @@ from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -153,7 +154,7 @@ def test_the_same_groups_fit_torchs_own_optimisers():
 def test_a_module_with_nothing_to_train_and_a_rate_of_zero_are_refused():
     with pytest.raises(UserError, match="Linear has no parameter with requires_grad=True"):
         ParameterGroups().build(nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(UserError, match=r"groups.other_lr=0.0 must be above 0"):
+    with pytest.raises(UserError, match=r"groups.other_lr=0.0 must be finite and above 0"):
         ParameterGroups(other_lr=0.0).build(Model())
 
 
@@ -173,3 +174,30 @@ def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
     rows = [line for line in printed.splitlines() if "rank 4 of" in line or "AdamW: " in line]
     assert sum(int(row.split()[0]) for row in rows) == len(planned)  # none is broken into two lines
     assert max(map(len, printed.splitlines())) <= 80
+
+
+class Declared(nn.Linear):
+    parameter_kinds = {"weight": "embeddings"}  # noqa: RUF012 - read by lightspan.optim.groups
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_what_a_class_declares_of_a_weight_holds_for_its_parametrisation(norm):
+    model = norm(Declared(4, 4))
+    made = {name for name, _ in model.named_parameters() if name != "bias"}
+    assert of_kind(model, "embeddings") == made
+    assert of_kind(copy.deepcopy(model), "embeddings") == made
+
+
+def test_a_module_may_declare_nothing():
+    model = Declared(4, 4)
+    model.parameter_kinds = None
+    assert of_kind(model, "matrices") == {"weight"}
+
+
+def test_modules_that_disagree_on_a_tied_weight_are_refused():
+    model = nn.Sequential(Declared(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert of_kind(model, "embeddings") == {"0.weight"}
+    model[1].parameter_kinds = {"weight": "matrices"}
+    with pytest.raises(UserError, match=r"0\.weight and 1\.weight are one tied parameter.*embeddings.*and matrices in"):
+        ParameterGroups().build(model)
