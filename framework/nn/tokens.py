@@ -98,14 +98,14 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
     """
     told: Any = getattr(backbone, "feature_modules", None)
     if told is None and hasattr(backbone, "feature_info"):
-        known, names = dict(backbone.named_modules()), [info["module"] for info in _entries(backbone.feature_info)]
-        if missing := [name for name in names if name not in known]:
+        found = {info["module"]: _module(backbone, info["module"]) for info in _entries(backbone.feature_info)}
+        if missing := [name for name, module in found.items() if module is None]:
             raise UserError(
                 f"{type(backbone).__name__} names layers in feature_info that are not among its modules "
                 f"({', '.join(missing)}); if it was made with features_only=True, make it without, else give it a "
                 "property feature_modules, the list of the modules whose outputs are its layers"
             )
-        told = [known[name] for name in names]
+        told = [found[info["module"]] for info in _entries(backbone.feature_info)]
     if told is None:
         _, told = list_of_blocks(
             backbone,
@@ -113,6 +113,14 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
             "give it a property feature_modules, the list of the modules whose outputs are its layers",
         )
     return list(told)
+
+
+def _module(backbone: nn.Module, name: str) -> nn.Module | None:
+    """A module by its path, or None; through wrappers such as torch.compile's, which answer for the one inside."""
+    try:
+        return backbone.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _entries(info: Any) -> list[dict[str, Any]]:

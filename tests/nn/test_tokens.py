@@ -119,6 +119,18 @@ def test_the_width_that_is_told_gives_the_order_of_a_maps_axes() -> None:
         token_features(net, lambda: net(images), [0])
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_network_that_was_compiled_and_has_run_is_read_all_the_same(inside: bool) -> None:
+    net, images = VisionTransformer(**ViT).eval(), torch.randn(2, 3, 16, 16)
+    (expected,) = token_features(net, lambda: net(images))
+    compiled = net if inside else torch.compile(net, backend="eager")
+    if inside:
+        net.compile(backend="eager")
+    compiled(images)
+    (found,) = token_features(compiled, lambda: compiled(images))
+    torch.testing.assert_close(found.tokens_BTD, expected.tokens_BTD)
+
+
 class Branches(nn.Module):
     """A block of several branches, as CrossViT and SelecSLS have them."""
 
