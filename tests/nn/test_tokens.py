@@ -93,11 +93,11 @@ def test_blocks_of_a_network_that_names_no_layers_are_its_layers() -> None:
     torch.testing.assert_close(net.heads(net.encoder.ln(last.first())), net(images))
 
 
-@pytest.mark.parametrize("family", [Cait, Xcit])
-def test_class_tokens_that_come_after_the_blocks_are_not_cut_off(family: type[nn.Module]) -> None:
+@pytest.mark.parametrize(("family", "size"), [(Cait, 32), (Xcit, 32), (Xcit, 48)])
+def test_class_tokens_that_come_after_the_blocks_are_not_cut_off(family: type[nn.Module], size: int) -> None:
     torch.manual_seed(0)
     net = family(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, size, size)
     expected = net.forward_intermediates(images, intermediates_only=True)
     for tokens, map_BDHW in zip(token_features(net, lambda: net(images), [0, 1]), expected, strict=True):
         assert tokens.prefix_BPD is None
