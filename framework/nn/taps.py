@@ -1,8 +1,10 @@
 """Hidden features of a forward pass, without a second one and without an edit to the network."""
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
@@ -26,11 +28,22 @@ def blocks_of(model: nn.Module, containers: Sequence[str]) -> list[nn.Module]:
 
 @contextmanager
 def tapped(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, the output of each of these modules is appended to the list whenever it is called."""
+    """Inside, the output of each of these modules is appended to the list whenever it is called.
+
+    What torch.compile made runs uncompiled there: a graph that was compiled before knows nothing of new hooks.
+    """
     outputs: list[Tensor] = []
     handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
     try:
-        yield outputs
+        with _uncompiled():
+            yield outputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    # Without dynamo nothing is compiled, and its import takes seconds. A graph that is being compiled sees the hooks.
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

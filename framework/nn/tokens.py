@@ -64,7 +64,11 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
     """
     modules, chosen = feature_modules(backbone), chosen_layers(backbone, layers)
     distinct = sorted(set(chosen))  # in the order in which they run
-    with tapped([modules[layer] for layer in distinct]) as outputs:
+    embed = getattr(backbone, "patch_embed", None)  # timm's name
+    with (
+        tapped([embed] if isinstance(embed, nn.Module) else []) as embedded,
+        tapped([modules[layer] for layer in distinct]) as outputs,
+    ):
         forward()
     if len(outputs) != len(distinct):
         raise UserError(
@@ -72,9 +76,9 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
             "run once; name other modules in its feature_modules"
         )
     found = dict(zip(distinct, outputs, strict=True))
-    widths = _widths(backbone)
+    widths, patches = _widths(backbone), _patches(embedded)
     return [
-        arranged(backbone, found[layer], f"layer {layer} ({type(modules[layer]).__name__})", widths.get(layer))
+        arranged(backbone, found[layer], f"layer {layer} ({type(modules[layer]).__name__})", widths.get(layer), patches)
         for layer in chosen
     ]
 
@@ -98,14 +102,14 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
     """
     told: Any = getattr(backbone, "feature_modules", None)
     if told is None and hasattr(backbone, "feature_info"):
-        known, names = dict(backbone.named_modules()), [info["module"] for info in _entries(backbone.feature_info)]
-        if missing := [name for name in names if name not in known]:
+        found = {info["module"]: _module(backbone, info["module"]) for info in _entries(backbone.feature_info)}
+        if missing := [name for name, module in found.items() if module is None]:
             raise UserError(
                 f"{type(backbone).__name__} names layers in feature_info that are not among its modules "
                 f"({', '.join(missing)}); if it was made with features_only=True, make it without, else give it a "
                 "property feature_modules, the list of the modules whose outputs are its layers"
             )
-        told = [known[name] for name in names]
+        told = [found[info["module"]] for info in _entries(backbone.feature_info)]
     if told is None:
         _, told = list_of_blocks(
             backbone,
@@ -113,6 +117,14 @@ def feature_modules(backbone: nn.Module) -> list[nn.Module]:
             "give it a property feature_modules, the list of the modules whose outputs are its layers",
         )
     return list(told)
+
+
+def _module(backbone: nn.Module, name: str) -> nn.Module | None:
+    """A module by its path, or None; through wrappers such as torch.compile's, which answer for the one inside."""
+    try:
+        return backbone.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _entries(info: Any) -> list[dict[str, Any]]:
@@ -127,7 +139,16 @@ def _widths(backbone: Any) -> dict[int, int]:
     return {layer: info["num_chs"] for layer, info in enumerate(entries) if "num_chs" in info}
 
 
-def arranged(backbone: Any, output: Any, what: str = "the output", width: int | None = None) -> Tokens:
+def _patches(embedded: Sequence[Any]) -> int | None:
+    """The patches of this pass, of which the size that a network was made for tells nothing; None if not known."""
+    first = embedded[0] if embedded else None
+    patches = first[0] if isinstance(first, tuple) else first  # XCiT's embedding gives the grid too
+    return patches.shape[1] if isinstance(patches, Tensor) and patches.ndim == 3 else None
+
+
+def arranged(
+    backbone: Any, output: Any, what: str = "the output", width: int | None = None, patches: int | None = None
+) -> Tokens:
     """What a network or one of its layers gives, [B D H W], [B H W D], [B P+T D] or [B D], as tokens.
 
     A network may add its prefix tokens after some of its layers, as CaiT and XCiT do: an output with as many tokens as
@@ -136,6 +157,7 @@ def arranged(backbone: Any, output: Any, what: str = "the output", width: int | 
     Args:
         what: the name of the output, for messages.
         width: D where it is known; it tells the order of a map's axes, else timm's `output_fmt` does.
+        patches: how many there are; None takes what the network was made for.
     Raises: UserError for an output that is not such a tensor, or a map neither of whose axes is as wide as told.
     """
     output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may give more than states
@@ -150,10 +172,10 @@ def arranged(backbone: Any, output: Any, what: str = "the output", width: int | 
         return Tokens(map_BHWD.flatten(1, 2), (map_BHWD.shape[1], map_BHWD.shape[2]))
     if output.ndim == 2:
         return Tokens(output.unsqueeze(1))
-    patches = getattr(backbone, "patch_embed", None)
-    grid, count = getattr(patches, "grid_size", None), getattr(patches, "num_patches", None)
+    embed = getattr(backbone, "patch_embed", None)
+    grid, patches = getattr(embed, "grid_size", None), patches or getattr(embed, "num_patches", None)
     prefix = getattr(backbone, "num_prefix_tokens", 0)
-    prefix = 0 if count == output.shape[1] else prefix
+    prefix = 0 if patches == output.shape[1] else prefix
     tokens_BTD = output[:, prefix:]
     if grid is not None and grid[0] * grid[1] != tokens_BTD.shape[1]:  # tokens were dropped, or the size is variable
         grid = None

@@ -93,11 +93,11 @@ def test_blocks_of_a_network_that_names_no_layers_are_its_layers() -> None:
     torch.testing.assert_close(net.heads(net.encoder.ln(last.first())), net(images))
 
 
-@pytest.mark.parametrize("family", [Cait, Xcit])
-def test_class_tokens_that_come_after_the_blocks_are_not_cut_off(family: type[nn.Module]) -> None:
+@pytest.mark.parametrize(("family", "size"), [(Cait, 32), (Xcit, 32), (Xcit, 48)])
+def test_class_tokens_that_come_after_the_blocks_are_not_cut_off(family: type[nn.Module], size: int) -> None:
     torch.manual_seed(0)
     net = family(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, size, size)
     expected = net.forward_intermediates(images, intermediates_only=True)
     for tokens, map_BDHW in zip(token_features(net, lambda: net(images), [0, 1]), expected, strict=True):
         assert tokens.prefix_BPD is None
@@ -117,6 +117,18 @@ def test_the_width_that_is_told_gives_the_order_of_a_maps_axes() -> None:
     net.feature_info[0]["num_chs"] = 5
     with pytest.raises(UserError, match=r"layer 0 \(Sequential\) of VOLO has shape .* feature_info tells 5 features"):
         token_features(net, lambda: net(images), [0])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_network_that_was_compiled_and_has_run_is_read_all_the_same(inside: bool) -> None:
+    net, images = VisionTransformer(**ViT).eval(), torch.randn(2, 3, 16, 16)
+    (expected,) = token_features(net, lambda: net(images))
+    compiled = net if inside else torch.compile(net, backend="eager")
+    if inside:
+        net.compile(backend="eager")
+    compiled(images)
+    (found,) = token_features(compiled, lambda: compiled(images))
+    torch.testing.assert_close(found.tokens_BTD, expected.tokens_BTD)
 
 
 class Branches(nn.Module):
