@@ -27,8 +27,12 @@ SHORT = [
 ]
 """Three steps of few samples, with what the recipe itself adds and nothing that writes or listens."""
 
-UNDONE = {"analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"}
-"""They ask Stable Diffusion for images, or need what such a run found; they are only built."""
+UNDONE = {
+    *("analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"),
+    *("merging/fisher", "merging/regmean", "merging/interference"),
+}
+"""They read what other runs left (masks, statistics, task vectors); they are only built here, and run in tests of
+merging and estimators."""
 
 
 def after_runs_before(make: Callable[[], Any]) -> Any:

@@ -1,7 +1,6 @@
 import json
 import os
 import random
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
+from trainer_fixtures import Net
 
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
@@ -187,7 +187,7 @@ def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "GROUP_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    module = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["Net"]()
+    module = Net()
     module.load_state_dict(torch.load(Path(folder, "weights.pt"), weights_only=True))
     trainer = Trainer(
         accelerator="cpu",

@@ -18,6 +18,7 @@ from lightspan import datamodules
 from lightspan.datamodules import batches
 from lightspan.datamodules.images.blank import Blank
 from lightspan.datamodules.images.classes import ClassSubset
+from lightspan.datamodules.images.coloured_shapes import ColouredShapes
 from lightspan.datamodules.images.repeated import RepeatedImages
 from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
@@ -75,6 +76,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "MNIST5k": (lambda folder: MNIST5k(4), "ImageBatch"),
     "Shapes": (lambda folder: Shapes(4, size=64), "ImageBatch"),
     "ClassSubset": (lambda folder: ClassSubset(Digits(), [1, 2], 4), "ImageBatch"),
+    "ColouredShapes": (lambda folder: ColouredShapes(4, size=256), "ImageBatch"),
     "RepeatedImages": (lambda folder: RepeatedImages(Digits(), count=3, times=2, batch_size=4), "ImageBatch"),
     "Blank": (lambda folder: Blank(3, (3, 6, 8), 9, 4), "ImageBatch"),
     "Derived": (lambda folder: Derived(Digits(), 1, 7, 4), "ImageBatch"),
