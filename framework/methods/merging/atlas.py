@@ -136,14 +136,9 @@ class Atlas(AnisotropicScaling):
         backbone: nn.Module,
         models: Models,
         heads: dict[str, nn.Module],
-        parts: int = 1,
-        budget: int | None = None,
-        seed: int = 0,
-        prefix: str = "backbone.",
-        out: str | None = None,
-        **optimization: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(backbone, models, heads, parts, budget, seed, prefix, out, **optimization)
+        super().__init__(backbone, models, heads, **settings)
         self.register_buffer("best", torch.zeros_like(self.learned.weight))
         self.register_buffer("best_score", torch.tensor(-torch.inf))
 
@@ -205,7 +200,7 @@ class AtlasNegation(Atlas):
     Args:
         target: the task of `heads` to unlearn.
         floor: that share.
-        backbone, models, heads, parts, budget, seed, prefix, out, optimization: as of `Atlas`.
+        backbone, models, heads, settings: as of `AnisotropicScaling`.
     """
 
     control_start: Tensor
@@ -217,12 +212,7 @@ class AtlasNegation(Atlas):
         heads: dict[str, nn.Module],
         target: str,
         floor: float = 0.95,
-        parts: int = 1,
-        budget: int | None = None,
-        seed: int = 0,
-        prefix: str = "backbone.",
-        out: str | None = None,
-        **optimization: Any,
+        **settings: Any,
     ) -> None:
         if target not in heads or len(heads) < 2:
             raise UserError(
@@ -230,7 +220,7 @@ class AtlasNegation(Atlas):
             )
         if not 0 <= floor <= 1:
             raise UserError(f"AtlasNegation floor={floor} must be in [0, 1]; the paper keeps 0.95")
-        super().__init__(backbone, models, heads, parts, budget, seed, prefix, out, **optimization)
+        super().__init__(backbone, models, heads, **settings)
         self.target, self.floor = target, floor
         self.register_buffer("control_start", torch.zeros(len(heads), dtype=torch.float64))
 
@@ -257,7 +247,7 @@ class AtlasTestTime(AnisotropicScaling):
 
     Args:
         confidence, temperature: of `pseudo_label_loss`.
-        backbone, models, heads, parts, budget, seed, prefix, out, optimization: as of `Atlas`; one head.
+        backbone, models, heads, settings: as of `AnisotropicScaling`; one head.
     """
 
     def __init__(
@@ -267,12 +257,7 @@ class AtlasTestTime(AnisotropicScaling):
         heads: dict[str, nn.Module],
         confidence: float = 0.99,
         temperature: float = 0.5,
-        parts: int = 1,
-        budget: int | None = None,
-        seed: int = 0,
-        prefix: str = "backbone.",
-        out: str | None = None,
-        **optimization: Any,
+        **settings: Any,
     ) -> None:
         if len(heads) != 1:
             raise UserError(f"AtlasTestTime adapts to one task, and heads has {', '.join(heads) or 'none'}")
@@ -280,7 +265,7 @@ class AtlasTestTime(AnisotropicScaling):
             raise UserError(
                 f"AtlasTestTime confidence={confidence} must be in [0, 1], and temperature={temperature} above 0"
             )
-        super().__init__(backbone, models, heads, parts, budget, seed, prefix, out, **optimization)
+        super().__init__(backbone, models, heads, **settings)
         self.confidence, self.temperature = confidence, temperature
         self._trusted_N = torch.zeros(0, dtype=torch.int64)
 
