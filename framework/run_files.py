@@ -8,6 +8,7 @@ LOCK = ".lightspan.lock"
 MERGED = "merged.safetensors"  # of a merger
 MERGED_FOLDER = "merged"  # of a merger whose leading checkpoint is a Hugging Face folder
 METRICS = "metrics.jsonl"
+MODEL = "model.safetensors"  # of an export or a merge, and of Hugging Face's folders
 OUTPUT = "output.txt"  # what a run that another command started has printed
 PICTURE = "picture.png"  # of a run without training, like TABLE and TENSORS
 PLAN = "plan.json"

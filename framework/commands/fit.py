@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import manifest, other_thing
+from lightspan.checkpoints.manifest import manifest
 from lightspan.commands.arguments import add_recipe_arguments, file, folder
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.config.flags import allow_options
@@ -23,11 +23,12 @@ from lightspan.runs.folder import (
     run_ids,
     set_metrics_aside,
     sole_use,
+    weights_to_evaluate,
     write_run_files,
 )
 from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
-from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
+from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals, put_weights
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -57,7 +58,13 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     _add_run_argument(parser)
-    parser.add_argument("--ckpt", type=file, required=True, metavar="PATH", help="the checkpoint to use")
+    parser.add_argument(
+        "--ckpt",
+        type=file,
+        required=True,
+        metavar="PATH",
+        help="a checkpoint, a run folder for its newest one, or a merge or an export for its weights",
+    )
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -138,24 +145,27 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace, verb: str) -> int:
     resolved = _resolve(args)
-    if not args.ckpt.exists():
-        raise UserError(f"--ckpt {args.ckpt}: no such file; a run keeps its checkpoints in RUN/checkpoints")
-    if other := other_thing(args.ckpt):
-        raise UserError(f"--ckpt {args.ckpt} {other}")
+    source = weights_to_evaluate(args.ckpt)
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
         raise UserError(f"--run {args.run} contains a training run; give {verb} its own folder or leave --run out")
     run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
-    resolved = with_seed(resolved, run_dir, args.ckpt)
+    resolved = with_seed(resolved, run_dir, source)
     resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go to one JSON file
     built = build(resolved, run_dir)
+    alone = source.suffix == ".safetensors"
+    if alone:
+        put_weights(built, source)
     if is_first_rank():
         print_notes(resolved.notes)
-        write_run_files(resolved, run_dir, args.command_line, args.overlays, args.ckpt)
-    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": str(args.ckpt), "weights_only": True}
+        if source != args.ckpt:
+            print(f"{verb}: {source}", flush=True)
+        write_run_files(resolved, run_dir, args.command_line, args.overlays, source)
+    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": None if alone else str(source)}
+    call_arguments["weights_only"] = True
     if verb != "predict":
         call_arguments["verbose"] = False
     function = getattr(built.trainer, verb)
-    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, args.ckpt)
+    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, source)
     if status == 0 and is_first_rank():
         if verb == "predict":
             _write_predictions(result, run_dir / PREDICTIONS)

@@ -42,12 +42,12 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
                 f"{new.where} {dotted(path)}: class {old.value} -> {new.value}; its settings were dropped: "
                 + ", ".join(names)
             )
-    if path == CHOSEN and (new_names := [str(key) for key in high.value if key not in kept]):
+    if path == CHOSEN and (added := [key for key in high.value if key not in kept]):
         dropped = {key: kept.pop(key) for key in low.value if key not in high.value}
         if dropped:
             notes.append(
-                f"XX
-                f"named before; dropped: {', '.join(map(str, dropped))}"
+                f"{high.value[added[0]].where} checkpoints: {', '.join(map(str, high.value))} replace all that "
+                f"were named before; dropped: {', '.join(map(str, dropped))}"
             )
     merged = dict(kept)
     for key, node in high.value.items():

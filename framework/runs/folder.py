@@ -19,7 +19,7 @@ from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
-from lightspan.run_files import CHECKPOINTS, LOCK, METRICS, PROVENANCE, RESOLVED
+from lightspan.run_files import CHECKPOINTS, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
 
 try:
     import fcntl
@@ -169,6 +169,23 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         )
     if reasons and is_first_rank():
         print(f"lightspan: {'; '.join(reasons)}; continuing from {found}", file=sys.stderr)
+    return found
+
+
+def weights_to_evaluate(given: Path) -> Path:
+    """What --ckpt means: a checkpoint, or weights alone as safetensors; of a run folder its newest whole checkpoint, of
+    the folder of a merge or an export its weights.
+
+    Raises: UserError where there is none of these.
+    """
+    if not given.exists():
+        raise UserError(f"--ckpt {given}: no such file; a run keeps its checkpoints in RUN/checkpoints")
+    if alone := next((path for name in (MERGED, MODEL) if (path := given / name).is_file()), None):
+        return alone
+    if not (given / RESOLVED).is_file():
+        return given
+    if (found := newest_checkpoint(given)) is None:
+        raise UserError(f"--ckpt {given}: this run has no checkpoint; name another run, or a checkpoint")
     return found
 
 

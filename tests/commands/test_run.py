@@ -76,7 +76,6 @@ def test_a_mergers_run_leaves_a_checkpoint_that_says_what_was_merged(capsys: pyt
 @pytest.mark.parametrize(
     ("command", "ends"),
     [
-        (["validate", "compression/vit", "--ckpt", "out/merged.safetensors"], ""),
         (["fit", "compression/vit", "--run", "new", "--resume", "out/merged.safetensors"], ""),
         (["export", "out/merged.safetensors", "--to", "safetensors"], "there is nothing left to export"),
         (["export", "out", "--to", "safetensors"], "there is nothing left to export"),
