@@ -364,7 +364,8 @@ def naming(node: Node, path: KeyPath, kinds: Sequence[str]) -> str:
     key = f"{dotted(path)}.class_path=" if node.where == COMMAND_LINE else "class_path: "
     names = {kind.rpartition(".")[2].lower(): kind for kind in kinds}
     meant = node.value.partition("(")[0].lower() if isinstance(node.value, str) else ""
-    near = [name for name in names if len(meant) > 2 and meant in name] or difflib.get_close_matches(meant, names, n=1)
+    near = [meant] if meant in names else [name for name in names if len(meant) > 2 and meant in name]
+    near = near or difflib.get_close_matches(meant, names, n=1)
     hint = f"did you mean {key}{names[near[0]]}? " if near else f"name a class with {key}MODULE.NAME; "
     modules = itertools.groupby((kind.rpartition(".") for kind in kinds), key=lambda parts: parts[0])
     return hint + "; ".join(f"{module} has {', '.join(name for *_, name in group)}" for module, group in modules)
