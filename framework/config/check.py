@@ -13,7 +13,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightspan.config import allow
+from lightspan.config import allow, estimator_inputs
 from lightspan.config.annotations import (
     bound_arguments,
     class_names,
@@ -114,6 +114,8 @@ class _Checker:
             for name in inputs.value if isinstance(inputs.value, dict) else ():
                 if not str(name).isidentifier():
                     self.say(inputs, ("inputs", name), "must be a name that `fit` accepts: letters, digits and _")
+        if kind == "estimator" and not self.problems:  # the gate may have refused what would be read here
+            self.problems += estimator_inputs.of_other_names_or_kinds(root)
         if kind == "merger":
             self.checkpoints(root)
         for key in dict.fromkeys((kind, "data")):
