@@ -165,7 +165,10 @@ def test_the_gate_and_the_check_are_those_of_every_recipe(content: dict[str, Any
     ("content", "message"),
     [
         (wrong(ESTIMATOR, "inputs", {"bank": BANK}), "inputs.query: missing; LinearProbe takes the inputs bank, query"),
-        (wrong(ESTIMATOR, "inputs", {**ESTIMATOR["inputs"], "other": BANK}), "inputs.other: unknown; LinearProbe takes the inputs bank, query"),
+        (
+            wrong(ESTIMATOR, "inputs", {**ESTIMATOR["inputs"], "other": BANK}),
+            "inputs.other: unknown; LinearProbe takes the inputs bank, query",
+        ),
         (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l2": -1.0}}), "l2=-1.0 must be above 0"),
         (wrong(MERGER, "checkpoints", {"a": "bank.safetensors", "b": "gone"}), "checkpoint gone does not exist"),
         (
