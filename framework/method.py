@@ -107,6 +107,9 @@ class Method(LightningModule):
         Called without gradients once after each step that moved the weights, before anything of it is logged or saved:
         neither while gradients are accumulated, nor after a step that was skipped (`lightspan.optim.steps`). Sharded
         weights are those of this rank. With manual optimisation, a method calls it itself.
+
+        `global_step` is still the number of this step, counted from 0, as it was in its `training_step`: the Trainer
+        counts a step when this has returned. `share_of_run` too is that at the beginning of the step.
         """
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
