@@ -3,6 +3,7 @@
 CHECKPOINTS = "checkpoints"  # a folder
 CURVE = "curve.png"  # of a search for the intrinsic dimension
 EXPORT = "export.json"  # in an export; distinguishes a folder that an export may replace from one that it must not
+FAILED = "failed.txt"  # why a fit that ended in an error did so; gone when it is started again
 LEDGER = "ledger.json"
 LOCK = ".lightspan.lock"
 MERGED = "merged.safetensors"  # of a merger

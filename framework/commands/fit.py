@@ -17,7 +17,9 @@ from lightspan.run_files import PREDICTIONS
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
+    clear_mark,
     is_first_rank,
+    mark_failed,
     refuse_other_experiment,
     run_folder,
     run_ids,
@@ -99,6 +101,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     obey_signals(built)
     meet_after_restart(built)
     if is_first_rank():
+        clear_mark(run_dir)
         write_run_files(resolved, run_dir, args.command_line, args.overlays, checkpoint)
         if checkpoint is None or run_dir not in checkpoint.parents:
             set_metrics_aside(run_dir)
@@ -114,9 +117,10 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
 
     try:
         status = call(fit, built, run_dir, checkpoint)[0]
-    except BaseException:
+    except BaseException as error:
         if is_first_rank():
-            with contextlib.suppress(UserError):  # a full disk must not hide the first error
+            with contextlib.suppress(UserError, OSError):  # a full disk must not hide the first error
+                mark_failed(run_dir, error, built.trainer.global_step)
                 write_csv(run_dir)
         raise
     if is_first_rank():

@@ -17,9 +17,9 @@ from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_w
 from lightspan.config import identity, provenance
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
-from lightspan.errors import UserError
+from lightspan.errors import UserError, one_line
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
-from lightspan.run_files import CHECKPOINTS, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
+from lightspan.run_files import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
 
 try:
     import fcntl
@@ -218,6 +218,17 @@ def set_metrics_aside(run_dir: Path) -> None:
     aside = next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}-{n}")).exists())
     path.rename(aside)
     print(f"note: the figures of an earlier start without a checkpoint are kept in {aside}", file=sys.stderr)
+
+
+def mark_failed(run_dir: Path, error: BaseException, step: int) -> None:
+    """Says in the run folder that this start ended in an error; `clear_mark` takes it back."""
+    when = datetime.now().astimezone().isoformat(timespec="seconds")
+    write_atomic(run_dir / FAILED, f"{when}, at step {step}: {type(error).__name__}: {one_line(error)}\n")
+
+
+def clear_mark(run_dir: Path) -> None:
+    """Called when a run is started, perhaps again."""
+    (run_dir / FAILED).unlink(missing_ok=True)
 
 
 def _has_content(path: Path) -> bool:
