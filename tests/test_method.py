@@ -1,6 +1,8 @@
 """`Method`: what its training figures cost ranks, and that they are means."""
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightspan.errors import UserError
 from lightspan.method import Method
+
+QUIET: dict[str, Any] = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 class Counts(Method):
@@ -88,3 +93,33 @@ def test_figures_keep_their_precision_when_they_are_exchanged(monkeypatch: pytes
     model.log_dict = lambda values, **options: seen.update(values)  # type: ignore[method-assign]
     model.log_training({"a": torch.tensor(1 / 3, dtype=torch.float64), "b": torch.tensor(0.5).bfloat16()})
     assert seen == {"a": 1 / 3, "b": 0.5}
+
+
+class Sorts(Method):
+    """Its training step would look the labels up."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__(partial(torch.optim.SGD, lr=0.0))
+        self.layer, self.steps = nn.Linear(2, 3), 0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
+        return nn.functional.cross_entropy(self.layer(batch["x"]), batch["label"])
+
+
+@pytest.mark.parametrize(("label", "said"), [(3, "from 0 to 3"), (-1, "from -1 to 0")])
+def test_labels_beyond_the_classes_are_refused_before_they_are_looked_up(label: int, said: str, tmp_path: Path) -> None:
+    rows = [{"x": torch.zeros(2), "label": torch.tensor(value)} for value in (0, label)]
+    module = Sorts()
+    trainer = Trainer(default_root_dir=tmp_path, max_steps=1, accelerator="cpu", logger=False, **QUIET)
+    with pytest.raises(UserError, match=rf"labels {said} do not fit Sorts of 3 classes; labels count from 0"):
+        trainer.fit(module, DataLoader(rows, batch_size=2))
+    assert module.steps == 0
+    assert module.on_before_batch_transfer({"label": torch.tensor([0, 2])}, 0)["label"].tolist() == [0, 2]
+
+
+def test_a_method_without_classes_takes_any_batch() -> None:
+    for batch in (torch.zeros(2), {"label": torch.tensor([99])}, [1]):
+        assert Counts().on_before_batch_transfer(batch, 0) is batch
