@@ -50,8 +50,10 @@ class Method(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.groups = groups or ParameterGroups()
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Raises: UserError for labels that are not below `num_classes`."""
+        # Not Lightning's public hook, which it would take away from data modules that have one, with a warning.
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         if self.num_classes is not None and isinstance(batch, Mapping) and "label" in batch:
             require_labels(batch["label"], self.num_classes, self)
         return batch

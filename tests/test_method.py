@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -95,6 +95,19 @@ def test_figures_keep_their_precision_when_they_are_exchanged(monkeypatch: pytes
     assert seen == {"a": 1 / 3, "b": 0.5}
 
 
+class Rows(LightningDataModule):
+    def __init__(self, rows: list[Any]) -> None:
+        super().__init__()
+        self.rows, self.passed = rows, 0
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.rows, batch_size=len(self.rows))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.passed += 1
+        return batch
+
+
 class Sorts(Method):
     """Its training step would look the labels up."""
 
@@ -115,11 +128,15 @@ def test_labels_beyond_the_classes_are_refused_before_they_are_looked_up(label: 
     module = Sorts()
     trainer = Trainer(default_root_dir=tmp_path, max_steps=1, accelerator="cpu", logger=False, **QUIET)
     with pytest.raises(UserError, match=rf"labels {said} do not fit Sorts of 3 classes; labels count from 0"):
-        trainer.fit(module, DataLoader(rows, batch_size=2))
+        trainer.fit(module, datamodule=Rows(rows))
     assert module.steps == 0
-    assert module.on_before_batch_transfer({"label": torch.tensor([0, 2])}, 0)["label"].tolist() == [0, 2]
 
 
-def test_a_method_without_classes_takes_any_batch() -> None:
-    for batch in (torch.zeros(2), {"label": torch.tensor([99])}, [1]):
-        assert Counts().on_before_batch_transfer(batch, 0) is batch
+def test_labels_below_the_number_of_classes_pass_and_data_modules_keep_their_hook(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    data = Rows([{"x": torch.zeros(2), "label": torch.tensor(2)}])
+    trainer = Trainer(default_root_dir=tmp_path, max_steps=1, accelerator="cpu", logger=False, **QUIET)
+    trainer.fit(module := Sorts(), datamodule=data)
+    assert (module.steps, data.passed) == (1, 1)
+    assert not [one for one in recwarn if "on_before_batch_transfer" in str(one.message)]
