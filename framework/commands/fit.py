@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import manifest, other_thing
+from lightspan.checkpoints.manifest import manifest
 from lightspan.commands.arguments import add_recipe_arguments, file, folder
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.config.flags import allow_options
@@ -17,17 +17,20 @@ from lightspan.run_files import PREDICTIONS
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
+    clear_mark,
     is_first_rank,
+    mark_failed,
     refuse_other_experiment,
     run_folder,
     run_ids,
     set_metrics_aside,
     sole_use,
+    weights_to_evaluate,
     write_run_files,
 )
 from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
-from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
+from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals, put_weights
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -57,7 +60,13 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     _add_run_argument(parser)
-    parser.add_argument("--ckpt", type=file, required=True, metavar="PATH", help="the checkpoint to use")
+    parser.add_argument(
+        "--ckpt",
+        type=file,
+        required=True,
+        metavar="PATH",
+        help="a checkpoint, a run folder for its newest one, or a merge or an export for its weights",
+    )
 
 
 def _add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +101,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     obey_signals(built)
     meet_after_restart(built)
     if is_first_rank():
+        clear_mark(run_dir)
         write_run_files(resolved, run_dir, args.command_line, args.overlays, checkpoint)
         if checkpoint is None or run_dir not in checkpoint.parents:
             set_metrics_aside(run_dir)
@@ -107,9 +117,10 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
 
     try:
         status = call(fit, built, run_dir, checkpoint)[0]
-    except BaseException:
+    except BaseException as error:
         if is_first_rank():
-            with contextlib.suppress(UserError):  # a full disk must not hide the first error
+            with contextlib.suppress(UserError, OSError):  # a full disk must not hide the first error
+                mark_failed(run_dir, error, built.trainer.global_step)
                 write_csv(run_dir)
         raise
     if is_first_rank():
@@ -138,24 +149,27 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace, verb: str) -> int:
     resolved = _resolve(args)
-    if not args.ckpt.exists():
-        raise UserError(f"--ckpt {args.ckpt}: no such file; a run keeps its checkpoints in RUN/checkpoints")
-    if other := other_thing(args.ckpt):
-        raise UserError(f"--ckpt {args.ckpt} {other}")
+    source = weights_to_evaluate(args.ckpt)
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
         raise UserError(f"--run {args.run} contains a training run; give {verb} its own folder or leave --run out")
     run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
-    resolved = with_seed(resolved, run_dir, args.ckpt)
+    resolved = with_seed(resolved, run_dir, source)
     resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go to one JSON file
     built = build(resolved, run_dir)
+    alone = source.suffix == ".safetensors"
+    if alone:
+        put_weights(built, source)
     if is_first_rank():
         print_notes(resolved.notes)
-        write_run_files(resolved, run_dir, args.command_line, args.overlays, args.ckpt)
-    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": str(args.ckpt), "weights_only": True}
+        if source != args.ckpt:
+            print(f"{verb}: {source}", flush=True)
+        write_run_files(resolved, run_dir, args.command_line, args.overlays, source)
+    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": None if alone else str(source)}
+    call_arguments["weights_only"] = True
     if verb != "predict":
         call_arguments["verbose"] = False
     function = getattr(built.trainer, verb)
-    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, args.ckpt)
+    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, source)
     if status == 0 and is_first_rank():
         if verb == "predict":
             _write_predictions(result, run_dir / PREDICTIONS)

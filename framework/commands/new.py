@@ -1,7 +1,7 @@
 """`lightspan new`: the files of a new method, with content that already runs.
 
-Inside a checkout of lightspan, method, recipe, test and evidence go where such files belong. In any
-other folder they form their own project: a package named after the method, with recipe, test and evidence beside it.
+In a checkout of lightspan, method, recipe, test and evidence go where such files belong. In any folder outside of one
+they form their own project: a package named after the method, with recipe, test and evidence beside it.
 """
 
 import argparse
@@ -63,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
     if not root.is_dir():
         raise UserError(f"--in {root}: there is no such folder; create it first")
     house = is_checkout(root)
+    if not house and (around := next(filter(is_checkout, root.resolve().parents), None)) is not None:
+        raise UserError(
+            f"{root.resolve()} lies inside a checkout of lightspan; add the method to that with --in {around}, or name "
+            "a folder outside of it for a project of your own"
+        )
     layout = _in_the_house(family, name) if house else _of_ones_own(name)
     there = [path for path in layout.files if (root / path).exists() and path not in layout.optional]
     if there:

@@ -13,7 +13,8 @@ import yaml
 from lightspan.errors import UserError, one_line
 from lightspan.files import atomic_path
 from lightspan.merging.merger import Merged, Merger, Plan
-from lightspan.merging.weights import INDEX, WHOLE, Weights, shards_of
+from lightspan.merging.weights import INDEX, Weights, shards_of
+from lightspan.run_files import MODEL
 
 CARD = "README.md"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
@@ -50,7 +51,7 @@ def write_product(
     shards = (shards_of(source) if huggingface else None) or {}
     files: dict[str, list[str]] = {}
     for name in plan.stored:
-        files.setdefault(shards.get(name, WHOLE), []).append(name)
+        files.setdefault(shards.get(name, MODEL), []).append(name)
     with atomic_path(out, setting="--out") as folder:
         folder.mkdir()
         for file, names in sorted(files.items()):

@@ -18,10 +18,10 @@ from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError
 from lightspan.files import require_regular_file
-from lightspan.run_files import CHECKPOINTS
+from lightspan.run_files import CHECKPOINTS, MODEL
 from lightspan.tensor_files import DTYPES, Form
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = f"{MODEL}.index.json"
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -103,7 +103,7 @@ def safetensors_of(folder: Path) -> list[Path]:
     """The files that make up a folder's checkpoint: those of its index, or model.safetensors, or all there are."""
     if (shards := shards_of(folder)) is not None:
         return [folder / file for file in sorted(set(shards.values()))]
-    return [folder / WHOLE] if (folder / WHOLE).is_file() else sorted(folder.glob("*.safetensors"))
+    return [folder / MODEL] if (folder / MODEL).is_file() else sorted(folder.glob("*.safetensors"))
 
 
 class Statistics:

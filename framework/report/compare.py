@@ -57,6 +57,8 @@ FIGURES = (
 )
 TIMES, MINUS, NARROW_SPACE = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
 _SCORES = ("val_", "probe_", "test_")
+_LOADING = ("batch_size", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
+_FEW = 3  # settings that a sentence names
 
 
 def compare(runs: Sequence[Run]) -> list[Row]:
@@ -91,6 +93,34 @@ def headline(runs: Sequence[Run]) -> list[str]:
         if parts:
             sentences.append(f"{run.name} against {runs[0].name}: {', '.join(parts)}")
     return sentences
+
+
+def caution(runs: Sequence[Run]) -> str:
+    """One sentence on what makes the scores of these runs hard to compare: other data, or no score in common. "" if
+    there is nothing to say. How data are loaded, in which batches and by how many workers, does not count.
+    """
+    if len(runs) < 2:
+        return ""
+    known = all(run.config for run in runs)
+    measured = [{"data": run.config.get("data"), **_validated(run)} for run in runs if known]
+    changed = [
+        f"{key} ({', '.join(dict.fromkeys(values))})"
+        for key, values in differences(measured)
+        if key.rpartition(".")[2] not in _LOADING
+    ]
+    more = f" and {len(changed) - _FEW} more" if len(changed) > _FEW else ""
+    parts = [f"they differ in {', '.join(changed[:_FEW])}{more}"] if changed else []
+    scores = [{key for key, value in run.summary.items() if key.startswith(_SCORES)} for run in runs]
+    if all(scores) and not set.intersection(*scores):
+        first = ", ".join(f"{run.name} has {min(one)}" for run, one in zip(runs, scores, strict=True))
+        parts.append(f"they have no score in common ({first})")
+    return f"The scores of these runs may not be comparable: {'; '.join(parts)}" if parts else ""
+
+
+def _validated(run: Run) -> dict[str, Any]:
+    trainer = run.config.get("trainer")
+    limit = trainer.get("limit_val_batches") if isinstance(trainer, dict) else None
+    return {} if limit is None else {"trainer": {"limit_val_batches": limit}}
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:

@@ -16,7 +16,7 @@ from typing import Any
 from lightspan.config.tree import MAX_DEPTH, plain, read
 from lightspan.errors import UserError
 from lightspan.report.curves import XY
-from lightspan.run_files import METRICS, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
+from lightspan.run_files import FAILED, METRICS, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
 
 AXES = ("step", "time_s", "epoch")
 _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
@@ -118,6 +118,11 @@ def load_run(folder: Path, name: str) -> Run:
         samples=_read_lines(folder / SAMPLES) if (folder / SAMPLES).is_file() else [],
     )
     if not run.metrics():
+        if (folder / FAILED).is_file():
+            text = (folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
+            raise UserError(
+                f"run {str(folder)!r} failed before it logged a metric ({text}); start it again, or leave it out"
+            )
         raise UserError(
             f"run {str(folder)!r} has logged no metric yet: {METRICS} has {len(rows)} lines without one; wait until it "
             "has reached trainer.log_every_n_steps, or lower that number"

@@ -99,6 +99,7 @@ class SSVI(Method):
             )
         if not prior_std > 0 or not kl_scale >= 0:
             raise UserError(f"SSVI prior_std={prior_std} must be above 0 and kl_scale={kl_scale} at least 0")
+        self.num_classes = num_classes
         self.backbone, self.head = backbone, nn.Linear(width, num_classes)
         he_normal_(self.head)
         self.topology, self.prior_std, self.kl_scale = topology, prior_std, kl_scale
