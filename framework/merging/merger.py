@@ -174,7 +174,8 @@ def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]
             "the run diverged, or lower the coefficients"
         )
     for at in range(0, tensor.numel(), span.CHUNK):
-        infinite, *given = (x.reshape(-1)[at : at + span.CHUNK].isinf() for x in (tensor, *weights.values()))
+        pieces = (x.reshape(-1)[at : at + span.CHUNK] for x in (tensor, *weights.values()))
+        infinite, *given = (span.widest(piece).isinf() for piece in pieces)  # types of a byte do not know the question
         if (infinite & ~torch.stack(given).any(dim=0)).any():
             raise UserError(
                 f"{name} of the merged checkpoint would have infinity where no checkpoint has: {form.dtype} ends at "
