@@ -151,7 +151,7 @@ NAN, INF = torch.tensor(torch.nan), torch.tensor(torch.inf)
         (lambda folder: regmean(folder, torch.full((5, 5), torch.nan)), "each number of a.weight must be real and fin"),
         (
             lambda folder: regmean(folder, torch.full((5, 5), 1e308, dtype=torch.float64)),
-            "and the weights give infinite products",
+            "weights give infinite products",
         ),
         (lambda folder: regmean(folder, torch.eye(5), "x"), "it names x, and they have a.weight, a.bias, scale"),
         (lambda folder: weighed(folder, NAN, mask=True), "each mask of scale must be real and finite"),
