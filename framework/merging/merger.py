@@ -138,7 +138,7 @@ def require_alike(checkpoints: Mapping[str, Weights]) -> None:
             here, there = first.forms[tensor], weights.forms[tensor]
             if here.shape != there.shape:
                 wrong.append(f"{tensor} is {list(here.shape)} in {first_name} but {list(there.shape)} in {name}")
-            elif _has_fractions(here) != _has_fractions(there):
+            elif _kind(here) != _kind(there):
                 wrong.append(f"{tensor} is {here.dtype} in {first_name} but {there.dtype} in {name}")
     if wrong:
         raise UserError(
@@ -182,6 +182,10 @@ def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]
                 f"{torch.finfo(form.dtype).max:g}; lower the coefficients, or lead with a checkpoint of a wider dtype"
             )
     return tensor
+
+
+def _kind(form: Form) -> tuple[bool, bool]:
+    return form.dtype.is_floating_point, form.dtype.is_complex
 
 
 def _has_fractions(form: Form) -> bool:
