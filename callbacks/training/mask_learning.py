@@ -137,6 +137,7 @@ class MaskLearning(Callback):
             for name, parameter in pl_module.named_parameters()
             if parameter.requires_grad and matches(name, self.match)
         }
+        self._names = first_names(pl_module)
         self._numbers = {name: place.shape.numel() for name, place in self._places.items()}
         if left_out := [name for name, place in self._places.items() if id(place.parameter) not in held]:
             raise UserError(f"MaskLearning matches {left_out[0]}, which the optimiser does not train; leave it out")
@@ -330,12 +331,17 @@ class MaskLearning(Callback):
         Console().print(table)
 
 
+def first_names(module: nn.Module) -> dict[str, str]:
+    """The name that a parameter has first, by each of its names: several modules may share one."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+
 def save_masks(path: Path, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Writes masks as a safetensors file of bool, whole or not at all: one for every floating-point tensor of the
     module's state_dict, open where `masks` has none.
     """
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    names = {name: first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+    names = first_names(module)
     shapes = {name: value.shape for name, value in module.state_dict().items() if value.is_floating_point()}
     forms = {name: Form(tuple(shape), torch.bool) for name, shape in shapes.items()}
     pieces = (
@@ -358,10 +364,9 @@ def _show_weights(
     """
     callback = of()
     if callback is not None and callback._in_use and trained() is module:
-        kept = {id(callback._places[name].parameter): weight for name, weight in callback._kept.items()}
-        for name, parameter in module.named_parameters(remove_duplicate=False):  # each name of a shared one
-            if id(parameter) in kept and prefix + name in state_dict:
-                state_dict[prefix + name] = kept[id(parameter)]
+        for name, first in callback._names.items():
+            if first in callback._kept and prefix + name in state_dict:
+                state_dict[prefix + name] = callback._kept[first]
 
 
 def _reshard(module: nn.Module) -> None:
