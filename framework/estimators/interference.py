@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from lightspan.errors import UserError
@@ -14,7 +13,7 @@ from lightspan.features.store import FeatureStore
 from lightspan.merging import interference
 from lightspan.merging.adapted import Adapted
 from lightspan.merging.merger import require_alike
-from lightspan.merging.weights import Weights, is_adapter, open_weights
+from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of
 from lightspan.results import Figure, Result
 
 BASE = "base"
@@ -33,7 +32,7 @@ class Checkpoint(Input):
 
     def load(self, store: FeatureStore) -> Weights:
         """Raises: UserError for what is no checkpoint, or an adapter of another model."""
-        place = Path(self.path).expanduser()
+        place = place_of(self.path)
         if self.base is not None and is_adapter(place):
             return Adapted(place, open_weights(self.base))
         return open_weights(place)

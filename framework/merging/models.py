@@ -10,7 +10,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.merging.adapted import Adapted
 from lightspan.merging.merger import require_alike
-from lightspan.merging.weights import Weights, is_adapter, open_weights
+from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.tensor_files import Form
 
@@ -51,7 +51,7 @@ class StoredModels(Models):
         base = open_weights(self.base)
         found = {BASE: base}
         for task, path in self.paths.items():
-            place = Path(path).expanduser()
+            place = place_of(path)
             found[task] = Adapted(place, base) if is_adapter(place) else open_weights(place)
         parts: dict[str, Weights] = {name: Part(weights, own.forms) for name, weights in found.items()}
         require_alike({"the network": own, **parts})

@@ -153,7 +153,7 @@ def test_one_layer_is_held_at_a_time() -> None:
     assert len(alive) == 24
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_half_precision_is_computed_in_float64(dtype: torch.dtype) -> None:
     half = noise(16, 8, 3, 3).to(dtype)
     report = FilterStatistics().fit(half=InMemory(w=half), wide=InMemory(w=half.double()))
@@ -176,6 +176,9 @@ def test_what_has_no_statistics_is_named() -> None:
     broken[0, 0, 0, 0] = torch.nan
     with pytest.raises(UserError, match=r"w of net is torch\.float32 or holds NaN"):
         FilterStatistics().fit(net=InMemory(w=broken))
+    for net in (nn.LazyConv2d(4, 3), nn.Conv2d(4, 4, 3, device="meta")):
+        with pytest.raises(UserError, match="weight of net has no numbers; run a lazy network once, or"):
+            FilterStatistics().fit(net=net)
     with pytest.raises(UserError, match=r"w of net is torch\.int64"):
         FilterStatistics().fit(net=InMemory(w=bank.long()))
 

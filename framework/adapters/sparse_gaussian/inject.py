@@ -5,6 +5,7 @@ sparsify(model, ["*"], density=0.1, dense=["conv1"])
 Source: SSVI, ICLR 2024, arXiv 2402.11025. How posteriors start is from the authors' code.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +41,10 @@ class Start:
     std_spread: float = 5.0e-4
 
     def __post_init__(self) -> None:
-        if min(self.mean_std or 0.0, self.std, self.std_spread) < 0:
+        if not all(0 <= value < math.inf for value in (self.mean_std or 0.0, self.std, self.std_spread)):
             raise UserError(
-                f"Start mean_std={self.mean_std}, std={self.std} and std_spread={self.std_spread} must be at least 0"
+                f"Start mean_std={self.mean_std}, std={self.std} and std_spread={self.std_spread} must be at least 0 "
+                "and finite"
             )
 
     def means(self, weight_k: Tensor, places_k: Tensor, name: str, seed: int) -> Tensor:

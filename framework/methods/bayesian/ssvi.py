@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,8 +98,10 @@ class SSVI(Method):
                 f"SSVI num_classes={num_classes} must be at least 2, draws={draws} at least 0 and "
                 f"train_samples={train_samples} at least 1 or null"
             )
-        if not prior_std > 0 or not kl_scale >= 0:
-            raise UserError(f"SSVI prior_std={prior_std} must be above 0 and kl_scale={kl_scale} at least 0")
+        if not 0 < prior_std < math.inf or not 0 <= kl_scale < math.inf:
+            raise UserError(
+                f"SSVI prior_std={prior_std} must be above 0 and kl_scale={kl_scale} at least 0, and both finite"
+            )
         self.num_classes = num_classes
         self.backbone, self.head = backbone, nn.Linear(width, num_classes)
         he_normal_(self.head)
@@ -130,6 +133,14 @@ class SSVI(Method):
         configured = super().configure_optimizers()
         require_entrywise(configured["optimizer"] if isinstance(configured, dict) else configured)
         return configured
+
+    def on_fit_start(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector of the trainer sets it
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise UserError(
+                    f"{type(callback).__name__} averages numbers by their places, and SSVI moves what stands there; "
+                    "leave it out, and average predictions with draws"
+                )
 
     def on_train_start(self) -> None:
         self._steps = self.trainer.estimated_stepping_batches

@@ -7,6 +7,7 @@ which reads detached features, is the callback `OnlineProbes`. Its variant that 
 Shapes: B images of this rank, V views of each, R = B V rows, D embedding width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class Hydra(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if temperature <= 0:
-            raise UserError(f"temperature={temperature} must be above 0; 0.05 to 0.5 are usual")
+        if not 0 < temperature < math.inf:
+            raise UserError(f"temperature={temperature} must be above 0 and finite; 0.05 to 0.5 are usual")
         for name, giver, taken in (
             ("projector.in_features", backbone, getattr(projector, "in_features", None)),
             ("gate.out_features", projector, getattr(gate, "out_features", None)),

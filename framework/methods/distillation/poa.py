@@ -16,6 +16,7 @@ loss with several heads.
 Shapes: B batch of this rank, G global and V views, H W grid of a global view, w width, K prototypes, N masked patches.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,12 @@ class POA(Method):
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise UserError(f"{name}={value} must lie in [0, 1]")
-        if min(student_temperature, teacher_temperature, final_temperature) <= 0 or koleo_weight < 0:
+        temperatures = student_temperature, teacher_temperature, final_temperature
+        if not (all(0 < value < math.inf for value in temperatures) and 0 <= koleo_weight < math.inf):
             raise UserError(
                 f"student_temperature={student_temperature}, teacher_temperature={teacher_temperature} and "
-                f"final_temperature={final_temperature} must be above 0, and koleo_weight={koleo_weight} at least 0"
+                f"final_temperature={final_temperature} must be above 0, and koleo_weight={koleo_weight} at least 0, "
+                "and all finite"
             )
         if global_views < 2:
             raise UserError(

@@ -38,7 +38,7 @@ class ByScore(Fixed):
     def _begin(self, optimizer: Optimizer | None) -> None:
         self.scores = {name: wide(place.weight).abs() for name, place in self.places.items()}
         self.masks = self.owns(self.highest(self.scores, self.density.at(0.0)))
-        self._scored, self._now = False, dict[str, Tensor]()
+        self._scored, self._now = set[str](), dict[str, Tensor]()
 
     def draw(self, step: int, progress: float) -> None:
         self._now = {}
@@ -50,9 +50,9 @@ class ByScore(Fixed):
 
     def update(self, step: int, progress: float) -> bool:
         for name, now_S in self._now.items():  # here, so that a step that is not taken does not count
-            first = not self._scored or self.memory == 0
+            first = name not in self._scored or self.memory == 0
             self.scores[name] = now_S if first else self.memory * self.scores[name] + now_S
-        self._scored = True
+            self._scored.add(name)
         if step % self.every:
             return False
         self.masks = self.owns(self.chosen(progress))
@@ -62,8 +62,9 @@ class ByScore(Fixed):
         return self.highest(self.scores, self.density.at(progress))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "scores": on_cpu(self.wholes(self.scores)), "scored": self._scored}
+        scored = {name: name in self._scored for name in self.places}
+        return {**super().state_dict(), "scores": on_cpu(self.wholes(self.scores)), "scored": scored}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.scores, self._scored = self.saved(state, "scores"), bool(state.get("scored"))
+        self.scores, self._scored = self.saved(state, "scores"), {n for n, yes in state["scored"].items() if yes}

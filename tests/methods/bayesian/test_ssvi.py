@@ -13,6 +13,7 @@ import pytest
 import rank_processes
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from rank_processes import free_port
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -267,6 +268,8 @@ def test_decay_acts_on_means_alone() -> None:
         ({"density": 0}, "density=0 must be above 0"),
         ({"match": ["backbone.norm*"]}, "matches no linear layer or convolution of SSVI"),
         ({"prior_std": 0}, "prior_std=0 must be above 0"),
+        ({"prior_std": float("inf")}, "prior_std=inf must be above 0 .* and both finite"),
+        ({"kl_scale": float("inf")}, "kl_scale=inf at least 0, and both finite"),
         ({"kl_scale": -1}, "kl_scale=-1 at least 0"),
         ({"draws": -1}, "draws=-1 at least 0"),
         ({"train_samples": 0}, "train_samples=0 at least 1"),
@@ -275,6 +278,13 @@ def test_decay_acts_on_means_alone() -> None:
 def test_values_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_start_that_is_no_number_is_refused(value: float, place: int) -> None:
+    with pytest.raises(UserError, match="must be at least 0 and finite"):
+        Start(*[value if i == place else 0.1 for i in range(3)])
 
 
 def test_a_backbone_without_a_width_is_refused() -> None:
@@ -287,6 +297,9 @@ def test_runs_that_cannot_work_are_refused_before_their_first_step(tmp_path: Pat
     sharded._trainer = SimpleNamespace(strategy=FSDP2())  # type: ignore[assignment]
     with pytest.raises(UserError, match="which FSDP2 splits; train with --config scale/ddp"):
         sharded.configure_model()
+    for average in (EMAWeightAveraging(), StochasticWeightAveraging(0.01)):
+        with pytest.raises(UserError, match="averages numbers by their places, and SSVI moves what stands there"):
+            trainer(tmp_path, callbacks=[average], max_epochs=1).fit(method(), datamodule=Digits(24))
     with pytest.raises(UserError, match="Adafactor keeps 'row_var'"):
         trainer(tmp_path).fit(method(optimizer=torch.optim.Adafactor), datamodule=Digits(24))
     with pytest.raises(UserError, match=r"SSVI needs the run's length"):
