@@ -19,7 +19,8 @@ GROUND: dict[str, set[str]] = {
     "errors": set(),
     **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns")},
     "memory": {"sharded"},
-    **{floor: set() for floor in ("devices", "drawing", "run_files", "sharded")},
+    "sharded": {"devices", "errors"},
+    **{floor: set() for floor in ("devices", "drawing", "run_files")},
     "results": {"drawing", "errors"},
     "tensor_files": {"errors", "files"},
 }

@@ -23,6 +23,7 @@ MODULES = {  # old name -> new name
     "lightspan.callbacks.accumulation": "lightspan.callbacks.resilience.accumulation",
     "lightspan.callbacks.proof": "lightspan.callbacks.resilience.proof",
     "lightspan.callbacks.jsonl_logger": "lightspan.loggers.jsonl",
+    "lightspan.optim.triggers": "lightspan.optim.bases",
     "lightspan.datamodules.loader": "lightspan.datamodules.loading.loader",
     "lightspan.datamodules.shards": "lightspan.datamodules.shards.stream",
     "lightspan.datamodules.images": "lightspan.datamodules.images.small",

@@ -13,11 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from lightspan.devices import wide_type
-from lightspan.optim.buckets import SEED_STRIDE, SHARD_STRIDE
-from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, is_dense
+from lightspan.optim.layout import SEED_STRIDE, SHARD_STRIDE, WEIGHT_STREAM, Layout, State, is_dense
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.sharding import Shards, ranks_of
-from lightspan.sharded import local
+from lightspan.sharded import Shards, local, ranks_of
 from lightspan.triton_kernels.rounding import stochastic_round
 
 SMALLEST_QUANTISED = 4096

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightspan.optim.sharding import Ranks, Shards, alone, from_local, ranks_of
-from lightspan.sharded import local
+from lightspan.sharded import Ranks, Shards, alone, from_local, local, ranks_of
 
 State = dict[str, Tensor]
 """Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""
 
+SEED_STRIDE = 1 << 24
+"""Distance between the seeds of two random streams, so that counting up in one does not reach the next."""
+SHARD_STRIDE = 1 << 40
+"""Distance between the seeds of two ranks with rows of one matrix: they round different numbers."""
 WEIGHT_STREAM = 1 << 61
 """Added to a step's seed: the noise that rounds weights is independent of that of moments."""
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import widest_float
-from lightspan.optim.sharding import Shards, own_part, ranks_of, split_axis, whole_of
-from lightspan.sharded import local
+from lightspan.sharded import Shards, local, own_part, ranks_of, split_axis, whole_of
 from lightspan.subspaces.masks.draws import uniform
 
 
