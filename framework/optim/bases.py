@@ -175,7 +175,7 @@ class DrawnBasis(_DenseBasis):
 
 class GaussianBasis(DrawnBasis):
     """Independent normal entries of variance 1 / R: norms are kept in the mean, angles are not (APOLLO, arXiv
-    2412.05270, section 4.2). Goes with the Apollo residual only.
+    2412.05270, section 4.1.2). Goes with the Apollo residual only.
     """
 
     orthonormal = False

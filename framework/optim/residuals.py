@@ -120,8 +120,8 @@ def row_scales(direction: Tensor, inside: Tensor, outside: Tensor, layout: Layou
 
 
 def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: State, total: Total) -> Tensor:
-    """Row scales after the norm-growth limiter (Fira, arXiv 2410.01623, section 3.3): the norm of what is rescaled
-    grows by at most `limit` from one step to the next. Writes the norm to `state`, always a finite number.
+    """Row scales after the norm-growth limiter (Fira, arXiv 2410.01623, section 4.2, equation 12): the norm of what is
+    rescaled grows by at most `limit` from one step to the next. Writes the norm to `state`, always a finite number.
 
     The first step is not limited. A step that rescales nothing, such as for a gradient of zeros, does not count: the
     next one is compared with the last that did. (Published code uses its norm of zero as the norm to grow from, after
@@ -182,7 +182,7 @@ class _Rescaling(Residual):
 @dataclass(frozen=True)
 class Fira(_Rescaling):
     """The gradient outside the frame, scaled row by row like the gradient inside it (Fira, arXiv 2410.01623, sections
-    3.2 and 3.3).
+    4.1 and 4.2, equations 9 to 12).
 
     With coordinates r, direction u and residual E = G - r Q^T, row i of the update gains s_i E_i, s_i = |u_i| /
     (|r_i| + 1e-8). A limiter holds |s o E|_F to at most `limit` times its value in the step before. The frame is
