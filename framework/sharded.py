@@ -70,7 +70,7 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Shards:
+class RowShards:
     """How the rows of matrices of one shape are spread over ranks: as torch.chunk splits them, so the last ones may
     have fewer or none.
 
@@ -168,7 +168,7 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     if ranks is None:
         return whole
     axis = split_axis(like, ranks)
-    return Shards(ranks, like.shape[axis], moved=False).own(whole, axis)
+    return RowShards(ranks, like.shape[axis], moved=False).own(whole, axis)
 
 
 def whole_of(part: Tensor, like: Tensor) -> Tensor:

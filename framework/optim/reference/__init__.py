@@ -23,7 +23,7 @@ from lightspan.optim.reference.dct import DCTAdamW, Trion
 from lightspan.optim.reference.fira import FiraAdam
 from lightspan.optim.reference.galore import GaLore
 from lightspan.optim.reference.ldadam import LDAdam
-from lightspan.optim.reference.loop import Reference, Run, run
+from lightspan.optim.reference.loop import Reference, ReferenceRun, run
 from lightspan.optim.reference.low_rank import LowRank
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "LDAdam",
     "LowRank",
     "Reference",
-    "Run",
+    "ReferenceRun",
     "Trion",
     "run",
 ]
