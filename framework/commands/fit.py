@@ -1,19 +1,17 @@
-"""`lightspan fit`, `validate`, `test` and `predict`: a run folder, a built configuration, and Lightning's Trainer."""
+"""`lightspan fit`: a run folder, a built configuration, and Lightning's Trainer."""
 
 import argparse
 import contextlib
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import manifest
-from lightspan.commands.arguments import add_recipe_arguments, file, folder
+from lightspan.commands.arguments import add_recipe_arguments, add_run_argument
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
 from lightspan.loggers.wandb_key import wandb_key_place
-from lightspan.run_files import PREDICTIONS
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
@@ -25,20 +23,19 @@ from lightspan.runs.folder import (
     run_ids,
     set_metrics_aside,
     sole_use,
-    weights_to_evaluate,
     write_run_files,
 )
 from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
-from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals, put_weights
+from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    _add_run_argument(parser)
+    add_run_argument(parser)
     parser.add_argument(
         "--resume",
         default="auto",
@@ -57,24 +54,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_arguments(parser)
-    _add_run_argument(parser)
-    parser.add_argument(
-        "--ckpt",
-        type=file,
-        required=True,
-        metavar="PATH",
-        help="a checkpoint, a run folder for its newest one, or a merge or an export for its weights",
-    )
-
-
-def _add_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
-
-
-def run_fit(args: argparse.Namespace) -> int:
-    resolved = _resolve(args)
+def run(args: argparse.Namespace) -> int:
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
     if args.dry_run:
         from lightspan.planning.rehearsal import rehearse
 
@@ -135,53 +116,6 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     return status
 
 
-def run_validate(args: argparse.Namespace) -> int:
-    return _evaluate(args, "validate")
-
-
-def run_test(args: argparse.Namespace) -> int:
-    return _evaluate(args, "test")
-
-
-def run_predict(args: argparse.Namespace) -> int:
-    return _evaluate(args, "predict")
-
-
-def _evaluate(args: argparse.Namespace, verb: str) -> int:
-    resolved = _resolve(args)
-    source = weights_to_evaluate(args.ckpt)
-    if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
-        raise UserError(f"--run {args.run} contains a training run; give {verb} its own folder or leave --run out")
-    run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
-    resolved = with_seed(resolved, run_dir, source)
-    resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go to one JSON file
-    built = build(resolved, run_dir)
-    alone = source.suffix == ".safetensors"
-    if alone:
-        put_weights(built, source)
-    if is_first_rank():
-        print_notes(resolved.notes)
-        if source != args.ckpt:
-            print(f"{verb}: {source}", flush=True)
-        write_run_files(resolved, run_dir, args.command_line, args.overlays, source)
-    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": None if alone else str(source)}
-    call_arguments["weights_only"] = True
-    if verb != "predict":
-        call_arguments["verbose"] = False
-    function = getattr(built.trainer, verb)
-    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, source)
-    if status == 0 and is_first_rank():
-        if verb == "predict":
-            _write_predictions(result, run_dir / PREDICTIONS)
-        else:
-            _print_metrics(result, run_dir / f"{verb}.json")
-    return status
-
-
-def _resolve(args: argparse.Namespace) -> Resolved:
-    return resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
-
-
 def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:
     """What to say of a run that took no step, since its checkpoint is at its end or beyond."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
@@ -211,23 +145,3 @@ def _tell_wandb(resolved: Resolved, built: Built) -> None:
     for logger in built.trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(resolved.config)
-
-
-def _write_predictions(predictions: Any, path: Path) -> None:
-    import torch
-
-    from lightspan.files import atomic_path
-
-    with atomic_path(path) as temporary:
-        torch.save(predictions, temporary)
-    print(f"wrote {path}: one entry per batch")
-
-
-def _print_metrics(results: list[dict[str, float]], path: Path) -> None:
-    from lightspan.files import write_atomic
-
-    metrics = {name: value for result in results for name, value in result.items()}
-    write_atomic(path, json.dumps(metrics, indent=2) + "\n")
-    for name, value in metrics.items():
-        print(f"{name:<32} {value:.6g}")
-    print(f"wrote {path}")

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class NewFiles:
     """Where the files go, how they name the method, and what to do next.
 
     Attributes:
@@ -145,10 +145,10 @@ def _names_given(text: str) -> list[str]:
     return names
 
 
-def _in_the_house(family: str, name: str) -> Layout:
+def _in_the_house(family: str, name: str) -> NewFiles:
     test, evidence = f"tests/methods/{family}/test_{name}.py", f"evidence/test_{name}.py"
     package = f"framework/methods/{family}/__init__.py"
-    return Layout(
+    return NewFiles(
         {
             package: [],
             f"framework/methods/{family}/{name}.py": ["method.py"],
@@ -169,9 +169,9 @@ def _in_the_house(family: str, name: str) -> Layout:
     )
 
 
-def _of_ones_own(name: str) -> Layout:
+def _of_ones_own(name: str) -> NewFiles:
     test, evidence = f"test_{name}.py", f"evidence_{name}.py"
-    return Layout(
+    return NewFiles(
         {
             f"{name}/__init__.py": [],
             f"{name}/method.py": ["method.py"],
@@ -191,7 +191,7 @@ def _of_ones_own(name: str) -> Layout:
     )
 
 
-def _text(parts: list[str], layout: Layout, family: str, name: str, house: bool) -> str:
+def _text(parts: list[str], layout: NewFiles, family: str, name: str, house: bool) -> str:
     templates = resources.files("lightspan.commands") / "templates"
     cls = _class_of(name)
     text = Template("".join((templates / f"{part}.txt").read_text(encoding="utf-8") for part in parts)).substitute(

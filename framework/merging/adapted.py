@@ -11,7 +11,7 @@ from lightspan.merging.merger import Merger
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of, sha256_of
 
 
-class Adapted(Weights):
+class AdaptedWeights(Weights):
     """The base's tensors, those that a PEFT LoRA changes computed in float64 when they are read.
 
     Layers go by their names in the model that PEFT was given. A base whose names begin further out, as with the
@@ -77,10 +77,13 @@ def open_checkpoints(merger: Merger, paths: Mapping[str, str], base: str | None 
     own = base is None
     under = open_weights(paths[leading] if base is None else base)
     places = {name: place_of(path) for name, path in paths.items()}
-    return {
-        name: under if own and name == leading else Adapted(place, under) if is_adapter(place) else open_weights(place)
-        for name, place in places.items()
-    }
+
+    def opened(name: str, place: Path) -> Weights:
+        if own and name == leading:
+            return under
+        return AdaptedWeights(place, under) if is_adapter(place) else open_weights(place)
+
+    return {name: opened(name, place) for name, place in places.items()}
 
 
 def _beginning(names: list[str], base: Weights, folder: Path) -> str:

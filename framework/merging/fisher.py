@@ -19,7 +19,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_span_as
-from lightspan.merging.weights import Statistics, Weights
+from lightspan.merging.weights import StatisticsFiles, Weights
 from lightspan.tensor_files import Form
 
 
@@ -40,7 +40,7 @@ class FisherAverage(Merger):
         if not 0 <= floor < math.inf:
             raise UserError(f"FisherAverage floor={floor} must be at least 0 and finite")
         self.weights, self.floor = weights, floor
-        self._fishers = Statistics("FisherAverage", statistics)
+        self._fishers = StatisticsFiles("FisherAverage", statistics)
 
     def leading(self, names: Sequence[str]) -> str:
         self._fishers.require(names)

@@ -94,13 +94,13 @@ def merge(
     Raises: UserError where checkpoints do not fit together, or a tensor of one or of the result holds NaN, or infinity
     where no checkpoint does.
     """
-    plan = Plan(merger, checkpoints)
+    plan = MergePlan(merger, checkpoints)
     with atomic_path(out) as temporary:
         plan.write(temporary, list(plan.stored), record or {})
     return plan.outlook
 
 
-class Plan:
+class MergePlan:
     """Checkpoints that fit together, and the files that a merger makes of them.
 
     Attributes:

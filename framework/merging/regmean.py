@@ -19,7 +19,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import difference, in_span, in_span_as
-from lightspan.merging.weights import Statistics, Weights
+from lightspan.merging.weights import StatisticsFiles, Weights
 from lightspan.tensor_files import Form
 
 
@@ -35,7 +35,7 @@ class RegMean(Merger):
         if not 0 <= alpha <= 1:
             raise UserError(f"RegMean alpha={alpha} must be in [0, 1]")
         self.alpha = alpha
-        self._grams = Statistics("RegMean", grams)
+        self._grams = StatisticsFiles("RegMean", grams)
 
     def leading(self, names: Sequence[str]) -> str:
         self._grams.require(names)

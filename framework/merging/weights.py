@@ -119,7 +119,7 @@ def safetensors_of(folder: Path) -> list[Path]:
     return [folder / MODEL] if (folder / MODEL).is_file() else sorted(folder.glob("*.safetensors"))
 
 
-class Statistics:
+class StatisticsFiles:
     """Files of numbers by tensor name that belong to checkpoints, opened when they are first asked.
 
     Args:

@@ -15,7 +15,7 @@ from lightspan.nn.block_masks import MaskedPatches
 from lightspan.nn.slices import widened
 
 
-class Seen(NamedTuple):
+class SeenViews(NamedTuple):
     """What a network says of its views: class tokens, and by head the scores of these and of masked patches."""
 
     class_VBw: Tensor
@@ -36,7 +36,7 @@ class PrototypeNetwork(nn.Module):
         super().__init__()
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
 
-    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> Seen:
+    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> SeenViews:
         """Scores of all class tokens and of the masked patches.
 
         Args:
@@ -56,6 +56,6 @@ class PrototypeNetwork(nn.Module):
         patches_Nw = masked.tokens(tokens_BTw[:, 1:])
         rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)  # type: ignore[arg-type]
         scores = [head(rows).split([len(views) * images, len(patches_Nw)]) for head in self.heads]
-        return Seen(
+        return SeenViews(
             class_VBw, [of_class.unflatten(0, (len(views), images)) for of_class, _ in scores], [of for _, of in scores]
         )

@@ -23,7 +23,7 @@ _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
 
 @dataclass(frozen=True)
-class Point:
+class LoggedValue:
     """One logged value; `step` counts optimiser steps, `time_s` seconds since the fit began (NaN if not logged)."""
 
     step: int
@@ -48,10 +48,10 @@ class Run:
         names = (key for row in self.rows for key, value in row.items() if key not in AXES and _is_value(value))
         return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
 
-    def points(self, metric: str) -> list[Point]:
+    def points(self, metric: str) -> list[LoggedValue]:
         """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""
         return [
-            Point(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
+            LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
             for row in self.rows
             if metric in row and _is_value(row[metric])
         ]

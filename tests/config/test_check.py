@@ -124,7 +124,7 @@ SWITCHES = (
         ("basis: svd", "Basis or null, got 'svd'", "did you mean class_path: lightspan.optim.bases.SVDBasis?"),
         ("basis: SVDBasis", "Basis or null, got 'SVDBasis'", "did you mean class_path: lightspan.optim.bases.SVDBas"),
         ("residual: fira", "Residual or null, got 'fira'", "did you mean class_path: lightspan.optim.residuals.Fira?"),
-        ("refresh: 'Every(9)'", "a whole number or Trigger, got", "class_path: lightspan.optim.triggers.Every? "),
+        ("refresh: 'Every(9)'", "a whole number or Trigger, got", "class_path: lightspan.optim.bases.Every? "),
         ("rank: auto", "a whole number, got 'auto'", ""),
         ("basis: 3", "Basis or null, got 3", "class_path: MODULE.NAME; lightspan.optim.bases has PowerBasis, SVDBas"),
         ("inner: [1]", "Inner, got [1]", "lightspan.optim.inner has Adam, SGD, NewtonSchulz"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightspan.report.chart import Chart, Curve, draw
+from lightspan.report.chart import Chart, ChartLine, draw
 from lightspan.report.compare import caution, compare, differences, headline, number
 from lightspan.report.curves import smooth, thin, ticks, window
 from lightspan.report.runs import load_runs, unique_names
@@ -165,7 +165,7 @@ def test_a_long_curve_with_a_steep_start_is_cut_and_the_cut_counted() -> None:
     assert (low, above, peak) == (pytest.approx(1.01), 5, 10.0)
     assert 1.9 < high < 2.1
     assert "the axis is cut: 5 early values, up to 10, are above it" in draw(
-        Chart("t", "x", "y", [Curve("r", 0, falling)])
+        Chart("t", "x", "y", [ChartLine("r", 0, falling)])
     )
 
 
@@ -174,10 +174,10 @@ def test_a_short_curve_is_never_cut() -> None:
 
 
 def test_values_that_cannot_be_drawn_are_counted_below_the_chart() -> None:
-    curve = Curve("r", 0, [(0.0, 1.0), (1.0, math.nan), (2.0, math.inf)])
+    curve = ChartLine("r", 0, [(0.0, 1.0), (1.0, math.nan), (2.0, math.inf)])
     assert "2 values are not finite" in draw(Chart("t", "x", "y", [curve]))
     assert "1 values are not finite or not positive" in draw(
-        Chart("t", "x", "y", [Curve("r", 0, [(0.0, 0.0), (1.0, 1.0)])], log_y=True)
+        Chart("t", "x", "y", [ChartLine("r", 0, [(0.0, 0.0), (1.0, 1.0)])], log_y=True)
     )
 
 
@@ -185,7 +185,7 @@ def test_values_that_cannot_be_drawn_are_counted_below_the_chart() -> None:
 def test_any_chart_is_well_formed(points: list[tuple[float, float]], log_y: bool) -> None:
     from xml.etree import ElementTree
 
-    svg = draw(Chart("t & u", "x", "y", [Curve("r", 7, points), Curve("empty", 1, [])], log_y=log_y))
+    svg = draw(Chart("t & u", "x", "y", [ChartLine("r", 7, points), ChartLine("empty", 1, [])], log_y=log_y))
     ElementTree.fromstring(svg)
     assert "nan" not in svg
 

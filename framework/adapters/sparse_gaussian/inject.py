@@ -19,7 +19,7 @@ from lightspan.adapters.sparse_gaussian.draws import Draw, normal
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
-from lightspan.subspaces.masks.allocation import PerTensor, Uniform
+from lightspan.subspaces.masks.allocation import PerTensorAllocation, Uniform
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.subspaces.masks.top_k import top_k
 
@@ -63,7 +63,7 @@ def sparsify(
     match: Sequence[str],
     density: float,
     dense: Sequence[str] = (),
-    allocation: PerTensor | None = None,
+    allocation: PerTensorAllocation | None = None,
     start: Start = Start(),
     seed: int = 0,
 ) -> dict[str, SparseGaussian]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Outputs, Weights, normal
+from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.datamodules.batches import ImageBatch, ViewsBatch
@@ -30,7 +30,7 @@ from lightspan.method import Method
 from lightspan.nn.init import he_normal_
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
-from lightspan.subspaces.masks.allocation import PerTensor
+from lightspan.subspaces.masks.allocation import PerTensorAllocation
 
 COUNTED = ("weights", "active", "stored_bytes", "dense_bytes", "sparse_flops", "dense_flops")
 STEP_OF_NOISE = -2  # of the draws that make images of noise; steps and sampled networks count from 0
@@ -76,7 +76,7 @@ class SSVI(Method):
         density: float = 0.1,
         match: list[str] | None = None,
         dense: list[str] | None = None,
-        allocation: PerTensor | None = None,
+        allocation: PerTensorAllocation | None = None,
         start: Start = Start(),  # noqa: B008 - frozen
         topology: Topology = Topology(),  # noqa: B008 - frozen
         prior_std: float = 0.005,
@@ -195,7 +195,7 @@ class SSVI(Method):
             return wide(self(image_BCHW)).softmax(dim=1)
         total_BK: Any = 0
         for number in range(self.draws):
-            with drawing(self, Weights(self.seed, number)):
+            with drawing(self, OneDraw(self.seed, number)):
                 total_BK = total_BK + wide(self(image_BCHW)).softmax(dim=1)
         return total_BK / self.draws
 

@@ -31,7 +31,7 @@ from lightspan.method import Method
 from lightspan.nn.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.ema import EMATeacher
-from lightspan.nn.prototype_network import PrototypeNetwork, Seen
+from lightspan.nn.prototype_network import PrototypeNetwork, SeenViews
 from lightspan.nn.subnets import SubNetSampler
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import cross_view_loss, prototype_cross_entropy, sinkhorn
@@ -136,7 +136,7 @@ class POA(Method):
         targets_GBK = [sinkhorn(scores.flatten(0, 1), temperature).view_as(scores) for scores in taught.scores_VBK]
         targets_NK = [sinkhorn(scores, temperature) for scores in taught.patches_NK]
 
-        def from_teacher(seen: Seen) -> Tensor:
+        def from_teacher(seen: SeenViews) -> Tensor:
             """L_IT or L_ET."""
             heads = zip(targets_GBK, targets_NK, seen.scores_VBK, seen.patches_NK, strict=True)
             losses = [
@@ -161,7 +161,7 @@ class POA(Method):
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
         return loss
 
-    def same_view(self, intact: Seen, elastic: Seen) -> Tensor:
+    def same_view(self, intact: SeenViews, elastic: SeenViews) -> Tensor:
         """L_EI."""
         losses = []
         for target_VBK, scores_VBK in zip(intact.scores_VBK, elastic.scores_VBK, strict=True):

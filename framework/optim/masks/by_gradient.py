@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMS
 from lightspan.devices import wide, wide_type
 from lightspan.errors import UserError
 from lightspan.optim.masks.learner import MaskLearner, on_cpu
-from lightspan.optim.sharding import ranks_of, total_over
+from lightspan.sharded import ranks_of, total_over
 from lightspan.subspaces.masks.distributions import BinaryConcrete, MaskDistribution, require_temperature
 from lightspan.subspaces.masks.expected_count import shift_to_count
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.optim.masks.learner import Fixed, agreed_masks, on_cpu, random_scores
-from lightspan.subspaces.masks.allocation import PerTensor
+from lightspan.subspaces.masks.allocation import PerTensorAllocation
 from lightspan.subspaces.masks.index_sets import count_to_drop, drop_and_grow
 from lightspan.subspaces.masks.scores import GradientMagnitude, Magnitude, Score
 
@@ -39,7 +39,7 @@ class DropAndGrow(Fixed):
         self.alpha, self.every, self.drop, self.grow = alpha, every, drop or Magnitude(), grow or GradientMagnitude()
 
     def _begin(self, optimizer: Optimizer | None) -> None:
-        if not isinstance(self.allocation, PerTensor):
+        if not isinstance(self.allocation, PerTensorAllocation):
             raise UserError(
                 f"DropAndGrow keeps a count for each tensor, and {type(self.allocation).__name__} has none; take "
                 "Uniform or ErdosRenyi of lightspan.subspaces.masks.allocation"
@@ -60,7 +60,7 @@ class DropAndGrow(Fixed):
         gradients, self._gradients = self._gradients, {}
         if step % self.every or not gradients:
             return False
-        assert isinstance(self.allocation, PerTensor)
+        assert isinstance(self.allocation, PerTensorAllocation)
         shapes = {name: place.shape for name, place in self.places.items()}
         counts = self.allocation.counts(shapes, self.density.at(progress))
         wholes = self.wholes(self.masks)
@@ -74,7 +74,7 @@ class DropAndGrow(Fixed):
 
     def chosen(self, progress: float) -> dict[str, Tensor]:
         """The masks, brought to the counts of the moment: the smallest weights go, random entries come."""
-        assert isinstance(self.allocation, PerTensor)
+        assert isinstance(self.allocation, PerTensorAllocation)
         shapes = {name: place.shape for name, place in self.places.items()}
         counts = self.allocation.counts(shapes, self.density.at(progress))
         sizes = self.wholes({name: wide(place.weight).abs() for name, place in self.places.items()})

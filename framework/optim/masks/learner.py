@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightspan.distributed import copy_of_first_rank, world_size
 from lightspan.errors import UserError
 from lightspan.optim.masks.place import Place
-from lightspan.optim.sharding import ranks_of, total_over
+from lightspan.sharded import ranks_of, total_over
 from lightspan.subspaces.masks.allocation import Allocation
 from lightspan.subspaces.masks.schedules import Schedule
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Outputs, Weights, normal
+from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers
 from lightspan.adapters.sparse_gaussian.topology import Topology
 from lightspan.backbones.vision import MLP, SmallConvNet
@@ -201,7 +201,7 @@ def test_predictions_are_those_of_the_mean_or_of_networks_of_the_seed() -> None:
     model, given = method(draws=3).eval(), batch()
     networks = []
     for number in range(3):
-        with drawing(model, Weights(0, number)):
+        with drawing(model, OneDraw(0, number)):
             networks.append(model(given["image"]).softmax(1))
     torch.testing.assert_close(model.predict_step(given, 0), torch.stack(networks).mean(0))
     part = model.probabilities(given["image"][2:3])
