@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.merging.adapted import Adapted
+from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.arithmetic import StoredCoefficients, StoredMask, TaskArithmetic, WeightedAverage
 from lightspan.merging.fisher import FisherAverage
 from lightspan.merging.masked import Masked
@@ -68,7 +68,9 @@ def lora(folder: Path, rank: int, config: str | None = None, **more: Tensor) -> 
 
 def test_an_adapter_of_rank_0_is_its_base(tmp_path: Path) -> None:
     base = InMemory(net(0))
-    assert torch.equal(Adapted(lora(tmp_path / "none", 0), base).read("a.weight"), base.read("a.weight").double())
+    assert torch.equal(
+        AdaptedWeights(lora(tmp_path / "none", 0), base).read("a.weight"), base.read("a.weight").double()
+    )
 
 
 CONFIG = '{"peft_type": "LORA", "lora_alpha": 4, "alpha_pattern": %s}'
@@ -91,16 +93,16 @@ def test_settings_of_an_adapter_that_say_nothing_are_refused(config: str, messag
     folder = lora(tmp_path / "adapter", 2)
     (folder / "adapter_config.json").write_bytes(config.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message):
-        Adapted(folder, InMemory(net(0)))
+        AdaptedWeights(folder, InMemory(net(0)))
 
 
 def test_an_adapter_of_a_base_without_real_weights_is_refused(tmp_path: Path) -> None:
     for dtype in (torch.int8, torch.complex64):
         folder, base = lora(tmp_path / str(dtype), 2), InMemory({"a.weight": torch.zeros(7, 5, dtype=dtype)})
         with pytest.raises(UserError, match=f"adds to a.weight, which is {dtype} in its base memory"):
-            Adapted(folder, base)
+            AdaptedWeights(folder, base)
     with pytest.raises(UserError, match=r"replaces steps, torch.int64 in its base, by numbers of torch.float32"):
-        Adapted(lora(tmp_path / "steps", 2, steps=torch.tensor(1.0)), InMemory(net(0)))
+        AdaptedWeights(lora(tmp_path / "steps", 2, steps=torch.tensor(1.0)), InMemory(net(0)))
 
 
 def stored(folder: Path, name: str, **tensors: Tensor) -> str:
