@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightspan.callbacks.training.mask_demands import refuse_early_averages, require_maskable
+from lightspan.callbacks.training.mask_demands import (
+    masks_file,
+    refuse_early_averages,
+    refuse_scaled_gradients,
+    require_maskable,
+)
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.files import atomic_path
@@ -111,6 +116,7 @@ class MaskLearning(Callback):
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
+        self._file(trainer)
         require_maskable(pl_module, [name for name in names if matches(name, self.match)])
         others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
         for other in others:
@@ -127,6 +133,7 @@ class MaskLearning(Callback):
                 f"MaskLearning needs an optimiser, and configure_optimizers of {type(pl_module).__name__} gives none"
             )
         require_entrywise(optimizer)
+        refuse_scaled_gradients(trainer, optimizer)
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("MaskLearning needs the run's length; set trainer.max_steps or trainer.max_epochs")
@@ -210,7 +217,7 @@ class MaskLearning(Callback):
         self._let_go()
         self._announce()
         if trainer.is_global_zero:
-            save_masks(Path(self.path or Path(trainer.default_root_dir) / FILE), pl_module, self.masks)
+            save_masks(self._file(trainer), pl_module, self.masks)
 
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
@@ -227,6 +234,9 @@ class MaskLearning(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stored = state_dict  # taken up once the parameters are what they will be trained as
+
+    def _file(self, trainer: Trainer) -> Path:
+        return masks_file(self.path or Path(trainer.default_root_dir) / FILE)
 
     @property
     def _learner(self) -> MaskLearner:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from masked_net import ADAM, WEIGHTS, Plain, fit
 from torch import nn
@@ -155,6 +156,30 @@ def test_strategies_that_lay_parameters_end_to_end_are_refused(kind: type) -> No
     trainer = SimpleNamespace(strategy=object.__new__(kind), callbacks=[])
     with pytest.raises(UserError, match=f"{kind.__name__} lays them end to end; train with --config scale/fsdp2"):
         MaskLearning(["*"], ByScore()).on_fit_start(trainer, Plain())
+
+
+def test_a_file_of_masks_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path, "is a folder; name a file in it, such as masks.safetensors"),
+        (tmp_path / "file" / "masks.safetensors", "choose another folder with path of MaskLearning"),
+        ("~nobody-of-this-name/masks", "correct path of MaskLearning"),
+    ):
+        module = Plain()
+        with pytest.raises(UserError, match=message):
+            fit(module, [MaskLearning(["*"], ByScore(), path=str(path))], tmp_path)
+        assert module.losses == []
+
+
+def test_scaled_gradients_are_refused_and_unscaled_ones_learn_a_mask(tmp_path: Path) -> None:
+    def fits(fused: bool) -> None:
+        module = Plain(partial(torch.optim.SGD, fused=fused))
+        precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+        fit(module, [MaskLearning(WEIGHTS, ByGradient(), 0.3)], tmp_path, plugins=[precision], max_steps=2)
+
+    fits(fused=False)
+    with pytest.raises(UserError, match="a fused SGD takes it out only inside its step; set fused=False"):
+        fits(fused=True)
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
