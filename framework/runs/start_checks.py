@@ -39,7 +39,7 @@ def without_validation(trainer: Trainer) -> str | None:
     """What to say of a run that could validate and ends before it does; None for any other."""
     batches, every = trainer.num_training_batches, trainer.check_val_every_n_epoch
     due = trainer.val_check_batch  # None where the clock decides
-    if not trainer.enable_validation or due is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if not trainer.enable_validation or due is None:
         return None
     first = due if every is None else (every - 1) * batches + min(due, batches)
     total = math.inf if trainer.max_epochs in (None, -1) else (trainer.max_epochs or 0) * batches
