@@ -46,7 +46,8 @@ def refuse_scaled_gradients(trainer: Trainer, optimizer: Optimizer) -> None:
     if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
             "MaskLearning needs gradients without the factor of the GradScaler, and a fused "
-            f"{type(optimizer).__name__} takes it out only inside its step; set fused=False, or trainer.precision=bf16-mixed"
+            f"{type(optimizer).__name__} takes it out only inside its step; set fused=False, or "
+            "trainer.precision=bf16-mixed"
         )
 
 

@@ -149,6 +149,12 @@ class MaskLearning(Callback):
         if left_out := [name for name, place in self._places.items() if id(place.parameter) not in held]:
             raise UserError(f"MaskLearning matches {left_out[0]}, which the optimiser does not train; leave it out")
         stored, self._stored = self._stored, {}
+        kinds = stored.get("kind"), type(self.mask).__name__
+        if stored and not stored.get("fixed") and kinds[0] not in (None, kinds[1]):
+            raise UserError(
+                f"the saved masks are learned by {kinds[0]}, those of this run by {kinds[1]}; resume with the mask of "
+                "MaskLearning of that run"
+            )
         self._begin(Fixed() if stored.get("fixed") else self.mask, optimizer, stored.get("learner"))
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
@@ -222,7 +228,8 @@ class MaskLearning(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
             return dict(self._stored)
-        state = {"fixed": bool(self.masks), "learner": self._now.state_dict()}
+        kind = type(self.mask).__name__
+        state = {"fixed": bool(self.masks), "kind": kind, "learner": self._now.state_dict()}
         return {**state, "last": on_cpu(self._now.wholes(self._last)), "figures": dict(self._figures)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class Interference(Estimator):
             base_S = base.read(name)
             read = {task: weights.read(name) for task, weights in models.items()}
             for source, tensor in ((BASE, base_S), *read.items()):
-                if not tensor.isfinite().all():
+                if not tensor.double().isfinite().all():
                     raise UserError(f"{name} of {source} holds NaN or infinity; look at the run that it comes from")
             taus = interference.vectors_of(base_S, list(read.values()))
             shared, split = interference.sign_conflicts(taus, self.density)

@@ -39,10 +39,15 @@ class NetworkOnData:
         modes = [(part, part.training) for part in self.network.modules()]
         self.network.to(self.device).eval()
         try:
-            yield (batch[self.field].to(self.device) for batch in self.batches)
+            yield (self._inputs(batch).to(self.device) for batch in self.batches)
         finally:
             for part, training in modes:
                 part.training = training
+
+    def _inputs(self, batch: Any) -> Tensor:
+        if self.field not in batch:
+            raise UserError(f"a batch of these data has {', '.join(batch)}, and no {self.field!r}; set field to one")
+        return batch[self.field]
 
 
 class NetworkAndData(Input):
@@ -150,17 +155,20 @@ class InputGrams(Estimator):
         layers = {name: part for name, part in network.network.named_modules() if isinstance(part, nn.Linear)}
         if not layers:
             raise UserError(f"InputGrams: {type(network.network).__name__} has no nn.Linear")
-        sums = {f"{name}.weight".removeprefix("."): torch.zeros(()) for name in layers}
+        # A weight that layers share has one G, of all their inputs, under the name that it has first.
+        first = {id(parameter): name for name, parameter in network.network.named_parameters()}
+        sums: dict[str, Tensor] = {}
         seen, handles = 0, []
         for name, layer in layers.items():
-            key = f"{name}.weight".removeprefix(".")
-            sums[key] = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=network.device)
+            key, width = first.get(id(layer.weight), f"{name}.weight".removeprefix(".")), layer.in_features
+            sums.setdefault(key, torch.zeros(width, width, dtype=torch.float64, device=network.device))
 
-            def add(_: nn.Module, arguments: tuple[Tensor, ...], key: str = key) -> None:
-                x = arguments[0].double().flatten(0, -2)
+            def add(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], key: str = key) -> None:
+                x = (arguments[0] if arguments else named["input"]).double()
+                x = x.reshape(-1, x.shape[-1])
                 sums[key] += x.mT @ x
 
-            handles.append(layer.register_forward_pre_hook(add))
+            handles.append(layer.register_forward_pre_hook(add, with_kwargs=True))
         try:
             with network.at_work() as inputs:
                 for x in inputs:

@@ -48,6 +48,9 @@ def test_values_out_of_range_are_refused_at_once(make: Callable[[], Any], messag
         make()
 
 
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
 class ByHand(Plain):
     automatic_optimization = False
 
@@ -151,6 +154,22 @@ def test_what_makes_no_sense_together_is_refused_before_the_first_step(
     assert made.losses == []
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda logits: None, "must give an optimiser of all logits, and gave NoneType of 0 out of 2"),
+        (lambda logits: SGD(list(logits)[:1]), "and gave SGD of 1 out of 2"),
+        (torch.optim.LBFGS, "LBFGS evaluates the loss several times a step"),
+        (torch.optim.Adafactor, "Adafactor keeps 'row_var'"),
+    ],
+)
+def test_an_optimiser_of_logits_that_cannot_train_them_is_refused(make: Any, message: str, tmp_path: Path) -> None:
+    module = Plain()
+    with pytest.raises(UserError, match=message):
+        fit(module, [MaskLearning(WEIGHTS, ByGradient(optimizer=make))], tmp_path)
+    assert module.losses == []
+
+
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_lay_parameters_end_to_end_are_refused(kind: type) -> None:
     trainer = SimpleNamespace(strategy=object.__new__(kind), callbacks=[])
@@ -193,7 +212,18 @@ def test_a_checkpoint_of_other_masks_is_refused(tmp_path: Path) -> None:
     trainer.callbacks[0].masks = {}
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     for other, message in (
-        (MaskLearning(WEIGHTS, DropAndGrow()), r"the saved masks have masks of shape none for net\.0\.weight"),
+        (
+            MaskLearning(WEIGHTS, DropAndGrow()),
+            "masks are learned by ByGradient, those of this run by DropAnd",
+        ),
+        (
+            MaskLearning(WEIGHTS, ByGradient(optimizer=torch.optim.RMSprop)),
+            "RMSprop as it is here keeps square_avg",
+        ),
+        (
+            MaskLearning(WEIGHTS, ByGradient(optimizer=SGD)),
+            "have moments exp_avg, .* SGD as it is here keeps none",
+        ),
         (MaskLearning(["*.bias"], ByGradient(optimizer=ADAM)), r"resume with the match of that run"),
     ):
         with pytest.raises(UserError, match=message):

@@ -139,6 +139,35 @@ def test_grams_are_those_of_what_reaches_each_linear_layer() -> None:
         InputGrams().fit(on(net, normal(0, 4)))
 
 
+def test_layers_that_share_a_weight_have_one_gram_of_all_that_reaches_it() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.inner, self.outer = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.inner.weight = self.outer.weight = self.words.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(input=self.inner(x))
+
+    net, x = Shares(), normal(6, 4)
+    h = net.inner(x)
+    grams = InputGrams().fit(on(net, x)).tensors
+    assert grams.keys() == {"words.weight"}
+    torch.testing.assert_close(grams["words.weight"], x.T @ x + h.T @ h, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="a batch of these data has image, and no 'pixels'; set field"):
+        InputGrams().fit(NetworkOnData(net, [{"image": x}], "pixels", torch.device("cpu")))
+
+
+def test_floats_of_a_byte_are_compared() -> None:
+    models = [{"w": normal(6, 6, seed=seed).to(torch.float8_e4m3fn)} for seed in range(3)]
+    wide = [{"w": model["w"].double()} for model in models]
+    narrow, reference = (
+        Interference(rank=2).fit(**{name: Held(one, name) for name, one in zip(("base", "a", "b"), of, strict=True)})
+        for of in (models, wide)
+    )
+    assert narrow == reference
+
+
 @pytest.mark.runs
 def test_a_report_and_statistics_come_from_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -17,7 +17,7 @@ from lightspan.errors import UserError
 from lightspan.merging.coefficients import LayerWise, TaskWise
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
-from lightspan.merging.weights import open_weights
+from lightspan.merging.weights import open_weights, real_finite
 from lightspan.objectives.entropy import prediction_entropy
 
 
@@ -56,7 +56,7 @@ class AdaMerging(LearnedMerging):
                     raise UserError(
                         f"{mask} has no mask {list(shape)} of {prefix}{name}; it belongs to another network"
                     )
-                self.register_buffer(f"mask_{i}", stored.read(prefix + name).clone(), persistent=False)
+                self.register_buffer(f"mask_{i}", real_finite(stored, prefix + name, "mask").clone(), persistent=False)
 
     def coefficients(self) -> dict[str, Tensor]:
         return {name: self.learned.of(name) for name in self.span.shapes}
