@@ -105,7 +105,7 @@ class World:
     tasks: dict[str, Task]
     pictures: dict[str, Pictures]
     base: MLP
-    heads: dict[str, nn.Linear]
+    heads: dict[str, nn.Module]
     specialists: dict[str, MLP]
 
     def models(self, tasks: Iterable[str] | None = None) -> "InMemory":
@@ -146,21 +146,22 @@ def world(
     hidden: tuple[int, ...] = (128, 128),
     pretrained_on: Iterable[str] | None = None,
     lr: float = 1e-3,
-    own_heads: bool = False,
+    own_heads: Callable[[int, int], nn.Module] | None = None,
 ) -> World:
     """Args:
     pretraining: steps of 64 pictures on the mixture of the tasks of `pretrained_on` (None: all).
     epochs, lr: of each specialist's fine-tuning.
-    own_heads: a head for each task in the place of one for all.
+    own_heads: makes a head, of its features and classes, for each task; None: one linear head for all.
     """
     torch.manual_seed(seed)
     parts = {name: Pictures.of(task) for name, task in tasks.items()}
     base = MLP(next(iter(tasks.values())).image_shape, hidden)
-    heads: dict[str, nn.Linear] = {}
-    for name, task in tasks.items():
-        shared = None if own_heads else next(iter(heads.values()), None)
-        heads[name] = shared or nn.Linear(hidden[-1], task.num_classes)
-    mixture: dict[nn.Linear, list[tuple[Tensor, Tensor]]] = {}
+    heads: dict[str, nn.Module]
+    if own_heads is None:
+        heads = dict.fromkeys(tasks, nn.Linear(hidden[-1], next(iter(tasks.values())).num_classes))
+    else:
+        heads = {name: own_heads(hidden[-1], task.num_classes) for name, task in tasks.items()}
+    mixture: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     for name in pretrained_on or tasks:
         mixture.setdefault(heads[name], []).append(parts[name].train)
     mixed = {head: (torch.cat([x for x, _ in of]), torch.cat([y for _, y in of])) for head, of in mixture.items()}
@@ -179,7 +180,7 @@ def world(
 
 def train(
     network: nn.Module,
-    data: Mapping[nn.Linear, tuple[Tensor, Tensor]],
+    data: Mapping[nn.Module, tuple[Tensor, Tensor]],
     steps: int,
     parameters: list[Any],
     lr: float = 1e-3,

@@ -35,4 +35,4 @@ def test_a_learned_mask_keeps_tasks_apart(evidence) -> None:
 
 
 if __name__ == "__main__":
-    search(made, sys.argv[1:])
+    search(made, arms=sys.argv[1:])
