@@ -7,7 +7,6 @@ which reads detached features, is the callback `OnlineProbes`. Its variant that 
 Shapes: B images of this rank, V views of each, R = B V rows, D embedding width.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -17,11 +16,15 @@ from lightspan.distributed import gather_rows
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_pairs import ClassPairs
-from lightspan.objectives.info_nce import class_pair_loss
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import class_pair_loss, require_temperature
 
 
 class Hydra(Method):
-    """Supervised contrast between classes of any pairs. With identical pairs and no gate it is SupCon.
+    """Supervised contrast between classes of any pairs.
+
+    With identical pairs and no gate it is close to SupCon, which is `lightspan.methods.contrastive.supcon`, but not the
+    same: an anchor is its own positive, no other positive stands in a denominator, and each pair weighs the same.
 
     Views of an image are rows of their own (the paper's repeated augmentations); a small batch of many classes needs
     them to have positives. Loss and pairs are those of the rows of all ranks; with sync_batchnorm N ranks train as one.
@@ -46,15 +49,9 @@ class Hydra(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature={temperature} must be above 0 and finite; 0.05 to 0.5 are usual")
-        for name, giver, taken in (
-            ("projector.in_features", backbone, getattr(projector, "in_features", None)),
-            ("gate.out_features", projector, getattr(gate, "out_features", None)),
-        ):
-            given = getattr(giver, "num_features", getattr(giver, "out_features", None))
-            if given is not None and taken is not None and given != taken:
-                raise UserError(f"{name}={taken}, but {type(giver).__name__} gives {given} features; set it to {given}")
+        require_temperature(temperature)
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_width(projector, "gate.out_features", getattr(gate, "out_features", None))
         self.backbone, self.projector, self.gate = backbone, projector, gate
         self.pairs, self.temperature = pairs, temperature
 

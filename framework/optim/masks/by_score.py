@@ -18,8 +18,10 @@ class ByScore(Fixed):
     memory of 1 is Sanh et al. 2020 (arXiv 2005.07683).
 
     Scores are S <- memory S + score(weight, gradient), with the gradient of the weight in use (straight through the
-    mask). Closed weights get no gradient and keep their values, but for a weight decay, and open with them again.
-    Before the first gradient entries rank by magnitude.
+    mask). With a memory the weight is the one that the gradient was taken at, as in Sanh et al.'s equation 3. Without
+    one it is the weight after the step, so that masks keep what is worth most at the moment they are chosen.
+    Closed weights get no gradient and keep their values, but for a weight decay, and open with them again. Before the
+    first gradient entries rank by magnitude.
 
     Args:
         score: what an entry is worth.
@@ -38,20 +40,27 @@ class ByScore(Fixed):
     def _begin(self, optimizer: Optimizer | None) -> None:
         self.scores = {name: wide(place.weight).abs() for name, place in self.places.items()}
         self.masks = self.owns(self.highest(self.scores, self.density.at(0.0)))
-        self._scored, self._now = set[str](), dict[str, Tensor]()
+        self._scored, self._gradients, self._added = set[str](), dict[str, Tensor](), dict[str, Tensor]()
 
     def draw(self, step: int, progress: float) -> None:
-        self._now = {}
+        self._gradients, self._added = {}, {}
 
     @torch.no_grad()
     def pull(self, name: str, gradient_S: Tensor) -> Tensor:
-        self._now[name] = self.score.of(wide(self.places[name].weight), gradient_S)
+        if self.memory:
+            # A copy: a score may be the weight or the gradient itself, and both are written to before `update`.
+            self._added[name] = self.score.of(wide(self.places[name].weight), gradient_S).clone()
+        else:
+            self._gradients[name] = gradient_S.clone()  # what is pulled goes to the memory of this one
         return super().pull(name, gradient_S)
 
+    @torch.no_grad()
     def update(self, step: int, progress: float) -> bool:
-        for name, now_S in self._now.items():  # here, so that a step that is not taken does not count
-            first = name not in self._scored or self.memory == 0
-            self.scores[name] = now_S if first else self.memory * self.scores[name] + now_S
+        gradients, self._gradients = self._gradients, {}
+        for name, gradient_S in gradients.items():
+            self.scores[name] = self.score.of(wide(self.places[name].weight), gradient_S)
+        for name, score_S in self._added.items():  # here, so that a step that is not taken does not count
+            self.scores[name] = self.memory * self.scores[name] + score_S if name in self._scored else score_S
             self._scored.add(name)
         if step % self.every:
             return False

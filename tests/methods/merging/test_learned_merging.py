@@ -134,6 +134,21 @@ def test_entropy_is_summed_over_tasks_at_the_weights_of_each_method(tmp_path: Pa
     torch.testing.assert_close(method.training_step(batch(), 0), entropy_by_hand(masked, batch()))
 
 
+@pytest.mark.parametrize("name", ["Concrete arithmetic", "Concrete AdaMerging"])
+def test_each_step_draws_a_mask_of_its_own(name: str, tmp_path: Path) -> None:
+    method, steps = make(name, tmp_path), []
+    draw = method.concrete.drawn
+
+    def watched(step: int) -> dict[str, Tensor]:
+        steps.append(step)
+        return draw(step)
+
+    method.concrete.drawn = watched
+    trainer(limit_val_batches=0).fit(method, data())
+    assert steps == [0, 1, 2]
+    assert not torch.equal(draw(0)["layers.1.weight"], draw(1)["layers.1.weight"])
+
+
 @pytest.mark.parametrize("inner", ["gradient", "adam", "adam_kept"])
 def test_the_inner_step_starts_from_the_weight_and_the_outer_one_sends_no_gradient_through_it(
     inner: str, tmp_path: Path
