@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightspan.cli import main
 from lightspan.errors import UserError
+from lightspan.estimators import merging_statistics
 from lightspan.estimators.inputs import CheckpointWeights
 from lightspan.estimators.interference import Interference
 from lightspan.estimators.merging_statistics import DiagonalFisher, InputGrams, NetworkOnData
@@ -137,6 +138,19 @@ def test_grams_are_those_of_what_reaches_each_linear_layer() -> None:
         InputGrams().fit(on(nn.Conv2d(1, 1, 1), normal(2, 1, 3, 3)))
     with pytest.raises(UserError, match="got no sample"):
         InputGrams().fit(on(net, normal(0, 4)))
+
+
+@pytest.mark.parametrize("estimator", [DiagonalFisher(), InputGrams()])
+def test_statistics_are_computed_where_the_network_is_sent_and_exchanged_on_the_cpu(
+    estimator: DiagonalFisher | InputGrams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanged: list[Tensor] = []
+    monkeypatch.setattr(merging_statistics, "all_reduce_sums", lambda *sums: exchanged.extend(sums))
+    batches = [{"image": normal(7, 4)}]
+    # Sums on "meta" have no numbers to bring to the CPU, so that this is where a fit that did all else right ends.
+    with pytest.raises(NotImplementedError, match="copy out of meta tensor"):
+        estimator.fit(NetworkOnData(Net(), batches, "image", torch.device("meta")))
+    assert not exchanged
 
 
 @pytest.mark.runs
