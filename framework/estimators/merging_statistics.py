@@ -131,7 +131,8 @@ class DiagonalFisher(Estimator):
 
 
 class InputGrams(Estimator):
-    """G = X' X of the inputs of each linear layer, over all samples and positions (arXiv 2212.09849).
+    """G = X' X of the inputs of each linear layer, over all samples and positions (arXiv 2212.09849), in float64: to
+    RegMean, rounding to float32 would look like inputs in directions that have none.
 
     Args:
         most: samples that are looked at on each rank.
@@ -172,7 +173,7 @@ class InputGrams(Estimator):
             for handle in handles:
                 handle.remove()
         count, totals = _over_ranks("InputGrams", seen, sums)
-        return _statistics(count, {name: total.float() for name, total in totals.items()}, self.prefix)
+        return _statistics(count, totals, self.prefix)
 
 
 def _over_ranks(estimator: str, seen: int, sums: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:

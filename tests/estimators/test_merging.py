@@ -131,8 +131,8 @@ def test_grams_are_those_of_what_reaches_each_linear_layer() -> None:
     net.eval()
     h = net.norm(net.inner(x)).tanh()
     assert result.tensors.keys() == {"inner.weight", "outer.weight"}
-    torch.testing.assert_close(result.tensors["inner.weight"], x.T @ x)
-    torch.testing.assert_close(result.tensors["outer.weight"], h.T @ h, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.tensors["inner.weight"], x.double().T @ x.double())
+    torch.testing.assert_close(result.tensors["outer.weight"], (h.T @ h).double(), rtol=1e-5, atol=1e-6)
     assert not net.inner._forward_pre_hooks
     with pytest.raises(UserError, match="Conv2d has no nn"):
         InputGrams().fit(on(nn.Conv2d(1, 1, 1), normal(2, 1, 3, 3)))

@@ -202,6 +202,22 @@ def test_regmean_is_the_least_squares_of_all_outputs_and_the_average_where_no_in
     torch.testing.assert_close(merged(RegMean(none), tmp_path, a=a, b=b)["a.weight"], average)
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
+def test_regmean_takes_rounding_of_grams_for_no_input(precision: torch.dtype, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = ({"w": torch.randn(8, 32, generator=generator)} for _ in range(2))
+    frame = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
+    reached, free = frame[:, :12], frame[:, 12:]
+    inputs = [torch.randn(100, 12, generator=generator, dtype=torch.float64) @ reached.T for _ in range(2)]
+    grams = {n: {"w": (x.T @ x).to(precision)} for n, x in zip("ab", inputs, strict=True)}
+    out = merged(RegMean(stored(tmp_path, **grams), alpha=1.0), tmp_path, a=a, b=b)["w"].double()
+    assert float(((out - (a["w"] + b["w"]) / 2) @ free).abs().max()) < 100 * torch.finfo(precision).eps + 1e-6
+    if precision != torch.bfloat16:
+        targets = [x @ model["w"].double().T for x, model in zip(inputs, (a, b), strict=True)]
+        best = np.linalg.lstsq(torch.cat(inputs).numpy(), torch.cat(targets).numpy(), rcond=None)[0].T
+        np.testing.assert_allclose((out @ reached).numpy(), best @ reached.numpy(), atol=1e-4)
+
+
 def test_an_analogy_does_to_c_what_makes_b_of_a(tmp_path: Path) -> None:
     base, a, b, c = (net(seed) for seed in range(4))
     merger = TaskArithmetic(Scales(of_tasks={"a": -1.0, "b": 1.0, "c": 1.0}))
