@@ -65,6 +65,15 @@ def test_ties_can_trim_tensor_by_tensor(tmp_path: Path) -> None:
         np.testing.assert_allclose(out[name].numpy().ravel(), by_hand, rtol=1e-6, atol=1e-7)
 
 
+def test_ties_trims_what_the_coefficients_have_scaled(tmp_path: Path) -> None:
+    base, a, b = net(0), net(1), net(2)
+    c = {"a": 3.0, "b": 0.2}
+    out = merged(Ties(0.4, coefficients=Scales(of_tasks=c)), tmp_path, base=base, a=a, b=b)
+    scaled = [flat(base) + c[name] * (flat(model) - flat(base)) for name, model in (("a", a), ("b", b))]
+    by_hand = ties_by_hand(flat(base), scaled, 0.4, 1.0)
+    np.testing.assert_allclose(flat(out), by_hand, rtol=1e-5, atol=1e-6)
+
+
 def test_what_cancels_elects_nobody_and_what_is_equal_is_kept_whole(tmp_path: Path) -> None:
     base, up = {"w": torch.zeros(4)}, {"w": torch.tensor([1.0, 2.0, 2.0, 0.0])}
     down = {"w": torch.tensor([-1.0, 2.0, -3.0, 0.0])}
@@ -175,6 +184,17 @@ def test_fisher_weighs_entry_by_entry_and_averages_what_nothing_speaks_for(tmp_p
     torch.testing.assert_close(out["a.bias"], (a["a.bias"] + b["a.bias"]) / 2)
     same = merged(FisherAverage(stored(tmp_path, a=fishers[0], b=fishers[1])), tmp_path, a=a, b=a)
     assert all(torch.equal(same[name], a[name]) for name in FLOATS)
+
+
+def test_fisher_is_a_ratio_and_what_is_nothing_beside_the_largest_is_averaged(tmp_path: Path) -> None:
+    a, b = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    of_a, of_b = torch.tensor([9.0, 5.0, 1.0, 3e-13]), torch.tensor([1.0, 5.0, 9.0, 1e-13])
+    for scale in (1.0, 1e-13, 1e13):
+        fishers = stored(tmp_path, a={"w": of_a * scale}, b={"w": of_b * scale})
+        out = merged(FisherAverage(fishers), tmp_path, a=a, b=b)["w"]
+        torch.testing.assert_close(out, torch.tensor([0.1, 0.5, 0.9, 0.5]))
+        out = merged(FisherAverage(fishers, floor=0.0), tmp_path, a=a, b=b)["w"]
+        torch.testing.assert_close(out, torch.tensor([0.1, 0.5, 0.9, 0.25]))
 
 
 def test_regmean_is_the_least_squares_of_all_outputs_and_the_average_where_no_input_reaches(tmp_path: Path) -> None:
