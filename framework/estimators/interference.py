@@ -70,7 +70,8 @@ class Interference(Estimator):
     models under names of your choice. In memory are one tensor of each and its decomposition.
 
     Args:
-        rank: singular directions that make a subspace; fewer where half a matrix has fewer.
+        rank: singular directions that make a subspace; fewer where half a matrix, or a vector's change of it, has fewer.
+            A vector that does not change a matrix is left out there.
         density: share of each vector's entries that count for sign conflicts, in (0, 1].
     """
 
@@ -106,10 +107,13 @@ class Interference(Estimator):
             row = {f"length_{task}": length for task, length in zip(models, lengths, strict=True)}
             row |= {"entries": form.numbers, "cosine": interference.mean_cosine(taus)}
             row["sign_conflicts"] = split / max(1, shared)
-            frames = [interference.directions(tau, self.rank) for tau in taus]
-            if all(pair is not None for pair in frames):
+            noise = [interference.rounding(model_S) for model_S in read.values()]
+            found = [interference.directions(tau, self.rank, at) for tau, at in zip(taus, noise, strict=True)]
+            frames = [pair for pair in found if pair is not None]
+            if len(frames) > 1:
+                row["rank"] = min(left.shape[1] for left, _ in frames)
                 for side, which in (("outputs", 0), ("inputs", 1)):
-                    own = [pair[which] for pair in frames if pair is not None]
+                    own = [pair[which][:, : row["rank"]] for pair in frames]
                     row[f"overlap_{side}"] = interference.overlap(own)
                     row[f"floor_{side}"] = floor(*own[0].shape, len(own))
             layers[name] = row

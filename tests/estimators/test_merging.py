@@ -67,15 +67,49 @@ def test_conflicts_are_counted_among_entries_that_two_vectors_change() -> None:
     assert interference.sign_conflicts(vectors, 0.2) == (0, 0)
 
 
-def test_a_change_of_too_low_a_rank_has_no_subspace_and_vectors_of_bias_none() -> None:
+def test_a_change_of_low_rank_has_as_many_directions_and_zeros_and_vectors_of_bias_none() -> None:
     low = normal(20, 1) @ normal(1, 20, seed=1)
-    assert interference.directions(low, 4) is None
+    left, right = interference.directions(low, 4) or (low, low)
+    assert left.shape == right.shape == (20, 1)
     assert interference.directions(normal(20), 4) is None
     assert interference.directions(torch.zeros(20, 20), 4) is None
     base = {"w": normal(20, 20), "b": normal(5), "n": torch.tensor(3), "empty": torch.zeros(0, 4)}
     report = Interference().fit(held(**base), one=held(**base), two=held(**base))
     assert list(report.layers) == ["w", "b"]
     assert report.sign_conflicts == report.cosine == report.overlap_inputs == 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_rounding_of_stored_weights_is_no_direction(precision: torch.dtype, spread: float) -> None:
+    # Two changes of rank 4 with one input subspace, each 2 % of the base; with a spread some columns are far larger.
+    base = normal(96, 64) * (spread * normal(64, seed=9)).exp()
+    base = base.to(precision).double()
+    inputs, frames = torch.linalg.qr(normal(64, 4, seed=1).double()).Q, []
+    for seed in (2, 3):
+        change = normal(96, 4, seed=seed).double() @ inputs.mT
+        model = (base + 0.02 * base.norm() / change.norm() * change).to(precision)
+        assert interference.directions(model.double() - base, 8) is not None
+        frames.append(interference.directions(model.double() - base, 8, interference.rounding(model)))
+    assert all(pair is not None and pair[0].shape == (96, 4) for pair in frames)
+    assert interference.overlap([pair[1] for pair in frames if pair]) > 0.95
+    report = Interference(rank=8).fit(held(w=base.to(precision)), one=held(w=model), two=held(w=model))
+    assert report.layers["w"]["rank"] == 4
+
+
+def test_subspaces_are_compared_where_they_are_and_in_as_many_directions_as_all_have() -> None:
+    base = {"w": normal(40, 30), "v": normal(40, 30, seed=1)}
+    low = normal(40, 2, seed=5) @ normal(2, 30, seed=6)
+    full = [{n: x + normal(40, 30, seed=10 + i) for n, x in base.items()} for i in range(2)]
+    adapter = {"w": base["w"] + low, "v": base["v"]}
+    two = Interference(rank=4).fit(held(**base), one=held(**full[0]), two=held(**full[1]))
+    three = Interference(rank=4).fit(held(**base), one=held(**full[0]), two=held(**full[1]), third=held(**adapter))
+    assert [three.layers[n]["rank"] for n in ("w", "v")] == [2, 4]
+    for key in ("overlap_outputs", "floor_outputs", "overlap_inputs", "floor_inputs"):
+        assert three.layers["v"][key] == two.layers["v"][key]
+    again = Interference(rank=4).fit(held(**base), third=held(**adapter), same=held(**adapter))
+    assert again.overlap_outputs == pytest.approx(1)
+    assert "rank" not in again.layers["v"]
 
 
 @pytest.mark.parametrize(
