@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightspan.cli import main
+from lightspan.drawing import canvas
 from lightspan.errors import UserError
 from lightspan.estimators import merging_statistics
 from lightspan.estimators.inputs import CheckpointWeights
-from lightspan.estimators.interference import Interference
+from lightspan.estimators.interference import Interference, InterferenceReport
 from lightspan.estimators.merging_statistics import DiagonalFisher, InputGrams, NetworkOnData
 from lightspan.merging import interference
 from lightspan.merging.models import Held
@@ -76,7 +77,10 @@ def test_a_change_of_low_rank_has_as_many_directions_and_zeros_and_vectors_of_bi
     base = {"w": normal(20, 20), "b": normal(5), "n": torch.tensor(3), "empty": torch.zeros(0, 4)}
     report = Interference().fit(held(**base), one=held(**base), two=held(**base))
     assert list(report.layers) == ["w", "b"]
-    assert report.sign_conflicts == report.cosine == report.overlap_inputs == 0
+    assert report.sign_conflicts is report.cosine is report.overlap_inputs is report.layers["w"]["rank"] is None
+    assert report.relative_length == 0
+    assert [figure.name for figure in report.figures()][-2:] == ["matrices compared", "tensors"]
+    assert report.picture("nothing is changed")
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
@@ -109,7 +113,39 @@ def test_subspaces_are_compared_where_they_are_and_in_as_many_directions_as_all_
         assert three.layers["v"][key] == two.layers["v"][key]
     again = Interference(rank=4).fit(held(**base), third=held(**adapter), same=held(**adapter))
     assert again.overlap_outputs == pytest.approx(1)
-    assert "rank" not in again.layers["v"]
+    assert again.layers["v"]["rank"] is again.layers["v"]["overlap_outputs"] is None
+
+
+def test_what_is_not_defined_is_no_zero_and_has_no_point_in_the_picture() -> None:
+    base = {"w": normal(40, 30), "new": torch.zeros(5), "bias": normal(5)}
+    one = {"w": normal(40, 30, seed=1), "new": torch.ones(5), "bias": base["bias"]}
+    two = {"w": normal(40, 30, seed=2), "new": torch.ones(5), "bias": base["bias"] + 1}
+    report = Interference().fit(held(**base), one=held(**one), two=held(**two))
+    assert report.layers["new"]["length_one"] is report.layers["bias"]["cosine"] is None
+    assert report.layers["bias"]["sign_conflicts"] is None
+    assert report.layers["new"]["cosine"] == pytest.approx(1)
+    names = [figure.name for figure in report.figures()]
+    assert len(set(names)) == len(names) == 9
+    assert [(row["number"], row["tensor"], row["rank"]) for row in report.table()] == [
+        (0, "w", 8),
+        (1, "new", ""),
+        (2, "bias", ""),
+    ]
+    assert len({tuple(row) for row in report.table()}) == 1
+    _, ((axes,),) = canvas("")
+    report.draw(axes)
+    points = {line.get_label(): line.get_xdata().tolist() for line in axes.lines}
+    assert points["sign conflicts"] == [0, 1]
+    assert points["overlap of inputs"] == points["95 % of random inputs below"] == [0]
+    assert InterferenceReport.from_json(report.to_json()) == report
+
+
+def test_an_adapter_without_its_model_is_told_how_to_name_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"is an adapter, .* name that model beside it: inputs.NAME.init_args.base=PATH"
+    ):
+        CheckpointWeights(str(tmp_path)).load(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +235,7 @@ def test_a_report_and_statistics_come_from_recipes(
     assert "sign conflicts" in capsys.readouterr().out
     result = json.loads(Path("out/result.json").read_text())
     assert result["fields"]["layers"]["layers.1.weight"]["entries"] == 1024
+    assert Path("out/table.csv").read_text().startswith("number,tensor,entries,length_first,length_second,cosine,")
     assert Path("out/picture.png").read_bytes().startswith(b"\x89PNG")
     assert "1 tensors of base.safetensors" in CheckpointWeights("base.safetensors").outlook(None)  # type: ignore[arg-type]
     for name in ("fisher_statistics", "gram_statistics"):

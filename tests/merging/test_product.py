@@ -200,8 +200,11 @@ def spoilt(folder: Path, what: str) -> list[str]:
         ("no checkpoint", "notes.ckpt"),
         ("adapter of another model", "which its base"),
         ("adapter of other sizes", "belong to a layer of other sizes than [16, 16]"),
-        ("adapter alone", "is an adapter, which changes a model and is none; name that model as the base"),
-        ("adapter leads", "is an adapter, which changes a model and is none"),
+        (
+            "adapter alone",
+            "is an adapter, a change of a model and no model of its own; name the model that it changes as the base",
+        ),
+        ("adapter leads", "is an adapter, a change of a model and no model of its own"),
         ("no base", "--method ties needs --base"),
         ("a shard is gone", "which is not in"),
         ("no such setting", "did you mean density"),
