@@ -34,6 +34,9 @@ class Dropped(Coefficients):
             raise UserError(f"Dropped rate={rate} must be at least 0 and below 1; 0.9 keeps a tenth of the entries")
         self.rate, self.coefficients, self.seed = rate, coefficients or Scales(), seed
 
+    def numbers_of(self, tasks: Sequence[str]) -> dict[str, float]:
+        return self.coefficients.numbers_of(tasks)
+
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
         c = self.coefficients.of(name, form, tasks)
         kept = torch.stack([uniform(self.seed, 0, f"{task}/{name}", form.shape) >= self.rate for task in tasks])

@@ -60,7 +60,10 @@ def open_weights(path: str | Path) -> Weights:
     """
     place = place_of(path)
     if is_adapter(place):
-        raise UserError(f"{place} is an adapter, which changes a model and is none; name that model as the base")
+        raise UserError(
+            f"{place} is an adapter, a change of a model and no model of its own; name the model that it changes as "
+            "the base"
+        )
     if place.is_dir() and not (place / COMPLETE).exists():
         if files := safetensors_of(place):
             return _Safetensors(place, files)
