@@ -188,7 +188,7 @@ class _Checker:
             if isinstance(node.value, dict)
             else f"got {plain(node)!r}"
         )
-        self.say(node, path, f"has no class_path (no lower layer sets one either); {hint}{found}")
+        self.say(node, path, f"has no class_path, neither here nor in what it is based on; {hint}{found}")
 
     def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
         """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class
