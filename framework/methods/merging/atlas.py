@@ -100,7 +100,9 @@ class AnisotropicScaling(LearnedMerging):
             self._narrow()
 
     def gradient_at_start(self) -> Tensor:
-        """dL/dLambda at Lambda = 0, [L K], mean over the batches of `bank_dataloader`, the same on all ranks."""
+        """dL/dLambda at Lambda = 0, [L K], up to a factor: each sample of `bank_dataloader` counts the same, on any
+        number of ranks and in batches of any size.
+        """
         bank = getattr(getattr(self.trainer, "datamodule", None), "bank_dataloader", None)
         if bank is None:
             raise UserError(
@@ -114,7 +116,7 @@ class AnisotropicScaling(LearnedMerging):
                 loss, parameters = self.loss(theta, self.taken(batch)), list(theta.values())
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
                 for name, gradient in zip(theta, gradients, strict=True):
-                    sums[name] += gradient
+                    sums[name] += len(batch["index"]) * gradient
         rows = [TaskSpan(self.span.vectors(name)).pull(sums[name]) for name in theta]  # type: ignore[arg-type]
         gradient_LK = torch.stack(rows)
         if world_size() > 1:

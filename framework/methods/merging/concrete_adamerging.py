@@ -10,7 +10,8 @@ and no gradient through the inner step. Then `AdaMerging(mask=...)` learns w ane
 The inner step is `inner`: "gradient" is w - lr grad, the gradient step that the paper speaks of. The authors' code has
 Adam with lr 1 whose moments outlive the reset of w ("adam_kept"), so that each w moves by about 1, far beyond 0.3;
 "adam" also forgets the moments, which makes each step exactly lr times the sign.
-Both halves of a batch serve as the two batches, and one draw of the mask serves both.
+Every other sample of a batch is of the inner step, the rest of the outer one: ranks hold runs of the batch, so that N
+of them with an even number of samples each split it as one does. One draw of the mask serves both.
 """
 
 from typing import Any, Literal
@@ -85,16 +86,15 @@ class ConcreteAdaMerging(LearnedMerging):
         return self.concrete.settled()
 
     def training_step(self, batch: TasksBatch, batch_idx: int) -> Tensor:
-        half = len(batch["index"]) // 2
-        if half == 0:
+        if len(batch["index"]) < 2:
             raise UserError(
                 "ConcreteAdaMerging needs two samples a batch on each rank; raise data.init_args.batch_size"
             )
         images = batch["image"]
         mask = self.concrete.drawn(self.global_step)
-        w = self.inner_step({**batch, "image": images[:half]}, {name: m.detach() for name, m in mask.items()})
+        w = self.inner_step({**batch, "image": images[1::2]}, {name: m.detach() for name, m in mask.items()})
         theta = self.span.merged(self._at(w), mask)
-        loss = self.entropy(theta, {**batch, "image": images[half:]})
+        loss = self.entropy(theta, {**batch, "image": images[::2]})
         figures = {"train/entropy_nats": loss, "train/density": self.concrete.density()}
         self.log_training(figures, batch_size=len(images), prog_bar=True)
         return loss

@@ -191,7 +191,7 @@ def _named(make: LogitOptimizerCallable, parameters: list[Tensor]) -> Optimizer:
             f"{sum(len(group['params']) for group in groups)} out of {len(parameters)}"
         )
     require_entrywise(made)
-    return made  # type: ignore[no-any-return]  # looked at above
+    return made
 
 
 def _alike(optimizer: Optimizer | None, parameters: list[Tensor]) -> Optimizer:

@@ -76,4 +76,7 @@ class ByScore(Fixed):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.scores, self._scored = self.saved(state, "scores"), {n for n, yes in state["scored"].items() if yes}
+        self.scores, scored = self.saved(state, "scores"), state.get("scored")
+        if not isinstance(scored, Mapping):  # an earlier checkpoint has one answer for all
+            scored = dict.fromkeys(self.places, scored)
+        self._scored = {name for name in self.places if scored.get(name)}
