@@ -39,10 +39,10 @@ SIX: Grid = {
 WORLDS = {"pretraining": (20, 50, 200), "lr": (3e-4, 1e-3)}
 PRETRAINING, RATE = 20, 1e-3
 CHOSEN = {
-    "AdaMerging": {"lr": 1e-3, "start": 0.2},
+    "AdaMerging": {"lr": 1e-4, "start": 0.2},
     "Concrete task arithmetic": {"lr": 1e-3, "weight": 0.2},
     "Concrete AdaMerging": {"lr": 1e-3, "inner_lr": 0.1},
-    "aTLAS": {"lr": 3e-2, "decay": 0.0},
+    "aTLAS": {"lr": 1e-1, "decay": 0.0},
 }
 
 
