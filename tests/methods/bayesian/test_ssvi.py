@@ -28,7 +28,8 @@ from lightspan.datamodules.images.small import Digits
 from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.loggers.jsonl import JsonlLogger
-from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, entropy, kl_weight
+from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, kl_weight
+from lightspan.objectives.entropy import entropy
 from lightspan.strategies import FSDP2
 
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
