@@ -144,7 +144,7 @@ class Fixed(MaskLearner):
     """Masks that do not change any more. Whole masks are given at the start, or by a saved state."""
 
     sparse = True
-    kept = ("masks",)
+    kept: tuple[str, ...] = ("masks",)
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
         self._given = masks or {}

@@ -241,11 +241,6 @@ def test_loggers_are_told_once_what_the_layers_cost(tmp_path: Path) -> None:
     assert sum("costs/stored_bytes" in row for row in rows) == 1
 
 
-def test_entropy_counts_classes_without_probability_as_nothing() -> None:
-    uniform_K, certain_K = torch.full((1, 4), 0.25), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-    torch.testing.assert_close(entropy(torch.cat([uniform_K, certain_K])), torch.tensor([4.0, 1.0]).log())
-
-
 def test_one_view_of_an_image_is_trained_on_and_two_are_refused() -> None:
     model = method()
     model.log_training = lambda *args, **options: None
