@@ -117,7 +117,13 @@ PARTS = {
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
     *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.require_temperature"),
-    *("means.squared_error", "prototypes.sinkhorn", "prototypes.centred_softmax", "pseudo_labels.trusted_labels"),
+    *(
+        "entropy.entropy",
+        "means.squared_error",
+        "prototypes.sinkhorn",
+        "prototypes.centred_softmax",
+        "pseudo_labels.trusted_labels",
+    ),
 }
 """What is no loss: parts of losses, and what makes their inputs."""
 

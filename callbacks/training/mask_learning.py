@@ -30,6 +30,7 @@ from lightspan.optim.steps import steps_taken
 from lightspan.patterns import matches, require_matches
 from lightspan.sharded import local
 from lightspan.subspaces.masks.allocation import Allocation, Uniform
+from lightspan.subspaces.masks.maps import SoftMask
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of
 from lightspan.subspaces.masks.top_k import require_density
 from lightspan.tensor_files import Form, write_tensors
@@ -85,6 +86,8 @@ class MaskLearning(Callback):
     ) -> None:
         if isinstance(match, str) or not match:
             raise UserError(f"MaskLearning match={match!r} must be a list of patterns, such as ['*.weight']")
+        if not isinstance(mask, MaskLearner):
+            raise UserError(f"MaskLearning mask={mask!r} must be a MaskLearner, such as ByScore()")
         self.match, self.mask, self.density = match, mask, schedule_of(density)
         for value in self.density.ends():
             require_density(value, "MaskLearning density")
@@ -221,9 +224,10 @@ class MaskLearning(Callback):
                 "they can go on. To mask one use lightspan.merging.masked.Masked with the file of masks"
             )
         self._let_go()
-        self._announce()
+        path = self._file(trainer)
         if trainer.is_global_zero:
-            save_masks(self._file(trainer), pl_module, self.masks)
+            save_masks(path, pl_module, self.masks)
+        self._announce(path)
 
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
@@ -309,7 +313,7 @@ class MaskLearning(Callback):
                 self._kept[name] = torch.empty_like(place.parameter.detach())
             weight_S = place.weight
             local(self._kept[name]).copy_(weight_S)
-            weight_S.copy_(wide(weight_S) * factor(name))
+            weight_S.copy_(SoftMask(factor(name)).push(wide(weight_S)))
 
     @torch.no_grad()
     def _put_back(self, module: nn.Module) -> None:
@@ -334,7 +338,7 @@ class MaskLearning(Callback):
         self._figures = {f"mask/{what}": value for what, value in figures.items()}
 
     @rank_zero_only
-    def _announce(self) -> None:
+    def _announce(self, path: Path) -> None:
         from rich.console import Console
         from rich.table import Table
 
@@ -345,7 +349,9 @@ class MaskLearning(Callback):
         for name, mask in self.masks.items():
             count, numbers = int(mask.sum()), mask.numel()
             table.add_row(name, f"{count:,}", f"{numbers:,}", f"{count / max(numbers, 1):.1%}")
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def first_names(module: nn.Module) -> dict[str, str]:

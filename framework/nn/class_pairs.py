@@ -1,7 +1,7 @@
 """Which class each sample of a batch is paired with: a function of (seed, step) over the rows of all ranks.
 
-Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200: arbitrary, identical and
-distinct pairs, and pairs weighted by a distance of classes.
+Source: Wu et al., "Rethinking Positive Pairs in Contrastive Learning" (Hydra), 2024, arXiv 2410.18200: arbitrary,
+identical and distinct pairs, and pairs weighted by a distance of classes.
 Shapes: N rows of all ranks, C classes. Draws come from numpy on the CPU: ranks, devices and resumed runs agree.
 """
 

@@ -1,6 +1,6 @@
 """InfoNCE with any number of positives, any rows left out, and cosines taken in a subspace of each anchor's own.
 
-Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200, and the authors' code:
+Source: Wu et al., "Rethinking Positive Pairs in Contrastive Learning" (Hydra), 2024, arXiv 2410.18200, and their code:
 cosine behind a gate, masks of class pairs, one denominator for each positive. That code subtracts the mean of a row
 before it exponentiates, which overflows at low temperatures; here it is the largest. It forms all gated rows, B N D
 numbers; here the norms of these come from a product of matrices. Its negatives are those of one rank, here of all.

@@ -168,6 +168,7 @@ def test_tokens_are_spared_decay_and_the_mask_token_belongs_to_the_stem() -> Non
     assert rates["mask_token"] == rates["cls_token"] == rates["patch_embed.proj.weight"]
     assert rates["blocks.3.mlp.fc1.weight"] > rates["mask_token"]
     assert not kinds["mask_token"].startswith("matrices")
+    assert "mask_token" in vit().no_weight_decay()  # which others than lightspan read
 
 
 @pytest.mark.parametrize(

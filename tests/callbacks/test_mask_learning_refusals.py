@@ -35,6 +35,8 @@ from lightspan.subspaces.masks.schedules import Cubic, Linear
         (lambda: MaskLearning(["*"], ByScore(), 0.0), r"MaskLearning density=0\.0 must be above 0 and at most 1"),
         (lambda: MaskLearning(["*"], ByScore(), 1.5), r"MaskLearning density=1\.5 must be above 0 and at most 1"),
         (lambda: MaskLearning(["*"], ByScore(), Cubic(1.0, 0.0)), r"MaskLearning density=0\.0 must be above 0"),
+        (lambda: MaskLearning(["*"], ByScore(), "0.2"), r"'0\.2' must be a number, or a schedule such as Linear"),
+        (lambda: MaskLearning(["*"], ByScore), r"ByScore'> must be a MaskLearner, such as ByScore\(\)"),
         (lambda: MaskLearning(["*"], ByScore(), until=0.0), r"until=0\.0 is a share of the run"),
         (lambda: ByScore(every=0), r"ByScore every=0 must be at least 1, and memory=0\.0 in \[0, 1\]"),
         (lambda: DropAndGrow(alpha=1.5), r"DropAndGrow every=100 must be at least 1, and alpha=1\.5 in \[0, 1\]"),

@@ -1,7 +1,9 @@
 """SSVI: a Bayesian network that is sparse from the first step, trained in a coordinate subspace that moves.
 
 Source: Li, Miao, Qiu, Zhang, "Training Bayesian Neural Networks with Sparse Subspace Variational Inference", ICLR 2024,
-arXiv 2402.11025. Layers and their movement are `lightspan.adapters.sparse_gaussian`; the loss (equation 6) is
+arXiv 2402.11025. Layers and their movement are `lightspan.adapters.sparse_gaussian`; the KL divergence of a layer and
+what a coordinate is worth are `lightspan.subspaces.sparse_gaussian.statistics` and `.criteria`, and
+`lightspan.subspaces.masks.index_sets` says how many coordinates move. The loss (equation 6) is
 L = cross-entropy + lambda KL, with lambda = kl_scale / N min(1, 2 t / T) after t of T steps and N training samples (the
 authors count t in epochs). kl_scale = 0.01 with a prior of 0.005 is from their code: a strongly tempered posterior.
 As in their code, the step that moves coordinates takes no step of the optimiser, and coordinates grow by the gradient
@@ -28,6 +30,7 @@ from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
+from lightspan.objectives.entropy import entropy
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
 from lightspan.subspaces.masks.allocation import PerTensorAllocation
@@ -243,11 +246,6 @@ class SSVI(Method):
         for name, source_k in move(layers, dropped, self.topology.removal).items():
             for parameter in (layers[name].mu, layers[name].rho):
                 reindex(optimizer, parameter, source_k)
-
-
-def entropy(probability_BK: Tensor) -> Tensor:
-    """[B], in nats; a class without probability adds nothing."""
-    return -torch.xlogy(probability_BK, probability_BK).sum(dim=1)
 
 
 def _training_image(batch: ImageBatch | ViewsBatch) -> Tensor:

@@ -1,9 +1,10 @@
 """Hydra: any two classes are a positive pair, in a subspace of the features that the pair chooses.
 
-Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200, and the authors' code. The
-loss is in `lightspan.objectives.info_nce`, gates and pairs are in `lightspan.nn`. The online classifier of that code,
-which reads detached features, is the callback `OnlineProbes`. Its variant that trains with the classifier's loss too
-(sup_loss) and Hydra-MoCo are left out. Assumed: the projector's hidden layer has a BatchNorm.
+Source: Wu, Atito, Feng, Mo, Kittler, Awais, "Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv
+2410.18200, whose second version calls the method SimLAP, and the authors' code. The numbers of its equations could not
+be looked up. The loss is in `lightspan.objectives.info_nce`, gates and pairs are in `lightspan.nn`. The online
+classifier of that code, which reads detached features, is the callback `OnlineProbes`. Its variant that trains with the
+classifier's loss too (sup_loss) and Hydra-MoCo are left out. Assumed: the projector's hidden layer has a BatchNorm.
 Shapes: B images of this rank, V views of each, R = B V rows, D embedding width.
 """
 

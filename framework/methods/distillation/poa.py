@@ -3,7 +3,8 @@
 Source: Zhang et al., "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv 2408.01031, and the authors'
 code. Beside the teacher and the whole ("intact") student, a part of the student of another size each step (the
 "elastic" student) is trained:
-L = lam L_IT + (1 - lam) (L_ET + L_EI), each a mean over the heads, plus the weighted KoLeo term, where
+L = lam L_IT + (1 - lam) (L_ET + L_EI), each a mean over the heads, plus the weighted KoLeo term (the numbers of these
+equations in the paper could not be looked up), where
 - L_IT, L_ET: cross-view loss of class tokens and, of masked patches, of the same view; targets are the teacher's scores
   after Sinkhorn-Knopp (both students have the same targets and the same masks);
 - L_EI: class tokens of the elastic student against those of the intact one, same view: the mean over global views plus

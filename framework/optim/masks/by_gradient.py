@@ -54,7 +54,7 @@ class ByGradient(MaskLearner):
             raise UserError(f"ByGradient start={start} is a logit and must lie between -100 and 100")
         self.optimizer, self.start = optimizer, start
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
+    def prepare(self, optimizer: Optimizer | None) -> None:
         self.logits = {
             name: torch.full_like(place.weight, self.start, dtype=wide_type(place.weight.dtype)).requires_grad_()
             for name, place in self.places.items()
@@ -104,9 +104,6 @@ class ByGradient(MaskLearner):
 
     def chosen(self, progress: float) -> dict[str, Tensor]:
         return self.highest(self.logits, self.density.at(progress))
-
-    def opened(self) -> dict[str, Tensor]:
-        return {name: self.mean_factor(name) > 0.5 for name in self.places}
 
     @torch.no_grad()
     def open_counts(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
-from lightspan.optim.masks.learner import Fixed, on_cpu
+from lightspan.optim.masks.learner import Fixed
 from lightspan.subspaces.masks.scores import Magnitude, Score
 
 
@@ -30,6 +30,7 @@ class ByScore(Fixed):
     """
 
     sparse = False
+    kept = ("masks", "scores")
 
     def __init__(self, score: Score | None = None, memory: float = 0.0, every: int = 100) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class ByScore(Fixed):
             raise UserError(f"ByScore every={every} must be at least 1, and memory={memory} in [0, 1]")
         self.score, self.memory, self.every = score or Magnitude(), memory, every
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
+    def prepare(self, optimizer: Optimizer | None) -> None:
         self.scores = {name: wide(place.weight).abs() for name, place in self.places.items()}
         self.masks = self.owns(self.highest(self.scores, self.density.at(0.0)))
         self._scored, self._gradients, self._added = set[str](), dict[str, Tensor](), dict[str, Tensor]()
@@ -72,11 +73,11 @@ class ByScore(Fixed):
 
     def state_dict(self) -> dict[str, Any]:
         scored = {name: name in self._scored for name in self.places}
-        return {**super().state_dict(), "scores": on_cpu(self.wholes(self.scores)), "scored": scored}
+        return {**super().state_dict(), "scored": scored}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.scores, scored = self.saved(state, "scores"), state.get("scored")
+        scored = state.get("scored")
         if not isinstance(scored, Mapping):  # an earlier checkpoint has one answer for all
             scored = dict.fromkeys(self.places, scored)
         self._scored = {name for name in self.places if scored.get(name)}

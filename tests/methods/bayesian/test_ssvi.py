@@ -28,7 +28,8 @@ from lightspan.datamodules.images.small import Digits
 from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.loggers.jsonl import JsonlLogger
-from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, entropy, kl_weight
+from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, kl_weight
+from lightspan.objectives.entropy import entropy
 from lightspan.strategies import FSDP2
 
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
@@ -238,11 +239,6 @@ def test_loggers_are_told_once_what_the_layers_cost(tmp_path: Path) -> None:
     expected = costs(model, torch.zeros(1, 1, 8, 8), watched=0.75 / EVERY)
     assert found == {f"costs/{name}": getattr(expected, name) for name in COUNTED}
     assert sum("costs/stored_bytes" in row for row in rows) == 1
-
-
-def test_entropy_counts_classes_without_probability_as_nothing() -> None:
-    uniform_K, certain_K = torch.full((1, 4), 0.25), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-    torch.testing.assert_close(entropy(torch.cat([uniform_K, certain_K])), torch.tensor([4.0, 1.0]).log())
 
 
 def test_one_view_of_an_image_is_trained_on_and_two_are_refused() -> None:
