@@ -7,12 +7,15 @@ Shapes: L tensors, K tasks, P groups of a tensor's entries, S shape of a tensor.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.subspaces.masks.draws import uniform
+
+Wise = Literal["task", "layer"]
 
 
 class Learned(nn.Module, ABC):
@@ -52,6 +55,16 @@ class LayerWise(Learned):
 
     def of(self, name: str, weight: Tensor | None = None) -> Tensor:
         return (self.weight if weight is None else weight)[self._row[name]]
+
+
+def wise_as(wise: Wise, shapes: Mapping[str, torch.Size], tasks: int, start: float) -> Learned:
+    """Coefficients of each "task", or of each task and "layer"; the other arguments as of `TaskWise`.
+
+    Raises: UserError for another word.
+    """
+    if wise not in ("task", "layer"):
+        raise UserError(f"wise={wise!r} must be task or layer")
+    return (TaskWise if wise == "task" else LayerWise)(shapes, tasks, start)
 
 
 class Partitioned(Learned):

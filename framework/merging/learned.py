@@ -24,6 +24,7 @@ from lightspan.merging.merger import merge
 from lightspan.merging.models import BASE, Held, Models
 from lightspan.merging.span import TaskSpan, difference
 from lightspan.method import Method
+from lightspan.objectives.entropy import prediction_entropy
 from lightspan.tensor_files import Form, write_tensors
 
 MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
@@ -184,6 +185,10 @@ class LearnedMerging(Method):
                 f"{', '.join(self.heads)}: [batch, tasks, channels, height, width]; name the same tasks under data"
             )
         return {task: self.logits(theta, task, images_BKCHW[:, i]) for i, task in enumerate(self.heads)}
+
+    def entropy(self, theta: Mapping[str, Tensor], batch: TasksBatch) -> Tensor:
+        """The sum over tasks of the mean entropy of predictions, in nats: what is small where no label is known."""
+        return torch.stack([prediction_entropy(logits) for logits in self.task_logits(theta, batch).values()]).sum()
 
     def features(self, batch: ImageBatch) -> Tensor:
         """[B F] of the merged backbone."""

@@ -273,3 +273,23 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     index.write_text("[]")
     with pytest.raises(UserError, match="is no index of safetensors files"):
         open_weights(tmp_path / "m")
+
+
+def test_a_merger_of_ones_own_needs_no_more_than_a_file_that_names_it(tmp_path: Path, capsys: Any) -> None:
+    for seed, name in enumerate(("x/a", "y/a", "base")):
+        Path(name).parent.mkdir(exist_ok=True)
+        save_file({"w": torch.full((4,), float(seed))}, f"{name}.safetensors")
+    Path("mine.yaml").write_text("merger: {class_path: lightspan.merging.arithmetic.WeightedAverage}")
+    line = ["merge", "x/a.safetensors", "y/a.safetensors", "--out", "out", "--method", "mine.yaml"]
+    assert main(line) == 0
+    assert load_file("out/model.safetensors")["w"].tolist() == [0.5] * 4
+    assert "note: y/a.safetensors is called a-2, since another checkpoint has the name a" in capsys.readouterr().err
+    assert main(["merge", "x/a.safetensors", "x/a.safetensors", "--out", "two", "--method", "average"]) == 0
+    assert "x/a.safetensors is given twice, and counts twice: as a and as a-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "setting"), [("task_arithmetic", "scale=2"), ("dare", "rate=0.5")])
+def test_a_setting_of_the_coefficients_is_told_where_it_belongs(method: str, setting: str, capsys: Any) -> None:
+    assert main(["merge", "a", "--base", "b", "--out", "out", "--method", method, "--set", setting]) == 2
+    name = setting.partition("=")[0]
+    assert f"did you mean merger.init_args.coefficients.init_args.{name}?" in capsys.readouterr().err
