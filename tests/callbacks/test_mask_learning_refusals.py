@@ -40,6 +40,9 @@ from lightspan.subspaces.masks.schedules import Cubic, Linear
         (lambda: DropAndGrow(alpha=1.5), r"DropAndGrow every=100 must be at least 1, and alpha=1\.5 in \[0, 1\]"),
         (lambda: ByGradient(temperature=0.0), r"temperature=0\.0 of a mask must be a finite number above 0"),
         (lambda: ByGradient(temperature=Linear(1.0, -1.0)), r"temperature=-1\.0 of a mask must be"),
+        (lambda: MaskLearning(["*"], ByScore(), density="0.2"), r"a number or a schedule, .* got '0\.2'"),
+        (lambda: MaskLearning(["*"], ByScore(), density=Linear), r"a number or a schedule, .*Linear'>"),
+        (lambda: MaskLearning(["*"], ByScore), r"mask=<class '.*ByScore'> must be a MaskLearner, such as ByScore\(\)"),
         (lambda: ByGradient(start=float("inf")), r"start=inf is a logit and must lie between -100 and 100"),
     ],
 )
