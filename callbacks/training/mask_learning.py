@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -227,9 +227,10 @@ class MaskLearning(Callback):
                 "they can go on. To mask one use lightspan.merging.masked.Masked with the file of masks"
             )
         self._let_go()
+        path = self._file(trainer)
         if trainer.is_global_zero:
-            save_masks(self._file(trainer), pl_module, self.masks)
-            self._announce(self._file(trainer))
+            save_masks(path, pl_module, self.masks)
+        self._announce(path)
 
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
@@ -345,19 +346,21 @@ class MaskLearning(Callback):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         print(f"MaskLearning: {sum(counts):,} of {numbers:,} entries will stay of {', '.join(names[:3])}{more}")
 
-    def _announce(self, file: Path) -> None:
+    @rank_zero_only
+    def _announce(self, path: Path) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title="MaskLearning: entries that stay", title_justify="left", caption_justify="left")
-        table.caption = f"wrote {file}"
+        table = Table(title="MaskLearning: entries that stay", title_justify="left")
         table.add_column("parameter")
         for column in ("open", "of", "density"):
             table.add_column(column, justify="right")
         for name, mask in self.masks.items():
             count, numbers = int(mask.sum()), mask.numel()
             table.add_row(name, f"{count:,}", f"{numbers:,}", f"{count / max(numbers, 1):.1%}")
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def first_names(module: nn.Module) -> dict[str, str]:

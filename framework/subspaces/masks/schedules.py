@@ -103,10 +103,9 @@ class Exponential(_Ramp):
 
 
 def schedule_of(value: float | Schedule) -> Schedule:
-    """A number as a schedule that stays there. Raises: UserError for what is neither a number nor a schedule."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Schedule):
-        raise UserError(
-            "a density or a temperature must be a number or a schedule, such as Linear(start=1.0, end=0.1), got "
-            f"{value!r:.100}"
-        )
-    return value if isinstance(value, Schedule) else Constant(value)
+    """A number as a schedule that stays there. Raises: UserError for what is neither."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{value!r} must be a number, or a schedule such as Linear(1.0, 0.1)")
+    return Constant(value)
