@@ -243,8 +243,12 @@ def test_a_dry_run_builds_and_writes_nothing(capsys):
             ],
             "nothing",
         ),
+        (
+            ["masks/drop_and_grow_fashion", "trainer.callbacks.masks.init_args.match=[encoder.*]"],
+            "pattern 'encoder.*' matches no parameter of Classifier that trains",
+        ),
     ],
-    ids=["data", "optimizer", "optimizer of torch", "callback"],
+    ids=["data", "optimizer", "optimizer of torch", "callback", "masks"],
 )
 def test_a_dry_run_finds_what_only_data_optimizers_and_callbacks_know(flags, message, capsys):
     assert main(["fit", *flags, "--dry-run"]) == 2

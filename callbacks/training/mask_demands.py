@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
@@ -58,6 +58,20 @@ def masks_file(path: str | Path) -> Path:
         raise UserError(f"MaskLearning path={path} is a folder; name a file in it, such as masks.safetensors")
     make_folder(file.parent, "path of MaskLearning")
     return file
+
+
+def early_choices(trainer: Trainer, steps: int) -> list[str]:
+    """What to say of callbacks that choose a checkpoint by a figure before the mask is fixed, after this many steps:
+    the figure is that of the masked network, and the checkpoint holds all weights.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    return [
+        f"{type(callback).__name__} chooses by {callback.monitor}, but before step {steps}, at which MaskLearning "
+        "fixes its masks, a checkpoint holds all weights, and the figure is that of the masked network; keep all with "
+        "save_top_k=-1 and choose among those from that step on, or lower until of MaskLearning"
+        for callback in callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+    ]
 
 
 def refuse_early_averages(trainer: Trainer, steps: int) -> None:

@@ -15,13 +15,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightspan.callbacks.training.mask_demands import (
+    early_choices,
     masks_file,
     refuse_early_averages,
     refuse_scaled_gradients,
     require_maskable,
 )
 from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 from lightspan.files import atomic_path
 from lightspan.optim.masks.follow import keep_only, require_entrywise
 from lightspan.optim.masks.learner import Fixed, MaskLearner, on_cpu
@@ -74,6 +75,8 @@ class MaskLearning(Callback):
     weights that begin before the mask is fixed, and for a run without an end.
     """
 
+    prepares_optimizers = True  # on_fit_start only judges and says what will be masked, so a plan may call it
+
     def __init__(
         self,
         match: list[str],
@@ -119,7 +122,7 @@ class MaskLearning(Callback):
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
-        self._file(trainer)
+        file = self._file(trainer)
         require_maskable(pl_module, [name for name in names if matches(name, self.match)])
         others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
         for other in others:
@@ -127,6 +130,11 @@ class MaskLearning(Callback):
                 raise UserError(f"two entries of MaskLearning match {twice[0]}; give each parameter one mask")
             if self.path == other.path:
                 raise UserError(f"two entries of MaskLearning write to path={self.path}; give each a path of its own")
+        if trainer.is_global_zero:
+            self._say_what_stays(pl_module)
+            if file.exists() and trainer.ckpt_path is None:
+                way_out = "give MaskLearning another path to keep it"
+                print_notes([f"{file} is of an earlier run, and will be replaced when this one ends; {way_out}"])
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,6 +171,8 @@ class MaskLearning(Callback):
             self.masks = on_cpu(self._learner.chosen(1.0))
         else:
             refuse_early_averages(trainer, self._learning_steps)
+            if trainer.is_global_zero and not self._learner.sparse:
+                print_notes(early_choices(trainer, self._learning_steps))
         self._last = self._learner.saved(stored, "last") if stored.get("last") else {}
         self._figures = dict(stored.get("figures") or {})
         self._counts: dict[str, float] = {}
@@ -336,6 +346,13 @@ class MaskLearning(Callback):
             **self.mask.figures(progress),
         }
         self._figures = {f"mask/{what}": value for what, value in figures.items()}
+
+    def _say_what_stays(self, module: LightningModule) -> None:
+        shapes = {n: p.shape for n, p in module.named_parameters() if p.requires_grad and matches(n, self.match)}
+        counts = [count for _, count in self.allocation.groups(shapes, self.density.ends()[1])]
+        numbers, names = sum(shape.numel() for shape in shapes.values()), list(shapes)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"MaskLearning: {sum(counts):,} of {numbers:,} entries will stay of {', '.join(names[:3])}{more}")
 
     @rank_zero_only
     def _announce(self, path: Path) -> None:

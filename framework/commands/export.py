@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     from lightspan.config.build import Resolved
+    from lightspan.nn.subnets import Size
 
 LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 
@@ -62,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
         _require_whole_task(args, checkpoint)
     resolved = _resolved(args, checkpoint)
     out = args.out or _run_folder(args, checkpoint) / "export" / args.to
-    refuse_occupied(out, args.overwrite)
     built = build(in_one_process(resolved))
     model = built.model
     Adaptation.act(built.trainer, model)
     model.configure_model()
+    sizes = _sizes(model, args.sizes) if args.to == "timm" else []
+    refuse_occupied(out, args.overwrite)
     (put_weights if alone else load_weights)(model, checkpoint)
     if args.to == "huggingface":
         from lightspan.exports.huggingface import require_pretrained
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             "safetensors": _to_safetensors,
             "huggingface": _to_huggingface,
             "peft": _to_peft,
-            "timm": partial(_to_timm, sizes=args.sizes),
+            "timm": partial(_to_timm, sizes=sizes),
         }
         difference = writers[args.to](model, folder, resolved.name)
         what = "tensor" if args.to == "safetensors" else "output"
@@ -160,11 +162,16 @@ def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
     return largest_difference(part, folder)
 
 
-def _to_timm(model: "LightningModule", folder: Path, recipe: str, sizes: list[str] | None) -> float:
-    from lightspan.exports.timm_folder import elastic_backbone, sizes_of, write_networks
+def _sizes(model: "LightningModule", asked: list[str] | None) -> "list[Size]":
+    from lightspan.exports.timm_folder import elastic_backbone, sizes_of
 
-    backbone = elastic_backbone(model)
-    return write_networks(backbone, sizes_of(backbone, sizes), folder)
+    return sizes_of(elastic_backbone(model), asked)
+
+
+def _to_timm(model: "LightningModule", folder: Path, recipe: str, sizes: "list[Size]") -> float:
+    from lightspan.exports.timm_folder import elastic_backbone, write_networks
+
+    return write_networks(elastic_backbone(model), sizes, folder)
 
 
 def _resolved(args: argparse.Namespace, checkpoint: Path) -> "Resolved":

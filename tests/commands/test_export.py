@@ -186,7 +186,9 @@ def test_an_export_that_dies_half_way_leaves_the_earlier_one(run_dir: Path, monk
 
 def test_an_earlier_export_is_replaced_only_on_demand(run_dir: Path) -> None:
     run_export(run_dir, "--to", "safetensors")
-    with pytest.raises(UserError, match="contains an earlier export; add --overwrite"):
+    with pytest.raises(
+        UserError, match="contains an earlier export; name another folder, or add --overwrite, which replaces all"
+    ):
         run_export(run_dir, "--to", "safetensors")
     assert run_export(run_dir, "--to", "safetensors", "--overwrite") == 0
 
