@@ -279,12 +279,12 @@ class AtlasTestTime(AnisotropicScaling):
     def loss(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
         (task,) = self.heads
         if "views" not in batch:  # the bank, by which vectors are chosen: both views are the image
-            logits_BC = self.logits(theta, task, batch["image"])
+            logits_BC = self.logits(theta, task, batch)
             return self._of_views(logits_BC, logits_BC, batch)
         weak, strong = batch["views"][:2]
         with torch.no_grad():
-            weak_BC = self.logits(theta, task, weak)
-        return self._of_views(self.logits(theta, task, strong), weak_BC, batch)
+            weak_BC = self.logits(theta, task, {"image": weak})
+        return self._of_views(self.logits(theta, task, {"image": strong}), weak_BC, batch)
 
     def _of_views(self, strong_BC: Tensor, weak_BC: Tensor, batch: ViewsBatch | ImageBatch) -> Tensor:
         trusted_N = self._trusted_N.to(strong_BC.device)
@@ -302,7 +302,7 @@ class AtlasTestTime(AnisotropicScaling):
         for batch in loader:
             batch = self.taken(batch)
             with self.trainer.precision_plugin.val_step_context():
-                p_BC = wide(self.logits(theta, task, batch["image"])).softmax(dim=1)
+                p_BC = wide(self.logits(theta, task, batch)).softmax(dim=1)
             if probability_NC is None:
                 probability_NC = p_BC.new_zeros(len(loader.dataset), p_BC.shape[1])
             probability_NC[batch["index"]] = p_BC
