@@ -37,7 +37,7 @@ MAY_USE: dict[str, set[str]] = {
     "analysis": {"subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
     "estimators": {"analysis", "features", "merging", "subspaces"},
-    "merging": {"adapters", "checkpoints", "method", "subspaces"},
+    "merging": {"adapters", "checkpoints", "method", "objectives", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),
     "loggers": set(),

@@ -120,9 +120,9 @@ class Interference(Estimator):
             taus = interference.vectors_of(base_S, list(read.values()))
             shared, split = interference.sign_conflicts(taus, self.density)
             conflicts = [conflicts[0] + shared, conflicts[1] + split]
-            lengths = interference.relative_lengths(base_S, taus) or [None] * len(taus)
+            lengths = interference.relative_lengths(base_S, taus)
             row: dict[str, float | None] = {"entries": form.numbers}
-            row |= {f"length_{task}": length for task, length in zip(models, lengths, strict=True)}
+            row |= {f"length_{task}": lengths[i] if lengths else None for i, task in enumerate(models)}
             row |= {"cosine": interference.mean_cosine(taus), "sign_conflicts": split / shared if shared else None}
             noise = [interference.rounding(model_S) for model_S in read.values()]
             found = [interference.directions(tau, self.rank, at) for tau, at in zip(taus, noise, strict=True)]
@@ -137,16 +137,17 @@ class Interference(Estimator):
         if not layers:
             raise UserError("Interference found no tensor with numbers to compare; name checkpoints of a network")
         rows = list(layers.values())
-        means = {
-            key: _mean(rows, key) for key in ("cosine", *(f"{of}_{s}" for of in ("overlap", "floor") for s in SIDES))
-        }
         lengths_of = [mean for task in models if (mean := _mean(rows, f"length_{task}")) is not None]
         return InterferenceReport(
             tasks=tuple(models),
             sign_conflicts=conflicts[1] / conflicts[0] if conflicts[0] else None,
+            cosine=_mean(rows, "cosine"),
+            overlap_outputs=_mean(rows, "overlap_outputs"),
+            floor_outputs=_mean(rows, "floor_outputs"),
+            overlap_inputs=_mean(rows, "overlap_inputs"),
+            floor_inputs=_mean(rows, "floor_inputs"),
             relative_length=sum(lengths_of) / len(lengths_of) if lengths_of else None,
             layers=layers,
-            **means,
         )
 
 

@@ -70,7 +70,7 @@ def wise_as(wise: Wise, shapes: Mapping[str, torch.Size], tasks: int, start: flo
 class Partitioned(Learned):
     """P numbers a task and tensor, one for each of P groups that the tensor's entries are dealt into at random.
 
-    Source: aTLAS x K of arXiv 2407.02880 (its K is P here). The groups are a function of (seed, tensor
+    Source: aTLAS x K of arXiv 2407.02880, section 6.2 (its K is P here). The groups are a function of (seed, tensor
     name), so that tensors of one shape have groups of their own, and vectors are grouped as matrices are; the authors'
     code shares groups by shape and leaves everything that is not a matrix without a change.
 

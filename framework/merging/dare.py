@@ -1,7 +1,7 @@
 """DARE: entries of the task vectors are dropped at random, and the others scaled up so that the mean stays.
 
 Source: Yu, Yu, Yu, Huang, Li, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
-Lunch", ICML 2024, arXiv 2311.03099. With m ~ Bernoulli(p), for each entry and task,
+Lunch", ICML 2024, arXiv 2311.03099, its section 3. With m ~ Bernoulli(p), for each entry and task,
 
     tau~ = (1 - m) tau / (1 - p)
 

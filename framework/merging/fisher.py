@@ -6,7 +6,8 @@ Source: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS
 
 with F_i the diagonal of the i-th model's Fisher matrix on its own data, which
 `lightspan.estimators.merging_statistics.DiagonalFisher` writes. Entries that no F_i speaks for (sum_i w_i F_i at or
-below `floor` times the tensor's largest) and tensors without one, such as running statistics, take the plain average.
+below `floor` times the tensor's largest) and tensors without one, such as running statistics, take the plain average;
+the paper gives the former the numbers of one model that is named as the target.
 The scale of all F_i together cancels.
 """
 

@@ -3,7 +3,7 @@
 Source: Jin, Ren, Preotiuc-Pietro, Cheng, "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023,
 arXiv 2212.09849. With G_i = X_i' X_i of a layer's inputs, and its off-diagonal times alpha,
 
-    W = (sum_i W_i G_i) (sum_i G_i)^-1,     W [O I], G [I I]
+    W = (sum_i W_i G_i) (sum_i G_i)^-1,     W [O I], G [I I]        (its equation 2, transposed)
 
 `lightspan.estimators.merging_statistics.InputGrams` writes the G_i. It is computed as the average W_a plus the least
 change: W = W_a + (sum_i (W_i - W_a) G_i) (sum_i G_i)^+, which is the same where the sum has an inverse, and in

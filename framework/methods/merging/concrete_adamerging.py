@@ -13,6 +13,7 @@ Every other sample of a batch is of the inner step, the rest of the outer one: r
 of them with an even number of samples each split it as one does. One draw of the mask serves both.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import TasksBatch
 from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
 from lightspan.merging.coefficients import Wise, wise_as
@@ -73,21 +73,23 @@ class ConcreteAdaMerging(LearnedMerging):
     def mask(self) -> dict[str, Tensor]:
         return self.concrete.settled()
 
-    def training_step(self, batch: TasksBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         if len(batch["index"]) < 2:
             raise UserError(
                 "ConcreteAdaMerging needs two samples a batch on each rank; raise data.init_args.batch_size"
             )
-        images = batch["image"]
         mask = self.concrete.drawn(self.global_step)
-        w = self.inner_step({**batch, "image": images[1::2]}, {name: m.detach() for name, m in mask.items()})
+        first, second = (
+            {field: x[part] for field, x in batch.items()} for part in (slice(1, None, 2), slice(0, None, 2))
+        )
+        w = self.inner_step(first, {name: m.detach() for name, m in mask.items()})
         theta = self.span.merged(self._at(w), mask)
-        loss = self.entropy(theta, {**batch, "image": images[::2]})
+        loss = self.entropy(theta, second)
         figures = {"train/entropy_nats": loss, "train/density": self.concrete.density()}
-        self.log_training(figures, batch_size=len(images), prog_bar=True)
+        self.log_training(figures, batch_size=len(batch["index"]), prog_bar=True)
         return loss
 
-    def inner_step(self, batch: TasksBatch, mask: dict[str, Tensor]) -> Tensor:
+    def inner_step(self, batch: Mapping[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         """w after its step from `weight`, the same on all ranks; what it is reset to is not changed."""
         weight = self.learned.weight
         reset = weight.clone()

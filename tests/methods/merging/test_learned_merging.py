@@ -13,6 +13,7 @@ from lightning import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import MLP
 from lightspan.datamodules.images.small import Digits
@@ -184,6 +185,58 @@ def test_the_inner_step_starts_from_the_weight_and_the_outer_one_sends_no_gradie
     state = method.inner.state_dict()["state"]
     assert inner is torch.optim.SGD or int(state[0]["step"]) == 2  # the moments outlive the reset
     assert method.learned.weight.grad is None
+
+
+class Words(nn.Module):
+    """[B T] tokens and their mask -> [B 8], the mean of their embeddings through a layer."""
+
+    def __init__(self, seed: int = 9) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.out = nn.Embedding(20, 6), nn.Linear(6, 8)
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        weight_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True)
+        return self.out((weight_BT[..., None] * self.embed(tokens_BT)).sum(dim=1)).tanh()
+
+
+class OfText:
+    """What a text task adds to a learned merge."""
+
+    def encoded(self: Any, theta: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return self.span(theta, batch["tokens"], batch["mask"])
+
+
+def texts(rows: int, *tasks: int) -> dict[str, Tensor]:
+    shape = (rows, *tasks)
+    mask = (torch.arange(5) < torch.randint(1, 6, (*shape, 1))).long()
+    tokens, label = torch.randint(20, (*shape, 5)), torch.randint(10, shape)
+    return {"tokens": tokens, "mask": mask, "label": label, "index": torch.arange(rows)}
+
+
+@pytest.mark.parametrize("kind", [AdaMerging, ConcreteArithmetic, ConcreteAdaMerging, Atlas])
+def test_another_modality_overrides_one_method(kind: type[LearnedMerging], tmp_path: Path) -> None:
+    for seed, name in enumerate((BASE, *TASKS)):
+        state = {f"backbone.{key}": tensor for key, tensor in Words(seed).state_dict().items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    of_text: Any = type("TextMerging", (OfText, kind), {})
+    optimizer = partial(torch.optim.Adam, lr=0.01)
+    method = of_text(Words(), stored_as_is(tmp_path), heads(), optimizer=optimizer)
+    before = {n: p.clone() for n, p in method.named_parameters() if p.requires_grad}
+    torch.manual_seed(0)
+    training, scored = [texts(4, 3) for _ in range(2)], [texts(6) for _ in TASKS]
+    loaders = [DataLoader([given], batch_size=None) for given in scored]  # type: ignore[arg-type]
+    fit = trainer(2)
+    fit.fit(method, DataLoader(training, batch_size=None), loaders)  # type: ignore[arg-type]
+    assert any(not torch.equal(method.get_parameter(name), p) for name, p in before.items())
+    right = []
+    for task, given in zip(TASKS, scored, strict=True):
+        features = torch.func.functional_call(Words(), method.merged(), (given["tokens"], given["mask"]))
+        torch.testing.assert_close(method.features(given), features)
+        right.append((method.heads[task](features).argmax(dim=1) == given["label"]).float().mean())
+    assert float(fit.validate(method, loaders, verbose=False)[0]["val/accuracy"]) == pytest.approx(
+        float(sum(right) / 3)
+    )
 
 
 def test_a_mask_that_was_learned_stands_while_coefficients_are(tmp_path: Path) -> None:
@@ -380,7 +433,7 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str, tmp_path
 
 def test_batches_of_other_tasks_small_ones_and_sharding_are_refused(tmp_path: Path) -> None:
     method = logged(make("Concrete AdaMerging", tmp_path))
-    with pytest.raises(UserError, match=r"images \[3, 2, 1, 8, 8\] is not one of the 3 tasks up, left, down"):
+    with pytest.raises(UserError, match=r"image \[3, 2, 1, 8, 8\] of the batch is not of the 3 tasks up, left, down"):
         method.training_step({**batch(), "image": batch()["image"][:, :2]}, 0)
     with pytest.raises(UserError, match="needs two samples a batch on each rank"):
         method.training_step(batch(1), 0)
