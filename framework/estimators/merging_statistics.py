@@ -164,8 +164,7 @@ class InputGrams(Estimator):
             sums.setdefault(key, torch.zeros(width, width, dtype=torch.float64, device=network.device))
 
             def add(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], key: str = key) -> None:
-                x = (arguments[0] if arguments else named["input"]).double()
-                x = x.reshape(-1, x.shape[-1])
+                x = torch.atleast_2d(arguments[0] if arguments else named["input"]).double().flatten(end_dim=-2)
                 sums[key] += x.mT @ x
 
             handles.append(layer.register_forward_pre_hook(add, with_kwargs=True))

@@ -224,7 +224,7 @@ def test_layers_that_share_a_weight_have_one_gram_of_all_that_reaches_it() -> No
     h = net.inner(x)
     grams = InputGrams().fit(on(net, x)).tensors
     assert grams.keys() == {"words.weight"}
-    torch.testing.assert_close(grams["words.weight"], x.T @ x + h.T @ h, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grams["words.weight"], (x.T @ x + h.T @ h).double(), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="a batch of these data has image, and no 'pixels'; set field"):
         InputGrams().fit(NetworkOnData(net, [{"image": x}], "pixels", torch.device("cpu")))
 
