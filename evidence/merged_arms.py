@@ -78,7 +78,14 @@ def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float, second:
     second: settings of the second stage, whose start the first resets its coefficients to.
     """
     found, _ = learned(
-        ConcreteAdaMerging, w, STEPS, lr, batch_size=32, inner_lr=inner_lr, weight=second["start"], seed=seed
+        ConcreteAdaMerging,
+        w,
+        STEPS,
+        lr,
+        batch_size=32,
+        inner=partial(torch.optim.SGD, lr=inner_lr),
+        weight=second["start"],
+        seed=seed,
     )
     assert isinstance(found, ConcreteAdaMerging)
     return adamerging(w, seed, **second, mask={name: m.detach() for name, m in found.mask().items()})
