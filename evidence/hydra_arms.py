@@ -25,7 +25,7 @@ class Arm(NamedTuple):
     gated: bool
 
 
-ARMS = {"Hydra": Arm(Arbitrary, True), "SupCon": Arm(Identical, False), "no gate": Arm(Arbitrary, False)}
+ARMS = {"Hydra": Arm(Arbitrary, True), "identical pairs": Arm(Identical, False), "no gate": Arm(Arbitrary, False)}
 
 
 class Data(NamedTuple):
