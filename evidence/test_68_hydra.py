@@ -4,8 +4,8 @@ Pictures have three known factors (4 shapes, 4 colours, 4 textures: 64 classes),
 the frozen backbone. All arms are the class `Hydra` with one network, batch, number of steps and optimiser; they differ
 in pairs and gate. Each arm's rate was chosen from the same three, by its probes on seed 100 and pictures of a stream of
 their own: `python evidence/test_68_hydra.py` repeats that search. Every arm was best at the highest of them. The card's
-first margins are against SupCon; "identical pairs", the same class without a gate, is near it and not the same, since an
-anchor is its own positive too (docs/contrastive.md). SupCon's own loss was not measured yet.
+first margins are against SupCon; "identical pairs", the same class without a gate, is near it and not the same, since
+an anchor is its own positive too (docs/contrastive.md). SupCon's own loss was not measured yet.
 
 The card asks for gates whose cosines follow shared factors and leaves open how to count these. Here it is the number of
 factors that are shared within both pairs, over random couples of pairs that share 0 to 2 of them.
