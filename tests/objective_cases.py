@@ -23,6 +23,7 @@ from lightspan.objectives import (
     info_nce,
     koleo,
     language,
+    masked,
     prototypes,
     pseudo_labels,
     supcon,
@@ -107,6 +108,12 @@ CASES = {
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
     ),
+    "masked.patch_regression": Case(
+        lambda x, weight, label_B, mixed_B: masked.patch_regression((x @ weight)[:, None], x.sin()[:, None])
+    ),
+    "masked.feature_regression": Case(
+        lambda x, weight, label_B, mixed_B: masked.feature_regression((x @ weight)[:, None], x.sin()[:, None])
+    ),
     "prototypes.cross_view_loss": Case(cross_view_loss),
     "prototypes.prototype_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: prototypes.prototype_cross_entropy(x.softmax(dim=1), x @ weight, 0.5)
@@ -119,6 +126,7 @@ PARTS = {
     *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.require_temperature"),
     *(
         "entropy.entropy",
+        "masked.normalised_patches",
         "means.squared_error",
         "prototypes.sinkhorn",
         "prototypes.centred_softmax",

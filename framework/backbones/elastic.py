@@ -110,6 +110,12 @@ class ElasticViT(VisionTransformer):
         """All networks inside, the whole one last."""
         return [Size(width, depth) for width in self.widths for depth in self.depths]
 
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """Height and width of a patch in pixels, and the channels of images."""
+        height, width = self.patch_embed.patch_size
+        return height, width, self.common["in_chans"]
+
     def settings(self, size: Size) -> dict[str, Any]:
         """What makes timm's VisionTransformer of this size."""
         sides = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.width // self.head_dim}

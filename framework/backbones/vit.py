@@ -82,6 +82,11 @@ class TokenViT(nn.Module):
         return self.network.patch_embed
 
     @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        height, width = self.network.patch_embed.patch_size
+        return height, width, self.network.patch_embed.proj.in_channels
+
+    @property
     def feature_modules(self) -> list[nn.Module]:
         """The blocks: one layer of features each, see `lightspan.nn.tokens`."""
         return list(self.network.blocks)

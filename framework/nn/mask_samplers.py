@@ -6,18 +6,17 @@ Shapes: B images, grid of 1 to 3 axes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightspan.devices import has_values
 from lightspan.errors import UserError
-
-PLANNED = 64
-"""Images whose masks stand for those of all others in a plan."""
+from lightspan.nn.patches import places
 
 
 class MaskSampler(Protocol):
@@ -37,16 +36,17 @@ def visible_count(ratio: float, patches: int) -> int:
     return max(1, int(round((1 - ratio) * patches, 6)))  # 0.1 * 100 is a little below 10
 
 
-def for_images(index_B: Tensor, draw: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
-    """What `draw` gives for the images of a batch, [B ...].
+def image_numbers(index_B: Tensor) -> list[int]:
+    """The images' numbers of a batch; `lightspan plan`, which knows none, gets some instead."""
+    return index_B.tolist() if has_values(index_B) else list(range(len(index_B)))
 
-    `lightspan plan` knows no numbers of images and may try any count of them: it takes the masks of a few again and
-    again.
+
+def seen_and_hidden(masks_B: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Places of the patches that are not masked and of those that are: int64 [B K] and [B M], on a device.
+
+    Raises: UserError for masks with different counts.
     """
-    if has_values(index_B):
-        return draw(index_B.tolist())
-    drawn = draw(range(min(len(index_B), PLANNED)))
-    return np.resize(drawn, (len(index_B), *drawn.shape[1:]))
+    return torch.from_numpy(places(~masks_B)).to(device), torch.from_numpy(places(masks_B)).to(device)
 
 
 def _require(kind: str, ratio: float, seed: int) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightspan.errors import UserError
 
@@ -31,8 +33,8 @@ class Blocks(NamedTuple):
         targets_BNM: int64, each block row by row.
     """
 
-    context_BK: np.ndarray
-    targets_BNM: np.ndarray
+    context_BK: Tensor
+    targets_BNM: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ class MultiBlock:
             for index in indices
         ]
         contexts, targets = [one[0] for one in drawn], [one[1] for one in drawn]
-        return Blocks(
-            np.array(contexts, dtype=np.int64).reshape(len(indices), count),
-            np.array(targets, dtype=np.int64).reshape(len(indices), self.targets, math.prod(target)),
+        shapes = (len(indices), count), (len(indices), self.targets, math.prod(target))
+        arrays = (
+            np.array(rows, dtype=np.int64).reshape(shape)
+            for rows, shape in zip((contexts, targets), shapes, strict=True)
         )
+        return Blocks(*map(torch.from_numpy, arrays))
 
     def _one(
         self,
@@ -98,20 +102,20 @@ class MultiBlock:
         generator: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
         """One image's context [K] and targets [N M]."""
-        best: tuple[np.ndarray, np.ndarray] | None = None
-        for _ in range(ATTEMPTS):
+        best_T, best_NM = np.zeros(math.prod(grid), dtype=bool), np.zeros((0, 0), dtype=np.int64)
+        for attempt in range(ATTEMPTS):
             targets_NM = np.stack([_block(grid, target, generator) for _ in range(self.targets)])
-            left = np.setdiff1d(_block(grid, context, generator), targets_NM)
-            if best is None or len(left) > len(best[0]):
-                best = left, targets_NM
-            if len(left) >= count:
+            left_T = np.zeros_like(best_T)
+            left_T[_block(grid, context, generator)] = True
+            left_T[targets_NM] = False
+            if attempt == 0 or left_T.sum() > best_T.sum():
+                best_T, best_NM = left_T, targets_NM
+            if best_T.sum() >= count:
                 break
-        assert best is not None
-        left, targets_NM = best
-        if len(left) < count:
-            others = np.setdiff1d(np.arange(math.prod(grid)), left)
-            left = np.concatenate([left, generator.choice(others, count - len(left), replace=False)])
-        return np.sort(generator.choice(left, count, replace=False)), targets_NM
+        missing = count - int(best_T.sum())
+        if missing > 0:
+            best_T[generator.choice(np.flatnonzero(~best_T), missing, replace=False)] = True
+        return np.sort(generator.choice(np.flatnonzero(best_T), count, replace=False)), best_NM
 
 
 def _size(grid: tuple[int, int], share: float, aspect: float) -> tuple[int, int]:

@@ -6,11 +6,13 @@ Shapes: B images, h w their sides, H W grid of patches, T = H W, P prefix tokens
 K patches that are seen, D width.
 """
 
+import math
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
+from lightspan.nn.widths import require_width
 
 
 @runtime_checkable
@@ -20,10 +22,14 @@ class TokenBackbone(Protocol):
     Attributes:
         num_features: D.
         num_prefix_tokens: P, >= 0.
+        patch_shape: height and width of a patch in pixels, and the channels of images.
     """
 
     num_features: int
     num_prefix_tokens: int
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int]: ...
 
     def grid(self, image_BChw: Tensor) -> tuple[int, int]:
         """(H, W) of these images. Raises: UserError for sides that the network does not take."""
@@ -46,3 +52,31 @@ def require_tokens(backbone: nn.Module, method: str) -> TokenBackbone:
             "lightspan.backbones.vit.vit, or lightspan.backbones.vit.TokenViT around a transformer of timm"
         )
     return backbone
+
+
+def require_patch_decoder(backbone: nn.Module, decoder: nn.Module, method: str) -> None:
+    """Whether a decoder takes what a backbone gives, and gives as many numbers as a patch has.
+
+    Args:
+        decoder: with `in_features` and `out_features`.
+    Raises: UserError for other numbers, or a backbone without tokens.
+    """
+    shape, given = require_tokens(backbone, method).patch_shape, getattr(decoder, "out_features", None)
+    require_width(backbone, "decoder.in_features", getattr(decoder, "in_features", None))
+    if given != math.prod(shape):
+        raise UserError(
+            f"decoder.out_features={given}, and a patch of {shape[0]} x {shape[1]} pixels with {shape[2]} channels has "
+            f"{math.prod(shape)} numbers; set it to that"
+        )
+
+
+class AllTokens(nn.Module):
+    """A backbone whose call gives its tokens, for what wraps a module and calls it, such as a teacher."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image_BChw: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """See `TokenBackbone.tokens`."""
+        return self.backbone.tokens(image_BChw, keep_BK=keep_BK)  # type: ignore[operator]

@@ -61,6 +61,7 @@ def test_tokens_are_the_networks_own_and_the_prefix_comes_first(kind: str) -> No
     assert require_tokens(backbone, "test") is backbone
     tokens = backbone.tokens(x)
     assert backbone.grid(x) == (4, 4)
+    assert backbone.patch_shape == (3, 3, 1)
     assert tokens.shape == (3, backbone.num_prefix_tokens + 16, backbone.num_features)
     assert backbone(x).shape == (3, backbone.num_features)
     network = getattr(backbone, "network", backbone)
@@ -185,7 +186,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_contract_is_told_by_what_a_module_has() -> None:
     class Own(nn.Module):
-        num_features, num_prefix_tokens = 4, 0
+        num_features, num_prefix_tokens, patch_shape = 4, 0, (1, 1, 1)
 
         def grid(self, image_BChw: Tensor) -> tuple[int, int]:
             return 1, 1

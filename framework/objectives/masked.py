@@ -1,0 +1,49 @@
+"""Losses of masked modelling: pixels of hidden patches, and features of hidden patches.
+
+Shapes: B images, M hidden patches of each, d numbers of a patch, D width of features.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightspan.devices import wide
+from lightspan.objectives.means import squared_error
+
+LEAST_VARIANCE = 1e-6
+"""Added to the variance of a patch, as in MAE's code: a patch of one colour becomes zeros."""
+
+
+def normalised_patches(patches_BMd: Tensor) -> Tensor:
+    """(t - mean) / sqrt(variance + 1e-6) of each patch by itself, in float32 or wider.
+
+    Source: He et al., "MAE", 2021, arXiv 2111.06377, section 3, "Reconstruction target"; the variance is unbiased, as
+    in the authors' code. A patch of one number is 0.
+    """
+    patches_BMd = wide(patches_BMd)
+    centred_BMd = patches_BMd - patches_BMd.mean(dim=2, keepdim=True)
+    variance_BM1 = centred_BMd.square().sum(dim=2, keepdim=True) / max(patches_BMd.shape[2] - 1, 1)
+    return centred_BMd / (variance_BM1 + LEAST_VARIANCE).sqrt()
+
+
+def patch_regression(guess_BMd: Tensor, patches_BMd: Tensor, normalise: bool = True) -> Tensor:
+    """Mean squared error over all numbers of hidden patches, a scalar in float32 or wider; 0 without any.
+
+    Args:
+        patches_BMd: what the patches show.
+        normalise: compare with `normalised_patches`.
+    """
+    return squared_error(guess_BMd, normalised_patches(patches_BMd) if normalise else patches_BMd)
+
+
+def feature_regression(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
+    """Smooth L1 distance of guesses to features that are standardised one by one (a layer norm without weights), mean
+    over all numbers, a scalar in float32 or wider; 0 without any.
+
+    Source: the authors' code of I-JEPA (Assran et al., 2023, arXiv 2301.08243); the paper's eq. 1 has the squared
+    distance.
+
+    Args:
+        features_BMD: of a teacher; no gradient goes into them.
+    """
+    target_BMD = F.layer_norm(wide(features_BMD.detach()), features_BMD.shape[-1:])
+    return F.smooth_l1_loss(wide(guess_BMD), target_BMD, reduction="mean" if guess_BMD.numel() else "sum")
