@@ -53,7 +53,7 @@ class LARS(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, except that the velocity keeps its own precision. Raises: UserError for another optimiser's state."""
+        """torch's, but the velocity keeps its own precision. Raises: UserError for another optimiser's state."""
         load_between_hooks(self, state_dict, self._prepared, self._restore)
 
     def _prepared(self, given: dict[str, Any]) -> dict[str, Any]:
