@@ -28,8 +28,8 @@ from lightspan.optim.schedules import cosine_between, line_between
 class DINO(Method):
     """The student's answer on every crop is held to the teacher's on each other global one. The teacher is kept.
 
-    Batches hold views of which the first `global_views` are of one size and shown to both networks; the rest is shown to
-    the student alone.
+    Batches hold views of which the first `global_views` are of one size and shown to both networks; the rest is shown
+    to the student alone.
 
     Args:
         backbone: the student's, [R C h w] -> [R num_features] for each size of view: a vision transformer or a
