@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightspan.errors import UserError
 from lightspan.nn.block_masks import MaskedPatches
+from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.slices import widened
 
@@ -25,6 +27,11 @@ class SeenViews(NamedTuple):
     scores_VBK: list[Tensor]
     patches_NK: list[Tensor]
 
+    @property
+    def by_head(self) -> list[tuple[Tensor, Tensor]]:
+        """Scores of class tokens and of masked patches."""
+        return [*zip(self.scores_VBK, self.patches_NK, strict=True)]
+
 
 class PrototypeNetwork(nn.Module):
     """One pass of the backbone for each run of views of one size, then all heads on what it gives.
@@ -34,12 +41,23 @@ class PrototypeNetwork(nn.Module):
             token comes first, and patches whose place in `mask_BHW` is True are hidden from the network. Tokens may be
             narrower than `num_features`, and are then filled up by `lightspan.nn.slices.widened`.
             `lightspan.backbones.elastic.ElasticViT` is such a backbone.
-        heads: [..., num_features] -> [..., K]. Class tokens and patches share them.
+        heads: [..., num_features] -> [..., K], at least one. Class tokens and patches share them.
+    Raises: UserError for no head, or one of another width.
     """
 
-    def __init__(self, backbone: nn.Module, heads: Sequence[nn.Module]) -> None:
+    def __init__(self, backbone: nn.Module, heads: Sequence[DINOHead]) -> None:
         super().__init__()
+        widths, given = [head.in_features for head in heads], backbone.num_features
+        if not heads or set(widths) != {given}:
+            raise UserError(
+                f"heads take {widths} features, and {type(backbone).__name__} gives {given}; give one head or more "
+                f"with in_features={given}"
+            )
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
+
+    @property
+    def prototypes(self) -> list[nn.Module]:
+        return [head.prototypes for head in self.heads]  # type: ignore[misc]
 
     def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> SeenViews:
         """Scores of all class tokens and of the masked patches.

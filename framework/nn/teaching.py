@@ -20,6 +20,13 @@ def require_schedules(shares: Mapping[str, float], temperatures: Mapping[str, fl
         raise UserError(f"{told}: temperatures must be above 0 and finite; 0.04 to 0.1 are usual")
 
 
+def require_weights(**weights: float) -> None:
+    """Raises: UserError unless all weights of terms of a loss are at least 0 and finite."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"{name}={weight} must be at least 0 and finite")
+
+
 def leave_in_place(parts: Iterable[nn.Module]) -> None:
     """The next step of the optimiser leaves the weights of these parts alone, as DINO and SwAV treat prototypes in
     their first epoch: they have no gradient, which is not a gradient of zero, so they do not decay either.
