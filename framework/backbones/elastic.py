@@ -2,7 +2,7 @@
 
 Source: Zhang et al., "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv 2408.01031, section 3.2; what
 part of a weight a narrow network has is said in `lightspan.nn.slices`.
-Shapes: B images, C channels, H W grid of patches, T = 1 + H W tokens, w width.
+Shapes: B images, C channels, H W grid of patches, T = 1 + H W tokens, K kept patches, w width.
 """
 
 from functools import partial
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightspan.errors import UserError
+from lightspan.nn.patches import grid_of, kept
 from lightspan.nn.slices import first, sub_weights
 from lightspan.nn.subnets import Size
 
@@ -114,15 +115,29 @@ class ElasticViT(VisionTransformer):
         sides = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.width // self.head_dim}
         return self.common | sides | {"num_classes": 0}
 
-    def tokens(self, image_BChw: Tensor, size: Size | None = None, mask_BHW: Tensor | None = None) -> Tensor:
-        """Tokens after the last norm, the class token first: [B T w].
+    def grid(self, image_BChw: Tensor) -> tuple[int, int]:
+        """(H, W) of these images. Raises: UserError for an image whose sides the patches do not fill."""
+        height, width = grid_of(image_BChw.shape[2:], self.patch_embed.patch_size)
+        return height, width
+
+    def tokens(
+        self,
+        image_BChw: Tensor,
+        size: Size | None = None,
+        mask_BHW: Tensor | None = None,
+        keep_BK: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens after the last norm, the class token first: [B T w]; see `lightspan.nn.token_backbone`.
 
         Args:
             size: one of `sizes`, or any other up to the whole one; None is the whole network.
             mask_BHW: bool, patches that are replaced by the mask token.
+            keep_BK: int64, places of the only patches that are seen.
         """
         width, depth = size or self.largest
         x_BTw = self.embed(image_BChw, width, mask_BHW)
+        if keep_BK is not None:
+            x_BTw = kept(x_BTw, keep_BK, prefix=1)
         for place in chosen_blocks(depth, len(self.blocks)):
             x_BTw = self.blocks[place](x_BTw)
         weight, bias = first(self.norm.weight, (width,)), first(self.norm.bias, (width,))
@@ -133,14 +148,7 @@ class ElasticViT(VisionTransformer):
 
         Raises: UserError for an image whose sides the patches do not fill.
         """
-        if (
-            image_BChw.shape[-2] % self.patch_embed.patch_size[0]
-            or image_BChw.shape[-1] % self.patch_embed.patch_size[1]
-        ):
-            raise UserError(
-                f"images of {image_BChw.shape[-2]} x {image_BChw.shape[-1]} pixels cannot be cut into patches of "
-                f"{self.patch_embed.patch_size[0]}; their sides must be multiples of patch_size"
-            )
+        self.grid(image_BChw)
         projection, positions = self.patch_embed.proj, self.pos_embed[..., :width]
         weight, bias = projection.weight[:width], projection.bias[:width]
         x_BHWw = F.conv2d(image_BChw, weight, bias, projection.stride).permute(0, 2, 3, 1)

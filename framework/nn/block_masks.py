@@ -30,20 +30,24 @@ class BlockMasks:
         ratio: share of its patches, least and most, in [0, 1]; uniform between them.
         aspect: of a block, height by width: uniform in the logarithm between this and its inverse, in (0, 1].
         seed: >= 0.
+        least_block: patches of the smallest block, at least 1; those that no block of this size fits are drawn one by
+            one.
     """
 
     probability: float = 0.5
     ratio: tuple[float, float] = (0.1, 0.5)
     aspect: float = 0.3
     seed: int = 0
+    least_block: int = LEAST_BLOCK
 
     def __post_init__(self) -> None:
         least, most = self.ratio
-        if not (0 <= self.probability <= 1 and 0 <= least <= most <= 1 and 0 < self.aspect <= 1 and self.seed >= 0):
+        shares = 0 <= self.probability <= 1 and 0 <= least <= most <= 1 and 0 < self.aspect <= 1
+        if not (shares and self.seed >= 0 and self.least_block >= 1):
             raise UserError(
                 f"BlockMasks: probability={self.probability} must lie in [0, 1], ratio={list(self.ratio)} be two "
                 f"numbers with 0 <= least <= most <= 1, aspect={self.aspect} lie in (0, 1], seed={self.seed} be at "
-                "least 0"
+                f"least 0, and least_block={self.least_block} at least 1"
             )
 
     def draw(self, grid: tuple[int, int], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
@@ -60,7 +64,7 @@ class BlockMasks:
             masked, share = generator.random(2)
             if masked < self.probability:
                 ratio = self.ratio[0] + share * (self.ratio[1] - self.ratio[0])
-                fill_blocks(mask_HW, int(ratio * height * width), self.aspect, generator)
+                fill_blocks(mask_HW, int(ratio * height * width), self.aspect, generator, self.least_block)
         return masks_BHW
 
 
@@ -91,13 +95,15 @@ class MaskedPatches(NamedTuple):
         return tokens_BTw.flatten(0, 1).index_select(0, self.place_N)
 
 
-def fill_blocks(mask_HW: np.ndarray, count: int, aspect: float, generator: np.random.Generator) -> None:
-    """Sets exactly `count` entries of an empty mask, by blocks of at least 4 patches, which may overlap."""
+def fill_blocks(
+    mask_HW: np.ndarray, count: int, aspect: float, generator: np.random.Generator, least: int = LEAST_BLOCK
+) -> None:
+    """Sets exactly `count` entries of an empty mask, by blocks of about `least` patches and more, which may overlap."""
     height, width = mask_HW.shape
     left = count
     while left > 0:
         for _ in range(ATTEMPTS):
-            area = generator.uniform(LEAST_BLOCK, max(LEAST_BLOCK, left))
+            area = generator.uniform(least, max(least, left))
             ratio = math.exp(generator.uniform(math.log(aspect), -math.log(aspect)))
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if not (0 < h <= height and 0 < w <= width):

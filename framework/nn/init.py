@@ -10,3 +10,14 @@ def he_normal_(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def xavier_uniform_(module: nn.Module) -> None:
+    """Weights of linear layers, and of convolutions as linear layers of their patches, uniform in +-sqrt(6 / (fan-in +
+    fan-out)) (Glorot, Bengio, 2010), biases 0: how MAE (arXiv 2111.06377) starts its transformers.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -3,8 +3,8 @@ with a transformer.
 
 A network without tokens, such as a ResNet, has no masked patches to score and does not fit; its methods call
 `lightspan.nn.multi_crop.one_pass_a_size` and their heads themselves.
-Shapes: V views of B images, the first G of them with masks; H W grid of patches, T = 1 + H W tokens, w width of the
-tokens, K prototypes of a head, N masked patches.
+Shapes: V views of B images, the first G of them with masks; H W grid of patches, T tokens (class token, registers, H W
+patches), w width of the tokens, K prototypes of a head, N masked patches.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from lightspan.nn.block_masks import MaskedPatches
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.slices import widened
+from lightspan.nn.token_backbone import require_tokens
 
 
 class SeenViews(NamedTuple):
@@ -37,16 +38,17 @@ class PrototypeNetwork(nn.Module):
     """One pass of the backbone for each run of views of one size, then all heads on what it gives.
 
     Args:
-        backbone: a module with `tokens(image_BChw, mask_BHW=None, **options)` -> [B T w] and `num_features`. The class
-            token comes first, and patches whose place in `mask_BHW` is True are hidden from the network. Tokens may be
-            narrower than `num_features`, and are then filled up by `lightspan.nn.slices.widened`.
-            `lightspan.backbones.elastic.ElasticViT` is such a backbone.
+        backbone: a `lightspan.nn.token_backbone.TokenBackbone` with a class token and a mask token, such as
+            `lightspan.backbones.vit.TokenViT` or `lightspan.backbones.elastic.ElasticViT`. Tokens may be narrower than
+            `num_features`, and are then filled up by `lightspan.nn.slices.widened`.
         heads: [..., num_features] -> [..., K], at least one. Class tokens and patches share them.
-    Raises: UserError for no head, or one of another width.
+    Raises: UserError for a backbone without tokens, or without a class token; for no head, or one of another width.
     """
 
     def __init__(self, backbone: nn.Module, heads: Sequence[DINOHead]) -> None:
         super().__init__()
+        if require_tokens(backbone, "PrototypeNetwork").num_prefix_tokens < 1:
+            raise UserError("PrototypeNetwork scores the class token, and this backbone has none; set class_token=true")
         widths, given = [head.in_features for head in heads], backbone.num_features
         if not heads or set(widths) != {given}:
             raise UserError(
@@ -74,7 +76,7 @@ class PrototypeNetwork(nn.Module):
         tokens_BTw = tokens(torch.cat([*views[:count]]), mask_BHW=mask_BHW, **options)  # type: ignore[operator]
         others = one_pass_a_size(lambda image_BChw: tokens(image_BChw, **options)[:, 0], views[count:])  # type: ignore[operator]
         class_VBw = torch.cat([tokens_BTw[:, 0], *others]).unflatten(0, (len(views), images))
-        patches_Nw = masked.tokens(tokens_BTw[:, 1:])
+        patches_Nw = masked.tokens(tokens_BTw[:, self.backbone.num_prefix_tokens :])  # type: ignore[misc]
         rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)  # type: ignore[arg-type]
         scores = [head(rows).split([len(views) * images, len(patches_Nw)]) for head in self.heads]
         return SeenViews(

@@ -1,0 +1,131 @@
+"""A context and several target blocks of an image: the masks of I-JEPA.
+
+Source: Assran et al., "I-JEPA", CVPR 2023, arXiv 2301.08243, section 3 and appendix A.1: four target blocks with 0.15
+to 0.2 of the patches and an aspect of 0.75 to 1.5 each; a square context block with 0.85 to 1 of them, without what
+lies in a target. As in the authors' code the sizes of blocks are those of a step, the same for all images; their places
+are each image's own.
+Difference: their code cuts the contexts of a batch to the smallest one, in the order of rows, so that an image's
+context depends on which others are beside it, and lower rows are cut. Here all contexts have one count, `context_keep`
+of the patches, drawn among those that are left; blocks are placed again until enough are left, and if none of
+`ATTEMPTS` draws leaves enough (small grids), patches of targets fill up the context of the best draw.
+Shapes: B images, H W grid, N target blocks, M patches of each, K of a context.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from lightspan.errors import UserError
+
+ATTEMPTS = 20
+
+
+class Blocks(NamedTuple):
+    """Places of patches, counted row by row.
+
+    Attributes:
+        context_BK: int64, in increasing order.
+        targets_BNM: int64, each block row by row.
+    """
+
+    context_BK: np.ndarray
+    targets_BNM: np.ndarray
+
+
+@dataclass(frozen=True)
+class MultiBlock:
+    """Draws contexts and target blocks.
+
+    Args:
+        targets: blocks to predict, at least 1.
+        target_scale: share of the patches in each, least and most, in (0, 1].
+        target_aspect: its height by its width, least and most, > 0; uniform between them, as in the authors' code.
+        context_scale: share of the patches in the context block, before targets are taken away, in (0, 1].
+        context_keep: share of the patches in every context, in (0, 1]; at least one patch.
+        seed: >= 0.
+    """
+
+    targets: int = 4
+    target_scale: tuple[float, float] = (0.15, 0.2)
+    target_aspect: tuple[float, float] = (0.75, 1.5)
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    context_keep: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        (a, b), (c, d), (e, f) = self.target_scale, self.target_aspect, self.context_scale
+        if not (
+            self.targets >= 1 and 0 < a <= b <= 1 and 0 < c <= d < math.inf and 0 < e <= f <= 1
+            and 0 < self.context_keep <= 1 and self.seed >= 0
+        ):  # fmt: skip
+            raise UserError(
+                f"MultiBlock: targets={self.targets} must be at least 1, target_scale={[a, b]} and context_scale="
+                f"{[e, f]} two shares with 0 < least <= most <= 1, target_aspect={[c, d]} two numbers with 0 < least "
+                f"<= most, context_keep={self.context_keep} in (0, 1], and seed={self.seed} at least 0"
+            )
+
+    def draw(self, grid: tuple[int, int], step: int, indices: Sequence[int], view: int = 0) -> Blocks:
+        """Blocks of these images.
+
+        Args:
+            indices: the images' numbers in their dataset.
+            view: number of the view, each of which has blocks of its own.
+        """
+        # A number more than images have: numpy fills short seeds up with zeros, which are an image's too.
+        sizes = np.random.default_rng((self.seed, step, 0, 0, 1))
+        target = _size(grid, sizes.uniform(*self.target_scale), sizes.uniform(*self.target_aspect))
+        context = _size(grid, sizes.uniform(*self.context_scale), 1.0)
+        count = max(1, int(round(self.context_keep * math.prod(grid), 6)))
+        drawn = [
+            self._one(grid, target, context, count, np.random.default_rng((self.seed, step, index, view)))
+            for index in indices
+        ]
+        contexts, targets = [one[0] for one in drawn], [one[1] for one in drawn]
+        return Blocks(
+            np.array(contexts, dtype=np.int64).reshape(len(indices), count),
+            np.array(targets, dtype=np.int64).reshape(len(indices), self.targets, math.prod(target)),
+        )
+
+    def _one(
+        self,
+        grid: tuple[int, int],
+        target: tuple[int, int],
+        context: tuple[int, int],
+        count: int,
+        generator: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One image's context [K] and targets [N M]."""
+        best: tuple[np.ndarray, np.ndarray] | None = None
+        for _ in range(ATTEMPTS):
+            targets_NM = np.stack([_block(grid, target, generator) for _ in range(self.targets)])
+            left = np.setdiff1d(_block(grid, context, generator), targets_NM)
+            if best is None or len(left) > len(best[0]):
+                best = left, targets_NM
+            if len(left) >= count:
+                break
+        assert best is not None
+        left, targets_NM = best
+        if len(left) < count:
+            others = np.setdiff1d(np.arange(math.prod(grid)), left)
+            left = np.concatenate([left, generator.choice(others, count - len(left), replace=False)])
+        return np.sort(generator.choice(left, count, replace=False)), targets_NM
+
+
+def _size(grid: tuple[int, int], share: float, aspect: float) -> tuple[int, int]:
+    """Height and width in patches of a block with this share of the patches; what exceeds the grid is cut off.
+
+    Where the authors' code keeps blocks one patch below the grid's sides, a context here may be the whole image.
+    """
+    area = share * math.prod(grid)
+    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    return min(max(height, 1), grid[0]), min(max(width, 1), grid[1])
+
+
+def _block(grid: tuple[int, int], size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    """Places of the patches of a block anywhere in the grid, in increasing order."""
+    top, side = generator.integers(grid[0] - size[0] + 1), generator.integers(grid[1] - size[1] + 1)
+    rows, columns = np.arange(top, top + size[0]), np.arange(side, side + size[1])
+    return (rows[:, None] * grid[1] + columns).ravel()
