@@ -29,6 +29,10 @@ class VICRegTerms(NamedTuple):
     variance: Tensor
     covariance: Tensor
 
+    def weighted(self, invariance: float, variance: float, covariance: float) -> Tensor:
+        """The loss, eq. 6."""
+        return invariance * self.invariance + variance * self.variance + covariance * self.covariance
+
 
 def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, target: float = 1.0) -> VICRegTerms:
     """s, (v(Z) + v(Z')) / 2 and c(Z) + c(Z').
@@ -71,7 +75,4 @@ def vicreg_loss(
     covariance_weight: float = 1.0,
 ) -> Tensor:
     """lambda s + mu (v(Z) + v(Z')) / 2 + nu (c(Z) + c(Z')), eq. 6; see `vicreg_terms`."""
-    terms = vicreg_terms(z1_BD, z2_BD)
-    return (
-        invariance_weight * terms.invariance + variance_weight * terms.variance + covariance_weight * terms.covariance
-    )
+    return vicreg_terms(z1_BD, z2_BD).weighted(invariance_weight, variance_weight, covariance_weight)
