@@ -113,6 +113,16 @@ def cross_view_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor)
     return prototypes.cross_view_loss(targets, torch.stack([x @ weight, x.tanh() @ weight, x.sin() @ weight]), 0.5)
 
 
+def class_and_patch_losses(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Of one masked patch an image."""
+    targets = [(torch.stack([view.softmax(dim=1) for view in (x, x.cos())]), x.sin().softmax(dim=1))] * 2
+    z = x @ weight
+    scores = [(torch.stack([z, z.tanh(), z.sin()]), z.cos()), (torch.stack([z.sin(), z, z]), z)]
+    count = torch.tensor(float(max(len(x), 1))).to(x)
+    losses = prototypes.class_and_patch_losses(targets, scores, 0.5, torch.ones_like(x[:, 0]) / count)
+    return torch.cat(losses).mean()
+
+
 CASES = {
     "class_text.current_class_text_loss": Case(class_text_loss, 2),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
@@ -153,6 +163,7 @@ CASES = {
     "masked.feature_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.feature_regression((x @ weight)[:, None], x.sin()[:, None])
     ),
+    "prototypes.class_and_patch_losses": Case(class_and_patch_losses),
     "prototypes.cross_view_loss": Case(cross_view_loss),
     "prototypes.prototype_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: prototypes.prototype_cross_entropy(x.softmax(dim=1), x @ weight, 0.5)

@@ -6,6 +6,7 @@ Shapes: B rows of this rank, N rows of all ranks, L rows in the queue, D width.
 import torch
 from torch import Tensor, nn
 
+from lightspan.devices import has_values
 from lightspan.distributed import gather_rows
 from lightspan.errors import UserError
 
@@ -30,8 +31,8 @@ class FeatureQueue(nn.Module):
 
     @property
     def full(self) -> bool:
-        """Whether L rows have come; asks the device for it."""
-        return int(self.filled) >= len(self.rows_LD)
+        """Whether L rows have come, which asks the device for it; a plan counts the rows as there."""
+        return not has_values(self.filled) or int(self.filled) >= len(self.rows_LD)
 
     @torch.no_grad()
     def push(self, rows_BD: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.nn.block_masks import MaskedPatches
+from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.slices import widened
 from lightspan.nn.token_backbone import require_tokens
@@ -27,6 +28,11 @@ class SeenViews(NamedTuple):
     scores_VBK: list[Tensor]
     patches_NK: list[Tensor]
 
+    @property
+    def by_head(self) -> list[tuple[Tensor, Tensor]]:
+        """Scores of class tokens and of masked patches."""
+        return [*zip(self.scores_VBK, self.patches_NK, strict=True)]
+
 
 class PrototypeNetwork(nn.Module):
     """One pass of the backbone for each run of views of one size, then all heads on what it gives.
@@ -35,15 +41,25 @@ class PrototypeNetwork(nn.Module):
         backbone: a `lightspan.nn.token_backbone.TokenBackbone` with a class token and a mask token, such as
             `lightspan.backbones.vit.TokenViT` or `lightspan.backbones.elastic.ElasticViT`. Tokens may be narrower than
             `num_features`, and are then filled up by `lightspan.nn.slices.widened`.
-        heads: [..., num_features] -> [..., K]. Class tokens and patches share them.
-    Raises: UserError for a backbone without tokens, or without a class token.
+        heads: [..., num_features] -> [..., K], at least one. Class tokens and patches share them.
+    Raises: UserError for a backbone without tokens, or without a class token; for no head, or one of another width.
     """
 
-    def __init__(self, backbone: nn.Module, heads: Sequence[nn.Module]) -> None:
+    def __init__(self, backbone: nn.Module, heads: Sequence[DINOHead]) -> None:
         super().__init__()
         if require_tokens(backbone, "PrototypeNetwork").num_prefix_tokens < 1:
             raise UserError("PrototypeNetwork scores the class token, and this backbone has none; set class_token=true")
+        widths, given = [head.in_features for head in heads], backbone.num_features
+        if not heads or set(widths) != {given}:
+            raise UserError(
+                f"heads take {widths} features, and {type(backbone).__name__} gives {given}; give one head or more "
+                f"with in_features={given}"
+            )
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
+
+    @property
+    def prototypes(self) -> list[nn.Module]:
+        return [head.prototypes for head in self.heads]  # type: ignore[misc]
 
     def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> SeenViews:
         """Scores of all class tokens and of the masked patches.

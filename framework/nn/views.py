@@ -10,6 +10,7 @@ from lightspan.distributed import rank
 from lightspan.errors import UserError
 
 TWO_VIEWS = "lightspan.datamodules.images.views.TwoViews"
+MULTI_CROP = "lightspan.datamodules.images.views.MultiCrop"
 
 
 def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) -> list[Tensor]:
@@ -50,3 +51,27 @@ def labelled_views(batch: Mapping[str, Any], method: str) -> list[Tensor]:
             f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
         )
     return views
+
+
+def global_first(batch: Mapping[str, Any], method: str, global_views: int) -> list[Tensor]:
+    """The views [B C h w] of a batch, the first `global_views` of one size: crops of most of an image, from which the
+    targets come.
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for other views, or a batch without any.
+    """
+    views: list[Tensor] = list(batch.get("views", []))
+    if len(views) < global_views or len({view.shape for view in views[:global_views]}) > 1:
+        raise UserError(
+            f"{method} needs views of which the first global_views={global_views} are of one size, and the batch "
+            f"has views of {[[*view.shape[2:]] for view in views] or 'no kind'}; set data.init_args.views to a "
+            f"MultiCrop ({MULTI_CROP}) with the global views first"
+        )
+    return views
+
+
+def require_global_views(count: int) -> None:
+    """Raises: UserError for fewer than two: each needs another one from which to take its target."""
+    if count < 2:
+        raise UserError(f"global_views={count} leaves a global view without another one; it must be 2 or more")

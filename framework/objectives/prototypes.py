@@ -4,8 +4,10 @@ Source: Caron et al., "SwAV", 2020, arXiv 2006.09882, section 3 and appendix A (
 2021, arXiv 2104.14294, eq. 1-3 (cross-view loss, centring); Zhou et al., "iBOT", 2021, arXiv 2111.07832, eq. 3 (masked
 patches, by the weights of `prototype_cross_entropy`).
 Targets carry no gradient. Temperatures are > 0; a target's is below a student's, or both collapse to a uniform answer.
-Shapes: B rows of this rank, K prototypes, G views with targets, V views of a student.
+Shapes: B rows of this rank, K prototypes, G views with targets, V views of a student, N masked patches, H heads.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,3 +76,24 @@ def cross_view_loss(targets_GBK: Tensor, scores_VBK: Tensor, temperature: float)
     others_VBK = torch.cat([targets_GBK.sum(dim=0) - targets_GBK, summed_VBK])
     pairs = targets * (views - 1)
     return prototype_cross_entropy(others_VBK.flatten(0, 1), scores_VBK.flatten(0, 1), temperature) * (views / pairs)
+
+
+def class_and_patch_losses(
+    targets: Sequence[tuple[Tensor, Tensor]],
+    scores: Sequence[tuple[Tensor, Tensor]],
+    temperature: float,
+    weight_N: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Self-distillation of class tokens and of masked patches (iBOT eq. 2 and 3), of each head: two losses [H].
+
+    Class tokens are held to those of other views, patches to those of the same view at the same place.
+
+    Args:
+        targets: of each head those of class tokens [G B K] and of masked patches [N K].
+        scores: of the student, [V B K] and [N K], as `cross_view_loss` and `prototype_cross_entropy` take them.
+        weight_N: of the patches.
+    """
+    pairs = [*zip(targets, scores, strict=True)]
+    of_class = [cross_view_loss(target[0], score[0], temperature) for target, score in pairs]
+    of_patches = [prototype_cross_entropy(target[1], score[1], temperature, weight_N) for target, score in pairs]
+    return torch.stack(of_class), torch.stack(of_patches)

@@ -12,34 +12,31 @@ equations in the paper could not be looked up), where
 - KoLeo: of both students' class tokens before the heads, summed over the global views.
 The parts are `lightspan.backbones.elastic`, `.nn.prototype_network`, `.nn.ema`, `.nn.subnets`, `.nn.block_masks` and
 `.objectives.prototypes`. Differences from the authors' code: prototypes have unit length (their gains start at 1 and
-are trained), KoLeo looks for neighbours on all ranks, masks depend on each image alone. With `lam` = 1 this is DINOv2's
-loss with several heads.
+are trained), KoLeo looks for neighbours on all ranks, masks depend on each image alone.
 Shapes: B batch of this rank, G global and V views, H W grid of a global view, w width, K prototypes, N masked patches.
 """
 
-import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import has_values, wide
+from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.block_masks import BlockMasks, MaskedPatches
+from lightspan.nn.block_masks import BlockMasks
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.ema import EMATeacher
 from lightspan.nn.prototype_network import PrototypeNetwork, SeenViews
 from lightspan.nn.subnets import SubNetSampler
+from lightspan.nn.teaching import leave_in_place, require_schedules, require_weights
+from lightspan.nn.view_masks import masks_of_views
+from lightspan.nn.views import global_first, require_global_views
 from lightspan.objectives.koleo import koleo
-from lightspan.objectives.prototypes import cross_view_loss, prototype_cross_entropy, sinkhorn
+from lightspan.objectives.prototypes import class_and_patch_losses, prototype_cross_entropy, sinkhorn
 from lightspan.optim.schedules import cosine_between, line_between
-
-PLANNED = 64
-"""Images whose masks stand for those of all others in a plan."""
 
 
 class POA(Method):
@@ -51,7 +48,8 @@ class POA(Method):
     Args:
         backbone: the student's; the teacher is a copy.
         heads: with different numbers of prototypes, at least one; their losses are averaged.
-        lam: share of the intact student's loss, in [0, 1]; at 1 the elastic student is left out.
+        lam: share of the intact student's loss, in [0, 1). Without an elastic student the loss is that of
+            `lightspan.methods.distillation.ibot.IBOT` with Sinkhorn-Knopp, which trains an elastic backbone as well.
         koleo_weight: of the term that spreads features, >= 0; at 0 it is left out.
         student_temperature, teacher_temperature, final_temperature: > 0. The teacher's rises from its first to its
             final value over the first `temperature_warmup` of the run, a share in [0, 1].
@@ -86,40 +84,31 @@ class POA(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        shares = {
-            "lam": lam, "momentum": momentum, "final_momentum": final_momentum, "patch_loss_from": patch_loss_from,
-            "freeze_prototypes": freeze_prototypes, "temperature_warmup": temperature_warmup,
-        }  # fmt: skip
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"{name}={value} must lie in [0, 1]")
-        temperatures = student_temperature, teacher_temperature, final_temperature
-        if not (all(0 < value < math.inf for value in temperatures) and 0 <= koleo_weight < math.inf):
+        require_schedules(
+            {
+                "lam": lam, "momentum": momentum, "final_momentum": final_momentum, "patch_loss_from": patch_loss_from,
+                "freeze_prototypes": freeze_prototypes, "temperature_warmup": temperature_warmup,
+            },
+            {
+                "student_temperature": student_temperature, "teacher_temperature": teacher_temperature,
+                "final_temperature": final_temperature,
+            },
+        )  # fmt: skip
+        if lam == 1:
             raise UserError(
-                f"student_temperature={student_temperature}, teacher_temperature={teacher_temperature} and "
-                f"final_temperature={final_temperature} must be above 0, and koleo_weight={koleo_weight} at least 0, "
-                "and all finite"
+                "lam=1.0 leaves the elastic student without a loss; without one this is "
+                "lightspan.methods.distillation.ibot.IBOT with centre_momentum=null"
             )
-        if global_views < 2:
-            raise UserError(
-                f"global_views={global_views} leaves a global view without another one; it must be 2 or more"
-            )
-        widths = [head.in_features for head in heads]
-        if not heads or set(widths) != {backbone.num_features}:
-            raise UserError(
-                f"heads take {widths} features, and {type(backbone).__name__} gives {backbone.num_features}; give one "
-                f"head or more with in_features={backbone.num_features}"
-            )
+        require_weights(koleo_weight=koleo_weight)
+        require_global_views(global_views)
         self.student = PrototypeNetwork(backbone, heads)
         self.teacher = EMATeacher(self.student)
         self.lam, self.koleo_weight, self.student_temperature = lam, koleo_weight, student_temperature
-        self.teacher_temperatures, self.temperature_warmup = (
-            (teacher_temperature, final_temperature),
-            temperature_warmup,
-        )
+        self.teacher_temperatures = teacher_temperature, final_temperature
+        self.temperature_warmup = temperature_warmup
         self.momenta, self.global_views, self.masks = (momentum, final_momentum), global_views, masks or BlockMasks()
         self.patch_loss_from, self.freeze_prototypes = patch_loss_from, freeze_prototypes
-        self.sampler = SubNetSampler(backbone.widths, backbone.depths, small_first, seed) if lam < 1 else None
+        self.sampler = SubNetSampler(backbone.widths, backbone.depths, small_first, seed)
 
     @property
     def backbone(self) -> ElasticViT:
@@ -131,33 +120,31 @@ class POA(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
-        views, masked = self._views(batch), self._masks(batch)
+        views = global_first(batch, "POA", self.global_views)
+        grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from
+        masked = masks_of_views(self.masks, grid, self.global_step, batch["index"], self.global_views, masking)
         taught = self.teacher(views[: self.global_views], masked, hide=False)
         temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
-        targets_GBK = [sinkhorn(scores.flatten(0, 1), temperature).view_as(scores) for scores in taught.scores_VBK]
-        targets_NK = [sinkhorn(scores, temperature) for scores in taught.patches_NK]
+        targets = [
+            (sinkhorn(of_class.flatten(0, 1), temperature).view_as(of_class), sinkhorn(of_patches, temperature))
+            for of_class, of_patches in taught.by_head
+        ]
 
         def from_teacher(seen: SeenViews) -> Tensor:
             """L_IT or L_ET."""
-            heads = zip(targets_GBK, targets_NK, seen.scores_VBK, seen.patches_NK, strict=True)
-            losses = [
-                cross_view_loss(target_GBK, scores_VBK, self.student_temperature)
-                + prototype_cross_entropy(target_NK, patches_NK, self.student_temperature, masked.weight_N)
-                for target_GBK, target_NK, scores_VBK, patches_NK in heads
-            ]
-            return torch.stack(losses).mean()
+            losses_H = class_and_patch_losses(targets, seen.by_head, self.student_temperature, masked.weight_N)
+            return sum(losses_H).mean()  # type: ignore[union-attr]
 
         intact = self.student(views, masked, hide=True)
-        students, figures = [intact], {"intact": from_teacher(intact)}
-        loss = self.lam * figures["intact"]
-        if self.sampler is not None:
-            elastic = self.student(views, masked, hide=True, size=self.sampler.at(self.global_step))
-            students.append(elastic)
-            figures |= {"elastic": from_teacher(elastic), "same_view": self.same_view(intact, elastic)}
-            loss = loss + (1 - self.lam) * (figures["elastic"] + figures["same_view"])
+        elastic = self.student(views, masked, hide=True, size=self.sampler.at(self.global_step))
+        figures = {
+            "intact": from_teacher(intact), "elastic": from_teacher(elastic),
+            "same_view": self.same_view(intact, elastic),
+        }  # fmt: skip
+        loss = self.lam * figures["intact"] + (1 - self.lam) * (figures["elastic"] + figures["same_view"])
         if self.koleo_weight:
-            spread = [koleo(class_Bw) for seen in students for class_Bw in seen.class_VBw[: self.global_views]]
-            figures["koleo"] = torch.stack(spread).sum() / len(students)
+            spread = [koleo(class_Bw) for seen in (intact, elastic) for class_Bw in seen.class_VBw[: self.global_views]]
+            figures["koleo"] = torch.stack(spread).sum() / 2
             loss = loss + self.koleo_weight * figures["koleo"]
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
         return loss
@@ -174,32 +161,7 @@ class POA(Method):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.share_of_run() < self.freeze_prototypes:
-            for head in self.student.heads:
-                head.prototypes.weight.grad = None  # type: ignore[union-attr]
+            leave_in_place(self.student.prototypes)
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
-
-    def _views(self, batch: Any) -> list[Tensor]:
-        views: list[Tensor] = batch.get("views", [])
-        if len(views) < self.global_views or len({view.shape for view in views[: self.global_views]}) > 1:
-            raise UserError(
-                f"POA needs views of which the first global_views={self.global_views} are of one size, and the batch "
-                f"has views of {[[*view.shape[2:]] for view in views] or 'no kind'}; set data.init_args.views to a "
-                "MultiCrop with the global views first"
-            )
-        return views
-
-    def _masks(self, batch: ViewsBatch) -> MaskedPatches:
-        """Of the global views, one after the other; nothing is masked before `patch_loss_from`."""
-        image, index_B = batch["views"][0], batch["index"]
-        height, width = (side // self.backbone.patch_embed.patch_size[0] for side in image.shape[2:])
-        masks = np.zeros((self.global_views, len(image), height, width), dtype=bool)
-        # A plan knows no index and may try any number of images; it counts what a step needs from then on.
-        planned = not has_values(index_B)
-        if planned or self.share_of_run() >= self.patch_loss_from:
-            indices = range(min(len(image), PLANNED)) if planned else index_B.tolist()
-            for view, masks_BHW in enumerate(masks):
-                drawn = self.masks.draw((height, width), self.global_step, indices, view)
-                masks_BHW[:] = np.resize(drawn, masks_BHW.shape)
-        return MaskedPatches.of(masks.reshape(-1, height, width), image.device)

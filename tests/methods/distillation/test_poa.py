@@ -1,24 +1,25 @@
 """POA: the loss put together by hand, its limits, the teacher, resume, and ranks."""
 
-import os
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import method_runs
 import numpy as np
 import pytest
-import rank_processes
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from method_runs import batch, fit
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.datamodules.images.small import Digits
 from lightspan.datamodules.images.views import MultiCrop, RandomViews
 from lightspan.errors import UserError
 from lightspan.methods.distillation import poa
+from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.poa import POA
 from lightspan.nn.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.dino_head import DINOHead
@@ -27,7 +28,6 @@ from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import sinkhorn
 from lightspan.optim.schedules import WarmupCosineDecay, cosine_between
 from lightspan.planning.planned_step import make_plan
-from lightspan.strategies import FSDP2
 
 STEPS = 4
 SCHEDULES = {"patch_loss_from": 0.0, "freeze_prototypes": 0.0, "temperature_warmup": 0.5}
@@ -42,13 +42,6 @@ def method(**settings: Any) -> POA:
         "lr_scheduler": WarmupCosineDecay, "momentum": 0.5, "final_momentum": 0.9,
     }  # fmt: skip
     return POA(backbone, heads, **given | SCHEDULES | settings)
-
-
-def batch(rows: int = 6, seed: int = 1, locals_: int = 3) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    views = [torch.randn(rows, 1, 8, 8, generator=generator) for _ in range(2)]
-    views += [torch.randn(rows, 1, 4, 4, generator=generator) for _ in range(locals_)]
-    return {"views": views, "label": torch.zeros(rows, dtype=torch.int64), "index": torch.arange(rows) + 10 * seed}
 
 
 def entropy(p: Tensor, q: Tensor) -> Tensor:
@@ -126,35 +119,25 @@ def test_the_elastic_students_pull_does_not_reach_the_intact_one_and_nothing_rea
     assert all(parameter.grad is not None for parameter in model.student.parameters())
 
 
-def test_with_lam_one_there_is_no_elastic_student_and_a_network_of_one_size_will_do() -> None:
+def test_without_an_elastic_student_ibot_has_the_intact_ones_loss_on_the_same_network() -> None:
+    model, given = method(), batch()
+    alone = IBOT(
+        copy.deepcopy(model.student.backbone), copy.deepcopy([*model.student.heads]), centre_momentum=None,
+        koleo_weight=0.1, masks=BlockMasks(probability=0.8), optimizer=torch.optim.SGD,
+    )  # fmt: skip
+    for found in (model, alone):
+        found.log_dict = lambda values, found=found: found.__dict__.update(logged=values)  # type: ignore[method-assign]
+        found.training_step(given, 0)
+    patches_and_class = alone.logged["train/class"] + alone.logged["train/patches"]  # type: ignore[operator]
+    torch.testing.assert_close(model.logged["train/intact"], patches_and_class, rtol=1e-6, atol=0)  # type: ignore[index]
+    with pytest.raises(UserError, match=r"lam=1.0 leaves the elastic student without a loss; .*ibot.IBOT"):
+        method(lam=1.0)
+
+
+def test_a_network_of_one_size_has_no_smaller_one_to_draw() -> None:
     backbone = ElasticViT([16], [2], head_dim=4, img_size=8, patch_size=2, in_chans=1)
-    heads = [DINOHead(16, 5, hidden=(), bottleneck=6)]
-    model = POA(backbone, heads, lam=1.0, optimizer=torch.optim.SGD)
-    seen: list[Any] = []
-    model.student.register_forward_hook(lambda *call: seen.append(call))
-    model.training_step(batch(), 0).backward()
-    assert len(seen) == 1
     with pytest.raises(UserError, match="hold the whole network alone"):
-        POA(backbone, heads, optimizer=torch.optim.SGD)
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seen.append(float(args[2]["loss"]))
-
-
-def fit(model: POA, batches: list[dict[str, Any]], folder: Path, **options: Any) -> list[float]:
-    losses = Losses()
-    resume = options.pop("ckpt_path", None)
-    callbacks = [losses, *options.pop("callbacks", [])]
-    silent: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    options = silent | {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 1} | options
-    trainer = Trainer(default_root_dir=folder, callbacks=callbacks, **options)
-    trainer.fit(model, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)
-    return losses.seen
+        POA(backbone, [DINOHead(16, 5, hidden=(), bottleneck=6)], optimizer=torch.optim.SGD)
 
 
 BATCHES = [batch(seed=seed) for seed in range(STEPS)]
@@ -224,32 +207,23 @@ def test_prototypes_stay_while_they_are_frozen_and_patches_count_from_their_shar
     model = method(freeze_prototypes=0.5, patch_loss_from=0.5)
     before = model.student.heads[0].prototypes.weight.detach().clone()
     masked: list[int] = []
-    draw = model._masks
 
-    def watched(given: Any) -> MaskedPatches:
-        masks = draw(given)
-        masked.append(len(masks.place_N))
+    def watched(module: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        masked.append(len(given[1].place_N))
         same = torch.equal(model.student.heads[0].prototypes.weight, before)
         assert same == (model.global_step <= STEPS // 2)
-        return masks
 
-    model._masks = watched  # type: ignore[method-assign]
+    model.student.register_forward_pre_hook(watched, with_kwargs=True)
     fit(model, BATCHES, tmp_path)
-    assert masked[:2] == [0, 0]
-    assert min(masked[2:]) > 0
+    assert masked[:4] == [0, 0, 0, 0]  # two students
+    assert min(masked[4:]) > 0
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", ["one image", "equal images", "black", "no local views"])
+@pytest.mark.parametrize("kind", method_runs.DEGENERATE)
 def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    given = batch(rows=1 if kind == "one image" else 4, locals_=0 if kind == "no local views" else 2)
-    if kind == "equal images":
-        given["views"] = [view[:1].expand_as(view).contiguous() for view in given["views"]]
-    if kind == "black":
-        given["views"] = [torch.zeros_like(view) for view in given["views"]]
     model = method()
-    losses = fit(model, [given] * 2, tmp_path, precision=precision)
-    assert all(torch.tensor(losses).isfinite())
+    assert torch.tensor(fit(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)).isfinite().all()
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
@@ -258,43 +232,22 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def in_float64(part: slice) -> list[dict[str, Any]]:
-    """These rows of all batches: rounding grows with each step, and float32 would hide a mistake in it."""
-    return [
-        {"views": [view[part].double() for view in of["views"]], "label": of["label"][part], "index": of["index"][part]}
-        for of in BATCHES
-    ]
-
-
-def ranks_train(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    own = in_float64(slice(3 * rank, 3 * rank + 3))
-    expected = torch.load(f"{folder}/alone.pt")
-    for strategy in ("ddp", FSDP2()):
-        model = method(optimizer=partial(torch.optim.SGD, lr=0.05, weight_decay=0.04)).double()
-        fit(model, own, Path(folder), strategy=strategy, devices=2, use_distributed_sampler=False)
-        for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            torch.testing.assert_close(whole, expected[name], rtol=1e-7, atol=1e-10)
+def linear_in_its_gradient() -> POA:
+    return method(optimizer=partial(torch.optim.SGD, lr=0.05, weight_decay=0.04))
 
 
 @pytest.mark.ranks
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    alone = method(optimizer=partial(torch.optim.SGD, lr=0.05, weight_decay=0.04)).double()
-    fit(alone, in_float64(slice(None)), tmp_path)
-    torch.save(alone.state_dict(), tmp_path / "alone.pt")
-    rank_processes.start(ranks_train, 2, str(tmp_path), rank_processes.free_port())
+    method_runs.two_ranks_train_as_one(linear_in_its_gradient, BATCHES, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"lam": 1.2}, r"lam=1.2 must lie in \[0, 1\]"),
-        ({"student_temperature": 0.0}, r"student_temperature=0.0, .* must be above 0"),
-        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan .* must be above 0, .*and all finite"),
-        ({"koleo_weight": float("nan")}, r"koleo_weight=nan at least 0, and all finite"),
+        ({"student_temperature": 0.0}, r"student_temperature=0.0, .* must be above 0 and finite"),
+        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan, .* must be above 0 and finite"),
+        ({"koleo_weight": float("nan")}, r"koleo_weight=nan must be at least 0 and finite"),
         ({"small_first": float("nan")}, r"small_first=nan must be finite and at least 1"),
         ({"global_views": 1}, r"global_views=1 leaves a global view without another one"),
     ],

@@ -1,0 +1,132 @@
+"""SwAV: the cluster codes of one crop are predicted from another crop of the same image, while both are learned.
+
+Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (SwAV), NeurIPS
+2020, arXiv 2006.09882: swapped prediction (eq. 1, 2, 6), codes by Sinkhorn-Knopp (eq. 3-5, appendix A), multi-crop
+(section 3.3), queue (section 4.1), and the authors' code: prototypes come back to unit length after each step, which is
+itself unconstrained, and a batch joins the queue after its codes were computed. Sinkhorn-Knopp runs in logarithms over
+the rows of all ranks; each rank adds its share of the queue to them.
+Shapes: B images of this rank, G global and V views, D embedding width, K prototypes, L rows of a queue.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.datamodules.batches import ViewsBatch
+from lightspan.devices import wide
+from lightspan.distributed import rank, world_size
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.feature_queue import FeatureQueue
+from lightspan.nn.multi_crop import MultiCropNetwork
+from lightspan.nn.projector import Projector
+from lightspan.nn.teaching import leave_in_place, require_schedules
+from lightspan.nn.views import global_first, require_global_views
+from lightspan.nn.widths import require_width
+from lightspan.objectives.entropy import entropy
+from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
+from lightspan.sharded import local
+
+
+class SwAV(Method):
+    """Clusters and learns at once, without negatives, teacher or memory of the data. The backbone is what is kept.
+
+    Batches hold views of which the first `global_views` are of one size; codes are theirs, and all views predict them.
+
+    Args:
+        backbone: [R C h w] -> [R num_features], for each size of view.
+        projector: [R num_features] -> [R D]; its BatchNorms see the rows of all views at once.
+        prototypes: K, well below the number of images.
+        temperature: of predictions, > 0.
+        code_temperature: epsilon of Sinkhorn-Knopp, > 0; a smaller one gives harder codes.
+        iterations: of Sinkhorn-Knopp, at least 1.
+        queue: L, embeddings of each global view from earlier batches of all ranks that take part in Sinkhorn-Knopp,
+            >= 0: for batches with fewer images than prototypes. It is used once it is full.
+        queue_from: share of the run before which no queue is filled, in [0, 1].
+        freeze_prototypes: share of the run in which prototypes keep their place, in [0, 1].
+        global_views: at least 2.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: Projector,
+        prototypes: int = 3000,
+        temperature: float = 0.1,
+        code_temperature: float = 0.05,
+        iterations: int = 3,
+        queue: int = 0,
+        queue_from: float = 0.0,
+        freeze_prototypes: float = 1 / 800,
+        global_views: int = 2,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_schedules(
+            {"queue_from": queue_from, "freeze_prototypes": freeze_prototypes},
+            {"temperature": temperature, "code_temperature": code_temperature},
+        )
+        require_global_views(global_views)
+        require_width(backbone, "projector.in_features", projector.in_features)
+        if min(prototypes, iterations) < 1 or queue < 0:
+            raise UserError(
+                f"prototypes={prototypes} and iterations={iterations} must be at least 1, and queue={queue} at least 0"
+            )
+        self.network = MultiCropNetwork(backbone, projector)
+        self.prototypes = nn.Linear(projector.out_features, prototypes, bias=False)
+        self.prototypes.parameter_kinds = {"weight": "embeddings"}  # type: ignore[assignment]
+        self.queues = nn.ModuleList(
+            FeatureQueue(queue, projector.out_features) for _ in range(global_views if queue else 0)
+        )
+        self.temperature, self.code_temperature, self.iterations = temperature, code_temperature, iterations
+        self.queue_from, self.freeze_prototypes, self.global_views = queue_from, freeze_prototypes, global_views
+        self.renormalise()
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.network.backbone
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
+        views = global_first(batch, "SwAV", self.global_views)
+        z_VBD = F.normalize(self.network(views), dim=-1)
+        scores_VBK = self.prototypes(z_VBD)
+        codes_GBK = torch.stack([self.codes(view, scores_VBK[view]) for view in range(self.global_views)])
+        if self.share_of_run() >= self.queue_from:
+            for queue, z_BD in zip(self.queues, z_VBD, strict=False):
+                queue.push(z_BD)  # type: ignore[operator]
+        loss = cross_view_loss(codes_GBK, scores_VBK, self.temperature)
+        answer_1K = (
+            (wide(scores_VBK.detach()) / self.temperature).softmax(dim=-1).flatten(0, 1).mean(dim=0, keepdim=True)
+        )
+        # log K while all prototypes are predicted alike, 0 if one is predicted of all images.
+        self.log_training({"train/loss": loss, "train/prototype_entropy_nats": entropy(answer_1K)[0]})
+        return loss
+
+    @torch.no_grad()
+    def codes(self, view: int, scores_BK: Tensor) -> Tensor:
+        """Targets [B K] of a global view, with the queue's rows beside those of all ranks."""
+        queued_LK = scores_BK[:0]
+        if self.queues and self.queues[view].full:
+            own_LD: Tensor = self.queues[view].rows_LD[rank() :: world_size()]  # type: ignore[assignment, index]
+            queued_LK = self.prototypes(own_LD.to(scores_BK))
+        scores_LK = torch.cat([queued_LK, scores_BK])
+        return sinkhorn(scores_LK, self.code_temperature, self.iterations)[len(queued_LK) :]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.share_of_run() < self.freeze_prototypes:
+            leave_in_place([self.prototypes])
+
+    def after_optimizer_step(self) -> None:
+        self.renormalise()
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Puts the prototypes, whole rows on whatever rank they are, back to unit length."""
+        weight_KD = local(self.prototypes.weight)
+        weight_KD.copy_(F.normalize(weight_KD, dim=1))

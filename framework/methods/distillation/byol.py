@@ -1,0 +1,79 @@
+"""BYOL: one view's embedding, by a predictor, becomes that which a teacher gives of the other view; no negatives.
+
+Source: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, arXiv 2006.07733: loss (eq. 2, symmetric), momentum
+(section 3.1: 1 - (1 - tau)(cos(pi k / K) + 1) / 2). The teacher normalises by its own batches, as in the authors' code.
+Shapes: B images of this rank, C H W image, D embedding width.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.devices import wide
+from lightspan.method import Method
+from lightspan.nn.ema import EMATeacher
+from lightspan.nn.teaching import require_schedules
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.optim.schedules import cosine_between
+
+
+def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:
+    """Mean over rows of |g/|g| - t/|t||^2 = 2 - 2 cos(g, t), a scalar in [0, 4] in float32 or wider (eq. 2).
+
+    Targets carry no gradient. A row of zeros has the distance 2 from all; without rows the loss is 0.
+    """
+    cosine_B = (F.normalize(wide(guess_BD), dim=1) * F.normalize(wide(target_BD.detach()), dim=1)).sum(dim=1)
+    return (2 - 2 * cosine_B).sum() / max(len(cosine_B), 1)
+
+
+class BYOL(Method):
+    """Two views of an image predict one another's embeddings. The student is what is kept.
+
+    Args:
+        backbone: the student's, [B C H W] -> [B num_features]; the teacher is a copy.
+        projector: [B num_features] -> [B D], copied too.
+        predictor: [B D] -> [B D], the student's alone.
+        momentum, final_momentum: of the teacher, in [0, 1], on a half cosine over the run.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_schedules({"momentum": momentum, "final_momentum": final_momentum}, {})
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
+        require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
+        self.student, self.predictor = nn.Sequential(backbone, projector), predictor
+        self.teacher = EMATeacher(self.student, batch_statistics=True)
+        self.momenta = momentum, final_momentum
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The student's, which gives the features."""
+        return self.student[0]
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views = views_of(batch, "BYOL", 2)
+        # One pass for each view, as published: a BatchNorm sees one view of all images.
+        guesses_BD = [self.predictor(self.student(view_BCHW)) for view_BCHW in views]
+        targets_BD = [self.teacher(view_BCHW) for view_BCHW in reversed(views)]
+        loss = sum(prediction_distance(*pair) for pair in zip(guesses_BD, targets_BD, strict=True))
+        assert isinstance(loss, Tensor)
+        self.log_training({"train/loss": loss})
+        return loss
+
+    def after_optimizer_step(self) -> None:
+        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))

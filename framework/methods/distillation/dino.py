@@ -1,0 +1,107 @@
+"""DINO: self-distillation without labels, from large crops seen by a teacher to all crops seen by a student.
+
+Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), 2021, arXiv 2104.14294:
+cross-view loss (eq. 3), centring (eq. 4) and sharpening (section 3.1), schedules and the last layer that waits for an
+epoch (section 3.2, appendix C, and the authors' code). The last layer's rows have unit length, as that code's
+`norm_last_layer` keeps them. A batch's targets are centred before it moves the centre.
+Shapes: B images of this rank, G global and V views, R = G B rows, K prototypes.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightspan.datamodules.batches import ViewsBatch
+from lightspan.method import Method
+from lightspan.nn.centring import Centre
+from lightspan.nn.dino_head import DINOHead
+from lightspan.nn.ema import EMATeacher
+from lightspan.nn.multi_crop import MultiCropNetwork
+from lightspan.nn.teaching import leave_in_place, require_schedules
+from lightspan.nn.views import global_first, require_global_views
+from lightspan.nn.widths import require_width
+from lightspan.objectives.entropy import entropy
+from lightspan.objectives.prototypes import centred_softmax, cross_view_loss
+from lightspan.optim.schedules import cosine_between, line_between
+
+
+class DINO(Method):
+    """The student's answer on every crop is held to the teacher's on each other global one. The teacher is kept.
+
+    Batches hold views of which the first `global_views` are of one size and shown to both networks; the rest is shown
+    to the student alone.
+
+    Args:
+        backbone: the student's, [R C h w] -> [R num_features] for each size of view: a vision transformer or a
+            convolutional network, whose teacher normalises by its own batches. The teacher is a copy.
+        head: of both networks.
+        student_temperature, teacher_temperature, final_temperature: > 0. The teacher's rises from its first to its
+            final value over the first `temperature_warmup` of the run, a share in [0, 1].
+        momentum, final_momentum: of the teacher, in [0, 1], on a half cosine over the run.
+        centre_momentum: of the mean that is taken off the teacher's scores, in [0, 1].
+        freeze_prototypes: share of the run in which prototypes keep their place, in [0, 1]: the paper's first epoch.
+        global_views: at least 2.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: DINOHead,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        final_temperature: float = 0.07,
+        temperature_warmup: float = 0.3,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        centre_momentum: float = 0.9,
+        freeze_prototypes: float = 0.01,
+        global_views: int = 2,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_schedules(
+            {
+                "momentum": momentum, "final_momentum": final_momentum, "centre_momentum": centre_momentum,
+                "temperature_warmup": temperature_warmup, "freeze_prototypes": freeze_prototypes,
+            },
+            {
+                "student_temperature": student_temperature, "teacher_temperature": teacher_temperature,
+                "final_temperature": final_temperature,
+            },
+        )  # fmt: skip
+        require_global_views(global_views)
+        require_width(backbone, "head.in_features", head.in_features)
+        self.student = MultiCropNetwork(backbone, head)
+        self.teacher = EMATeacher(self.student, batch_statistics=True)
+        self.centre = Centre(len(head.prototypes.weight), centre_momentum)
+        self.student_temperature, self.temperature_warmup = student_temperature, temperature_warmup
+        self.teacher_temperatures = teacher_temperature, final_temperature
+        self.momenta = momentum, final_momentum
+        self.freeze_prototypes, self.global_views = freeze_prototypes, global_views
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The teacher's, which gives the features."""
+        return self.teacher.module.backbone  # type: ignore[return-value]
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
+        views = global_first(batch, "DINO", self.global_views)
+        taught_GBK = self.teacher(views[: self.global_views])
+        temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
+        targets_RK = centred_softmax(taught_GBK.flatten(0, 1), self.centre(), temperature)
+        self.centre.follow(taught_GBK.flatten(0, 1))
+        loss = cross_view_loss(targets_RK.view_as(taught_GBK), self.student(views), self.student_temperature)
+        # 0 if all draw one prototype each time, log K if none is preferred: both are collapses.
+        self.log_training({"train/loss": loss, "train/target_entropy_nats": entropy(targets_RK).mean()})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.share_of_run() < self.freeze_prototypes:
+            leave_in_place([self.student.head.prototypes])  # type: ignore[list-item]
+
+    def after_optimizer_step(self) -> None:
+        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))

@@ -1,0 +1,196 @@
+"""MMC: masked modelling, momentum distillation of patches and contrast between images, in one loss.
+
+Source: "Masked Momentum Contrastive Learning for Zero-shot Semantic Understanding", 2023, arXiv 2308.11448. Only its
+idea could be looked up; losses and weights are a composition of the methods that it names:
+L = w_m L_M + w_d L_D + w_c L_C, all three of the student's corrupted views (`lightspan.nn.corruption`), where
+- L_M: pixels of corrupted patches by a linear layer, L1 (SiT, arXiv 2104.03602);
+- L_D: corrupted patches are held to the teacher's patches at the same place of the clean view, on prototypes, centred
+  and sharpened (iBOT, arXiv 2111.07832, eq. 2);
+- L_C: the student's class token of one view finds the teacher's of the other view among those of all images of all
+  ranks, both ways, by a predictor (MoCo v3, arXiv 2104.02057; its factor of 2 tau is left out).
+Assumed: L_D takes corrupted patches alone, as L_M does; means over an image's patches, then over images.
+Shapes: B images of this rank, two views, R = 2 B rows, N corrupted patches, d numbers of a patch, D and E widths, K
+prototypes.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightspan.datamodules.batches import ViewsBatch
+from lightspan.devices import wide
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.block_masks import MaskedPatches
+from lightspan.nn.centring import Centre
+from lightspan.nn.corruption import GroupCorruption
+from lightspan.nn.dino_head import DINOHead
+from lightspan.nn.ema import EMATeacher
+from lightspan.nn.patches import patchify
+from lightspan.nn.teaching import leave_in_place, require_schedules, require_weights
+from lightspan.nn.token_backbone import require_tokens
+from lightspan.nn.views import global_first
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import paired_info_nce
+from lightspan.objectives.prototypes import centred_softmax, prototype_cross_entropy
+from lightspan.optim.schedules import cosine_between, line_between
+
+
+class Looked(NamedTuple):
+    """What a network says of views: embeddings of class tokens, tokens of corrupted patches, and their scores."""
+
+    z_RE: Tensor
+    patches_ND: Tensor
+    scores_NK: Tensor
+
+
+class TokenNetwork(nn.Module):
+    """A transformer, a projector of its class token and a head of its patches: images [R C h w] -> `Looked`."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone, self.projector, self.head = backbone, projector, head
+
+    def forward(self, image_RChw: Tensor, masked: MaskedPatches) -> Looked:
+        tokens_RTD = self.backbone.tokens(image_RChw)  # type: ignore[operator]
+        patches_ND = masked.tokens(tokens_RTD[:, self.backbone.num_prefix_tokens :])  # type: ignore[misc]
+        return Looked(self.projector(tokens_RTD[:, 0]), patches_ND, self.head(patches_ND))
+
+
+class MMC(Method):
+    """Patches that know their object without a label: `lightspan.analysis.prompt_masks` measures it. The teacher is
+    kept.
+
+    Batches hold two views of one size.
+
+    Args:
+        backbone: the student's, a transformer with tokens and a class token, such as `lightspan.backbones.vit.vit`; the
+            teacher is a copy.
+        projector: [R D] -> [R E], of class tokens, copied too.
+        predictor: [R E] -> [R E], the student's alone.
+        head: of patches, copied too.
+        decoder: [N D] -> [N d], pixels of a patch; d is its area times the channels.
+        reconstruction, distillation, contrast: w_m, w_d and w_c, each >= 0.
+        corruption: of the student's views; None has the defaults of `GroupCorruption`.
+        student_temperature, teacher_temperature, final_temperature: of L_D, > 0. The teacher's rises from its first to
+            its final value over the first `temperature_warmup` of the run, a share in [0, 1].
+        contrast_temperature: of L_C, > 0.
+        momentum, final_momentum: of the teacher, in [0, 1], on a half cosine over the run.
+        centre_momentum: of the mean that is taken off the teacher's scores, in [0, 1].
+        freeze_prototypes: share of the run in which prototypes keep their place, in [0, 1].
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module,
+        head: DINOHead,
+        decoder: nn.Linear,
+        reconstruction: float = 1.0,
+        distillation: float = 1.0,
+        contrast: float = 1.0,
+        corruption: GroupCorruption | None = None,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        final_temperature: float = 0.07,
+        temperature_warmup: float = 0.3,
+        contrast_temperature: float = 0.2,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        centre_momentum: float = 0.9,
+        freeze_prototypes: float = 0.01,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_weights(reconstruction=reconstruction, distillation=distillation, contrast=contrast)
+        require_schedules(
+            {
+                "momentum": momentum, "final_momentum": final_momentum, "centre_momentum": centre_momentum,
+                "temperature_warmup": temperature_warmup, "freeze_prototypes": freeze_prototypes,
+            },
+            {
+                "student_temperature": student_temperature, "teacher_temperature": teacher_temperature,
+                "final_temperature": final_temperature, "contrast_temperature": contrast_temperature,
+            },
+        )  # fmt: skip
+        if require_tokens(backbone, "MMC").num_prefix_tokens < 1:
+            raise UserError("MMC contrasts class tokens, and this backbone has none; set class_token=true")
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
+        require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
+        require_width(backbone, "head.in_features", head.in_features)
+        require_width(backbone, "decoder.in_features", decoder.in_features)
+        self.student = TokenNetwork(backbone, projector, head)
+        self.predictor, self.decoder = predictor, decoder
+        self.teacher = EMATeacher(self.student, batch_statistics=True)
+        self.centre = Centre(len(head.prototypes.weight), centre_momentum)
+        self.weights = {"reconstruction": reconstruction, "distillation": distillation, "contrast": contrast}
+        self.corruption = corruption or GroupCorruption()
+        self.student_temperature, self.contrast_temperature = student_temperature, contrast_temperature
+        self.teacher_temperatures = teacher_temperature, final_temperature
+        self.temperature_warmup, self.momenta = temperature_warmup, (momentum, final_momentum)
+        self.freeze_prototypes = freeze_prototypes
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The teacher's, which gives the features."""
+        return self.teacher.module.backbone  # type: ignore[return-value]
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
+        views = global_first(batch, "MMC", 2)[:2]
+        grid, step = self.backbone.grid(views[0]), self.global_step  # type: ignore[operator]
+        corrupted = [self.corruption(view, grid, batch["index"], step, number) for number, view in enumerate(views)]
+        masks_RHW = np.concatenate([masks_BHW for _, masks_BHW in corrupted])
+        masked, clean_RChw = MaskedPatches.of(masks_RHW, views[0].device), torch.cat(views)
+        seen = self.student(torch.cat([image for image, _ in corrupted]), masked)
+        taught = self.teacher(clean_RChw, masked)
+        figures = {
+            "reconstruction": self.reconstruction(seen.patches_ND, clean_RChw, grid, masked),
+            "distillation": self.distillation(seen.scores_NK, taught.scores_NK, masked.weight_N),
+            "contrast": self.contrast(seen.z_RE, taught.z_RE),
+        }
+        loss = sum(self.weights[name] * figure for name, figure in figures.items())
+        assert isinstance(loss, Tensor)
+        self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
+        return loss
+
+    def reconstruction(
+        self, patches_ND: Tensor, clean_RChw: Tensor, grid: tuple[int, int], masked: MaskedPatches
+    ) -> Tensor:
+        """L_M."""
+        sides = [side // count for side, count in zip(clean_RChw.shape[2:], grid, strict=True)]
+        pixels_RTd = patchify(clean_RChw, sides)
+        if self.decoder.out_features != pixels_RTd.shape[2]:
+            raise UserError(
+                f"decoder.out_features={self.decoder.out_features}, but a patch of {sides[0]} x {sides[1]} pixels and "
+                f"{clean_RChw.shape[1]} channels has {pixels_RTd.shape[2]} numbers; set it to that"
+            )
+        error_N = (wide(self.decoder(patches_ND)) - masked.tokens(pixels_RTd)).abs().mean(dim=1)
+        return (masked.weight_N * error_N).sum()
+
+    def distillation(self, scores_NK: Tensor, taught_NK: Tensor, weight_N: Tensor) -> Tensor:
+        """L_D; the centre follows what it was taken off."""
+        temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
+        targets_NK = centred_softmax(taught_NK, self.centre(), temperature)
+        self.centre.follow(taught_NK)
+        return prototype_cross_entropy(targets_NK, scores_NK, self.student_temperature, weight_N)
+
+    def contrast(self, z_RE: Tensor, taught_RE: Tensor) -> Tensor:
+        """L_C, the mean of both ways."""
+        queries, keys = self.predictor(z_RE).chunk(2), taught_RE.chunk(2)
+        pairs = zip(queries, reversed(keys), strict=True)
+        return torch.stack([paired_info_nce(query, key, self.contrast_temperature) for query, key in pairs]).mean()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.share_of_run() < self.freeze_prototypes:
+            leave_in_place([self.student.head.prototypes])
+
+    def after_optimizer_step(self) -> None:
+        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))

@@ -1,0 +1,158 @@
+"""DINO: the loss pair by pair and against lightly's, centre, schedules, the frozen last layer, resume, and ranks."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import method_runs
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from method_runs import batch, fit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lightspan.backbones.vision import SmallConvNet
+from lightspan.errors import UserError
+from lightspan.methods.distillation import dino
+from lightspan.methods.distillation.dino import DINO
+from lightspan.nn.dino_head import DINOHead
+from lightspan.objectives.prototypes import centred_softmax
+from lightspan.optim.schedules import cosine_between
+
+STEPS = 4
+BATCHES = [batch(seed=seed) for seed in range(STEPS)]
+
+
+def method(convolutional: bool = False, **settings: Any) -> DINO:
+    torch.manual_seed(0)
+    sides = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 0, "dynamic_img_size": True}
+    transformer = VisionTransformer(embed_dim=16, depth=2, num_heads=4, **sides)
+    backbone = SmallConvNet(width=8, stages=2) if convolutional else transformer
+    given = {
+        "momentum": 0.5, "final_momentum": 0.9, "temperature_warmup": 0.5, "freeze_prototypes": 0.0,
+        "optimizer": partial(torch.optim.SGD, lr=0.05, weight_decay=0.04),
+    }  # fmt: skip
+    return DINO(backbone, DINOHead(16, 9, hidden=(12,), bottleneck=6), **given | settings)
+
+
+def moved(model: DINO) -> DINO:
+    """A teacher and a centre that are not those of the first step."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.centre.centre_K.copy_(0.2 * torch.randn(9))
+    return model
+
+
+def scores(network: Any, view: Tensor) -> Tensor:
+    return network.head(network.backbone(view))
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_the_loss_is_the_papers_put_together_pair_by_pair(convolutional: bool) -> None:
+    model, given = moved(method(convolutional)).eval(), batch()  # evaluation: a BatchNorm would see other rows below
+    centre = model.centre().clone()
+    targets = [centred_softmax(scores(model.teacher.module, view), centre, 0.04) for view in given["views"][:2]]
+    answers = [(scores(model.student, view) / 0.1).log_softmax(dim=1) for view in given["views"]]
+    pairs = [-(targets[g] * answers[v]).sum(dim=1).mean() for g in range(2) for v in range(5) if g != v]
+    loss = model.training_step(given, 0)
+    torch.testing.assert_close(loss, sum(pairs) / 8)
+    seen = torch.cat([scores(model.teacher.module, view) for view in given["views"][:2]])
+    torch.testing.assert_close(model.centre(), 0.9 * centre + 0.1 * seen.mean(dim=0))
+
+
+def test_loss_and_centre_are_lightlys_over_two_steps() -> None:
+    oracle = pytest.importorskip("lightly.loss").DINOLoss(9, teacher_temp=0.04, student_temp=0.1, center_momentum=0.9)
+    model = moved(method()).eval()
+    oracle.center.copy_(model.centre()[None, None])
+    for given in BATCHES[:2]:
+        taught, seen = model.teacher(given["views"][:2]), model.student(given["views"])
+        expected = oracle([*taught], [*seen])
+        torch.testing.assert_close(model.training_step(given, 0), expected)
+        torch.testing.assert_close(model.centre(), oracle.center[0, 0])
+
+
+def test_gradients_reach_the_student_alone_and_views_of_one_size_go_through_it_together() -> None:
+    model, sizes = method(), list[tuple[int, ...]]()
+    model.student.backbone.register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape))
+    model.training_step(batch(), 0).backward()
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in model.student.parameters())
+    assert sizes == [(12, 1, 8, 8), (18, 1, 4, 4)]
+
+
+def test_a_convolutional_teacher_normalises_by_its_own_batch_and_is_what_probes_read() -> None:
+    model, given = method(convolutional=True), batch()
+    before = [buffer.clone() for buffer in model.teacher.buffers()]
+    model.training_step(given, 0)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.teacher.buffers(), strict=True))
+    model.eval()
+    assert torch.equal(model.features(given), model.teacher.module.backbone(given["views"][0]))
+
+
+def test_temperature_momentum_and_last_layer_follow_their_schedules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, temperatures, momenta = method(freeze_prototypes=0.5), list[float](), list[float]()
+    before, kept = model.student.head.prototypes.weight.detach().clone(), list[bool]()
+
+    def softmax(given: Tensor, centre: Tensor, temperature: float) -> Tensor:
+        temperatures.append(temperature)
+        return centred_softmax(given, centre, temperature)
+
+    def follow(student: nn.Module, momentum: float) -> None:
+        momenta.append(momentum)
+        kept.append(torch.equal(model.student.head.prototypes.weight, before))
+
+    monkeypatch.setattr(dino, "centred_softmax", softmax)
+    monkeypatch.setattr(model.teacher, "follow", follow)
+    fit(model, BATCHES, tmp_path)
+    assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / STEPS) for step in range(STEPS)])
+    assert kept == [True, True, False, False]  # its decay waits as well
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight, resumed = method(), method()
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    same = [batch()] * STEPS  # a plain loader does not know where it was
+    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True)
+    fit(resumed, same, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
+    assert straight.centre().abs().max() > 0
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize("kind", method_runs.DEGENERATE)
+def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
+    model = method()
+    assert torch.tensor(fit(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)).isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    method_runs.two_ranks_train_as_one(method, BATCHES, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"centre_momentum": 1.2}, r"centre_momentum=1.2 must lie in \[0, 1\]"),
+        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan, .* temperatures must be above 0"),
+        ({"global_views": 1}, r"global_views=1 leaves a global view without another one"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        method(**settings)
+
+
+def test_parts_and_batches_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match=r"head.in_features=16, but SmallConvNet gives 8"):
+        DINO(SmallConvNet(width=8, stages=1), DINOHead(16, 9), optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match=r"DINO needs views of which the first global_views=2 .* no kind"):
+        method().training_step({"image": torch.zeros(2, 1, 8, 8)}, 0)  # type: ignore[arg-type]
