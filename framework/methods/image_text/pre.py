@@ -56,8 +56,8 @@ class PRE(Method):
         super().__init__(**optimization)
         if not isinstance(encoders, DualEncoder) or not hasattr(encoders.text, "read"):
             raise UserError(
-                "PRE needs a lightspan.backbones.dual_encoder.DualEncoder whose text encoder reads embedded tokens, and "
-                f"got {type(encoders).__name__}"
+                "PRE needs a lightspan.backbones.dual_encoder.DualEncoder whose text encoder reads embedded tokens, "
+                f"not {type(encoders).__name__}"
             )
         if prompt_tokens < 1:
             raise UserError(f"PRE prompt_tokens={prompt_tokens} must be at least 1")

@@ -126,7 +126,7 @@ def test_the_harmonic_mean_of_nothing_is_nothing() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"got Identity"):
+    with pytest.raises(UserError, match=r"not Identity"):
         PRE(torch.nn.Identity(), optimizer=partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(UserError, match=r"encoders.text.num_features=8, but TokenLSTM gives 6"):
         PRE(encoders(), TokenLSTM(6), optimizer=partial(torch.optim.SGD, lr=0.1))
