@@ -1,6 +1,6 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, K tasks.
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, K tasks, F columns.
 """
 
 from typing import TypedDict
@@ -68,4 +68,58 @@ class TasksBatch(TypedDict):
 
     image: Tensor
     label: Tensor
+    index: Tensor
+
+
+class ImageTextBatch(TypedDict):
+    """Pictures with a text each. Row i of picture and text are one pair.
+
+    image: float32 [B, C, H, W], standardised as in `ImageBatch`.
+    tokens: int64 [B, T], of the text with its special tokens.
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which is at the end.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    image: Tensor
+    tokens: Tensor
+    mask: Tensor
+    index: Tensor
+
+
+class LabelledImageTextBatch(ImageTextBatch):
+    """An `ImageTextBatch` whose pictures also have a class.
+
+    image: float32 [B, C, H, W].
+    tokens: int64 [B, T].
+    mask: int64 [B, T].
+    index: int64 [B].
+    label: int64 [B], each in [0, num_classes).
+    """
+
+    label: Tensor
+
+
+class TableBatch(TypedDict):
+    """Rows of a table, with a number to predict from each.
+
+    table: float32 [B, F], columns standardised as those of the training rows.
+    target: float32 [B], in the unit that the data module names.
+    index: int64 [B], the row's position in its dataset.
+    """
+
+    table: Tensor
+    target: Tensor
+    index: Tensor
+
+
+class TableViewsBatch(TypedDict):
+    """Several views of each row of a table. Row i of every view comes from the same row.
+
+    views: V tensors, float32 [B, F].
+    target: float32 [B].
+    index: int64 [B].
+    """
+
+    views: list[Tensor]
+    target: Tensor
     index: Tensor

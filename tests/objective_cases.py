@@ -28,6 +28,7 @@ from lightspan.objectives import (
     pseudo_labels,
     sigreg,
     supcon,
+    supremix,
     vicreg,
 )
 
@@ -123,6 +124,10 @@ def class_and_patch_losses(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: 
     return torch.cat(losses).mean()
 
 
+def supremix_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return supremix.supremix(x @ weight, label_B, torch.full((len(x),), 0.2), 4.0, 1.0, 0.5)
+
+
 CASES = {
     "class_text.current_class_text_loss": Case(class_text_loss, 2),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
@@ -148,6 +153,7 @@ CASES = {
     "vicreg.vicreg_loss": Case(
         lambda x, weight, label_B, mixed_B: vicreg.vicreg_loss(x @ weight, x.tanh() @ weight), 2
     ),
+    "supremix.supremix": Case(supremix_loss, 2 + 2 + 1),
     "supcon.supcon": Case(lambda x, weight, label_B, mixed_B: supcon.supcon(x @ weight, label_B, 0.5), 2 + 2 + 1),
     "entropy.prediction_entropy": Case(lambda x, weight, label_B, mixed_B: entropy.prediction_entropy(x @ weight)),
     "pseudo_labels.pseudo_label_loss": Case(
@@ -173,6 +179,7 @@ PARTS = {
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
+    "supremix.mixed_pairs",
     *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.require_temperature", "info_nce.own_rows"),
     *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),
     *(

@@ -15,7 +15,11 @@ from shard_files import write_shards
 from torch import Tensor
 
 from lightspan import datamodules
+from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules import batches
+from lightspan.datamodules.image_text.pairs import ImageTextShards
+from lightspan.datamodules.image_text.scenes import Scenes
+from lightspan.datamodules.image_text.stamps import Stamps
 from lightspan.datamodules.images.blank import Blank
 from lightspan.datamodules.images.classes import ClassSubset
 from lightspan.datamodules.images.coloured_shapes import ColouredShapes
@@ -25,6 +29,7 @@ from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
 from lightspan.datamodules.images.tasks import Derived, TaskImages
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.shards.stream import Shards
+from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.datamodules.text.windows import ByteText
@@ -82,6 +87,15 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Derived": (lambda folder: Derived(Digits(), 1, 7, batch_size=4), "ImageBatch"),
     "TaskImages": (lambda folder: TaskImages({"a": Digits(), "b": Derived(Digits(), 1)}, 4, "train"), "TasksBatch"),
     "Shards": (shards, "ImageBatch"),
+    "ImageTextShards": (
+        lambda folder: ImageTextShards(write_shards(folder, [5]), HashedWords(), length=9, text="cls", batch_size=4),
+        "ImageTextBatch",
+    ),
+    "Scenes": (lambda folder: Scenes(tokenizer=HashedWords(), batch_size=4, size=288), "LabelledImageTextBatch"),
+    "Stamps": (lambda folder: Stamps(tokenizer=HashedWords(), batch_size=4), "LabelledImageTextBatch"),
+    "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
+    "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
+    "Ames": (lambda folder: Ames(batch_size=4), "TableBatch"),
     "Shards, two views": (lambda folder: shards(folder, views=TwoViews(flip=0.0)), "ViewsBatch"),
     "ByteText": (text, "TextBatch"),
     "Austen": (lambda folder: Austen(context=9, batch_size=4, val_windows=4), "TextBatch"),

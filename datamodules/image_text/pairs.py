@@ -1,0 +1,69 @@
+"""Pairs of images and texts from WebDataset tar shards, such as CC12M or LAION as img2dataset writes them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightspan.datamodules.image_text.captioned import tokenized
+from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.shards.stream import Decoding, Shards
+from lightspan.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairDecoding(Decoding):
+    """As `Decoding`, with the field `text` as tokens and mask, [T], and one view in the place of the image."""
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+
+    def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
+        sample = super().__call__(members, seed)
+        if "views" in sample:
+            (sample["image"],) = sample.pop("views")
+        tokens, mask = tokenized(self.tokenizer, [sample.pop("text")], self.length)
+        return sample | {"tokens": torch.from_numpy(tokens[0]), "mask": torch.from_numpy(mask[0])}
+
+
+class ImageTextShards(Shards):
+    """Training batches are `ImageTextBatch`, from members such as `KEY.jpg` and `KEY.txt`; order, resume, damage and
+    memory are those of `Shards`.
+
+    Validation shards have images with classes, members such as `KEY.jpg` and `KEY.cls`, and give `ImageBatch`: for
+    zero-shot classification and probes.
+
+    Args:
+        shards, val_shards: as in `Shards`.
+        tokenizer: turns a text into tokens, special tokens included.
+        length: T, tokens of a text that are read, at least 3.
+        view: makes the one view of a training image; None trains on the images themselves.
+        image, text: endings of the members, as in `fields` of `Shards`.
+        settings: the others of `Shards`.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        val_shards: list[str] | None = None,
+        length: int = 77,
+        view: Views | None = None,
+        image: str = "jpg|jpeg|png|webp",
+        text: str = "txt",
+        **settings: Any,
+    ) -> None:
+        super().__init__(shards, val_shards, fields={"image": image, "text": text}, views=view, **settings)
+        if length < 3:
+            raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
+        self.tokenizer, plain = tokenizer, self.decode
+        self.decode = PairDecoding(**vars(plain), tokenizer=tokenizer, length=length)
+        self.decode_labelled = replace(plain, fields={"image": image, "label": "cls"}, views=None)
+
+    def setup(self, stage: str | None = None) -> None:
+        """As `Shards.setup`; validation samples then have classes instead of texts."""
+        if self.train is None:
+            super().setup(stage)
+            assert self.val is not None
+            self.val = self.val.decoded_by(self.decode_labelled)

@@ -1,0 +1,82 @@
+"""CLIP's text transformer, open where prompts are put in: transformers' own takes token numbers alone.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, arXiv
+2103.00020, section 2.4, with the start of the weights of the authors' code. Shapes: B texts, T tokens, D width.
+"""
+
+import torch
+from timm.layers.activations import quick_gelu
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+
+# A recipe may name the class listed here.
+__all__ = ["TextTransformer"]
+
+
+class TextTransformer(nn.Module):
+    """A causal transformer, LayerNorm first: tokens and mask [B T] -> [B D], the state of each text's last token.
+
+    What follows the last token of a text has no effect on it.
+
+    Args:
+        vocab_size: of the tokenizer.
+        width: D, a multiple of `heads`.
+        depth, heads: blocks, and heads of each.
+        context: longest text in tokens; the positions have that many rows.
+    """
+
+    def __init__(
+        self, vocab_size: int = 49408, width: int = 512, depth: int = 12, heads: int = 8, context: int = 77
+    ) -> None:
+        super().__init__()
+        if min(vocab_size, width, depth, heads, context) < 1 or width % heads:
+            raise UserError(
+                f"TextTransformer vocab_size={vocab_size}, width={width}, depth={depth}, heads={heads} and "
+                f"context={context} must be at least 1, and width a multiple of heads"
+            )
+        self.num_features, self.context = width, context
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.pos_embed = nn.Parameter(torch.empty(context, width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation=quick_gelu, batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        width, depth = self.num_features, len(self.blocks)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.01)
+        into_residual = width**-0.5 * (2 * depth) ** -0.5
+        for block in self.blocks:
+            nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.self_attn.out_proj.weight, std=into_residual)
+            nn.init.normal_(block.linear1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.linear2.weight, std=into_residual)
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """[B D] of token numbers; the mask is 1 on a text's tokens, 0 on what follows them."""
+        return self.read(self.tokens(tokens_BT), mask_BT)
+
+    def read(self, embedded_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """[B D] of embedded tokens, positions not yet added: where learned prompts come in. Without any token in its
+        mask a text has the state of its first.
+
+        Raises: UserError for more tokens than there are positions.
+        """
+        length = embedded_BTD.shape[1]
+        if length > self.context:
+            raise UserError(
+                f"texts of {length} tokens are longer than the {self.context} positions of the text encoder; lower "
+                "length of the data or the number of prompt tokens, or raise context"
+            )
+        x_BTD = embedded_BTD + self.pos_embed[:length].to(embedded_BTD.dtype)
+        after_TT = torch.ones(length, length, dtype=torch.bool, device=x_BTD.device).triu(1)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, src_mask=after_TT, is_causal=True)
+        end_B = (mask_BT.sum(dim=1) - 1).clamp_min(0)
+        return self.norm(x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B])

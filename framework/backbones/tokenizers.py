@@ -1,0 +1,65 @@
+"""Tokenizers that need no file, and those of transformers that are in a folder. Nothing is downloaded."""
+
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
+
+from lightspan.errors import UserError
+
+# A recipe may name the functions listed here.
+__all__ = ["HashedWords", "stored_tokenizer"]
+
+SPECIAL = {"<pad>": 0, "<start>": 1, "<end>": 2}
+
+
+class HashedWords(PreTrainedTokenizer):
+    """Whole words in lower case, each numbered by its CRC-32: no vocabulary that would have to be learned or kept.
+
+    A text becomes <start> words <end>. Punctuation is left out. Two words may get the same number: of a
+    thousand words about one in eight does with 8,192 numbers.
+
+    Args:
+        size: numbers of words and of the three special tokens, at least 4.
+    """
+
+    def __init__(self, size: int = 8192) -> None:
+        if size < 4:
+            raise UserError(f"HashedWords size={size} leaves no number for words; it must be at least 4")
+        self.size = size
+        pad, start, end = SPECIAL
+        super().__init__(pad_token=pad, bos_token=start, eos_token=end)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(SPECIAL)
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        return re.findall(r"\w+", text.lower())
+
+    def _convert_token_to_id(self, token: str) -> int:
+        if token in SPECIAL:
+            return SPECIAL[token]
+        return len(SPECIAL) + zlib.crc32(token.encode()) % (self.size - len(SPECIAL))
+
+    def build_inputs_with_special_tokens(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        return [SPECIAL["<start>"], *ids, *(pair or []), SPECIAL["<end>"]]
+
+
+def stored_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """A tokenizer in a folder as transformers writes it, such as that of CLIP with its 49,408 pairs of bytes.
+
+    Raises: UserError if there is none.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise UserError(f"there is no tokenizer in {place}; save one there with transformers' save_pretrained")
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} has no tokenizer that transformers can read: {error}") from error

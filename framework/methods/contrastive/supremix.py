@@ -1,0 +1,91 @@
+"""SupReMix: contrast for regression, with harder pairs mixed from embeddings.
+
+Source: Wu et al., "Mixup Your Own Pairs", 2023, arXiv 2309.16633; the loss is `lightspan.objectives.supremix`. After it
+the paper drops the projector and fits a linear regressor, or fine-tunes. Assumed, since neither paper nor code is clear
+on it: one share l of Beta(2, 8) for each anchor and step.
+Shapes: B samples of this rank, V views of each, R = B V rows, D embedding width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import require_temperature
+from lightspan.objectives.supremix import supremix
+
+
+class SupReMix(Method):
+    """Embeddings in the order of a number: its equals and what is mixed to it are near, others the farther the more it
+    differs. Rows are those of all ranks; with sync_batchnorm N ranks train as one.
+
+    The number is `target` of a batch, or `label` where there is none: then classes in an order.
+
+    Args:
+        backbone: rows in, [R num_features] out; what probes read, and all that is kept.
+        projector: [R num_features] -> [R D].
+        bin_width: targets are rounded to multiples of it, and count in these from here on: equal ones are positives.
+        window: in bins, of the pairs that are mixed to positives, >= 0; the paper has 5, of years. 0 mixes none.
+        beta: both parameters of the Beta distribution of an anchor's share in its mixed negatives; None mixes none.
+        distance_weight: by how much a bin of distance weighs in denominators, >= 0; the paper has 1. With
+            0, no beta and no window this is SupCon.
+        temperature: > 0.
+        most_pairs: pairs that are mixed to positives of one anchor, evenly drawn; None takes all, which of R rows are
+            up to R^2 / 4.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        bin_width: float = 1.0,
+        window: float = 5.0,
+        beta: tuple[float, float] | None = (2.0, 8.0),
+        distance_weight: float = 1.0,
+        temperature: float = 0.3,
+        most_pairs: int | None = None,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_temperature(temperature)
+        if bin_width <= 0 or min(window, distance_weight) < 0 or (most_pairs is not None and most_pairs < 1):
+            raise UserError(
+                f"SupReMix bin_width={bin_width} must be above 0, window={window}, "
+                f"distance_weight={distance_weight} at least 0, and most_pairs={most_pairs} at least 1 or null"
+            )
+        if beta is not None and min(beta) <= 0:
+            raise UserError(f"SupReMix beta={list(beta)} must be two numbers above 0, or null for no mixed negatives")
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        self.backbone, self.projector = backbone, projector
+        self.bin_width, self.window, self.beta, self.distance_weight = bin_width, window, beta, distance_weight
+        self.temperature, self.most_pairs = temperature, most_pairs
+
+    def features(self, batch: Any) -> Tensor:
+        (x,) = [batch[name] for name in ("image", "table") if name in batch] or [batch["views"][0]]
+        return self.backbone(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views = views_of(batch, "SupReMix")
+        target_B = batch["target"] if "target" in batch else batch.get("label")
+        if target_B is None or len({view.shape for view in views}) > 1:
+            raise UserError(
+                f"SupReMix needs a target or ordered labels, and views of one size; this batch holds {sorted(batch)} "
+                f"and views of {[[*view.shape[1:]] for view in views]}"
+            )
+        bin_R = (target_B / self.bin_width).round().repeat(len(views))
+        z_RD = self.projector(self.backbone(torch.cat(views)))
+        # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
+        share_R = (
+            None if self.beta is None else torch.distributions.Beta(*self.beta).sample(bin_R.shape).to(z_RD.device)
+        )
+        start_R = None if self.most_pairs is None else torch.rand(bin_R.shape).to(z_RD.device)
+        loss = supremix(
+            z_RD, bin_R, share_R, self.window, self.distance_weight, self.temperature, self.most_pairs, start_R
+        )
+        self.log_training({"train/loss": loss})
+        return loss

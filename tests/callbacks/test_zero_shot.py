@@ -1,0 +1,73 @@
+"""Zero-shot classification while a dual encoder trains, which it leaves as it is."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+
+from lightspan.analysis.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
+from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.backbones.text import TextTransformer
+from lightspan.backbones.tokenizers import HashedWords
+from lightspan.backbones.vision import SmallConvNet
+from lightspan.callbacks.watching.zero_shot import ZeroShot
+from lightspan.datamodules.image_text.scenes import THINGS, Scenes
+from lightspan.datamodules.images.small import Digits
+from lightspan.errors import UserError
+from lightspan.methods.image_text.clip import CLIP
+
+
+def model() -> CLIP:
+    torch.manual_seed(0)
+    text = TextTransformer(512, 8, 1, 2, 16)
+    encoders = DualEncoder(SmallConvNet(3, 4, 2), text, width=8)
+    return CLIP(encoders, optimizer=partial(torch.optim.Adam, lr=1e-2))
+
+
+def data() -> Scenes:
+    return Scenes(tokenizer=HashedWords(512), size=288, length=16, batch_size=32, unseen=0.2)
+
+
+def fitted(make_trainer: Callable[..., Trainer], *callbacks: ZeroShot) -> tuple[CLIP, Scenes, Trainer]:
+    trained, scenes = model(), data()
+    trainer = make_trainer(max_steps=3, callbacks=list(callbacks), limit_val_batches=0)
+    trainer.fit(trained, datamodule=scenes)
+    return trained, scenes, trainer
+
+
+def test_it_logs_what_the_functions_give_and_changes_nothing(make_trainer: Callable[..., Trainer]) -> None:
+    watched, scenes, trainer = fitted(make_trainer, ZeroShot(("a {}", "there is a {}")))
+    alone, _, _ = fitted(make_trainer)
+    for name, weight in alone.state_dict().items():
+        assert torch.equal(weight, watched.state_dict()[name]), name
+    watched.eval()
+    with torch.no_grad():
+        classes = class_rows(scenes.tokenizer, watched.encoders.encode_text, THINGS, ["a {}", "there is a {}"])
+        batches = list(scenes.val_dataloader())
+        image = torch.cat([watched.encoders.encode_image(batch["image"]) for batch in batches])
+        text = torch.cat([watched.encoders.encode_text(batch["tokens"], batch["mask"]) for batch in batches])
+    label = torch.cat([batch["label"] for batch in batches])
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("zero")}
+    assert logged == pytest.approx(
+        {
+            "zero_shot/accuracy": zero_shot_accuracy(image, classes, label),
+            "zero_shot/accuracy_present": zero_shot_accuracy(image, classes, label, label.unique()),
+            "zero_shot/retrieval_at_1": retrieval_at_1(image, text),
+        }
+    )
+
+
+def test_validation_logs_it_too(make_trainer: Callable[..., Trainer]) -> None:
+    (found,) = make_trainer(callbacks=[ZeroShot()]).validate(model(), datamodule=data(), verbose=False)
+    assert 0 <= found["zero_shot/accuracy"] <= 1
+
+
+def test_what_it_cannot_read_is_refused(make_trainer: Callable[..., Trainer]) -> None:
+    trained: Any = model()
+    with pytest.raises(UserError, match=r"Digits lacks one; set class_names"):
+        make_trainer(max_steps=1, callbacks=[ZeroShot()]).fit(trained, datamodule=Digits())
+    with pytest.raises(UserError, match=r"every_n_epochs=0 must be at least 1"):
+        ZeroShot(every_n_epochs=0)

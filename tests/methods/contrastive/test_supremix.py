@@ -1,0 +1,80 @@
+"""SupReMix: the loss of all views with rounded targets, and what it is without mixtures."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from lightspan.backbones.vision import MLP, SmallConvNet
+from lightspan.errors import UserError
+from lightspan.methods.contrastive.supremix import SupReMix
+from lightspan.nn.projector import Projector
+from lightspan.objectives.supcon import supcon
+from lightspan.objectives.supremix import supremix
+
+PLAIN: dict[str, Any] = {"window": 0.0, "beta": None, "distance_weight": 0.0}
+
+
+def method(**settings: Any) -> SupReMix:
+    torch.manual_seed(0)
+    parts = {"backbone": MLP((1, 1, 6), (8,)), "projector": Projector(8, [16], 6)}
+    built = SupReMix(**parts | settings, optimizer=partial(torch.optim.SGD, lr=0.05))
+    built.log_training = lambda figures: None  # type: ignore[method-assign]
+    return built
+
+
+def batch(rows: int = 8, views: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "views": [torch.randn(rows, 6, generator=generator) for _ in range(views)],
+        "target": 3 * torch.rand(rows, generator=generator),
+        "index": torch.arange(rows),
+    }
+
+
+def embedded(model: SupReMix, given: dict[str, Any]) -> torch.Tensor:
+    return model.projector(model.backbone(torch.cat(given["views"])))
+
+
+def test_the_loss_is_that_of_all_views_with_targets_in_bins_and_drawn_shares() -> None:
+    model, reference, given = method(bin_width=0.5, most_pairs=6), method(), batch()
+    torch.manual_seed(5)
+    loss = model.training_step(given, 0)
+    torch.manual_seed(5)
+    share = torch.distributions.Beta(2.0, 8.0).sample((16,))
+    bins = (given["target"] / 0.5).round().repeat(2)
+    expected = supremix(embedded(reference, given), bins, share, 5.0, 1.0, 0.3, 6, torch.rand(16))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_without_mixtures_and_weights_it_is_supcon_on_the_bins() -> None:
+    given = batch()
+    bins = given["target"].round().long().repeat(2)
+    loss = method(**PLAIN).training_step(given, 0)
+    torch.testing.assert_close(loss, supcon(embedded(method(), given), bins, 0.3), rtol=1e-5, atol=0)
+
+
+def test_labels_in_an_order_are_targets_and_pictures_are_rows() -> None:
+    model = method(backbone=SmallConvNet(1, 4, 2))
+    images = {"views": [torch.randn(4, 1, 8, 8)] * 2, "label": torch.tensor([0, 1, 2, 5])}
+    assert model.training_step(images, 0).isfinite()
+    assert model.features({"image": images["views"][0]}).shape == (4, 8)
+    assert method().features({"table": torch.ones(2, 6)}).shape == (2, 8)
+
+
+def test_what_it_cannot_train_is_refused() -> None:
+    for settings, message in (
+        ({"bin_width": 0.0}, "bin_width=0.0 must be above 0"),
+        ({"window": -1.0}, "window=-1.0, distance_weight=1.0 at least 0"),
+        ({"beta": (0.0, 1.0)}, r"beta=\[0.0, 1.0\] must be two numbers above 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"projector": Projector(9, [16], 6)}, "projector.in_features=9, but MLP gives 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            method(**settings)
+    given = batch()
+    with pytest.raises(UserError, match=r"SupReMix needs a target or ordered labels"):
+        method().training_step({"views": given["views"]}, 0)
