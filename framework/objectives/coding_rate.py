@@ -36,8 +36,9 @@ def coding_rate(z_BD: Tensor, distortion: float) -> Tensor:
 
 
 def cluster_coding_rate(z_BD: Tensor, membership_BK: Tensor, distortion: float) -> Tensor:
-    """R_c = sum_k (m_k / N) logdet(I + D / (m_k e^2) Z^T Diag(P_k) Z), P_k being column k of the memberships and m_k its
-    sum (MCR2 eq. 8): what rows take if each cluster has a code of its own.
+    """R_c = sum_k (m_k / N) logdet(I + D / (m_k e^2) Z^T Diag(P_k) Z): what rows take if each cluster has its own code.
+
+    P_k is column k of the memberships and m_k its sum (MCR2 eq. 8).
 
     Args:
         membership_BK: shares >= 0 of each row in each cluster, or one-hot labels.
@@ -52,7 +53,8 @@ def cluster_coding_rate(z_BD: Tensor, membership_BK: Tensor, distortion: float) 
 
 
 def pairwise_coding_rate(z_BD: Tensor, membership_BN: Tensor, distortion: float) -> Tensor:
-    """R_c where every row is the centre of a cluster of its own: `cluster_coding_rate` with K = N (MLC eq. 5).
+    """R_c where every row is the centre of a cluster of its own: `cluster_coding_rate` with K = N (MLC's
+    second term).
 
     For a doubly stochastic membership m is 1; as in the authors' later code, each row counts by its mass, so that one
     from a few rounds of Sinkhorn will do. A rank computes the N D x D matrices of its own B clusters alone.
@@ -69,10 +71,10 @@ def pairwise_coding_rate(z_BD: Tensor, membership_BN: Tensor, distortion: float)
 
 def pairwise_membership(c_BD: Tensor, temperature: float, iterations: int = 10) -> Tensor:
     """MLC's membership [B N]: the doubly stochastic matrix closest to the kernel C C^T with an entropy of weight
-    `temperature` (MLC eq. 6), rows of this rank by those of all ranks.
+    `temperature`, rows of this rank by those of all ranks.
 
-    Each row is a distribution; each column sums to 1 in the limit of many `iterations`, and then the matrix is symmetric.
-    As in the authors' later code, gradients pass the kernel and the last normalisation of rows, but not the potentials of
+    Each row is a distribution; with many `iterations` each column too sums to 1, and the matrix is symmetric. As in
+    the authors' later code, gradients pass the kernel and the last normalisation of rows, but not the potentials of
     columns.
 
     Args:
