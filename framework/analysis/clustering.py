@@ -40,8 +40,9 @@ def agreement(cluster_N: Tensor, label_N: Tensor) -> dict[str, float]:
 
 
 def kmeans(x_ND: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """The cluster of each row, int64 [N], the best of 10 starts. Raises: UserError for fewer rows than clusters, or rows
-    that are not finite.
+    """The cluster of each row, int64 [N], the best of 10 starts.
+
+    Raises: UserError for fewer rows than clusters, or rows that have no feature or are not finite.
     """
     _require_enough(x_ND, clusters)
     found = KMeans(clusters, n_init=10, random_state=seed).fit_predict(_array(x_ND.double()))

@@ -86,6 +86,5 @@ def _clustered(features: Features, clusters: int | None, cluster: Callable[[Tens
     label_N = features.classes()
     count = len(label_N.unique()) if clusters is None else clusters
     found_N = cluster(features.rows(), count)
-    return ClusterAgreement(
-        **agreement(found_N, label_N), clusters=count, rows=len(label_N), tensors={"cluster": found_N}
-    )
+    scores = agreement(found_N, label_N)
+    return ClusterAgreement(**scores, clusters=count, rows=len(label_N), tensors={"cluster": found_N})

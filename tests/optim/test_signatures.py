@@ -26,8 +26,8 @@ REASONS = {
     ("Trion", "betas"): "published code, for what is not projected",
     ("Trion", "eps"): "published code, for what is not projected",
 }
-OF_COORDINATES = {"RandomSubspace"}
-"""Optimisers that step coordinates by another one, which brings its own settings."""
+OF_COORDINATES = {"RandomSubspace", "RiemannianSGD"}
+"""Optimisers with another one inside, of coordinates or of the rest, which brings its own settings."""
 
 
 def optimisers() -> dict[str, type[Optimizer]]:
