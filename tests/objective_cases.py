@@ -17,6 +17,7 @@ from lightspan.distributed import gather_rows
 from lightspan.experiments import class_text
 from lightspan.objectives import (
     barlow,
+    coding_rate,
     diffusion,
     distillation,
     entropy,
@@ -128,6 +129,15 @@ def supremix_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -
     return supremix.supremix(x @ weight, label_B, torch.full((len(x),), 0.2), 4.0, 1.0, 0.5)
 
 
+def cluster_coding_rate(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return coding_rate.cluster_coding_rate(F.normalize(x @ weight, dim=1), (x.sin() @ weight).softmax(dim=1), 0.5)
+
+
+def pairwise_coding_rate(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    membership_BN = coding_rate.pairwise_membership(x.sin() @ weight, 0.5, iterations=2)
+    return coding_rate.pairwise_coding_rate(F.normalize(x @ weight, dim=1), membership_BN, 0.5)
+
+
 CASES = {
     "class_text.current_class_text_loss": Case(class_text_loss, 2),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
@@ -159,6 +169,15 @@ CASES = {
     "pseudo_labels.pseudo_label_loss": Case(
         lambda x, weight, label_B, mixed_B: pseudo_labels.pseudo_label_loss(x @ weight, x.sin(), label_B % 4)
     ),
+    "coding_rate.coding_rate": Case(
+        lambda x, weight, label_B, mixed_B: coding_rate.coding_rate(F.normalize(x @ weight, dim=1), 0.5), 1
+    ),
+    "coding_rate.cluster_coding_rate": Case(cluster_coding_rate, 1),
+    "coding_rate.pairwise_coding_rate": Case(pairwise_coding_rate, 2 + 2 * 2 + 2 + 1),
+    "coding_rate.total_coding_rate_loss": Case(
+        lambda x, weight, label_B, mixed_B: coding_rate.total_coding_rate_loss(x @ weight, x.sin() @ weight, 0.5, 3.0),
+        1 + 1,
+    ),
     "koleo.koleo": Case(lambda x, weight, label_B, mixed_B: koleo.koleo(x @ weight), 3),
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
@@ -176,6 +195,7 @@ CASES = {
     ),
 }
 PARTS = {
+    *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
@@ -187,6 +207,7 @@ PARTS = {
         "masked.normalised_patches",
         "means.squared_error",
         "prototypes.sinkhorn",
+        "prototypes.column_potentials",
         "prototypes.centred_softmax",
         "pseudo_labels.trusted_labels",
     ),

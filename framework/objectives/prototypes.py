@@ -25,17 +25,23 @@ def sinkhorn(scores_BK: Tensor, temperature: float, iterations: int = 3) -> Tens
     a rank without rows takes part.
     """
     scores_BK = wide(scores_BK) / temperature
-    by_row_B = scores_BK.new_zeros(len(scores_BK))
-    shifted_BK = scores_BK
+    return (scores_BK + column_potentials(scores_BK, iterations)).softmax(dim=1)
+
+
+@torch.no_grad()
+def column_potentials(scores_BK: Tensor, iterations: int) -> Tensor:
+    """v [K] such that softmax(scores + v) over each row has equal column sums over all ranks, in the limit of many
+    `iterations`; scores are those over the temperature, in float32 or wider.
+    """
+    by_row_B, by_column_K = scores_BK.new_zeros(len(scores_BK)), scores_BK.new_zeros(scores_BK.shape[1])
     for _ in range(iterations):
         shifted_BK = scores_BK + by_row_B[:, None]
         largest_K = all_reduce_max(
             shifted_BK.amax(dim=0) if len(scores_BK) else scores_BK.new_full(scores_BK.shape[1:], -torch.inf)
         )
         by_column_K = -largest_K - all_reduce_sum((shifted_BK - largest_K).exp().sum(dim=0)).log()
-        shifted_BK = scores_BK + by_column_K
-        by_row_B = -shifted_BK.logsumexp(dim=1)
-    return (shifted_BK + by_row_B[:, None]).exp()
+        by_row_B = -(scores_BK + by_column_K).logsumexp(dim=1)
+    return by_column_K
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """Which parameters train together, at which rate, and which of them may be projected. One place for every method.
 
-Three kinds of parameters:
+Four kinds of parameters:
 
 | kind       | members                                             | decay | projected |
 |------------|-----------------------------------------------------|-------|-----------|
 | matrices   | weights with two or more axes                       | yes   | may be    |
 | embeddings | tables and tokens: each row belongs to one thing    | no    | no        |
 | vectors    | norms, biases, scalars                              | no    | no        |
+| frames     | orthonormal columns, which `RiemannianSGD` keeps so | no    | no        |
 
 The first of these that knows a parameter decides its kind:
 - a `Rule` of the recipe that matches its name, or any of its names if it is tied;
@@ -37,7 +38,7 @@ from lightspan.errors import UserError
 from lightspan.optim.depth import shares_of_layers
 from lightspan.patterns import any_matches, every_name, require_matches
 
-Kind = Literal["matrices", "embeddings", "vectors"]
+Kind = Literal["matrices", "embeddings", "vectors", "frames"]
 TABLES = ("*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table")
 """Tables that are not in an nn.Embedding, by their own name at the end: `mlp_tokens.fc1.weight` is not one."""
 
@@ -142,7 +143,9 @@ class ParameterGroups:
             if decays is not None:
                 group["weight_decay"] = decays
                 group["name"] += f"-wd{decays:.6g}" if kind == "matrices" or decays else ""
-            if kind != "matrices" and self.other_lr is not None:
+            if kind == "frames":
+                group["frames"] = True
+            elif kind != "matrices" and self.other_lr is not None:
                 group["lr"] = self.other_lr
             same = sum(other["name"] == group["name"] for other in groups)  # equal except for digits that are not shown
             group["name"] += f"-{same + 1}" if same else ""

@@ -6,6 +6,7 @@ in the subspace is an optimiser on z.
 | map                      | coordinates           | numbers          | who uses it                      |
 |--------------------------|-----------------------|------------------|----------------------------------|
 | `frames.Frames`          | [B M R]               | B matrices [M N] | `LowRank`, when frames change    |
+| `grassmann.Horizontal`   | [B N R]               | B matrices [N R] | `RiemannianSGD`                  |
 | `projections.Projection` | [d]                   | all D weights    | `RandomSubspace`                 |
 | `singular.SingularFrame` | [R] singular values   | a matrix [O I]   | SVFit                            |
 | `tucker.TuckerFrame`     | a core [r_1 ... r_N]  | [d_1 ... d_N]    | FLoRA                            |

@@ -19,9 +19,10 @@ from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.reduction import leave_out_of_ddp, nothing_left_for_ddp
+from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.wiring.report import print_report
 
-MATRIX_OPTIMIZERS = (LowRank, Muon, Adafactor)
+MATRIX_OPTIMIZERS = (LowRank, Muon, Adafactor, RiemannianSGD)
 """Optimisers for which a matrix is more than the numbers in it."""
 
 
@@ -35,6 +36,8 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
     Raises: UserError for settings of the Trainer that coordinates cannot honour.
     """
     refuse_flat_partitions(trainer.strategy, [type(optimizer) for optimizer in optimizers])
+    for optimizer in optimizers:
+        _require_frames_kept(optimizer)
     low_rank = [optimizer for optimizer in optimizers if isinstance(optimizer, LowRank)]
     for optimizer in low_rank:
         print_report(optimizer)
@@ -66,6 +69,15 @@ def refuse_flat_partitions(strategy: Strategy, optimizers: list[type[Optimizer]]
                 "each rank one flat range of numbers; train with --config scale/fsdp2 or scale/ddp, or with an "
                 "elementwise optimiser such as torch.optim.AdamW"
             )
+
+
+def _require_frames_kept(optimizer: Optimizer) -> None:
+    if any(group.get("frames") for group in optimizer.param_groups) and not isinstance(optimizer, RiemannianSGD):
+        raise UserError(
+            f"the module has orthonormal frames, which a step of {type(optimizer).__name__} would not leave "
+            "orthonormal; set optimizer.class_path=lightspan.optim.riemannian.RiemannianSGD, with "
+            f"{type(optimizer).__name__} as its `rest`"
+        )
 
 
 def average_in_coordinates(trainer: Trainer, module: LightningModule, optimizer: RandomSubspace) -> None:

@@ -181,6 +181,8 @@ DEGENERATE = {
 WRONG = {
     "KNN": [{"k": 0}, {"k": -3}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}],
     "LinearProbe": [{"l2": 0.0}, {"l2": -1.0}, {"l2": math.nan}, {"l2": math.inf}, {"max_iterations": 0}],
+    "KMeansClusters": [{"clusters": 0}, {"seed": -1}],
+    "SpectralClusters": [{"clusters": 0}, {"neighbours": 0}, {"seed": -1}],
     "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
     "Spectrum": [{"shown": 0}],
     "Interference": [{"rank": 0}, {"density": 0.0}, {"density": 1.5}, {"density": math.nan}],
@@ -214,6 +216,8 @@ COMPUTED = {
         *("one row", "one class", "classes left out", "constant features", "zeros", "a row of zeros", "a lattice"),
         *("more features than rows", "no feature", "denormal", "huge", "positions kept", "without labels"),
     },
+    "KMeansClusters": {"one class", "a class of one sample", "classes left out", "constant features", "a lattice"},
+    "SpectralClusters": {"one row", "two rows", "one class", "classes left out", "constant features", "a lattice"},
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
 }

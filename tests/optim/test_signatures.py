@@ -27,8 +27,8 @@ REASONS = {
     ("Trion", "eps"): "published code, for what is not projected",
     ("LARS", "lr"): "it has none: a share of each matrix' length, which grows with the batch",
 }
-OF_COORDINATES = {"RandomSubspace"}
-"""Optimisers that step coordinates by another one, which brings its own settings."""
+OF_COORDINATES = {"RandomSubspace", "RiemannianSGD"}
+"""Optimisers with another one inside, of coordinates or of the rest, which brings its own settings."""
 
 
 def optimisers() -> dict[str, type[Optimizer]]:

@@ -23,6 +23,7 @@ from lightspan.merging.span import TaskSpan
 from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.layout import Layout
 from lightspan.subspaces.frames import Frames
+from lightspan.subspaces.grassmann import Horizontal
 from lightspan.subspaces.maps import SubspaceMap
 from lightspan.subspaces.masks.maps import Selected, SoftMask
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, Projection, Sparse
@@ -55,6 +56,7 @@ def all_weights(kind: type[Projection]) -> Callable[[Sizes, int], Case]:
 
 CASES: dict[type, Callable[[Sizes, int], Case]] = {
     Frames: lambda s, seed: (Frames(normal(2, s[0], s[2], seed=seed)), (2, s[1], s[2]), (2, s[1], s[0])),
+    Horizontal: lambda s, seed: (Horizontal(normal(2, s[0], s[2], seed=seed)), (2, s[0], s[2]), (2, s[0], s[2])),
     Dense: all_weights(Dense),
     Sparse: all_weights(Sparse),
     Fastfood: all_weights(Fastfood),

@@ -1,4 +1,4 @@
-"""Supervised classification: cross-entropy of a linear layer on a backbone's features.
+"""Supervised classification: cross-entropy of a head, by default a linear layer, on a backbone's features.
 
 Shapes: B batch of this rank, C H W image, F features, K classes.
 """
@@ -12,22 +12,32 @@ from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+
+
+def image_of(batch: Any) -> Tensor:
+    """The images of a batch, or the one view of each, [B C H W]. Raises: UserError for more than one view."""
+    return batch["image"] if "image" in batch else views_of(batch, "Classifier", 1)[0]
 
 
 class Classifier(Method):
-    """Trains a backbone and a linear classifier on labelled images. The classifier starts He-normal, its bias at zero.
+    """Trains a backbone and a classifier on labelled images.
 
     Args:
-        backbone: [B C H W] -> [B num_features]; what probes read.
+        backbone: [B C H W] -> [B num_features]; what probes read. A batch has images, or one view of each.
         num_classes: K, >= 2; labels are in [0, K).
+        head: [B num_features] -> logits [B K], such as `lightspan.nn.grassmann_head.GrassmannHead`. None makes a linear
+            layer, which starts He-normal, its bias at zero.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
-    Raises: UserError for a backbone without `num_features`.
+    Raises: UserError for a backbone without `num_features`, or a head of another width or number of classes.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
+        head: nn.Module | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -39,9 +49,13 @@ class Classifier(Method):
             )
         if num_classes < 2:
             raise UserError(f"Classifier num_classes={num_classes} must be at least 2")
-        self.num_classes = num_classes
-        self.backbone, self.head = backbone, nn.Linear(width, num_classes)
-        he_normal_(self.head)
+        if head is None:
+            head = nn.Linear(width, num_classes)
+            he_normal_(head)
+        require_width(backbone, "head.in_features", getattr(head, "in_features", None))
+        if (outputs := getattr(head, "out_features", num_classes)) != num_classes:
+            raise UserError(f"{type(head).__name__} tells {outputs} classes apart, but num_classes={num_classes}")
+        self.num_classes, self.backbone, self.head = num_classes, backbone, head
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B K]."""
@@ -49,7 +63,7 @@ class Classifier(Method):
 
     def features(self, batch: ImageBatch) -> Tensor:
         """[B F], before the classifier."""
-        return self.backbone(batch["image"])
+        return self.backbone(image_of(batch))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         figures = self._measure("train", batch)
@@ -72,7 +86,7 @@ class Classifier(Method):
 
     def _measure(self, stage: str, batch: ImageBatch) -> dict[str, Tensor]:
         """Loss in nats and the share of correct answers."""
-        logits_BK, label_B = self(batch["image"]), batch["label"]
+        logits_BK, label_B = self(image_of(batch)), batch["label"]
         loss = F.cross_entropy(logits_BK, label_B)
         accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()
         return {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}

@@ -1,8 +1,11 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import MLP, LeNet
 from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
@@ -10,6 +13,8 @@ from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.nn.grassmann_head import GrassmannHead
+from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.subspaces.projections import Fastfood
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -43,6 +48,39 @@ def test_features_are_what_the_classifier_reads() -> None:
     features = model.features(batch())
     assert features.shape == (6, 5)
     assert torch.equal(model.head(features), model.predict_step(batch(), 0))
+
+
+def test_it_trains_on_images_or_on_one_view_of_each() -> None:
+    model, given = logged(Classifier(MLP((1, 8, 8), (5,)), 3, optimizer=SGD)), batch()
+    viewed = {"views": [given["image"]], "label": given["label"]}
+    assert torch.equal(model.training_step(given, 0), model.training_step(viewed, 0))
+    with pytest.raises(UserError, match="Classifier needs 1 views of each image, and this batch gives 2"):
+        model.training_step({**viewed, "views": [given["image"]] * 2}, 0)
+
+
+def test_a_head_of_the_recipe_takes_the_place_of_the_linear_one() -> None:
+    head = GrassmannHead(5, 3, rank=2)
+    model = Classifier(MLP((1, 8, 8), (5,)), 3, head, optimizer=SGD)
+    assert torch.equal(model.predict_step(batch(), 0), head(model.features(batch())))
+    with pytest.raises(UserError, match=r"head.in_features=6, but MLP gives 5"):
+        Classifier(MLP((1, 8, 8), (5,)), 3, GrassmannHead(6, 3, rank=2), optimizer=SGD)
+    with pytest.raises(UserError, match="GrassmannHead tells 4 classes apart, but num_classes=3"):
+        Classifier(MLP((1, 8, 8), (5,)), 3, GrassmannHead(5, 4, rank=2), optimizer=SGD)
+
+
+def test_frames_train_by_the_optimiser_that_keeps_them_and_by_no_other() -> None:
+    def fit(optimizer: Any) -> Classifier:
+        model = Classifier(MLP((1, 8, 8), (5,)), 3, GrassmannHead(5, 3, rank=2), optimizer=optimizer)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        trainer = Trainer(max_steps=3, enable_model_summary=False, **quiet)
+        trainer.fit(model, DataLoader([batch()] * 3, batch_size=None))
+        return model
+
+    frame = fit(partial(RiemannianSGD, rest=SGD)).head.frame_KFR.detach()
+    torch.testing.assert_close(frame.mT @ frame, torch.eye(2).expand(3, 2, 2))
+    assert not torch.equal(frame, GrassmannHead(5, 3, rank=2).frame_KFR)
+    with pytest.raises(UserError, match=r"a step of SGD would not leave orthonormal.*RiemannianSGD, with SGD as its"):
+        fit(SGD)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+"""MLC: features in which clusters are orthogonal subspaces, and the clustering, both without labels.
+
+Source: Ding, Tong, Chan, Dai, Ma, Haeffele, "Unsupervised Manifold Linearizing and Clustering", ICCV 2023, arXiv
+2301.01805, eq. 4: maximise R(Z) - R_c(Z, G), with rates of `lightspan.objectives.coding_rate`. Two heads of one shape
+stand on the same pre-features: Z are the features, and C gives the membership of pairs, G = Sinkhorn(C C^T).
+1. For the first `first_share` of the run the features alone are trained, by the total coding rate of two views.
+2. Then the cluster head becomes a copy of the feature head, once, so that G starts as Sinkhorn(Z Z^T), and both train.
+   Of several views Z is the mean, scaled to length 1, and G the mean, which is doubly stochastic too.
+Labels come from spectral clustering of G with the number of clusters given. Assumed, where the paper's appendix was not
+at hand: temperature, rounds of Sinkhorn, and one optimiser and schedule for both stages.
+Shapes: B images of this rank, N of all ranks, V views, R = B V rows, D width of both heads.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.analysis.clustering import agreement, spectral
+from lightspan.distributed import gather_rows
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.objectives.coding_rate import (
+    coding_rate,
+    pairwise_coding_rate,
+    pairwise_membership,
+    require_distortion,
+    total_coding_rate_loss,
+)
+from lightspan.objectives.info_nce import require_temperature
+
+ROUNDS_TO_READ = 100
+
+
+class MLC(Method):
+    """Coding rates run over the images of all ranks; with sync_batchnorm N ranks train as one.
+
+    Args:
+        backbone: [R C H W] -> [R num_features]; what probes read.
+        projector: pre-features, [R num_features] -> [R P].
+        head: the feature head, [R P] -> [R D]; the cluster head begins as a copy.
+        first_share: of the run, in [0, 1]; 0 clusters from the first step, for a network that was trained before.
+        distortion: e^2 of all rates, > 0.
+        similarity: weight of the agreement of views in the first stage, >= 0.
+        temperature: of Sinkhorn, > 0.
+        iterations: of Sinkhorn while training, >= 1.
+        clusters: for validation on labelled images: logs val/cluster_accuracy, val/nmi and val/ari. None leaves it out.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        head: nn.Module,
+        first_share: float = 0.8,
+        distortion: float = 0.2,
+        similarity: float = 30.0,
+        temperature: float = 0.1,
+        iterations: int = 5,
+        clusters: int | None = None,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_distortion(distortion)
+        require_temperature(temperature)
+        if not 0 <= first_share <= 1 or similarity < 0:
+            raise UserError(f"first_share={first_share} must be in [0, 1] and similarity={similarity} at least 0")
+        if iterations < 1 or (clusters is not None and clusters < 2):
+            raise UserError(f"iterations={iterations} must be at least 1, and clusters={clusters} at least 2 or null")
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_width(projector, "head.in_features", getattr(head, "in_features", None))
+        self.backbone, self.projector, self.head, self.cluster_head = backbone, projector, head, copy.deepcopy(head)
+        self.first_share, self.distortion, self.similarity = first_share, distortion, similarity
+        self.temperature, self.iterations, self.clusters = temperature, iterations, clusters
+        self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def represent(self, image_RCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(Z, C), both [R D] with rows of length 1."""
+        pre_RP = self.projector(self.backbone(image_RCHW))
+        return F.normalize(self.head(pre_RP), dim=1), F.normalize(self.cluster_head(pre_RP), dim=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views = views_of(batch, "MLC", None if self.clustering else 2)
+        if self.clustering and self.global_step == self._first_steps():
+            self.copy_head()
+        z_RD, c_RD = self.represent(torch.cat(views))
+        z_VBD, c_VBD = (x_RD.view(len(views), -1, x_RD.shape[1]) for x_RD in (z_RD, c_RD))
+        if self.clustering:
+            loss, figures = self.rate_reduction_loss(z_VBD, c_VBD)
+        else:
+            # The cluster head has a gradient of zero: DDP waits for one of each parameter.
+            loss = total_coding_rate_loss(*z_VBD, self.distortion, self.similarity) + 0 * c_RD.sum()
+            figures = {}
+        self.log_training({"train/loss": loss, **figures})
+        return loss
+
+    def rate_reduction_loss(self, z_VBD: Tensor, c_VBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(R_c - R, both rates for the logs)."""
+        z_BD = F.normalize(z_VBD.mean(dim=0), dim=1)
+        rate, compressed = coding_rate(z_BD, self.distortion), self.compressed_rate(z_BD, c_VBD)
+        return compressed - rate, {"train/rate": rate, "train/cluster_rate": compressed}
+
+    def compressed_rate(self, z_BD: Tensor, c_VBD: Tensor) -> Tensor:
+        """R_c of the features in the clusters that C gives."""
+        memberships = [pairwise_membership(c_BD, self.temperature, self.iterations) for c_BD in c_VBD]
+        return pairwise_coding_rate(z_BD, torch.stack(memberships).mean(dim=0), self.distortion)
+
+    @property
+    def clustering(self) -> bool:
+        """Whether the second stage has begun."""
+        return self.global_step >= self._first_steps()
+
+    @torch.no_grad()
+    def copy_head(self) -> None:
+        """Gives the cluster head the numbers of the feature head."""
+        pairs = zip(self.cluster_head.state_dict().values(), self.head.state_dict().values(), strict=True)
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+
+    def _first_steps(self) -> int:
+        """Steps of the first stage; without a Trainer a run has but one stage, the second if `first_share` is 0."""
+        return math.ceil(self.first_share * (1 if self._trainer is None else self._total_steps()))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.clusters is not None:
+            self._validated.append((self.represent(batch["image"])[1], batch["label"], batch["index"]))
+
+    def on_validation_epoch_end(self) -> None:
+        if not self._validated or self.clusters is None:
+            return
+        c_BD, label_B, index_B = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        self._validated.clear()
+        membership_NN, label_N, index_N = (
+            gather_rows(rows)[0].cpu() for rows in (self.membership(c_BD), label_B, index_B)
+        )
+        if self.trainer.sanity_checking or len(index_N) < self.clusters:
+            return
+        order_N = index_N.sort(stable=True).indices  # the same graph on any number of ranks
+        found_N = spectral(membership_NN[order_N][:, order_N], self.clusters)
+        scores = agreement(found_N, label_N[order_N])
+        self.log_dict({"val/cluster_accuracy": scores["accuracy"], "val/nmi": scores["nmi"], "val/ari": scores["ari"]})
+
+    def membership(self, c_BD: Tensor) -> Tensor:
+        """G [B N], from which labels are read: with so many rounds of Sinkhorn that columns too sum to 1."""
+        return pairwise_membership(c_BD, self.temperature, ROUNDS_TO_READ)

@@ -1,0 +1,129 @@
+"""MLC: its two stages, the copied head, the validation by labels, and two ranks."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightspan.backbones.vision import MLP
+from lightspan.errors import UserError
+from lightspan.methods.clustering.mlc import MLC
+from lightspan.nn.projector import Projector
+from lightspan.objectives.coding_rate import (
+    coding_rate,
+    pairwise_coding_rate,
+    pairwise_membership,
+    total_coding_rate_loss,
+)
+
+
+def method(**settings: Any) -> MLC:
+    torch.manual_seed(0)
+    parts = {
+        "backbone": MLP((1, 4, 4), (12,)),
+        "projector": Projector(12, [10], 8),
+        "head": torch.nn.Linear(8, 6),
+        "optimizer": partial(torch.optim.SGD, lr=0.05),
+    }
+    built = MLC(**parts | settings)
+    built.log_training = lambda figures: built.__dict__.update(logged=figures)  # type: ignore[method-assign]
+    return built
+
+
+def batch(rows: int = 8, views: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(rows, 1, 4, 4, generator=generator) for _ in range(views)]
+    return {"views": images, "label": torch.arange(rows) % 3, "index": torch.arange(rows)}
+
+
+def short(**settings: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return Trainer(**quiet, enable_model_summary=False, **settings)
+
+
+def loader(batches: list[dict[str, Any]]) -> DataLoader:
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def test_the_first_stage_is_the_total_coding_rate_and_leaves_the_cluster_head_alone() -> None:
+    model, given = method(), batch()
+    z_1, z_2 = (model.represent(torch.cat(given["views"]))[0]).chunk(2)
+    loss = model.training_step(given, 0)
+    torch.testing.assert_close(loss, total_coding_rate_loss(z_1, z_2, 0.2, 30.0))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())  # what DDP waits for
+    assert not any(p.grad.any() for p in model.cluster_head.parameters())
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_the_second_stage_is_the_reduction_of_rates_on_mean_features_and_mean_memberships(views: int) -> None:
+    model, given = method(first_share=0.0), batch(views=views)
+    with torch.no_grad():
+        for parameter in model.cluster_head.parameters():
+            parameter.add_(1.0)  # apart from the feature head, so that the copy shows
+    loss = model.training_step(given, 0)
+    z_VBD = model.represent(torch.cat(given["views"]))[0].view(views, 8, 6)
+    membership = torch.stack([pairwise_membership(z, 0.1, 5) for z in z_VBD]).mean(dim=0)
+    z_BD = F.normalize(z_VBD.mean(dim=0), dim=1)
+    expected = pairwise_coding_rate(z_BD, membership, 0.2) - coding_rate(z_BD, 0.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert any(p.grad.any() for p in model.cluster_head.parameters())
+
+
+def test_the_head_is_copied_once_when_the_second_stage_begins() -> None:
+    seen = []
+
+    class Watched(MLC):
+        def copy_head(self) -> None:
+            seen.append(self.global_step)
+            super().copy_head()
+
+    torch.manual_seed(0)
+    parts = MLP((1, 4, 4), (12,)), Projector(12, [10], 8), torch.nn.Linear(8, 6)
+    model = Watched(*parts, first_share=0.5, optimizer=partial(torch.optim.SGD, lr=0.05))
+    short(max_steps=5).fit(model, loader([batch() for _ in range(5)]))
+    assert seen == [3]
+    assert not torch.equal(model.cluster_head.weight, model.head.weight)  # both have trained since
+
+
+def test_validation_tells_clusters_that_are_apart() -> None:
+    model = method(clusters=3, temperature=0.05)
+    directions = torch.eye(6)[torch.arange(9) % 3]
+    model.represent = lambda image: (directions[image.long()],) * 2  # type: ignore[method-assign]
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    batches = [{"image": rows, "label": rows % 3, "index": rows} for rows in order.split(4)]
+    [logged] = short().validate(model, loader(batches), verbose=False)
+    assert logged == pytest.approx({"val/cluster_accuracy": 1, "val/nmi": 1, "val/ari": 1})
+    short().validate(method(), loader(batches), verbose=False)  # without a number of clusters nothing is measured
+
+
+@pytest.mark.parametrize("image", [torch.zeros(4, 1, 4, 4), torch.zeros(1, 1, 4, 4)])
+def test_equal_images_have_a_finite_loss_and_gradient(image: torch.Tensor) -> None:
+    for share in (0.0, 1.0):
+        model = method(first_share=share).bfloat16().eval()
+        loss = model.training_step({"views": [image.bfloat16()] * 2}, 0)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    for settings, said in (
+        ({"distortion": 0.0}, "distortion=0.0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"first_share": 1.5}, "first_share=1.5"),
+        ({"similarity": -1.0}, "similarity=-1.0"),
+        ({"iterations": 0}, "iterations=0"),
+        ({"clusters": 1}, "clusters=1"),
+        ({"head": torch.nn.Linear(9, 6)}, "head.in_features=9"),
+        ({"projector": Projector(9, [16], 6)}, "projector.in_features=9"),
+    ):
+        with pytest.raises(UserError, match=said):
+            method(**settings)
+    with pytest.raises(UserError, match="needs 2 views"):
+        method().training_step(batch(views=1), 0)
