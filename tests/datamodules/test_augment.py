@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from host_reads import HostReads
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -16,8 +16,15 @@ from lightspan.datamodules.images.shifts import Shifted
 from lightspan.datamodules.images.views import DrawnViews, MultiCrop, NestedCrops, Plain, RandomViews, Repeated, seeded
 
 EVERYTHING = {
-    **{"degrees": 30.0, "jitter": 0.7, "brightness": 0.6, "contrast": 0.6, "saturation": 0.6, "hue": 0.3, "grey": 0.3},
-    **{"blur": 0.5, "solarise": 0.3},
+    "degrees": 30.0,
+    "jitter": 0.7,
+    "brightness": 0.6,
+    "contrast": 0.6,
+    "saturation": 0.6,
+    "hue": 0.3,
+    "grey": 0.3,
+    "blur": 0.5,
+    "solarise": 0.3,
 }
 KINDS: dict[str, DrawnViews] = {
     "two views": RandomViews(),
