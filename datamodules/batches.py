@@ -1,11 +1,14 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, K tasks, F columns.
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks,
+F columns.
 """
 
-from typing import TypedDict
+from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class TextBatch(TypedDict):
@@ -45,15 +48,50 @@ class ImageBatch(TypedDict):
     index: Tensor
 
 
+class ViewParameters(NamedTuple, Generic[T]):
+    """How a view came from its picture, in the order of the steps. In brackets: what leaves the picture as it is.
+
+    top, left, height, width: the crop, as shares of the picture's height and width [0 0 1 1]. What lies outside the
+        picture is black.
+    angle: degrees, counter-clockwise [0].
+    mirrored: 1 if left and right are swapped [0].
+    brightness, contrast, saturation: factors [1].
+    hue: turns of the colour circle [0].
+    grey: 1 if the colours are gone [0].
+    blur: standard deviation of a Gaussian, in pixels of the view [0].
+    solarised: 1 if what is brighter than half is inverted [0].
+    grain: standard deviation of the noise on each pixel, where white is 1 [0].
+    """
+
+    top: T
+    left: T
+    height: T
+    width: T
+    angle: T
+    mirrored: T
+    brightness: T
+    contrast: T
+    saturation: T
+    hue: T
+    grey: T
+    blur: T
+    solarised: T
+    grain: T
+
+
 class ViewsBatch(TypedDict):
-    """Several views of each picture. Row i of every view comes from the same picture.
+    """Several views of each picture. Row i of every view comes from the same picture, or from the same scene.
 
     views: V tensors, float32 [B, C, H, W], standardised as in `ImageBatch`; H and W may differ between views.
+    parameters: float32 [B, V, P], what made each view. `ViewParameters(*batch["parameters"].unbind(2))` names those of
+        `lightspan.datamodules.images.views`, each [B, V]; data that know more of their views (a pose, a light) have
+        columns of their own. Absent where views are made without them.
     label: int64 [B].
     index: int64 [B].
     """
 
     views: list[Tensor]
+    parameters: NotRequired[Tensor]
     label: Tensor
     index: Tensor
 

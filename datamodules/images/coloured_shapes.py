@@ -3,7 +3,7 @@
 Shapes: N images, S pixels a side, A x B factors.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class ColouredShapes(ImageData):
         size: training images; a quarter as many are drawn for testing, from another stream.
         noise: as in `draw`, >= 0.
         draw_seed: of the pictures. `seed` is that of their order.
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+        batch_size, views, settings: those of `ImageData`.
     """
 
     num_classes: ClassVar[int] = CLASSES
@@ -74,12 +74,9 @@ class ColouredShapes(ImageData):
         size: int = 6400,
         noise: float = 0.05,
         draw_seed: int = 0,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        super().__init__(batch_size, views, **settings)
         if size < 4 * CLASSES or noise < 0 or draw_seed < 0:
             raise UserError(
                 f"size={size} must be at least {4 * CLASSES}, and noise={noise} and draw_seed={draw_seed} at least 0"

@@ -4,7 +4,7 @@ Shapes: N images, S pixels per side.
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class Shapes(ImageData):
         size: training images; a quarter as many are drawn for testing, from another stream.
         noise, variety: as in `draw`; noise >= 0, variety in [0, 1].
         draw_seed: seed of the pictures. `seed` is that of their order.
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+        batch_size, views, settings: those of `ImageData`.
     """
 
     num_classes: ClassVar[int] = len(NAMES)
@@ -96,13 +96,10 @@ class Shapes(ImageData):
         size: int = 6000,
         noise: float = 0.1,
         draw_seed: int = 0,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
         variety: float = 1.0,
+        **settings: Any,
     ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        super().__init__(batch_size, views, **settings)
         if size < 4 * len(NAMES) or noise < 0 or draw_seed < 0 or not 0 <= variety <= 1:
             raise UserError(
                 f"size={size} must be at least {4 * len(NAMES)}, noise={noise} and draw_seed={draw_seed} at least 0, "

@@ -6,14 +6,13 @@ Shapes: C H W image.
 """
 
 import torch
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.images.augment.rendering import WHOLE, Drawn, Rendering
+from lightspan.datamodules.images.views import DrawnViews
 from lightspan.errors import UserError
 
 
-class Shifted(Views):
+class Shifted(DrawnViews):
     """One view of the image's own size, for methods that train on labelled images.
 
     Args:
@@ -26,9 +25,11 @@ class Shifted(Views):
             raise UserError(f"Shifted pixels={pixels} must be at least 0, and flip={flip} in [0, 1]")
         self.pixels, self.flip = pixels, flip
 
-    def __call__(self, image: Tensor) -> list[Tensor]:
-        image = image.float() / 255 if image.dtype == torch.uint8 else image
+    @property
+    def renderings(self) -> list[Rendering]:
+        return [Rendering(widest=WHOLE._replace(top=1.0, mirrored=float(self.flip > 0)))]
+
+    def draw(self, shape: tuple[int, ...]) -> list[Drawn]:
         down, across, mirrored = torch.rand(3).tolist()  # all at once, so that one setting does not shift the others
-        top, left = (int(share * (2 * self.pixels + 1)) for share in (down, across))
-        view = F.crop_image(F.pad_image(image, [self.pixels]), top, left, *image.shape[1:])
-        return [F.horizontal_flip_image(view) if mirrored < self.flip else view]
+        top, left = (int(share * (2 * self.pixels + 1)) - self.pixels for share in (down, across))
+        return [Drawn(WHOLE._replace(top=top / shape[1], left=left / shape[2], mirrored=float(mirrored < self.flip)))]

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
-from lightspan.datamodules.images.views import Views, seeded
+from lightspan.datamodules.images.augment.fields import ImageFields, Place
+from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.errors import UserError
@@ -34,22 +35,25 @@ class Labelled(NamedTuple):
 class ImageSamples:
     """Samples of `ImageBatch`, or, with views, of `ViewsBatch`, standardised with `mean` and `std`, both [C, 1, 1]."""
 
-    def __init__(self, data: Labelled, mean: torch.Tensor, std: torch.Tensor, views: Views | None = None) -> None:
+    def __init__(
+        self,
+        data: Labelled,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        views: Views | None = None,
+        views_on: Place = "workers",
+    ) -> None:
         assert len(data.images) == len(data.labels)
-        self.data, self.mean, self.std, self.views = data, mean, std, views
+        self.data, self.mean, self.std = data, mean, std
+        self.fields = ImageFields(mean, std, views, views_on)
 
     def __len__(self) -> int:
         return len(self.data.images)
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
-        image = torch.from_numpy(self.data.images[index].astype(np.float32) / 255)
-        image = image.unsqueeze(0) if image.dim() == 2 else image
-        rest = {"label": torch.tensor(int(self.data.labels[index])), "index": torch.tensor(index)}
-        if self.views is None:
-            return {"image": (image - self.mean) / self.std, **rest}
-        with seeded(seed):
-            views = self.views(image)
-        return {"views": [(view - self.mean) / self.std for view in views], **rest}
+        image = torch.tensor(self.data.images[index])
+        fields = self.fields(image.unsqueeze(0) if image.dim() == 2 else image, seed)
+        return {**fields, "label": torch.tensor(int(self.data.labels[index])), "index": torch.tensor(index)}
 
 
 def evenly(labels: np.ndarray, size: int) -> np.ndarray:
@@ -89,6 +93,8 @@ class ImageData(LightningDataModule, ABC):
             images. 0 trains on all and validates on the test images.
         seed: seed of the order and of the views.
         num_workers: processes that fetch batches.
+        views_on: "workers" makes views one image at a time where batches are fetched; "device" makes those of a whole
+            batch where the model is, from the same numbers.
     """
 
     num_classes: ClassVar[int]
@@ -102,6 +108,7 @@ class ImageData(LightningDataModule, ABC):
         val_size: int = 0,
         seed: int = 0,
         num_workers: int = 0,
+        views_on: Place = "workers",
     ) -> None:
         super().__init__()
         if train_size is not None and train_size < 1:
@@ -109,7 +116,7 @@ class ImageData(LightningDataModule, ABC):
         if val_size < 0:
             raise UserError(f"val_size={val_size} is negative; 0 validates on the test images")
         self.batch_size, self.views, self.train_size, self.val_size = batch_size, views, train_size, val_size
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.views_on = seed, num_workers, views_on
         self.train: ImageSamples | None = None
 
     @abstractmethod
@@ -133,7 +140,8 @@ class ImageData(LightningDataModule, ABC):
         training = Labelled(training.images[kept], training.labels[kept])
 
         mean, std = channel_moments(training.images.reshape(len(kept), *self.image_shape))
-        self.train = ImageSamples(training, mean, std, self.views)
+        self.train = ImageSamples(training, mean, std, self.views, self.views_on)
+        self.train.fields.attach(self)
         self.bank, self.val, self.test = (ImageSamples(data, mean, std) for data in (training, validation, test))
         say(
             f"images: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
@@ -205,7 +213,7 @@ class FashionMNIST(ImageData):
             from the system package dataset-fashion-mnist. "auto" uses the full set if it is installed.
         root: folder with the full set, as torchvision downloads it or with the four idx files, compressed or not;
             if given, it is read whatever `source` says.
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+        batch_size, views, settings: those of `ImageData`.
     """
 
     num_classes = 10
@@ -217,12 +225,9 @@ class FashionMNIST(ImageData):
         views: Views | None = None,
         source: Literal["shipped", "full", "auto"] = "shipped",
         root: str | None = None,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        super().__init__(batch_size, views, **settings)
         self.source, self.root = source, root
 
     def load(self) -> tuple[Labelled, Labelled]:

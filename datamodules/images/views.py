@@ -1,8 +1,9 @@
 """Views: random variants of a picture, for methods that learn from agreement between them.
 
-A view draws only from torch's global CPU generator; `seeded` seeds that for it, so a view is a function of its
-seed.
-Shapes: C H W image.
+The numbers of a view are drawn first, by one sampler, and the picture is made from them: in the workers or, for whole
+batches, on the device (`lightspan.datamodules.images.augment`). They are drawn from torch's global CPU generator, which
+`seeded` sets, so a view is a function of its seed wherever it is made.
+Shapes: C H W image, V views, P parameters.
 """
 
 import math
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
+from lightspan.datamodules.images.augment.rendering import WHOLE, Drawn, Rendering, pixel_box
 from lightspan.errors import UserError
 
 
@@ -32,14 +33,34 @@ def seeded(seed: int) -> Iterator[None]:
 class Views(ABC):
     """Maps one image to its views: float32 or uint8 [C, H, W] -> list of float32 [C, H, W], all in [0, 1].
 
-    All randomness comes from torch's global CPU generator.
+    All randomness comes from torch's global CPU generator. Views of your own need no more than `__call__`; those that
+    derive from `DrawnViews` can also be made on the device, and tell methods how they came about.
     """
 
     @abstractmethod
     def __call__(self, image: Tensor) -> list[Tensor]: ...
 
 
-class Plain(Views):
+class DrawnViews(Views):
+    """Views that are pictures of drawn numbers (`ViewParameters`)."""
+
+    @property
+    @abstractmethod
+    def renderings(self) -> list[Rendering]:
+        """How each of the V views is made from its numbers."""
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...]) -> list[Drawn]:
+        """The numbers of V views of an image of this shape [C, H, W]. All that is random happens here."""
+
+    def render(self, image: Tensor, drawn: list[Drawn]) -> list[Tensor]:
+        return [rendering.one(image, numbers) for rendering, numbers in zip(self.renderings, drawn, strict=True)]
+
+    def __call__(self, image: Tensor) -> list[Tensor]:
+        return self.render(image, self.draw(tuple(image.shape)))
+
+
+class Plain(DrawnViews):
     """The image itself, `count` times: the control for every method that works with views."""
 
     def __init__(self, count: int = 2) -> None:
@@ -47,30 +68,60 @@ class Plain(Views):
             raise UserError(f"count={count} views is too few; it must be at least 1")
         self.count = count
 
-    def __call__(self, image: Tensor) -> list[Tensor]:
-        return [_unit_float(image)] * self.count
+    @property
+    def renderings(self) -> list[Rendering]:
+        return [Rendering()] * self.count
+
+    def draw(self, shape: tuple[int, ...]) -> list[Drawn]:
+        return [Drawn(WHOLE)] * self.count
 
 
-class MultiCrop(Views):
+class MultiCrop(DrawnViews):
     """The views of several others, one after the other (Caron et al., "SwAV", 2020, arXiv 2006.09882, section 3.3).
 
     Large crops of most of the image come first by convention, then smaller crops of less of it: methods that tell
-    global from local views go by the order.
+    global from local views go by the order. Two parts of one view each are a pair from two distributions, as BYOL has
+    it: the first always blurred, say, and the second solarised.
 
     Args:
         parts: for instance a `RandomViews` of two views of 224 pixels and one of eight views of 96.
     """
 
-    def __init__(self, parts: list[Views]) -> None:
+    def __init__(self, parts: list[DrawnViews]) -> None:
         if not parts:
             raise UserError("MultiCrop parts is an empty list; give at least one kind of views")
         self.parts = parts
 
-    def __call__(self, image: Tensor) -> list[Tensor]:
-        return [view for part in self.parts for view in part(image)]
+    @property
+    def renderings(self) -> list[Rendering]:
+        return [rendering for part in self.parts for rendering in part.renderings]
+
+    def draw(self, shape: tuple[int, ...]) -> list[Drawn]:
+        return [numbers for part in self.parts for numbers in part.draw(shape)]
 
 
-class RandomViews(Views):
+class Repeated(DrawnViews):
+    """The same views several times, drawn once: a control for methods whose views should differ.
+
+    Args:
+        views: what is repeated as a whole, such as a `RandomViews` with count=1.
+        times: at least 1.
+    """
+
+    def __init__(self, views: DrawnViews, times: int = 2) -> None:
+        if times < 1:
+            raise UserError(f"Repeated times={times} gives no view; it must be at least 1")
+        self.views, self.times = views, times
+
+    @property
+    def renderings(self) -> list[Rendering]:
+        return self.views.renderings * self.times
+
+    def draw(self, shape: tuple[int, ...]) -> list[Drawn]:
+        return self.views.draw(shape) * self.times
+
+
+class RandomViews(DrawnViews):
     """Independent views: crop, turn, mirror, colour jitter, grey, blur, solarise, grain, in this order.
 
     The defaults suit small grey pictures of things without a reading direction (28 x 28 clothes). For digits and
@@ -140,47 +191,91 @@ class RandomViews(Views):
         self.jitter, self.grey, self.blur, self.blur_sigma = jitter, grey, blur, blur_sigma
         self.solarise, self.grain = solarise, grain
 
-    def __call__(self, image: Tensor) -> list[Tensor]:
-        image = _unit_float(image)
-        return [self._view(image) for _ in range(self.count)]
+    @property
+    def renderings(self) -> list[Rendering]:
+        colour = WHOLE
+        if self.jitter:
+            colour = WHOLE._replace(
+                brightness=1 + self.brightness, contrast=1 + self.contrast, saturation=1 + self.saturation, hue=self.hue
+            )
+        widest = colour._replace(
+            top=0.0 if self.scale == self.ratio == (1, 1) else 1.0,
+            angle=self.degrees,
+            mirrored=float(self.flip > 0),
+            grey=float(self.grey > 0),
+            blur=self.blur_sigma[1] * (self.blur > 0),
+            solarised=float(self.solarise > 0),
+            grain=self.grain,
+        )
+        return [Rendering(self.size, widest)] * self.count
 
-    def _view(self, image: Tensor) -> Tensor:
+    def draw(self, shape: tuple[int, ...]) -> list[Drawn]:
+        return self.draw_within(shape, (0, 0, *shape[1:]))
+
+    def draw_within(self, shape: tuple[int, ...], outer: tuple[int, ...]) -> list[Drawn]:
+        """As `draw`, with crops of a box (top, left, height, width in pixels) in the place of the image.
+
+        `scale` and `ratio` are relative to the box.
+        """
+        return [self._drawn(shape, outer) for _ in range(self.count)]
+
+    def _drawn(self, shape: tuple[int, ...], outer: tuple[int, ...]) -> Drawn:
         # All numbers are drawn at once, used or not, so that one setting does not shift the draws of the others.
-        area, shape, y, x, angle, mirrored, jittered, bright, contrast, colour, hue, greyed, blurred, sigma = (
+        area, shape_of_crop, y, x, angle, mirrored, jittered, bright, contrast, colour, hue, greyed, blurred, sigma = (
             torch.rand(14).tolist()
         )
-        _, height, width = image.shape
-        box = _crop_box(height, width, _between(area, *self.scale), _log_between(shape, *self.ratio), y, x)
-        if self.size is not None:
-            height = width = self.size
-        view = F.resized_crop_image(image, *box, [height, width], antialias=True)
-        if self.degrees:
-            view = F.rotate_image(view, _between(angle, -self.degrees, self.degrees), F.InterpolationMode.BILINEAR)
-        if mirrored < self.flip:
-            view = F.horizontal_flip_image(view)
-        in_colour = image.shape[0] == 3
-        if jittered < self.jitter:
-            if self.brightness:
-                view = F.adjust_brightness_image(view, _factor(bright, self.brightness))
-            if self.contrast:
-                view = F.adjust_contrast_image(view, _factor(contrast, self.contrast))
-            if self.saturation and in_colour:
-                view = F.adjust_saturation_image(view, _factor(colour, self.saturation))
-            if self.hue and in_colour:
-                view = F.adjust_hue_image(view, _between(hue, -self.hue, self.hue))
-        if greyed < self.grey and in_colour:
-            view = F.rgb_to_grayscale_image(view, num_output_channels=3)
-        if blurred < self.blur:
-            deviation = _between(sigma, *self.blur_sigma)
-            # Two deviations each way, but no further than the mirrored border reaches.
-            radius = min(math.ceil(2 * deviation), height - 1, width - 1)
-            view = F.gaussian_blur_image(view, [2 * radius + 1] * 2, [deviation] * 2)
         # These draw beside the numbers above, so that views without them are what they were before there were any.
-        if self.solarise and float(torch.rand(())) < self.solarise:
-            view = F.solarize_image(view, 0.5)
-        if self.grain:
-            view = view + self.grain * torch.randn_like(view)
-        return view.clamp(0, 1)  # turning and blurring round a little past the ends
+        solarised = float(torch.rand(())) < self.solarise if self.solarise else False
+        channels, height, width = shape
+        view_sides = [self.size] * 2 if self.size else [height, width]
+        noise = torch.randn(channels, *view_sides) if self.grain else None
+
+        top, left, high, wide = _crop_box(
+            *outer[2:], _between(area, *self.scale), _log_between(shape_of_crop, *self.ratio), y, x
+        )
+        p = WHOLE._replace(
+            top=(outer[0] + top) / height,
+            left=(outer[1] + left) / width,
+            height=high / height,
+            width=wide / width,
+            angle=_between(angle, -self.degrees, self.degrees),
+            mirrored=float(mirrored < self.flip),
+            blur=_between(sigma, *self.blur_sigma) if blurred < self.blur else 0.0,
+            solarised=float(solarised),
+            grain=self.grain,
+        )
+        if jittered < self.jitter:
+            p = p._replace(brightness=_factor(bright, self.brightness), contrast=_factor(contrast, self.contrast))
+        if channels == 3:
+            p = p._replace(grey=float(greyed < self.grey))
+            if jittered < self.jitter:
+                p = p._replace(saturation=_factor(colour, self.saturation), hue=_between(hue, -self.hue, self.hue))
+        return Drawn(p, noise)
+
+
+class NestedCrops(DrawnViews):
+    """A view, and further views whose crops lie inside its crop (Eymael et al., "CropMAE", 2024, arXiv 2403.17823).
+
+    All are cut out of the image itself, so an inner view shows more detail than the outer one has. Each is mirrored,
+    turned and coloured by itself.
+
+    Args:
+        outer: with count=1.
+        inner: its `scale` and `ratio` are relative to the outer crop.
+    """
+
+    def __init__(self, outer: RandomViews, inner: RandomViews) -> None:
+        if outer.count != 1:
+            raise UserError(f"NestedCrops outer.count={outer.count}; inner crops lie in one outer view, so set it to 1")
+        self.outer, self.inner = outer, inner
+
+    @property
+    def renderings(self) -> list[Rendering]:
+        return self.outer.renderings + self.inner.renderings
+
+    def draw(self, shape: tuple[int, ...]) -> list[Drawn]:
+        (drawn,) = self.outer.draw(shape)
+        return [drawn, *self.inner.draw_within(shape, pixel_box(drawn.parameters, *shape[1:]))]
 
 
 class TwoViews(RandomViews):
@@ -188,10 +283,6 @@ class TwoViews(RandomViews):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(count=2, size=None, **settings)
-
-
-def _unit_float(image: Tensor) -> Tensor:
-    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 def _between(draw: float, least: float, most: float) -> float:

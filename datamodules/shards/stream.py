@@ -15,7 +15,8 @@ from torch.utils.data import default_collate
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.images.views import Views, seeded
+from lightspan.datamodules.images.augment.fields import ImageFields, Place
+from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.shards.cache import ShardCache
@@ -33,23 +34,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Decoding:
-    """Makes the values of a sample from its members. The fields are those of `Shards`; mean and std are [3, 1, 1]."""
+    """Makes the values of a sample from its members.
+
+    Args:
+        fields, image_size: those of `Shards`.
+        image: makes the fields of the image.
+    """
 
     fields: dict[str, str]
     image_size: int | None
-    views: Views | None
-    mean: Tensor
-    std: Tensor
+    image: ImageFields
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         sample = decode_fields(members, self.fields)
         if "image" in sample:
-            image = self._standardised(self._resized(sample.pop("image")).float() / 255)
-            if self.views is None:
-                sample["image"] = image
-            else:
-                with seeded(seed):
-                    sample["views"] = [self._standardised(view) for view in self.views(image)]
+            sample |= self.image(self._resized(sample.pop("image")), seed)
         return sample
 
     def _resized(self, image: Tensor) -> Tensor:
@@ -58,9 +57,6 @@ class Decoding:
         size, shorter = self.image_size, min(image.shape[1:])
         scaled = [round(side * size / shorter) for side in image.shape[1:]]
         return F.center_crop_image(F.resize_image(image, scaled, antialias=True), [size, size])
-
-    def _standardised(self, image: Tensor) -> Tensor:
-        return (image - self.mean) / self.std
 
 
 class Shards(LightningDataModule):
@@ -100,6 +96,8 @@ class Shards(LightningDataModule):
         cache_dir: folder for copies of shards behind https; None means ~/.cache/lightspan/shards.
         cache_gib: GiB that all copies together may use; the least recently used are deleted for new ones. A single
             shard that is larger is refused.
+        views_on: "workers" makes views one image at a time where batches are fetched; "device" makes those of a whole
+            batch where the model is, from the same numbers, and needs images of one size: set `image_size`.
 
     Raises: UserError before the first step for a pattern, scheme or field that cannot work, and, unless `skip_damaged`,
         for a shard that is missing, not a tar, or cut short; while reading, for a sample that is damaged, naming shard,
@@ -123,6 +121,7 @@ class Shards(LightningDataModule):
         skip_damaged: bool = False,
         cache_dir: str | None = None,
         cache_gib: float = 64,
+        views_on: Place = "workers",
     ) -> None:
         super().__init__()
         fields = {"image": "jpg|jpeg|png|webp", "label": "cls"} if fields is None else fields
@@ -139,7 +138,8 @@ class Shards(LightningDataModule):
         if min(std) <= 0:
             raise UserError(f"std={list(std)} must be above 0 in every channel")
         mean_C11, std_C11 = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))
-        self.decode = Decoding(fields, image_size, views, mean_C11, std_C11)
+        self.decode = Decoding(fields, image_size, ImageFields(mean_C11, std_C11, views, views_on))
+        self.decode.image.attach(self)
         self.batch_size, self.window, self.seed, self.num_workers = batch_size, window, seed, num_workers
         self.max_member_bytes, self.skip_damaged = max_member_mib * 2**20, skip_damaged
         self.cache = ShardCache(cache_dir, int(cache_gib * GIB))
@@ -151,7 +151,7 @@ class Shards(LightningDataModule):
         if self.train is not None:
             return
         self.train = self._samples("shards", self.shards, self.decode)
-        plain = replace(self.decode, views=None)
+        plain = replace(self.decode, image=replace(self.decode.image, views=None, made_on="workers"))
         self.bank = self.train.decoded_by(plain)
         self.val = self._samples("val_shards", self.val_shards, plain)
         say(

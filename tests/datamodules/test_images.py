@@ -67,7 +67,7 @@ def test_views_are_in_training_batches_alone_and_standardised_alike(kind: type[I
     with_views.setup()
     without.setup()
     batch, plain = next(iter(with_views.train_dataloader())), next(iter(without.train_dataloader()))
-    assert set(batch) == {"views", "label", "index"}
+    assert set(batch) == {"views", "parameters", "label", "index"}
     assert torch.equal(batch["index"], plain["index"])
     assert len(batch["views"]) == 2
     assert all(torch.equal(view, plain["image"]) for view in batch["views"])

@@ -1,0 +1,102 @@
+"""What an image of a data set becomes in a batch: itself, or its views, made in the workers or on the device.
+
+Shapes: B samples, C channels, H W image, V views, P parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from lightspan.datamodules.batches import ViewParameters
+from lightspan.datamodules.images.augment.rendering import Drawn, unit_float
+from lightspan.datamodules.images.views import DrawnViews, Views, seeded
+from lightspan.errors import UserError
+
+Place = Literal["workers", "device"]
+
+
+@dataclass(frozen=True)
+class ImageFields:
+    """Makes the fields of a sample from its image, a function of image and seed.
+
+    On the device, views are made of whole batches, by `finished`. Until then a sample has its image as bytes, the
+    numbers of its views, drawn here as they are for the workers, and the seed of their grain: that it is finished
+    elsewhere changes neither what is random nor what a resumed run sees.
+
+    Args:
+        mean, std: of the channels in [0, 1], for standardising, [C, 1, 1].
+        views: makes the views; None gives the image itself.
+        made_on: where.
+
+    Raises: UserError for views on the device that are not drawn ones.
+    """
+
+    mean: Tensor
+    std: Tensor
+    views: Views | None = None
+    made_on: Place = "workers"
+
+    def __post_init__(self) -> None:
+        if self.made_on == "device" and not isinstance(self.views, DrawnViews):
+            what = "no views" if self.views is None else f"{type(self.views).__name__}, made one image at a time"
+            raise UserError(
+                f"views_on=device with {what}; set data.init_args.views to views that are drawn first, such as "
+                "RandomViews, or data.init_args.views_on=workers"
+            )
+
+    def __call__(self, image: Tensor, seed: int) -> dict[str, Any]:
+        """Fields of one sample from its image, uint8 or, in [0, 1], float32 [C, H, W]."""
+        if self.views is None:
+            return {"image": self._standardised(unit_float(image))}
+        with seeded(seed):
+            if not isinstance(self.views, DrawnViews):
+                return {"views": [self._standardised(view) for view in self.views(image)]}
+            drawn = self.views.draw(tuple(image.shape))
+        if self.made_on == "device":
+            # Whole numbers, because mixed or low precision rounds all others before they are on the device.
+            bits_VP = _table(drawn).view(torch.int32)
+            return {"image": image, "drawn": bits_VP, "seed": torch.tensor(seed)}
+        views = [self._standardised(view) for view in self.views.render(image, drawn)]
+        return {"views": views, "parameters": _table(drawn)}
+
+    def finished(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of such samples on its device, with its views in the place of image, numbers and seed."""
+        assert isinstance(self.views, DrawnViews)
+        rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
+        image_BCHW, parameters_BVP = unit_float(batch["image"]), batch["drawn"].view(torch.float32)
+        here = ImageFields(self.mean.to(image_BCHW.device), self.std.to(image_BCHW.device))
+        views = [
+            here._standardised(rendering.many(image_BCHW, ViewParameters(*p_BP.unbind(1)), batch["seed"], view))
+            for view, (rendering, p_BP) in enumerate(zip(self.views.renderings, parameters_BVP.unbind(1), strict=True))
+        ]
+        return {"views": views, "parameters": parameters_BVP, **rest}
+
+    def attach(self, data: LightningDataModule) -> None:
+        """Lets `data` finish its batches when they are on the device, if that is where views are made."""
+        if self.made_on == "device":
+            # Not a method of the class: Lightning would take this hook away from every module that has one.
+            data.on_after_batch_transfer = _Finish(data, self).on_after_batch_transfer  # type: ignore[method-assign]
+
+    def _standardised(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class _Finish:
+    data: LightningDataModule
+    fields: ImageFields
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        trainer = self.data.trainer
+        if isinstance(batch, Mapping) and "drawn" in batch:
+            batch = self.fields.finished(dict(batch))
+            batch = batch if trainer is None else trainer.precision_plugin.convert_input(batch)
+        return batch if trainer is None else trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
+
+
+def _table(drawn: list[Drawn]) -> Tensor:
+    return torch.tensor([numbers.parameters for numbers in drawn], dtype=torch.float32)

@@ -1,0 +1,139 @@
+"""The steps of a view that no library has for a batch whose rows differ, or has only slowly.
+
+Each takes float images [B C h w] in [0, 1], and numbers that are the same for all rows or tensors [B 1 1 1] (those of
+`resampled` and `turned`: [B]). None reads a number back from the device, and in none a row depends on another.
+Shapes: B rows, C channels, H W source and h w target in pixels, K blur weights.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+LUMA = (0.2989, 0.587, 0.114)  # of red, green, blue, as torchvision and Pillow have them
+
+
+def resampled(image_BCHW: Tensor, box_B4: Tensor, height: int, width: int) -> Tensor:
+    """Each image's crop (top, left, height, width in pixels) at `height` x `width`, black outside the image.
+
+    Bilinear with antialiasing, as torchvision's `resize` of that crop. That is linear and separable, with other weights
+    in each row, so it is two batched products of matrices.
+    """
+    top_B, left_B, high_B, wide_B = box_B4.unbind(1)
+    down_BhH = _resize_weights(top_B, high_B, image_BCHW.shape[2], height)
+    across_BwW = _resize_weights(left_B, wide_B, image_BCHW.shape[3], width)
+    narrow_BCHw = (image_BCHW.flatten(1, 2) @ across_BwW.mT).unflatten(1, image_BCHW.shape[1:3])
+    return down_BhH[:, None] @ narrow_BCHw
+
+
+def _resize_weights(start_B: Tensor, length_B: Tensor, size: int, target: int) -> Tensor:
+    """What each of `size` pixels adds to each of `target` ones: [B target size]. A row sums to 1 but for black."""
+    step_B11 = (length_B / target)[:, None, None]
+    reach_B11 = step_B11.clamp_min(1.0)  # of the triangle on each side: it widens where the crop shrinks
+    place_t1 = torch.arange(target, device=start_B.device)[:, None] + 0.5
+    pixel_s = torch.arange(size, device=start_B.device) + 0.5
+    start_B11, end_B11 = start_B[:, None, None], (start_B + length_B)[:, None, None]
+    inside_B1s = (pixel_s > start_B11) & (pixel_s < end_B11)
+    weights_Bts = (1 - (pixel_s - start_B11 - place_t1 * step_B11).abs() / reach_B11).clamp_min(0) * inside_B1s
+    # A crop beyond the image is not resized (shifts): there a sum is 1, or 0 where all is black.
+    return weights_Bts / weights_Bts.sum(dim=2, keepdim=True).clamp_min(1e-6)
+
+
+def turned(image_BChw: Tensor, degrees_B: Tensor) -> Tensor:
+    """Turned counter-clockwise about the middle, bilinear; black moves into the corners."""
+    height, width = image_BChw.shape[2:]
+    angle_B = torch.deg2rad(degrees_B)
+    cos_B, sin_B, zero_B = angle_B.cos(), angle_B.sin(), torch.zeros_like(angle_B)
+    rows = (cos_B, -sin_B * height / width, zero_B), (sin_B * width / height, cos_B, zero_B)
+    theta_B23 = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    grid_Bhw2 = nnf.affine_grid(theta_B23, list(image_BChw.shape), align_corners=False)
+    return nnf.grid_sample(image_BChw, grid_Bhw2, align_corners=False)
+
+
+def grey_of(image_BChw: Tensor) -> Tensor:
+    """Brightness [B 1 h w] of a colour image; another image as it is."""
+    if image_BChw.shape[1] != 3:
+        return image_BChw
+    red, green, blue = image_BChw.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def blended(image_BChw: Tensor, other: Tensor, factor: float | Tensor) -> Tensor:
+    """factor x image + (1 - factor) x other, in [0, 1]."""
+    scaled, rest = image_BChw * factor, 1 - factor
+    # The first is torchvision's sum to the last bit.
+    return (scaled.addcmul_(other, rest) if isinstance(rest, Tensor) else scaled.add_(other, alpha=rest)).clamp_(0, 1)
+
+
+def hue_turned(image_B3hw: Tensor, turns: float | Tensor) -> Tensor:
+    """Colour images with their hue turned by shares of the colour circle, as torchvision's adjust_hue, in fewer passes.
+
+    In HSV a channel is V - S V clamp(2 - |k|, 0, 1), where k is how far, in sixths of the circle, the hue lies from the
+    colour opposite to it. Without hue, S V is 0.
+    """
+    darkest, brightest = torch.aminmax(image_B3hw, dim=1, keepdim=True)
+    chroma = brightest - darkest
+    red, green, blue = image_B3hw.split(1, dim=1)
+    per_chroma = chroma.clamp_min(1e-12).reciprocal_()
+    sixths = torch.where(brightest == green, (blue - red) * per_chroma + 2, (red - green) * per_chroma + 4)
+    sixths = torch.where(brightest == red, (green - blue) * per_chroma, sixths) + 6 * turns
+    channels = []
+    for offset in (3, 1, -1):
+        k = sixths + offset
+        k.sub_((k / 6).round_(), alpha=6).abs_().neg_().add_(2).clamp_(0, 1)
+        channels.append(torch.addcmul(brightest, k, chroma, value=-1))
+    return torch.cat(channels, dim=1)
+
+
+def blurred(image_BChw: Tensor, deviation: float | Tensor, most: float) -> Tensor:
+    """Gaussian blur, two deviations each way, but no further than the mirrored border reaches. 0 leaves a row alone.
+
+    Separable, and a sum of shifted images: on a CPU many times as fast as a convolution of each channel by itself.
+
+    Args:
+        deviation: in pixels.
+        most: no deviation is above it.
+    """
+    radius = min(math.ceil(2 * most), *(side - 1 for side in image_BChw.shape[2:]))
+    offset_K1111 = torch.arange(-radius, radius + 1, device=image_BChw.device)[(..., *[None] * 4)]
+    deviation = torch.as_tensor(deviation, device=image_BChw.device)
+    weights_K1111 = (-0.5 * (offset_K1111 / deviation.clamp_min(1e-6)).square()).exp()
+    weights_K1111 = weights_K1111 * (offset_K1111.abs() <= (2 * deviation).ceil())
+    weights = (weights_K1111 / weights_K1111.sum(dim=0)).unbind()
+    padded = nnf.pad(image_BChw, [radius] * 4, mode="reflect")
+    return _weighted(_weighted(padded, weights, 3), weights, 2)
+
+
+def _weighted(image_BChw: Tensor, weights: Sequence[Tensor], dim: int) -> Tensor:
+    length = image_BChw.shape[dim] - len(weights) + 1
+    total = image_BChw.narrow(dim, 0, length) * weights[0]
+    for offset, weight in enumerate(weights[1:], start=1):
+        total.addcmul_(image_BChw.narrow(dim, offset, length), weight)
+    return total
+
+
+def noise(seed_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32 [B, *shape]: a function of (seed, stream, place), the same on every device.
+
+    A generator would have to be set anew for each row, on the host. This hashes instead (the last steps of SplitMix64;
+    Steele, Lea and Flood, 2014), and turns two times 24 bits of a hash into a normal number (Box and Muller).
+
+    Args:
+        seed_B: int64.
+        stream: tells several noises of one seed apart, such as those of its views.
+    """
+    count = torch.Size(shape).numel()
+    place = torch.arange(count, device=seed_B.device) + stream * count
+    # Seeds are hashed first, so that neighbouring ones do not meet at neighbouring places.
+    bits = _hashed(_hashed(seed_B)[:, None] + place)
+    first, second = ((bits >> shift & 0xFFFFFF).float() / 2**24 for shift in (40, 8))
+    normal = (-2 * (1 - first).log()).sqrt() * (2 * torch.pi * second).cos()
+    return normal.view(len(seed_B), *shape)
+
+
+def _hashed(x: Tensor) -> Tensor:
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)

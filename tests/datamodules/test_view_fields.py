@@ -1,0 +1,119 @@
+"""Views made on the device: the same batches as from the workers, in every precision, for anybody's module."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from shard_files import write_shards
+from torch import Tensor, nn
+
+from lightspan.datamodules.batches import ViewParameters
+from lightspan.datamodules.images.augment.fields import ImageFields, Place
+from lightspan.datamodules.images.small import Digits
+from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomViews, TwoViews, Views
+from lightspan.datamodules.shards.stream import Shards
+from lightspan.errors import UserError
+
+CROPS = MultiCrop([RandomViews(size=6, scale=(0.3, 0.9), blur=0.5), RandomViews(count=1, size=3, flip=0.0)])
+
+
+class Keep(LightningModule):
+    """Keeps the batches that it is given, and trains nothing to speak of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.batches: list[dict[str, Any]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.batches.append(batch)
+        return self.weight * batch["label"].sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert "image" in batch
+        assert batch["image"].is_floating_point()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Marks(Keep):
+    """Has the hook that a data module could take away from it."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "mark": len(batch["views"]) if "views" in batch else 0}
+
+
+def fitted(data: LightningDataModule, module: Keep, **settings: Any) -> list[dict[str, Any]]:
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
+    trainer = Trainer(accelerator="cpu", devices=1, max_steps=2, num_sanity_val_steps=1, **quiet, **settings)
+    trainer.fit(module, datamodule=data)
+    return module.batches
+
+
+def digits(place: Place, views: Views = CROPS) -> Digits:
+    return Digits(8, views, train_size=40, views_on=place)
+
+
+def shards(place: Place, folder: Path) -> Shards:
+    return Shards(write_shards(folder, [9]), batch_size=4, views=CROPS, views_on=place)
+
+
+@pytest.mark.parametrize("make", [lambda place, _: digits(place), shards], ids=["images", "shards"])
+def test_batches_are_those_of_the_workers(make: Callable[[Place, Path], LightningDataModule], tmp_path: Path) -> None:
+    of_workers, of_device = (fitted(make(place, tmp_path), Keep()) for place in ("workers", "device"))
+    assert len(of_workers) == 2
+    for ours, theirs in zip(of_device, of_workers, strict=True):
+        assert ours.keys() == theirs.keys()
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert torch.equal(ours["parameters"], theirs["parameters"])
+        assert [view.shape[2:] for view in ours["views"]] == [(6, 6), (6, 6), (3, 3)]
+
+
+def test_low_precision_is_that_of_the_views_and_not_of_their_numbers() -> None:
+    whole, low = (fitted(digits("device"), Keep(), precision=kind)[0] for kind in ("32-true", "bf16-true"))
+    for view, exact in zip(low["views"], whole["views"], strict=True):
+        assert view.dtype == torch.bfloat16
+        assert torch.equal(view, exact.bfloat16())
+
+
+@pytest.mark.parametrize("place", ["workers", "device"])
+def test_a_module_keeps_its_own_hook(place: Place) -> None:
+    assert [batch["mark"] for batch in fitted(digits(place), Marks())] == [3, 3]
+
+
+def test_parameters_name_the_crop_that_was_taken() -> None:
+    """A ramp of brightness tells where its crop was."""
+    ramp = torch.linspace(0, 1, 64).expand(1, 64, 64).clone()
+    nested = NestedCrops(RandomViews(count=1, flip=0.0, jitter=0.0), RandomViews(count=3, flip=0.0, jitter=0.0))
+    sample = ImageFields(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), nested)(ramp, seed=7)
+    p = ViewParameters(*sample["parameters"].unbind(-1))
+    for view, left, width in zip(sample["views"], p.left * 64, p.width * 64, strict=True):
+        middle = (left + (width - 1) / 2) / 63
+        torch.testing.assert_close(view.mean(), middle, atol=2e-3, rtol=0)
+
+
+def test_views_of_ones_own_come_without_parameters_and_from_the_workers_alone() -> None:
+    class Own(Views):
+        def __call__(self, image: Tensor) -> list[Tensor]:
+            return [image.float() / 255, image.float() / 510]
+
+    data = digits("workers", Own())
+    data.setup()
+    assert next(iter(data.train_dataloader())).keys() == {"views", "label", "index"}
+    with pytest.raises(UserError, match="views_on=device with Own, made one image at a time; set"):
+        digits("device", Own()).setup()
+    with pytest.raises(UserError, match="views_on=device with no views; set"):
+        Shards(["x.tar"], views_on="device")
+
+
+def test_a_data_module_with_views_on_the_device_can_be_sent_to_another_process() -> None:
+    data = digits("device", TwoViews())
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    again = pickle.loads(pickle.dumps(data))
+    torch.testing.assert_close(again.on_after_batch_transfer(batch, 0), data.on_after_batch_transfer(batch, 0))
