@@ -60,4 +60,3 @@ def knn_accuracy(
         votes_QC.scatter_add_(1, bank_class_N[neighbour_QK], weight_QK)
         correct += int((class_C[votes_QC.argmax(dim=1)] == labels_Q).sum())
     return correct / len(query_MD)
-
