@@ -73,8 +73,8 @@ class HeldSamples:
         found, distinct = [], len(ids_NQ[:, 0].unique())
         if distinct <= len(ids_NQ) / 2:
             found.append(
-                f"of {len(ids_NQ)} training samples only {distinct} differ after augmentation; weaken the augmentation, "
-                "or look at the data"
+                f"of {len(ids_NQ)} training samples only {distinct} differ after augmentation; weaken the "
+                "augmentation, or look at the data"
             )
         elif ids_NQ.shape[1] > 1 and (ids_NQ == ids_NQ[:, :1]).all():
             found.append(

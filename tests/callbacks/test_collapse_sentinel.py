@@ -316,7 +316,7 @@ def one_rank(rank: int, folder: str) -> None:
             accelerator="cpu",
             devices=2,
             strategy=FSDP2() if name == "fsdp2" else "ddp",
-            max_steps=60,
+            max_steps=40,
             logger=False,
             callbacks=[watch],
             enable_progress_bar=False,
@@ -337,5 +337,5 @@ def test_all_ranks_measure_what_one_process_does_and_agree_on_what_to_do(make_tr
     for name in ("ddp", "fsdp2"):
         (logged, judged, back), other = (torch.load(tmp_path / f"{name} {rank}.pt") for rank in range(2))
         assert (logged, judged, back) == other
-        assert logged[0] == pytest.approx({n: v for n, v in alone.judge.first.items()}, rel=1e-3)
+        assert logged[0] == pytest.approx(alone.judge.first, rel=1e-3)
         assert back == 1
