@@ -64,6 +64,17 @@ class Method(LightningModule):
             f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
         )
 
+    def embeddings(self, batch: Any) -> Tensor:
+        """What the loss compares, float [B, P], where collapse shows first: the features through `projector` if a
+        method has one, else the features. The collapse sentinel reads it.
+
+        A method whose head has another name, or that compares something else, overrides it. One with prototypes may
+        also define `assignments(batch)` -> [B, K], rows >= 0: to which prototypes its samples belong.
+        """
+        projector = getattr(self, "projector", None)
+        features_BD = self.features(batch)
+        return projector(features_BD) if isinstance(projector, nn.Module) else features_BD
+
     def token_features(self, batch: Any, layers: Sequence[int] = (-1,)) -> list[Tokens]:
         """Features by layer and by token, read off `backbone` while `features` runs; see `lightspan.nn.tokens`.
 

@@ -24,7 +24,10 @@ from lightspan.distributed import copy_of_first_rank
 from lightspan.errors import UserError
 from lightspan.optim.layout import is_wide
 
-FORWARD_METHODS = ("training_step", "validation_step", "test_step", "predict_step", "features")
+FORWARD_METHODS = (
+    *("training_step", "validation_step", "test_step", "predict_step"),
+    *("features", "embeddings", "assignments"),
+)
 """What is called on a LightningModule from outside instead of `forward`."""
 
 

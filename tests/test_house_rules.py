@@ -34,7 +34,7 @@ MAY_USE: dict[str, set[str]] = {
     "objectives": set(),
     "nn": set(),
     "backbones": {"nn"},
-    "analysis": {"subspaces"},
+    "analysis": {"nn", "subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
     "estimators": {"analysis", "features", "merging", "subspaces"},
     "merging": {"adapters", "checkpoints", "method", "objectives", "subspaces"},
@@ -50,7 +50,7 @@ MAY_USE: dict[str, set[str]] = {
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
     "callbacks": {
-        *("subspaces", "optim", "adapters", "analysis", "strategies", "wiring"),
+        *("subspaces", "optim", "adapters", "nn", "analysis", "features", "estimators", "strategies", "wiring"),
         *("checkpoints", "loggers", "signals"),
     },
     "datamodules": set(),

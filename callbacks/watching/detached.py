@@ -3,7 +3,7 @@
 Shapes: B rows of this rank's batch, D features, N rows of all ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,17 +29,30 @@ def detached(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def features_of(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+def features_of(trainer: Trainer, module: LightningModule, batch: Any, name: str = "features") -> Tensor:
     """What `module.features` gives for a batch on its device, [B D], in float32. For use inside `detached`.
 
+    Args:
+        name: of another method of the same form.
     Raises: UserError for features of another form.
     """
     with trainer.precision_plugin.forward_context():
-        features_BD = module.features(batch)  # type: ignore[operator]
+        features_BD = getattr(module, name)(batch)
     if not isinstance(features_BD, Tensor) or features_BD.ndim != 2:
         got = list(features_BD.shape) if isinstance(features_BD, Tensor) else type(features_BD).__name__
-        raise UserError(f"{type(module).__name__}.features(batch) returned {got}, but probes need a tensor [B, D]")
+        raise UserError(f"{type(module).__name__}.{name}(batch) returned {got}, but probes need a tensor [B, D]")
     return features_BD.detach().float()
+
+
+def index_of(trainer: Trainer, batch: Any, rows: int, before: int) -> Tensor:
+    """The samples' numbers, int64 [B]: the batch's "index", or where it has none a different one for every row.
+
+    Args:
+        before: rows of this rank's earlier batches.
+    """
+    given = batch.get("index") if isinstance(batch, Mapping) else None
+    own = torch.arange(before, before + rows) * trainer.world_size + trainer.global_rank
+    return own if given is None else given
 
 
 def of_all_ranks(trainer: Trainer, columns: Sequence[Tensor], index_B: Tensor) -> list[Tensor]:
@@ -52,3 +65,13 @@ def of_all_ranks(trainer: Trainer, columns: Sequence[Tensor], index_B: Tensor) -
     first_N = torch.ones_like(order_N, dtype=torch.bool)
     first_N[1:] = index_N[order_N].diff() != 0
     return [column[order_N[first_N]] for column in gathered]
+
+
+def log_now(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """One line of the loggers for the step that has just ended, and what callbacks read.
+
+    Not with `log`, which keeps quiet in most steps and repeats the figures in the lines of all others.
+    """
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)

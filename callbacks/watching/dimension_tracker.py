@@ -23,7 +23,7 @@ from lightspan.analysis.spectra import (
     participation_ratio,
     stable_rank,
 )
-from lightspan.callbacks.watching.detached import detached, features_of, of_all_ranks
+from lightspan.callbacks.watching.detached import detached, features_of, index_of, of_all_ranks
 from lightspan.errors import UserError
 from lightspan.optim.layout import canonical, canonical_gradient, shards_of
 from lightspan.optim.low_rank import LowRank
@@ -132,10 +132,7 @@ class DimensionTracker(Callback):
             return
         with detached(pl_module):
             features_BD = features_of(trainer, pl_module, batch)
-        given = batch.get("index") if isinstance(batch, Mapping) else None
-        count = torch.arange(rows, rows + len(features_BD), device=features_BD.device)
-        # Without an index every row is a different sample, numbered on this rank among those of all ranks.
-        index_B = count * trainer.world_size + trainer.global_rank if given is None else given
+        index_B = index_of(trainer, batch, len(features_BD), rows).to(features_BD.device)
         self._seen.append((features_BD, index_B))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,136 +1,123 @@
-"""How good are the features so far? Measured while a model trains, without affecting its training.
+"""How good are the features so far? Measured while a model trains, without affecting its training."""
 
-Shapes: N bank rows, M validation rows, D features.
-"""
-
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from lightspan.analysis.knn import knn_accuracy
-from lightspan.analysis.linear_probe import linear_probe_accuracy
+from lightspan.analysis.labels import kind_of
 from lightspan.analysis.spectra import effective_rank, singular_values
-from lightspan.callbacks.watching.detached import detached, features_of, of_all_ranks
+from lightspan.callbacks.watching.detached import detached, log_now
+from lightspan.callbacks.watching.encoding import Encoding
 from lightspan.errors import UserError
+from lightspan.estimators.probes import KNN, LinearProbe, Probe
 
 
 class OnlineProbes(Callback):
-    """Logs probe/knn_accuracy, probe/linear_accuracy and probe/effective_rank every few epochs and after the last.
+    """Logs probe/NAME_SCORE of each probe, and probe/effective_rank, every few epochs or steps and after the last.
 
     For any LightningModule with `features(batch)` -> float [B D] and any datamodule whose `bank_dataloader()` and
     `val_dataloader()` yield mappings with "label" and "index" (`ImageBatch`). Probes are fitted on the bank (training
-    samples, no augmentation) and scored on the validation samples; the effective rank is that of the centred
-    validation features, in [1, min(M - 1, D)].
+    samples, no augmentation) and scored on the validation samples. Labels are classes, tags or numbers by their dtype
+    (`lightspan.analysis.labels.kind_of`), and so scores are accuracy, mean_average_precision, or r2 and mae. A probe
+    that is given several settings chooses on a fifth of the bank, never by what it reports, and what it chose is logged
+    as probe/NAME_SETTING. The effective rank is that of the centred validation features, in [1, min(M - 1, D)] for M
+    of them.
 
     Detached: features are taken in evaluation mode without gradients, from its own loaders; the mode of every
-    submodule and the state of every random generator are restored. Weights, buffers and optimiser are bit for bit what
-    they would be without it.
+    submodule and the state of every random generator are restored. Weights, buffers, optimiser and the order of the
+    data are bit for bit what they would be without it, also if it runs within an epoch.
 
-    With several ranks, each encodes the samples of its loaders; features are then gathered, put in the order of
-    "index" without repeats, so all ranks log the same numbers as a single rank would. The weights must be whole on
-    every rank (one device, DDP). `lightspan validate` logs the same.
+    With several ranks (DDP, FSDP2), each encodes the samples of its loaders; features are then gathered and put in the
+    order of "index" without repeats, so all ranks log the same numbers as a single rank would. `lightspan validate`
+    logs the same.
 
     Args:
-        knn_k: neighbours of the kNN probe.
-        knn_temperature: of the votes, as in `knn_accuracy`; None for equal votes.
-        linear: also fit the linear probe, which takes longer.
-        linear_l2: its penalty, as in `fit_linear_probe`.
+        probes: by the name under which each logs; None is KNN() as knn and LinearProbe() as linear. One that reads
+            tokens, such as AttentiveProbe, needs a module with `token_features` (`Method` has it), and memory for all
+            tokens of the bank.
+        layers: read these instead of `features`, each as its tokens' mean, and log with /layer_L behind the name;
+            counted as in `lightspan.nn.tokens`. Without them, tokens are the last layer's.
         every_n_epochs: >= 1.
+        every_n_steps: optimiser steps between two measurements, >= 1, instead of epochs.
+        bank_samples: so many of the bank, evenly spaced, instead of all; >= 1. For this the loader needs
+            `some(count)`, as lightspan's have.
+    Raises: UserError for settings out of range, and before the first step for a module or datamodule without what is
+        read, or labels of no known kind.
     """
 
     alters_training = False  # see config.identity
 
     def __init__(
         self,
-        knn_k: int = 20,
-        knn_temperature: float | None = 0.07,
-        linear: bool = True,
-        linear_l2: float = 1.0,
+        probes: dict[str, Probe] | None = None,
+        layers: list[int] | None = None,
         every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        bank_samples: int | None = None,
     ) -> None:
-        if knn_k < 1:
-            raise UserError(f"knn_k={knn_k}: a vote needs at least 1 neighbour")
-        if every_n_epochs < 1:
-            raise UserError(
-                f"every_n_epochs={every_n_epochs} must be at least 1; to switch the probes off, set them to null"
-            )
-        self.knn_k, self.knn_temperature = knn_k, knn_temperature
-        self.linear, self.linear_l2 = linear, linear_l2
-        self.every_n_epochs = every_n_epochs
+        for name, value in (
+            ("every_n_epochs", every_n_epochs),
+            ("every_n_steps", every_n_steps),
+            ("bank_samples", bank_samples),
+        ):
+            if value is not None and value < 1:
+                raise UserError(
+                    f"OnlineProbes {name}={value} must be at least 1; to switch probes off, set them to null"
+                )
+        for name, empty in (("probes", probes == {}), ("layers", layers == [])):
+            if empty:
+                raise UserError(
+                    f"OnlineProbes {name} is empty; leave it out for the usual, or set the callback to null"
+                )
+        self.probes = {"knn": KNN(), "linear": LinearProbe()} if probes is None else probes
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.encoding = Encoding(layers, any(probe.reads_tokens for probe in self.probes.values()), bank_samples)
+        self._probed: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not callable(getattr(pl_module, "features", None)):
-            raise UserError(
-                f"{type(pl_module).__name__} has no features(batch), which OnlineProbes reads; add a method that "
-                "returns float [B D], or remove the callback"
-            )
-        for name in ("bank_dataloader", "val_dataloader"):
-            if not callable(getattr(trainer.datamodule, name, None)):  # type: ignore[attr-defined]
-                raise UserError(
-                    f"OnlineProbes reads {name}() of the datamodule, but "
-                    f"{type(trainer.datamodule).__name__ if trainer.datamodule else 'this run'} has none; "  # type: ignore[attr-defined]
-                    "train with a datamodule that has it, or remove the callback"
-                )
+        self.encoding.require(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One batch of each before the first step, so that what cannot work fails now and not after an epoch.
+        self._probed = None
         with detached(pl_module):
-            for name in ("bank_dataloader", "val_dataloader"):
-                loader, encoded = getattr(trainer.datamodule, name)(), False  # type: ignore[attr-defined]
-                for _ in _encoded(trainer, pl_module, loader):
-                    encoded = True
-                    break
-                if not encoded:
-                    raise UserError(
-                        f"OnlineProbes reads {name}() of the datamodule, which gives no batch; give it samples (with "
-                        "shards: data.init_args.val_shards), or remove the callback"
-                    )
+            for split in ("bank", "val"):
+                kind_of(self.encoding.first(trainer, pl_module, split)[1])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps is None or step % self.every_n_steps or step in (0, self._probed):
+            return  # the last one inside an accumulation
+        log_now(trainer, self._measured(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epochs = trainer.current_epoch + 1
         last = epochs == trainer.max_epochs or trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
-        if last or epochs % self.every_n_epochs == 0:
-            self._probe(trainer, pl_module)
+        due = self.every_n_steps is None and epochs % self.every_n_epochs == 0
+        if (last or due) and trainer.global_step != self._probed:
+            self._log(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._probe(trainer, pl_module)
+            self._log(trainer, pl_module)
 
-    def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        with detached(pl_module):
-            bank_ND, bank_labels_N = _features(trainer, pl_module, datamodule.bank_dataloader)
-            val_MD, val_labels_M = _features(trainer, pl_module, datamodule.val_dataloader)
-            sides = (bank_ND, bank_labels_N, val_MD, val_labels_M)
-            metrics = {
-                "probe/knn_accuracy": knn_accuracy(*sides, k=self.knn_k, temperature=self.knn_temperature),
-                "probe/effective_rank": effective_rank(singular_values(val_MD, center=True)).item(),
-            }
-            if self.linear:
-                metrics["probe/linear_accuracy"] = linear_probe_accuracy(*sides, l2=self.linear_l2)
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = self._measured(trainer, pl_module)
         pl_module.log_dict(metrics, batch_size=1, sync_dist=trainer.world_size > 1)
 
-
-def _encoded(
-    trainer: Trainer, module: LightningModule, loader: Iterable[Any]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(features [B D], label [B], index [B]) of each batch."""
-    for batch in loader:
-        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), module.device)
-        features_BD = features_of(trainer, module, batch)
-        missing = [name for name in ("label", "index") if name not in batch]
-        if missing:
-            raise UserError(f"a batch for the probes has no {' and no '.join(missing)}: it contains {sorted(batch)}")
-        yield features_BD, batch["label"], batch["index"]
-
-
-def _features(
-    trainer: Trainer, module: LightningModule, make_loader: Callable[[], Iterable[Any]]
-) -> tuple[Tensor, Tensor]:
-    """(features [N D], labels [N]) of all ranks' samples, in the order of their index, each once."""
-    columns = [torch.cat(parts) for parts in zip(*_encoded(trainer, module, make_loader()), strict=True)]
-    features_ND, labels_N = of_all_ranks(trainer, columns[:2], columns[2])
-    return features_ND, labels_N
+    def _measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        self._probed = trainer.global_step
+        metrics: dict[str, float] = {}
+        with detached(pl_module):
+            bank, val = (self.encoding.all(trainer, pl_module, split) for split in ("bank", "val"))
+            for layer in bank.layers:
+                end = "" if layer is None else f"/layer_{layer}"
+                for name, probe in self.probes.items():
+                    found = probe.fit(bank.of(layer, probe.reads_tokens), val.of(layer, probe.reads_tokens))
+                    named = found.scores | found.chosen
+                    metrics |= {f"probe/{name}_{what}{end}": float(value) for what, value in named.items()}
+                rank = effective_rank(singular_values(val.of(layer).rows(), center=True))
+                metrics[f"probe/effective_rank{end}"] = rank.item()
+        return metrics

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightspan.callbacks.watching.detached import log_now
 from lightspan.errors import UserError
 from lightspan.memory import MIB, rss_bytes
 
@@ -57,10 +58,7 @@ class Throughput(Callback):
             metrics["throughput/tokens_per_s"] = self._tokens / seconds
         if on_cuda:
             metrics["memory/device_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
-        # Not with `log`, which would repeat the figures in the lines of all steps until the next ones.
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        log_now(trainer, metrics)
         self._restart(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -199,6 +199,7 @@ class EvaluationLoader:
         self.dataset, self.batch_size, self.num_workers, self.pin_memory = dataset, batch_size, num_workers, pin_memory
         self._fetcher = Fetcher(dataset, num_workers, pin_memory)
         chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self._chosen, self._rank, self._world_size = chosen, rank, world_size
         if 0 < len(chosen) < world_size:
             raise UserError(
                 f"validation or test data of {len(chosen)} samples leave some of the {world_size} ranks with nothing "
@@ -208,6 +209,19 @@ class EvaluationLoader:
         self.indices = chosen[rank::world_size]
         fewest, most = len(chosen) // world_size, -(-len(chosen) // world_size)  # samples per rank
         self._length = min(-(-most // batch_size), fewest)
+
+    def some(self, count: int) -> "EvaluationLoader":
+        """A loader of `count` of these samples, >= 1, evenly spaced over all ranks'; of all if there are no more."""
+        places = np.linspace(0, len(self._chosen) - 1, min(count, len(self._chosen))).round().astype(np.int64)
+        return EvaluationLoader(
+            self.dataset,
+            self.batch_size,
+            self._rank,
+            self._world_size,
+            self.num_workers,
+            self.pin_memory,
+            self._chosen[places],
+        )
 
     def __len__(self) -> int:
         return self._length

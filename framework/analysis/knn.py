@@ -1,15 +1,17 @@
 """Nearest-neighbour classification on frozen features: a probe without anything to tune.
 
 Source: Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (CVPR 2018,
-arXiv 1805.01978), section 3.4. Shapes: N bank rows, M query rows, D features, K neighbours, C classes, Q rows per
-chunk.
+arXiv 1805.01978), section 3.4. Shapes: N bank rows, M query rows, D features, K neighbours, C classes, E values, Q
+rows per chunk.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lightspan.analysis.labels import require_labels
+from lightspan.analysis.scale import directions
 from lightspan.devices import wide_type
 from lightspan.errors import UserError
 
@@ -37,31 +39,60 @@ def knn_accuracy(
     Raises: UserError for k or temperature out of range, features that are not finite, no query, or labels that are
             not one whole number from 0 for each row.
     """
+    require_labels("knn", bank_ND, bank_labels_N)
+    require_labels("knn", query_MD, query_labels_M)
+    class_C, bank_class_N = bank_labels_N.unique(return_inverse=True)  # only a class of the bank can win
+    found = _neighbours(bank_ND, query_MD, k, temperature, chunk)
+    correct = 0
+    for (weight_QK, neighbour_QK), labels_Q in zip(found, query_labels_M.split(chunk), strict=True):
+        votes_QC = torch.zeros(len(labels_Q), len(class_C), dtype=weight_QK.dtype, device=weight_QK.device)
+        votes_QC.scatter_add_(1, bank_class_N[neighbour_QK], weight_QK)
+        correct += int((class_C[votes_QC.argmax(dim=1)] == labels_Q).sum())
+    return correct / len(query_MD)
+
+
+def knn_mean(
+    bank_ND: Tensor,
+    bank_values_NE: Tensor,
+    query_MD: Tensor,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    chunk: int = 1024,
+) -> Tensor:
+    """Mean of the values of the k nearest bank rows, weighted like the votes of `knn_accuracy`: [M E], float64.
+
+    Args:
+        bank_values_NE: what is known of each bank row: numbers, or tags as 0 and 1.
+    Raises: UserError as `knn_accuracy`, and for values that are not finite or not a row for each of the bank's.
+    """
+    if bank_values_NE.ndim != 2 or len(bank_values_NE) != len(bank_ND) or not bank_values_NE.isfinite().all():
+        raise UserError(
+            f"knn got values {list(bank_values_NE.shape)} for {len(bank_ND)} rows; give each row finite numbers [N, E]"
+        )
+    values_NE = bank_values_NE.double()
+    means = []
+    for weight_QK, neighbour_QK in _neighbours(bank_ND, query_MD, k, temperature, chunk):
+        share_QK = weight_QK.double() / weight_QK.double().sum(dim=1, keepdim=True)
+        means.append(torch.einsum("qk,qke->qe", share_QK, values_NE[neighbour_QK]))
+    return torch.cat(means)
+
+
+def _neighbours(
+    bank_ND: Tensor, query_MD: Tensor, k: int, temperature: float | None, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weights, bank rows), both [Q K], of each chunk of queries; checked when the first one is taken."""
     if not 1 <= k <= len(bank_ND):
         raise UserError(f"knn k={k} is outside [1, {len(bank_ND)}], the rows in the bank; lower k or use a larger bank")
     if temperature is not None and temperature <= 0:
         raise UserError(f"knn temperature={temperature} must be above 0, or null for equal votes")
     if not len(query_MD):
         raise UserError("knn got no query rows; give it at least one validation sample")
-    require_labels("knn", bank_ND, bank_labels_N)
-    require_labels("knn", query_MD, query_labels_M)
     if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
         raise UserError("features contain NaN or infinite values, so they have no neighbours; the model has diverged")
     wide = wide_type(bank_ND.dtype, query_MD.dtype)
-    bank_ND, query_MD = (_of_length_one(x.to(wide)) for x in (bank_ND, query_MD))
-    class_C, bank_class_N = bank_labels_N.unique(return_inverse=True)  # only a class of the bank can win
-    correct = 0
-    for query_QD, labels_Q in zip(query_MD.split(chunk), query_labels_M.split(chunk), strict=True):
+    bank_ND, query_MD = directions(bank_ND.to(wide)), directions(query_MD.to(wide))
+    for query_QD in query_MD.split(chunk):
         similarity_QK, neighbour_QK = (query_QD @ bank_ND.T).topk(k)
         # Relative to the nearest one: the same votes, without overflow at a small temperature.
         nearness_QK = similarity_QK - similarity_QK[:, :1]
-        weight_QK = torch.ones_like(nearness_QK) if temperature is None else (nearness_QK / temperature).exp()
-        votes_QC = torch.zeros(len(query_QD), len(class_C), dtype=weight_QK.dtype, device=weight_QK.device)
-        votes_QC.scatter_add_(1, bank_class_N[neighbour_QK], weight_QK)
-        correct += int((class_C[votes_QC.argmax(dim=1)] == labels_Q).sum())
-    return correct / len(query_MD)
-
-
-def _of_length_one(x_ND: Tensor) -> Tensor:
-    # Divided by the largest entry first: squares of small numbers vanish, those of large ones overflow.
-    return normalize(normalize(x_ND, p=torch.inf, eps=torch.finfo(x_ND.dtype).tiny)) if x_ND.shape[1] else x_ND
+        yield torch.ones_like(nearness_QK) if temperature is None else (nearness_QK / temperature).exp(), neighbour_QK

@@ -1,34 +1,78 @@
-"""How much frozen features tell about classes."""
+"""How much frozen features tell about classes, tags or numbers.
+
+A probe learns from the bank and is scored on the query. Where it is given several settings, it chooses among them on a
+fifth of the bank, which then has not trained; the query takes no part in the choice.
+"""
 
 import math
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from lightspan.analysis.knn import knn_accuracy
-from lightspan.analysis.linear_probe import fit_linear_probe, linear_accuracy
+import torch
+from torch import Tensor
+
+from lightspan.analysis.attentive_probe import fit_attentive_heads
+from lightspan.analysis.knn import knn_accuracy, knn_mean
+from lightspan.analysis.labels import kind_of
+from lightspan.analysis.linear_probe import fit_linear_probe
+from lightspan.analysis.probe_scores import probe_scores, rows_to_choose_by
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.features.features import Features
 from lightspan.results import Figure, Result
 
+PERCENT = ("accuracy", "mean_average_precision")
+
 
 @dataclass(frozen=True)
-class Accuracy(Result):
-    """Share of the query that was classified right, and what it was measured on."""
+class ProbeScores(Result):
+    """What a probe reached on the query, and what it was measured on.
 
-    accuracy: float
+    Attributes:
+        scores: by name, see `lightspan.analysis.probe_scores`.
+        chosen: settings that were chosen on a part of the bank, by name; empty if there was nothing to choose.
+    """
+
+    scores: dict[str, float]
     bank_rows: int
     query_rows: int
+    chosen: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """Of a probe of classes."""
+        return self.scores["accuracy"]
 
     def figures(self) -> tuple[Figure, ...]:
         return (
-            Figure("accuracy", 100 * self.accuracy, "%"),
+            *(
+                Figure(name.replace("_", " "), 100 * value, "%") if name in PERCENT else Figure(name, value)
+                for name, value in self.scores.items()
+            ),
             Figure("rows of bank", self.bank_rows),
             Figure("rows of query", self.query_rows),
+            *(Figure(f"{name}, chosen on a fifth of the bank", value) for name, value in self.chosen.items()),
         )
 
 
-class KNN(Estimator):
-    """Nearest-neighbour classification by cosine, by `lightspan.analysis.knn`.
+class Probe(Estimator):
+    """An estimator that learns labels from one set of features and is scored on another."""
+
+    reads_tokens: ClassVar[bool] = False
+    """Whether it takes features with positions, [N T D], instead of a vector for each sample, [N D]."""
+
+    @abstractmethod
+    def fit(self, bank: Features, query: Features) -> ProbeScores:
+        """Raises: UserError for features of different width, without labels or with ones of no known kind, that are
+        not finite, or without a row.
+        """
+
+
+class KNN(Probe):
+    """Nearest neighbours by cosine, by `lightspan.analysis.knn`: they vote for a class, or their tags or numbers are
+    averaged.
 
     Args:
         k: neighbours, from 1 to the number of rows of the bank.
@@ -42,38 +86,136 @@ class KNN(Estimator):
             raise UserError(f"KNN temperature={temperature} must be finite and above 0, or null for equal votes")
         self.k, self.temperature = k, temperature
 
-    def fit(self, bank: Features, query: Features) -> Accuracy:
-        """Raises: UserError as `knn_accuracy`, and for features of different width."""
-        _require_pair(bank, query)
-        sides = (bank.rows(), bank.classes(), query.rows(), query.classes())
-        return Accuracy(knn_accuracy(*sides, k=self.k, temperature=self.temperature), len(bank), len(query))
+    def fit(self, bank: Features, query: Features) -> ProbeScores:
+        known, asked = _labels(bank, query)
+        settings = {"k": self.k, "temperature": self.temperature}
+        if kind_of(known) == "classes":
+            scores = {"accuracy": knn_accuracy(bank.rows(), known, query.rows(), asked, **settings)}  # type: ignore[arg-type]
+        else:
+            values_NE = known.double().view(len(known), -1)
+            scores = probe_scores(knn_mean(bank.rows(), values_NE, query.rows(), **settings), asked)  # type: ignore[arg-type]
+        return ProbeScores(scores, len(bank), len(query))
 
 
-class LinearProbe(Estimator):
-    """Multinomial logistic regression by `lightspan.analysis.linear_probe`; the result keeps its weights.
+class LinearProbe(Probe):
+    """The regression of `lightspan.analysis.linear_probe`: logistic for classes and tags, ridge for numbers; the result
+    keeps its weights.
 
     Args:
-        l2: penalty, finite and above 0.
+        l2: penalty, finite and above 0; of several, the best one on a fifth of the bank, with which the whole bank is
+            then fitted.
         max_iterations: of L-BFGS, at least 1.
     """
 
-    def __init__(self, l2: float = 1.0, max_iterations: int = 100) -> None:
-        if not 0 < l2 < math.inf:
-            raise UserError(f"LinearProbe l2={l2} must be above 0 and finite: separable features need a penalty")
+    def __init__(self, l2: float | Sequence[float] = 1.0, max_iterations: int = 100) -> None:
+        self.l2 = _grid("LinearProbe l2", l2)
         if max_iterations < 1:
             raise UserError(f"LinearProbe max_iterations={max_iterations} must be at least 1")
-        self.l2, self.max_iterations = l2, max_iterations
+        self.max_iterations = max_iterations
 
-    def fit(self, bank: Features, query: Features) -> Accuracy:
-        """Raises: UserError as `fit_linear_probe`, and for a query without rows or features of different width."""
-        _require_pair(bank, query)
-        weight_DC, bias_C = fit_linear_probe(bank.rows(), bank.classes(), self.l2, self.max_iterations)
-        accuracy = linear_accuracy(weight_DC, bias_C, query.rows(), query.classes())
-        return Accuracy(accuracy, len(bank), len(query), tensors={"weight": weight_DC, "bias": bias_C})
+    def fit(self, bank: Features, query: Features) -> ProbeScores:
+        known, asked = _labels(bank, query)
+        x_ND = bank.rows()
+
+        def fitted(rows: Tensor | slice, l2: float) -> tuple[Tensor, Tensor]:
+            return fit_linear_probe(x_ND[rows], known[rows], l2, self.max_iterations)
+
+        best, chosen = 0, {}
+        if len(self.l2) > 1:
+            held = rows_to_choose_by(len(bank))
+            best = _best([_scored(fitted(~held, l2), x_ND[held], known[held]) for l2 in self.l2])
+            chosen = {"l2": self.l2[best]}
+        weight_DC, bias_C = fitted(slice(None), self.l2[best])
+        scores = _scored((weight_DC, bias_C), query.rows(), asked)
+        return ProbeScores(scores, len(bank), len(query), chosen, tensors={"weight": weight_DC, "bias": bias_C})
 
 
-def _require_pair(bank: Features, query: Features) -> None:
-    if bank.rows().shape[1] != query.rows().shape[1]:
-        raise UserError(
-            f"{bank.rows().shape[1]} features in bank and {query.rows().shape[1]} in query; take both from one encoder"
+class AttentiveProbe(Probe):
+    """Attention over tokens, then a linear layer, by `lightspan.analysis.attentive_probe`.
+
+    Args:
+        rate: learning rate, finite and above 0; several are trained at once on four fifths of the bank, and the head
+            that is best on the rest is scored.
+        steps: of training, at least 1.
+        batch_size: rows of a step, at least 1.
+        weight_decay: at least 0 and finite.
+        heads: of the attention, at least 1; see `AttentionPool`.
+        seed: of the weights and the order of rows, at least 0.
+    """
+
+    reads_tokens = True
+
+    def __init__(
+        self,
+        rate: float | Sequence[float] = 3e-3,
+        steps: int = 200,
+        batch_size: int = 128,
+        weight_decay: float = 0.01,
+        heads: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.rate = _grid("AttentiveProbe rate", rate)
+        for name, value, least in (
+            ("steps", steps, 1), ("batch_size", batch_size, 1), ("heads", heads, 1), ("seed", seed, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise UserError(f"AttentiveProbe {name}={value} must be at least {least}")
+        if not 0 <= weight_decay < math.inf:
+            raise UserError(f"AttentiveProbe weight_decay={weight_decay} must be at least 0 and finite")
+        self.steps, self.batch_size, self.weight_decay = steps, batch_size, weight_decay
+        self.heads, self.seed = heads, seed
+
+    def fit(self, bank: Features, query: Features) -> ProbeScores:
+        known, asked = _labels(bank, query)
+        x_NTD, query_MTD = (_tokens(features.x) for features in (bank, query))
+        several = len(self.rate) > 1
+        held = rows_to_choose_by(len(bank)) if several else torch.zeros(len(bank), dtype=torch.bool)
+        heads = fit_attentive_heads(
+            x_NTD[~held], known[~held], self.rate, self.steps, self.batch_size, self.weight_decay, self.heads, self.seed
         )
+
+        def scored(head: Callable[[Tensor], Tensor], tokens: Tensor, labels: Tensor) -> dict[str, float]:
+            parts = [head(part.float()) for part in tokens.split(1024)]
+            return probe_scores(torch.cat(parts) if parts else tokens.flatten(1), labels)
+
+        best = _best([scored(head, x_NTD[held], known[held]) for head in heads]) if several else 0
+        scores, chosen = scored(heads[best], query_MTD, asked), {"rate": self.rate[best]} if several else {}
+        return ProbeScores(scores, len(bank), len(query), chosen, tensors=heads[best].state_dict())
+
+
+def _labels(bank: Features, query: Features) -> tuple[Tensor, Tensor]:
+    """Labels of both. Raises: UserError for features of different width, or labels that are missing or of two kinds."""
+    if bank.x.shape[2:] != query.x.shape[2:] or bank.x.shape[-1] != query.x.shape[-1]:
+        raise UserError(
+            f"features are {list(bank.x.shape[1:])} in bank and {list(query.x.shape[1:])} in query; take both from one "
+            "encoder"
+        )
+    if bank.label_N is None or query.label_N is None:
+        raise UserError("a probe needs a label for each sample, but the bank or the query has none")
+    kinds = kind_of(bank.label_N), kind_of(query.label_N)
+    if kinds[0] != kinds[1]:
+        raise UserError(f"labels are {kinds[0]} in bank and {kinds[1]} in query; give both the same")
+    return bank.label_N, query.label_N
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[N T D]; a vector is one token."""
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
+
+
+def _scored(map_: tuple[Tensor, Tensor], x_MD: Tensor, labels: Tensor) -> dict[str, float]:
+    weight_DC, bias_C = map_
+    return probe_scores(x_MD.to(weight_DC.dtype) @ weight_DC + bias_C, labels)
+
+
+def _best(of_settings: Sequence[dict[str, float]]) -> int:
+    """The setting with the highest first score; of equal ones the first."""
+    firsts = [next(iter(scores.values())) for scores in of_settings]
+    return firsts.index(max(firsts))
+
+
+def _grid(what: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    values = (value,) if isinstance(value, int | float) else tuple(value)
+    if not values or not all(0 < one < math.inf for one in values):
+        raise UserError(f"{what}={value} must be above 0 and finite, a number or a list of them")
+    return values

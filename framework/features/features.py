@@ -25,7 +25,8 @@ class Features:
 
     Attributes:
         x: [N D], or [N T D] and the like if positions were kept; any float dtype.
-        label_N: the samples' labels, int64 [N] for classes; None if they have none.
+        label_N: the samples' labels, of a kind that `lightspan.analysis.labels.kind_of` knows, as int64 [N] for
+            classes; None if they have none.
         index_N: int64 [N], ascending: positions in the data set.
         key: what they are features of, as in the store's manifest; empty if they come from elsewhere.
     Raises: UserError if rows, labels and indices differ in number.

@@ -51,8 +51,9 @@ def _validated(built: Built) -> dict[str, float]:
 
 def _probed(built: Built) -> float | None:
     from lightspan.callbacks.watching.online_probes import OnlineProbes
+    from lightspan.estimators.probes import LinearProbe
 
-    probes = OnlineProbes(knn_k=1)
+    probes = OnlineProbes({"linear": LinearProbe()})
     built.trainer.callbacks.append(probes)  # type: ignore[attr-defined]  # a connector of the trainer sets it
     try:
         return _validated(built).get("probe/linear_accuracy")

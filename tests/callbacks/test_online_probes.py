@@ -8,7 +8,8 @@ import pytest
 import rank_processes
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import nn
 from torch.utils.data import DataLoader
 from trainer_fixtures import Net
 
@@ -16,9 +17,15 @@ from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.watching.online_probes import OnlineProbes
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.distributed import leave
 from lightspan.errors import UserError
+from lightspan.estimators.probes import KNN, AttentiveProbe, LinearProbe
 from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.nn.tokens import token_features
+from lightspan.strategies import FSDP2, shard
+
+PROBES = {"knn": KNN(k=5), "linear": LinearProbe()}
 
 
 def samples(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -59,7 +66,7 @@ def fit(make_trainer, module, data, *callbacks, **options):
 def test_training_is_bit_identical_with_and_without_it(make_trainer, net):
     """Weights, buffers, optimiser and every random generator: there is dropout, batch norm and shuffling."""
     runs = []
-    for callbacks in ([], [OnlineProbes(knn_k=5)]):
+    for callbacks in ([], [OnlineProbes(PROBES)]):
         module = net()
         trainer = fit(make_trainer, module, Data(), *callbacks)
         moments = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
@@ -91,7 +98,7 @@ def test_no_gradient_can_flow_from_it(make_trainer, net):
     watch = Watch(module)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     module.training_step = lambda batch, batch_idx: None  # nothing but the probes touches the model
-    fit(make_trainer, module, Data(), OnlineProbes(knn_k=5))
+    fit(make_trainer, module, Data(), OnlineProbes(PROBES))
     assert len(watch.seen) > 10
     assert set(watch.seen) == {(False, False, False)}
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -109,7 +116,7 @@ def test_the_mode_of_every_submodule_is_put_back(make_trainer, net):
             Modes.seen = tuple(part.training for part in module.modules())
 
     expected = tuple(part.training for part in module.modules())
-    fit(make_trainer, module, Data(), OnlineProbes(knn_k=5), Modes())
+    fit(make_trainer, module, Data(), OnlineProbes(PROBES), Modes())
     assert Modes.seen == expected
     assert not all(expected)
 
@@ -134,7 +141,7 @@ def expected_metrics(module, data: Data) -> dict[str, float]:
 
 def test_the_numbers_are_those_of_the_probes_on_the_final_features(make_trainer, net, tmp_path):
     module, data = net(), Data()
-    trainer = fit(make_trainer, module, data, OnlineProbes(knn_k=5), logger=JsonlLogger(str(tmp_path)))
+    trainer = fit(make_trainer, module, data, OnlineProbes(PROBES), logger=JsonlLogger(str(tmp_path)))
     expected = {name: pytest.approx(value, rel=1e-5) for name, value in expected_metrics(module, data).items()}
     logged = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("probe/")}
     assert logged == expected
@@ -144,7 +151,7 @@ def test_the_numbers_are_those_of_the_probes_on_the_final_features(make_trainer,
 
 def test_validation_alone_logs_the_same(make_trainer, net):
     module, data = net(), Data()
-    trainer = make_trainer(callbacks=[OnlineProbes(knn_k=5)])
+    trainer = make_trainer(callbacks=[OnlineProbes(PROBES)])
     (logged,) = trainer.validate(module, datamodule=data, verbose=False)
     expected = expected_metrics(module, data)
     assert {name: logged[name] for name in expected} == {
@@ -158,16 +165,16 @@ def test_validation_alone_logs_the_same(make_trainer, net):
 )
 def test_it_probes_every_n_epochs_and_after_the_last(make_trainer, net, options, epochs):
     class When(OnlineProbes):
-        def _probe(self, trainer, pl_module) -> None:
+        def _log(self, trainer, pl_module) -> None:
             seen.append(trainer.current_epoch)
 
     seen: list[int] = []
-    fit(make_trainer, net(), Data(), When(knn_k=5, every_n_epochs=2), **options)
+    fit(make_trainer, net(), Data(), When(PROBES, every_n_epochs=2), **options)
     assert seen == epochs
 
 
 def test_the_linear_probe_can_be_left_out(make_trainer, net):
-    trainer = fit(make_trainer, net(), Data(), OnlineProbes(knn_k=5, linear=False), max_epochs=1)
+    trainer = fit(make_trainer, net(), Data(), OnlineProbes({"knn": KNN(k=5)}), max_epochs=1)
     assert "probe/linear_accuracy" not in trainer.callback_metrics
     assert "probe/knn_accuracy" in trainer.callback_metrics
 
@@ -176,10 +183,68 @@ def test_repeated_samples_count_once(make_trainer, net):
     module, data = net(), Data()
     expected = expected_metrics(module, data)
     data.bank, data.val = data.bank + data.bank[:9], data.val[3:] + data.val
-    (logged,) = make_trainer(callbacks=[OnlineProbes(knn_k=5)]).validate(module, datamodule=data, verbose=False)
+    (logged,) = make_trainer(callbacks=[OnlineProbes(PROBES)]).validate(module, datamodule=data, verbose=False)
     assert {name: logged[name] for name in expected} == {
         name: pytest.approx(v, rel=1e-5) for name, v in expected.items()
     }
+
+
+class Blocks(LightningModule):
+    """Two layers whose tokens can be read; labels are those of `Data`, as tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = Backbone()
+
+    def configure_model(self) -> None:
+        shard(self)
+
+    def features(self, batch):
+        return self.backbone(batch["image"]).mean(dim=1)
+
+    def token_features(self, batch, layers=(-1,)):
+        return token_features(self.backbone, lambda: self.features(batch), layers)
+
+    def training_step(self, batch, batch_idx):
+        return self.features(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx) -> None:
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class Backbone(nn.Module):
+    """[B 6] -> three tokens of two numbers, widened: [B 3 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(2, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    @property
+    def feature_modules(self):
+        return list(self.layers)
+
+    def forward(self, x_BD):
+        x_BTD = self.stem(x_BD.unflatten(1, (3, 2)))
+        for layer in self.layers:
+            x_BTD = x_BTD + layer(x_BTD).tanh()
+        return x_BTD
+
+
+class Tags(Data):
+    def __init__(self) -> None:
+        super().__init__()
+        for sample in (*self.bank, *self.val):
+            sample["label"] = torch.eye(3, dtype=torch.bool)[sample["label"]]
+
+
+def every_kind() -> OnlineProbes:
+    probes = {"knn": KNN(k=5), "linear": LinearProbe(l2=[0.1, 10.0]), "attentive": AttentiveProbe(steps=20)}
+    return OnlineProbes(probes, layers=[0, -1])
 
 
 def one_rank(rank: int, folder: str) -> None:
@@ -189,31 +254,158 @@ def one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     module = Net()
     module.load_state_dict(torch.load(Path(folder, "weights.pt"), weights_only=True))
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        logger=False,
-        callbacks=[OnlineProbes(knn_k=5)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    (metrics,) = trainer.validate(module, datamodule=Data(), verbose=False)
-    Path(folder, f"{rank}.json").write_text(json.dumps(metrics))
+    runs = {
+        "classes": (module, Data(), OnlineProbes(PROBES), "ddp"),
+        "tags ddp": (Blocks(), Tags(), every_kind(), "ddp"),
+        "tags fsdp2": (Blocks(), Tags(), every_kind(), FSDP2()),
+    }
+    for name, (one, data, probes, strategy) in runs.items():
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=strategy,
+            logger=False,
+            callbacks=[probes],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        (metrics,) = trainer.validate(one, datamodule=data, verbose=False)
+        Path(folder, f"{name} {rank}.json").write_text(json.dumps(metrics))
     leave()
 
 
 @pytest.mark.ranks
 def test_two_ranks_log_what_one_logs(make_trainer, net, tmp_path):
-    """Uneven shares (of 43 and 23 samples) in two processes, the same weights in both."""
+    """Uneven shares (of 43 and 23 samples) in two processes, the same weights in both, whole or sharded."""
     module = net()
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     rank_processes.start(one_rank, 2, str(tmp_path))
-    expected = {name: pytest.approx(value, rel=1e-5) for name, value in expected_metrics(module, Data()).items()}
-    for rank in range(2):
-        logged = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert {name: logged[name] for name in expected} == expected
+    (alone,) = make_trainer(callbacks=[every_kind()]).validate(Blocks(), datamodule=Tags(), verbose=False)
+    assert len(alone) == 10
+    expected = {"classes": expected_metrics(module, Data()), "tags ddp": alone, "tags fsdp2": alone}
+    for name, metrics in expected.items():
+        for rank in range(2):
+            logged = json.loads((tmp_path / f"{name} {rank}.json").read_text())
+            for metric, value in metrics.items():
+                assert logged[metric] == pytest.approx(value, rel=1e-4), (name, metric)
+
+
+# Every kind of label, layers, and moments within an epoch.
+
+
+def test_numbers_and_tags_have_scores_of_their_own(make_trainer):
+    class Numbers(Data):
+        def __init__(self) -> None:
+            super().__init__()
+            for sample in (*self.bank, *self.val):
+                sample["label"] = sample["image"].sum()
+
+    found = {}
+    for data in (Numbers(), Tags()):
+        probes = OnlineProbes({**PROBES, "attentive": AttentiveProbe(rate=[1e-3, 1e-2], steps=30)})
+        (found[type(data)],) = make_trainer(callbacks=[probes]).validate(Blocks(), datamodule=data, verbose=False)
+    assert found[Numbers].keys() - found[Tags].keys() == {
+        f"probe/{probe}_{score}" for probe in ("knn", "linear", "attentive") for score in ("r2", "mae")
+    }
+    assert found[Numbers]["probe/linear_r2"] > 0.9  # a linear map of the images
+    assert found[Tags]["probe/linear_mean_average_precision"] > 0.6  # chance is a third
+    assert found[Tags]["probe/attentive_rate"] in (pytest.approx(1e-3), pytest.approx(1e-2))
+
+
+def test_layers_are_probed_one_by_one(make_trainer):
+    module, data = Blocks(), Data()
+    probes = OnlineProbes({"linear": LinearProbe()}, layers=[0, -1])
+    (logged,) = make_trainer(callbacks=[probes]).validate(module, datamodule=data, verbose=False)
+    assert logged.keys() == {
+        f"probe/{what}/layer_{n}" for what in ("linear_accuracy", "effective_rank") for n in (0, -1)
+    }
+    batches = [{"image": torch.stack([s["image"] for s in side])} for side in (data.bank, data.val)]
+    for n in (0, -1):
+        bank, val = (module.token_features(batch, [n])[0].pooled().detach() for batch in batches)
+        labels = [torch.stack([s["label"] for s in side]) for side in (data.bank, data.val)]
+        expected = linear_probe_accuracy(bank, labels[0], val, labels[1])
+        assert logged[f"probe/linear_accuracy/layer_{n}"] == pytest.approx(expected)
+
+
+def test_within_an_epoch_it_runs_every_n_steps_and_after_the_last_one(make_trainer, net, tmp_path):
+    """Six batches an epoch."""
+    probes = OnlineProbes({"knn": KNN(k=5)}, every_n_steps=4)
+    trainer = fit(make_trainer, net(), Data(), probes, max_epochs=3, logger=JsonlLogger(str(tmp_path)))
+    lines = [json.loads(line) for line in Path(tmp_path, "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "probe/knn_accuracy" in line] == [3, 7, 11, 15, 17]
+    assert "probe/knn_accuracy" in trainer.callback_metrics
+
+
+def test_accumulated_batches_are_one_step(make_trainer, net):
+    seen = []
+
+    class When(OnlineProbes):
+        def _measured(self, trainer, pl_module):
+            seen.append(trainer.global_step)
+            return super()._measured(trainer, pl_module)
+
+    fit(make_trainer, net(), Data(), When({"knn": KNN(k=5)}, every_n_steps=1), max_epochs=2, accumulate_grad_batches=2)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_probed_within_epochs_sees_and_learns_the_same(make_trainer, net):
+    """Weights, moments, random states and the position and content of the data; the order is drawn anew each epoch."""
+
+    class Ordered(Data):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[torch.Tensor] = []
+
+        def train_dataloader(self):
+            return ExactLoader(Samples(self.bank), 8, seed=5)
+
+        def bank_dataloader(self):
+            return EvaluationLoader(Samples(self.bank), 8)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            if self.trainer.lightning_module.training:
+                self.seen.append(batch["index"])
+            return batch
+
+    runs = []
+    for probes in ([], [OnlineProbes(PROBES, every_n_steps=1, bank_samples=20)]):
+        module, data = net(), Ordered()
+        trainer = fit(make_trainer, module, data, *probes, max_epochs=3)
+        moments = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+        draws = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])
+        position = torch.tensor(trainer.train_dataloader.consumed)
+        runs.append([*module.state_dict().values(), *moments, draws, position, torch.cat(data.seen)])
+    assert all(torch.equal(without, with_it) for without, with_it in zip(*runs, strict=True))
+
+
+class Samples:
+    def __init__(self, samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int, seed: int):
+        return self.samples[index]
+
+
+def test_of_a_large_bank_some_samples_are_enough(make_trainer, net):
+    class Even(Data):
+        def bank_dataloader(self):
+            return EvaluationLoader(Samples(self.bank), 8)
+
+    rows = []
+
+    class Rows(KNN):
+        def fit(self, bank, query):
+            rows.append(len(bank))
+            return super().fit(bank, query)
+
+    make_trainer(callbacks=[OnlineProbes({"knn": Rows(k=5)}, bank_samples=10)]).validate(net(), datamodule=Even())
+    assert rows == [10]
+    with pytest.raises(UserError, match=r"bank_samples=10: DataLoader has no some\(count\)"):
+        make_trainer(callbacks=[OnlineProbes(bank_samples=10)]).validate(net(), datamodule=Data())
 
 
 # What cannot work is named before the first step.
@@ -264,6 +456,19 @@ def test_a_datamodule_without_validation_samples_is_named(make_trainer, net):
     refuses(make_trainer, net(), NoValidation(), OnlineProbes(), message)
 
 
+def test_labels_of_no_known_kind_are_named(make_trainer, net):
+    data = Data()
+    for sample in data.bank:
+        sample["label"] = torch.tensor([0, 1])
+    message = r"labels torch.int64 \[8, 2\] are of no known kind; give whole numbers \[N\] for classes, bool"
+    refuses(make_trainer, net(), data, OnlineProbes(), message)
+
+
+def test_a_module_without_tokens_is_named(make_trainer, net):
+    for probes in (OnlineProbes(layers=[0]), OnlineProbes({"attentive": AttentiveProbe()})):
+        refuses(make_trainer, net(), Data(), probes, r"Net has no token_features\(batch\), which OnlineProbes reads")
+
+
 def test_batches_without_labels_are_named(make_trainer, net):
     data = Data()
     for sample in data.bank:
@@ -272,7 +477,10 @@ def test_batches_without_labels_are_named(make_trainer, net):
 
 
 def test_settings_out_of_range_are_named():
-    with pytest.raises(UserError, match="knn_k=0: a vote needs at least 1 neighbour"):
-        OnlineProbes(knn_k=0)
-    with pytest.raises(UserError, match="every_n_epochs=0 must be at least 1"):
-        OnlineProbes(every_n_epochs=0)
+    for wrong in ({"every_n_epochs": 0}, {"every_n_steps": 0}, {"bank_samples": 0}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(UserError, match=f"OnlineProbes {name}={value} must be at least 1"):
+            OnlineProbes(**wrong)
+    for empty in ({"probes": {}}, {"layers": []}):
+        with pytest.raises(UserError, match=f"OnlineProbes {next(iter(empty))} is empty"):
+            OnlineProbes(**empty)

@@ -52,7 +52,7 @@ def test_an_estimators_run_leaves_its_result_and_where_it_comes_from(capsys: pyt
     assert "wrote" in said
     result = json.loads(Path("out/result.json").read_text())
     assert result["recipe"] == "r"
-    assert result["result"] == "lightspan.estimators.probes.Accuracy"
+    assert result["result"] == "lightspan.estimators.probes.ProbeScores"
     assert result["figures"][0]["unit"] == "%"
     assert result["fields"]["bank_rows"] == 40
     assert load_file("out/result.safetensors")["weight"].shape == (3, 2)

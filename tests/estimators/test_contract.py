@@ -25,7 +25,10 @@ from lightspan.merging.weights import Weights
 from lightspan.results import Result
 
 ROWS, WIDTH = 60, 5
-QUICK = {"LinearProbe": {"max_iterations": 10}}  # where a fit would look long for what has no end
+QUICK = {
+    "LinearProbe": {"max_iterations": 10},
+    "AttentiveProbe": {"steps": 3},
+}  # where a fit would look long for what has no end
 
 
 def found() -> Iterator[type[Estimator]]:
@@ -180,7 +183,16 @@ DEGENERATE = {
 
 WRONG = {
     "KNN": [{"k": 0}, {"k": -3}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}],
-    "LinearProbe": [{"l2": 0.0}, {"l2": -1.0}, {"l2": math.nan}, {"l2": math.inf}, {"max_iterations": 0}],
+    "LinearProbe": [
+        *({"l2": wrong} for wrong in (0.0, -1.0, math.nan, math.inf, (), (1.0, 0.0))),
+        {"max_iterations": 0},
+    ],
+    "AttentiveProbe": [
+        *({"rate": wrong} for wrong in (0.0, -1.0, math.nan, math.inf, (), (1.0, 0.0))),
+        *({name: 0} for name in ("steps", "batch_size", "heads")),
+        *({"weight_decay": wrong} for wrong in (-1.0, math.nan, math.inf)),
+        {"seed": -1},
+    ],
     "KMeansClusters": [{"clusters": 0}, {"seed": -1}],
     "SpectralClusters": [{"clusters": 0}, {"neighbours": 0}, {"seed": -1}],
     "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
@@ -220,6 +232,7 @@ COMPUTED = {
     "SpectralClusters": {"one row", "two rows", "one class", "classes left out", "constant features", "a lattice"},
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
+    "AttentiveProbe": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "positions kept"},
 }
 """Degenerate features that have an answer, which is to be given and not refused."""
 

@@ -118,7 +118,7 @@ def test_a_probe_of_the_features_changes_no_weight_of_the_run() -> None:
         assert ("probe/linear_accuracy" in trainer.callback_metrics) == bool(callbacks)
         return model.state_dict()
 
-    with_probe, without = train(OnlineProbes(knn_k=3)), train()
+    with_probe, without = train(OnlineProbes()), train()
     assert all(torch.equal(with_probe[name], without[name]) for name in without)
 
 

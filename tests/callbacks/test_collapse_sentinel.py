@@ -1,0 +1,341 @@
+"""The sentinel warns of runs that are made to collapse, is silent on healthy ones, and changes nothing."""
+
+import math
+import os
+import random
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rank_processes
+import torch
+import torch.distributed as dist
+from collapsing_runs import Pairs, Siamese
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightspan.analysis.collapse import lidar, rankme
+from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
+from lightspan.callbacks.watching.collapse_signs import SIGNS, Judge
+from lightspan.distributed import leave
+from lightspan.errors import UserError
+from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.report.runs import load_run
+from lightspan.report.sections import sections
+from lightspan.strategies import FSDP2
+
+
+def fit(make_trainer, module, sentinel=None, views="noisy", seed=0, **options) -> tuple[Trainer, list[str]]:
+    """The trainer, and what the sentinel said."""
+    callbacks = [*([sentinel] if sentinel else []), *options.pop("callbacks", [])]
+    trainer = make_trainer(**{"max_steps": 100, **options}, callbacks=callbacks)
+    seed_everything(3, verbose=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(module, datamodule=Pairs(views, seed))
+    return trainer, [str(one.message) for one in said if "CollapseSentinel" in str(one.message)]
+
+
+def sentinel(**settings: Any) -> CollapseSentinel:
+    return CollapseSentinel(**{"every_n_steps": 10, "samples": 128, **settings})
+
+
+# Runs that are made to collapse, and healthy ones.
+
+
+@pytest.mark.parametrize(
+    ("objective", "rate", "by_step", "finding"),
+    [
+        ("cosine", 3e-3, 60, "embeddings of all samples become one point"),  # neither stop-gradient nor variance
+        ("cosine", 1e-2, 50, "embeddings of all samples become one point"),
+        ("contrast", 1.0, 20, "the learning rate is likely too high"),
+    ],
+)
+def test_a_collapse_is_warned_of_in_time_with_its_likely_cause(make_trainer, objective, rate, by_step, finding) -> None:
+    _, said = fit(make_trainer, Siamese(objective, rate), sentinel(), max_steps=by_step)
+    assert finding in said[0]
+
+
+@pytest.mark.parametrize(
+    ("views", "finding"),
+    [
+        ("constant", "of 128 training samples only 1 differ after augmentation"),
+        ("equal", "the views of each sample are all equal"),
+    ],
+)
+def test_views_that_teach_nothing_are_told_before_the_first_step(make_trainer, views, finding) -> None:
+    _, said = fit(make_trainer, Siamese("contrast"), sentinel(), views, max_steps=1)
+    assert len(said) == 1
+    assert f"step 0: {finding}" in said[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("objective", ["predicted", "contrast", "variance"])
+def test_a_healthy_run_is_left_in_peace(make_trainer, objective, seed) -> None:
+    watch = sentinel()
+    _, said = fit(make_trainer, Siamese(objective, seed=seed), watch, seed=seed, max_steps=80)
+    assert said == []
+    assert watch.sound_step == 80
+
+
+# What it measures, and that it changes nothing.
+
+
+def test_figures_are_those_of_the_embeddings_of_the_first_samples(make_trainer) -> None:
+    module, seen = Siamese("contrast"), {}
+    seen["x"] = torch.stack(
+        [module.eval().embeddings({"image": view}) for view in next(iter(Pairs().train_dataloader()))["views"]], dim=1
+    )
+    trainer, _ = fit(make_trainer, module, sentinel(samples=64, every_n_steps=1000), max_steps=1)
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert logged["collapse/rankme"] == pytest.approx(rankme(seen["x"][:, 0]), rel=1e-4)
+    assert logged["collapse/lidar"] == pytest.approx(lidar(seen["x"]), rel=1e-3)
+
+
+def test_training_is_bit_identical_with_and_without_it(make_trainer) -> None:
+    runs = []
+    for watch in (None, sentinel(every_n_steps=1), sentinel(every_n_steps=1, action="roll_back")):
+        module = Siamese("contrast")
+        trainer, _ = fit(make_trainer, module, watch, max_epochs=2, max_steps=-1)
+        moments = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+        draws = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])
+        position = torch.tensor(trainer.train_dataloader.consumed)
+        runs.append([*module.state_dict().values(), *moments, draws, position])
+    assert len(runs[0]) > 30
+    for one in runs[1:]:
+        assert all(torch.equal(without, with_it) for without, with_it in zip(runs[0], one, strict=True))
+
+
+def test_a_module_with_features_alone_and_batches_without_views(make_trainer) -> None:
+    class Plain(Siamese):
+        embeddings = property()  # none
+
+        def training_step(self, batch, batch_idx):
+            return self.features(batch).square().mean()
+
+    class Rows(Pairs):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader([{"image": x} for x in self.points.x], self.batch_size, shuffle=True)
+
+    trainer = make_trainer(max_steps=2, callbacks=[sentinel(every_n_steps=1)])
+    trainer.fit(Plain("cosine"), datamodule=Rows())
+    names = {name for name in trainer.callback_metrics if name.startswith("collapse/")}
+    assert "collapse/rankme" in names
+    assert not names & {"collapse/lidar", "collapse/alignment", "collapse/prototypes_in_use"}
+
+
+def test_prototypes_are_judged_by_assignments(make_trainer) -> None:
+    class OnePrototype(Siamese):
+        """Ever more samples go to the first of eight prototypes."""
+
+        def assignments(self, batch):
+            scores = 4 * self.features(batch)[:, :8]
+            return torch.nn.functional.pad(scores, (0, 0)).add(self.global_step * torch.eye(8)[0]).softmax(dim=1)
+
+    _, said = fit(make_trainer, OnePrototype("contrast"), sentinel(), max_steps=60)
+    assert any("all samples go to 1." in one for one in said)
+
+
+def test_figures_go_to_the_log_and_into_the_report(make_trainer, tmp_path: Path) -> None:
+    fit(make_trainer, Siamese("contrast"), sentinel(), max_steps=20, logger=JsonlLogger(str(tmp_path)))
+    run = load_run(tmp_path, "run")
+    assert [point.step for point in run.points("collapse/rankme")] == [0, 9, 19]
+    (section,) = [section for section in sections([run]) if section.key == "collapse"]
+    assert {"collapse/rankme", "collapse/lidar", "collapse/signs"} <= {chart.title for chart in section.charts}
+
+
+# What it does.
+
+
+def test_it_stops_the_run_and_names_the_checkpoint_from_before_the_fall(make_trainer, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=10, save_top_k=-1)
+    watch = sentinel(action="stop")
+    with pytest.raises(UserError, match="embeddings of all samples become one point") as raised:
+        fit(make_trainer, Siamese("cosine", 1e-2), watch, callbacks=[keep], enable_checkpointing=True)
+    assert 10 <= watch.sound_step < 50
+    assert f"step={watch.sound_step}.ckpt is from before the fall" in str(raised.value)
+    assert (tmp_path / f"step={watch.sound_step}.ckpt").exists()
+
+
+def test_a_roll_back_restores_every_bit_of_the_last_sound_measurement_and_slows_down(make_trainer) -> None:
+    states: dict[int, Any] = {}
+
+    class Watch(CollapseSentinel):
+        def _measure(self, trainer, module) -> None:
+            before, fell = self.roll_backs, {n: v.clone() for n, v in module.state_dict().items()}
+            super()._measure(trainer, module)
+            after = {n: v.clone() for n, v in module.state_dict().items()}
+            if self.roll_backs > before:
+                sound = states[self.sound_step]
+                assert all(torch.equal(after[name], sound[name]) for name in after)
+                assert any(not torch.equal(after[name], fell[name]) for name in after)
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            states[trainer.global_step] = after
+
+    rates: list[float] = []
+    watch = Watch(every_n_steps=10, samples=128, action="roll_back", rate=0.1)
+    with pytest.raises(UserError, match="become one point"):
+        fit(make_trainer, Siamese("cosine", 1e-2), watch, max_steps=2000)
+    assert rates == pytest.approx([1e-3, 1e-4])  # most_roll_backs is 2
+
+
+def test_a_slower_run_that_was_rolled_back_lives_on(make_trainer) -> None:
+    class TooFast(Siamese):
+        """Nothing but the rate is wrong."""
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=1.0)
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)}]
+
+    watch = sentinel(action="roll_back", rate=1e-3)
+    trainer, said = fit(make_trainer, TooFast("contrast"), watch)
+    assert watch.roll_backs == 1
+    assert "Roll back 1 of 2: went back to step 0's weights" in said[0]
+    assert watch.sound_step == 100
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_a_resumed_run_goes_on_judging_where_it_was(make_trainer, tmp_path: Path) -> None:
+    straight, first, second = sentinel(), sentinel(), sentinel()
+    _, said = fit(make_trainer, Siamese("cosine", 1e-2), straight, max_steps=60)
+    trainer, early = fit(make_trainer, Siamese("cosine", 1e-2), first, max_steps=20)
+    trainer.save_checkpoint(tmp_path / "20.ckpt")
+    trainer = make_trainer(max_steps=60, callbacks=[second])
+    with warnings.catch_warnings(record=True) as late:
+        warnings.simplefilter("always")
+        trainer.fit(Siamese("cosine", 1e-2), datamodule=Pairs(), ckpt_path=tmp_path / "20.ckpt", weights_only=True)
+    assert second.judge.state_dict() == straight.judge.state_dict()
+    assert said == early + [str(one.message) for one in late if "CollapseSentinel" in str(one.message)]
+
+
+# Rules by hand.
+
+SOUND = {"rankme": 10.0, "spread": 0.5, "duplicates": 0.0, "length": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sign"),
+    [
+        ({"spread": 0.2}, "one point"),
+        ({"duplicates": 0.9}, "equal embeddings"),
+        ({"rankme": 4.9}, "few directions"),
+        ({"length": 101.0}, "blown up"),
+        ({"spread": math.nan}, "not finite"),
+    ],
+)
+def test_each_sign_needs_patience_is_told_once_and_again_after_a_recovery(changes, sign) -> None:
+    judge = Judge(patience=2)
+    assert judge.look(SOUND) == []
+    for expected in (0, 1, 0, 0):
+        assert len(judge.look(SOUND | changes)) == expected
+    assert judge.shown[sign] == 4
+    assert judge.collapsed == 1
+    assert not judge.sound
+    assert judge.look(SOUND) == []
+    assert judge.sound
+    assert [len(judge.look(SOUND | changes)) for _ in range(2)] == [0, 1]
+
+
+def test_close_embeddings_of_an_untrained_network_are_no_sign() -> None:
+    judge = Judge(patience=1)
+    for spread in (0.02, 0.03, 0.1, 0.08, 0.4):
+        assert judge.look(SOUND | {"spread": spread}) == []
+
+
+def test_prototypes_that_no_longer_tell_samples_apart_are_a_sign() -> None:
+    judge = Judge(patience=1)
+    uniform, told = {"prototypes_in_use": 8.0, "prototypes_a_sample": 8.0}, {"prototypes_a_sample": 2.0}
+    assert judge.look(SOUND | uniform) == []  # as they begin
+    assert judge.look(SOUND | uniform | told) == []
+    assert "sharpen" in judge.look(SOUND | uniform)[0]
+
+
+def test_every_sign_can_be_put_into_words() -> None:
+    every = {**SOUND, "prototypes_in_use": 4.0, "prototypes_a_sample": 1.0, "told_apart": 1.0}
+    words = {**every, **{f"{when}_{name}": value for name, value in every.items() for when in ("first", "best")}}
+    for sign in SIGNS.values():
+        assert not re.search(r"[{}]", sign.finding.format(**words) + sign.advice)
+
+
+# What cannot work is named before the first step.
+
+
+def test_settings_out_of_range_are_named() -> None:
+    for wrong, message in (
+        ({"every_n_steps": 0}, "every_n_steps=0 must be at least 1"),
+        ({"samples": 1}, "samples=1 must be at least 2"),
+        ({"patience": 0}, "patience=0 must be at least 1"),
+        ({"most_roll_backs": 0}, "most_roll_backs=0 must be at least 1"),
+        ({"action": "pray"}, "action='pray' must be 'warn', 'stop' or 'roll_back'"),
+        ({"rate": 0.0}, "rate=0.0 must be above 0"),
+    ):
+        with pytest.raises(UserError, match=f"CollapseSentinel {message}"):
+            CollapseSentinel(**wrong)
+
+
+def test_modules_without_embeddings_and_runs_without_a_datamodule_are_named(make_trainer) -> None:
+    class Nothing(Siamese):
+        embeddings = features = None
+
+    with pytest.raises(UserError, match=r"Nothing has neither embeddings\(batch\) nor features\(batch\)"):
+        fit(make_trainer, Nothing("cosine"), sentinel())
+    with pytest.raises(UserError, match=r"reads train_dataloader\(\) of the datamodule, but this run has none"):
+        make_trainer(max_steps=1, callbacks=[sentinel()]).fit(Siamese("cosine"), Pairs().train_dataloader())
+
+
+def test_one_sample_cannot_be_compared(make_trainer) -> None:
+    class One(Pairs):
+        def train_dataloader(self):
+            return [{"views": [torch.ones(1, 16)] * 2}]
+
+    with pytest.raises(UserError, match="got 1 of training; give it at least 2"):
+        make_trainer(max_steps=1, callbacks=[sentinel()]).fit(Siamese("cosine"), datamodule=One())
+
+
+# Ranks.
+
+
+def one_rank(rank: int, folder: str) -> None:
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "GROUP_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for name in ("ddp", "fsdp2"):
+        watch, module = sentinel(action="roll_back"), Siamese("cosine", 1e-2)
+        logged: list[dict[str, float]] = []
+        measure = watch._figures
+
+        def figures(trainer, module, measure=measure, logged=logged):
+            logged.append(measure(trainer, module))
+            return logged[-1]
+
+        watch._figures = figures  # type: ignore[method-assign]
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=FSDP2() if name == "fsdp2" else "ddp",
+            max_steps=40,
+            logger=False,
+            callbacks=[watch],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, datamodule=Pairs())
+        torch.save((logged, watch.judge.state_dict(), watch.roll_backs), Path(folder, f"{name} {rank}.pt"))
+    leave()
+
+
+@pytest.mark.ranks
+def test_all_ranks_measure_what_one_process_does_and_agree_on_what_to_do(make_trainer, tmp_path: Path) -> None:
+    rank_processes.start(one_rank, 2, str(tmp_path))
+    alone = sentinel()
+    fit(make_trainer, Siamese("cosine", 1e-2), alone, max_steps=1)
+    for name in ("ddp", "fsdp2"):
+        (logged, judged, back), other = (torch.load(tmp_path / f"{name} {rank}.pt") for rank in range(2))
+        assert (logged, judged, back) == other
+        assert logged[0] == pytest.approx(alone.judge.first, rel=1e-3)
+        assert back == 1
