@@ -9,7 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,27 +24,45 @@ from lightspan.files import expanded
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
+class Pictures(Protocol):
+    """Labelled pictures by number, however they are kept."""
+
+    def count(self) -> int: ...
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """(uint8 [H, W] or [C, H, W], label)."""
+        ...
+
+
 class Labelled(NamedTuple):
-    """images: uint8 [N, H, W] (grey) or [N, C, H, W]; labels: int64 [N]."""
+    """Pictures in memory. images: uint8 [N, H, W] (grey) or [N, C, H, W]; labels: int64 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
+
+    def count(self) -> int:
+        assert len(self.images) == len(self.labels)
+        return len(self.images)
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        return self.images[number], int(self.labels[number])
 
 
 class ImageSamples:
     """Samples of `ImageBatch`, or, with views, of `ViewsBatch`, standardised with `mean` and `std`, both [C, 1, 1]."""
 
-    def __init__(self, data: Labelled, mean: torch.Tensor, std: torch.Tensor, views: Views | None = None) -> None:
-        assert len(data.images) == len(data.labels)
+    def __init__(self, data: Pictures, mean: torch.Tensor, std: torch.Tensor, views: Views | None = None) -> None:
         self.data, self.mean, self.std, self.views = data, mean, std, views
+        self._count = data.count()
 
     def __len__(self) -> int:
-        return len(self.data.images)
+        return self._count
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
-        image = torch.from_numpy(self.data.images[index].astype(np.float32) / 255)
+        pixels, label = self.data.read(index)
+        image = torch.from_numpy(pixels.astype(np.float32) / 255)
         image = image.unsqueeze(0) if image.dim() == 2 else image
-        rest = {"label": torch.tensor(int(self.data.labels[index])), "index": torch.tensor(index)}
+        rest = {"label": torch.tensor(label), "index": torch.tensor(index)}
         if self.views is None:
             return {"image": (image - self.mean) / self.std, **rest}
         with seeded(seed):
