@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
-from lightspan.callbacks.watching.detached import detached
 from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.callbacks.watching.detached import detached
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.strategies import gathered

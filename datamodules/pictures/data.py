@@ -7,7 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -163,7 +163,3 @@ class PictureData(LightningDataModule, ABC):
 
     def _evaluate(self, samples: ImageSamples) -> EvaluationLoader:
         return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
-
-    def stand_in(self) -> dict[str, Any] | None:
-        """None: pictures are at hand, or the run cannot start."""
-        return None

@@ -56,7 +56,8 @@ def find_pictures(folder: Path, links: Links = "skip", labels: Labels = "auto") 
     if skipped:
         remarks.append(f"{skipped:,} links were left out (data.init_args.links=follow reads them)")
     if others:
-        shown = ", ".join(f"{count:,} {one_line(ending)}" for ending, count in others.most_common(5))
+        most = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
+        shown = ", ".join(f"{count:,} {one_line(ending)}" for ending, count in most)
         remarks.append(f"{others.total():,} other files were left out: {shown}")
     if not names:
         raise UserError(

@@ -97,7 +97,14 @@ class ImageFolder(PictureData):
         else:
             train, val = sound
         digest = hashlib.sha256(packs[0].content.encode() + labels[train].tobytes() + train.tobytes())
-        return Found(_Folders(packs, firsts, labels), train, val, bool(training.classes), training.classes, digest.hexdigest()[:32])
+        return Found(
+            _Folders(packs, firsts, labels),
+            train,
+            val,
+            bool(training.classes),
+            training.classes,
+            digest.hexdigest()[:32],
+        )
 
     def _files(self, folder: Path) -> PictureFiles:
         files = find_pictures(folder, self.links, self.labels)

@@ -144,8 +144,8 @@ class PictureCache:
         if size > self.limit_bytes:
             raise UserError(
                 f"{len(files.names):,} pictures of {decode.size} x {decode.size} take {size / GIB:.1f} GiB decoded, "
-                f"above cache_gib={self.limit_bytes / GIB:g}; raise data.init_args.cache_gib, lower data.init_args.size,"
-                " or pack the files themselves with `lightspan data pack` and train from shards"
+                f"above cache_gib={self.limit_bytes / GIB:g}; raise data.init_args.cache_gib, lower "
+                "data.init_args.size, or pack the files themselves with `lightspan data pack` and train from shards"
             )
         pack = self.folder / _key(files, decode)
         with explained_os_errors(pack, setting=SETTING):

@@ -167,7 +167,9 @@ def _fitted(spec: dict[str, Any], size: int, patches: dict[int, int], notes: lis
     """The settings of a class, and of those inside it, that follow from the pictures."""
     settings = spec.get("init_args") or {}
     takes = signature(spec["class_path"])
-    own = set(takes.parameters) if isinstance(takes, Signature) and spec["class_path"].startswith("lightspan.") else set()
+    own = (
+        set(takes.parameters) if isinstance(takes, Signature) and spec["class_path"].startswith("lightspan.") else set()
+    )
     wanted = {"in_chans": CHANNELS, "img_size": size, "in_shape": [CHANNELS, size, size]}
     now = {key: value for key, value in wanted.items() if key in settings or key in own}
     if settings.get("patch_size") in patches:
@@ -215,17 +217,16 @@ def _views(views: Any, side: int | None, size: int, patch: int) -> Any:
 
 
 def _in_colour(views: Any) -> bool:
-    """Adds changes of colour to `RandomViews` that have none, in place; whether there were any."""
-    if isinstance(views, list):
-        return any([_in_colour(one) for one in views])
-    if not isinstance(views, dict):
-        return False
-    if views.get("class_path") in RANDOM_VIEWS:
+    """Adds changes of colour to every `RandomViews` that has none, in place; whether there were any."""
+    added = False
+    if isinstance(views, dict) and views.get("class_path") in RANDOM_VIEWS:
         settings = views.setdefault("init_args", {})
-        if not COLOUR.keys() & settings.keys():
-            settings |= COLOUR
-            return True
-    return any([_in_colour(child) for child in views.values()])
+        added = not COLOUR.keys() & settings.keys()
+        settings |= COLOUR if added else {}
+    children = views.values() if isinstance(views, dict) else views if isinstance(views, list) else ()
+    for child in children:
+        added = _in_colour(child) or added
+    return added
 
 
 def _callbacks(resolved: Resolved, labelled: bool, count: int) -> dict[str, Any]:

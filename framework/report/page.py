@@ -39,7 +39,8 @@ def render(runs: Sequence[Run], title: str) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         # The policy enforces this: the page can load nothing, whatever the name of a metric.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
         f"<footer>lightspan {escape(lightspan.__version__)} · lightspan report "
         f"{escape(' '.join(str(run.folder) for run in runs))}</footer>"
@@ -108,7 +109,8 @@ def _pictures(runs: Sequence[Run]) -> str:
     if not names:
         return ""
     blocks = []
-    for name in sorted(names, key=lambda name: (list(CAPTIONS).index(name) if name in CAPTIONS else len(CAPTIONS), name)):
+    known = [name for name in CAPTIONS if name in names]
+    for name in (*known, *(name for name in names if name not in CAPTIONS)):
         caption = CAPTIONS.get(name, name)
         shown = "".join(
             f"<div><p>{_key(at)} {escape(run.name)}</p>"
