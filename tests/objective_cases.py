@@ -25,7 +25,9 @@ from lightspan.objectives import (
     language,
     prototypes,
     pseudo_labels,
+    sigreg,
     supcon,
+    vicreg,
 )
 
 CURRENT = torch.tensor([False, True, False, True, True, True])
@@ -76,6 +78,35 @@ def multi_positive_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B:
     return info_nce.multi_positive_info_nce(info_nce.gated_cosine(x.sin() @ weight, key_ND) / 0.5, *masks)
 
 
+def temperature_of(weight: Tensor) -> Tensor:
+    """One that is trained."""
+    return weight.float().mean().exp() if weight.itemsize < 4 else weight.mean().exp()
+
+
+def nt_xent(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return info_nce.nt_xent(x @ weight, x.tanh() @ weight, temperature_of(weight))
+
+
+def paired_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return info_nce.paired_info_nce(x @ weight, x.tanh() @ weight, temperature_of(weight))
+
+
+def soft_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Shares by the cosines of keys that have no gradient."""
+    key_ND = gather_rows(x.sin())[0]
+    target_BN = (info_nce.gated_cosine(x, key_ND) / 0.5).softmax(dim=1)
+    return info_nce.soft_info_nce(info_nce.gated_cosine(x @ weight, gather_rows(x @ weight)[0]) / 0.5, target_BN)
+
+
+def queued_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    queue_KD = torch.arange(20, dtype=torch.float64).sin().view(5, 4).to(x.dtype)
+    return info_nce.queued_info_nce(x @ weight, x.tanh() @ weight, queue_KD, temperature_of(weight))
+
+
+def sigreg_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return sigreg.sigreg(torch.stack([x @ weight, x.tanh() @ weight]), seed=0, step=3, directions=5)
+
+
 def cross_view_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     targets = torch.stack([prototypes.centred_softmax(view, torch.ones(4), 0.5) for view in (x, x.cos())])
     return prototypes.cross_view_loss(targets, torch.stack([x @ weight, x.tanh() @ weight, x.sin() @ weight]), 0.5)
@@ -98,6 +129,14 @@ CASES = {
     ),
     "info_nce.class_pair_loss": Case(class_pair_loss, 2 + 2 + 1),
     "info_nce.multi_positive_info_nce": Case(multi_positive_info_nce, 2 + 2 + 1),
+    "info_nce.soft_info_nce": Case(soft_info_nce, 2 + 2 + 1),
+    "info_nce.nt_xent": Case(nt_xent, 2 + 1),
+    "info_nce.paired_info_nce": Case(paired_info_nce, 2 + 1),
+    "info_nce.queued_info_nce": Case(queued_info_nce, 1),
+    "sigreg.sigreg": Case(sigreg_loss, 1),
+    "vicreg.vicreg_loss": Case(
+        lambda x, weight, label_B, mixed_B: vicreg.vicreg_loss(x @ weight, x.tanh() @ weight), 2
+    ),
     "supcon.supcon": Case(lambda x, weight, label_B, mixed_B: supcon.supcon(x @ weight, label_B, 0.5), 2 + 2 + 1),
     "entropy.prediction_entropy": Case(lambda x, weight, label_B, mixed_B: entropy.prediction_entropy(x @ weight)),
     "pseudo_labels.pseudo_label_loss": Case(
@@ -116,7 +155,8 @@ PARTS = {
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
-    *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.require_temperature"),
+    *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.require_temperature", "info_nce.own_rows"),
+    *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),
     *(
         "entropy.entropy",
         "means.squared_error",

@@ -12,22 +12,15 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum, all_reduce_sums, world_size
+from lightspan.distributed import all_reduce_sum, world_size
 from lightspan.errors import UserError
+from lightspan.objectives.means import sum_over_rows
 
 # Added to the variance, so that a feature that is constant over the batch gives 0 with a finite gradient, not NaN.
 # Small enough for a feature of unit variance to move by 5e-13: equalities hold to 1e-10 as they would without it.
 VARIANCE_EPS = 1e-12
 # The largest error of a mean, in rounding units; a feature that varies less about its mean counts as constant.
 ROUNDINGS = 16
-
-
-def _sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The sum of `local` over all ranks and the number of their rows, in one collective and without reading a number
-    from the device.
-    """
-    total, all_rows = all_reduce_sums(local, torch.full((), rows, dtype=local.dtype, device=local.device))
-    return total, all_rows.detach()
 
 
 def standardise(x_BD: Tensor) -> Tensor:
@@ -41,7 +34,7 @@ def standardise(x_BD: Tensor) -> Tensor:
     if world_size() == 1 and len(x_BD) < 2:
         raise UserError(f"batch of {len(x_BD)}: standardising needs at least 2 rows; raise data.init_args.batch_size")
     x_BD = wide(x_BD)
-    total_D, rows = _sum_over_rows(x_BD.sum(dim=0), len(x_BD))
+    total_D, rows = sum_over_rows(x_BD.sum(dim=0), len(x_BD))
     mean_D = total_D / rows
     centred_BD = x_BD - mean_D
     variance_D = all_reduce_sum(centred_BD.square().sum(dim=0)) / (rows - 1).clamp_min(1)
@@ -52,7 +45,7 @@ def standardise(x_BD: Tensor) -> Tensor:
 def cross_correlation(a_BD: Tensor, b_BE: Tensor) -> Tensor:
     """C = A^T B / B, [D E], over the batch of all ranks; row i of both comes from image i."""
     with torch.autocast(a_BD.device.type, enabled=False):
-        total_DE, rows = _sum_over_rows(wide(a_BD).T @ wide(b_BE), len(a_BD))
+        total_DE, rows = sum_over_rows(wide(a_BD).T @ wide(b_BE), len(a_BD))
     return total_DE / rows
 
 

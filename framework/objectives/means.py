@@ -1,9 +1,19 @@
-"""Means over entries, which are 0 if there are no entries: a rank may have no sample."""
+"""Sums over the rows of all ranks, and means over entries, which are 0 if there are none: a rank may have no sample."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
+from lightspan.distributed import all_reduce_sums
+
+
+def sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The sum of `local` over all ranks and the number of their rows, in one collective and without reading a number
+    from the device.
+    """
+    total, all_rows = all_reduce_sums(local, torch.full((), rows, dtype=local.dtype, device=local.device))
+    return total, all_rows.detach()
 
 
 def squared_error(x: Tensor, target: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ authors' code also multiplies by the temperature over 0.07, which is left out he
 Shapes: B anchors of this rank, N rows of all ranks, D embedding width.
 """
 
-import torch
 from torch import Tensor
 
-from lightspan.distributed import all_reduce_sums, gather_rows
-from lightspan.objectives.info_nce import gated_cosine, require_temperature
+from lightspan.distributed import gather_rows
+from lightspan.objectives.info_nce import gated_cosine, own_rows, require_temperature, soft_info_nce
 
 
 def supcon(z_BD: Tensor, label_B: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
@@ -31,14 +30,7 @@ def supcon(z_BD: Tensor, label_B: Tensor, temperature: float | Tensor = 0.1) -> 
     key_ND, first = gather_rows(z_BD)
     label_N, _ = gather_rows(label_B)
     logits_BN = gated_cosine(z_BD, key_ND) / temperature
-    own_BN = torch.arange(first, first + len(z_BD), device=z_BD.device)[:, None] == torch.arange(
-        len(key_ND), device=z_BD.device
-    )
+    own_BN = own_rows(len(z_BD), first, key_ND)
     positive_BN = (label_N == label_B[:, None]) & ~own_BN
-    # The least number in the place of -inf, which would give the only row of a batch a gradient of NaN.
-    others_BN = logits_BN.masked_fill(own_BN, torch.finfo(logits_BN.dtype).min)
-    log_share_BN = logits_BN - others_BN.logsumexp(dim=1, keepdim=True)
-    count_B = positive_BN.sum(dim=1)
-    loss_B = -log_share_BN.masked_fill(~positive_BN, 0).sum(dim=1) / count_B.clamp_min(1)
-    total, anchors = all_reduce_sums(loss_B.sum(), (count_B > 0).sum().to(loss_B.dtype))
-    return total / anchors.clamp_min(1)
+    target_BN = positive_BN.to(logits_BN.dtype) / positive_BN.sum(dim=1, keepdim=True).clamp_min(1)
+    return soft_info_nce(logits_BN, target_BN, ~own_BN)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.optim import bases, carries, inner, moments, presets, residuals
 from lightspan.optim.gradients import attach
+from lightspan.optim.lars import LARS
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.subspaces.projections import Projection
@@ -382,3 +383,19 @@ def test_a_random_subspace_stays_finite(projection):
         optimizer.step()
         assert all(p.isfinite().all() for p in model.parameters())
         assert (optimizer.z_d - before).abs().max() <= LR * farthest((0.9, 0.999)) * 1.001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_lars_stays_finite(dtype):
+    model = Net(dtype)
+    for number, p in enumerate(model.parameters()):
+        nn.init.constant_(p, 0.5 * (number % 2))  # every other weight is zero, and has no length to take a share of
+    optimizer = LARS(model.parameters(), lr=LR)
+    for step in range(STEPS):
+        for (name, p), number in zip(model.named_parameters(), itertools.count()):
+            stream = next((s for s in STREAMS if s.__name__ in name.split(".")), not_there)
+            gradient = stream(step, normal(step, number), torch.eye(COLUMNS)[:, :RANK])
+            p.grad = None if gradient is None else gradient.flatten()[: p.numel()].view(p.shape).to(dtype)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert all(state["momentum_buffer"].isfinite().all() for state in optimizer.state.values())

@@ -25,6 +25,7 @@ REASONS = {
     ("Trion", "lr"): "of Newton-Schulz, which needs another than AdamW",
     ("Trion", "betas"): "published code, for what is not projected",
     ("Trion", "eps"): "published code, for what is not projected",
+    ("LARS", "lr"): "it has none: a share of each matrix' length, which grows with the batch",
 }
 OF_COORDINATES = {"RandomSubspace"}
 """Optimisers that step coordinates by another one, which brings its own settings."""
@@ -51,6 +52,12 @@ def default(kind: type[Optimizer], name: str) -> Any:
     return inspect.Parameter.empty
 
 
+def shared(kind: type[Optimizer]) -> list[str]:
+    """Those of `SHARED` that an optimiser has: one without second moments has no betas and no eps."""
+    own = set().union(*(inspect.signature(base.__init__).parameters for base in kind.__mro__))
+    return [setting for setting in SHARED if setting in own]
+
+
 def test_all_presets_are_found() -> None:
     assert optimisers().keys() >= {"LowRank", "Trion"}
     assert set(optimisers().values()) >= {
@@ -63,11 +70,12 @@ def test_all_presets_are_found() -> None:
 def test_what_means_the_same_has_the_name_and_the_default_of_adamw(name: str) -> None:
     kind = optimisers()[name]
     assert list(inspect.signature(kind).parameters)[:2] == ["params", "lr"]
-    for setting in SHARED:
+    for setting in shared(kind):
         reasoned = (name, setting) in REASONS
         expected = OF_TORCH[setting] if name == "LowRank" or reasoned else default(LowRank, setting)
         assert (default(kind, setting) != expected) == reasoned, setting
-    rest = {"rank": 2} if name != "APOLLOMini" else {}
-    made = kind([torch.nn.Parameter(torch.ones(6, 5))], lr=0.3, betas=(0.5, 0.6), eps=0.1, weight_decay=0.2, **rest)
-    group = made.param_groups[0]
-    assert [group[setting] for setting in SHARED] == [0.3, (0.5, 0.6), 0.1, 0.2]
+    values = {"lr": 0.3, "betas": (0.5, 0.6), "eps": 0.1, "weight_decay": 0.2}
+    given = {setting: values[setting] for setting in shared(kind)}
+    rest = {"rank": 2} if issubclass(kind, LowRank) and name != "APOLLOMini" else {}
+    group = kind([torch.nn.Parameter(torch.ones(6, 5))], **given, **rest).param_groups[0]
+    assert {setting: group[setting] for setting in given} == given

@@ -1,0 +1,88 @@
+"""MoCo: a view finds the other view of its image, as a slow teacher embeds it, among thousands of earlier ones.
+
+Source: He et al., "Momentum Contrast", CVPR 2020, arXiv 1911.05722 (equations 1 and 2, algorithm 1); Chen et al.,
+"Improved Baselines with Momentum Contrastive Learning" (MoCo v2), 2020, arXiv 2003.04297: an MLP as projector, blur and
+temperature 0.2. The loss is `lightspan.objectives.info_nce.queued_info_nce`.
+
+Shuffled BatchNorm: the paper shuffles images over GPUs before the teacher sees them, since a BatchNorm by batch lets a
+query and its key share the statistics of one group of images, from which the network guesses the pair (section 3.3).
+Here the teacher's BatchNorms use the student's running statistics, as in Cai et al., "Exponential Moving Average
+Normalization", 2021, arXiv 2101.08482: a key depends on its own image alone, there is nothing to shuffle, and any
+number of ranks trains as one. Places of the queue that are still empty are zero vectors, with cosine 0 to every query;
+the authors' are random ones, whose cosines are near 0.
+Shapes: B images of this rank, C H W image, D embedding width, L rows in the queue.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.ema import EMATeacher
+from lightspan.nn.feature_queue import FeatureQueue
+from lightspan.nn.projector import Projector
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import queued_info_nce, require_temperature, unit
+
+
+class MoCo(Method):
+    """Contrast with a queue, so that the number of negatives does not hang on the batch. The student is what is kept.
+
+    The keys of a step enter the queue once the step is taken, those of all ranks and all its micro-batches together, so
+    that N ranks and accumulated gradients train as one rank with the whole batch (with sync_batchnorm).
+
+    Args:
+        backbone: the student's, [B C H W] -> [B num_features]; the teacher is a copy.
+        projector: [B num_features] -> [B D], copied too.
+        queue: L, best a multiple of the global batch.
+        momentum: of the teacher, in [0, 1].
+        temperature: > 0.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: Projector,
+        queue: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.2,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_temperature(temperature)
+        if not 0 <= momentum <= 1:
+            raise UserError(f"momentum={momentum} must lie in [0, 1]; 0.99 to 0.999 are usual")
+        require_width(backbone, "projector.in_features", projector.in_features)
+        self.student = nn.Sequential(backbone, projector)
+        self.teacher = EMATeacher(self.student)
+        self.queue = FeatureQueue(queue, projector.out_features)
+        self.momentum, self.temperature = momentum, temperature
+        self.fresh: list[Tensor] = []  # keys of the micro-batches of the step under way
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The student's, which gives the features."""
+        return self.student[0]
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x1_BCHW, x2_BCHW = views_of(batch, "MoCo", 2)
+        query_BD, key_BD = self.student(x1_BCHW), unit(self.teacher(x2_BCHW))
+        loss = queued_info_nce(query_BD, key_BD, self.queue.rows_LD, self.temperature)
+        self.fresh.append(key_BD)
+        self.log_training({"train/loss": loss})
+        return loss
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        self.fresh.clear()  # also those of a step that was skipped
+
+    def after_optimizer_step(self) -> None:
+        self.teacher.follow(self.student, self.momentum)
+        self.queue.push(torch.cat(self.fresh))

@@ -1,0 +1,85 @@
+"""MoCo v3: contrast between a predicted view and the teacher's embedding of the other one, made for transformers.
+
+Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021, arXiv
+2104.02057: ctr(q1, k2) + ctr(q2, k1) with ctr = 2 tau times the InfoNCE of all keys of the batch (equation 1, algorithm
+1), no queue, a predictor, a momentum that rises on a half cosine, and a patch projection that keeps its random start
+(section 4.2). The loss is `lightspan.objectives.info_nce.paired_info_nce`. The teacher normalises by its own batches,
+as in the authors' code, and with sync_batchnorm by those of all ranks.
+Shapes: B images of this rank, C H W image, D embedding width.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.ema import EMATeacher
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import paired_info_nce, require_temperature
+from lightspan.optim.schedules import cosine_between
+from lightspan.patterns import any_matches, require_matches
+
+
+class MoCoV3(Method):
+    """Both views are query and key in turn; negatives are the keys of the other images of all ranks. The student is
+    what is kept.
+
+    Args:
+        backbone: the student's, [B C H W] -> [B num_features]; the teacher is a copy.
+        projector: [B num_features] -> [B D], copied too.
+        predictor: [B D] -> [B D], the student's alone.
+        frozen: name patterns of the backbone's parameters that keep their start, "patch_embed.*" in the paper: the
+            patch projection's gradients have spikes that cost accuracy.
+        momentum, final_momentum: of the teacher, in [0, 1], on a half cosine over the run.
+        temperature: tau > 0; the paper has 0.2 for transformers and 1.0 for ResNet-50.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module,
+        frozen: tuple[str, ...] = (),
+        momentum: float = 0.99,
+        final_momentum: float = 1.0,
+        temperature: float = 0.2,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_temperature(temperature)
+        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
+            raise UserError(f"momentum={momentum} and final_momentum={final_momentum} must lie in [0, 1]")
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
+        require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
+        parameters = dict(backbone.named_parameters())
+        require_matches(list(frozen), list(parameters), "parameter of the backbone (frozen)")
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(parameter.requires_grad and not any_matches([name], list(frozen)))
+        self.student, self.predictor = nn.Sequential(backbone, projector), predictor
+        self.teacher = EMATeacher(self.student, batch_statistics=True)
+        self.momenta, self.temperature = (momentum, final_momentum), temperature
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The student's, which gives the features."""
+        return self.student[0]
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views = views_of(batch, "MoCoV3", 2)
+        # One pass for each view, as published: a BatchNorm sees one view of all images.
+        q1_BD, q2_BD = (self.predictor(self.student(view_BCHW)) for view_BCHW in views)
+        k1_BD, k2_BD = (self.teacher(view_BCHW) for view_BCHW in views)
+        both = paired_info_nce(q1_BD, k2_BD, self.temperature) + paired_info_nce(q2_BD, k1_BD, self.temperature)
+        loss = 2 * self.temperature * both
+        self.log_training({"train/loss": loss})
+        return loss
+
+    def after_optimizer_step(self) -> None:
+        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))

@@ -1,0 +1,60 @@
+"""VICReg: two views agree, and no feature of theirs may stand still or repeat another one.
+
+Source: Bardes, Ponce, LeCun, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", ICLR
+2022, arXiv 2105.04906. Its three terms are in `lightspan.objectives.vicreg`. Each view goes through the network by
+itself, as in the authors' code, so a BatchNorm sees one view of all images.
+Shapes: B images of this rank, C H W image, D embedding width.
+"""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.objectives.vicreg import vicreg_terms
+
+
+class VICReg(Method):
+    """No negatives, no teacher, and nothing that must be alike in both branches. Variances and covariances run over the
+    rows of all ranks; with sync_batchnorm N ranks train as one.
+
+    Args:
+        backbone: [B C H W] -> [B num_features]; what probes read, and all that is kept.
+        projector: [B num_features] -> [B D], the paper's expander: D is several times num_features there.
+        invariance_weight, variance_weight, covariance_weight: lambda, mu and nu, >= 0; without the second all images
+            may have one embedding.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        invariance_weight: float = 25.0,
+        variance_weight: float = 25.0,
+        covariance_weight: float = 1.0,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        self.weights = invariance_weight, variance_weight, covariance_weight
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise UserError(
+                f"invariance_weight={invariance_weight}, variance_weight={variance_weight} and "
+                f"covariance_weight={covariance_weight} must be at least 0 and finite"
+            )
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        self.backbone, self.projector = backbone, projector
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z1_BD, z2_BD = (self.projector(self.backbone(view)) for view in views_of(batch, "VICReg", 2))
+        terms = vicreg_terms(z1_BD, z2_BD)
+        loss = terms.weighted(*self.weights)
+        self.log_training({"train/loss": loss} | {f"train/{name}": term for name, term in terms._asdict().items()})
+        return loss

@@ -1,0 +1,41 @@
+"""The last embeddings of all ranks, first in, first out: more rows than a batch has, for what compares or counts rows.
+
+Shapes: B rows of this rank, N rows of all ranks, L rows in the queue, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.distributed import gather_rows
+from lightspan.errors import UserError
+
+
+class FeatureQueue(nn.Module):
+    """Holds L rows, the same on all ranks and part of the state, so a run resumes on any number of ranks.
+
+    Args:
+        length: L, at least 1.
+        width: D.
+    """
+
+    rows_LD: Tensor
+    filled: Tensor
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        if min(length, width) < 1:
+            raise UserError(f"FeatureQueue: length={length} and width={width} must each be at least 1")
+        self.register_buffer("rows_LD", torch.zeros(length, width))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def full(self) -> bool:
+        """Whether L rows have come; asks the device for it."""
+        return int(self.filled) >= len(self.rows_LD)
+
+    @torch.no_grad()
+    def push(self, rows_BD: Tensor) -> None:
+        """The rows of all ranks come in and as many of the oldest go; every rank must call it. The newest are last."""
+        new_ND = gather_rows(rows_BD.detach())[0].to(self.rows_LD)
+        self.filled += len(new_ND)
+        self.rows_LD.copy_(torch.cat([self.rows_LD, new_ND])[-len(self.rows_LD) :])

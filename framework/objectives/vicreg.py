@@ -1,0 +1,78 @@
+"""VICReg: views agree, every feature keeps its variance, and features are uncorrelated.
+
+Source: Bardes, Ponce, LeCun, "VICReg: Variance-Invariance-Covariance Regularization", ICLR 2022, arXiv 2105.04906,
+eq. 1-6 and the authors' code. Where the two differ, the code holds: eq. 5 sums the squared distance over features,
+which the code averages, and the code halves the sum of both views' variance terms. The paper's weights, 25, 25 and 1,
+are the code's. That code takes the invariance over the rows of one rank; here all sums run over all ranks.
+Shapes: B rows of this rank, N of all ranks, D embedding width. Half precision is widened to float32, also under
+autocast.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightspan.devices import wide
+from lightspan.distributed import world_size
+from lightspan.errors import UserError
+from lightspan.objectives.means import sum_over_rows
+
+VARIANCE_EPS = 1e-4
+"""eps of eq. 2: the root of a feature that is constant over the batch then has a finite slope."""
+
+
+class VICRegTerms(NamedTuple):
+    """Scalars >= 0, the same on all ranks."""
+
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+    def weighted(self, invariance: float, variance: float, covariance: float) -> Tensor:
+        """The loss, eq. 6."""
+        return invariance * self.invariance + variance * self.variance + covariance * self.covariance
+
+
+def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, target: float = 1.0) -> VICRegTerms:
+    """s, (v(Z) + v(Z')) / 2 and c(Z) + c(Z').
+
+    s is the mean squared difference of both views, v the mean over features of max(0, target - sqrt(variance + eps)),
+    and c the sum of squared covariances of different features over D. Variances are unbiased. Rows that several ranks
+    together have only one of count as equal.
+
+    Args:
+        z1_BD, z2_BD: row i of both comes from image i.
+        target: gamma, the standard deviation below which a feature is pushed apart.
+    Raises: UserError on one rank, if the batch has fewer than 2 rows.
+    """
+    if world_size() == 1 and len(z1_BD) < 2:
+        raise UserError(
+            f"batch of {len(z1_BD)}: a variance over the batch needs at least 2 rows; raise data.init_args.batch_size"
+        )
+    with torch.autocast(z1_BD.device.type, enabled=False):
+        z_2BD = wide(torch.stack([z1_BD, z2_BD]))
+        distance_D = (z_2BD[0] - z_2BD[1]).square().sum(dim=0)
+        sums_3D, rows = sum_over_rows(torch.stack([*z_2BD.sum(dim=1), distance_D]), len(z1_BD))
+        centred_2BD = z_2BD - sums_3D[:2, None] / rows.clamp_min(1)
+        products_2DD, _ = sum_over_rows(centred_2BD.mT @ centred_2BD, 0)
+    covariance_2DD = products_2DD / (rows - 1).clamp_min(1)
+    variance_2D = covariance_2DD.diagonal(dim1=1, dim2=2)
+    # Masked, not subtracted: the difference of near-equal sums loses digits.
+    off_diagonal_2DD = covariance_2DD - torch.diag_embed(variance_2D)
+    return VICRegTerms(
+        sums_3D[2].mean() / rows.clamp_min(1),
+        (target - (variance_2D + VARIANCE_EPS).sqrt()).relu().mean(),
+        off_diagonal_2DD.square().sum() / z1_BD.shape[1],
+    )
+
+
+def vicreg_loss(
+    z1_BD: Tensor,
+    z2_BD: Tensor,
+    invariance_weight: float = 25.0,
+    variance_weight: float = 25.0,
+    covariance_weight: float = 1.0,
+) -> Tensor:
+    """lambda s + mu (v(Z) + v(Z')) / 2 + nu (c(Z) + c(Z')), eq. 6; see `vicreg_terms`."""
+    return vicreg_terms(z1_BD, z2_BD).weighted(invariance_weight, variance_weight, covariance_weight)
