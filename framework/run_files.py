@@ -12,6 +12,7 @@ METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"  # of an export or a merge, and of Hugging Face's folders
 OUTPUT = "output.txt"  # what a run that another command started has printed
 PICTURE = "picture.png"  # of a run without training, like TABLE and TENSORS
+PICTURES = "pictures"  # a folder of PNG files that callbacks draw; the report shows them
 PLAN = "plan.json"
 PREDICTIONS = "predictions.pt"
 PROVENANCE = "provenance.json"

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
+from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.callbacks.watching.detached import detached
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.strategies import gathered
-
-MOST_VALUES = 2**20  # for quantiles: torch sorts no more than 2^24
 
 
 class PictureSamples(Callback):
@@ -81,19 +79,7 @@ class PictureSamples(Callback):
                 clip=bounds,
             )
         if trainer.is_global_zero:
-            shown_BCHW = images_BCHW.float().cpu()
-            # Without bounds: a single extreme pixel would leave the rest of the picture grey.
-            black, white = bounds or quantiles(shown_BCHW, [0.005, 0.995])
-            shown_BCHW = ((shown_BCHW - black) / (white - black).clamp_min(1e-5)).clamp(0, 1)
-            shown_BCHW = shown_BCHW.nan_to_num()  # NaN is black
+            shown_BCHW = shown_in_range(images_BCHW, bounds)
             grid_CHW = make_grid(shown_BCHW, nrow=len(self.classes), pad_value=0.5)
             content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
             write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)
-
-
-def quantiles(values: Tensor, at: list[float]) -> Tensor:
-    """Of the finite values, 0 if there are none; of evenly spaced ones if there are more than torch can sort."""
-    finite = values[values.isfinite()]
-    if not len(finite):
-        return torch.zeros(len(at))
-    return finite[:: 1 + len(finite) // MOST_VALUES].quantile(torch.tensor(at))

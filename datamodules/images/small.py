@@ -9,7 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,11 +25,28 @@ from lightspan.files import expanded
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
+class Pictures(Protocol):
+    """Labelled pictures by number, however they are kept."""
+
+    def count(self) -> int: ...
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """(uint8 [H, W] or [C, H, W], label)."""
+        ...
+
+
 class Labelled(NamedTuple):
-    """images: uint8 [N, H, W] (grey) or [N, C, H, W]; labels: int64 [N]."""
+    """Pictures in memory. images: uint8 [N, H, W] (grey) or [N, C, H, W]; labels: int64 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
+
+    def count(self) -> int:
+        assert len(self.images) == len(self.labels)
+        return len(self.images)
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        return self.images[number], int(self.labels[number])
 
 
 class ImageSamples:
@@ -37,23 +54,24 @@ class ImageSamples:
 
     def __init__(
         self,
-        data: Labelled,
+        data: Pictures,
         mean: torch.Tensor,
         std: torch.Tensor,
         views: Views | None = None,
         views_on: Place = "workers",
     ) -> None:
-        assert len(data.images) == len(data.labels)
         self.data, self.mean, self.std = data, mean, std
         self.fields = ImageFields(mean, std, views, views_on)
+        self._count = data.count()
 
     def __len__(self) -> int:
-        return len(self.data.images)
+        return self._count
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
-        image = torch.tensor(self.data.images[index])
+        pixels, label = self.data.read(index)
+        image = torch.tensor(pixels)
         fields = self.fields(image.unsqueeze(0) if image.dim() == 2 else image, seed)
-        return {**fields, "label": torch.tensor(int(self.data.labels[index])), "index": torch.tensor(index)}
+        return {**fields, "label": torch.tensor(label), "index": torch.tensor(index)}
 
 
 def evenly(labels: np.ndarray, size: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,28 +22,52 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 def open_image(content: bytes) -> Image.Image:
     """An image of which only the header was read. Raises: ValueError above MAX_PIXELS or for what is not an image."""
     try:
-        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is lower
+            image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
     except UnidentifiedImageError as error:
         what = "it is not a JPEG, PNG or WebP image" if content else "it is empty"
         raise ValueError(what) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"its pixels exceed the limit of {MAX_PIXELS:,}") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
     return image
 
 
-def decode_image(content: bytes) -> Tensor:
-    """uint8 [3, H, W], rotated upright according to the EXIF orientation.
+def decode_image(content: bytes, background: int | None = None, least: int | None = None) -> Tensor:
+    """What `rgb` makes of an encoded image.
 
-    Grey becomes three equal channels; palettes and CMYK become RGB. Transparency is dropped, so the colours under it
-    show. 16 bits per channel become 8: grey v is round(v / 257), and colours lose their lower 8 bits.
+    Args:
+        background: as in `rgb`.
+        least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster,
+            as long as both sides keep this many pixels.
     Raises: ValueError above MAX_PIXELS or for what is not an image, OSError and others of `UNDECODABLE` if damaged.
     """
-    with open_image(content) as stored:
-        image = ImageOps.exif_transpose(stored)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would not scale but clip at 255
-            grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-            return torch.from_numpy(grey.astype(np.uint8)).repeat(3, 1, 1)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    with open_image(content) as image:
+        if least is not None:
+            image.draft("RGB", (least, least))  # leaves all but JPEGs as they are
+        return rgb(image, background)
+
+
+def rgb(image: Image.Image, background: int | None = None) -> Tensor:
+    """uint8 [3, H, W], rotated upright according to the EXIF orientation.
+
+    Grey becomes three equal channels; palettes and CMYK become RGB. 16 bits per channel become 8: grey v is
+    round(v / 257), and colours lose their lower 8 bits.
+
+    Args:
+        background: grey in [0, 255] that shows through where the image is transparent; None drops transparency, so the
+            colours under it show.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would not scale but clip at 255
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return torch.from_numpy(grey.astype(np.uint8)).repeat(3, 1, 1)
+    if background is not None and image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, (background, background, background, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def decode_array(content: bytes) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning import LightningDataModule
@@ -80,6 +81,8 @@ class Shards(LightningDataModule):
         shards: local paths and https addresses; `{000..099}` and `{a,b}` are expanded. `pipe:` and every other
             scheme is refused.
         val_shards: likewise, read once in each validation; None means no validation.
+        hold_out: without `val_shards`, the last so many of `shards` validate and do not train; for probes, say.
+        bank_size: training samples on which probes fit, spread evenly over all shards; None means all, each time.
         fields: name in the batch -> ending of the member, or several as "jpg|png", of which the first present one wins.
             Decoders exist for jpg, jpeg, png, webp, cls, txt, json and npy (without pickle).
         batch_size: samples of one optimiser step over all ranks.
@@ -122,6 +125,8 @@ class Shards(LightningDataModule):
         cache_dir: str | None = None,
         cache_gib: float = 64,
         views_on: Place = "workers",
+        hold_out: int = 0,
+        bank_size: int | None = None,
     ) -> None:
         super().__init__()
         fields = {"image": "jpg|jpeg|png|webp", "label": "cls"} if fields is None else fields
@@ -129,6 +134,18 @@ class Shards(LightningDataModule):
         self.shards, self.val_shards = _written_out("shards", shards), _written_out("val_shards", val_shards or [])
         if not self.shards:
             raise UserError("shards is an empty list; name at least one tar file")
+        if hold_out and (val_shards or not 0 < hold_out < len(self.shards)):
+            given = (
+                "val_shards is given too" if val_shards else f"there are {len(self.shards)} shards, and one must train"
+            )
+            raise UserError(
+                f"hold_out={hold_out} shards cannot validate: {given}; leave one of them out or lower hold_out"
+            )
+        if hold_out:
+            self.shards, self.val_shards = self.shards[:-hold_out], self.shards[-hold_out:]
+        if bank_size is not None and bank_size < 1:
+            raise UserError(f"bank_size={bank_size} must be at least 1; leave it out to take all samples")
+        self.bank_size = bank_size
         if image_size is not None and image_size < 1:
             raise UserError(f"image_size={image_size} pixels is too small; it must be at least 1")
         if window < 1:
@@ -172,8 +189,17 @@ class Shards(LightningDataModule):
         return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
 
     def bank_dataloader(self) -> EvaluationLoader:
-        """The training samples without views, in order: what probes fit on."""
-        return evaluation_loader(self.bank, self.batch_size, self.num_workers, self.trainer)
+        """`bank_size` training samples without views, in order: what probes fit on."""
+        count = len(self.bank)
+        chosen = None
+        if self.bank_size is not None and self.bank_size < count:
+            chosen = (np.arange(self.bank_size) * count // self.bank_size).tolist()
+        return evaluation_loader(self.bank, self.batch_size, self.num_workers, self.trainer, chosen)
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Black and white after standardising, each [3, 1, 1]."""
+        return -self.decode.mean / self.decode.std, (1 - self.decode.mean) / self.decode.std
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         assert self.val is not None

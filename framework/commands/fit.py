@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import manifest
-from lightspan.commands.arguments import add_recipe_arguments, add_run_argument
+from lightspan.commands.arguments import add_recipe_arguments, add_run_argument, folder
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
 from lightspan.loggers.wandb_key import wandb_key_place
+from lightspan.run_files import REPORT
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
@@ -29,6 +30,9 @@ from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
 from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
 
+IMAGE_SIZE = 64
+ENCODER, REPORT_FOLDER = Path("export") / "encoder", "report"
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -44,6 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or a checkpoint file",
     )
     parser.add_argument(
+        "--images",
+        type=folder,
+        metavar="FOLDER",
+        help="train on the pictures in this folder instead of the recipe's data, and end with a report of the features",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help=f"height and width at which --images are read (default: {IMAGE_SIZE})",
+    )
+    parser.add_argument(
         "--wandb", action="store_true", help="also log to Weights & Biases; offline if there is no API key"
     )
     parser.add_argument(
@@ -55,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = _resolved(args)
     if args.dry_run:
         from lightspan.planning.rehearsal import rehearse
 
@@ -65,6 +81,18 @@ def run(args: argparse.Namespace) -> int:
     run_dir = run_folder(args.run, resolved.name)
     with sole_use(run_dir):
         return _fit(args, resolved, run_dir)
+
+
+def _resolved(args: argparse.Namespace) -> Resolved:
+    if args.images is None:
+        if args.image_size is not None:
+            raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
+        return resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    from lightspan.config.own_pictures import with_pictures
+
+    below = resolve(args.recipe, args.overlays, (), args.allow_modules)
+    size = IMAGE_SIZE if args.image_size is None else args.image_size
+    return with_pictures(below, args.images, size, args.flags)
 
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
@@ -109,11 +137,37 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     if status == 0 and is_first_rank():
         if checkpoint is not None and step == built.trainer.global_step:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
+        if args.images is not None:
+            _show_features(built, run_dir)
         print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
         if (run_dir / LAST_CHECKPOINT).exists():
             words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
             print(f"      lightspan export {shlex.join(words)}")
     return status
+
+
+def _show_features(built: Built, run_dir: Path) -> None:
+    """The encoder as files for other programs, and the report, after training on --images."""
+    from lightspan.exports.encoder import write_encoder
+    from lightspan.files import write_atomic
+    from lightspan.report.page import render
+    from lightspan.report.runs import load_runs
+    from lightspan.sharded import ranks_of
+
+    data = built.datamodule
+    if any(ranks_of(parameter) is not None for parameter in built.model.parameters()):
+        print_notes(["each rank has a part of the weights only, so the encoder was not written; use lightspan export"])
+    else:
+        written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER)  # type: ignore[union-attr]
+        print_notes(written.remarks)
+        print(
+            f"encoder: {run_dir / ENCODER}: {', '.join(written.files)}; features read back differ by at most "
+            f"{written.difference:.3g}"
+        )
+    page = run_dir / REPORT_FOLDER / REPORT
+    runs = load_runs([run_dir])
+    write_atomic(page, render(runs, runs[0].name))
+    print(f"report: {page}")
 
 
 def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:

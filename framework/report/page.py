@@ -1,6 +1,7 @@
 """The report as one self-contained HTML page: without scripts, fonts, pictures or styles from elsewhere."""
 
 import shlex
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 
@@ -13,6 +14,11 @@ from lightspan.report.runs import Run
 from lightspan.report.sections import Section, sections
 from lightspan.report.style import CSS
 
+CAPTIONS = {
+    "first-batch": "The first training batch: a row for each picture, a column for each view",
+    "neighbours": "Validation pictures (framed) and the training pictures whose features are nearest",
+    "map": "Validation pictures, those with similar features close together",
+}
 LONGEST_BAR_REM = 5.0  # one scale for all columns, however wide they are
 
 
@@ -23,6 +29,7 @@ def render(runs: Sequence[Run], title: str) -> str:
         _legend(runs),
         _comparison(runs, compare(runs)),
         f'<div class="sections">{"".join(_charts(section) for section in sections(runs))}</div>',
+        _pictures(runs),
         _samples(runs),
         _configuration(runs),
         _provenance(runs),
@@ -32,7 +39,8 @@ def render(runs: Sequence[Run], title: str) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         # The policy enforces this: the page can load nothing, whatever the name of a metric.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
         f"<footer>lightspan {escape(lightspan.__version__)} · lightspan report "
         f"{escape(' '.join(str(run.folder) for run in runs))}</footer>"
@@ -94,6 +102,24 @@ def _charts(section: Section) -> str:
     wide = ' class="wide"' if len(section.charts) > 1 else ""
     charts = "".join(draw(chart) for chart in section.charts)
     return f'<section{wide}><h2>{escape(section.title)}</h2><div class="charts">{charts}</div></section>'
+
+
+def _pictures(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.pictures)
+    if not names:
+        return ""
+    blocks = []
+    known = [name for name in CAPTIONS if name in names]
+    for name in (*known, *(name for name in names if name not in CAPTIONS)):
+        caption = CAPTIONS.get(name, name)
+        shown = "".join(
+            f"<div><p>{_key(at)} {escape(run.name)}</p>"
+            f'<img alt="{escape(caption)}" src="data:image/png;base64,{b64encode(run.pictures[name]).decode()}"></div>'
+            for at, run in enumerate(runs)
+            if name in run.pictures
+        )
+        blocks.append(f'<h3>{escape(caption)}</h3><div class="pictures">{shown}</div>')
+    return f"<h2>Pictures</h2>{''.join(blocks)}"
 
 
 def _samples(runs: Sequence[Run]) -> str:

@@ -1,23 +1,25 @@
 """Reads run folders: the results of a training run, without torch and without trusting the files.
 
 A run folder contains metrics.jsonl (one JSON object per line: step, time_s and metrics) and, as far as the run got,
-summary.json (flat figures), resolved.yaml (the whole configuration), provenance.json (versions, command, commit) and
-samples.jsonl ({"step", "text"} per line).
+summary.json (flat figures), resolved.yaml (the whole configuration), provenance.json (versions, command, commit),
+samples.jsonl ({"step", "text"} per line) and a folder of pictures.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lightspan.config.tree import MAX_DEPTH, plain, read
 from lightspan.errors import UserError
 from lightspan.report.curves import XY
-from lightspan.run_files import FAILED, METRICS, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
+from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
 
+MOST_PICTURE_BYTES = 2**24
+PNG_MARK = b"\x89PNG\r\n\x1a\n"
 AXES = ("step", "time_s", "epoch")
 _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
@@ -33,7 +35,9 @@ class LoggedValue:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged."""
+    """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged.
+    `pictures` are PNG files by name.
+    """
 
     name: str
     folder: Path
@@ -42,6 +46,7 @@ class Run:
     config: dict[str, Any]
     provenance: dict[str, Any]
     samples: list[dict[str, Any]]
+    pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def metrics(self) -> list[str]:
         """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
@@ -121,6 +126,7 @@ def load_run(folder: Path, name: str) -> Run:
         config=_read_mapping(folder / RESOLVED),
         provenance=_read_mapping(folder / PROVENANCE),
         samples=_read_lines(folder / SAMPLES) if (folder / SAMPLES).is_file() else [],
+        pictures=_read_pictures(folder / PICTURES),
     )
     if not run.metrics():
         if (folder / FAILED).is_file():
@@ -145,7 +151,20 @@ def _with_derived_summary(run: Run) -> Run:
     end = {"finished": False} if run.config else {}
     # A line's step is the number of those before it.
     derived = {**last, "steps": 1 + max(row["step"] for row in run.rows), **seconds, **end}
-    return Run(run.name, run.folder, run.rows, derived, run.config, run.provenance, run.samples)
+    return replace(run, summary=derived)
+
+
+def _read_pictures(folder: Path) -> dict[str, bytes]:
+    """{name without ending: content} of the PNG files in a folder, the last of each series `NAME-STEP`; none if there
+    is no such folder. Files above `MOST_PICTURE_BYTES`, and what is no PNG inside, are left out.
+    """
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.png")):
+        if path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_PICTURE_BYTES:
+            content = path.read_bytes()
+            if content.startswith(PNG_MARK):
+                found[re.sub(r"-\d+$", "", path.stem)] = content
+    return found
 
 
 def _shared_rate_names(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -71,6 +71,10 @@ summary{cursor:pointer;color:var(--soft);font-size:.92rem;padding:4px 0}
 pre{margin:0;padding:14px;overflow:auto;max-height:26em;background:var(--card);border:1px solid var(--rule);
 border-radius:10px;
 font:.82rem/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+h3{font-size:1rem;margin:20px 0 8px}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:16px}
+.pictures img{max-width:100%;height:auto;border:1px solid var(--rule);border-radius:10px;background:#fff}
+.pictures p{font-size:.9rem;font-weight:600}
 .samples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:16px}
 .samples>div{min-width:0}
 .samples p{font-size:.9rem;font-weight:600}

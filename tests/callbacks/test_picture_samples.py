@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.io import read_image
 
-from lightspan.callbacks.watching.picture_samples import PictureSamples, quantiles
+from lightspan.callbacks.pictures.in_range import quantiles
+from lightspan.callbacks.watching.picture_samples import PictureSamples
 from lightspan.errors import UserError
 
 

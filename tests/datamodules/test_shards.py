@@ -20,6 +20,9 @@ from PIL import Image
 from shard_files import damage, write_shard, write_shards
 from torch import Tensor, nn
 
+from lightspan.callbacks.pictures.feature_pictures import FeaturePictures
+from lightspan.callbacks.pictures.first_batch import FirstBatch
+from lightspan.callbacks.watching.online_probes import OnlineProbes
 from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.workers import Replacement
@@ -512,3 +515,53 @@ def test_black_pictures_stand_in_where_no_shard_is(shards: list[str], tmp_path: 
     assert Shards([*shards, *away]).stand_in() is None
     assert Shards(["https://example.org/0.tar"]).stand_in() is None
     assert Shards(away, fields={"image": "jpg", "depth": "npy"}).stand_in() is None
+
+
+# Probes
+
+
+def test_probes_get_held_out_shards_and_a_bank_spread_over_the_others(shards: list[str]) -> None:
+    whole = opened(shards, batch_size=2)
+    held = opened(shards, batch_size=2, hold_out=1, bank_size=5)
+    trained, validated = (labels(list(loader)) for loader in (held.train_dataloader(), held.val_dataloader()))
+    assert sorted(trained + validated) == sorted(labels(list(whole.train_dataloader())))
+    assert not set(trained) & set(validated)
+    bank = labels(list(held.bank_dataloader()))
+    assert len(bank) == len(set(bank)) == 5
+    assert set(bank) <= set(trained)
+    assert max(bank) - min(bank) >= len(trained) // 2
+    assert len(labels(list(opened(shards, bank_size=100).bank_dataloader()))) == 12
+    assert all("image" in batch for batch in held.bank_dataloader())
+
+
+def test_online_probes_and_pictures_read_streamed_shards(tmp_path: Path) -> None:
+    class Features(Probe):
+        def features(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.weight * batch["image"].flatten(1)[:, :5]
+
+    shards, run = write_shards(tmp_path, (6, 6, 6)), tmp_path / "run"
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        enable_checkpointing=False,
+        devices=1,
+        callbacks=[OnlineProbes(knn_k=3), FeaturePictures(str(run), queries=2, neighbours=3), FirstBatch(str(run))],
+        **options,  # type: ignore[arg-type]
+    )
+    trainer.fit(Features(), datamodule=Shards(shards, hold_out=1, bank_size=6, batch_size=4))
+    assert {"probe/knn_accuracy", "probe/linear_accuracy", "probe/rankme"} <= set(trainer.callback_metrics)
+    assert sorted(path.name for path in run.iterdir()) == ["first-batch.png", "map.png", "neighbours.png"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hold_out": 2}, "hold_out=2 shards cannot validate: .*2 shards, and one must train"),
+        ({"hold_out": 1, "val_shards": ["c.tar"]}, "hold_out=1 shards cannot validate: val_shards is given too"),
+        ({"bank_size": 0}, "bank_size=0 must be at least 1"),
+    ],
+)
+def test_a_bank_that_cannot_be_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Shards(["a.tar", "b.tar"], **settings)

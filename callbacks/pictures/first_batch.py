@@ -1,0 +1,81 @@
+"""What the network is shown: the first training batch as a picture, after all augmentation.
+
+Shapes: B pictures, C H W.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.io import encode_png
+from torchvision.utils import make_grid
+
+from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.errors import UserError
+from lightspan.files import write_atomic
+
+MOST_COLUMNS = 16
+LEAST_SIDE = 64  # smaller pictures are enlarged by a whole factor, so that their pixels can be seen
+
+
+class FirstBatch(Callback):
+    """Writes FOLDER/first-batch.png before the first step: a row for each picture, a column for each of its views.
+
+    Views of several sizes are shown at the size of the largest; of a batch without views (`ImageBatch`), eight pictures
+    form a row. What is black and white, the data module says by `bounds`. Batches without pictures of 1 or 3 channels
+    are passed over.
+
+    Args:
+        folder: where the picture goes.
+        rows: pictures, >= 1.
+    """
+
+    alters_training = False  # see config.identity
+
+    def __init__(self, folder: str, rows: int = 8) -> None:
+        if rows < 1:
+            raise UserError(f"FirstBatch rows={rows} must be at least 1")
+        self.folder, self.rows = Path(folder), rows
+        self._done = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._done or trainer.global_step > 0 or not trainer.is_global_zero:
+            return
+        self._done = True
+        views, columns = _pictures(batch, self.rows)
+        if not views:
+            return
+        bounds = getattr(getattr(trainer, "datamodule", None), "bounds", None)
+        height, width = (max(view.shape[axis] for view in views) for axis in (2, 3))
+        same = [interpolate(shown_in_range(view, bounds), (height, width), mode="nearest") for view in views]
+        rows_BVCHW = torch.stack(same, dim=1)
+        grid_CHW = make_grid(enlarged(rows_BVCHW.flatten(0, 1)), nrow=columns, pad_value=0.5)
+        content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
+        write_atomic(self.folder / "first-batch.png", content)
+
+
+def enlarged(images_BCHW: Tensor) -> Tensor:
+    """By a whole factor, so that the shorter side has `LEAST_SIDE` pixels or nearly."""
+    factor = max(1, LEAST_SIDE // min(images_BCHW.shape[2:]))
+    return interpolate(images_BCHW, scale_factor=factor, mode="nearest") if factor > 1 else images_BCHW
+
+
+def _pictures(batch: Any, rows: int) -> tuple[list[Tensor], int]:
+    """(the pictures as columns of a grid, their number); none if the batch has none."""
+    if not isinstance(batch, dict):
+        return [], 0
+    views = batch.get("views")
+    if isinstance(views, list | tuple) and all(map(_is_picture, views)):
+        columns = [view[:rows].detach().float().cpu() for view in views[:MOST_COLUMNS]]
+    elif _is_picture(batch.get("image")):
+        return [batch["image"][: 8 * rows].detach().float().cpu()], 8
+    else:
+        return [], 0
+    return columns, len(columns)
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] in (1, 3)

@@ -1,0 +1,165 @@
+"""What data modules of the user's own pictures share: the split, the standardisation, the loaders.
+
+Shapes: N pictures, S side in pixels.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+
+from lightspan.datamodules.images.small import ImageSamples, channel_moments
+from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.errors import UserError
+
+
+class Album(Protocol):
+    """Pictures of one size by number: uint8 [3, S, S] and a label each."""
+
+    def read(self, number: int) -> tuple[np.ndarray, int]: ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some pictures of an album, as `ImageSamples` reads them. numbers: int64 [N]."""
+
+    album: Album
+    numbers: np.ndarray
+
+    def count(self) -> int:
+        return len(self.numbers)
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        return self.album.read(int(self.numbers[number]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a data module found.
+
+    Attributes:
+        album: all pictures.
+        train, val: their numbers, int64, each in ascending order.
+        labelled: whether labels mean anything; all are 0 otherwise.
+        classes: their names, as far as they are known.
+        content: what identifies the pixels and labels of `train`; a run resumes only with the same.
+    """
+
+    album: Album
+    train: np.ndarray
+    val: np.ndarray
+    labelled: bool
+    classes: Sequence[str]
+    content: str
+
+
+def held_out(names: Sequence[str], labels: np.ndarray, share: float) -> np.ndarray:
+    """Which pictures validate: bool [N], about `share` of each class, at least one if the class has two.
+
+    Pictures are taken in the order of a hash of their names, so that the choice depends on no seed, and adding pictures
+    moves few of the others from one side to the other.
+    """
+    ranks = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+    chosen = np.zeros(len(names), dtype=bool)
+    for label in np.unique(labels):
+        members = sorted(np.flatnonzero(labels == label).tolist(), key=ranks.__getitem__)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen[members[:count]] = True
+    return chosen
+
+
+class PictureData(LightningDataModule, ABC):
+    """Pictures of the user's own. A subclass finds them.
+
+    Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`, always
+    of 3 channels and of one size. Pictures are standardised with the mean and deviation of up to `moment_pictures`
+    training pictures, spread evenly. Order, ranks and resume are those of `ExactLoader`.
+
+    Args:
+        size: height and width of a picture in pixels.
+        batch_size: pictures of one optimiser step over all ranks.
+        views: makes the views of a training picture; None trains on the pictures themselves.
+        val_share: share of each class held out for validation, in (0, 1); see `held_out`.
+        seed: of the order and of the views.
+        num_workers: processes that fetch batches.
+
+    Attributes:
+        labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
+        classes: names of the classes, as far as they are known.
+    """
+
+    moment_pictures = 2_000
+
+    def __init__(
+        self,
+        size: int = 64,
+        batch_size: int = 128,
+        views: Views | None = None,
+        val_share: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if size < 1:
+            raise UserError(f"size={size} pixels is too small; it must be at least 1")
+        if not 0 < val_share < 1:
+            raise UserError(f"val_share={val_share} must be above 0 and below 1")
+        self.size, self.batch_size, self.views, self.val_share = size, batch_size, views, val_share
+        self.seed, self.num_workers = seed, num_workers
+        self.labelled, self.classes = False, tuple[str, ...]()
+        self.train: ImageSamples | None = None
+
+    @abstractmethod
+    def find(self) -> Found:
+        """Finds and splits the pictures; says what is unusual about them."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Once. Raises: UserError for fewer than two pictures, and what `find` raises."""
+        if self.train is not None:
+            return
+        found = self.find()
+        if not (len(found.train) and len(found.val)):
+            raise UserError(
+                f"{len(found.train) + len(found.val)} readable picture is too few: one must train and another one "
+                "validate; give at least two"
+            )
+        taken = np.linspace(0, len(found.train) - 1, min(len(found.train), self.moment_pictures)).astype(int)
+        mean, std = channel_moments(np.stack([found.album.read(int(number))[0] for number in found.train[taken]]))
+        train, val = (Chosen(found.album, numbers) for numbers in (found.train, found.val))
+        self.train = ImageSamples(train, mean, std, self.views)
+        self.bank, self.val = ImageSamples(train, mean, std), ImageSamples(val, mean, std)
+        self.labelled, self.classes, self._content = found.labelled, tuple(found.classes), found.content
+        say(
+            f"pictures: {len(found.train):,} for training and {len(found.val):,} for validation, "
+            f"{self.size} x {self.size}, "
+            + (f"{len(self.classes):,} classes" if self.classes else "labelled" if self.labelled else "without labels")
+        )
+
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Black and white after standardising: the least and greatest value of a picture, each [3, 1, 1]."""
+        assert self.train is not None
+        return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
+
+    def train_dataloader(self) -> ExactLoader:
+        assert self.train is not None
+        order = Order((len(self.train),), content=self._content)
+        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+
+    def bank_dataloader(self) -> EvaluationLoader:
+        """The training pictures without views, in order: what probes fit on."""
+        return self._evaluate(self.bank)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.val)
+
+    def _evaluate(self, samples: ImageSamples) -> EvaluationLoader:
+        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
