@@ -28,7 +28,7 @@ from lightspan.nn.mask_samplers import RandomMasks, seen_and_hidden
 from lightspan.nn.patches import at_places, patchify
 from lightspan.objectives.masked import patch_regression
 
-PATCH, STEPS, BATCH = 6, 400, 64
+PATCH, STEPS, BATCH = 6, 300, 64
 TRAINING, CLIPS = 2000, 40
 MEAN, STD = 0.5, 0.25
 crop = partial(RandomViews, count=1, size=SIDE, brightness=0.0, contrast=0.0)

@@ -5,6 +5,7 @@ Shapes: B images, T patches, N patches of all images, d numbers of a patch, V co
 
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ class PatchCodes(nn.Module):
     """The nearest of V centres of each patch: [B C h w] -> int64 [B T].
 
     Centres are those of k-means over the patches of the first batch, of all ranks, and are kept from then on; they are
-    part of the state. They take the place of a trained tokenizer of images, whose weights are not always at hand.
+    part of the state. They take the place of a trained tokenizer of images, whose weights are not always at hand. Where
+    the batch has fewer patches than there are codes, the last codes are copies of the first ones, and are never given.
 
     Args:
-        codes: V, at least 2 and at most the patches of a batch.
+        codes: V, at least 2.
         patch: sides of a patch in pixels.
         channels: of the images.
         seed: of the first centres.
@@ -49,7 +51,7 @@ class PatchCodes(nn.Module):
 
     @torch.no_grad()
     def forward(self, image_BChw: Tensor) -> Tensor:
-        """Raises: UserError for a first batch with fewer patches than codes, or images of other channels."""
+        """Raises: UserError for images of other channels."""
         patches_BTd = wide(patchify(image_BChw, self.patch))
         if patches_BTd.shape[2] != self.centres_Vd.shape[1]:
             raise UserError(
@@ -66,13 +68,8 @@ class PatchCodes(nn.Module):
 
     def _learn(self, patches_BTd: Tensor) -> None:
         rows_Nd = gather_rows(patches_BTd.flatten(0, 1))[0].cpu().numpy()
-        if len(rows_Nd) < self.codes:
-            raise UserError(
-                f"codes={self.codes} of PatchCodes, and the first batch has {len(rows_Nd)} patches; lower codes or "
-                "raise data.init_args.batch_size"
-            )
-        centres_Vd = KMeans(self.codes, n_init=1, random_state=self.seed).fit(rows_Nd).cluster_centers_
-        self.centres_Vd.copy_(torch.from_numpy(centres_Vd))
+        means = KMeans(min(self.codes, len(rows_Nd)), n_init=1, random_state=self.seed).fit(rows_Nd)
+        self.centres_Vd.copy_(torch.from_numpy(np.resize(means.cluster_centers_, self.centres_Vd.shape)))
         if world_size() > 1:  # sums in another order may move a last digit
             copy_of_first_rank([self.centres_Vd])
         self.known.fill_(True)

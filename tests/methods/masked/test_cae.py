@@ -161,8 +161,9 @@ def test_codes_are_of_the_nearest_centre_are_kept_and_are_saved() -> None:
     loaded.load_state_dict(codes.state_dict())
     assert torch.equal(loaded(first), given)
     assert torch.equal(loaded.centres_Vd, centres)
-    with pytest.raises(UserError, match="codes=40 of PatchCodes, and the first batch has 16 patches"):
-        PatchCodes(40, (2, 2), channels=1)(first[:1])
+    few = PatchCodes(40, (2, 2), channels=1)
+    assert sorted(few(first[:1]).flatten().tolist()) == [*range(16)]  # each patch is its own code
+    assert torch.equal(few.centres_Vd[16:32], few.centres_Vd[:16])
     with pytest.raises(UserError, match="patches of 4 numbers, and these have 8"):
         codes(torch.randn(3, 2, 8, 8))
     with pytest.raises(UserError, match="codes=1 must be at least 2"):
