@@ -1,0 +1,108 @@
+"""What the evidence on masked modelling shares: arms of one encoder, training, and probes of frozen patches."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from lightning import LightningDataModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.backbones.vit import TokenViT, vit
+from lightspan.method import Method
+from lightspan.methods.masked.cae import CAE
+from lightspan.methods.masked.i_jepa import IJEPA
+from lightspan.methods.masked.mae import MAE
+from lightspan.nn.attention import MultiHeadAttention
+from lightspan.nn.block_masks import BlockMasks
+from lightspan.nn.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.mask_decoder import MaskDecoder
+from lightspan.nn.multi_block import MultiBlock
+from lightspan.nn.patch_codes import PatchCodes
+from lightspan.optim.schedules import WarmupCosine
+
+WIDTH, DEPTH, HEADS, PATCH = 64, 4, 4, 4
+RATES = (1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+
+
+def encoder(**settings: object) -> TokenViT:
+    given = {"img_size": 28, "patch_size": PATCH, "in_chans": 1, "pool": "avg", "layer_scale": 0.1}
+    return vit(WIDTH, DEPTH, HEADS, **given | settings)  # type: ignore[arg-type]
+
+
+def optimisation(rate: float) -> dict[str, Callable]:
+    """The same for all arms."""
+    return {
+        "optimizer": partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.05),
+        "lr_scheduler": partial(WarmupCosine, warmup=0.05, final=0.0),
+    }
+
+
+def cae(rate: float, alignment: float = 2.0) -> Method:
+    return CAE(
+        encoder(),
+        LatentRegressor(WIDTH, depth=2, heads=HEADS),
+        LatentDecoder(WIDTH, 256, depth=2, heads=HEADS),
+        PatchCodes(256, (PATCH, PATCH), channels=1),
+        BlockMasks(1.0, (0.5, 0.5)),
+        alignment,
+        **optimisation(rate),
+    )
+
+
+def mae(rate: float) -> Method:
+    return MAE(encoder(), MaskDecoder(WIDTH, PATCH**2, WIDTH // 2, 2, HEADS), **optimisation(rate))
+
+
+def i_jepa(rate: float) -> Method:
+    predictor = MaskDecoder(WIDTH, WIDTH, WIDTH // 2, 2, HEADS)
+    return IJEPA(encoder(class_token=False), predictor, MultiBlock(targets=2), **optimisation(rate))
+
+
+def train(make: Callable[[], Method], data: LightningDataModule, seed: int, steps: int) -> Method:
+    """A trained method, in evaluation mode; with steps=0 the untrained one."""
+    seed_everything(seed, verbose=False)
+    method = make()
+    if steps:
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", gradient_clip_val=3.0, limit_val_batches=0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(method, datamodule=data)
+    else:
+        data.setup()
+    return method.eval()
+
+
+@torch.no_grad()
+def encoded(method: Method, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Tokens of patches [N T w], and labels [N]."""
+    backbone: TokenViT = method.backbone  # type: ignore[assignment]
+    tokens = [backbone.tokens(batch["image"])[:, backbone.num_prefix_tokens :] for batch in batches]
+    return torch.cat(tokens), torch.cat([batch["label"] for batch in batches])
+
+
+def attentive_accuracy(bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, seed: int) -> float:
+    """Accuracy of a learned query that attends to frozen patches, and a linear layer (CAE, section 4): in per cent."""
+    torch.manual_seed(seed)
+    query, norm = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH)), nn.LayerNorm(WIDTH)
+    pool, head = MultiHeadAttention(WIDTH, HEADS), nn.Linear(WIDTH, classes)
+    parts = nn.ModuleList([norm, pool, head])
+
+    def scores(tokens_BTw: Tensor) -> Tensor:
+        normed = norm(tokens_BTw)
+        return head(pool(query.expand(len(normed), -1, -1), normed, normed)[:, 0])
+
+    epochs, batch = 20, 100
+    optimizer = torch.optim.AdamW([query, *parts.parameters()], lr=3e-3, weight_decay=0.01)
+    total = epochs * (len(bank[1]) // batch)
+    schedule = WarmupCosine(optimizer, max(total, 1), final=0.0)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(bank[1])).split(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(scores(bank[0][rows]), bank[1][rows]).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        return 100 * float((scores(test[0]).argmax(dim=1) == test[1]).double().mean())

@@ -1,0 +1,112 @@
+"""CAE: features of hidden patches are predicted in the space of the encoder, and only then turned into targets.
+
+Source: Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", 2022, arXiv 2202.03026, section
+3, and the authors' code. The encoder F sees the visible patches; a regressor predicts from them the features of the
+hidden ones; a decoder turns these predictions, and nothing else, into the code of each hidden patch:
+L = cross-entropy(decoder(predicted), codes) + 2 |predicted - F(hidden patches alone)|^2, the second a mean over numbers
+and without a gradient into F there: "alignment". The class token goes through the encoder, and neither regressor nor
+decoder read it. The encoder of the alignment is the encoder itself, in training mode, as in the code: no average.
+Codes are those of a tokenizer (in the paper the dVAE of DALL-E, on an image of half the size); without one the targets
+are the pixels of MAE, which the paper tries as well, with three quarters of the patches hidden.
+Shapes: B batch of this rank, C h w image, H W grid, K visible and M hidden patches, P prefix tokens, w width, V codes.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.devices import wide
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.block_masks import BlockMasks
+from lightspan.nn.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.mask_samplers import MaskSampler, image_numbers, seen_and_hidden
+from lightspan.nn.patches import at_places, patchify
+from lightspan.nn.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.objectives.masked import patch_regression
+from lightspan.objectives.means import squared_error
+
+
+class CAE(Method):
+    """Trains an encoder to say of visible patches what it would say of hidden ones; the encoder is kept.
+
+    Args:
+        backbone: a `lightspan.nn.token_backbone.TokenBackbone`; what probes read.
+        regressor, decoder: of the backbone's width; the decoder's out_features are V, or the numbers of a patch.
+        tokenizer: [B C h w] -> int64 [B H*W] codes in [0, V), and says V in its attribute `codes`; not trained. None:
+            pixels.
+        masks: hides equally many patches of each image; None hides half of them by blocks of 16 and more.
+        alignment_weight: >= 0; at 0 the second pass of the encoder is left out.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        regressor: LatentRegressor,
+        decoder: LatentDecoder,
+        tokenizer: nn.Module | None = None,
+        masks: MaskSampler | None = None,
+        alignment_weight: float = 2.0,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_tokens(backbone, "CAE")
+        require_width(backbone, "regressor.width", regressor.in_features)
+        if tokenizer is None:
+            require_patch_decoder(backbone, decoder, "CAE")
+        require_width(backbone, "decoder.width", decoder.in_features)
+        if tokenizer is not None and getattr(tokenizer, "codes", None) != decoder.out_features:
+            raise UserError(
+                f"decoder.out_features={decoder.out_features}, and {type(tokenizer).__name__} has "
+                f"{getattr(tokenizer, 'codes', 'no')} codes; make both the same"
+            )
+        if not 0 <= alignment_weight < math.inf:
+            raise UserError(f"alignment_weight={alignment_weight} must be at least 0 and finite")
+        self.backbone, self.regressor, self.decoder = backbone, regressor, decoder
+        self.tokenizer = None if tokenizer is None else tokenizer.requires_grad_(False)
+        self.masks = masks or BlockMasks(1.0, (0.5, 0.5), least_block=16)
+        self.alignment_weight = alignment_weight
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def patch_features(self, image_BChw: Tensor, keep_BK: Tensor) -> Tensor:
+        """What the encoder says of these patches, of which it sees no others: [B K w]."""
+        backbone = require_tokens(self.backbone, "CAE")
+        return backbone.tokens(image_BChw, keep_BK=keep_BK)[:, backbone.num_prefix_tokens :]
+
+    def predict(self, image_BChw: Tensor, see_BK: Tensor, hide_BM: Tensor) -> Tensor:
+        """The features of the hidden patches as the visible ones let expect them, [B M w]."""
+        grid = require_tokens(self.backbone, "CAE").grid(image_BChw)
+        return self.regressor(self.patch_features(image_BChw, see_BK), see_BK, hide_BM, grid)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (image_BChw,) = views_of(batch, "CAE", 1)
+        grid = require_tokens(self.backbone, "CAE").grid(image_BChw)
+        drawn_BHW = self.masks.draw(grid, self.global_step, image_numbers(batch["index"]))
+        see_BK, hide_BM = seen_and_hidden(drawn_BHW, image_BChw.device)
+        predicted_BMw = self.predict(image_BChw, see_BK, hide_BM)
+        figures = {"target": self.target_loss(self.decoder(predicted_BMw, hide_BM, grid), image_BChw, hide_BM)}
+        loss = figures["target"]
+        if self.alignment_weight:
+            with torch.no_grad():
+                own_BMw = self.patch_features(image_BChw, hide_BM)
+            figures["alignment"] = squared_error(predicted_BMw, own_BMw)
+            loss = loss + self.alignment_weight * figures["alignment"]
+        self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
+        return loss
+
+    def target_loss(self, guess_BMo: Tensor, image_BChw: Tensor, hide_BM: Tensor) -> Tensor:
+        """Mean over hidden patches; 0 without any."""
+        if self.tokenizer is None:
+            patch = require_tokens(self.backbone, "CAE").patch_shape[:2]
+            return patch_regression(guess_BMo, at_places(patchify(image_BChw, patch), hide_BM))
+        codes_BM = self.tokenizer(image_BChw).gather(1, hide_BM)
+        reduction = "mean" if codes_BM.numel() else "sum"
+        return F.cross_entropy(wide(guess_BMo).flatten(0, 1), codes_BM.flatten(), reduction=reduction)

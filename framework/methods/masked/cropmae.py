@@ -1,0 +1,79 @@
+"""CropMAE: an encoder learns correspondence from two crops of one image, of which one is hidden but for two patches.
+
+Source: Eymael et al., "Efficient Image Pre-Training with Siamese Cropped Masked Autoencoders", ECCV 2024, arXiv
+2403.17823, and the authors' code. One encoder sees all patches of the one view and the few visible patches of the
+other; a decoder guesses the hidden ones by looking at the first view through cross-attention. The loss is MAE's.
+By default the hidden view is a crop of a crop (`lightspan.datamodules.images.views.NestedCrops`). The paper's other
+pairs are other views: two random crops (`TwoViews`), the same view twice (`Plain`), and with `hidden_view=0` the outer
+crop is hidden.
+Shapes: B batch of this rank, C h w image, H W grid, K visible and M hidden patches, d = p q C numbers of a patch.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.cross_decoder import CrossDecoder
+from lightspan.nn.mask_samplers import MaskSampler, RandomMasks, image_numbers, seen_and_hidden
+from lightspan.nn.patches import at_places, patchify
+from lightspan.nn.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.views import views_of
+from lightspan.objectives.masked import patch_regression
+
+
+class CropMAE(Method):
+    """Trains an encoder and a decoder to guess the hidden patches of one view with the help of another; the encoder is
+    kept.
+
+    Args:
+        backbone: a `lightspan.nn.token_backbone.TokenBackbone`; what probes read.
+        decoder: with out_features = d. The authors' has `CrossFirst` blocks and place_other=False.
+        masks: hides equally many patches of each image; None hides 0.985 of them, which leaves 2 of 196 and never less
+            than 1.
+        hidden_view: which of the two views of a batch is hidden, 0 or 1.
+        normalise: whether targets are normalised patch by patch; without it they are the pixels.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decoder: CrossDecoder,
+        masks: MaskSampler | None = None,
+        hidden_view: int = 1,
+        normalise: bool = True,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_patch_decoder(backbone, decoder, "CropMAE")
+        if hidden_view not in (0, 1):
+            raise UserError(f"hidden_view={hidden_view} must be 0 or 1, one of the two views of a batch")
+        self.backbone, self.decoder, self.masks = backbone, decoder, masks or RandomMasks(0.985)
+        self.hidden_view, self.normalise = hidden_view, normalise
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def guess(self, image_BChw: Tensor, whole_BChw: Tensor, see_BK: Tensor, hide_BM: Tensor) -> Tensor:
+        """What the hidden patches of `image` may show, [B M d], from its visible ones and the whole other view."""
+        backbone = require_tokens(self.backbone, "CropMAE")
+        seen_BSD, other_BUD = backbone.tokens(image_BChw, keep_BK=see_BK), backbone.tokens(whole_BChw)
+        return self.decoder(seen_BSD, see_BK, hide_BM, other_BUD, backbone.grid(image_BChw))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views = views_of(batch, "CropMAE", 2)
+        image_BChw, whole_BChw = views[self.hidden_view], views[1 - self.hidden_view]
+        if image_BChw.shape != whole_BChw.shape:
+            raise UserError(
+                f"CropMAE needs both views of one size, and these are {[*image_BChw.shape[2:]]} and "
+                f"{[*whole_BChw.shape[2:]]}; set the same size in data.init_args.views"
+            )
+        backbone = require_tokens(self.backbone, "CropMAE")
+        drawn_BHW = self.masks.draw(backbone.grid(image_BChw), self.global_step, image_numbers(batch["index"]))
+        see_BK, hide_BM = seen_and_hidden(drawn_BHW, image_BChw.device)
+        hidden_BMd = at_places(patchify(image_BChw, backbone.patch_shape[:2]), hide_BM)
+        loss = patch_regression(self.guess(image_BChw, whole_BChw, see_BK, hide_BM), hidden_BMd, self.normalise)
+        self.log_training({"train/loss": loss})
+        return loss
