@@ -21,7 +21,6 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.feature_queue import FeatureQueue
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.projector import Projector
 from lightspan.nn.teaching import leave_in_place, require_schedules
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
@@ -37,7 +36,8 @@ class SwAV(Method):
 
     Args:
         backbone: [R C h w] -> [R num_features], for each size of view.
-        projector: [R num_features] -> [R D]; its BatchNorms see the rows of all views at once.
+        projector: [R num_features] -> [R D], with D as its `out_features`, such as `lightspan.nn.projector.Projector`;
+            a BatchNorm in it sees the rows of all views at once.
         prototypes: K, well below the number of images.
         temperature: of predictions, > 0.
         code_temperature: epsilon of Sinkhorn-Knopp, > 0; a smaller one gives harder codes.
@@ -53,7 +53,7 @@ class SwAV(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        projector: Projector,
+        projector: nn.Module,
         prototypes: int = 3000,
         temperature: float = 0.1,
         code_temperature: float = 0.05,
@@ -70,17 +70,21 @@ class SwAV(Method):
             {"temperature": temperature, "code_temperature": code_temperature},
         )
         require_global_views(global_views)
-        require_width(backbone, "projector.in_features", projector.in_features)
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        width: int | None = getattr(projector, "out_features", None)
+        if width is None:
+            raise UserError(
+                f"SwAV's prototypes are as wide as the projector's embeddings, and {type(projector).__name__} has no "
+                "out_features; use lightspan.nn.projector.Projector or torch.nn.Linear"
+            )
         if min(prototypes, iterations) < 1 or queue < 0:
             raise UserError(
                 f"prototypes={prototypes} and iterations={iterations} must be at least 1, and queue={queue} at least 0"
             )
         self.network = MultiCropNetwork(backbone, projector)
-        self.prototypes = nn.Linear(projector.out_features, prototypes, bias=False)
+        self.prototypes = nn.Linear(width, prototypes, bias=False)
         self.prototypes.parameter_kinds = {"weight": "embeddings"}  # type: ignore[assignment]
-        self.queues = nn.ModuleList(
-            FeatureQueue(queue, projector.out_features) for _ in range(global_views if queue else 0)
-        )
+        self.queues = nn.ModuleList(FeatureQueue(queue, width) for _ in range(global_views if queue else 0))
         self.temperature, self.code_temperature, self.iterations = temperature, code_temperature, iterations
         self.queue_from, self.freeze_prototypes, self.global_views = queue_from, freeze_prototypes, global_views
         self.renormalise()

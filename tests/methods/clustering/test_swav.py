@@ -189,3 +189,8 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
+
+
+def test_a_projector_that_does_not_say_its_width_is_refused() -> None:
+    with pytest.raises(UserError, match=r"Sequential has no out_features; use lightspan.nn.projector.Projector"):
+        SwAV(Pooled(), nn.Sequential(nn.Linear(8, 6)), optimizer=torch.optim.SGD)
