@@ -34,6 +34,20 @@ def write_shards(folder: Path, sizes: Iterable[int]) -> list[str]:
     return shards
 
 
+def pair_shard(path: Path, ending: str) -> str:
+    """Four pictures, each with a text, "picture number N", or a class, N, by the ending of their member."""
+    with tarfile.open(path, "w") as archive:
+        for number in range(4):
+            picture = io.BytesIO()
+            Image.new("RGB", (6, 4), (number, 0, 255)).save(picture, "PNG")
+            said = {"txt": f"picture number {number}", "cls": str(number)}[ending]
+            for name, content in (("png", picture.getvalue()), (ending, said.encode())):
+                member = tarfile.TarInfo(f"{number:04}.{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
 def damage(shard: str, at: int) -> None:
     """Turns one byte of a shard into another."""
     content = bytearray(Path(shard).read_bytes())

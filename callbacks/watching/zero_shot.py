@@ -44,7 +44,7 @@ class ZeroShot(Callback):
     ) -> None:
         if every_n_epochs < 1 or not templates:
             raise UserError(
-                f"ZeroShot every_n_epochs={every_n_epochs} and the templates, {templates}, must be at least 1"
+                f"ZeroShot every_n_epochs={every_n_epochs} must be at least 1, and templates={list(templates)} one"
             )
         self.templates, self.class_names, self.every_n_epochs = tuple(templates), class_names, every_n_epochs
 

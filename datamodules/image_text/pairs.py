@@ -39,7 +39,7 @@ class ImageTextShards(Shards):
         tokenizer: turns a text into tokens, special tokens included.
         length: T, tokens of a text that are read, at least 3.
         view: makes the one view of a training image; None trains on the images themselves.
-        image, text: endings of the members, as in `fields` of `Shards`.
+        image: endings of the images, as in `fields` of `Shards`; texts are `txt` members.
         settings: the others of `Shards`.
     """
 
@@ -51,10 +51,9 @@ class ImageTextShards(Shards):
         length: int = 77,
         view: Views | None = None,
         image: str = "jpg|jpeg|png|webp",
-        text: str = "txt",
         **settings: Any,
     ) -> None:
-        super().__init__(shards, val_shards, fields={"image": image, "text": text}, views=view, **settings)
+        super().__init__(shards, val_shards, fields={"image": image, "text": "txt"}, views=view, **settings)
         if length < 3:
             raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
         self.tokenizer, plain = tokenizer, self.decode

@@ -171,7 +171,7 @@ class Ames(TableData):
         settings: those of `TableData`.
     """
 
-    columns = 314
+    columns = 316
 
     def __init__(self, library: str | None = None, **settings: Any) -> None:
         super().__init__(**settings)

@@ -11,7 +11,7 @@ from typing import Any, is_typeddict
 import pytest
 import torch
 from lightning import LightningDataModule
-from shard_files import write_shards
+from shard_files import pair_shard, write_shards
 from torch import Tensor
 
 from lightspan import datamodules
@@ -88,7 +88,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "TaskImages": (lambda folder: TaskImages({"a": Digits(), "b": Derived(Digits(), 1)}, 4, "train"), "TasksBatch"),
     "Shards": (shards, "ImageBatch"),
     "ImageTextShards": (
-        lambda folder: ImageTextShards(write_shards(folder, [5]), HashedWords(), length=9, text="cls", batch_size=4),
+        lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
         "ImageTextBatch",
     ),
     "Scenes": (lambda folder: Scenes(tokenizer=HashedWords(), batch_size=4, size=288), "LabelledImageTextBatch"),

@@ -1,13 +1,12 @@
 """Pairs of pictures and captions: drawn scenes, stamps, and shards."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shard_files import pair_shard
 
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules.image_text.captioned import tokenized
@@ -171,19 +170,6 @@ def test_stamps_are_those_with_a_caption_and_one_caption_is_on_one_side(tmp_path
 def test_a_folder_without_stamps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 0 stamps with captions; install the system package tuxpaint"):
         Stamps(root=str(tmp_path), tokenizer=WORDS).load()
-
-
-def pair_shard(path: Path, ending: str) -> str:
-    with tarfile.open(path, "w") as archive:
-        for number in range(4):
-            picture = io.BytesIO()
-            Image.new("RGB", (6, 4), (number, 0, 255)).save(picture, "PNG")
-            said = {"txt": f"picture number {number}", "cls": str(number)}[ending]
-            for name, content in (("png", picture.getvalue()), (ending, said.encode())):
-                member = tarfile.TarInfo(f"{number:04}.{name}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return str(path)
 
 
 def test_shards_give_pairs_for_training_and_classes_for_validation(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_distance_weighs_on_negatives_alone() -> None:
 def test_mixtures_carry_no_gradient() -> None:
     """The gradient is that of the loss with the rows of all mixtures copied before."""
     z, y = rows(5).requires_grad_(), torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0], dtype=torch.float64)
-    supremix(z, y, torch.full((5,), 0.3), temperature=0.5).backward()
+    supremix(z, y, torch.full((5,), 0.3, dtype=torch.float64), temperature=0.5).backward()
     v = torch.nn.functional.normalize(z.detach(), dim=1).requires_grad_()
     c, terms = v.detach(), []
     for i in range(5):

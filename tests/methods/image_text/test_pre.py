@@ -1,7 +1,7 @@
 """PRE and CoOp: the classifier that both are, what is frozen, classes in any order, and the recipes."""
 
-from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ def test_a_class_is_read_as_start_prompt_name_end() -> None:
     for row, name in zip(model.class_rows(), NAMES, strict=True):
         ids = torch.tensor(WORDS(f"{name}.")["input_ids"])
         embedded = torch.cat([text.tokens(ids[:1]), model.prompt_tokens, text.tokens(ids[1:])])[None]
-        state = text.read(embedded, torch.ones(1, len(ids) + 4))
+        state = text.read(embedded, torch.ones(1, len(ids) + 4, dtype=torch.int64))
         torch.testing.assert_close(row, F.normalize(model.encoders.text_map(state), dim=1)[0])
 
 
@@ -74,7 +74,7 @@ def test_dropping_the_encoder_changes_no_logit() -> None:
     assert not torch.equal(model.prompt(), model.prompt_tokens)
     model.drop_encoder()
     assert model.encoder is None
-    torch.testing.assert_close(model(batch()["image"]), before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(batch()["image"]), before, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", [True, False])
@@ -99,11 +99,13 @@ def test_other_orders_of_classes_permute_logits_alone() -> None:
     torch.testing.assert_close(method(names=[NAMES[i] for i in order])(x), method()(x)[:, order])
 
 
-def test_new_classes_are_told_apart_among_themselves(make_trainer: Callable[..., Trainer]) -> None:
+def test_new_classes_are_told_apart_among_themselves(tmp_path: Path) -> None:
     base = list(range(0, 72, 2))
     model = PRE(encoders(), base_classes=base, optimizer=partial(torch.optim.SGD, lr=0.1))
     scenes = Scenes(tokenizer=WORDS, size=288, pairs=0.0, batch_size=32, length=12, train_classes=base)
-    trainer = make_trainer(max_steps=2, limit_val_batches=3, val_check_interval=2)
+    options: dict[str, Any] = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
+    options |= {"accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = Trainer(max_steps=2, limit_val_batches=3, val_check_interval=2, num_sanity_val_steps=0, **options)
     trainer.fit(model, datamodule=scenes)
     hits: dict[bool, list[bool]] = {True: [], False: []}
     model.eval()
