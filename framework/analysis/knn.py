@@ -7,9 +7,9 @@ chunk.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lightspan.analysis.labels import require_labels
+from lightspan.analysis.rows import unit_rows
 from lightspan.devices import wide_type
 from lightspan.errors import UserError
 
@@ -48,7 +48,7 @@ def knn_accuracy(
     if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
         raise UserError("features contain NaN or infinite values, so they have no neighbours; the model has diverged")
     wide = wide_type(bank_ND.dtype, query_MD.dtype)
-    bank_ND, query_MD = (_of_length_one(x.to(wide)) for x in (bank_ND, query_MD))
+    bank_ND, query_MD = (unit_rows(x.to(wide)) for x in (bank_ND, query_MD))
     class_C, bank_class_N = bank_labels_N.unique(return_inverse=True)  # only a class of the bank can win
     correct = 0
     for query_QD, labels_Q in zip(query_MD.split(chunk), query_labels_M.split(chunk), strict=True):
@@ -60,8 +60,3 @@ def knn_accuracy(
         votes_QC.scatter_add_(1, bank_class_N[neighbour_QK], weight_QK)
         correct += int((class_C[votes_QC.argmax(dim=1)] == labels_Q).sum())
     return correct / len(query_MD)
-
-
-def _of_length_one(x_ND: Tensor) -> Tensor:
-    # Divided by the largest entry first: squares of small numbers vanish, those of large ones overflow.
-    return normalize(normalize(x_ND, p=torch.inf, eps=torch.finfo(x_ND.dtype).tiny)) if x_ND.shape[1] else x_ND
