@@ -71,8 +71,8 @@ def chosen(joint: bool) -> float:
 def test_means_do_not_forget(evidence):
     in_tasks, together = chosen(joint=False), chosen(joint=True)
     evidence.note(
-        f"{TRAIN} digits for training and 597 for testing, {EPOCHS} epochs of a task. Rates of {RATES}: {in_tasks} task "
-        f"by task, {together} jointly, chosen on seed {SEARCH}."
+        f"{TRAIN} digits for training and 597 for testing, {EPOCHS} epochs of a task. Rates of {RATES}: {in_tasks} "
+        f"task by task, {together} jointly, chosen on seed {SEARCH}."
     )
     over_tasks, behind_joint, over_random = {}, {}, {}
     for seed in SEEDS:

@@ -4,7 +4,7 @@ Two data sets without labels in training: points of four bent surfaces of two di
 arms share a network and a first stage of the total coding rate. MLC then trains on; a softmax head of as many clusters
 with MCR2's rates, NMCE's form, trains on as long. Each arm has six settings, of which the best on seed 100 is taken:
 temperatures and rates of MLC, distortions and rates of the softmax head, numbers of neighbours of spectral clustering;
-k-means has only starts. That seed has surfaces and 600 digits of its own, and labels are used there alone and for scores.
+k-means has only starts. That seed has surfaces and 600 digits of its own, and labels are used there and for scores.
 "unbalanced" keeps a quarter of the points of half of the clusters.
 """
 
@@ -25,7 +25,7 @@ from lightspan.nn.projector import Projector
 from lightspan.objectives.coding_rate import cluster_coding_rate, total_coding_rate_loss
 
 SEEDS, SEARCH = (0, 1, 2), 100
-FIRST, SECOND, BATCH, WIDTH, DISTORTION = 400, 200, 256, 16, 0.2
+FIRST, SECOND, BATCH, WIDTH, DISTORTION = 1000, 400, 256, 16, 0.2
 MLC_SETTINGS = [(temperature, rate) for temperature in (0.05, 0.1, 0.2) for rate in (3e-4, 1e-3)]
 SOFTMAX_SETTINGS = [(distortion, rate) for distortion in (0.1, 0.2, 0.5) for rate in (3e-4, 1e-3)]
 NEIGHBOURS = [5, 8, 10, 15, 20, 30]

@@ -23,7 +23,7 @@ from lightspan.features.features import Features
 
 DRAWS, ENSEMBLE_DRAWS, SEEDS = range(5), range(10), (0, 1, 2)
 ARMS = {"NMC": NMC, "no shrinkage": partial(GDA, PseudoInverse()), "GDA": GDA}
-NOISE = 0.075  # of a pixel of a unit-length class mean
+NOISE = 0.15  # of a pixel of a unit-length class mean
 
 
 def digits(draw: int) -> Features:
