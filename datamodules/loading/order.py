@@ -49,3 +49,15 @@ class Order:
             for at in range(0, len(blocks), self.window)
         ]
         return np.concatenate([generator.permutation(samples) for samples in windows])
+
+
+@dataclass(frozen=True)
+class InSequence(Order):
+    """Blocks in their own order, each mixed by itself: tasks that come one after the other."""
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
+        ends = np.cumsum(self.sizes)
+        return np.concatenate(
+            [end - size + generator.permutation(size) for size, end in zip(self.sizes, ends, strict=True)]
+        )

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightspan.analysis.scale import directions
+from lightspan.analysis.rows import unit_rows
 from lightspan.analysis.spectra import singular_values
 from lightspan.devices import wide, widest_float
 from lightspan.errors import UserError
@@ -75,7 +75,7 @@ def uniformity(x_ND: Tensor, t: float = 2.0) -> float:
     Raises: UserError for fewer than two rows.
     """
     _require_rows("uniformity", x_ND, 2)
-    squares = torch.pdist(directions(x_ND)).square()
+    squares = torch.pdist(unit_rows(x_ND)).square()
     return (torch.logsumexp(-t * squares, dim=0) - math.log(len(squares))).item()
 
 
@@ -88,7 +88,7 @@ def alignment(x_NQD: Tensor) -> float:
     if x_NQD.ndim != 3 or (views := x_NQD.shape[1]) < 2:
         raise UserError(f"alignment needs features [samples, views >= 2, D], but got {list(x_NQD.shape)}")
     one, other = torch.triu_indices(views, views, 1, device=x_NQD.device)
-    u_NQD = directions(x_NQD)
+    u_NQD = unit_rows(x_NQD)
     return (u_NQD[:, one] - u_NQD[:, other]).square().sum(dim=2).mean().item()
 
 
@@ -100,7 +100,7 @@ def spread(x_ND: Tensor) -> float:
     Raises: UserError for no row or no feature.
     """
     _require_rows("spread", x_ND, 1)
-    u_ND = _widest(directions(x_ND))
+    u_ND = _widest(unit_rows(x_ND))
     return ((u_ND - u_ND[:1]).std(dim=0, correction=0).mean() * math.sqrt(u_ND.shape[1])).item()
 
 
@@ -125,7 +125,7 @@ def duplicates(x_ND: Tensor, tolerance: float = 1e-3) -> float:
     _require_rows("duplicates", x_ND, 1)
     if not x_ND.isfinite().all():
         return math.nan
-    u_ND = _widest(directions(x_ND))
+    u_ND = _widest(unit_rows(x_ND))
     found = 0
     for start in range(0, len(u_ND), 1024):
         # Not by the matrix product, whose rounding errors are larger than close distances.

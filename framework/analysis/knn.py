@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightspan.analysis.labels import require_labels
-from lightspan.analysis.scale import directions
+from lightspan.analysis.rows import unit_rows
 from lightspan.devices import wide_type
 from lightspan.errors import UserError
 
@@ -90,7 +90,7 @@ def _neighbours(
     if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
         raise UserError("features contain NaN or infinite values, so they have no neighbours; the model has diverged")
     wide = wide_type(bank_ND.dtype, query_MD.dtype)
-    bank_ND, query_MD = directions(bank_ND.to(wide)), directions(query_MD.to(wide))
+    bank_ND, query_MD = unit_rows(bank_ND.to(wide)), unit_rows(query_MD.to(wide))
     for query_QD in query_MD.split(chunk):
         similarity_QK, neighbour_QK = (query_QD @ bank_ND.T).topk(k)
         # Relative to the nearest one: the same votes, without overflow at a small temperature.

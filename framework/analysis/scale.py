@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from lightspan.devices import wide, widest_float
+from lightspan.devices import widest_float
 
 
 def scaled(*sets: Tensor) -> tuple[float, list[Tensor]]:
@@ -18,12 +17,3 @@ def scaled(*sets: Tensor) -> tuple[float, list[Tensor]]:
     exponent = int(torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent) if largest else 0
     scale = 2.0 ** max(-1000, min(exponent, 1000))  # its inverse must be a number too
     return scale, [x / scale for x in wide]
-
-
-def directions(x: Tensor) -> Tensor:
-    """Rows [... D] of length one, in float32 or wider; a row of zeros stays one."""
-    x = wide(x)
-    if not x.shape[-1]:
-        return x
-    # Divided by the largest entry first: squares of small numbers vanish, those of large ones overflow.
-    return normalize(normalize(x, p=torch.inf, dim=-1, eps=torch.finfo(x.dtype).tiny), dim=-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightspan.analysis.moments import Moments
+from lightspan.analysis.rows import unit_rows
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 
@@ -67,14 +68,18 @@ class Features:
             stop = min(at + size, last)
             yield self.x[at:stop], None if self.label_N is None else self.label_N[at:stop]
 
-    def moments(self, by_class: bool = False) -> Moments:
-        """`Moments` of all rows, in one pass over this rank's share and a sum over ranks."""
+    def moments(self, by_class: bool = False, unit: bool = False) -> Moments:
+        """`Moments` of all rows, in one pass over this rank's share and a sum over ranks.
+
+        Args:
+            unit: of the rows scaled to length 1.
+        """
         x = self.rows()
         if by_class:
             self.classes()
         sums = Moments.of(x[:0])
         for x_BD, label_B in self.batches():
-            sums += Moments.of(x_BD, label_B if by_class else None)
+            sums += Moments.of(unit_rows(x_BD) if unit else x_BD, label_B if by_class else None)
         return sums.over_ranks()
 
 

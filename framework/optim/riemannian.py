@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.optim.random_subspace import OptimizerCallable
 from lightspan.sharded import local
@@ -121,7 +122,8 @@ class RiemannianSGD(Optimizer):
             for frame in group["params"]
             if frame.grad is not None
         ]
-        if not all(bool(local(frame.grad).isfinite().all()) for frame, _ in frames):
+        gradients = [local(frame.grad) for frame, _ in frames]
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients if has_values(gradient)):
             raise UserError(
                 "the gradient of a frame is not finite; nothing was changed. Lower the learning rate or clip "
                 "gradients, and check the loss and the data of this step"
@@ -144,7 +146,7 @@ class RiemannianSGD(Optimizer):
             s_BNR.copy_(orthonormalised(s_BNR - group["lr"] * m_BNR))
         else:
             s_BNR.copy_(geodesic(s_BNR, m_BNR, -group["lr"]))
-            if int(state["step"]) % self.every == 0:
+            if not has_values(s_BNR) or int(state["step"]) % self.every == 0:
                 s_BNR.copy_(orthonormalised(s_BNR))
 
 

@@ -20,6 +20,7 @@ from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.merging_statistics import NetworkOnData
 from lightspan.estimators.prompts import DrawnImages, Prompts
 from lightspan.features.features import Features
+from lightspan.features.stream import FeatureStream
 from lightspan.merging.models import Held
 from lightspan.merging.weights import Weights
 from lightspan.results import Result
@@ -106,7 +107,17 @@ def weights_of(scale: float) -> Callable[[Features], Weights]:
     return lambda features: Held({"w": scale * features.x.roll(int(scale), 0), "steps": torch.tensor(1)}, "memory")
 
 
-OF: dict[type, Callable[[Features], Any]] = {Features: lambda features: features, NetworkOnData: network_on}
+def stream_of(features: Features) -> FeatureStream:
+    """A task for each class that there is."""
+    present = [] if features.label_N is None else features.label_N.unique().tolist()
+    return FeatureStream(features, features, tuple((label,) for label in present if not isinstance(label, list)))
+
+
+OF: dict[type, Callable[[Features], Any]] = {
+    Features: lambda features: features,
+    NetworkOnData: network_on,
+    FeatureStream: stream_of,
+}
 """What an estimator takes, made of the same features, by type."""
 
 GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
@@ -193,6 +204,7 @@ WRONG = {
         *({"weight_decay": wrong} for wrong in (-1.0, math.nan, math.inf)),
         {"seed": -1},
     ],
+    "GDAWithText": [{"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)],
     "KMeansClusters": [{"clusters": 0}, {"seed": -1}],
     "SpectralClusters": [{"clusters": 0}, {"neighbours": 0}, {"seed": -1}],
     "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
@@ -230,6 +242,18 @@ COMPUTED = {
     },
     "KMeansClusters": {"one class", "a class of one sample", "classes left out", "constant features", "a lattice"},
     "SpectralClusters": {"one row", "two rows", "one class", "classes left out", "constant features", "a lattice"},
+    "NMC": {
+        "one row",
+        "two rows",
+        "one class",
+        "a class of one sample",
+        "classes left out",
+        "constant features",
+        "zeros",
+    },
+    "GDA": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros", "equal points"},
+    "GDAWithText": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
+    "ClassIncremental": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
     "AttentiveProbe": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "positions kept"},

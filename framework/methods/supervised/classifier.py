@@ -70,7 +70,7 @@ class Classifier(Method):
         self.log_training(figures, batch_size=len(batch["label"]), prog_bar=True)
         return figures["train/loss_nats"]
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("val", batch)
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:

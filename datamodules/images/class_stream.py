@@ -1,0 +1,82 @@
+"""Classes of an image set that come task by task, for learners that must not forget."""
+
+from typing import Any
+
+import numpy as np
+
+from lightspan.datamodules.images.small import ImageData, ImageSamples, Labelled
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.order import InSequence
+from lightspan.datamodules.loading.ranks import train_loader
+from lightspan.errors import UserError
+
+
+class _Placed:
+    """Samples of a set at given places, some of them several times."""
+
+    def __init__(self, samples: ImageSamples, places: np.ndarray) -> None:
+        self.samples, self.places = samples, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        return self.samples.sample(int(self.places[index]), seed)
+
+
+class ClassStream(ImageData):
+    """Tasks of disjoint classes. One epoch of training is the whole stream: all batches of the first task, then all of
+    the second. A batch never mixes tasks; what does not fill a task's last batch is left out.
+
+    Labels stay as they are. Validation has a loader for each task, so that `trainer.val_check_interval` of the batches
+    of a task shows after each task what is known of the others; bank and test have the whole sets.
+
+    Args:
+        source: the whole set; of its settings those count that say which images it has.
+        tasks: how many, of as equal numbers of classes as possible, larger ones first; at most a class each.
+        passes: times that each image of a task is seen before the next task begins.
+        order: seed of the order of the classes; None keeps that of their labels.
+        settings: those of `ImageData`.
+
+    Attributes:
+        tasks: the classes of each task, in the order in which they come.
+    """
+
+    def __init__(
+        self, source: ImageData, tasks: int = 5, passes: int = 1, order: int | None = 0, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        classes = source.num_classes
+        if not 1 <= tasks <= classes or passes < 1:
+            raise UserError(
+                f"ClassStream tasks={tasks} must be in [1, {classes}], the classes of {type(source).__name__}, and "
+                f"passes={passes} at least 1"
+            )
+        drawn = np.arange(classes) if order is None else np.random.default_rng(order).permutation(classes)
+        self.tasks = [part.tolist() for part in np.array_split(drawn, tasks)]
+        self.source, self.passes = source, passes
+        self.num_classes, self.image_shape = classes, source.image_shape  # type: ignore[misc]
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        return self.source.load()
+
+    def train_dataloader(self) -> ExactLoader:
+        """Raises: UserError for a task that does not fill a batch."""
+        assert self.train is not None
+        places = []
+        for number, task in enumerate(self.tasks):
+            own = np.tile(np.flatnonzero(np.isin(self.train.data.labels, task)), self.passes)
+            if len(own) < self.batch_size:
+                raise UserError(
+                    f"task {number} of ClassStream has {len(own)} images, fewer than batch_size={self.batch_size}; "
+                    "lower it, or raise passes"
+                )
+            places.append(own[: len(own) // self.batch_size * self.batch_size])
+        order = InSequence(tuple(map(len, places)), content="tasks in sequence")
+        samples = _Placed(self.train, np.concatenate(places))
+        return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+
+    def val_dataloader(self) -> list[EvaluationLoader]:  # type: ignore[override]
+        labels = self.val.data.labels
+        parts = [Labelled(*(column[np.isin(labels, task)] for column in self.val.data)) for task in self.tasks]
+        return [self._evaluate(ImageSamples(part, self.val.mean, self.val.std)) for part in parts]

@@ -1,0 +1,82 @@
+"""A few images of each class, several times each, as random views: what few-shot classifiers are made from."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lightspan.datamodules.images.small import ImageData, ImageSamples, Labelled
+from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.order import sample_seeds
+from lightspan.errors import UserError
+
+
+class _Epochs:
+    """All samples of a set, `epochs` times over, each time with another view."""
+
+    def __init__(self, samples: ImageSamples, epochs: int, seed: int) -> None:
+        self.samples, self.epochs, self.seed = samples, epochs, seed
+
+    def __len__(self) -> int:
+        return self.epochs * len(self.samples)
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        epoch, place = divmod(index, len(self.samples))
+        own = int(sample_seeds(self.seed, epoch, len(self.samples))[place])
+        sample = self.samples.sample(place, own)
+        [view] = sample.pop("views")
+        return {"image": view, **sample, "index": sample["index"] + epoch * len(self.samples)}
+
+
+class FewShots(ImageData):
+    """Trains, and fills the bank, with `shots` images of each class of `source`; `val_size` more are held out.
+
+    Args:
+        source: the whole set; of its settings those count that say which images it has.
+        shots: of each class, at least 1.
+        epochs: times that the bank has each image.
+        bank_views: gives one view of an image; None leaves the images as they are, and then epochs is 1.
+        chosen_by: seed of the choice of images.
+        settings: those of `ImageData` but train_size.
+    """
+
+    def __init__(
+        self,
+        source: ImageData,
+        shots: int = 16,
+        epochs: int = 1,
+        bank_views: Views | None = None,
+        chosen_by: int = 0,
+        **settings: Any,
+    ) -> None:
+        if shots < 1 or epochs < 1 or (bank_views is None and epochs > 1):
+            raise UserError(
+                f"FewShots shots={shots} and epochs={epochs} must be at least 1, and epochs 1 without bank_views"
+            )
+        super().__init__(train_size=shots * source.num_classes, **settings)
+        self.source, self.shots, self.epochs = source, shots, epochs
+        self.bank_views, self.chosen_by = bank_views, chosen_by
+        self.num_classes, self.image_shape = source.num_classes, source.image_shape  # type: ignore[misc]
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        """Raises: UserError for a class with fewer images than are asked for."""
+        training, test = self.source.load()
+        each = self.shots + math.ceil(self.val_size / self.num_classes)
+        generator, chosen = np.random.default_rng(self.chosen_by), []
+        for label in range(self.num_classes):
+            own = np.flatnonzero(training.labels == label)
+            if len(own) < each:
+                raise UserError(
+                    f"FewShots takes {each} images of each class, {each - self.shots} of them for validation, but "
+                    f"class {label} of {type(self.source).__name__} has {len(own)}; lower shots or val_size"
+                )
+            chosen.append(generator.permutation(own)[:each])
+        rows = np.concatenate(chosen)
+        return Labelled(training.images[rows], training.labels[rows]), test
+
+    def bank_dataloader(self) -> EvaluationLoader:
+        if self.bank_views is None:
+            return super().bank_dataloader()
+        viewed = ImageSamples(self.bank.data, self.bank.mean, self.bank.std, self.bank_views)
+        return self._evaluate(_Epochs(viewed, self.epochs, self.seed))  # type: ignore[arg-type]

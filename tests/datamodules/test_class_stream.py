@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from lightspan.datamodules.images.class_stream import ClassStream
+from lightspan.datamodules.images.small import Digits
+from lightspan.errors import UserError
+
+
+def stream(**settings: object) -> ClassStream:
+    data = ClassStream(Digits(), **{"batch_size": 50, **settings})
+    data.setup()
+    return data
+
+
+def test_tasks_are_disjoint_cover_all_classes_and_follow_a_seed() -> None:
+    one, same, other, plain = (ClassStream(Digits(), 3, order=order).tasks for order in (0, 0, 1, None))
+    assert one == same != other
+    assert sorted(label for task in one for label in task) == list(range(10))
+    assert [len(task) for task in one] == [4, 3, 3]
+    assert plain == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_training_goes_through_the_tasks_in_sequence_and_no_batch_mixes_them(passes: int) -> None:
+    data = stream(passes=passes)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    tasks = [{next(t for t, task in enumerate(data.tasks) if int(y) in task) for y in b["label"]} for b in batches]
+    assert all(len(task) == 1 for task in tasks)
+    numbers = [next(iter(task)) for task in tasks]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(5))
+    labels = data.train.data.labels
+    for number, task in enumerate(data.tasks):
+        own = np.isin(labels, task).sum()
+        assert numbers.count(number) == passes * own // 50
+    seen = np.concatenate([batch["index"].numpy() for batch in batches])
+    assert np.bincount(seen).max() == passes
+    again = np.concatenate([batch["index"].numpy() for batch in loader])  # the second epoch has another order
+    assert not np.array_equal(seen, again)
+
+
+def test_a_run_resumes_in_the_middle_of_a_task() -> None:
+    loader, resumed = stream().train_dataloader(), stream().train_dataloader()
+    batches = iter(loader)
+    for _ in range(7):
+        next(batches)
+    resumed.load_state_dict(loader.state_dict())
+    assert next(iter(resumed))["index"].tolist() == next(batches)["index"].tolist()
+
+
+def test_validation_has_a_loader_for_each_task_and_the_bank_all_images() -> None:
+    data = stream(tasks=2)
+    loaders = data.val_dataloader()
+    for task, loader in zip(data.tasks, loaders, strict=True):
+        assert {int(y) for batch in loader for y in batch["label"]} == set(task)
+    assert sum(len(batch["label"]) for loader in loaders for batch in loader) == 360
+    assert sum(len(batch["label"]) for batch in data.bank_dataloader()) == 1437
+
+
+def test_what_makes_no_stream_is_refused() -> None:
+    with pytest.raises(UserError, match=r"tasks=11 must be in \[1, 10\], the classes of Digits"):
+        ClassStream(Digits(), tasks=11)
+    with pytest.raises(UserError, match="passes=0 at least 1"):
+        ClassStream(Digits(), passes=0)
+    with pytest.raises(UserError, match=r"task 0 of ClassStream has .* fewer than batch_size=1000"):
+        stream(batch_size=1000).train_dataloader()
