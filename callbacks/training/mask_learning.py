@@ -1,7 +1,6 @@
 """One line that trains any LightningModule with few of its weights, and learns which."""
 
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightspan.callbacks.training.mask_demands import (
@@ -21,9 +19,10 @@ from lightspan.callbacks.training.mask_demands import (
     refuse_scaled_gradients,
     require_maskable,
 )
+from lightspan.callbacks.training.mask_files import FILE, announce, save_masks, say_what_stays
+from lightspan.callbacks.training.weights_in_use import WeightsInUse
 from lightspan.devices import wide
 from lightspan.errors import UserError, print_notes
-from lightspan.files import atomic_path
 from lightspan.optim.masks.follow import keep_only, require_entrywise
 from lightspan.optim.masks.learner import Fixed, MaskLearner, on_cpu
 from lightspan.optim.masks.place import Place
@@ -31,12 +30,8 @@ from lightspan.optim.steps import steps_taken
 from lightspan.patterns import matches, require_matches
 from lightspan.sharded import local
 from lightspan.subspaces.masks.allocation import Allocation, Uniform
-from lightspan.subspaces.masks.maps import SoftMask
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of
 from lightspan.subspaces.masks.top_k import require_density
-from lightspan.tensor_files import Form, write_tensors
-
-FILE = "masks.safetensors"
 
 
 class MaskLearning(Callback):
@@ -45,7 +40,8 @@ class MaskLearning(Callback):
 
     The module, its optimiser and its state_dict stay what they are. While a mask is soft, or closed weights keep their
     values, the weights in use stand in the parameters from the start of a training batch to the end of its backward
-    pass, and while the module is validated; at all other times, and in checkpoints, the weights themselves do.
+    pass, and while the module is validated; at all other times, and in checkpoints, the weights themselves do. Whoever
+    validates, tests or predicts with such a checkpoint and this callback gets the weights in use as well.
     Gradients go back through the mask before they are clipped, once all micro-batches have added to them. After the
     share `until` of the run's steps the mask is fixed at exactly the density's last value, the weights outside of it
     become zero and stay so, and what is left trains on: what the run ends with are plain weights.
@@ -100,16 +96,15 @@ class MaskLearning(Callback):
         self.masks: dict[str, Tensor] = {}
         self._now: MaskLearner | None = None  # `mask`, then `Fixed`
         self._stored: Mapping[str, Any] = {}
-        self._kept: dict[str, Tensor] = {}  # the weights, while those in use stand in the parameters
-        self._in_use = False
-        self._handles: list[Any] = []
+        self._in_use: WeightsInUse | None = None
+        self._handle: Any = None
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(match=self.match)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._now, self.masks, self._kept = None, {}, {}
+        self._now, self.masks = None, {}
         if not pl_module.automatic_optimization:
             raise UserError(
                 f"MaskLearning draws a mask for each optimiser step, and {type(pl_module).__name__} steps by hand; set "
@@ -131,7 +126,10 @@ class MaskLearning(Callback):
             if self.path == other.path:
                 raise UserError(f"two entries of MaskLearning write to path={self.path}; give each a path of its own")
         if trainer.is_global_zero:
-            self._say_what_stays(pl_module)
+            trained = {
+                n: p.shape for n, p in pl_module.named_parameters() if p.requires_grad and matches(n, self.match)
+            }
+            say_what_stays(trained, self.allocation, self.density.ends()[1])
             if file.exists() and trainer.ckpt_path is None:
                 way_out = "give MaskLearning another path to keep it"
                 print_notes([f"{file} is of an earlier run, and will be replaced when this one ends; {way_out}"])
@@ -150,22 +148,11 @@ class MaskLearning(Callback):
             raise UserError("MaskLearning needs the run's length; set trainer.max_steps or trainer.max_epochs")
         self._learning_steps = max(1, round(self.until * int(steps)))
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._places = {
-            name: Place(name, parameter)
-            for name, parameter in pl_module.named_parameters()
-            if parameter.requires_grad and matches(name, self.match)
-        }
-        self._names = first_names(pl_module)
+        self._places = self._matched(pl_module)
         self._numbers = {name: place.shape.numel() for name, place in self._places.items()}
         if left_out := [name for name, place in self._places.items() if id(place.parameter) not in held]:
             raise UserError(f"MaskLearning matches {left_out[0]}, which the optimiser does not train; leave it out")
-        stored, self._stored = self._stored, {}
-        kinds = stored.get("kind"), type(self.mask).__name__
-        if stored and not stored.get("fixed") and kinds[0] not in (None, kinds[1]):
-            raise UserError(
-                f"the saved masks are learned by {kinds[0]}, those of this run by {kinds[1]}; resume with the mask of "
-                "MaskLearning of that run"
-            )
+        stored, self._stored = self._taken_up(), {}
         self._begin(Fixed() if stored.get("fixed") else self.mask, optimizer, stored.get("learner"))
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
@@ -177,21 +164,19 @@ class MaskLearning(Callback):
         self._figures = dict(stored.get("figures") or {})
         self._counts: dict[str, float] = {}
         self._taken = steps_taken(optimizer)  # first, so that steps are counted when the hook asks
-        self._handles = [
-            # Inside the step: whoever writes a checkpoint after it finds weights and masks of one moment.
-            optimizer.register_step_post_hook(partial(self._after_step, trainer)),
-            pl_module.register_state_dict_post_hook(partial(_show_weights, weakref.ref(self), weakref.ref(pl_module))),
-        ]
+        # Inside the step: whoever writes a checkpoint after it finds weights and masks of one moment.
+        self._handle = optimizer.register_step_post_hook(partial(self._after_step, trainer))
+        self._in_use = WeightsInUse(pl_module, self._places)
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = self._learner
         now.draw(trainer.global_step, self._progress(trainer.global_step))
         if not now.sparse:
-            self._use(pl_module, now.factor)
+            self._weights.put(now.factor)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put_back(pl_module)
+        self._weights.back()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -204,7 +189,7 @@ class MaskLearning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._put_back(pl_module)  # of a step without a backward pass
+        self._weights.back()  # of a step without a backward pass
         if self._counts:
             each = {f"mask/density/{name}": count / max(self._numbers[name], 1) for name, count in self._counts.items()}
             for logger in trainer.loggers:  # to the loggers alone: a figure a tensor would drown the summary of a run
@@ -214,14 +199,30 @@ class MaskLearning(Callback):
         pl_module.log_dict(self._figures, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._now is not None and not self._now.sparse:
-            self._use(pl_module, self._now.mean_factor)
+        if trainer.state.fn != "fit":
+            self._begin_evaluation(pl_module)
+        elif self._now is not None and not self._now.sparse:
+            self._weights.put(self._now.mean_factor)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._put_back(pl_module)
+        if trainer.state.fn != "fit":
+            self._let_go()
+        elif self._in_use is not None:
+            self._in_use.back()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluation(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._let_go()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluation(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._put_back(pl_module)
         self._let_go()
 
     @torch.no_grad()
@@ -237,7 +238,7 @@ class MaskLearning(Callback):
         path = self._file(trainer)
         if trainer.is_global_zero:
             save_masks(path, pl_module, self.masks)
-        self._announce(path)
+        announce(path, self.masks)
 
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
@@ -279,10 +280,52 @@ class MaskLearning(Callback):
         if not self._figures or (every and step % every == 0):  # 0 logs nothing
             self._measure(step)
 
+    @torch.no_grad()
+    def _begin_evaluation(self, module: LightningModule) -> None:
+        """Outside of a fit: a checkpoint from before the mask was fixed runs with the mask that validation in the fit
+        would use. Weights of a later one are the masked ones.
+        """
+        if not self._stored and not self.masks:
+            rank_zero_only(print_notes)(
+                ["MaskLearning found no masks in what is evaluated, and evaluates the weights as they are"]
+            )
+        if not self._stored or self._stored.get("fixed"):
+            return
+        stored, self._places = self._taken_up(), self._matched(module)
+        self.mask.begin(self._places, self.allocation, self.density, self.seed)
+        self.mask.load_masks(stored["learner"])
+        if not self.mask.sparse:
+            self._in_use = WeightsInUse(module, self._places)
+            self._in_use.put(self.mask.mean_factor)
+
     def _let_go(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._in_use is not None:
+            self._in_use.close()
+        if self._handle is not None:
+            self._handle.remove()
+        self._in_use = self._handle = None
+
+    @property
+    def _weights(self) -> WeightsInUse:
+        assert self._in_use is not None
+        return self._in_use
+
+    def _matched(self, module: LightningModule) -> dict[str, Place]:
+        return {
+            name: Place(name, parameter)
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad and matches(name, self.match)
+        }
+
+    def _taken_up(self) -> Mapping[str, Any]:
+        """The saved state. Raises: UserError for masks that another kind of learner made."""
+        kinds = self._stored.get("kind"), type(self.mask).__name__
+        if self._stored and not self._stored.get("fixed") and kinds[0] not in (None, kinds[1]):
+            raise UserError(
+                f"the saved masks are learned by {kinds[0]}, those of this run by {kinds[1]}; resume with the mask of "
+                "MaskLearning of that run"
+            )
+        return self._stored
 
     def _progress(self, step: int) -> float:
         return min(step / self._learning_steps, 1.0)
@@ -297,7 +340,8 @@ class MaskLearning(Callback):
     def _fix(self, optimizer: Optimizer) -> None:
         """The mask as it is to stay, and the weights with it: from now on they are the masked ones."""
         chosen = self._learner.chosen(1.0)
-        self.masks, self._kept = on_cpu(chosen), {}
+        self.masks = on_cpu(chosen)
+        self._weights.free()
         self._begin(Fixed(chosen), optimizer)
         self._forget(optimizer)
 
@@ -311,29 +355,6 @@ class MaskLearning(Callback):
             for name, place in self._places.items():
                 place.weight.masked_fill_(~self._learner.factor(name), 0)
 
-    @torch.no_grad()
-    def _use(self, module: nn.Module, factor: Callable[[str], Tensor]) -> None:
-        """Puts the weights in use, weight times factor, into the parameters."""
-        if self._in_use:
-            return
-        self._in_use = True
-        _reshard(module)
-        for name, place in self._places.items():
-            if name not in self._kept:
-                self._kept[name] = torch.empty_like(place.parameter.detach())
-            weight_S = place.weight
-            local(self._kept[name]).copy_(weight_S)
-            weight_S.copy_(SoftMask(factor(name)).push(wide(weight_S)))
-
-    @torch.no_grad()
-    def _put_back(self, module: nn.Module) -> None:
-        if not self._in_use:
-            return
-        self._in_use = False
-        _reshard(module)
-        for name, place in self._places.items():
-            place.weight.copy_(local(self._kept[name]))
-
     def _measure(self, step: int) -> None:
         """Figures to log, and open entries of each tensor."""
         progress, self._counts = self._progress(step), self._learner.open_counts()
@@ -346,71 +367,3 @@ class MaskLearning(Callback):
             **self.mask.figures(progress),
         }
         self._figures = {f"mask/{what}": value for what, value in figures.items()}
-
-    def _say_what_stays(self, module: LightningModule) -> None:
-        shapes = {n: p.shape for n, p in module.named_parameters() if p.requires_grad and matches(n, self.match)}
-        counts = [count for _, count in self.allocation.groups(shapes, self.density.ends()[1])]
-        numbers, names = sum(shape.numel() for shape in shapes.values()), list(shapes)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        print(f"MaskLearning: {sum(counts):,} of {numbers:,} entries will stay of {', '.join(names[:3])}{more}")
-
-    @rank_zero_only
-    def _announce(self, path: Path) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title="MaskLearning: entries that stay", title_justify="left")
-        table.add_column("parameter")
-        for column in ("open", "of", "density"):
-            table.add_column(column, justify="right")
-        for name, mask in self.masks.items():
-            count, numbers = int(mask.sum()), mask.numel()
-            table.add_row(name, f"{count:,}", f"{numbers:,}", f"{count / max(numbers, 1):.1%}")
-        console = Console()
-        console.print(table)
-        console.print(f"wrote {path}", markup=False, soft_wrap=True)
-
-
-def first_names(module: nn.Module) -> dict[str, str]:
-    """The name that a parameter has first, by each of its names: several modules may share one."""
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {name: first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
-
-
-def save_masks(path: Path, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Writes masks as a safetensors file of bool, whole or not at all: one for every floating-point tensor of the
-    module's state_dict, open where `masks` has none.
-    """
-    names = first_names(module)
-    shapes = {name: value.shape for name, value in module.state_dict().items() if value.is_floating_point()}
-    forms = {name: Form(tuple(shape), torch.bool) for name, shape in shapes.items()}
-    pieces = (
-        (name, masks.get(names.get(name, name), torch.ones(shape, dtype=torch.bool))) for name, shape in shapes.items()
-    )
-    with atomic_path(path) as temporary:
-        write_tensors(temporary, forms, pieces, {"format": "pt", "what": "masks"})
-
-
-def _show_weights(
-    of: "weakref.ref[MaskLearning]",
-    trained: "weakref.ref[nn.Module]",
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: Any,
-) -> None:
-    """While the weights in use stand in the parameters, the state_dict has the weights themselves: checkpoints are
-    written at any time, also while the module is validated. A copy of the module, hook and all, is left alone.
-    """
-    callback = of()
-    if callback is not None and callback._in_use and trained() is module:
-        for name, first in callback._names.items():
-            if first in callback._kept and prefix + name in state_dict:
-                state_dict[prefix + name] = callback._kept[first]
-
-
-def _reshard(module: nn.Module) -> None:
-    """A sharded module may hold on to gathered parameters after a forward pass, and would not see what is written."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()

@@ -119,6 +119,11 @@ class POA(Method):
         """Class tokens of the whole teacher, [B num_features]."""
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
+    def assignments(self, batch: Any) -> Tensor:
+        """The teacher's, to the prototypes of its first head, [B K]."""
+        scores_BK = self.teacher.module.heads[0](self.features(batch))
+        return (scores_BK / self.teacher_temperatures[1]).softmax(dim=-1)
+
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "POA", self.global_views)
         grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from

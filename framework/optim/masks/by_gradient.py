@@ -61,7 +61,10 @@ class ByGradient(MaskLearner):
         }
         self._followed = optimizer if self.optimizer is None else None
         parameters = list(self.logits.values())
-        self._steps = _alike(optimizer, parameters) if self.optimizer is None else _named(self.optimizer, parameters)
+        if self.optimizer is not None:
+            self._steps = _named(self.optimizer, parameters)
+        else:
+            self._steps = SGD(parameters, lr=0.0) if optimizer is None else _alike(optimizer, parameters)
         self._drawn: dict[str, Tensor] = {}
         self._step, self._progress = -1, 0.0
         self._limit(0.0)
@@ -128,6 +131,11 @@ class ByGradient(MaskLearner):
         return {"logits": on_cpu(self.wholes(self.logits)), "moments": moments}
 
     @torch.no_grad()
+    def load_masks(self, state: Mapping[str, Any]) -> None:
+        for name, logits in self.saved(state, "logits").items():
+            self.logits[name].copy_(logits)
+
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved, moments = self.saved(state, "logits"), state.get("moments")
         keeps = {key for key, value in tried_state(self._steps).items() if isinstance(value, Tensor)}
@@ -191,7 +199,7 @@ def _named(make: LogitOptimizerCallable, parameters: list[Tensor]) -> Optimizer:
     return made
 
 
-def _alike(optimizer: Optimizer | None, parameters: list[Tensor]) -> Optimizer:
+def _alike(optimizer: Optimizer, parameters: list[Tensor]) -> Optimizer:
     """An optimiser of other numbers of the same class and settings. Raises: UserError for one that is no elementwise
     optimiser of torch.
     """

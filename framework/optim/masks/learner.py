@@ -53,7 +53,7 @@ class MaskLearner(ABC):
         seed: int,
         optimizer: Optimizer | None = None,
     ) -> None:
-        """Takes over what a run gives. `optimizer` is that of the weights."""
+        """Takes over what a run gives. `optimizer` is that of the weights; None for a network that does not train."""
         self.places, self.allocation, self.density, self.seed = places, allocation, density, seed
         self.prepare(optimizer)
 
@@ -106,6 +106,10 @@ class MaskLearner(ABC):
         """The inverse, after `begin`. Raises: UserError for the state of other masks."""
         for key in self.kept:
             setattr(self, key, self.saved(state, key))
+
+    def load_masks(self, state: Mapping[str, Any]) -> None:
+        """What `mean_factor` needs of a saved state, for a network that does not train. Raises: UserError as above."""
+        self.load_state_dict(state)
 
     def totals(self, parts: Mapping[str, Tensor]) -> dict[str, float]:
         """Sums over whole tensors. All ranks must call it."""
