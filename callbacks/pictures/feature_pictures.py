@@ -135,13 +135,14 @@ class FeaturePictures(Callback):
             shown = image_CHW.expand(3, -1, -1).permute(1, 2, 0).numpy()
             edge = {"edgecolor": palette(numbers[at] % 20), "linewidth": 1.2 if labels_M is not None else 0.4}
             zoom = 22 / max(shown.shape[:2])
-            axes.add_artist(
-                AnnotationBbox(OffsetImage(shown, zoom=zoom), place_P2[at], pad=0.05, bboxprops=edge, frameon=True)
-            )
+            box = AnnotationBbox(OffsetImage(shown, zoom=zoom), place_P2[at], pad=0.05, bboxprops=edge)
+            box.set_in_layout(False)  # the layout would shrink the axes around it
+            axes.add_artist(box)
         if labels_M is not None and classes:
             for number in sorted(set(numbers)):
                 axes.scatter([], [], color=palette(number % 20), label=classes[number] if number < len(classes) else "")
             axes.legend(frameon=False, fontsize=7, ncol=6, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+        axes.margins(0.08)
         axes.set_axis_off()
         return png(figure)
 

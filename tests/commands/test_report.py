@@ -5,11 +5,14 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64encode
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.io import encode_png
 
 from lightspan.commands import report
 from lightspan.errors import UserError
@@ -52,6 +55,25 @@ def test_the_page_refers_to_nothing_outside_itself(make_run: MakeRun, tmp_path: 
         r"https?://|//[a-z]|url\(|@import|<script|<link|<img|<iframe|\bsrc=|\bhref=", page, re.IGNORECASE
     )
     assert "default-src 'none'" in page
+
+
+def test_pictures_of_a_run_are_inside_the_page_and_nothing_else_of_the_folder_is(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    first, second = make_run("a"), make_run("b")
+    pixel = encode_png(torch.zeros(3, 1, 1, dtype=torch.uint8)).numpy().tobytes()
+    for run, names in ((first, ("map", "neighbours", "own-0000001", "own-0000002")), (second, ("map",))):
+        (run / "pictures").mkdir()
+        for name in names:
+            (run / "pictures" / f"{name}.png").write_bytes(pixel)
+    (first / "pictures" / "text.png").write_text("<script>")
+    (first / "pictures" / "link.png").symlink_to(first / "pictures" / "map.png")
+    page = page_of(tmp_path, first, second)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert sources == [f"data:image/png;base64,{b64encode(pixel).decode()}"] * 4
+    assert page.index("training pictures whose features are nearest") < page.index("similar features close together")
+    assert "<h3>own</h3>" in page
+    assert "img-src data:" in page
 
 
 def test_text_from_files_cannot_become_markup(make_run: MakeRun, tmp_path: Path) -> None:

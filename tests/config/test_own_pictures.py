@@ -1,0 +1,121 @@
+"""`--images FOLDER`: what of a recipe follows from the user's pictures, and what stays."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from picture_files import write_pictures
+
+from lightspan.config import own_pictures
+from lightspan.config.own_pictures import with_pictures, workers
+from lightspan.config.resolve import Resolved, resolve
+from lightspan.errors import UserError
+
+VIT = "lightspan.backbones.elastic.ElasticViT"
+VIEWS = "lightspan.datamodules.images.views"
+
+
+def with_folder(recipe: str, folder: Path, size: int = 64, *flags: str, overlays: tuple[str, ...] = ()) -> Resolved:
+    return with_pictures(resolve(recipe, overlays), folder, size, flags)
+
+
+def settings(resolved: Resolved, *path: str) -> Any:
+    value: Any = resolved.config
+    for key in path:
+        value = value[key]
+    return value["init_args"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "in", {"cat": 4, "bird": 4})
+
+
+def test_the_folder_replaces_the_data_and_nothing_else(folder: Path) -> None:
+    recipe = "contrastive/barlow_twins"
+    before, after = resolve(recipe), with_folder(recipe, folder)
+    data = settings(after, "data")
+    assert after.config["data"]["class_path"] == own_pictures.DATA
+    assert (data["folder"], data["size"]) == (str(folder), 64)
+    assert data["views"]["class_path"] == f"{VIEWS}.TwoViews"
+    assert settings(after, "model", "init_args", "backbone") == {"in_chans": 3, "width": 16, "stages": 4}
+    for key in ("projector", "optimizer", "lr_scheduler", "normalize"):
+        assert after.config["model"]["init_args"][key] == before.config["model"]["init_args"][key]
+    kept = before.config["trainer"]["callbacks"]
+    assert all(after.config["trainer"]["callbacks"][name]["class_path"] == kept[name]["class_path"] for name in kept)
+
+
+def test_flags_win_over_what_the_folder_sets(folder: Path) -> None:
+    flags = ("data.init_args.batch_size=2", "data.init_args.fit=pad", "trainer.callbacks.feature_pictures=null")
+    found = with_folder("contrastive/barlow_twins", folder, 64, *flags)
+    assert (settings(found, "data")["batch_size"], settings(found, "data")["fit"]) == (2, "pad")
+    assert "feature_pictures" not in found.config["trainer"]["callbacks"]
+
+
+def test_every_change_is_said_once(folder: Path) -> None:
+    notes = with_folder("contrastive/barlow_twins", folder).notes
+    assert notes == [
+        f"--images: 8 picture files in {folder}, read at 64 x 64 pixels",
+        "model.init_args.backbone.init_args.in_chans=3",
+        "the recipe's pictures were grey: the views also change saturation and hue, and drop colours",
+        "data.init_args.batch_size=4, since there are few pictures",
+    ]
+
+
+def test_colours_change_only_where_a_grey_recipe_left_them(folder: Path) -> None:
+    views = settings(with_folder("contrastive/barlow_twins", folder), "data", "init_args", "views")
+    assert views == own_pictures.COLOUR
+    at_scale = settings(with_folder("contrastive/hydra_imagenet", folder), "data", "init_args", "views")
+    before = settings(resolve("contrastive/hydra_imagenet"), "data", "init_args", "views")
+    assert at_scale == {**before, "size": 64}
+
+
+def test_crops_and_patches_keep_their_proportion_and_remain_whole(folder: Path) -> None:
+    found = with_folder("distillation/poa", folder)
+    vit = settings(found, "model", "init_args", "backbone")
+    assert (vit["img_size"], vit["patch_size"], vit["in_chans"]) == (64, 16, 3)
+    large, small = settings(found, "data", "init_args", "views")["parts"]
+    assert "size" not in large["init_args"]
+    assert small["init_args"]["size"] == 32
+
+
+def test_classes_become_the_networks_and_without_them_it_is_refused(folder: Path, tmp_path: Path) -> None:
+    found = with_folder("masks/concrete_fashion", folder)
+    assert found.config["model"]["init_args"]["num_classes"] == 2
+    backbone = settings(found, "model", "init_args", "backbone")
+    assert backbone["in_shape"] == [3, 64, 64]
+    with pytest.raises(UserError, match=r"learns from labels, but .* has none; put the pictures of each class"):
+        with_folder("masks/concrete_fashion", write_pictures(tmp_path / "flat", {"": 3}))
+
+
+def test_probes_come_with_labels_and_go_without(folder: Path, tmp_path: Path) -> None:
+    flat = write_pictures(tmp_path / "flat", {"": 8})
+    labelled = with_folder("contrastive/barlow_twins", folder).config["trainer"]["callbacks"]
+    assert labelled["probes"]["init_args"] == {"every_n_epochs": 10, "knn_k": 4}
+    assert "probes" not in with_folder("contrastive/barlow_twins", flat).config["trainer"]["callbacks"]
+    added = with_folder("contrastive/hydra_imagenet", folder).config["trainer"]["callbacks"]
+    assert added["probes"]["init_args"] == {"every_n_epochs": 10, "knn_k": 4}
+    for callbacks in (labelled, added):
+        assert callbacks["first_batch"]["init_args"] == {"folder": "${run}/pictures"}
+
+
+def test_train_and_validation_folders_are_no_classes(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", {"train/a": 2, "train/b": 2, "validation/a": 1, "validation/b": 1})
+    data = settings(with_folder("contrastive/barlow_twins", tmp_path / "in"), "data")
+    assert data["folder"] == str(tmp_path / "in" / "train")
+    assert data["val_folder"] == str(tmp_path / "in" / "validation")
+
+
+def test_what_cannot_be_is_refused_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="language/quickstart is a recipe for data of modality text"):
+        with_folder("language/quickstart", folder)
+    with pytest.raises(UserError, match="--image-size 0 must be at least 1 pixel"):
+        with_folder("contrastive/barlow_twins", folder, 0)
+    with pytest.raises(UserError, match="none does not exist"):
+        with_folder("contrastive/barlow_twins", tmp_path / "none")
+
+
+def test_workers_leave_half_of_the_cores_to_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, count in ((1, 0), (2, 1), (8, 4), (64, 8)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        assert workers() == count
