@@ -34,6 +34,7 @@ COMMANDS = {
     "projections": "python benchmarks/projections.py",
     "adapters": "python benchmarks/adapters.py --json benchmarks/results/adapters.json",
     "plan_error": "python benchmarks/plan_error.py",
+    "views": "python benchmarks/views.py",
 }
 COMPARED = {  # names in the results: what docs/comparison.md calls them
     "torch AdamW fused": "torch AdamW fused",
@@ -416,6 +417,24 @@ def adapters(results: Path) -> list[str]:
     ]
 
 
+def views(results: Path) -> list[str]:
+    """Section on the views of pictures beside those of torchvision and kornia."""
+    record = read(results / "views.json")
+    if record is None:
+        return [MISSING, ""]
+    rows = [
+        (row["case"], row["arm"], number(row["views_per_s"], ",.0f"), number(row["x_baseline"]))
+        for row in record["rows"]
+    ]
+    return [
+        "Two views of each picture, the same steps with the same probabilities, without reading and decoding. Batches",
+        "are meant for a GPU; here they are made on the same core.",
+        "",
+        *markdown(("pictures", "made by", "views a second", f"x {record['baseline']}"), rows),
+        *provenance(COMMANDS["views"], facts(record, "device", "threads", "rounds", "torch", "torchvision", "kornia")),
+    ]
+
+
 def page(results: Path) -> str:
     """docs/benchmarks.md."""
     cards = [line for path in sorted(results.glob("kernels_*.json")) for line in card(read(path))]
@@ -427,6 +446,7 @@ def page(results: Path) -> str:
         "Memory that a plan predicts": plan_error(results),
         "Random projections on a CPU": projections(results),
         "Adapters on a CPU": adapters(results),
+        "Views of pictures on a CPU": views(results),
     }
     return "\n".join([HEADER, *(line for title, lines in sections.items() for line in (f"## {title}", "", *lines))])
 

@@ -60,7 +60,11 @@ def losses(run):
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize(("flags", "half"), [(LANGUAGE, 6), (CONTRASTIVE, 7)], ids=["language", "contrastive"])
+@pytest.mark.parametrize(
+    ("flags", "half"),
+    [(LANGUAGE, 6), (CONTRASTIVE, 7), ([*CONTRASTIVE, "data.init_args.views_on=device"], 7)],
+    ids=["language", "contrastive", "views on the device"],
+)
 def test_resumed_run_equals_straight_run(flags, half, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     flags = [*flags, "trainer.log_every_n_steps=1"]

@@ -14,13 +14,18 @@ from lightspan.memory import MIB, rss_bytes
 
 
 class Throughput(Callback):
-    """Logs throughput/samples_per_s, throughput/tokens_per_s, memory/rss_mib and, on CUDA, memory/device_peak_mib.
+    """Logs throughput/samples_per_s, throughput/tokens_per_s, throughput/waiting_for_data, memory/rss_mib and, on CUDA,
+    memory/device_peak_mib.
 
     They form a separate line at the end of each window, when the number of steps is a multiple of `every_n_steps`,
     also in a resumed run. Samples and tokens are counted over all ranks (every rank counted as busy as this one);
     tokens only if the batch is a mapping with "tokens" [B T+1], of which T are predicted. Time is wall time, waiting
     for data and writing checkpoints included, validation excluded. It waits for the device once per window, never in
     between.
+
+    waiting_for_data is the share of that time, in [0, 1], in which this rank's process waited for its next batch, of a
+    loader that counts it (`waited_s`, as lightspan's do). A GPU works on meanwhile, so it idles for that share at most:
+    above a few hundredths, more `num_workers`, or views on the device, make the run faster.
 
     Args:
         every_n_steps: optimiser steps in a window, >= 1.
@@ -33,10 +38,10 @@ class Throughput(Callback):
             raise UserError(f"every_n_steps={every_n_steps}: a window has at least 1 optimiser step")
         self.every_n_steps = every_n_steps
         self._step, self._samples, self._tokens = 0, 0, 0
-        self._restart(0)
+        self._restart(0, 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart(trainer.global_step)
+        self._restart(trainer.global_step, _waited_s(trainer) or 0.0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -54,12 +59,14 @@ class Throughput(Callback):
             torch.cuda.synchronize(pl_module.device)
         seconds = time.perf_counter() - self._began_s
         metrics = {"throughput/samples_per_s": self._samples / seconds, "memory/rss_mib": rss_bytes() / MIB}
+        if (waited_s := _waited_s(trainer)) is not None:
+            metrics["throughput/waiting_for_data"] = (waited_s - self._waited_s) / seconds
         if self._tokens:
             metrics["throughput/tokens_per_s"] = self._tokens / seconds
         if on_cuda:
             metrics["memory/device_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
         log_now(trainer, metrics)
-        self._restart(trainer.global_step)
+        self._restart(trainer.global_step, waited_s or 0.0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused_s = time.perf_counter()
@@ -67,9 +74,14 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_s += time.perf_counter() - self._paused_s
 
-    def _restart(self, step: int) -> None:
+    def _restart(self, step: int, waited_s: float) -> None:
         self._began_s = self._paused_s = time.perf_counter()
+        self._waited_s = waited_s
         self._step, self._samples, self._tokens = step, 0, 0
+
+
+def _waited_s(trainer: Trainer) -> float | None:
+    return getattr(trainer.train_dataloader, "waited_s", None)
 
 
 def batch_counts(batch: Any) -> tuple[int, int]:

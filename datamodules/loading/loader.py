@@ -4,6 +4,7 @@ Why not torch's DataLoader alone: Lightning replaces its sampler by a padded, ra
 in an epoch it is. Lightning does not touch a loader of our own, and saves its `state_dict` with the loops.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ class ExactLoader:
         consumed: samples returned since the first epoch began, over all ranks together.
         round_samples: samples that all ranks together consume for one micro-batch each.
         replaced: damaged samples in the batches returned on this rank since the loader was made.
+        waited_s: seconds for which this rank waited for its batches since the loader was made; without workers, those
+            that it took to make them.
 
     Args:
         dataset: the samples.
@@ -78,6 +81,7 @@ class ExactLoader:
         self._between_epochs = self.round_samples * limited  # samples from one `iter` to the next
         self._epoch_samples = len(dataset) if self.order.carries else self._between_epochs
         self.consumed = 0
+        self.waited_s = 0.0
         self.replaced: list[Replacement] = []
 
     def __len__(self) -> int:
@@ -90,12 +94,15 @@ class ExactLoader:
             return
         consumed = self.consumed
         end = (consumed // self._between_epochs + 1) * self._between_epochs
+        asked_s = time.perf_counter()
         for batch, replaced in self._fetcher.fetch(self._batches(consumed, end)):
+            self.waited_s += time.perf_counter() - asked_s
             consumed += self.round_samples
             # Before the yield: a checkpoint is written while the consumer still works on this batch.
             self.consumed = consumed
             self.replaced += replaced
             yield batch
+            asked_s = time.perf_counter()
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(epoch, first, last) of the samples from `start` to `stop` of the whole stream: order(epoch)[first:last]."""

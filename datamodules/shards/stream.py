@@ -199,7 +199,8 @@ class Shards(LightningDataModule):
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Black and white after standardising, each [3, 1, 1]."""
-        return -self.decode.mean / self.decode.std, (1 - self.decode.mean) / self.decode.std
+        image = self.decode.image
+        return -image.mean / image.std, (1 - image.mean) / image.std
 
     def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         assert self.val is not None

@@ -119,6 +119,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
         "Memory that a plan predicts",
         "Random projections on a CPU",
         "Adapters on a CPU",
+        "Views of pictures on a CPU",
     ]
     assert {body.strip() for body in found.values()} == {"not yet measured"}
     assert build_docs.short_table(tmp_path) == "not yet measured\n"
@@ -151,6 +152,15 @@ def test_projections_and_adapters_are_held_to_their_goals(build_docs: ModuleType
     assert "| push of Fastfood, x floor, at worst | <= 4 | 5 | **no** |" in found["Random projections on a CPU"]
     assert "| l | w | FLoRA | 1.00 | 1.100 |" in found["Adapters on a CPU"]
     assert "| SVFit and FLoRA, x LoRA, at worst | <= 1.15 | 1.1 | yes |" in found["Adapters on a CPU"]
+
+
+def test_views_stand_beside_those_of_others(build_docs: ModuleType, tmp_path: Path) -> None:
+    rows = [{"case": "photographs", "arm": "kornia", "views_per_s": 1234.5, "x_baseline": 0.5}]
+    (tmp_path / "views.json").write_text(json.dumps({"rows": rows, "baseline": "torchvision", "threads": 1}))
+    found = sections(build_docs.page(tmp_path))["Views of pictures on a CPU"]
+    assert "| pictures | made by | views a second | x torchvision |" in found
+    assert "| photographs | kornia | 1,234 | 0.50 |" in found
+    assert "`python benchmarks/views.py`, threads 1." in found
 
 
 def test_steps_stand_in_their_columns(build_docs: ModuleType, results: Path) -> None:

@@ -2,9 +2,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+from trainer_fixtures import FEATURES
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.throughput import Throughput, batch_counts
+from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.errors import UserError
 
 
@@ -84,6 +86,34 @@ def test_micro_batches_count_in_full(make_trainer, net, batches, slow):
     rates = Rates()
     make_trainer(max_steps=2, callbacks=[slow, Throughput(1), rates], accumulate_grad_batches=3).fit(net(), batches(6))
     assert rates.seen == [None, None, *[4.0] * 4]
+
+
+def test_the_share_of_time_that_was_spent_waiting_for_data(make_trainer, net, clock, slow):
+    """A step takes 1 s, a sample 0.25 s to make, a validation 7 s, which counts for nothing."""
+
+    class Made(list):
+        def sample(self, index, seed):
+            clock.advance(0.25)
+            return {"image": torch.randn(FEATURES), "label": torch.tensor(0)}
+
+    loader = ExactLoader(Made(range(40)), batch_size=2)
+    assert loader.waited_s == 0
+    shares = []
+
+    class Read(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            shares.append(float(trainer.callback_metrics.get("throughput/waiting_for_data", -1)))
+
+    trainer = make_trainer(max_steps=6, callbacks=[slow, Throughput(2), Read()], val_check_interval=1)
+    trainer.fit(net(), loader, ExactLoader(Made(range(4)), batch_size=4))
+    assert shares == pytest.approx([-1, *[1 / 3] * 5])
+    assert loader.waited_s == 6 * 0.5
+
+
+def test_no_share_is_logged_of_a_loader_that_does_not_count_it(make_trainer, net, batches):
+    trainer = make_trainer(max_steps=2, callbacks=[Throughput(1)])
+    trainer.fit(net(), batches(4))
+    assert "throughput/waiting_for_data" not in trainer.callback_metrics
 
 
 def test_a_window_has_at_least_one_step():

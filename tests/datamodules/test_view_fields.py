@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from host_reads import HostReads
 from lightning import LightningDataModule, LightningModule, Trainer
 from shard_files import write_shards
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.images.augment.fields import ImageFields, Place
@@ -109,6 +111,18 @@ def test_views_of_ones_own_come_without_parameters_and_from_the_workers_alone() 
         digits("device", Own()).setup()
     with pytest.raises(UserError, match="views_on=device with no views; set"):
         Shards(["x.tar"], views_on="device")
+
+
+def test_nothing_waits_for_the_device_and_a_plan_can_pass_shapes_through() -> None:
+    data = digits("device")
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    with HostReads() as reads:
+        real = data.on_after_batch_transfer(batch, 0)
+    assert reads.count == 0
+    with FakeTensorMode() as mode:
+        fake = data.on_after_batch_transfer({name: mode.from_tensor(value) for name, value in batch.items()}, 0)
+    assert [view.shape for view in fake["views"]] == [view.shape for view in real["views"]]
 
 
 def test_a_data_module_with_views_on_the_device_can_be_sent_to_another_process() -> None:

@@ -5,8 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews, TwoViews, Views, seeded
+from lightspan.datamodules.images.augment.rendering import Drawn
+from lightspan.datamodules.images.views import (
+    MultiCrop,
+    NestedCrops,
+    Plain,
+    RandomViews,
+    Repeated,
+    TwoViews,
+    Views,
+    seeded,
+)
 from lightspan.errors import UserError
 
 # Nothing random at all: each test switches on one thing.
@@ -204,3 +215,85 @@ def test_kinds_of_views_that_give_none_are_refused() -> None:
         RandomViews(count=0)
     with pytest.raises(UserError, match=r"RandomViews grain=-1 is outside \[0, inf\]"):
         RandomViews(grain=-1)
+
+
+def boxes(drawn: list[Drawn]) -> Tensor:
+    """Top, left, bottom and right of each view, as shares of the image."""
+    table = torch.tensor([numbers.parameters[:4] for numbers in drawn], dtype=torch.float64)
+    return torch.cat([table[:, :2], table[:, :2] + table[:, 2:]], dim=1)
+
+
+def test_inner_crops_lie_in_the_outer_one_and_keep_the_share_of_it_that_they_are_given() -> None:
+    views = NestedCrops(
+        RandomViews(count=1, scale=(0.1, 1.0)), RandomViews(count=2, scale=(0.3, 0.6), ratio=(1.0, 1.0))
+    )
+    with seeded(0):
+        drawn = [boxes(views.draw((3, 300, 400))) for _ in range(2000)]
+    outer, inner = torch.stack(drawn).split([1, 2], dim=1)
+    eps = 1e-9
+    assert (inner[..., :2] >= outer[..., :2] - eps).all()
+    assert (inner[..., 2:] <= outer[..., 2:] + eps).all()
+    share = ((inner[..., 2:] - inner[..., :2]) / (outer[..., 2:] - outer[..., :2])).prod(dim=-1)
+    assert share.min() > 0.3 - 0.02  # pixels are whole
+    assert share.max() < 0.6 + 0.02
+    assert share.std() > 0.05
+
+
+def test_nested_crops_show_what_the_same_crops_of_the_image_show(picture: Tensor) -> None:
+    views = NestedCrops(RandomViews(count=1, size=9, **STILL | {"scale": (0.5, 0.5)}), RandomViews(size=4, jitter=0.0))
+    with seeded(4):
+        made = views(picture)
+    with seeded(4):
+        drawn = views.draw((3, 12, 10))
+    assert [view.shape[1:] for view in made] == [(9, 9), (4, 4), (4, 4)]
+    for view, numbers, size in zip(made, drawn, (9, 4, 4), strict=True):
+        top, left, bottom, right = (boxes([numbers])[0] * torch.tensor([12, 10, 12, 10])).round().int().tolist()
+        crop = F.resize_image(picture[:, top:bottom, left:right], [size, size], antialias=True)
+        torch.testing.assert_close(view, crop.flip(2) if numbers.parameters.mirrored else crop)
+
+
+def test_the_first_of_nested_views_is_what_it_would_be_alone(picture: Tensor) -> None:
+    outer = RandomViews(count=1)
+    with seeded(0):
+        first = NestedCrops(outer, RandomViews())(picture)[0]
+    with seeded(0):
+        assert torch.equal(first, outer(picture)[0])
+    with pytest.raises(UserError, match=r"NestedCrops outer.count=2; inner crops lie in one"):
+        NestedCrops(RandomViews(), RandomViews())
+
+
+def test_repeated_views_are_drawn_once(picture: Tensor) -> None:
+    first, second = Repeated(RandomViews(count=1, grain=0.1))(picture)
+    assert torch.equal(first, second)
+    with pytest.raises(UserError, match="times=0 gives no view"):
+        Repeated(RandomViews(), 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"degrees": 9.0}, {"size": 7, "solarise": 0.4, "grain": 0.1, "blur": 0.5}])
+def test_drawing_consumes_what_rendering_did_before_they_were_apart(settings: dict, picture: Tensor) -> None:
+    """The generator ends where 14 numbers a view, one for solarising and a number a pixel for grain leave it."""
+    views = RandomViews(**settings)
+    with seeded(1):
+        views(picture)
+        after = torch.rand(3)
+    with seeded(1):
+        for _ in range(2):
+            torch.rand(14)
+            if views.solarise:
+                torch.rand(())
+            if views.grain:
+                torch.randn(3, 7, 7)
+        assert torch.equal(after, torch.rand(3))
+
+
+def test_what_was_left_out_has_the_value_that_changes_nothing() -> None:
+    drawn = RandomViews(count=40, jitter=0.5, saturation=0.5, hue=0.3, grey=0.5, blur=0.5).draw((3, 8, 8))
+    table = [numbers.parameters for numbers in drawn]
+    assert {p.angle for p in table} == {0.0}
+    assert {p.mirrored for p in table} == {p.grey for p in table} == {0.0, 1.0}
+    still = [p for p in table if p.brightness == 1]
+    assert 5 < len(still) < 35
+    assert all((p.contrast, p.saturation, p.hue) == (1, 1, 0) for p in still)
+    assert 5 < sum(p.blur == 0 for p in table) < 35
+    grey = RandomViews(count=20, jitter=1.0, saturation=0.5, hue=0.3, grey=0.5).draw((1, 8, 8))
+    assert {(p.saturation, p.hue, p.grey) for p, _ in grey} == {(1, 0, 0)}

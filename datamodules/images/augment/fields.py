@@ -23,9 +23,9 @@ Place = Literal["workers", "device"]
 class ImageFields:
     """Makes the fields of a sample from its image, a function of image and seed.
 
-    On the device, views are made of whole batches, by `finished`. Until then a sample has its image as bytes, the
-    numbers of its views, drawn here as they are for the workers, and the seed of their grain: that it is finished
-    elsewhere changes neither what is random nor what a resumed run sees.
+    On the device, views are made of whole batches, once `attach` has told the data module. Until then a sample has its
+    image as it is, the numbers of its views, drawn here as they are for the workers, and the seed of their grain. That
+    it is finished elsewhere changes neither what is random nor what a resumed run sees.
 
     Args:
         mean, std: of the channels in [0, 1], for standardising, [C, 1, 1].
@@ -63,23 +63,14 @@ class ImageFields:
         views = [self._standardised(view) for view in self.views.render(image, drawn)]
         return {"views": views, "parameters": _table(drawn)}
 
-    def finished(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of such samples on its device, with its views in the place of image, numbers and seed."""
-        assert isinstance(self.views, DrawnViews)
-        rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
-        image_BCHW, parameters_BVP = unit_float(batch["image"]), batch["drawn"].view(torch.float32)
-        here = ImageFields(self.mean.to(image_BCHW.device), self.std.to(image_BCHW.device))
-        views = [
-            here._standardised(rendering.many(image_BCHW, ViewParameters(*p_BP.unbind(1)), batch["seed"], view))
-            for view, (rendering, p_BP) in enumerate(zip(self.views.renderings, parameters_BVP.unbind(1), strict=True))
-        ]
-        return {"views": views, "parameters": parameters_BVP, **rest}
-
     def attach(self, data: LightningDataModule) -> None:
         """Lets `data` finish its batches when they are on the device, if that is where views are made."""
         if self.made_on == "device":
+            assert isinstance(self.views, DrawnViews)
+            means, stds = self.mean.flatten().tolist(), self.std.flatten().tolist()
+            finish = _Finish(data, self.views, means, stds)
             # Not a method of the class: Lightning would take this hook away from every module that has one.
-            data.on_after_batch_transfer = _Finish(data, self).on_after_batch_transfer  # type: ignore[method-assign]
+            data.on_after_batch_transfer = finish.on_after_batch_transfer  # type: ignore[method-assign]
 
     def _standardised(self, image: Tensor) -> Tensor:
         return (image - self.mean) / self.std
@@ -87,15 +78,35 @@ class ImageFields:
 
 @dataclass(frozen=True)
 class _Finish:
+    """Makes the views of batches that are on their device. `means` and `stds` are those of the C channels."""
+
     data: LightningDataModule
-    fields: ImageFields
+    views: DrawnViews
+    means: list[float]
+    stds: list[float]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         trainer = self.data.trainer
         if isinstance(batch, Mapping) and "drawn" in batch:
-            batch = self.fields.finished(dict(batch))
+            batch = self._finished(batch)
             batch = batch if trainer is None else trainer.precision_plugin.convert_input(batch)
         return batch if trainer is None else trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
+
+    def _finished(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with views in the place of image, numbers and seed."""
+        rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
+        image_BCHW, parameters_BVP = unit_float(batch["image"]), batch["drawn"].view(torch.float32)
+        mean_C11, std_C11 = (_filled(values, image_BCHW.device) for values in (self.means, self.stds))
+        views = []
+        for number, rendering in enumerate(self.views.renderings):
+            p = ViewParameters(*parameters_BVP[:, number].unbind(1))
+            views.append((rendering.many(image_BCHW, p, batch["seed"], number) - mean_C11) / std_C11)
+        return {"views": views, "parameters": parameters_BVP, **rest}
+
+
+def _filled(values: list[float], device: torch.device) -> Tensor:
+    """[C, 1, 1] on a device, without a copy, before which the host would wait for all that the device has to do."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def _table(drawn: list[Drawn]) -> Tensor:

@@ -100,7 +100,7 @@ def _coloured(
     if widest.blur:
         view = steps.blurred(view, p.blur, widest.blur)
     if widest.solarised:
-        view = steps.blended(torch.where(view >= 0.5, 1 - view, view), view, p.solarised)
+        view = steps.blended(torch.minimum(view, 1 - view), view, p.solarised)  # what is above half is inverted
     if noise is not None:
         view = view + p.grain * noise
     return view.clamp(0, 1)  # turning and blurring round a little past the ends

@@ -73,12 +73,13 @@ def hue_turned(image_B3hw: Tensor, turns: float | Tensor) -> Tensor:
     In HSV a channel is V - S V clamp(2 - |k|, 0, 1), where k is how far, in sixths of the circle, the hue lies from the
     colour opposite to it. Without hue, S V is 0.
     """
-    darkest, brightest = torch.aminmax(image_B3hw, dim=1, keepdim=True)
-    chroma = brightest - darkest
     red, green, blue = image_B3hw.split(1, dim=1)
+    # Not aminmax, which takes twenty times as long over so short an axis.
+    brightest = torch.maximum(torch.maximum(red, green), blue)
+    chroma = brightest - torch.minimum(torch.minimum(red, green), blue)
     per_chroma = chroma.clamp_min(1e-12).reciprocal_()
     sixths = torch.where(brightest == green, (blue - red) * per_chroma + 2, (red - green) * per_chroma + 4)
-    sixths = torch.where(brightest == red, (green - blue) * per_chroma, sixths) + 6 * turns
+    sixths = torch.where(brightest == red, (green - blue) * per_chroma, sixths).add_(6 * turns)
     channels = []
     for offset in (3, 1, -1):
         k = sixths + offset

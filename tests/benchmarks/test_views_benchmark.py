@@ -1,0 +1,45 @@
+"""The benchmark of views runs, and every arm makes as many views of the size asked for."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "views.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("views_benchmark", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module, threads = importlib.util.module_from_spec(spec), torch.get_num_threads()
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_a_quick_run_writes_every_arm_against_torchvision(benchmark: ModuleType, tmp_path: Path) -> None:
+    benchmark.main(["--quick", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    arms = {row["arm"]: row for row in result["rows"]}
+    assert {"lightspan, one image at a time", "lightspan, a batch at a time", "torchvision on floats"} < arms.keys()
+    assert arms[result["baseline"]]["x_baseline"] == 1
+    assert all(row["views_per_s"] > 0 for row in arms.values())
+
+
+def test_all_arms_make_the_same_work(benchmark: ModuleType) -> None:
+    case = benchmark.QUICK
+    made = benchmark.lightspan_arms(case) | benchmark.torchvision_arms(case) | benchmark.kornia_arms(case)
+    for name, arm in made.items():
+        views = arm()
+        flat = [view for part in views for view in part]
+        assert len(flat) == 2 * case.images, name
+        assert {view.shape for view in flat} == {(3, case.size, case.size)}, name
+        assert {view.dtype for view in flat} == {torch.float32}, name
