@@ -48,6 +48,7 @@ class PairSamples:
         sample = self.images.sample(index, seed)
         if "views" in sample:
             (sample["image"],) = sample.pop("views")
+            sample.pop("parameters", None)
         text = {"tokens": torch.from_numpy(self.tokens[index]), "mask": torch.from_numpy(self.mask[index])}
         return sample | text
 

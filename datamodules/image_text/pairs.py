@@ -23,6 +23,7 @@ class PairDecoding(Decoding):
         sample = super().__call__(members, seed)
         if "views" in sample:
             (sample["image"],) = sample.pop("views")
+            sample.pop("parameters", None)
         tokens, mask = tokenized(self.tokenizer, [sample.pop("text")], self.length)
         return sample | {"tokens": torch.from_numpy(tokens[0]), "mask": torch.from_numpy(mask[0])}
 
@@ -58,7 +59,9 @@ class ImageTextShards(Shards):
             raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
         self.tokenizer, plain = tokenizer, self.decode
         self.decode = PairDecoding(**vars(plain), tokenizer=tokenizer, length=length)
-        self.decode_labelled = replace(plain, fields={"image": image, "label": "cls"}, views=None)
+        self.decode_labelled = replace(
+            plain, fields={"image": image, "label": "cls"}, image=replace(plain.image, views=None, made_on="workers")
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """As `Shards.setup`; validation samples then have classes instead of texts."""

@@ -15,14 +15,14 @@ SIDE = 32
 MOST = 3  # objects in a picture
 
 
-class Scenes(NamedTuple):
+class Segmented(NamedTuple):
     """images: uint8 [N, 3, S, S]; objects: int64 [N, S, S], 0 for the ground, else from 1 to the number of objects."""
 
     images: np.ndarray
     objects: np.ndarray
 
 
-def draw(count: int, noise: float, generator: np.random.Generator) -> Scenes:
+def draw(count: int, noise: float, generator: np.random.Generator) -> Segmented:
     """Ellipses and rectangles at random places, sizes and angles, each with stripes of its own two colours, as the
     ground has; later objects hide earlier ones, in part or, seldom, whole.
 
@@ -43,7 +43,7 @@ def draw(count: int, noise: float, generator: np.random.Generator) -> Scenes:
         images = np.where(inside[:, None], _texture(x, y, count, generator), images)
         objects[inside] = number
     images = images + noise * generator.standard_normal(images.shape)
-    return Scenes(np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8), objects)
+    return Segmented(np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8), objects)
 
 
 def _texture(x: np.ndarray, y: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

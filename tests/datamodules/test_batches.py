@@ -11,6 +11,8 @@ from typing import Any, is_typeddict
 import pytest
 import torch
 from lightning import LightningDataModule
+from picture_files import write_pictures
+from PIL import Image
 from shard_files import pair_shard, write_shards
 from torch import Tensor
 
@@ -21,13 +23,18 @@ from lightspan.datamodules.image_text.pairs import ImageTextShards
 from lightspan.datamodules.image_text.scenes import Scenes
 from lightspan.datamodules.image_text.stamps import Stamps
 from lightspan.datamodules.images.blank import Blank
+from lightspan.datamodules.images.class_stream import ClassStream
 from lightspan.datamodules.images.classes import ClassSubset
 from lightspan.datamodules.images.coloured_shapes import ColouredShapes
+from lightspan.datamodules.images.few_shots import FewShots
 from lightspan.datamodules.images.repeated import RepeatedImages
 from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
 from lightspan.datamodules.images.tasks import Derived, TaskImages
+from lightspan.datamodules.images.textured_scenes import TexturedScenes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
+from lightspan.datamodules.pictures.dataset import PictureDataset
+from lightspan.datamodules.pictures.folder import ImageFolder
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
@@ -64,6 +71,14 @@ def shards(folder: Path, **options: Any) -> Shards:
     return Shards(write_shards(folder, [5]), batch_size=4, **options)
 
 
+PICTURES = [{"image": Image.new("RGB", (9, 9), (20 * i, 0, 0)), "label": i % 2} for i in range(12)]
+
+
+def pictures(folder: Path) -> ImageFolder:
+    write_pictures(folder / "in", {"a": 6, "b": 6})
+    return ImageFolder(str(folder / "in"), size=8, batch_size=4, cache_dir=str(folder / "cache"))
+
+
 def text(folder: Path) -> ByteText:
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text("to be or not to be, " * 200)
@@ -86,6 +101,11 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Blank": (lambda folder: Blank(3, (3, 6, 8), 9, batch_size=4), "ImageBatch"),
     "Derived": (lambda folder: Derived(Digits(), 1, 7, batch_size=4), "ImageBatch"),
     "TaskImages": (lambda folder: TaskImages({"a": Digits(), "b": Derived(Digits(), 1)}, 4, "train"), "TasksBatch"),
+    "TexturedScenes": (lambda folder: TexturedScenes(size=16, batch_size=4), "ImageBatch"),
+    "FewShots": (lambda folder: FewShots(Digits(), shots=2, batch_size=4), "ImageBatch"),
+    "ClassStream": (lambda folder: ClassStream(Digits(), batch_size=4), "ImageBatch"),
+    "ImageFolder": (pictures, "ImageBatch"),
+    "PictureDataset": (lambda folder: PictureDataset(PICTURES, size=8, batch_size=4), "ImageBatch"),  # type: ignore[arg-type]
     "Shards": (shards, "ImageBatch"),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),

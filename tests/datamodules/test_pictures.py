@@ -143,7 +143,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path: Path) -> N
 def test_batches_are_as_documented(tmp_path: Path) -> None:
     data = opened(write_pictures(tmp_path / "in", {"a": 6, "b": 6}), views=TwoViews())
     batch = next(iter(data.train_dataloader()))
-    assert set(batch) == {"views", "label", "index"}
+    assert set(batch) == {"views", "parameters", "label", "index"}
     assert [view.shape for view in batch["views"]] == [(4, 3, 8, 8)] * 2
     bank = torch.cat([batch["image"] for batch in data.bank_dataloader()])
     torch.testing.assert_close(bank.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)

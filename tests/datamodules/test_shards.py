@@ -31,6 +31,7 @@ from lightspan.datamodules.shards import stream as shards_module
 from lightspan.datamodules.shards.index import SUFFIX, scan
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
+from lightspan.estimators.probes import KNN, LinearProbe
 
 
 @pytest.fixture
@@ -546,7 +547,11 @@ def test_online_probes_and_pictures_read_streamed_shards(tmp_path: Path) -> None
         max_epochs=1,
         enable_checkpointing=False,
         devices=1,
-        callbacks=[OnlineProbes(knn_k=3), FeaturePictures(str(run), queries=2, neighbours=3), FirstBatch(str(run))],
+        callbacks=[
+            OnlineProbes({"knn": KNN(k=3), "linear": LinearProbe()}),
+            FeaturePictures(str(run), queries=2, neighbours=3),
+            FirstBatch(str(run)),
+        ],
         **options,  # type: ignore[arg-type]
     )
     trainer.fit(Features(), datamodule=Shards(shards, hold_out=1, bank_size=6, batch_size=4))
