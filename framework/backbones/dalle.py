@@ -33,6 +33,8 @@ class DalleCodes(nn.Module):
     """
 
     codes = 8192
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -53,4 +55,4 @@ class DalleCodes(nn.Module):
         sides = [STRIDE * (side // self.patch) for side in image_BChw.shape[2:]]
         image_BChw = (image_BChw * self.std + self.mean).clamp(0, 1)
         small = F.interpolate(image_BChw, sides, mode="bicubic", antialias=True).clamp(0, 1)
-        return self.network.get_codebook_indices((1 - 2 * SQUEEZE) * small + SQUEEZE).flatten(1)
+        return self.network.get_codebook_indices((1 - 2 * SQUEEZE) * small + SQUEEZE).flatten(1)  # type: ignore[operator]

@@ -117,11 +117,11 @@ class TokenViT(nn.Module):
     @contextmanager
     def _seeing(self, mask_BHW: Tensor | None, keep_BK: Tensor | None) -> Iterator[None]:
         """Inside, one pass of the network is without what it must not see."""
-        hook, keep = None, self.network.patch_drop
-        if mask_BHW is not None:
+        hook, keep, token_D = None, self.network.patch_drop, self.mask_token
+        if mask_BHW is not None and token_D is not None:
             hook = self.patch_embed.register_forward_hook(
                 lambda module, args, patches: torch.where(  # [B T D], or [B H W D] of any size
-                    mask_BHW.reshape(*patches.shape[:-1], 1), self.mask_token.to(patches.dtype), patches
+                    mask_BHW.reshape(*patches.shape[:-1], 1), token_D.to(patches.dtype), patches
                 )
             )
         keep.places_BK = keep_BK

@@ -29,6 +29,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, query_BQw: Tensor, key_BSw: Tensor, value_BSw: Tensor) -> Tensor:
         """[B Q w]. Without keys (S = 0) it is the bias of the last layer."""
         parts = self.query(query_BQw), self.key(key_BSw), self.value(value_BSw)
-        heads = [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts]
-        mixed_BaQc = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0)
+        q_BaQc, k_BaSc, v_BaSc = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        dropout = self.dropout if self.training else 0.0
+        mixed_BaQc = F.scaled_dot_product_attention(q_BaQc, k_BaSc, v_BaSc, dropout_p=dropout)
         return self.out(mixed_BaQc.transpose(1, 2).flatten(2))

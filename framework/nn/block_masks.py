@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
+from lightspan.nn.mask_samplers import MaskSampler
 
 LEAST_BLOCK, ATTEMPTS = 4, 10
 """Patches of the smallest block, and how often one that does not fit is drawn anew: BEiT's."""
 
 
 @dataclass(frozen=True)
-class BlockMasks:
+class BlockMasks(MaskSampler):
     """Masks a share of the images, each at a ratio of its own, by rectangles.
 
     Args:
@@ -50,13 +51,10 @@ class BlockMasks:
                 f"least 0, and least_block={self.least_block} at least 1"
             )
 
-    def draw(self, grid: tuple[int, int], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
-        """bool [B H W], True where a patch is masked.
-
-        Args:
-            indices: the images' numbers in their dataset.
-            view: number of the view, each of which has masks of its own.
-        """
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B H W], see `MaskSampler`. Raises: UserError for a grid that has not two axes."""
+        if len(grid) != 2:
+            raise UserError(f"BlockMasks hide rectangles of a grid with two axes, and this is {list(grid)}")
         height, width = grid
         masks_BHW = np.zeros((len(indices), height, width), dtype=bool)
         for mask_HW, index in zip(masks_BHW, indices, strict=True):

@@ -57,7 +57,7 @@ class CrossFirst(nn.Module):
         self.norm_cross, self.norm_mlp, self.norm_own = (nn.LayerNorm(width) for _ in range(3))
         self.cross = MultiHeadAttention(width, heads, dropout=dropout)
         self.own = MultiHeadAttention(width, heads, dropout=dropout)
-        self.mlp = Mlp(width, mlp_width, act_layer=nn.ReLU, drop=(dropout, 0.0))  # type: ignore[arg-type]
+        self.mlp = Mlp(width, mlp_width, act_layer=nn.ReLU, drop=(dropout, 0.0))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x_BLw: Tensor, other_BSw: Tensor) -> Tensor:

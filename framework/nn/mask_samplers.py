@@ -6,9 +6,9 @@ Shapes: B images, grid of 1 to 3 axes.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from lightspan.errors import UserError
 from lightspan.nn.patches import places
 
 
-class MaskSampler(Protocol):
-    """What draws masks of one count for all images of a batch."""
+class MaskSampler(ABC):
+    """Draws masks; methods that pick patches by place need one count for all images of a batch."""
 
+    @abstractmethod
     def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
         """bool [B grid...], True where a patch is hidden.
 
@@ -55,7 +56,7 @@ def _require(kind: str, ratio: float, seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class RandomMasks:
+class RandomMasks(MaskSampler):
     """Hides patches drawn one by one, without replacement (He et al., "MAE", 2021, arXiv 2111.06377).
 
     Args:
@@ -80,7 +81,7 @@ class RandomMasks:
 
 
 @dataclass(frozen=True)
-class TubeMasks:
+class TubeMasks(MaskSampler):
     """Hides the same patches in every frame of a clip, whose first axis is time (Tong et al., "VideoMAE", 2022, arXiv
     2203.12602).
 
@@ -103,7 +104,7 @@ class TubeMasks:
 
 
 @dataclass(frozen=True)
-class SpanMasks:
+class SpanMasks(MaskSampler):
     """Hides runs of neighbours in a sequence: their lengths are drawn at random until exactly as many are hidden.
 
     Source: Joshi et al., "SpanBERT", 2019, arXiv 1907.10529: geometric lengths, cut off at `longest`, at uniform
