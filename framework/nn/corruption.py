@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.nn.block_masks import BlockMasks
-from lightspan.nn.mask_samplers import for_images
+from lightspan.nn.mask_samplers import image_numbers
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,10 @@ class GroupCorruption:
         Args:
             index_B: the images' numbers in their dataset.
         """
-        device = image_BChw.device
-        masks_BHW = for_images(index_B, lambda indices: self.masks.draw(grid, step, indices, view))
-        shape = tuple(image_BChw.shape[1:])
-        noise_BChw = for_images(index_B, lambda indices: self._noise(shape, step, indices, view))
-        alien_B = for_images(index_B, lambda indices: self._coins(step, indices, view)) < self.alien
+        device, numbers = image_BChw.device, image_numbers(index_B)
+        masks_BHW = self.masks.draw(grid, step, numbers, view)
+        noise_BChw = self._noise(tuple(image_BChw.shape[1:]), step, numbers, view)
+        alien_B = self._coins(step, numbers, view) < self.alien
         fill_BChw = torch.where(
             torch.from_numpy(alien_B).to(device)[:, None, None, None],
             image_BChw.roll(1, dims=0),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightspan.devices import has_values
 from lightspan.nn.block_masks import MaskedPatches
-from lightspan.nn.mask_samplers import MaskSampler, for_images
+from lightspan.nn.mask_samplers import MaskSampler, image_numbers
 
 
 def masks_of_views(
@@ -21,11 +21,8 @@ def masks_of_views(
         masking: whether the run is at a step that masks patches at all; a plan counts what such a step needs.
     """
     if masking or not has_values(index_B):
-        drawn = [
-            for_images(index_B, lambda indices, view=view: sampler.draw(grid, step, indices, view))  # type: ignore[misc]
-            for view in range(global_views)
-        ]
-        masks_RHW = np.concatenate(drawn)
+        numbers = image_numbers(index_B)
+        masks_RHW = np.concatenate([sampler.draw(grid, step, numbers, view) for view in range(global_views)])
     else:
         masks_RHW = np.zeros((global_views * len(index_B), *grid), dtype=bool)
     return MaskedPatches.of(masks_RHW, index_B.device)

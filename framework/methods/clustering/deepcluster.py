@@ -1,0 +1,135 @@
+"""DeepCluster-v2: all crops of an image predict the cluster that k-means gave it at the start of the epoch.
+
+Source: Caron et al., "SwAV", NeurIPS 2020, arXiv 2006.09882, appendix (DeepCluster-v2), and the authors' code: a memory
+of the embeddings of the large crops, spherical k-means for each of several heads, centroids that become prototypes and
+are never trained, and a mean of cross-entropies over heads and over all crops, the one that was clustered too.
+That code fills the memory by a pass over the data before it trains; here prototypes of the first epoch are random
+directions, and an image's cluster is the nearest of these to its first global view.
+Shapes: B images of this rank, N rows of all ranks, V views, G global, M images of the data, H heads, D embedding width,
+K prototypes.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.datamodules.batches import ViewsBatch
+from lightspan.devices import wide
+from lightspan.distributed import gather_rows, rank, world_size
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.multi_crop import MultiCropNetwork
+from lightspan.nn.spherical_kmeans import drawn_rows, spherical_kmeans
+from lightspan.nn.teaching import require_schedules
+from lightspan.nn.views import global_first, require_global_views
+from lightspan.nn.widths import require_width
+
+
+class DeepCluster(Method):
+    """Clusters all images between epochs and learns their clusters within one. The backbone is what is kept.
+
+    Batches hold views of which the first `global_views` are of one size, and numbers of images in [0, images).
+
+    Args:
+        backbone: [R C h w] -> [R num_features], for each size of view.
+        projector: [R num_features] -> [R D], with D as its `out_features`.
+        images: M, of the training data; the memory holds `global_views` embeddings of each, on every rank.
+        prototypes: K of each head, at least one head.
+        temperature: of predictions, > 0.
+        steps: of k-means, at least 1.
+        global_views: at least 2; heads take turns to cluster them.
+        seed: of the rows that k-means starts from.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    memory_GMD: Tensor
+    cluster_HM: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        images: int,
+        prototypes: tuple[int, ...] = (3000, 3000, 3000),
+        temperature: float = 0.1,
+        steps: int = 10,
+        global_views: int = 2,
+        seed: int = 0,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_schedules({}, {"temperature": temperature})
+        require_global_views(global_views)
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        width: int | None = getattr(projector, "out_features", None)
+        if width is None:
+            raise UserError(f"{type(projector).__name__} has no out_features; use lightspan.nn.projector.Projector")
+        if not prototypes or min(prototypes) < 1 or max(prototypes) > images or steps < 1 or seed < 0:
+            raise UserError(
+                f"prototypes={list(prototypes)} must be one number or more in [1, images={images}], steps={steps} at "
+                f"least 1, and seed={seed} at least 0"
+            )
+        self.network = MultiCropNetwork(backbone, projector)
+        for head, count in enumerate(prototypes):
+            self.register_buffer(f"prototypes_{head}", F.normalize(torch.randn(count, width)))
+        self.register_buffer("memory_GMD", torch.zeros(global_views, images, width))
+        self.register_buffer("cluster_HM", torch.full((len(prototypes), images), -1))
+        self.temperature, self.steps, self.global_views, self.seed = temperature, steps, global_views, seed
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.network.backbone
+
+    def prototypes(self, head: int) -> Tensor:
+        """[K D], rows of unit length."""
+        return getattr(self, f"prototypes_{head}")
+
+    def start_seed(self, epoch: int, head: int) -> int:
+        """Of the rows from which a head's k-means starts."""
+        return int(np.random.SeedSequence((self.seed, epoch, head)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch > 0:
+            self.cluster(self.current_epoch)
+
+    @torch.no_grad()
+    def cluster(self, epoch: int) -> None:
+        """Each head's k-means, on one large crop's embeddings; images that the memory lacks keep their cluster."""
+        for head in range(len(self.cluster_HM)):
+            memory_MD = self.memory_GMD[head % self.global_views]
+            known_M = memory_MD.any(dim=1).nonzero()[:, 0]
+            own_M = known_M[rank() :: world_size()]
+            count = len(self.prototypes(head))
+            start_KD = drawn_rows(memory_MD[own_M], own_M, count, self.start_seed(epoch, head))
+            found = spherical_kmeans(memory_MD[own_M], start_KD, self.steps)
+            self.prototypes(head).copy_(found.centroid_KD)
+            nearest_N, _ = gather_rows(found.nearest_M)
+            self.cluster_HM[head, gather_rows(own_M)[0]] = nearest_N
+
+    def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
+        views, index_B = global_first(batch, "DeepCluster", self.global_views), batch["index"]
+        z_VBD = F.normalize(self.network(views), dim=-1)
+        losses = []
+        for head in range(len(self.cluster_HM)):
+            scores_VBK = wide(z_VBD @ self.prototypes(head).to(z_VBD).T) / self.temperature
+            known_B = self.cluster_HM[head, index_B]
+            target_B = torch.where(known_B < 0, scores_VBK[0].argmax(dim=1), known_B)
+            target_R = target_B.repeat(len(views))
+            losses.append(F.cross_entropy(scores_VBK.flatten(0, 1), target_R, reduction="sum") / max(len(target_R), 1))
+        self.remember(z_VBD[: self.global_views], index_B)
+        loss = torch.stack(losses).mean()
+        self.log_training({"train/loss": loss})
+        return loss
+
+    @torch.no_grad()
+    def remember(self, z_GBD: Tensor, index_B: Tensor) -> None:
+        """Puts the embeddings of all ranks into the memory."""
+        rows_NGD, _ = gather_rows(z_GBD.detach().transpose(0, 1).contiguous())
+        index_N, _ = gather_rows(index_B)
+        self.memory_GMD[:, index_N] = rows_NGD.transpose(0, 1).to(self.memory_GMD)

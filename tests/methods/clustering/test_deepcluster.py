@@ -1,0 +1,125 @@
+"""DeepCluster-v2: the loss by hand, memory and clusters between epochs, resume, and ranks."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import method_runs
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from method_runs import fit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.errors import UserError
+from lightspan.methods.clustering.deepcluster import DeepCluster
+from lightspan.nn.spherical_kmeans import drawn_rows, spherical_kmeans
+
+
+class Pooled(nn.Module):
+    """A backbone without BatchNorm, which would see the rows of one rank."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 8, kernel_size=3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layer(image).tanh().mean(dim=(2, 3))
+
+
+def batch(seed: int) -> dict[str, Any]:
+    return method_runs.batch(seed=seed) | {"index": torch.arange(6) + 6 * seed}
+
+
+BATCHES = [batch(seed) for seed in range(2)]
+
+
+def method(**settings: Any) -> DeepCluster:
+    torch.manual_seed(0)
+    given = {"images": 12, "prototypes": (3, 4, 5), "optimizer": partial(torch.optim.SGD, lr=0.5)}
+    return DeepCluster(Pooled(), nn.Linear(8, 6), **given | settings)
+
+
+def embedded(model: DeepCluster, view: Tensor) -> Tensor:
+    return F.normalize(model.network.head(model.network.backbone(view)), dim=1)
+
+
+def test_the_loss_is_the_mean_over_heads_and_all_crops_of_the_images_cluster() -> None:
+    model, given = method(), BATCHES[1]
+    model.cluster_HM[:, 6:] = torch.stack([torch.arange(6) % count for count in (3, 4, 5)])
+    losses = [
+        F.cross_entropy(embedded(model, view) @ model.prototypes(head).T / 0.1, model.cluster_HM[head, 6:])
+        for head in range(3)
+        for view in given["views"]
+    ]
+    torch.testing.assert_close(model.training_step(given, 0), torch.stack(losses).mean())
+
+
+def test_before_the_first_clustering_an_image_is_of_the_prototype_nearest_to_its_first_view() -> None:
+    model, given = method(prototypes=(5,)), BATCHES[0]
+    scores = [embedded(model, view) @ model.prototypes(0).T for view in given["views"]]
+    expected = torch.stack([F.cross_entropy(of / 0.1, scores[0].argmax(dim=1)) for of in scores]).mean()
+    torch.testing.assert_close(model.training_step(given, 0), expected)
+
+
+def test_each_epoch_clusters_what_the_last_one_saw(tmp_path: Path) -> None:
+    model = method()
+    memory: list[Tensor] = []
+    cluster = model.cluster
+
+    def watched(epoch: int) -> None:
+        memory.append(model.memory_GMD.clone())
+        cluster(epoch)
+
+    model.cluster = watched  # type: ignore[method-assign]
+    fit(model, BATCHES, tmp_path, max_epochs=2)
+    assert len(memory) == 1
+    assert memory[0].any(dim=2).all()
+    torch.testing.assert_close(memory[0].norm(dim=2), torch.ones(2, 12))
+    for head, slot in enumerate((0, 1, 0)):
+        rows = memory[0][slot]
+        start = drawn_rows(rows, torch.arange(12), (3, 4, 5)[head], model.start_seed(1, head))
+        found = spherical_kmeans(rows, start)
+        assert torch.equal(model.prototypes(head), found.centroid_KD)
+        assert torch.equal(model.cluster_HM[head], found.nearest_M)
+
+
+def test_prototypes_are_never_trained() -> None:
+    model = method()
+    model.training_step(BATCHES[0], 0).backward()
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"network"}
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight, resumed = method(), method()
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_epochs=1, save_top_k=-1)
+    fit(straight, BATCHES, tmp_path, callbacks=[saves], enable_checkpointing=True, max_epochs=3)
+    fit(resumed, BATCHES, tmp_path, ckpt_path=tmp_path / "step=4.ckpt", max_epochs=3)
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize("kind", method_runs.DEGENERATE)
+def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
+    given = method_runs.degenerate(kind)
+    given["index"] = torch.arange(len(given["index"]))
+    model = method(prototypes=(1, 1))
+    assert torch.tensor(fit(model, [given] * 2, tmp_path, precision=precision, max_epochs=2)).isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    method_runs.two_ranks_train_as_one(method, [*BATCHES, *BATCHES], tmp_path)
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(UserError, match=r"prototypes=\[13\] must be one number or more in \[1, images=12\]"):
+        method(prototypes=(13,))
+    with pytest.raises(UserError, match="Sequential has no out_features"):
+        DeepCluster(Pooled(), nn.Sequential(nn.Linear(8, 6)), 12, optimizer=torch.optim.SGD)
