@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.analysis.closed_form import Discriminant, EmpiricalBayes, LinearHead, NearestMean, Precision, HeadRule
+from lightspan.analysis.closed_form import Discriminant, EmpiricalBayes, HeadRule, LinearHead, NearestMean, Precision
 from lightspan.analysis.rows import unit_rows
 from lightspan.devices import wide
 from lightspan.errors import UserError
