@@ -32,7 +32,7 @@ MAY_USE: dict[str, set[str]] = {
     "adapters": {"subspaces"},
     "surgery": {"adapters", "subspaces"},
     "objectives": set(),
-    "nn": set(),
+    "nn": {"subspaces"},
     "backbones": {"nn"},
     "analysis": {"nn", "subspaces"},
     "features": {"analysis", "checkpoints", "nn"},

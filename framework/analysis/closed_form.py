@@ -49,7 +49,7 @@ class LinearHead:
         return int((self.class_C[self.scores(x_BD).argmax(dim=1)] == label_B.to(self.class_C)).sum())
 
 
-class Rule(ABC):
+class HeadRule(ABC):
     """Makes a head from the statistics of classes."""
 
     def head(self, moments: Moments) -> LinearHead:
@@ -68,7 +68,7 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True)
-class NearestMean(Rule):
+class NearestMean(HeadRule):
     """The class whose mean is nearest: argmin_c |x - m_c|, as w_c = m_c, b_c = -|m_c|^2 / 2.
 
     With cosine, that of the largest cosine, w_c = m_c / |m_c|, b_c = 0. Otherwise means are not scaled to length 1, so
@@ -120,7 +120,7 @@ class PseudoInverse(Precision):
 
 
 @dataclass(frozen=True)
-class Discriminant(Rule):
+class Discriminant(HeadRule):
     """w_c = P m_c, b_c = -log(C) - m_c^T P m_c / 2: Gaussians with one covariance, and all classes equally likely."""
 
     precision: Precision = EmpiricalBayes()

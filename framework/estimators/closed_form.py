@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.analysis.closed_form import Discriminant, EmpiricalBayes, LinearHead, NearestMean, Precision, Rule
+from lightspan.analysis.closed_form import Discriminant, EmpiricalBayes, HeadRule, LinearHead, NearestMean, Precision
 from lightspan.analysis.rows import unit_rows
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
@@ -169,7 +169,7 @@ class ClassIncremental(Estimator):
         normalise: scale rows to length 1 first.
     """
 
-    def __init__(self, rule: Rule | None = None, normalise: bool = True) -> None:
+    def __init__(self, rule: HeadRule | None = None, normalise: bool = True) -> None:
         self.rule, self.normalise = rule or NearestMean(), normalise
 
     def fit(self, stream: FeatureStream) -> IncrementalAccuracy:
@@ -189,7 +189,7 @@ class ClassIncremental(Estimator):
         return IncrementalAccuracy(tuple(correct), tuple(map(len, queries)))
 
 
-def _classified(rule: Rule, bank: Features, query: Features, normalise: bool) -> Accuracy:
+def _classified(rule: HeadRule, bank: Features, query: Features, normalise: bool) -> Accuracy:
     head = rule.head(bank.moments(by_class=True, unit=normalise))
     return Accuracy(_share(head, query, normalise), len(bank), len(query), tensors=_tensors(head))
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.optim.random_subspace import OptimizerCallable
-from lightspan.sharded import local
+from lightspan.sharded import local, ranks_of, total_over
 from lightspan.subspaces.grassmann import Horizontal, geodesic, orthonormalised
 
 
@@ -96,6 +96,8 @@ class RiemannianSGD(Optimizer):
         for frame in self.param_groups[-1]["params"]:
             if frame.ndim not in (2, 3) or frame.shape[-1] > frame.shape[-2]:
                 raise UserError(f"a frame is [N R] or [B N R] with R of at most N, but one is {list(frame.shape)}")
+            if frame.ndim == 2 and ranks_of(frame) is not None:
+                raise UserError("a frame [N R] is split over ranks along its columns; give it a first axis, [1 N R]")
             if frame.dtype not in (torch.float32, torch.float64):
                 raise UserError(
                     f"a frame of {frame.dtype} is orthonormal to two digits and loses small steps; train with "
@@ -122,8 +124,9 @@ class RiemannianSGD(Optimizer):
             for frame in group["params"]
             if frame.grad is not None
         ]
-        gradients = [local(frame.grad) for frame, _ in frames]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients if has_values(gradient)):
+        # All ranks raise or none.
+        wrong = total_over((ranks_of(frame), (~local(frame.grad).isfinite()).sum()) for frame, _ in frames)
+        if has_values(wrong) and wrong:
             raise UserError(
                 "the gradient of a frame is not finite; nothing was changed. Lower the learning rate or clip "
                 "gradients, and check the loss and the data of this step"

@@ -3,12 +3,18 @@
 import copy
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.nn.grassmann_head import GrassmannHead
 from lightspan.optim.groups import ParameterGroups, Rule
@@ -137,6 +143,49 @@ def test_degenerate_gradients() -> None:
     with pytest.raises(UserError, match="gradient of a frame is not finite; nothing was changed"):
         optimizer.step()
     assert torch.equal(frame, kept)
+
+
+def one_rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    mesh, out = init_device_mesh("cpu", (2,)), {}
+    for count in (3, 1):  # of one frame a rank has none
+        frames, gradients = draws(count)
+        frame = nn.Parameter(distribute_tensor(frames, mesh, [Shard(0)]))
+        optimizer = RiemannianSGD([frame], lr=0.1)
+        for gradient in gradients:
+            frame.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+            optimizer.step()
+        out[str(count)] = frame.detach().full_tensor()
+        frame.grad = distribute_tensor(torch.full_like(frames, torch.nan), mesh, [Shard(0)])
+        with pytest.raises(UserError, match="not finite"):
+            optimizer.step()
+    with pytest.raises(UserError, match="split over ranks along its columns"):
+        RiemannianSGD([nn.Parameter(distribute_tensor(frames[0], mesh, [Shard(0)]))])
+    torch.save(out, Path(folder, f"{index}.pt"))
+    leave()
+
+
+def draws(count: int) -> tuple[Tensor, list[Tensor]]:
+    drawn = [
+        torch.randn(count, 6, 2, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in range(7)
+    ]
+    return torch.linalg.qr(drawn[0]).Q, drawn[1:]
+
+
+@pytest.mark.ranks
+def test_frames_that_are_sharded_step_where_they_are(tmp_path: Path) -> None:
+    rank_processes.start(one_rank, 2, str(tmp_path))
+    for count in (3, 1):
+        frames, gradients = draws(count)
+        frame = nn.Parameter(frames.clone())
+        optimizer = RiemannianSGD([frame], lr=0.1)
+        for gradient in gradients:
+            frame.grad = gradient
+            optimizer.step()
+        for index in range(2):
+            stepped = torch.load(tmp_path / f"{index}.pt", weights_only=True)[str(count)]
+            torch.testing.assert_close(stepped, frame.detach(), rtol=1e-12, atol=1e-12)
 
 
 def own(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -1,15 +1,19 @@
 """MLC: its two stages, the copied head, the validation by labels, and two ranks."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import MLP
+from lightspan.distributed import gather_rows, leave
 from lightspan.errors import UserError
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.nn.projector import Projector
@@ -89,6 +93,36 @@ def test_the_head_is_copied_once_when_the_second_stage_begins() -> None:
     short(max_steps=5).fit(model, loader([batch() for _ in range(5)]))
     assert seen == [3]
     assert not torch.equal(model.cluster_head.weight, model.head.weight)  # both have trained since
+
+
+def rows_of(count: int = 7) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(2))
+
+
+def one_rank(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    mine = slice(0, 5) if index == 0 else slice(5, 7)
+    z, c = rows_of()[mine].requires_grad_(), rows_of().sin()[mine].requires_grad_()
+    loss, _ = method().rate_reduction_loss(z[None], c[None])
+    loss.backward()
+    out = {"loss": loss.detach(), "z": z.grad / 2, "c": c.grad / 2}  # DDP's mean over ranks
+    torch.save(out | {"membership": gather_rows(method().membership(c.detach()))[0]}, Path(folder, f"{index}.pt"))
+    leave()
+
+
+@pytest.mark.ranks
+def test_two_ranks_have_the_loss_the_gradient_and_the_membership_of_one(tmp_path: Path) -> None:
+    rank_processes.start(one_rank, 2, str(tmp_path))
+    z, c = rows_of().requires_grad_(), rows_of().sin().requires_grad_()
+    loss, _ = method().rate_reduction_loss(z[None], c[None])
+    loss.backward()
+    parts = [torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in range(2)]
+    for part in parts:
+        torch.testing.assert_close(part["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part["membership"], method().membership(c.detach()))
+    for name, whole in (("z", z.grad), ("c", c.grad)):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_tells_clusters_that_are_apart() -> None:
