@@ -140,3 +140,18 @@ def test_labels_below_the_number_of_classes_pass_and_data_modules_keep_their_hoo
     trainer.fit(module := Sorts(), datamodule=data)
     assert (module.steps, data.passed) == (1, 1)
     assert not [one for one in recwarn if "on_before_batch_transfer" in str(one.message)]
+
+
+def test_embeddings_are_the_features_through_the_projector_if_there_is_one() -> None:
+    class Features(Counts):
+        def features(self, batch: Tensor) -> Tensor:
+            return self.layer(batch)
+
+    class Projected(Features):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projector = nn.Linear(2, 3)
+
+    batch, plain, projected = torch.ones(4, 2), Features(), Projected()
+    assert torch.equal(plain.embeddings(batch), plain.layer(batch))
+    assert torch.equal(projected.embeddings(batch), projected.projector(projected.layer(batch)))

@@ -221,7 +221,7 @@ SOUND = {"rankme": 10.0, "spread": 0.5, "duplicates": 0.0, "length": 1.0}
     [
         ({"spread": 0.2}, "one point"),
         ({"duplicates": 0.9}, "equal embeddings"),
-        ({"rankme": 4.9}, "few directions"),
+        ({"rankme": 3.3}, "few directions"),
         ({"length": 101.0}, "blown up"),
         ({"spread": math.nan}, "not finite"),
     ],

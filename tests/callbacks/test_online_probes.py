@@ -16,6 +16,7 @@ from trainer_fixtures import Net
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.analysis.spectra import effective_rank, singular_values
+from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.callbacks.watching.online_probes import OnlineProbes
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.distributed import leave
@@ -23,6 +24,7 @@ from lightspan.errors import UserError
 from lightspan.estimators.probes import KNN, AttentiveProbe, LinearProbe
 from lightspan.loggers.jsonl import JsonlLogger
 from lightspan.nn.tokens import token_features
+from lightspan.sharded import local
 from lightspan.strategies import FSDP2, shard
 
 PROBES = {"knn": KNN(k=5), "linear": LinearProbe()}
@@ -272,15 +274,40 @@ def one_rank(rank: int, folder: str) -> None:
         )
         (metrics,) = trainer.validate(one, datamodule=data, verbose=False)
         Path(folder, f"{name} {rank}.json").write_text(json.dumps(metrics))
+    for name, strategy in (("ddp", lambda: "ddp"), ("fsdp2", FSDP2)):
+        ends = []
+        for watching in ([], [OnlineProbes(layers=[-1], every_n_steps=1), CollapseSentinel(every_n_steps=1)]):
+            module = Blocks()
+            trainer = Trainer(
+                accelerator="cpu",
+                devices=2,
+                strategy=strategy(),
+                max_steps=3,
+                limit_val_batches=0,
+                logger=False,
+                callbacks=watching,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                use_distributed_sampler=False,
+            )
+            trainer.fit(module, datamodule=Data(bank=48))
+            moments = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+            ends.append([local(value) for value in (*module.state_dict().values(), *moments, torch.get_rng_state())])
+        equal = [torch.equal(without, with_it) for without, with_it in zip(*ends, strict=True)]
+        Path(folder, f"{name} {rank} bits").write_text(str(all(equal) and len(equal) > 10))
     leave()
 
 
 @pytest.mark.ranks
-def test_two_ranks_log_what_one_logs(make_trainer, net, tmp_path):
+def test_two_ranks_log_what_one_logs_and_train_as_without_probes(make_trainer, net, tmp_path):
     """Uneven shares (of 43 and 23 samples) in two processes, the same weights in both, whole or sharded."""
     module = net()
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     rank_processes.start(one_rank, 2, str(tmp_path))
+    for file in tmp_path.glob("* bits"):
+        assert file.read_text() == "True", f"{file.name}: a step differs from that of a run without probes"
+    assert len(list(tmp_path.glob("* bits"))) == 4
     (alone,) = make_trainer(callbacks=[every_kind()]).validate(Blocks(), datamodule=Tags(), verbose=False)
     assert len(alone) == 10
     expected = {"classes": expected_metrics(module, Data()), "tags ddp": alone, "tags fsdp2": alone}

@@ -283,3 +283,13 @@ def test_a_plan_takes_shapes_alone_through_the_step_with_its_patches(tmp_path: P
     plan = make_plan(trainer, model, Digits(8, crops), 1)
     assert not plan.notes  # nothing was run on numbers
     assert set(masked) == {2 * 8 * 16, 2 * 16 * 16}  # all patches of both global views, for 8 images and for 16
+
+
+def test_assignments_are_the_teachers_to_the_prototypes_of_its_first_head() -> None:
+    model, given = method().eval(), batch()
+    image = {"image": given["views"][0]}
+    shares_BK = model.assignments(image)
+    assert shares_BK.shape == (6, 5)
+    torch.testing.assert_close(shares_BK.sum(dim=1), torch.ones(6))
+    scores_BK = model.teacher.module.heads[0](model.features(image))
+    torch.testing.assert_close(shares_BK, (scores_BK / 0.07).softmax(dim=1))
