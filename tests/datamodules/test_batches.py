@@ -11,6 +11,7 @@ from typing import Any, is_typeddict
 import pytest
 import torch
 from lightning import LightningDataModule
+from picture_files import write_pictures
 from shard_files import write_shards
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
 from lightspan.datamodules.images.tasks import Derived, TaskImages
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
+from lightspan.datamodules.pictures.dataset import PictureDataset
+from lightspan.datamodules.pictures.folder import ImageFolder
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -59,6 +62,11 @@ def shards(folder: Path, **options: Any) -> Shards:
     return Shards(write_shards(folder, [5]), batch_size=4, **options)
 
 
+def pictures(folder: Path, **options: Any) -> ImageFolder:
+    write_pictures(folder / "in", {"a": 4, "b": 4})
+    return ImageFolder(str(folder / "in"), cache_dir=str(folder / "cache"), size=8, batch_size=4, **options)
+
+
 def text(folder: Path) -> ByteText:
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text("to be or not to be, " * 200)
@@ -83,6 +91,12 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "TaskImages": (lambda folder: TaskImages({"a": Digits(), "b": Derived(Digits(), 1)}, 4, "train"), "TasksBatch"),
     "Shards": (shards, "ImageBatch"),
     "Shards, two views": (lambda folder: shards(folder, views=TwoViews(flip=0.0)), "ViewsBatch"),
+    "ImageFolder": (lambda folder: pictures(folder), "ImageBatch"),
+    "ImageFolder, two views": (lambda folder: pictures(folder, views=TwoViews()), "ViewsBatch"),
+    "PictureDataset": (
+        lambda folder: PictureDataset([(torch.rand(3, 9, 8), 1)] * 8, size=8, batch_size=4),  # type: ignore[arg-type]
+        "ImageBatch",
+    ),
     "ByteText": (text, "TextBatch"),
     "Austen": (lambda folder: Austen(context=9, batch_size=4, val_windows=4), "TextBatch"),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
