@@ -1,0 +1,73 @@
+"""ScatSimCLR: SimCLR on wavelets, with a pretext task that keeps in the features what the augmentations would remove.
+
+Source: Kinakh, Taran, Voloshynovskyy, "ScatSimCLR: Self-supervised contrastive learning with pretext task
+regularization for small-scale datasets", ICCV workshops 2021, arXiv 2108.13939, and the authors' code: L = L_ntxent +
+lambda L_pretext. The network is `lightspan.backbones.scattering.ScatteringNet`, tasks are in `lightspan.nn.pretext`.
+That code normalises twice, ties the loss to one batch size, and lets the rate fall over batches where it steps in
+epochs; none of that is here.
+Shapes: B images of this rank, C H W image, D embedding width.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.datamodules.batches import ViewsBatch
+from lightspan.devices import wide
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.pretext import PretextTask
+from lightspan.nn.views import views_of
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import nt_xent, require_temperature
+
+
+class ScatSimCLR(Method):
+    """Contrast of the first two views, and the task on the views after them. Backbone and features are those of SimCLR,
+    and without a task so is everything.
+
+    Args:
+        backbone: [R C H W] -> [R num_features]; what probes read, and all that is kept.
+        projector: [R num_features] -> [R D].
+        pretext: what is guessed of an image, such as its turn; None guesses nothing.
+        pretext_weight: lambda, >= 0.
+        temperature: > 0.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        pretext: PretextTask | None = None,
+        pretext_weight: float = 0.3,
+        temperature: float = 0.5,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_temperature(temperature)
+        if not 0 <= pretext_weight < math.inf:
+            raise UserError(f"pretext_weight={pretext_weight} must be at least 0 and finite; the paper has 0.3")
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_width(backbone, "pretext.in_features", getattr(pretext, "in_features", None))
+        self.backbone, self.projector, self.pretext = backbone, projector, pretext
+        self.pretext_weight, self.temperature = pretext_weight, temperature
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
+        views = views_of(batch, "ScatSimCLR", 2 if self.pretext is None else 2 + self.pretext.views)
+        z1_BD, z2_BD = self.projector(self.backbone(torch.cat(views[:2]))).chunk(2)
+        loss = nt_xent(z1_BD, z2_BD, self.temperature)
+        figures = {"contrast": loss}
+        if self.pretext is not None:
+            guess = self.pretext(self.backbone, views[2:], batch["index"], self.global_step)
+            figures["pretext"] = F.cross_entropy(wide(guess.logits_RK), guess.label_R)
+            figures["pretext_accuracy"] = (guess.logits_RK.argmax(dim=1) == guess.label_R).float().mean()
+            loss = loss + self.pretext_weight * figures["pretext"]
+        self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
+        return loss
