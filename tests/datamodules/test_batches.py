@@ -12,7 +12,6 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from picture_files import write_pictures
-from PIL import Image
 from shard_files import pair_shard, write_shards
 from torch import Tensor
 
@@ -71,12 +70,9 @@ def shards(folder: Path, **options: Any) -> Shards:
     return Shards(write_shards(folder, [5]), batch_size=4, **options)
 
 
-PICTURES = [{"image": Image.new("RGB", (9, 9), (20 * i, 0, 0)), "label": i % 2} for i in range(12)]
-
-
-def pictures(folder: Path) -> ImageFolder:
-    write_pictures(folder / "in", {"a": 6, "b": 6})
-    return ImageFolder(str(folder / "in"), size=8, batch_size=4, cache_dir=str(folder / "cache"))
+def pictures(folder: Path, **options: Any) -> ImageFolder:
+    write_pictures(folder / "in", {"a": 4, "b": 4})
+    return ImageFolder(str(folder / "in"), cache_dir=str(folder / "cache"), size=8, batch_size=4, **options)
 
 
 def text(folder: Path) -> ByteText:
@@ -104,8 +100,6 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "TexturedScenes": (lambda folder: TexturedScenes(size=16, batch_size=4), "ImageBatch"),
     "FewShots": (lambda folder: FewShots(Digits(), shots=2, batch_size=4), "ImageBatch"),
     "ClassStream": (lambda folder: ClassStream(Digits(), batch_size=4), "ImageBatch"),
-    "ImageFolder": (pictures, "ImageBatch"),
-    "PictureDataset": (lambda folder: PictureDataset(PICTURES, size=8, batch_size=4), "ImageBatch"),  # type: ignore[arg-type]
     "Shards": (shards, "ImageBatch"),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
@@ -117,6 +111,12 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
     "Ames": (lambda folder: Ames(batch_size=4), "TableBatch"),
     "Shards, two views": (lambda folder: shards(folder, views=TwoViews(flip=0.0)), "ViewsBatch"),
+    "ImageFolder": (lambda folder: pictures(folder), "ImageBatch"),
+    "ImageFolder, two views": (lambda folder: pictures(folder, views=TwoViews()), "ViewsBatch"),
+    "PictureDataset": (
+        lambda folder: PictureDataset([(torch.rand(3, 9, 8), 1)] * 8, size=8, batch_size=4),  # type: ignore[arg-type]
+        "ImageBatch",
+    ),
     "ByteText": (text, "TextBatch"),
     "Austen": (lambda folder: Austen(context=9, batch_size=4, val_windows=4), "TextBatch"),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
