@@ -40,9 +40,18 @@ class Views(ABC):
     @abstractmethod
     def __call__(self, image: Tensor) -> list[Tensor]: ...
 
+    @property
+    def drawn(self) -> "DrawnViews | None":
+        """These views as ones whose numbers are drawn first; None where drawing and making are one."""
+        return None
+
 
 class DrawnViews(Views):
     """Views that are pictures of drawn numbers (`ViewParameters`)."""
+
+    @property
+    def drawn(self) -> "DrawnViews":
+        return self
 
     @property
     @abstractmethod
@@ -76,7 +85,7 @@ class Plain(DrawnViews):
         return [Drawn(WHOLE)] * self.count
 
 
-class MultiCrop(DrawnViews):
+class MultiCrop(Views):
     """The views of several others, one after the other (Caron et al., "SwAV", 2020, arXiv 2006.09882, section 3.3).
 
     Large crops of most of the image come first by convention, then smaller crops of less of it: methods that tell
@@ -87,9 +96,24 @@ class MultiCrop(DrawnViews):
         parts: for instance a `RandomViews` of two views of 224 pixels and one of eight views of 96.
     """
 
-    def __init__(self, parts: list[DrawnViews]) -> None:
+    def __init__(self, parts: list[Views]) -> None:
         if not parts:
             raise UserError("MultiCrop parts is an empty list; give at least one kind of views")
+        self.parts = parts
+
+    def __call__(self, image: Tensor) -> list[Tensor]:
+        return [view for part in self.parts for view in part(image)]
+
+    @property
+    def drawn(self) -> DrawnViews | None:
+        parts = [part.drawn for part in self.parts if part.drawn is not None]
+        return _Joined(parts) if len(parts) == len(self.parts) else None
+
+
+class _Joined(DrawnViews):
+    """A `MultiCrop` of drawn views."""
+
+    def __init__(self, parts: list[DrawnViews]) -> None:
         self.parts = parts
 
     @property

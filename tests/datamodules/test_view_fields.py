@@ -104,11 +104,16 @@ def test_views_of_ones_own_come_without_parameters_and_from_the_workers_alone() 
         def __call__(self, image: Tensor) -> list[Tensor]:
             return [image.float() / 255, image.float() / 510]
 
-    data = digits("workers", Own())
-    data.setup()
-    assert next(iter(data.train_dataloader())).keys() == {"views", "label", "index"}
+    for views, count in ((Own(), 2), (MultiCrop([Own(), TwoViews()]), 4)):
+        data = digits("workers", views)
+        data.setup()
+        batch = next(iter(data.train_dataloader()))
+        assert batch.keys() == {"views", "label", "index"}
+        assert len(batch["views"]) == count
     with pytest.raises(UserError, match="views_on=device with Own, made one image at a time; set"):
         digits("device", Own()).setup()
+    with pytest.raises(UserError, match="views_on=device with MultiCrop, made one image at a time; set"):
+        digits("device", MultiCrop([TwoViews(), Own()])).setup()
     with pytest.raises(UserError, match="views_on=device with no views; set"):
         Shards(["x.tar"], views_on="device")
 

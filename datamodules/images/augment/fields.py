@@ -41,7 +41,7 @@ class ImageFields:
     made_on: Place = "workers"
 
     def __post_init__(self) -> None:
-        if self.made_on == "device" and not isinstance(self.views, DrawnViews):
+        if self.made_on == "device" and (self.views is None or self.views.drawn is None):
             what = "no views" if self.views is None else f"{type(self.views).__name__}, made one image at a time"
             raise UserError(
                 f"views_on=device with {what}; set data.init_args.views to views that are drawn first, such as "
@@ -52,23 +52,25 @@ class ImageFields:
         """Fields of one sample from its image, uint8 or, in [0, 1], float32 [C, H, W]."""
         if self.views is None:
             return {"image": self._standardised(unit_float(image))}
+        kind = self.views.drawn
         with seeded(seed):
-            if not isinstance(self.views, DrawnViews):
+            if kind is None:
                 return {"views": [self._standardised(view) for view in self.views(image)]}
-            drawn = self.views.draw(tuple(image.shape))
+            drawn = kind.draw(tuple(image.shape))
         if self.made_on == "device":
             # Whole numbers, because mixed or low precision rounds all others before they are on the device.
             bits_VP = _table(drawn).view(torch.int32)
             return {"image": image, "drawn": bits_VP, "seed": torch.tensor(seed)}
-        views = [self._standardised(view) for view in self.views.render(image, drawn)]
+        views = [self._standardised(view) for view in kind.render(image, drawn)]
         return {"views": views, "parameters": _table(drawn)}
 
     def attach(self, data: LightningDataModule) -> None:
         """Lets `data` finish its batches when they are on the device, if that is where views are made."""
         if self.made_on == "device":
-            assert isinstance(self.views, DrawnViews)
+            assert self.views is not None
+            assert self.views.drawn is not None
             means, stds = self.mean.flatten().tolist(), self.std.flatten().tolist()
-            finish = _Finish(data, self.views, means, stds)
+            finish = _Finish(data, self.views.drawn, means, stds)
             # Not a method of the class: Lightning would take this hook away from every module that has one.
             data.on_after_batch_transfer = finish.on_after_batch_transfer  # type: ignore[method-assign]
 
