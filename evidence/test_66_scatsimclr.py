@@ -188,7 +188,7 @@ def test_scatsimclr(evidence):
     rates = ", ".join(f"{name} {rate:g}" for name, rate in CHOSEN.items())
     evidence.note(
         f"{len(digits(False)[0].labels)} training digits at {SIDE} x {SIDE}, {STEPS} steps of {BATCH}; probes have "
-        f"{LABELS} labels of each digit. Weights of the networks: {sizes}. Rates chosen of {RATES} on seed 100: {rates}."
+        f"{LABELS} labels of each digit. Weights of the networks: {sizes}. Rates, of {RATES} on seed 100: {rates}."
     )
     evidence.note("A run has 13 epochs, where the paper's have 1000. Turns cost an arm three times the images.")
     evidence.claim("probe, ScatSimCLR minus plain SimCLR", gain("plain SimCLR"), at_least=2.0, unit="points")
