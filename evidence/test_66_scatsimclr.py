@@ -1,15 +1,15 @@
 """ScatSimCLR (arXiv 2108.13939): wavelets and quarter turns, against a convolutional SimCLR and untrained wavelets.
 
-Handwritten digits of 8 x 8 pixels are shown at 32 x 32, and logistic probes read the digit from the frozen features with
-ten labels of each. All trained arms are the class `ScatSimCLR` with one projector, batch, number of steps and optimiser;
-they differ in the network, of which the plain one has as many weights, and in the task. Each arm's rate was chosen from
-the same three, by its probe on seed 100 and a part of the training digits that is kept apart for that:
+Handwritten digits of 8 x 8 pixels are shown at 32 x 32, and logistic probes read the digit from the frozen features
+with ten labels of each. All trained arms are the class `ScatSimCLR` with one projector, batch, number of steps and
+optimiser; they differ in the network, of which the plain one has as many weights, and in the task. Each arm's rate is
+chosen from the same three, by its probe on seed 100 and a part of the training digits that is kept apart for that:
 `python evidence/test_66_scatsimclr.py` repeats the search.
 
 Margins are the card's, which leaves the number of labels open. With all 1,437 of them the wavelets' maps alone reach 99
 per cent, so that probe is recorded without a margin. Views crop, turn a little and change contrast, and never mirror: a
-mirrored digit is none. Some digits look nearly the same after half a turn (0, 1, 8, and 6 as 9), so their turn cannot be
-told.
+mirrored digit is none. Some digits look nearly the same after half a turn (0, 1, 8, and 6 as 9), so their turn cannot
+be told.
 """
 
 from collections.abc import Iterator
@@ -184,14 +184,13 @@ def test_scatsimclr(evidence):
         return {seed: runs["ScatSimCLR"][seed]["probe"] - runs[over][seed]["probe"] for seed in SEEDS}
 
     weights = {name: sum(p.numel() for p in network(arm).parameters()) for name, arm in ARMS.items()}
+    sizes = ", ".join(f"{name} {count:,}" for name, count in weights.items())
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in CHOSEN.items())
     evidence.note(
-        f"{len(digits(False)[0].labels)} training digits at {SIDE} x {SIDE}, {STEPS} steps of {BATCH}; probes have {LABELS} labels of each digit. Weights of the "
-        f"networks: {', '.join(f'{name} {count:,}' for name, count in weights.items())}. Rates chosen of {RATES} on "
-        f"seed 100: {', '.join(f'{name} {rate:g}' for name, rate in CHOSEN.items())}."
+        f"{len(digits(False)[0].labels)} training digits at {SIDE} x {SIDE}, {STEPS} steps of {BATCH}; probes have "
+        f"{LABELS} labels of each digit. Weights of the networks: {sizes}. Rates, of {RATES} on seed 100: {rates}."
     )
-    evidence.note(
-        "A run has some 7 epochs, where the paper's have 1000. Turned views cost an arm three times the images."
-    )
+    evidence.note("A run has 13 epochs, where the paper's have 1000. Turns cost an arm three times the images.")
     evidence.claim("probe, ScatSimCLR minus plain SimCLR", gain("plain SimCLR"), at_least=2.0, unit="points")
     evidence.claim(
         "probe, ScatSimCLR minus untrained wavelets", gain("untrained wavelets"), at_least=2.0, unit="points"

@@ -24,13 +24,16 @@ class EMATeacher(Frozen):
         batch_statistics: of a network with BatchNorm. False normalises by the student's running statistics. True
             normalises by the batch while the module around it trains, as BYOL, MoCo and DINO do with a ResNet; the
             running statistics, with which the teacher is evaluated, are then those of its own batches.
+        average_statistics: average the student's running statistics as its weights, so that those with which the
+            teacher normalises belong to the weights it has (Cai et al., "EMAN", 2021, arXiv 2101.08482); False takes
+            the student's present ones. Without a say where `batch_statistics` is True.
     """
 
     batch_statistics = False
 
-    def __init__(self, student: nn.Module, batch_statistics: bool = False) -> None:
+    def __init__(self, student: nn.Module, batch_statistics: bool = False, average_statistics: bool = False) -> None:
         super().__init__(copy.deepcopy(student))
-        self.batch_statistics = batch_statistics
+        self.batch_statistics, self.average_statistics = batch_statistics, average_statistics
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -59,7 +62,11 @@ class EMATeacher(Frozen):
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
         buffers, kept = dict(self.module.named_buffers()), self._own_statistics()
         for name, buffer in student.named_buffers():
-            if name.rpartition(".")[0] not in kept:
+            if name.rpartition(".")[0] in kept:
+                continue
+            if self.average_statistics and name.rpartition(".")[2] in ("running_mean", "running_var"):
+                buffers[name].lerp_(buffer, 1 - momentum)
+            else:
                 buffers[name].copy_(buffer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -45,6 +45,18 @@ def test_it_runs_without_dropout_and_takes_over_the_statistics_of_the_student() 
     assert torch.equal(teacher(x), teacher(x))
 
 
+def test_statistics_are_averaged_like_the_weights_if_asked_for() -> None:
+    student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    teacher = EMATeacher(student, average_statistics=True)
+    student(torch.randn(8, 3) + 4)
+    teacher.follow(student, 0.75)
+    own, theirs = teacher.module[1], student[1]
+    torch.testing.assert_close(own.running_mean, 0.25 * theirs.running_mean)
+    torch.testing.assert_close(own.running_var, 0.75 + 0.25 * theirs.running_var)
+    assert own.num_batches_tracked == 1
+    assert not own.training
+
+
 def normalised() -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), DropPath(0.5), nn.Linear(4, 3))

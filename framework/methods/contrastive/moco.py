@@ -6,9 +6,9 @@ temperature 0.2. The loss is `lightspan.objectives.info_nce.queued_info_nce`.
 
 Shuffled BatchNorm: the paper shuffles images over GPUs before the teacher sees them, since a BatchNorm by batch lets a
 query and its key share the statistics of one group of images, from which the network guesses the pair (section 3.3).
-Here the teacher's BatchNorms use the student's running statistics, as in Cai et al., "Exponential Moving Average
-Normalization", 2021, arXiv 2101.08482: a key depends on its own image alone, there is nothing to shuffle, and any
-number of ranks trains as one. Places of the queue that are still empty are zero vectors, with cosine 0 to every query;
+Here the teacher's BatchNorms use an average of the student's running statistics, as in Cai et al., "Exponential Moving
+Average Normalization" (EMAN), 2021, arXiv 2101.08482: a key depends on its own image alone, there is nothing to
+shuffle, and any number of ranks trains as one. Places of the queue that are still empty are zero vectors, with cosine 0 to every query;
 the authors' are random ones, whose cosines are near 0.
 Shapes: B images of this rank, C H W image, D embedding width, L rows in the queue.
 """
@@ -58,7 +58,7 @@ class MoCo(Method):
             raise UserError(f"momentum={momentum} must lie in [0, 1]; 0.99 to 0.999 are usual")
         require_width(backbone, "projector.in_features", projector.in_features)
         self.student = nn.Sequential(backbone, projector)
-        self.teacher = EMATeacher(self.student)
+        self.teacher = EMATeacher(self.student, average_statistics=True)
         self.queue = FeatureQueue(queue, projector.out_features)
         self.momentum, self.temperature = momentum, temperature
         self.fresh: list[Tensor] = []  # keys of the micro-batches of the step under way
