@@ -47,6 +47,7 @@ class DeepCluster(Method):
 
     memory_GMD: Tensor
     cluster_HM: Tensor
+    clustered_in: Tensor
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class DeepCluster(Method):
             self.register_buffer(f"prototypes_{head}", F.normalize(torch.randn(count, width)))
         self.register_buffer("memory_GMD", torch.zeros(global_views, images, width))
         self.register_buffer("cluster_HM", torch.full((len(prototypes), images), -1))
+        self.register_buffer("clustered_in", torch.zeros((), dtype=torch.int64))
         self.temperature, self.steps, self.global_views, self.seed = temperature, steps, global_views, seed
 
     @property
@@ -95,8 +97,10 @@ class DeepCluster(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def on_train_epoch_start(self) -> None:
-        if self.current_epoch > 0:
+        # A run that resumes within an epoch begins it anew, with a memory that has gone on since.
+        if self.current_epoch > int(self.clustered_in):
             self.cluster(self.current_epoch)
+            self.clustered_in.fill_(self.current_epoch)
 
     @torch.no_grad()
     def cluster(self, epoch: int) -> None:
