@@ -76,7 +76,7 @@ class PrototypeNetwork(nn.Module):
         tokens_BTw = tokens(torch.cat([*views[:count]]), mask_BHW=mask_BHW, **options)  # type: ignore[operator]
         others = one_pass_a_size(lambda image_BChw: tokens(image_BChw, **options)[:, 0], views[count:])  # type: ignore[operator]
         class_VBw = torch.cat([tokens_BTw[:, 0], *others]).unflatten(0, (len(views), images))
-        patches_Nw = masked.tokens(tokens_BTw[:, self.backbone.num_prefix_tokens :])  # type: ignore[misc]
+        patches_Nw = masked.tokens(tokens_BTw[:, self.backbone.num_prefix_tokens :])
         rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)  # type: ignore[arg-type]
         scores = [head(rows).split([len(views) * images, len(patches_Nw)]) for head in self.heads]
         return SeenViews(

@@ -7,12 +7,12 @@ import numpy as np
 from torch import Tensor
 
 from lightspan.devices import has_values
-from lightspan.nn.block_masks import MaskedPatches
-from lightspan.nn.mask_samplers import MaskSampler, for_images
+from lightspan.nn.block_masks import BlockMasks, MaskedPatches
+from lightspan.nn.mask_samplers import for_images
 
 
 def masks_of_views(
-    sampler: MaskSampler, grid: tuple[int, int], step: int, index_B: Tensor, global_views: int, masking: bool = True
+    sampler: BlockMasks, grid: tuple[int, int], step: int, index_B: Tensor, global_views: int, masking: bool = True
 ) -> MaskedPatches:
     """Of G views, one after the other, on the device of the images' numbers.
 
