@@ -5,7 +5,8 @@ random sizes and turned by up to 30 degrees, in patches of 7 pixels. Arms, all w
 and schedules, none of which was searched:
 
 - POA: the super-network.
-- DINO-only: the same network without the elastic branch (lam = 1), whose smallest part is cut out afterwards.
+- DINO-only: the same network and loss without the elastic branch (`IBOT` with Sinkhorn-Knopp and KoLeo), whose smallest
+  part is cut out afterwards.
 - alone: a network of the smallest size (32 x 2), by itself, without the elastic branch.
 - random: the smallest part of the super-network before training.
 
@@ -30,6 +31,7 @@ from lightspan.analysis.knn import knn_accuracy
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews
+from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.poa import POA
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.subnets import Size
@@ -41,13 +43,13 @@ STEPS, BATCH, RATE, NEIGHBOURS = 400, 16, 1.5e-3, 20
 MOMENTUM, FINAL_MOMENTUM = 0.992, 0.999
 
 
-def method(lam: float, widths: list[int], depths: list[int], rate: float, momentum: float) -> POA:
+def method(lam: float, widths: list[int], depths: list[int], rate: float, momentum: float) -> POA | IBOT:
     sizes = {"img_size": 28, "patch_size": 7, "in_chans": 1, "head_dim": 16}
     backbone = ElasticViT(widths, depths, init_values=None, weight_init="jax", **sizes)
-    return POA(
+    make = partial(POA, lam=lam) if lam < 1 else partial(IBOT, centre_momentum=None, koleo_weight=0.1)
+    return make(
         backbone,
         [DINOHead(widths[-1], prototypes, hidden=(128,), bottleneck=32) for prototypes in (64, 128)],
-        lam=lam,
         momentum=momentum,
         final_momentum=FINAL_MOMENTUM,
         patch_loss_from=0.1,
@@ -74,7 +76,7 @@ def train(
     momentum: float = MOMENTUM,
     steps: int = STEPS,
     val_size: int = 0,
-) -> tuple[POA, POA, float]:
+) -> tuple[POA | IBOT, POA | IBOT, float]:
     """(untrained, trained, CPU seconds of `fit`)."""
     seed_everything(seed, verbose=False)
     before, after = (method(lam, widths, depths, rate, momentum) for _ in range(2))
@@ -95,7 +97,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(trained: POA, size: Size, val_size: int = 0) -> float:
+def accuracy(trained: POA | IBOT, size: Size, val_size: int = 0) -> float:
     """Per cent, of the network of this size as it is cut out of the teacher, on test or on validation pictures."""
     data, network = shapes(0, val_size), trained.backbone.extract(size).eval()
     data.setup()

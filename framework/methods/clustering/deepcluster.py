@@ -47,6 +47,7 @@ class DeepCluster(Method):
 
     memory_GMD: Tensor
     cluster_HM: Tensor
+    clustered_in: Tensor
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class DeepCluster(Method):
             self.register_buffer(f"prototypes_{head}", F.normalize(torch.randn(count, width)))
         self.register_buffer("memory_GMD", torch.zeros(global_views, images, width))
         self.register_buffer("cluster_HM", torch.full((len(prototypes), images), -1))
+        self.register_buffer("clustered_in", torch.zeros((), dtype=torch.int64))
+        self.begun = 0  # the epoch; spares a question to the device in each step
         self.temperature, self.steps, self.global_views, self.seed = temperature, steps, global_views, seed
 
     @property
@@ -94,9 +97,14 @@ class DeepCluster(Method):
     def features(self, batch: Any) -> Tensor:
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch > 0:
-            self.cluster(self.current_epoch)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Not at Lightning's start of an epoch, which a run that resumes within one or at its end has once more or not
+        # at all: the buffer knows.
+        if self.current_epoch > self.begun:
+            self.begun = self.current_epoch
+            if self.current_epoch > int(self.clustered_in):
+                self.cluster(self.current_epoch)
+                self.clustered_in.fill_(self.current_epoch)
 
     @torch.no_grad()
     def cluster(self, epoch: int) -> None:

@@ -117,7 +117,7 @@ class SwAV(Method):
         """Targets [B K] of a global view, with the queue's rows beside those of all ranks."""
         queued_LK = scores_BK[:0]
         if self.queues and self.queues[view].full:
-            own_LD: Tensor = self.queues[view].rows_LD[rank() :: world_size()]  # type: ignore[assignment, index]
+            own_LD: Tensor = self.queues[view].rows_LD[rank() :: world_size()]  # type: ignore[index]
             queued_LK = self.prototypes(own_LD.to(scores_BK))
         scores_LK = torch.cat([queued_LK, scores_BK])
         return sinkhorn(scores_LK, self.code_temperature, self.iterations)[len(queued_LK) :]

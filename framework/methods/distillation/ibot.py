@@ -127,16 +127,17 @@ class IBOT(Method):
         off.
         """
         temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
-        rows = [(of_class.flatten(0, 1), of_patches) for of_class, of_patches in taught]
-        if self.centres:
-            pairs = zip(rows, self.centres, strict=True)
-            made = [[self.centred(*pair, temperature) for pair in zip(*of, strict=True)] for of in pairs]
-        else:
-            made = [[sinkhorn(scores_RK, temperature) for scores_RK in of] for of in rows]
-        return [(of[0].view_as(whole), of[1]) for of, (whole, _) in zip(made, taught, strict=True)]
+        targets = []
+        for head, (of_class, of_patches) in enumerate(taught):
+            centres: Any = self.centres[head] if self.centres else (None, None)
+            class_RK = self.target(of_class.flatten(0, 1), centres[0], temperature)
+            targets.append((class_RK.view_as(of_class), self.target(of_patches, centres[1], temperature)))
+        return targets
 
     @staticmethod
-    def centred(scores_RK: Tensor, centre: Centre, temperature: float) -> Tensor:
+    def target(scores_RK: Tensor, centre: Centre | None, temperature: float) -> Tensor:
+        if centre is None:
+            return sinkhorn(scores_RK, temperature)
         targets_RK = centred_softmax(scores_RK, centre(), temperature)
         centre.follow(scores_RK)
         return targets_RK

@@ -55,7 +55,7 @@ class TokenNetwork(nn.Module):
 
     def forward(self, image_RChw: Tensor, masked: MaskedPatches) -> Looked:
         tokens_RTD = self.backbone.tokens(image_RChw)  # type: ignore[operator]
-        patches_ND = masked.tokens(tokens_RTD[:, self.backbone.num_prefix_tokens :])  # type: ignore[misc]
+        patches_ND = masked.tokens(tokens_RTD[:, self.backbone.num_prefix_tokens :])
         return Looked(self.projector(tokens_RTD[:, 0]), patches_ND, self.head(patches_ND))
 
 

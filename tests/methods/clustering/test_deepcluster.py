@@ -94,11 +94,13 @@ def test_prototypes_are_never_trained() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_resumed_run_goes_on_bit_for_bit_also_within_an_epoch(step: int, tmp_path: Path) -> None:
     straight, resumed = method(), method()
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_epochs=1, save_top_k=-1)
-    fit(straight, BATCHES, tmp_path, callbacks=[saves], enable_checkpointing=True, max_epochs=3)
-    fit(resumed, BATCHES, tmp_path, ckpt_path=tmp_path / "step=4.ckpt", max_epochs=3)
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    same = BATCHES[:1] * 2  # a plain loader does not know where it was
+    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True, max_epochs=3)
+    fit(resumed, same, tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", max_epochs=3)
     for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
