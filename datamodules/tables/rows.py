@@ -164,7 +164,7 @@ class Diabetes(TableData):
 
 class Ames(TableData):
     """2,930 houses sold in Ames, Iowa (De Cock 2011), from the R package modeldata. The target is the decimal logarithm
-    of the price in dollars, from 4.1 to 5.9; columns are 33 numbers, and one for each value of the others.
+    of the price in dollars, from 4.1 to 5.9; columns are its numbers, and one for each value of the others.
 
     Args:
         library: folder of R packages that contains modeldata; None searches the usual places.
