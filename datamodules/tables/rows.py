@@ -164,7 +164,7 @@ class Diabetes(TableData):
 
 class Ames(TableData):
     """2,930 houses sold in Ames, Iowa (De Cock 2011), from the R package modeldata. The target is the decimal logarithm
-    of the price in dollars, from 4.1 to 5.9; columns are 33 numbers, and one for each value of the others.
+    of the price in dollars, from 4.1 to 5.9; columns are its numbers, and one for each value of the others.
 
     Args:
         library: folder of R packages that contains modeldata; None searches the usual places.
@@ -178,8 +178,13 @@ class Ames(TableData):
         self.library = library
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        from pandas import get_dummies  # which rdata, the reader, brings
-
         (houses,) = read_r_data("modeldata", ("ames",), self.library)
         price = np.log10(houses.pop("Sale_Price").to_numpy(dtype=np.float64))
-        return get_dummies(houses, dtype=float).to_numpy(dtype=np.float64), price
+        columns: list[np.ndarray] = []
+        for name in houses.columns:
+            values = houses[name]
+            if values.dtype.name == "category":
+                columns += [(values == each).to_numpy(dtype=np.float64) for each in values.cat.categories]
+            else:
+                columns.append(values.to_numpy(dtype=np.float64))
+        return np.stack(columns, axis=1), price

@@ -42,6 +42,9 @@ class PRE(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    name_tokens_CT: Tensor
+    name_mask_CT: Tensor
+
     def __init__(
         self,
         encoders: nn.Module,
@@ -98,9 +101,9 @@ class PRE(Method):
             raise UserError(f"PRE base_classes={classes} must name some of the {len(names)} classes, counted from 0")
         read = tokenizer([f"{name}." for name in names], padding=True, padding_side="right")
         device, rows = self.prompt_tokens.device, len(self.prompt_tokens)
-        self.name_tokens_CT, self.name_mask_CT = (
-            torch.as_tensor(read[name], device=device) for name in ("input_ids", "attention_mask")
-        )
+        # Buffers, so that they go where the method goes; the names are no part of a checkpoint.
+        for buffer, key in (("name_tokens_CT", "input_ids"), ("name_mask_CT", "attention_mask")):
+            self.register_buffer(buffer, torch.as_tensor(read[key], device=device), persistent=False)
         longest, context = self.name_tokens_CT.shape[1] + rows, getattr(self.encoders.text, "context", None)
         if context is not None and longest > context:
             raise UserError(
@@ -131,7 +134,7 @@ class PRE(Method):
     def class_rows(self, classes: Sequence[int] | None = None) -> Tensor:
         """w, [C D], rows of length 1, of these classes; None takes all."""
         kept = slice(None) if classes is None else list(classes)
-        tokens_CT, mask_CT = (x.to(self.device)[kept] for x in (self.name_tokens_CT, self.name_mask_CT))
+        tokens_CT, mask_CT = self.name_tokens_CT[kept], self.name_mask_CT[kept]
         name_CTF = self.encoders.text.tokens(tokens_CT)
         prompt_CMF = self.prompt().to(name_CTF.dtype).expand(len(tokens_CT), -1, -1)
         embedded = torch.cat([name_CTF[:, :1], prompt_CMF, name_CTF[:, 1:]], dim=1)
