@@ -132,6 +132,10 @@ class MLC(Method):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if self.clusters is not None:
+            if "label" not in batch:
+                raise UserError(
+                    f"MLC clusters={self.clusters} compares clusters with labels, which these data lack; set it to null"
+                )
             self._validated.append((self.represent(batch["image"])[1], batch["label"], batch["index"]))
 
     def on_validation_epoch_end(self) -> None:

@@ -133,6 +133,8 @@ def test_validation_tells_clusters_that_are_apart() -> None:
     batches = [{"image": rows, "label": rows % 3, "index": rows} for rows in order.split(4)]
     [logged] = short().validate(model, loader(batches), verbose=False)
     assert logged == pytest.approx({"val/cluster_accuracy": 1, "val/nmi": 1, "val/ari": 1})
+    with pytest.raises(UserError, match="clusters=3 compares clusters with labels"):
+        model.validation_step({"image": order}, 0)
     short().validate(method(), loader(batches), verbose=False)  # without a number of clusters nothing is measured
 
 
