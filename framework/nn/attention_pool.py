@@ -1,7 +1,8 @@
 """One vector from tokens by attention: a learned query asks all of them.
 
-Source: Chen et al., "Context Autoencoder for Self-Supervised Representation Learning" (2202.03026), section 4.2, whose
-attentive probing this is, with a LayerNorm of the tokens in place of the BatchNorm behind it.
+Source: Chen et al., "Context Autoencoder for Self-Supervised Representation Learning" (2202.03026), whose attentive
+probing this follows: cross-attention of a learned query, then a linear layer. The norm is a choice of this project: a
+LayerNorm of the tokens, which keeps no statistics of batches.
 Shapes: B samples, T tokens, D width, C outputs.
 """
 
