@@ -1,9 +1,12 @@
 """Pictures of a run: the first batch, neighbours and a map, for any module with features."""
 
+import os
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
+import torch.distributed as dist
 from lightning import LightningModule
 from lightning.pytorch import Trainer
 from picture_files import write_pictures
@@ -15,6 +18,7 @@ from lightspan.callbacks.pictures.feature_pictures import FeaturePictures, evenl
 from lightspan.callbacks.pictures.first_batch import FirstBatch
 from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews
 from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.distributed import leave
 from lightspan.errors import UserError
 
 
@@ -35,12 +39,20 @@ class Means(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def train(folder: Path, data: ImageFolder, module: LightningModule | None = None, **settings: object) -> Trainer:
+def train(
+    folder: Path,
+    data: ImageFolder,
+    module: LightningModule | None = None,
+    devices: int = 1,
+    strategy: str = "auto",
+    **settings: object,
+) -> Trainer:
     trainer = Trainer(
         default_root_dir=folder,
         max_epochs=1,
         accelerator="cpu",
-        devices=1,
+        devices=devices,
+        strategy=strategy,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -122,6 +134,31 @@ def test_features_that_diverged_have_no_pictures_and_do_not_end_the_run(tmp_path
 
     assert train(tmp_path, pictures(tmp_path, {"": 6}), Diverged()).callback_metrics["probe/rankme"].isnan()
     assert not (tmp_path / "map.png").exists()
+
+
+def one_rank(rank: int, folder: str) -> None:
+    """What each of two processes runs, which Lightning takes for started by torchrun."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "GROUP_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    data = ImageFolder(f"{folder}/in", size=8, batch_size=4, val_share=0.4, cache_dir=f"{folder}/cache")
+    trainer = train(Path(folder, str(rank)), data, devices=2, strategy="ddp")
+    Path(folder, f"{rank}.txt").write_text(str(trainer.callback_metrics["probe/rankme"].item()))
+    leave()
+
+
+@pytest.mark.ranks
+def test_two_ranks_find_one_cache_and_log_and_draw_what_one_does(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", {"a": 7, "b": 8})
+    rank_processes.start(one_rank, 2, str(tmp_path))
+    data = ImageFolder(str(tmp_path / "in"), size=8, batch_size=4, val_share=0.4, cache_dir=str(tmp_path / "cache"))
+    alone = train(tmp_path / "alone", data).callback_metrics["probe/rankme"].item()
+    for rank in range(2):
+        assert float((tmp_path / f"{rank}.txt").read_text()) == pytest.approx(alone, rel=1e-5)
+    for name in ("neighbours.png", "map.png"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+        assert not (tmp_path / "1" / name).exists()
+    assert len(list((tmp_path / "cache").glob("*/pixels.npy"))) == 1
 
 
 def test_training_is_bit_identical_with_and_without_the_pictures(tmp_path: Path) -> None:
