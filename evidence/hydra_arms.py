@@ -16,7 +16,7 @@ from lightspan.nn.projector import Projector
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BATCH, WIDTH = 128, 64
 
 

@@ -51,12 +51,13 @@ SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2, 3, 4), 100, 400
 EPOCHS, BATCH, EVERY, NETWORKS = 40, 128, 10, 20
 DENSITY = 0.05
 Settings = Mapping[str, float]
-POSTERIOR = {"rate": (0.05, 0.15), "prior": (0.3, 1.0)}
+RATE = (0.05, 0.15, 0.5)
+POSTERIOR = {"rate": RATE, "prior": (0.1, 0.3, 1.0, 3.0)}
 GRIDS: dict[str, Mapping[str, tuple[float, ...]]] = {
     "SSVI": POSTERIOR,
     "static": POSTERIOR,
-    "pruned": POSTERIOR,
-    "RigL": {"rate": (0.05, 0.15), "decay": (5e-4, 5e-3)},
+    "pruned": {"rate": RATE, "prior": (0.01, 0.03, 0.1, 0.3)},  # a narrow prior leaves more weights that can go
+    "RigL": {"rate": RATE, "decay": (5e-4, 5e-3, 2e-2, 5e-2)},
 }
 CHOSEN: dict[str, Settings] = {
     "SSVI": {"rate": 0.15, "prior": 1.0},

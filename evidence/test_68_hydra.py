@@ -23,7 +23,7 @@ from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.datamodules.images.coloured_shapes import CLASSES, draw, factors
 from lightspan.methods.contrastive.hydra import Hydra
 
-STEPS = 300
+STEPS = 2000
 TRAINING, PROBED, TESTED = 2560, 640, 640  # pictures
 CHOSEN = {"Hydra": 1e-2, "SupCon": 1e-2, "no gate": 1e-2}
 
