@@ -15,9 +15,10 @@ OMP_NUM_THREADS ?= 1
 # Nothing under test may contact a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 ARGS ?=
-# Workers of the tests: one per core, each of about 1 GiB. JOBS=0 runs the tests in one process, which --pdb needs.
+# Workers of the tests: three for two cores, since some tests wait, each of 1 to 3 GiB. JOBS=0 runs the tests in one
+# process, which --pdb needs.
 # nproc obeys OMP_NUM_THREADS, which says how many threads one worker may have, not how many workers there may be.
-JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + n / 2 : 8)))
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 

@@ -16,10 +16,9 @@ from torch.optim import Optimizer
 
 from lightspan.memory import MIB
 from lightspan.optim import presets
-from lightspan.optim.bases import PowerBasis
+from lightspan.optim.bases import Every, PowerBasis
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Int8Moments
-from lightspan.optim.triggers import Every
 
 LR = 1e-5  # all optimisers move the same weights in turn, so they had better not move them far
 NEVER = 10**9  # a refresh gap that no run reaches

@@ -1,8 +1,9 @@
 """docs/methods.md: what the recipes say of themselves, with the code and the evidence of each paper."""
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from lightspan.config.tree import plain
 HEADER = """# Methods
 
 Every method that has a recipe, by family. *Code* is the file that a recipe names and that cites the paper. *Measured
-in* links to the evidence and says how many claims held; the method may be the baseline there. The published
+in* links to the evidence and says how many claims held: on a page about this paper all of them, on any other page those
+that name the method, perhaps as the baseline. The published
 low-rank optimisers (GaLore, Fira, APOLLO, LDAdam, DCT-AdamW, Trion) can replace the optimiser of every recipe that
 trains whole matrices: [optimisers.md](optimisers.md#published-optimisers).
 
@@ -31,6 +33,7 @@ KINDS = {  # by the folder that holds the code
     "optim": "optimiser",
     "subspaces": "map",
 }
+CLAIMED = {"adapters", "estimators", "merging", "methods", "optim"}  # whose classes claims may name
 WORK = {"methods", "estimators", "merging"}  # what a recipe without a paper is about
 PAPER = re.compile(r",?\s*arXiv (\d{4}\.\d{4,5})")
 
@@ -67,49 +70,82 @@ def title_of(paper: str) -> str:
     return PAPER.sub("", paper).replace("()", "").replace("  ", " ").replace(" ,", ",").strip()
 
 
+def names_of(papers: list[str], classes: set[str]) -> set[str]:
+    """What a claim may call a method: `LoRA` of `LoRA: Low-Rank ...` or `... (LoRA)`, and its classes, as `wordy`."""
+    told = [name for paper in papers for name in re.findall(r"\(([^(),]+), arXiv", paper)]
+    told += [paper.split(":")[0] for paper in papers if ":" in paper]
+    return {wordy(name) for name in (*told, *classes)}
+
+
+def wordy(text: str) -> str:
+    """Lower-case words between blanks: ` linear probe ` of `LinearProbe`; accents and marks are left out."""
+    plain_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    split = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", plain_text)
+    return f" {' '.join(re.findall(r'[a-z0-9]+', split.lower()))} "
+
+
+def counted(record: dict[str, Any], key: str, names: set[str], held: Callable[..., str]) -> str:
+    """How many of a page's claims held for the method of one row, which is a paper, or a recipe without one."""
+    papers = re.findall(r"\d{4}\.\d{4,5}", record["title"])
+    if key in papers:
+        return held(record)
+    about = [claim for claim in record["claims"] if any(name in wordy(claim["name"]) for name in names)]
+    if about:
+        return held(record, about)
+    return "no claim of its own" if papers else f"{held(record)}, of all on it"
+
+
 def shown(file: Path, root: Path) -> str:
     """A link to a source file, named as seen from its top-level folder."""
     path = file.relative_to(root).as_posix()
     return f"[{path.removeprefix('framework/')}](../{path})"
 
 
-def methods_page(root: Path, measured: dict[str, tuple[str, str]], titles: dict[str, str]) -> str:
+def methods_page(root: Path, records: list[dict[str, Any]], held: Callable[..., str]) -> str:
     """The page.
 
     Args:
         root: the project; recipes are read from its folder `recipes`.
-        measured: {system: (link from docs/, how many claims held)}.
-        titles: {system: what its evidence says it measures}, which names the paper.
+        records: of all evidence; a record's title may name the paper.
+        held: (record, some of its claims) -> how many of them held.
     """
     files = source_files(root)
     texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
-    systems: dict[str, list[tuple[str, dict[str, Any], set[str]]]] = {}  # paper, or recipe without one: its recipes
+    systems: dict[
+        str, list[tuple[str, dict[str, Any], set[str], set[str]]]
+    ] = {}  # paper, or recipe without one: its recipes
     for path in sorted((root / "recipes").glob("*/**/*.yaml")):
         name = path.relative_to(root / "recipes").with_suffix("").as_posix()
         if name.startswith(OVERLAY_FOLDER + "/"):
             continue
         recipe = load(str(path))
-        named = {item.rpartition(".")[0] for layer in recipe.layers for item in class_paths(plain(layer))}
+        classes = {item for layer in recipe.layers for item in class_paths(plain(layer))}
+        named = {item.rpartition(".")[0] for item in classes}
         paper = PAPER.search(str(recipe.about["paper"]))
-        systems.setdefault(paper[1] if paper else name, []).append((name, recipe.about, named & files.keys()))
+        systems.setdefault(paper[1] if paper else name, []).append((name, recipe.about, named & files.keys(), classes))
     families: dict[str, list[str]] = {}
     for key, recipes in systems.items():
-        named = set().union(*(modules for _, _, modules in recipes))
+        named = set().union(*(modules for _, _, modules, _ in recipes))
         citing = {module for module, text in texts.items() if key in text}
         code = sorted((named & citing) or citing or {module for module in named if module.split(".")[1] in WORK})
         if "/" in key:
             title = recipes[0][1]["title"]
         else:
-            title = max((title_of(str(about["paper"])) for _, about, _ in recipes), key=len)
+            title = max((title_of(str(about["paper"])) for _, about, *_ in recipes), key=len)
             title = f"{title} ([{key}](https://arxiv.org/abs/{key}))"
         kinds = ", ".join(dict.fromkeys(kind(files[module], root) for module in code))
         links = ", ".join(shown(files[module], root) for module in code)
-        named_in = ", ".join(f"[{name}](../recipes/{name}.yaml)" for name, _, _ in recipes)
-        stems = [Path(str(about["evidence"])).stem.removeprefix("test_") for _, about, _ in recipes]
-        wanted = {*stems, *(system for system, text in titles.items() if key in text)}
-        evidence = ", ".join(f"[{system}]({link}) {n}" for system, (link, n) in measured.items() if system in wanted)
+        named_in = ", ".join(f"[{name}](../recipes/{name}.yaml)" for name, *_ in recipes)
+        stems = [Path(str(about["evidence"])).stem.removeprefix("test_") for _, about, *_ in recipes]
+        own = {item.rpartition(".")[2] for *_, classes in recipes for item in classes if item.split(".")[1] in CLAIMED}
+        names = names_of([str(about["paper"]) for _, about, *_ in recipes], own)
+        evidence = ", ".join(
+            f"[{record['system']}](evidence/{record['system']}.md) {counted(record, key, names, held)}"
+            for record in records
+            if record["system"] in stems or key in record["title"]
+        )
         evidence = evidence or "no evidence of its own"
-        family = Counter(about["family"] for _, about, _ in recipes).most_common(1)[0][0]
+        family = Counter(about["family"] for _, about, *_ in recipes).most_common(1)[0][0]
         families.setdefault(family, []).append(f"| {title} | {kinds} | {links} | {named_in} | {evidence} |")
     lines = [HEADER]
     for family in sorted(families):

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Mean, Outputs, Weights, normal
+from lightspan.adapters.sparse_gaussian.draws import Mean, OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, sparsify
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
@@ -185,7 +185,7 @@ def outcome(arm: str, model: nn.Module, seed: int, val_size: int) -> Outcome:
             return model(x).softmax(dim=1)
         networks = []
         for number in range(NETWORKS):
-            with drawing(model, Weights(seed, number)):
+            with drawing(model, OneDraw(seed, number)):
                 networks.append(model(x).softmax(dim=1))
         return torch.stack(networks).mean(0)
 

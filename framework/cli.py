@@ -27,14 +27,14 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: where its two functions are, whether it takes flags (`key.path=value`) anywhere on the line, and whether
-    it only prints, so that a reader such as `head` may close the pipe early.
+    """A verb: the module of its `add_arguments` and of the function that runs it, whether it takes flags
+    (`key.path=value`) anywhere on the line, and whether it only prints, so that a reader such as `head` may close the
+    pipe early.
     """
 
     name: str
     help: str
     module: str
-    add_arguments: str = "add_arguments"
     run: str = "run"
     flags: bool = False
     only_prints: bool = False
@@ -47,13 +47,13 @@ VERBS = (
     Verb("check", "find every mistake before a run", "check", flags=True),
     Verb("new", "write the files of a new method", "new"),
     Verb("plan", "estimate memory before anything starts", "plan", flags=True),
-    Verb("fit", "train", "fit", "add_fit_arguments", "run_fit", True),
+    Verb("fit", "train", "fit", flags=True),
     Verb("run", "run a recipe that does not train (an estimator or a merger)", "run", flags=True),
     Verb("merge", "merge checkpoints given on the command line, in their own format", "merge"),
     Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
-    Verb("validate", "measure a checkpoint on validation data", "fit", "add_evaluate_arguments", "run_validate", True),
-    Verb("test", "measure a checkpoint on test data", "fit", "add_evaluate_arguments", "run_test", True),
-    Verb("predict", "write the predictions of a checkpoint", "fit", "add_evaluate_arguments", "run_predict", True),
+    Verb("validate", "measure a checkpoint on validation data", "evaluate", "run_validate", flags=True),
+    Verb("test", "measure a checkpoint on test data", "evaluate", "run_test", flags=True),
+    Verb("predict", "write the predictions of a checkpoint", "evaluate", "run_predict", flags=True),
     Verb("prove-resume", "show that a killed and resumed run equals a straight one", "prove_resume", flags=True),
     Verb(
         "intrinsic-dimension",
@@ -136,7 +136,7 @@ def _run(arguments: list[str]) -> int:
     parser = _Parser(
         prog=f"lightspan {verb.name}", description=verb.help[0].upper() + verb.help[1:] + ".", allow_abbrev=False
     )
-    getattr(module, verb.add_arguments)(parser)
+    module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     valued = {option for action in parser._actions if action.nargs != 0 for option in action.option_strings}
     flags, rest = split_flags(arguments[1:], valued) if verb.flags else ([], arguments[1:])

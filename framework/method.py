@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightspan.devices import wide_type
 from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
+from lightspan.nn.labels import require_labels
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
@@ -30,7 +31,13 @@ class Method(LightningModule):
         optimizer: called with the parameter groups. The recipe binds lr and every other setting.
         lr_scheduler: called with the optimiser and the run's number of optimiser steps; stepped after each of them.
         groups: which parameters train together; see `lightspan.optim.groups`.
+
+    Attributes:
+        num_classes: set by a method whose batches have a `label` in [0, num_classes): any other label is refused
+            before its batch goes to the device, where it would end in an error of a kernel. None refuses nothing.
     """
+
+    num_classes: int | None = None
 
     def __init__(
         self,
@@ -42,6 +49,14 @@ class Method(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.groups = groups or ParameterGroups()
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Raises: UserError for labels that are not below `num_classes`."""
+        # Not Lightning's public hook, which it would take away from data modules that have one, with a warning.
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if self.num_classes is not None and isinstance(batch, Mapping) and "label" in batch:
+            require_labels(batch["label"], self.num_classes, self)
+        return batch
 
     def features(self, batch: Any) -> Tensor:
         """What probes read: float [B, D], before any projector. Raises: UserError if a method defines none."""
@@ -107,6 +122,9 @@ class Method(LightningModule):
         Called without gradients once after each step that moved the weights, before anything of it is logged or saved:
         neither while gradients are accumulated, nor after a step that was skipped (`lightspan.optim.steps`). Sharded
         weights are those of this rank. With manual optimisation, a method calls it itself.
+
+        `global_step` is still the number of this step, counted from 0, as it was in its `training_step`: the Trainer
+        counts a step when this has returned. `share_of_run` too is that at the beginning of the step.
         """
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

@@ -1,15 +1,32 @@
 """Names chosen by shell-style patterns, the one way in which users of this project select parts of a module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from lightspan.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a dotted name matches any shell-style pattern (`*` crosses dots)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def any_matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    """Whether any of the names matches any pattern: of a tied parameter, which has several."""
+    return any(matches(name, patterns) for name in names)
+
+
+def every_name(module: "nn.Module") -> dict[str, list[str]]:
+    """{name of a parameter, as `named_parameters` gives it: all its names}, the others being those of tied ones."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: names[id(parameter)] for name, parameter in module.named_parameters()}
 
 
 def require_matches(patterns: Sequence[str], names: Sequence[str], what: str) -> None:

@@ -1,7 +1,26 @@
-"""A rank's part of a tensor, and the whole tensor. Both are the same for plain tensors, so code need not ask."""
+"""Tensors that are split over ranks: a rank's part, the whole, and sums over ranks.
 
+Of a plain tensor, part and whole are the same, so code need not ask. An optimiser's step treats the rows of a matrix
+one by one, so a rank steps the rows it has. Only sums over rows leave it: what
+chooses a frame, norms of whole matrices, and whether gradients are finite. All of them run over the ranks among which
+the matrix is split; replicas of a hybrid mesh compute the same and exchange nothing.
+
+Shapes: B matrices, M rows of whole matrices, m rows of this rank; T tensors.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from lightspan.devices import wide_type, widest_float
+from lightspan.errors import UserError
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -12,3 +31,182 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its parts, gathered if ranks have one each; all of them must call it then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+Total = Callable[[Tensor], Tensor]
+"""A sum over the ranks that have the other rows of a matrix."""
+
+
+def alone(part: Tensor) -> Tensor:
+    """The `Total` of a matrix of which this rank has all rows."""
+    return part
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks among which a tensor is split: one axis of a device mesh."""
+
+    mesh: DeviceMesh
+    axis: int
+
+    @property
+    def count(self) -> int:
+        return self.mesh.size(self.axis)
+
+    @property
+    def index(self) -> int:
+        """This rank's position among them."""
+        return self.mesh.get_local_rank(self.axis)
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum of every rank's `part`; the same bits on every rank."""
+        whole = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=self.mesh.get_group(self.axis))
+        return whole
+
+    def placements(self, shard: int) -> tuple[Placement, ...]:
+        """Split along tensor axis `shard` among these ranks, the same everywhere else."""
+        return tuple(Shard(shard) if axis == self.axis else Replicate() for axis in range(self.mesh.ndim))
+
+
+@dataclass(frozen=True)
+class RowShards:
+    """How the rows of matrices of one shape are spread over ranks: as torch.chunk splits them, so the last ones may
+    have fewer or none.
+
+    Args:
+        total: M.
+        moved: whether the parameter itself is split along its projected side, so that the rows of gradient and weight
+            are sent to their rank and back in every step.
+    """
+
+    ranks: Ranks
+    total: int
+    moved: bool
+
+    @property
+    def chunk(self) -> int:
+        """Rows of the first rank."""
+        return -(-self.total // self.ranks.count)
+
+    @property
+    def start(self) -> int:
+        """First row of this rank."""
+        return min(self.ranks.index * self.chunk, self.total)
+
+    @property
+    def rows(self) -> int:
+        """m."""
+        return min(self.chunk, self.total - self.start)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Whole matrices [..., M, any] from every rank's rows [..., m, any]."""
+        padded = part.new_zeros(*part.shape[:-2], self.chunk, part.shape[-1])
+        padded[..., : self.rows, :] = part
+        parts = [torch.empty_like(padded) for _ in range(self.ranks.count)]
+        dist.all_gather(parts, padded, group=self.ranks.mesh.get_group(self.ranks.axis))
+        return torch.cat(parts, dim=-2)[..., : self.total, :]
+
+    def own(self, whole: Tensor, axis: int = 0) -> Tensor:
+        """This rank's rows of a tensor that has all rows along `axis`."""
+        return whole.narrow(axis, self.start, self.rows)
+
+    def distributed(self, part: Tensor) -> DTensor:
+        """State with this rank's rows as its first axis as a DTensor: checkpoints save it once, and load it on another
+        number of ranks. It shares memory with `part`.
+        """
+        shape = torch.Size((self.total, *part.shape[1:]))
+        return from_local(part, self.ranks, 0, shape)
+
+
+def from_local(part: Tensor, ranks: Ranks, axis: int, shape: torch.Size) -> DTensor:
+    """A DTensor of `shape` split along `axis`, of which this rank has `part`."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, ranks.mesh, ranks.placements(axis), run_check=False, shape=shape, stride=stride)
+
+
+def ranks_of(tensor: Tensor) -> Ranks | None:
+    """The ranks among which a tensor is split; None if this rank has all of it.
+
+    Raises: UserError for a tensor that is split along several axes of its mesh.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh, placements = tensor.device_mesh, tensor.placements
+    split = [axis for axis, placement in enumerate(placements) if mesh.size(axis) > 1 and not placement.is_replicate()]
+    if not split:
+        return None
+    if len(split) > 1 or type(placements[split[0]]) is not Shard:
+        raise UserError(
+            f"a parameter of shape {tuple(tensor.shape)} is placed on its mesh as {placements}; LowRank can step one "
+            "that is split along a single axis of the mesh. Shard it without tensor parallelism (strategy FSDP2), or "
+            "use AdamW"
+        )
+    return Ranks(mesh, split[0])
+
+
+def splits_of(tensors: Iterable[Tensor]) -> list[Ranks]:
+    """The different groups of ranks among which some of the tensors are split; empty in a run that shards nothing."""
+    every = dict.fromkeys(ranks_of(tensor) for tensor in tensors)
+    return [ranks for ranks in every if ranks is not None]
+
+
+def split_axis(tensor: Tensor, ranks: Ranks) -> int:
+    """The axis along which `tensor` is split among these ranks, its `ranks_of`."""
+    assert isinstance(tensor, DTensor)
+    placement = tensor.placements[ranks.axis]
+    assert isinstance(placement, Shard)
+    return placement.dim
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """The view of a plain tensor shaped like `like` that this rank has of `like`; all of it if that is not split.
+
+    Raises: UserError as `ranks_of` does.
+    """
+    ranks = ranks_of(like)
+    if ranks is None:
+        return whole
+    axis = split_axis(like, ranks)
+    return RowShards(ranks, like.shape[axis], moved=False).own(whole, axis)
+
+
+def whole_of(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor, on every rank, of which this rank has `part`, split like `like`. All ranks must call it."""
+    ranks = ranks_of(like)
+    return part if ranks is None else from_local(part, ranks, split_axis(like, ranks), like.shape).full_tensor()
+
+
+def total_over(parts: Iterable[tuple[Ranks | None, Tensor]]) -> Tensor:
+    """Sum of `parts`, vectors or 0-d, in float64 if the device has it; zero if there is none.
+
+    Each part counts once over the ranks that share its tensor.
+    """
+    by_ranks: dict[Ranks | None, list[Tensor]] = {}
+    for ranks, part in parts:
+        by_ranks.setdefault(ranks, []).append(part.reshape(-1))
+    sums = []
+    for ranks, members in by_ranks.items():
+        device = members[0].device
+        mine = torch.cat([part.to(device) for part in members]).sum(dtype=widest_float(device))
+        sums.append(mine if ranks is None else ranks.total(mine))
+    return torch.stack([part.to(sums[0].device) for part in sums]).sum() if sums else torch.zeros(())
+
+
+def square_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Squared Euclidean norms [T] in float32 or wider, in no particular order; infinite if a sum of squares is
+    beyond that format, even if torch summed it in a wider one.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_kind[tensor.device, wide_type(tensor.dtype)].append(tensor)
+    parts = [torch.stack(torch._foreach_norm(part, 2, dtype=dtype)) for (_, dtype), part in by_kind.items()]
+    return torch.cat([part.to(parts[0].device) for part in parts]).square() if parts else torch.zeros(0)
+
+
+def squares_by_ranks(gradients: Iterable[tuple[Ranks | None, Tensor]]) -> list[tuple[Ranks | None, Tensor]]:
+    """Squared norms of gradients, each with the ranks among which it is split; together for those split alike."""
+    alike: dict[Ranks | None, list[Tensor]] = defaultdict(list)
+    for ranks, gradient in gradients:
+        alike[ranks].append(gradient)
+    return [(ranks, square_norms(together)) for ranks, together in alike.items()]

@@ -25,6 +25,7 @@ from lightspan.objectives import (
     language,
     prototypes,
     pseudo_labels,
+    supcon,
 )
 
 CURRENT = torch.tensor([False, True, False, True, True, True])
@@ -97,6 +98,7 @@ CASES = {
     ),
     "info_nce.class_pair_loss": Case(class_pair_loss, 2 + 2 + 1),
     "info_nce.multi_positive_info_nce": Case(multi_positive_info_nce, 2 + 2 + 1),
+    "supcon.supcon": Case(lambda x, weight, label_B, mixed_B: supcon.supcon(x @ weight, label_B, 0.5), 2 + 2 + 1),
     "entropy.prediction_entropy": Case(lambda x, weight, label_B, mixed_B: entropy.prediction_entropy(x @ weight)),
     "pseudo_labels.pseudo_label_loss": Case(
         lambda x, weight, label_B, mixed_B: pseudo_labels.pseudo_label_loss(x @ weight, x.sin(), label_B % 4)
@@ -114,8 +116,14 @@ PARTS = {
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
-    *("info_nce.gated_cosine", "info_nce.class_pair_masks"),
-    *("means.squared_error", "prototypes.sinkhorn", "prototypes.centred_softmax", "pseudo_labels.trusted_labels"),
+    *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.require_temperature"),
+    *(
+        "entropy.entropy",
+        "means.squared_error",
+        "prototypes.sinkhorn",
+        "prototypes.centred_softmax",
+        "pseudo_labels.trusted_labels",
+    ),
 }
 """What is no loss: parts of losses, and what makes their inputs."""
 

@@ -35,9 +35,10 @@ class Averaged(Method):
         self.average = nn.Linear(6, 5, bias=False).requires_grad_(False)
         self.average.load_state_dict(self.net.state_dict())
         self.bad, self.called, self.after = bad, list[int](), list[Tensor]()
+        self.counted: list[tuple[int, int]] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
-        self.batch_idx = batch_idx
+        self.batch_idx, self.step_of_batch = batch_idx, self.global_step
         if batch_idx == BAD and self.bad == "none":
             return None
         loss = self.net(batch).square().mean()
@@ -45,6 +46,7 @@ class Averaged(Method):
 
     def after_optimizer_step(self) -> None:
         self.called.append(self.batch_idx)
+        self.counted.append((self.step_of_batch, self.global_step))
         self.average.weight.lerp_(self.net.weight, 0.5)
         self.after.append(self.net.weight.detach().clone())
 
@@ -99,6 +101,14 @@ def test_it_follows_each_step_that_moved_the_weights_once(case: str, tmp_path: P
     assert module.called == expected
     seen = [*before, *module.after]
     assert all(not torch.equal(a, b) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, [0, 1, 2, 3]), (2, [0, 1])])
+def test_the_step_is_counted_afterwards(accumulated: int, steps: list[int], tmp_path: Path) -> None:
+    module = Averaged()
+    trainer = fit(module, tmp_path, accumulate_grad_batches=accumulated)
+    assert module.counted == [(step, step) for step in steps]
+    assert trainer.global_step == len(steps)
 
 
 def test_a_checkpoint_of_a_step_holds_what_followed_it_and_a_resumed_run_goes_on_from_there(tmp_path: Path) -> None:

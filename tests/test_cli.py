@@ -152,6 +152,35 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert torch.load("p/predictions.pt", weights_only=True)[0].shape == (8, 3)
 
 
+def test_a_run_and_the_weights_exported_from_it_are_evaluated_alike(capsys):
+    assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=1"]) == 0
+    assert main(["export", "r", "--to", "safetensors", *TINY[1:]]) == 0
+    weights = Path("r/export/safetensors")
+    assert main(["validate", *TINY, "--ckpt", "r", "--run", "v"]) == 0
+    assert main(["validate", *TINY, "--ckpt", str(weights), "--run", "w"]) == 0
+    assert f"validate: {weights / 'model.safetensors'}" in capsys.readouterr().out
+    assert Path("v/validate.json").read_text() == Path("w/validate.json").read_text()
+    assert main(["validate", *TINY, "--ckpt", str(weights), "model.init_args.width=2"]) == 2
+    assert "belongs to another model" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_before_its_first_step_is_marked_and_can_be_started_again(capsys, monkeypatch):
+    from tiny_lab.parts import Tiny
+
+    def broken(*_):
+        raise RuntimeError("two\nlines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "training_step", broken)
+        with pytest.raises(RuntimeError, match="two"):
+            main(["fit", "--run", "r", *TINY])
+    assert Path("r/failed.txt").read_text().endswith(", at step 0: RuntimeError: two\\nlines\n")
+    assert main(["report", "r"]) == 2
+    assert "failed before it logged a metric" in capsys.readouterr().err
+    assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=1"]) == 0
+    assert not Path("r/failed.txt").exists()
+
+
 def test_a_run_that_is_at_its_end_says_that_nothing_is_left_and_how_to_train_longer(capsys):
     assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=2"]) == 0
     assert "nothing was left" not in capsys.readouterr().err

@@ -19,7 +19,8 @@ GROUND: dict[str, set[str]] = {
     "errors": set(),
     **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns")},
     "memory": {"sharded"},
-    **{floor: set() for floor in ("devices", "drawing", "run_files", "sharded")},
+    "sharded": {"devices", "errors"},
+    **{floor: set() for floor in ("devices", "drawing", "run_files")},
     "results": {"drawing", "errors"},
     "tensor_files": {"errors", "files"},
 }
@@ -160,3 +161,22 @@ def test_pictures_have_one_look() -> None:
         if name.startswith("matplotlib.figure") and file != ROOT / "framework/drawing.py"
     ]
     assert not wrong, "\n".join(wrong)
+
+
+REFERENCES = "the slow optimiser has the name of the fast one that is tested against it"
+# Public classes that may share their name: module of the second one -> why.
+NAMESAKES = {
+    f"optim.reference.{file}": REFERENCES for file in ("apollo", "dct", "fira", "galore", "ldadam", "low_rank")
+}
+
+
+def test_a_public_class_has_its_name_to_itself() -> None:
+    homes: dict[str, str] = {}
+    wrong = []
+    for module, file in SOURCES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and module not in NAMESAKES:
+                wrong += [f"{module}.{node.name} is also in {homes[node.name]}"] if node.name in homes else []
+                homes[node.name] = module
+    assert len(homes) > 300
+    assert not wrong, "\n".join(wrong) + "\nName one of them by what it holds"

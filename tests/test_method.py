@@ -1,15 +1,20 @@
 """`Method`: what its training figures cost ranks, and that they are means."""
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightspan.errors import UserError
 from lightspan.method import Method
+
+QUIET: dict[str, Any] = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 class Counts(Method):
@@ -88,3 +93,50 @@ def test_figures_keep_their_precision_when_they_are_exchanged(monkeypatch: pytes
     model.log_dict = lambda values, **options: seen.update(values)  # type: ignore[method-assign]
     model.log_training({"a": torch.tensor(1 / 3, dtype=torch.float64), "b": torch.tensor(0.5).bfloat16()})
     assert seen == {"a": 1 / 3, "b": 0.5}
+
+
+class Rows(LightningDataModule):
+    def __init__(self, rows: list[Any]) -> None:
+        super().__init__()
+        self.rows, self.passed = rows, 0
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.rows, batch_size=len(self.rows))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.passed += 1
+        return batch
+
+
+class Sorts(Method):
+    """Its training step would look the labels up."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__(partial(torch.optim.SGD, lr=0.0))
+        self.layer, self.steps = nn.Linear(2, 3), 0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
+        return nn.functional.cross_entropy(self.layer(batch["x"]), batch["label"])
+
+
+@pytest.mark.parametrize(("label", "said"), [(3, "from 0 to 3"), (-1, "from -1 to 0")])
+def test_labels_beyond_the_classes_are_refused_before_they_are_looked_up(label: int, said: str, tmp_path: Path) -> None:
+    rows = [{"x": torch.zeros(2), "label": torch.tensor(value)} for value in (0, label)]
+    module = Sorts()
+    trainer = Trainer(default_root_dir=tmp_path, max_steps=1, accelerator="cpu", logger=False, **QUIET)
+    with pytest.raises(UserError, match=rf"labels {said} do not fit Sorts of 3 classes; labels count from 0"):
+        trainer.fit(module, datamodule=Rows(rows))
+    assert module.steps == 0
+
+
+def test_labels_below_the_number_of_classes_pass_and_data_modules_keep_their_hook(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    data = Rows([{"x": torch.zeros(2), "label": torch.tensor(2)}])
+    trainer = Trainer(default_root_dir=tmp_path, max_steps=1, accelerator="cpu", logger=False, **QUIET)
+    trainer.fit(module := Sorts(), datamodule=data)
+    assert (module.steps, data.passed) == (1, 1)
+    assert not [one for one in recwarn if "on_before_batch_transfer" in str(one.message)]

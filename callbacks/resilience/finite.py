@@ -15,8 +15,7 @@ from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.optim.elementwise import real
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.norms import square_norms
-from lightspan.sharded import local
+from lightspan.sharded import local, square_norms
 
 
 class FiniteLoss(Callback):

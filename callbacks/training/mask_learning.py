@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightspan.callbacks.training.mask_demands import refuse_early_averages, require_maskable
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.files import atomic_path
@@ -24,6 +25,7 @@ from lightspan.optim.steps import steps_taken
 from lightspan.patterns import matches, require_matches
 from lightspan.sharded import local
 from lightspan.subspaces.masks.allocation import Allocation, Uniform
+from lightspan.subspaces.masks.maps import SoftMask
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of
 from lightspan.subspaces.masks.top_k import require_density
 from lightspan.tensor_files import Form, write_tensors
@@ -63,8 +65,8 @@ class MaskLearning(Callback):
     Attributes:
         masks: whole, bool, by parameter; once the mask is fixed.
     Raises: UserError for values out of range; when fitting starts for patterns without a match, for manual
-    optimisation, for strategies and optimisers whose weights or state cannot follow a mask, and for a run without an
-    end.
+    optimisation, for parameters, strategies and optimisers whose weights or state cannot follow a mask, for averages of
+    weights that begin before the mask is fixed, and for a run without an end.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class MaskLearning(Callback):
     ) -> None:
         if isinstance(match, str) or not match:
             raise UserError(f"MaskLearning match={match!r} must be a list of patterns, such as ['*.weight']")
+        if not isinstance(mask, MaskLearner):
+            raise UserError(f"MaskLearning mask={mask!r} must be a MaskLearner, such as ByScore()")
         self.match, self.mask, self.density = match, mask, schedule_of(density)
         for value in self.density.ends():
             require_density(value, "MaskLearning density")
@@ -110,9 +114,7 @@ class MaskLearning(Callback):
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
-        for name, parameter in pl_module.named_parameters():
-            if matches(name, self.match) and parameter.requires_grad and not parameter.is_floating_point():
-                raise UserError(f"MaskLearning takes real parameters, and {name} is {parameter.dtype}; leave it out")
+        require_maskable(pl_module, [name for name in names if matches(name, self.match)])
         others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
         for other in others:
             if twice := [name for name in names if matches(name, self.match) and matches(name, other.match)]:
@@ -123,6 +125,10 @@ class MaskLearning(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         (optimizer,) = trainer.optimizers  # automatic optimisation has one
+        if not optimizer.param_groups:
+            raise UserError(
+                f"MaskLearning needs an optimiser, and configure_optimizers of {type(pl_module).__name__} gives none"
+            )
         require_entrywise(optimizer)
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -134,6 +140,7 @@ class MaskLearning(Callback):
             for name, parameter in pl_module.named_parameters()
             if parameter.requires_grad and matches(name, self.match)
         }
+        self._names = first_names(pl_module)
         self._numbers = {name: place.shape.numel() for name, place in self._places.items()}
         if left_out := [name for name, place in self._places.items() if id(place.parameter) not in held]:
             raise UserError(f"MaskLearning matches {left_out[0]}, which the optimiser does not train; leave it out")
@@ -141,6 +148,8 @@ class MaskLearning(Callback):
         self._begin(Fixed() if stored.get("fixed") else self.mask, optimizer, stored.get("learner"))
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
+        else:
+            refuse_early_averages(trainer, self._learning_steps)
         self._last = self._learner.saved(stored, "last") if stored.get("last") else {}
         self._figures = dict(stored.get("figures") or {})
         self._counts: dict[str, float] = {}
@@ -196,10 +205,16 @@ class MaskLearning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.masks:  # the run ended before its time
             self._fix(trainer.optimizers[0])
+            rank_zero_warn(
+                f"the run ended after step {trainer.global_step}, and MaskLearning would have fixed its masks after "
+                f"step {self._learning_steps}: the weights are masked now, but checkpoints hold all of them, so that "
+                "they can go on. To mask one use lightspan.merging.masked.Masked with the file of masks"
+            )
         self._let_go()
-        self._announce()
+        path = Path(self.path or Path(trainer.default_root_dir) / FILE)
         if trainer.is_global_zero:
-            save_masks(Path(self.path or Path(trainer.default_root_dir) / FILE), pl_module, self.masks)
+            save_masks(path, pl_module, self.masks)
+        self._announce(path)
 
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
@@ -234,7 +249,7 @@ class MaskLearning(Callback):
         if step >= self._learning_steps and not self.masks:
             self._fix(optimizer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the trainer sets it
-        if step % every == 0 or not self._figures:
+        if not self._figures or (every and step % every == 0):  # 0 logs nothing
             self._measure(step)
 
     def _let_go(self) -> None:
@@ -281,7 +296,7 @@ class MaskLearning(Callback):
                 self._kept[name] = torch.empty_like(place.parameter.detach())
             weight_S = place.weight
             local(self._kept[name]).copy_(weight_S)
-            weight_S.copy_(wide(weight_S) * factor(name))
+            weight_S.copy_(SoftMask(factor(name)).push(wide(weight_S)))
 
     @torch.no_grad()
     def _put_back(self, module: nn.Module) -> None:
@@ -306,7 +321,7 @@ class MaskLearning(Callback):
         self._figures = {f"mask/{what}": value for what, value in figures.items()}
 
     @rank_zero_only
-    def _announce(self) -> None:
+    def _announce(self, path: Path) -> None:
         from rich.console import Console
         from rich.table import Table
 
@@ -317,15 +332,22 @@ class MaskLearning(Callback):
         for name, mask in self.masks.items():
             count, numbers = int(mask.sum()), mask.numel()
             table.add_row(name, f"{count:,}", f"{numbers:,}", f"{count / max(numbers, 1):.1%}")
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """The name that a parameter has first, by each of its names: several modules may share one."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
 
 
 def save_masks(path: Path, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Writes masks as a safetensors file of bool, whole or not at all: one for every floating-point tensor of the
     module's state_dict, open where `masks` has none.
     """
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    names = {name: first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+    names = first_names(module)
     shapes = {name: value.shape for name, value in module.state_dict().items() if value.is_floating_point()}
     forms = {name: Form(tuple(shape), torch.bool) for name, shape in shapes.items()}
     pieces = (
@@ -348,8 +370,9 @@ def _show_weights(
     """
     callback = of()
     if callback is not None and callback._in_use and trained() is module:
-        for name, kept in callback._kept.items():
-            state_dict[prefix + name] = kept
+        for name, first in callback._names.items():
+            if first in callback._kept and prefix + name in state_dict:
+                state_dict[prefix + name] = callback._kept[first]
 
 
 def _reshard(module: nn.Module) -> None:

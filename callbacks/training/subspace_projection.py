@@ -5,13 +5,12 @@ from typing import Literal
 from lightning import Callback, LightningModule, Trainer
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import Basis
+from lightspan.optim.bases import Basis, Trigger
 from lightspan.optim.convert import hand_over, to_low_rank_where_matched
 from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Fira, Residual
-from lightspan.optim.triggers import Trigger
 from lightspan.wiring.optimizers import refuse_flat_partitions, wire
 
 

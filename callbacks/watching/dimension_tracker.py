@@ -27,8 +27,8 @@ from lightspan.callbacks.watching.detached import detached, features_of, of_all_
 from lightspan.errors import UserError
 from lightspan.optim.layout import canonical, canonical_gradient, shards_of
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.sharding import Ranks
 from lightspan.patterns import matches, require_matches
+from lightspan.sharded import Ranks
 
 MEASURES = ("effective_rank", "stable_rank", "top_energy")
 GRAM_NUMBERS = 2**25

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
@@ -86,7 +86,10 @@ class _Keys:
         self.batches: Iterator[list[Key]] = iter(())
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self.batches
+        return self
+
+    def __next__(self) -> list[Key]:
+        return next(self.batches)
 
 
 def _collate(samples: list[_Fetched]) -> _Fetched:
@@ -125,6 +128,27 @@ def _end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # nothing should react to these deaths
     for worker in _workers:
         worker.kill()
+
+
+class _Stream:
+    """A DataLoader's iterator, whose workers leave when this is collected.
+
+    The iterator alone does not see to it. Where it is left in the middle of an epoch it is often part of a cycle, such
+    as that of a Trainer and its loops. The garbage collector then closes its queues before it calls its `__del__`, so
+    that the message to leave reaches no worker, and torch waits 10 s for each of them.
+    """
+
+    def __init__(self, batches: Iterator[_Fetched]) -> None:
+        self.batches = batches
+        self.workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())  # none where this process fetches
+        if self.workers:
+            _end_at_exit(self.workers)
+            finalize(self, _dismiss, batches, os.getpid()).atexit = False  # killing them then is faster
+
+
+def _dismiss(batches: Any, owner: int) -> None:
+    if os.getpid() == owner:  # a fork collects copies
+        batches._shutdown_workers()
 
 
 def _outlive_warnings(worker: int) -> None:
@@ -180,6 +204,7 @@ class Fetcher:
 
     def __init__(self, dataset: Dataset, num_workers: int, pin_memory: bool, keeps_workers: bool = False) -> None:
         self._keys = _Keys()
+        self._kept: _Stream | None = None
         self._loader: DataLoader[Any] = DataLoader(
             _Samples(dataset),  # type: ignore[arg-type]
             batch_sampler=self._keys,
@@ -197,19 +222,29 @@ class Fetcher:
         Raises: UserError that the data raise, and for a worker that dies.
         """
         self._keys.batches = batches
-        stream = iter(self._loader)
-        workers = getattr(stream, "_workers", ())  # none where this process fetches
-        if workers:
-            _end_at_exit(workers)
+        stream = self._open()
+        if stream.workers:
             _explain_deaths()
-        while True:
-            try:
-                fetched = next(stream, None)
-            except Exception as error:
-                _refuse_dead(workers, error)
-                raise
-            if fetched is None:
-                return
-            if fetched.error is not None:
-                raise UserError(fetched.error)
-            yield fetched.data, fetched.replaced
+        try:
+            while True:
+                try:
+                    fetched = next(stream.batches, None)
+                except Exception as error:
+                    _refuse_dead(stream.workers, error)
+                    raise
+                if fetched is None:
+                    return
+                if fetched.error is not None:
+                    raise UserError(fetched.error)
+                yield fetched.data, fetched.replaced
+        finally:
+            self._keys.batches = iter(())  # these hold the loader, which holds this
+
+    def _open(self) -> _Stream:
+        batches = iter(self._loader)
+        if self._kept is not None and self._kept.batches is batches:
+            return self._kept
+        stream = _Stream(batches)
+        if self._loader.persistent_workers:
+            self._kept = stream
+        return stream

@@ -155,7 +155,7 @@ def pattern(folder: Path) -> str:
 
 
 @dataclass
-class Seen:
+class SeenSamples:
     """What a recipe has to know of samples, noted while they pass.
 
     endings: of the members of a sample, each combination that occurred. side: the shorter one of the first picture that

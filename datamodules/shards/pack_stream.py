@@ -16,7 +16,7 @@ from typing import BinaryIO
 from lightspan.datamodules.shards.fetch import open_shard
 from lightspan.datamodules.shards.index import COMPRESSED, passed_over_remark
 from lightspan.datamodules.shards.pack_sources import Members
-from lightspan.datamodules.shards.tars import Member, group_members, read_members, split_name
+from lightspan.datamodules.shards.tars import TarMember, group_members, read_members, split_name
 from lightspan.errors import UserError, one_line
 
 STANDARD_INPUT = "-"
@@ -52,7 +52,7 @@ def samples_of(stream: BinaryIO, source: str, max_member_bytes: int, remarks: li
     name = "of standard input" if source == STANDARD_INPUT else source
     passed_over: list[str] = []
 
-    def noted(members: Iterator[Member]) -> Iterator[Member]:
+    def noted(members: Iterator[TarMember]) -> Iterator[TarMember]:
         for member in members:
             if split_name(member.name) is None:
                 passed_over.append(member.name)

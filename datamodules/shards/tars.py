@@ -18,7 +18,7 @@ from lightspan.errors import UserError, one_line
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebDataset's convention
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A regular file of a tar. Its headers and padded content are bytes [start, end) of the tar."""
 
     name: str
@@ -29,7 +29,7 @@ class Member(NamedTuple):
 
 def read_members(
     stream: BinaryIO, shard: str, max_member_bytes: int, setting: str = "data.init_args.max_member_mib"
-) -> Iterator[Member]:
+) -> Iterator[TarMember]:
     """The regular files in a plain tar, in order; `stream` is read once, from its start, and need not seek.
 
     Args:
@@ -76,7 +76,7 @@ def read_members(
                 assert content is not None
                 data = content.read()
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                yield Member(member.name, data, member.offset, end)
+                yield TarMember(member.name, data, member.offset, end)
             complete = Header.end_seen
             while complete and (block := archive.fileobj.read(2**20)):
                 if block.strip(b"\0"):
@@ -100,7 +100,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if key is None or ending is None else (key, ending.lower())
 
 
-def group_members(members: Iterable[Member], shard: str) -> Iterator[dict[str, Any]]:
+def group_members(members: Iterable[TarMember], shard: str) -> Iterator[dict[str, Any]]:
     """Samples, undecoded: {"__key__": name without ending, "__url__": `shard`, ending in lower case: bytes, ...}.
 
     Members that belong to no sample are skipped. Raises: UserError for two members of the same name.

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightspan.adapters.adapter import Adapted, Adapter, AdapterSpec
 from lightspan.adapters.layers import TAKEN, is_open, known_kind, obstacle, weight_of
-from lightspan.adapters.report import Injection, Row
+from lightspan.adapters.report import AdaptedLayer, Injection
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
 from lightspan.sharded import whole
@@ -73,7 +73,7 @@ def adapt(
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """Adapters that are built but not yet in the model, so that everything is checked before the model changes.
 
     Attributes:
@@ -101,14 +101,14 @@ class Plan:
                 _replace(parents, base, target)
             target.add(self.name, adapter)
             trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-            rows.append(Row(layer, adapter.layer.weight, trainable))
+            rows.append(AdaptedLayer(layer, adapter.layer.weight, trainable))
         freeze_statistics(self.model)
         _watch_saving(self.model)
         others = {n: p.numel() for n, p in parameters.items() if p.requires_grad}
         return Injection(self.name, tuple(rows), others, sum(p.numel() for p in parameters.values()))
 
 
-def plan(model: nn.Module, specs: Mapping[str, AdapterSpec], name: str, train: set[str]) -> Plan:
+def plan(model: nn.Module, specs: Mapping[str, AdapterSpec], name: str, train: set[str]) -> AdapterPlan:
     """Builds an adapter for each layer, and changes nothing.
 
     Args:
@@ -134,7 +134,7 @@ def plan(model: nn.Module, specs: Mapping[str, AdapterSpec], name: str, train: s
         adapter.spec = specs[layer]
     beside = {n: chosen[n] for n, adapter in built.items() if not (adapter.mergeable and is_open(bases[n]))}
     _refuse_weight_readers(model.modules(), beside)
-    return Plan(model, name, built, train)
+    return AdapterPlan(model, name, built, train)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

@@ -333,11 +333,13 @@ def _config(model: nn.Module, ranks: dict[str, int], saved: list[str]) -> dict[s
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(str(folder / WEIGHTS), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is not a PEFT folder with {CONFIG} and {WEIGHTS}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} holds no settings of an adapter; save the folder again from PEFT")
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{folder} contains a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be loaded"
@@ -359,11 +361,28 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "those are not in the folder; write it again from PEFT with "
             "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
         )
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict) or not all(map(_is_number, (config.get("lora_alpha"), *alphas.values()))):
+        raise UserError(
+            f"{folder / CONFIG} has lora_alpha={config.get('lora_alpha')!r} and alpha_pattern={alphas!r:.80}, which "
+            "must be a finite number and numbers by pattern; save the folder again from PEFT"
+        )
+    try:
+        for pattern in alphas:
+            re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{folder / CONFIG} has an alpha_pattern {pattern!r:.80} that is none: {error}") from error
     return config, tensors
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _scale(config: dict[str, Any], layer: str, count: int) -> float:
     """What PEFT multiplies the product of the factors by."""
     patterns = config.get("alpha_pattern") or {}
     alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), config["lora_alpha"])
+    if not count:
+        return 0.0  # factors without a rank change nothing
     return alpha / (math.sqrt(count) if config.get("use_rslora") else count)

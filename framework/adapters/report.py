@@ -10,7 +10,7 @@ from lightspan.distributed import rank
 
 
 @dataclass(frozen=True)
-class Row:
+class AdaptedLayer:
     """An adapted layer: its dotted name, the shape of its weight, and how many numbers are trained instead."""
 
     module: str
@@ -36,7 +36,7 @@ class Injection:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[AdaptedLayer, ...]
     others: dict[str, int]
     total: int
 

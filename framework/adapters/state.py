@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapted, AdapterSpec
-from lightspan.adapters.inject import Plan, adapted_layers, digest, plain_tensors, plan
+from lightspan.adapters.inject import AdapterPlan, adapted_layers, digest, plain_tensors, plan
 from lightspan.adapters.layers import weight_of
 from lightspan.adapters.report import Injection
 from lightspan.distributed import rank
@@ -156,7 +156,9 @@ def trained_names(model: nn.Module, places: dict[str, Tensor]) -> set[str]:
 
 
 @torch.no_grad()
-def carry_out_loaded(planned: Plan, tensors: dict[str, Tensor], places: dict[str, Tensor], show: bool) -> Injection:
+def carry_out_loaded(
+    planned: AdapterPlan, tensors: dict[str, Tensor], places: dict[str, Tensor], show: bool
+) -> Injection:
     """Inserts restored adapters into the model and copies a file's other tensors to their places.
 
     The adapters are in the mode of their layer, so that a model in eval mode stays in it.

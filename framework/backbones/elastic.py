@@ -85,8 +85,13 @@ class ElasticViT(VisionTransformer):
                 raise UserError(f"ElasticViT {name}={list(sizes)} must be whole numbers above 0 in increasing order")
         if head_dim < 1 or any(width % head_dim for width in widths):
             raise UserError(f"ElasticViT widths={list(widths)} must be multiples of head_dim={head_dim}")
-        if img_size % patch_size:
-            raise UserError(f"ElasticViT img_size={img_size} must be a multiple of patch_size={patch_size}")
+        if patch_size < 1 or img_size < 1 or img_size % patch_size or in_chans < 1:
+            raise UserError(
+                f"ElasticViT img_size={img_size} must be a multiple of patch_size={patch_size}, and both and "
+                f"in_chans={in_chans} above 0"
+            )
+        if not 0 <= drop_path < 1:
+            raise UserError(f"ElasticViT drop_path={drop_path} is a share of branches and must lie in [0, 1)")
         self.common: dict[str, Any] = {
             "img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "init_values": init_values
         }  # fmt: skip

@@ -39,6 +39,11 @@ def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """--run DIR, as `args.run`; None if it is not given."""
+    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
+
+
 def folder(text: str) -> Path:
     """The type of an option that names a folder; the empty text, which an unset shell variable leaves, is refused."""
     return _place(text, "folder")

@@ -3,7 +3,8 @@
 import argparse
 
 from lightspan.commands.arguments import add_recipe_arguments
-from lightspan.config.resolve import ANY_KIND, resolve
+from lightspan.config.estimator_inputs import of_files
+from lightspan.config.resolve import ANY_KIND, refuse, resolve
 from lightspan.config.tree import COMMAND_LINE
 from lightspan.errors import print_notes
 
@@ -14,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ANY_KIND)
-    print_notes(resolved.notes)
+    problems, notes = of_files(resolved.tree)
+    refuse(problems, resolved.name)
+    print_notes([*resolved.notes, *notes])
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
     print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")
     return 0

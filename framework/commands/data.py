@@ -82,9 +82,9 @@ def _pack(args: argparse.Namespace) -> int:
         raise UserError(f"--seed {args.seed} is negative; give a whole number from 0 up")
     from rich.progress import track
 
-    from lightspan.datamodules.shards.pack import Seen, pack, pattern
+    from lightspan.datamodules.shards.pack import SeenSamples, pack, pattern
 
-    seen, remarks = Seen(), list[str]()
+    seen, remarks = SeenSamples(), list[str]()
     left_out: list[str] = []
     with ExitStack() as stack:
         samples, classes, total = _samples(args, stack, remarks)

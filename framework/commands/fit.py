@@ -1,23 +1,23 @@
-"""`lightspan fit`, `validate`, `test` and `predict`: a run folder, a built configuration, and Lightning's Trainer."""
+"""`lightspan fit`: a run folder, a built configuration, and Lightning's Trainer."""
 
 import argparse
 import contextlib
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import manifest, other_thing
-from lightspan.commands.arguments import add_recipe_arguments, file, folder
+from lightspan.checkpoints.manifest import manifest
+from lightspan.commands.arguments import add_recipe_arguments, add_run_argument
 from lightspan.config.build import Built, Resolved, build, resolve, with_layer
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
 from lightspan.loggers.wandb_key import wandb_key_place
-from lightspan.run_files import PREDICTIONS
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
+    clear_mark,
     is_first_rank,
+    mark_failed,
     refuse_other_experiment,
     run_folder,
     run_ids,
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    _add_run_argument(parser)
+    add_run_argument(parser)
     parser.add_argument(
         "--resume",
         default="auto",
@@ -54,18 +54,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_arguments(parser)
-    _add_run_argument(parser)
-    parser.add_argument("--ckpt", type=file, required=True, metavar="PATH", help="the checkpoint to use")
-
-
-def _add_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
-
-
-def run_fit(args: argparse.Namespace) -> int:
-    resolved = _resolve(args)
+def run(args: argparse.Namespace) -> int:
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
     if args.dry_run:
         from lightspan.planning.rehearsal import rehearse
 
@@ -92,6 +82,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     obey_signals(built)
     meet_after_restart(built)
     if is_first_rank():
+        clear_mark(run_dir)
         write_run_files(resolved, run_dir, args.command_line, args.overlays, checkpoint)
         if checkpoint is None or run_dir not in checkpoint.parents:
             set_metrics_aside(run_dir)
@@ -107,9 +98,10 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
 
     try:
         status = call(fit, built, run_dir, checkpoint)[0]
-    except BaseException:
+    except BaseException as error:
         if is_first_rank():
-            with contextlib.suppress(UserError):  # a full disk must not hide the first error
+            with contextlib.suppress(UserError, OSError):  # a full disk must not hide the first error
+                mark_failed(run_dir, error, built.trainer.global_step)
                 write_csv(run_dir)
         raise
     if is_first_rank():
@@ -122,50 +114,6 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
             print(f"      lightspan export {shlex.join(words)}")
     return status
-
-
-def run_validate(args: argparse.Namespace) -> int:
-    return _evaluate(args, "validate")
-
-
-def run_test(args: argparse.Namespace) -> int:
-    return _evaluate(args, "test")
-
-
-def run_predict(args: argparse.Namespace) -> int:
-    return _evaluate(args, "predict")
-
-
-def _evaluate(args: argparse.Namespace, verb: str) -> int:
-    resolved = _resolve(args)
-    if not args.ckpt.exists():
-        raise UserError(f"--ckpt {args.ckpt}: no such file; a run keeps its checkpoints in RUN/checkpoints")
-    if other := other_thing(args.ckpt):
-        raise UserError(f"--ckpt {args.ckpt} {other}")
-    if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
-        raise UserError(f"--run {args.run} contains a training run; give {verb} its own folder or leave --run out")
-    run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
-    resolved = with_seed(resolved, run_dir, args.ckpt)
-    resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go to one JSON file
-    built = build(resolved, run_dir)
-    if is_first_rank():
-        print_notes(resolved.notes)
-        write_run_files(resolved, run_dir, args.command_line, args.overlays, args.ckpt)
-    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": str(args.ckpt), "weights_only": True}
-    if verb != "predict":
-        call_arguments["verbose"] = False
-    function = getattr(built.trainer, verb)
-    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, args.ckpt)
-    if status == 0 and is_first_rank():
-        if verb == "predict":
-            _write_predictions(result, run_dir / PREDICTIONS)
-        else:
-            _print_metrics(result, run_dir / f"{verb}.json")
-    return status
-
-
-def _resolve(args: argparse.Namespace) -> Resolved:
-    return resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
 
 
 def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:
@@ -197,23 +145,3 @@ def _tell_wandb(resolved: Resolved, built: Built) -> None:
     for logger in built.trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(resolved.config)
-
-
-def _write_predictions(predictions: Any, path: Path) -> None:
-    import torch
-
-    from lightspan.files import atomic_path
-
-    with atomic_path(path) as temporary:
-        torch.save(predictions, temporary)
-    print(f"wrote {path}: one entry per batch")
-
-
-def _print_metrics(results: list[dict[str, float]], path: Path) -> None:
-    from lightspan.files import write_atomic
-
-    metrics = {name: value for result in results for name, value in result.items()}
-    write_atomic(path, json.dumps(metrics, indent=2) + "\n")
-    for name, value in metrics.items():
-        print(f"{name:<32} {value:.6g}")
-    print(f"wrote {path}")

@@ -16,7 +16,7 @@ from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.intrinsic.curve import Curve, Point
 from lightspan.intrinsic.fits import recipe_of, references_of, require_rate, train
-from lightspan.intrinsic.search import Fit, Settings, search
+from lightspan.intrinsic.search import Fit, SearchSettings, search
 from lightspan.run_files import CURVE, RESULT
 from lightspan.runs.fits import exits_on_sigterm
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if curve.reached is not None else NOT_REACHED
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> SearchSettings:
     try:
         grid = [int(part) for part in args.grid.split(",")]
     except ValueError:
@@ -93,13 +93,13 @@ def _settings(args: argparse.Namespace) -> Settings:
         lrs = [0.0]
     if any(lr is not None and not (0 < lr < math.inf) for lr in lrs) or len(set(lrs)) < len(lrs):
         raise UserError(f"--lrs {args.lrs!r} must be different numbers above 0, such as 1e-3,1e-2,1e-1")
-    return Settings(
+    return SearchSettings(
         grid, args.threshold, args.metric, args.mode, args.seeds, lrs, args.lr_key, args.projection,
         args.layer_scales, args.stop_early, args.workers, args.out.absolute(),
     )  # fmt: skip
 
 
-def _write(resolved: Resolved, settings: Settings, references: dict[str, Any], curve: Curve) -> None:
+def _write(resolved: Resolved, settings: SearchSettings, references: dict[str, Any], curve: Curve) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

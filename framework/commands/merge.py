@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.config.build import build_parts
     from lightspan.merging.adapted import open_checkpoints
     from lightspan.merging.product import refuse_occupied, write_product
-    from lightspan.merging.weights import is_adapter
+    from lightspan.merging.weights import is_adapter, place_of
 
     refuse_occupied(args.out)
     merger = build_parts(resolved)["merger"]
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if args.base is None:
             raise UserError(f"--method {args.method} needs --base, the checkpoint that the others were trained from")
         paths = {merger.base: args.base, **paths}
-    elif args.base is not None and not any(is_adapter(Path(path).expanduser()) for path in args.checkpoints):
+    elif args.base is not None and not any(is_adapter(place_of(path)) for path in args.checkpoints):
         raise UserError(f"--method {args.method} asks for no base, and no adapter needs one; leave --base out")
     checkpoints = open_checkpoints(merger, paths, None if merger.base is not None else args.base)
     resolved = dataclasses.replace(resolved, config={**resolved.config, "checkpoints": paths})

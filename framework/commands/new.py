@@ -1,7 +1,7 @@
 """`lightspan new`: the files of a new method, with content that already runs.
 
-Inside a checkout of lightspan, method, recipe, test and evidence go where such files belong. In any
-other folder they form their own project: a package named after the method, with recipe, test and evidence beside it.
+In a checkout of lightspan, method, recipe, test and evidence go where such files belong. In any folder outside of one
+they form their own project: a package named after the method, with recipe, test and evidence beside it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class NewFiles:
     """Where the files go, how they name the method, and what to do next.
 
     Attributes:
@@ -63,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
     if not root.is_dir():
         raise UserError(f"--in {root}: there is no such folder; create it first")
     house = is_checkout(root)
+    if not house and (around := next(filter(is_checkout, root.resolve().parents), None)) is not None:
+        raise UserError(
+            f"{root.resolve()} lies inside a checkout of lightspan; add the method to that with --in {around}, or name "
+            "a folder outside of it for a project of your own"
+        )
     layout = _in_the_house(family, name) if house else _of_ones_own(name)
     there = [path for path in layout.files if (root / path).exists() and path not in layout.optional]
     if there:
@@ -140,10 +145,10 @@ def _names_given(text: str) -> list[str]:
     return names
 
 
-def _in_the_house(family: str, name: str) -> Layout:
+def _in_the_house(family: str, name: str) -> NewFiles:
     test, evidence = f"tests/methods/{family}/test_{name}.py", f"evidence/test_{name}.py"
     package = f"framework/methods/{family}/__init__.py"
-    return Layout(
+    return NewFiles(
         {
             package: [],
             f"framework/methods/{family}/{name}.py": ["method.py"],
@@ -164,9 +169,9 @@ def _in_the_house(family: str, name: str) -> Layout:
     )
 
 
-def _of_ones_own(name: str) -> Layout:
+def _of_ones_own(name: str) -> NewFiles:
     test, evidence = f"test_{name}.py", f"evidence_{name}.py"
-    return Layout(
+    return NewFiles(
         {
             f"{name}/__init__.py": [],
             f"{name}/method.py": ["method.py"],
@@ -186,7 +191,7 @@ def _of_ones_own(name: str) -> Layout:
     )
 
 
-def _text(parts: list[str], layout: Layout, family: str, name: str, house: bool) -> str:
+def _text(parts: list[str], layout: NewFiles, family: str, name: str, house: bool) -> str:
     templates = resources.files("lightspan.commands") / "templates"
     cls = _class_of(name)
     text = Template("".join((templates / f"{part}.txt").read_text(encoding="utf-8") for part in parts)).substitute(

@@ -9,7 +9,7 @@ from lightspan.commands.arguments import add_recipe_arguments, folder
 from lightspan.config.resolve import Resolved, resolve
 from lightspan.errors import UserError, print_notes
 from lightspan.runs.fits import exits_on_sigterm
-from lightspan.runs.proof import Settings, planned_runs, refuse_uneven_batches, start, verdicts
+from lightspan.runs.proof import ProofSettings, planned_runs, refuse_uneven_batches, start, verdicts
 from lightspan.runs.seed import with_seed
 
 DIFFERENT = 1
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return _in_folder(args, resolved, settings)
 
 
-def _in_folder(args: argparse.Namespace, resolved: Resolved, settings: Settings) -> int:
+def _in_folder(args: argparse.Namespace, resolved: Resolved, settings: ProofSettings) -> int:
     if args.keep is None:
         with tempfile.TemporaryDirectory(prefix="lightspan-prove-") as folder:
             return _prove(resolved, settings, Path(folder))
@@ -52,7 +52,7 @@ def _in_folder(args: argparse.Namespace, resolved: Resolved, settings: Settings)
     return _prove(resolved, settings, args.keep.absolute())
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> ProofSettings:
     try:
         ranks = [int(part) for part in args.ranks.split(",")]
     except ValueError:
@@ -64,10 +64,10 @@ def _settings(args: argparse.Namespace) -> Settings:
     every = max(1, args.steps // 5) if args.every is None else args.every
     if not 1 <= every <= args.steps:
         raise UserError(f"--every {every} must be at least 1 and at most --steps {args.steps}")
-    return Settings(ranks, args.kills, args.steps, every, args.seed)
+    return ProofSettings(ranks, args.kills, args.steps, every, args.seed)
 
 
-def _prove(resolved: Resolved, settings: Settings, folder: Path) -> int:
+def _prove(resolved: Resolved, settings: ProofSettings, folder: Path) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

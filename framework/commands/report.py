@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import file, folder
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 from lightspan.run_files import METRICS, REPORT, SUMMARY
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _print_table(runs: Sequence["Run"], title: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lightspan.report.compare import compare
+    from lightspan.report.compare import caution, compare
 
     table = Table(title=Text(title), title_justify="left", caption_justify="left")
     table.add_column("")
@@ -94,3 +94,5 @@ def _print_table(runs: Sequence["Run"], title: str) -> None:
     if len(runs) > 1:
         table.caption = Text(f"green: best; second figures: relative to {runs[0].name}")
     Console().print(table)
+    if said := caution(runs):
+        print_notes([said])

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,7 +191,8 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     if MERGED in written:
         print(
             "next: to load these weights in a recipe, use class_path: lightspan.backbones.weights.with_weights, "
-            f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}"
+            f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}\n"
+            f"      to evaluate the whole method: lightspan validate RECIPE --ckpt {shlex.quote(str(run_dir))}"
         )
 
 

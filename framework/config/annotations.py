@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from lightspan.config.signatures import base_definitions, descends, resolve, signature_of
-from lightspan.config.source import Definition, Source
+from lightspan.config.source import Definition, Source, exported, load, lookup
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
@@ -34,6 +34,10 @@ _PLAIN = {
 _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
 _MODULE = "torch.nn.modules.module.Module"
+_FURTHER = {  # modules with classes of a kind, beside the one that defines the kind
+    "torch.optim.optimizer.Optimizer": ("torch.optim", "lightspan.optim.low_rank", "lightspan.optim.presets"),
+    "torch.optim.lr_scheduler.LRScheduler": ("lightspan.optim.schedules",),
+}
 _MAX_DEPTH = 10
 
 
@@ -206,19 +210,39 @@ def class_names(annotation: ast.expr, source: Source) -> list[str]:
 
 
 def kinds_of(annotation: ast.expr, source: Source) -> list[str]:
-    """The full names of the classes that an annotation takes an object of, as far as the modules that define its
-    members hold them: `SVDBasis` and its like for `Basis | None`.
+    """The full names of the classes that an annotation takes an object of, or that a callable may make, as far as the
+    modules that define its members hold them: `SVDBasis` and its like for `Basis | None`. What torch calls an optimiser
+    or a schedule is also in the modules of `_FURTHER`.
     """
     names: list[str] = []
     for member, where in members(annotation, source):
-        wanted = resolve(member, where)
-        if not isinstance(wanted, Definition) or wanted.name is None or _name(member) in _NEVER_PLAIN:
+        inner = _arguments(member) if _name(member) == "Callable" else []
+        made = inner[1] if len(inner) == 2 else member
+        wanted = resolve(made, where)
+        if not isinstance(wanted, Definition) or wanted.name is None:
+            continue
+        if made is member and _name(made) in _NEVER_PLAIN:
             continue  # networks, for example, are anywhere
-        for node in wanted.source.tree.body:
-            found = Definition(node, wanted.source) if isinstance(node, ast.ClassDef) else None
-            if found is not None and found.name is not None and _is_concrete(found) and descends(found, wanted.name):
-                names.append(found.name)
+        further = _FURTHER.get(wanted.name, ()) if made is not member else ()
+        for module in (*further, wanted.source.name):
+            known = load(module)
+            for name in _classes_of(known) if known is not None else ():
+                found = lookup(known, name) if known is not None else None
+                if (
+                    isinstance(found, Definition)
+                    and found.is_class
+                    and found.name != wanted.name
+                    and _is_concrete(found)
+                    and descends(found, wanted.name)
+                ):
+                    names.append(f"{module}.{name}")
     return names
+
+
+def _classes_of(source: Source) -> list[str]:
+    """The names of a module's own classes; of a package those that it exports."""
+    own = [node.name for node in source.tree.body if isinstance(node, ast.ClassDef)]
+    return own or sorted(exported(source))
 
 
 def _is_concrete(found: Definition) -> bool:

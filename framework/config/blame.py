@@ -75,6 +75,22 @@ def _kind(error: Exception) -> str:
     return "" if plain else f"{type(error).__name__}: "
 
 
+def of_two_of_a_kind(error: Exception, resolved: Resolved) -> str | None:
+    """The message for two callbacks whose states Lightning would store under one key; None for any other error."""
+    found = re.match(r"Found more than one stateful callback of type `(\w+)`", str(error))
+    callbacks = (resolved.config.get("trainer") or {}).get("callbacks")
+    if found is None or not isinstance(callbacks, dict):
+        return None
+    kind = found[1]
+    names = [str(name) for name, spec in callbacks.items() if str(spec["class_path"]).rpartition(".")[2] == kind]
+    last = names[-1] if names else "NAME"
+    return (
+        f"trainer.callbacks has {kind} more than once ({', '.join(names)}), and a checkpoint could not tell their "
+        f"states apart; remove one, with trainer.callbacks.{last}=null, or give them other settings, if the class "
+        "tells its states apart by these, as MaskLearning does by match"
+    )
+
+
 def _specs(root: Node, name: str) -> Iterator[tuple[KeyPath, Node]]:
     """The specifications whose class is defined under `name`."""
     for path, node in class_paths(root):

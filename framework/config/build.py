@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.config import allow
-from lightspan.config.blame import blame, deepest_cause, first_cause, own_line
+from lightspan.config.blame import blame, deepest_cause, first_cause, of_two_of_a_kind, own_line
 from lightspan.config.resolve import (
     TRAINED,
     Resolved,
@@ -203,6 +203,8 @@ def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint
     except Exception as error:
         if refused:
             raise UserError(blame(*refused[0], resolved)) from error
+        if message := of_two_of_a_kind(error, resolved):
+            raise UserError(f"{resolved.name} does not build: {message}") from error
         if isinstance(error, UserError) or not isinstance(error, ValueError | TypeError | MisconfigurationException):
             raise
         if isinstance(first := first_cause(error), UserError):  # from a function, which is called without `construct`

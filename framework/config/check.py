@@ -13,7 +13,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightspan.config import allow
+from lightspan.config import allow, estimator_inputs
 from lightspan.config.annotations import (
     bound_arguments,
     class_names,
@@ -114,6 +114,8 @@ class _Checker:
             for name in inputs.value if isinstance(inputs.value, dict) else ():
                 if not str(name).isidentifier():
                     self.say(inputs, ("inputs", name), "must be a name that `fit` accepts: letters, digits and _")
+        if kind == "estimator" and not self.problems:  # the gate may have refused what would be read here
+            self.problems += estimator_inputs.of_other_names_or_kinds(root)
         if kind == "merger":
             self.checkpoints(root)
         for key in dict.fromkeys((kind, "data")):
@@ -364,7 +366,8 @@ def naming(node: Node, path: KeyPath, kinds: Sequence[str]) -> str:
     key = f"{dotted(path)}.class_path=" if node.where == COMMAND_LINE else "class_path: "
     names = {kind.rpartition(".")[2].lower(): kind for kind in kinds}
     meant = node.value.partition("(")[0].lower() if isinstance(node.value, str) else ""
-    near = [name for name in names if len(meant) > 2 and meant in name] or difflib.get_close_matches(meant, names, n=1)
+    near = [meant] if meant in names else [name for name in names if len(meant) > 2 and meant in name]
+    near = near or difflib.get_close_matches(meant, names, n=1)
     hint = f"did you mean {key}{names[near[0]]}? " if near else f"name a class with {key}MODULE.NAME; "
     modules = itertools.groupby((kind.rpartition(".") for kind in kinds), key=lambda parts: parts[0])
     return hint + "; ".join(f"{module} has {', '.join(name for *_, name in group)}" for module, group in modules)

@@ -1,8 +1,9 @@
 """Layers into one tree: base < recipe < overlays < flags, always in this order.
 
-Mappings merge key by key and everything else is replaced. There are two more rules. Another class drops the
-settings of the class before it, and a note says so. `null` under `trainer.callbacks` or `trainer.logger` removes that
-entry.
+Mappings merge key by key and everything else is replaced. There are three more rules. Another class drops the
+settings of the class before it, and a note says so. So it is with `checkpoints`, whose names are the user's choice: a
+layer with a name that is new there gives checkpoints of its own, and drops all that it does not name. `null` under
+`trainer.callbacks` or `trainer.logger` removes that entry.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from lightspan.config.tree import Key, KeyPath, Node, dotted, plain
 
 CLASS_SETTINGS = ("init_args", "dict_kwargs")
 KEYED = (("trainer", "callbacks"), ("trainer", "logger"))  # mappings name -> class
+CHOSEN = ("checkpoints",)  # a mapping whose names a layer chooses
 
 
 def merge_layers(layers: Iterable[Node]) -> tuple[Node, list[str]]:
@@ -39,6 +41,13 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
             notes.append(
                 f"{new.where} {dotted(path)}: class {old.value} -> {new.value}; its settings were dropped: "
                 + ", ".join(names)
+            )
+    if path == CHOSEN and (added := [key for key in high.value if key not in kept]):
+        dropped = {key: kept.pop(key) for key in low.value if key not in high.value}
+        if dropped:
+            notes.append(
+                f"{high.value[added[0]].where} checkpoints: {', '.join(map(str, high.value))} replace all that "
+                f"were named before; dropped: {', '.join(map(str, dropped))}"
             )
     merged = dict(kept)
     for key, node in high.value.items():

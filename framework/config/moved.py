@@ -23,6 +23,7 @@ MODULES = {  # old name -> new name
     "lightspan.callbacks.accumulation": "lightspan.callbacks.resilience.accumulation",
     "lightspan.callbacks.proof": "lightspan.callbacks.resilience.proof",
     "lightspan.callbacks.jsonl_logger": "lightspan.loggers.jsonl",
+    "lightspan.optim.triggers": "lightspan.optim.bases",
     "lightspan.datamodules.loader": "lightspan.datamodules.loading.loader",
     "lightspan.datamodules.shards": "lightspan.datamodules.shards.stream",
     "lightspan.datamodules.images": "lightspan.datamodules.images.small",
@@ -34,13 +35,20 @@ MODULES = {  # old name -> new name
     "lightspan.datamodules.reviews": "lightspan.datamodules.text.reviews",
 }
 
-CLASSES = {  # that left a module which is still there
-    f"lightspan.optim.bases.{name}": f"lightspan.experiments.kronecker_bases.{name}"
-    for name in ("HadamardBasis", "KroneckerDCTBasis")
-} | {
-    f"lightspan.optim.bases.{name}": f"lightspan.experiments.bases.{name}"
-    for name in ("RandomBasis", "RandomColumns", "IdentityBasis")
-}
+CLASSES = (
+    {  # that left a module which is still there, or have another name
+        f"lightspan.optim.bases.{name}": f"lightspan.experiments.kronecker_bases.{name}"
+        for name in ("HadamardBasis", "KroneckerDCTBasis")
+    }
+    | {
+        f"lightspan.optim.bases.{name}": f"lightspan.experiments.bases.{name}"
+        for name in ("RandomBasis", "RandomColumns", "IdentityBasis")
+    }
+    | {
+        f"lightspan.estimators.{module}.Checkpoint": "lightspan.estimators.inputs.CheckpointWeights"
+        for module in ("inputs", "interference")
+    }
+)
 
 
 def followed(node: Node) -> Node:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightspan.analysis.filters import (
     SIZE,
@@ -248,6 +249,8 @@ class _Source:
         self.norms: dict[str, Any] = {}
         if isinstance(source, nn.Module):
             self.tensors = dict(source.named_parameters())
+            if absent := [n for n, p in self.tensors.items() if isinstance(p, UninitializedParameter) or p.is_meta]:
+                raise UserError(f"{absent[0]} of {model} has no numbers; run a lazy network once, or load its weights")
             forms = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
             self.norms = norms_behind(source) if fold else {}
         elif fold:
@@ -272,12 +275,12 @@ class _Source:
         norm = self.norms.get(name)
         weight = self.tensors[name].detach() if isinstance(self.source, nn.Module) else self.source.read(name)
         weight = weight.cpu() if norm is None else folded_into(weight, norm).cpu()
-        if not (weight.is_floating_point() and weight.isfinite().all()):
+        if not (weight.is_floating_point() and weight.double().isfinite().all()):
             raise UserError(
                 f"{name} of {self.model} is {weight.dtype} or holds NaN or infinite numbers, which have no statistics; "
                 "take a checkpoint of floats from before the run diverged"
             )
-        return weight
+        return weight.float() if weight.itemsize == 1 else weight
 
     def coefficients(self, name: str, basis: FilterBasis) -> Tensor:
         return basis.coefficients(scaled(filters_of(self.bank(name))))

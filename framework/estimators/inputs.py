@@ -4,22 +4,27 @@ from torch import nn
 
 from lightspan.features.features import Input
 from lightspan.features.store import FeatureStore
-from lightspan.merging.weights import Weights, open_weights
+from lightspan.merging.adapted import AdaptedWeights
+from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of
 
 
-class Checkpoint(Input):
-    """The tensors of a checkpoint, read one by one; what network they belong to need not be known.
+class CheckpointWeights(Input):
+    """The weights of a checkpoint, read one by one; what network they belong to need not be known.
 
     Args:
-        path: a run folder, a `.ckpt`, a safetensors file or a folder of them.
+        path: a run folder, a `.ckpt`, a safetensors file, a folder of them, or a PEFT adapter.
+        base: path of what an adapter belongs to; None for everything else.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, base: str | None = None) -> None:
+        self.path, self.base = path, base
 
     def load(self, store: FeatureStore) -> Weights:
-        """Raises: UserError for what is no checkpoint, or is damaged."""
-        return open_weights(self.path)
+        """Raises: UserError for what is no checkpoint, is damaged, or is an adapter of another model."""
+        place = place_of(self.path)
+        if self.base is not None and is_adapter(place):
+            return AdaptedWeights(place, open_weights(self.base))
+        return open_weights(place)
 
     def outlook(self, store: FeatureStore) -> str:
         return f"{len(self.load(store).forms)} tensors of {self.path}"

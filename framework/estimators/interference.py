@@ -4,42 +4,16 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
-from lightspan.features.features import Input
-from lightspan.features.store import FeatureStore
 from lightspan.merging import interference
-from lightspan.merging.adapted import Adapted
 from lightspan.merging.merger import require_alike
-from lightspan.merging.weights import Weights, is_adapter, open_weights
+from lightspan.merging.weights import Weights
 from lightspan.results import Figure, Result
 
 BASE = "base"
-
-
-class Checkpoint(Input):
-    """The weights of a checkpoint: a run folder, `.ckpt`, safetensors, Hugging Face folder or PEFT adapter.
-
-    Args:
-        path: where it is.
-        base: path of what an adapter belongs to; None for everything else.
-    """
-
-    def __init__(self, path: str, base: str | None = None) -> None:
-        self.path, self.base = path, base
-
-    def load(self, store: FeatureStore) -> Weights:
-        """Raises: UserError for what is no checkpoint, or an adapter of another model."""
-        place = Path(self.path).expanduser()
-        if self.base is not None and is_adapter(place):
-            return Adapted(place, open_weights(self.base))
-        return open_weights(place)
-
-    def outlook(self, store: FeatureStore) -> str:
-        return f"{len(self.load(store).forms)} tensors of {self.path}"
 
 
 @dataclass(frozen=True)

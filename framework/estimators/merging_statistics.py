@@ -72,7 +72,7 @@ class NetworkAndData(Input):
 
 
 @dataclass(frozen=True)
-class Statistics(Result):
+class MergingStatistics(Result):
     """How many samples were looked at, and of how many tensors there are numbers."""
 
     samples: int
@@ -96,7 +96,7 @@ class DiagonalFisher(Estimator):
             raise UserError(f"DiagonalFisher most={most} must be at least 1")
         self.most, self.prefix = most, prefix
 
-    def fit(self, network: NetworkOnData) -> Statistics:
+    def fit(self, network: NetworkOnData) -> MergingStatistics:
         """Raises: UserError for a network that gives no logits [B C], or data without a sample."""
         model = network.network
         parameters = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
@@ -145,7 +145,7 @@ class InputGrams(Estimator):
         self.most, self.prefix = most, prefix
 
     @torch.no_grad()
-    def fit(self, network: NetworkOnData) -> Statistics:
+    def fit(self, network: NetworkOnData) -> MergingStatistics:
         """Raises: UserError for a network without a linear layer, or data without a sample."""
         layers = {name: part for name, part in network.network.named_modules() if isinstance(part, nn.Linear)}
         if not layers:
@@ -178,8 +178,8 @@ class InputGrams(Estimator):
         return _statistics(int(count), dict(zip(sums, totals, strict=True)), self.prefix, 1.0)
 
 
-def _statistics(samples: int, sums: dict[str, Tensor], prefix: str, scale: float) -> Statistics:
+def _statistics(samples: int, sums: dict[str, Tensor], prefix: str, scale: float) -> MergingStatistics:
     tensors = {prefix + name: (scale * total).float().cpu() for name, total in sums.items()}
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"the statistics of {wrong[0]} are not finite; look at the weights and the data")
-    return Statistics(samples, len(tensors), tensors=tensors)
+    return MergingStatistics(samples, len(tensors), tensors=tensors)

@@ -12,7 +12,7 @@ from lightspan.devices import widest_float
 from lightspan.distributed import agreed
 from lightspan.errors import UserError
 from lightspan.optim.layout import canonical_gradient, is_matrix, matrix_shape
-from lightspan.optim.sharding import splits_of
+from lightspan.sharded import splits_of
 
 
 @dataclass(frozen=True)

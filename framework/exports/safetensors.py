@@ -7,13 +7,15 @@ from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import nn
 
+from lightspan.run_files import MODEL
+
 
 def write_safetensors(model: nn.Module, folder: Path, metadata: dict[str, str]) -> float:
     """Writes model.safetensors with all of `model.state_dict()`; returns the largest difference after reading back.
 
     Tensors that share memory are stored once; the file's metadata names the others, as safetensors does.
     """
-    path = folder / "model.safetensors"
+    path = folder / MODEL
     save_model(model, str(path), metadata={"format": "pt", **metadata})
     largest = 0.0
     with safe_open(str(path), framework="pt") as file:

@@ -11,7 +11,7 @@ from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
-from lightspan.intrinsic.search import Fit, Settings
+from lightspan.intrinsic.search import Fit, SearchSettings
 from lightspan.report.compare import differences
 from lightspan.report.runs import load_run
 from lightspan.run_files import METRICS, OUTPUT, REFERENCES, SUBSPACE, SUMMARY
@@ -30,7 +30,7 @@ def require_rate(resolved: Resolved, key: str) -> None:
         )
 
 
-def train(resolved: Resolved, settings: Settings, fits: Sequence[Fit]) -> dict[Fit, float]:
+def train(resolved: Resolved, settings: SearchSettings, fits: Sequence[Fit]) -> dict[Fit, float]:
     """Finished runs in the folder are kept, all others are started afresh, `workers` at a time."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -65,7 +65,7 @@ def _threads(workers: int) -> str:
     return str(max(1, (os.cpu_count() or 1) // workers))
 
 
-def _finished(resolved: Resolved, settings: Settings, fit: Fit) -> bool:
+def _finished(resolved: Resolved, settings: SearchSettings, fit: Fit) -> bool:
     """Whether the folder contains this run, complete. Raises: UserError if it contains another run of that name."""
     folder = settings.out / "runs" / fit.name
     try:
@@ -85,11 +85,11 @@ def _finished(resolved: Resolved, settings: Settings, fit: Fit) -> bool:
     return finished
 
 
-def recipe_of(resolved: Resolved, settings: Settings, fit: Fit) -> str:
+def recipe_of(resolved: Resolved, settings: SearchSettings, fit: Fit) -> str:
     return dump(with_layer(resolved, layer(resolved, settings, fit)).document())
 
 
-def layer(resolved: Resolved, settings: Settings, fit: Fit) -> dict[str, Any]:
+def layer(resolved: Resolved, settings: SearchSettings, fit: Fit) -> dict[str, Any]:
     """What a run changes in the recipe: seeds, subspace and rate; and nothing is kept for resuming."""
     trainer = resolved.config.get("trainer", {})
     callbacks, loggers = (trainer.get(kind) for kind in ("callbacks", "logger"))
@@ -131,7 +131,7 @@ def _value(folder: Path, metric: str) -> float:
     return points[-1].value if points else math.nan
 
 
-def references_of(resolved: Resolved, settings: Settings) -> dict[str, Any]:
+def references_of(resolved: Resolved, settings: SearchSettings) -> dict[str, Any]:
     """What needs no training, kept in references.json. Raises: UserError for a metric that validation does not log, and
     for a grid beyond the number of weights.
     """

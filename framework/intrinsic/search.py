@@ -21,7 +21,7 @@ TUNING_SEED = -1
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """The search; `lrs` is [None] if the recipe's own rate is used."""
 
     grid: list[int]
@@ -61,7 +61,7 @@ Train = Callable[[Sequence[Fit]], dict[Fit, float]]
 """Trains what is not trained yet. Returns the metric of each, NaN for one that failed."""
 
 
-def search(settings: Settings, references: Mapping[str, Any], train: Train) -> Curve:
+def search(settings: SearchSettings, references: Mapping[str, Any], train: Train) -> Curve:
     """The baseline, then the grid: all of it, or with `stop_early` up to the line. Raises: UserError if every
     run of the baseline fails.
     """
@@ -84,7 +84,7 @@ def search(settings: Settings, references: Mapping[str, Any], train: Train) -> C
     return curve
 
 
-def measure(settings: Settings, dims: Sequence[int | None], train: Train) -> dict[Any, Point]:
+def measure(settings: SearchSettings, dims: Sequence[int | None], train: Train) -> dict[Any, Point]:
     """The best rate of each dimension by the tuning seed, if there is a choice, and the seeds at that rate."""
     tried: dict[Fit, float] = {}
     if len(settings.lrs) > 1:

@@ -8,10 +8,10 @@ from torch import Tensor
 from lightspan.adapters.peft import WEIGHTS, StoredChange
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
-from lightspan.merging.weights import Weights, is_adapter, open_weights, sha256_of
+from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of, sha256_of
 
 
-class Adapted(Weights):
+class AdaptedWeights(Weights):
     """The base's tensors, those that a PEFT LoRA changes computed in float64 when they are read.
 
     Layers go by their names in the model that PEFT was given. A base whose names begin further out, as with the
@@ -28,11 +28,20 @@ class Adapted(Weights):
         self._replaced = {f"{prefix}{name}": tensor for name, tensor in self._change.replaced.items()}
         shapes = {layer: base.forms[name].shape for name, layer in self._layers.items()}
         self._transposed = self._change.transposes(shapes)
+        for name in self._layers:
+            if not base.forms[name].dtype.is_floating_point:
+                raise UserError(
+                    f"{folder} adds to {name}, which is {base.forms[name].dtype} in its base {base.origin['path']}; "
+                    "name a base of real weights that are not quantised"
+                )
         for name, tensor in self._replaced.items():
-            if tuple(tensor.shape) != base.forms[name].shape:
+            form = base.forms[name]
+            if tensor.dtype != form.dtype and not (tensor.is_floating_point() and form.dtype.is_floating_point):
+                raise UserError(f"{folder} replaces {name}, {form.dtype} in its base, by numbers of {tensor.dtype}")
+            if tuple(tensor.shape) != form.shape:
                 raise UserError(
                     f"{folder} replaces {name} by {list(tensor.shape)}, and that of its base {base.origin['path']} is "
-                    f"{list(base.forms[name].shape)}; it belongs to another model"
+                    f"{list(form.shape)}; it belongs to another model"
                 )
         changed = self._layers.keys() | self._replaced.keys()
         self.aliases = {name: kept for name, kept in base.aliases.items() if not {name, kept} & changed}
@@ -67,11 +76,14 @@ def open_checkpoints(merger: Merger, paths: Mapping[str, str], base: str | None 
     leading = merger.leading(list(paths))
     own = base is None
     under = open_weights(paths[leading] if base is None else base)
-    places = {name: Path(path).expanduser() for name, path in paths.items()}
-    return {
-        name: under if own and name == leading else Adapted(place, under) if is_adapter(place) else open_weights(place)
-        for name, place in places.items()
-    }
+    places = {name: place_of(path) for name, path in paths.items()}
+
+    def opened(name: str, place: Path) -> Weights:
+        if own and name == leading:
+            return under
+        return AdaptedWeights(place, under) if is_adapter(place) else open_weights(place)
+
+    return {name: opened(name, place) for name, place in places.items()}
 
 
 def _beginning(names: list[str], base: Weights, folder: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_span_as
-from lightspan.merging.weights import Weights, open_weights
+from lightspan.merging.weights import Weights, open_weights, real_finite
 from lightspan.tensor_files import Form
 
 
@@ -93,7 +93,7 @@ class StoredCoefficients(Coefficients):
         return open_weights(self.path)
 
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
-        stored = _stored(self._file, name, "coefficients")
+        stored = _stored(self._file, name, "coefficient")
         if sorted(tasks) != sorted(self.tasks) or stored.shape not in ((len(tasks),), (len(tasks), *form.shape)):
             raise UserError(
                 f"{self.path}: {name} has coefficients {list(stored.shape)} of the tasks {', '.join(self.tasks)}, for "
@@ -170,4 +170,4 @@ def _stored(weights: Weights, name: str, what: str) -> Tensor:
         raise UserError(
             f"{weights.origin['path']} has no {what} of {name}; it has {', '.join(list(weights.forms)[:5])}"
         )
-    return weights.read(name)
+    return real_finite(weights, name, what)

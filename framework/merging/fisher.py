@@ -11,6 +11,7 @@ below `floor`) and tensors without one, such as running statistics, take the pla
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_span_as
-from lightspan.merging.weights import Statistics
+from lightspan.merging.weights import StatisticsFiles, Weights
 from lightspan.tensor_files import Form
 
 
@@ -39,7 +40,7 @@ class FisherAverage(Merger):
         if not 0 <= floor < math.inf:
             raise UserError(f"FisherAverage floor={floor} must be at least 0 and finite")
         self.weights, self.floor = weights, floor
-        self._fishers = Statistics("FisherAverage", statistics)
+        self._fishers = StatisticsFiles("FisherAverage", statistics)
 
     def leading(self, names: Sequence[str]) -> str:
         self._fishers.require(names)
@@ -47,18 +48,23 @@ class FisherAverage(Merger):
             raise UserError(f"FisherAverage weighs {', '.join(self.weights)}; the checkpoints are {', '.join(names)}")
         return names[0]
 
+    def prepared(self, checkpoints: Mapping[str, Weights], forms: Mapping[str, Form]) -> Self:
+        self._fishers.require_tensors(forms)
+        return self
+
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         models = list(weights.values())
         fishers = self._fishers.of(name, list(weights))
         if fishers is None:
             return in_span_as(form.dtype, models[0], models, torch.full((len(models),), 1 / len(models)).double())
+        for fisher in fishers:
+            if fisher.shape != form.shape or not bool((fisher.double() >= 0).all()):
+                raise UserError(
+                    f"FisherAverage: F of {name} is {list(fisher.shape)} for a tensor {list(form.shape)}, or has "
+                    "entries below 0; compute it anew with DiagonalFisher"
+                )
         own = [1.0 if self.weights is None else self.weights[n] for n in weights]
         shares = torch.stack([w * fisher.double() for w, fisher in zip(own, fishers, strict=True)])
-        if shares.shape[1:] != form.shape or not bool((shares >= 0).all()):
-            raise UserError(
-                f"FisherAverage: F of {name} is {list(shares.shape[1:])} for a tensor {list(form.shape)}, or has "
-                "entries below 0; compute it anew with DiagonalFisher"
-            )
         total = shares.sum(dim=0)
         return in_span_as(
             form.dtype, models[0], models, torch.where(total > self.floor, shares / total, 1 / len(models))

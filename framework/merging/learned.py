@@ -18,7 +18,7 @@ from lightspan.datamodules.batches import ImageBatch, TasksBatch
 from lightspan.devices import wide_type
 from lightspan.distributed import all_reduce_sums, rank
 from lightspan.errors import UserError
-from lightspan.files import atomic_path
+from lightspan.files import atomic_path, make_folder
 from lightspan.merging.arithmetic import StoredCoefficients, StoredMask, TaskArithmetic
 from lightspan.merging.merger import merge
 from lightspan.merging.models import BASE, Held, Models
@@ -58,6 +58,11 @@ class NetworkSpan(nn.Module):
                 base_S = self._read(BASE, name)
                 vectors = [difference(self._read(task, name), base_S) for task in self.tasks]
                 stacked = torch.stack(vectors).to(wide_type(parameter.dtype))
+                if not stacked.isfinite().all():
+                    raise UserError(
+                        f"a model differs from the base by infinity in {prefix}{name}; merge checkpoints from before "
+                        "the run diverged"
+                    )
                 self.register_buffer(f"vectors_{self._index[name]}", stacked, persistent=False)
         self.train(False)
 
@@ -183,6 +188,10 @@ class LearnedMerging(Method):
     def features(self, batch: ImageBatch) -> Tensor:
         """[B F] of the merged backbone."""
         return self.span(self.merged(), batch["image"])
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.out is not None:
+            make_folder(Path(self.out), "model.init_args.out")  # what cannot be written is said before a run
 
     def on_validation_epoch_start(self) -> None:
         zeros = torch.zeros(len(self.heads), device=self.device)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
-from lightspan.merging.weights import Weights, open_weights
+from lightspan.merging.span import in_pieces, widest
+from lightspan.merging.weights import Weights, open_weights, real_finite
 from lightspan.tensor_files import Form
 
 
@@ -27,6 +28,7 @@ class Masked(Merger):
         if not masks:
             raise UserError("Masked got no mask; name one or more files under `masks`")
         self.masks = list(masks)
+        self._of: dict[str, list[tuple[Weights, str]]] = {}  # the masks of each tensor: its file, and its name there
 
     @cached_property
     def _files(self) -> dict[str, Weights]:
@@ -38,25 +40,32 @@ class Masked(Merger):
         return names[0]
 
     def prepared(self, checkpoints: Mapping[str, Weights], forms: Mapping[str, Form]) -> Self:
-        """Raises: UserError for a mask of a tensor that the checkpoint has not, or has in another shape."""
+        """Raises: UserError for a mask of a tensor that the checkpoint has not, or has in another shape, and for one
+        that is not real and finite.
+        """
+        (checkpoint,) = checkpoints.values()
+        ready = type(self)(self.masks)
         for path, file in self._files.items():
             for name, form in file.forms.items():
-                if name not in forms:
+                kept = checkpoint.aliases.get(name, name)  # several names of one tensor may each have its mask
+                if kept not in forms:
                     raise UserError(
                         f"{path} masks {name}, and the checkpoint has no such tensor of floats; it has "
                         f"{', '.join(list(forms)[:3]) or 'none'}: take a mask that was made for this network"
                     )
-                if forms[name].shape != form.shape:
+                if forms[kept].shape != form.shape:
                     raise UserError(
-                        f"{path}: the mask of {name} is {list(form.shape)}, the tensor {list(forms[name].shape)}"
+                        f"{path}: the mask of {name} is {list(form.shape)}, the tensor {list(forms[kept].shape)}"
                     )
-        return self
+                real_finite(file, name, "mask entry")
+                ready._of.setdefault(kept, []).append((file, name))
+        return ready
 
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         (tensor,) = weights.values()
-        for file in self._files.values():
-            if name in file.forms:
-                mask = file.read(name)
-                # Not a product alone: an infinite number times 0 is NaN.
-                tensor = torch.where(mask == 0, 0, tensor * mask)
+        for file, own in self._of.get(name, ()):
+            # Not a product alone: an infinite number times 0 is NaN.
+            tensor = in_pieces(
+                form.dtype, lambda x, m: torch.where(m == 0, 0, widest(x) * m.double()), tensor, file.read(own)
+            )
         return tensor.to(form.dtype)

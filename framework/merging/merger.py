@@ -94,13 +94,13 @@ def merge(
     Raises: UserError where checkpoints do not fit together, or a tensor of one or of the result holds NaN, or infinity
     where no checkpoint does.
     """
-    plan = Plan(merger, checkpoints)
+    plan = MergePlan(merger, checkpoints)
     with atomic_path(out) as temporary:
         plan.write(temporary, list(plan.stored), record or {})
     return plan.outlook
 
 
-class Plan:
+class MergePlan:
     """Checkpoints that fit together, and the files that a merger makes of them.
 
     Attributes:
@@ -138,7 +138,7 @@ def require_alike(checkpoints: Mapping[str, Weights]) -> None:
             here, there = first.forms[tensor], weights.forms[tensor]
             if here.shape != there.shape:
                 wrong.append(f"{tensor} is {list(here.shape)} in {first_name} but {list(there.shape)} in {name}")
-            elif _has_fractions(here) != _has_fractions(there):
+            elif _kind(here) != _kind(there):
                 wrong.append(f"{tensor} is {here.dtype} in {first_name} but {there.dtype} in {name}")
     if wrong:
         raise UserError(
@@ -174,13 +174,18 @@ def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]
             "the run diverged, or lower the coefficients"
         )
     for at in range(0, tensor.numel(), span.CHUNK):
-        infinite, *given = (x.reshape(-1)[at : at + span.CHUNK].isinf() for x in (tensor, *weights.values()))
+        pieces = (x.reshape(-1)[at : at + span.CHUNK] for x in (tensor, *weights.values()))
+        infinite, *given = (span.widest(piece).isinf() for piece in pieces)  # types of a byte do not know the question
         if (infinite & ~torch.stack(given).any(dim=0)).any():
             raise UserError(
                 f"{name} of the merged checkpoint would have infinity where no checkpoint has: {form.dtype} ends at "
                 f"{torch.finfo(form.dtype).max:g}; lower the coefficients, or lead with a checkpoint of a wider dtype"
             )
     return tensor
+
+
+def _kind(form: Form) -> tuple[bool, bool]:
+    return form.dtype.is_floating_point, form.dtype.is_complex
 
 
 def _has_fractions(form: Form) -> bool:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.merging.adapted import Adapted
+from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.merger import require_alike
-from lightspan.merging.weights import Weights, is_adapter, open_weights
+from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.tensor_files import Form
 
@@ -51,8 +51,8 @@ class StoredModels(Models):
         base = open_weights(self.base)
         found = {BASE: base}
         for task, path in self.paths.items():
-            place = Path(path).expanduser()
-            found[task] = Adapted(place, base) if is_adapter(place) else open_weights(place)
+            place = place_of(path)
+            found[task] = AdaptedWeights(place, base) if is_adapter(place) else open_weights(place)
         parts: dict[str, Weights] = {name: Part(weights, own.forms) for name, weights in found.items()}
         require_alike({"the network": own, **parts})
         return parts

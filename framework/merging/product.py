@@ -12,8 +12,9 @@ import yaml
 
 from lightspan.errors import UserError, one_line
 from lightspan.files import atomic_path
-from lightspan.merging.merger import Merged, Merger, Plan
-from lightspan.merging.weights import INDEX, WHOLE, Weights, shards_of
+from lightspan.merging.merger import Merged, MergePlan, Merger
+from lightspan.merging.weights import INDEX, Weights, shards_of
+from lightspan.run_files import MODEL
 
 CARD = "README.md"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
@@ -44,13 +45,13 @@ def write_product(
     Raises: UserError as `merge`, and for a folder that is not empty.
     """
     refuse_occupied(out)
-    plan = Plan(merger, checkpoints)
+    plan = MergePlan(merger, checkpoints)
     source, huggingface = plan.leading.home, plan.leading.is_huggingface
     # Of names that no file of the source holds, there are none: names that share memory are stored once.
     shards = (shards_of(source) if huggingface else None) or {}
     files: dict[str, list[str]] = {}
     for name in plan.stored:
-        files.setdefault(shards.get(name, WHOLE), []).append(name)
+        files.setdefault(shards.get(name, MODEL), []).append(name)
     with atomic_path(out, setting="--out") as folder:
         folder.mkdir()
         for file, names in sorted(files.items()):
@@ -72,7 +73,7 @@ def _beside(source: Path) -> list[Path]:
 
 
 def _card(
-    plan: Plan, checkpoints: Mapping[str, Weights], method: str, settings: Mapping[str, Any], huggingface: bool
+    plan: MergePlan, checkpoints: Mapping[str, Weights], method: str, settings: Mapping[str, Any], huggingface: bool
 ) -> str:
     parents = {name: one_line(weights.origin["path"]) for name, weights in checkpoints.items()}
     head: dict[str, Any] = {"tags": ["merge", "lightspan"]} | ({"library_name": "transformers"} if huggingface else {})

@@ -11,6 +11,7 @@ directions that no input has leaves the average. Tensors without G, such as bias
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import difference, in_span, in_span_as
-from lightspan.merging.weights import Statistics
+from lightspan.merging.weights import StatisticsFiles, Weights
 from lightspan.tensor_files import Form
 
 
@@ -34,11 +35,15 @@ class RegMean(Merger):
         if not 0 <= alpha <= 1:
             raise UserError(f"RegMean alpha={alpha} must be in [0, 1]")
         self.alpha = alpha
-        self._grams = Statistics("RegMean", grams)
+        self._grams = StatisticsFiles("RegMean", grams)
 
     def leading(self, names: Sequence[str]) -> str:
         self._grams.require(names)
         return names[0]
+
+    def prepared(self, checkpoints: Mapping[str, Weights], forms: Mapping[str, Form]) -> Self:
+        self._grams.require_tensors(forms)
+        return self
 
     @torch.no_grad()
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
@@ -59,4 +64,9 @@ class RegMean(Merger):
             gram_II = self.alpha * gram_II + (1 - self.alpha) * gram_II.diag().diag()
             total_II += gram_II
             apart_OI += difference(model_OI.double(), average_OI) @ gram_II
+        if not (total_II.isfinite().all() and apart_OI.isfinite().all()):
+            raise UserError(
+                f"RegMean: G of {name} and the weights give infinite products; merge checkpoints from before the run "
+                "diverged, and compute G of them anew"
+            )
         return (average_OI + apart_OI @ torch.linalg.pinv(total_II, hermitian=True)).to(form.dtype)

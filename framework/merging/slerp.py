@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
-from lightspan.merging.span import CHUNK, in_pieces, in_span_as
+from lightspan.merging.span import CHUNK, in_pieces, in_span_as, widest
 from lightspan.tensor_files import Form
 
 PARALLEL = 0.9995
@@ -48,19 +48,15 @@ class Slerp(Merger):
             return in_span_as(form.dtype, a_S, [b_S], torch.tensor([self.t], dtype=torch.float64))
         angle = math.acos(cosine)
         of_a, of_b = (math.sin(share * angle) / math.sin(angle) for share in (1 - self.t, self.t))
-        return in_pieces(form.dtype, lambda a, b: of_a * _wide(a) + of_b * _wide(b), a_S, b_S)
+        return in_pieces(form.dtype, lambda a, b: of_a * widest(a) + of_b * widest(b), a_S, b_S)
 
 
 def _cosine(a_S: Tensor, b_S: Tensor) -> float:
     """NaN where one of them is zero or infinite."""
     dot, aa, bb = 0.0, 0.0, 0.0
     for a, b in zip(a_S.reshape(-1).split(CHUNK), b_S.reshape(-1).split(CHUNK), strict=True):
-        a, b = _wide(a), _wide(b)
+        a, b = widest(a), widest(b)
         dot += float(torch.vdot(a, b).real)
         aa, bb = aa + float(a.abs().square().sum()), bb + float(b.abs().square().sum())
     norms = math.sqrt(aa) * math.sqrt(bb)
     return dot / norms if norms else math.nan
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)

@@ -39,6 +39,11 @@ class TaskSpan:
         return torch.stack([(g_S * tau_S).sum() for tau_S in self.vectors_S])
 
 
+def widest(x: Tensor) -> Tensor:
+    """In float64, or complex128 if it is complex."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def difference(model_S: Tensor, base_S: Tensor) -> Tensor:
     """tau = theta_i - theta_0, and 0 where both are equal, infinite entries of a mask of attention included."""
     return torch.where(model_S == base_S, 0, model_S - base_S)

@@ -11,17 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
-from lightspan.errors import UserError
-from lightspan.files import require_regular_file
-from lightspan.run_files import CHECKPOINTS
+from lightspan.errors import UserError, one_line
+from lightspan.files import expanded, require_regular_file
+from lightspan.run_files import CHECKPOINTS, MODEL
 from lightspan.tensor_files import DTYPES, Form
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = f"{MODEL}.index.json"
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -57,9 +58,7 @@ def open_weights(path: str | Path) -> Weights:
 
     Raises: UserError for what is none of these, or is damaged.
     """
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise UserError(f"checkpoint {place} does not exist; name a run folder, a .ckpt or a safetensors file")
+    place = place_of(path)
     if is_adapter(place):
         raise UserError(f"{place} is an adapter, which changes a model and is none; name that model as the base")
     if place.is_dir() and not (place / COMPLETE).exists():
@@ -73,6 +72,20 @@ def open_weights(path: str | Path) -> Weights:
             )
         place = found
     return _Safetensors(place, [place]) if place.suffix == ".safetensors" else _Checkpoint(place)
+
+
+def place_of(path: str | Path) -> Path:
+    """Where a checkpoint is, with `~` expanded. Raises: UserError for what is not there or cannot be reached."""
+    if not str(path):
+        raise UserError("the path of a checkpoint is empty; is a shell variable not set?")
+    place = expanded(path, "the path of the checkpoint")
+    try:
+        there = place.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"checkpoint {one_line(str(place))[:200]} cannot be read ({error.strerror})") from error
+    if not there:
+        raise UserError(f"checkpoint {place} does not exist; name a run folder, a .ckpt or a safetensors file")
+    return place
 
 
 def is_adapter(place: Path) -> bool:
@@ -91,7 +104,7 @@ def shards_of(folder: Path) -> dict[str, str] | None:
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(shards.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is no index of safetensors files ({error}); export the folder again") from error
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
@@ -103,10 +116,10 @@ def safetensors_of(folder: Path) -> list[Path]:
     """The files that make up a folder's checkpoint: those of its index, or model.safetensors, or all there are."""
     if (shards := shards_of(folder)) is not None:
         return [folder / file for file in sorted(set(shards.values()))]
-    return [folder / WHOLE] if (folder / WHOLE).is_file() else sorted(folder.glob("*.safetensors"))
+    return [folder / MODEL] if (folder / MODEL).is_file() else sorted(folder.glob("*.safetensors"))
 
 
-class Statistics:
+class StatisticsFiles:
     """Files of numbers by tensor name that belong to checkpoints, opened when they are first asked.
 
     Args:
@@ -129,6 +142,15 @@ class Statistics:
     def _open(self) -> dict[str, Weights]:
         return {name: open_weights(path) for name, path in self.files.items()}
 
+    def require_tensors(self, forms: Mapping[str, Form]) -> None:
+        """Raises: UserError where the files name none of these tensors: all of them would be averaged."""
+        if not any(file.forms.keys() & forms.keys() for file in self._open.values()):
+            path, file = next(iter(zip(self.files.values(), self._open.values(), strict=True)))
+            raise UserError(
+                f"{path} has nothing of any tensor of the checkpoints: it names {', '.join(list(file.forms)[:3])}, and "
+                f"they have {', '.join(list(forms)[:3])}; compute it with the prefix of the checkpoints' names"
+            )
+
     def of(self, tensor: str, names: Sequence[str]) -> list[Tensor] | None:
         """Those of one tensor, in the order of the checkpoints; None where no file has any.
 
@@ -143,7 +165,15 @@ class Statistics:
                 f"{self.files[lacking]} has nothing of {tensor}, which {self.files[having[0]]} has; compute both in "
                 "one way"
             )
-        return [self._open[name].read(tensor) for name in names]
+        return [real_finite(self._open[name], tensor, "number") for name in names]
+
+
+def real_finite(weights: Weights, name: str, what: str) -> Tensor:
+    """A tensor of numbers to weigh with. Raises: UserError for complex ones, and for NaN or infinity among them."""
+    numbers = weights.read(name)
+    if numbers.is_complex() or not numbers.double().isfinite().all():
+        raise UserError(f"{weights.origin['path']}: each {what} of {name} must be real and finite; make the file anew")
+    return numbers
 
 
 class _Safetensors(Weights):
@@ -155,8 +185,10 @@ class _Safetensors(Weights):
             try:
                 file = safe_open(path, "pt").__enter__()
                 here = {name: _form(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-            except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch does not have
+            except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is not a complete safetensors file ({error}); export it again") from error
+            except KeyError as error:
+                raise UserError(f"{path} holds numbers of the dtype {error}, which cannot be merged") from error
             if again := sorted(self._files.keys() & here.keys()):
                 raise UserError(f"{place}: {again[0]} is in two of its files; name one of them")
             self._files |= dict.fromkeys(here, file)
@@ -183,6 +215,8 @@ class _Checkpoint(Weights):
         content = read_checkpoint(path, optimizers=False) if path.is_dir() else outline(path)
         state: Mapping[str, Any] = content["state_dict"]
         self._state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        if sparse := [name for name, tensor in self._state.items() if tensor.layout != torch.strided]:
+            raise UserError(f"{path} holds {sparse[0]} as a sparse tensor, which cannot be merged; save a dense one")
         self.forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in self._state.items()}
         seen: dict[object, str] = {}
         self.aliases = {}

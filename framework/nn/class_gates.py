@@ -1,7 +1,8 @@
 """Gates over embedding dimensions that a pair of classes chooses: a subspace of the features for each pair.
 
-Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200, feature filter, and its
-variant as a product of the gates of single classes.
+Source: Wu et al., "Rethinking Positive Pairs in Contrastive Learning" (Hydra), 2024, arXiv 2410.18200: the feature
+filter sigma(f_g((f_l(y1) + f_l(y2)) / 2)) of a label embedding f_l and an MLP f_g, and its variant as a product of the
+gates of single classes.
 Shapes: B pairs, D embedding width, E label embedding width.
 """
 

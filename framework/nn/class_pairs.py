@@ -1,10 +1,11 @@
 """Which class each sample of a batch is paired with: a function of (seed, step) over the rows of all ranks.
 
-Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200: arbitrary, identical and
-distinct pairs, and pairs weighted by a distance of classes.
+Source: Wu et al., "Rethinking Positive Pairs in Contrastive Learning" (Hydra), 2024, arXiv 2410.18200: arbitrary,
+identical and distinct pairs, and pairs weighted by a distance of classes.
 Shapes: N rows of all ranks, C classes. Draws come from numpy on the CPU: ranks, devices and resumed runs agree.
 """
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -92,8 +93,8 @@ class ByDistance(ClassPairs):
 
     def __init__(self, distances: str | list[list[float]], alpha: float = 1.0, seed: int = 0) -> None:
         super().__init__(seed)
-        if alpha < 0:
-            raise UserError(f"ByDistance alpha={alpha} must be at least 0, which makes all pairs equal")
+        if not 0 <= alpha < math.inf:
+            raise UserError(f"ByDistance alpha={alpha} must be finite and at least 0, which makes all pairs equal")
         self.weight_CC = torch.from_numpy((1 + _table(distances)) ** -alpha)
 
     def draw(self, label_N: Tensor, generator: np.random.Generator) -> Tensor:

@@ -1,21 +1,24 @@
-"""A backbone whose class tokens and masked patches several heads score: the networks of DINO, iBOT and POA.
+"""A transformer whose class tokens and masked patches several heads score: the networks of iBOT and POA, and of DINO
+with a transformer.
 
+A network without tokens, such as a ResNet, has no masked patches to score and does not fit; its methods call
+`lightspan.nn.multi_crop.one_pass_a_size` and their heads themselves.
 Shapes: V views of B images, the first G of them with masks; H W grid of patches, T = 1 + H W tokens, w width of the
 tokens, K prototypes of a head, N masked patches.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightspan.nn.block_masks import MaskedPatches
+from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.slices import widened
 
 
-class Seen(NamedTuple):
+class SeenViews(NamedTuple):
     """What a network says of its views: class tokens, and by head the scores of these and of masked patches."""
 
     class_VBw: Tensor
@@ -27,8 +30,10 @@ class PrototypeNetwork(nn.Module):
     """One pass of the backbone for each run of views of one size, then all heads on what it gives.
 
     Args:
-        backbone: has `tokens(image_BChw, mask_BHW=None)` -> [B T w], the class token first, where masked patches are
-            hidden, and `num_features`. Tokens may be narrower than that, see `lightspan.nn.slices.widened`.
+        backbone: a module with `tokens(image_BChw, mask_BHW=None, **options)` -> [B T w] and `num_features`. The class
+            token comes first, and patches whose place in `mask_BHW` is True are hidden from the network. Tokens may be
+            narrower than `num_features`, and are then filled up by `lightspan.nn.slices.widened`.
+            `lightspan.backbones.elastic.ElasticViT` is such a backbone.
         heads: [..., num_features] -> [..., K]. Class tokens and patches share them.
     """
 
@@ -36,7 +41,7 @@ class PrototypeNetwork(nn.Module):
         super().__init__()
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
 
-    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> Seen:
+    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> SeenViews:
         """Scores of all class tokens and of the masked patches.
 
         Args:
@@ -49,13 +54,11 @@ class PrototypeNetwork(nn.Module):
         count = len(masked.hidden_BHW) // images
         mask_BHW = masked.hidden_BHW if hide else None
         tokens_BTw = tokens(torch.cat([*views[:count]]), mask_BHW=mask_BHW, **options)  # type: ignore[operator]
-        classes = [tokens_BTw[:, 0]]
-        for _, run in groupby(views[count:], key=lambda view: view.shape):
-            classes.append(tokens(torch.cat([*run]), **options)[:, 0])  # type: ignore[operator]
-        class_VBw = torch.cat(classes).unflatten(0, (len(views), images))
+        others = one_pass_a_size(lambda image_BChw: tokens(image_BChw, **options)[:, 0], views[count:])  # type: ignore[operator]
+        class_VBw = torch.cat([tokens_BTw[:, 0], *others]).unflatten(0, (len(views), images))
         patches_Nw = masked.tokens(tokens_BTw[:, 1:])
         rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)  # type: ignore[arg-type]
         scores = [head(rows).split([len(views) * images, len(patches_Nw)]) for head in self.heads]
-        return Seen(
+        return SeenViews(
             class_VBw, [of_class.unflatten(0, (len(views), images)) for of_class, _ in scores], [of for _, of in scores]
         )

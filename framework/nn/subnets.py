@@ -4,6 +4,7 @@ Source: "POA", arXiv 2408.01031, and the authors' code, which draws from a shuff
 small networks into it several times; the paper does not mention that.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -35,8 +36,8 @@ class SubNetSampler:
     """
 
     def __init__(self, widths: Sequence[int], depths: Sequence[int], small_first: float = 3.0, seed: int = 0) -> None:
-        if small_first < 1 or seed < 0:
-            raise UserError(f"small_first={small_first} must be at least 1, and seed={seed} at least 0")
+        if not 1 <= small_first < math.inf or seed < 0:
+            raise UserError(f"small_first={small_first} must be finite and at least 1, and seed={seed} at least 0")
         if len(widths) * len(depths) < 2:
             raise UserError(
                 f"widths={list(widths)} and depths={list(depths)} hold the whole network alone; add a smaller size"

@@ -1,11 +1,12 @@
 """Hidden features of a forward pass, without a second one and without an edit to the network."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightspan.errors import UserError
 
@@ -27,13 +28,14 @@ def blocks_of(model: nn.Module, containers: Sequence[str]) -> list[nn.Module]:
 
 
 @contextmanager
-def tapped(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, the output of each of these modules is appended to the list whenever it is called.
+def tapped(modules: Sequence[nn.Module], keep: Callable[[Any], Any] = lambda output: output) -> Iterator[list[Any]]:
+    """Inside, the output of each of these modules, or what is to be kept of it, is appended to the list whenever it is
+    called.
 
     What torch.compile made runs uncompiled there: a graph that was compiled before knows nothing of new hooks.
     """
-    outputs: list[Tensor] = []
-    handles = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
+    outputs: list[Any] = []
+    handles = [module.register_forward_hook(lambda *call: outputs.append(keep(call[-1]))) for module in modules]
     try:
         with _uncompiled():
             yield outputs

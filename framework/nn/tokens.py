@@ -7,10 +7,11 @@ Layers are counted from the input. They are given by the first of these that a n
 Shapes: B batch, T tokens (positions of a map, row by row), P prefix tokens (class, registers), D width, H W grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightspan.devices import wide
@@ -68,6 +69,7 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
     with (
         tapped([embed] if isinstance(embed, nn.Module) else []) as embedded,
         tapped([modules[layer] for layer in distinct]) as outputs,
+        tapped(modules, keep=_sizes) as sizes,
     ):
         forward()
     if len(outputs) != len(distinct):
@@ -77,8 +79,16 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
         )
     found = dict(zip(distinct, outputs, strict=True))
     widths, patches = _widths(backbone), _patches(embedded)
+    last = _features_last(sizes, widths) if len(sizes) == len(modules) else None
     return [
-        arranged(backbone, found[layer], f"layer {layer} ({type(modules[layer]).__name__})", widths.get(layer), patches)
+        arranged(
+            backbone,
+            found[layer],
+            f"layer {layer} ({type(modules[layer]).__name__})",
+            widths.get(layer),
+            patches,
+            last,
+        )
         for layer in chosen
     ]
 
@@ -139,6 +149,26 @@ def _widths(backbone: Any) -> dict[int, int]:
     return {layer: info["num_chs"] for layer, info in enumerate(entries) if "num_chs" in info}
 
 
+def _sizes(output: Any) -> torch.Size | None:
+    """The shape of a map, [B . . .]; None for any other output."""
+    output = output[0] if isinstance(output, tuple) else output
+    return output.shape if isinstance(output, Tensor) and output.ndim == 4 else None
+
+
+def _features_last(sizes: Sequence[torch.Size | None], widths: Mapping[int, int]) -> bool | None:
+    """Whether the maps of a network have their features on the last axis, by the layers whose sizes tell.
+
+    Args:
+        sizes: of all layers in one pass; a map that is as wide or high as it has features tells nothing.
+    Returns: None if no layer tells.
+    """
+    for layer, size in enumerate(sizes):
+        width = widths.get(layer)
+        if size is not None and width is not None and (size[1] == width) != (size[-1] == width):
+            return size[-1] == width
+    return None
+
+
 def _patches(embedded: Sequence[Any]) -> int | None:
     """The patches of this pass, of which the size that a network was made for tells nothing; None if not known."""
     first = embedded[0] if embedded else None
@@ -147,7 +177,12 @@ def _patches(embedded: Sequence[Any]) -> int | None:
 
 
 def arranged(
-    backbone: Any, output: Any, what: str = "the output", width: int | None = None, patches: int | None = None
+    backbone: Any,
+    output: Any,
+    what: str = "the output",
+    width: int | None = None,
+    patches: int | None = None,
+    last: bool | None = None,
 ) -> Tokens:
     """What a network or one of its layers gives, [B D H W], [B H W D], [B P+T D] or [B D], as tokens.
 
@@ -156,8 +191,10 @@ def arranged(
 
     Args:
         what: the name of the output, for messages.
-        width: D where it is known; it tells the order of a map's axes, else timm's `output_fmt` does.
+        width: D where it is known; it tells the order of a map's axes where these differ.
         patches: how many there are; None takes what the network was made for.
+        last: whether the network's other maps have their features on the last axis; None if nothing is known of them,
+            and timm's `output_fmt` tells.
     Raises: UserError for an output that is not such a tensor, or a map neither of whose axes is as wide as told.
     """
     output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may give more than states
@@ -168,7 +205,7 @@ def arranged(
             "[B D]; choose another layer, or name other modules in its feature_modules"
         )
     if output.ndim == 4:
-        map_BHWD = output if _is_last(backbone, output, what, width) else output.permute(0, 2, 3, 1)
+        map_BHWD = output if _is_last(backbone, output, what, width, last) else output.permute(0, 2, 3, 1)
         return Tokens(map_BHWD.flatten(1, 2), (map_BHWD.shape[1], map_BHWD.shape[2]))
     if output.ndim == 2:
         return Tokens(output.unsqueeze(1))
@@ -182,9 +219,9 @@ def arranged(
     return Tokens(tokens_BTD, None if grid is None else (grid[0], grid[1]), output[:, :prefix] if prefix else None)
 
 
-def _is_last(backbone: Any, map_: Tensor, what: str, width: int | None) -> bool:
+def _is_last(backbone: Any, map_: Tensor, what: str, width: int | None, told: bool | None) -> bool:
     """Whether the features of a map are its last axis."""
-    last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
+    last = told if told is not None else getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
     if width is None or map_.shape[-1 if last else 1] == width:
         return last
     if map_.shape[1 if last else -1] != width:

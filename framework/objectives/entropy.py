@@ -1,11 +1,17 @@
-"""The entropy of predictions: what may be made small without a label.
+"""The entropy of predictions: what may be made small without a label, and how unsure a prediction is.
 
 Shapes: B batch of this rank, C classes.
 """
 
+import torch
 from torch import Tensor
 
 from lightspan.devices import wide
+
+
+def entropy(probability_BC: Tensor) -> Tensor:
+    """H of each row of probabilities, [B], in nats; a class without probability adds nothing."""
+    return -torch.xlogy(probability_BC, probability_BC).sum(dim=1)
 
 
 def prediction_entropy(logits_BC: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """InfoNCE with any number of positives, any rows left out, and cosines taken in a subspace of each anchor's own.
 
-Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200, and the authors' code:
+Source: Wu et al., "Rethinking Positive Pairs in Contrastive Learning" (Hydra), 2024, arXiv 2410.18200, and their code:
 cosine behind a gate, masks of class pairs, one denominator for each positive. That code subtracts the mean of a row
 before it exponentiates, which overflows at low temperatures; here it is the largest. It forms all gated rows, B N D
 numbers; here the norms of these come from a product of matrices. Its negatives are those of one rank, here of all.
-With equal classes and without a gate the loss is that of SupCon (Khosla et al., 2020, arXiv 2004.11362, eq. 2), except
-that an anchor is its own positive, that no other positive stands in a denominator, and that each pair weighs the same.
+With equal classes and without a gate it is not SupCon, which is `lightspan.objectives.supcon`: an anchor is its own
+positive, no other positive stands in a denominator, and each pair weighs the same.
 Shapes: B anchors of this rank, N keys of all ranks, D embedding width. Half precision is widened to float32, also under
 autocast.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -77,6 +79,12 @@ def multi_positive_info_nce(logits_BN: Tensor, positive_BN: Tensor, negative_BN:
     return total / pairs.clamp_min(1)
 
 
+def require_temperature(temperature: float | Tensor) -> None:
+    """Raises: UserError for a number that is not finite and above 0. Tensors are not read: they may be on a device."""
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+        raise UserError(f"temperature={temperature} must be above 0 and finite; 0.05 to 0.5 are usual")
+
+
 def class_pair_loss(
     z_BD: Tensor,
     label_B: Tensor,
@@ -97,8 +105,7 @@ def class_pair_loss(
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError for a temperature of 0 or less, if it is no tensor.
     """
-    if not isinstance(temperature, Tensor) and temperature <= 0:
-        raise UserError(f"temperature={temperature} must be above 0; 0.05 to 0.5 are usual")
+    require_temperature(temperature)
     key_ND, _ = gather_rows(z_BD)
     label_N, _ = gather_rows(label_B)
     logits_BN = gated_cosine(z_BD, key_ND, gate_BD) / temperature

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.optim.sharding import Ranks, own_part, ranks_of, whole_of
-from lightspan.sharded import local
+from lightspan.sharded import Ranks, local, own_part, ranks_of, whole_of
 from lightspan.subspaces.projections import PerTensor, Projection, ProjectionCallable
 
 

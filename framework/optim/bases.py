@@ -1,4 +1,4 @@
-"""The frame each matrix is projected on, and how it is chosen from a gradient. Its transpose is the literature's
+"""The frame each matrix is projected on, how it is chosen from a gradient, and when. Its transpose is the literature's
 projector, and choosing it again (`refresh`) is what GaLore's code does every update_proj_gap steps.
 
 | basis           | frame                                                            | state per matrix |
@@ -13,6 +13,7 @@ Shapes: B matrices of one shape, M rows (kept), N columns (projected, N <= M), R
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -174,7 +175,7 @@ class DrawnBasis(_DenseBasis):
 
 class GaussianBasis(DrawnBasis):
     """Independent normal entries of variance 1 / R: norms are kept in the mean, angles are not (APOLLO, arXiv
-    2412.05270, section 4.2). Goes with the Apollo residual only.
+    2412.05270, section 4.1.2). Goes with the Apollo residual only.
     """
 
     orthonormal = False
@@ -271,3 +272,39 @@ class DCTBasis(ColumnSelection):
 
     def energies(self, gradients: Sequence[Tensor], layout: Layout) -> Tensor:
         return dct_energies(gradients) if self.fast else super().energies(gradients, layout)
+
+
+class Trigger(ABC):
+    """Decides on the host which matrices' frames are chosen again."""
+
+    @abstractmethod
+    def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float]) -> list[int]:
+        """Those of the matrices `asked`, positions in a stack, whose frame is to be chosen again now; a matrix' first
+        step is not asked about.
+
+        Args:
+            steps: optimiser steps that each matrix of the stack has taken.
+            phases: in [0, 1), spread over all matrices of the optimiser, so that they need not all be due at once.
+        """
+
+
+@dataclass(frozen=True)
+class Every(Trigger):
+    """A fixed number of steps after the last refresh.
+
+    Args:
+        steps: >= 1.
+        staggered: whether matrices take turns, so that no single step does all of them: the k-th of n changes its
+            frame first after k / n of `steps`. Published code changes all frames in the same step.
+    """
+
+    steps: int = 50
+    staggered: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"refresh={self.steps} must be at least 1 step")
+
+    def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float]) -> list[int]:
+        shift = self.steps if self.staggered else 0
+        return [i for i in asked if (steps[i] - int(phases[i] * shift)) % self.steps == 0]

@@ -11,17 +11,15 @@ Shapes: B matrices, M rows (the kept, longer side), N columns (the projected sid
 transposed.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightspan.devices import widest_float
-from lightspan.optim.bases import Basis
-from lightspan.optim.buckets import Bucket
-from lightspan.optim.carries import FrameChange
+from lightspan.optim.frame_changes import NewFrames, change_frames, choose_frames, with_frames
 from lightspan.optim.inner import AdamSettings, InnerContext
 from lightspan.optim.layout import (
     WEIGHT_STREAM,
@@ -36,18 +34,89 @@ from lightspan.optim.layout import (
 )
 from lightspan.optim.residuals import Terms
 from lightspan.optim.settings import Switches
-from lightspan.optim.sharding import Ranks
-from lightspan.subspaces.frames import Frames
-from lightspan.triton_kernels.bias_correction import bias_correction
+from lightspan.sharded import Ranks
 
 
 @dataclass
-class NewFrames:
-    """New frames for the matrices at `positions`; `first` if no gradient had shaped the old ones."""
+class Bucket:
+    """Projected parameters of one group, shape and layout; `Optimizer.state` contains views of their stacked state.
 
-    positions: list[int]
-    first: bool
-    basis: State
+    Args:
+        phases: in [0, 1), spread over all matrices of the optimiser; see `lightspan.optim.bases.Trigger`.
+        views: the state of each parameter.
+        done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
+        noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
+            matrices, which the saved state knows, so a resumed run rounds like an uninterrupted one.
+        stacked: whether each parameter is a stack [E out in] of matrices, and its state is stacked too.
+        pending: coordinates [M R] of gradients that no longer exist, by position; see `lightspan.optim.gradients`.
+    """
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    phases: list[float]
+    layout: Layout
+    state: State
+    views: list[State]
+    done: list[int]
+    noise: Tensor
+    stacked: bool = False
+    pending: dict[int, Tensor] = field(default_factory=dict)
+
+    def places(self, number: int) -> range:
+        """Positions of the matrices that parameter `number` holds."""
+        count = len(self.done) // len(self.parameters)
+        return range(number * count, (number + 1) * count)
+
+    def is_shown_in(self, state: Mapping[Tensor, State]) -> bool:
+        """Whether an optimiser's `state` still shows the bucket's tensors: Lightning puts other tensors into the same
+        dictionaries, and so does loading a checkpoint.
+        """
+        return all(
+            state[p].keys() == view.keys() and all(state[p][key] is view[key] for key in view)
+            for p, view in zip(self.parameters, self.views, strict=True)
+        )
+
+    def due(self, positions: list[int], rule: Switches) -> tuple[list[int], list[int]]:
+        """Those of `positions` whose frame the coming step chooses for the first time, and those it chooses again; as
+        indices into `positions`.
+        """
+        first = [place for place, i in enumerate(positions) if self.done[i] == 0]
+        later = [place for place, i in enumerate(positions) if self.done[i] > 0]
+        if not later:
+            return first, []
+        due = set(rule.trigger.due([positions[place] for place in later], self.done, self.phases))
+        return first, [place for place in later if positions[place] in due]
+
+
+@dataclass
+class Buckets:
+    """All of an optimiser's buckets.
+
+    Args:
+        built_for: parameters and settings of the groups that they were built for, as `built_for` gives them; None if
+            there are none yet.
+    """
+
+    every: list[Bucket] = field(default_factory=list)
+    built_for: tuple[list[Any], list[Any]] | None = None
+    places: dict[Tensor, tuple[Bucket, int]] = field(init=False)
+    """The bucket of each projected parameter, and its position there."""
+
+    def __post_init__(self) -> None:
+        self.places = {p: (bucket, i) for bucket in self.every for i, p in enumerate(bucket.parameters)}
+
+    def are_current(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
+        """Whether nothing, such as a checkpoint or a move to another device, has replaced what they were built for, or
+        the state that consists of their views.
+        """
+        return self.built_for == built_for(groups) and all(bucket.is_shown_in(state) for bucket in self.every)
+
+
+def built_for(groups: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """What buckets depend on: (parameters, settings) of an optimiser's groups."""
+    # Buckets keep groups and parameters alive, so nothing else can get their ids.
+    look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in groups for p in g["params"]]
+    return look, [(group["rank"], group["project"]) for group in groups]
 
 
 @dataclass
@@ -177,10 +246,7 @@ class BucketStep:
         changes = [
             self._new_frames(gradients, at, is_first) for at, is_first in ((self.first, True), (self.due, False)) if at
         ]
-        seen = self.state
-        for change in changes:
-            index, basis = self.layout.select(change.positions), change.basis.items()
-            seen = {**seen, **{key: _with_part(seen[key], change.positions, index, value) for key, value in basis}}
+        seen = with_frames(changes, self.state, self.layout) if changes else self.state
         seen = self.rule.basis.materialised(seen, self.layout)
         return Projected(gradients, *self._coordinates(gradients, seen, energy), changes, seen)
 
@@ -193,15 +259,12 @@ class BucketStep:
         accumulated = self.rule.residual.accumulate(_given(self.gradients), self.state, one)
         gradients: list[Tensor | None] = [matrix_MN.to(self.layout.dtype) for matrix_MN in accumulated]
         self.gradients = []
-        return self._projected(gradients, self.rule.residual.needs_energy)
+        return self._projected(gradients, self.rule.residual.rescales)
 
     def _new_frames(self, gradients: list[Tensor | None], positions: list[int], is_first: bool) -> NewFrames:
-        chosen = _given(gradients[i] for i in positions)
+        chosen, beta1 = _given(gradients[i] for i in positions), self.bucket.group["betas"][0]
         assert len(chosen) == len(positions), "a frame is chosen from whole gradients"
-        part, layout = part_of(self.state, self.layout.select(positions)), self.layout.part(positions)
-        if self.rule.basis.momentum and not is_first:
-            chosen = _with_momentum(chosen, part, layout, self.rule, self.bucket.group["betas"][0])
-        return NewFrames(positions, is_first, self.rule.basis.refresh(chosen, part, layout, first=is_first))
+        return choose_frames(chosen, positions, self.state, self.layout, self.rule, beta1, first=is_first)
 
     def _coordinates(self, gradients: list[Tensor | None], seen: State, energy: bool) -> tuple[Tensor, Tensor]:
         """Coordinates [B M R], with what came without its gradient, and row norms [B M] or [0 M]."""
@@ -261,76 +324,22 @@ def update_weights(
         clip = clip.to(coordinates_BMR.dtype)
         coordinates_BMR.mul_(clip)
         energy_BM = energy_BM * clip.square()
-    source_BR, lost = _change_frames(state, layout, rule, projected, numbers)
+    source_BR: Tensor | None = None
+    lost: dict[int, Tensor] = {}
+    if projected.changes:
+        source_BR, lost = change_frames(projected.changes, state, layout, rule, coordinates_BMR, numbers)
     setting = InnerContext(layout, rule.moments, numbers, source_BR)
     direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
-    given = Terms(direction_BMR, coordinates_BMR, energy_BM, layout)
-    coefficients_BMR, scale_BM = rule.residual.terms(given, state)
+    coefficients_BMR, scale_BM = direction_BMR, direction_BMR.new_empty(0, layout.rows)
     whole: list[Tensor] = []
-    if len(scale_BM):
-        whole = _given(projected.gradients)
+    if rule.residual.rescales:
+        given = Terms(direction_BMR, coordinates_BMR, energy_BM, layout)
+        coefficients_BMR, scale_BM = rule.residual.terms(given, state)
         scale_BM = scale_BM if clip is None else scale_BM * clip
+        whole = _given(projected.gradients)
     seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
     if layout.rows:  # a rank may have no rows of a small matrix
         rule.basis.update(weights, coefficients_BMR, projected.seen, layout, whole, scale_BM, lr, keep, seed)
     if rule.residual.feeds_back:
         frame_BNR = rule.basis.frame(projected.seen, layout)
         rule.residual.remember(_given(projected.gradients), coordinates_BMR, frame_BNR, lost, state, numbers.betas)
-
-
-def _change_frames(
-    state: State, layout: Layout, rule: Switches, projected: Projected, numbers: AdamSettings
-) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """Writes new frames and carries moments into them.
-
-    Returns where each column's moments are [B R], None if in place; and what first moments lost [M N], by matrix.
-    """
-    source_BR: Tensor | None = None
-    lost: dict[int, Tensor] = {}
-    for change in projected.changes:
-        index = layout.select(change.positions)
-        before, part_layout = part_of(state, index), layout.part(change.positions)
-        part = dict(before)
-        if not change.first and "exp_avg" in state:  # otherwise there is nothing to carry
-            make_old, make_new = (partial(_frame, rule.basis, basis, part_layout) for basis in (before, change.basis))
-            coordinates_BMR = projected.coordinates_BMR[index]
-            seen = FrameChange(make_old, make_new, before, change.basis, coordinates_BMR, numbers.betas)
-            before_BMN = _lifted(part, seen.old_BNR, rule) if rule.residual.keeps_lost_moments else None
-            moved_bR = rule.basis.carry.carry(part, seen, rule.moments, numbers.seed)
-            if before_BMN is not None:
-                left = before_BMN - _lifted(part, seen.new_BNR, rule)
-                lost.update(zip(change.positions, left, strict=True))
-            if moved_bR is not None:
-                if source_BR is None:
-                    source_BR = torch.arange(layout.rank, device=layout.device).repeat(layout.batch, 1)
-                source_BR[index] = moved_bR
-        write_part(state, index, {**part, **change.basis}, before)
-    return source_BR, lost
-
-
-def _frame(basis: Basis, state: State, layout: Layout) -> Tensor:
-    return basis.frame(state, layout).to(layout.dtype)
-
-
-def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part: Tensor) -> Tensor:
-    """A copy of the stack with some matrices replaced; the given stack is unchanged."""
-    if len(positions) == len(stack):
-        return part
-    stack = stack.clone()
-    stack[index] = part
-    return stack
-
-
-def _with_momentum(gradients: list[Tensor], part: State, layout: Layout, rule: Switches, beta1: float) -> list[Tensor]:
-    """rho m_hat Q^T + (1 - rho) G, by matrix."""
-    share = rule.basis.momentum
-    correction_B1R = bias_correction(part["age"], beta1)[:, None]
-    mean_BMR = rule.moments.load(part, "exp_avg").to(layout.dtype) / correction_B1R
-    lifted_BMN = Frames(rule.basis.frame(part, layout).to(layout.dtype)).push(mean_BMR)
-    return [
-        torch.lerp(g.to(layout.dtype), lifted_MN, share) for g, lifted_MN in zip(gradients, lifted_BMN, strict=True)
-    ]
-
-
-def _lifted(part: State, frame_BNR: Tensor, rule: Switches) -> Tensor:
-    return Frames(frame_BNR).push(rule.moments.load(part, "exp_avg").to(frame_BNR.dtype))

@@ -5,19 +5,24 @@ Source: Clark et al., "ELECTRA", 2020, arXiv 2003.10555, appendix; Bao et al., "
 
 Layers are counted from the input. In a timm network they are those of its own `group_matcher`. In any other
 network with one list of equal blocks they are its elements: what is registered before the blocks in the same child of
-the module (embeddings, stem) is the layer below them, all else keeps the full rate. Several parallel lists, such as the
-stages of a convolutional network or two towers, do not give an order: `groups.layers` must.
+the module (embeddings, stem) is the layer below them, unless its name is that of a head; all else keeps the full rate.
+Several parallel lists, such as the stages of a convolutional network or two towers, do not give an order:
+`groups.layers` must.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
 
 from lightspan.layers import list_of_blocks
-from lightspan.patterns import matches
+from lightspan.patterns import any_matches, every_name, matches
 
+HEADS = ("head", "heads", "head_*", "*_head", "classifier", "fc", "last_linear", "score")
+"""Names of what follows the blocks, in timm, torchvision, transformers and here, wherever it is registered. A weight
+that is tied to the embeddings belongs to these."""
 _SET_LAYERS = (
     "set layers of ParameterGroups (in a recipe model.init_args.groups.layers) to name patterns, one a layer from "
     "input to output, without the head, which keeps the full rate"
@@ -32,11 +37,10 @@ def shares_of_layers(module: nn.Module, decay: float, layers: Sequence[str] | No
     Raises: UserError for a module whose layers are unknown.
     """
     if layers is not None:
-        patterns = [[pattern] for pattern in layers]
         found = {
             name: depth
-            for name, _ in module.named_parameters()
-            if (depth := next((i for i, pattern in enumerate(patterns) if matches(name, pattern)), None)) is not None
+            for name, names in every_name(module).items()
+            if (depth := next((i for i, layer in enumerate(layers) if any_matches(names, [layer])), None)) is not None
         }
         return {name: decay ** (len(layers) - depth) for name, depth in found.items()}
     shares: dict[str, float] = {}
@@ -81,10 +85,18 @@ def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
     inside, child = f"{path}." if path else "", path.split(".")[0] + "." if "." in path else ""
     depths: dict[str, int] = {}
     above = False
-    for name, _ in module.named_parameters():
+    for name, names in every_name(module).items():
         if name.startswith(inside):
             depths[name] = int(name.removeprefix(inside).split(".")[0]) + 1
             above = True
-        elif name.startswith(child) and not above:
+        elif name.startswith(child) and not above and not all(matches(_beside(n, path), HEADS) for n in names):
             depths[name] = 0
     return depths, len(blocks) + 1
+
+
+def _beside(name: str, path: str) -> str:
+    """The part of a parameter's name that stands beside one of the path: `head` of `net.head.weight`, `net.blocks`."""
+    for own, other in zip_longest(name.split("."), path.split(".")):
+        if own != other:
+            return own or ""
+    return ""

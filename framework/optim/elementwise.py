@@ -13,11 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from lightspan.devices import wide_type
-from lightspan.optim.buckets import SEED_STRIDE, SHARD_STRIDE
-from lightspan.optim.layout import WEIGHT_STREAM, Layout, State, is_dense
+from lightspan.optim.layout import SEED_STRIDE, SHARD_STRIDE, WEIGHT_STREAM, Layout, State, is_dense
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.sharding import Shards, ranks_of
-from lightspan.sharded import local
+from lightspan.sharded import RowShards, local, ranks_of
 from lightspan.triton_kernels.rounding import stochastic_round
 
 SMALLEST_QUANTISED = 4096
@@ -41,7 +39,7 @@ def initial_state(parameter: Tensor, moments: MomentStorage) -> State:
         for key, value in storage.initial(layout, name, width).items():
             state[key] = torch.empty_like(parameter, dtype=value.dtype).zero_() if key == name else value[0]
             if key != name and ranks is not None:
-                shards = Shards(ranks, len(value[0]), moved=False)
+                shards = RowShards(ranks, len(value[0]), moved=False)
                 state[key] = shards.distributed(shards.own(value[0]))
     return state
 

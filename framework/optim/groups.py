@@ -9,7 +9,7 @@ Three kinds of parameters:
 | vectors    | norms, biases, scalars                              | no    | no        |
 
 The first of these that knows a parameter decides its kind:
-- a `Rule` of the recipe that matches its name;
+- a `Rule` of the recipe that matches its name, or any of its names if it is tied;
 - the module's own statement: `layer.parameter_kinds = {"weight": "embeddings"}`, by the names of the module's own
   parameters (on the module, since sharding and copies make new parameters, without what was set on the old ones);
 - name patterns, `ParameterGroups.embeddings`;
@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 
 from lightspan.errors import UserError
 from lightspan.optim.depth import shares_of_layers
-from lightspan.patterns import matches, require_matches
+from lightspan.patterns import any_matches, every_name, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors"]
 TABLES = ("*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table")
@@ -115,13 +115,15 @@ class ParameterGroups:
             raise UserError(
                 f"{type(module).__name__} has no parameter with requires_grad=True; unfreeze what should train"
             )
-        self._require_sound([name for name, _ in module.named_parameters()], list(trained), type(module).__name__)
+        names = every_name(module)
+        told = [each for name in trained for each in names[name]]
+        self._require_sound([each for one in names.values() for each in one], told, type(module).__name__)
         kinds, shares = self._kinds(module), {}
         if self.layer_decay is not None:
             shares = shares_of_layers(module, self.layer_decay, self.layers)
         members: dict[tuple[Kind, float | None, float | None], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in trained.items():
-            rules = [rule for rule in self.rules if matches(name, rule.match)]
+            rules = [rule for rule in self.rules if any_matches(names[name], rule.match)]
             kind = _first(rule.kind for rule in rules) or kinds[name]
             decay = _first(rule.weight_decay for rule in rules)
             scale = shares.get(name, 1.0) * (_first(rule.lr_scale for rule in rules) or 1.0)
@@ -177,10 +179,11 @@ class ParameterGroups:
         """The kind of each parameter, before rules."""
         declared, tables, spared = _declared(module), set(_tables(module)), set(_spared(module))
         kinds: dict[str, Kind] = {}
+        names = every_name(module)
         for name, parameter in module.named_parameters():
             kind: Kind = "matrices" if parameter.ndim >= 2 else "vectors"
             if (
-                matches(name, self.embeddings)
+                any_matches(names[name], self.embeddings)
                 or id(parameter) in tables
                 or (kind == "matrices" and id(parameter) in spared)
             ):

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightspan.optim.sharding import Ranks, Shards, alone, from_local, ranks_of
-from lightspan.sharded import local
+from lightspan.sharded import Ranks, RowShards, alone, from_local, local, ranks_of
 
 State = dict[str, Tensor]
 """Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""
 
+SEED_STRIDE = 1 << 24
+"""Distance between the seeds of two random streams, so that counting up in one does not reach the next."""
+SHARD_STRIDE = 1 << 40
+"""Distance between the seeds of two ranks with rows of one matrix: they round different numbers."""
 WEIGHT_STREAM = 1 << 61
 """Added to a step's seed: the noise that rounds weights is independent of that of moments."""
 
@@ -38,7 +41,7 @@ class Layout:
     dtype: torch.dtype
     device: torch.device
     seeds: tuple[int, ...]
-    shards: Shards | None = None
+    shards: RowShards | None = None
     _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -126,7 +129,7 @@ def is_wide(weight: Tensor) -> bool:
     return weight.shape[0] < weight.shape[1:].numel()
 
 
-def shards_of(weight: Tensor) -> Shards | None:
+def shards_of(weight: Tensor) -> RowShards | None:
     """How the rows of a parameter that the step sees are spread over ranks; None if they are all here.
 
     Raises: UserError for a parameter that is split along several axes of its mesh.
@@ -138,7 +141,7 @@ def shards_of(weight: Tensor) -> Shards | None:
     kept = 1 if is_wide(weight) else 0
     # A split of a convolution's input channels is an even split of the flattened axis, or not a split of it at all.
     whole_rows = axis == kept and (weight.ndim == 2 or kept == 0 or weight.shape[1] % ranks.count == 0)
-    return Shards(ranks, rows, moved=not whole_rows)
+    return RowShards(ranks, rows, moved=not whole_rows)
 
 
 def canonical(weight: Tensor) -> Tensor:

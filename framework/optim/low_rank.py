@@ -1,6 +1,6 @@
 """`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -8,28 +8,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightspan.errors import UserError
 from lightspan.optim import elementwise
-from lightspan.optim.bases import Basis, PowerBasis
-from lightspan.optim.buckets import Bucket, Buckets, layout_of
-from lightspan.optim.core import BucketStep
+from lightspan.optim.bases import Basis, Every, PowerBasis, Trigger
+from lightspan.optim.buckets import built_again, layout_of
+from lightspan.optim.core import Bucket, Buckets, BucketStep
 from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.layout import State, is_matrix, matrices
 from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.norms import (
-    clip_factor,
-    held_gradient,
-    require_attached,
-    require_dense_gradients,
-    require_finite,
-    square_norms,
-    squares_by_ranks,
-)
 from lightspan.optim.projected import Selection, require_some_projected
-from lightspan.optim.residuals import Dropped, Fira, Residual
+from lightspan.optim.residuals import Fira, NoResidual, Residual
 from lightspan.optim.settings import Switches, require_fit, require_parts, require_sound
-from lightspan.optim.sharding import ranks_of
-from lightspan.optim.triggers import Every, Trigger
+from lightspan.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 
 
 class LowRank(Optimizer):
@@ -45,7 +36,7 @@ class LowRank(Optimizer):
     `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
     `lightspan.optim.reference.LowRank`.
 
-    Sharded parameters (FSDP2, HSDP; see `lightspan.optim.sharding`) are stepped where they are, and their state is
+    Sharded parameters (FSDP2, HSDP; see `lightspan.sharded`) are stepped where they are, and their state is
     sharded with them. Steps equal those of one process, except for the order of sums.
 
     Args:
@@ -105,14 +96,14 @@ class LowRank(Optimizer):
         defaults = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True}
         require_sound(type(self).__name__, {**defaults, "scale": scale, "max_norm": max_norm, "backward": backward})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
-        self.rule = Switches(basis or PowerBasis(), residual or Dropped(), inner, moments, trigger)
+        self.rule = Switches(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
         self.check_finite, self.seed = check_finite, seed
         self.attached = False
         require_parts(self.rule)
         require_fit(self.rule, backward)
         self._names: dict[Tensor, str] = {}
-        self._buckets = Buckets()
+        self._buckets, self._checked = Buckets(), False
         super().__init__(params, {**defaults, "betas": tuple(betas)})
         if any(group["project"] is not False for group in self.param_groups):  # also if there is no group yet
             selections = [(self.selection(g), p) for g in self.param_groups for p in g["params"] if is_matrix(p)]
@@ -160,14 +151,14 @@ class LowRank(Optimizer):
         super().add_param_group({**param_group, "params": parameters})  # which refuses a set, because it has no order
         group = self.param_groups[-1]
         self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
-        self._buckets.rebuild()
+        self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle contains: as in torch, without hooks and without what schedulers patched into
         this object, which would act on it and its model. No backward pass is attached to the copy.
         """
         kept = {key: self.__dict__[key] for key in self.KEPT_IN_COPIES}
-        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "attached": False}
+        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "_checked": False, "attached": False}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -182,11 +173,12 @@ class LowRank(Optimizer):
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         restore(self, state_dict)
-        self._buckets.rebuild()
+        self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._buckets.forget_coordinates()
+        for bucket in self._buckets.every:
+            bucket.pending.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -211,24 +203,41 @@ class LowRank(Optimizer):
         for step in steps:
             step.update(self.scale, clip)
         self._update_unprojected(unprojected, clip)
-        self._buckets.end_step()
+        self._checked = False
         return loss
 
     def _require_supported(self) -> None:
-        require_attached(self.backward, self.attached, hasattr(self, "grad_scale"))
-        require_dense_gradients(self._parameters(), self.called, type(self).__name__)
+        if self.backward != "whole" and not self.attached:
+            raise UserError(
+                f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
+                "before the first backward pass (SubspaceProjection and Method do)"
+            )
+        if self.backward != "whole" and hasattr(self, "grad_scale"):
+            raise UserError(
+                f"backward={self.backward!r} keeps coordinates that torch.amp.GradScaler does not see, so they would "
+                "stay scaled; train in bfloat16, which needs no scaling, or set backward='whole'"
+            )
+        for parameter in self._parameters():
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise UserError(
+                    f"the gradient of {self.called(parameter)} is sparse ({parameter.grad.layout}); neither weights "
+                    f"nor optimiser state were changed. {type(self).__name__} needs dense gradients: build "
+                    "nn.Embedding with sparse=False, or give that parameter to torch.optim.SparseAdam"
+                )
 
     def _needs_energy(self) -> bool:
         """Whether the projection must give squared row norms of gradients, which it can only for whole ones."""
-        return self.backward == "whole" and (self.max_norm is not None or self.rule.residual.needs_energy)
+        return self.backward == "whole" and (self.max_norm is not None or self.rule.residual.rescales)
 
     def _clip_factor(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> Tensor | None:
+        """The factor, 0-d and at most 1, that brings the global norm down to `max_norm`, as in clip_grad_norm_."""
         if self.max_norm is None:
             return None
-        projected = [(step.ranks, square) for step in steps for square in step.squares(self.backward != "whole")]
+        squares = [(step.ranks, square) for step in steps for square in step.squares(self.backward != "whole")]
         others = [(ranks_of(p), held_gradient(p)) for parameters in unprojected for p in parameters]
         others += [(step.ranks, gradient) for step in steps for gradient in step.not_projected()]
-        return clip_factor([*projected, *squares_by_ranks(others)], self.max_norm)
+        norm = total_over([*squares, *squares_by_ranks(others)]).sqrt()
+        return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
 
     def _require_finite_norms(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> None:
         """A row of a gradient that is not finite has coordinates that are not finite either."""
@@ -238,12 +247,50 @@ class LowRank(Optimizer):
             self._require_finite(norms, others + [gradient for step in steps for gradient in step.not_projected()])
 
     def _require_finite(self, norms: list[Tensor], gradients: list[Tensor]) -> None:
-        if self.check_finite:
-            require_finite([*norms, square_norms(gradients)], self._parameters(), self.called)
+        """Checks norms, of any shape, and gradients at once: what is not finite anywhere in a tensor is not finite in
+        its norm, and second moments and row norms are squares, which overflow above 1.8e19 in float32. All ranks raise
+        or none does; each passes its own parts of the same gradients. Costs one host synchronisation.
+        """
+        norms = [*norms, square_norms(gradients)]
+        if not self.check_finite or not any(norm.numel() for norm in norms):
+            return
+        wrong = (~torch.cat([norm.reshape(-1).isfinite().to(norms[0].device) for norm in norms])).sum()
+        for ranks in splits_of(self._parameters()):
+            wrong = ranks.total(wrong)
+        if wrong:
+            raise UserError(self._blame())
+
+    def _blame(self) -> str:
+        """Blames the weights if they are not finite, otherwise the gradients."""
+        parameters = self._parameters()
+        if broken := self._not_finite(parameters, [local(p) for p in parameters]):
+            return (
+                f"the weights of {broken} are not finite (NaN or infinity), so no gradient can be finite; this step "
+                "changed nothing. An earlier step or a checkpoint brought them: resume from one before that, with a "
+                "lower learning rate"
+            )
+        given = [p for p in parameters if p.grad is not None]
+        broken = self._not_finite(given, [square_norms([held_gradient(p)]) for p in given])
+        return (
+            f"the gradient of {broken or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or "
+            "so large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were "
+            "changed. Lower the learning rate, clip with max_norm, or inspect the batch; check_finite=False continues "
+            "regardless"
+        )
+
+    def _not_finite(self, given: Sequence[Tensor], values: Sequence[Tensor]) -> str:
+        """Names those of the `given` parameters whose value is not finite on any rank; empty if all are."""
+        if not given:
+            return ""
+        flags = torch.stack([(~value.isfinite()).sum() for value in values])
+        for ranks in splits_of(self._parameters()):
+            flags = ranks.total(flags)
+        wrong = [self.called(p) for p, flag in zip(given, flags.tolist(), strict=True) if flag]
+        return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
     def _unprojected(self, group: dict[str, Any]) -> list[Tensor]:
         """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""
-        places = self._buckets.places(self)
+        places = self._buckets.places
         parameters = [p for p in group["params"] if p.grad is not None and p not in places]
         for parameter in parameters:
             if not self.state[parameter]:
@@ -255,7 +302,8 @@ class LowRank(Optimizer):
         for group, parameters in zip(self.param_groups, unprojected, strict=True):
             states = [self.state[p] for p in parameters]
             seeds = [elementwise.first_noise(p, numbers[p], self.seed) for p in parameters]
-            elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
+            if parameters:
+                elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -266,13 +314,27 @@ class LowRank(Optimizer):
         return self.backward != "whole"
 
     def buckets(self) -> list[Bucket]:
-        """Stacks of same-shape matrices; see `Buckets.of`."""
-        return self._buckets.of(self)
+        """Stacks of same-shape matrices, whose views are the state; built again whenever something replaced that.
+
+        Raises: UserError if a group's `rank` or `project` changed after its state had taken steps.
+        """
+        if not self._buckets.are_current(self.param_groups, self.state):
+            self._buckets = built_again(self, self._buckets)
+        self._checked = True
+        return self._buckets.every
 
     def place(self, parameter: Tensor) -> tuple[Bucket, int]:
         """The bucket of a projected parameter, and its position there. Checks for replaced state once per step."""
-        return self._buckets.places(self)[parameter]
+        if not self._checked:
+            self.buckets()
+        return self._buckets.places[parameter]
 
     def called(self, parameter: Tensor) -> str:
         """What messages call a parameter."""
         return self.name_of(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
+
+
+def held_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of a gradient, in real numbers."""
+    assert parameter.grad is not None
+    return elementwise.real(local(parameter.grad))

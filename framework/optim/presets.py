@@ -17,7 +17,7 @@ said here and in the classes. In the literature a frame's transpose is called pr
 Where settings of published code do not carry over unchanged:
 
 - Refreshes take turns: the k-th of n matrices changes its frame first after k / n of `refresh`. Published code changes
-  all frames in one step; `refresh=Every(200, staggered=False)` of `lightspan.optim.triggers` does so too.
+  all frames in one step; `refresh=Every(200, staggered=False)` of `lightspan.optim.bases` does so too.
 - Weight decay comes before the step and is decoupled, as in AdamW; the GaLore and APOLLO packages decay after it.
 - Fira's and APOLLO's limiter works on bias-corrected norms, their code's on uncorrected ones; None turns it off.
   `bound` is ours: no row moves farther than a stated multiple of AdamW's reach; `bound=None` is the paper's rule.
@@ -36,13 +36,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
+from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis, Trigger
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import NewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.optim.settings import require_sound
-from lightspan.optim.triggers import Trigger
 
 
 class GaLore(LowRank):

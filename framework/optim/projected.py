@@ -69,7 +69,8 @@ def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, S
             "set backward='whole', train unsharded, or use AdamW"
         )
     side, rank = max(flat)
+    way_out = f"choose a rank from 1 to {side - 1}, or use AdamW" if side > 1 else "use AdamW"
     raise UserError(
         f"rank={rank} is not below the shorter side of any matrix (the largest is {side}), so nothing would be "
-        f"projected; choose a rank of at most {max(side // 2, 1)}, or use AdamW"
+        f"projected; {way_out}"
     )

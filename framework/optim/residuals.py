@@ -6,7 +6,6 @@ The update of a matrix is `direction Q^T + scale o G`, with one scale per row: F
 Shapes: B matrices of one shape, M rows (kept), N columns (projected), R rank.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
-from lightspan.optim.sharding import Total
-from lightspan.sharded import local
+from lightspan.sharded import Total, local
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 
@@ -27,7 +25,7 @@ class Terms:
     Args:
         direction_BMR: what the inner rule made of the coordinates.
         coordinates_BMR: of the gradient.
-        energy_BM: squared row norms of the gradient, if `needs_energy`.
+        energy_BM: squared row norms of the gradient.
         layout: that of the matrices; its `total` extends sums over rows to those of other ranks.
     """
 
@@ -37,11 +35,13 @@ class Terms:
     layout: Layout
 
 
-class Residual(ABC):
-    """A treatment of the residual. Parts that a treatment does not need keep these defaults: no state, no feedback."""
+class Residual:
+    """A treatment of the residual. Parts that a treatment does not need keep these defaults: no state, no rescaling, no
+    feedback.
+    """
 
-    needs_energy = False
-    """Whether `terms` reads the row norms of the gradient."""
+    rescales = False
+    """Whether the update contains the whole gradient, scaled by row, as `terms` says. It then needs its row norms."""
     feeds_back = False
     """Whether the gradient that is projected contains an error kept from earlier steps."""
     needs_gradient = True
@@ -65,9 +65,9 @@ class Residual(ABC):
         """What is projected instead of the gradients, which are to be multiplied by `clip`, 0-d."""
         raise NotImplementedError(f"{type(self).__name__} feeds nothing back")
 
-    @abstractmethod
     def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
-        """(coefficients [B M R] or [B M 0], scale [B M] or [0 M]) of the update; may change the direction in place."""
+        """(coefficients [B M R] or [B M 0], scale [B M]) of the update; may change the direction in place."""
+        raise NotImplementedError(f"{type(self).__name__} rescales nothing")
 
     def remember(
         self,
@@ -85,13 +85,10 @@ class Residual(ABC):
 
 
 @dataclass(frozen=True)
-class Dropped(Residual):
-    """Only the gradient inside the frame counts (GaLore, arXiv 2403.03507)."""
+class NoResidual(Residual):
+    """Only the gradient inside the frame counts, the rest is dropped (GaLore, arXiv 2403.03507)."""
 
     needs_gradient = False
-
-    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
-        return given.direction_BMR, given.direction_BMR.new_empty(0, given.direction_BMR.shape[1])
 
 
 EPSILON = 1e-8
@@ -123,8 +120,8 @@ def row_scales(direction: Tensor, inside: Tensor, outside: Tensor, layout: Layou
 
 
 def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: State, total: Total) -> Tensor:
-    """Row scales after the norm-growth limiter (Fira, arXiv 2410.01623, section 3.3): the norm of what is rescaled
-    grows by at most `limit` from one step to the next. Writes the norm to `state`, always a finite number.
+    """Row scales after the norm-growth limiter (Fira, arXiv 2410.01623, section 4.2, equation 12): the norm of what is
+    rescaled grows by at most `limit` from one step to the next. Writes the norm to `state`, always a finite number.
 
     The first step is not limited. A step that rescales nothing, such as for a gradient of zeros, does not count: the
     next one is compared with the last that did. (Published code uses its norm of zero as the norm to grow from, after
@@ -165,7 +162,7 @@ class _Rescaling(Residual):
 
     limit: float | None
     bound: float | None
-    needs_energy = True
+    rescales = True
 
     def __post_init__(self) -> None:
         _require_above_one(self, limit=self.limit, bound=self.bound)
@@ -185,7 +182,7 @@ class _Rescaling(Residual):
 @dataclass(frozen=True)
 class Fira(_Rescaling):
     """The gradient outside the frame, scaled row by row like the gradient inside it (Fira, arXiv 2410.01623, sections
-    3.2 and 3.3).
+    4.1 and 4.2, equations 9 to 12).
 
     With coordinates r, direction u and residual E = G - r Q^T, row i of the update gains s_i E_i, s_i = |u_i| /
     (|r_i| + 1e-8). A limiter holds |s o E|_F to at most `limit` times its value in the step before. The frame is
@@ -298,9 +295,6 @@ class ErrorFeedback(Residual):
 
     def accumulate(self, gradients: list[Tensor], state: State, clip: Tensor) -> list[Tensor]:
         return list(add_error(gradients, state["error"], state["error_scale"], clip))
-
-    def terms(self, given: Terms, state: State) -> tuple[Tensor, Tensor]:
-        return given.direction_BMR, given.direction_BMR.new_empty(0, given.direction_BMR.shape[1])
 
     def remember(
         self,

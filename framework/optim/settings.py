@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import Basis
+from lightspan.optim.bases import Basis, Trigger
 from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.layout import Layout, State
 from lightspan.optim.moments import MomentStorage
 from lightspan.optim.residuals import Residual
-from lightspan.optim.triggers import Trigger
 
 
 @dataclass(frozen=True)

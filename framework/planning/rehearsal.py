@@ -21,8 +21,10 @@ from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.config.blame import own_line
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.errors import UserError
+from lightspan.optim.low_rank import LowRank
 from lightspan.planning.one_process import in_one_process
 from lightspan.planning.step_memory import faked, in_words
+from lightspan.wiring.report import print_groups
 
 _BEFORE_A_STEP = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
 _SMALL = "lightning.pytorch.demos.boring_classes.BoringModel"
@@ -34,7 +36,8 @@ def rehearse(resolved: Resolved) -> list[str]:
     and passes it through `training_step`, without an optimiser step. What several ranks do together is left out: they
     are rehearsed as one.
 
-    Prints what a run prints of its optimisers. Returns: lines for the user, the last of them says what was not tried.
+    Prints what a run prints of its optimisers, and the groups of others. Returns: lines for the user, the last of them
+    says what was not tried.
     Raises: UserError for whatever a run would stumble over.
     """
     with tempfile.TemporaryDirectory(prefix="lightspan-") as folder:  # for the index of a shard, and the like
@@ -74,7 +77,10 @@ def _start(built: Built, ranks: int) -> list[str]:
             data.setup("fit")
         prepare_model(built.trainer, built.model, data)
         batch = next(iter(data.train_dataloader())) if data is not None and not untried else None
-    _, left_out = optimizers(built.trainer, built.model)  # says what each parameter gets, as when a run starts
+    made, left_out = optimizers(built.trainer, built.model)  # a LowRank says what each parameter gets, as in a run
+    for optimizer in made:
+        if not isinstance(optimizer, LowRank):
+            print_groups(optimizer)
     with silent():
         if batch is None:
             untried.append("a forward pass")

@@ -17,7 +17,7 @@ MOST_POINTS, MOST_STRIPS, MOST_DOTS = 500, 40, 60
 
 
 @dataclass(frozen=True)
-class Curve:
+class ChartLine:
     """One run in a chart: `points` as logged; `smoothed`, if given, is drawn thick and the points thin behind it."""
 
     name: str
@@ -33,7 +33,7 @@ class Chart:
     title: str
     x_label: str
     y_label: str
-    curves: list[Curve]
+    curves: list[ChartLine]
     log_y: bool = False
     note: str = ""
 
@@ -113,7 +113,7 @@ class _Shape:
         decades = [float(at) for at in range(math.ceil(self.low), math.floor(self.high) + 1)]
         return decades[:: max(1, len(decades) // 5)] if len(decades) > 1 else ticks(self.low, self.high, 3)
 
-    def curve(self, curve: Curve) -> str:
+    def curve(self, curve: ChartLine) -> str:
         look = f'style="stroke:var(--run{curve.colour % COLOURS})"' + (
             ' stroke-dasharray="6 4"' if curve.colour >= COLOURS else ""
         )

@@ -11,7 +11,7 @@ Better = Literal["lower", "higher", "neither"]
 
 
 @dataclass(frozen=True)
-class Figure:
+class ComparedFigure:
     """What is compared: the key in summary.json, its label, its unit, and which direction is better.
 
     `relative` says how another run is compared with the first: as a ratio, as a difference, or not at all.
@@ -39,24 +39,26 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    figure: Figure
+    figure: ComparedFigure
     cells: list[Cell]
 
 
 FIGURES = (
-    Figure("val_loss_nats", "Validation loss", "nats", "lower", "difference"),
-    Figure("val_bits_per_byte", "Validation loss", "bits per byte", "lower", "difference"),
-    Figure("optimizer_state_mib", "Optimiser state", "MiB", "lower", "ratio"),
-    Figure("step_ms_median", "Median step", "ms", "lower", "ratio"),
-    Figure("peak_device_mib", "Peak device memory", "MiB", "lower", "ratio"),
-    Figure("peak_rss_mib", "Peak host memory", "MiB", "lower", "ratio"),
-    Figure("seconds", "Wall time", "s", "lower", "ratio"),
-    Figure("steps", "Steps", "", "neither", "none"),
-    Figure("parameters", "Parameters", "", "neither", "none"),
-    Figure("trainable_parameters", "Trainable parameters", "", "neither", "none"),
+    ComparedFigure("val_loss_nats", "Validation loss", "nats", "lower", "difference"),
+    ComparedFigure("val_bits_per_byte", "Validation loss", "bits per byte", "lower", "difference"),
+    ComparedFigure("optimizer_state_mib", "Optimiser state", "MiB", "lower", "ratio"),
+    ComparedFigure("step_ms_median", "Median step", "ms", "lower", "ratio"),
+    ComparedFigure("peak_device_mib", "Peak device memory", "MiB", "lower", "ratio"),
+    ComparedFigure("peak_rss_mib", "Peak host memory", "MiB", "lower", "ratio"),
+    ComparedFigure("seconds", "Wall time", "s", "lower", "ratio"),
+    ComparedFigure("steps", "Steps", "", "neither", "none"),
+    ComparedFigure("parameters", "Parameters", "", "neither", "none"),
+    ComparedFigure("trainable_parameters", "Trainable parameters", "", "neither", "none"),
 )
 TIMES, MINUS, NARROW_SPACE = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
 _SCORES = ("val_", "probe_", "test_")
+_LOADING = ("batch_size", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
+_FEW = 3  # settings that a sentence names
 
 
 def compare(runs: Sequence[Run]) -> list[Row]:
@@ -93,6 +95,34 @@ def headline(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
+def caution(runs: Sequence[Run]) -> str:
+    """One sentence on what makes the scores of these runs hard to compare: other data, or no score in common. "" if
+    there is nothing to say. How data are loaded, in which batches and by how many workers, does not count.
+    """
+    if len(runs) < 2:
+        return ""
+    known = all(run.config for run in runs)
+    measured = [{"data": run.config.get("data"), **_validated(run)} for run in runs if known]
+    changed = [
+        f"{key} ({', '.join(dict.fromkeys(values))})"
+        for key, values in differences(measured)
+        if key.rpartition(".")[2] not in _LOADING
+    ]
+    more = f" and {len(changed) - _FEW} more" if len(changed) > _FEW else ""
+    parts = [f"they differ in {', '.join(changed[:_FEW])}{more}"] if changed else []
+    scores = [{key for key, value in run.summary.items() if key.startswith(_SCORES)} for run in runs]
+    if all(scores) and not set.intersection(*scores):
+        first = ", ".join(f"{run.name} has {min(one)}" for run, one in zip(runs, scores, strict=True))
+        parts.append(f"they have no score in common ({first})")
+    return f"The scores of these runs may not be comparable: {'; '.join(parts)}" if parts else ""
+
+
+def _validated(run: Run) -> dict[str, Any]:
+    trainer = run.config.get("trainer")
+    limit = trainer.get("limit_val_batches") if isinstance(trainer, dict) else None
+    return {} if limit is None else {"trainer": {"limit_val_batches": limit}}
+
+
 def differences(configs: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """The dotted keys whose values differ between configurations, with each one's value ("—" if it has none)."""
     flat = [flatten(config) for config in configs]
@@ -122,18 +152,18 @@ def number(value: float, decimals: int | None = None) -> str:
     return f"{value:.4g}" if abs(value) >= 0.001 else f"{value:.2e}"
 
 
-def _score(key: str) -> Figure:
+def _score(key: str) -> ComparedFigure:
     better: Better = "neither"
     if any(word in key for word in ("loss", "error", "perplexity", "bits")):
         better = "lower"
     elif any(word in key for word in ("acc", "auc", "f1")):
         better = "higher"
-    return Figure(
+    return ComparedFigure(
         key, key.replace("_", " ").capitalize(), "nats" if key.endswith("_nats") else "", better, "difference"
     )
 
 
-def _row(figure: Figure, runs: Sequence[Run]) -> Row:
+def _row(figure: ComparedFigure, runs: Sequence[Run]) -> Row:
     values = [_finite(run.summary.get(figure.key)) for run in runs]
     known = [value for value in values if value is not None]
     contest = len(runs) > 1 and figure.better != "neither" and len(set(known)) > 1
@@ -154,7 +184,7 @@ def _row(figure: Figure, runs: Sequence[Run]) -> Row:
     )
 
 
-def _relative(figure: Figure, first: float | None, value: float | None) -> str:
+def _relative(figure: ComparedFigure, first: float | None, value: float | None) -> str:
     if first is None or value is None or figure.relative == "none":
         return ""
     if figure.relative == "ratio":
@@ -162,7 +192,7 @@ def _relative(figure: Figure, first: float | None, value: float | None) -> str:
     return f"{value - first:+.4f}".replace("-", MINUS)
 
 
-def _shown(run: Run, figure: Figure) -> str:
+def _shown(run: Run, figure: ComparedFigure) -> str:
     value = run.summary.get(figure.key)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return ""

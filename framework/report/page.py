@@ -8,7 +8,7 @@ import yaml
 
 import lightspan
 from lightspan.report.chart import COLOURS, draw
-from lightspan.report.compare import Row, compare, differences, flatten, headline
+from lightspan.report.compare import Row, caution, compare, differences, flatten, headline
 from lightspan.report.runs import Run
 from lightspan.report.sections import Section, sections
 from lightspan.report.style import CSS
@@ -46,7 +46,8 @@ def _head(runs: Sequence[Run], title: str) -> str:
     texts = distinct if len(distinct) == 1 else [f"{name}: {text}" for name, text in described.items() if text]
     what = "".join(f'<p class="lead">{escape(text)}</p>' for text in texts if text not in ("", title))
     lead = "".join(f'<p class="lead"><b>{escape(sentence)}.</b></p>' for sentence in headline(runs))
-    return f"<header><h1>{escape(title)}</h1>{what}{lead}</header>"
+    warning = f'<p class="note">{escape(said)}.</p>' if (said := caution(runs)) else ""
+    return f"<header><h1>{escape(title)}</h1>{what}{lead}{warning}</header>"
 
 
 def _has_about(run: Run) -> bool:

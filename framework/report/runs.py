@@ -16,14 +16,14 @@ from typing import Any
 from lightspan.config.tree import MAX_DEPTH, plain, read
 from lightspan.errors import UserError
 from lightspan.report.curves import XY
-from lightspan.run_files import METRICS, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
+from lightspan.run_files import FAILED, METRICS, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
 
 AXES = ("step", "time_s", "epoch")
 _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
 
 @dataclass(frozen=True)
-class Point:
+class LoggedValue:
     """One logged value; `step` counts optimiser steps, `time_s` seconds since the fit began (NaN if not logged)."""
 
     step: int
@@ -48,10 +48,10 @@ class Run:
         names = (key for row in self.rows for key, value in row.items() if key not in AXES and _is_value(value))
         return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
 
-    def points(self, metric: str) -> list[Point]:
+    def points(self, metric: str) -> list[LoggedValue]:
         """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""
         return [
-            Point(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
+            LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
             for row in self.rows
             if metric in row and _is_value(row[metric])
         ]
@@ -118,6 +118,11 @@ def load_run(folder: Path, name: str) -> Run:
         samples=_read_lines(folder / SAMPLES) if (folder / SAMPLES).is_file() else [],
     )
     if not run.metrics():
+        if (folder / FAILED).is_file():
+            text = (folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
+            raise UserError(
+                f"run {str(folder)!r} failed before it logged a metric ({text}); start it again, or leave it out"
+            )
         raise UserError(
             f"run {str(folder)!r} has logged no metric yet: {METRICS} has {len(rows)} lines without one; wait until it "
             "has reached trainer.log_every_n_steps, or lower that number"

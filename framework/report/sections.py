@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightspan.report.chart import Chart, Curve
+from lightspan.report.chart import Chart, ChartLine
 from lightspan.report.curves import LONG, finite, smooth
 from lightspan.report.runs import Run
 
@@ -105,13 +105,13 @@ def _over_steps(runs: Sequence[Run], metric: str) -> Chart:
             span = max(5, round(len(points) / 40))
             smoothed = smooth(finite(points), span)
             note = f"thin: every logged value; thick: running mean over {span} of them"
-        curves.append(Curve(run.name, at, points, smoothed))
+        curves.append(ChartLine(run.name, at, points, smoothed))
     return Chart(metric, "optimiser steps", unit_of(metric), curves, note=note)
 
 
 def _over_time(runs: Sequence[Run], metric: str) -> Chart:
     curves = [
-        Curve(run.name, at, [(point.time_s, point.value) for point in run.points(metric)])
+        ChartLine(run.name, at, [(point.time_s, point.value) for point in run.points(metric)])
         for at, run in enumerate(runs)
     ]
     kept = [curve for curve in curves if finite(curve.points)]
@@ -125,7 +125,7 @@ def _against_first(runs: Sequence[Run], metric: str) -> list[Chart]:
     for at, run in enumerate(runs[1:], start=1):
         shared = [(float(p.step), p.value - first[p.step]) for p in run.points(metric) if p.step in first]
         if finite(shared):
-            curves.append(Curve(run.name, at, shared))
+            curves.append(ChartLine(run.name, at, shared))
     title, note = f"{metric} minus that of {runs[0].name}", "at steps where both logged it"
     return [Chart(title, "optimiser steps", unit_of(metric), curves, note=note)] if curves else []
 
@@ -134,7 +134,7 @@ def _spectra(runs: Sequence[Run]) -> list[Chart]:
     spectra = [run.spectra() for run in runs]
     charts = []
     for name in dict.fromkeys(name for found in spectra for name in found):
-        curves = [Curve(run.name, at, spectra[at][name][1]) for at, run in enumerate(runs) if name in spectra[at]]
+        curves = [ChartLine(run.name, at, spectra[at][name][1]) for at, run in enumerate(runs) if name in spectra[at]]
         steps = dict.fromkeys(str(found[name][0]) for found in spectra if name in found)
         note = f"as logged at step {', '.join(steps)}"
         charts.append(Chart(name, "index", "value", curves, log_y=True, note=note))
@@ -150,7 +150,7 @@ def _profiles(runs: Sequence[Run], metrics: Sequence[str]) -> list[Chart]:
     for measure, names in measures.items():
         last = [{at: run.points(name)[-1:] for at, name in enumerate(names)} for run in runs]
         curves = [
-            Curve(run.name, at, [(float(x), point.value) for x, points in last[at].items() for point in points])
+            ChartLine(run.name, at, [(float(x), point.value) for x, points in last[at].items() for point in points])
             for at, run in enumerate(runs)
         ]
         ends = [name.removeprefix(f"{measure}/") for name in (names[0], names[-1])]

@@ -17,9 +17,9 @@ from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_w
 from lightspan.config import identity, provenance
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
-from lightspan.errors import UserError
+from lightspan.errors import UserError, one_line
 from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
-from lightspan.run_files import CHECKPOINTS, LOCK, METRICS, PROVENANCE, RESOLVED
+from lightspan.run_files import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
 
 try:
     import fcntl
@@ -172,6 +172,23 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return found
 
 
+def weights_to_evaluate(given: Path) -> Path:
+    """What --ckpt means: a checkpoint, or weights alone as safetensors; of a run folder its newest whole checkpoint, of
+    the folder of a merge or an export its weights.
+
+    Raises: UserError where there is none of these.
+    """
+    if not given.exists():
+        raise UserError(f"--ckpt {given}: no such file; a run keeps its checkpoints in RUN/checkpoints")
+    if alone := next((path for name in (MERGED, MODEL) if (path := given / name).is_file()), None):
+        return alone
+    if not (given / RESOLVED).is_file():
+        return given
+    if (found := newest_checkpoint(given)) is None:
+        raise UserError(f"--ckpt {given}: this run has no checkpoint; name another run, or a checkpoint")
+    return found
+
+
 def run_ids(checkpoint: Path) -> dict[str, str]:
     """{class path of a logger: the id of its run} according to a checkpoint's manifest; empty if it has none."""
     loggers = (manifest(checkpoint) or {}).get("loggers")
@@ -201,6 +218,17 @@ def set_metrics_aside(run_dir: Path) -> None:
     aside = next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}-{n}")).exists())
     path.rename(aside)
     print(f"note: the figures of an earlier start without a checkpoint are kept in {aside}", file=sys.stderr)
+
+
+def mark_failed(run_dir: Path, error: BaseException, step: int) -> None:
+    """Says in the run folder that this start ended in an error; `clear_mark` takes it back."""
+    when = datetime.now().astimezone().isoformat(timespec="seconds")
+    write_atomic(run_dir / FAILED, f"{when}, at step {step}: {type(error).__name__}: {one_line(error)}\n")
+
+
+def clear_mark(run_dir: Path) -> None:
+    """Called when a run is started, perhaps again."""
+    (run_dir / FAILED).unlink(missing_ok=True)
 
 
 def _has_content(path: Path) -> bool:

@@ -36,7 +36,7 @@ _RUN = {"save_dir": "${run}"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProofSettings:
     ranks: list[int]
     kills: int
     steps: int
@@ -80,7 +80,7 @@ def refuse_uneven_batches(resolved: Resolved, ranks: Sequence[int]) -> None:
             split_batch(batch_size, count, accumulate)
 
 
-def planned_runs(settings: Settings) -> dict[str, list[Leg]]:
+def planned_runs(settings: ProofSettings) -> dict[str, list[Leg]]:
     """Folder name -> the starts of that run. The same settings give the same kills."""
     draw = random.Random(settings.seed)
     runs: dict[str, list[Leg]] = {}
@@ -95,7 +95,7 @@ def planned_runs(settings: Settings) -> dict[str, list[Leg]]:
     return runs
 
 
-def _legs(draw: random.Random, settings: Settings, ranks: Sequence[int]) -> list[Leg]:
+def _legs(draw: random.Random, settings: ProofSettings, ranks: Sequence[int]) -> list[Leg]:
     """The starts of a run that is killed at increasing steps, on the numbers of ranks in turn."""
     counts = [ranks[number % len(ranks)] for number in range(settings.kills + 1)]
     steps = sorted(draw.sample(range(settings.steps), settings.kills))
@@ -107,7 +107,7 @@ def _legs(draw: random.Random, settings: Settings, ranks: Sequence[int]) -> list
     return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]
 
 
-def verdicts(settings: Settings, folder: Path) -> Iterator[tuple[str, str | None]]:
+def verdicts(settings: ProofSettings, folder: Path) -> Iterator[tuple[str, str | None]]:
     """(claim, the first difference or None)."""
     for count in settings.ranks:
         found = first_difference(folder / f"straight-{count}", folder / f"killed-{count}")
@@ -124,7 +124,7 @@ def verdicts(settings: Settings, folder: Path) -> Iterator[tuple[str, str | None
         yield f"{name} and {first}-{DOUBLE}: samples the same, losses within {LOSS_TOLERANCE:g}", found
 
 
-def start(resolved: Resolved, settings: Settings, run_dir: Path, leg: Leg) -> None:
+def start(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) -> None:
     """Runs one leg. Raises: UserError if it ends in another way than planned."""
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
     write_atomic(recipe, dump(with_layer(resolved, _changes(resolved, settings, run_dir, leg)).document()))
@@ -140,7 +140,7 @@ def start(resolved: Resolved, settings: Settings, run_dir: Path, leg: Leg) -> No
         )
 
 
-def _changes(resolved: Resolved, settings: Settings, run_dir: Path, leg: Leg) -> dict[str, Any]:
+def _changes(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) -> dict[str, Any]:
     """What a proof changes in the recipe: its length, its checkpoints, its logs, and the kill."""
     checkpoint = {"dirpath": f"${{run}}/{CHECKPOINTS}", "every_n_train_steps": settings.every, "save_top_k": 1}
     callbacks: dict[str, Any] = {

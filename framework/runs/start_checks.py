@@ -1,5 +1,5 @@
-"""What is known only when a Trainer is about to take its first step: whether its data can be resumed, and
-whether its schedules are long enough.
+"""What is known only when a Trainer is about to take its first step: whether its data can be resumed, whether it will
+ever be validated, and whether its schedules are long enough.
 """
 
 import math
@@ -16,7 +16,10 @@ from lightspan.errors import UserError, print_notes
 
 
 class StartChecks(Callback):
-    """Warns of training loaders that keep no position. Raises: UserError for a schedule that ends before the run."""
+    """Warns of training loaders that keep no position, and of a run that ends before its first validation.
+
+    Raises: UserError for a schedule that ends before the run.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_short_schedules(trainer)
@@ -28,6 +31,32 @@ class StartChecks(Callback):
                     "lightspan.datamodules.loading.ranks.train_loader gives one that continues with the next sample"
                 ]
             )
+        if trainer.is_global_zero and (said := without_validation(trainer)):
+            print_notes([said])
+
+
+def without_validation(trainer: Trainer) -> str | None:
+    """What to say of a run that could validate and ends before it does; None for any other."""
+    batches, every = trainer.num_training_batches, trainer.check_val_every_n_epoch
+    due = trainer.val_check_batch  # None where the clock decides
+    if not trainer.enable_validation or due is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    first = due if every is None else (every - 1) * batches + min(due, batches)
+    total = math.inf if trainer.max_epochs in (None, -1) else (trainer.max_epochs or 0) * batches
+    if trainer.max_steps >= 0:
+        steps = trainer.accumulate_grad_batches  # batches of one, except at the end of an epoch
+        of_epoch = math.ceil(batches / steps) if math.isfinite(batches) else math.inf
+        whole, rest = divmod(trainer.max_steps, of_epoch)
+        total = min(total, rest * steps + (whole * batches if whole else 0))
+    if not total < first:
+        return None
+    when = f"after {first:.0f} batches" if math.isfinite(first) else "at the end of an epoch"
+    often = every in (None, 1)
+    way_out = f"trainer.val_check_interval={total:.0f} or lower" if often else "trainer.check_val_every_n_epoch=1"
+    return (
+        f"this run is never validated: it ends after {total:.0f} batches, and the first validation is due {when}; set "
+        f"{way_out}, or train longer"
+    )
 
 
 def without_position(trainer: Trainer) -> list[str]:

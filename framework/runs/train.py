@@ -95,6 +95,22 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
     return None
 
 
+def put_weights(built: Built, path: Path) -> None:
+    """Puts a safetensors file's weights into the model, all of them, as a merge or an export wrote them.
+
+    Raises: UserError for a file that is not whole, or belongs to another model.
+    """
+    from lightspan.callbacks.training.adaptation import Adaptation
+    from lightspan.checkpoints.fit import check_fits
+    from lightspan.merging.weights import open_weights
+
+    Adaptation.act(built.trainer, built.model)  # a callback adds what it adds before weights are loaded
+    weights = open_weights(path)
+    state = {name: weights.read(name) for name in weights.forms}
+    check_fits(state, built.model, str(path), way_out="use it with the recipe whose runs were merged or exported")
+    built.model.load_state_dict(state)
+
+
 def check_at_start(built: Built) -> None:
     """Has the run looked at once more when everything is set up, before its first step."""
     from lightspan.runs.start_checks import StartChecks

@@ -10,7 +10,7 @@ in the subspace is an optimiser on z.
 | `singular.SingularFrame` | [R] singular values   | a matrix [O I]   | SVFit                            |
 | `tucker.TuckerFrame`     | a core [r_1 ... r_N]  | [d_1 ... d_N]    | FLoRA                            |
 | `masks.maps.Selected`    | [k] open entries      | a tensor [S]     | index sets                       |
-| `masks.maps.Masked`      | [S]                   | a tensor [S]     | soft masks and gates             |
+| `masks.maps.SoftMask`    | [S]                   | a tensor [S]     | soft masks and gates             |
 | `merging.span.TaskSpan`  | [K] coefficients      | a tensor [S]     | merging                          |
 
 A map is a value and does not change. What changes is which one is in use: code that chooses new maps (a `Basis` by

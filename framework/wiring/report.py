@@ -1,4 +1,4 @@
-"""A printed account of what an optimiser does with each kind of parameter, before the first step."""
+"""A printed account of what an optimiser does with each kind or group of parameters, before the first step."""
 
 from collections import Counter
 
@@ -36,6 +36,32 @@ def print_report(optimizer: Optimizer) -> None:
     table.caption = (
         f"optimiser state {_mib(own)} MiB instead of {_mib(full)} MiB in float32: {own / full:.0%} of AdamW's"
     )
+    Console().print(table)
+
+
+@rank_zero_only
+def print_groups(optimizer: Optimizer) -> None:
+    """Prints one line per group of parameters of any optimiser: name, tensors, numbers, rate and decay.
+
+    Rates are those that the optimiser was built with, before a schedule changes them.
+    """
+    table = Table(
+        title=f"{type(optimizer).__name__}: which parameters train together",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    for column in ("group", "tensors", "numbers", "lr", "weight decay"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    for number, group in enumerate(optimizer.param_groups):
+        rate, decay = group.get("initial_lr", group.get("lr")), group.get("weight_decay")
+        table.add_row(
+            str(group.get("name", number)),
+            str(len(group["params"])),
+            f"{sum(parameter.numel() for parameter in group['params']):,}",
+            *("" if value is None else f"{float(value):g}" for value in (rate, decay)),
+        )
     Console().print(table)
 
 

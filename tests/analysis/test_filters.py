@@ -10,7 +10,6 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from lightspan.analysis.filters import (
-    EMPTY,
     MOST_ENTROPY,
     FilterBasis,
     counts,
@@ -26,6 +25,8 @@ from lightspan.analysis.filters import (
     variance_shares,
 )
 from lightspan.analysis.moments import Moments
+
+EMPTY = 2.0**-23  # of a bin without filters, 1.19e-7
 
 
 def bank(count: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -176,6 +177,20 @@ def test_the_noise_floor_is_that_of_resampled_filters_and_falls_with_their_numbe
         floors[size] = noise_floor(_whole(whole, size), _whole(whole, size), explained, 40, generator).mean()
         assert float(floors[size]) == pytest.approx(float(expected.mean()), rel=0.1)
     assert floors[2000] < 0.2 * floors[100]
+
+
+def test_the_noise_floor_is_drawn_from_both_sets_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    narrow, spread = torch.zeros(9, 6).double(), torch.full((9, 6), 20.0).double()
+    narrow[:, 2] = 60
+    places = torch.arange(6).repeat_interleave((narrow + spread)[0].long())
+    expected = []
+    for _ in range(200):
+        first, second = (places[torch.randint(180, (9, size), generator=generator)] for size in (60, 120))
+        rows = [torch.stack([torch.bincount(row, minlength=6) for row in of]).double() for of in (first, second)]
+        expected.append(divergence(*rows, torch.ones(9).double()))
+    floor = noise_floor(narrow, spread, torch.ones(9).double(), 200, generator)
+    assert float(floor.mean()) == pytest.approx(float(torch.stack(expected).mean()), rel=0.1)
 
 
 def _whole(pool: Tensor, size: int) -> Tensor:

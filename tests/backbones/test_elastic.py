@@ -168,6 +168,7 @@ def test_tokens_are_spared_decay_and_the_mask_token_belongs_to_the_stem() -> Non
     assert rates["mask_token"] == rates["cls_token"] == rates["patch_embed.proj.weight"]
     assert rates["blocks.3.mlp.fc1.weight"] > rates["mask_token"]
     assert not kinds["mask_token"].startswith("matrices")
+    assert "mask_token" in vit().no_weight_decay()  # which others than lightspan read
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,8 @@ def test_tokens_are_spared_decay_and_the_mask_token_belongs_to_the_stem() -> Non
         ({"depths": []}, r"depths=\[\] must be whole numbers"),
         ({"widths": [8, 18]}, r"widths=\[8, 18\] must be multiples of head_dim=4"),
         ({"img_size": 10}, r"img_size=10 must be a multiple of patch_size=4"),
+        ({"patch_size": 0}, r"patch_size=0, and both and in_chans=\d above 0"),
+        ({"drop_path": float("nan")}, r"drop_path=nan is a share of branches"),
     ],
 )
 def test_sizes_that_cannot_be_cut_are_refused(settings: dict, message: str) -> None:

@@ -20,6 +20,7 @@ from lightspan.optim.low_rank import LowRank
 from lightspan.optim.masks.by_gradient import ByGradient
 from lightspan.optim.masks.by_score import ByScore
 from lightspan.optim.masks.drop_and_grow import DropAndGrow
+from lightspan.optim.masks.learner import MaskLearner
 from lightspan.report.runs import load_run
 from lightspan.report.sections import sections
 from lightspan.subspaces.masks.allocation import ErdosRenyi
@@ -211,6 +212,47 @@ def test_a_score_of_ones_own(tmp_path: Path) -> None:
     callback = MaskLearning(WEIGHTS, ByScore(Largest(), every=5), 0.3, until=1.0)
     fit(module, [callback], tmp_path)
     assert (module.net[0].weight[callback.masks["net.0.weight"]] > 0).all()
+
+
+class LongestRows(MaskLearner):
+    """Of one's own, with as little as it takes: keeps the rows of the greatest length, as docs/masks.md has it."""
+
+    kept = ("masks",)
+
+    def prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.masks = self.owns(self.chosen(0.0))
+
+    def factor(self, name: str) -> Tensor:
+        return self.masks[name]
+
+    def update(self, step: int, progress: float) -> bool:
+        if step % 4:
+            return False
+        self.masks = self.owns(self.chosen(progress))
+        return True
+
+    def chosen(self, progress: float) -> dict[str, Tensor]:
+        lengths = {n: p.weight.norm(dim=1, keepdim=True).expand(p.weight.shape) for n, p in self.places.items()}
+        return self.highest(lengths, self.density.at(progress))
+
+
+def test_a_learner_of_ones_own_is_four_methods_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def save(trainer: lightning.Trainer, module: Plain) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(tmp_path / "part.ckpt")
+
+    def masks() -> MaskLearning:
+        return MaskLearning(WEIGHTS, LongestRows(), Cubic(1.0, 0.25), until=0.6)
+
+    straight, resumed, first, second = Plain(), Plain(), masks(), masks()
+    opened: list[float] = []
+    watch = Watch(lambda trainer, m: opened.append(first.mask.open_counts()["net.0.weight"]))
+    fit(straight, [first, Watch(save), watch], tmp_path, batch_size=64, max_steps=20)
+    fit(resumed, [second], tmp_path, batch_size=64, max_steps=20, ckpt_path=tmp_path / "part.ckpt")
+    assert opened[::4] == [160, 76, 44, 40, 40]  # 16 rows of 10
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    rows = (straight.net[0].weight != 0).sum(dim=1)
+    assert sorted(rows.tolist()) == [0] * 12 + [10] * 4
 
 
 def test_small_tensors_and_erdos_renyi(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from masked_net import ADAM, LEARNERS, WEIGHTS, Plain, Watch, fit, loader, weights
 from torch import Tensor
 
 from lightspan.callbacks.training.mask_learning import MaskLearning
 from lightspan.optim.masks.by_gradient import ByGradient
+from lightspan.optim.masks.by_score import ByScore
 from lightspan.optim.masks.drop_and_grow import DropAndGrow
-from lightspan.subspaces.masks.schedules import Cubic
+from lightspan.optim.masks.place import Place
+from lightspan.subspaces.masks.allocation import Uniform
+from lightspan.subspaces.masks.schedules import Constant, Cubic
+from lightspan.subspaces.masks.scores import Movement
 
 
 @pytest.mark.parametrize("last", [True, False])  # the callback that saves stands behind MaskLearning, or before it
@@ -146,3 +151,61 @@ def test_two_entries_learn_the_masks_of_different_parameters(tmp_path: Path) -> 
     fit(resumed, again, tmp_path, batch_size=64, max_steps=18, ckpt_path=tmp_path / "part.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     assert [int(mask.sum()) for callback in again for mask in callback.masks.values()] == [80, 13]
+
+
+def test_each_name_of_a_shared_parameter_shows_the_weights_not_those_in_use(tmp_path: Path) -> None:
+    class Shares(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = torch.nn.Linear(10, 16)
+            self.again.weight = self.net[0].weight
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            shown = self.state_dict()
+            same.append(torch.equal(shown["again.weight"], shown["net.0.weight"]))
+            return super().training_step(batch, batch_idx)
+
+    same: list[bool] = []
+    fit(Shares(), [MaskLearning(WEIGHTS, ByGradient(optimizer=ADAM))], tmp_path, max_steps=3)
+    assert same == [True] * 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["concrete", "drop and grow"])
+def test_an_average_that_begins_with_the_fixed_mask_is_zero_outside_of_it(
+    kind: str, first: bool, tmp_path: Path
+) -> None:
+    module, callback = Plain(), MaskLearning(WEIGHTS, LEARNERS[kind](), 0.3)
+    average = EMAWeightAveraging(decay=0.5, update_starting_at_step=14)
+    fit(module, [average, callback] if first else [callback, average], tmp_path)
+    for name in WEIGHTS:
+        assert not weights(module)[name][~callback.masks[name]].any()
+        assert weights(module)[name].any()
+
+
+def test_a_run_that_logs_nothing_learns_its_masks(tmp_path: Path) -> None:
+    fit(Plain(), [callback := MaskLearning(WEIGHTS, DropAndGrow(every=3), 0.3)], tmp_path, log_every_n_steps=0)
+    assert int(callback.masks["net.0.weight"].sum()) == 48
+
+
+def test_a_run_that_ends_early_says_that_its_checkpoints_hold_all_weights(tmp_path: Path) -> None:
+    def stop(trainer: lightning.Trainer, module: Plain) -> None:
+        trainer.should_stop = trainer.global_step >= 5
+
+    module, callback = Plain(), MaskLearning(WEIGHTS, ByGradient(optimizer=ADAM), 0.3)
+    with pytest.warns(UserWarning, match="after step 5, and MaskLearning would have fixed its masks after step 15"):
+        fit(module, [callback, Watch(stop)], tmp_path)
+    assert not weights(module)["net.0.weight"][~callback.masks["net.0.weight"]].any()
+
+
+def test_a_parameter_whose_first_gradient_comes_late_forgets_its_magnitudes_then(tmp_path: Path) -> None:
+    learner = ByScore(Movement(), memory=1.0, every=100)
+    places = {name: Place(name, torch.full((2,), 5.0)) for name in ("a", "b")}
+    learner.begin(places, Uniform(), Constant(0.5), 0)
+    for step, taught in enumerate((["a"], ["a", "b"]), 1):
+        learner.draw(step - 1, 0.0)
+        for name in taught:
+            learner.pull(name, torch.tensor([1.0, -1.0]))
+        learner.update(step, 0.0)
+    assert learner.scores["a"].tolist() == [-10.0, 10.0]
+    assert learner.scores["b"].tolist() == [-5.0, 5.0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from masked_net import ADAM, WEIGHTS, Plain, fit
 from torch import nn
@@ -33,6 +34,8 @@ from lightspan.subspaces.masks.schedules import Cubic, Linear
         (lambda: MaskLearning(["*"], ByScore(), 0.0), r"MaskLearning density=0\.0 must be above 0 and at most 1"),
         (lambda: MaskLearning(["*"], ByScore(), 1.5), r"MaskLearning density=1\.5 must be above 0 and at most 1"),
         (lambda: MaskLearning(["*"], ByScore(), Cubic(1.0, 0.0)), r"MaskLearning density=0\.0 must be above 0"),
+        (lambda: MaskLearning(["*"], ByScore(), "0.2"), r"'0\.2' must be a number, or a schedule such as Linear"),
+        (lambda: MaskLearning(["*"], ByScore), r"ByScore'> must be a MaskLearner, such as ByScore\(\)"),
         (lambda: MaskLearning(["*"], ByScore(), until=0.0), r"until=0\.0 is a share of the run"),
         (lambda: ByScore(every=0), r"ByScore every=0 must be at least 1, and memory=0\.0 in \[0, 1\]"),
         (lambda: DropAndGrow(alpha=1.5), r"DropAndGrow every=100 must be at least 1, and alpha=1\.5 in \[0, 1\]"),
@@ -54,6 +57,23 @@ class WithComplex(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+
+class WithLazy(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.LazyLinear(4)
+
+
+class WithSparseGradients(Plain):
+    def __init__(self) -> None:
+        super().__init__(torch.optim.SGD)
+        self.words = nn.Embedding(5, 4, sparse=True)
+
+
+class WithoutOptimizer(Plain):
+    def configure_optimizers(self) -> None:
+        return None
 
 
 @pytest.mark.parametrize(
@@ -98,6 +118,28 @@ class WithComplex(Plain):
             "two entries of MaskLearning write to path=None; give each a path of its own",
         ),
         (WithComplex, [MaskLearning(["*"], ByScore())], "real parameters, and phase is torch.complex64; leave it out"),
+        (
+            WithLazy,
+            [MaskLearning(["*.weight"], ByScore())],
+            "shape of late.weight, which a lazy module finds",
+        ),
+        (WithSparseGradients, [MaskLearning(["*"], ByScore())], "every entry of words.weight, and its Embedding gives"),
+        (WithoutOptimizer, [MaskLearning(["*"], ByScore())], "configure_optimizers of WithoutOptimizer gives none"),
+        (
+            Plain,
+            [EMAWeightAveraging(update_starting_at_step=13), MaskLearning(["*"], ByScore())],
+            r"EMAWeightAveraging averages weights from before step 15.*begin it there",
+        ),
+        (
+            Plain,
+            [EMAWeightAveraging(update_every_n_steps=0, update_starting_at_epoch=2), MaskLearning(["*"], ByScore())],
+            "EMAWeightAveraging averages weights from before step 15",
+        ),
+        (
+            Plain,
+            [StochasticWeightAveraging(0.01, swa_epoch_start=4), MaskLearning(["*"], ByScore())],
+            "StochasticWeightAveraging averages weights from before step 15",
+        ),
         (ByHand, [MaskLearning(["*"], ByScore())], "ByHand steps by hand; set automatic_optimization=True"),
     ],
 )

@@ -16,7 +16,7 @@ from lightspan.errors import UserError
 from lightspan.intrinsic import fits as command
 from lightspan.intrinsic.curve import target
 from lightspan.intrinsic.fits import layer
-from lightspan.intrinsic.search import TUNING_SEED, Fit, Settings, search
+from lightspan.intrinsic.search import TUNING_SEED, Fit, SearchSettings, search
 from lightspan.runs.fits import run_side_by_side
 
 REFERENCES = {"untrained": {"0": 0.1, "1": 0.1, "2": 0.1}}
@@ -24,13 +24,13 @@ TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
 FLAGS = ["--metric", "val/loss", "--mode", "min", "--seeds", "1"]
 
 
-def settings(**changes) -> Settings:
+def settings(**changes) -> SearchSettings:
     values = {
         "grid": [0, 10, 20, 40], "threshold": 0.9, "metric": "val/accuracy", "mode": "max", "seeds": 3, "lrs": [None],
         "lr_key": "model.lr", "projection": "P", "layer_scales": False, "stop_early": False, "workers": 1,
         "out": Path("nowhere"),
     }  # fmt: skip
-    return Settings(**{**values, **changes})
+    return SearchSettings(**{**values, **changes})
 
 
 class Runs:

@@ -154,3 +154,18 @@ def test_the_templates_are_part_of_the_package() -> None:
     shipped = {path for pattern in patterns["lightspan.commands"] for path in folder.glob(pattern)}
     assert shipped == set((folder / "templates").iterdir())
     assert len(shipped) == 6
+
+
+def test_a_folder_inside_a_checkout_is_neither_the_checkout_nor_a_project_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = tmp_path / "framework" / "methods"
+    inner.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('name = "lightspan"\n')
+    (tmp_path / "framework" / "method.py").touch()
+    monkeypatch.chdir(inner)
+    before = written(tmp_path)
+    assert main(["new", f"contrastive/{NAME}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{inner} lies inside a checkout of lightspan; add the method to that with --in {tmp_path}, or name" in said
+    assert written(tmp_path) == before

@@ -93,7 +93,7 @@ def test_a_run_that_fails_by_itself_is_no_proof(capsys):
 
 def settings(**changes):
     values = {"ranks": [1, 2], "kills": 3, "steps": 20, "every": 4, "seed": 0, **changes}
-    return proof.Settings(**values)
+    return proof.ProofSettings(**values)
 
 
 def test_kills_are_drawn_from_the_seed_alone_and_change_the_ranks_in_turn():

@@ -143,6 +143,15 @@ def test_console_names_the_runs_and_the_files(
     assert (tmp_path / "summary.json").is_file()
 
 
+def test_other_data_are_told_on_the_console_and_on_the_page(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (make_run(name, resolved={"data": {"class_path": f"<{name}>"}}) for name in "ab")
+    said = "The scores of these runs may not be comparable: they differ in data.class_path ({})"
+    assert said.format("&lt;a&gt;, &lt;b&gt;") in page_of(tmp_path, a, b)
+    assert said.format("<a>, <b>") in capsys.readouterr().err
+
+
 def test_picture_is_a_png_of_150_dots_per_inch(make_run: MakeRun, tmp_path: Path) -> None:
     from PIL import Image
 

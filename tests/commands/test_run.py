@@ -76,7 +76,6 @@ def test_a_mergers_run_leaves_a_checkpoint_that_says_what_was_merged(capsys: pyt
 @pytest.mark.parametrize(
     ("command", "ends"),
     [
-        (["validate", "compression/vit", "--ckpt", "out/merged.safetensors"], ""),
         (["fit", "compression/vit", "--run", "new", "--resume", "out/merged.safetensors"], ""),
         (["export", "out/merged.safetensors", "--to", "safetensors"], "there is nothing left to export"),
         (["export", "out", "--to", "safetensors"], "there is nothing left to export"),
@@ -165,8 +164,11 @@ def test_the_gate_and_the_check_are_those_of_every_recipe(content: dict[str, Any
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (wrong(ESTIMATOR, "inputs", {"bank": BANK}), "takes the inputs bank, query: query is missing"),
-        (wrong(ESTIMATOR, "inputs", {**ESTIMATOR["inputs"], "other": BANK}), "other is not one of them"),
+        (wrong(ESTIMATOR, "inputs", {"bank": BANK}), "inputs.query: missing; LinearProbe takes the inputs bank, query"),
+        (
+            wrong(ESTIMATOR, "inputs", {**ESTIMATOR["inputs"], "other": BANK}),
+            "inputs.other: unknown; LinearProbe takes the inputs bank, query",
+        ),
         (wrong(ESTIMATOR, "estimator", {**PROBE, "init_args": {"l2": -1.0}}), "l2=-1.0 must be above 0"),
         (wrong(MERGER, "checkpoints", {"a": "bank.safetensors", "b": "gone"}), "checkpoint gone does not exist"),
         (
@@ -207,3 +209,54 @@ def test_all_ranks_refuse_a_used_run_folder_with_one_error(tmp_path: Path) -> No
     ended = launch(["run", recipe(ESTIMATOR), "--run", "out"], 2, tmp_path / "logs", cwd=tmp_path)
     assert ended.statuses == [2, 2], ended.said
     assert ended.said.count("already contains a run (result.json); give another --run DIR") == 2
+
+
+def inputs(**changes: Any) -> dict[str, Any]:
+    return {**ESTIMATOR["inputs"], **changes}
+
+
+def file(path: str, class_path: str = "lightspan.features.encoded.FeatureFile") -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": {"path": path}}
+
+
+def test_check_finds_files_that_fit_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", recipe(ESTIMATOR)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (inputs(query=file("gone.safetensors")), "inputs.query.init_args.path: there are no features at gone.safet"),
+        (inputs(query=file("named.safetensors")), "named.safetensors contains x F32 [4, 3]; it needs `features`"),
+        (inputs(query=file("flat.safetensors")), "flat.safetensors contains features F32 [4]; it needs `features`"),
+        (inputs(query=file("whole.safetensors")), "whole.safetensors contains features I64 [4, 3]; it needs"),
+        (inputs(query=file("few.safetensors")), "few.safetensors has 4 features but 3 of `label`; give one for each"),
+        (inputs(query=file("r.yaml")), "r.yaml is not a complete safetensors file"),
+        (inputs(querry=file("bank.safetensors")), "inputs.querry: unknown; did you mean query? LinearProbe takes the"),
+        ({"bank": file("bank.safetensors")}, "inputs.query: missing; LinearProbe takes the inputs bank, query"),
+        (
+            inputs(query=file("bank.safetensors", "lightspan.estimators.inputs.Checkpoint")),
+            "inputs.query.class_path: LinearProbe takes Features here, but Checkpoint gives Weights",
+        ),
+    ],
+)
+def test_check_judges_inputs_by_names_kinds_and_files(
+    given: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"x": torch.zeros(4, 3)}, "named.safetensors")
+    save_file({"features": torch.zeros(4)}, "flat.safetensors")
+    save_file({"features": torch.zeros(4, 3, dtype=torch.int64)}, "whole.safetensors")
+    save_file({"features": torch.zeros(4, 3), "label": torch.zeros(3)}, "few.safetensors")
+    assert main(["check", recipe(ESTIMATOR, inputs=given)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_check_notes_features_of_different_widths_and_checkpoints_that_are_not_there_yet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_file({"features": torch.zeros(4, 5)}, "wide.safetensors")
+    assert main(["check", recipe(ESTIMATOR, inputs=inputs(query=file("wide.safetensors")))]) == 0
+    assert "inputs of different widths: bank has 3, query has 5" in capsys.readouterr().err
+    assert main(["check", recipe(MERGER, checkpoints={"first": "bank.safetensors", "second": "runs/later"})]) == 0
+    assert "checkpoints.second: runs/later does not exist; it has to before `lightspan run`" in capsys.readouterr().err

@@ -213,7 +213,7 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     ("lightspan.backbones.pretrained.torch.load", {"f": "@VICTIM@"}),
     ("lightspan.backbones.pretrained.AutoTokenizer", {}),
     ("lightspan.backbones.weights.safe_open", {}),
-    ("lightspan.commands.fit.run_fit", {}),
+    ("lightspan.commands.fit.run", {}),
     ("lightspan.commands.export.find_checkpoint", {}),
     ("lightspan.commands.intrinsic_dimension.subprocess.run", SHELL),
     ("lightspan.cli.main", {"argv": ["doctor"]}),

@@ -41,7 +41,7 @@ def test_classes_of_known_parts_and_listed_builders_may_be_named(class_path):
         ("torch.utils.cpp_extension.BuildExtension", "not among the parts of torch"),
         ("torch.nn.init.normal_", "is a function"),
         ("torch.nn.modules._functions.SyncBatchNorm", "is private"),
-        ("lightspan.commands.fit.run_fit", "is a function"),
+        ("lightspan.commands.fit.run", "is a function"),
         ("lightspan.callbacks.watching.ledger.write_atomic", "which is lightspan.files.write_atomic, is a function"),
         ("lightspan.callbacks.resilience.preemption.Path", "which is pathlib.Path, is outside the allowed modules"),
         ("lightspan.callbacks.resilience.watchdog.Checkpint", "has no Checkpint"),
@@ -71,7 +71,7 @@ def test_everything_else_is_refused_in_words(class_path, message):
         "torch.load",
         "torch.utils.cpp_extension.BuildExtension",
         "torch.distributed.launcher.api.LaunchConfig",
-        "lightspan.commands.fit.run_fit",
+        "lightspan.commands.fit.run",
         "timm.create_model",
     ],
 )

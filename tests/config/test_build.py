@@ -52,6 +52,17 @@ def test_a_callback_set_to_null_is_not_built(tmp_path):
     assert "Throughput" not in [type(callback).__name__ for callback in built.trainer.callbacks]
 
 
+def test_two_callbacks_of_one_class_whose_states_would_be_one_are_refused_by_name(tmp_path):
+    second = "trainer.callbacks.again.class_path=lightspan.callbacks.resilience.finite.FiniteLoss"
+    said = r"callbacks has FiniteLoss more than once \(finite, again\), .*; remove one, with .*\.again=null, or"
+    with pytest.raises(UserError, match=said):
+        build(tiny(second), tmp_path)
+    spec = "{{class_path: {0}.MaskLearning, init_args: {{match: ['{1}'], mask: {{class_path: {2}.ByScore}}}}}}"
+    parts = "lightspan.callbacks.training.mask_learning", "lightspan.optim.masks.by_score"
+    masks = [f"trainer.callbacks.{end}={spec.format(parts[0], f'*.{end}', parts[1])}" for end in ("weight", "bias")]
+    build(tiny(*masks), tmp_path)
+
+
 def test_without_loggers_there_is_no_logger_at_all(tmp_path):
     assert (
         build(tiny("trainer.logger={jsonl: null}", "trainer.callbacks.learning_rate=null"), tmp_path).trainer.loggers

@@ -112,3 +112,20 @@ def test_a_null_that_removes_nothing_is_said_with_the_name_that_was_meant():
     assert notes == [
         "here trainer.callbacks.chekpoint: null removes nothing, no layer below has it; did you mean checkpoint?"
     ]
+
+
+RECIPES_OWN = layer("checkpoints: {base: b, first: x, second: y}")
+
+
+def test_checkpoints_of_other_names_replace_those_of_the_recipe_and_a_note_names_what_is_dropped():
+    merged, notes = merge_layers([RECIPES_OWN, layer("checkpoints: {base: mine, task: z}", "o.yaml")])
+    assert plain(merged) == {"checkpoints": {"base": "mine", "task": "z"}}
+    (note,) = notes
+    assert "base, task replace all that were named before; dropped: first, second" in note
+    assert "first" in "\n".join(explain(merged, ("checkpoints", "first")) or [])
+
+
+def test_checkpoints_of_the_same_names_are_changed_one_by_one():
+    merged, notes = merge_layers([RECIPES_OWN, layer("checkpoints: {first: z}")])
+    assert plain(merged) == {"checkpoints": {"base": "b", "first": "z", "second": "y"}}
+    assert notes == []

@@ -1,5 +1,6 @@
 """Data workers: they end with the process they work for, and their death is told in one sentence."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -10,12 +11,12 @@ import time
 import pytest
 import torch
 
-from lightspan.datamodules.loading.loader import ExactLoader
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.errors import UserError
 
 LEAVES = """
 import torch
-from lightspan.datamodules.loading.loader import ExactLoader
+from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 
 class Numbers:
     def __len__(self): return 64
@@ -94,3 +95,20 @@ def test_workers_stay_for_the_next_epoch_also_after_one_that_was_left_half_way()
     assert all(map(torch.equal, half, expected[:5]))
     assert len(epochs) == 32
     assert all(map(torch.equal, epochs, expected))
+
+
+@pytest.mark.parametrize("kind", [ExactLoader, EvaluationLoader])
+def test_workers_leave_at_once_with_a_loader_that_was_left_half_way_in_a_cycle(kind: type) -> None:
+    """As in a run that ends in the middle of an epoch: the Trainer holds the loader and its iterator in a cycle."""
+    others = set(multiprocessing.active_children())
+    cycle: list[object] = [kind(Deadly(-1), 4, num_workers=2)]
+    cycle += [iter(cycle[0]), cycle]  # type: ignore[call-overload]
+    next(cycle[1])  # type: ignore[call-overload]
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == 2
+    started = time.monotonic()
+    del cycle
+    while gc.collect() and workers & set(multiprocessing.active_children()):
+        pass
+    assert not workers & set(multiprocessing.active_children())
+    assert time.monotonic() - started < 4

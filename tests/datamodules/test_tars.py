@@ -32,7 +32,7 @@ def tar_bytes(members: dict[str, bytes], mode: str = "w", **changes: object) -> 
     return stream.getvalue()
 
 
-def read_members(shard: str, max_member_bytes: int) -> Iterator[tars.Member]:
+def read_members(shard: str, max_member_bytes: int) -> Iterator[tars.TarMember]:
     with open_shard(shard) as stream:
         yield from tars.read_members(stream, shard, max_member_bytes)
 
@@ -95,7 +95,7 @@ def test_headers_of_members_that_are_passed_over_are_not_kept(shard: Path) -> No
 
 @given(st.lists(st.text("ab./_A", min_size=1, max_size=8), max_size=12))
 def test_members_are_grouped_as_webdataset_does(names: list[str]) -> None:
-    members = [tars.Member(name, name.encode(), 0, 0) for name in names if not META.match(name)]
+    members = [tars.TarMember(name, name.encode(), 0, 0) for name in names if not META.match(name)]
     theirs, ours = [], []
     try:
         theirs = list(group_by_keys({"fname": m.name, "data": m.content, "__url__": "s"} for m in members))

@@ -5,9 +5,12 @@ import json
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.stats import entropy
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
@@ -64,6 +67,27 @@ def test_banks_of_one_distribution_are_at_the_noise_floor_and_others_far_above()
     assert near["distance"] < 1.3 * near["floor_95"]
     assert all(pair["distance"] > 5 * pair["floor_95"] for pair in far)
     assert FilterStatistics().fit(**models, smooth=InMemory(w=smooth)) == report
+
+
+def test_components_and_distances_are_those_of_scaled_filters_in_seventy_bins() -> None:
+    """By numpy and scikit-learn: filters of very different sizes, of which the largest do not say what counts."""
+    sizes = torch.logspace(-2, 1, 64).view(64, 1, 1, 1)
+    models = {"one": noise(64, 8, 3, 3) * sizes, "other": noise(64, 8, 3, 3, seed=1).cumsum(dim=3) * sizes}
+    report = FilterStatistics().fit(**{name: InMemory(w=w) for name, w in models.items()})
+    of_all = {name: w.reshape(-1, 9).double().numpy() for name, w in models.items()}
+    of_all = {name: w / np.abs(w).max(axis=1, keepdims=True) for name, w in of_all.items()}
+    pca = PCA(9).fit(np.concatenate([*of_all.values()]))
+    assert report.explained == pytest.approx(pca.explained_variance_ratio_, abs=1e-10)
+    c = {name: pca.transform(w) for name, w in of_all.items()}
+    expected = 0.0
+    for j, share in enumerate(pca.explained_variance_ratio_):
+        both = np.concatenate([c["one"][:, j], c["other"][:, j]])
+        p, q = (np.histogram(c[n][:, j], 70, (both.min(), both.max()))[0] / len(c[n]) for n in ("one", "other"))
+        p, q = np.where(p > 0, p, 2.0**-23), np.where(q > 0, q, 2.0**-23)
+        expected += share * (entropy(p, q) + entropy(q, p))
+    assert report.distances[0]["distance"] == pytest.approx(
+        expected, rel=0.01
+    )  # a number on an edge may fall to either
 
 
 def test_names_of_a_file_count_by_their_numbers_and_others_keep_their_order() -> None:
@@ -153,7 +177,7 @@ def test_one_layer_is_held_at_a_time() -> None:
     assert len(alive) == 24
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_half_precision_is_computed_in_float64(dtype: torch.dtype) -> None:
     half = noise(16, 8, 3, 3).to(dtype)
     report = FilterStatistics().fit(half=InMemory(w=half), wide=InMemory(w=half.double()))
@@ -176,6 +200,9 @@ def test_what_has_no_statistics_is_named() -> None:
     broken[0, 0, 0, 0] = torch.nan
     with pytest.raises(UserError, match=r"w of net is torch\.float32 or holds NaN"):
         FilterStatistics().fit(net=InMemory(w=broken))
+    for net in (nn.LazyConv2d(4, 3), nn.Conv2d(4, 4, 3, device="meta")):
+        with pytest.raises(UserError, match="weight of net has no numbers; run a lazy network once, or"):
+            FilterStatistics().fit(net=net)
     with pytest.raises(UserError, match=r"w of net is torch\.int64"):
         FilterStatistics().fit(net=InMemory(w=bank.long()))
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightspan.cli import main
 from lightspan.errors import UserError
-from lightspan.estimators.interference import Checkpoint, Interference
+from lightspan.estimators.inputs import CheckpointWeights
+from lightspan.estimators.interference import Interference
 from lightspan.estimators.merging_statistics import DiagonalFisher, InputGrams, NetworkOnData
 from lightspan.merging import interference
 from lightspan.merging.models import Held
@@ -151,7 +152,7 @@ def test_a_report_and_statistics_come_from_recipes(
     result = json.loads(Path("out/result.json").read_text())
     assert result["fields"]["layers"]["layers.1.weight"]["entries"] == 1024
     assert Path("out/picture.png").read_bytes().startswith(b"\x89PNG")
-    assert "1 tensors of base.safetensors" in Checkpoint("base.safetensors").outlook(None)  # type: ignore[arg-type]
+    assert "1 tensors of base.safetensors" in CheckpointWeights("base.safetensors").outlook(None)  # type: ignore[arg-type]
     for name in ("fisher_statistics", "gram_statistics"):
         network = "inputs.network.init_args.network"
         plain = [f"{network}.class_path=lightspan.backbones.vision.MLP", f"{network}.init_args.hidden=[16,10]"]

@@ -84,13 +84,14 @@ def test_the_index_has_a_row_for_each_system_and_names_what_did_not_hold(build_d
     assert "2 of 3 claims held." in text
     assert re.findall(r"^\| \[(.+?)\]\(evidence/", text, re.MULTILINE) == ["named", "02 toy", "10 late", "02 toy"]
     assert (
-        "| [02 toy](evidence/02_toy.md) | 02_toy, a system (arXiv 1234.56789). | a: 1.25 points | >= 1 | **1 of 2** |"
+        "| [02 toy](evidence/02_toy.md) | 02_toy, a system (arXiv 1234.56789). "
+        "| a: 1.25 points | level | >= 1 | **1 of 2** |"
     ) in text
     assert (
-        "| [10 late](evidence/10_late.md) | 10_late, a system (arXiv 1234.56789). | c: 2 points | >= 1 | 1 of 1 |"
-        in text
-    )
-    assert "| [02 toy](evidence/02_toy.md) | b | not finite points |  | >= 1 |" in text
+        "| [10 late](evidence/10_late.md) | 10_late, a system (arXiv 1234.56789). "
+        "| c: 2 points | level | >= 1 | 1 of 1 |"
+    ) in text
+    assert "| [02 toy](evidence/02_toy.md) | b | not finite points |  | level | >= 1 |" in text
 
 
 def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: ModuleType, house: Path) -> None:
@@ -106,6 +107,57 @@ def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: Modu
     assert "| All of it | method | [methods/toys/toy.py](../framework/methods/toys/toy.py) |" in text
     assert text.count("## Toys") == 1
     assert "scale/" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "bound", "kind"),
+    [
+        ("accuracy, ours minus theirs", "points", {"at_least": 1.0}, "better"),
+        ("accuracy, ours minus theirs", "points", {"at_least": 0.0}, "not much worse"),
+        ("loss, ours minus theirs", "nats", {"at_most": 0.02}, "not much worse"),
+        ("loss, ours minus theirs", "nats", {"at_most": -0.02}, "better"),
+        ("state, ours over theirs", "", {"at_most": 0.4}, "better"),
+        ("state, ours over theirs", "", {"at_most": 1.1}, "not much worse"),
+        ("state, ours over theirs", "%", {"at_least": 90.0}, "not much worse"),
+        ("loss of ours below theirs", "%", {"at_least": 5.0}, "better"),
+        ("recall of the overlap", "%", {"at_least": 90.0}, "level"),
+    ],
+)
+def test_a_claim_that_equal_arms_would_keep_is_told_from_one_of_a_gain(
+    build_docs: ModuleType, name: str, unit: str, bound: dict[str, float], kind: str
+) -> None:
+    assert build_docs.asks({"name": name, "unit": unit, "margin": bound}) == kind
+
+
+CLAIMS = (
+    claim("Toy minus plain", 2.0, held=True),
+    claim("linear probe, distance", 0.5, held=False),
+    claim("Toys", 2.0, held=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("title", "key", "names", "said"),
+    [
+        ("Toy (arXiv 1234.56789)", "1234.56789", {"Other"}, "**2 of 3**"),  # all of its own page
+        ("Other (arXiv 9999.00000)", "1234.56789", {"Toy"}, "1 of 1"),
+        ("Other (arXiv 9999.00000)", "1234.56789", {"Nobody"}, "no claim of its own"),
+        ("Many", "1234.56789", {"LinearProbe"}, "**0 of 1**"),
+        ("Many", "toys/toy", {"Nobody"}, "**2 of 3**, of all on it"),
+    ],
+)
+def test_of_a_page_that_methods_share_each_has_the_claims_that_name_it(
+    build_docs: ModuleType, title: str, key: str, names: set[str], said: str
+) -> None:
+    page = sys.modules["methods_page"]
+    shared = record("shared", *CLAIMS) | {"title": title}
+    assert page.counted(shared, key, page.names_of([], names), build_docs.held) == said
+
+
+def test_a_method_is_named_by_its_paper_and_its_classes(build_docs: ModuleType) -> None:
+    papers = ["LoRA: Low-Rank Adaptation (arXiv 2106.09685)", "Adaptive Rank (CoDyRA, arXiv 2412.01004)"]
+    names = sys.modules["methods_page"].names_of(papers, {"LowRank", "KNN"})
+    assert names == {" lora ", " co dyra ", " low rank ", " knn "}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
+from kernel_oracles import NAMES, as_on_a_gpu, close_energies, column_energies, tiled_spec
 from torch import Tensor
 
 from lightspan.experiments.kronecker_energies import (
@@ -14,7 +15,7 @@ from lightspan.experiments.kronecker_energies import (
 )
 from lightspan.triton_kernels import tiles as shared
 from lightspan.triton_kernels.launch import tl
-from lightspan.triton_kernels.tiles import blocks, index_type, operands
+from lightspan.triton_kernels.tiles import blocks, index_type
 
 SHAPES = [(1, 1, 1), (5, 3, 4), (19, 1, 13), (17, 16, 16), (3, 20, 33)]  # M, a, b
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,12 +33,7 @@ def problem(
 
 
 def formula(gradients: list[Tensor], left: Tensor, right: Tensor) -> Tensor:
-    return (torch.stack(gradients).double() @ torch.kron(left.double(), right.double())).square().sum(dim=1)
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    # Against the mean energy of a column: a small one may be the square of a difference of large numbers.
-    torch.testing.assert_close(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance * expected.mean().item())
+    return column_energies(gradients, torch.kron(left.double(), right.double()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,7 +43,7 @@ def test_the_reference_equals_the_dense_product_in_float64(shape, layout, dtype)
     given = problem(shape, dtype, layout)
     got = kronecker_energies(*given)
     assert got.dtype == torch.float32
-    close(got, formula(*given))
+    close_energies(got, formula(*given), TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -56,7 +52,7 @@ def test_float64_factors_give_float64(dtype):
     for path in (kronecker_energies, kronecker_energies_triton):
         got = path(*given)
         assert got.dtype == torch.float64
-        close(got, formula(*given), 1e-13)
+        close_energies(got, formula(*given), 1e-13)
 
 
 def test_an_orthonormal_basis_keeps_all_energy():
@@ -69,7 +65,7 @@ def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
     given = problem((33, 3, 4), torch.float32, "columns")
     whole = kronecker_energies_reference(*given)
     monkeypatch.setattr(shared, "CACHED", 60)
-    close(kronecker_energies_reference(*given), whole)
+    close_energies(kronecker_energies_reference(*given), whole, TOLERANCE)
 
 
 @needs_triton
@@ -80,14 +76,14 @@ def test_the_kernel_equals_the_reference(shape, layout, dtype):
     given = problem(shape, dtype, layout)
     got = kronecker_energies_triton(*given)
     assert got.dtype == torch.float32
-    close(got, kronecker_energies_reference(*given))
+    close_energies(got, kronecker_energies_reference(*given), TOLERANCE)
 
 
 @needs_triton
 def test_the_kernel_reads_float16_and_sums_in_one_order():
     given = problem((19, 3, 4), torch.float16)
     got = kronecker_energies_triton(*given)
-    close(got, formula(*given))
+    close_energies(got, formula(*given), TOLERANCE)
     assert torch.equal(got, kronecker_energies_triton(*given))
 
 
@@ -95,15 +91,15 @@ def test_the_kernel_reads_float16_and_sums_in_one_order():
 def test_factors_may_be_transposed_views_and_bfloat16():
     gradients, left, right = problem((4, 3, 20), torch.float32)
     left, right = left.bfloat16().mT, right.bfloat16().mT
-    close(kronecker_energies_triton(gradients, left, right), formula(gradients, left, right))
-    close(kronecker_energies_reference(gradients, left, right), formula(gradients, left, right))
+    close_energies(kronecker_energies_triton(gradients, left, right), formula(gradients, left, right), TOLERANCE)
+    close_energies(kronecker_energies_reference(gradients, left, right), formula(gradients, left, right), TOLERANCE)
 
 
 @needs_triton
 def test_factors_that_do_not_fit_take_the_reference():
     given = problem((2, 1, 131), torch.bfloat16)
     assert not fits(torch.bfloat16, *given[1:])
-    close(kronecker_energies_triton(*given), formula(*given))
+    close_energies(kronecker_energies_triton(*given), formula(*given), TOLERANCE)
 
 
 def test_the_op_keeps_its_contract():
@@ -128,32 +124,21 @@ def test_offsets_within_a_row_are_64_bits_where_32_would_overflow():
     assert index_type(4096, 1, 2**19) == tl.int64
 
 
-NAMES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
-
-
 def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
-    element = getattr(torch, NAMES[dtype].removeprefix("tl."))
-    sizes = blocks(size, size, element, transposed)
-    options = {"num_warps": sizes.pop("num_warps")}
-    constants = {name: NAMES.get(str(value), value) for name, value in operands(element).items()}
-    constants |= {"ELEMENT": NAMES[dtype], "ALIGNED": True, "INDEX": "tl.int32", **sizes}
-    constants |= {"stride_m" if transposed else "stride_n": 1}
-    if target == "gfx942":
-        constants |= {"STAGES": 1}
+    element = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     types = {
         "table_ptr": "*i64", "left_ptr": "*fp32", "right_ptr": "*fp32", "partial_ptr": "*fp32",
         **dict.fromkeys(("M", "stride_m", "stride_n"), "i32"),
     }  # fmt: skip
-    types = {name: kind for name, kind in types.items() if name not in constants}
+    constants = {"ELEMENT": NAMES[dtype], "stride_m" if transposed else "stride_n": 1}
     kernel = "experiments.kronecker_energies:kronecker_energies_kernel"
-    return Spec(kernel, types, constants, list(types), True, options)
+    return tiled_spec(kernel, blocks(size, size, element, transposed), types, dtype, target, **constants)
 
 
 @needs_triton
 @pytest.mark.aot
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch, target):
-    monkeypatch.setattr(shared, "INTERPRETED", False)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    as_on_a_gpu(monkeypatch)
     sizes = [(64, "bf16", False), (64, "bf16", True), (32, "bf16", False)]  # 4096 and 1024 columns
     if target == "sm_90":
         sizes += [(64, "fp32", False)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
+from kernel_oracles import NAMES, as_on_a_gpu, close, kronecker_frame, projection, tiled_spec
 from torch import Tensor
 
 from lightspan.experiments.kronecker_gather import (
@@ -13,8 +14,7 @@ from lightspan.experiments.kronecker_gather import (
     kronecker_gather_triton,
     slot_map,
 )
-from lightspan.triton_kernels import tiles as shared
-from lightspan.triton_kernels.tiles import blocks, operands
+from lightspan.triton_kernels.tiles import blocks
 
 SHAPES = [(1, 1, 1, 1), (5, 3, 4, 5), (19, 1, 13, 13), (17, 16, 16, 3), (3, 20, 33, 7)]  # M, a, b, R
 
@@ -31,15 +31,7 @@ def problem(
 
 
 def formula(gradients: list[Tensor], columns_BR: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The dense product, then the columns; and the row energies."""
-    wide_BMN = torch.stack(gradients).double()
-    product_BMN = wide_BMN @ torch.kron(left.double(), right.double())
-    index_BMR = columns_BR[:, None, :].expand(-1, product_BMN.shape[1], -1)
-    return product_BMN.gather(2, index_BMR), wide_BMN.square().sum(dim=2)
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance)
+    return projection(gradients, kronecker_frame(columns_BR, left, right))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,7 +43,7 @@ def test_the_reference_equals_the_dense_product_in_float64(shape, layout, dtype)
     assert got.dtype == energy.dtype == torch.float32
     # bfloat16 rounds the frame and the product, which is of the size of 1, by 2^-9 each.
     close(got, expected, 2**-6 if dtype == torch.bfloat16 else 1e-5)
-    close(energy, energies)
+    close(energy, energies, 1e-5)
 
 
 def test_float64_factors_give_float64():
@@ -69,10 +61,8 @@ def test_all_columns_of_an_orthonormal_basis_keep_all_energy():
 
 
 def test_the_frame_holds_the_columns_of_the_kronecker_product():
-    _, columns_BR, left, right = problem((1, 3, 4, 5), torch.float64, wide=torch.float64)
-    basis = torch.kron(left, right)
-    expected = torch.stack([basis[:, columns] for columns in columns_BR])
-    assert torch.equal(kronecker_columns(columns_BR, left, right), expected)
+    _, *given = problem((1, 3, 4, 5), torch.float64, wide=torch.float64)
+    assert torch.equal(kronecker_columns(*given), kronecker_frame(*given))
 
 
 def test_the_map_inverts_the_choice_of_columns():
@@ -89,7 +79,7 @@ def test_the_kernel_equals_the_formula(shape, layout, dtype):
     given = problem(shape, dtype, layout)
     for got, expected in zip(kronecker_gather_triton(*given, True), formula(*given), strict=True):
         assert got.dtype == torch.float32
-        close(got, expected)
+        close(got, expected, 1e-5)
 
 
 @needs_triton
@@ -111,33 +101,22 @@ def test_the_op_keeps_its_contract():
     torch.library.opcheck(kronecker_gather, (*problem((5, 3, 4, 5), torch.float32), False))
 
 
-NAMES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
-
-
 def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
-    element = getattr(torch, NAMES[dtype].removeprefix("tl."))
-    sizes = blocks(size, size, element, transposed)
-    options = {"num_warps": sizes.pop("num_warps")}
-    constants = {name: NAMES.get(str(value), value) for name, value in operands(element).items()}
-    constants |= {"ELEMENT": NAMES[dtype], "ENERGY": True, "ALIGNED": True, "INDEX": "tl.int32", **sizes}
-    constants |= {"stride_m" if transposed else "stride_n": 1}
-    if target == "gfx942":
-        constants |= {"STAGES": 1}
+    element = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     types = {
         "table_ptr": "*i64", "slot_ptr": "*i32",
         **dict.fromkeys(("left_ptr", "right_ptr", "coordinates_ptr", "energy_ptr"), "*fp32"),
         **dict.fromkeys(("M", "R", "stride_m", "stride_n"), "i32"),
     }  # fmt: skip
-    types = {name: kind for name, kind in types.items() if name not in constants}
+    constants = {"ELEMENT": NAMES[dtype], "ENERGY": True, "stride_m" if transposed else "stride_n": 1}
     kernel = "experiments.kronecker_gather:kronecker_gather_kernel"
-    return Spec(kernel, types, constants, list(types), True, options)
+    return tiled_spec(kernel, blocks(size, size, element, transposed), types, dtype, target, **constants)
 
 
 @needs_triton
 @pytest.mark.aot
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch, target):
-    monkeypatch.setattr(shared, "INTERPRETED", False)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    as_on_a_gpu(monkeypatch)
     sizes = [(64, "bf16", False), (64, "bf16", True), (32, "bf16", False)]  # 4096 and 1024 columns
     if target == "sm_90":
         sizes += [(64, "fp32", False)]

@@ -6,6 +6,17 @@ import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
+from kernel_oracles import (
+    NAMES,
+    as_on_a_gpu,
+    check_seeds_keep_steps_on_average,
+    check_seeds_round_to_a_neighbour,
+    close,
+    kronecker_frame,
+    tiled_spec,
+    updated,
+    updated_weights,
+)
 from torch import Tensor
 
 from lightspan.experiments.kronecker_scatter_update import (
@@ -13,8 +24,7 @@ from lightspan.experiments.kronecker_scatter_update import (
     kronecker_scatter_update_reference,
     kronecker_scatter_update_triton,
 )
-from lightspan.triton_kernels import tiles as shared
-from lightspan.triton_kernels.tiles import blocks, operands
+from lightspan.triton_kernels.tiles import blocks
 
 PATHS = [kronecker_scatter_update_reference, pytest.param(kronecker_scatter_update_triton, marks=needs_triton)]
 
@@ -52,28 +62,13 @@ def problem(
 
 
 def formula(problem: dict[str, Any]) -> Tensor:
-    """The new weights in float64 by the dense basis, before they are rounded."""
-    wide = {name: value.double() for name, value in problem.items() if isinstance(value, Tensor)}
-    basis_NN = torch.kron(wide["left_aa"], wide["right_bb"])
-    frame_BNR = torch.stack([basis_NN[:, columns] for columns in problem["columns_BR"]])
-    step = wide["direction_BMR"] @ frame_BNR.mT
-    if problem["gradients"]:
-        step = step + wide["scale_BM"][:, :, None] * torch.stack(problem["gradients"]).double()
-    return wide["keep"] * torch.stack(problem["weights"]).double() - wide["lr"] * step
+    frame_BNR = kronecker_frame(problem["columns_BR"], problem["left_aa"], problem["right_bb"])
+    return updated_weights(problem, frame_BNR)
 
 
-def updated(path: Any, problem: dict[str, Any], **changes: Any) -> Tensor:
-    weights = [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in problem["weights"]]
-    if problem["weights"][0].data_ptr() % 16:
-        weights = [laid_out(weight, "unaligned") for weight in weights]
-    assert path(**{**problem, **changes, "weights": weights}) is None
-    return torch.stack(weights)
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+def near(got: Tensor, expected: Tensor, tolerance: float) -> None:
     # Terms of about 10 may cancel: float32's sums err by 10 * 2^-23 in any dtype.
-    noise = 1e-13 if got.dtype == torch.float64 else 4e-6
-    torch.testing.assert_close(got.to(expected.dtype), expected, rtol=tolerance, atol=noise)
+    close(got.to(expected.dtype), expected, tolerance, 1e-13 if got.dtype == torch.float64 else 4e-6)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -83,19 +78,19 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_paths_equal_the_formula_in_float64(path, residual, shape, layout, dtype):
     given = problem(shape, dtype, residual, layout)
-    close(updated(path, given), formula(given), TOLERANCE[dtype])
+    near(updated(path, given), formula(given), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_float16_weights_are_rounded_once(path):
     given = problem((5, 3, 4, 5), torch.float16)
-    close(updated(path, given), formula(given), TOLERANCE[torch.float16])
+    near(updated(path, given), formula(given), TOLERANCE[torch.float16])
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_float64_is_computed_in_float64(path):
     given = problem((7, 3, 5, 4), torch.float64)
-    close(updated(path, given), formula(given), 1e-14)
+    near(updated(path, given), formula(given), 1e-14)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -103,7 +98,7 @@ def test_float64_is_computed_in_float64(path):
 def test_gradients_may_differ_from_weights_in_dtype_and_layout(path, layouts):
     given = problem((7, 3, 4, 3), torch.float32, True, *layouts)
     given["gradients"] = [gradient.bfloat16() for gradient in given["gradients"]]
-    close(updated(path, given), formula(given), TOLERANCE[torch.float32])
+    near(updated(path, given), formula(given), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -129,37 +124,26 @@ def test_it_undoes_the_gather():
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_seeds_make_bfloat16_one_of_the_two_neighbours(path, layout):
     given = problem((19, 4, 8, 3), torch.bfloat16, True, layout)
-    exact = updated(path, given | {"weights": [weight.float() for weight in given["weights"]]})
-    got = updated(path, given, seed=torch.tensor(5)).float()
-    down = exact.view(torch.int32).bitwise_and(-65536)
-    assert ((got == down.view(torch.float32)) | (got == (down + 65536).view(torch.float32))).all()
-    nearest = updated(path, given).float()
-    assert 0.2 < (got != nearest).double().mean() < 0.8
-    assert torch.equal(got, updated(path, given, seed=torch.tensor(5)).float())
-    assert not torch.equal(got, updated(path, given, seed=torch.tensor(6)).float())
+    check_seeds_round_to_a_neighbour(path, given)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_seeds_keep_steps_on_average_that_nearest_loses(path):
-    M, size, step = 48, 32, 2.0**-12  # a thirty-second of bfloat16's unit above 1
+    M, size = 48, 32
     given = {
         "weights": [torch.ones(M, size * size, dtype=torch.bfloat16) for _ in range(2)],
-        "direction_BMR": torch.full((2, M, size * size), -step), "columns_BR": torch.arange(size * size).expand(2, -1),
+        "direction_BMR": torch.full((2, M, size * size), -(2.0**-12)),
+        "columns_BR": torch.arange(size * size).expand(2, -1),
         "left_aa": torch.eye(size), "right_bb": torch.eye(size), "gradients": [], "scale_BM": torch.empty(0, M),
         "lr": torch.tensor(1.0), "keep": torch.tensor(1.0), "seed": None,
     }  # fmt: skip
-    assert (updated(path, given) == 1).all()
-    got = updated(path, given, seed=torch.tensor(2)).double()
-    share = step / 2**-7
-    allowed = 5 * 2**-7 * (share * (1 - share) / got.numel()) ** 0.5
-    assert abs(got.mean().item() - 1 - step) < allowed
-    assert not torch.equal(got[0], got[1])  # every matrix has noise of its own
+    check_seeds_keep_steps_on_average(path, given)
 
 
 @needs_triton
 def test_factors_that_do_not_fit_take_the_back_projection():
     given = problem((2, 1, 131, 3), torch.bfloat16)
-    close(updated(kronecker_scatter_update_triton, given), formula(given), TOLERANCE[torch.bfloat16])
+    near(updated(kronecker_scatter_update_triton, given), formula(given), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -168,36 +152,26 @@ def test_the_op_keeps_its_contract(residual):
     torch.library.opcheck(kronecker_scatter_update, tuple({**given, "seed": torch.tensor(1)}.values()))
 
 
-NAMES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
-
-
 def spec(size: int, dtype: str, transposed: bool, residual: bool, target: str) -> Spec:
-    element = getattr(torch, NAMES[dtype].removeprefix("tl."))
-    sizes, seeded = blocks(size, size, element, transposed, tiles=2), dtype == "bf16"
-    options, one = {"num_warps": sizes.pop("num_warps")}, "m" if transposed else "n"
-    constants = {name: NAMES.get(str(value), value) for name, value in operands(element).items()}
-    constants |= {"WEIGHT": NAMES[dtype], "GRADIENT": NAMES[dtype] if residual else None, "SEEDED": seeded}
-    constants |= {"ALIGNED": True, "INDEX": "tl.int32", f"weight_stride_{one}": 1, **sizes}
-    constants |= {f"gradient_stride_{one}": 1} if residual else {"gradients_ptr": None, "scale_ptr": None}
-    constants |= {} if seeded else {"seed_ptr": None}
-    if target == "gfx942":
-        constants |= {"STAGES": 1}
+    element = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    seeded, one = dtype == "bf16", "m" if transposed else "n"
     types = {
         "weights_ptr": "*i64", "gradients_ptr": "*i64", "slot_ptr": "*i32", "seed_ptr": "*i64",
         **dict.fromkeys(("direction_ptr", "left_ptr", "right_ptr", "scale_ptr", "lr_ptr", "keep_ptr"), "*fp32"),
         **dict.fromkeys(("M", "R", "weight_stride_m", "weight_stride_n"), "i32"),
         **dict.fromkeys(("gradient_stride_m", "gradient_stride_n"), "i32"),
     }  # fmt: skip
-    types = {name: kind for name, kind in types.items() if name not in constants}
+    constants = {"WEIGHT": NAMES[dtype], "GRADIENT": NAMES[dtype] if residual else None, "SEEDED": seeded}
+    constants |= {f"weight_stride_{one}": 1} | ({} if seeded else {"seed_ptr": None})
+    constants |= {f"gradient_stride_{one}": 1} if residual else {"gradients_ptr": None, "scale_ptr": None}
     kernel = "experiments.kronecker_scatter_update:kronecker_scatter_update_kernel"
-    return Spec(kernel, types, constants, list(types), True, options)
+    return tiled_spec(kernel, blocks(size, size, element, transposed, tiles=2), types, dtype, target, **constants)
 
 
 @needs_triton
 @pytest.mark.aot
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch, target):
-    monkeypatch.setattr(shared, "INTERPRETED", False)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    as_on_a_gpu(monkeypatch)
     sizes = [(64, "bf16", False, True), (64, "bf16", True, True), (32, "bf16", False, False)]  # 4096 and 1024 columns
     if target == "sm_90":
         sizes += [(64, "fp32", False, True)]

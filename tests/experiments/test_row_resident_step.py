@@ -4,6 +4,7 @@ import pytest
 import torch
 from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import needs_triton
+from kernel_oracles import projection, updated_weights
 from torch import Tensor
 
 from lightspan.experiments import row_resident_step as module
@@ -49,13 +50,12 @@ def problem(
 
 def in_float64(arguments: dict, frame: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights, moments and direction after the step, from the formulas, with the frame rounded to `frame`."""
-    gradient, weight = (torch.stack(list(arguments[name])).double() for name in ("gradients", "weights"))
-    frame_BNR, age = arguments["frame_BNR"].to(frame).double(), arguments["age_BR"].double()[:, None]
-    g = gradient @ frame_BNR
+    frame_BNR, age = arguments["frame_BNR"].to(frame), arguments["age_BR"].double()[:, None]
+    g, _ = projection(arguments["gradients"], frame_BNR)
     m = 0.9 * arguments["m_BMR"].double() + 0.1 * g
     v = 0.99 * arguments["v_BMR"].double() + 0.01 * g**2
     u = m / (1 - 0.9**age) / ((v / (1 - 0.99**age)).sqrt() + 1e-8)
-    return 0.9 * weight - 0.02 * u @ frame_BNR.mT, m, v, u
+    return updated_weights(arguments | {"direction_BMR": u, "gradients": []}, frame_BNR), m, v, u
 
 
 @implementations

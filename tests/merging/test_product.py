@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lightspan.cli import main
 from lightspan.errors import UserError
-from lightspan.merging.adapted import Adapted
+from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.weights import open_weights
 
 peft = pytest.importorskip("peft")
@@ -95,7 +95,7 @@ def test_weights_that_are_stored_as_inputs_by_outputs_are_told_by_the_layers_tha
     theirs = lora(model, tmp_path / "lora", 1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": False}))
-    weights = Adapted(tmp_path / "lora", open_weights(tmp_path / "base"))
+    weights = AdaptedWeights(tmp_path / "lora", open_weights(tmp_path / "base"))
     changed = [name for name in weights.forms if not torch.equal(theirs[name], start[name])]
     assert len(changed) == 3
     for name in weights.forms:
@@ -119,7 +119,7 @@ def test_an_adapter_of_convolutions_is_read_under_the_names_of_a_run(tmp_path: P
             parameter.copy_(torch.randn_like(parameter)) if parameter.requires_grad else None
     save_peft(model, tmp_path / "lora")
     fold(model)
-    weights = Adapted(tmp_path / "lora", open_weights(tmp_path / "run.safetensors"))
+    weights = AdaptedWeights(tmp_path / "lora", open_weights(tmp_path / "run.safetensors"))
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(weights.read(f"backbone.{name}").float(), tensor, rtol=1e-5, atol=1e-6)
 

@@ -82,7 +82,9 @@ def test_settings_out_of_range_are_refused() -> None:
         Arbitrary(-1)
     with pytest.raises(UserError, match=r"num_classes=1: a class has no other"):
         Distinct(1)
-    with pytest.raises(UserError, match=r"alpha=-0.5 must be at least 0"):
+    with pytest.raises(UserError, match=r"alpha=nan must be finite and at least 0"):
+        ByDistance([[0.0]], alpha=float("nan"))
+    with pytest.raises(UserError, match=r"alpha=-0.5 must be finite and at least 0"):
         ByDistance(TABLE, -0.5)
 
 

@@ -29,6 +29,14 @@ def test_a_head_maps_any_leading_axes_and_no_hidden_width_is_linear() -> None:
     assert len(DINOHead(6, 9, hidden=(), bottleneck=5).mlp) == 1
 
 
+def test_layers_start_as_dinos_with_a_deviation_of_0_02_and_no_biases() -> None:
+    torch.manual_seed(0)
+    for layer in DINOHead(256, 9, hidden=(256,), bottleneck=256).mlp[::2]:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03)
+        assert layer.weight.mean().item() == pytest.approx(0, abs=3e-4)
+        assert not layer.bias.any()
+
+
 def test_directions_are_neither_decayed_nor_projected() -> None:
     kinds = {name: group["name"] for group in ParameterGroups().build(DINOHead(6, 9)) for name, _ in group["params"]}
     assert kinds["prototypes.weight"] == "embeddings"

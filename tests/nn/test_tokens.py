@@ -25,6 +25,7 @@ ViT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads"
 TIMM = {
     "ViT": lambda: VisionTransformer(reg_tokens=2, **ViT),
     "ResNet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=0),
+    "ResNet, as wide as high": lambda: ResNet(BasicBlock, (1, 1, 1, 1), channels=(4, 8, 8, 8), num_classes=0),
     "Swin": lambda: SwinTransformer(16, 2, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2), num_classes=0),
 }
 
@@ -104,13 +105,26 @@ def test_class_tokens_that_come_after_the_blocks_are_not_cut_off(family: type[nn
         torch.testing.assert_close(tokens.tokens_BTD, map_BDHW.flatten(2).mT)
 
 
-def test_the_width_that_is_told_gives_the_order_of_a_maps_axes() -> None:
+def volo(size: int) -> VOLO:
     torch.manual_seed(0)
-    net = VOLO(
-        layers=(1, 1, 1, 1), img_size=32, embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), num_classes=0,
+    return VOLO(
+        layers=(1, 1, 1, 1), img_size=size, embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), num_classes=0,
         stem_hidden_dim=8,
     ).eval()  # fmt: skip
-    images = torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_map_as_wide_as_it_has_features_is_read_as_the_other_layers_are(layer: int) -> None:
+    size = (128, 512)[layer]  # 16 features at 16 x 16, or 32 at 32 x 32
+    net, images = volo(size), torch.randn(1, 3, size, size)
+    (expected,) = net.forward_intermediates(images, indices=[layer], intermediates_only=True)
+    assert expected.shape[1] == expected.shape[2]
+    (tokens,) = token_features(net, lambda: net(images), [layer])
+    torch.testing.assert_close(tokens.tokens_BTD, expected.flatten(2).mT)
+
+
+def test_the_width_that_is_told_gives_the_order_of_a_maps_axes() -> None:
+    net, images = volo(32), torch.randn(2, 3, 32, 32)
     expected = net.forward_intermediates(images, indices=[0], intermediates_only=True)[0]
     (tokens,) = token_features(net, lambda: net(images), [0])
     torch.testing.assert_close(tokens.tokens_BTD, expected.flatten(2).mT)

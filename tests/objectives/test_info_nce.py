@@ -48,7 +48,7 @@ def test_two_rows_of_two_classes_by_hand() -> None:
     assert class_pair_loss(z, label, label.flip(0), None, 0.5).item() == 0
 
 
-def test_an_open_gate_on_identical_pairs_is_supcon_with_itself_and_a_denominator_for_each_positive() -> None:
+def test_an_open_gate_on_identical_pairs_has_an_anchor_itself_and_a_denominator_for_each_positive() -> None:
     z, label, temperature = double(9, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 1]), 0.1
     unit = z / z.norm(dim=1, keepdim=True)
     terms = []

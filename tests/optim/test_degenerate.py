@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.optim import bases, carries, inner, moments, presets, residuals, triggers
+from lightspan.optim import bases, carries, inner, moments, presets, residuals
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
@@ -35,7 +35,7 @@ PARTS = {
     "residual": residuals.Residual,
     "inner": inner.Inner,
     "moments": moments.MomentStorage,
-    "refresh": triggers.Trigger,
+    "refresh": bases.Trigger,
 }
 
 

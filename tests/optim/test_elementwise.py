@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightspan.optim import elementwise
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.norms import square_norms
+from lightspan.sharded import square_norms
 
 
 class Counted(TorchDispatchMode):

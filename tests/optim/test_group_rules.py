@@ -149,6 +149,47 @@ def test_numbered_blocks_are_layers_and_heads_keep_the_full_rate(backbone, first
     assert found[f"backbone.{last}"][0] == 1.0
 
 
+class HeadFirst(nn.Module):
+    def __init__(self, head: str = "head") -> None:
+        super().__init__()
+        setattr(self, head, nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+
+@pytest.mark.parametrize("head", ["head", "classifier", "lm_head", "fc", "head_dist"])
+@pytest.mark.parametrize("inside", ["", "0."])
+def test_a_head_has_the_full_rate_wherever_it_is_registered(head: str, inside: str) -> None:
+    net = HeadFirst(head)
+    found = settings(ParameterGroups(layer_decay=0.5), nn.Sequential(net) if inside else net)
+    assert [found[f"{inside}{name}.weight"][0] for name in (f"{head}.0", "stem.0", "blocks.0", "blocks.1")] == [
+        1.0, 0.125, 0.25, 0.5
+    ]  # fmt: skip
+
+
+def tied() -> Net:
+    net = Net()
+    net.head.weight = net.embed.weight
+    return net
+
+
+def test_a_rule_matches_a_tied_weight_by_any_of_its_names() -> None:
+    for pattern in ("head.weight", "embed.weight"):
+        found = settings(ParameterGroups(rules=[Rule([pattern], lr_scale=3.0, weight_decay=0.25)]), tied())
+        assert found["embed.weight"] == (3.0, 0.25, False)
+    assert settings(ParameterGroups(["head.weight"]), tied())["embed.weight"] == (1.0, 0.0, False)
+    layers = ParameterGroups(layer_decay=0.5, layers=["head.weight", "blocks.*"])
+    assert settings(layers, tied())["embed.weight"][0] == 0.25
+    with pytest.raises(UserError, match=r"'head\.wieght' matches no trained parameter of Net"):
+        ParameterGroups(rules=[Rule(["head.wieght"], lr_scale=3.0)]).optimizer(tied(), torch.optim.AdamW)
+
+
+def test_a_weight_tied_to_the_embeddings_is_not_that_of_a_head() -> None:
+    net = HeadFirst()
+    net.stem[0].weight = net.head[0].weight
+    assert settings(ParameterGroups(layer_decay=0.5), net)["head.0.weight"][0] == 0.125
+
+
 @pytest.mark.parametrize("trained", ["model.layers.2.", "head."])
 def test_freezing_does_not_change_the_depth_of_what_trains(trained: str) -> None:
     net = llama(vocab_size=16, width=8, depth=3, heads=2, mlp_width=8, context=8)

@@ -247,12 +247,18 @@ def test_a_least_squares_problem_of_rank_two_is_solved_in_rank_three(residual):
         ({"lr": -1.0}, "LowRank lr=-1.0 must be at least 0"),
         ({"betas": (0.9, 1.0)}, r"LowRank betas=\(0.9, 1.0\) must be in \[0, 1\)"),
         ({"refresh": 0}, "refresh=0 must be at least 1 step"),
-        ({"rank": 9}, r"rank=9 is not below the shorter side of any matrix \(the largest is 4\).*at most 2"),
+        ({"rank": 9}, r"rank=9 is not below the shorter side of any matrix \(the largest is 4\)"),
+        ({"rank": 4}, r"choose a rank from 1 to 3, or use AdamW$"),
     ],
 )
 def test_bad_settings_are_refused_with_value_and_limit(options, message):
     with pytest.raises(UserError, match=message):
         LowRank(matrices((6, 4), (3, 3)), **options)
+
+
+def test_matrices_of_one_row_have_no_rank_to_choose():
+    with pytest.raises(UserError, match=r"would be projected; use AdamW$"):
+        LowRank(matrices((1, 4)), rank=1)
 
 
 def test_vectors_alone_are_refused():

@@ -16,11 +16,11 @@ from torch import nn
 
 from lightspan.errors import UserError
 from lightspan.optim import presets, reference
+from lightspan.optim.bases import Every
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.reference.ldadam import power_step
 from lightspan.optim.reference.loop import tall
 from lightspan.optim.residuals import Fira
-from lightspan.optim.triggers import Every
 
 SHAPES = [(9, 6), (6, 9), (7, 7), (5, 3, 2, 2)]
 STEPS, LR, DECAY = 20, [0.1 * (1 - t / 40) for t in range(20)], 0.1

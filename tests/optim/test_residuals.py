@@ -12,7 +12,7 @@ from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis
 from lightspan.optim.inner import SGD
 from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.residuals import Apollo, Dropped, ErrorFeedback, Fira, Terms
+from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira, NoResidual, Terms
 
 LAYOUT = Layout(7, 5, 2, False, torch.float64, torch.device("cpu"), (0, 1))
 
@@ -29,6 +29,8 @@ def parts(seed=0):
 
 def lifted(residual, gradient, frame, coordinates, direction, state):
     energy = gradient.square().sum(-1)
+    if not residual.rescales:
+        return direction @ frame.mT
     coefficients, scale = residual.terms(Terms(direction.clone(), coordinates, energy, LAYOUT), state)
     update = coefficients @ frame[..., : coefficients.shape[-1]].mT
     return update + scale[..., None] * gradient if len(scale) else update
@@ -215,7 +217,7 @@ def test_clipping_comes_before_error_feedback():
 @pytest.mark.parametrize("residual", [None, Fira(), ErrorFeedback()])
 def test_frames_that_are_not_orthonormal_go_with_apollo_only(residual):
     weight = nn.Parameter(torch.zeros(6, 4))
-    kind = type(residual or Dropped()).__name__
+    kind = type(residual or NoResidual()).__name__
     with pytest.raises(UserError, match=f"GaussianBasis has no orthonormal frames, which residual={kind} needs"):
         LowRank([weight], rank=2, basis=GaussianBasis(), residual=residual)
     LowRank([weight], rank=2, basis=GaussianBasis(), residual=Apollo())

@@ -31,9 +31,9 @@ from lightspan.strategies import shard_blocks
 
 pytestmark = pytest.mark.ranks
 
-STEPS, BATCH, IMAGE, OUTPUTS = 50, 32, (3, 6, 6), 6
-RANK, REFRESH, CLIP = 3, 12, 0.5
-SAVED, SHORT = 40, 14
+STEPS, BATCH, IMAGE, OUTPUTS = 24, 32, (3, 6, 6), 6
+RANK, REFRESH, CLIP = 3, 6, 0.5
+SAVED, SHORT = 16, 8
 
 
 class Block(nn.Module):
@@ -71,7 +71,7 @@ OPTIMISERS = {
     "LowRank": lambda p: LowRank(p, lr=1e-2, rank=RANK, refresh=REFRESH, weight_decay=0.1, max_norm=CLIP),
     # Errors in float32: whether a code of 8 bits is rounded up hangs on the last bit of a sum, and one code moves later
     # losses by more than 1e-5, also in one process. Below, int8 is compared in float64.
-    "DCTAdamW": lambda p: DCTAdamW(p, lr=3e-3, rank=RANK, weight_decay=0.1, max_norm=CLIP, error_feedback="float32"),
+    "DCTAdamW": lambda p: DCTAdamW(p, lr=1e-2, rank=RANK, weight_decay=0.1, max_norm=CLIP, error_feedback="float32"),
 }
 OTHERS = {
     "DCTAdamW int8": lambda p: DCTAdamW(p, lr=3e-3, rank=RANK, weight_decay=0.1, max_norm=CLIP),
@@ -260,8 +260,8 @@ def straight() -> dict[str, list[float]]:
 @pytest.mark.parametrize("ranks", [1, 2, 4, "2 x 2"])
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_ranks_give_the_losses_of_one_process(runs, straight, name, ranks):
-    first, last = straight[name][0], straight[name][-1]
-    assert last < 0.97 * first
+    first, last = straight[name][:5], straight[name][-5:]  # each loss is that of another batch
+    assert sum(last) < 0.97 * sum(first)
     for out in runs:
         losses = out["losses"][name, ranks]
         assert len(losses) == (STEPS if ranks in (2, 4) else SHORT) > REFRESH

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from lightspan.config.build import Built
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
+from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.low_rank import LowRank
 from lightspan.planning import rehearsal
 from lightspan.planning.rehearsal import rehearse
@@ -87,6 +88,27 @@ def test_what_each_parameter_gets_is_printed_as_when_a_run_starts(monkeypatch, t
     said = capsys.readouterr().out
     assert said.startswith("LowRank: what each parameter gets")
     assert "rank 1 of 2" in said
+
+
+class Grouped(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = ParameterGroups(rules=[Rule(["layer.bias"], lr_scale=0.5)]).optimizer(
+            self, lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.02)
+        )
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer)]
+
+
+def test_of_any_optimiser_the_groups_are_printed_with_their_rates_before_a_schedule_changes_them(
+    monkeypatch, tmp_path, capsys
+):
+    tried(monkeypatch, tmp_path, Grouped())
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert title.strip() == "AdamW: which parameters train together"
+    assert head.split() == ["group", "tensors", "numbers", "lr", "weight", "decay"]
+    assert [row.split() for row in rows if row.strip()] == [
+        ["matrices", "1", "8", "0.1", "0.02"],
+        ["vectors-lr0.5", "1", "2", "0.05", "0"],
+    ]
 
 
 def test_shapes_that_do_not_fit_are_refused(monkeypatch, tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightspan.report.chart import Chart, Curve, draw
-from lightspan.report.compare import compare, differences, headline, number
+from lightspan.report.chart import Chart, ChartLine, draw
+from lightspan.report.compare import caution, compare, differences, headline, number
 from lightspan.report.curves import smooth, thin, ticks, window
 from lightspan.report.runs import load_runs, unique_names
 from lightspan.report.sections import group_of, sections, unit_of
@@ -66,6 +66,40 @@ def test_headline_tells_every_later_run_against_the_first(make_run: MakeRun) -> 
         ]
     )
     assert headline(runs) == ["r4 against r16: +0.0000 nats validation loss, ×0.25 optimiser state"]  # noqa: RUF001
+
+
+def data(name: str, **settings: object) -> dict[str, object]:
+    return {"data": {"class_path": name, "init_args": settings}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"resolved": data("a.Digits", size=1)}, {"resolved": data("a.Digits", size=1, batch_size=3)}, ""),
+        ({"resolved": data("a.Digits")}, {}, ""),
+        (
+            {"resolved": data("a.Digits", size=1)},
+            {"resolved": data("a.Shapes", size=2)},
+            "they differ in data.class_path (a.Digits, a.Shapes), data.init_args.size (1, 2)",
+        ),
+        (
+            {"resolved": data("a.Digits") | {"trainer": {"limit_val_batches": 2}}},
+            {"resolved": data("a.Digits")},
+            "they differ in trainer.limit_val_batches (2, —)",
+        ),
+        (
+            {"summary": {"val_loss": 1.0}},
+            {"summary": {"val_accuracy": 1.0}},
+            "they have no score in common (r0 has val_loss, r1 has val_accuracy)",
+        ),
+    ],
+)
+def test_runs_that_measure_other_things_are_told(
+    make_run: MakeRun, first: dict[str, object], second: dict[str, object], said: str
+) -> None:
+    runs = load_runs([make_run(f"r{at}", **files) for at, files in enumerate((first, second))])
+    assert caution(runs) == (f"The scores of these runs may not be comparable: {said}" if said else "")
+    assert caution(runs[:1]) == ""
 
 
 def test_differences_show_a_missing_key_and_leave_out_equal_ones() -> None:
@@ -131,7 +165,7 @@ def test_a_long_curve_with_a_steep_start_is_cut_and_the_cut_counted() -> None:
     assert (low, above, peak) == (pytest.approx(1.01), 5, 10.0)
     assert 1.9 < high < 2.1
     assert "the axis is cut: 5 early values, up to 10, are above it" in draw(
-        Chart("t", "x", "y", [Curve("r", 0, falling)])
+        Chart("t", "x", "y", [ChartLine("r", 0, falling)])
     )
 
 
@@ -140,10 +174,10 @@ def test_a_short_curve_is_never_cut() -> None:
 
 
 def test_values_that_cannot_be_drawn_are_counted_below_the_chart() -> None:
-    curve = Curve("r", 0, [(0.0, 1.0), (1.0, math.nan), (2.0, math.inf)])
+    curve = ChartLine("r", 0, [(0.0, 1.0), (1.0, math.nan), (2.0, math.inf)])
     assert "2 values are not finite" in draw(Chart("t", "x", "y", [curve]))
     assert "1 values are not finite or not positive" in draw(
-        Chart("t", "x", "y", [Curve("r", 0, [(0.0, 0.0), (1.0, 1.0)])], log_y=True)
+        Chart("t", "x", "y", [ChartLine("r", 0, [(0.0, 0.0), (1.0, 1.0)])], log_y=True)
     )
 
 
@@ -151,7 +185,7 @@ def test_values_that_cannot_be_drawn_are_counted_below_the_chart() -> None:
 def test_any_chart_is_well_formed(points: list[tuple[float, float]], log_y: bool) -> None:
     from xml.etree import ElementTree
 
-    svg = draw(Chart("t & u", "x", "y", [Curve("r", 7, points), Curve("empty", 1, [])], log_y=log_y))
+    svg = draw(Chart("t & u", "x", "y", [ChartLine("r", 7, points), ChartLine("empty", 1, [])], log_y=log_y))
     ElementTree.fromstring(svg)
     assert "nan" not in svg
 

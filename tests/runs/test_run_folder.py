@@ -143,7 +143,8 @@ def test_a_run_folder_is_told_from_a_checkpoint_before_anything_is_built(tmp_pat
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "resolved.yaml").write_text("{}")
     way_on = f"is a run folder, not a checkpoint: name one of its own, such as {tmp_path / 'a/checkpoints/last.ckpt'}"
-    for option in (["fit", "--run", str(tmp_path / "b"), "--resume"], ["validate", "--ckpt"]):
-        assert main([option[0], "compression/vit", *option[1:], str(tmp_path / "a")]) == 2
-        assert f"{option[-1]} {tmp_path / 'a'} {way_on}" in capsys.readouterr().err
+    assert main(["fit", "compression/vit", "--run", str(tmp_path / "b"), "--resume", str(tmp_path / "a")]) == 2
+    assert f"--resume {tmp_path / 'a'} {way_on}" in capsys.readouterr().err
+    assert main(["validate", "compression/vit", "--ckpt", str(tmp_path / "a")]) == 2
+    assert f"--ckpt {tmp_path / 'a'}: this run has no checkpoint" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

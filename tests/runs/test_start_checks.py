@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR
@@ -128,3 +128,60 @@ def test_a_loader_that_keeps_no_position_is_named_once(tmp_path, capsys, plain):
     said = capsys.readouterr().err
     assert said.count("note: the training data come from a DataLoader, which keeps no position") == plain
     assert said.count("lightspan.datamodules.loading.ranks.train_loader") == plain
+
+
+class Validated(OneCycle):
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.steps += 100
+
+
+@pytest.mark.parametrize(
+    ("options", "ends", "due"),
+    [
+        ({"max_steps": 3}, 3, "after 8 batches"),
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, 6, "after 8 batches"),
+        ({"max_epochs": 1, "check_val_every_n_epoch": 2}, 8, "after 16 batches"),
+        ({"max_steps": 9, "check_val_every_n_epoch": 2}, 9, "after 16 batches"),
+        ({"max_steps": 3, "val_check_interval": 4}, 3, "after 4 batches"),
+        ({"max_steps": 3, "val_check_interval": 20, "check_val_every_n_epoch": None}, 3, "after 20 batches"),
+    ],
+)
+def test_a_run_that_ends_before_its_first_validation_says_so(tmp_path, capsys, options, ends, due):
+    module = Validated(100)
+    fit(tmp_path, module, data=loaders(), num_sanity_val_steps=0, **options)
+    assert module.steps < 100
+    said = f"this run is never validated: it ends after {ends} batches, and the first validation is due {due}; set "
+    often = options.get("check_val_every_n_epoch") != 2
+    way_out = f"trainer.val_check_interval={ends} or lower" if often else "trainer.check_val_every_n_epoch=1"
+    assert said + way_out in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 8},
+        {"max_epochs": 1},
+        {"max_steps": 4, "accumulate_grad_batches": 2},
+        {"max_steps": 3, "accumulate_grad_batches": 3},
+        {"max_epochs": 2, "check_val_every_n_epoch": 2},
+        {"max_steps": 3, "val_check_interval": 3},
+        {"max_steps": 9, "val_check_interval": 9, "check_val_every_n_epoch": None},
+    ],
+)
+def test_a_run_that_is_validated_says_nothing_and_neither_does_one_that_shall_not_be(tmp_path, capsys, options):
+    module = Validated(100)
+    fit(tmp_path, module, data=loaders(), num_sanity_val_steps=0, **options)
+    assert module.steps > 100
+    fit(tmp_path, OneCycle(100), data=loaders(), max_steps=3)
+    fit(tmp_path, Validated(100), data=loaders(), max_steps=3, limit_val_batches=0)
+    assert "never validated" not in capsys.readouterr().err
+
+
+def loaders() -> Any:
+    class Both(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.ones(8, 4))
+
+        val_dataloader = train_dataloader
+
+    return Both()

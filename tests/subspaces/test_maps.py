@@ -24,7 +24,7 @@ from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SV
 from lightspan.optim.layout import Layout
 from lightspan.subspaces.frames import Frames
 from lightspan.subspaces.maps import SubspaceMap
-from lightspan.subspaces.masks.maps import Masked, Selected
+from lightspan.subspaces.masks.maps import Selected, SoftMask
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, Projection, Sparse
 from lightspan.subspaces.singular import SingularFrame
 from lightspan.subspaces.tucker import TuckerFrame
@@ -67,7 +67,7 @@ CASES: dict[type, Callable[[Sizes, int], Case]] = {
     TuckerFrame: tucker,
     TaskSpan: lambda s, seed: (TaskSpan(list(normal(s[2], *s[:2], seed=seed))), (s[2],), s[:2]),
     Selected: selected,
-    Masked: lambda s, seed: (Masked(normal(s[0], 1, seed=seed)), s[:2], s[:2]),
+    SoftMask: lambda s, seed: (SoftMask(normal(s[0], 1, seed=seed)), s[:2], s[:2]),
 }
 BASES: dict[type[Basis], Basis] = {
     PowerBasis: PowerBasis(),

@@ -5,6 +5,7 @@ import scipy.fft
 import torch
 from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import LAYOUTS, laid_out, needs_triton
+from kernel_oracles import NAMES, as_on_a_gpu, close_energies, column_energies, tiled_spec
 from torch import Tensor
 
 from lightspan.subspaces.frames import dct_matrix
@@ -18,11 +19,11 @@ from lightspan.triton_kernels.dct_energies import (
     tile,
     two_factors,
 )
-from lightspan.triton_kernels.tiles import operands
 
 PATHS = [dct_energies_reference, pytest.param(dct_energies_triton, marks=needs_triton)]
 
 SHAPES = [(1, 1), (5, 2), (3, 7), (17, 12), (2, 13), (19, 60), (2, 256), (1, 660)]  # M, N
+TOLERANCE = 1e-5
 
 
 def problem(shape: tuple[int, int], dtype: torch.dtype, layout: str = "rows") -> list[Tensor]:
@@ -35,11 +36,6 @@ def formula(gradients: list[Tensor]) -> Tensor:
     return torch.tensor(transformed).square().sum(dim=1)
 
 
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    # Against the mean energy of a column: a small one may be the square of a difference of large numbers.
-    torch.testing.assert_close(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance * expected.mean().item())
-
-
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 4096)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -47,7 +43,7 @@ def test_the_reference_equals_scipy_in_float64(shape, layout, dtype):
     gradients = problem(shape, dtype, layout)
     got = dct_energies(gradients)
     assert got.dtype == torch.float32
-    close(got, formula(gradients))
+    close_energies(got, formula(gradients), TOLERANCE)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -57,7 +53,7 @@ def test_float64_is_computed_in_float64_and_equals_the_product_with_the_matrix(p
     basis = dct_matrix(size, dtype=torch.float64, device=torch.device("cpu"))
     got = path(gradients)
     assert got.dtype == torch.float64
-    close(got, (torch.stack(gradients) @ basis).square().sum(dim=1), 1e-12)
+    close_energies(got, column_energies(gradients, basis), 1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -73,7 +69,7 @@ def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
     gradients = problem((33, 12), torch.float32, "columns")
     whole = dct_energies_reference(gradients)
     monkeypatch.setattr(tiles, "CACHED", 60)
-    close(dct_energies_reference(gradients), whole)
+    close_energies(dct_energies_reference(gradients), whole, TOLERANCE)
 
 
 @needs_triton
@@ -84,7 +80,7 @@ def test_the_kernel_equals_the_reference(shape, layout, dtype):
     gradients = problem(shape, dtype, layout)
     got = dct_energies_triton(gradients)
     assert got.dtype == torch.float32
-    close(got, dct_energies_reference(gradients))
+    close_energies(got, dct_energies_reference(gradients), TOLERANCE)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -98,7 +94,7 @@ def test_float32_errs_by_a_hundred_thousandth_of_the_total(path):
 def test_the_kernel_reads_float16_and_sums_in_one_order():
     gradients = problem((19, 12), torch.float16)
     got = dct_energies_triton(gradients)
-    close(got, formula(gradients))
+    close_energies(got, formula(gradients), TOLERANCE)
     assert torch.equal(got, dct_energies_triton(gradients))
 
 
@@ -107,7 +103,7 @@ def test_the_kernel_reads_float16_and_sums_in_one_order():
 def test_sizes_that_do_not_fit_take_the_reference(size):
     gradients = problem((2, size), torch.bfloat16)
     assert not fits(torch.bfloat16, size)
-    close(dct_energies_triton(gradients), formula(gradients))
+    close_energies(dct_energies_triton(gradients), formula(gradients), TOLERANCE)
 
 
 @needs_triton
@@ -132,32 +128,22 @@ def test_the_op_keeps_its_contract():
     torch.library.opcheck(dct_energies, (problem((5, 7), torch.float64),))
 
 
-NAMES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
-
-
 def spec(size: int, dtype: str, transposed: bool, target: str) -> Spec:
-    element = getattr(torch, NAMES[dtype].removeprefix("tl."))
-    sizes = tile(size, element, transposed)
-    options = {"num_warps": sizes.pop("num_warps")}
-    constants = {name: NAMES.get(str(value), value) for name, value in operands(element).items()}
-    constants |= {"ELEMENT": NAMES[dtype], "ALIGNED": True, "INDEX": "tl.int32", **sizes}
-    constants |= {"stride_m" if transposed else "stride_n": 1}
-    if target == "gfx942":
-        constants |= {"STAGES": 1}
+    element = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     types = {
         "table_ptr": "*i64",
         **dict.fromkeys(("first_ptr", "twiddle_ptr", "second_ptr", "partial_ptr"), "*fp32"),
         **dict.fromkeys(("M", "stride_m", "stride_n"), "i32"),
     }  # fmt: skip
-    types = {name: kind for name, kind in types.items() if name not in constants}
-    return Spec("dct_energies:dct_energies_kernel", types, constants, list(types), True, options)
+    constants = {"ELEMENT": NAMES[dtype], "stride_m" if transposed else "stride_n": 1}
+    kernel = "dct_energies:dct_energies_kernel"
+    return tiled_spec(kernel, tile(size, element, transposed), types, dtype, target, **constants)
 
 
 @needs_triton
 @pytest.mark.aot
 def test_the_kernel_compiles_for_gpus_without_spills(monkeypatch, target):
-    monkeypatch.setattr(tiles, "INTERPRETED", False)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    as_on_a_gpu(monkeypatch)
     sizes = [(4096, "bf16", False), (4096, "bf16", True), (1024, "bf16", False)]
     assert all(fits(torch.bfloat16, size) for size, *_ in sizes)
     assert two_factors(4096) == (64, 64)

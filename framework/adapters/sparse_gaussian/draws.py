@@ -46,7 +46,7 @@ class Mean(Draw):
         return layer.mean_output(x)
 
 
-class Weights(Draw):
+class OneDraw(Draw):
     """One sampled network, the same for every input.
 
     Args:

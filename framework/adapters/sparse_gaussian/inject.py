@@ -5,6 +5,7 @@ sparsify(model, ["*"], density=0.1, dense=["conv1"])
 Source: SSVI, ICLR 2024, arXiv 2402.11025. How posteriors start is from the authors' code.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lightspan.adapters.sparse_gaussian.draws import Draw, normal
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.errors import UserError
 from lightspan.patterns import matches, require_matches
-from lightspan.subspaces.masks.allocation import PerTensor, Uniform
+from lightspan.subspaces.masks.allocation import PerTensorAllocation, Uniform
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.subspaces.masks.top_k import top_k
 
@@ -40,9 +41,10 @@ class Start:
     std_spread: float = 5.0e-4
 
     def __post_init__(self) -> None:
-        if min(self.mean_std or 0.0, self.std, self.std_spread) < 0:
+        if not all(0 <= value < math.inf for value in (self.mean_std or 0.0, self.std, self.std_spread)):
             raise UserError(
-                f"Start mean_std={self.mean_std}, std={self.std} and std_spread={self.std_spread} must be at least 0"
+                f"Start mean_std={self.mean_std}, std={self.std} and std_spread={self.std_spread} must be at least 0 "
+                "and finite"
             )
 
     def means(self, weight_k: Tensor, places_k: Tensor, name: str, seed: int) -> Tensor:
@@ -61,7 +63,7 @@ def sparsify(
     match: Sequence[str],
     density: float,
     dense: Sequence[str] = (),
-    allocation: PerTensor | None = None,
+    allocation: PerTensorAllocation | None = None,
     start: Start = Start(),
     seed: int = 0,
 ) -> dict[str, SparseGaussian]:

@@ -1,7 +1,9 @@
 """SSVI: a Bayesian network that is sparse from the first step, trained in a coordinate subspace that moves.
 
 Source: Li, Miao, Qiu, Zhang, "Training Bayesian Neural Networks with Sparse Subspace Variational Inference", ICLR 2024,
-arXiv 2402.11025. Layers and their movement are `lightspan.adapters.sparse_gaussian`; the loss (equation 6) is
+arXiv 2402.11025. Layers and their movement are `lightspan.adapters.sparse_gaussian`; the KL divergence of a layer and
+what a coordinate is worth are `lightspan.subspaces.sparse_gaussian.statistics` and `.criteria`, and
+`lightspan.subspaces.masks.index_sets` says how many coordinates move. The loss (equation 6) is
 L = cross-entropy + lambda KL, with lambda = kl_scale / N min(1, 2 t / T) after t of T steps and N training samples (the
 authors count t in epochs). kl_scale = 0.01 with a prior of 0.005 is from their code: a strongly tempered posterior.
 As in their code, the step that moves coordinates takes no step of the optimiser, and coordinates grow by the gradient
@@ -13,13 +15,14 @@ import math
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Outputs, Weights, normal
+from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.datamodules.batches import ImageBatch, ViewsBatch
@@ -27,9 +30,10 @@ from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
+from lightspan.objectives.entropy import entropy
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
-from lightspan.subspaces.masks.allocation import PerTensor
+from lightspan.subspaces.masks.allocation import PerTensorAllocation
 
 COUNTED = ("weights", "active", "stored_bytes", "dense_bytes", "sparse_flops", "dense_flops")
 STEP_OF_NOISE = -2  # of the draws that make images of noise; steps and sampled networks count from 0
@@ -75,7 +79,7 @@ class SSVI(Method):
         density: float = 0.1,
         match: list[str] | None = None,
         dense: list[str] | None = None,
-        allocation: PerTensor | None = None,
+        allocation: PerTensorAllocation | None = None,
         start: Start = Start(),  # noqa: B008 - frozen
         topology: Topology = Topology(),  # noqa: B008 - frozen
         prior_std: float = 0.005,
@@ -97,8 +101,11 @@ class SSVI(Method):
                 f"SSVI num_classes={num_classes} must be at least 2, draws={draws} at least 0 and "
                 f"train_samples={train_samples} at least 1 or null"
             )
-        if not prior_std > 0 or not kl_scale >= 0:
-            raise UserError(f"SSVI prior_std={prior_std} must be above 0 and kl_scale={kl_scale} at least 0")
+        if not 0 < prior_std < math.inf or not 0 <= kl_scale < math.inf:
+            raise UserError(
+                f"SSVI prior_std={prior_std} must be above 0 and kl_scale={kl_scale} at least 0, and both finite"
+            )
+        self.num_classes = num_classes
         self.backbone, self.head = backbone, nn.Linear(width, num_classes)
         he_normal_(self.head)
         self.topology, self.prior_std, self.kl_scale = topology, prior_std, kl_scale
@@ -129,6 +136,14 @@ class SSVI(Method):
         configured = super().configure_optimizers()
         require_entrywise(configured["optimizer"] if isinstance(configured, dict) else configured)
         return configured
+
+    def on_fit_start(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector of the trainer sets it
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise UserError(
+                    f"{type(callback).__name__} averages numbers by their places, and SSVI moves what stands there; "
+                    "leave it out, and average predictions with draws"
+                )
 
     def on_train_start(self) -> None:
         self._steps = self.trainer.estimated_stepping_batches
@@ -183,7 +198,7 @@ class SSVI(Method):
             return wide(self(image_BCHW)).softmax(dim=1)
         total_BK: Any = 0
         for number in range(self.draws):
-            with drawing(self, Weights(self.seed, number)):
+            with drawing(self, OneDraw(self.seed, number)):
                 total_BK = total_BK + wide(self(image_BCHW)).softmax(dim=1)
         return total_BK / self.draws
 
@@ -231,11 +246,6 @@ class SSVI(Method):
         for name, source_k in move(layers, dropped, self.topology.removal).items():
             for parameter in (layers[name].mu, layers[name].rho):
                 reindex(optimizer, parameter, source_k)
-
-
-def entropy(probability_BK: Tensor) -> Tensor:
-    """[B], in nats; a class without probability adds nothing."""
-    return -torch.xlogy(probability_BK, probability_BK).sum(dim=1)
 
 
 def _training_image(batch: ImageBatch | ViewsBatch) -> Tensor:

@@ -65,6 +65,7 @@ class PELA(Method):
         self.backbone, self.head = factorise(backbone, ratio, exclude), head
         self.alpha, self.beta, self.lam, self.eps = alpha, beta, lam, eps
         self.task_loss = task_loss or nn.CrossEntropyLoss()
+        self.num_classes = getattr(head, "out_features", None) if task_loss is None else None
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits [B K]."""

@@ -1,9 +1,10 @@
 """Hydra: any two classes are a positive pair, in a subspace of the features that the pair chooses.
 
-Source: "Hydra: Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv 2410.18200, and the authors' code. The
-loss is in `lightspan.objectives.info_nce`, gates and pairs are in `lightspan.nn`. The online classifier of that code,
-which reads detached features, is the callback `OnlineProbes`. Its variant that trains with the classifier's loss too
-(sup_loss) and Hydra-MoCo are left out. Assumed: the projector's hidden layer has a BatchNorm.
+Source: Wu, Atito, Feng, Mo, Kittler, Awais, "Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv
+2410.18200, whose second version calls the method SimLAP, and the authors' code. The numbers of its equations could not
+be looked up. The loss is in `lightspan.objectives.info_nce`, gates and pairs are in `lightspan.nn`. The online
+classifier of that code, which reads detached features, is the callback `OnlineProbes`. Its variant that trains with the
+classifier's loss too (sup_loss) and Hydra-MoCo are left out. Assumed: the projector's hidden layer has a BatchNorm.
 Shapes: B images of this rank, V views of each, R = B V rows, D embedding width.
 """
 
@@ -16,11 +17,15 @@ from lightspan.distributed import gather_rows
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_pairs import ClassPairs
-from lightspan.objectives.info_nce import class_pair_loss
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import class_pair_loss, require_temperature
 
 
 class Hydra(Method):
-    """Supervised contrast between classes of any pairs. With identical pairs and no gate it is SupCon.
+    """Supervised contrast between classes of any pairs.
+
+    With identical pairs and no gate it is close to SupCon, which is `lightspan.methods.contrastive.supcon`, but not the
+    same: an anchor is its own positive, no other positive stands in a denominator, and each pair weighs the same.
 
     Views of an image are rows of their own (the paper's repeated augmentations); a small batch of many classes needs
     them to have positives. Loss and pairs are those of the rows of all ranks; with sync_batchnorm N ranks train as one.
@@ -45,15 +50,9 @@ class Hydra(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if temperature <= 0:
-            raise UserError(f"temperature={temperature} must be above 0; 0.05 to 0.5 are usual")
-        for name, giver, taken in (
-            ("projector.in_features", backbone, getattr(projector, "in_features", None)),
-            ("gate.out_features", projector, getattr(gate, "out_features", None)),
-        ):
-            given = getattr(giver, "num_features", getattr(giver, "out_features", None))
-            if given is not None and taken is not None and given != taken:
-                raise UserError(f"{name}={taken}, but {type(giver).__name__} gives {given} features; set it to {given}")
+        require_temperature(temperature)
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_width(projector, "gate.out_features", getattr(gate, "out_features", None))
         self.backbone, self.projector, self.gate = backbone, projector, gate
         self.pairs, self.temperature = pairs, temperature
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.widths import require_width
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 
 
@@ -47,12 +48,7 @@ class MixedBarlowTwins(Method):
         super().__init__(**optimization)
         if lam < 0 or lam_reg < 0 or alpha <= 0:
             raise UserError(f"lam={lam} and lam_reg={lam_reg} must be at least 0, and alpha={alpha} above 0")
-        width, expected = getattr(backbone, "num_features", None), getattr(projector, "in_features", None)
-        if width is not None and expected is not None and width != expected:
-            raise UserError(
-                f"projector.in_features={expected}, but {type(backbone).__name__} gives {width} features; "
-                f"set projector.init_args.in_features to {width}"
-            )
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
         self.backbone, self.projector = backbone, projector
         self.lam, self.lam_reg, self.alpha, self.normalize = lam, lam_reg, alpha, normalize
 

@@ -3,7 +3,8 @@
 Source: Zhang et al., "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv 2408.01031, and the authors'
 code. Beside the teacher and the whole ("intact") student, a part of the student of another size each step (the
 "elastic" student) is trained:
-L = lam L_IT + (1 - lam) (L_ET + L_EI), each a mean over the heads, plus the weighted KoLeo term, where
+L = lam L_IT + (1 - lam) (L_ET + L_EI), each a mean over the heads, plus the weighted KoLeo term (the numbers of these
+equations in the paper could not be looked up), where
 - L_IT, L_ET: cross-view loss of class tokens and, of masked patches, of the same view; targets are the teacher's scores
   after Sinkhorn-Knopp (both students have the same targets and the same masks);
 - L_EI: class tokens of the elastic student against those of the intact one, same view: the mean over global views plus
@@ -16,6 +17,7 @@ loss with several heads.
 Shapes: B batch of this rank, G global and V views, H W grid of a global view, w width, K prototypes, N masked patches.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from lightspan.method import Method
 from lightspan.nn.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.dino_head import DINOHead
 from lightspan.nn.ema import EMATeacher
-from lightspan.nn.prototype_network import PrototypeNetwork, Seen
+from lightspan.nn.prototype_network import PrototypeNetwork, SeenViews
 from lightspan.nn.subnets import SubNetSampler
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import cross_view_loss, prototype_cross_entropy, sinkhorn
@@ -91,10 +93,12 @@ class POA(Method):
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise UserError(f"{name}={value} must lie in [0, 1]")
-        if min(student_temperature, teacher_temperature, final_temperature) <= 0 or koleo_weight < 0:
+        temperatures = student_temperature, teacher_temperature, final_temperature
+        if not (all(0 < value < math.inf for value in temperatures) and 0 <= koleo_weight < math.inf):
             raise UserError(
                 f"student_temperature={student_temperature}, teacher_temperature={teacher_temperature} and "
-                f"final_temperature={final_temperature} must be above 0, and koleo_weight={koleo_weight} at least 0"
+                f"final_temperature={final_temperature} must be above 0, and koleo_weight={koleo_weight} at least 0, "
+                "and all finite"
             )
         if global_views < 2:
             raise UserError(
@@ -133,7 +137,7 @@ class POA(Method):
         targets_GBK = [sinkhorn(scores.flatten(0, 1), temperature).view_as(scores) for scores in taught.scores_VBK]
         targets_NK = [sinkhorn(scores, temperature) for scores in taught.patches_NK]
 
-        def from_teacher(seen: Seen) -> Tensor:
+        def from_teacher(seen: SeenViews) -> Tensor:
             """L_IT or L_ET."""
             heads = zip(targets_GBK, targets_NK, seen.scores_VBK, seen.patches_NK, strict=True)
             losses = [
@@ -158,7 +162,7 @@ class POA(Method):
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
         return loss
 
-    def same_view(self, intact: Seen, elastic: Seen) -> Tensor:
+    def same_view(self, intact: SeenViews, elastic: SeenViews) -> Tensor:
         """L_EI."""
         losses = []
         for target_VBK, scores_VBK in zip(intact.scores_VBK, elastic.scores_VBK, strict=True):

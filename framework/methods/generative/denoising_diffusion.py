@@ -61,6 +61,7 @@ class DenoisingDiffusion(Method):
         if levels < 2 or not 0 <= label_dropout <= 1:
             raise UserError(f"levels={levels} must be at least 2 and label_dropout={label_dropout} in [0, 1]")
         self.backbone, self.label_dropout, self.prediction = backbone, label_dropout, prediction
+        self.num_classes = getattr(backbone, "num_classes", 0) or None
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
         self.register_buffer("kept_T", kept_T.float(), persistent=False)
 
@@ -80,8 +81,7 @@ class DenoisingDiffusion(Method):
 
     def labels(self, label_B: Tensor, told_B: Tensor) -> Tensor | None:
         """Classes as the network expects them, None if it takes none."""
-        nobody = getattr(self.backbone, "num_classes", 0)
-        return torch.where(told_B, label_B, nobody) if nobody else None
+        return torch.where(told_B, label_B, self.num_classes) if self.num_classes else None
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         image_BCHW = batch["image"]

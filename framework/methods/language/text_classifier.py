@@ -34,7 +34,7 @@ class TextClassifier(Method):
         super().__init__(**optimization)
         if num_classes < 2:
             raise UserError(f"num_classes={num_classes} leaves nothing to classify; it must be at least 2")
-        self.backbone = backbone
+        self.backbone, self.num_classes = backbone, num_classes
         self.head = nn.Linear(backbone.config.hidden_size, num_classes)
 
     def features(self, batch: LabelledTextBatch) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ImageBatch, TasksBatch, ViewsBatch
+from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sum, mean_over_ranks, world_size
 from lightspan.errors import UserError
 from lightspan.merging.coefficients import Partitioned
@@ -110,14 +111,20 @@ class AnisotropicScaling(LearnedMerging):
         sums = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
         with torch.enable_grad():
             for batch in bank():
-                loss = self.loss(theta, self.transfer_batch_to_device(batch, self.device, 0))
-                for name, gradient in zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True):
+                loss, parameters = self.loss(theta, self.taken(batch)), list(theta.values())
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                for name, gradient in zip(theta, gradients, strict=True):
                     sums[name] += gradient
         rows = [TaskSpan(self.span.vectors(name)).pull(sums[name]) for name in theta]  # type: ignore[arg-type]
         gradient_LK = torch.stack(rows)
         if world_size() > 1:
             mean_over_ranks([gradient_LK])
         return gradient_LK
+
+    def taken(self, batch: Any, loader: int = 0) -> Any:
+        """A batch that no step of the Trainer brought, in the run's precision and on its device."""
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        return self.transfer_batch_to_device(batch, self.device, loader)
 
     def _narrow(self) -> None:
         self.span.keep(dict(zip(self.span.shapes, self.chosen_Lb, strict=True)))
@@ -163,11 +170,11 @@ class Atlas(AnisotropicScaling):
         if data is None or not self.trainer.enable_validation or self.best_score > -torch.inf:
             return
         loaders = data.val_dataloader()
-        with torch.no_grad():
+        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             self.on_validation_epoch_start()
             for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
                 for j, batch in enumerate(loader):
-                    self.validation_step(self.transfer_batch_to_device(batch, self.device, i), j, i)
+                    self.validation_step(self.taken(batch, i), j, i)
             self.begin(self.accuracies())
             self.take_if_best()
 
@@ -293,8 +300,9 @@ class AtlasTestTime(AnisotropicScaling):
         theta = {name: self.span.network.get_parameter(name) for name in self.span.shapes}
         probability_NC: Tensor | None = None
         for batch in loader:
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
-            p_BC = self.logits(theta, task, batch["image"]).softmax(dim=1)
+            batch = self.taken(batch)
+            with self.trainer.precision_plugin.val_step_context():
+                p_BC = wide(self.logits(theta, task, batch["image"])).softmax(dim=1)
             if probability_NC is None:
                 probability_NC = p_BC.new_zeros(len(loader.dataset), p_BC.shape[1])
             probability_NC[batch["index"]] = p_BC

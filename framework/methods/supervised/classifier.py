@@ -39,6 +39,7 @@ class Classifier(Method):
             )
         if num_classes < 2:
             raise UserError(f"Classifier num_classes={num_classes} must be at least 2")
+        self.num_classes = num_classes
         self.backbone, self.head = backbone, nn.Linear(width, num_classes)
         he_normal_(self.head)
 

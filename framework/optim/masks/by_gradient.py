@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMS
 from lightspan.devices import wide, wide_type
 from lightspan.errors import UserError
 from lightspan.optim.masks.learner import MaskLearner, on_cpu
-from lightspan.optim.sharding import ranks_of, total_over
+from lightspan.sharded import ranks_of, total_over
 from lightspan.subspaces.masks.distributions import BinaryConcrete, MaskDistribution, require_temperature
 from lightspan.subspaces.masks.expected_count import shift_to_count
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of
@@ -53,7 +53,7 @@ class ByGradient(MaskLearner):
             raise UserError(f"ByGradient start={start} is a logit and must lie between -100 and 100")
         self.optimizer, self.start = optimizer, start
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
+    def prepare(self, optimizer: Optimizer | None) -> None:
         self.logits = {
             name: torch.full_like(place.weight, self.start, dtype=wide_type(place.weight.dtype)).requires_grad_()
             for name, place in self.places.items()
@@ -103,9 +103,6 @@ class ByGradient(MaskLearner):
 
     def chosen(self, progress: float) -> dict[str, Tensor]:
         return self.highest(self.logits, self.density.at(progress))
-
-    def opened(self) -> dict[str, Tensor]:
-        return {name: self.mean_factor(name) > 0.5 for name in self.places}
 
     @torch.no_grad()
     def open_counts(self) -> dict[str, float]:

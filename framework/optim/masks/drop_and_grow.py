@@ -1,16 +1,13 @@
 """Sparse training from the first step: an index set that moves (RigL, Evci et al. 2020, arXiv 1911.11134)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
-from lightspan.optim.masks.learner import Fixed, agreed_masks, on_cpu, random_scores
-from lightspan.subspaces.masks.allocation import PerTensor
+from lightspan.optim.masks.learner import Fixed, agreed_masks, random_scores
+from lightspan.subspaces.masks.allocation import PerTensorAllocation
 from lightspan.subspaces.masks.index_sets import count_to_drop, drop_and_grow
 from lightspan.subspaces.masks.scores import GradientMagnitude, Magnitude, Score
 
@@ -28,8 +25,6 @@ class DropAndGrow(Fixed):
         drop, grow: what an open entry and a closed one are worth.
     """
 
-    sparse = True
-
     def __init__(
         self, alpha: float = 0.3, every: int = 100, drop: Score | None = None, grow: Score | None = None
     ) -> None:
@@ -38,13 +33,14 @@ class DropAndGrow(Fixed):
             raise UserError(f"DropAndGrow every={every} must be at least 1, and alpha={alpha} in [0, 1]")
         self.alpha, self.every, self.drop, self.grow = alpha, every, drop or Magnitude(), grow or GradientMagnitude()
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
-        if not isinstance(self.allocation, PerTensor):
+    def prepare(self, optimizer: Optimizer | None) -> None:
+        if not isinstance(self.allocation, PerTensorAllocation):
             raise UserError(
                 f"DropAndGrow keeps a count for each tensor, and {type(self.allocation).__name__} has none; take "
                 "Uniform or ErdosRenyi of lightspan.subspaces.masks.allocation"
             )
         self.masks = self.owns(self.highest(random_scores(self.places, self.seed), self.density.at(0.0)))
+        # Not in a checkpoint: gradients of a step that one lies in the middle of are pulled again when it is finished.
         self._step, self._gradients = 0, dict[str, Tensor]()
 
     def draw(self, step: int, progress: float) -> None:
@@ -60,7 +56,7 @@ class DropAndGrow(Fixed):
         gradients, self._gradients = self._gradients, {}
         if step % self.every or not gradients:
             return False
-        assert isinstance(self.allocation, PerTensor)
+        assert isinstance(self.allocation, PerTensorAllocation)
         shapes = {name: place.shape for name, place in self.places.items()}
         counts = self.allocation.counts(shapes, self.density.at(progress))
         wholes = self.wholes(self.masks)
@@ -74,7 +70,7 @@ class DropAndGrow(Fixed):
 
     def chosen(self, progress: float) -> dict[str, Tensor]:
         """The masks, brought to the counts of the moment: the smallest weights go, random entries come."""
-        assert isinstance(self.allocation, PerTensor)
+        assert isinstance(self.allocation, PerTensorAllocation)
         shapes = {name: place.shape for name, place in self.places.items()}
         counts = self.allocation.counts(shapes, self.density.at(progress))
         sizes = self.wholes({name: wide(place.weight).abs() for name, place in self.places.items()})
@@ -85,10 +81,3 @@ class DropAndGrow(Fixed):
                 for name, mask in self.wholes(self.masks).items()
             }
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        # Gradients of a step that a checkpoint lies in the middle of are pulled again when it is finished.
-        return {"masks": on_cpu(self.wholes(self.masks))}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.masks = self.saved(state, "masks")

@@ -4,6 +4,9 @@ A training step asks a learner five things, in this order: `draw` the masks of t
 weight, `pull` the gradient of the weight in use back to the weight, take note of a step with `update`, and say which
 entries it would keep (`chosen`). Everything is about what this rank holds of a parameter, unless it says whole.
 
+A learner of one's own writes `prepare`, `factor`, `update` and `chosen`, and names in `kept` what a checkpoint holds;
+docs/masks.md shows one. The other methods are for masks that are soft, drawn or kept in another form.
+
 Shapes: S, what this rank holds of a parameter.
 """
 
@@ -18,8 +21,9 @@ from torch.optim import Optimizer
 from lightspan.distributed import copy_of_first_rank, world_size
 from lightspan.errors import UserError
 from lightspan.optim.masks.place import Place
-from lightspan.optim.sharding import ranks_of, total_over
+from lightspan.sharded import ranks_of, total_over
 from lightspan.subspaces.masks.allocation import Allocation
+from lightspan.subspaces.masks.maps import SoftMask
 from lightspan.subspaces.masks.schedules import Schedule
 
 
@@ -29,9 +33,13 @@ class MaskLearner(ABC):
     Attributes:
         sparse: whether weights outside the mask are zero, so that the weights are the masked ones. Otherwise they keep
             their values, and come back with them.
+        kept: names of the attributes that a run goes on from, each a mapping of one tensor [S] for each parameter.
+        places: what this rank holds of each parameter, by name.
+        allocation, density, seed: the settings of `MaskLearning`.
     """
 
     sparse = False
+    kept: tuple[str, ...] = ()
     places: Mapping[str, Place]
     allocation: Allocation
     density: Schedule
@@ -45,12 +53,13 @@ class MaskLearner(ABC):
         seed: int,
         optimizer: Optimizer | None = None,
     ) -> None:
-        """Makes the first masks, from the weights as they are and the seed. `optimizer` is that of the weights."""
+        """Takes over what a run gives. `optimizer` is that of the weights."""
         self.places, self.allocation, self.density, self.seed = places, allocation, density, seed
-        self._begin(optimizer)
+        self.prepare(optimizer)
 
     @abstractmethod
-    def _begin(self, optimizer: Optimizer | None) -> None: ...
+    def prepare(self, optimizer: Optimizer | None) -> None:
+        """Makes the first masks, from the weights as they are and the seed. All ranks call it."""
 
     def draw(self, step: int, progress: float) -> None:  # noqa: B027 - optional
         """Makes the masks of an optimiser step, counted from 0; `progress` is the share of the time for learning."""
@@ -59,13 +68,15 @@ class MaskLearner(ABC):
     def factor(self, name: str) -> Tensor:
         """The mask [S] of the step, bool or in [0, 1]."""
 
-    @abstractmethod
     def mean_factor(self, name: str) -> Tensor:
-        """The mask [S] to test the network with."""
+        """The mask [S] to test the network with; that of the step, unless it is up to chance."""
+        return self.factor(name)
 
-    @abstractmethod
     def pull(self, name: str, gradient_S: Tensor) -> Tensor:
-        """The gradient at the weight, from that at the weight in use, weight times factor; in float32 or wider."""
+        """The gradient at the weight, from that at the weight in use, weight times factor; in float32 or wider. It must
+        not keep `gradient_S`, whose memory is written to afterwards.
+        """
+        return SoftMask(self.factor(name)).pull(gradient_S)
 
     @abstractmethod
     def update(self, step: int, progress: float) -> bool:
@@ -73,27 +84,28 @@ class MaskLearner(ABC):
 
     @abstractmethod
     def chosen(self, progress: float) -> dict[str, Tensor]:
-        """Whole masks, bool: what stays open if the mask is fixed now. All ranks must call it."""
+        """Whole masks, bool: what stays open if the mask is fixed now. All ranks must call it; `highest` gives them."""
 
-    @abstractmethod
     def opened(self) -> dict[str, Tensor]:
         """The masks [S], bool, of what is open now: more often than not, where that is up to chance."""
+        return {name: self.mean_factor(name) > 0.5 for name in self.places}
 
-    @abstractmethod
     def open_counts(self) -> dict[str, float]:
         """Open entries of each whole parameter, or how many are to be expected. All ranks must call it."""
+        return self.totals(self.opened())
 
     def figures(self, progress: float) -> dict[str, float]:
         """What else is worth a curve."""
         return {}
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Plain whole tensors on the CPU, the same on any number of ranks. All ranks must call it."""
+        return {key: on_cpu(self.wholes(getattr(self, key))) for key in self.kept}
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse, after `begin`. Raises: UserError for the state of other masks."""
+        for key in self.kept:
+            setattr(self, key, self.saved(state, key))
 
     def totals(self, parts: Mapping[str, Tensor]) -> dict[str, float]:
         """Sums over whole tensors. All ranks must call it."""
@@ -132,22 +144,17 @@ class Fixed(MaskLearner):
     """Masks that do not change any more. Whole masks are given at the start, or by a saved state."""
 
     sparse = True
+    kept: tuple[str, ...] = ("masks",)
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
         self._given = masks or {}
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
+    def prepare(self, optimizer: Optimizer | None) -> None:
         self.masks = self.owns(self._given)
         self._given = {}
 
     def factor(self, name: str) -> Tensor:
         return self.masks[name]
-
-    def mean_factor(self, name: str) -> Tensor:
-        return self.masks[name]
-
-    def pull(self, name: str, gradient_S: Tensor) -> Tensor:
-        return gradient_S * self.masks[name]
 
     def update(self, step: int, progress: float) -> bool:
         return False
@@ -157,15 +164,6 @@ class Fixed(MaskLearner):
 
     def opened(self) -> dict[str, Tensor]:
         return self.masks
-
-    def open_counts(self) -> dict[str, float]:
-        return self.totals(self.masks)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"masks": on_cpu(self.wholes(self.masks))}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.masks = self.saved(state, "masks")
 
 
 def agreed_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

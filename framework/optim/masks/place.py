@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import widest_float
-from lightspan.optim.sharding import Shards, own_part, ranks_of, split_axis, whole_of
-from lightspan.sharded import local
+from lightspan.sharded import RowShards, local, own_part, ranks_of, split_axis, whole_of
 from lightspan.subspaces.masks.draws import uniform
 
 
@@ -43,7 +42,7 @@ class Place:
         ranks, offset = ranks_of(self.parameter), [0] * weight.ndim
         if ranks is not None:
             axis = split_axis(self.parameter, ranks)
-            offset[axis] = Shards(ranks, self.shape[axis], moved=False).start
+            offset[axis] = RowShards(ranks, self.shape[axis], moved=False).start
         shape = list(weight.shape)
         return uniform(
             seed, step, self.name, shape, dtype=dtype, device=weight.device, within=list(self.shape), offset=offset

@@ -11,7 +11,9 @@ What all have in common, the loop over parameters, Adam, and when a frame is cho
 in the paper nor in its code is an argument `bound`, off here by default, or is named in a docstring.
 
 The equations are those of tall matrices: the shorter side is compressed, the columns of a square matrix, and a wide
-matrix is transposed. The papers' left projections P are therefore transposed too: R = G Q with Q = P^T.
+matrix is transposed. The papers' left projections P are therefore transposed too: R = G Q with Q = P^T. Numbers in
+parentheses are those of a paper's equations; where the lines of an algorithm have no numbers, or could not be compared
+with the paper's text, only the algorithm is named.
 Shapes: M rows (longer side), N columns (shorter side), R rank. Gradients g and weights w [M N], frames q [N R],
 coordinates r and directions n [M R]. Steps t count from 1.
 """
@@ -21,7 +23,7 @@ from lightspan.optim.reference.dct import DCTAdamW, Trion
 from lightspan.optim.reference.fira import FiraAdam
 from lightspan.optim.reference.galore import GaLore
 from lightspan.optim.reference.ldadam import LDAdam
-from lightspan.optim.reference.loop import Reference, Run, run
+from lightspan.optim.reference.loop import Reference, ReferenceRun, run
 from lightspan.optim.reference.low_rank import LowRank
 
 __all__ = [
@@ -33,7 +35,7 @@ __all__ = [
     "LDAdam",
     "LowRank",
     "Reference",
-    "Run",
+    "ReferenceRun",
     "Trion",
     "run",
 ]

@@ -12,14 +12,14 @@ from lightspan.optim.reference.rescaling import limited, row_scale
 
 
 class APOLLO(Reference):
-    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1, equations 4 and 5). `scale` is alpha, `limit` gamma of
-    Fira's norm-growth limiter.
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1). `scale` is alpha, `limit` gamma of Fira's norm-growth
+    limiter.
 
-        Q = entries N(0, 1 / R), not orthonormal, redrawn every `refresh` steps; moments stay
-        R = G Q
-        R~ = Adam(R)
-        s_i = |R~_i| / |R_i|         one per row
-        W <- W - lr alpha limiter(s o G)
+        Q = entries N(0, 1 / R)             step 1; not orthonormal, redrawn every `refresh` steps, moments stay
+        R = G Q                             step 1
+        R~ = Adam(R)                        step 2, (5)
+        s_i = |R~_i| / |R_i|                step 3, (5): one per row
+        W <- W - lr alpha limiter(s o G)    step 4; the limiter is (4)
 
     R~ is bias corrected, as in AdamW; equation 5 omits the correction. The limiter comes before alpha: with a
     constant alpha the order makes no difference. Draws come from the CPU and `seed`, and are not part of
@@ -59,8 +59,8 @@ class APOLLO(Reference):
 
 
 class APOLLOMini(APOLLO):
-    """APOLLO-Mini (arXiv 2412.05270, section 4): rank 1, one scale s = |R~| / |R| for the whole matrix, alpha =
-    sqrt(128).
+    """APOLLO-Mini (arXiv 2412.05270, section 4, algorithm 1): rank 1, in step 3 one scale s = |R~| / |R| for the whole
+    matrix, alpha = sqrt(128).
     """
 
     tensor_wise = True

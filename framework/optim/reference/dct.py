@@ -36,7 +36,7 @@ class _Columns(Reference):
 
 
 class DCTAdamW(_Columns):
-    """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967, algorithm 2).
+    """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967, algorithm 2; its lines are not cited one by one).
 
         A = G + E
         every `refresh` steps: I = `selected` columns of D, T = Q_old^T Q with Q = D_I, m <- m T, v <- |v T|
@@ -108,7 +108,8 @@ def shape_factor(shape: tuple[int, int], convention: str) -> float:
 
 
 class Trion(_Columns):
-    """Trion (arXiv 2505.17967, algorithm 1): Dion with selected columns for its power iteration. `momentum` is mu.
+    """Trion (arXiv 2505.17967, algorithm 1; its lines are not cited one by one): Dion with selected columns for its
+    power iteration. `momentum` is mu.
 
         B = M + G
         I = `selected` columns of D, Q = D_I, chosen again in every step

@@ -11,15 +11,15 @@ from lightspan.optim.reference.rescaling import limited, row_scale
 
 
 class FiraAdam(Reference):
-    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1). `scale` is alpha, `limit` gamma of the
-    norm-growth limiter.
+    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1 in appendix A.1, whose lines have no numbers).
+    `scale` is alpha, `limit` gamma of the norm-growth limiter.
 
-        Q, R, N as in GaLore
-        phi_i = |N_i| / |R_i|        one per row (the paper's column, for its wide matrices)
-        S = limiter(phi o (G - R Q^T))
-        W <- W - lr alpha (N Q^T + S)
+        Q, R, N as in GaLore             (6), (7)
+        phi_i = |N_i| / |R_i|            (9) by rows, as in (11): the paper's columns, for its wide matrices
+        S = limiter(phi o (G - R Q^T))   (12), section 4.2
+        W <- W - lr alpha (N Q^T + S)    (10)
 
-    The paper's N has epsilon outside the bias correction; here it is Adam's, as in the published code. With
+    Algorithm 1 has epsilon outside the bias correction of N; here it is Adam's, as in the published code. With
     scale_residual=False, as in that code, alpha multiplies only N Q^T and R Q^T.
     """
 

@@ -15,13 +15,13 @@ def top_singular_vectors(g: Tensor, rank: int) -> Tensor:
 
 
 class GaLore(Reference):
-    """GaLore with Adam (Zhao et al. 2024, arXiv 2403.03507, algorithm 2). `scale` is alpha; `refresh` is the code's
-    update_proj_gap, Q^T its projector.
+    """GaLore with Adam (Zhao et al. 2024, arXiv 2403.03507, algorithm 2, whose lines have no numbers). `scale` is
+    alpha; `refresh` is T, the code's update_proj_gap; Q^T is the code's projector.
 
-        Q = top right singular vectors of G, chosen again every `refresh` steps
-        R = G Q
-        N = Adam(R)                  bias correction counts all steps; moments stay when the frame changes
-        W <- W - lr alpha N Q^T
+        Q = top right singular vectors of G,         (12), (13); chosen again every `refresh` steps, section 4.1
+        R = G Q                                      section 4.2: one of P and Q, here that of tall matrices
+        N = Adam(R)                                  (15); bias correction counts all steps, moments stay when Q changes
+        W <- W - lr alpha N Q^T                      (10); alpha in algorithm 2 only
     """
 
     def __init__(

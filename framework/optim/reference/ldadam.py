@@ -38,7 +38,7 @@ def power_step(a: Tensor, frame: Tensor, m_hat: Tensor, rho: float) -> Tensor:
 
 
 class LDAdam(Reference):
-    """LDAdam (Robert et al. 2024, arXiv 2410.16103, algorithm 1).
+    """LDAdam (Robert et al. 2024, arXiv 2410.16103, algorithm 1; its lines are not cited one by one).
 
         A = G + E
         Q = power_step(A), in the first step the top singular vectors of A

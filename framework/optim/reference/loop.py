@@ -114,7 +114,7 @@ class Reference(Optimizer):
                 self.state[w][key] = kept
 
 
-class Run(NamedTuple):
+class ReferenceRun(NamedTuple):
     """A reference on one weight. Lists have one entry per step, in the tall orientation.
 
     weight: the last one. frames: q [N R]. moments: (m, v) [M R], empty without Adam. buffers: the full-size state after
@@ -134,7 +134,7 @@ def run(
     lr: float | Sequence[float],
     frames: Sequence[Tensor] | None = None,
     **settings: Any,
-) -> Run:
+) -> ReferenceRun:
     """Takes one step per gradient from `weight`, which is not changed.
 
     Args:
@@ -146,7 +146,7 @@ def run(
         settings["rank"] = frames[0].shape[1] if frames else 1
     optimizer = kind([w], **settings)
     optimizer.frames = frames
-    state, result = optimizer.state[w], Run(w, [], [], [])
+    state, result = optimizer.state[w], ReferenceRun(w, [], [], [])
     rates = [lr] * len(gradients) if isinstance(lr, float | int) else lr
     for gradient, rate in zip(gradients, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate

@@ -12,8 +12,9 @@ from lightspan.optim.reference.loop import State
 
 
 def row_scale(above: Tensor, below: Tensor, outside: Tensor, frame: Tensor, bound: float | None) -> Tensor:
-    """|n| / (|r| + 1e-8): what Adam does to the length of a row's coordinates. The epsilon is that of the papers' code;
-    their equations have none.
+    """|n| / (|r| + 1e-8): what Adam does to the length of a row's coordinates (Fira, arXiv 2410.01623, equation 11;
+    APOLLO, arXiv 2412.05270, equation 5). The epsilon is that of Fira's algorithm 1 and of both papers' code; APOLLO's
+    equations have none.
 
     Args:
         above, below, outside: norms of n, of r and of what is rescaled, by row [M] or [M 1], or of whole matrices, 0-d.
@@ -29,8 +30,9 @@ def row_scale(above: Tensor, below: Tensor, outside: Tensor, frame: Tensor, boun
 
 
 def limited(update: Tensor, state: State, gamma: float | None) -> Tensor:
-    """The norm-growth limiter (Fira, arXiv 2410.01623): at most gamma times as long as the last update
-    that was not zero, itself limited, whose norm `state` keeps. None does not limit, nor does the first.
+    """The norm-growth limiter (Fira, arXiv 2410.01623, equation 12; APOLLO, arXiv 2412.05270, equation 4): at most
+    gamma times as long as the last update that was not zero, itself limited, whose norm `state` keeps. None does not
+    limit, nor does the first.
 
     The papers' code also counts steps without an update, and limits the one after such a step to a length of 1e-8.
     """

@@ -37,7 +37,7 @@ class AllTogether(Allocation):
         return [(tuple(shapes), count_at(density, sum(math.prod(shape) for shape in shapes.values())))]
 
 
-class PerTensor(Allocation):
+class PerTensorAllocation(Allocation):
     """A ranking within each tensor, which has a count of its own."""
 
     @abstractmethod
@@ -48,14 +48,14 @@ class PerTensor(Allocation):
         return [((name,), count) for name, count in self.counts(shapes, density).items()]
 
 
-class Uniform(PerTensor):
+class Uniform(PerTensorAllocation):
     """The same density for every tensor."""
 
     def counts(self, shapes: Shapes, density: float) -> dict[str, int]:
         return {name: count_at(density, math.prod(shape)) for name, shape in shapes.items()}
 
 
-class ErdosRenyi(PerTensor):
+class ErdosRenyi(PerTensorAllocation):
     """Erdős-Rényi-Kernel: the density of a tensor is proportional to (sum of its axes) / (product of its axes), and 1
     at most, so small tensors stay denser.
     """

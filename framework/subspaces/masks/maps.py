@@ -32,7 +32,7 @@ class Selected:
         return g_S.reshape(-1).index_select(0, self.places_k)
 
 
-class Masked:
+class SoftMask:
     """A soft mask or a gate: every number times its factor. It is its own adjoint.
 
     Args:

@@ -103,5 +103,9 @@ class Exponential(_Ramp):
 
 
 def schedule_of(value: float | Schedule) -> Schedule:
-    """A number as a schedule that stays there."""
-    return value if isinstance(value, Schedule) else Constant(value)
+    """A number as a schedule that stays there. Raises: UserError for what is neither."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{value!r} must be a number, or a schedule such as Linear(1.0, 0.1)")
+    return Constant(value)

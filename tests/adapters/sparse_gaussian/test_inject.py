@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Outputs, Weights
+from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, plain_means, sparsify
 from lightspan.errors import UserError
 from lightspan.subspaces.masks.allocation import ErdosRenyi
@@ -60,7 +60,7 @@ def test_a_sampled_network_is_one_of_its_seed_and_number() -> None:
     model.eval()
 
     def sampled(seed: int, number: int) -> torch.Tensor:
-        with drawing(model, Weights(seed, number)):
+        with drawing(model, OneDraw(seed, number)):
             return model(x)
 
     assert torch.equal(sampled(0, 1), sampled(0, 1))

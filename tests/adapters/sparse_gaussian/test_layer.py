@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightspan.adapters.sparse_gaussian.draws import Mean, Outputs, Weights, normal
+from lightspan.adapters.sparse_gaussian.draws import Mean, OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, plain_means, sparsify
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.errors import UserError
@@ -129,7 +129,7 @@ def test_drawing_outputs_has_mean_and_variance_of_drawing_weights(case: str) -> 
     with torch.no_grad():
         exact_mean, exact_variance = layer(x), layer.variance(x)
         for number in range(networks):
-            with drawing(model, Weights(0, number)):
+            with drawing(model, OneDraw(0, number)):
                 drawn.append(layer(x))
         with drawing(model, Outputs(0, 0, torch.arange(repeats * len(x)))):
             outputs = layer(x.repeat(repeats, *[1] * (x.ndim - 1))).unflatten(0, (repeats, len(x)))
@@ -232,6 +232,6 @@ def test_where_no_active_weight_reaches_gradients_are_finite() -> None:
 
 def test_draws_are_put_back_after_an_error() -> None:
     layer = sparse(nn.Linear(3, 3))
-    with pytest.raises(ZeroDivisionError), drawing(nn.Sequential(layer), Weights(0, 0)):
+    with pytest.raises(ZeroDivisionError), drawing(nn.Sequential(layer), OneDraw(0, 0)):
         raise ZeroDivisionError
     assert isinstance(layer.draw, Mean)

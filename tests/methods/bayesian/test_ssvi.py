@@ -13,13 +13,14 @@ import pytest
 import rank_processes
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from rank_processes import free_port
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Outputs, Weights, normal
+from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers
 from lightspan.adapters.sparse_gaussian.topology import Topology
 from lightspan.backbones.vision import MLP, SmallConvNet
@@ -27,7 +28,8 @@ from lightspan.datamodules.images.small import Digits
 from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.loggers.jsonl import JsonlLogger
-from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, entropy, kl_weight
+from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, kl_weight
+from lightspan.objectives.entropy import entropy
 from lightspan.strategies import FSDP2
 
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
@@ -200,7 +202,7 @@ def test_predictions_are_those_of_the_mean_or_of_networks_of_the_seed() -> None:
     model, given = method(draws=3).eval(), batch()
     networks = []
     for number in range(3):
-        with drawing(model, Weights(0, number)):
+        with drawing(model, OneDraw(0, number)):
             networks.append(model(given["image"]).softmax(1))
     torch.testing.assert_close(model.predict_step(given, 0), torch.stack(networks).mean(0))
     part = model.probabilities(given["image"][2:3])
@@ -239,11 +241,6 @@ def test_loggers_are_told_once_what_the_layers_cost(tmp_path: Path) -> None:
     assert sum("costs/stored_bytes" in row for row in rows) == 1
 
 
-def test_entropy_counts_classes_without_probability_as_nothing() -> None:
-    uniform_K, certain_K = torch.full((1, 4), 0.25), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-    torch.testing.assert_close(entropy(torch.cat([uniform_K, certain_K])), torch.tensor([4.0, 1.0]).log())
-
-
 def test_one_view_of_an_image_is_trained_on_and_two_are_refused() -> None:
     model = method()
     model.log_training = lambda *args, **options: None
@@ -267,6 +264,8 @@ def test_decay_acts_on_means_alone() -> None:
         ({"density": 0}, "density=0 must be above 0"),
         ({"match": ["backbone.norm*"]}, "matches no linear layer or convolution of SSVI"),
         ({"prior_std": 0}, "prior_std=0 must be above 0"),
+        ({"prior_std": float("inf")}, "prior_std=inf must be above 0 .* and both finite"),
+        ({"kl_scale": float("inf")}, "kl_scale=inf at least 0, and both finite"),
         ({"kl_scale": -1}, "kl_scale=-1 at least 0"),
         ({"draws": -1}, "draws=-1 at least 0"),
         ({"train_samples": 0}, "train_samples=0 at least 1"),
@@ -275,6 +274,13 @@ def test_decay_acts_on_means_alone() -> None:
 def test_values_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_start_that_is_no_number_is_refused(value: float, place: int) -> None:
+    with pytest.raises(UserError, match="must be at least 0 and finite"):
+        Start(*[value if i == place else 0.1 for i in range(3)])
 
 
 def test_a_backbone_without_a_width_is_refused() -> None:
@@ -287,6 +293,9 @@ def test_runs_that_cannot_work_are_refused_before_their_first_step(tmp_path: Pat
     sharded._trainer = SimpleNamespace(strategy=FSDP2())  # type: ignore[assignment]
     with pytest.raises(UserError, match="which FSDP2 splits; train with --config scale/ddp"):
         sharded.configure_model()
+    for average in (EMAWeightAveraging(), StochasticWeightAveraging(0.01)):
+        with pytest.raises(UserError, match="averages numbers by their places, and SSVI moves what stands there"):
+            trainer(tmp_path, callbacks=[average], max_epochs=1).fit(method(), datamodule=Digits(24))
     with pytest.raises(UserError, match="Adafactor keeps 'row_var'"):
         trainer(tmp_path).fit(method(optimizer=torch.optim.Adafactor), datamodule=Digits(24))
     with pytest.raises(UserError, match=r"SSVI needs the run's length"):

@@ -27,7 +27,7 @@ from lightspan.objectives.info_nce import class_pair_loss
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 GATED: dict[str, Any] = {"pairs": Arbitrary(1)}
-SUPCON: dict[str, Any] = {"pairs": Identical(), "gate": None}
+IDENTICAL: dict[str, Any] = {"pairs": Identical(), "gate": None}
 
 
 def method(**settings: Any) -> Hydra:
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_its_parts_on_all_views_of_all_images() -> None:
 
 
 def test_identical_pairs_without_a_gate_need_no_draw_and_log_no_gate() -> None:
-    model, given = method(**SUPCON), batch()
+    model, given = method(**IDENTICAL), batch()
     state = torch.get_rng_state()
     losses = [model.eval().training_step(given, step) for step in range(2)]
     assert torch.equal(*losses)
@@ -81,7 +81,7 @@ def test_all_parts_are_trained_and_batches_of_images_work_too() -> None:
         assert any(p.grad.any() for p in part.parameters())
 
 
-@pytest.mark.parametrize("settings", [GATED, SUPCON], ids=["hydra", "supcon"])
+@pytest.mark.parametrize("settings", [GATED, IDENTICAL], ids=["hydra", "identical pairs"])
 def test_a_batch_of_one_class_has_no_negatives_and_moves_nothing(settings: dict[str, Any]) -> None:
     model, given = method(**settings), batch()
     given["label"] = torch.full_like(given["label"], 3)
@@ -190,10 +190,11 @@ def test_features_come_from_before_the_projector() -> None:
     assert torch.equal(model.features({"image": image}), model.backbone(image))
 
 
-def test_the_recipe_of_supcon_differs_in_pairs_and_gate_alone() -> None:
-    hydra, supcon = (resolve(f"contrastive/{name}").config["model"]["init_args"] for name in ("hydra", "supcon"))
-    assert {name for name in hydra if hydra[name] != supcon[name]} == {"pairs", "gate"}
-    built = build(resolve("contrastive/supcon")).model
+def test_the_recipe_of_identical_pairs_differs_in_pairs_and_gate_alone() -> None:
+    names = "hydra", "identical_pairs"
+    hydra, identical = (resolve(f"contrastive/{name}").config["model"]["init_args"] for name in names)
+    assert {name for name in hydra if hydra[name] != identical[name]} == {"pairs", "gate"}
+    built = build(resolve("contrastive/identical_pairs")).model
     assert isinstance(built, Hydra)
     assert built.gate is None
     assert isinstance(built.pairs, Identical)

@@ -18,6 +18,7 @@ from lightspan.backbones.elastic import ElasticViT
 from lightspan.datamodules.images.small import Digits
 from lightspan.datamodules.images.views import MultiCrop, RandomViews
 from lightspan.errors import UserError
+from lightspan.methods.distillation import poa
 from lightspan.methods.distillation.poa import POA
 from lightspan.nn.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.dino_head import DINOHead
@@ -182,6 +183,33 @@ def test_the_teacher_is_the_recursion_over_all_steps(tmp_path: Path) -> None:
     assert len(model.token_features({"image": x}, [0, -1])) == 2
 
 
+def test_each_step_has_its_own_size_temperature_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[Any] = []
+    masks: list[Tensor] = []
+    temperatures: list[float] = []
+
+    def look(module: Any, given: Any, options: dict[str, Any], seen: Any) -> None:
+        if "size" in options:
+            sizes.append(options["size"])
+            masks.append(given[1].hidden_BHW)
+
+    def watched(scores: Tensor, temperature: float) -> Tensor:
+        temperatures.append(temperature)
+        return sinkhorn(scores, temperature)
+
+    monkeypatch.setattr(poa, "sinkhorn", watched)
+    model, given = method(), batch()
+    model.student.register_forward_hook(look, with_kwargs=True)
+    fit(model, [given] * STEPS, tmp_path)
+    assert sizes == [model.sampler.at(step) for step in range(STEPS)]
+    assert len(set(sizes)) > 1
+    assert temperatures[::4] == pytest.approx([0.04, 0.055, 0.07, 0.07])  # two heads, class tokens and patches
+    for step, hidden in enumerate(masks):
+        drawn = [model.masks.draw((4, 4), step, given["index"].tolist(), view) for view in range(2)]
+        assert torch.equal(hidden, torch.from_numpy(np.concatenate(drawn)))
+    assert not torch.equal(masks[0], masks[1])
+
+
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     straight, resumed = method(), method()
     saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -265,6 +293,9 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     [
         ({"lam": 1.2}, r"lam=1.2 must lie in \[0, 1\]"),
         ({"student_temperature": 0.0}, r"student_temperature=0.0, .* must be above 0"),
+        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan .* must be above 0, .*and all finite"),
+        ({"koleo_weight": float("nan")}, r"koleo_weight=nan at least 0, and all finite"),
+        ({"small_first": float("nan")}, r"small_first=nan must be finite and at least 1"),
         ({"global_views": 1}, r"global_views=1 leaves a global view without another one"),
     ],
 )

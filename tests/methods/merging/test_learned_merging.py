@@ -134,6 +134,21 @@ def test_entropy_is_summed_over_tasks_at_the_weights_of_each_method(tmp_path: Pa
     torch.testing.assert_close(method.training_step(batch(), 0), entropy_by_hand(masked, batch()))
 
 
+@pytest.mark.parametrize("name", ["Concrete arithmetic", "Concrete AdaMerging"])
+def test_each_step_draws_a_mask_of_its_own(name: str, tmp_path: Path) -> None:
+    method, steps = make(name, tmp_path), []
+    draw = method.concrete.drawn
+
+    def watched(step: int) -> dict[str, Tensor]:
+        steps.append(step)
+        return draw(step)
+
+    method.concrete.drawn = watched
+    trainer(limit_val_batches=0).fit(method, data())
+    assert steps == [0, 1, 2]
+    assert not torch.equal(draw(0)["layers.1.weight"], draw(1)["layers.1.weight"])
+
+
 @pytest.mark.parametrize("inner", ["gradient", "adam", "adam_kept"])
 def test_the_inner_step_starts_from_the_weight_and_the_outer_one_sends_no_gradient_through_it(
     inner: str, tmp_path: Path
@@ -369,3 +384,51 @@ def test_batches_of_other_tasks_small_ones_and_sharding_are_refused(tmp_path: Pa
 def test_data_that_cannot_be_are_refused(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("name", ["Atlas", "Atlas, budget"])
+def test_what_is_looked_at_before_the_first_step_has_the_precision_of_the_run(
+    name: str, precision: Any, tmp_path: Path
+) -> None:
+    method = make(name, tmp_path)
+    trainer(2, precision=precision).fit(method, data())
+    assert method.best_score > -torch.inf
+
+
+def test_a_parameter_that_the_network_does_not_use_has_no_say_in_the_choice(tmp_path: Path) -> None:
+    class Spare(MLP):
+        def __init__(self, seed: int) -> None:
+            torch.manual_seed(seed)
+            super().__init__((1, 8, 8), (12, 8))
+            self.spare = nn.Parameter(torch.randn(2))
+
+    for seed, name in enumerate((BASE, *TASKS)):
+        state = {f"backbone.{key}": tensor for key, tensor in Spare(seed).state_dict().items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    method = Atlas(Spare(9), stored_as_is(tmp_path), heads(), budget=2, optimizer=partial(torch.optim.Adam, lr=0.01))
+    trainer(1).fit(method, data())
+    assert method.is_chosen
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    method = make("AdaMerging, layers", tmp_path, out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"another folder with model\.init_args\.out"):
+        trainer().fit(method, data())
+    assert (method.learned.weight == torch.tensor(0.3)).all()
+
+
+def test_models_that_are_infinitely_far_or_complex_are_refused(tmp_path: Path) -> None:
+    stored(tmp_path)
+    for odd, message in (
+        (torch.full((8,), torch.inf), r"differs from the base by infinity in backbone\.layers\.3\.bias"),
+        (
+            torch.ones(8, dtype=torch.complex64),
+            r"is torch\.float32 in the network but torch\.complex64",
+        ),
+    ):
+        state = {f"backbone.{key}": tensor for key, tensor in net(1).state_dict().items()}
+        save_file({**state, "backbone.layers.3.bias": odd}, tmp_path / "up.safetensors")
+        with pytest.raises(UserError, match=message):
+            Atlas(net(9), stored_as_is(tmp_path), heads(), optimizer=torch.optim.Adam)

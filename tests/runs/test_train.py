@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightspan.commands import fit
 from lightspan.errors import UserError
+from lightspan.runs import train
 from lightspan.signals import remembered
 
 
@@ -18,7 +18,7 @@ def call(tmp_path, error: BaseException, checkpoint=None, interrupted=False):
     def function():
         raise error
 
-    return fit.call(function, built, tmp_path, checkpoint)
+    return train.call(function, built, tmp_path, checkpoint)
 
 
 def test_an_error_of_a_disk_names_the_run_and_one_of_a_file_the_file(tmp_path):
@@ -55,9 +55,9 @@ def test_errors_are_told_by_where_they_were_raised(tmp_path):
 
     built = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=7))
     with pytest.raises(UserError, match=r"last.ckpt is a checkpoint of another model: size mismatch"):
-        fit.call(load_state_dict, built, tmp_path, tmp_path / "last.ckpt")
+        train.call(load_state_dict, built, tmp_path, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="early stopping: Early stopping conditioned on metric `val/los`"):
-        fit.call(_validate_condition_metric, built, tmp_path, None)
+        train.call(_validate_condition_metric, built, tmp_path, None)
 
 
 def test_a_second_ctrl_c_in_a_write_is_no_error_of_the_write(tmp_path, capsys):
@@ -90,4 +90,4 @@ def test_a_validation_that_is_due_after_the_end_of_an_epoch_is_refused_in_words(
 
     built = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=0))
     with pytest.raises(UserError, match=r"the Trainer refuses this run: `val_check_interval` \(9\) must be less"):
-        fit.call(setup_data, built, tmp_path, None)
+        train.call(setup_data, built, tmp_path, None)

@@ -1,0 +1,89 @@
+"""`lightspan validate`, `test` and `predict`: a checkpoint, evaluated in a run folder of its own."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lightspan.commands.arguments import add_recipe_arguments, add_run_argument, file
+from lightspan.config.build import build, resolve, with_layer
+from lightspan.errors import UserError, print_notes
+from lightspan.run_files import PREDICTIONS
+from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank, run_folder, weights_to_evaluate, write_run_files
+from lightspan.runs.seed import with_seed
+from lightspan.runs.train import call, put_weights
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    add_run_argument(parser)
+    parser.add_argument(
+        "--ckpt",
+        type=file,
+        required=True,
+        metavar="PATH",
+        help="a checkpoint, a run folder for its newest one, or a merge or an export for its weights",
+    )
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    return _evaluate(args, "validate")
+
+
+def run_test(args: argparse.Namespace) -> int:
+    return _evaluate(args, "test")
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    return _evaluate(args, "predict")
+
+
+def _evaluate(args: argparse.Namespace, verb: str) -> int:
+    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    source = weights_to_evaluate(args.ckpt)
+    if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
+        raise UserError(f"--run {args.run} contains a training run; give {verb} its own folder or leave --run out")
+    run_dir = run_folder(args.run, f"{resolved.name}-{verb}")
+    resolved = with_seed(resolved, run_dir, source)
+    resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go to one JSON file
+    built = build(resolved, run_dir)
+    alone = source.suffix == ".safetensors"
+    if alone:
+        put_weights(built, source)
+    if is_first_rank():
+        print_notes(resolved.notes)
+        if source != args.ckpt:
+            print(f"{verb}: {source}", flush=True)
+        write_run_files(resolved, run_dir, args.command_line, args.overlays, source)
+    call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": None if alone else str(source)}
+    call_arguments["weights_only"] = True
+    if verb != "predict":
+        call_arguments["verbose"] = False
+    function = getattr(built.trainer, verb)
+    status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, source)
+    if status == 0 and is_first_rank():
+        if verb == "predict":
+            _write_predictions(result, run_dir / PREDICTIONS)
+        else:
+            _print_metrics(result, run_dir / f"{verb}.json")
+    return status
+
+
+def _write_predictions(predictions: Any, path: Path) -> None:
+    import torch
+
+    from lightspan.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        torch.save(predictions, temporary)
+    print(f"wrote {path}: one entry per batch")
+
+
+def _print_metrics(results: list[dict[str, float]], path: Path) -> None:
+    from lightspan.files import write_atomic
+
+    metrics = {name: value for result in results for name, value in result.items()}
+    write_atomic(path, json.dumps(metrics, indent=2) + "\n")
+    for name, value in metrics.items():
+        print(f"{name:<32} {value:.6g}")
+    print(f"wrote {path}")

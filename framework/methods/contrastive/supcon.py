@@ -1,0 +1,53 @@
+"""SupCon: images of one class are positives of one another.
+
+Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, arXiv 2004.11362: two views of each image, an
+encoder and a projector (section 3.1), and L_out of equation 2, which is `lightspan.objectives.supcon`. The paper then
+trains a linear classifier on the frozen encoder; here the callback `OnlineProbes` shows one while training goes on.
+Shapes: B images of this rank, V views of each, R = B V rows, D embedding width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.widths import require_width
+from lightspan.objectives.info_nce import require_temperature
+from lightspan.objectives.supcon import supcon
+
+
+class SupCon(Method):
+    """Pulls rows of one class together, views of one image among them, and all others apart. Rows are those of all
+    ranks; with sync_batchnorm N ranks train as one.
+
+    Args:
+        backbone: [R C H W] -> [R num_features]; what probes read, and all that is kept.
+        projector: [R num_features] -> [R D].
+        temperature: > 0; the paper has 0.1.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.1, **optimization: Any
+    ) -> None:
+        super().__init__(**optimization)
+        require_temperature(temperature)
+        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        self.backbone, self.projector, self.temperature = backbone, projector, temperature
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views = batch["views"] if "views" in batch else [batch["image"]]
+        if "label" not in batch or len({view.shape for view in views}) > 1:
+            raise UserError(
+                f"SupCon needs labels, and views of one size; this batch holds {sorted(batch)} and views of "
+                f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
+            )
+        label_R = batch["label"].repeat(len(views))
+        loss = supcon(self.projector(self.backbone(torch.cat(views))), label_R, self.temperature)
+        self.log_training({"train/loss": loss})
+        return loss

@@ -1,0 +1,120 @@
+"""Frames that are chosen again: the first half of a step chooses them, the second writes them and carries moments over.
+
+Shapes: B matrices of a bucket, b of them with a new frame; M rows, N columns, R rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightspan.optim.bases import Basis
+from lightspan.optim.carries import FrameChange
+from lightspan.optim.inner import AdamSettings
+from lightspan.optim.layout import Layout, State, part_of, write_part
+from lightspan.optim.settings import Switches
+from lightspan.subspaces.frames import Frames
+from lightspan.triton_kernels.bias_correction import bias_correction
+
+
+@dataclass
+class NewFrames:
+    """New frames for the matrices at `positions`; `first` if no gradient had shaped the old ones."""
+
+    positions: list[int]
+    first: bool
+    basis: State
+
+
+def choose_frames(
+    gradients: Sequence[Tensor],
+    positions: list[int],
+    state: State,
+    layout: Layout,
+    rule: Switches,
+    beta1: float,
+    *,
+    first: bool,
+) -> NewFrames:
+    """New frames for the matrices at `positions`, from their gradients [M N]; nothing is written."""
+    part, part_layout = part_of(state, layout.select(positions)), layout.part(positions)
+    if rule.basis.momentum and not first:
+        gradients = _with_momentum(gradients, part, part_layout, rule, beta1)
+    return NewFrames(positions, first, rule.basis.refresh(gradients, part, part_layout, first=first))
+
+
+def with_frames(changes: Sequence[NewFrames], state: State, layout: Layout) -> State:
+    """The state that new frames lead to, with moments as they were; the given one is unchanged."""
+    for change in changes:
+        index, basis = layout.select(change.positions), change.basis.items()
+        state = {**state, **{key: _with_part(state[key], change.positions, index, value) for key, value in basis}}
+    return state
+
+
+def change_frames(
+    changes: Sequence[NewFrames],
+    state: State,
+    layout: Layout,
+    rule: Switches,
+    coordinates_BMR: Tensor,
+    numbers: AdamSettings,
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """Writes new frames and carries moments into them.
+
+    Args:
+        coordinates_BMR: of the present gradients, in the new frames.
+    Returns where each column's moments are [B R], None if in place; and what first moments lost [M N], by matrix.
+    """
+    source_BR: Tensor | None = None
+    lost: dict[int, Tensor] = {}
+    for change in changes:
+        index = layout.select(change.positions)
+        before, part_layout = part_of(state, index), layout.part(change.positions)
+        part = dict(before)
+        if not change.first and "exp_avg" in state:  # otherwise there is nothing to carry
+            make_old, make_new = (partial(_frame, rule.basis, basis, part_layout) for basis in (before, change.basis))
+            coordinates_bMR = coordinates_BMR[index]
+            seen = FrameChange(make_old, make_new, before, change.basis, coordinates_bMR, numbers.betas)
+            before_BMN = _lifted(part, seen.old_BNR, rule) if rule.residual.keeps_lost_moments else None
+            moved_bR = rule.basis.carry.carry(part, seen, rule.moments, numbers.seed)
+            if before_BMN is not None:
+                left = before_BMN - _lifted(part, seen.new_BNR, rule)
+                lost.update(zip(change.positions, left, strict=True))
+            if moved_bR is not None:
+                if source_BR is None:
+                    source_BR = torch.arange(layout.rank, device=layout.device).repeat(layout.batch, 1)
+                source_BR[index] = moved_bR
+        write_part(state, index, {**part, **change.basis}, before)
+    return source_BR, lost
+
+
+def _frame(basis: Basis, state: State, layout: Layout) -> Tensor:
+    return basis.frame(state, layout).to(layout.dtype)
+
+
+def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part: Tensor) -> Tensor:
+    """A copy of the stack with some matrices replaced; the given stack is unchanged."""
+    if len(positions) == len(stack):
+        return part
+    stack = stack.clone()
+    stack[index] = part
+    return stack
+
+
+def _with_momentum(
+    gradients: Sequence[Tensor], part: State, layout: Layout, rule: Switches, beta1: float
+) -> list[Tensor]:
+    """rho m_hat Q^T + (1 - rho) G, by matrix."""
+    share = rule.basis.momentum
+    correction_B1R = bias_correction(part["age"], beta1)[:, None]
+    mean_BMR = rule.moments.load(part, "exp_avg").to(layout.dtype) / correction_B1R
+    lifted_BMN = Frames(rule.basis.frame(part, layout).to(layout.dtype)).push(mean_BMR)
+    return [
+        torch.lerp(g.to(layout.dtype), lifted_MN, share) for g, lifted_MN in zip(gradients, lifted_BMN, strict=True)
+    ]
+
+
+def _lifted(part: State, frame_BNR: Tensor, rule: Switches) -> Tensor:
+    return Frames(frame_BNR).push(rule.moments.load(part, "exp_avg").to(frame_BNR.dtype))
