@@ -21,7 +21,7 @@ from lightspan.datamodules.images.coloured_shapes import CLASSES, draw, factors
 from lightspan.methods.contrastive.hydra import Hydra
 from lightspan.methods.contrastive.supcon import SupCon
 
-STEPS = 2000
+STEPS = 1200
 TRAINING, PROBED, TESTED = 2560, 640, 640  # pictures
 CHOSEN = {"Hydra": 1e-2, "no gate": 1e-2, "identical pairs": 1e-2, "SupCon": 1e-2}
 
