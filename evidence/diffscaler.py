@@ -76,7 +76,7 @@ class Task:
     draws: int
 
     def subset(self, classes: list[int], seed: int, val_size: int = 0) -> ClassSubset:
-        data = ClassSubset(self.data(), classes, self.batch, val_size=val_size, seed=seed)
+        data = ClassSubset(self.data(), classes, batch_size=self.batch, val_size=val_size, seed=seed)
         data.setup()
         return data
 

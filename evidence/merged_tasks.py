@@ -1,10 +1,11 @@
-"""What the evidence of merging shares: tasks made of one set of pictures, specialists that were fine-tuned from one
-network, and merges of them, all scored on pictures that nothing was trained or chosen on.
+"""What the evidence of merging shares: tasks, specialists that were fine-tuned from one network, and merges of them,
+all scored on pictures that nothing was trained or chosen on.
 
-A task is a set under one fixed change: a turn, or one order of all pixels. The network is pretrained for a short time
-on a mixture of tasks, with a head of ten classes that is frozen from then on, as CLIP's are; each specialist is
-fine-tuned on its own task. Pictures are split anew for each seed: half for training, a quarter without labels for
-adaptation, on whose labels the arms that need labels choose, and a quarter for scoring.
+A task is a set under one fixed change: none, a turn, or one order of all pixels. The network is pretrained for a short
+time on a mixture of tasks, with heads that are frozen from then on, as CLIP's are: one for all tasks where they have
+the same classes, or one for each. Each specialist is fine-tuned on its own task. Pictures are split anew for each seed:
+half for training, a quarter without labels for adaptation, on whose labels the arms that need labels choose, and a
+quarter for scoring.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,11 +34,14 @@ from lightspan.merging.merger import Merger
 from lightspan.merging.models import BASE, Held, Models
 from lightspan.merging.weights import Weights
 
-CLASSES = 10
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 Change = Callable[[np.ndarray], np.ndarray]
+
+
+def as_they_are(images: np.ndarray) -> np.ndarray:
+    return images
 
 
 def turned(degrees: float) -> Change:
@@ -61,12 +65,10 @@ def digits() -> Labelled:
 class Task(ImageData):
     """One task: half of the pictures to train on, a quarter as validation images (`val`), a quarter as `test`."""
 
-    num_classes = CLASSES
-
     def __init__(self, pictures: Labelled, change: Change, seed: int, shots: int | None = None) -> None:
-        quarter = len(pictures.labels) // 4
-        super().__init__(val_size=quarter, train_size=None if shots is None else shots * CLASSES, seed=seed)
-        self.pictures, self.change = pictures, change
+        quarter, classes = len(pictures.labels) // 4, int(pictures.labels.max()) + 1
+        super().__init__(val_size=quarter, train_size=None if shots is None else shots * classes, seed=seed)
+        self.pictures, self.change, self.num_classes = pictures, change, classes  # type: ignore[misc]
         self.image_shape = (1, *pictures.images.shape[1:])  # type: ignore[misc]
         self.order = np.random.default_rng(seed).permutation(len(pictures.labels))
 
@@ -98,12 +100,12 @@ class Pictures:
 
 @dataclass
 class World:
-    """The pretrained network, the head that stays, and the specialists of each task."""
+    """The pretrained network, the heads that stay, and the specialists of each task."""
 
     tasks: dict[str, Task]
     pictures: dict[str, Pictures]
     base: MLP
-    head: nn.Linear
+    heads: dict[str, nn.Module]
     specialists: dict[str, MLP]
 
     def models(self, tasks: Iterable[str] | None = None) -> "InMemory":
@@ -119,7 +121,7 @@ class World:
         found = {}
         for task in tasks or self.tasks:
             x, y = getattr(self.pictures[task], part)
-            found[task] = 100 * (self.head(network(x)).argmax(dim=1) == y).double().mean().item()
+            found[task] = 100 * (self.heads[task](network(x)).argmax(dim=1) == y).double().mean().item()
         return found
 
 
@@ -137,43 +139,65 @@ class InMemory(Models):
 
 
 def world(
-    pictures: Labelled,
-    changes: dict[str, Change],
+    tasks: dict[str, Task],
     seed: int,
     pretraining: int,
     epochs: int = 20,
     hidden: tuple[int, ...] = (128, 128),
     pretrained_on: Iterable[str] | None = None,
     lr: float = 1e-3,
+    own_heads: Callable[[int, int], nn.Module] | None = None,
 ) -> World:
     """Args:
     pretraining: steps of 64 pictures on the mixture of the tasks of `pretrained_on` (None: all).
     epochs, lr: of each specialist's fine-tuning.
+    own_heads: makes a head, of its features and classes, for each task; None: one linear head for all.
     """
     torch.manual_seed(seed)
-    tasks = {name: Task(pictures, change, seed) for name, change in changes.items()}
     parts = {name: Pictures.of(task) for name, task in tasks.items()}
-    base = MLP((1, *pictures.images.shape[1:]), hidden)
-    head = nn.Linear(hidden[-1], CLASSES)
-    mixed = [parts[name].train for name in pretrained_on or tasks]
-    x, y = (torch.cat(column) for column in zip(*mixed, strict=True))
-    train(base, head, x, y, steps=pretraining, parameters=[*base.parameters(), *head.parameters()])
+    base = MLP(next(iter(tasks.values())).image_shape, hidden)
+    heads: dict[str, nn.Module]
+    if own_heads is None:
+        heads = dict.fromkeys(tasks, nn.Linear(hidden[-1], next(iter(tasks.values())).num_classes))
+    else:
+        heads = {name: own_heads(hidden[-1], task.num_classes) for name, task in tasks.items()}
+    mixture: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    for name in pretrained_on or tasks:
+        mixture.setdefault(heads[name], []).append(parts[name].train)
+    mixed = {head: (torch.cat([x for x, _ in of]), torch.cat([y for _, y in of])) for head, of in mixture.items()}
+    learning = [*base.parameters(), *nn.ModuleList(heads.values()).parameters()]
+    train(base, mixed, steps=pretraining, parameters=learning)
     specialists = {}
     for name, part in parts.items():
         specialists[name] = copy.deepcopy(base)
         steps = epochs * len(part.train[1]) // 64
-        train(specialists[name], head, *part.train, steps=steps, parameters=[*specialists[name].parameters()], lr=lr)
-    return World(tasks, parts, base, head.requires_grad_(False), specialists)
+        own = [*specialists[name].parameters()]
+        train(specialists[name], {heads[name]: part.train}, steps=steps, parameters=own, lr=lr)
+    for head in heads.values():
+        head.requires_grad_(False)
+    return World(tasks, parts, base, heads, specialists)
 
 
 def train(
-    network: nn.Module, head: nn.Module, x: Tensor, y: Tensor, steps: int, parameters: list[Any], lr: float = 1e-3
+    network: nn.Module,
+    data: Mapping[nn.Module, tuple[Tensor, Tensor]],
+    steps: int,
+    parameters: list[Any],
+    lr: float = 1e-3,
 ) -> None:
+    """On 64 pictures a step, drawn from those of all heads together."""
     optimizer = torch.optim.Adam(parameters, lr=lr)
+    x = torch.cat([images for images, _ in data.values()])
+    y = torch.cat([labels for _, labels in data.values()])
+    head_of = torch.repeat_interleave(torch.tensor([len(labels) for _, labels in data.values()]))
     for _ in range(steps):
         rows = torch.randint(len(x), (min(64, len(x)),))
         optimizer.zero_grad()
-        F.cross_entropy(head(network(x[rows])), y[rows]).backward()
+        features, losses = network(x[rows]), []
+        for i, head in enumerate(data):
+            own = head_of[rows] == i
+            losses.append(F.cross_entropy(head(features[own]), y[rows][own], reduction="sum"))
+        (torch.stack(losses).sum() / len(rows)).backward()
         optimizer.step()
 
 
@@ -211,7 +235,7 @@ def learned(
 ) -> tuple[LearnedMerging, MLP]:
     """A learned merge, trained by `fit`, and a network with its weights."""
     tasks = tasks or world.tasks
-    heads = {name: copy.deepcopy(world.head) for name in tasks}
+    heads = {name: copy.deepcopy(world.heads[name]) for name in tasks}
     method = kind(
         copy.deepcopy(world.base), models or world.models(), heads, optimizer=partial(optimizer, lr=lr), **settings
     )

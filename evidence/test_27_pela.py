@@ -30,11 +30,11 @@ from lightning import LightningModule, Trainer, seed_everything
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lightspan.adapters.pela import factorise
 from lightspan.datamodules.images.small import Digits, ImageData, Labelled
 from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.surgery.factorise import factorise
 
 SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2), 100, 400
 WIDTH, CLASSES, RATIO = 64, 10, 4.0

@@ -24,6 +24,11 @@ def one_line(text: object) -> str:
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def install_extra(name: str) -> str:
+    """How to install one of lightspan's extras, which no package index has: see README."""
+    return f"pip install '.[{name}]' in a checkout of lightspan"
+
+
 def print_notes(notes: Iterable[str]) -> None:
     """Prints what a user should know and need not mend, to stderr so that printed YAML stays YAML."""
     for note in notes:

@@ -92,9 +92,16 @@ def test_show_why_tells_the_history_of_one_key(capsys):
 
 def test_copy_writes_a_file_that_passes_the_check_and_never_replaces_one(capsys):
     assert main(["copy", "language/quickstart", "sub/mine.yaml"]) == 0
+    assert "--resolved" not in capsys.readouterr().out
     assert main(["check", "sub/mine.yaml"]) == 0
     assert main(["copy", "language/quickstart", "sub/mine.yaml"]) == 2
     assert "sub/mine.yaml exists; remove it or choose another name" in capsys.readouterr().err
+
+
+def test_copy_of_a_few_lines_over_a_base_says_where_the_rest_is_seen(capsys):
+    assert main(["copy", "contrastive/barlow_twins", "mine.yaml"]) == 0
+    assert "differs from contrastive/mixed_barlow_twins; " in (said := capsys.readouterr().out)
+    assert "lightspan show mine.yaml --resolved" in said
 
 
 def test_notes_go_to_stderr_so_that_printed_yaml_stays_yaml(capsys):
@@ -236,8 +243,12 @@ def test_a_dry_run_builds_and_writes_nothing(capsys):
             ],
             "nothing",
         ),
+        (
+            ["masks/drop_and_grow_fashion", "trainer.callbacks.masks.init_args.match=[encoder.*]"],
+            "pattern 'encoder.*' matches no parameter of Classifier that trains",
+        ),
     ],
-    ids=["data", "optimizer", "optimizer of torch", "callback"],
+    ids=["data", "optimizer", "optimizer of torch", "callback", "masks"],
 )
 def test_a_dry_run_finds_what_only_data_optimizers_and_callbacks_know(flags, message, capsys):
     assert main(["fit", *flags, "--dry-run"]) == 2

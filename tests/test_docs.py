@@ -56,7 +56,7 @@ def options_of(verb: str) -> set[str]:
     """The options that a verb takes."""
     found = next(known for known in VERBS if known.name == verb)
     parser = argparse.ArgumentParser()
-    getattr(importlib.import_module(f"lightspan.commands.{found.module}"), found.add_arguments)(parser)
+    importlib.import_module(f"lightspan.commands.{found.module}").add_arguments(parser)
     return {"--debug", *parser._option_string_actions}
 
 

@@ -30,13 +30,14 @@ MAY_USE: dict[str, set[str]] = {
     "subspaces": {"triton_kernels"},
     "optim": {"subspaces", "triton_kernels"},
     "adapters": {"subspaces"},
+    "surgery": {"adapters", "subspaces"},
     "objectives": set(),
     "nn": set(),
     "backbones": {"nn"},
     "analysis": {"subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
     "estimators": {"analysis", "features", "merging", "subspaces"},
-    "merging": {"adapters", "checkpoints", "method", "subspaces"},
+    "merging": {"adapters", "checkpoints", "method", "objectives", "subspaces"},
     "strategies": {"optim"},
     "signals": set(),
     "loggers": set(),
@@ -45,7 +46,7 @@ MAY_USE: dict[str, set[str]] = {
     "deepspeed": {"optim", "callbacks", "checkpoints", "strategies", "wiring"},
     "method": {"nn", "optim", "strategies", "wiring"},
     "methods": {
-        *("method", "subspaces", "optim", "adapters", "objectives", "merging"),
+        *("method", "subspaces", "optim", "adapters", "surgery", "objectives", "merging"),
         *("nn", "backbones", "analysis", "triton_kernels"),
     },
     "callbacks": {
@@ -63,7 +64,7 @@ SHELL = {"__init__", "__main__", "cli", "commands"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
 # Pure tensor code, usable without a trainer.
-WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "optim", "adapters", "objectives", "nn", "backbones")
+WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "optim", "adapters", "surgery", "objectives", "nn", "backbones")
 
 
 def sources() -> list[tuple[str, Path]]:

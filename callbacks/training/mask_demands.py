@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 from lightspan.errors import UserError
+from lightspan.files import expanded, make_folder
 
 
 def require_maskable(module: LightningModule, names: Iterable[str]) -> None:
@@ -33,6 +36,42 @@ def require_maskable(module: LightningModule, names: Iterable[str]) -> None:
                 f"MaskLearning needs a gradient for every entry of {name}, and its {sparse[id(parameter)]} gives "
                 "sparse ones; set sparse=False or leave it out"
             )
+
+
+def refuse_scaled_gradients(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Raises: UserError for a GradScaler whose factor an optimiser takes out inside its step: masks would learn from
+    gradients that are as many times too large.
+    """
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UserError(
+            "MaskLearning needs gradients without the factor of the GradScaler, and a fused "
+            f"{type(optimizer).__name__} takes it out only inside its step; set fused=False, or "
+            "trainer.precision=bf16-mixed"
+        )
+
+
+def masks_file(path: str | Path) -> Path:
+    """Where masks can be written once the run ends; its folder is made. Raises: UserError if they cannot."""
+    file = expanded(path, "path of MaskLearning")
+    if file.is_dir():
+        raise UserError(f"MaskLearning path={path} is a folder; name a file in it, such as masks.safetensors")
+    make_folder(file.parent, "path of MaskLearning")
+    return file
+
+
+def early_choices(trainer: Trainer, steps: int) -> list[str]:
+    """What to say of callbacks that choose a checkpoint by a figure before the mask is fixed, after this many steps:
+    the figure is that of the masked network, and the checkpoint holds all weights.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    return [
+        f"{type(callback).__name__} chooses by {callback.monitor}, but before step {steps}, at which MaskLearning "
+        "fixes its masks, a checkpoint holds all weights, and the figure is that of the masked network; keep all with "
+        "save_top_k=-1 and choose among those from that step on, or lower until of MaskLearning"
+        for callback in callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+    ]
 
 
 def refuse_early_averages(trainer: Trainer, steps: int) -> None:

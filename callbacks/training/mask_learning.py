@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightspan.callbacks.training.mask_demands import refuse_early_averages, require_maskable
+from lightspan.callbacks.training.mask_demands import (
+    early_choices,
+    masks_file,
+    refuse_early_averages,
+    refuse_scaled_gradients,
+    require_maskable,
+)
 from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 from lightspan.files import atomic_path
 from lightspan.optim.masks.follow import keep_only, require_entrywise
 from lightspan.optim.masks.learner import Fixed, MaskLearner, on_cpu
@@ -69,6 +75,8 @@ class MaskLearning(Callback):
     weights that begin before the mask is fixed, and for a run without an end.
     """
 
+    prepares_optimizers = True  # on_fit_start only judges and says what will be masked, so a plan may call it
+
     def __init__(
         self,
         match: list[str],
@@ -114,6 +122,7 @@ class MaskLearning(Callback):
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
+        file = self._file(trainer)
         require_maskable(pl_module, [name for name in names if matches(name, self.match)])
         others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]
         for other in others:
@@ -121,6 +130,11 @@ class MaskLearning(Callback):
                 raise UserError(f"two entries of MaskLearning match {twice[0]}; give each parameter one mask")
             if self.path == other.path:
                 raise UserError(f"two entries of MaskLearning write to path={self.path}; give each a path of its own")
+        if trainer.is_global_zero:
+            self._say_what_stays(pl_module)
+            if file.exists() and trainer.ckpt_path is None:
+                way_out = "give MaskLearning another path to keep it"
+                print_notes([f"{file} is of an earlier run, and will be replaced when this one ends; {way_out}"])
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,6 +144,7 @@ class MaskLearning(Callback):
                 f"MaskLearning needs an optimiser, and configure_optimizers of {type(pl_module).__name__} gives none"
             )
         require_entrywise(optimizer)
+        refuse_scaled_gradients(trainer, optimizer)
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("MaskLearning needs the run's length; set trainer.max_steps or trainer.max_epochs")
@@ -145,11 +160,19 @@ class MaskLearning(Callback):
         if left_out := [name for name, place in self._places.items() if id(place.parameter) not in held]:
             raise UserError(f"MaskLearning matches {left_out[0]}, which the optimiser does not train; leave it out")
         stored, self._stored = self._stored, {}
+        kinds = stored.get("kind"), type(self.mask).__name__
+        if stored and not stored.get("fixed") and kinds[0] not in (None, kinds[1]):
+            raise UserError(
+                f"the saved masks are learned by {kinds[0]}, those of this run by {kinds[1]}; resume with the mask of "
+                "MaskLearning of that run"
+            )
         self._begin(Fixed() if stored.get("fixed") else self.mask, optimizer, stored.get("learner"))
         if stored.get("fixed"):
             self.masks = on_cpu(self._learner.chosen(1.0))
         else:
             refuse_early_averages(trainer, self._learning_steps)
+            if trainer.is_global_zero and not self._learner.sparse:
+                print_notes(early_choices(trainer, self._learning_steps))
         self._last = self._learner.saved(stored, "last") if stored.get("last") else {}
         self._figures = dict(stored.get("figures") or {})
         self._counts: dict[str, float] = {}
@@ -211,7 +234,7 @@ class MaskLearning(Callback):
                 "they can go on. To mask one use lightspan.merging.masked.Masked with the file of masks"
             )
         self._let_go()
-        path = Path(self.path or Path(trainer.default_root_dir) / FILE)
+        path = self._file(trainer)
         if trainer.is_global_zero:
             save_masks(path, pl_module, self.masks)
         self._announce(path)
@@ -219,7 +242,8 @@ class MaskLearning(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._now is None:
             return dict(self._stored)
-        state = {"fixed": bool(self.masks), "learner": self._now.state_dict()}
+        kind = type(self.mask).__name__
+        state = {"fixed": bool(self.masks), "kind": kind, "learner": self._now.state_dict()}
         return {**state, "last": on_cpu(self._now.wholes(self._last)), "figures": dict(self._figures)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -231,6 +255,9 @@ class MaskLearning(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stored = state_dict  # taken up once the parameters are what they will be trained as
+
+    def _file(self, trainer: Trainer) -> Path:
+        return masks_file(self.path or Path(trainer.default_root_dir) / FILE)
 
     @property
     def _learner(self) -> MaskLearner:
@@ -319,6 +346,13 @@ class MaskLearning(Callback):
             **self.mask.figures(progress),
         }
         self._figures = {f"mask/{what}": value for what, value in figures.items()}
+
+    def _say_what_stays(self, module: LightningModule) -> None:
+        shapes = {n: p.shape for n, p in module.named_parameters() if p.requires_grad and matches(n, self.match)}
+        counts = [count for _, count in self.allocation.groups(shapes, self.density.ends()[1])]
+        numbers, names = sum(shape.numel() for shape in shapes.values()), list(shapes)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"MaskLearning: {sum(counts):,} of {numbers:,} entries will stay of {', '.join(names[:3])}{more}")
 
     @rank_zero_only
     def _announce(self, path: Path) -> None:

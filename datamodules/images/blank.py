@@ -1,9 +1,10 @@
 """Blank pictures: what a run is planned or timed with where its data are not at hand."""
 
+from typing import Any
+
 import numpy as np
 
 from lightspan.datamodules.images.small import ImageData, Labelled
-from lightspan.datamodules.images.views import Views
 from lightspan.errors import UserError
 
 
@@ -14,22 +15,13 @@ class Blank(ImageData):
         classes: number of labels.
         shape: C, H, W.
         size: images for training; a quarter as many for testing.
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+        settings: those of `ImageData`.
     """
 
     def __init__(
-        self,
-        classes: int = 10,
-        shape: tuple[int, int, int] = (3, 224, 224),
-        size: int = 256,
-        batch_size: int = 128,
-        views: Views | None = None,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        self, classes: int = 10, shape: tuple[int, int, int] = (3, 224, 224), size: int = 256, **settings: Any
     ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        super().__init__(**settings)
         if min(classes, size, *shape) < 1:
             raise UserError(f"Blank: classes={classes}, size={size} and shape={list(shape)} must each be at least 1")
         channels, height, width = shape

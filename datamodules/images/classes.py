@@ -1,9 +1,10 @@
 """Some classes of an image set as a separate set: one task of several."""
 
+from typing import Any
+
 import numpy as np
 
 from lightspan.datamodules.images.small import ImageData, Labelled
-from lightspan.datamodules.images.views import Views
 from lightspan.errors import UserError
 
 
@@ -13,22 +14,11 @@ class ClassSubset(ImageData):
     Args:
         source: the whole set; only its settings that determine which images it has are used.
         classes: labels to keep, each in [0, source.num_classes).
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`; the images are standardised with
-            their own moments.
+        settings: those of `ImageData`; the images are standardised with their own moments.
     """
 
-    def __init__(
-        self,
-        source: ImageData,
-        classes: list[int],
-        batch_size: int = 128,
-        views: Views | None = None,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+    def __init__(self, source: ImageData, classes: list[int], **settings: Any) -> None:
+        super().__init__(**settings)
         if not classes or not set(classes) <= set(range(source.num_classes)):
             raise UserError(
                 f"classes={classes} must name labels of {type(source).__name__}, from 0 to {source.num_classes - 1}"

@@ -1,9 +1,10 @@
 """An image set in which some images stand many times, each under a caption of its own: what a network memorises."""
 
+from typing import Any
+
 import numpy as np
 
 from lightspan.datamodules.images.small import ImageData, Labelled
-from lightspan.datamodules.images.views import Views
 from lightspan.errors import UserError
 
 
@@ -18,23 +19,13 @@ class RepeatedImages(ImageData):
         count: images that are repeated, at least 1.
         times: each of them, at least 1.
         chosen_by: seed of the draw of the images.
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+        settings: those of `ImageData`.
     """
 
     def __init__(
-        self,
-        source: ImageData,
-        count: int = 20,
-        times: int = 200,
-        chosen_by: int = 0,
-        batch_size: int = 128,
-        views: Views | None = None,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        self, source: ImageData, count: int = 20, times: int = 200, chosen_by: int = 0, **settings: Any
     ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+        super().__init__(**settings)
         if count < 1 or times < 1:
             raise UserError(f"RepeatedImages: count={count} and times={times} must each be at least 1")
         self.source, self.count, self.times, self.chosen_by = source, count, times, chosen_by

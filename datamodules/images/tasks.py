@@ -10,7 +10,6 @@ import torch
 from lightning import LightningDataModule
 
 from lightspan.datamodules.images.small import ImageData, Labelled
-from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.datamodules.loading.workers import Dataset
@@ -107,22 +106,11 @@ class Derived(ImageData):
         source: the set; of its settings those count that say which images it has.
         quarter_turns: counter-clockwise.
         pixels: seed of one order of the pixels that all images get; None leaves them.
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+        settings: those of `ImageData`.
     """
 
-    def __init__(
-        self,
-        source: ImageData,
-        quarter_turns: int = 0,
-        pixels: int | None = None,
-        batch_size: int = 128,
-        views: Views | None = None,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
+    def __init__(self, source: ImageData, quarter_turns: int = 0, pixels: int | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
         _, height, width = source.image_shape
         if quarter_turns % 2 and height != width:
             raise UserError(f"quarter_turns={quarter_turns} would change images of {height} x {width}; turn by 2")

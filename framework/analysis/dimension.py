@@ -19,11 +19,6 @@ from lightspan.analysis.scale import scaled
 from lightspan.errors import UserError
 
 
-def two_nn_likelihood(points_ND: Tensor) -> Tensor:
-    """`likeliest_dimension` of the points' ratios. Raises: UserError as `neighbour_ratios`."""
-    return likeliest_dimension(neighbour_ratios(points_ND))
-
-
 def likeliest_dimension(mu_N: Tensor) -> Tensor:
     """The dimension that makes the ratios likeliest, corrected for bias: (N - 1) / sum log mu, 0-d float64.
 

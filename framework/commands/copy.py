@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lightspan.commands.arguments import file
 from lightspan.config import recipes
@@ -25,23 +26,33 @@ def run(args: argparse.Namespace) -> int:
     if target.exists():
         raise UserError(f"{target} exists; remove it or choose another name")
     text = source.read_text(encoding="utf-8")
-    if bases := _relative_bases(source):
+    if files := _relative_bases(source):
         raise UserError(
-            f"{source} builds on {', '.join(bases)} in the same folder, which a copy elsewhere would not find"
+            f"{source} builds on {', '.join(files)} in the same folder, which a copy elsewhere would not find"
         )
-    verb = verb_for(kind_of(merged(args.recipe, (), ())[1].value))
+    kind = kind_of(merged(args.recipe, (), ())[1].value)
     write_atomic(target, text, setting="another FILE")
-    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb} {target}")
+    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb_for(kind)} {target}")
+    bases = _bases(source)
+    if bases and read(source, recipes.label(source)).at((kind, "class_path")) is None:
+        print(
+            f"it holds only what differs from {', '.join(map(str, bases))}; all settings, which you can change in it: "
+            f"lightspan show {target} --resolved"
+        )
     return 0
 
 
 def _relative_bases(source: Path) -> list[str]:
     """Bases given as files, which a copy elsewhere would not find."""
-    base = read(source, recipes.label(source)).child("base")
-    values = plain(base) if base is not None else []
-    names = values if isinstance(values, list) else [values]
     return [
         name
-        for name in names
+        for name in _bases(source)
         if isinstance(name, str) and name.endswith(recipes.SUFFIXES) and not Path(name).is_absolute()
     ]
+
+
+def _bases(source: Path) -> list[Any]:
+    """What a recipe is based on, as written."""
+    base = read(source, recipes.label(source)).child("base")
+    values = plain(base) if base is not None else []
+    return values if isinstance(values, list) else [values]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightspan.errors import install_extra
 from lightspan.loggers.wandb_key import wandb_key_place
 
 GIB = 2**30
@@ -173,8 +174,8 @@ def tool_findings(which: Callable[[str], str | None]) -> list[Finding]:
         path = next(filter(None, map(which, commands)), None)
         findings.append(Finding(name, "ok", path) if path else Finding(name, "none", "not found", use))
     for package, use in (
-        ("triton", "kernels run as plain torch without it: pip install 'lightspan[triton]'"),
-        ("deepspeed", "only for the DeepSpeed strategies: pip install 'lightspan[deepspeed]'"),
+        ("triton", f"kernels run as plain torch without it: {install_extra('triton')}"),
+        ("deepspeed", f"only for the DeepSpeed strategies: {install_extra('deepspeed')}"),
     ):
         if installed_version(package) is None:
             findings.append(Finding(package, "none", "not installed", use))

@@ -39,6 +39,8 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, verb: str) -> int:
+    from lightspan.callbacks.training.adaptation import Adaptation
+
     resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
     source = weights_to_evaluate(args.ckpt)
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
@@ -49,7 +51,8 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     built = build(resolved, run_dir)
     alone = source.suffix == ".safetensors"
     if alone:
-        put_weights(built, source)
+        Adaptation.act(built.trainer, built.model)  # a callback adds what it adds before weights are loaded
+        put_weights(built.model, source)
     if is_first_rank():
         print_notes(resolved.notes)
         if source != args.ckpt:

@@ -8,18 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.checkpoints.manifest import COMPLETE, other_thing
+from lightspan.checkpoints.manifest import COMPLETE, WEIGHTS_ALONE
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
 from lightspan.exports.folder import refuse_occupied, whole_folder
 from lightspan.planning.one_process import in_one_process
-from lightspan.run_files import EXPORT, MERGED, RESOLVED
+from lightspan.run_files import EXPORT, MERGED, MODEL, RESOLVED
 from lightspan.runs.folder import newest_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     from lightspan.config.build import Resolved
+    from lightspan.nn.subnets import Size
 
 LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CKPT",
         type=file,
-        help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest complete one",
+        help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest complete one; "
+        "of a merge its folder or safetensors file, with --recipe and --out",
     )
     parser.add_argument(
         "--to", required=True, choices=("safetensors", "huggingface", "peft", "timm"), help="format to write"
@@ -52,18 +54,22 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.adapters.inject import fold
     from lightspan.callbacks.training.adaptation import Adaptation
     from lightspan.config.build import build
+    from lightspan.runs.train import put_weights
 
     if args.sizes and args.to != "timm":
         raise UserError(f"--sizes cuts networks for --to timm, and this is --to {args.to}; leave one of them out")
     checkpoint = find_checkpoint(args.checkpoint)
+    if alone := checkpoint.suffix == ".safetensors":
+        _require_whole_task(args, checkpoint)
     resolved = _resolved(args, checkpoint)
     out = args.out or _run_folder(args, checkpoint) / "export" / args.to
-    refuse_occupied(out, args.overwrite)
     built = build(in_one_process(resolved))
     model = built.model
     Adaptation.act(built.trainer, model)
     model.configure_model()
-    load_weights(model, checkpoint)
+    sizes = _sizes(model, args.sizes) if args.to == "timm" else []
+    refuse_occupied(out, args.overwrite)
+    (put_weights if alone else load_weights)(model, checkpoint)
     if args.to == "huggingface":
         from lightspan.exports.huggingface import require_pretrained
 
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             "safetensors": _to_safetensors,
             "huggingface": _to_huggingface,
             "peft": _to_peft,
-            "timm": partial(_to_timm, sizes=args.sizes),
+            "timm": partial(_to_timm, sizes=sizes),
         }
         difference = writers[args.to](model, folder, resolved.name)
         what = "tensor" if args.to == "safetensors" else "output"
@@ -91,10 +97,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_checkpoint(given: Path) -> Path:
-    """The checkpoint that CKPT names: itself, or a run folder's newest. Raises: UserError where there is none."""
-    merged = given / MERGED if (given / MERGED).is_file() else given
-    if not merged.is_dir() and (other := other_thing(merged)):
-        raise UserError(f"{merged} {other}; there is nothing left to export")
+    """The checkpoint that CKPT names: itself, a run folder's newest, or the safetensors file of a merge.
+
+    Raises: UserError where there is none.
+    """
+    if alone := next((path for name in (MERGED, MODEL) if (path := given / name).is_file()), None):
+        return alone
     is_run = given.is_dir() and given.suffix != ".ckpt" and not (given / COMPLETE).exists()
     if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused when it is read
         return given
@@ -102,6 +110,17 @@ def find_checkpoint(given: Path) -> Path:
     if found is None:
         raise UserError(f"checkpoint {str(given)!r} does not exist; name RUN/checkpoints/NAME.ckpt or a run folder")
     return found
+
+
+def _require_whole_task(args: argparse.Namespace, weights: Path) -> None:
+    """Raises: UserError for weights alone without what makes a model of them, or that are there already."""
+    if args.to == "safetensors":
+        raise UserError(f"{weights} {WEIGHTS_ALONE}; there is nothing left to export")
+    if not ((args.recipe or args.run) and args.out):
+        raise UserError(
+            f"{weights} holds weights alone; name the recipe whose runs were merged with --recipe, and the folder to "
+            "write with --out"
+        )
 
 
 def load_weights(model: "LightningModule", checkpoint: Path) -> None:
@@ -143,11 +162,16 @@ def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
     return largest_difference(part, folder)
 
 
-def _to_timm(model: "LightningModule", folder: Path, recipe: str, sizes: list[str] | None) -> float:
-    from lightspan.exports.timm_folder import elastic_backbone, sizes_of, write_networks
+def _sizes(model: "LightningModule", asked: list[str] | None) -> "list[Size]":
+    from lightspan.exports.timm_folder import elastic_backbone, sizes_of
 
-    backbone = elastic_backbone(model)
-    return write_networks(backbone, sizes_of(backbone, sizes), folder)
+    return sizes_of(elastic_backbone(model), asked)
+
+
+def _to_timm(model: "LightningModule", folder: Path, recipe: str, sizes: "list[Size]") -> float:
+    from lightspan.exports.timm_folder import elastic_backbone, write_networks
+
+    return write_networks(elastic_backbone(model), sizes, folder)
 
 
 def _resolved(args: argparse.Namespace, checkpoint: Path) -> "Resolved":

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightspan.commands.arguments import add_allow_module_argument, folder
-from lightspan.config.resolve import resolve
+from lightspan.config.resolve import merged, resolve
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, print_notes, printable
 
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """Raises: UserError for whatever the user can mend, before anything is written."""
     recipe = args.method if args.method.endswith((".yaml", ".yml")) or "/" in args.method else f"{FAMILY}/{args.method}"
     flags = [f"merger.init_args.{setting}" for setting in args.settings]
+    if "checkpoints" not in merged(recipe, (), ())[1].value:
+        flags.append(f"checkpoints={json.dumps(named(args.checkpoints, None))}")
     resolved = resolve(recipe, (), flags, args.allow_modules, ("merger",))
     print_notes(resolved.notes)
 
@@ -53,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_occupied(args.out)
     merger = build_parts(resolved)["merger"]
     paths = named(args.checkpoints, merger.base)
+    print_notes(twice(paths))
     if merger.base is not None:
         if args.base is None:
             raise UserError(f"--method {args.method} needs --base, the checkpoint that the others were trained from")
@@ -70,13 +75,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def twice(paths: Mapping[str, str]) -> list[str]:
+    """A note on each path that is given again, and on each that got a name other than its own."""
+    notes = []
+    for name, path in paths.items():
+        first = next(other for other in paths if Path(paths[other]).resolve() == Path(path).resolve())
+        if first != name:
+            notes.append(f"{path} is given twice, and counts twice: as {first} and as {name}")
+        elif name != _stem(path):
+            notes.append(f"{path} is called {name}, since another checkpoint has the name {_stem(path)}")
+    return notes
+
+
+def _stem(path: str) -> str:
+    # A dot would be read as a step down in `--set coefficients.init_args.of_tasks.NAME=1`.
+    return Path(path).name.removesuffix(".safetensors").removesuffix(".ckpt").replace(".", "_") or "checkpoint"
+
+
 def named(paths: list[str], taken: str | None) -> dict[str, str]:
     """Paths by short names of their own: the last part of each, numbered where two are equal or `taken`."""
     found: dict[str, str] = {}
     for path in paths:
-        # A dot would be read as a step down in `--set coefficients.init_args.of_tasks.NAME=1`.
-        stem = Path(path).name.removesuffix(".safetensors").removesuffix(".ckpt").replace(".", "_") or "checkpoint"
-        number = 1
+        stem, number = _stem(path), 1
         while (name := stem if number == 1 else f"{stem}-{number}") in found or name == taken:
             number += 1
         found[name] = path

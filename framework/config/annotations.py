@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from lightspan.config.signatures import base_definitions, descends, resolve, signature_of
-from lightspan.config.source import Definition, Source, exported, load, lookup
+from lightspan.config.source import Definition, Source, exported, load, lookup, submodules
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
@@ -211,8 +211,8 @@ def class_names(annotation: ast.expr, source: Source) -> list[str]:
 
 def kinds_of(annotation: ast.expr, source: Source) -> list[str]:
     """The full names of the classes that an annotation takes an object of, or that a callable may make, as far as the
-    modules that define its members hold them: `SVDBasis` and its like for `Basis | None`. What torch calls an optimiser
-    or a schedule is also in the modules of `_FURTHER`.
+    modules that define its members hold them: `SVDBasis` and its like for `Basis | None`. Classes of lightspan are also
+    in the modules beside that one, and what torch calls an optimiser or a schedule in those of `_FURTHER`.
     """
     names: list[str] = []
     for member, where in members(annotation, source):
@@ -224,7 +224,7 @@ def kinds_of(annotation: ast.expr, source: Source) -> list[str]:
         if made is member and _name(made) in _NEVER_PLAIN:
             continue  # networks, for example, are anywhere
         further = _FURTHER.get(wanted.name, ()) if made is not member else ()
-        for module in (*further, wanted.source.name):
+        for module in dict.fromkeys((*further, wanted.source.name, *_beside(wanted.source))):
             known = load(module)
             for name in _classes_of(known) if known is not None else ():
                 found = lookup(known, name) if known is not None else None
@@ -233,10 +233,29 @@ def kinds_of(annotation: ast.expr, source: Source) -> list[str]:
                     and found.is_class
                     and found.name != wanted.name
                     and _is_concrete(found)
+                    and (made is not member or _can_be_configured(found))
                     and descends(found, wanted.name)
                 ):
                     names.append(f"{module}.{name}")
     return names
+
+
+def _beside(source: Source) -> list[str]:
+    """The modules of the same package, for one of lightspan's: there each part has a file of its own."""
+    package = source.name.rpartition(".")[0]
+    known = load(package) if package.startswith("lightspan.") else None
+    return [f"{package}.{name}" for name in sorted(submodules(known))] if known is not None else []
+
+
+def _can_be_configured(found: Definition) -> bool:
+    """Whether a configuration can give all arguments of a class: none is for tensors alone."""
+    known = signature_of(found)
+    for parameter in known.parameters.values() if known is not None else ():
+        if parameter.annotation is not None:
+            kinds = [ast.unparse(member) for member, _ in members(parameter.annotation, parameter.source)]
+            if all("Tensor" in kind for kind in kinds if kind != "None"):
+                return False
+    return True
 
 
 def _classes_of(source: Source) -> list[str]:

@@ -140,6 +140,15 @@ class _Checker:
                 return f"did you mean {dotted((*path, key))}? "
         return ""
 
+    def inside(self, key: Key, given: dict[Any, Node], path: KeyPath) -> str:
+        """`did you mean ...?` for a key that is a setting of a class named among these settings of another one."""
+        for name, node in given.items():
+            for within, class_node in sorted(allow.class_paths(node), key=lambda found: len(found[0])):
+                known = signature(class_node.value) if allow.refusal(class_node.value, self.modules) is None else None
+                if isinstance(known, Signature) and key in known.parameters:
+                    return f"did you mean {dotted((*path, name, *within[:-1], 'init_args', key))}? "
+        return ""
+
     def checkpoints(self, root: Node) -> None:
         node = root.child("checkpoints")
         if node is None or not isinstance(node.value, dict) or not node.value:
@@ -188,7 +197,7 @@ class _Checker:
             if isinstance(node.value, dict)
             else f"got {plain(node)!r}"
         )
-        self.say(node, path, f"has no class_path (no lower layer sets one either); {hint}{found}")
+        self.say(node, path, f"has no class_path, neither here nor in what it is based on; {hint}{found}")
 
     def spec(self, node: Node, path: KeyPath, bound: int, kinds: list[str]) -> None:
         """A mapping with class_path; `bound` leading arguments come from the caller (-1: all required ones). Its class
@@ -262,7 +271,7 @@ class _Checker:
                 if known.open:
                     self.passed_on(node, (*path, name), owner)
                 else:
-                    hint = nearest(name, known.parameters)
+                    hint = nearest(name, known.parameters) or self.inside(name, given, path)
                     names = (
                         "" if hint and len(known.parameters) > LONG_LIST else ", ".join(known.parameters) or "nothing"
                     )

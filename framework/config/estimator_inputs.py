@@ -105,7 +105,7 @@ def _judged(file: Path) -> tuple[str | None, int | None]:
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            forms: Any = json.loads(opened.read(length)) if length <= _LONGEST_HEADER else None
+            forms: dict[str, Any] = json.loads(opened.read(min(length, _LONGEST_HEADER)))
         columns = {name: (form["dtype"], form["shape"]) for name, form in forms.items() if name != "__metadata__"}
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
         return f"{file} is not a complete safetensors file", None

@@ -12,6 +12,7 @@ _COUNT, _LONG = (1, 2**31 - 1), (0, 2**31 - 1)
 RANGES: dict[str, tuple[float, float]] = {
     "batch_size": _COUNT,
     "context": (1, 2**24),
+    "density": (0, 1),
     "layer_decay": (0, 1),
     "lr": (0, 1e6),
     "num_workers": (0, 512),  # each is a process, forked before anything can object
@@ -41,6 +42,7 @@ OTHERS: dict[KeyPath, tuple[float, float]] = {
     ("model", "init_args", "num_classes"): _COUNT,  # of a method; 0 asks networks for no head
 }
 POSITIVE = {"gradient_clip_val": "null clips nothing", "val_check_interval": "null validates at the end of an epoch"}
+ENDS = ("value", "start", "end")  # of a schedule, which have the range of what it is a schedule of
 SECONDS = (0.0, 1e9)  # for every setting that ends in _s: 30 years; the limit of the system's timers is a little higher
 
 
@@ -54,7 +56,8 @@ def out_of_range(path: KeyPath, value: Any) -> str | None:
         return f"must be a finite number, got {value!r}; leave the setting out for no limit"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return f"must fit in 64 bits, got {str(value)[:24]}"
-    key = path[-1] if path else ""
+    of_schedule = len(path) > 2 and path[-2] == "init_args" and path[-1] in ENDS and path[-3] in RANGES
+    key = path[-3] if of_schedule else path[-1] if path else ""
     of_trainer = len(path) == 2 and path[0] == "trainer"
     if of_trainer and key in POSITIVE:
         return None if value > 0 else f"must be more than 0, got {value!r}; {POSITIVE[str(key)]}"

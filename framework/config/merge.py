@@ -3,7 +3,7 @@
 Mappings merge key by key and everything else is replaced. There are three more rules. Another class drops the
 settings of the class before it, and a note says so. So it is with `checkpoints`, whose names are the user's choice: a
 layer with a name that is new there gives checkpoints of its own, and drops all that it does not name. `null` under
-`trainer.callbacks` or `trainer.logger` removes that entry.
+`trainer.callbacks`, `trainer.logger` or an estimator's `inputs` removes that entry.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from lightspan.config.moved import followed
 from lightspan.config.tree import Key, KeyPath, Node, dotted, plain
 
 CLASS_SETTINGS = ("init_args", "dict_kwargs")
-KEYED = (("trainer", "callbacks"), ("trainer", "logger"))  # mappings name -> class
+KEYED = (("trainer", "callbacks"), ("trainer", "logger"), ("inputs",))  # mappings name -> class
 CHOSEN = ("checkpoints",)  # a mapping whose names a layer chooses
 
 
@@ -66,18 +66,22 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
 
 
 def without_removed(root: Node) -> Node:
-    """The tree without the entries of `trainer.callbacks` and `trainer.logger` that a layer set to null."""
-    trainer = root.child("trainer")
-    if trainer is None or not isinstance(trainer.value, dict):
-        return root
-    values = dict(trainer.value)
-    for _, name in KEYED:
-        node = values.get(name)
-        if node is not None and isinstance(node.value, dict):
-            values[name] = Node(
-                {key: child for key, child in node.value.items() if child.value is not None}, node.where, node.replaced
-            )
-    return Node({**root.value, "trainer": Node(values, trainer.where, trainer.replaced)}, root.where, root.replaced)
+    """The tree without the entries of `KEYED` mappings that a layer set to null."""
+    for path in KEYED:
+        root = _without_nulls(root, path)
+    return root
+
+
+def _without_nulls(node: Node, path: KeyPath) -> Node:
+    if not isinstance(node.value, dict):
+        return node
+    if not path:
+        kept = {key: child for key, child in node.value.items() if child.value is not None}
+    elif path[0] in node.value:
+        kept = {**node.value, path[0]: _without_nulls(node.value[path[0]], path[1:])}
+    else:
+        return node
+    return Node(kept, node.where, node.replaced)
 
 
 def explain(root: Node, path: KeyPath) -> list[str] | None:

@@ -24,6 +24,7 @@ MODULES = {  # old name -> new name
     "lightspan.callbacks.proof": "lightspan.callbacks.resilience.proof",
     "lightspan.callbacks.jsonl_logger": "lightspan.loggers.jsonl",
     "lightspan.optim.triggers": "lightspan.optim.bases",
+    "lightspan.adapters.pela": "lightspan.surgery.factorise",
     "lightspan.datamodules.loader": "lightspan.datamodules.loading.loader",
     "lightspan.datamodules.shards": "lightspan.datamodules.shards.stream",
     "lightspan.datamodules.images": "lightspan.datamodules.images.small",

@@ -22,6 +22,7 @@ CLASSES_OF = (  # packages whose public classes may all be named
     "lightspan.optim",
     "lightspan.strategies",
     "lightspan.subspaces",
+    "lightspan.surgery",
     "timm.layers",
     "timm.models",
     "torch.nn.modules",
@@ -31,7 +32,7 @@ CLASSES_OF = (  # packages whose public classes may all be named
     "torchvision.transforms",
 )
 # Packages with builders: the functions in a module's own `__all__` may be named.
-FUNCTIONS_OF = ("lightspan.adapters", "lightspan.backbones")
+FUNCTIONS_OF = ("lightspan.adapters", "lightspan.backbones", "lightspan.surgery")
 
 _CALLBACKS, _PLUGINS = "lightning.pytorch.callbacks", "lightning.pytorch.plugins.precision"
 # Lightning's callbacks that alter no step of a run, only the number of steps and the records; see `identity`.

@@ -13,7 +13,7 @@ from typing import Any
 from lightspan.config import allow, recipes
 from lightspan.config.check import RECIPES, ROOT_KEYS, find_problems, kind_of
 from lightspan.config.flags import flag_layer
-from lightspan.config.merge import KEYED, merge_layers, without_removed
+from lightspan.config.merge import merge_layers, without_removed
 from lightspan.config.moved import followed
 from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
@@ -171,7 +171,7 @@ def refuse(problems: Sequence[Problem | str], name: str) -> None:
 def with_lists(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as the Trainer expects it: named callbacks and loggers become lists."""
     trainer = dict(config.get("trainer", {}))
-    for _, key in KEYED:
+    for key in ("callbacks", "logger"):
         if isinstance(trainer.get(key), dict):
             trainer[key] = list(trainer[key].values())
     if trainer.get("logger") == []:

@@ -105,7 +105,7 @@ def locate(dotted: str) -> Definition | Absent | None:
                 return None  # a module that does not parse, or a folder without __init__.py
             # `a.b.C` where a is a module and b neither a module nor a name in it.
             found = lookup(source, parts[cut])
-            return Absent(source.name, found.names + _submodules(source)) if isinstance(found, Absent) else None
+            return Absent(source.name, found.names + submodules(source)) if isinstance(found, Absent) else None
     return None
 
 
@@ -182,7 +182,8 @@ def _follow(origin: str, name: str, depth: int) -> Definition | Absent | None:
     return found if isinstance(found, Definition) else None
 
 
-def _submodules(source: Source) -> tuple[str, ...]:
+def submodules(source: Source) -> tuple[str, ...]:
+    """The names of a package's public modules and packages."""
     folder = source.path.parent
     files = folder.glob("*.py"), (path.parent for path in folder.glob("*/__init__.py"))
     names = tuple(path.stem for paths in files for path in paths if not path.stem.startswith("_"))

@@ -49,6 +49,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Readers fold Unicode's line breaks into spaces unless they are escaped.
+    breaks = any(letter in text for letter in "\x85\u2028\u2029")
+    return dumper.represent_scalar(_PREFIX + "str", text, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _text)
 _Loader.yaml_implicit_resolvers = {}
 _Dumper.yaml_implicit_resolvers = {
     first: list(pairs) for first, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()

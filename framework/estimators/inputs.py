@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lightspan.errors import UserError
 from lightspan.features.features import Input
 from lightspan.features.store import FeatureStore
 from lightspan.merging.adapted import AdaptedWeights
@@ -22,9 +23,14 @@ class CheckpointWeights(Input):
     def load(self, store: FeatureStore) -> Weights:
         """Raises: UserError for what is no checkpoint, is damaged, or is an adapter of another model."""
         place = place_of(self.path)
-        if self.base is not None and is_adapter(place):
-            return AdaptedWeights(place, open_weights(self.base))
-        return open_weights(place)
+        if not is_adapter(place):
+            return open_weights(place)
+        if self.base is None:
+            raise UserError(
+                f"{place} is an adapter, a change of a model; name that model beside it: "
+                "inputs.NAME.init_args.base=PATH, with the adapter's NAME"
+            )
+        return AdaptedWeights(place, open_weights(self.base))
 
     def outlook(self, store: FeatureStore) -> str:
         return f"{len(self.load(store).forms)} tensors of {self.path}"

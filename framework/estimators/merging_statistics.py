@@ -39,10 +39,15 @@ class NetworkOnData:
         modes = [(part, part.training) for part in self.network.modules()]
         self.network.to(self.device).eval()
         try:
-            yield (batch[self.field].to(self.device) for batch in self.batches)
+            yield (self._inputs(batch).to(self.device) for batch in self.batches)
         finally:
             for part, training in modes:
                 part.training = training
+
+    def _inputs(self, batch: Any) -> Tensor:
+        if self.field not in batch:
+            raise UserError(f"a batch of these data has {', '.join(batch)}, and no {self.field!r}; set field to one")
+        return batch[self.field]
 
 
 class NetworkAndData(Input):
@@ -99,17 +104,18 @@ class DiagonalFisher(Estimator):
     def fit(self, network: NetworkOnData) -> MergingStatistics:
         """Raises: UserError for a network that gives no logits [B C], or data without a sample."""
         model = network.network
-        parameters = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
-        state = {name: b.detach() for name, b in model.named_buffers()}
-        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
 
-        def log_p(theta: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
+        def log_p(theta: dict[str, Tensor], state: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
             logits_C = functional_call(model, {**theta, **state}, (x[None],))[0]
             return logits_C.log_softmax(dim=0).gather(0, label[None])[0]
 
-        per_sample = vmap(grad(log_p), in_dims=(None, 0, None))
+        per_sample = vmap(grad(log_p), in_dims=(None, None, 0, None))
         seen = 0
         with network.at_work() as inputs:
+            # Taken here and not before: a network that moves to another device gets other tensors.
+            parameters = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+            state = {name: b.detach() for name, b in model.named_buffers()}
+            sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
             for x in inputs:
                 x = x[: self.most - seen]
                 if not len(x):
@@ -120,19 +126,18 @@ class DiagonalFisher(Estimator):
                     raise UserError(f"DiagonalFisher needs logits [samples, classes], and got {list(logits.shape)}")
                 p_BC = logits.double().softmax(dim=1)
                 for label in range(p_BC.shape[1]):
-                    gradients = per_sample(parameters, x, torch.tensor(label, device=x.device))
+                    gradients = per_sample(parameters, state, x, torch.tensor(label, device=x.device))
                     for name, gradient in gradients.items():
                         weight = p_BC[:, label].view(-1, *[1] * (gradient.ndim - 1))
                         sums[name] += (weight * gradient.double().square()).sum(dim=0)
                 seen += len(x)
-        count, *totals = all_reduce_sums(torch.tensor(float(seen), dtype=torch.float64), *sums.values())
-        if not count:
-            raise UserError("DiagonalFisher got no sample; give it a split that has some")
-        return _statistics(int(count), dict(zip(sums, totals, strict=True)), self.prefix, 1 / float(count))
+        count, totals = _over_ranks("DiagonalFisher", seen, sums)
+        return _statistics(count, {name: (total / count).float() for name, total in totals.items()}, self.prefix)
 
 
 class InputGrams(Estimator):
-    """G = X' X of the inputs of each linear layer, over all samples and positions (arXiv 2212.09849).
+    """G = X' X of the inputs of each linear layer, over all samples and positions (arXiv 2212.09849), in float64: to
+    RegMean, rounding to float32 would look like inputs in directions that have none.
 
     Args:
         most: samples that are looked at on each rank.
@@ -150,17 +155,19 @@ class InputGrams(Estimator):
         layers = {name: part for name, part in network.network.named_modules() if isinstance(part, nn.Linear)}
         if not layers:
             raise UserError(f"InputGrams: {type(network.network).__name__} has no nn.Linear")
-        sums = {f"{name}.weight".removeprefix("."): torch.zeros(()) for name in layers}
+        # A weight that layers share has one G, of all their inputs, under the name that it has first.
+        first = {id(parameter): name for name, parameter in network.network.named_parameters()}
+        sums: dict[str, Tensor] = {}
         seen, handles = 0, []
         for name, layer in layers.items():
-            key = f"{name}.weight".removeprefix(".")
-            sums[key] = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=network.device)
+            key, width = first.get(id(layer.weight), f"{name}.weight".removeprefix(".")), layer.in_features
+            sums.setdefault(key, torch.zeros(width, width, dtype=torch.float64, device=network.device))
 
-            def add(_: nn.Module, arguments: tuple[Tensor, ...], key: str = key) -> None:
-                x = arguments[0].double().flatten(0, -2)
+            def add(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], key: str = key) -> None:
+                x = torch.atleast_2d(arguments[0] if arguments else named["input"]).double().flatten(end_dim=-2)
                 sums[key] += x.mT @ x
 
-            handles.append(layer.register_forward_pre_hook(add))
+            handles.append(layer.register_forward_pre_hook(add, with_kwargs=True))
         try:
             with network.at_work() as inputs:
                 for x in inputs:
@@ -172,14 +179,21 @@ class InputGrams(Estimator):
         finally:
             for handle in handles:
                 handle.remove()
-        count, *totals = all_reduce_sums(torch.tensor(float(seen), dtype=torch.float64), *sums.values())
-        if not count:
-            raise UserError("InputGrams got no sample; give it a split that has some")
-        return _statistics(int(count), dict(zip(sums, totals, strict=True)), self.prefix, 1.0)
+        count, totals = _over_ranks("InputGrams", seen, sums)
+        return _statistics(count, totals, self.prefix)
 
 
-def _statistics(samples: int, sums: dict[str, Tensor], prefix: str, scale: float) -> MergingStatistics:
-    tensors = {prefix + name: (scale * total).float().cpu() for name, total in sums.items()}
+def _over_ranks(estimator: str, seen: int, sums: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """Samples and sums of all ranks, on the CPU, where ranks of `lightspan run` exchange what they have."""
+    here = [total.cpu() for total in sums.values()]
+    count, *totals = all_reduce_sums(torch.tensor(float(seen), dtype=torch.float64), *here)
+    if not count:
+        raise UserError(f"{estimator} got no sample; give it a split that has some")
+    return int(count), dict(zip(sums, totals, strict=True))
+
+
+def _statistics(samples: int, found: dict[str, Tensor], prefix: str) -> MergingStatistics:
+    tensors = {prefix + name: tensor for name, tensor in found.items()}
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"the statistics of {wrong[0]} are not finite; look at the weights and the data")
     return MergingStatistics(samples, len(tensors), tensors=tensors)

@@ -65,8 +65,3 @@ def kronecker_transform(x: Tensor, left_aa: Tensor, right_bb: Tensor) -> Tensor:
     """x @ D along the last axis, by the two factors."""
     matrix_ab = x.unflatten(-1, (len(left_aa), len(right_bb)))
     return (left_aa.mT @ matrix_ab @ right_bb).flatten(-2)
-
-
-def kronecker_inverse(y: Tensor, left_aa: Tensor, right_bb: Tensor) -> Tensor:
-    """y @ D^T, the inverse of `kronecker_transform` for orthonormal factors, and its adjoint for any."""
-    return kronecker_transform(y, left_aa.mT, right_bb.mT)

@@ -17,7 +17,10 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
     if not (out / EXPORT).is_file():
         raise UserError(f"--out {str(out)!r} exists and is not an earlier export; name a folder that does not exist")
     if not overwrite:
-        raise UserError(f"--out {str(out)!r} contains an earlier export; add --overwrite, or name another folder")
+        raise UserError(
+            f"--out {str(out)!r} contains an earlier export; name another folder, or add --overwrite, which "
+            "replaces all that is in it"
+        )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,17 @@ from lightspan.errors import UserError
 from lightspan.nn.subnets import Size
 
 ROWS, SEED = 2, 0
+KEPT = (
+    "architecture",
+    "classifier",
+    "crop_pct",
+    "first_conv",
+    "input_size",
+    "interpolation",
+    "mean",
+    "std",
+    "num_classes",
+)
 
 
 def elastic_backbone(model: nn.Module) -> ElasticViT:
@@ -57,6 +68,8 @@ def write_networks(backbone: ElasticViT, sizes: Sequence[Size], folder: Path) ->
     image_BChw, largest = torch.randn(ROWS, channels, side, side, generator=generator), 0.0
     for size in sizes:
         path, network = folder / str(size), backbone.extract(size)
+        # Of what timm knows of this architecture's published weights only what builds and feeds the network.
+        network.pretrained_cfg = {key: network.pretrained_cfg[key] for key in KEPT if key in network.pretrained_cfg}
         save_for_hf(
             network,
             str(path),

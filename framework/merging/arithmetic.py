@@ -39,6 +39,10 @@ class WeightedAverage(Merger):
             raise UserError(f"WeightedAverage weighs {', '.join(self.weights)}; the checkpoints are {', '.join(names)}")
         return names[0]
 
+    def numbers_of(self, names: Sequence[str]) -> dict[str, float]:
+        weights = {name: 1.0 if self.weights is None else self.weights[name] for name in names}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         shares = torch.tensor([1.0 if self.weights is None else self.weights[n] for n in weights], dtype=torch.float64)
         models = list(weights.values())
@@ -55,6 +59,10 @@ class Coefficients(ABC):
         Raises: UserError for a task that has none.
         """
 
+    def numbers_of(self, tasks: Sequence[str]) -> dict[str, float]:
+        """See `Merger.numbers_of`."""
+        return {}
+
 
 class Scales(Coefficients):
     """One number a task, the same for all tensors. Below 0 it unlearns the task; with a: -1, b: 1, c: 1 what makes b of
@@ -62,7 +70,7 @@ class Scales(Coefficients):
 
     Args:
         scale: of every task.
-        of_tasks: instead, for single tasks by name.
+        of_tasks: what takes the place of `scale` for single tasks, by name.
     """
 
     def __init__(self, scale: float = 0.3, of_tasks: dict[str, float] | None = None) -> None:
@@ -74,7 +82,10 @@ class Scales(Coefficients):
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
         if strange := self.of_tasks.keys() - set(tasks):
             raise UserError(f"Scales names an unknown task {min(strange)}; the tasks are {', '.join(tasks)}")
-        return torch.tensor([self.of_tasks.get(task, self.scale) for task in tasks], dtype=torch.float64)
+        return torch.tensor(list(self.numbers_of(tasks).values()), dtype=torch.float64)
+
+    def numbers_of(self, tasks: Sequence[str]) -> dict[str, float]:
+        return {task: self.of_tasks.get(task, self.scale) for task in tasks}
 
 
 class StoredCoefficients(Coefficients):
@@ -147,6 +158,9 @@ class TaskArithmetic(Merger):
 
     def leading(self, names: Sequence[str]) -> str:
         return require_base("TaskArithmetic", self.base, names)
+
+    def numbers_of(self, names: Sequence[str]) -> dict[str, float]:
+        return self.coefficients.numbers_of([name for name in names if name != self.base])
 
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         tasks = [task for task in weights if task != self.base]

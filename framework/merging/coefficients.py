@@ -7,12 +7,15 @@ Shapes: L tensors, K tasks, P groups of a tensor's entries, S shape of a tensor.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.subspaces.masks.draws import uniform
+
+Wise = Literal["task", "layer"]
 
 
 class Learned(nn.Module, ABC):
@@ -54,10 +57,20 @@ class LayerWise(Learned):
         return (self.weight if weight is None else weight)[self._row[name]]
 
 
+def wise_as(wise: Wise, shapes: Mapping[str, torch.Size], tasks: int, start: float) -> Learned:
+    """Coefficients of each "task", or of each task and "layer"; the other arguments as of `TaskWise`.
+
+    Raises: UserError for another word.
+    """
+    if wise not in ("task", "layer"):
+        raise UserError(f"wise={wise!r} must be task or layer")
+    return (TaskWise if wise == "task" else LayerWise)(shapes, tasks, start)
+
+
 class Partitioned(Learned):
     """P numbers a task and tensor, one for each of P groups that the tensor's entries are dealt into at random.
 
-    Source: aTLAS x K of arXiv 2407.02880 (its K is P here). The groups are a function of (seed, tensor
+    Source: aTLAS x K of arXiv 2407.02880, section 6.2 (its K is P here). The groups are a function of (seed, tensor
     name), so that tensors of one shape have groups of their own, and vectors are grouped as matrices are; the authors'
     code shares groups by shape and leaves everything that is not a matrix without a change.
 

@@ -1,7 +1,7 @@
 """DARE: entries of the task vectors are dropped at random, and the others scaled up so that the mean stays.
 
 Source: Yu, Yu, Yu, Huang, Li, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
-Lunch", ICML 2024, arXiv 2311.03099. With m ~ Bernoulli(p), for each entry and task,
+Lunch", ICML 2024, arXiv 2311.03099, its section 3. With m ~ Bernoulli(p), for each entry and task,
 
     tau~ = (1 - m) tau / (1 - p)
 
@@ -33,6 +33,9 @@ class Dropped(Coefficients):
         if not 0 <= rate < 1:
             raise UserError(f"Dropped rate={rate} must be at least 0 and below 1; 0.9 keeps a tenth of the entries")
         self.rate, self.coefficients, self.seed = rate, coefficients or Scales(), seed
+
+    def numbers_of(self, tasks: Sequence[str]) -> dict[str, float]:
+        return self.coefficients.numbers_of(tasks)
 
     def of(self, name: str, form: Form, tasks: Sequence[str]) -> Tensor:
         c = self.coefficients.of(name, form, tasks)

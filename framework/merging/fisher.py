@@ -6,7 +6,9 @@ Source: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS
 
 with F_i the diagonal of the i-th model's Fisher matrix on its own data, which
 `lightspan.estimators.merging_statistics.DiagonalFisher` writes. Entries that no F_i speaks for (sum_i w_i F_i at or
-below `floor`) and tensors without one, such as running statistics, take the plain average.
+below `floor` times the tensor's largest) and tensors without one, such as running statistics, take the plain average;
+the paper gives the former the numbers of one model that is named as the target.
+The scale of all F_i together cancels.
 """
 
 import math
@@ -29,7 +31,7 @@ class FisherAverage(Merger):
     Args:
         statistics: of each checkpoint by its name, a safetensors file of F >= 0 by tensor name.
         weights: w_i of each checkpoint by name, above 0; None weighs all alike.
-        floor: of sum_i w_i F_i, >= 0.
+        floor: share of the largest sum_i w_i F_i of a tensor that an entry's has to be above, in [0, 1).
     """
 
     def __init__(
@@ -37,8 +39,8 @@ class FisherAverage(Merger):
     ) -> None:
         if weights is not None and not all(0 < w < math.inf for w in weights.values()):
             raise UserError(f"FisherAverage weights={weights} must each be above 0 and finite")
-        if not 0 <= floor < math.inf:
-            raise UserError(f"FisherAverage floor={floor} must be at least 0 and finite")
+        if not 0 <= floor < 1:
+            raise UserError(f"FisherAverage floor={floor} must be in [0, 1): a share of the tensor's largest entry")
         self.weights, self.floor = weights, floor
         self._fishers = StatisticsFiles("FisherAverage", statistics)
 
@@ -55,7 +57,7 @@ class FisherAverage(Merger):
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         models = list(weights.values())
         fishers = self._fishers.of(name, list(weights))
-        if fishers is None:
+        if fishers is None or not form.numbers:
             return in_span_as(form.dtype, models[0], models, torch.full((len(models),), 1 / len(models)).double())
         for fisher in fishers:
             if fisher.shape != form.shape or not bool((fisher.double() >= 0).all()):
@@ -66,6 +68,5 @@ class FisherAverage(Merger):
         own = [1.0 if self.weights is None else self.weights[n] for n in weights]
         shares = torch.stack([w * fisher.double() for w, fisher in zip(own, fishers, strict=True)])
         total = shares.sum(dim=0)
-        return in_span_as(
-            form.dtype, models[0], models, torch.where(total > self.floor, shares / total, 1 / len(models))
-        )
+        spoken_for = total > self.floor * total.max()
+        return in_span_as(form.dtype, models[0], models, torch.where(spoken_for, shares / total, 1 / len(models)))

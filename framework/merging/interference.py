@@ -6,8 +6,8 @@
   largest magnitudes, the share in which not all go one way. Two vectors of independent signs have a half.
 - overlap of subspaces: of the r strongest singular directions of the changes of a matrix, mean squared cosine of the
   principal angles, |U_i' U_j|_F^2 / r, mean over pairs; 1 is one subspace, 0 are orthogonal ones. On the side of the
-  outputs and on that of the inputs. Random subspaces of n dimensions overlap by r / n in the mean, and in 95 of 100
-  draws by no more than `floor`: what is above is shared.
+  outputs and on that of the inputs; r is the least that the compared ones have. Random subspaces of n dimensions
+  overlap by r / n in the mean, and in 95 of 100 draws by no more than `floor`: what is above is shared.
 
 Shapes: K tasks, S shape of a tensor, O I a matrix (a kernel read as outputs x everything else), r directions.
 """
@@ -32,17 +32,17 @@ def vectors_of(base_S: Tensor, models_S: Sequence[Tensor]) -> list[Tensor]:
     return [difference(model_S.double(), base_S.double()) for model_S in models_S]
 
 
-def relative_lengths(base_S: Tensor, vectors_S: Sequence[Tensor]) -> list[float]:
-    """|tau_i| / |theta_0|; 0 for a tensor that is zero in the base."""
+def relative_lengths(base_S: Tensor, vectors_S: Sequence[Tensor]) -> list[float] | None:
+    """|tau_i| / |theta_0|; None for a tensor that is zero in the base."""
     length = float(base_S.double().norm())
-    return [float(tau_S.norm()) / length if length else 0.0 for tau_S in vectors_S]
+    return [float(tau_S.norm()) / length for tau_S in vectors_S] if length else None
 
 
-def mean_cosine(vectors_S: Sequence[Tensor]) -> float:
-    """Of all pairs; a vector of zeros has the cosine 0 with every other."""
-    unit = [tau_S / norm if (norm := float(tau_S.norm())) else tau_S for tau_S in vectors_S]
+def mean_cosine(vectors_S: Sequence[Tensor]) -> float | None:
+    """Of all pairs that both have a direction, that is are not zero; None where there is no such pair."""
+    unit = [tau_S / norm for tau_S in vectors_S if (norm := float(tau_S.norm()))]
     pairs = [float((a * b).sum()) for a, b in combinations(unit, 2)]
-    return sum(pairs) / max(1, len(pairs))
+    return sum(pairs) / len(pairs) if pairs else None
 
 
 def sign_conflicts(vectors_S: Sequence[Tensor], density: float) -> tuple[int, int]:
@@ -58,9 +58,23 @@ def sign_conflicts(vectors_S: Sequence[Tensor], density: float) -> tuple[int, in
     return int(shared_S.sum()), int(split_S.sum())
 
 
-def directions(tau_S: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """The strongest r singular directions of a change, orthonormal columns of the outputs [O r] and inputs [I r], with
-    r at most half of the shorter side, so that random ones could miss it; None where it has not that many.
+def rounding(model_S: Tensor) -> float:
+    """The largest singular value that rounding a matrix to its dtype adds to it: of independent errors of half a unit
+    in the last place, the largest norm of a row plus that of a column. 0 for what has fewer than two dimensions.
+    """
+    if model_S.ndim < 2 or not model_S.numel():
+        return 0.0
+    matrix_OI = model_S.flatten(1).double()
+    norms = (float(matrix_OI.norm(dim=dim).max()) for dim in (0, 1))
+    return torch.finfo(model_S.dtype).eps / 2 * sum(norms)
+
+
+def directions(tau_S: Tensor, rank: int, noise: float = 0.0) -> tuple[Tensor, Tensor] | None:
+    """The strongest singular directions of a change, orthonormal columns of the outputs [O r] and inputs [I r]; None
+    where there is none.
+
+    r is `rank`, or less: half of the shorter side, so that random ones could miss it, and no more than have singular
+    values above `noise` and above a millionth of the largest. The others are rounding, and their directions chance.
     """
     if tau_S.ndim < 2:
         return None
@@ -69,9 +83,8 @@ def directions(tau_S: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     if rank < 1:
         return None
     left_OK, values_K, right_KI = thin_svd(matrix_OI)
-    if float(values_K[rank - 1]) <= 1e-6 * float(values_K[0]):
-        return None
-    return left_OK[:, :rank], right_KI[:rank].mT
+    rank = min(rank, int((values_K > max(noise, 1e-6 * float(values_K[0]))).sum()))
+    return (left_OK[:, :rank], right_KI[:rank].mT) if rank else None
 
 
 def overlap(frames_NR: Sequence[Tensor]) -> float:

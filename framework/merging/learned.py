@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightspan.datamodules.batches import ImageBatch, TasksBatch
 from lightspan.devices import wide_type
 from lightspan.distributed import all_reduce_sums, rank
 from lightspan.errors import UserError
@@ -24,6 +23,7 @@ from lightspan.merging.merger import merge
 from lightspan.merging.models import BASE, Held, Models
 from lightspan.merging.span import TaskSpan, difference
 from lightspan.method import Method
+from lightspan.objectives.entropy import prediction_entropy
 from lightspan.tensor_files import Form, write_tensors
 
 MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
@@ -130,7 +130,9 @@ class LearnedMerging(Method):
     """A network whose weights are theta_0 + m sum_i c_i tau_i; a subclass says what c and m are, and its loss.
 
     It trains on `TasksBatch`, whose tasks are those of `heads`, in that order, and is validated on one loader a task,
-    as `lightspan.datamodules.images.tasks.TaskImages` has them: val/accuracy/TASK, and val/accuracy, their mean.
+    as `lightspan.datamodules.images.tasks.TaskImages` has them: val/accuracy/TASK, and val/accuracy, their mean. Text
+    or another modality takes a subclass that overrides `encoded`, and batches of the same form with its own fields
+    [B K ...], beside `label` where labels are used and `index`.
 
     Args:
         backbone: [B C H W] -> features, as the checkpoints have it; all its parameters are merged.
@@ -171,23 +173,38 @@ class LearnedMerging(Method):
         """theta by name, as it is after training."""
         return self.span.merged(self.coefficients(), self.mask())
 
-    def logits(self, theta: Mapping[str, Tensor], task: str, image_BCHW: Tensor) -> Tensor:
+    def encoded(self, theta: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """[B F], what the network answers at theta to a batch of one task, without the task's axis. The one method to
+        override for another modality: here it is the network of `batch["image"]`.
+        """
+        return self.span(theta, batch["image"])
+
+    def logits(self, theta: Mapping[str, Tensor], task: str, batch: Mapping[str, Any]) -> Tensor:
         """[B C] of one task's head at theta."""
-        return self.heads[task](self.span(theta, image_BCHW))
+        return self.heads[task](self.encoded(theta, batch))
 
-    def task_logits(self, theta: Mapping[str, Tensor], batch: TasksBatch) -> dict[str, Tensor]:
-        """[B C] of each task on its images. Raises: UserError for a batch of another number of tasks."""
-        images_BKCHW = batch["image"]
-        if images_BKCHW.ndim != 5 or images_BKCHW.shape[1] != len(self.heads):
-            raise UserError(
-                f"a batch of images {list(images_BKCHW.shape)} is not one of the {len(self.heads)} tasks "
-                f"{', '.join(self.heads)}: [batch, tasks, channels, height, width]; name the same tasks under data"
-            )
-        return {task: self.logits(theta, task, images_BKCHW[:, i]) for i, task in enumerate(self.heads)}
+    def task_logits(self, theta: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """[B C] of each task on its part of the batch: of each field [B K ...] the task's [B ...]; fields [B], such as
+        the index, belong to all. Raises: UserError for a batch of another number of tasks.
+        """
+        for field, x in batch.items():
+            if x.ndim > 1 and x.shape[1] != len(self.heads):
+                raise UserError(
+                    f"{field} {list(x.shape)} of the batch is not of the {len(self.heads)} tasks "
+                    f"{', '.join(self.heads)}: [batch, tasks, ...]; name the same tasks under data"
+                )
+        return {
+            task: self.logits(theta, task, {field: x[:, i] if x.ndim > 1 else x for field, x in batch.items()})
+            for i, task in enumerate(self.heads)
+        }
 
-    def features(self, batch: ImageBatch) -> Tensor:
+    def entropy(self, theta: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """The sum over tasks of the mean entropy of predictions, in nats: what is small where no label is known."""
+        return torch.stack([prediction_entropy(logits) for logits in self.task_logits(theta, batch).values()]).sum()
+
+    def features(self, batch: Mapping[str, Any]) -> Tensor:
         """[B F] of the merged backbone."""
-        return self.span(self.merged(), batch["image"])
+        return self.encoded(self.merged(), batch)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.out is not None:
@@ -197,9 +214,9 @@ class LearnedMerging(Method):
         zeros = torch.zeros(len(self.heads), device=self.device)
         self._right_K, self._seen_K, self._theta = zeros, zeros.clone(), self.merged()
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         task = list(self.heads)[dataloader_idx]
-        logits_BC = self.logits(self._theta, task, batch["image"])
+        logits_BC = self.logits(self._theta, task, batch)
         self._right_K[dataloader_idx] += (logits_BC.argmax(dim=1) == batch["label"]).sum()
         self._seen_K[dataloader_idx] += len(logits_BC)
 
@@ -209,7 +226,7 @@ class LearnedMerging(Method):
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
 
-    def test_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:

@@ -44,6 +44,12 @@ class Merger(ABC):
         """
         return self
 
+    def numbers_of(self, names: Sequence[str]) -> dict[str, float]:
+        """What multiplies each checkpoint, or its change of the base, in every tensor: for the model card. Checkpoints
+        without one such number are left out.
+        """
+        return {}
+
     @abstractmethod
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         """One tensor of the result, of this form, from that of each checkpoint by the checkpoint's name.

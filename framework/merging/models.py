@@ -61,8 +61,8 @@ class StoredModels(Models):
 class GaussianModels(Models):
     """theta_0 plus noise: tau ~ N(mean, std^2) with the mean and deviation of each tensor of theta_0.
 
-    The control of aTLAS: what random directions of the same count are worth (arXiv 2407.02880; whether the
-    moments there are those of the weights or of the task vectors is not said, here it is the weights).
+    The control of aTLAS: what random directions of the same count are worth (arXiv 2407.02880, section 3.2 and its
+    third footnote).
 
     Args:
         tasks: their names.

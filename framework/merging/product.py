@@ -63,7 +63,7 @@ def write_product(
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for path in _beside(source) if huggingface else ():
             shutil.copyfile(path, folder / path.name)
-        (folder / CARD).write_text(_card(plan, checkpoints, method, settings, huggingface), encoding="utf-8")
+        (folder / CARD).write_text(_card(merger, plan.leading, checkpoints, method, settings), encoding="utf-8")
     return plan.outlook
 
 
@@ -73,18 +73,44 @@ def _beside(source: Path) -> list[Path]:
 
 
 def _card(
-    plan: MergePlan, checkpoints: Mapping[str, Weights], method: str, settings: Mapping[str, Any], huggingface: bool
+    merger: Merger, leading: Weights, checkpoints: Mapping[str, Weights], method: str, settings: Mapping[str, Any]
 ) -> str:
+    """Its head has the keys by which the Hugging Face Hub links a merged model to its parents."""
     parents = {name: one_line(weights.origin["path"]) for name, weights in checkpoints.items()}
-    head: dict[str, Any] = {"tags": ["merge", "lightspan"]} | ({"library_name": "transformers"} if huggingface else {})
-    rows = [f"| {name} | {parents[name]} | {weights.origin['sha256'][:16]} |" for name, weights in checkpoints.items()]
-    leading = next(name for name, weights in checkpoints.items() if weights is plan.leading)
+    head: dict[str, Any] = {"tags": ["merge", "lightspan"]}
+    head |= {"library_name": "transformers"} if leading.is_huggingface else {}
+    head |= {"base_model": list(dict.fromkeys(parents.values())), "base_model_relation": "merge"}
+    counts = dict.fromkeys(checkpoints, "by tensor") | ({merger.base: "base"} if merger.base else {})
+    counts |= {name: f"{number:g}" for name, number in merger.numbers_of(list(checkpoints)).items()}
+    rows = [
+        f"| {name} | {counts[name]} | {parents[name]} | {weights.origin['sha256'][:16]} |"
+        for name, weights in checkpoints.items()
+    ]
+    first = next(name for name, weights in checkpoints.items() if weights is leading)
     return "\n".join(
         [
             *("---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""),
             *("# A merged model", ""),
-            f"Merged by lightspan with `{method}`. Names, shapes, dtypes and files are those of `{leading}`.",
-            *("", "| parent | from | sha256, its beginning |", "|---|---|---|", *rows, ""),
+            f"Merged by lightspan with `{method}`. Names, shapes, dtypes and files are those of `{first}`.",
+            *("", "| parent | coefficient | from | sha256, its beginning |", "|---|---|---|---|", *rows, ""),
+            *("To load it:", "", *_loading(leading), ""),
             *("Settings:", "", "```yaml", yaml.safe_dump(dict(settings), sort_keys=False).strip(), "```", ""),
+            "The head lists the parents by the paths they had: put their names on the Hub there before uploading.",
+            "",
         ]
     )
+
+
+def _loading(leading: Weights) -> list[str]:
+    if not leading.is_huggingface:
+        return [
+            *("```python", "from safetensors.torch import load_file", ""),
+            *(f'network.load_state_dict(load_file("{MODEL}"))', "```", ""),
+            "If the parents are runs of a lightspan recipe: `lightspan validate RECIPE --ckpt FOLDER`.",
+        ]
+    try:
+        named = json.loads((leading.home / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (ValueError, LookupError, TypeError):
+        named = None
+    network = named if isinstance(named, str) and named.isidentifier() else "AutoModel"
+    return ["```python", f"from transformers import {network}", "", f'{network}.from_pretrained("FOLDER")', "```"]

@@ -3,11 +3,13 @@
 Source: Jin, Ren, Preotiuc-Pietro, Cheng, "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023,
 arXiv 2212.09849. With G_i = X_i' X_i of a layer's inputs, and its off-diagonal times alpha,
 
-    W = (sum_i W_i G_i) (sum_i G_i)^-1,     W [O I], G [I I]
+    W = (sum_i W_i G_i) (sum_i G_i)^-1,     W [O I], G [I I]        (its equation 2, transposed)
 
 `lightspan.estimators.merging_statistics.InputGrams` writes the G_i. It is computed as the average W_a plus the least
 change: W = W_a + (sum_i (W_i - W_a) G_i) (sum_i G_i)^+, which is the same where the sum has an inverse, and in
-directions that no input has leaves the average. Tensors without G, such as biases and convolutions, are averaged.
+directions that no input has leaves the average. Those are the eigenvectors of sum_i G_i whose eigenvalue is at most I
+times the precision of the stored G's of the largest one, since rounding alone makes as much. Tensors without G, such as
+biases and convolutions, are averaged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,6 +61,8 @@ class RegMean(Merger):
         average_OI = in_span(models[0], models, shares)
         total_II = torch.zeros(form.shape[1], form.shape[1], dtype=torch.float64)
         apart_OI = torch.zeros_like(average_OI)
+        floats = [gram_II.dtype for gram_II in grams if gram_II.is_floating_point()]
+        precision = max(torch.finfo(dtype).eps for dtype in (*floats, torch.float64))
         for model_OI, gram_II in zip(models, grams, strict=True):
             gram_II = gram_II.double()
             gram_II = self.alpha * gram_II + (1 - self.alpha) * gram_II.diag().diag()
@@ -69,4 +73,5 @@ class RegMean(Merger):
                 f"RegMean: G of {name} and the weights give infinite products; merge checkpoints from before the run "
                 "diverged, and compute G of them anew"
             )
-        return (average_OI + apart_OI @ torch.linalg.pinv(total_II, hermitian=True)).to(form.dtype)
+        inverse_II = torch.linalg.pinv(total_II, rtol=form.shape[1] * precision, hermitian=True)
+        return (average_OI + apart_OI @ inverse_II).to(form.dtype)

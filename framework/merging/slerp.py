@@ -41,6 +41,9 @@ class Slerp(Merger):
             raise UserError(f"Slerp goes from one checkpoint to one other; got {', '.join(names) or 'none'}")
         return names[0]
 
+    def numbers_of(self, names: Sequence[str]) -> dict[str, float]:
+        return dict(zip(names, (1 - self.t, self.t), strict=True))
+
     def tensor(self, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
         a_S, b_S = weights.values()
         cosine = _cosine(a_S, b_S)

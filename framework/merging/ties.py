@@ -62,6 +62,9 @@ class Ties(Merger):
     def leading(self, names: Sequence[str]) -> str:
         return require_base("Ties", self.base, names)
 
+    def numbers_of(self, names: Sequence[str]) -> dict[str, float]:
+        return self.coefficients.numbers_of([name for name in names if name != self.base])
+
     def prepared(self, checkpoints: Mapping[str, Weights], forms: Mapping[str, Form]) -> Self:
         """Finds for each task the least magnitude that is kept, in two passes over the files."""
         if wrong := [name for name, form in forms.items() if form.dtype.is_complex]:

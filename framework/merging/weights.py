@@ -60,15 +60,19 @@ def open_weights(path: str | Path) -> Weights:
     """
     place = place_of(path)
     if is_adapter(place):
-        raise UserError(f"{place} is an adapter, which changes a model and is none; name that model as the base")
+        raise UserError(
+            f"{place} is an adapter, a change of a model and no model of its own; name the model that it changes as "
+            "the base, which is --base of `lightspan merge`"
+        )
     if place.is_dir() and not (place / COMPLETE).exists():
         if files := safetensors_of(place):
             return _Safetensors(place, files)
         found, passed = newest_whole(place / CHECKPOINTS)
         if found is None:
-            reasons = "; ".join(f"{one} {fault.text}" for one, fault in passed.items())
+            reasons = ": " * bool(passed) + "; ".join(f"{one} {fault.text}" for one, fault in passed.items())
             raise UserError(
-                f"{place} contains no complete checkpoint and no safetensors file" + f": {reasons}" * bool(reasons)
+                f"{place} contains no complete checkpoint and no safetensors file{reasons}; name a run folder, a "
+                ".ckpt, a safetensors file, or a folder as Hugging Face writes it"
             )
         place = found
     return _Safetensors(place, [place]) if place.suffix == ".safetensors" else _Checkpoint(place)

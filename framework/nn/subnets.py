@@ -5,7 +5,6 @@ small networks into it several times; the paper does not mention that.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,11 +49,6 @@ class SubNetSampler:
             for _ in range(round(by_width * by_depth))
             if (width, depth) != (widths[-1], depths[-1])
         ]
-
-    @property
-    def multiplicities(self) -> Counter[Size]:
-        """How often each size is drawn in a cycle."""
-        return Counter(self.cycle)
 
     def at(self, step: int) -> Size:
         """The size of a step, counted from 0."""

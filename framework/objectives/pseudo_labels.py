@@ -1,6 +1,6 @@
 """Learning from a network's own confident answers: weak views give targets, strong views are trained on them.
 
-Source: the test-time objective of aTLAS, "Unsupervised FixMatch" (arXiv 2407.02880), after
+Source: the test-time objective of aTLAS, "Unsupervised FixMatch" (arXiv 2407.02880, section 5.3, appendix E), after
 FixMatch (arXiv 2001.07685). Mended, against the authors' code: sharpening sharpens (theirs halves all probabilities and
 divides by their sum, which does nothing), trusted samples count for every class (there for the last one alone), and a
 batch in which nothing is kept has the loss 0 (there NaN).

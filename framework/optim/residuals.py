@@ -153,7 +153,8 @@ def mend_limiter(state: State) -> bool:
 def _require_above_one(owner: Residual, **limits: float | None) -> None:
     for name, value in limits.items():
         if value is not None and not value > 1:
-            why = "at 1 or below, norms can only shrink" if name == "limit" else "1 is what an isotropic gradient needs"
+            shrinks, binds = "at 1 or below, norms can only shrink", "1 already limits an isotropic gradient"
+            why = shrinks if name == "limit" else binds
             raise UserError(f"{type(owner).__name__} {name}={value} must be above 1 ({why}), or None for none")
 
 

@@ -28,7 +28,9 @@ class ChartLine:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart's content. `log_y` needs positive values: others are left out."""
+    """A chart's content. `log_y` needs positive values: others are left out. With `things` the places on the x axis are
+    so many things that stand side by side, at 0, 1, ...: no line joins them.
+    """
 
     title: str
     x_label: str
@@ -36,6 +38,7 @@ class Chart:
     curves: list[ChartLine]
     log_y: bool = False
     note: str = ""
+    things: int = 0
 
 
 def draw(chart: Chart) -> str:
@@ -61,7 +64,9 @@ class _Shape:
         if self.above == 0 and self.high > self.low:
             pad = 0.04 * (self.high - self.low)
             self.low, self.high = self.low - pad, self.high + pad
-        if self.high - self.low <= SMALLEST:
+        # Side by side only differences count that are worth a look: not those of rounding to whole entries.
+        flat = 0.01 * max(abs(self.low), abs(self.high)) if chart.things else 0.0
+        if self.high - self.low <= max(SMALLEST, flat):
             pad = abs(self.low) * 0.05 or 1.0
             self.low, self.high = self.low - pad, self.high + pad
         xs = [x for curve in everything for x, _ in curve] or [0.0, 1.0]
@@ -92,7 +97,7 @@ class _Shape:
             y, text = self._y(value), _power(value) if self.chart.log_y else _short(value, self.high - self.low)
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
-        for value in ticks(self.first, self.last, 5):
+        for value in self._x_ticks():
             x = self._x(value)
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{floor + 17}" text-anchor="middle">'
@@ -106,6 +111,10 @@ class _Shape:
             f'<text class="label" x="{LEFT - 7}" y="13" text-anchor="start">{escape(self.chart.y_label)}</text>'
         )
         return "".join(parts)
+
+    def _x_ticks(self) -> list[float]:
+        values, things = ticks(self.first, self.last, 5), self.chart.things
+        return [value for value in values if value.is_integer() and 0 <= value < things] if things else values
 
     def _y_ticks(self) -> list[float]:
         if not self.chart.log_y:
@@ -121,8 +130,9 @@ class _Shape:
         parts = []
         if top:
             parts.append(f'<path class="raw" {look} d="{self._path(raw)}"/>')
-        parts.append(f'<path class="line" {look} d="{self._path(top or raw)}"/>')
-        if not top and len(raw) <= MOST_DOTS:
+        if not self.chart.things:
+            parts.append(f'<path class="line" {look} d="{self._path(top or raw)}"/>')
+        if self.chart.things or (not top and len(raw) <= MOST_DOTS):
             dots = (f'<circle cx="{self._x(x):.1f}" cy="{self._y(y):.1f}" r="2.4"/>' for x, y in raw if y <= self.high)
             parts.append(f'<g style="fill:var(--run{curve.colour % COLOURS})">{"".join(dots)}</g>')
         # A nested svg clips to its own frame, which needs no ids that could clash between charts.

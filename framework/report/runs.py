@@ -100,7 +100,12 @@ def load_run(folder: Path, name: str) -> Run:
         )
     if not (folder / METRICS).is_file():
         inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))
-        hint = f"it contains the runs {', '.join(inside)}: name those" if inside else "name the folder that --run named"
+        hint = (
+            f"it contains the runs {', '.join(inside)}: name those"
+            if inside
+            else "name the folder that --run named; a script writes one with "
+            "Trainer(logger=lightspan.loggers.jsonl.JsonlLogger(save_dir=FOLDER))"
+        )
         if (folder / RESOLVED).is_file():
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
@@ -131,11 +136,15 @@ def load_run(folder: Path, name: str) -> Run:
 
 
 def _with_derived_summary(run: Run) -> Run:
-    """A run that was stopped wrote no summary: its last values are used instead, and `finished` says so."""
+    """A run that was stopped wrote no summary: its last values are used instead, and `finished` says so. A script's
+    Trainer never writes one, and nothing is known of its end.
+    """
     last = {name.replace("/", "_"): run.points(name)[-1].value for name in run.metrics()}
     times = [_number(row.get("time_s")) for row in run.rows]
     seconds = {"seconds": max(times)} if all(map(math.isfinite, times)) else {}
-    derived = {**last, "steps": max(row["step"] for row in run.rows), **seconds, "finished": False}
+    end = {"finished": False} if run.config else {}
+    # A line's step is the number of those before it.
+    derived = {**last, "steps": 1 + max(row["step"] for row in run.rows), **seconds, **end}
     return Run(run.name, run.folder, run.rows, derived, run.config, run.provenance, run.samples)
 
 

@@ -20,6 +20,7 @@ _GROUPS = (
     ("other", "Other metrics", ()),
 )
 _PROFILED = ("dimension", "mask")  # groups that also have a figure for each matrix
+_NAMED = 12  # matrices; of more only the first and the last are named
 _UNITS = (
     ("bits_per_byte", "bits per byte"),
     ("_nats", "nats"),
@@ -153,8 +154,8 @@ def _profiles(runs: Sequence[Run], metrics: Sequence[str]) -> list[Chart]:
             ChartLine(run.name, at, [(float(x), point.value) for x, points in last[at].items() for point in points])
             for at, run in enumerate(runs)
         ]
-        ends = [name.removeprefix(f"{measure}/") for name in (names[0], names[-1])]
-        note = f"last values; 0 is {ends[0]}, {len(names) - 1} is {ends[1]}"
+        own = [f"{at} is {name.removeprefix(f'{measure}/')}" for at, name in enumerate(names)]
+        note = f"last values; {', '.join(own if len(own) <= _NAMED else (own[0], own[-1]))}"
         drawn = [curve for curve in curves if finite(curve.points)]
-        charts.append(Chart(f"{measure} by matrix", "matrix", unit_of(measure), drawn, note=note))
+        charts.append(Chart(f"{measure} by matrix", "matrix", unit_of(measure), drawn, note=note, things=len(names)))
     return charts

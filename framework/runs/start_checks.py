@@ -4,6 +4,7 @@ ever be validated, and whether its schedules are long enough.
 
 import math
 import re
+import warnings
 from collections.abc import Iterator
 
 from lightning.fabric.utilities.types import _Stateful
@@ -13,13 +14,18 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
 
 from lightspan.errors import UserError, print_notes
+from lightspan.nn.frozen import Frozen
 
 
 class StartChecks(Callback):
-    """Warns of training loaders that keep no position, and of a run that ends before its first validation.
+    """Warns of training loaders that keep no position, and of a run that ends before its first validation. Silences
+    Lightning's warning of a teacher in evaluation mode.
 
     Raises: UserError for a schedule that ends before the run.
     """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        silence_frozen(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_short_schedules(trainer)
@@ -35,11 +41,20 @@ class StartChecks(Callback):
             print_notes([said])
 
 
+def silence_frozen(module: LightningModule) -> None:
+    """Lightning warns of modules in evaluation mode. Those of `Frozen` networks, such as teachers, are meant to be: as
+    many as these are no news.
+    """
+    frozen = {id(part) for one in module.modules() if isinstance(one, Frozen) for part in one.modules()}
+    if frozen:
+        warnings.filterwarnings("ignore", message=rf"Found {len(frozen)} module\(s\) in eval mode")
+
+
 def without_validation(trainer: Trainer) -> str | None:
     """What to say of a run that could validate and ends before it does; None for any other."""
     batches, every = trainer.num_training_batches, trainer.check_val_every_n_epoch
     due = trainer.val_check_batch  # None where the clock decides
-    if not trainer.enable_validation or due is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if not trainer.enable_validation or due is None:
         return None
     first = due if every is None else (every - 1) * batches + min(due, batches)
     total = math.inf if trainer.max_epochs in (None, -1) else (trainer.max_epochs or 0) * batches

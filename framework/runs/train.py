@@ -8,12 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import standing
 from lightspan.config.build import Built
 from lightspan.errors import UserError
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
 
 INTERRUPTED = 130
 
@@ -95,20 +98,18 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
     return None
 
 
-def put_weights(built: Built, path: Path) -> None:
+def put_weights(model: "LightningModule", path: Path) -> None:
     """Puts a safetensors file's weights into the model, all of them, as a merge or an export wrote them.
 
     Raises: UserError for a file that is not whole, or belongs to another model.
     """
-    from lightspan.callbacks.training.adaptation import Adaptation
     from lightspan.checkpoints.fit import check_fits
     from lightspan.merging.weights import open_weights
 
-    Adaptation.act(built.trainer, built.model)  # a callback adds what it adds before weights are loaded
     weights = open_weights(path)
     state = {name: weights.read(name) for name in weights.forms}
-    check_fits(state, built.model, str(path), way_out="use it with the recipe whose runs were merged or exported")
-    built.model.load_state_dict(state)
+    check_fits(state, model, str(path), way_out="use it with the recipe whose runs were merged or exported")
+    model.load_state_dict(state)
 
 
 def check_at_start(built: Built) -> None:

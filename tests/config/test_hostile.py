@@ -45,7 +45,7 @@ def _listen(event: str, arguments: tuple[Any, ...]) -> None:
         writes = any(letter in (mode or "") for letter in "wax+") or bool((flags or 0) & 3)
         if writes and not str(path).endswith((".pyc", "/dev/null")) and ".pyc." not in str(path):
             _acts.append(f"open {path} {mode} {flags}")
-    elif event in ACTS:
+    elif event in ACTS and not (event == "ctypes.dlopen" and "libnvidia-ml" in str(arguments)):  # torch looks for GPUs
         _acts.append(f"{event} {arguments}"[:300])
 
 

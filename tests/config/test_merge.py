@@ -49,6 +49,11 @@ def test_null_removes_exactly_the_named_callbacks(names, data):
     assert set(left) == names - gone
 
 
+def test_null_removes_an_input_of_an_estimator():
+    base, overlay = layer("inputs: {a: {class_path: x.Y}, b: {class_path: x.Y}}"), layer("inputs: {a: null}")
+    assert plain(without_removed(merge_layers([base, overlay])[0])) == {"inputs": {"b": {"class_path": "x.Y"}}}
+
+
 def test_null_elsewhere_is_a_value():
     merged, _ = merge_layers([layer("trainer: {max_time: x}\n"), layer("trainer: {max_time: null}\n")])
     assert plain(without_removed(merged)) == {"trainer": {"max_time": None}}

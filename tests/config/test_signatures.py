@@ -152,6 +152,16 @@ def test_the_classes_that_recipes_name_most_are_readable(name, some):
     assert some in known(name).parameters
 
 
+@pytest.mark.parametrize("wrapper", ["blank.Blank", "classes.ClassSubset", "repeated.RepeatedImages", "tasks.Derived"])
+def test_image_sets_that_wrap_another_take_the_settings_of_every_set_and_nothing_else(wrapper):
+    common, own = (
+        known("lightspan.datamodules.images.small.ImageData"),
+        known(f"lightspan.datamodules.images.{wrapper}"),
+    )
+    assert common.parameters.keys() < own.parameters.keys()
+    assert not own.open
+
+
 def test_reading_a_signature_imports_nothing_of_its_library():
     code = (
         "import sys; from lightspan.config.signatures import signature\n"

@@ -140,9 +140,9 @@ def test_a_file_is_complete_only_when_all_of_its_tests_have_ended(house: Path, t
 
 def test_its_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:
     page = (house / "docs" / "evidence" / "77_toy.md").read_text()
-    assert "| gain | 0: 1, 1: 2 | 1.5 points | 1.5 | >= 1.5 | yes |" in page
-    assert "| cost |  | 2 |  | <= 1.6 | **no** |" in page
-    assert "| loss | 0: not finite, 1: 1 | not finite |  | <= 9 | **no** |" in page
+    assert "| gain | 0: 1, 1: 2 | 1.5 points | 1.5 | level | >= 1.5 | yes |" in page
+    assert "| cost |  | 2 |  | level | <= 1.6 | **no** |" in page
+    assert "| loss | 0: not finite, 1: 1 | not finite |  | level | <= 9 | **no** |" in page
     assert "| accuracy | 0: 0.5, 1: 0.7 | 0.6 % |" in page
     assert "- Chosen on seed 100.\n- Rates: turned (LoRA: 0.003), full 0: (0.01, none)." in page
     assert "![A toy system: what the harness records.](../../evidence/results/77_toy.png)" in page

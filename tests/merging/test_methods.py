@@ -65,6 +65,15 @@ def test_ties_can_trim_tensor_by_tensor(tmp_path: Path) -> None:
         np.testing.assert_allclose(out[name].numpy().ravel(), by_hand, rtol=1e-6, atol=1e-7)
 
 
+def test_ties_trims_what_the_coefficients_have_scaled(tmp_path: Path) -> None:
+    base, a, b = net(0), net(1), net(2)
+    c = {"a": 3.0, "b": 0.2}
+    out = merged(Ties(0.4, coefficients=Scales(of_tasks=c)), tmp_path, base=base, a=a, b=b)
+    scaled = [flat(base) + c[name] * (flat(model) - flat(base)) for name, model in (("a", a), ("b", b))]
+    by_hand = ties_by_hand(flat(base), scaled, 0.4, 1.0)
+    np.testing.assert_allclose(flat(out), by_hand, rtol=1e-5, atol=1e-6)
+
+
 def test_what_cancels_elects_nobody_and_what_is_equal_is_kept_whole(tmp_path: Path) -> None:
     base, up = {"w": torch.zeros(4)}, {"w": torch.tensor([1.0, 2.0, 2.0, 0.0])}
     down = {"w": torch.tensor([-1.0, 2.0, -3.0, 0.0])}
@@ -177,6 +186,17 @@ def test_fisher_weighs_entry_by_entry_and_averages_what_nothing_speaks_for(tmp_p
     assert all(torch.equal(same[name], a[name]) for name in FLOATS)
 
 
+def test_fisher_is_a_ratio_and_what_is_nothing_beside_the_largest_is_averaged(tmp_path: Path) -> None:
+    a, b = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+    of_a, of_b = torch.tensor([9.0, 5.0, 1.0, 3e-13]), torch.tensor([1.0, 5.0, 9.0, 1e-13])
+    for scale in (1.0, 1e-13, 1e13):
+        fishers = stored(tmp_path, a={"w": of_a * scale}, b={"w": of_b * scale})
+        out = merged(FisherAverage(fishers), tmp_path, a=a, b=b)["w"]
+        torch.testing.assert_close(out, torch.tensor([0.1, 0.5, 0.9, 0.5]))
+        out = merged(FisherAverage(fishers, floor=0.0), tmp_path, a=a, b=b)["w"]
+        torch.testing.assert_close(out, torch.tensor([0.1, 0.5, 0.9, 0.25]))
+
+
 def test_regmean_is_the_least_squares_of_all_outputs_and_the_average_where_no_input_reaches(tmp_path: Path) -> None:
     a, b, generator = net(1), net(2), torch.Generator().manual_seed(0)
     inputs = [torch.randn(30, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
@@ -200,6 +220,22 @@ def test_regmean_is_the_least_squares_of_all_outputs_and_the_average_where_no_in
     torch.testing.assert_close(out["a.weight"][:, 3:], average[:, 3:], rtol=1e-6, atol=1e-6)
     none = stored(tmp_path, a={"a.weight": torch.zeros(5, 5)}, b={"a.weight": torch.zeros(5, 5)})
     torch.testing.assert_close(merged(RegMean(none), tmp_path, a=a, b=b)["a.weight"], average)
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
+def test_regmean_takes_rounding_of_grams_for_no_input(precision: torch.dtype, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = ({"w": torch.randn(8, 32, generator=generator)} for _ in range(2))
+    frame = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
+    reached, free = frame[:, :12], frame[:, 12:]
+    inputs = [torch.randn(100, 12, generator=generator, dtype=torch.float64) @ reached.T for _ in range(2)]
+    grams = {n: {"w": (x.T @ x).to(precision)} for n, x in zip("ab", inputs, strict=True)}
+    out = merged(RegMean(stored(tmp_path, **grams), alpha=1.0), tmp_path, a=a, b=b)["w"].double()
+    assert float(((out - (a["w"] + b["w"]) / 2) @ free).abs().max()) < 100 * torch.finfo(precision).eps + 1e-6
+    if precision != torch.bfloat16:
+        targets = [x @ model["w"].double().T for x, model in zip(inputs, (a, b), strict=True)]
+        best = np.linalg.lstsq(torch.cat(inputs).numpy(), torch.cat(targets).numpy(), rcond=None)[0].T
+        np.testing.assert_allclose((out @ reached).numpy(), best @ reached.numpy(), atol=1e-4)
 
 
 def test_an_analogy_does_to_c_what_makes_b_of_a(tmp_path: Path) -> None:

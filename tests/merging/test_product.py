@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -69,6 +70,41 @@ def test_a_hugging_face_folder_stays_one_that_transformers_loads(sharded: bool, 
         }
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(text in card for text in ("`task_arithmetic`", "| m1 |", "m2", "scale: 0.5", "library_name: transform"))
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == [places[0], *places[1:]]
+    assert head["base_model_relation"] == "merge"
+    assert 'LlamaForCausalLM.from_pretrained("FOLDER")' in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "coefficients"),
+    [
+        (["task_arithmetic", "--base", "base"], {"base": "base", "a": "0.3", "b": "0.3"}),
+        (
+            ["task_arithmetic", "--base", "base", "--set", "coefficients.init_args.of_tasks.a=0.7"],
+            {"base": "base", "a": "0.7", "b": "0.3"},
+        ),
+        (
+            ["dare", "--base", "base", "--set", "coefficients.init_args.rate=0.5"],
+            {"base": "base", "a": None, "b": None},
+        ),
+        (["ties", "--base", "base"], {"base": "base", "a": "1", "b": "1"}),
+        (["average", "--set", "weights={a: 3, b: 1}"], {"a": "0.75", "b": "0.25"}),
+        (["slerp", "--set", "t=0.2"], {"a": "0.8", "b": "0.2"}),
+    ],
+)
+def test_a_model_card_says_what_each_parent_counts(settings: list[str], coefficients: dict[str, str | None]) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        save_file({"w": torch.full((4,), float(seed))}, f"{name}.safetensors")
+    settings = [f"{s}.safetensors" if s == "base" else s for s in settings]
+    assert main(["merge", "a.safetensors", "b.safetensors", "--out", "out", "--method", *settings]) == 0
+    card = Path("out/README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("| ")]
+    found = {row[0]: row[1] for row in rows[1:]}
+    assert found.keys() == coefficients.keys()
+    assert all(found[name] == wanted for name, wanted in coefficients.items() if wanted is not None)
+    assert all(float(found[name]) for name, wanted in coefficients.items() if wanted is None)
+    assert 'network.load_state_dict(load_file("model.safetensors"))' in card
 
 
 def test_adapters_are_merged_as_the_change_that_peft_makes_of_them(tmp_path: Path) -> None:
@@ -200,8 +236,11 @@ def spoilt(folder: Path, what: str) -> list[str]:
         ("no checkpoint", "notes.ckpt"),
         ("adapter of another model", "which its base"),
         ("adapter of other sizes", "belong to a layer of other sizes than [16, 16]"),
-        ("adapter alone", "is an adapter, which changes a model and is none; name that model as the base"),
-        ("adapter leads", "is an adapter, which changes a model and is none"),
+        (
+            "adapter alone",
+            "is an adapter, a change of a model and no model of its own; name the model that it changes as the base",
+        ),
+        ("adapter leads", "is an adapter, a change of a model and no model of its own"),
         ("no base", "--method ties needs --base"),
         ("a shard is gone", "which is not in"),
         ("no such setting", "did you mean density"),
@@ -234,3 +273,23 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     index.write_text("[]")
     with pytest.raises(UserError, match="is no index of safetensors files"):
         open_weights(tmp_path / "m")
+
+
+def test_a_merger_of_ones_own_needs_no_more_than_a_file_that_names_it(tmp_path: Path, capsys: Any) -> None:
+    for seed, name in enumerate(("x/a", "y/a", "base")):
+        Path(name).parent.mkdir(exist_ok=True)
+        save_file({"w": torch.full((4,), float(seed))}, f"{name}.safetensors")
+    Path("mine.yaml").write_text("merger: {class_path: lightspan.merging.arithmetic.WeightedAverage}")
+    line = ["merge", "x/a.safetensors", "y/a.safetensors", "--out", "out", "--method", "mine.yaml"]
+    assert main(line) == 0
+    assert load_file("out/model.safetensors")["w"].tolist() == [0.5] * 4
+    assert "note: y/a.safetensors is called a-2, since another checkpoint has the name a" in capsys.readouterr().err
+    assert main(["merge", "x/a.safetensors", "x/a.safetensors", "--out", "two", "--method", "average"]) == 0
+    assert "x/a.safetensors is given twice, and counts twice: as a and as a-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "setting"), [("task_arithmetic", "scale=2"), ("dare", "rate=0.5")])
+def test_a_setting_of_the_coefficients_is_told_where_it_belongs(method: str, setting: str, capsys: Any) -> None:
+    assert main(["merge", "a", "--base", "b", "--out", "out", "--method", method, "--set", setting]) == 2
+    name = setting.partition("=")[0]
+    assert f"did you mean merger.init_args.coefficients.init_args.{name}?" in capsys.readouterr().err

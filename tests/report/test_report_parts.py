@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -216,7 +217,17 @@ def test_figures_of_single_matrices_share_one_chart_of_last_values(make_run: Mak
     over_steps, profile = section.charts
     assert (over_steps.title, profile.title) == (names[0], f"{names[0]} by matrix")
     assert [curve.points for curve in profile.curves] == [[(0, 21), (1, 22), (2, 23)], [(0, 11), (1, 12), (2, 13)]]
-    assert profile.note == "last values; 0 is a.weight, 2 is c.weight"
+    assert profile.note == "last values; 0 is a.weight, 1 is b.weight, 2 is c.weight"
+
+
+def test_matrices_stand_side_by_side_at_whole_numbers_and_rounding_is_no_slope() -> None:
+    points = [(0.0, 0.2), (1.0, 0.19996), (2.0, 0.2)]
+    drawn = draw(Chart("density by matrix", "matrix", "share", [ChartLine("a", 0, points)], things=3))
+    assert 'class="line"' not in drawn
+    assert drawn.count("<circle") == 3
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawn) == ["0", "1", "2"]
+    heights = [float(y) for y in re.findall(r'cy="(.*?)"', drawn)]
+    assert max(heights) - min(heights) < 2  # of 264
 
 
 def test_two_runs_also_get_the_difference_at_shared_steps(make_run: MakeRun) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.errors import UserError
-from lightspan.runs.start_checks import StartChecks, past_its_end
+from lightspan.nn.frozen import Frozen
+from lightspan.runs.start_checks import StartChecks, past_its_end, silence_frozen
 from lightspan.runs.train import call
 
 
@@ -185,3 +186,23 @@ def loaders() -> Any:
         val_dataloader = train_dataloader
 
     return Both()
+
+
+@pytest.mark.parametrize(("more", "said"), [(0, 0), (1, 1)])
+def test_a_teacher_in_evaluation_mode_is_no_news_but_other_modules_are(tmp_path: Path, more: int, said: int) -> None:
+    module = OneCycle(8)
+    module.teacher = Frozen(nn.Linear(4, 1))
+    module.others = nn.ModuleList(nn.Linear(4, 1).eval() for _ in range(more))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        silence_frozen(module)
+        trainer = Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(module, DataLoader(torch.ones(8, 4)))
+    assert sum("in eval mode" in str(one.message) for one in caught) == said

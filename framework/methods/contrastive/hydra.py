@@ -17,6 +17,7 @@ from lightspan.distributed import gather_rows
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_pairs import ClassPairs
+from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.info_nce import class_pair_loss, require_temperature
 
@@ -60,7 +61,7 @@ class Hydra(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        views = batch["views"] if "views" in batch else [batch["image"]]
+        views = views_of(batch, "Hydra")
         if "label" not in batch or len({view.shape for view in views}) > 1:
             raise UserError(
                 f"Hydra needs labels, and views of one size; this batch holds {sorted(batch)} and views of "

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 
@@ -61,7 +62,7 @@ class MixedBarlowTwins(Method):
         return F.normalize(e_BD, dim=1) if self.normalize else e_BD
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x1_BCHW, x2_BCHW = batch["views"]
+        x1_BCHW, x2_BCHW = views_of(batch, "MixedBarlowTwins", 2)
         e1_BD, e2_BD = self.embed(x1_BCHW), self.embed(x2_BCHW)
         z1_BD, z2_BD = standardise(e1_BD), standardise(e2_BD)
         barlow = barlow_twins_loss(z1_BD, z2_BD, self.lam)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.info_nce import require_temperature
 from lightspan.objectives.supcon import supcon
@@ -41,7 +42,7 @@ class SupCon(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        views = batch["views"] if "views" in batch else [batch["image"]]
+        views = views_of(batch, "SupCon")
         if "label" not in batch or len({view.shape for view in views}) > 1:
             raise UserError(
                 f"SupCon needs labels, and views of one size; this batch holds {sorted(batch)} and views of "

@@ -7,18 +7,16 @@ With a mask of `ConcreteAdaMerging` it is the second stage of that method (arXiv
 coefficients are learned from 0.3 anew.
 """
 
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import TasksBatch
 from lightspan.errors import UserError
-from lightspan.merging.coefficients import LayerWise, TaskWise
+from lightspan.merging.coefficients import Wise, wise_as
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
-from lightspan.merging.weights import open_weights
-from lightspan.objectives.entropy import prediction_entropy
+from lightspan.merging.weights import open_weights, real_finite
 
 
 class AdaMerging(LearnedMerging):
@@ -35,7 +33,7 @@ class AdaMerging(LearnedMerging):
         backbone: nn.Module,
         models: Models,
         heads: dict[str, nn.Module],
-        wise: Literal["task", "layer"] = "layer",
+        wise: Wise = "layer",
         start: float = 0.3,
         mask: str | None = None,
         prefix: str = "backbone.",
@@ -43,10 +41,7 @@ class AdaMerging(LearnedMerging):
         **optimization: Any,
     ) -> None:
         super().__init__(backbone, models, heads, prefix, out, **optimization)
-        if wise not in ("task", "layer"):
-            raise UserError(f"AdaMerging wise={wise!r} must be task or layer")
-        kind = TaskWise if wise == "task" else LayerWise
-        self.learned = kind(self.span.shapes, len(self.span.tasks), start)
+        self.learned = wise_as(wise, self.span.shapes, len(self.span.tasks), start)
         self._masked = mask is not None
         if mask is not None:
             stored = open_weights(mask)
@@ -56,7 +51,7 @@ class AdaMerging(LearnedMerging):
                     raise UserError(
                         f"{mask} has no mask {list(shape)} of {prefix}{name}; it belongs to another network"
                     )
-                self.register_buffer(f"mask_{i}", stored.read(prefix + name).clone(), persistent=False)
+                self.register_buffer(f"mask_{i}", real_finite(stored, prefix + name, "mask").clone(), persistent=False)
 
     def coefficients(self) -> dict[str, Tensor]:
         return {name: self.learned.of(name) for name in self.span.shapes}
@@ -65,7 +60,6 @@ class AdaMerging(LearnedMerging):
         return {name: getattr(self, f"mask_{i}") for i, name in enumerate(self.span.shapes)} if self._masked else None
 
     def training_step(self, batch: TasksBatch, batch_idx: int) -> Tensor:
-        entropies = [prediction_entropy(logits) for logits in self.task_logits(self.merged(), batch).values()]
-        loss = torch.stack(entropies).sum()
+        loss = self.entropy(self.merged(), batch)
         self.log_training({"train/entropy_nats": loss}, batch_size=len(batch["index"]), prog_bar=True)
         return loss

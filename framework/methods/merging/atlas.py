@@ -3,15 +3,17 @@
 Source: Zhang, Albert, Rodriguez-Opazo, van den Hengel, Abbasnejad, "Knowledge Composition using Task Vectors with
 Learned Anisotropic Scaling", NeurIPS 2024, arXiv 2407.02880:
 
-    theta_j = theta_{0,j} + sum_i Lambda_ij tau_ij,    Lambda = 0 at first,    dL/dLambda_ij = <dL/dtheta_j, tau_ij>
+    theta_j = theta_{0,j} + sum_i Lambda_ij tau_ij                                          (its equation 7)
+    Lambda = 0 at first,    dL/dLambda_ij = <dL/dtheta_j, tau_ij>
 
-with j over the parameter tensors. `Atlas` is addition, few-shot adaptation and, with `parts` (aTLAS x K),
-parameter-efficient tuning, `AtlasNegation` unlearns, `AtlasTestTime` has no labels. Vectors come from `models`, whose
-tasks need not be those that are trained on; PEFT adapters among them are the paper's low-rank task vectors.
+with j over the parameter tensors, its parameter blocks. `Atlas` minimises its equation 4: addition (section 4.2),
+few-shot adaptation (5.1) and, with `parts` (aTLAS x K, 6.2), parameter-efficient tuning. `AtlasNegation` unlearns
+(equation 9), `AtlasTestTime` has no labels (section 5.3, appendix E). Vectors come from `models`, whose tasks need not
+be those that are trained on; PEFT adapters among them are the paper's low-rank task vectors (6.1).
 
 Of the authors' code these are not taken over: random groups by shape that leave out all but matrices
 (`lightspan.merging.coefficients.Partitioned`), coefficients that are None where no epoch was better than theta_0 (it is
-kept), and what `lightspan.objectives.pseudo_labels` lists. The linearised variant is left out.
+kept), and what `lightspan.objectives.pseudo_labels` lists. The linearised variant, equations 1 and 5, is left out.
 
 Shapes: B batch of this rank, C classes, L tensors, P groups, K vectors, b of them in use.
 """
@@ -42,7 +44,7 @@ class AnisotropicScaling(LearnedMerging):
         backbone, models, heads, prefix, out: as of `LearnedMerging`.
         parts, seed: P and the seed of `Partitioned`.
         budget: b, vectors that each block may use: those with the largest |dL/dLambda| at Lambda = 0 on the
-            training samples (block-wise gradient selection). None uses all.
+            training samples (block-wise gradient selection, section 5.2). None uses all.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
@@ -100,7 +102,9 @@ class AnisotropicScaling(LearnedMerging):
             self._narrow()
 
     def gradient_at_start(self) -> Tensor:
-        """dL/dLambda at Lambda = 0, [L K], mean over the batches of `bank_dataloader`, the same on all ranks."""
+        """dL/dLambda at Lambda = 0, [L K], up to a factor: each sample of `bank_dataloader` counts the same, on any
+        number of ranks and in batches of any size.
+        """
         bank = getattr(getattr(self.trainer, "datamodule", None), "bank_dataloader", None)
         if bank is None:
             raise UserError(
@@ -114,7 +118,7 @@ class AnisotropicScaling(LearnedMerging):
                 loss, parameters = self.loss(theta, self.taken(batch)), list(theta.values())
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
                 for name, gradient in zip(theta, gradients, strict=True):
-                    sums[name] += gradient
+                    sums[name] += len(batch["index"]) * gradient
         rows = [TaskSpan(self.span.vectors(name)).pull(sums[name]) for name in theta]  # type: ignore[arg-type]
         gradient_LK = torch.stack(rows)
         if world_size() > 1:
@@ -279,12 +283,12 @@ class AtlasTestTime(AnisotropicScaling):
     def loss(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
         (task,) = self.heads
         if "views" not in batch:  # the bank, by which vectors are chosen: both views are the image
-            logits_BC = self.logits(theta, task, batch["image"])
+            logits_BC = self.logits(theta, task, batch)
             return self._of_views(logits_BC, logits_BC, batch)
         weak, strong = batch["views"][:2]
         with torch.no_grad():
-            weak_BC = self.logits(theta, task, weak)
-        return self._of_views(self.logits(theta, task, strong), weak_BC, batch)
+            weak_BC = self.logits(theta, task, {"image": weak})
+        return self._of_views(self.logits(theta, task, {"image": strong}), weak_BC, batch)
 
     def _of_views(self, strong_BC: Tensor, weak_BC: Tensor, batch: ViewsBatch | ImageBatch) -> Tensor:
         trusted_N = self._trusted_N.to(strong_BC.device)
@@ -302,7 +306,7 @@ class AtlasTestTime(AnisotropicScaling):
         for batch in loader:
             batch = self.taken(batch)
             with self.trainer.precision_plugin.val_step_context():
-                p_BC = wide(self.logits(theta, task, batch["image"])).softmax(dim=1)
+                p_BC = wide(self.logits(theta, task, batch)).softmax(dim=1)
             if probability_NC is None:
                 probability_NC = p_BC.new_zeros(len(loader.dataset), p_BC.shape[1])
             probability_NC[batch["index"]] = p_BC

@@ -7,27 +7,29 @@ Source: arXiv 2312.06173, bi-level and first-order. With the masked vectors of o
 
 and no gradient through the inner step. Then `AdaMerging(mask=...)` learns w anew under the mask that is found.
 
-The inner step is `inner`: "gradient" is w - lr grad, the gradient step that the paper speaks of. The authors' code has
-Adam with lr 1 whose moments outlive the reset of w ("adam_kept"), so that each w moves by about 1, far beyond 0.3;
-"adam" also forgets the moments, which makes each step exactly lr times the sign.
-Both halves of a batch serve as the two batches, and one draw of the mask serves both.
+`inner` makes the inner step, and what it remembers outlives the reset of w. SGD with lr 1, the default, is the gradient
+step that the paper speaks of. The authors' code has Adam with lr 1, so that each w moves by about 1, far beyond 0.3.
+Every other sample of a batch is of the inner step, the rest of the outer one: ranks hold runs of the batch, so that N
+of them with an even number of samples each split it as one does. One draw of the mask serves both.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import TasksBatch
 from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
-from lightspan.merging.coefficients import LayerWise, TaskWise
+from lightspan.merging.coefficients import Wise, wise_as
 from lightspan.merging.concrete import ConcreteMask, Final
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
-from lightspan.objectives.entropy import prediction_entropy
 
-BETAS, EPS = (0.9, 0.999), 1e-8
+GRADIENT_STEP = partial(torch.optim.SGD, lr=1.0)
+INNER = "inner_optimizer"  # of a training checkpoint: the state of the optimiser of w
 
 
 class ConcreteAdaMerging(LearnedMerging):
@@ -35,24 +37,19 @@ class ConcreteAdaMerging(LearnedMerging):
     backbone, models, heads, prefix, out: as of `LearnedMerging`.
     wise: one coefficient a "task", or a task and "layer".
     weight: what w is reset to.
-    inner, inner_lr: the inner step, see above.
+    inner: the optimiser of w, see above.
     temperature, start, final, seed: of `ConcreteMask`.
     optimization: `optimizer` of the logits, `lr_scheduler` and `groups`, see `Method`.
     """
-
-    first_moment: Tensor
-    second_moment: Tensor
-    inner_steps: Tensor
 
     def __init__(
         self,
         backbone: nn.Module,
         models: Models,
         heads: dict[str, nn.Module],
-        wise: Literal["task", "layer"] = "layer",
+        wise: Wise = "layer",
         weight: float = 0.3,
-        inner: Literal["gradient", "adam", "adam_kept"] = "gradient",
-        inner_lr: float = 1.0,
+        inner: OptimizerCallable = GRADIENT_STEP,
         temperature: float = 0.5,
         start: float = 0.0,
         final: Final = "sample",
@@ -62,21 +59,13 @@ class ConcreteAdaMerging(LearnedMerging):
         **optimization: Any,
     ) -> None:
         super().__init__(backbone, models, heads, prefix, out, **optimization)
-        if wise not in ("task", "layer"):
-            raise UserError(f"ConcreteAdaMerging wise={wise!r} must be task or layer")
-        if inner not in ("gradient", "adam", "adam_kept") or not inner_lr >= 0:
-            raise UserError(
-                f"ConcreteAdaMerging inner={inner!r} must be gradient, adam or adam_kept, and inner_lr={inner_lr} at "
-                "least 0"
-            )
-        kind = TaskWise if wise == "task" else LayerWise
-        self.learned = kind(self.span.shapes, len(self.span.tasks), weight)
-        self.learned.weight.requires_grad_(False)  # the inner step is made by hand
-        self.inner, self.inner_lr = inner, inner_lr
+        self.learned = wise_as(wise, self.span.shapes, len(self.span.tasks), weight)
+        self.learned.weight.requires_grad_(False)  # the optimiser of the logits leaves it alone
+        try:
+            self.inner = inner([self.learned.weight])
+        except ValueError as error:
+            raise UserError(f"ConcreteAdaMerging: the inner optimiser refuses its settings ({error})") from error
         self.concrete = ConcreteMask(self.span.shapes, temperature, start, final, seed)
-        for name in ("first", "second"):
-            self.register_buffer(f"{name}_moment", torch.zeros_like(self.learned.weight))
-        self.register_buffer("inner_steps", torch.zeros((), dtype=torch.int64))
 
     def coefficients(self) -> dict[str, Tensor]:
         return {name: self.learned.of(name) for name in self.span.shapes}
@@ -84,48 +73,45 @@ class ConcreteAdaMerging(LearnedMerging):
     def mask(self) -> dict[str, Tensor]:
         return self.concrete.settled()
 
-    def training_step(self, batch: TasksBatch, batch_idx: int) -> Tensor:
-        half = len(batch["index"]) // 2
-        if half == 0:
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        if len(batch["index"]) < 2:
             raise UserError(
                 "ConcreteAdaMerging needs two samples a batch on each rank; raise data.init_args.batch_size"
             )
-        images = batch["image"]
         mask = self.concrete.drawn(self.global_step)
-        w = self.inner_step({**batch, "image": images[:half]}, {name: m.detach() for name, m in mask.items()})
+        first, second = (
+            {field: x[part] for field, x in batch.items()} for part in (slice(1, None, 2), slice(0, None, 2))
+        )
+        w = self.inner_step(first, {name: m.detach() for name, m in mask.items()})
         theta = self.span.merged(self._at(w), mask)
-        loss = self.entropy(theta, {**batch, "image": images[half:]})
+        loss = self.entropy(theta, second)
         figures = {"train/entropy_nats": loss, "train/density": self.concrete.density()}
-        self.log_training(figures, batch_size=len(images), prog_bar=True)
+        self.log_training(figures, batch_size=len(batch["index"]), prog_bar=True)
         return loss
 
-    def entropy(self, theta: dict[str, Tensor], batch: TasksBatch) -> Tensor:
-        """The sum over tasks of the mean entropy."""
-        return torch.stack([prediction_entropy(logits) for logits in self.task_logits(theta, batch).values()]).sum()
-
-    def inner_step(self, batch: TasksBatch, mask: dict[str, Tensor]) -> Tensor:
+    def inner_step(self, batch: Mapping[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
         """w after its step from `weight`, the same on all ranks; what it is reset to is not changed."""
+        weight = self.learned.weight
+        reset = weight.clone()
         with torch.enable_grad():
-            w = self.learned.weight.detach().clone().requires_grad_()
+            w = reset.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self.entropy(self.span.merged(self._at(w), mask), batch), w)
         if world_size() > 1:
             mean_over_ranks([gradient])
-        return w.detach() - self.inner_lr * (gradient if self.inner == "gradient" else self._adam(gradient))
+        weight.grad = gradient
+        self.inner.step()
+        weight.grad, moved = None, weight.clone()
+        weight.copy_(reset)
+        return moved
 
-    @torch.no_grad()
-    def _adam(self, gradient: Tensor) -> Tensor:
-        """Adam's direction (arXiv 1412.6980, algorithm 1)."""
-        if self.inner == "adam":
-            for state in (self.first_moment, self.second_moment, self.inner_steps):
-                state.zero_()
-        self.inner_steps += 1
-        self.first_moment.lerp_(gradient, 1 - BETAS[0])
-        self.second_moment.lerp_(gradient.square(), 1 - BETAS[1])
-        first, second = (
-            moment / (1 - beta**self.inner_steps)
-            for moment, beta in zip((self.first_moment, self.second_moment), BETAS, strict=True)
-        )
-        return first / (second.sqrt() + EPS)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[INNER] = self.inner.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if INNER in checkpoint:
+            self.inner.load_state_dict(checkpoint[INNER])
 
     def _at(self, w: Tensor) -> dict[str, Tensor]:
         return {name: self.learned.of(name, w) for name in self.span.shapes}

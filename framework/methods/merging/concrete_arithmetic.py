@@ -15,7 +15,6 @@ from lightspan.datamodules.batches import TasksBatch
 from lightspan.merging.concrete import ConcreteMask, Final
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
-from lightspan.objectives.entropy import prediction_entropy
 
 
 class ConcreteArithmetic(LearnedMerging):
@@ -53,7 +52,7 @@ class ConcreteArithmetic(LearnedMerging):
 
     def training_step(self, batch: TasksBatch, batch_idx: int) -> Tensor:
         theta = self.span.merged(self.coefficients(), self.concrete.drawn(self.global_step))
-        loss = torch.stack([prediction_entropy(logits) for logits in self.task_logits(theta, batch).values()]).sum()
+        loss = self.entropy(theta, batch)
         figures = {"train/entropy_nats": loss, "train/density": self.concrete.density()}
         self.log_training(figures, batch_size=len(batch["index"]), prog_bar=True)
         return loss

@@ -10,6 +10,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMS
 
 from lightspan.devices import wide, wide_type
 from lightspan.errors import UserError
+from lightspan.optim.masks.follow import require_entrywise, tried_state
 from lightspan.optim.masks.learner import MaskLearner, on_cpu
 from lightspan.sharded import ranks_of, total_over
 from lightspan.subspaces.masks.distributions import BinaryConcrete, MaskDistribution, require_temperature
@@ -60,7 +61,7 @@ class ByGradient(MaskLearner):
         }
         self._followed = optimizer if self.optimizer is None else None
         parameters = list(self.logits.values())
-        self._steps = _alike(optimizer, parameters) if self.optimizer is None else self.optimizer(parameters)
+        self._steps = _alike(optimizer, parameters) if self.optimizer is None else _named(self.optimizer, parameters)
         self._drawn: dict[str, Tensor] = {}
         self._step, self._progress = -1, 0.0
         self._limit(0.0)
@@ -129,10 +130,18 @@ class ByGradient(MaskLearner):
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved, moments = self.saved(state, "logits"), state.get("moments")
+        keeps = {key for key, value in tried_state(self._steps).items() if isinstance(value, Tensor)}
+        told = bool(keeps) or isinstance(self._steps, ELEMENTWISE)
         for name, place in self.places.items():
             kept = moments.get(name) if isinstance(moments, Mapping) else None
             if not isinstance(kept, Mapping) or {value.shape for value in kept.values()} - {place.shape, torch.Size()}:
                 raise UserError(f"the saved masks have no moments of {name} that fit its {tuple(place.shape)} logits")
+            if told and kept and kept.keys() != keeps:
+                raise UserError(
+                    f"the saved logits of {name} have moments {', '.join(sorted(kept))}, and a "
+                    f"{type(self._steps).__name__} as it is here keeps {', '.join(sorted(keeps)) or 'none'}; resume "
+                    "with the optimizer of ByGradient of that run"
+                )
             self.logits[name].copy_(saved[name])
             self._steps.state[self.logits[name]] = {
                 key: place.own(value).clone() if value.shape == place.shape and value.ndim else value.clone()
@@ -167,6 +176,19 @@ class ByGradient(MaskLearner):
             if shift := shift_to_count(sums, count, numbers, highest):
                 for name in names:
                     self.logits[name].sub_(shift)
+
+
+def _named(make: LogitOptimizerCallable, parameters: list[Tensor]) -> Optimizer:
+    """The optimiser that `make` gives. Raises: UserError unless it is an elementwise one of all the parameters."""
+    made: Any = make(parameters)
+    groups = made.param_groups if isinstance(made, Optimizer) else []
+    if {id(one) for group in groups for one in group["params"]} != {id(one) for one in parameters}:
+        raise UserError(
+            f"optimizer of ByGradient must give an optimiser of all logits, and gave {type(made).__name__} of "
+            f"{sum(len(group['params']) for group in groups)} out of {len(parameters)}"
+        )
+    require_entrywise(made)
+    return made
 
 
 def _alike(optimizer: Optimizer | None, parameters: list[Tensor]) -> Optimizer:

@@ -77,4 +77,7 @@ class ByScore(Fixed):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._scored = {name for name, yes in state["scored"].items() if yes}
+        scored = state.get("scored")
+        if not isinstance(scored, Mapping):  # an earlier checkpoint has one answer for all
+            scored = dict.fromkeys(self.places, scored)
+        self._scored = {name for name in self.places if scored.get(name)}

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.adapters.pela import factorised
 from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
@@ -23,6 +22,7 @@ from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.sharded import whole
 from lightspan.strategies import shard_blocks
+from lightspan.surgery.factorise import factorised
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 

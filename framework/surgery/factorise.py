@@ -1,4 +1,4 @@
-"""PELA: each linear layer becomes two thinner ones, cut from its singular value decomposition.
+"""Each linear layer becomes two thinner ones, cut from its singular value decomposition (PELA).
 
 Source: Guo, Wang, Kankanhalli, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", CVPR 2024,
 arXiv 2310.10700, section 3.1. W ~ (U_r S_r^1/2) (S_r^1/2 V_r^T); both factors get the square root of the spectrum, so
@@ -80,12 +80,6 @@ class FactorisedLinear(nn.Module):
     def forward(self, x_BI: Tensor) -> Tensor:
         return self.up(self.down(x_BI))
 
-    def dense(self) -> nn.Linear:
-        """A single layer that computes the same."""
-        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight, layer.bias = nn.Parameter(self.weight.detach()), self.bias  # type: ignore[assignment]
-        return layer.train(self.training)
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -147,13 +141,6 @@ def factorise(model: nn.Module, ratio: float = 2.0, exclude: list[str] | None = 
             _put(model, cut.name, FactorisedLinear(layer, cut.rank).train(layer.training))
     if process_rank() == 0:
         print("\n".join(table(cuts)), flush=True)
-    return model
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """Replaces each `FactorisedLinear` by its product, in place; returns `model`, which computes the same."""
-    for name, layer in list(factorised(model)):
-        _put(model, name, layer.dense())
     return model
 
 

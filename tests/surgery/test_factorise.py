@@ -6,8 +6,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lightspan.adapters.pela import FactorisedLinear, balanced_factors, densify, factorise, plan, rank_within
 from lightspan.errors import UserError
+from lightspan.surgery.factorise import FactorisedLinear, balanced_factors, factorise, plan, rank_within
 
 
 def layer(outputs: int = 24, inputs: int = 40, bias: bool = True) -> nn.Linear:
@@ -115,26 +115,15 @@ def test_the_table_counts_what_is_there(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[0] for line in printed.splitlines() if line.endswith("whole")] == ["blocks.0.mlp.fc1", "head"]
 
 
-def test_densify_gives_plain_layers_that_compute_the_same_and_load_into_the_original() -> None:
-    model = vit().double().eval()
-    whole = copy.deepcopy(model)
-    factorise(model, 2.0)
-    image = torch.randn(3, 1, 8, 8, dtype=torch.float64)
-    expected = model(image)
-    assert densify(model) is model
-    assert not any(isinstance(module, FactorisedLinear) for module in model.modules())
-    torch.testing.assert_close(model(image), expected, rtol=0, atol=1e-12)
-    whole.load_state_dict(model.state_dict())
-    assert torch.equal(whole(image), model(image))
-
-
 def test_multi_head_attention_reads_the_product_as_a_weight() -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(32, 4, batch_first=True).double()
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     factorise(attention, 2.0)
     expected = attention(x, x, x, need_weights=False)[0]
-    densify(attention)
+    whole = nn.Linear(32, 32).double()
+    whole.weight, whole.bias = nn.Parameter(attention.out_proj.weight.detach()), attention.out_proj.bias
+    attention.out_proj = whole
     torch.testing.assert_close(attention(x, x, x, need_weights=False)[0], expected, rtol=0, atol=1e-12)
 
 
