@@ -13,8 +13,8 @@ from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
 from lightspan.exports.folder import refuse_occupied, whole_folder
 from lightspan.planning.one_process import in_one_process
-from lightspan.run_files import EXPORT, MERGED, MODEL, RESOLVED
-from lightspan.runs.folder import newest_checkpoint
+from lightspan.run_files import EXPORT, RESOLVED
+from lightspan.runs.folder import newest_checkpoint, weights_alone
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -101,7 +101,7 @@ def find_checkpoint(given: Path) -> Path:
 
     Raises: UserError where there is none.
     """
-    if alone := next((path for name in (MERGED, MODEL) if (path := given / name).is_file()), None):
+    if alone := weights_alone(given):
         return alone
     is_run = given.is_dir() and given.suffix != ".ckpt" and not (given / COMPLETE).exists()
     if not is_run and os.path.lexists(given):  # what is neither a file nor a folder is refused when it is read

@@ -36,3 +36,17 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
             stacklevel=2,
         )
     return views
+
+
+def labelled_views(batch: Mapping[str, Any], method: str) -> list[Tensor]:
+    """The views [B C H W] of a batch with labels, for a method that stacks them: all of one size.
+
+    Raises: UserError for views of several sizes, or a batch without labels or images.
+    """
+    views = views_of(batch, method)
+    if "label" not in batch or len({view.shape for view in views}) > 1:
+        raise UserError(
+            f"{method} needs labels, and views of one size; this batch holds {sorted(batch)} and views of "
+            f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
+        )
+    return views

@@ -172,6 +172,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return found
 
 
+def weights_alone(folder: Path) -> Path | None:
+    """The weights that a merge or an export left in this folder; None where it is no such folder."""
+    return next((path for name in (MERGED, MODEL) if (path := folder / name).is_file()), None)
+
+
 def weights_to_evaluate(given: Path) -> Path:
     """What --ckpt means: a checkpoint, or weights alone as safetensors; of a run folder its newest whole checkpoint, of
     the folder of a merge or an export its weights.
@@ -180,7 +185,7 @@ def weights_to_evaluate(given: Path) -> Path:
     """
     if not given.exists():
         raise UserError(f"--ckpt {given}: no such file; a run keeps its checkpoints in RUN/checkpoints")
-    if alone := next((path for name in (MERGED, MODEL) if (path := given / name).is_file()), None):
+    if alone := weights_alone(given):
         return alone
     if not (given / RESOLVED).is_file():
         return given

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from export_runs import run_export, run_with_checkpoint
 from torch import nn
 
 from lightspan.checkpoints.folder import write_folder
@@ -38,27 +39,11 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run folder with a checkpoint whose weights no other seed would give."""
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "resolved.yaml").write_text(json.dumps(CONFIG))
-    (folder / "provenance.json").write_text(json.dumps({"recipe": "language/tiny"}))
-    model = build(load_resolved(folder)).model
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    torch.save({"state_dict": model.state_dict(), "global_step": 1}, folder / "checkpoints" / "last.ckpt")
-    return folder
+    return run_with_checkpoint(tmp_path / "run", CONFIG, "language/tiny")
 
 
 def saved(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def run_export(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_safetensors_hold_every_tensor_of_the_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

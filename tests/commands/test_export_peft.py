@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import rank_processes
 import torch
-from commands.test_export import CONFIG, run_export
+from commands.test_export import CONFIG
+from export_runs import run_export
 
 from lightspan.adapters.inject import adapted_layers, remove
 from lightspan.callbacks.training.adaptation import Adaptation

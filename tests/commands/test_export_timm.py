@@ -1,6 +1,5 @@
 """`lightspan export --to timm`: one checkpoint gives networks of many sizes, each of which timm loads alone."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from export_runs import run_export, run_with_checkpoint
 from safetensors.torch import load_file
 
-from lightspan.commands import export as command
 from lightspan.config.build import build, load_resolved
 from lightspan.errors import UserError
 from lightspan.nn.subnets import Size
@@ -44,22 +43,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "resolved.yaml").write_text(json.dumps(CONFIG))
-    (folder / "provenance.json").write_text(json.dumps({"recipe": "distillation/tiny"}))
-    model = build(load_resolved(folder)).model
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    torch.save({"state_dict": model.state_dict(), "global_step": 1}, folder / "checkpoints" / "last.ckpt")
-    return folder
-
-
-def run_export(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+    return run_with_checkpoint(tmp_path / "run", CONFIG, "distillation/tiny")
 
 
 def test_every_network_is_a_folder_that_timm_loads_and_says_what_the_teacher_says(

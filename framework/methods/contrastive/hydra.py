@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.distributed import gather_rows
-from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_pairs import ClassPairs
-from lightspan.nn.views import views_of
+from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_width
 from lightspan.objectives.info_nce import class_pair_loss, require_temperature
 
@@ -61,12 +60,7 @@ class Hydra(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        views = views_of(batch, "Hydra")
-        if "label" not in batch or len({view.shape for view in views}) > 1:
-            raise UserError(
-                f"Hydra needs labels, and views of one size; this batch holds {sorted(batch)} and views of "
-                f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
-            )
+        views = labelled_views(batch, "Hydra")
         # An image's views stand together, so that the rows of all ranks have the order that one rank would give them.
         label_R = batch["label"].repeat_interleave(len(views))
         z_RD = self.projector(self.backbone(torch.stack(views, dim=1).flatten(0, 1)))

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.views import views_of
+from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_width
 from lightspan.objectives.info_nce import require_temperature
 from lightspan.objectives.supcon import supcon
@@ -42,12 +41,7 @@ class SupCon(Method):
         return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        views = views_of(batch, "SupCon")
-        if "label" not in batch or len({view.shape for view in views}) > 1:
-            raise UserError(
-                f"SupCon needs labels, and views of one size; this batch holds {sorted(batch)} and views of "
-                f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
-            )
+        views = labelled_views(batch, "SupCon")
         label_R = batch["label"].repeat(len(views))
         loss = supcon(self.projector(self.backbone(torch.cat(views))), label_R, self.temperature)
         self.log_training({"train/loss": loss})
