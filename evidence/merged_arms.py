@@ -3,8 +3,8 @@
 - single: each specialist on its own task. base: the pretrained network. average: of the specialists. They have nothing
   to choose.
 - task arithmetic, TIES, DARE: chosen on each seed by the labels of the pictures for adaptation.
-- AdaMerging (layer-wise) and Concrete task arithmetic: 500 steps on the same pictures without labels.
-- Concrete AdaMerging: 500 steps for the mask, then AdaMerging under it, with the settings of that arm.
+- AdaMerging (layer-wise) and Concrete task arithmetic: 1,000 and 500 steps on the same pictures without labels.
+- Concrete AdaMerging: 500 steps for the mask, then 500 of AdaMerging under it, with the settings of that arm.
 - aTLAS: 300 steps on those pictures with their labels.
 - random mask: the mask of Concrete task arithmetic with its entries dealt anew inside each tensor, so that density and
   values are the same; its w is chosen on each seed by labels, as that of task arithmetic.
@@ -15,18 +15,20 @@ comes from, by the labels of its pictures for adaptation.
 
 import copy
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from merged_tasks import World, best_on_labels, learned, merged_by
-from torch import Tensor
 
 from lightspan.backbones.vision import MLP
 from lightspan.merging.arithmetic import Scales, TaskArithmetic, WeightedAverage
 from lightspan.merging.dare import Dropped
+from lightspan.merging.learned import MASK
 from lightspan.merging.merger import Merger
 from lightspan.merging.ties import Ties
 from lightspan.methods.merging.adamerging import AdaMerging
@@ -56,17 +58,8 @@ TRAINED = ("AdaMerging", "Concrete task arithmetic", "Concrete AdaMerging", "aTL
 Chosen = Mapping[str, Mapping[str, float]]
 
 
-def adamerging(w: World, seed: int, lr: float, start: float, mask: dict[str, Tensor] | None = None) -> MLP:
-    if mask is None:
-        return learned(AdaMerging, w, STEPS, lr, start=start, seed=seed)[1]
-    masked = w.models()
-    own = dict(w.base.named_parameters())
-    with torch.no_grad():  # a mask on all changes is one of the vectors themselves
-        for task in masked.tasks:
-            network = masked._all[task] = copy.deepcopy(masked._all[task])
-            for name, parameter in network.named_parameters():
-                parameter.copy_(own[name] + mask[name] * (parameter - own[name]))
-    return learned(AdaMerging, w, STEPS, lr, masked, start=start, seed=seed)[1]
+def adamerging(w: World, seed: int, lr: float, start: float, steps: int = 2 * STEPS, mask: str | None = None) -> MLP:
+    return learned(AdaMerging, w, steps, lr, start=start, mask=mask, seed=seed)[1]
 
 
 def concrete(w: World, seed: int, lr: float, weight: float) -> tuple[ConcreteArithmetic, MLP]:
@@ -77,18 +70,19 @@ def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float, second:
     """Args:
     second: settings of the second stage, whose start the first resets its coefficients to.
     """
-    found, _ = learned(
-        ConcreteAdaMerging,
-        w,
-        STEPS,
-        lr,
-        batch_size=32,
-        inner=partial(torch.optim.SGD, lr=inner_lr),
-        weight=second["start"],
-        seed=seed,
-    )
-    assert isinstance(found, ConcreteAdaMerging)
-    return adamerging(w, seed, **second, mask={name: m.detach() for name, m in found.mask().items()})
+    with tempfile.TemporaryDirectory() as folder:
+        learned(
+            ConcreteAdaMerging,
+            w,
+            STEPS,
+            lr,
+            batch_size=32,
+            inner=partial(torch.optim.SGD, lr=inner_lr),
+            weight=second["start"],
+            out=folder,
+            seed=seed,
+        )
+        return adamerging(w, seed, **second, steps=STEPS, mask=str(Path(folder) / MASK))
 
 
 def atlas(w: World, seed: int, lr: float, decay: float) -> MLP:
