@@ -9,7 +9,7 @@
 - random mask: the mask of Concrete task arithmetic with its entries dealt anew inside each tensor, so that density and
   values are the same; its w is chosen on each seed by labels, as that of task arithmetic.
 
-`NINE` lists the settings. `search` prints what those of the four arms that are trained reach on a seed that no figure
+`NINE` and `SIX` list the settings. `search` prints what those of the four arms that are trained reach on a seed that no figure
 comes from, by the labels of its pictures for adaptation.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from merged_tasks import World, best_on_labels, learned, merged_by
+from torch import nn
 
-from lightspan.backbones.vision import MLP
 from lightspan.merging.arithmetic import Scales, TaskArithmetic, WeightedAverage
 from lightspan.merging.dare import Dropped
 from lightspan.merging.learned import MASK
@@ -49,6 +49,16 @@ NINE: Grid = {
     "Concrete AdaMerging": {"lr": (1e-3, 1e-2, 1e-1), "inner_lr": (0.01, 0.1, 1.0)},
     "aTLAS": {"lr": (1e-2, 3e-2, 1e-1), "decay": (0.0, 0.1, 1.0)},
 }
+SIX: Grid = {
+    "task arithmetic": {"weight": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)},
+    "TIES": {"density": (0.1, 0.2, 0.5), "scale": (0.5, 1.0)},
+    "DARE": {"rate": (0.5, 0.9), "weight": (0.1, 0.2, 0.3)},
+    "random mask": {"weight": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)},
+    "AdaMerging": {"lr": (1e-4, 1e-3, 1e-2), "start": (0.1, 0.2)},
+    "Concrete task arithmetic": {"lr": (1e-3, 1e-2, 1e-1), "weight": (0.1, 0.2)},
+    "Concrete AdaMerging": {"lr": (1e-3, 1e-2, 1e-1), "inner_lr": (0.01, 0.1)},
+    "aTLAS": {"lr": (1e-2, 3e-2, 1e-1), "decay": (0.0, 0.1)},
+}
 MERGERS: dict[str, Callable[..., Merger]] = {
     "task arithmetic": lambda weight: TaskArithmetic(Scales(weight)),
     "TIES": Ties,
@@ -58,15 +68,15 @@ TRAINED = ("AdaMerging", "Concrete task arithmetic", "Concrete AdaMerging", "aTL
 Chosen = Mapping[str, Mapping[str, float]]
 
 
-def adamerging(w: World, seed: int, lr: float, start: float, steps: int = 2 * STEPS, mask: str | None = None) -> MLP:
+def adamerging(w: World, seed: int, lr: float, start: float, steps: int = 2 * STEPS, mask: str | None = None) -> nn.Module:
     return learned(AdaMerging, w, steps, lr, start=start, mask=mask, seed=seed)[1]
 
 
-def concrete(w: World, seed: int, lr: float, weight: float) -> tuple[ConcreteArithmetic, MLP]:
+def concrete(w: World, seed: int, lr: float, weight: float) -> tuple[ConcreteArithmetic, nn.Module]:
     return learned(ConcreteArithmetic, w, STEPS, lr, weight=weight, seed=seed)  # type: ignore[return-value]
 
 
-def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float, second: Mapping[str, float]) -> MLP:
+def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float, second: Mapping[str, float]) -> nn.Module:
     """Args:
     second: settings of the second stage, whose start the first resets its coefficients to.
     """
@@ -85,7 +95,7 @@ def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float, second:
         return adamerging(w, seed, **second, steps=STEPS, mask=str(Path(folder) / MASK))
 
 
-def atlas(w: World, seed: int, lr: float, decay: float) -> MLP:
+def atlas(w: World, seed: int, lr: float, decay: float) -> nn.Module:
     adam = partial(torch.optim.AdamW, weight_decay=decay)
     return learned(Atlas, w, LABELLED_STEPS, lr, batch_size=64, optimizer=adam, val_every=100, seed=seed)[1]
 
@@ -94,7 +104,7 @@ def settings_of(values: Mapping[str, tuple[float, ...]]) -> list[dict[str, float
     return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
 
 
-def random_masks(w: World, found: ConcreteArithmetic, seed: int, grid: Grid) -> list[MLP]:
+def random_masks(w: World, found: ConcreteArithmetic, seed: int, grid: Grid) -> list[nn.Module]:
     """Merges through the found mask with its entries in another order, one for each w."""
     generator = torch.Generator().manual_seed(seed)
     networks = []
@@ -110,7 +120,7 @@ def random_masks(w: World, found: ConcreteArithmetic, seed: int, grid: Grid) -> 
     return networks
 
 
-def by_labels(w: World, grid: Grid) -> dict[str, MLP]:
+def by_labels(w: World, grid: Grid) -> dict[str, nn.Module]:
     """The arms without training whose settings are chosen on the labels of the pictures for adaptation."""
     merge = partial(merged_by, models=w.models(), network=w.base)
     return {
@@ -119,7 +129,7 @@ def by_labels(w: World, grid: Grid) -> dict[str, MLP]:
     }
 
 
-def trained(arm: str, w: World, seed: int, settings: Mapping[str, float], chosen: Chosen) -> MLP:
+def trained(arm: str, w: World, seed: int, settings: Mapping[str, float], chosen: Chosen) -> nn.Module:
     if arm == "Concrete AdaMerging":
         return concrete_adamerging(w, seed, **settings, second=chosen["AdaMerging"])
     if arm == "Concrete task arithmetic":
