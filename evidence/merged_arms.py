@@ -68,7 +68,9 @@ TRAINED = ("AdaMerging", "Concrete task arithmetic", "Concrete AdaMerging", "aTL
 Chosen = Mapping[str, Mapping[str, float]]
 
 
-def adamerging(w: World, seed: int, lr: float, start: float, steps: int = 2 * STEPS, mask: str | None = None) -> nn.Module:
+def adamerging(
+    w: World, seed: int, lr: float, start: float, steps: int = 2 * STEPS, mask: str | None = None
+) -> nn.Module:
     return learned(AdaMerging, w, steps, lr, start=start, mask=mask, seed=seed)[1]
 
 

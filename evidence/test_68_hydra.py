@@ -23,7 +23,7 @@ from lightspan.methods.contrastive.supcon import SupCon
 
 STEPS = 1200
 TRAINING, PROBED, TESTED = 2560, 640, 640  # pictures
-CHOSEN = {"Hydra": 1e-2, "no gate": 1e-2, "identical pairs": 1e-2, "SupCon": 1e-2}
+CHOSEN = {"Hydra": 3e-3, "no gate": 1e-2, "identical pairs": 3e-2, "SupCon": 3e-2}
 
 
 def pictures(seed: int, count: int, stream: int) -> Data:

@@ -13,7 +13,7 @@ from hydra_arms import ARMS, BATCH, RATES, SEEDS, Arm, Data, built, features, tr
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 
 STEPS = 600
-CHOSEN = {"Hydra": 1e-2, "no gate": 3e-3, "identical pairs": 1e-2, "SupCon": 1e-2}
+CHOSEN = {"Hydra": 3e-3, "no gate": 3e-2, "identical pairs": 3e-2, "SupCon": 1e-2}
 
 
 def on_digits(arm: Arm, seed: int, rate: float, steps: int = STEPS, validation: bool = False) -> float:
