@@ -9,8 +9,8 @@
 - random mask: the mask of Concrete task arithmetic with its entries dealt anew inside each tensor, so that density and
   values are the same; its w is chosen on each seed by labels, as that of task arithmetic.
 
-`NINE` and `SIX` list the settings. `search` prints what those of the four arms that are trained reach on a seed that no figure
-comes from, by the labels of its pictures for adaptation.
+`NINE` and `SIX` list the settings. `search` prints what those of the four arms that are trained reach on a seed that no
+figure comes from, by the labels of its pictures for adaptation.
 """
 
 import copy

@@ -147,23 +147,20 @@ def world(
     pretrained_on: Iterable[str] | None = None,
     lr: float = 1e-3,
     own_heads: Callable[[int, int], nn.Module] | None = None,
-    network: Callable[[], nn.Module] | None = None,
 ) -> World:
     """Args:
     pretraining: steps of 64 pictures on the mixture of the tasks of `pretrained_on` (None: all).
     epochs, lr: of each specialist's fine-tuning.
     own_heads: makes a head, of its features and classes, for each task; None: one linear head for all.
-    network: makes the network, with `num_features`; None: an MLP with these hidden layers.
     """
     torch.manual_seed(seed)
     parts = {name: Pictures.of(task) for name, task in tasks.items()}
-    base = MLP(next(iter(tasks.values())).image_shape, hidden) if network is None else network()
-    width: int = base.num_features  # type: ignore[assignment]
+    base = MLP(next(iter(tasks.values())).image_shape, hidden)
     heads: dict[str, nn.Module]
     if own_heads is None:
-        heads = dict.fromkeys(tasks, nn.Linear(width, next(iter(tasks.values())).num_classes))
+        heads = dict.fromkeys(tasks, nn.Linear(hidden[-1], next(iter(tasks.values())).num_classes))
     else:
-        heads = {name: own_heads(width, task.num_classes) for name, task in tasks.items()}
+        heads = {name: own_heads(hidden[-1], task.num_classes) for name, task in tasks.items()}
     mixture: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     for name in pretrained_on or tasks:
         mixture.setdefault(heads[name], []).append(parts[name].train)

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 from letters import letters
-from merged_arms import SEARCH_SEED, Grid, by_labels, measure, search, single
+from merged_arms import SEARCH_SEED, SIX, by_labels, measure, search, single
 from merged_tasks import Task, World, as_they_are, digits, turned, world
 from torch import Tensor, nn
 
