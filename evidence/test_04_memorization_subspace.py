@@ -38,7 +38,7 @@ RADIUS, DRAWS, NOISES = 0.15, 8, 2
 LOCATED = [*range(CLASSES, CLASSES + COUNT // 2)]
 HELD_OUT = [*range(CLASSES + COUNT // 2, CLASSES + COUNT)]
 SHARES, FIRST, VOTES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5), (10, 50), (0.0, 0.2)
-SHARE, LEVELS, VOTE = 0.3, 10, 0.2  # see `search`
+SHARE, LEVELS, VOTE = 0.1, 50, 0.2  # see `search`
 
 
 class Denoiser(nn.Module):
