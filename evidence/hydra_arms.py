@@ -1,4 +1,4 @@
-"""What the evidence on Hydra shares: the arms, which differ in pairs and gate alone, and training."""
+"""What the evidence on Hydra shares: the arms, which differ in pairs and gate, or have SupCon's loss, and training."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,22 +10,30 @@ from torch import Tensor
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.methods.contrastive.hydra import Hydra
+from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.nn.class_gates import ClassPairGate
 from lightspan.nn.class_pairs import Arbitrary, ClassPairs, Identical
 from lightspan.nn.projector import Projector
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BATCH, WIDTH = 128, 64
 
 
 class Arm(NamedTuple):
-    pairs: Callable[[int], ClassPairs]
-    gated: bool
+    """Hydra with these pairs, or SupCon without any."""
+
+    pairs: Callable[[int], ClassPairs] | None
+    gated: bool = False
 
 
-ARMS = {"Hydra": Arm(Arbitrary, True), "identical pairs": Arm(Identical, False), "no gate": Arm(Arbitrary, False)}
+ARMS = {
+    "Hydra": Arm(Arbitrary, gated=True),
+    "no gate": Arm(Arbitrary),
+    "identical pairs": Arm(Identical),
+    "SupCon": Arm(None),
+}
 
 
 class Data(NamedTuple):
@@ -35,22 +43,22 @@ class Data(NamedTuple):
     labels: Tensor
 
 
-def built(arm: Arm, seed: int, channels: int, classes: int, rate: float) -> Hydra:
+def built(arm: Arm, seed: int, channels: int, classes: int, rate: float) -> Hydra | SupCon:
     torch.manual_seed(seed)
     backbone = SmallConvNet(in_chans=channels, width=8, stages=4)
     projector = Projector(backbone.num_features, [128], WIDTH, layer_norm=True)
-    method = Hydra(
-        backbone,
-        projector,
-        ClassPairGate(classes, WIDTH, label_features=64, hidden=128) if arm.gated else None,
-        arm.pairs(seed),
-        optimizer=partial(torch.optim.Adam, lr=rate, weight_decay=5e-4),
-    )
+    optimizer = partial(torch.optim.Adam, lr=rate, weight_decay=5e-4)
+    method: Hydra | SupCon
+    if arm.pairs is None:
+        method = SupCon(backbone, projector, optimizer=optimizer)
+    else:
+        gate = ClassPairGate(classes, WIDTH, label_features=64, hidden=128) if arm.gated else None
+        method = Hydra(backbone, projector, gate, arm.pairs(seed), optimizer=optimizer)
     method.log_training = lambda figures: None  # type: ignore[method-assign]
     return method
 
 
-def train(method: Hydra, data: Data, seed: int, steps: int) -> None:
+def train(method: Hydra | SupCon, data: Data, seed: int, steps: int) -> None:
     optimizer = method.groups.optimizer(method, method.optimizer)
     schedule = WarmupCosine(optimizer, steps, warmup=0.05, final=0.0)
     method.train()
@@ -69,5 +77,5 @@ def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def features(method: Hydra, data: Data) -> Tensor:
+def features(method: Hydra | SupCon, data: Data) -> Tensor:
     return torch.cat([method.features({"image": part}) for part in data.images.split(256)])

@@ -3,30 +3,32 @@
 - single: each specialist on its own task. base: the pretrained network. average: of the specialists. They have nothing
   to choose.
 - task arithmetic, TIES, DARE: chosen on each seed by the labels of the pictures for adaptation.
-- AdaMerging (layer-wise) and Concrete task arithmetic: 500 steps on the same pictures without labels.
-- Concrete AdaMerging: 500 steps for the mask, then AdaMerging under it, with the settings of that arm.
+- AdaMerging (layer-wise) and Concrete task arithmetic: 1,000 and 500 steps on the same pictures without labels.
+- Concrete AdaMerging: 500 steps for the mask, then 500 of AdaMerging under it, with the settings of that arm.
 - aTLAS: 300 steps on those pictures with their labels.
 - random mask: the mask of Concrete task arithmetic with its entries dealt anew inside each tensor, so that density and
   values are the same; its w is chosen on each seed by labels, as that of task arithmetic.
 
-`NINE` lists the settings. `search` prints what those of the four arms that are trained reach on a seed that no figure
-comes from, by the labels of its pictures for adaptation.
+`NINE` and `SIX` list the settings. `search` prints what those of the four arms that are trained reach on a seed that no
+figure comes from, by the labels of its pictures for adaptation.
 """
 
 import copy
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from merged_tasks import World, best_on_labels, learned, merged_by
-from torch import Tensor
+from torch import nn
 
-from lightspan.backbones.vision import MLP
 from lightspan.merging.arithmetic import Scales, TaskArithmetic, WeightedAverage
 from lightspan.merging.dare import Dropped
+from lightspan.merging.learned import MASK
 from lightspan.merging.merger import Merger
 from lightspan.merging.ties import Ties
 from lightspan.methods.merging.adamerging import AdaMerging
@@ -47,6 +49,16 @@ NINE: Grid = {
     "Concrete AdaMerging": {"lr": (1e-3, 1e-2, 1e-1), "inner_lr": (0.01, 0.1, 1.0)},
     "aTLAS": {"lr": (1e-2, 3e-2, 1e-1), "decay": (0.0, 0.1, 1.0)},
 }
+SIX: Grid = {
+    "task arithmetic": {"weight": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)},
+    "TIES": {"density": (0.1, 0.2, 0.5), "scale": (0.5, 1.0)},
+    "DARE": {"rate": (0.5, 0.9), "weight": (0.1, 0.2, 0.3)},
+    "random mask": {"weight": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)},
+    "AdaMerging": {"lr": (1e-4, 1e-3, 1e-2), "start": (0.1, 0.2)},
+    "Concrete task arithmetic": {"lr": (1e-3, 1e-2, 1e-1), "weight": (0.1, 0.2)},
+    "Concrete AdaMerging": {"lr": (1e-3, 1e-2, 1e-1), "inner_lr": (0.01, 0.1)},
+    "aTLAS": {"lr": (1e-2, 3e-2, 1e-1), "decay": (0.0, 0.1)},
+}
 MERGERS: dict[str, Callable[..., Merger]] = {
     "task arithmetic": lambda weight: TaskArithmetic(Scales(weight)),
     "TIES": Ties,
@@ -56,42 +68,36 @@ TRAINED = ("AdaMerging", "Concrete task arithmetic", "Concrete AdaMerging", "aTL
 Chosen = Mapping[str, Mapping[str, float]]
 
 
-def adamerging(w: World, seed: int, lr: float, start: float, mask: dict[str, Tensor] | None = None) -> MLP:
-    if mask is None:
-        return learned(AdaMerging, w, STEPS, lr, start=start, seed=seed)[1]
-    masked = w.models()
-    own = dict(w.base.named_parameters())
-    with torch.no_grad():  # a mask on all changes is one of the vectors themselves
-        for task in masked.tasks:
-            network = masked._all[task] = copy.deepcopy(masked._all[task])
-            for name, parameter in network.named_parameters():
-                parameter.copy_(own[name] + mask[name] * (parameter - own[name]))
-    return learned(AdaMerging, w, STEPS, lr, masked, start=start, seed=seed)[1]
+def adamerging(
+    w: World, seed: int, lr: float, start: float, steps: int = 2 * STEPS, mask: str | None = None
+) -> nn.Module:
+    return learned(AdaMerging, w, steps, lr, start=start, mask=mask, seed=seed)[1]
 
 
-def concrete(w: World, seed: int, lr: float, weight: float) -> tuple[ConcreteArithmetic, MLP]:
+def concrete(w: World, seed: int, lr: float, weight: float) -> tuple[ConcreteArithmetic, nn.Module]:
     return learned(ConcreteArithmetic, w, STEPS, lr, weight=weight, seed=seed)  # type: ignore[return-value]
 
 
-def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float, second: Mapping[str, float]) -> MLP:
+def concrete_adamerging(w: World, seed: int, lr: float, inner_lr: float, second: Mapping[str, float]) -> nn.Module:
     """Args:
     second: settings of the second stage, whose start the first resets its coefficients to.
     """
-    found, _ = learned(
-        ConcreteAdaMerging,
-        w,
-        STEPS,
-        lr,
-        batch_size=32,
-        inner=partial(torch.optim.SGD, lr=inner_lr),
-        weight=second["start"],
-        seed=seed,
-    )
-    assert isinstance(found, ConcreteAdaMerging)
-    return adamerging(w, seed, **second, mask={name: m.detach() for name, m in found.mask().items()})
+    with tempfile.TemporaryDirectory() as folder:
+        learned(
+            ConcreteAdaMerging,
+            w,
+            STEPS,
+            lr,
+            batch_size=32,
+            inner=partial(torch.optim.SGD, lr=inner_lr),
+            weight=second["start"],
+            out=folder,
+            seed=seed,
+        )
+        return adamerging(w, seed, **second, steps=STEPS, mask=str(Path(folder) / MASK))
 
 
-def atlas(w: World, seed: int, lr: float, decay: float) -> MLP:
+def atlas(w: World, seed: int, lr: float, decay: float) -> nn.Module:
     adam = partial(torch.optim.AdamW, weight_decay=decay)
     return learned(Atlas, w, LABELLED_STEPS, lr, batch_size=64, optimizer=adam, val_every=100, seed=seed)[1]
 
@@ -100,7 +106,7 @@ def settings_of(values: Mapping[str, tuple[float, ...]]) -> list[dict[str, float
     return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
 
 
-def random_masks(w: World, found: ConcreteArithmetic, seed: int, grid: Grid) -> list[MLP]:
+def random_masks(w: World, found: ConcreteArithmetic, seed: int, grid: Grid) -> list[nn.Module]:
     """Merges through the found mask with its entries in another order, one for each w."""
     generator = torch.Generator().manual_seed(seed)
     networks = []
@@ -116,7 +122,7 @@ def random_masks(w: World, found: ConcreteArithmetic, seed: int, grid: Grid) -> 
     return networks
 
 
-def by_labels(w: World, grid: Grid) -> dict[str, MLP]:
+def by_labels(w: World, grid: Grid) -> dict[str, nn.Module]:
     """The arms without training whose settings are chosen on the labels of the pictures for adaptation."""
     merge = partial(merged_by, models=w.models(), network=w.base)
     return {
@@ -125,7 +131,7 @@ def by_labels(w: World, grid: Grid) -> dict[str, MLP]:
     }
 
 
-def trained(arm: str, w: World, seed: int, settings: Mapping[str, float], chosen: Chosen) -> MLP:
+def trained(arm: str, w: World, seed: int, settings: Mapping[str, float], chosen: Chosen) -> nn.Module:
     if arm == "Concrete AdaMerging":
         return concrete_adamerging(w, seed, **settings, second=chosen["AdaMerging"])
     if arm == "Concrete task arithmetic":

@@ -69,7 +69,7 @@ class Task(ImageData):
         quarter, classes = len(pictures.labels) // 4, int(pictures.labels.max()) + 1
         super().__init__(val_size=quarter, train_size=None if shots is None else shots * classes, seed=seed)
         self.pictures, self.change, self.num_classes = pictures, change, classes  # type: ignore[misc]
-        self.image_shape = (1, *pictures.images.shape[1:])  # type: ignore[misc]
+        self.image_shape = pictures.images.shape[1:] if pictures.images.ndim == 4 else (1, *pictures.images.shape[1:])  # type: ignore[misc]
         self.order = np.random.default_rng(seed).permutation(len(pictures.labels))
 
     def load(self) -> tuple[Labelled, Labelled]:
@@ -80,7 +80,7 @@ class Task(ImageData):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Standardised pictures [N 1 H W] and labels [N] of each part of a task."""
+    """Standardised pictures [N C H W] and labels [N] of each part of a task."""
 
     train: tuple[Tensor, Tensor]
     adapt: tuple[Tensor, Tensor]
@@ -104,9 +104,9 @@ class World:
 
     tasks: dict[str, Task]
     pictures: dict[str, Pictures]
-    base: MLP
+    base: nn.Module
     heads: dict[str, nn.Module]
-    specialists: dict[str, MLP]
+    specialists: dict[str, nn.Module]
 
     def models(self, tasks: Iterable[str] | None = None) -> "InMemory":
         chosen = self.specialists if tasks is None else {t: self.specialists[t] for t in tasks}
@@ -128,7 +128,7 @@ class World:
 class InMemory(Models):
     """Networks as the models of a merge."""
 
-    def __init__(self, base: nn.Module, tasks: dict[str, MLP]) -> None:
+    def __init__(self, base: nn.Module, tasks: dict[str, nn.Module]) -> None:
         self._all, self.tasks = {BASE: base, **tasks}, list(tasks)
 
     def open(self, own: Weights) -> dict[str, Weights]:
@@ -201,7 +201,7 @@ def train(
         optimizer.step()
 
 
-def merged_by(merger: Merger, models: InMemory, network: MLP) -> MLP:
+def merged_by(merger: Merger, models: InMemory, network: nn.Module) -> nn.Module:
     """A network with the weights of a merge that needs no training, by the merger's own `tensor`."""
     found = copy.deepcopy(network)
     opened = models.open(Held({}, ""))
@@ -214,7 +214,7 @@ def merged_by(merger: Merger, models: InMemory, network: MLP) -> MLP:
     return found
 
 
-def best_on_labels(world: World, candidates: Iterable[MLP]) -> MLP:
+def best_on_labels(world: World, candidates: Iterable[nn.Module]) -> nn.Module:
     """The candidate with the highest accuracy on the labels of the pictures for adaptation."""
     return max(candidates, key=lambda network: world.accuracy(network, "adapt"))
 
@@ -232,7 +232,7 @@ def learned(
     val_every: int | None = None,
     seed: int = 0,
     **settings: Any,
-) -> tuple[LearnedMerging, MLP]:
+) -> tuple[LearnedMerging, nn.Module]:
     """A learned merge, trained by `fit`, and a network with its weights."""
     tasks = tasks or world.tasks
     heads = {name: copy.deepcopy(world.heads[name]) for name in tasks}

@@ -19,23 +19,13 @@ import numpy as np
 import scipy.ndimage
 import torch
 from letters import letters
-from merged_arms import SEARCH_SEED, Grid, by_labels, measure, search, single
+from merged_arms import SEARCH_SEED, SIX, by_labels, measure, search, single
 from merged_tasks import Task, World, as_they_are, digits, turned, world
 from torch import Tensor, nn
 
 from lightspan.datamodules.images.small import FashionMNIST, ImageData, Labelled, MNIST5k
 from lightspan.nn.dino_head import Prototypes
 
-SIX: Grid = {
-    "task arithmetic": {"weight": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)},
-    "TIES": {"density": (0.1, 0.2, 0.5), "scale": (0.5, 1.0)},
-    "DARE": {"rate": (0.5, 0.9), "weight": (0.1, 0.2, 0.3)},
-    "random mask": {"weight": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)},
-    "AdaMerging": {"lr": (1e-4, 1e-3, 1e-2), "start": (0.1, 0.2)},
-    "Concrete task arithmetic": {"lr": (1e-3, 1e-2, 1e-1), "weight": (0.1, 0.2)},
-    "Concrete AdaMerging": {"lr": (1e-3, 1e-2, 1e-1), "inner_lr": (0.01, 0.1)},
-    "aTLAS": {"lr": (1e-2, 3e-2, 1e-1), "decay": (0.0, 0.1)},
-}
 WORLDS = {"pretraining": (20, 50, 200), "lr": (3e-4, 1e-3)}
 PRETRAINING, RATE = 20, 1e-3
 CHOSEN = {

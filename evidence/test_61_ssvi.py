@@ -10,10 +10,11 @@ Digits: a network of 64-256-256-10 on the 8 x 8 digits, with 5 % of each layer's
   decay.
 
 All start from He-normal weights, those of sparse arms times 1 / sqrt(density), so that signals keep their size. Each
-arm has four settings, chosen by the negative log-likelihood on 400 validation images with seed 100, which no claim is
-measured on: `python evidence/test_61_ssvi.py` repeats the search. Predictions of the posterior arms average 20 sampled
-networks. Inputs from elsewhere are told by the entropy of the prediction: images of noise, and clothes (Fashion-MNIST)
-of 8 x 8 pixels, standardised as the digits are. The divergence counts in full (kl_scale 1).
+arm has sixteen settings, chosen by the negative log-likelihood on 400 validation images, the mean over seeds 100 to
+102, which no claim is measured on: `python evidence/test_61_ssvi.py` repeats the search. On one seed the best rate may
+be one at which the next seed diverges. Predictions of the posterior arms average 20 sampled networks. Inputs from
+elsewhere are told by the entropy of the prediction: images of noise, and clothes (Fashion-MNIST) of 8 x 8 pixels,
+standardised as the digits are. The divergence counts in full (kl_scale 1).
 
 Regression: 200 normal inputs, of which 20 have a weight of +-[0.5, 1.5], 300 samples, noise of 0.5; 20 coordinates are
 active. The share of the 20 that are active at the end is the recovered support. Each arm has four rates, chosen by the
@@ -47,21 +48,22 @@ from lightspan.optim.schedules import WarmupCosine
 from lightspan.subspaces.masks.top_k import count_at, top_k
 from lightspan.subspaces.sparse_gaussian.criteria import SNR, SizeOfMean, SizeSNR
 
-SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2, 3, 4), 100, 400
+SEEDS, SEARCH_SEEDS, VALIDATION = (0, 1, 2, 3, 4), (100, 101, 102), 400
 EPOCHS, BATCH, EVERY, NETWORKS = 40, 128, 10, 20
 DENSITY = 0.05
 Settings = Mapping[str, float]
-POSTERIOR = {"rate": (0.05, 0.15), "prior": (0.3, 1.0)}
+RATE = (0.05, 0.15, 0.5, 1.5)
+POSTERIOR = {"rate": RATE, "prior": (0.1, 0.3, 1.0, 3.0)}
 GRIDS: dict[str, Mapping[str, tuple[float, ...]]] = {
     "SSVI": POSTERIOR,
     "static": POSTERIOR,
     "pruned": POSTERIOR,
-    "RigL": {"rate": (0.05, 0.15), "decay": (5e-4, 5e-3)},
+    "RigL": {"rate": RATE, "decay": (5e-4, 5e-3, 2e-2, 5e-2)},
 }
 CHOSEN: dict[str, Settings] = {
     "SSVI": {"rate": 0.15, "prior": 1.0},
-    "static": {"rate": 0.15, "prior": 1.0},
-    "pruned": {"rate": 0.15, "prior": 0.3},
+    "static": {"rate": 0.5, "prior": 1.0},
+    "pruned": {"rate": 0.5, "prior": 0.1},
     "RigL": {"rate": 0.15, "decay": 5e-3},
 }
 
@@ -222,8 +224,8 @@ def test_moving_coordinates_train_better_networks(evidence) -> None:
     evidence.note(
         "1,437 training and 360 test digits. Chosen: "
         + "; ".join(f"{arm}: {', '.join(f'{k} {v:g}' for k, v in CHOSEN[arm].items())}" for arm in GRIDS)
-        + f". Each is one of {len(settings_of('SSVI', GRIDS))}, by the loss on {VALIDATION} validation images of seed "
-        f"{SEARCH_SEED}."
+        + f". Each is one of {len(settings_of('SSVI', GRIDS))}, by the mean loss on {VALIDATION} validation images of "
+        f"seeds {SEARCH_SEEDS}."
     )
 
     def margin(name: str, arm: str, other: str) -> dict[int, float]:
@@ -296,20 +298,18 @@ def test_the_known_support_is_found(evidence) -> None:
 
 
 def search() -> None:
-    """Prints every setting of the arms that are named, by the loss on validation data of the search seed."""
+    """Prints every setting of the arms that are named, by the loss on validation data of the search seeds."""
     for arm in sys.argv[1:] or [*GRIDS, "regression"]:
         if arm == "regression":
             for one in REGRESSION:
                 for settings in settings_of(one, REGRESSION):
-                    print(one, settings, regression(one, settings, SEARCH_SEED), flush=True)
+                    print(one, settings, regression(one, settings, SEARCH_SEEDS[0]), flush=True)
             continue
         for settings in settings_of(arm, GRIDS):
-            print(
-                arm,
-                settings,
-                outcome(arm, trained(arm, settings, SEARCH_SEED, VALIDATION), SEARCH_SEED, VALIDATION),
-                flush=True,
-            )
+            losses = [
+                outcome(arm, trained(arm, settings, seed, VALIDATION), seed, VALIDATION).loss for seed in SEARCH_SEEDS
+            ]
+            print(arm, settings, f"{sum(losses) / len(losses):.4f}", losses, flush=True)
 
 
 if __name__ == "__main__":
