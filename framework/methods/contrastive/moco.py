@@ -8,8 +8,8 @@ Shuffled BatchNorm: the paper shuffles images over GPUs before the teacher sees 
 query and its key share the statistics of one group of images, from which the network guesses the pair (section 3.3).
 Here the teacher's BatchNorms use an average of the student's running statistics, as in Cai et al., "Exponential Moving
 Average Normalization" (EMAN), 2021, arXiv 2101.08482: a key depends on its own image alone, there is nothing to
-shuffle, and any number of ranks trains as one (`batch_statistics` chooses). Places of the queue that are still empty are zero vectors, with cosine 0
-to every query; the authors' are random ones, whose cosines are near 0.
+shuffle, and any number of ranks trains as one; `batch_statistics` chooses. Places of the queue that are still empty are
+zero vectors, with cosine 0 to every query; the authors' are random ones, whose cosines are near 0.
 Shapes: B images of this rank, C H W image, D embedding width, L rows in the queue.
 """
 
