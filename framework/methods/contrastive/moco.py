@@ -8,8 +8,8 @@ Shuffled BatchNorm: the paper shuffles images over GPUs before the teacher sees 
 query and its key share the statistics of one group of images, from which the network guesses the pair (section 3.3).
 Here the teacher's BatchNorms use an average of the student's running statistics, as in Cai et al., "Exponential Moving
 Average Normalization" (EMAN), 2021, arXiv 2101.08482: a key depends on its own image alone, there is nothing to
-shuffle, and any number of ranks trains as one. Places of the queue that are still empty are zero vectors, with cosine 0
-to every query; the authors' are random ones, whose cosines are near 0.
+shuffle, and any number of ranks trains as one; `batch_statistics` chooses. Places of the queue that are still empty are
+zero vectors, with cosine 0 to every query; the authors' are random ones, whose cosines are near 0.
 Shapes: B images of this rank, C H W image, D embedding width, L rows in the queue.
 """
 
@@ -40,6 +40,9 @@ class MoCo(Method):
         queue: L, best a multiple of the global batch.
         momentum: of the teacher, in [0, 1].
         temperature: > 0.
+        batch_statistics: normalise the teacher by its own batches, unshuffled. A short run gains by it: an average that
+            starts at nothing is wrong for the first 1 / (1 - momentum) steps and more. A long one may learn to tell
+            pairs by their batch, unless the network has no BatchNorm.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
@@ -50,6 +53,7 @@ class MoCo(Method):
         queue: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.2,
+        batch_statistics: bool = False,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -58,7 +62,7 @@ class MoCo(Method):
             raise UserError(f"momentum={momentum} must lie in [0, 1]; 0.99 to 0.999 are usual")
         require_width(backbone, "projector.in_features", projector.in_features)
         self.student = nn.Sequential(backbone, projector)
-        self.teacher = EMATeacher(self.student, average_statistics=True)
+        self.teacher = EMATeacher(self.student, batch_statistics, average_statistics=True)
         self.queue = FeatureQueue(queue, projector.out_features)
         self.momentum, self.temperature = momentum, temperature
         self.fresh: list[Tensor] = []  # keys of the micro-batches of the step under way

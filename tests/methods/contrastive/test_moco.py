@@ -77,6 +77,8 @@ def test_a_key_depends_on_its_own_image_alone_so_there_is_nothing_to_shuffle() -
     images = given["views"][1]
     alone = torch.cat([model.teacher(images[i : i + 1]) for i in range(len(images))])
     torch.testing.assert_close(model.teacher(images), alone)
+    by_batch = method(batch_statistics=True).train()
+    assert not torch.allclose(by_batch.teacher(images)[:3], by_batch.teacher(images[:3]), atol=1e-3)
 
 
 def test_the_keys_of_a_step_enter_after_it_once_and_the_oldest_leave(tmp_path: Path) -> None:
