@@ -7,6 +7,8 @@ import pytest
 import rank_processes
 import torch
 import torch.distributed as dist
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 from torch import Tensor
 
 from lightspan.distributed import leave
@@ -37,6 +39,18 @@ def test_rows_are_distributions_and_prototypes_are_used_equally_in_the_limit() -
     q_BK = sinkhorn(scores(10, 5), 0.5, iterations=200)
     torch.testing.assert_close(q_BK.sum(dim=1), torch.ones(10).double())
     torch.testing.assert_close(q_BK.sum(dim=0), torch.full((5,), 2.0).double())
+
+
+def test_in_the_limit_codes_are_those_of_entropic_transport() -> None:
+    """max <Q, S> + eps H(Q) with equal shares, by its dual in the prototypes' prices, which knows no iterations."""
+    given, temperature = scores(20, 6).numpy(), 0.5
+
+    def dual(price_K: np.ndarray) -> float:
+        return temperature * logsumexp((given - price_K) / temperature, axis=1).mean() + price_K.mean()
+
+    found = minimize(dual, np.zeros(6), method="BFGS", options={"gtol": 1e-9})
+    expected = torch.from_numpy(given - found.x).div(temperature).softmax(dim=1)
+    torch.testing.assert_close(sinkhorn(scores(20, 6), temperature, iterations=200), expected, rtol=0, atol=1e-5)
 
 
 def test_scores_that_would_underflow_and_degenerate_batches_are_finite() -> None:
