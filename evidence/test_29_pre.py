@@ -1,7 +1,7 @@
 """PRE (arXiv 2309.07760) against CoOp and the written sentence, on few scenes of a domain that their CLIP has not seen.
 
 A small CLIP is trained on drawn scenes for each seed. Prompts then learn from eight scenes of each of 36 things on a
-lighter and grainier ground, and are tested on all 72. Both arms have the same steps, start and rates to choose from, by
+lighter ground, and are tested on all 72. Both arms have the same steps, start and rates to choose from, by
 their harmonic mean on seed 100 and scenes of a stream of their own: `python evidence/test_29_pre.py` repeats that.
 """
 
@@ -31,8 +31,7 @@ def scenes(seed: int, stream: int, things: np.ndarray, count: int, share: float 
     generator = np.random.default_rng((seed, stream))
     first = things[np.arange(count) % len(things)]
     second = np.where(generator.random(count) < share, generator.choice(things, count), -1)
-    noise, ground = (0.12, (0.3, 0.6)) if shifted else (0.03, (0.0, 0.35))
-    images, captions = draw(first, second, noise, ground, generator)
+    images, captions = draw(first, second, 0.03, (0.2, 0.5) if shifted else (0.0, 0.35), generator)
     return pairs(images, captions, first)
 
 

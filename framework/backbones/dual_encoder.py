@@ -5,6 +5,7 @@ space, rows of length 1, and a learned temperature. Shapes: B images or texts, C
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, image: nn.Module, text: nn.Module, width: int = 512, temperature: float = 0.07) -> None:
         super().__init__()
-        features = [getattr(encoder, "num_features", None) for encoder in (image, text)]
+        features: list[Any] = [getattr(encoder, "num_features", None) for encoder in (image, text)]
         if not all(isinstance(count, int) for count in features):
             raise UserError(
                 f"DualEncoder needs the widths of both encoders, but {type(image).__name__} or {type(text).__name__} "

@@ -4,6 +4,8 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 2103.00020, section 2.4, with the start of the weights of the authors' code. Shapes: B texts, T tokens, D width.
 """
 
+from typing import Any
+
 import torch
 from timm.layers.activations import quick_gelu
 from torch import Tensor, nn
@@ -51,6 +53,7 @@ class TextTransformer(nn.Module):
         width, depth = self.num_features, len(self.blocks)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
+        block: Any  # its attributes are those of the class above
         into_residual = width**-0.5 * (2 * depth) ** -0.5
         for block in self.blocks:
             nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)

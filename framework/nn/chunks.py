@@ -25,4 +25,4 @@ def in_chunks(encode: Callable[..., Tensor], chunk: int | None, *inputs: Tensor)
     if chunk is None or len(inputs[0]) <= chunk:
         return encode(*inputs)
     parts = zip(*(x.split(chunk) for x in inputs), strict=True)
-    return torch.cat([checkpoint(encode, *part, use_reentrant=False) for part in parts])  # type: ignore[misc]
+    return torch.cat([checkpoint(encode, *part, use_reentrant=False) for part in parts])

@@ -111,7 +111,7 @@ def mixed_pairs(
         # A plan has no numbers; as many lower as higher ones give the most pairs.
         most_pairs = int(pairs_B1.max()) if has_values(pairs_B1) and len(pairs_B1) else (len(target_N) // 2) ** 2
     place_S = torch.arange(most_pairs, device=target_B.device)
-    start_B1 = 0.5 if start_B is None else start_B[:, None].to(target_B.dtype)
+    start_B1: float | Tensor = 0.5 if start_B is None else start_B[:, None].to(target_B.dtype)
     spread_BS = (place_S * pairs_B1 + (start_B1 * pairs_B1).long()) // max(most_pairs, 1)
     number_BS = torch.where(pairs_B1 > most_pairs, spread_BS, place_S)
     there_BS = number_BS < pairs_B1

@@ -64,13 +64,13 @@ class PRE(Method):
             )
         if prompt_tokens < 1:
             raise UserError(f"PRE prompt_tokens={prompt_tokens} must be at least 1")
-        width = encoders.text.num_features
+        width: Any = encoders.text.num_features
         if encoder is not None:
             require_width(encoder, "encoders.text.num_features", width)
         self.encoders, self.encoder, self.phrase = encoders.requires_grad_(False), encoder, phrase
         self.base_classes, self.class_names, self.tokenizer = base_classes, class_names, tokenizer
         self.prompt_tokens = nn.Parameter(0.02 * torch.randn(prompt_tokens, width))
-        self.accuracy = nn.ModuleDict({part: MeanMetric() for part in ("base", "new")})
+        self.base_accuracy, self.new_accuracy = MeanMetric(), MeanMetric()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -117,8 +117,9 @@ class PRE(Method):
                 raise UserError(
                     f"phrase={self.phrase!r} has {len(words)} tokens, but prompt_tokens={rows}; make them equal"
                 )
+            text: Any = self.encoders.text
             with torch.no_grad():
-                self.prompt_tokens.copy_(self.encoders.text.tokens(words))
+                self.prompt_tokens.copy_(text.tokens(words))
 
     def prompt(self) -> Tensor:
         """v, [M F]."""
@@ -135,11 +136,12 @@ class PRE(Method):
         """w, [C D], rows of length 1, of these classes; None takes all."""
         kept = slice(None) if classes is None else list(classes)
         tokens_CT, mask_CT = self.name_tokens_CT[kept], self.name_mask_CT[kept]
-        name_CTF = self.encoders.text.tokens(tokens_CT)
+        text: Any = self.encoders.text
+        name_CTF = text.tokens(tokens_CT)
         prompt_CMF = self.prompt().to(name_CTF.dtype).expand(len(tokens_CT), -1, -1)
         embedded = torch.cat([name_CTF[:, :1], prompt_CMF, name_CTF[:, 1:]], dim=1)
         mask = torch.cat([mask_CT.new_ones(prompt_CMF.shape[:2]), mask_CT], dim=1)
-        return self.encoders.map_text(self.encoders.text.read(embedded, mask))
+        return self.encoders.map_text(text.read(embedded, mask))
 
     def logits(self, image_BCHW: Tensor, class_CD: Tensor) -> Tensor:
         """[B C]."""
@@ -168,20 +170,21 @@ class PRE(Method):
         logits_BC = self.logits(batch["image"], self._rows_CD)
         is_base_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
         is_base_C[self._base()] = True
-        among_own_BC = is_base_C[batch["label"]][:, None] == is_base_C
+        of_base_B = is_base_C[batch["label"]]
+        among_own_BC = of_base_B[:, None] == is_base_C
         right_B = logits_BC.masked_fill(~among_own_BC, -torch.inf).argmax(dim=1) == batch["label"]
-        for part, here_B in (("base", is_base_C[batch["label"]]), ("new", ~is_base_C[batch["label"]])):
+        for metric, here_B in ((self.base_accuracy, of_base_B), (self.new_accuracy, ~of_base_B)):
             if here_B.any():
-                self.accuracy[part].update(right_B[here_B].float())
+                metric.update(right_B[here_B].float())
 
     def on_validation_epoch_end(self) -> None:
-        figures = {"val/base_accuracy": (base := self.accuracy["base"].compute())}
+        figures = {"val/base_accuracy": (base := self.base_accuracy.compute())}
         if len(self._base()) < int(self.num_classes or 0):
-            new = self.accuracy["new"].compute()
+            new = self.new_accuracy.compute()
             figures |= {"val/new_accuracy": new, "val/harmonic_accuracy": harmonic_mean(base, new)}
         self.log_dict(figures, prog_bar=True)
-        for metric in self.accuracy.values():
-            metric.reset()
+        self.base_accuracy.reset()
+        self.new_accuracy.reset()
 
     def _base(self) -> list[int]:
         return list(range(int(self.num_classes or 0))) if self.base_classes is None else self.base_classes
