@@ -109,8 +109,16 @@ class GDAWithText(Estimator):
 
         found = [_share(together(alpha), val, True) for alpha in DECADES]
         alpha = DECADES[found.index(max(found))]
-        shares = (_share(head, query, True) for head in (together(alpha), zero_shot, images))
-        return EnsembleAccuracy(*shares, alpha, len(bank), len(query), tensors=_tensors(together(alpha)))
+        both = together(alpha)
+        return EnsembleAccuracy(
+            accuracy=_share(both, query, True),
+            text_accuracy=_share(zero_shot, query, True),
+            image_accuracy=_share(images, query, True),
+            alpha=alpha,
+            bank_rows=len(bank),
+            query_rows=len(query),
+            tensors=_tensors(both),
+        )
 
 
 @dataclass(frozen=True)

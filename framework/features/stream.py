@@ -49,7 +49,7 @@ class EncodedStream(Input):
                 "lightspan.datamodules.images.class_stream.ClassStream"
             )
         self.tasks = tuple(tuple(task) for task in tasks)
-        self.bank, self.query = (Encoded(encoder, data, split, **settings) for split in ("bank", "test"))  # type: ignore[arg-type]
+        self.bank, self.query = (Encoded(encoder, data, split, **settings) for split in ("bank", "test"))
 
     def load(self, store: FeatureStore) -> FeatureStream:
         return FeatureStream(self.bank.load(store), self.query.load(store), self.tasks)

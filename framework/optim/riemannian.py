@@ -117,7 +117,7 @@ class RiemannianSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        frames = [
+        frames: list[tuple[Any, dict[str, Any]]] = [
             (frame, group)
             for group in self.param_groups
             if group.get("frames")
@@ -137,7 +137,7 @@ class RiemannianSGD(Optimizer):
             self._move(frame, group)
         return loss
 
-    def _move(self, frame: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, frame: Any, group: dict[str, Any]) -> None:
         state = self.state[frame]
         if not state:
             state["step"] = torch.tensor(0.0)

@@ -98,7 +98,7 @@ class MLC(Method):
             loss, figures = self.rate_reduction_loss(z_VBD, c_VBD)
         else:
             # The cluster head has a gradient of zero: DDP waits for one of each parameter.
-            loss = total_coding_rate_loss(*z_VBD, self.distortion, self.similarity) + 0 * c_RD.sum()
+            loss = total_coding_rate_loss(z_VBD[0], z_VBD[1], self.distortion, self.similarity) + 0 * c_RD.sum()
             figures = {}
         self.log_training({"train/loss": loss, **figures})
         return loss
