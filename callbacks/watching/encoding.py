@@ -80,10 +80,10 @@ class Encoding:
         parts = list(self._batches(trainer, module, split))
         if not parts:
             self.first(trainer, module, split)
-        names = list(parts[0][0])
-        columns = [torch.cat([part[0][name] for part in parts]) for name in names]
-        labels, index = (torch.cat([part[at] for part in parts]) for at in (1, 2))
-        *columns, labels = of_all_ranks(trainer, [*columns, labels], index)
+        read, labels_of_parts, index_of_parts = zip(*parts, strict=True)
+        names = list(read[0])
+        own = [torch.cat([columns[name] for columns in read]) for name in names]
+        *columns, labels = of_all_ranks(trainer, [*own, torch.cat(labels_of_parts)], torch.cat(index_of_parts))
         return Columns(dict(zip(names, columns, strict=True)), labels)
 
     def _batches(
@@ -115,7 +115,8 @@ class Encoding:
             return columns
         with trainer.precision_plugin.forward_context():
             found: list[Tokens] = module.token_features(batch, self.layers or [-1])  # type: ignore[operator]
-        for layer, tokens in zip(self.layers or [None], found, strict=True):
+        layers: list[int | None] = [None] if self.layers is None else [*self.layers]
+        for layer, tokens in zip(layers, found, strict=True):
             if layer is not None:
                 columns[layer, False] = tokens.pooled()
             if self.tokens:

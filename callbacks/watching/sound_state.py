@@ -38,8 +38,9 @@ class SoundState:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         for one, bases in zip(trainer.lr_scheduler_configs, self.bases, strict=True):
+            scheduler: Any = one.scheduler
             if bases:
-                one.scheduler.base_lrs = list(bases)  # type: ignore[union-attr]
+                scheduler.base_lrs = list(bases)
 
 
 def _tensors(module: LightningModule) -> dict[str, Tensor]:

@@ -227,7 +227,7 @@ class EvaluationLoader:
             self._world_size,
             self.num_workers,
             self.pin_memory,
-            self._chosen[places],
+            self._chosen[places].tolist(),
         )
 
     def __len__(self) -> int:

@@ -22,6 +22,9 @@ class AttentiveHead(nn.Module):
         mean_C, scale_C: give numbers back their own unit; 0 and 1 for classes and tags.
     """
 
+    mean_C: Tensor
+    scale_C: Tensor
+
     def __init__(self, width: int, outputs: int, heads: int) -> None:
         super().__init__()
         self.pool, self.linear = AttentionPool(width, heads), nn.Linear(width, outputs)

@@ -88,12 +88,13 @@ class KNN(Probe):
 
     def fit(self, bank: Features, query: Features) -> ProbeScores:
         known, asked = _labels(bank, query)
-        settings = {"k": self.k, "temperature": self.temperature}
         if kind_of(known) == "classes":
-            scores = {"accuracy": knn_accuracy(bank.rows(), known, query.rows(), asked, **settings)}  # type: ignore[arg-type]
+            accuracy = knn_accuracy(bank.rows(), known, query.rows(), asked, k=self.k, temperature=self.temperature)
+            scores = {"accuracy": accuracy}
         else:
             values_NE = known.double().view(len(known), -1)
-            scores = probe_scores(knn_mean(bank.rows(), values_NE, query.rows(), **settings), asked)  # type: ignore[arg-type]
+            means_ME = knn_mean(bank.rows(), values_NE, query.rows(), k=self.k, temperature=self.temperature)
+            scores = probe_scores(means_ME, asked)
         return ProbeScores(scores, len(bank), len(query))
 
 

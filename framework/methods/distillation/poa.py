@@ -121,7 +121,8 @@ class POA(Method):
 
     def assignments(self, batch: Any) -> Tensor:
         """The teacher's, to the prototypes of its first head, [B K]."""
-        scores_BK = self.teacher.module.heads[0](self.features(batch))
+        teacher: PrototypeNetwork = self.teacher.module  # type: ignore[assignment]
+        scores_BK = teacher.heads[0](self.features(batch))
         return (scores_BK / self.teacher_temperatures[1]).softmax(dim=-1)
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
