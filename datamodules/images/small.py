@@ -27,7 +27,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 class Pictures(Protocol):
     """Labelled pictures by number, however they are kept."""
 
-    def count(self) -> int: ...
+    def total(self) -> int: ...
 
     def read(self, number: int) -> tuple[np.ndarray, int]:
         """(uint8 [H, W] or [C, H, W], label)."""
@@ -40,7 +40,7 @@ class Labelled(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
-    def count(self) -> int:
+    def total(self) -> int:
         assert len(self.images) == len(self.labels)
         return len(self.images)
 
@@ -53,7 +53,7 @@ class ImageSamples:
 
     def __init__(self, data: Pictures, mean: torch.Tensor, std: torch.Tensor, views: Views | None = None) -> None:
         self.data, self.mean, self.std, self.views = data, mean, std, views
-        self._count = data.count()
+        self._count = data.total()
 
     def __len__(self) -> int:
         return self._count
