@@ -28,7 +28,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 class Pictures(Protocol):
     """Labelled pictures by number, however they are kept."""
 
-    def count(self) -> int: ...
+    def total(self) -> int: ...
 
     def read(self, number: int) -> tuple[np.ndarray, int]:
         """(uint8 [H, W] or [C, H, W], label)."""
@@ -41,7 +41,7 @@ class Labelled(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
-    def count(self) -> int:
+    def total(self) -> int:
         assert len(self.images) == len(self.labels)
         return len(self.images)
 
@@ -62,7 +62,7 @@ class ImageSamples:
     ) -> None:
         self.data, self.mean, self.std = data, mean, std
         self.fields = ImageFields(mean, std, views, views_on)
-        self._count = data.count()
+        self._count = data.total()
 
     def __len__(self) -> int:
         return self._count

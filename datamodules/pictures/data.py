@@ -34,7 +34,7 @@ class Chosen:
     album: Album
     numbers: np.ndarray
 
-    def count(self) -> int:
+    def total(self) -> int:
         return len(self.numbers)
 
     def read(self, number: int) -> tuple[np.ndarray, int]:

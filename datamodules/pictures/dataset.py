@@ -42,8 +42,8 @@ class PictureDataset(PictureData):
 
     def __init__(
         self,
-        dataset: Dataset,  # type: ignore[type-arg]
-        val_dataset: Dataset | None = None,  # type: ignore[type-arg]
+        dataset: Dataset,
+        val_dataset: Dataset | None = None,
         image: str | int = "image",
         label: str | int | None = "label",
         classes: list[str] | None = None,

@@ -44,7 +44,7 @@ def fitted(image: Tensor, size: int, fit: Fit, background: int) -> Tensor:
             `background` around.
     """
     _, height, width = image.shape
-    scale = size / (min if fit == "crop" else max)(height, width)
+    scale = size / (min(height, width) if fit == "crop" else max(height, width))
     scaled = [max(1, round(side * scale)) for side in (height, width)]
     if fit == "crop":  # what lies outside is cut off first, so that a long strip is never scaled as a whole
         image = F.center_crop_image(image, [min(height, round(size / scale)), min(width, round(size / scale))])

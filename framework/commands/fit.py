@@ -30,11 +30,11 @@ from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
 from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
 
-IMAGE_SIZE = 64
-ENCODER, REPORT_FOLDER = Path("export") / "encoder", "report"
-
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+IMAGE_SIZE = 64  # of --images, in pixels
+ENCODER, REPORT_FOLDER = Path("export") / "encoder", "report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +148,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
 
 def _show_features(built: Built, run_dir: Path) -> None:
     """The encoder as files for other programs, and the report, after training on --images."""
+    from lightspan.datamodules.pictures.data import PictureData
     from lightspan.exports.encoder import write_encoder
     from lightspan.files import write_atomic
     from lightspan.report.page import render
@@ -155,10 +156,12 @@ def _show_features(built: Built, run_dir: Path) -> None:
     from lightspan.sharded import ranks_of
 
     data = built.datamodule
+    if not (isinstance(data, PictureData) and data.train is not None):  # a flag has named other data
+        return
     if any(ranks_of(parameter) is not None for parameter in built.model.parameters()):
         print_notes(["each rank has a part of the weights only, so the encoder was not written; use lightspan export"])
     else:
-        written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER)  # type: ignore[union-attr]
+        written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER)
         print_notes(written.remarks)
         print(
             f"encoder: {run_dir / ENCODER}: {', '.join(written.files)}; features read back differ by at most "
