@@ -254,12 +254,12 @@ class RandomViews(DrawnViews):
         view_sides = [self.size] * 2 if self.size else [height, width]
         noise = torch.randn(channels, *view_sides) if self.grain else None
 
-        top, left, high, wide = _crop_box(
-            *outer[2:], _between(area, *self.scale), _log_between(shape_of_crop, *self.ratio), y, x
-        )
+        first_row, first_column, rows, columns = outer
+        ratio = _log_between(shape_of_crop, *self.ratio)
+        top, left, high, wide = _crop_box(rows, columns, _between(area, *self.scale), ratio, y, x)
         p = WHOLE._replace(
-            top=(outer[0] + top) / height,
-            left=(outer[1] + left) / width,
+            top=(first_row + top) / height,
+            left=(first_column + left) / width,
             height=high / height,
             width=wide / width,
             angle=_between(angle, -self.degrees, self.degrees),
