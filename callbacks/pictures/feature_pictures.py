@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, pad
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
-from lightspan.analysis.spectra import effective_rank, singular_values
+from lightspan.analysis.collapse import rankme
 from lightspan.callbacks.pictures.first_batch import enlarged
 from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.callbacks.watching.detached import detached, features_of, of_all_ranks
@@ -95,7 +95,7 @@ class FeaturePictures(Callback):
             bank, val = data.bank_dataloader(), data.val_dataloader()
             bank_ND, _, bank_index_N = _features(trainer, module, bank)
             val_MD, labels_M, val_index_M = _features(trainer, module, val)
-            rank = effective_rank(singular_values(val_MD)).item()
+            rank = rankme(val_MD)
             if trainer.is_global_zero and bank_ND.isfinite().all() and val_MD.isfinite().all():
                 bounds = getattr(data, "bounds", None)
                 grid_CHW = self._neighbours(bank_ND, val_MD, (bank, bank_index_N), (val, val_index_M), bounds)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
+from lightspan.datamodules.images.augment.fields import Place
 from lightspan.datamodules.images.small import ImageSamples, channel_moments
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
@@ -90,6 +91,8 @@ class PictureData(LightningDataModule, ABC):
         val_share: share of each class held out for validation, in (0, 1); see `held_out`.
         seed: of the order and of the views.
         num_workers: processes that fetch batches.
+        views_on: "workers" makes views one picture at a time where batches are fetched; "device" makes those of a whole
+            batch where the model is, from the same numbers.
 
     Attributes:
         labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
@@ -106,6 +109,7 @@ class PictureData(LightningDataModule, ABC):
         val_share: float = 0.1,
         seed: int = 0,
         num_workers: int = 0,
+        views_on: Place = "workers",
     ) -> None:
         super().__init__()
         if size < 1:
@@ -113,7 +117,7 @@ class PictureData(LightningDataModule, ABC):
         if not 0 < val_share < 1:
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
         self.size, self.batch_size, self.views, self.val_share = size, batch_size, views, val_share
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.views_on = seed, num_workers, views_on
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: ImageSamples | None = None
 
@@ -134,7 +138,8 @@ class PictureData(LightningDataModule, ABC):
         taken = np.linspace(0, len(found.train) - 1, min(len(found.train), self.moment_pictures)).astype(int)
         mean, std = channel_moments(np.stack([found.album.read(int(number))[0] for number in found.train[taken]]))
         train, val = (Chosen(found.album, numbers) for numbers in (found.train, found.val))
-        self.train = ImageSamples(train, mean, std, self.views)
+        self.train = ImageSamples(train, mean, std, self.views, self.views_on)
+        self.train.fields.attach(self)
         self.bank, self.val = ImageSamples(train, mean, std), ImageSamples(val, mean, std)
         self.labelled, self.classes, self._content = found.labelled, tuple(found.classes), found.content
         say(

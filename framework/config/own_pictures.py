@@ -21,6 +21,7 @@ from lightspan.errors import UserError
 
 DATA = "lightspan.datamodules.pictures.folder.ImageFolder"
 PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"
+NEAREST, LINEAR = "lightspan.estimators.probes.KNN", "lightspan.estimators.probes.LinearProbe"
 FIRST_BATCH = "lightspan.callbacks.pictures.first_batch.FirstBatch"
 FEATURE_PICTURES = "lightspan.callbacks.pictures.feature_pictures.FeaturePictures"
 CHANNELS = 3
@@ -236,11 +237,11 @@ def _callbacks(resolved: Resolved, labelled: bool, count: int) -> dict[str, Any]
     neighbours = min(KNN, max(1, count // 2))
     if not labelled:
         callbacks: dict[str, Any] = dict.fromkeys(probes)
-    elif probes:
-        callbacks = {name: {"init_args": {"knn_k": neighbours}} for name in probes if neighbours < KNN}
     else:
-        spec = {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, "knn_k": neighbours}}
-        callbacks = {"probes": spec}
+        nearest = {"class_path": NEAREST, "init_args": {"k": neighbours}}
+        both = {"probes": {"knn": nearest, "linear": {"class_path": LINEAR}}}
+        new = {"probes": {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, **both}}}
+        callbacks = {name: {"init_args": both} for name in probes if neighbours < KNN} if probes else new
     drawn = {"init_args": {"folder": "${run}/pictures"}}
     return callbacks | {
         "first_batch": {"class_path": FIRST_BATCH, **drawn},

@@ -14,7 +14,7 @@ from lightspan.analysis.closed_form import Discriminant, EmpiricalBayes, HeadRul
 from lightspan.analysis.rows import unit_rows
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
-from lightspan.estimators.probes import Accuracy
+from lightspan.estimators.probes import ProbeScores
 from lightspan.features.features import Features
 from lightspan.features.stream import FeatureStream
 from lightspan.results import Figure, Result
@@ -33,7 +33,7 @@ class NMC(Estimator):
     def __init__(self, cosine: bool = False, normalise: bool = True) -> None:
         self.cosine, self.normalise = cosine, normalise
 
-    def fit(self, bank: Features, query: Features) -> Accuracy:
+    def fit(self, bank: Features, query: Features) -> ProbeScores:
         """Raises: UserError for sets without rows or classes, of different width, or that are not finite."""
         return _classified(NearestMean(self.cosine), bank, query, self.normalise)
 
@@ -49,7 +49,7 @@ class GDA(Estimator):
     def __init__(self, precision: Precision | None = None, normalise: bool = True) -> None:
         self.precision, self.normalise = precision or EmpiricalBayes(), normalise
 
-    def fit(self, bank: Features, query: Features) -> Accuracy:
+    def fit(self, bank: Features, query: Features) -> ProbeScores:
         """Raises: UserError as `NMC`."""
         return _classified(Discriminant(self.precision), bank, query, self.normalise)
 
@@ -197,9 +197,10 @@ class ClassIncremental(Estimator):
         return IncrementalAccuracy(tuple(correct), tuple(map(len, queries)))
 
 
-def _classified(rule: HeadRule, bank: Features, query: Features, normalise: bool) -> Accuracy:
+def _classified(rule: HeadRule, bank: Features, query: Features, normalise: bool) -> ProbeScores:
     head = rule.head(bank.moments(by_class=True, unit=normalise))
-    return Accuracy(_share(head, query, normalise), len(bank), len(query), tensors=_tensors(head))
+    scores = {"accuracy": _share(head, query, normalise)}
+    return ProbeScores(scores, len(bank), len(query), tensors=_tensors(head))
 
 
 def _tensors(head: LinearHead) -> dict[str, Tensor]:

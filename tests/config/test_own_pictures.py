@@ -91,10 +91,10 @@ def test_classes_become_the_networks_and_without_them_it_is_refused(folder: Path
 def test_probes_come_with_labels_and_go_without(folder: Path, tmp_path: Path) -> None:
     flat = write_pictures(tmp_path / "flat", {"": 8})
     labelled = with_folder("contrastive/barlow_twins", folder).config["trainer"]["callbacks"]
-    assert labelled["probes"]["init_args"] == {"every_n_epochs": 10, "knn_k": 4}
+    assert labelled["probes"]["init_args"]["probes"]["knn"]["init_args"] == {"k": 4}
     assert "probes" not in with_folder("contrastive/barlow_twins", flat).config["trainer"]["callbacks"]
     added = with_folder("contrastive/hydra_imagenet", folder).config["trainer"]["callbacks"]
-    assert added["probes"]["init_args"] == {"every_n_epochs": 10, "knn_k": 4}
+    assert added["probes"]["init_args"] == {**labelled["probes"]["init_args"], "every_n_epochs": 10}
     for callbacks in (labelled, added):
         assert callbacks["first_batch"]["init_args"] == {"folder": "${run}/pictures"}
 
