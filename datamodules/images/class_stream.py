@@ -63,6 +63,7 @@ class ClassStream(ImageData):
     def train_dataloader(self) -> ExactLoader:
         """Raises: UserError for a task that does not fill a batch."""
         assert self.train is not None
+        assert isinstance(self.train.data, Labelled)
         places = []
         for number, task in enumerate(self.tasks):
             own = np.tile(np.flatnonzero(np.isin(self.train.data.labels, task)), self.passes)
@@ -77,6 +78,7 @@ class ClassStream(ImageData):
         return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
 
     def val_dataloader(self) -> list[EvaluationLoader]:  # type: ignore[override]
+        assert isinstance(self.val.data, Labelled)
         labels = self.val.data.labels
         parts = [Labelled(*(column[np.isin(labels, task)] for column in self.val.data)) for task in self.tasks]
         return [self._evaluate(ImageSamples(part, self.val.mean, self.val.std)) for part in parts]

@@ -70,7 +70,7 @@ class LARS(Optimizer):
                 self.state[p] = {VELOCITY: velocity}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
