@@ -48,7 +48,7 @@ def by_loops(z: Tensor, y: list[float], share: list[float] | None, window: float
     return sum(anchors) / max(len(anchors), 1)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     count=st.integers(1, 9),
     levels=st.integers(1, 9),
@@ -73,7 +73,7 @@ def test_without_mixtures_and_weights_it_is_supcon_and_with_distinct_targets_nt_
     torch.testing.assert_close(supremix(z, distinct, temperature=0.3, **PLAIN), nt_xent(z[:5], z[5:], 0.3))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(count=st.integers(3, 12), window=st.sampled_from([1.5, 3.0, 20.0]), seed=st.integers(0, 99))
 def test_every_mixed_pair_gives_the_target_of_its_anchor(count: int, window: float, seed: int) -> None:
     y = targets(count, 9, seed)
