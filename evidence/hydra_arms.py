@@ -11,9 +11,9 @@ from torch import Tensor
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.methods.contrastive.hydra import Hydra
 from lightspan.methods.contrastive.supcon import SupCon
-from lightspan.nn.class_gates import ClassPairGate
 from lightspan.nn.class_pairs import Arbitrary, ClassPairs, Identical
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.class_gates import ClassPairGate
+from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2, 3, 4)

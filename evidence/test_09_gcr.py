@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.analysis.linear_probe import linear_probe_accuracy
-from lightspan.nn.grassmann_head import GrassmannHead
+from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.subspaces.grassmann import orthonormalised

@@ -30,9 +30,9 @@ from lightspan.backbones.vit import vit
 from lightspan.datamodules.images.textured_scenes import TexturedScenes, draw
 from lightspan.datamodules.images.views import TwoViews
 from lightspan.methods.distillation.mmc import MMC
-from lightspan.nn.dino_head import DINOHead
-from lightspan.nn.patches import patchify
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.projector import Projector
+from lightspan.nn.sequences.patches import patchify
 from lightspan.optim.schedules import WarmupCosineDecay
 
 SEEDS = (0, 1, 2)

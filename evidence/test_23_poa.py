@@ -32,7 +32,7 @@ from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.poa import POA
-from lightspan.nn.dino_head import DINOHead
+from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.subnets import Size
 from lightspan.optim.schedules import WarmupCosineDecay
 

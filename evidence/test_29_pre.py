@@ -16,7 +16,7 @@ from lightspan.analysis.zero_shot import class_rows
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.datamodules.image_text.scenes import THINGS, draw, factors
 from lightspan.methods.image_text.pre import PRE
-from lightspan.nn.token_lstm import TokenLSTM
+from lightspan.nn.sequences.token_lstm import TokenLSTM
 
 SEEDS = (0, 1, 2, 3, 4)
 RATES = (2e-3, 2e-2, 2e-1)

@@ -25,7 +25,7 @@ from lightspan.backbones.vision import SmallConvNet
 from lightspan.datamodules.images.small import Digits
 from lightspan.datamodules.images.views import TwoViews
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine
 
 EPOCHS, TRACK_EVERY = 400, 10

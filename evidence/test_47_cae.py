@@ -20,7 +20,7 @@ from lightspan.datamodules.images.small import FashionMNIST
 from lightspan.datamodules.images.views import RandomViews
 from lightspan.method import Method
 from lightspan.methods.masked.cae import CAE
-from lightspan.nn.mask_samplers import seen_and_hidden
+from lightspan.nn.masking.mask_samplers import seen_and_hidden
 
 STEPS, BATCH = 300, 128
 ARMS: dict[str, Callable[[float], Method]] = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightspan.backbones.vision import MLP
 from lightspan.datamodules.tables.rows import Ames, RowViews
 from lightspan.methods.contrastive.supremix import SupReMix
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2)

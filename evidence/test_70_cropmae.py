@@ -22,10 +22,10 @@ from lightspan.datamodules.images.views import NestedCrops, RandomViews, Views, 
 from lightspan.method import Method
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.mae import MAE
-from lightspan.nn.cross_decoder import CrossDecoder, CrossFirst
-from lightspan.nn.mask_decoder import MaskDecoder
-from lightspan.nn.mask_samplers import RandomMasks, seen_and_hidden
-from lightspan.nn.patches import at_places, patchify
+from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
+from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.objectives.masked import patch_regression
 
 PATCH, STEPS, BATCH = 6, 300, 64

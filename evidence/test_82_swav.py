@@ -29,7 +29,7 @@ from lightspan.backbones.vision import SmallConvNet
 from lightspan.datamodules.images.small import FashionMNIST
 from lightspan.datamodules.images.views import MultiCrop, RandomViews
 from lightspan.methods.clustering.swav import SwAV
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.entropy import entropy
 from lightspan.optim.schedules import WarmupCosine
 

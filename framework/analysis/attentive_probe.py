@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from lightspan.analysis.labels import Kind, require_readable
 from lightspan.errors import UserError
-from lightspan.nn.attention_pool import AttentionPool
+from lightspan.nn.heads.attention_pool import AttentionPool
 
 
 class AttentiveHead(nn.Module):

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightspan.errors import UserError
-from lightspan.nn.patches import grid_of, kept
+from lightspan.nn.sequences.patches import grid_of, kept
 from lightspan.nn.slices import first, sub_weights
 from lightspan.nn.subnets import Size
 
@@ -133,7 +133,7 @@ class ElasticViT(VisionTransformer):
         mask_BHW: Tensor | None = None,
         keep_BK: Tensor | None = None,
     ) -> Tensor:
-        """Tokens after the last norm, the class token first: [B T w]; see `lightspan.nn.token_backbone`.
+        """Tokens after the last norm, the class token first: [B T w]; see `lightspan.nn.sequences.token_backbone`.
 
         Args:
             size: one of `sizes`, or any other up to the whole one; None is the whole network.

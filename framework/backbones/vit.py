@@ -1,4 +1,5 @@
-"""Vision transformers with a contract of tokens (`lightspan.nn.token_backbone`): any of timm's, and small ones.
+"""Vision transformers with a contract of tokens (`lightspan.nn.sequences.token_backbone`): any of timm's, and small
+ones.
 
 Shapes: B images, h w their sides, H W grid of patches, T = H W, P prefix tokens, K kept patches, D width.
 """
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.nn.init import xavier_uniform_
-from lightspan.nn.patches import grid_of, kept
-from lightspan.nn.positions import sincos as sincos_table
+from lightspan.nn.sequences.patches import grid_of, kept
+from lightspan.nn.sequences.positions import sincos as sincos_table
 
 # A recipe may name the class and the function listed here.
 __all__ = ["TokenViT", "vit"]

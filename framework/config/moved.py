@@ -33,6 +33,15 @@ MODULES = {  # old name -> new name
     "lightspan.datamodules.shapes": "lightspan.datamodules.images.shapes",
     "lightspan.datamodules.views": "lightspan.datamodules.images.views",
     "lightspan.datamodules.austen": "lightspan.datamodules.text.austen",
+    "lightspan.nn.class_gates": "lightspan.nn.heads.class_gates",
+    "lightspan.nn.dino_head": "lightspan.nn.heads.dino_head",
+    "lightspan.nn.pooling": "lightspan.nn.heads.pooling",
+    "lightspan.nn.projector": "lightspan.nn.heads.projector",
+    "lightspan.nn.block_masks": "lightspan.nn.masking.block_masks",
+    "lightspan.nn.centring": "lightspan.nn.teachers.centring",
+    "lightspan.nn.ema": "lightspan.nn.teachers.ema",
+    "lightspan.nn.frozen": "lightspan.nn.teachers.frozen",
+    "lightspan.nn.prototype_network": "lightspan.nn.teachers.prototype_network",
     "lightspan.datamodules.reviews": "lightspan.datamodules.text.reviews",
 }
 

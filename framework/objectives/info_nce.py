@@ -132,7 +132,7 @@ def queued_info_nce(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperat
 
     Args:
         query_BD, key_BD: row i of both is a pair.
-        queue_KD: the same on all ranks, such as `lightspan.nn.feature_queue.FeatureQueue` gives; may be empty.
+        queue_KD: the same on all ranks, such as `lightspan.nn.teachers.feature_queue.FeatureQueue` gives; may be empty.
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError as `nt_xent` does.
     """

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
 
 from lightspan.errors import UserError, print_notes
-from lightspan.nn.frozen import Frozen
+from lightspan.nn.teachers.frozen import Frozen
 
 
 class StartChecks(Callback):

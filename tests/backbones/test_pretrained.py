@@ -27,7 +27,7 @@ from lightspan.backbones.pretrained import (
     smollm2_tokenizer,
 )
 from lightspan.errors import UserError
-from lightspan.nn.pooling import masked_mean
+from lightspan.nn.heads.pooling import masked_mean
 
 
 def needs(package: tuple[str, str, str]) -> pytest.MarkDecorator:

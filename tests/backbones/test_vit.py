@@ -15,8 +15,8 @@ from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import TokenViT, vit
 from lightspan.errors import UserError
-from lightspan.nn.patches import at_places
-from lightspan.nn.token_backbone import TokenBackbone, require_tokens
+from lightspan.nn.sequences.patches import at_places
+from lightspan.nn.sequences.token_backbone import TokenBackbone, require_tokens
 from lightspan.nn.tokens import token_features
 
 SMALL = {"img_size": 12, "patch_size": 3, "in_chans": 1, "num_classes": 0, "embed_dim": 16, "depth": 2, "num_heads": 2}

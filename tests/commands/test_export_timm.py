@@ -14,7 +14,7 @@ from lightspan.config.build import build, load_resolved
 from lightspan.errors import UserError
 from lightspan.nn.subnets import Size
 
-HEAD = {"class_path": "lightspan.nn.dino_head.DINOHead", "init_args": {"in_features": 16, "prototypes": 4}}
+HEAD = {"class_path": "lightspan.nn.heads.dino_head.DINOHead", "init_args": {"in_features": 16, "prototypes": 4}}
 CONFIG: dict[str, Any] = {
     "about": {"title": "t", "paper": "none", "family": "distillation"},
     "trainer": {"max_steps": 1, "accelerator": "cpu", "logger": {}, "enable_checkpointing": False},

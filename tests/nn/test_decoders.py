@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.nn.attention import MultiHeadAttention
-from lightspan.nn.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
-from lightspan.nn.mask_decoder import MaskDecoder
-from lightspan.nn.masked_sequence import MaskedSequence
-from lightspan.nn.positions import sincos
+from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.decoders.masked_sequence import MaskedSequence
+from lightspan.nn.sequences.attention import MultiHeadAttention
+from lightspan.nn.sequences.positions import sincos
 
 GRID = (2, 3)
 AT, ASK = torch.tensor([[4, 0], [1, 5]]), torch.tensor([[2, 5, 1], [0, 3, 2]])

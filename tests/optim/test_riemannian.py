@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightspan.distributed import leave
 from lightspan.errors import UserError
-from lightspan.nn.grassmann_head import GrassmannHead
+from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.riemannian import RiemannianSGD

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.errors import UserError
-from lightspan.nn.frozen import Frozen
+from lightspan.nn.teachers.frozen import Frozen
 from lightspan.runs.start_checks import StartChecks, past_its_end, silence_frozen
 from lightspan.runs.train import call
 

@@ -22,8 +22,8 @@ from lightspan.distributed import gather_rows, rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.spherical_kmeans import drawn_rows, spherical_kmeans
-from lightspan.nn.teaching import require_schedules
+from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
+from lightspan.nn.teachers.teaching import require_schedules
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
 
@@ -67,7 +67,9 @@ class DeepCluster(Method):
         require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
         width: int | None = getattr(projector, "out_features", None)
         if width is None:
-            raise UserError(f"{type(projector).__name__} has no out_features; use lightspan.nn.projector.Projector")
+            raise UserError(
+                f"{type(projector).__name__} has no out_features; use lightspan.nn.heads.projector.Projector"
+            )
         if not prototypes or min(prototypes) < 1 or max(prototypes) > images or steps < 1 or seed < 0:
             raise UserError(
                 f"prototypes={list(prototypes)} must be one number or more in [1, images={images}], steps={steps} at "

@@ -19,9 +19,9 @@ from lightspan.devices import wide
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.feature_queue import FeatureQueue
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.teaching import leave_in_place, require_schedules
+from lightspan.nn.teachers.feature_queue import FeatureQueue
+from lightspan.nn.teachers.teaching import leave_in_place, require_schedules
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
 from lightspan.objectives.entropy import entropy
@@ -36,8 +36,8 @@ class SwAV(Method):
 
     Args:
         backbone: [R C h w] -> [R num_features], for each size of view.
-        projector: [R num_features] -> [R D], with D as its `out_features`, such as `lightspan.nn.projector.Projector`;
-            a BatchNorm in it sees the rows of all views at once.
+        projector: [R num_features] -> [R D], with D as its `out_features`, such as
+            `lightspan.nn.heads.projector.Projector`; a BatchNorm in it sees the rows of all views at once.
         prototypes: K, well below the number of images.
         temperature: of predictions, > 0.
         code_temperature: epsilon of Sinkhorn-Knopp, > 0; a smaller one gives harder codes.
@@ -75,7 +75,7 @@ class SwAV(Method):
         if width is None:
             raise UserError(
                 f"SwAV's prototypes are as wide as the projector's embeddings, and {type(projector).__name__} has no "
-                "out_features; use lightspan.nn.projector.Projector or torch.nn.Linear"
+                "out_features; use lightspan.nn.heads.projector.Projector or torch.nn.Linear"
             )
         if min(prototypes, iterations) < 1 or queue < 0:
             raise UserError(

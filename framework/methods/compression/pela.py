@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.frozen import Frozen
 from lightspan.nn.taps import blocks_of, tapped
+from lightspan.nn.teachers.frozen import Frozen
 from lightspan.objectives.distillation import feature_distillation, mean_squared, weight_perturbation
 from lightspan.sharded import whole
 from lightspan.surgery.factorise import factorise, factorised

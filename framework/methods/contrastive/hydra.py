@@ -34,7 +34,7 @@ class Hydra(Method):
         backbone: [R C H W] -> [R num_features]; what probes read, and all that is kept.
         projector: [R num_features] -> [R D].
         gate: int64 [R], [R], a class pair for each anchor, -> [R D] in (0, 1), such as
-            `lightspan.nn.class_gates.ClassPairGate`; None keeps all dimensions.
+            `lightspan.nn.heads.class_gates.ClassPairGate`; None keeps all dimensions.
         pairs: which class each row is paired with.
         temperature: > 0; the paper has 0.2 for vision transformers.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.ema import EMATeacher
-from lightspan.nn.feature_queue import FeatureQueue
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
+from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.info_nce import queued_info_nce, require_temperature, unit

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.ema import EMATeacher
+from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.info_nce import paired_info_nce, require_temperature

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.method import Method
-from lightspan.nn.ema import EMATeacher
-from lightspan.nn.teaching import require_schedules
+from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.teachers.teaching import require_schedules
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.optim.schedules import cosine_between

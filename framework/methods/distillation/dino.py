@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.method import Method
-from lightspan.nn.centring import Centre
-from lightspan.nn.dino_head import DINOHead
-from lightspan.nn.ema import EMATeacher
+from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.teaching import leave_in_place, require_schedules
+from lightspan.nn.teachers.centring import Centre
+from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.teachers.teaching import leave_in_place, require_schedules
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
 from lightspan.objectives.entropy import entropy

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.method import Method
-from lightspan.nn.block_masks import BlockMasks
-from lightspan.nn.centring import Centre
-from lightspan.nn.dino_head import DINOHead
-from lightspan.nn.ema import EMATeacher
-from lightspan.nn.prototype_network import PrototypeNetwork
-from lightspan.nn.teaching import leave_in_place, require_schedules, require_weights
-from lightspan.nn.view_masks import masks_of_views
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.view_masks import masks_of_views
+from lightspan.nn.teachers.centring import Centre
+from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.teachers.prototype_network import PrototypeNetwork
+from lightspan.nn.teachers.teaching import leave_in_place, require_schedules, require_weights
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import centred_softmax, class_and_patch_losses, sinkhorn
@@ -39,7 +39,7 @@ class IBOT(Method):
 
     Args:
         backbone: the student's, a transformer with tokens, a class token and a mask token; see
-            `lightspan.nn.prototype_network`. The teacher is a copy.
+            `lightspan.nn.teachers.prototype_network`. The teacher is a copy.
         heads: at least one; iBOT has one. Their losses are averaged.
         student_temperature, teacher_temperature, final_temperature: > 0. The teacher's rises from its first to its
             final value over the first `temperature_warmup` of the run, a share in [0, 1].

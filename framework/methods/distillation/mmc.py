@@ -2,7 +2,7 @@
 
 Source: "Masked Momentum Contrastive Learning for Zero-shot Semantic Understanding", 2023, arXiv 2308.11448. Only its
 idea could be looked up; losses and weights are a composition of the methods that it names:
-L = w_m L_M + w_d L_D + w_c L_C, all three of the student's corrupted views (`lightspan.nn.corruption`), where
+L = w_m L_M + w_d L_D + w_c L_C, all three of the student's corrupted views (`lightspan.nn.masking.corruption`), where
 - L_M: pixels of corrupted patches by a linear layer, L1 (SiT, arXiv 2104.03602);
 - L_D: corrupted patches are held to the teacher's patches at the same place of the clean view, on prototypes, centred
   and sharpened (iBOT, arXiv 2111.07832, eq. 2);
@@ -23,14 +23,14 @@ from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.block_masks import MaskedPatches
-from lightspan.nn.centring import Centre
-from lightspan.nn.corruption import GroupCorruption
-from lightspan.nn.dino_head import DINOHead
-from lightspan.nn.ema import EMATeacher
-from lightspan.nn.patches import patchify
-from lightspan.nn.teaching import leave_in_place, require_schedules, require_weights
-from lightspan.nn.token_backbone import require_tokens
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.masking.block_masks import MaskedPatches
+from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.sequences.patches import patchify
+from lightspan.nn.sequences.token_backbone import require_tokens
+from lightspan.nn.teachers.centring import Centre
+from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.teachers.teaching import leave_in_place, require_schedules, require_weights
 from lightspan.nn.views import global_first
 from lightspan.nn.widths import require_width
 from lightspan.objectives.info_nce import paired_info_nce

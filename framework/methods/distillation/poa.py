@@ -10,8 +10,8 @@ equations in the paper could not be looked up), where
 - L_EI: class tokens of the elastic student against those of the intact one, same view: the mean over global views plus
   the mean over local views, which no number of pairs divides;
 - KoLeo: of both students' class tokens before the heads, summed over the global views.
-The parts are `lightspan.backbones.elastic`, `.nn.prototype_network`, `.nn.ema`, `.nn.subnets`, `.nn.block_masks` and
-`.objectives.prototypes`. Differences from the authors' code: prototypes have unit length (their gains start at 1 and
+The parts are `lightspan.backbones.elastic`, `.nn.teachers.prototype_network`, `.nn.teachers.ema`, `.nn.subnets`,
+`.nn.masking.block_masks` and `.objectives.prototypes`. Differences from the authors' code: prototypes have unit length (their gains start at 1 and
 are trained), KoLeo looks for neighbours on all ranks, masks depend on each image alone.
 Shapes: B batch of this rank, G global and V views, H W grid of a global view, w width, K prototypes, N masked patches.
 """
@@ -26,13 +26,13 @@ from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.block_masks import BlockMasks
-from lightspan.nn.dino_head import DINOHead
-from lightspan.nn.ema import EMATeacher
-from lightspan.nn.prototype_network import PrototypeNetwork, SeenViews
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.view_masks import masks_of_views
 from lightspan.nn.subnets import SubNetSampler
-from lightspan.nn.teaching import leave_in_place, require_schedules, require_weights
-from lightspan.nn.view_masks import masks_of_views
+from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.teachers.prototype_network import PrototypeNetwork, SeenViews
+from lightspan.nn.teachers.teaching import leave_in_place, require_schedules, require_weights
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import class_and_patch_losses, prototype_cross_entropy, sinkhorn

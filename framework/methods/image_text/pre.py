@@ -33,8 +33,8 @@ class PRE(Method):
 
     Args:
         encoders: a trained `DualEncoder`; it is frozen, always in evaluation mode.
-        encoder: E, [M F] -> [M F], such as `lightspan.nn.token_lstm.TokenLSTM`; None is CoOp. `drop_encoder` puts
-            what it gave in its place.
+        encoder: E, [M F] -> [M F], such as `lightspan.nn.sequences.token_lstm.TokenLSTM`; None is CoOp. `drop_encoder`
+            puts what it gave in its place.
         prompt_tokens: M.
         phrase: text of M tokens, such as "a photo of a", that the prompt begins as; None begins from N(0, 0.02^2).
         base_classes: to train on; None takes all, and there are no new ones.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lightspan.datamodules.batches import LabelledTextBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.pooling import masked_mean
+from lightspan.nn.heads.pooling import masked_mean
 
 
 class TextClassifier(Method):

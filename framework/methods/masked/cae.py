@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.block_masks import BlockMasks
-from lightspan.nn.latent_regressor import LatentDecoder, LatentRegressor
-from lightspan.nn.mask_samplers import MaskSampler, image_numbers, seen_and_hidden
-from lightspan.nn.patches import at_places, patchify
-from lightspan.nn.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.mask_samplers import MaskSampler, image_numbers, seen_and_hidden
+from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.masked import patch_regression
@@ -36,7 +36,7 @@ class CAE(Method):
     """Trains an encoder to say of visible patches what it would say of hidden ones; the encoder is kept.
 
     Args:
-        backbone: a `lightspan.nn.token_backbone.TokenBackbone`; what probes read.
+        backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`; what probes read.
         regressor, decoder: of the backbone's width; the decoder's out_features are V, or the numbers of a patch.
         tokenizer: [B C h w] -> int64 [B H*W] codes in [0, V), and says V in its attribute `codes`; not trained. None:
             pixels.

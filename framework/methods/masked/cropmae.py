@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.cross_decoder import CrossDecoder
-from lightspan.nn.mask_samplers import MaskSampler, RandomMasks, image_numbers, seen_and_hidden
-from lightspan.nn.patches import at_places, patchify
-from lightspan.nn.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.decoders.cross_decoder import CrossDecoder
+from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, image_numbers, seen_and_hidden
+from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
 from lightspan.nn.views import views_of
 from lightspan.objectives.masked import patch_regression
 
@@ -28,7 +28,7 @@ class CropMAE(Method):
     kept.
 
     Args:
-        backbone: a `lightspan.nn.token_backbone.TokenBackbone`; what probes read.
+        backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`; what probes read.
         decoder: with out_features = d. The authors' has `CrossFirst` blocks and place_other=False.
         masks: hides equally many patches of each image; None hides 0.985 of them, which leaves 2 of 196 and never less
             than 1.

@@ -6,7 +6,7 @@ the encoder sees the context; a narrow transformer predicts the teacher's featur
 context's and mask tokens with the places of that block:
 L = mean over blocks, patches and features of smooth_L1(predicted, layer_norm(teacher's))
 (eq. 1 has the squared distance; the norm and smooth L1 are those of the code). Contexts and targets are drawn by
-`lightspan.nn.multi_block`, which says where it differs from the code.
+`lightspan.nn.masking.multi_block`, which says where it differs from the code.
 Shapes: B batch of this rank, C h w image, H W grid, T patches, P prefix tokens, D width, K places of a context, N
 blocks of M places.
 """
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.ema import EMATeacher
-from lightspan.nn.mask_decoder import MaskDecoder
-from lightspan.nn.mask_samplers import image_numbers
-from lightspan.nn.multi_block import Blocks, MultiBlock
-from lightspan.nn.patches import at_places
-from lightspan.nn.token_backbone import AllTokens, TokenBackbone, require_tokens
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.masking.mask_samplers import image_numbers
+from lightspan.nn.masking.multi_block import Blocks, MultiBlock
+from lightspan.nn.sequences.patches import at_places
+from lightspan.nn.sequences.token_backbone import AllTokens, TokenBackbone, require_tokens
+from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.masked import feature_regression
@@ -33,8 +33,8 @@ class IJEPA(Method):
     """Trains an encoder to predict the features of hidden blocks. The teacher is what is kept.
 
     Args:
-        backbone: the student's, a `lightspan.nn.token_backbone.TokenBackbone`; the teacher is a copy. The paper's has
-            no class token; of one that has, the loss does not read it.
+        backbone: the student's, a `lightspan.nn.sequences.token_backbone.TokenBackbone`; the teacher is a copy. The
+            paper's has no class token; of one that has, the loss does not read it.
         predictor: with in_features = out_features = D; the paper's is 384 wide and 6 to 12 deep.
         masks: draws contexts and targets; None is `MultiBlock()`.
         momentum, final_momentum: of the teacher, in [0, 1], on a line over the run.

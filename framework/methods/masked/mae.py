@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.method import Method
-from lightspan.nn.mask_decoder import MaskDecoder
-from lightspan.nn.mask_samplers import MaskSampler, RandomMasks, image_numbers, seen_and_hidden
-from lightspan.nn.patches import at_places, patchify
-from lightspan.nn.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, image_numbers, seen_and_hidden
+from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
 from lightspan.nn.views import views_of
 from lightspan.objectives.masked import patch_regression
 
@@ -26,8 +26,8 @@ class MAE(Method):
     """Trains an encoder and a decoder to guess hidden patches; the encoder is kept.
 
     Args:
-        backbone: a `lightspan.nn.token_backbone.TokenBackbone`, such as `lightspan.backbones.vit.vit`; probes read it.
-        decoder: with out_features = d.
+        backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`, such as `lightspan.backbones.vit.vit`;
+        probes read it. decoder: with out_features = d.
         masks: hides equally many patches of each image; None is three quarters of them at random.
         normalise: whether targets are normalised patch by patch; without it they are the pixels.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.

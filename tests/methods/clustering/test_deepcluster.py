@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightspan.errors import UserError
 from lightspan.methods.clustering.deepcluster import DeepCluster
-from lightspan.nn.spherical_kmeans import drawn_rows, spherical_kmeans
+from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
 
 
 class Pooled(nn.Module):

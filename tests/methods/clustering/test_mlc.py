@@ -16,7 +16,7 @@ from lightspan.backbones.vision import MLP
 from lightspan.distributed import gather_rows, leave
 from lightspan.errors import UserError
 from lightspan.methods.clustering.mlc import MLC
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.coding_rate import (
     coding_rate,
     pairwise_coding_rate,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
 from lightspan.methods.clustering.swav import SwAV
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.prototypes import sinkhorn
 
 STEPS = 4
@@ -192,5 +192,5 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 
 def test_a_projector_that_does_not_say_its_width_is_refused() -> None:
-    with pytest.raises(UserError, match=r"Sequential has no out_features; use lightspan.nn.projector.Projector"):
+    with pytest.raises(UserError, match=r"Sequential has no out_features; use lightspan.nn.heads.projector.Projector"):
         SwAV(Pooled(), nn.Sequential(nn.Linear(8, 6)), optimizer=torch.optim.SGD)

@@ -20,9 +20,9 @@ from lightspan.datamodules.images.views import Plain
 from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.hydra import Hydra
-from lightspan.nn.class_gates import ClassPairGate
 from lightspan.nn.class_pairs import Arbitrary, ClassPairs, Identical
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.class_gates import ClassPairGate
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.info_nce import class_pair_loss
 
 SGD = partial(torch.optim.SGD, lr=0.05)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.lejepa import LeJEPA, distance_from_centre
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives import sigreg as objective
 from lightspan.objectives.sigreg import sigreg
 

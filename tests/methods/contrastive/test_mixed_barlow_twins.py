@@ -12,7 +12,7 @@ from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 
 SGD = partial(torch.optim.SGD, lr=0.05)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.moco import MoCo
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 
 
 def method(queue: int = 15, momentum: float = 0.9, **settings: Any) -> MoCo:

@@ -15,7 +15,7 @@ from lightspan.backbones.vision import SmallConvNet
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.simclr import SimCLR
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.info_nce import nt_xent
 
 

@@ -11,7 +11,7 @@ from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.supcon import SupCon
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.supcon import supcon
 
 

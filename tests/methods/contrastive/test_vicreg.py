@@ -12,7 +12,7 @@ from method_runs import batch, degenerate, fit
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.vicreg import VICReg
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.vicreg import vicreg_loss
 
 

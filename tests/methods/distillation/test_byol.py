@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
 from lightspan.methods.distillation.byol import BYOL, prediction_distance
-from lightspan.nn.projector import Projector
+from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import cosine_between
 
 BATCHES = [batch(seed=seed, locals_=0) for seed in range(4)]

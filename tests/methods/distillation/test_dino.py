@@ -16,7 +16,7 @@ from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
 from lightspan.methods.distillation import dino
 from lightspan.methods.distillation.dino import DINO
-from lightspan.nn.dino_head import DINOHead
+from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.objectives.prototypes import centred_softmax
 from lightspan.optim.schedules import cosine_between
 

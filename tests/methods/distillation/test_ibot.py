@@ -14,8 +14,8 @@ from torch import Tensor
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.errors import UserError
 from lightspan.methods.distillation.ibot import IBOT
-from lightspan.nn.block_masks import BlockMasks
-from lightspan.nn.dino_head import DINOHead
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import centred_softmax, sinkhorn
 from lightspan.optim.schedules import cosine_between

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
 from lightspan.methods.distillation.mmc import MMC
-from lightspan.nn.block_masks import MaskedPatches
-from lightspan.nn.corruption import GroupCorruption
-from lightspan.nn.dino_head import DINOHead
-from lightspan.nn.patches import patchify
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.masking.block_masks import MaskedPatches
+from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.sequences.patches import patchify
 from lightspan.objectives.prototypes import centred_softmax
 
 BATCHES = [batch(seed=seed, locals_=0) for seed in range(4)]

@@ -21,8 +21,8 @@ from lightspan.errors import UserError
 from lightspan.methods.distillation import poa
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.poa import POA
-from lightspan.nn.block_masks import BlockMasks, MaskedPatches
-from lightspan.nn.dino_head import DINOHead
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.masking.block_masks import BlockMasks, MaskedPatches
 from lightspan.nn.slices import widened
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import sinkhorn

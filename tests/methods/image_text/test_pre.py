@@ -17,7 +17,7 @@ from lightspan.config.resolve import resolve
 from lightspan.datamodules.image_text.scenes import THINGS, Scenes
 from lightspan.errors import UserError
 from lightspan.methods.image_text.pre import PRE, harmonic_mean
-from lightspan.nn.token_lstm import TokenLSTM
+from lightspan.nn.sequences.token_lstm import TokenLSTM
 
 NAMES, WORDS = ["red ring", "blue bar", "large white cross", "disc"], HashedWords(64)
 

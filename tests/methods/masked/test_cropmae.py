@@ -14,8 +14,8 @@ from lightspan.backbones.vit import vit
 from lightspan.datamodules.images.views import Plain
 from lightspan.errors import UserError
 from lightspan.methods.masked.cropmae import CropMAE
-from lightspan.nn.cross_decoder import CrossDecoder, CrossFirst
-from lightspan.nn.mask_samplers import RandomMasks, seen_and_hidden
+from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
+from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
 
 
 def method(optimizer: Any = torch.optim.SGD, dropout: float = 0.0, **settings: Any) -> CropMAE:

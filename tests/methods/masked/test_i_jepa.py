@@ -11,8 +11,8 @@ from method_runs import fit, two_ranks_train_as_one
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
 from lightspan.methods.masked.i_jepa import IJEPA
-from lightspan.nn.mask_decoder import MaskDecoder
-from lightspan.nn.multi_block import MultiBlock
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.optim.schedules import line_between
 
 

@@ -15,10 +15,10 @@ from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
 from lightspan.methods.masked.mae import MAE
-from lightspan.nn.block_masks import BlockMasks
-from lightspan.nn.mask_decoder import MaskDecoder
-from lightspan.nn.mask_samplers import RandomMasks, seen_and_hidden
-from lightspan.nn.positions import sincos
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
+from lightspan.nn.sequences.positions import sincos
 
 
 def method(optimizer: Any = torch.optim.SGD, channels: int = 1, **settings: Any) -> MAE:

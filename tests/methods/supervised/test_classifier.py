@@ -13,7 +13,7 @@ from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.supervised.classifier import Classifier
-from lightspan.nn.grassmann_head import GrassmannHead
+from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.subspaces.projections import Fastfood
 

@@ -1,0 +1,47 @@
+"""The sequence that a decoder starts from: what an encoder saw, and mask tokens where it is asked to guess.
+
+Shapes: B batch, P prefix tokens, K places seen, M places asked for, D width of the encoder, w of the decoder.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.nn.sequences.patches import at_places
+from lightspan.nn.sequences.positions import sincos
+
+
+class MaskedSequence(nn.Module):
+    """Tokens of an encoder at the decoder's width, then one learned token at each place asked for, with positions.
+
+    Positions are fixed sines and cosines of the places, so that the order of tokens carries nothing.
+
+    Args:
+        in_features: D.
+        width: w, a multiple of 2 for each axis of the grid.
+    """
+
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(in_features, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)  # MAE's start
+
+    def forward(self, tokens_BSD: Tensor, at_BK: Tensor, ask_BM: Tensor, grid: Sequence[int]) -> Tensor:
+        """[B P+K+M w]. The first P = S - K tokens have no position.
+
+        Args:
+            at_BK, ask_BM: int64, places counted row by row.
+        """
+        seen_BSw = self.embed(tokens_BSD)
+        positions_BTw = positions(seen_BSw, grid)
+        prefix = tokens_BSD.shape[1] - at_BK.shape[1]
+        prefix_BPw, seen_BKw = seen_BSw[:, :prefix], seen_BSw[:, prefix:] + at_places(positions_BTw, at_BK)
+        masks_BMw = self.mask_token.to(seen_BSw.dtype) + at_places(positions_BTw, ask_BM)
+        return torch.cat([prefix_BPw, seen_BKw, masks_BMw], dim=1)
+
+
+def positions(like_BSw: Tensor, grid: Sequence[int]) -> Tensor:
+    """Sines and cosines of a grid, [B T w], for tokens of this width, on their device and in their type."""
+    table_Tw = sincos(grid, like_BSw.shape[2], device=like_BSw.device).to(like_BSw.dtype)
+    return table_Tw.expand(len(like_BSw), -1, -1)

@@ -1,0 +1,119 @@
+"""Masks of patches, as functions of seed, step and the image's number: ranks, workers and resumed runs draw the same.
+
+Source: Bao et al., "BEiT", 2021, arXiv 2106.08254, algorithm 1 (blocks); Zhou et al., "iBOT", 2021, arXiv 2111.07832
+(half of the images masked, at a random ratio). The last patches that no block fits are drawn one by one, as DINOv3's
+code does it, so that a mask has exactly as many patches as were asked for.
+Shapes: B images, H W grid of patches, N masked patches of all images, w width.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.nn.masking.mask_samplers import MaskSampler
+
+LEAST_BLOCK, ATTEMPTS = 4, 10
+"""Patches of the smallest block, and how often one that does not fit is drawn anew: BEiT's."""
+
+
+@dataclass(frozen=True)
+class BlockMasks(MaskSampler):
+    """Masks a share of the images, each at a ratio of its own, by rectangles.
+
+    Args:
+        probability: that an image is masked at all, in [0, 1].
+        ratio: share of its patches, least and most, in [0, 1]; uniform between them.
+        aspect: of a block, height by width: uniform in the logarithm between this and its inverse, in (0, 1].
+        seed: >= 0.
+        least_block: patches of the smallest block, at least 1; those that no block of this size fits are drawn one by
+            one.
+    """
+
+    probability: float = 0.5
+    ratio: tuple[float, float] = (0.1, 0.5)
+    aspect: float = 0.3
+    seed: int = 0
+    least_block: int = LEAST_BLOCK
+
+    def __post_init__(self) -> None:
+        least, most = self.ratio
+        shares = 0 <= self.probability <= 1 and 0 <= least <= most <= 1 and 0 < self.aspect <= 1
+        if not (shares and self.seed >= 0 and self.least_block >= 1):
+            raise UserError(
+                f"BlockMasks: probability={self.probability} must lie in [0, 1], ratio={list(self.ratio)} be two "
+                f"numbers with 0 <= least <= most <= 1, aspect={self.aspect} lie in (0, 1], seed={self.seed} be at "
+                f"least 0, and least_block={self.least_block} at least 1"
+            )
+
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B H W], see `MaskSampler`. Raises: UserError for a grid that has not two axes."""
+        if len(grid) != 2:
+            raise UserError(f"BlockMasks hide rectangles of a grid with two axes, and this is {list(grid)}")
+        height, width = grid
+        masks_BHW = np.zeros((len(indices), height, width), dtype=bool)
+        for mask_HW, index in zip(masks_BHW, indices, strict=True):
+            generator = np.random.default_rng((self.seed, step, index, view))
+            masked, share = generator.random(2)
+            if masked < self.probability:
+                ratio = self.ratio[0] + share * (self.ratio[1] - self.ratio[0])
+                fill_blocks(mask_HW, int(ratio * height * width), self.aspect, generator, self.least_block)
+        return masks_BHW
+
+
+class MaskedPatches(NamedTuple):
+    """Masks as networks and losses read them, on their device; made from arrays, so that no number of patches has to be
+    asked of it.
+
+    Attributes:
+        hidden_BHW: bool, the masks.
+        place_N: int64, of each masked patch among all B H W.
+        weight_N: float32, 1 / (masked patches of its image x B): a weighted sum is the mean over images of that over
+            their masked patches, with 0 for an image without (iBOT's).
+    """
+
+    hidden_BHW: Tensor
+    place_N: Tensor
+    weight_N: Tensor
+
+    @classmethod
+    def of(cls, masks_BHW: np.ndarray, device: torch.device | str = "cpu") -> "MaskedPatches":
+        counts_B = masks_BHW.sum(axis=(1, 2))
+        weight_N = np.repeat(1 / (np.maximum(counts_B, 1) * max(len(counts_B), 1)), counts_B).astype(np.float32)
+        arrays = masks_BHW, np.flatnonzero(masks_BHW), weight_N
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    def tokens(self, tokens_BTw: Tensor) -> Tensor:
+        """[N w], those of masked patches; T = H W."""
+        return tokens_BTw.flatten(0, 1).index_select(0, self.place_N)
+
+
+def fill_blocks(
+    mask_HW: np.ndarray, count: int, aspect: float, generator: np.random.Generator, least: int = LEAST_BLOCK
+) -> None:
+    """Sets exactly `count` entries of an empty mask, by blocks of about `least` patches and more, which may overlap."""
+    height, width = mask_HW.shape
+    left = count
+    while left > 0:
+        for _ in range(ATTEMPTS):
+            area = generator.uniform(least, max(least, left))
+            ratio = math.exp(generator.uniform(math.log(aspect), -math.log(aspect)))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if not (0 < h <= height and 0 < w <= width):
+                continue
+            top, side = generator.integers(height - h + 1), generator.integers(width - w + 1)
+            block = mask_HW[top : top + h, side : side + w]
+            added = block.size - int(block.sum())
+            if 0 < added <= left:
+                block[:] = True
+                left -= added
+                break
+        else:
+            free = np.flatnonzero(~mask_HW)
+            mask_HW.flat[generator.choice(free, left, replace=False)] = True
+            return

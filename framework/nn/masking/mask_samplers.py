@@ -1,0 +1,144 @@
+"""Masks of patches with exact counts, as functions of seed, step, image and view: ranks, workers and resumed runs draw
+the same. `lightspan.nn.masking.block_masks` has those of BEiT and iBOT, `lightspan.nn.masking.multi_block` those of
+I-JEPA.
+
+Each sampler has `draw(grid, step, indices, view=0)` -> bool [B grid...], True where a patch is hidden.
+Shapes: B images, grid of 1 to 3 axes.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightspan.devices import has_values
+from lightspan.errors import UserError
+from lightspan.nn.sequences.patches import places
+
+
+class MaskSampler(ABC):
+    """Draws masks; methods that pick patches by place need one count for all images of a batch."""
+
+    @abstractmethod
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B grid...], True where a patch is hidden.
+
+        Args:
+            indices: the images' numbers in their dataset.
+            view: number of the view, each of which has masks of its own.
+        """
+
+
+def visible_count(ratio: float, patches: int) -> int:
+    """How many of the patches stay visible: the whole part of (1 - ratio) of them (MAE's), but one at least."""
+    return max(1, int(round((1 - ratio) * patches, 6)))  # 0.1 * 100 is a little below 10
+
+
+def image_numbers(index_B: Tensor) -> list[int]:
+    """The images' numbers of a batch; `lightspan plan`, which knows none, gets some instead."""
+    return index_B.tolist() if has_values(index_B) else list(range(len(index_B)))
+
+
+def seen_and_hidden(masks_B: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Places of the patches that are not masked and of those that are: int64 [B K] and [B M], on a device.
+
+    Raises: UserError for masks with different counts.
+    """
+    return torch.from_numpy(places(~masks_B)).to(device), torch.from_numpy(places(masks_B)).to(device)
+
+
+def _require(kind: str, ratio: float, seed: int) -> None:
+    if not (0 <= ratio < 1 and seed >= 0):
+        raise UserError(f"{kind}: ratio={ratio} must lie in [0, 1), and seed={seed} be at least 0")
+
+
+@dataclass(frozen=True)
+class RandomMasks(MaskSampler):
+    """Hides patches drawn one by one, without replacement (He et al., "MAE", 2021, arXiv 2111.06377).
+
+    Args:
+        ratio: hidden share, in [0, 1); `visible_count` says how many stay.
+        seed: >= 0.
+    """
+
+    ratio: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("RandomMasks", self.ratio, self.seed)
+
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B grid...], see `MaskSampler`."""
+        patches = math.prod(grid)
+        hidden = np.ones((len(indices), patches), dtype=bool)
+        for row, index in zip(hidden, indices, strict=True):
+            generator = np.random.default_rng((self.seed, step, index, view))
+            row[generator.permutation(patches)[: visible_count(self.ratio, patches)]] = False
+        return hidden.reshape(len(indices), *grid)
+
+
+@dataclass(frozen=True)
+class TubeMasks(MaskSampler):
+    """Hides the same patches in every frame of a clip, whose first axis is time (Tong et al., "VideoMAE", 2022, arXiv
+    2203.12602).
+
+    Args:
+        ratio, seed: as in `RandomMasks`, of each frame.
+    """
+
+    ratio: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("TubeMasks", self.ratio, self.seed)
+
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B grid...], see `MaskSampler`. Raises: UserError for a grid of one axis, which has no frames."""
+        if len(grid) < 2:
+            raise UserError(f"TubeMasks need a grid of time and at least one axis of space, and this is {list(grid)}")
+        frame = RandomMasks(self.ratio, self.seed).draw(grid[1:], step, indices, view)
+        return np.broadcast_to(frame[:, None], (len(indices), *grid)).copy()
+
+
+@dataclass(frozen=True)
+class SpanMasks(MaskSampler):
+    """Hides runs of neighbours in a sequence: their lengths are drawn at random until exactly as many are hidden.
+
+    Source: Joshi et al., "SpanBERT", 2019, arXiv 1907.10529: geometric lengths, cut off at `longest`, at uniform
+    starts. Spans may meet or overlap; the last is shortened to fit the count.
+
+    Args:
+        ratio, seed: as in `RandomMasks`.
+        mean: length of a span before it is cut off, >= 1.
+        longest: >= 1.
+    """
+
+    ratio: float = 0.15
+    mean: float = 5.0
+    longest: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("SpanMasks", self.ratio, self.seed)
+        if not (1 <= self.mean < math.inf and self.longest >= 1):
+            raise UserError(f"SpanMasks: mean={self.mean} and longest={self.longest} must be at least 1, and finite")
+
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B grid...], see `MaskSampler`; patches of more than one axis follow each other row by row."""
+        patches = math.prod(grid)
+        hidden = np.zeros((len(indices), patches), dtype=bool)
+        for row, index in zip(hidden, indices, strict=True):
+            generator = np.random.default_rng((self.seed, step, index, view))
+            left = patches - visible_count(self.ratio, patches)
+            while left:
+                length = min(int(generator.geometric(1 / self.mean)), self.longest)
+                # A span starts at a place that is not hidden, so that each adds to the count.
+                start = generator.choice(np.flatnonzero(~row))
+                span = row[start : start + length]
+                span[np.flatnonzero(~span)[:left]] = True
+                left = patches - visible_count(self.ratio, patches) - int(row.sum())
+        return hidden.reshape(len(indices), *grid)

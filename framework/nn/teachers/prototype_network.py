@@ -1,0 +1,84 @@
+"""A transformer whose class tokens and masked patches several heads score: the networks of iBOT and POA, and of DINO
+with a transformer.
+
+A network without tokens, such as a ResNet, has no masked patches to score and does not fit; its methods call
+`lightspan.nn.multi_crop.one_pass_a_size` and their heads themselves.
+Shapes: V views of B images, the first G of them with masks; H W grid of patches, T tokens (class token, registers, H W
+patches), w width of the tokens, K prototypes of a head, N masked patches.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.masking.block_masks import MaskedPatches
+from lightspan.nn.multi_crop import one_pass_a_size
+from lightspan.nn.sequences.token_backbone import require_tokens
+from lightspan.nn.slices import widened
+
+
+class SeenViews(NamedTuple):
+    """What a network says of its views: class tokens, and by head the scores of these and of masked patches."""
+
+    class_VBw: Tensor
+    scores_VBK: list[Tensor]
+    patches_NK: list[Tensor]
+
+    @property
+    def by_head(self) -> list[tuple[Tensor, Tensor]]:
+        """Scores of class tokens and of masked patches."""
+        return [*zip(self.scores_VBK, self.patches_NK, strict=True)]
+
+
+class PrototypeNetwork(nn.Module):
+    """One pass of the backbone for each run of views of one size, then all heads on what it gives.
+
+    Args:
+        backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone` with a class token and a mask token, such as
+            `lightspan.backbones.vit.TokenViT` or `lightspan.backbones.elastic.ElasticViT`. Tokens may be narrower than
+            `num_features`, and are then filled up by `lightspan.nn.slices.widened`.
+        heads: [..., num_features] -> [..., K], at least one. Class tokens and patches share them.
+    Raises: UserError for a backbone without tokens, or without a class token; for no head, or one of another width.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: Sequence[DINOHead]) -> None:
+        super().__init__()
+        if require_tokens(backbone, "PrototypeNetwork").num_prefix_tokens < 1:
+            raise UserError("PrototypeNetwork scores the class token, and this backbone has none; set class_token=true")
+        widths, given = [head.in_features for head in heads], backbone.num_features
+        if not heads or set(widths) != {given}:
+            raise UserError(
+                f"heads take {widths} features, and {type(backbone).__name__} gives {given}; give one head or more "
+                f"with in_features={given}"
+            )
+        self.backbone, self.heads = backbone, nn.ModuleList(heads)
+
+    @property
+    def prototypes(self) -> list[nn.Module]:
+        return [head.prototypes for head in self.heads]  # type: ignore[misc]
+
+    def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> SeenViews:
+        """Scores of all class tokens and of the masked patches.
+
+        Args:
+            views: of at least one image; row b of all comes from image b.
+            masked: patches that are scored, of the first G views.
+            hide: whether the network has to guess what they show.
+            options: handed to `tokens` of the backbone.
+        """
+        tokens, images = self.backbone.tokens, len(views[0])
+        count = len(masked.hidden_BHW) // images
+        mask_BHW = masked.hidden_BHW if hide else None
+        tokens_BTw = tokens(torch.cat([*views[:count]]), mask_BHW=mask_BHW, **options)  # type: ignore[operator]
+        others = one_pass_a_size(lambda image_BChw: tokens(image_BChw, **options)[:, 0], views[count:])  # type: ignore[operator]
+        class_VBw = torch.cat([tokens_BTw[:, 0], *others]).unflatten(0, (len(views), images))
+        patches_Nw = masked.tokens(tokens_BTw[:, self.backbone.num_prefix_tokens :])
+        rows = widened(torch.cat([class_VBw.flatten(0, 1), patches_Nw]), self.backbone.num_features)  # type: ignore[arg-type]
+        scores = [head(rows).split([len(views) * images, len(patches_Nw)]) for head in self.heads]
+        return SeenViews(
+            class_VBw, [of_class.unflatten(0, (len(views), images)) for of_class, _ in scores], [of for _, of in scores]
+        )

@@ -1,0 +1,151 @@
+"""Mask samplers: exact counts, and functions of (seed, step, image, view) alone."""
+
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+
+from lightspan.errors import UserError
+from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.mask_samplers import RandomMasks, SpanMasks, TubeMasks, image_numbers, visible_count
+from lightspan.nn.masking.multi_block import Blocks, MultiBlock
+from lightspan.nn.sequences.patches import places
+
+EXACT = {
+    "random": (RandomMasks(0.75), (7, 7)), "tube": (TubeMasks(0.9), (3, 4, 5)), "span": (SpanMasks(0.3), (40,)),
+    "block": (BlockMasks(1.0, (0.5, 0.5), least_block=16), (14, 14)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_every_mask_has_the_count_asked_for(kind: str) -> None:
+    sampler, grid = EXACT[kind]
+    masks: Any = sampler.draw(grid, 3, range(1000))
+    assert masks.shape == (1000, *grid)
+    frames, patches = (3, 20) if kind == "tube" else (1, int(np.prod(grid)))
+    hidden = {"random": 49 - 12, "tube": 3 * (20 - 2), "span": 40 - 28, "block": 98}[kind]
+    assert set(masks.reshape(1000, -1).sum(axis=1)) == {hidden}
+    assert frames * patches == np.prod(grid)
+    assert places(masks).shape == (1000, hidden)
+    assert np.all(masks.reshape(1000, -1).any(axis=0))  # each patch is hidden in some
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_mask_is_a_function_of_seed_step_image_and_view_whatever_the_batch(kind: str) -> None:
+    sampler, grid = EXACT[kind]
+    whole: Any = sampler.draw(grid, 11, [5, 9, 2, 7])
+    parts = [sampler.draw(grid, 11, part) for part in ([5], [9, 2, 7])]
+    assert np.array_equal(np.concatenate(parts), whole)
+    others = [sampler.draw(grid, 12, [5, 9, 2, 7]), sampler.draw(grid, 11, [5, 9, 2, 7], view=1)]
+    assert not any(np.array_equal(other, whole) for other in others)
+    assert sampler.draw(grid, 0, []).shape == (0, *grid)
+
+
+@settings(deadline=None, max_examples=25)
+@given(patches=st.integers(1, 300), ratio=st.floats(0, 0.999))
+def test_at_least_one_patch_stays_visible(patches: int, ratio: float) -> None:
+    assert 1 <= visible_count(ratio, patches) <= patches
+    for sampler in (RandomMasks(ratio), SpanMasks(ratio)):
+        assert (~sampler.draw((patches,), 0, [1])).sum() == visible_count(ratio, patches)
+
+
+def test_counts_of_papers() -> None:
+    assert visible_count(0.75, 196) == 49  # MAE
+    assert visible_count(0.985, 196) == 2  # CropMAE
+    assert visible_count(0.9, 100) == 10  # not 9, as binary fractions would have it
+    assert visible_count(0.985, 9) == 1
+
+
+def test_tubes_hide_the_same_patches_in_every_frame_and_need_frames() -> None:
+    masks = TubeMasks(0.5).draw((4, 3, 3), 0, range(20))
+    assert np.array_equal(masks, np.broadcast_to(masks[:, :1], masks.shape))
+    with pytest.raises(UserError, match="TubeMasks need a grid of time"):
+        TubeMasks(0.5).draw((8,), 0, [0])
+
+
+def test_spans_are_runs_of_about_the_length_asked_for() -> None:
+    def mean_run(masks: np.ndarray) -> float:
+        runs = [len([*run]) for row in masks for hidden, run in groupby(row) if hidden]
+        return float(np.mean(runs))
+
+    masks = SpanMasks(0.15, mean=5.0, longest=10).draw((200,), 0, range(200))
+    alone = RandomMasks(0.15).draw((200,), 0, range(200))
+    assert mean_run(masks) > 3.5 > 1.5 > mean_run(alone)
+
+
+@pytest.mark.parametrize("make", [lambda: RandomMasks(1.0), lambda: TubeMasks(-0.1), lambda: SpanMasks(0.5, seed=-1)])
+def test_settings_out_of_range_are_refused(make: Any) -> None:
+    with pytest.raises(UserError, match=r"ratio=.* must lie in \[0, 1\)"):
+        make()
+
+
+def test_spans_need_a_length() -> None:
+    with pytest.raises(UserError, match=r"mean=0\.5 and longest=10 must be at least 1"):
+        SpanMasks(0.5, mean=0.5)
+
+
+def test_a_plan_knows_how_many_images_there_are_but_not_which() -> None:
+    assert image_numbers(torch.tensor([4, 2])) == [4, 2]
+    with FakeTensorMode():
+        assert len(image_numbers(torch.zeros(100, dtype=torch.int64))) == 100
+
+
+def drawn(sampler: MultiBlock, *place: Any) -> Blocks:
+    """As arrays."""
+    return Blocks(*(np.asarray(places) for places in sampler.draw(*place)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    height=st.integers(1, 14), width=st.integers(1, 14), keep=st.floats(0.01, 1.0), targets=st.integers(1, 5),
+    scale=st.floats(0.01, 1.0), step=st.integers(0, 9),
+)  # fmt: skip
+def test_contexts_have_one_count_and_targets_one_size_on_any_grid(
+    height: int, width: int, keep: float, targets: int, scale: float, step: int
+) -> None:
+    sampler = MultiBlock(targets, (scale, scale), context_keep=keep)
+    blocks = drawn(sampler, (height, width), step, [3, 8])
+    assert blocks.context_BK.shape == (2, max(1, int(round(keep * height * width, 6))))
+    assert blocks.targets_BNM.shape[:2] == (2, targets)
+    for one in (*blocks.context_BK, *blocks.targets_BNM.reshape(2 * targets, -1)):
+        assert len(set(one)) == len(one)
+        assert 0 <= one.min() <= one.max() < height * width
+
+
+def test_targets_are_rectangles_of_the_step_outside_the_context() -> None:
+    sampler = MultiBlock(seed=2)
+    sizes = set()
+    for step in range(20):
+        blocks = drawn(sampler, (14, 14), step, range(30))
+        of_step = set()
+        for context, targets in zip(*blocks, strict=True):
+            assert not set(context) & set(targets.ravel())
+            for target in targets:
+                rows, columns = np.unique(target // 14), np.unique(target % 14)
+                assert len(rows) * len(columns) == len(target)
+                assert np.ptp(rows) + 1 == len(rows)
+                assert np.ptp(columns) + 1 == len(columns)
+                of_step.add((len(rows), len(columns)))
+        assert len(of_step) == 1
+        sizes |= of_step
+        assert 0.85 * 0.15 * 196 <= blocks.targets_BNM.shape[2] <= 1.15 * 0.2 * 196  # sides are rounded
+    assert len(sizes) > 3
+
+
+def test_blocks_are_a_function_of_seed_step_image_and_view_whatever_the_batch() -> None:
+    sampler = MultiBlock()
+    whole, part = drawn(sampler, (14, 14), 5, [5, 9, 2]), drawn(sampler, (14, 14), 5, [9, 2])
+    assert all(np.array_equal(a[1:], b) for a, b in zip(whole, part, strict=True))
+    for other in (sampler.draw((14, 14), 5, [5, 9, 2], view=1), MultiBlock(seed=1).draw((14, 14), 5, [5, 9, 2])):
+        assert not np.array_equal(other.context_BK, whole.context_BK)
+    assert [len(part) for part in sampler.draw((14, 14), 5, [])] == [0, 0]
+
+
+def test_settings_of_blocks_out_of_range_are_refused() -> None:
+    with pytest.raises(UserError, match=r"MultiBlock: targets=0 must be at least 1"):
+        MultiBlock(targets=0)
