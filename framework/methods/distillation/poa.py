@@ -11,8 +11,8 @@ equations in the paper could not be looked up), where
   the mean over local views, which no number of pairs divides;
 - KoLeo: of both students' class tokens before the heads, summed over the global views.
 The parts are `lightspan.backbones.elastic`, `.nn.teachers.prototype_network`, `.nn.teachers.ema`, `.nn.subnets`,
-`.nn.masking.block_masks` and `.objectives.prototypes`. Differences from the authors' code: prototypes have unit length (their gains start at 1 and
-are trained), KoLeo looks for neighbours on all ranks, masks depend on each image alone.
+`.nn.masking.block_masks` and `.objectives.prototypes`. Differences from the authors' code: prototypes have unit length
+(their gains start at 1 and are trained), KoLeo looks for neighbours on all ranks, masks depend on each image alone.
 Shapes: B batch of this rank, G global and V views, H W grid of a global view, w width, K prototypes, N masked patches.
 """
 
