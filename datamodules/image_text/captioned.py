@@ -1,18 +1,18 @@
 """What sets of pictures with captions share. Shapes: N pairs of a set, T tokens, C H W image."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.images.small import ImageSamples, Labelled, channel_moments, evenly
 from lightspan.datamodules.images.views import Views
-from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.errors import UserError
 
 
@@ -53,7 +53,7 @@ class PairSamples:
         return sample | text
 
 
-class CaptionedImages(LightningDataModule, ABC):
+class CaptionedImages(SampleSets):
     """Pictures, each with a caption and a class: batches of `LabelledImageTextBatch`.
 
     Images are standardised with the mean and deviation of the training images. `class_names` says what the classes
@@ -136,23 +136,9 @@ class CaptionedImages(LightningDataModule, ABC):
             f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))} with captions"
         )
 
-    def train_dataloader(self) -> ExactLoader:
-        assert self.train is not None
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
-
-    def bank_dataloader(self) -> EvaluationLoader:
-        """The training pairs without views, in order: what probes fit on."""
-        return self._evaluate(self.bank)
-
-    def val_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.val)
-
     def test_dataloader(self) -> EvaluationLoader:
         return self._evaluate(self.test)
 
     def _samples(self, pairs: Captioned, view: Views | None = None) -> PairSamples:
         images = ImageSamples(Labelled(pairs.images, pairs.labels), *self.moments, view)
         return PairSamples(images, *tokenized(self.tokenizer, pairs.captions, self.length))
-
-    def _evaluate(self, samples: PairSamples) -> EvaluationLoader:
-        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)

@@ -79,4 +79,4 @@ class FewShots(ImageData):
         if self.bank_views is None:
             return super().bank_dataloader()
         viewed = ImageSamples(self.bank.data, self.bank.mean, self.bank.std, self.bank_views)
-        return self._evaluate(_Epochs(viewed, self.epochs, self.seed))  # type: ignore[arg-type]
+        return self._evaluate(_Epochs(viewed, self.epochs, self.seed))

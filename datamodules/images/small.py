@@ -6,19 +6,19 @@ Shapes: N images of a set, C H W image.
 import gzip
 import importlib.util
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 
 from lightspan.datamodules.images.augment.fields import ImageFields, Place
 from lightspan.datamodules.images.views import Views
-from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.errors import UserError
 from lightspan.files import expanded
 
@@ -97,7 +97,7 @@ def channel_moments(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean_C, std_C))  # type: ignore[return-value]
 
 
-class ImageData(LightningDataModule, ABC):
+class ImageData(SampleSets):
     """What image sets share. A subclass names its classes and shape, and loads.
 
     Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`.
@@ -117,6 +117,9 @@ class ImageData(LightningDataModule, ABC):
 
     num_classes: ClassVar[int]
     image_shape: ClassVar[tuple[int, int, int]]  # C H W
+    train: ImageSamples | None
+    bank: ImageSamples
+    val: ImageSamples
 
     def __init__(
         self,
@@ -172,22 +175,8 @@ class ImageData(LightningDataModule, ABC):
         assert self.train is not None
         return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
 
-    def train_dataloader(self) -> ExactLoader:
-        assert self.train is not None
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
-
-    def bank_dataloader(self) -> EvaluationLoader:
-        """The training images without views, in order: what probes fit on."""
-        return self._evaluate(self.bank)
-
-    def val_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.val)
-
     def test_dataloader(self) -> EvaluationLoader:
         return self._evaluate(self.test)
-
-    def _evaluate(self, samples: ImageSamples) -> EvaluationLoader:
-        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
 
 
 class Digits(ImageData):

@@ -4,21 +4,20 @@ Shapes: N pictures, S side in pixels.
 """
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 
 from lightspan.datamodules.images.augment.fields import Place
 from lightspan.datamodules.images.small import ImageSamples, channel_moments
 from lightspan.datamodules.images.views import Views
-from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import Order
-from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.errors import UserError
 
 
@@ -77,7 +76,7 @@ def held_out(names: Sequence[str], labels: np.ndarray, share: float) -> np.ndarr
     return chosen
 
 
-class PictureData(LightningDataModule, ABC):
+class PictureData(SampleSets):
     """Pictures of the user's own. A subclass finds them.
 
     Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`, always
@@ -154,17 +153,6 @@ class PictureData(LightningDataModule, ABC):
         assert self.train is not None
         return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
 
-    def train_dataloader(self) -> ExactLoader:
+    def training_order(self) -> Order:
         assert self.train is not None
-        order = Order((len(self.train),), content=self._content)
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
-
-    def bank_dataloader(self) -> EvaluationLoader:
-        """The training pictures without views, in order: what probes fit on."""
-        return self._evaluate(self.bank)
-
-    def val_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.val)
-
-    def _evaluate(self, samples: ImageSamples) -> EvaluationLoader:
-        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
+        return Order((len(self.train),), content=self._content)

@@ -3,17 +3,17 @@
 Shapes: N rows, F columns.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 
 from lightspan.datamodules.images.views import seeded
-from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.errors import UserError
 
@@ -64,7 +64,7 @@ class RowSamples:
             return {"views": self.views(row_F), **rest}
 
 
-class TableData(LightningDataModule, ABC):
+class TableData(SampleSets):
     """What tables share. A subclass says how many columns it has, and loads. A fifth of the rows is for testing.
 
     Training batches are `TableViewsBatch` if `views` is given, else `TableBatch`; all other batches are `TableBatch`.
@@ -131,22 +131,8 @@ class TableData(LightningDataModule, ABC):
             f"{len(self.test)} test rows of {table.shape[1]} columns"
         )
 
-    def train_dataloader(self) -> ExactLoader:
-        assert self.train is not None
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
-
-    def bank_dataloader(self) -> EvaluationLoader:
-        """The training rows without views, in order: what probes fit on."""
-        return self._evaluate(self.bank)
-
-    def val_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.val)
-
     def test_dataloader(self) -> EvaluationLoader:
         return self._evaluate(self.test)
-
-    def _evaluate(self, samples: RowSamples) -> EvaluationLoader:
-        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
 
 
 class Diabetes(TableData):

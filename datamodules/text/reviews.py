@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
-from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.errors import UserError
 
@@ -44,7 +44,7 @@ class ReviewSamples:
         }
 
 
-class FoodReviews(LightningDataModule):
+class FoodReviews(SampleSets):
     """4,000 training and 1,000 test reviews of food (McAuley and Leskovec 2013), batches of `LabelledTextBatch`.
 
     Label 1 is the verdict `great` (the best score), 0 any other; about two thirds are great. Each review is truncated
@@ -103,30 +103,15 @@ class FoodReviews(LightningDataModule):
         rest = np.setdiff1d(np.arange(count), held_out)
         rest = spaced(rest, self.train_size or len(rest))
         validation = Tokenized(*(array[held_out] for array in training)) if self.val_size else test
-        self.train = ReviewSamples(Tokenized(*(array[rest] for array in training)))
+        self.train = self.bank = ReviewSamples(Tokenized(*(array[rest] for array in training)))
         self.val, self.test = ReviewSamples(validation), ReviewSamples(test)
         say(
             f"reviews: {len(self.train)} training, {len(self.val)} validation and {len(self.test)} test reviews, "
             f"{self.val.data.labels.mean():.1%} of the validation reviews great"
         )
 
-    def train_dataloader(self) -> ExactLoader:
-        assert self.train is not None
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
-
-    def bank_dataloader(self) -> EvaluationLoader:
-        """The training reviews in order: what probes fit on."""
-        assert self.train is not None
-        return self._evaluate(self.train)
-
-    def val_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.val)
-
     def test_dataloader(self) -> EvaluationLoader:
         return self._evaluate(self.test)
-
-    def _evaluate(self, samples: ReviewSamples) -> EvaluationLoader:
-        return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
 
     def _tokenize(self, texts: list[str], scores: list[str]) -> Tokenized:
         encoded = self.tokenizer(
