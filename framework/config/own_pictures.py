@@ -16,7 +16,6 @@ from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.signatures import Signature, signature
 from lightspan.config.source import Definition, locate
 from lightspan.config.tree import plain
-from lightspan.datamodules.pictures.files import find_pictures
 from lightspan.errors import UserError
 
 DATA = "lightspan.datamodules.pictures.folder.ImageFolder"
@@ -55,6 +54,8 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
     if size < 1:
         raise UserError(f"--image-size {size} must be at least 1 pixel")
     training, validation = _folders(folder.absolute())
+    from lightspan.datamodules.pictures.files import find_pictures  # numpy, which other commands can do without
+
     found = find_pictures(training)
     data, model = resolved.config.get("data") or {}, resolved.config["model"]
     before = data.get("init_args") or {}

@@ -259,7 +259,7 @@ def spoil(folder: Path) -> dict[str, str]:
     (cats / "2.png").write_bytes(b"no image")
     header = b"IHDR" + (2**15).to_bytes(4, "big") * 2 + whole[24:29]  # says that it is 32,768 pixels wide and high
     (cats / "4.png").write_bytes(whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:])
-    return {"0.png": "it is empty", "2.png": "not a JPEG, PNG or WebP", "4.png": "exceeds limit"}
+    return {"0.png": "it is empty", "2.png": "not a JPEG, PNG or WebP", "4.png": "its pixels exceed the limit"}
 
 
 def test_images_that_could_not_be_read_are_not_packed(
