@@ -6,6 +6,10 @@ by 90 degrees. Heads are cosines times a learned number, as CLIP's, so that a me
 longer features. One network 784-256-256 is pretrained on the mixture of tasks and fine-tuned on each for five epochs;
 `evidence/merged_tasks.py` has the split, `evidence/merged_arms.py` the arms. Each has six settings to choose from.
 
+A vision transformer (width 96, depth 4) on drawings of 32 x 32 pixels, three groups of openclipart's folders and the
+topics of tuxpaint's stamps, was tried too and left no room to merge in: on the search seed, over seven pairs of
+pretraining and fine-tuning, single models reached 44.8 % at best, where the base had 39.9 % and task arithmetic 40.7 %.
+
 `python evidence/test_03_concrete_merging_pictures.py world` prints what single models, the base and the best task
 arithmetic reach for each length of pretraining and rate of fine-tuning, and without `world` the search of the arms.
 """

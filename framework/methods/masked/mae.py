@@ -27,7 +27,8 @@ class MAE(Method):
 
     Args:
         backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`, such as `lightspan.backbones.vit.vit`;
-        probes read it. decoder: with out_features = d.
+            probes read it.
+        decoder: with out_features = d.
         masks: hides equally many patches of each image; None is three quarters of them at random.
         normalise: whether targets are normalised patch by patch; without it they are the pixels.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
