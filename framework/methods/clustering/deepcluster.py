@@ -96,9 +96,6 @@ class DeepCluster(Method):
         """Of the rows from which a head's k-means starts."""
         return int(np.random.SeedSequence((self.seed, epoch, head)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Not at Lightning's start of an epoch, which a run that resumes within one or at its end has once more or not
         # at all: the buffer knows.

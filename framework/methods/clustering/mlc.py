@@ -80,9 +80,6 @@ class MLC(Method):
         self.temperature, self.iterations, self.clusters = temperature, iterations, clusters
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def represent(self, image_RCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(Z, C), both [R D] with rows of length 1."""
         pre_RP = self.projector(self.backbone(image_RCHW))

@@ -93,9 +93,6 @@ class SwAV(Method):
     def backbone(self) -> nn.Module:
         return self.network.backbone
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "SwAV", self.global_views)
         z_VBD = F.normalize(self.network(views), dim=-1)

@@ -72,9 +72,6 @@ class MoCo(Method):
         """The student's, which gives the features."""
         return self.student[0]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x1_BCHW, x2_BCHW = views_of(batch, "MoCo", 2)
         query_BD, key_BD = self.student(x1_BCHW), unit(self.teacher(x2_BCHW))

@@ -62,9 +62,6 @@ class BYOL(Method):
         """The student's, which gives the features."""
         return self.student[0]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "BYOL", 2)
         # One pass for each view, as published: a BatchNorm sees one view of all images.

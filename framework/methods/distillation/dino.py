@@ -85,9 +85,6 @@ class DINO(Method):
         """The teacher's, which gives the features."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "DINO", self.global_views)
         taught_GBK = self.teacher(views[: self.global_views])

@@ -103,9 +103,6 @@ class IBOT(Method):
         """The teacher's, which gives the features."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "IBOT", self.global_views)
         grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from  # type: ignore[operator]

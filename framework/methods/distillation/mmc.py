@@ -140,9 +140,6 @@ class MMC(Method):
         """The teacher's, which gives the features."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "MMC", 2)[:2]
         grid, step = self.backbone.grid(views[0]), self.global_step  # type: ignore[operator]

@@ -112,12 +112,8 @@ class POA(Method):
 
     @property
     def backbone(self) -> ElasticViT:
-        """The teacher's, which gives the features and the networks of all sizes."""
+        """The teacher's, which gives the features (class tokens of the whole network) and the networks of all sizes."""
         return self.teacher.module.backbone  # type: ignore[return-value]
-
-    def features(self, batch: Any) -> Tensor:
-        """Class tokens of the whole teacher, [B num_features]."""
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def assignments(self, batch: Any) -> Tensor:
         """The teacher's, to the prototypes of its first head, [B K]."""

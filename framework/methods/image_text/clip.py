@@ -57,12 +57,8 @@ class CLIP(Method):
 
     @property
     def backbone(self) -> nn.Module:
-        """The image encoder."""
+        """The image encoder, which gives the features: those before its map to the common space."""
         return self.encoders.image
-
-    def features(self, batch: Any) -> Tensor:
-        """Of the images, before the map to the common space."""
-        return self.backbone(batch["image"])
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         image_BD = in_chunks(self.encoders.encode_image, self.chunk, batch["image"])
