@@ -77,8 +77,9 @@ class Method(LightningModule):
         """What the loss compares, float [B, P], where collapse shows first: the features through `projector` if a
         method has one, else the features. The collapse sentinel reads it.
 
-        A method whose head has another name, or that compares something else, overrides it. One with prototypes may
-        also define `assignments(batch)` -> [B, K], rows >= 0: to which prototypes its samples belong.
+        A method whose head has another name gives it as a property `projector`, and one that compares something else
+        overrides this. One with prototypes may also define `assignments(batch)` -> [B, K], rows >= 0: to which
+        prototypes its samples belong, without gradients, and before Sinkhorn-Knopp, which hides collapse.
         """
         projector = getattr(self, "projector", None)
         features_BD = self.features(batch)

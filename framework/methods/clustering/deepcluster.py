@@ -88,6 +88,16 @@ class DeepCluster(Method):
     def backbone(self) -> nn.Module:
         return self.network.backbone
 
+    @property
+    def projector(self) -> nn.Module:
+        return self.network.head
+
+    @torch.no_grad()
+    def assignments(self, batch: Any) -> Tensor:
+        """Which prototypes of the first head a batch predicts, [B K]."""
+        z_BD = F.normalize(self.projector(self.features(batch)), dim=1)
+        return (wide(z_BD @ self.prototypes(0).to(z_BD).T) / self.temperature).softmax(dim=1)
+
     def prototypes(self, head: int) -> Tensor:
         """[K D], rows of unit length."""
         return getattr(self, f"prototypes_{head}")

@@ -80,6 +80,10 @@ class MLC(Method):
         self.temperature, self.iterations, self.clusters = temperature, iterations, clusters
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def embeddings(self, batch: Any) -> Tensor:
+        """Z before it is scaled, [B D]."""
+        return self.head(super().embeddings(batch))
+
     def represent(self, image_RCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(Z, C), both [R D] with rows of length 1."""
         pre_RP = self.projector(self.backbone(image_RCHW))

@@ -72,6 +72,11 @@ class MoCo(Method):
         """The student's, which gives the features."""
         return self.student[0]
 
+    @property
+    def projector(self) -> nn.Module:
+        """The student's, which gives the embeddings."""
+        return self.student[1]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x1_BCHW, x2_BCHW = views_of(batch, "MoCo", 2)
         query_BD, key_BD = self.student(x1_BCHW), unit(self.teacher(x2_BCHW))

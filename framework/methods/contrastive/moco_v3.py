@@ -68,6 +68,11 @@ class MoCoV3(Method):
         """The student's, which gives the features."""
         return self.student[0]
 
+    @property
+    def projector(self) -> nn.Module:
+        """The student's, which gives the embeddings."""
+        return self.student[1]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "MoCoV3", 2)
         # One pass for each view, as published: a BatchNorm sees one view of all images.

@@ -140,6 +140,11 @@ class MMC(Method):
         """The teacher's, which gives the features."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
+    @property
+    def projector(self) -> nn.Module:
+        """The teacher's, which gives the embeddings."""
+        return self.teacher.module.projector  # type: ignore[return-value]
+
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "MMC", 2)[:2]
         grid, step = self.backbone.grid(views[0]), self.global_step  # type: ignore[operator]

@@ -60,6 +60,10 @@ class CLIP(Method):
         """The image encoder, which gives the features: those before its map to the common space."""
         return self.encoders.image
 
+    def embeddings(self, batch: Any) -> Tensor:
+        """Of the images, in the common space, [B D]."""
+        return self.encoders.encode_image(batch["image"])
+
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         image_BD = in_chunks(self.encoders.encode_image, self.chunk, batch["image"])
         text_BD = in_chunks(self.encoders.encode_text, self.chunk, batch["tokens"], batch["mask"])

@@ -30,7 +30,7 @@ class Pooled(nn.Module):
         return self.layer(image).tanh().mean(dim=(2, 3))
 
 
-def batch(seed: int) -> dict[str, Any]:
+def batch(seed: int = 1) -> dict[str, Any]:
     return method_runs.batch(seed=seed) | {"index": torch.arange(6) + 6 * seed}
 
 
@@ -125,3 +125,9 @@ def test_bad_settings_are_refused() -> None:
         method(prototypes=(13,))
     with pytest.raises(UserError, match="Sequential has no out_features"):
         DeepCluster(Pooled(), nn.Sequential(nn.Linear(8, 6)), 12, optimizer=torch.optim.SGD)
+
+
+def test_assignments_are_what_the_first_head_predicts() -> None:
+    model, image = method().eval(), BATCHES[0]["views"][0]
+    scores = embedded(model, image) @ model.prototypes(0).T / 0.1
+    torch.testing.assert_close(model.assignments({"image": image}), scores.softmax(dim=1))

@@ -194,3 +194,9 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_a_projector_that_does_not_say_its_width_is_refused() -> None:
     with pytest.raises(UserError, match=r"Sequential has no out_features; use lightspan.nn.heads.projector.Projector"):
         SwAV(Pooled(), nn.Sequential(nn.Linear(8, 6)), optimizer=torch.optim.SGD)
+
+
+def test_assignments_are_what_a_view_predicts() -> None:
+    model, image = method().eval(), batch()["views"][0]
+    scores = embedded(model, image) @ model.prototypes.weight.T / 0.1
+    torch.testing.assert_close(model.assignments({"image": image}), scores.softmax(dim=1))

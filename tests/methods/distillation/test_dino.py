@@ -156,3 +156,10 @@ def test_parts_and_batches_that_do_not_fit_are_refused() -> None:
         DINO(SmallConvNet(width=8, stages=1), DINOHead(16, 9), optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match=r"DINO needs views of which the first global_views=2 .* no kind"):
         method().training_step({"image": torch.zeros(2, 1, 8, 8)}, 0)  # type: ignore[arg-type]
+
+
+def test_the_sentinel_reads_the_teachers_bottleneck_and_its_centred_answers() -> None:
+    model, image = moved(method()).eval(), batch()["views"][0]
+    taught = scores(model.teacher.module, image)
+    torch.testing.assert_close(model.teacher.module.head.prototypes(model.embeddings({"image": image})), taught)
+    torch.testing.assert_close(model.assignments({"image": image}), centred_softmax(taught, model.centre(), 0.07))

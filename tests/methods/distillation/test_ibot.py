@@ -178,3 +178,13 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
+
+
+@pytest.mark.parametrize("centre_momentum", [0.9, None])
+def test_the_sentinel_reads_the_first_heads_bottleneck_and_answers(centre_momentum: float | None) -> None:
+    model, image = moved(method((5, 9), centre_momentum=centre_momentum)).eval(), batch()["views"][0]
+    head = model.teacher.module.heads[0]
+    taught = head(model.teacher.module.backbone.tokens(image)[:, 0])
+    centre = model.centres[0][0]() if centre_momentum else torch.zeros(5)
+    torch.testing.assert_close(head.prototypes(model.embeddings({"image": image})), taught)
+    torch.testing.assert_close(model.assignments({"image": image}), ((taught - centre) / 0.07).softmax(dim=1))
