@@ -23,7 +23,8 @@ from lightspan.wiring.optimizers import wire
 
 
 class Method(LightningModule):
-    """Knows how a method is optimised; a subclass writes its `training_step` and, for probes, `features`.
+    """Knows how a method is optimised; a subclass writes its `training_step` and, if probes cannot read its
+    `backbone`, `features`.
 
     A subclass takes the arguments below as `**optimization: Any` and passes them on; recipes set them like its own.
 
@@ -59,17 +60,26 @@ class Method(LightningModule):
         return batch
 
     def features(self, batch: Any) -> Tensor:
-        """What probes read: float [B, D], before any projector. Raises: UserError if a method defines none."""
-        raise UserError(
-            f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
-        )
+        """What probes read, float [B, D], before any projector: `backbone` of a batch's images, or of its first views.
+
+        A method whose backbone has another name or reads something else overrides it.
+
+        Raises: UserError if it does not, and has no backbone, or a batch has no images.
+        """
+        backbone, holds = getattr(self, "backbone", None), batch if isinstance(batch, Mapping) else {}
+        if not isinstance(backbone, nn.Module) or not ("image" in holds or len(holds.get("views", ()))):
+            raise UserError(
+                f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
+            )
+        return backbone(holds["image"] if "image" in holds else holds["views"][0])
 
     def embeddings(self, batch: Any) -> Tensor:
         """What the loss compares, float [B, P], where collapse shows first: the features through `projector` if a
         method has one, else the features. The collapse sentinel reads it.
 
-        A method whose head has another name, or that compares something else, overrides it. One with prototypes may
-        also define `assignments(batch)` -> [B, K], rows >= 0: to which prototypes its samples belong.
+        A method whose head has another name gives it as a property `projector`, and one that compares something else
+        overrides this. One with prototypes may also define `assignments(batch)` -> [B, K], rows >= 0: to which
+        prototypes its samples belong, without gradients, and before Sinkhorn-Knopp, which hides collapse.
         """
         projector = getattr(self, "projector", None)
         features_BD = self.features(batch)
@@ -80,7 +90,7 @@ class Method(LightningModule):
 
         A method whose backbone has another name, or that reads another part, overrides it.
 
-        Raises: UserError for a layer out of range, and if a method has no backbone or defines no features.
+        Raises: UserError for a layer out of range, and if a method has no backbone or no features.
         """
         backbone = getattr(self, "backbone", None)
         if not isinstance(backbone, nn.Module):

@@ -8,9 +8,12 @@ from typing import Any
 import rank_processes
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.method import Method
+from lightspan.nn.teachers.centring import Centre
 from lightspan.strategies import FSDP2
 
 SILENT: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -53,6 +56,82 @@ def fit(model: Method, batches: Sequence[dict[str, Any]], folder: Path, **option
     trainer = Trainer(default_root_dir=folder, callbacks=callbacks, **options)
     trainer.fit(model, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)  # type: ignore[arg-type]
     return losses.seen
+
+
+class Flat(nn.Module):
+    """A backbone of 8 x 8 pixels whose rows do not see one another: parts of a batch give what all of it gives."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh())
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.layers(x_BCHW)
+
+
+class Pooled(nn.Module):
+    """The same for views of any size."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 8, kernel_size=3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layer(image).tanh().mean(dim=(2, 3))
+
+
+@torch.no_grad()
+def moved(model: Any) -> Any:
+    """With a teacher and centres that are not those of the first step."""
+    torch.manual_seed(1)
+    for parameter in model.teacher.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    for part in model.modules():
+        if isinstance(part, Centre):
+            part.centre_K.copy_(0.2 * torch.randn_like(part.centre_K))
+    return model
+
+
+def stays_finite(model: Method, batches: Sequence[dict[str, Any]], folder: Path, **options: Any) -> None:
+    """Losses and weights do."""
+    assert torch.tensor(fit(model, batches, folder, **options)).isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def resumes(make: Callable[[], Any], given: dict[str, Any], folder: Path, step: int = 2, **options: Any) -> Any:
+    """The model of a straight run, which one that resumes after `step` steps equals bit for bit.
+
+    Args:
+        given: every batch: a plain loader does not know where it was.
+        options: `count` of these in an epoch, 4, and those of `fit`.
+    """
+    straight, resumed, same = make(), make(), [given] * options.pop("count", 4)
+    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(straight, same, folder, callbacks=[saves], enable_checkpointing=True, **options)
+    fit(resumed, same, folder, ckpt_path=folder / f"step={step}.ckpt", **options)
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    return straight
+
+
+def taught(
+    model: Any, batches: Sequence[dict[str, Any]], folder: Path, kept: Callable[[], Tensor]
+) -> tuple[list[float], list[bool]]:
+    """Trains. The momentum with which the teacher follows each step, and whether `kept` is still what it was."""
+    momenta, unchanged, before, follow = list[float](), list[bool](), kept().detach().clone(), model.teacher.follow
+
+    def watched(student: nn.Module, momentum: float) -> None:
+        momenta.append(momentum)
+        unchanged.append(torch.equal(kept(), before))
+        follow(student, momentum)
+
+    model.teacher.follow = watched
+    fit(model, batches, folder)
+    return momenta, unchanged
 
 
 def in_float64(batches: Sequence[dict[str, Any]], part: slice) -> list[dict[str, Any]]:

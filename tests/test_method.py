@@ -142,6 +142,30 @@ def test_labels_below_the_number_of_classes_pass_and_data_modules_keep_their_hoo
     assert not [one for one in recwarn if "on_before_batch_transfer" in str(one.message)]
 
 
+def test_features_are_the_backbone_of_images_or_of_the_first_views() -> None:
+    class Backed(Counts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = self.layer
+
+    image, view = torch.randn(2, 4, 2)
+    method = Backed()
+    assert torch.equal(method.features({"image": image, "views": [view]}), method.layer(image))
+    assert torch.equal(method.features({"views": [view, image]}), method.layer(view))
+
+
+@pytest.mark.parametrize("batch", [{"tokens": torch.ones(4, 2)}, {"views": []}, torch.ones(4, 2)])
+def test_a_method_without_backbone_or_a_batch_without_images_has_no_features(batch: Any) -> None:
+    method = Counts()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"Counts defines no features\(batch\), which probes need; add it"):
+            method.features(batch)
+        method.backbone = method.layer
+    del method.backbone
+    with pytest.raises(UserError, match="Counts defines no features"):
+        method.features({"image": torch.ones(4, 2)})
+
+
 def test_embeddings_are_the_features_through_the_projector_if_there_is_one() -> None:
     class Features(Counts):
         def features(self, batch: Tensor) -> Tensor:

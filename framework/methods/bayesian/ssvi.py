@@ -120,10 +120,6 @@ class SSVI(Method):
         """Logits [B K]; of the posterior mean, but inside of `drawing`."""
         return self.head(self.backbone(image_BCHW))
 
-    def features(self, batch: ImageBatch) -> Tensor:
-        """[B F], before the classifier."""
-        return self.backbone(batch["image"])
-
     def configure_model(self) -> None:
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):

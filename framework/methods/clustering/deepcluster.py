@@ -88,6 +88,16 @@ class DeepCluster(Method):
     def backbone(self) -> nn.Module:
         return self.network.backbone
 
+    @property
+    def projector(self) -> nn.Module:
+        return self.network.head
+
+    @torch.no_grad()
+    def assignments(self, batch: Any) -> Tensor:
+        """Which prototypes of the first head a batch predicts, [B K]."""
+        z_BD = F.normalize(self.projector(self.features(batch)), dim=1)
+        return (wide(z_BD @ self.prototypes(0).to(z_BD).T) / self.temperature).softmax(dim=1)
+
     def prototypes(self, head: int) -> Tensor:
         """[K D], rows of unit length."""
         return getattr(self, f"prototypes_{head}")
@@ -95,9 +105,6 @@ class DeepCluster(Method):
     def start_seed(self, epoch: int, head: int) -> int:
         """Of the rows from which a head's k-means starts."""
         return int(np.random.SeedSequence((self.seed, epoch, head)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Not at Lightning's start of an epoch, which a run that resumes within one or at its end has once more or not

@@ -80,8 +80,9 @@ class MLC(Method):
         self.temperature, self.iterations, self.clusters = temperature, iterations, clusters
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+    def embeddings(self, batch: Any) -> Tensor:
+        """Z before it is scaled, [B D]."""
+        return self.head(super().embeddings(batch))
 
     def represent(self, image_RCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(Z, C), both [R D] with rows of length 1."""

@@ -93,8 +93,15 @@ class SwAV(Method):
     def backbone(self) -> nn.Module:
         return self.network.backbone
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+    @property
+    def projector(self) -> nn.Module:
+        return self.network.head
+
+    @torch.no_grad()
+    def assignments(self, batch: Any) -> Tensor:
+        """Which prototypes a batch predicts, [B K], as the loss compares it with codes."""
+        z_BD = F.normalize(self.projector(self.features(batch)), dim=1)
+        return (wide(self.prototypes(z_BD)) / self.temperature).softmax(dim=1)
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "SwAV", self.global_views)

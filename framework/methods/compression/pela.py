@@ -71,10 +71,6 @@ class PELA(Method):
         """Logits [B K]."""
         return self.head(self.backbone(image_BCHW))
 
-    def features(self, batch: ImageBatch) -> Tensor:
-        """[B F], before the head."""
-        return self.backbone(batch["image"])
-
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         uncut: list[Tensor] = []
         if self.alpha or self.beta:

@@ -56,9 +56,6 @@ class Hydra(Method):
         self.backbone, self.projector, self.gate = backbone, projector, gate
         self.pairs, self.temperature = pairs, temperature
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = labelled_views(batch, "Hydra")
         # An image's views stand together, so that the rows of all ranks have the order that one rank would give them.

@@ -65,9 +65,6 @@ class LeJEPA(Method):
         self.backbone, self.projector = backbone, projector
         self.lam, self.global_views, self.directions, self.seed = lam, global_views, directions, seed
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = views_of(batch, "LeJEPA")
         if len(views) < max(self.global_views, 2):

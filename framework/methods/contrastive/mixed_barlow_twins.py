@@ -53,9 +53,6 @@ class MixedBarlowTwins(Method):
         self.backbone, self.projector = backbone, projector
         self.lam, self.lam_reg, self.alpha, self.normalize = lam, lam_reg, alpha, normalize
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def embed(self, image_BCHW: Tensor) -> Tensor:
         """Embedding before standardising, [B D]."""
         e_BD = self.projector(self.backbone(image_BCHW))

@@ -72,8 +72,10 @@ class MoCo(Method):
         """The student's, which gives the features."""
         return self.student[0]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+    @property
+    def projector(self) -> nn.Module:
+        """The student's, which gives the embeddings."""
+        return self.student[1]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x1_BCHW, x2_BCHW = views_of(batch, "MoCo", 2)

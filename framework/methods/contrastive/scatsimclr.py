@@ -56,9 +56,6 @@ class ScatSimCLR(Method):
         self.backbone, self.projector, self.pretext = backbone, projector, pretext
         self.pretext_weight, self.temperature = pretext_weight, temperature
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = views_of(batch, "ScatSimCLR", 2 if self.pretext is None else 2 + self.pretext.views)
         z1_BD, z2_BD = self.projector(self.backbone(torch.cat(views[:2]))).chunk(2)

@@ -36,9 +36,6 @@ class SimCLR(Method):
         require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
         self.backbone, self.projector, self.temperature = backbone, projector, temperature
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "SimCLR", 2)
         z1_BD, z2_BD = self.projector(self.backbone(torch.cat(views))).chunk(2)

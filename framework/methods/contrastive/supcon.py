@@ -37,9 +37,6 @@ class SupCon(Method):
         require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
         self.backbone, self.projector, self.temperature = backbone, projector, temperature
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = labelled_views(batch, "SupCon")
         label_R = batch["label"].repeat(len(views))

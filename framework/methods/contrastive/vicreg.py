@@ -49,9 +49,6 @@ class VICReg(Method):
         require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
         self.backbone, self.projector = backbone, projector
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         z1_BD, z2_BD = (self.projector(self.backbone(view)) for view in views_of(batch, "VICReg", 2))
         terms = vicreg_terms(z1_BD, z2_BD)

@@ -9,6 +9,7 @@ Shapes: B images of this rank, G global and V views, R = G B rows, K prototypes.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ViewsBatch
@@ -85,8 +86,16 @@ class DINO(Method):
         """The teacher's, which gives the features."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+    @property
+    def projector(self) -> nn.Module:
+        """The teacher's, to the bottleneck whose direction prototypes score."""
+        return self.teacher.module.head.mlp  # type: ignore[return-value, union-attr]
+
+    @torch.no_grad()
+    def assignments(self, batch: Any) -> Tensor:
+        """The teacher's to its prototypes, [B K], centred as targets are, at the last temperature of all steps."""
+        scores_BK = self.teacher.module.head(self.features(batch))  # type: ignore[operator]
+        return centred_softmax(scores_BK, self.centre(), self.teacher_temperatures[1])
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "DINO", self.global_views)

@@ -103,8 +103,19 @@ class IBOT(Method):
         """The teacher's, which gives the features."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+    def embeddings(self, batch: Any) -> Tensor:
+        """Bottleneck of the teacher's first head, [B R], whose direction prototypes score."""
+        return self.teacher.module.bottleneck(self.features(batch))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def assignments(self, batch: Any) -> Tensor:
+        """The teacher's to the prototypes of its first head, [B K], centred as targets are, at the last temperature of
+        all steps; without centres the softmax alone, as Sinkhorn-Knopp hides collapse.
+        """
+        centres: Any = self.centres[0] if self.centres else None
+        scores_BK = self.teacher.module.heads[0](self.features(batch))  # type: ignore[operator, index]
+        centre_K = scores_BK.new_zeros(scores_BK.shape[1]) if centres is None else centres[0]()
+        return centred_softmax(scores_BK, centre_K, self.teacher_temperatures[1])
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "IBOT", self.global_views)

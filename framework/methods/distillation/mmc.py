@@ -140,8 +140,10 @@ class MMC(Method):
         """The teacher's, which gives the features."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+    @property
+    def projector(self) -> nn.Module:
+        """The teacher's, which gives the embeddings."""
+        return self.teacher.module.projector  # type: ignore[return-value]
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "MMC", 2)[:2]

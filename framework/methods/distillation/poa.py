@@ -112,18 +112,18 @@ class POA(Method):
 
     @property
     def backbone(self) -> ElasticViT:
-        """The teacher's, which gives the features and the networks of all sizes."""
+        """The teacher's, which gives the features (class tokens of the whole network) and the networks of all sizes."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
-    def features(self, batch: Any) -> Tensor:
-        """Class tokens of the whole teacher, [B num_features]."""
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
+    def embeddings(self, batch: Any) -> Tensor:
+        """Bottleneck of the teacher's first head, [B R], whose direction prototypes score."""
+        return self.teacher.module.bottleneck(self.features(batch))  # type: ignore[operator]
 
+    @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:
-        """The teacher's, to the prototypes of its first head, [B K]."""
-        teacher: PrototypeNetwork = self.teacher.module  # type: ignore[assignment]
-        scores_BK = teacher.heads[0](self.features(batch))
-        return (scores_BK / self.teacher_temperatures[1]).softmax(dim=-1)
+        """The teacher's, to the prototypes of its first head, [B K], by softmax: Sinkhorn-Knopp hides collapse."""
+        scores_BK = self.teacher.module.heads[0](self.features(batch))  # type: ignore[operator, index]
+        return (wide(scores_BK) / self.teacher_temperatures[1]).softmax(dim=1)
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "POA", self.global_views)

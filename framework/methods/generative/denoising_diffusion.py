@@ -65,6 +65,9 @@ class DenoisingDiffusion(Method):
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
         self.register_buffer("kept_T", kept_T.float(), persistent=False)
 
+    def features(self, batch: Any) -> Tensor:
+        raise UserError("DenoisingDiffusion has no features: its backbone gives noise, not [B, D]; remove the probe")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept_T = self.kept_T
         super()._apply(fn, recurse)

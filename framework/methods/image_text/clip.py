@@ -57,12 +57,12 @@ class CLIP(Method):
 
     @property
     def backbone(self) -> nn.Module:
-        """The image encoder."""
+        """The image encoder, which gives the features: those before its map to the common space."""
         return self.encoders.image
 
-    def features(self, batch: Any) -> Tensor:
-        """Of the images, before the map to the common space."""
-        return self.backbone(batch["image"])
+    def embeddings(self, batch: Any) -> Tensor:
+        """Of the images, in the common space, [B D]."""
+        return self.encoders.encode_image(batch["image"])
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         image_BD = in_chunks(self.encoders.encode_image, self.chunk, batch["image"])

@@ -73,9 +73,6 @@ class CAE(Method):
         self.masks = masks or BlockMasks(1.0, (0.5, 0.5), least_block=16)
         self.alignment_weight = alignment_weight
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def patch_features(self, image_BChw: Tensor, keep_BK: Tensor) -> Tensor:
         """What the encoder says of these patches, of which it sees no others: [B K w]."""
         backbone = require_tokens(self.backbone, "CAE")

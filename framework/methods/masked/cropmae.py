@@ -53,9 +53,6 @@ class CropMAE(Method):
         self.backbone, self.decoder, self.masks = backbone, decoder, masks or RandomMasks(0.985)
         self.hidden_view, self.normalise = hidden_view, normalise
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def guess(self, image_BChw: Tensor, whole_BChw: Tensor, see_BK: Tensor, hide_BM: Tensor) -> Tensor:
         """What the hidden patches of `image` may show, [B M d], from its visible ones and the whole other view."""
         backbone = require_tokens(self.backbone, "CropMAE")

@@ -62,16 +62,12 @@ class IJEPA(Method):
 
     @property
     def backbone(self) -> nn.Module:
-        """The teacher's, which gives the features."""
+        """The teacher's, which gives the features as it pools them; in the paper the mean over patches."""
         return self.teacher.module.backbone  # type: ignore[return-value]
 
     @property
     def _contract(self) -> TokenBackbone:
         return require_tokens(self.student.backbone, "IJEPA")
-
-    def features(self, batch: Any) -> Tensor:
-        """As the teacher's network pools them, [B D]; in the paper the mean over patches."""
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
 
     def predict(self, image_BChw: Tensor, context_BK: Tensor, targets_BNM: Tensor) -> Tensor:
         """The teacher's features in each target block as the student predicts them from the context, [B N M D]."""

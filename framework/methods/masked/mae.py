@@ -47,9 +47,6 @@ class MAE(Method):
         self.backbone, self.decoder = backbone, decoder
         self.masks, self.normalise = masks or RandomMasks(0.75), normalise
 
-    def features(self, batch: Any) -> Tensor:
-        return self.backbone(batch["image"] if "image" in batch else batch["views"][0])
-
     def guess(self, image_BChw: Tensor, see_BK: Tensor, hide_BM: Tensor) -> Tensor:
         """What the hidden patches may show, [B M d], from the visible ones."""
         backbone = require_tokens(self.backbone, "MAE")

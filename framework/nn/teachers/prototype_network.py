@@ -19,6 +19,7 @@ from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.sequences.token_backbone import require_tokens
 from lightspan.nn.slices import widened
+from lightspan.nn.taps import tapped
 
 
 class SeenViews(NamedTuple):
@@ -60,6 +61,13 @@ class PrototypeNetwork(nn.Module):
     @property
     def prototypes(self) -> list[nn.Module]:
         return [head.prototypes for head in self.heads]  # type: ignore[misc]
+
+    def bottleneck(self, features_BD: Tensor) -> Tensor:
+        """What the first head's prototypes are compared with, [B R]."""
+        head = self.heads[0]
+        with tapped([head.mlp]) as outputs:  # type: ignore[list-item]
+            head(features_BD)  # called itself, so that FSDP2 gathers it
+        return outputs[0]
 
     def forward(self, views: Sequence[Tensor], masked: MaskedPatches, hide: bool, **options: Any) -> SeenViews:
         """Scores of all class tokens and of the masked patches.

@@ -7,7 +7,6 @@ from typing import Any
 import method_runs
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from method_runs import fit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,20 +16,7 @@ from lightspan.methods.clustering.deepcluster import DeepCluster
 from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
 
 
-class Pooled(nn.Module):
-    """A backbone without BatchNorm, which would see the rows of one rank."""
-
-    num_features = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(1, 8, kernel_size=3)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.layer(image).tanh().mean(dim=(2, 3))
-
-
-def batch(seed: int) -> dict[str, Any]:
+def batch(seed: int = 1) -> dict[str, Any]:
     return method_runs.batch(seed=seed) | {"index": torch.arange(6) + 6 * seed}
 
 
@@ -40,7 +26,7 @@ BATCHES = [batch(seed) for seed in range(2)]
 def method(**settings: Any) -> DeepCluster:
     torch.manual_seed(0)
     given = {"images": 12, "prototypes": (3, 4, 5), "optimizer": partial(torch.optim.SGD, lr=0.5)}
-    return DeepCluster(Pooled(), nn.Linear(8, 6), **given | settings)
+    return DeepCluster(method_runs.Pooled(), nn.Linear(8, 6), **given | settings)
 
 
 def embedded(model: DeepCluster, view: Tensor) -> Tensor:
@@ -96,13 +82,7 @@ def test_prototypes_are_never_trained() -> None:
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_resumed_run_goes_on_bit_for_bit_also_within_an_epoch(step: int, tmp_path: Path) -> None:
-    straight, resumed = method(), method()
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    same = BATCHES[:1] * 2  # a plain loader does not know where it was
-    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True, max_epochs=3)
-    fit(resumed, same, tmp_path, ckpt_path=tmp_path / f"step={step}.ckpt", max_epochs=3)
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    method_runs.resumes(method, BATCHES[0], tmp_path, step, count=2, max_epochs=3)
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
@@ -111,8 +91,7 @@ def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str,
     given = method_runs.degenerate(kind)
     given["index"] = torch.arange(len(given["index"]))
     model = method(prototypes=(1, 1))
-    assert torch.tensor(fit(model, [given] * 2, tmp_path, precision=precision, max_epochs=2)).isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    method_runs.stays_finite(model, [given] * 2, tmp_path, precision=precision, max_epochs=2)
 
 
 @pytest.mark.ranks
@@ -124,4 +103,10 @@ def test_bad_settings_are_refused() -> None:
     with pytest.raises(UserError, match=r"prototypes=\[13\] must be one number or more in \[1, images=12\]"):
         method(prototypes=(13,))
     with pytest.raises(UserError, match="Sequential has no out_features"):
-        DeepCluster(Pooled(), nn.Sequential(nn.Linear(8, 6)), 12, optimizer=torch.optim.SGD)
+        DeepCluster(method_runs.Pooled(), nn.Sequential(nn.Linear(8, 6)), 12, optimizer=torch.optim.SGD)
+
+
+def test_assignments_are_what_the_first_head_predicts() -> None:
+    model, image = method().eval(), BATCHES[0]["views"][0]
+    scores = embedded(model, image) @ model.prototypes(0).T / 0.1
+    torch.testing.assert_close(model.assignments({"image": image}), scores.softmax(dim=1))

@@ -8,7 +8,6 @@ from typing import Any
 import method_runs
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from method_runs import batch, fit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,19 +22,6 @@ STEPS = 4
 BATCHES = [batch(seed=seed) for seed in range(STEPS)]
 
 
-class Pooled(nn.Module):
-    """A backbone without BatchNorm, which would see the rows of one rank."""
-
-    num_features = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(1, 8, kernel_size=3)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.layer(image).tanh().mean(dim=(2, 3))
-
-
 def method(**settings: Any) -> SwAV:
     torch.manual_seed(0)
     given = {
@@ -48,7 +34,7 @@ def method(**settings: Any) -> SwAV:
 def without_norms() -> SwAV:
     made = method(queue=12)
     projector = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 6))
-    made.network.backbone, made.network.head = Pooled(), projector
+    made.network.backbone, made.network.head = method_runs.Pooled(), projector
     return made
 
 
@@ -153,13 +139,7 @@ def test_prototypes_are_one_table_that_is_not_decayed() -> None:
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_with_its_queue(tmp_path: Path) -> None:
-    straight, resumed = method(queue=12), method(queue=12)
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    same = [batch()] * STEPS  # a plain loader does not know where it was
-    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True)
-    fit(resumed, same, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    method_runs.resumes(lambda: method(queue=12), batch(), tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
@@ -167,8 +147,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_with_its_queue(tmp_path: Path) -> Non
 def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
     model = method(queue=4)
     batches = [method_runs.degenerate(kind)] * 3
-    assert torch.tensor(fit(model, batches, tmp_path, precision=precision)).isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    method_runs.stays_finite(model, batches, tmp_path, precision=precision)
 
 
 @pytest.mark.ranks
@@ -193,4 +172,10 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 def test_a_projector_that_does_not_say_its_width_is_refused() -> None:
     with pytest.raises(UserError, match=r"Sequential has no out_features; use lightspan.nn.heads.projector.Projector"):
-        SwAV(Pooled(), nn.Sequential(nn.Linear(8, 6)), optimizer=torch.optim.SGD)
+        SwAV(method_runs.Pooled(), nn.Sequential(nn.Linear(8, 6)), optimizer=torch.optim.SGD)
+
+
+def test_assignments_are_what_a_view_predicts() -> None:
+    model, image = method().eval(), batch()["views"][0]
+    scores = embedded(model, image) @ model.prototypes.weight.T / 0.1
+    torch.testing.assert_close(model.assignments({"image": image}), scores.softmax(dim=1))

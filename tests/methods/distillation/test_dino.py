@@ -7,10 +7,9 @@ from typing import Any
 import method_runs
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from method_runs import batch, fit
+from method_runs import batch, moved
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
@@ -34,16 +33,6 @@ def method(convolutional: bool = False, **settings: Any) -> DINO:
         "optimizer": partial(torch.optim.SGD, lr=0.05, weight_decay=0.04),
     }  # fmt: skip
     return DINO(backbone, DINOHead(16, 9, hidden=(12,), bottleneck=6), **given | settings)
-
-
-def moved(model: DINO) -> DINO:
-    """A teacher and a centre that are not those of the first step."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.teacher.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        model.centre.centre_K.copy_(0.2 * torch.randn(9))
-    return model
 
 
 def scores(network: Any, view: Tensor) -> Tensor:
@@ -95,42 +84,29 @@ def test_a_convolutional_teacher_normalises_by_its_own_batch_and_is_what_probes_
 def test_temperature_momentum_and_last_layer_follow_their_schedules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, temperatures, momenta = method(freeze_prototypes=0.5), list[float](), list[float]()
-    before, kept = model.student.head.prototypes.weight.detach().clone(), list[bool]()
+    model, temperatures = method(freeze_prototypes=0.5), list[float]()
 
     def softmax(given: Tensor, centre: Tensor, temperature: float) -> Tensor:
         temperatures.append(temperature)
         return centred_softmax(given, centre, temperature)
 
-    def follow(student: nn.Module, momentum: float) -> None:
-        momenta.append(momentum)
-        kept.append(torch.equal(model.student.head.prototypes.weight, before))
-
     monkeypatch.setattr(dino, "centred_softmax", softmax)
-    monkeypatch.setattr(model.teacher, "follow", follow)
-    fit(model, BATCHES, tmp_path)
+    momenta, kept = method_runs.taught(model, BATCHES, tmp_path, lambda: model.student.head.prototypes.weight)
     assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
     assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / STEPS) for step in range(STEPS)])
     assert kept == [True, True, False, False]  # its decay waits as well
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    straight, resumed = method(), method()
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    same = [batch()] * STEPS  # a plain loader does not know where it was
-    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True)
-    fit(resumed, same, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
+    straight = method_runs.resumes(method, batch(), tmp_path)
     assert straight.centre().abs().max() > 0
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("kind", method_runs.DEGENERATE)
 def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
     model = method()
-    assert torch.tensor(fit(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)).isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
 
 
 @pytest.mark.ranks
@@ -156,3 +132,10 @@ def test_parts_and_batches_that_do_not_fit_are_refused() -> None:
         DINO(SmallConvNet(width=8, stages=1), DINOHead(16, 9), optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match=r"DINO needs views of which the first global_views=2 .* no kind"):
         method().training_step({"image": torch.zeros(2, 1, 8, 8)}, 0)  # type: ignore[arg-type]
+
+
+def test_the_sentinel_reads_the_teachers_bottleneck_and_its_centred_answers() -> None:
+    model, image = moved(method()).eval(), batch()["views"][0]
+    taught = scores(model.teacher.module, image)
+    torch.testing.assert_close(model.teacher.module.head.prototypes(model.embeddings({"image": image})), taught)
+    torch.testing.assert_close(model.assignments({"image": image}), centred_softmax(taught, model.centre(), 0.07))

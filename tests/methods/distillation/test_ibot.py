@@ -7,8 +7,7 @@ from typing import Any
 import method_runs
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from method_runs import batch, fit
+from method_runs import batch, moved
 from torch import Tensor
 
 from lightspan.backbones.elastic import ElasticViT
@@ -32,17 +31,6 @@ def method(prototypes: tuple[int, ...] = (9,), **settings: Any) -> IBOT:
         "masks": BlockMasks(probability=0.8), "optimizer": partial(torch.optim.SGD, lr=0.05, weight_decay=0.04),
     }  # fmt: skip
     return IBOT(backbone, [DINOHead(16, count, hidden=(12,), bottleneck=6) for count in prototypes], **given | settings)
-
-
-def moved(model: IBOT) -> IBOT:
-    """A teacher and centres that are not those of the first step."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.teacher.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for buffer in model.centres.buffers():
-            buffer.copy_(0.2 * torch.randn_like(buffer))
-    return model
 
 
 def masks_of(model: IBOT, given: dict[str, Any]) -> list[Tensor]:
@@ -125,18 +113,10 @@ def test_gradients_reach_the_student_alone_and_hidden_patches_reach_no_token_of_
         assert view.grad[~hidden].abs().max() > 0
 
 
-def test_schedules_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = method(freeze_prototypes=0.5, patch_loss_from=0.5)
-    momenta, masked, kept = list[float](), list[int](), list[bool]()
-    before = model.student.heads[0].prototypes.weight.detach().clone()
-
-    def follow(student: Any, momentum: float) -> None:
-        momenta.append(momentum)
-        kept.append(torch.equal(model.student.heads[0].prototypes.weight, before))
-
-    monkeypatch.setattr(model.teacher, "follow", follow)
+def test_schedules_are_followed(tmp_path: Path) -> None:
+    model, masked = method(freeze_prototypes=0.5, patch_loss_from=0.5), list[int]()
     model.student.register_forward_hook(lambda module, given, seen: masked.append(len(seen.patches_NK[0])))
-    fit(model, BATCHES, tmp_path)
+    momenta, kept = method_runs.taught(model, BATCHES, tmp_path, lambda: model.student.heads[0].prototypes.weight)
     assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / STEPS) for step in range(STEPS)])
     assert kept == [True, True, False, False]
     assert masked[:2] == [0, 0]
@@ -144,22 +124,15 @@ def test_schedules_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    straight, resumed = method(), method()
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    same = [batch()] * STEPS  # a plain loader does not know where it was
-    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True)
-    fit(resumed, same, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
+    straight = method_runs.resumes(method, batch(), tmp_path)
     assert all(buffer.abs().max() > 0 for buffer in straight.centres.buffers())
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("kind", method_runs.DEGENERATE)
 def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
     model = method(masks=BlockMasks(probability=0.0)) if kind == "black" else method()
-    assert torch.tensor(fit(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)).isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
 
 
 @pytest.mark.ranks
@@ -178,3 +151,13 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
+
+
+@pytest.mark.parametrize("centre_momentum", [0.9, None])
+def test_the_sentinel_reads_the_first_heads_bottleneck_and_answers(centre_momentum: float | None) -> None:
+    model, image = moved(method((5, 9), centre_momentum=centre_momentum)).eval(), batch()["views"][0]
+    head = model.teacher.module.heads[0]
+    taught = head(model.teacher.module.backbone.tokens(image)[:, 0])
+    centre = model.centres[0][0]() if centre_momentum else torch.zeros(5)
+    torch.testing.assert_close(head.prototypes(model.embeddings({"image": image})), taught)
+    torch.testing.assert_close(model.assignments({"image": image}), ((taught - centre) / 0.07).softmax(dim=1))

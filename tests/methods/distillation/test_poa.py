@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from method_runs import batch, fit
+from method_runs import batch, fit, moved
 from torch import Tensor
 
 from lightspan.backbones.elastic import ElasticViT
@@ -49,10 +48,7 @@ def entropy(p: Tensor, q: Tensor) -> Tensor:
 
 
 def test_the_loss_is_the_papers_put_together_pair_by_pair() -> None:
-    model, given = method(), batch()
-    with torch.no_grad():
-        for parameter in model.teacher.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    model, given = moved(method()), batch()
     views, size = given["views"], model.sampler.at(0)
     indices = given["index"].tolist()
     masks = [torch.from_numpy(model.masks.draw((4, 4), 0, indices, view)) for view in range(2)]
@@ -194,27 +190,16 @@ def test_each_step_has_its_own_size_temperature_and_masks(tmp_path: Path, monkey
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    straight, resumed = method(), method()
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    same = [batch()] * STEPS  # a plain loader does not know where it was
-    fit(straight, same, tmp_path, callbacks=[saves], enable_checkpointing=True)
-    fit(resumed, same, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    method_runs.resumes(method, batch(), tmp_path)
 
 
 def test_prototypes_stay_while_they_are_frozen_and_patches_count_from_their_share_on(tmp_path: Path) -> None:
     model = method(freeze_prototypes=0.5, patch_loss_from=0.5)
-    before = model.student.heads[0].prototypes.weight.detach().clone()
     masked: list[int] = []
-
-    def watched(module: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        masked.append(len(given[1].place_N))
-        same = torch.equal(model.student.heads[0].prototypes.weight, before)
-        assert same == (model.global_step <= STEPS // 2)
-
-    model.student.register_forward_pre_hook(watched, with_kwargs=True)
-    fit(model, BATCHES, tmp_path)
+    model.student.register_forward_pre_hook(lambda module, given: masked.append(len(given[1].place_N)))
+    momenta, kept = method_runs.taught(model, BATCHES, tmp_path, lambda: model.student.heads[0].prototypes.weight)
+    assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / STEPS) for step in range(STEPS)])
+    assert kept == [True, True, False, False]
     assert masked[:4] == [0, 0, 0, 0]  # two students
     assert min(masked[4:]) > 0
 
@@ -223,8 +208,7 @@ def test_prototypes_stay_while_they_are_frozen_and_patches_count_from_their_shar
 @pytest.mark.parametrize("kind", method_runs.DEGENERATE)
 def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
     model = method()
-    assert torch.tensor(fit(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)).isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
