@@ -102,6 +102,6 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_a_resnet_has_the_rate_and_the_decay_that_the_authors_advise_for_resnets() -> None:
-    model = resolve("contrastive/lejepa_imagenet")["model"]["init_args"]
+    model = resolve("contrastive/lejepa_imagenet").config["model"]["init_args"]
     assert model["backbone"]["init_args"]["name"] == "resnet50"
     assert model["optimizer"]["init_args"] == {"lr": 5e-4, "weight_decay": 5e-4}
