@@ -142,6 +142,18 @@ def in_float64(batches: Sequence[dict[str, Any]], part: slice) -> list[dict[str,
     ]
 
 
+def accumulated_halves_train_as_one(
+    make: Callable[[], Method], batches: Sequence[dict[str, Any]], folder: Path
+) -> None:
+    """Two micro-batches a step leave the state that the whole batches do."""
+    half, one, two = len(batches[0]["index"]) // 2, make().double(), make().double()
+    parts = [part for of in batches for slot in (slice(0, half), slice(half, None)) for part in in_float64([of], slot)]
+    fit(one, in_float64(batches, slice(None)), folder)
+    fit(two, parts, folder, accumulate_grad_batches=2)
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+
+
 def _ranks_train(rank: int, make: Callable[[], Method], batches: list[dict[str, Any]], folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

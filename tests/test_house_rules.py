@@ -20,7 +20,7 @@ GROUND: dict[str, set[str]] = {
     **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns")},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
-    **{floor: set() for floor in ("devices", "drawing", "run_files")},
+    **{floor: set() for floor in ("devices", "drawing", "noise", "run_files")},
     "results": {"drawing", "errors"},
     "tensor_files": {"errors", "files"},
 }

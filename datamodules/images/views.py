@@ -155,7 +155,8 @@ class RandomViews(DrawnViews):
         count: views of an image, at least 1.
         size: sides of a view in pixels; None keeps the image's own height and width.
         scale: share of the image's area that a crop keeps, least and most, each in (0, 1].
-        ratio: width over height of a crop relative to the image's own, least and most, > 0; uniform in the logarithm.
+        ratio: width over height of a crop, least and most, > 0; uniform in the logarithm. Without a `size` it is
+            relative to the image's own. A crop that does not fit into the image becomes the largest that does.
         degrees: rotate by an angle uniform in [-degrees, degrees]; corners become black.
         flip: probability of a left-right mirror.
         brightness, contrast, saturation: x in [0, 1], a factor uniform in [1 - x, 1 + x]; saturation affects only
@@ -239,7 +240,7 @@ class RandomViews(DrawnViews):
     def draw_within(self, shape: tuple[int, ...], outer: tuple[int, ...]) -> list[Drawn]:
         """As `draw`, with crops of a box (top, left, height, width in pixels) in the place of the image.
 
-        `scale` and `ratio` are relative to the box.
+        `scale`, and without a `size` also `ratio`, are relative to the box.
         """
         return [self._drawn(shape, outer) for _ in range(self.count)]
 
@@ -255,8 +256,10 @@ class RandomViews(DrawnViews):
         noise = torch.randn(channels, *view_sides) if self.grain else None
 
         first_row, first_column, rows, columns = outer
-        ratio = _log_between(shape_of_crop, *self.ratio)
-        top, left, high, wide = _crop_box(rows, columns, _between(area, *self.scale), ratio, y, x)
+        # A view is square, so a crop's own shape is what stretches it, as in torchvision's RandomResizedCrop.
+        to_relative = rows / columns if self.size else 1.0
+        ratios = [ratio * to_relative for ratio in (_log_between(shape_of_crop, *self.ratio), *self.ratio)]
+        top, left, high, wide = _crop_box(rows, columns, _between(area, *self.scale), *ratios, y, x)
         p = WHOLE._replace(
             top=(first_row + top) / height,
             left=(first_column + left) / width,
@@ -285,7 +288,7 @@ class NestedCrops(DrawnViews):
 
     Args:
         outer: with count=1.
-        inner: its `scale` and `ratio` are relative to the outer crop.
+        inner: its `scale`, and without a `size` also its `ratio`, are relative to the outer crop.
     """
 
     def __init__(self, outer: RandomViews, inner: RandomViews) -> None:
@@ -321,13 +324,17 @@ def _factor(draw: float, strength: float) -> float:
     return _between(draw, 1 - strength, 1 + strength)
 
 
-def _crop_box(height: int, width: int, area: float, ratio: float, y: float, x: float) -> tuple[int, int, int, int]:
+def _crop_box(
+    height: int, width: int, area: float, ratio: float, least: float, most: float, y: float, x: float
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) in pixels of a crop with this share of the area and this relative width over height.
 
-    A side that would exceed the image's is limited to it. `y` and `x` in [0, 1) place the crop.
+    A side that would exceed the image's is limited to it, and the other so that the ratio stays in [least, most].
+    `y` and `x` in [0, 1) place the crop.
     """
-    h = min(height, max(1, round(height * math.sqrt(area / ratio))))
-    w = min(width, max(1, round(width * math.sqrt(area * ratio))))
+    high, wide = min(1.0, math.sqrt(area / ratio)), min(1.0, math.sqrt(area * ratio))
+    high, wide = min(high, wide / least), min(wide, high * most)
+    h, w = max(1, round(height * high)), max(1, round(width * wide))
     return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.images.augment.rendering import Drawn
@@ -221,6 +222,38 @@ def boxes(drawn: list[Drawn]) -> Tensor:
     """Top, left, bottom and right of each view, as shares of the image."""
     table = torch.tensor([numbers.parameters[:4] for numbers in drawn], dtype=torch.float64)
     return torch.cat([table[:, :2], table[:, :2] + table[:, 2:]], dim=1)
+
+
+def shapes_of_crops(views: RandomViews, height: int, width: int) -> Tensor:
+    """Width over height in pixels of many crops of such an image."""
+    with seeded(0):
+        table = [views.draw((3, height, width))[0].parameters for _ in range(2000)]
+    return torch.tensor([p.width * width / (p.height * height) for p in table], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sides", [(375, 500), (500, 375), (300, 300)])
+def test_crops_of_a_square_view_have_the_shapes_of_torchvisions(sides: tuple[int, int]) -> None:
+    found = shapes_of_crops(RandomViews(count=1, size=224, scale=(0.08, 1.0)), *sides)
+    with seeded(0):
+        image = torch.empty(3, *sides, device="meta")
+        crops = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)]
+    expected = torch.tensor([width / height for _, _, height, width in crops], dtype=torch.float64)
+    places = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(found.quantile(places), expected.quantile(places), rtol=0, atol=0.06)
+    assert 0.75 - 0.03 < found.min() < found.max() < 4 / 3 + 0.03  # pixels are whole
+
+
+def test_a_crop_that_does_not_fit_is_the_largest_of_its_shape_that_does() -> None:
+    panorama = shapes_of_crops(RandomViews(count=1, size=224), 100, 500)
+    assert 0.75 - 0.02 < panorama.min() < panorama.max() < 4 / 3 + 0.02
+    (whole,) = RandomViews(count=1, size=224, scale=(1.0, 1.0), ratio=(1.0, 1.0)).draw((3, 100, 500))
+    assert (whole.parameters.height, whole.parameters.width) == (1.0, 0.2)
+
+
+def test_without_a_size_a_crop_is_shaped_like_its_image() -> None:
+    same = RandomViews(count=1, scale=(0.3, 1.0))
+    tall, square = shapes_of_crops(same, 1000, 500), shapes_of_crops(same, 1000, 1000)
+    torch.testing.assert_close(tall, square / 2, rtol=0.01, atol=0)
 
 
 def test_inner_crops_lie_in_the_outer_one_and_keep_the_share_of_it_that_they_are_given() -> None:

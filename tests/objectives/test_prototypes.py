@@ -96,7 +96,8 @@ def test_the_cross_view_loss_is_the_mean_over_pairs_of_different_views() -> None
 def one_rank(index: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
     own, centre = (scores()[:5], scores()[5:])[index], Centre(5)
-    centre.follow(own)
+    centre.see(own)
+    centre.follow()
     alone = sinkhorn(scores()[: 7 * index], 0.3)  # all rows on one rank
     torch.save({"q": sinkhorn(own, 0.3), "alone": alone, "centre": centre()}, Path(folder, f"{index}.pt"))
     leave()
@@ -110,6 +111,7 @@ def test_targets_and_centres_of_ranks_are_those_of_one_process(tmp_path: Path) -
     torch.testing.assert_close(second["alone"], sinkhorn(scores(), 0.3), rtol=1e-12, atol=1e-15)
     assert first["alone"].shape == (0, 5)
     centre = Centre(5)
-    centre.follow(scores())
+    centre.see(scores())
+    centre.follow()
     torch.testing.assert_close(first["centre"], centre())
     assert torch.equal(first["centre"], second["centre"])

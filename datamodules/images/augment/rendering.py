@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.images.augment import steps
+from lightspan.noise import hashed_noise
 
 WHOLE = ViewParameters(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 """The image as it is."""
@@ -78,7 +79,7 @@ class Rendering:
         rows = ViewParameters(*(x_B[:, None, None, None] for x_B in p))
         if widest.mirrored:
             view = torch.where(rows.mirrored > 0, view.flip(3), view)
-        noise = steps.noise(seed_B, stream, view.shape[1:]) if widest.grain else None
+        noise = hashed_noise(seed_B, stream, view.shape[1:]) if widest.grain else None
         return _coloured(view, rows, widest, noise)
 
 

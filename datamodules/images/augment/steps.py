@@ -113,28 +113,3 @@ def _weighted(image_BChw: Tensor, weights: Sequence[Tensor], dim: int) -> Tensor
     for offset, weight in enumerate(weights[1:], start=1):
         total.addcmul_(image_BChw.narrow(dim, offset, length), weight)
     return total
-
-
-def noise(seed_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32 [B, *shape]: a function of (seed, stream, place), the same on every device.
-
-    A generator would have to be set anew for each row, on the host. This hashes instead (the last steps of SplitMix64;
-    Steele, Lea and Flood, 2014), and turns two times 24 bits of a hash into a normal number (Box and Muller).
-
-    Args:
-        seed_B: int64.
-        stream: tells several noises of one seed apart, such as those of its views.
-    """
-    count = torch.Size(shape).numel()
-    place = torch.arange(count, device=seed_B.device) + stream * count
-    # Seeds are hashed first, so that neighbouring ones do not meet at neighbouring places.
-    bits = _hashed(_hashed(seed_B)[:, None] + place)
-    first, second = ((bits >> shift & 0xFFFFFF).float() / 2**24 for shift in (40, 8))
-    normal = (-2 * (1 - first).log()).sqrt() * (2 * torch.pi * second).cos()
-    return normal.view(len(seed_B), *shape)
-
-
-def _hashed(x: Tensor) -> Tensor:
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    return x ^ (x >> 31 & (1 << 33) - 1)

@@ -21,6 +21,7 @@ from lightspan.devices import wide
 from lightspan.distributed import gather_rows, rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.heads.directions import dot_products
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.teachers.teaching import require_schedules
@@ -131,10 +132,10 @@ class DeepCluster(Method):
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views, index_B = global_first(batch, "DeepCluster", self.global_views), batch["index"]
-        z_VBD = F.normalize(self.network(views), dim=-1)
+        z_VBD = F.normalize(wide(self.network(views)), dim=-1)
         losses = []
         for head in range(len(self.cluster_HM)):
-            scores_VBK = wide(z_VBD @ self.prototypes(head).to(z_VBD).T) / self.temperature
+            scores_VBK = dot_products(z_VBD, self.prototypes(head)) / self.temperature
             known_B = self.cluster_HM[head, index_B]
             target_B = torch.where(known_B < 0, scores_VBK[0].argmax(dim=1), known_B)
             target_R = target_B.repeat(len(views))

@@ -19,6 +19,7 @@ from lightspan.devices import wide
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.heads.directions import dot_products
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.teachers.teaching import leave_in_place, require_schedules
@@ -105,8 +106,8 @@ class SwAV(Method):
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "SwAV", self.global_views)
-        z_VBD = F.normalize(self.network(views), dim=-1)
-        scores_VBK = self.prototypes(z_VBD)
+        z_VBD = F.normalize(wide(self.network(views)), dim=-1)
+        scores_VBK = dot_products(z_VBD, self.prototypes.weight)
         codes_GBK = torch.stack([self.codes(view, scores_VBK[view]) for view in range(self.global_views)])
         if self.share_of_run() >= self.queue_from:
             for queue, z_BD in zip(self.queues, z_VBD, strict=False):
@@ -125,7 +126,7 @@ class SwAV(Method):
         queued_LK = scores_BK[:0]
         if self.queues and self.queues[view].full:
             own_LD: Tensor = self.queues[view].rows_LD[rank() :: world_size()]  # type: ignore[index]
-            queued_LK = self.prototypes(own_LD.to(scores_BK))
+            queued_LK = dot_products(own_LD.to(scores_BK), self.prototypes.weight)
         scores_LK = torch.cat([queued_LK, scores_BK])
         return sinkhorn(scores_LK, self.code_temperature, self.iterations)[len(queued_LK) :]
 

@@ -3,7 +3,7 @@
 Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), 2021, arXiv 2104.14294:
 cross-view loss (eq. 3), centring (eq. 4) and sharpening (section 3.1), schedules and the last layer that waits for an
 epoch (section 3.2, appendix C, and the authors' code). The last layer's rows have unit length, as that code's
-`norm_last_layer` keeps them. A batch's targets are centred before it moves the centre.
+`norm_last_layer` keeps them. A step's targets are all centred before they move the centre.
 Shapes: B images of this rank, G global and V views, R = G B rows, K prototypes.
 """
 
@@ -102,7 +102,7 @@ class DINO(Method):
         taught_GBK = self.teacher(views[: self.global_views])
         temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
         targets_RK = centred_softmax(taught_GBK.flatten(0, 1), self.centre(), temperature)
-        self.centre.follow(taught_GBK.flatten(0, 1))
+        self.centre.see(taught_GBK.flatten(0, 1), self.global_step)
         loss = cross_view_loss(targets_RK.view_as(taught_GBK), self.student(views), self.student_temperature)
         # 0 if all draw one prototype each time, log K if none is preferred: both are collapses.
         self.log_training({"train/loss": loss, "train/target_entropy_nats": entropy(targets_RK).mean()})
@@ -114,3 +114,4 @@ class DINO(Method):
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.centre.follow()

@@ -134,7 +134,7 @@ class IBOT(Method):
 
     @torch.no_grad()
     def targets(self, taught: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Of each head those of class tokens [G B K] and of masked patches [N K]; centres follow what they were taken
+        """Of each head those of class tokens [G B K] and of masked patches [N K]; centres see what they were taken
         off.
         """
         temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
@@ -145,12 +145,11 @@ class IBOT(Method):
             targets.append((class_RK.view_as(of_class), self.target(of_patches, centres[1], temperature)))
         return targets
 
-    @staticmethod
-    def target(scores_RK: Tensor, centre: Centre | None, temperature: float) -> Tensor:
+    def target(self, scores_RK: Tensor, centre: Centre | None, temperature: float) -> Tensor:
         if centre is None:
             return sinkhorn(scores_RK, temperature)
         targets_RK = centred_softmax(scores_RK, centre(), temperature)
-        centre.follow(scores_RK)
+        centre.see(scores_RK, self.global_step)
         return targets_RK
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -159,3 +158,6 @@ class IBOT(Method):
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        for of_head in self.centres:
+            for centre in of_head:  # type: ignore[attr-defined]
+                centre.follow()

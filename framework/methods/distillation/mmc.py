@@ -178,10 +178,10 @@ class MMC(Method):
         return (masked.weight_N * error_N).sum()
 
     def distillation(self, scores_NK: Tensor, taught_NK: Tensor, weight_N: Tensor) -> Tensor:
-        """L_D; the centre follows what it was taken off."""
+        """L_D; the centre sees what it was taken off."""
         temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
         targets_NK = centred_softmax(taught_NK, self.centre(), temperature)
-        self.centre.follow(taught_NK)
+        self.centre.see(taught_NK, self.global_step)
         return prototype_cross_entropy(targets_NK, scores_NK, self.student_temperature, weight_N)
 
     def contrast(self, z_RE: Tensor, taught_RE: Tensor) -> Tensor:
@@ -196,3 +196,4 @@ class MMC(Method):
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.centre.follow()

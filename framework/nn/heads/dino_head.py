@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.devices import wide
 from lightspan.errors import UserError
+from lightspan.nn.heads.directions import dot_products
 
 
 class Prototypes(nn.Module):
-    """Cosines of vectors with K directions: [..., R] -> [..., K], each in [-1, 1].
+    """Cosines of vectors with K directions: [..., R] -> [..., K], each in [-1, 1], float32 or wider.
 
     The weight is used at unit length, as DINO's weight-normed last layer with its gains frozen at 1; a zero vector has
     the cosine 0 with all. Directions are rows of one table, which is not decayed and not projected.
@@ -30,7 +32,7 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(count, in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
+        return dot_products(F.normalize(wide(x), dim=-1), F.normalize(wide(self.weight), dim=-1))
 
 
 class DINOHead(nn.Module):

@@ -1,7 +1,7 @@
 """Corrupted images: groups of neighbouring patches give way to noise or to another image's content.
 
 Source: Atito, Awais, Kittler, "SiT", 2021, arXiv 2104.03602, and "GMML", 2022, arXiv 2205.14986: group masked model
-learning. Masks and noise are functions of seed, step, image and view.
+learning. Masks and noise are functions of seed, step, image and view; noise is made on the images' device.
 Shapes: B images, C channels, h w their sides, H W grid of patches.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import image_numbers
+from lightspan.noise import hashed_noise, mixed_seed
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,17 @@ class GroupCorruption:
         """
         device, numbers = image_BChw.device, image_numbers(index_B)
         masks_BHW = self.masks.draw(grid, step, numbers, view)
-        noise_BChw = self._noise(tuple(image_BChw.shape[1:]), step, numbers, view)
+        seed_B = mixed_seed(index_B.to(device), step, self.masks.seed)
+        noise_BChw = hashed_noise(seed_B, view, tuple(image_BChw.shape[1:]))
         alien_B = self._coins(step, numbers, view) < self.alien
         fill_BChw = torch.where(
             torch.from_numpy(alien_B).to(device)[:, None, None, None],
             image_BChw.roll(1, dims=0),
-            torch.from_numpy(noise_BChw).to(image_BChw),
+            noise_BChw.to(image_BChw),
         )
         sides = [side // count for side, count in zip(image_BChw.shape[2:], grid, strict=True)]
         hidden_Bhw = np.kron(masks_BHW, np.ones((1, *sides), dtype=bool))
         return torch.where(torch.from_numpy(hidden_Bhw).to(device)[:, None], fill_BChw, image_BChw), masks_BHW
-
-    def _noise(self, shape: tuple[int, ...], step: int, indices: Sequence[int], view: int) -> np.ndarray:
-        noise_BChw = np.empty((len(indices), *shape), dtype=np.float32)
-        for noise_Chw, index in zip(noise_BChw, indices, strict=True):
-            np.random.default_rng((self.masks.seed, step, index, view, 1)).standard_normal(
-                out=noise_Chw, dtype=np.float32
-            )
-        return noise_BChw
 
     def _coins(self, step: int, indices: Sequence[int], view: int) -> np.ndarray:
         drawn = [np.random.default_rng((self.masks.seed, step, index, view, 2)).random() for index in indices]

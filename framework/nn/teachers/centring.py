@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums
+from lightspan.distributed import all_reduce_sum
 
 
 class Centre(nn.Module):
-    """c <- m c + (1 - m) mean over the rows of all ranks; call it for c [K] in float32, `follow` it with each batch.
+    """c <- m c + (1 - m) mean over the rows of all ranks and micro-batches of a step; call it for c [K] in float32.
+
+    It is shown the scores of each micro-batch (`see`) and follows them once after the step (`follow`), so that all
+    targets of a step are centred alike and accumulated gradients train as one batch.
 
     Args:
         prototypes: K.
@@ -25,15 +28,26 @@ class Centre(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("centre_K", torch.zeros(prototypes))
+        self.step = 0  # whose rows are in `seen`
+        self.seen: Tensor | None = None  # [K + 1]: their sum and their number, on this rank
 
     def forward(self) -> Tensor:
         return self.centre_K
 
     @torch.no_grad()
-    def follow(self, scores_BK: Tensor) -> None:
-        """Every rank must call it; batches without a row anywhere leave the centre."""
+    def see(self, scores_BK: Tensor, step: int = 0) -> None:
+        """Keeps a micro-batch of this step for `follow`; rows of another step, which was not taken, are forgotten."""
         rows = wide(scores_BK)
-        count = torch.full((), float(len(rows)), dtype=rows.dtype, device=rows.device)
-        total_K, count = all_reduce_sums(rows.sum(dim=0), count)
-        mean_K = torch.where(count > 0, total_K / count.clamp_min(1), self.centre_K)
+        seen = torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))])
+        self.seen = seen if self.seen is None or step != self.step else self.seen + seen
+        self.step = step
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Moves the centre by what was seen. Every rank must call it; a step without a row anywhere leaves it."""
+        if self.seen is None:
+            return
+        total = all_reduce_sum(self.seen)
+        self.seen = None
+        mean_K = torch.where(total[-1] > 0, total[:-1] / total[-1].clamp_min(1), self.centre_K)
         self.centre_K.lerp_(mean_K.to(self.centre_K.dtype), 1 - self.momentum)

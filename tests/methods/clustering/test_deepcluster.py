@@ -44,6 +44,15 @@ def test_the_loss_is_the_mean_over_heads_and_all_crops_of_the_images_cluster() -
     torch.testing.assert_close(model.training_step(given, 0), torch.stack(losses).mean())
 
 
+def test_autocast_rounds_no_score_of_an_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = method()
+    z_VBD = torch.randn(5, 6, 6, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model.network, "forward", lambda views: z_VBD)
+    exact = model.training_step(BATCHES[0], 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.training_step(BATCHES[0], 0), exact)
+
+
 def test_before_the_first_clustering_an_image_is_of_the_prototype_nearest_to_its_first_view() -> None:
     model, given = method(prototypes=(5,)), BATCHES[0]
     scores = [embedded(model, view) @ model.prototypes(0).T for view in given["views"]]

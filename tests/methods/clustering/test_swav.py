@@ -55,6 +55,16 @@ def test_the_loss_is_the_papers_put_together_pair_by_pair() -> None:
     torch.testing.assert_close(model.training_step(given, 0), sum(pairs) / 8)
 
 
+def test_autocast_rounds_no_score_of_an_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = method(queue=6)
+    z_VBD = torch.randn(5, 6, 6, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model.network, "forward", lambda views: z_VBD)
+    model.training_step(batch(), 0)  # fills the queue
+    exact = model.training_step(batch(), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.training_step(batch(), 0), exact)
+
+
 def test_loss_and_codes_are_lightlys_with_and_without_a_queue() -> None:
     lightly = pytest.importorskip("lightly.loss")
     oracle = lightly.SwaVLoss(temperature=0.1, sinkhorn_epsilon=0.3)

@@ -11,6 +11,7 @@ from method_runs import batch, degenerate
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
+from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.lejepa import LeJEPA, distance_from_centre
 from lightspan.nn.heads.projector import Projector
@@ -96,3 +97,9 @@ def test_what_it_cannot_train_is_refused() -> None:
 @pytest.mark.ranks
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     method_runs.two_ranks_train_as_one(without_norms, [batch(6, seed) for seed in range(4)], tmp_path)
+
+
+def test_the_recipe_of_a_resnet_has_the_rate_and_the_decay_that_the_authors_advise_for_resnets() -> None:
+    model = resolve("contrastive/lejepa_imagenet").config["model"]["init_args"]
+    assert model["backbone"]["init_args"]["name"] == "resnet50"
+    assert model["optimizer"]["init_args"] == {"lr": 5e-4, "weight_decay": 5e-4}

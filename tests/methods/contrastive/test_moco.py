@@ -84,18 +84,8 @@ def test_the_keys_of_a_step_enter_after_it_once_and_the_oldest_leave(tmp_path: P
 
 
 def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
-    wholes = [two_views(6, seed) for seed in range(3)]
-    halves = [
-        {"views": [view[part] for view in whole["views"]], "label": whole["label"][part], "index": whole["index"][part]}
-        for whole in wholes
-        for part in (slice(0, 3), slice(3, 6))
-    ]
-    one, two = without_norms(), without_norms()
-    fit(one, wholes, tmp_path)
-    fit(two, halves, tmp_path, accumulate_grad_batches=2)
-    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert one.queue.filled == 18
+    batches = [two_views(6, seed) for seed in range(3)]
+    method_runs.accumulated_halves_train_as_one(without_norms, batches, tmp_path)
 
 
 def test_the_teacher_is_the_average_of_the_student(tmp_path: Path) -> None:

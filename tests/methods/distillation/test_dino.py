@@ -49,6 +49,8 @@ def test_the_loss_is_the_papers_put_together_pair_by_pair(convolutional: bool) -
     loss = model.training_step(given, 0)
     torch.testing.assert_close(loss, sum(pairs) / 8)
     seen = torch.cat([scores(model.teacher.module, view) for view in given["views"][:2]])
+    assert torch.equal(model.centre(), centre)
+    model.centre.follow()
     torch.testing.assert_close(model.centre(), 0.9 * centre + 0.1 * seen.mean(dim=0))
 
 
@@ -60,6 +62,7 @@ def test_loss_and_centre_are_lightlys_over_two_steps() -> None:
         taught, seen = model.teacher(given["views"][:2]), model.student(given["views"])
         expected = oracle([*taught], [*seen])
         torch.testing.assert_close(model.training_step(given, 0), expected)
+        model.centre.follow()
         torch.testing.assert_close(model.centre(), oracle.center[0, 0])
 
 
@@ -107,6 +110,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
     model = method()
     method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
+
+
+def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
+    method_runs.accumulated_halves_train_as_one(method, BATCHES, tmp_path)
 
 
 @pytest.mark.ranks

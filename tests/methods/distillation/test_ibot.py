@@ -69,6 +69,8 @@ def test_the_loss_is_the_papers_put_together_view_by_view_and_image_by_image() -
     by_image = rows.split(found.hidden.sum(dim=(1, 2)).tolist())
     patches = sum(of.mean() for of in by_image if len(of)) / 12
     torch.testing.assert_close(model.training_step(given, 0), sum(pairs) / 8 + patches)
+    assert torch.equal(of_class(), before[0])
+    model.after_optimizer_step()
     torch.testing.assert_close(of_class(), 0.9 * before[0] + 0.1 * torch.cat(found.taught).mean(dim=0))
     torch.testing.assert_close(of_patches(), 0.9 * before[1] + 0.1 * found.taught_patches.mean(dim=0))
 
@@ -82,6 +84,7 @@ def test_both_losses_and_centres_are_lightlys() -> None:
     ibot.center.center.copy_(of_patches()[None])
     expected = dino(found.taught, found.seen) + ibot(found.taught_patches, found.seen_patches, found.hidden, 0.04)
     torch.testing.assert_close(model.training_step(given, 0), expected)
+    model.after_optimizer_step()
     torch.testing.assert_close(of_class(), dino.center[0, 0])
     torch.testing.assert_close(of_patches(), ibot.center.value[0])
 
@@ -133,6 +136,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
     model = method(masks=BlockMasks(probability=0.0)) if kind == "black" else method()
     method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
+
+
+def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
+    method_runs.accumulated_halves_train_as_one(method, BATCHES, tmp_path)
 
 
 @pytest.mark.ranks

@@ -126,6 +126,10 @@ def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str,
     method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
 
 
+def test_accumulated_micro_batches_train_as_one_batch_but_for_the_contrast_among_them(tmp_path: Path) -> None:
+    method_runs.accumulated_halves_train_as_one(partial(method, contrast=0.0), BATCHES, tmp_path)
+
+
 @pytest.mark.ranks
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     method_runs.two_ranks_train_as_one(method, BATCHES, tmp_path)

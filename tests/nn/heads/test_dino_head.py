@@ -19,7 +19,9 @@ def test_prototypes_give_cosines_whatever_the_lengths_and_zero_for_a_zero_vector
     torch.testing.assert_close(prototypes(5 * x), expected)
     assert prototypes(torch.zeros(1, 4)).abs().max() == 0
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(prototypes(x).float(), expected, rtol=0, atol=0.03)
+        torch.testing.assert_close(prototypes(x), expected)
+    halves = prototypes.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(halves, expected, rtol=0, atol=0.03)
 
 
 def test_a_head_maps_any_leading_axes_and_no_hidden_width_is_linear() -> None:

@@ -7,6 +7,7 @@ import torch
 from lightspan.errors import UserError
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.noise import hashed_noise, mixed_seed
 
 IMAGES = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 GRID, INDEX = (4, 4), torch.arange(6) + 20
@@ -43,6 +44,14 @@ def test_an_images_noise_depends_on_its_number_and_step_alone() -> None:
     assert torch.equal(whole[3:], half)
     assert not torch.equal(whole, corruption(IMAGES, GRID, INDEX, step=6)[0])
     assert not torch.equal(whole, corruption(IMAGES, GRID, INDEX, step=5, view=1)[0])
+
+
+def test_the_noise_is_hashed_on_the_images_device_from_seed_step_number_and_view() -> None:
+    corruption = GroupCorruption(BlockMasks(1.0, (1.0, 1.0), seed=9), alien=0.0)
+    noise, _ = corruption(IMAGES, GRID, INDEX, step=3, view=1)
+    assert torch.equal(noise, hashed_noise(mixed_seed(INDEX, 3, 9), 1, (2, 8, 8)))
+    other = GroupCorruption(BlockMasks(1.0, (1.0, 1.0), seed=8), alien=0.0)
+    assert not torch.equal(noise, other(IMAGES, GRID, INDEX, step=3, view=1)[0])
 
 
 def test_an_image_alone_and_no_image_are_ordinary_batches_also_in_half_precision() -> None:
