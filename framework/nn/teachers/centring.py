@@ -29,7 +29,7 @@ class Centre(nn.Module):
         self.momentum = momentum
         self.register_buffer("centre_K", torch.zeros(prototypes))
         self.step = 0  # whose rows are in `seen`
-        self.seen: Tensor | None = None  # [K + 1]: their sum and their number, on this rank
+        self.seen: list[Tensor] = []  # of each micro-batch [K + 1]: their sum and their number, on this rank
 
     def forward(self) -> Tensor:
         return self.centre_K
@@ -38,16 +38,17 @@ class Centre(nn.Module):
     def see(self, scores_BK: Tensor, step: int = 0) -> None:
         """Keeps a micro-batch of this step for `follow`; rows of another step, which was not taken, are forgotten."""
         rows = wide(scores_BK)
-        seen = torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))])
-        self.seen = seen if self.seen is None or step != self.step else self.seen + seen
-        self.step = step
+        if step != self.step:
+            self.seen.clear()
+            self.step = step
+        self.seen.append(torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))]))
 
     @torch.no_grad()
     def follow(self) -> None:
         """Moves the centre by what was seen. Every rank must call it; a step without a row anywhere leaves it."""
-        if self.seen is None:
+        if not self.seen:
             return
-        total = all_reduce_sum(self.seen)
-        self.seen = None
+        total = all_reduce_sum(torch.stack(self.seen).sum(dim=0))
+        self.seen.clear()
         mean_K = torch.where(total[-1] > 0, total[:-1] / total[-1].clamp_min(1), self.centre_K)
         self.centre_K.lerp_(mean_K.to(self.centre_K.dtype), 1 - self.momentum)

@@ -1,4 +1,5 @@
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightspan.nn.teachers.centring import Centre
 
@@ -32,3 +33,10 @@ def test_micro_batches_of_a_step_count_as_one_and_a_step_that_was_not_taken_is_f
     for one in (centre, whole):
         one.follow()
     torch.testing.assert_close(centre(), whole())
+
+
+def test_a_plan_may_show_rows_of_several_fake_modes_without_a_step() -> None:
+    centre = Centre(3)
+    for _ in range(2):
+        with FakeTensorMode():
+            centre.see(torch.zeros(4, 3))
