@@ -164,9 +164,11 @@ class PRE(Method):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._rows_CD = self.class_rows()
+        self._rows_CD: Tensor | None = None
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        if self._rows_CD is None:  # in a step, where sharded encoders are gathered
+            self._rows_CD = self.class_rows()
         logits_BC = self.logits(batch["image"], self._rows_CD)
         is_base_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
         is_base_C[self._base()] = True
