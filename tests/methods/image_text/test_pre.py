@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"the longest prompt has 13 tokens, 8 of them learned"):
         method(encoder=False, prompt_tokens=8)
     with pytest.raises(UserError, match=r"label 0 is not one of the 2 base classes"):
-        method().training_step(batch() | {"label": torch.tensor([1, 0, 1, 1, 1])}, 0)  # type: ignore[arg-type]
+        method()._on_before_batch_transfer(batch() | {"label": torch.tensor([1, 0, 1, 1, 1])})  # before any device
 
 
 def test_the_recipes_have_the_encoders_and_base_classes_of_one_another() -> None:
