@@ -193,6 +193,16 @@ def total_over(parts: Iterable[tuple[Ranks | None, Tensor]]) -> Tensor:
     return torch.stack([part.to(sums[0].device) for part in sums]).sum() if sums else torch.zeros(())
 
 
+def row_norms(matrix: Tensor) -> Tensor:
+    """Euclidean norms [m 1] of the rows of which this rank has a part, be the matrix split along rows or columns. All
+    ranks must call it.
+    """
+    part, ranks = local(matrix), ranks_of(matrix)
+    if ranks is None or split_axis(matrix, ranks) == 0:
+        return part.norm(dim=1, keepdim=True)
+    return ranks.total(part.square().sum(dim=1, keepdim=True)).sqrt()
+
+
 def square_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Squared Euclidean norms [T] in float32 or wider, in no particular order; infinite if a sum of squares is
     beyond that format, even if torch summed it in a wider one.

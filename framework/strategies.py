@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightspan.devices import widest_float
 from lightspan.distributed import copy_of_first_rank
 from lightspan.errors import UserError
+from lightspan.optim.groups import declared_kinds
 from lightspan.optim.layout import is_wide
 
 FORWARD_METHODS = (
@@ -191,14 +192,15 @@ def shard_blocks(module: nn.Module, mesh: DeviceMesh) -> None:
 
     All ranks start from rank 0's weights and buffers. Matrices with fewer rows than columns are split along their
     columns if these divide evenly, all others along their rows: that is the longer side, which a low-rank optimiser
-    steps row by row.
+    steps row by row. Frames, as modules declare them in `parameter_kinds`, are split along their first axis: each stays
+    whole, since its columns are orthonormal together.
     """
     for part in (*blocks(module), module):
         tensors = [t for t in (*part.parameters(), *part.buffers()) if not isinstance(t, DTensor) and not t.is_meta]
         for tensor in tensors:
             tensor.data = tensor.data.to(_device(mesh))
         copy_of_first_rank(tensors)
-        fully_shard(part, mesh=mesh, shard_placement_fn=_along_longer_side(mesh.size(mesh.ndim - 1)))
+        fully_shard(part, mesh=mesh, shard_placement_fn=_placements(part, mesh.size(mesh.ndim - 1)))
 
 
 @contextmanager
@@ -216,11 +218,13 @@ def gathered(module: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-def _along_longer_side(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+def _placements(part: nn.Module, ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    kinds = declared_kinds(part)
+
     def placement(parameter: Tensor) -> Shard | None:
         # FSDP2 can split an axis other than the first only evenly.
         wide = parameter.ndim > 1 and is_wide(parameter) and parameter.shape[1] % ranks == 0
-        return Shard(1) if wide else None
+        return Shard(1) if wide and kinds.get(id(parameter)) != "frames" else None
 
     return placement
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightspan.analysis.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
 from lightspan.callbacks.watching.detached import detached, of_all_ranks
 from lightspan.errors import UserError
+from lightspan.strategies import gathered
 
 NEEDED = ("encode_image", "encode_text")
 
@@ -74,7 +75,7 @@ class ZeroShot(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         encoders: Any = pl_module.encoders
-        with detached(pl_module), trainer.precision_plugin.forward_context():
+        with gathered(pl_module), detached(pl_module), trainer.precision_plugin.forward_context():
             class_CD = class_rows(
                 data.tokenizer,
                 lambda *texts: encoders.encode_text(*(x.to(pl_module.device) for x in texts)),

@@ -180,7 +180,7 @@ class ParameterGroups:
 
     def _kinds(self, module: nn.Module) -> dict[str, Kind]:
         """The kind of each parameter, before rules."""
-        declared, tables, spared = _declared(module), set(_tables(module)), set(_spared(module))
+        declared, tables, spared = declared_kinds(module), set(_tables(module)), set(_spared(module))
         kinds: dict[str, Kind] = {}
         names = every_name(module)
         for name, parameter in module.named_parameters():
@@ -200,7 +200,7 @@ def _first(values: Iterable[Any]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _declared(module: nn.Module) -> dict[int, Kind]:
+def declared_kinds(module: nn.Module) -> dict[int, Kind]:
     """What modules say about their own parameters, by id. Raises: UserError where two disagree on a tied one."""
     found: dict[int, tuple[str, Kind]] = {}
     for path, part in module.named_modules():

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.optim.random_subspace import OptimizerCallable
-from lightspan.sharded import local, ranks_of, total_over
+from lightspan.sharded import local, ranks_of, split_axis, total_over
 from lightspan.subspaces.grassmann import Horizontal, geodesic, orthonormalised
 
 
@@ -39,9 +39,9 @@ class RiemannianSGD(Optimizer):
         rest: makes the optimiser of the other parameters, one that keeps its state as torch.optim's do.
         retraction: how a step comes back to the manifold.
         orthonormalise_every: steps along geodesics between two QR decompositions of a frame, >= 1.
-    Raises: UserError for settings out of range, no frame among the parameters, frames in half precision or wider than
-        long, a `rest` that is missing or keeps its state in a form of its own, and in `step` for a gradient of a frame
-        that is not finite.
+    Raises: UserError for settings out of range, no frame among the parameters, frames in half precision, wider than
+        long or split over ranks along another axis than the first of three, a `rest` that is missing or keeps its state
+        in a form of its own, and in `step` for a gradient of a frame that is not finite.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RiemannianSGD(Optimizer):
             self.rest.param_groups = [group for group in self.param_groups if not group.get("frames")]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises: UserError for frames that are half precision, or wider than long."""
+        """Raises: UserError for frames that are half precision, wider than long, or not whole on their rank."""
         if self.rest is not None and not param_group.get("frames"):
             self.rest.add_param_group(param_group)
             self.param_groups.append(self.rest.param_groups[-1])
@@ -96,8 +96,15 @@ class RiemannianSGD(Optimizer):
         for frame in self.param_groups[-1]["params"]:
             if frame.ndim not in (2, 3) or frame.shape[-1] > frame.shape[-2]:
                 raise UserError(f"a frame is [N R] or [B N R] with R of at most N, but one is {list(frame.shape)}")
-            if frame.ndim == 2 and ranks_of(frame) is not None:
+            ranks = ranks_of(frame)
+            if ranks is not None and frame.ndim == 2:
                 raise UserError("a frame [N R] is split over ranks along its columns; give it a first axis, [1 N R]")
+            if ranks is not None and split_axis(frame, ranks) != 0:
+                raise UserError(
+                    f"frames {list(frame.shape)} are split over ranks along axis {split_axis(frame, ranks)}, and a "
+                    "step needs whole ones; let their module declare parameter_kinds 'frames', which FSDP2 splits "
+                    "along the first axis"
+                )
             if frame.dtype not in (torch.float32, torch.float64):
                 raise UserError(
                     f"a frame of {frame.dtype} is orthonormal to two digits and loses small steps; train with "

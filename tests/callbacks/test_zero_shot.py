@@ -1,10 +1,13 @@
 """Zero-shot classification while a dual encoder trains, which it leaves as it is."""
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
 from lightning import Trainer
 
@@ -18,6 +21,7 @@ from lightspan.datamodules.image_text.scenes import THINGS, Scenes
 from lightspan.datamodules.images.small import Digits
 from lightspan.errors import UserError
 from lightspan.methods.image_text.clip import CLIP
+from lightspan.strategies import FSDP2
 
 
 def model() -> CLIP:
@@ -63,6 +67,37 @@ def test_it_logs_what_the_functions_give_and_changes_nothing(make_trainer: Calla
 def test_validation_logs_it_too(make_trainer: Callable[..., Trainer]) -> None:
     (found,) = make_trainer(callbacks=[ZeroShot()]).validate(model(), datamodule=data(), verbose=False)
     assert 0 <= found["zero_shot/accuracy"] <= 1
+
+
+def figures(folder: Path, **options: Any) -> dict[str, float]:
+    """Of a run that leaves all weights and running means as they are."""
+    trained = model()
+    trained.optimizer = partial(torch.optim.SGD, lr=0.0)
+    for part in trained.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = 0.0
+    silent: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(
+        max_steps=2, limit_val_batches=0, callbacks=[ZeroShot()], accelerator="cpu", default_root_dir=folder,
+        **silent | {"devices": 1} | options,
+    )  # fmt: skip
+    trainer.fit(trained, datamodule=data())
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("zero")}
+
+
+def one_rank(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = figures(Path(folder), strategy=FSDP2(), devices=2)
+    assert found == pytest.approx(torch.load(f"{folder}/alone.pt"))
+
+
+@pytest.mark.ranks
+def test_sharded_encoders_on_two_ranks_have_the_figures_of_one_process(tmp_path: Path) -> None:
+    torch.save(figures(tmp_path), tmp_path / "alone.pt")
+    rank_processes.start(one_rank, 2, str(tmp_path), rank_processes.free_port())
 
 
 def test_what_it_cannot_read_is_refused(make_trainer: Callable[..., Trainer]) -> None:

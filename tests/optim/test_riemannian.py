@@ -162,6 +162,8 @@ def one_rank(index: int, folder: str) -> None:
             optimizer.step()
     with pytest.raises(UserError, match="split over ranks along its columns"):
         RiemannianSGD([nn.Parameter(distribute_tensor(frames[0], mesh, [Shard(0)]))])
+    with pytest.raises(UserError, match=r"frames \[1, 6, 2\] are split over ranks along axis 1, and a step needs"):
+        RiemannianSGD([nn.Parameter(distribute_tensor(frames, mesh, [Shard(1)]))])
     torch.save(out, Path(folder, f"{index}.pt"))
     leave()
 

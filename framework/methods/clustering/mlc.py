@@ -89,10 +89,14 @@ class MLC(Method):
         pre_RP = self.projector(self.backbone(image_RCHW))
         return F.normalize(self.head(pre_RP), dim=1), F.normalize(self.cluster_head(pre_RP), dim=1)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Between steps: in a step FSDP2 has gathered the heads, and drops what is written to them. Micro-batches of one
+        # step copy the same numbers again.
+        if self.global_step == self._first_steps():
+            self.copy_head()
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "MLC", None if self.clustering else 2)
-        if self.clustering and self.global_step == self._first_steps():
-            self.copy_head()
         z_RD, c_RD = self.represent(torch.cat(views))
         z_VBD, c_VBD = (x_RD.view(len(views), -1, x_RD.shape[1]) for x_RD in (z_RD, c_RD))
         if self.clustering:
@@ -122,7 +126,7 @@ class MLC(Method):
 
     @torch.no_grad()
     def copy_head(self) -> None:
-        """Gives the cluster head the numbers of the feature head."""
+        """Gives the cluster head the numbers of the feature head; of sharded heads each rank copies its part."""
         pairs = zip(self.cluster_head.state_dict().values(), self.head.state_dict().values(), strict=True)
         for mine, theirs in pairs:
             mine.copy_(theirs)

@@ -27,7 +27,7 @@ from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
-from lightspan.sharded import local
+from lightspan.sharded import local, row_norms
 
 
 class SwAV(Method):
@@ -139,6 +139,6 @@ class SwAV(Method):
 
     @torch.no_grad()
     def renormalise(self) -> None:
-        """Puts the prototypes, whole rows on whatever rank they are, back to unit length."""
-        weight_KD = local(self.prototypes.weight)
-        weight_KD.copy_(F.normalize(weight_KD, dim=1))
+        """Puts the prototypes back to unit length, however their rows or columns are split over ranks."""
+        weight_KD = self.prototypes.weight
+        local(weight_KD).div_(row_norms(weight_KD).clamp_min(1e-12))

@@ -155,8 +155,23 @@ class PRE(Method):
         """Of the frozen image encoder, before its map to the common space."""
         return self.encoders.image(batch["image"])
 
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Raises: UserError for images to train on that are of no base class."""
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        label_B = batch["label"]
+        if (self._trainer is None or self.trainer.training) and label_B.device.type == "cpu" and has_values(label_B):
+            new = sorted(set(label_B.tolist()) - set(self._base()))
+            if new:
+                raise UserError(
+                    f"label {new[0]} is not one of the {len(self._base())} base classes; train on images of these "
+                    "alone (data.init_args.train_classes)"
+                )
+        return batch
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        label_B = self._among(self._base(), batch["label"])
+        place_C = torch.zeros(int(self.num_classes or 0), dtype=torch.int64, device=self.device)
+        place_C[self._base()] = torch.arange(len(self._base()), device=self.device)
+        label_B = place_C[batch["label"]]
         logits_BC = self.logits(batch["image"], self.class_rows(self._base()))
         loss = F.cross_entropy(logits_BC, label_B)
         accuracy = (logits_BC.argmax(dim=1) == label_B).float().mean()
@@ -164,9 +179,11 @@ class PRE(Method):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._rows_CD = self.class_rows()
+        self._rows_CD: Tensor | None = None
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        if self._rows_CD is None:  # in a step, where sharded encoders are gathered
+            self._rows_CD = self.class_rows()
         logits_BC = self.logits(batch["image"], self._rows_CD)
         is_base_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
         is_base_C[self._base()] = True
@@ -188,18 +205,6 @@ class PRE(Method):
 
     def _base(self) -> list[int]:
         return list(range(int(self.num_classes or 0))) if self.base_classes is None else self.base_classes
-
-    def _among(self, classes: list[int], label_B: Tensor) -> Tensor:
-        """The place of each label among the classes. Raises: UserError for a label that is none of them."""
-        place_C = torch.full((int(self.num_classes or 0),), -1, device=label_B.device)
-        place_C[classes] = torch.arange(len(classes), device=label_B.device)
-        found_B = place_C[label_B]
-        if label_B.device.type == "cpu" and has_values(found_B) and (found_B < 0).any():
-            raise UserError(
-                f"label {int(label_B[found_B < 0][0])} is not one of the {len(classes)} base classes; train on images "
-                "of these alone (data.init_args.train_classes)"
-            )
-        return found_B
 
 
 def harmonic_mean(base: Tensor, new: Tensor) -> Tensor:

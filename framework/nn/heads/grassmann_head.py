@@ -42,7 +42,7 @@ class GrassmannHead(nn.Module):
         self.in_features, self.out_features, self.rank, self.scale = in_features, out_features, rank, scale
         seeds = [int(s) for s in torch.randint(2**31, (out_features,), generator=torch.Generator().manual_seed(seed))]
         frames = random_frame(seeds, in_features, rank, dtype=torch.get_default_dtype(), device=torch.device("cpu"))
-        self.frame_KFR = nn.Parameter(frames)
+        self.frame_KFR = nn.Parameter(frames.contiguous())  # QR gives columns in a row, which FSDP2 refuses
 
     def forward(self, x_BF: Tensor) -> Tensor:
         with torch.autocast(x_BF.device.type, enabled=False):

@@ -1,10 +1,12 @@
 """PRE and CoOp: the classifier that both are, what is frozen, classes in any order, and the recipes."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
 from lightning import Trainer
 from torch.nn import functional as F
@@ -18,6 +20,7 @@ from lightspan.datamodules.image_text.scenes import THINGS, Scenes
 from lightspan.errors import UserError
 from lightspan.methods.image_text.pre import PRE, harmonic_mean
 from lightspan.nn.sequences.token_lstm import TokenLSTM
+from lightspan.strategies import FSDP2
 
 NAMES, WORDS = ["red ring", "blue bar", "large white cross", "disc"], HashedWords(64)
 
@@ -99,14 +102,20 @@ def test_other_orders_of_classes_permute_logits_alone() -> None:
     torch.testing.assert_close(method(names=[NAMES[i] for i in order])(x), method()(x)[:, order])
 
 
-def test_new_classes_are_told_apart_among_themselves(tmp_path: Path) -> None:
+def fitted(folder: Path, lr: float = 0.1, **settings: Any) -> tuple[PRE, Scenes, Trainer]:
     base = list(range(0, 72, 2))
-    model = PRE(encoders(), base_classes=base, optimizer=partial(torch.optim.SGD, lr=0.1))
+    model = PRE(encoders(), base_classes=base, optimizer=partial(torch.optim.SGD, lr=lr))
     scenes = Scenes(tokenizer=WORDS, size=288, pairs=0.0, batch_size=32, length=12, train_classes=base)
     options: dict[str, Any] = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
-    options |= {"accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": tmp_path}
-    trainer = Trainer(max_steps=2, limit_val_batches=3, val_check_interval=2, num_sanity_val_steps=0, **options)
+    options |= {"accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": folder, "devices": 1}
+    trainer = Trainer(max_steps=2, val_check_interval=2, **options | settings)
     trainer.fit(model, datamodule=scenes)
+    return model, scenes, trainer
+
+
+def test_new_classes_are_told_apart_among_themselves(tmp_path: Path) -> None:
+    model, scenes, trainer = fitted(tmp_path, limit_val_batches=3, num_sanity_val_steps=0)
+    base = model.base_classes or []
     hits: dict[bool, list[bool]] = {True: [], False: []}
     model.eval()
     for number, given in enumerate(scenes.val_dataloader()):
@@ -120,6 +129,21 @@ def test_new_classes_are_told_apart_among_themselves(tmp_path: Path) -> None:
     assert logged["val/new_accuracy"].item() == pytest.approx(expected[False])
     mean = harmonic_mean(torch.tensor(expected[True]), torch.tensor(expected[False]))
     assert logged["val/harmonic_accuracy"].item() == pytest.approx(mean.item())
+
+
+def one_rank(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    metrics = fitted(Path(folder), lr=0.0, strategy=FSDP2(), devices=2)[2].callback_metrics
+    for name, expected in torch.load(f"{folder}/alone.pt").items():
+        torch.testing.assert_close(metrics[name], expected)
+
+
+@pytest.mark.ranks
+def test_sharded_encoders_on_two_ranks_validate_as_in_one_process(tmp_path: Path) -> None:
+    metrics = fitted(tmp_path, lr=0.0)[2].callback_metrics
+    torch.save({name: value for name, value in metrics.items() if name.startswith("val/")}, tmp_path / "alone.pt")
+    rank_processes.start(one_rank, 2, str(tmp_path), rank_processes.free_port())
 
 
 def test_the_harmonic_mean_of_nothing_is_nothing() -> None:
@@ -141,7 +165,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"the longest prompt has 13 tokens, 8 of them learned"):
         method(encoder=False, prompt_tokens=8)
     with pytest.raises(UserError, match=r"label 0 is not one of the 2 base classes"):
-        method().training_step(batch() | {"label": torch.tensor([1, 0, 1, 1, 1])}, 0)  # type: ignore[arg-type]
+        method()._on_before_batch_transfer(batch() | {"label": torch.tensor([1, 0, 1, 1, 1])})  # before any device
 
 
 def test_the_recipes_have_the_encoders_and_base_classes_of_one_another() -> None:
