@@ -258,8 +258,8 @@ class RandomViews(DrawnViews):
         first_row, first_column, rows, columns = outer
         # A view is square, so a crop's own shape is what stretches it, as in torchvision's RandomResizedCrop.
         to_relative = rows / columns if self.size else 1.0
-        ratios = [ratio * to_relative for ratio in (_log_between(shape_of_crop, *self.ratio), *self.ratio)]
-        top, left, high, wide = _crop_box(rows, columns, _between(area, *self.scale), *ratios, y, x)
+        ratio, least, most = (r * to_relative for r in (_log_between(shape_of_crop, *self.ratio), *self.ratio))
+        top, left, high, wide = _crop_box(rows, columns, _between(area, *self.scale), ratio, least, most, y, x)
         p = WHOLE._replace(
             top=(first_row + top) / height,
             left=(first_column + left) / width,
