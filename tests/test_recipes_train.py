@@ -27,6 +27,9 @@ SHORT = [
 ]
 """Three steps of few samples, with what the recipe itself adds and nothing that writes or listens."""
 
+LARGE = {"language/smollm2_svfit"}
+"""More than a hundred million weights, whose reading alone takes the time of a sweep's test."""
+
 UNDONE = {
     *("analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"),
     *("merging/fisher", "merging/regmean", "merging/interference"),
@@ -62,7 +65,9 @@ def gives_its_result(resolved: Resolved) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", catalogue_names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.runs if name in LARGE else ()) for name in catalogue_names()]
+)
 def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resolved = resolve(name, kinds=ANY_KIND)

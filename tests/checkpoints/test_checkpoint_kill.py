@@ -93,6 +93,7 @@ def test_every_point_of_a_save_leaves_a_whole_checkpoint_under_its_name(tmp_path
     assert newest_whole(tmp_path)[0] == path
 
 
+@pytest.mark.sweep
 def test_a_save_under_a_new_name_moves_the_pointer_last(tmp_path):
     old, new = tmp_path / "step=1.ckpt", tmp_path / "step=2.ckpt"
     assert not killed_at(-1, lambda: save_file(old, 1))
