@@ -16,3 +16,8 @@ def require_width(giver: nn.Module, name: str, taken: int | None) -> None:
     given = getattr(giver, "num_features", getattr(giver, "out_features", None))
     if given is not None and taken is not None and given != taken:
         raise UserError(f"{name}={taken}, but {type(giver).__name__} gives {given} features; set it to {given}")
+
+
+def require_projector(backbone: nn.Module, projector: nn.Module) -> None:
+    """Raises: UserError, as `require_width`, for a projector that takes another width than the backbone gives."""
+    require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))

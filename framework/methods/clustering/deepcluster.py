@@ -26,7 +26,7 @@ from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.teachers.teaching import require_schedules
 from lightspan.nn.views import global_first, require_global_views
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 
 
 class DeepCluster(Method):
@@ -65,7 +65,7 @@ class DeepCluster(Method):
         super().__init__(**optimization)
         require_schedules({}, {"temperature": temperature})
         require_global_views(global_views)
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         width: int | None = getattr(projector, "out_features", None)
         if width is None:
             raise UserError(

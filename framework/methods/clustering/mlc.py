@@ -24,7 +24,7 @@ from lightspan.distributed import gather_rows
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.coding_rate import (
     coding_rate,
     pairwise_coding_rate,
@@ -73,7 +73,7 @@ class MLC(Method):
             raise UserError(f"first_share={first_share} must be in [0, 1] and similarity={similarity} at least 0")
         if iterations < 1 or (clusters is not None and clusters < 2):
             raise UserError(f"iterations={iterations} must be at least 1, and clusters={clusters} at least 2 or null")
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         require_width(projector, "head.in_features", getattr(head, "in_features", None))
         self.backbone, self.projector, self.head, self.cluster_head = backbone, projector, head, copy.deepcopy(head)
         self.first_share, self.distortion, self.similarity = first_share, distortion, similarity

@@ -24,7 +24,7 @@ from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.teachers.teaching import leave_in_place, require_schedules
 from lightspan.nn.views import global_first, require_global_views
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
 from lightspan.sharded import local, row_norms
@@ -71,7 +71,7 @@ class SwAV(Method):
             {"temperature": temperature, "code_temperature": code_temperature},
         )
         require_global_views(global_views)
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         width: int | None = getattr(projector, "out_features", None)
         if width is None:
             raise UserError(

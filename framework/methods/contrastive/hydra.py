@@ -17,7 +17,7 @@ from lightspan.distributed import gather_rows
 from lightspan.method import Method
 from lightspan.nn.class_pairs import ClassPairs
 from lightspan.nn.views import labelled_views
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import class_pair_loss, require_temperature
 
 
@@ -51,7 +51,7 @@ class Hydra(Method):
     ) -> None:
         super().__init__(**optimization)
         require_temperature(temperature)
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         require_width(projector, "gate.out_features", getattr(gate, "out_features", None))
         self.backbone, self.projector, self.gate = backbone, projector, gate
         self.pairs, self.temperature = pairs, temperature

@@ -17,7 +17,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 from lightspan.objectives.means import sum_over_rows
 from lightspan.objectives.sigreg import sigreg
 
@@ -61,7 +61,7 @@ class LeJEPA(Method):
             raise UserError(f"lam={lam} must lie in [0, 1]; 0.01 to 0.1 are usual")
         if min(global_views, directions) < 1:
             raise UserError(f"global_views={global_views} and directions={directions} must each be at least 1")
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
         self.lam, self.global_views, self.directions, self.seed = lam, global_views, directions, seed
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 
 
@@ -49,7 +49,7 @@ class MixedBarlowTwins(Method):
         super().__init__(**optimization)
         if lam < 0 or lam_reg < 0 or alpha <= 0:
             raise UserError(f"lam={lam} and lam_reg={lam_reg} must be at least 0, and alpha={alpha} above 0")
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
         self.lam, self.lam_reg, self.alpha, self.normalize = lam, lam_reg, alpha, normalize
 

@@ -16,7 +16,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import paired_info_nce, require_temperature
 from lightspan.optim.schedules import cosine_between
 from lightspan.patterns import any_matches, require_matches
@@ -52,7 +52,7 @@ class MoCoV3(Method):
         require_temperature(temperature)
         if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
             raise UserError(f"momentum={momentum} and final_momentum={final_momentum} must lie in [0, 1]")
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
         require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
         parameters = dict(backbone.named_parameters())

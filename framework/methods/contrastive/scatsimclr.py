@@ -21,7 +21,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.pretext import PretextTask
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import nt_xent, require_temperature
 
 
@@ -51,7 +51,7 @@ class ScatSimCLR(Method):
         require_temperature(temperature)
         if not 0 <= pretext_weight < math.inf:
             raise UserError(f"pretext_weight={pretext_weight} must be at least 0 and finite; the paper has 0.3")
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         require_width(backbone, "pretext.in_features", getattr(pretext, "in_features", None))
         self.backbone, self.projector, self.pretext = backbone, projector, pretext
         self.pretext_weight, self.temperature = pretext_weight, temperature

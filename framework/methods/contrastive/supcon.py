@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightspan.method import Method
 from lightspan.nn.views import labelled_views
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import require_temperature
 from lightspan.objectives.supcon import supcon
 
@@ -34,7 +34,7 @@ class SupCon(Method):
     ) -> None:
         super().__init__(**optimization)
         require_temperature(temperature)
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         self.backbone, self.projector, self.temperature = backbone, projector, temperature
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

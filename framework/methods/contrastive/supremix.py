@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import require_temperature
 from lightspan.objectives.supremix import supremix
 
@@ -60,7 +60,7 @@ class SupReMix(Method):
             )
         if beta is not None and min(beta) <= 0:
             raise UserError(f"SupReMix beta={list(beta)} must be two numbers above 0, or null for no mixed negatives")
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
         self.bin_width, self.window, self.beta, self.distance_weight = bin_width, window, beta, distance_weight
         self.temperature, self.most_pairs = temperature, most_pairs

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 from lightspan.objectives.vicreg import vicreg_terms
 
 
@@ -46,7 +46,7 @@ class VICReg(Method):
                 f"invariance_weight={invariance_weight}, variance_weight={variance_weight} and "
                 f"covariance_weight={covariance_weight} must be at least 0 and finite"
             )
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

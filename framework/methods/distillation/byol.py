@@ -15,7 +15,7 @@ from lightspan.method import Method
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.teaching import require_schedules
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector, require_width
 from lightspan.optim.schedules import cosine_between
 
 
@@ -50,7 +50,7 @@ class BYOL(Method):
     ) -> None:
         super().__init__(**optimization)
         require_schedules({"momentum": momentum, "final_momentum": final_momentum}, {})
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
         require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
         self.student, self.predictor = nn.Sequential(backbone, projector), predictor

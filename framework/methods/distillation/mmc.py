@@ -32,7 +32,7 @@ from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.teaching import leave_in_place, require_schedules, require_weights
 from lightspan.nn.views import global_first
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.prototypes import centred_softmax, prototype_cross_entropy
 from lightspan.optim.schedules import cosine_between, line_between
@@ -119,7 +119,7 @@ class MMC(Method):
         )  # fmt: skip
         if require_tokens(backbone, "MMC").num_prefix_tokens < 1:
             raise UserError("MMC contrasts class tokens, and this backbone has none; set class_token=true")
-        require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+        require_projector(backbone, projector)
         require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
         require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
         require_width(backbone, "head.in_features", head.in_features)
