@@ -13,12 +13,12 @@ from lightspan.method import Method
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.sequences.attention import MultiHeadAttention
-from lightspan.nn.teachers.patch_codes import PatchCodes
 from lightspan.optim.schedules import WarmupCosine
 
 WIDTH, DEPTH, HEADS, PATCH = 64, 4, 4, 4

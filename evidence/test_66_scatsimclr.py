@@ -28,8 +28,8 @@ from lightspan.datamodules.images.small import Digits
 from lightspan.datamodules.images.turns import QuarterTurns
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, Views, seeded
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
-from lightspan.nn.heads.pretext import QuarterTurn
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.pretext import QuarterTurn
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2)

@@ -11,7 +11,7 @@ class QuarterTurns(Views):
     """The views of the image turned by 0, 90, 180 and 270 degrees, in this order: an exact turn, and then whatever
     `views` changes.
 
-    `lightspan.nn.heads.pretext.QuarterTurn` guesses the turn. Images must be square, so that all views have one size,
+    `lightspan.nn.pretext.QuarterTurn` guesses the turn. Images must be square, so that all views have one size,
     unless `views` sets it.
 
     Args:

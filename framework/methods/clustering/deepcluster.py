@@ -21,9 +21,9 @@ from lightspan.devices import wide
 from lightspan.distributed import gather_rows, rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.teachers.teaching import require_schedules
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_projector

@@ -3,7 +3,7 @@
 Source: Kinakh, Taran, Voloshynovskyy, "ScatSimCLR: Self-supervised contrastive learning with pretext task
 regularization for small-scale datasets", ICCV workshops 2021, arXiv 2108.13939, and the authors' code: L = L_ntxent +
 lambda L_pretext. The network is `lightspan.backbones.scattering.ScatteringNet`, tasks are in
-`lightspan.nn.heads.pretext`. That code normalises twice, ties the loss to one batch size, and lets the rate fall over
+`lightspan.nn.pretext`. That code normalises twice, ties the loss to one batch size, and lets the rate fall over
 batches where it steps in epochs; none of that is here.
 Shapes: B images of this rank, C H W image, D embedding width.
 """
@@ -19,7 +19,7 @@ from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.heads.pretext import PretextTask
+from lightspan.nn.pretext import PretextTask
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import nt_xent, require_temperature

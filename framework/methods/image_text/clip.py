@@ -15,7 +15,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.datamodules.batches import ImageTextBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.chunks import in_chunks
+from lightspan.nn.grad_cache import in_chunks
 from lightspan.objectives.info_nce import paired_info_nce
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightspan.errors import UserError
 from lightspan.methods.clustering.deepcluster import DeepCluster
-from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
+from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 
 
 def batch(seed: int = 1) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.methods.contrastive.simclr import SimCLR
-from lightspan.nn.heads.pretext import Jigsaw, QuarterTurn
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.pretext import Jigsaw, QuarterTurn
 from lightspan.objectives.info_nce import nt_xent
 
 SGD = partial(torch.optim.SGD, lr=0.02)

@@ -20,7 +20,7 @@ from lightspan.config.resolve import resolve
 from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.methods.image_text.clip import CLIP, clip_loss
-from lightspan.nn.chunks import in_chunks
+from lightspan.nn.grad_cache import in_chunks
 
 ROWS, RANKS = 7, 2
 

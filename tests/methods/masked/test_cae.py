@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
 from lightspan.methods.masked.cae import CAE
+from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import patchify
 from lightspan.nn.sequences.positions import sincos
-from lightspan.nn.teachers.patch_codes import PatchCodes
 
 GRID = (4, 4)
 

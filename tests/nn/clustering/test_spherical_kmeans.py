@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightspan.distributed import leave
 from lightspan.errors import UserError
-from lightspan.nn.teachers.spherical_kmeans import drawn_rows, spherical_kmeans
+from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 
 
 def rows(count: int = 60) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightspan.datamodules.images.turns import QuarterTurns
 from lightspan.datamodules.images.views import Plain, RandomViews, seeded
 from lightspan.errors import UserError
-from lightspan.nn.heads.pretext import Jigsaw, QuarterTurn, far_permutations, tiles_of
+from lightspan.nn.pretext import Jigsaw, QuarterTurn, far_permutations, tiles_of
 
 
 def images(count: int = 4, side: int = 9, channels: int = 2) -> Tensor:
