@@ -2,17 +2,20 @@
 
 Source: Wu et al., "Mixup Your Own Pairs", 2023, arXiv 2309.16633; the loss is `lightspan.objectives.supremix`. After it
 the paper drops the projector and fits a linear regressor, or fine-tunes. Assumed, since neither paper nor code is clear
-on it: one share l of Beta(2, 8) for each anchor and step.
+on it: one share l of Beta(2, 8) for each anchor and step. Shares and the places of pairs are functions of seed, step,
+sample and view: ranks and resumed runs draw the same.
 Shapes: B samples of this rank, V views of each, R = B V rows, D embedding width.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.masking.mask_samplers import image_numbers
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import require_temperature
@@ -21,7 +24,8 @@ from lightspan.objectives.supremix import supremix
 
 class SupReMix(Method):
     """Embeddings in the order of a number: its equals and what is mixed to it are near, others the farther the more it
-    differs. Rows are those of all ranks; with sync_batchnorm N ranks train as one.
+    differs. Rows are those of all ranks; with sync_batchnorm N ranks train as one. With `most_pairs` they may take
+    other pairs among those of equal targets, which stand in the order of ranks.
 
     The number is `target` of a batch, or `label` where there is none: then classes in an order.
 
@@ -36,6 +40,7 @@ class SupReMix(Method):
         temperature: > 0.
         most_pairs: pairs that are mixed to positives of one anchor, evenly drawn; None takes all, which of R rows are
             up to R^2 / 4.
+        seed: of the shares and of the pairs, >= 0.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
@@ -49,6 +54,7 @@ class SupReMix(Method):
         distance_weight: float = 1.0,
         temperature: float = 0.3,
         most_pairs: int | None = None,
+        seed: int = 0,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -58,12 +64,14 @@ class SupReMix(Method):
                 f"SupReMix bin_width={bin_width} must be above 0, window={window}, "
                 f"distance_weight={distance_weight} at least 0, and most_pairs={most_pairs} at least 1 or null"
             )
+        if seed < 0:
+            raise UserError(f"SupReMix seed={seed} must be at least 0")
         if beta is not None and min(beta) <= 0:
             raise UserError(f"SupReMix beta={list(beta)} must be two numbers above 0, or null for no mixed negatives")
         require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
         self.bin_width, self.window, self.beta, self.distance_weight = bin_width, window, beta, distance_weight
-        self.temperature, self.most_pairs = temperature, most_pairs
+        self.temperature, self.most_pairs, self.seed = temperature, most_pairs, seed
 
     def features(self, batch: Any) -> Tensor:
         (x,) = [batch[name] for name in ("image", "table") if name in batch] or [batch["views"][0]]
@@ -79,13 +87,30 @@ class SupReMix(Method):
             )
         bin_R = (target_B / self.bin_width).round().repeat(len(views))
         z_RD = self.projector(self.backbone(torch.cat(views)))
-        # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
-        share_R = (
-            None if self.beta is None else torch.distributions.Beta(*self.beta).sample(bin_R.shape).to(z_RD.device)
-        )
-        start_R = None if self.most_pairs is None else torch.rand(bin_R.shape).to(z_RD.device)
+        share_R, start_R = (drawn_R.to(z_RD.device) for drawn_R in self.draws(batch["index"], len(views)))
         loss = supremix(
-            z_RD, bin_R, share_R, self.window, self.distance_weight, self.temperature, self.most_pairs, start_R
+            z_RD,
+            bin_R,
+            None if self.beta is None else share_R,
+            self.window,
+            self.distance_weight,
+            self.temperature,
+            self.most_pairs,
+            start_R,
         )
         self.log_training({"train/loss": loss})
         return loss
+
+    def draws(self, index_B: Tensor, views: int) -> tuple[Tensor, Tensor]:
+        """Of each row in this step: the anchor's share in its mixed negatives, and where its pairs begin, [R] each.
+
+        Args:
+            index_B: the samples' numbers in their dataset.
+        """
+        drawn = np.empty((views, len(index_B), 2), dtype=np.float32)
+        for view, rows in enumerate(drawn):
+            for row, number in zip(rows, image_numbers(index_B), strict=True):
+                generator = np.random.default_rng((self.seed, self.global_step, number, view))
+                row[:] = generator.beta(*(self.beta or (1.0, 1.0))), generator.random(dtype=np.float32)
+        share_R, start_R = torch.from_numpy(drawn).flatten(0, 1).unbind(1)
+        return share_R, start_R

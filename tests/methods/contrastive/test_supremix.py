@@ -1,8 +1,10 @@
 """SupReMix: the loss of all views with rounded targets, and what it is without mixtures."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import method_runs
 import pytest
 import torch
 
@@ -39,15 +41,51 @@ def embedded(model: SupReMix, given: dict[str, Any]) -> torch.Tensor:
 
 def test_the_loss_is_that_of_all_views_with_targets_in_bins_and_drawn_shares() -> None:
     model, reference, given = method(bin_width=0.5, most_pairs=6), method(), batch()
-    torch.manual_seed(5)
     loss = model.training_step(given, 0)
-    torch.manual_seed(5)
-    share = torch.distributions.Beta(2.0, 8.0).sample((16,))
+    share, start = model.draws(given["index"], 2)
     bins = (given["target"] / 0.5).round().repeat(2)
-    expected = supremix(embedded(reference, given), bins, share, 5.0, 1.0, 0.3, 6, torch.rand(16))
+    expected = supremix(embedded(reference, given), bins, share, 5.0, 1.0, 0.3, 6, start)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_draws_are_functions_of_seed_step_sample_and_view() -> None:
+    model, index = method(), torch.arange(4000)
+    share, start = model.draws(index, 2)
+    assert share.mean().item() == pytest.approx(0.2, abs=0.01)  # of Beta(2, 8), variance 0.16 / 11
+    assert share.var().item() == pytest.approx(0.16 / 11, rel=0.1)
+    assert start.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert ((start >= 0) & (start < 1)).all()
+    for mine, all_rows in zip(model.draws(index[40:60].flip(0), 2), (share, start), strict=True):
+        assert torch.equal(mine, all_rows.view(2, -1)[:, 40:60].flip(1).flatten())
+    assert len(share.unique()) > 7900  # samples and views draw apart
+    assert not torch.equal(method(seed=1).draws(index[:4], 2)[0], model.draws(index[:4], 2)[0])
+
+
+class Pooled(torch.nn.Module):
+    """A backbone without BatchNorm, which would see the rows of one rank."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 8, kernel_size=3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.layer(image).tanh().mean(dim=(2, 3))
+
+
+def without_norms() -> SupReMix:
+    torch.manual_seed(0)
+    return method(backbone=Pooled(), projector=torch.nn.Linear(8, 6))
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    label = torch.tensor([0, 3, 1, 2, 0, 4])
+    batches = [method_runs.batch(seed=seed, locals_=0) | {"label": label} for seed in range(4)]
+    method_runs.two_ranks_train_as_one(without_norms, batches, tmp_path)
 
 
 def test_without_mixtures_and_weights_it_is_supcon_on_the_bins() -> None:
@@ -60,6 +98,7 @@ def test_without_mixtures_and_weights_it_is_supcon_on_the_bins() -> None:
 def test_labels_in_an_order_are_targets_and_pictures_are_rows() -> None:
     model = method(backbone=SmallConvNet(1, 4, 2))
     images = {"views": [torch.randn(4, 1, 8, 8)] * 2, "label": torch.tensor([0, 1, 2, 5])}
+    images["index"] = torch.arange(4)
     assert model.training_step(images, 0).isfinite()
     assert model.features({"image": images["views"][0]}).shape == (4, 8)
     assert method().features({"table": torch.ones(2, 6)}).shape == (2, 8)
@@ -70,6 +109,7 @@ def test_what_it_cannot_train_is_refused() -> None:
         ({"bin_width": 0.0}, "bin_width=0.0 must be above 0"),
         ({"window": -1.0}, "window=-1.0, distance_weight=1.0 at least 0"),
         ({"beta": (0.0, 1.0)}, r"beta=\[0.0, 1.0\] must be two numbers above 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"projector": Projector(9, [16], 6)}, "projector.in_features=9, but MLP gives 8"),
     ):
