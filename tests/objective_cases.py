@@ -200,7 +200,7 @@ PARTS = {
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
     "supremix.mixed_pairs",
-    *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.require_temperature", "info_nce.own_rows"),
+    *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.own_rows"),
     *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),
     *(
         "entropy.entropy",

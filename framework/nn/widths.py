@@ -21,3 +21,23 @@ def require_width(giver: nn.Module, name: str, taken: int | None) -> None:
 def require_projector(backbone: nn.Module, projector: nn.Module) -> None:
     """Raises: UserError, as `require_width`, for a projector that takes another width than the backbone gives."""
     require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
+
+
+def require_predictor(projector: nn.Module, predictor: nn.Module) -> None:
+    """Raises: UserError, as `require_width`, for a predictor that takes or gives another width than the projector."""
+    for side in ("in_features", "out_features"):
+        require_width(projector, f"predictor.{side}", getattr(predictor, side, None))
+
+
+def given_width(projector: nn.Module) -> int:
+    """The width of a projector's embeddings, as wide as the prototypes that score them.
+
+    Raises: UserError if it does not say its width.
+    """
+    width: int | None = getattr(projector, "out_features", None)
+    if width is None:
+        raise UserError(
+            f"{type(projector).__name__} has no out_features; use lightspan.nn.heads.projector.Projector or "
+            "torch.nn.Linear"
+        )
+    return width

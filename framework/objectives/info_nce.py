@@ -22,15 +22,13 @@ Shapes: B anchors of this rank, N keys of all ranks, K rows of a queue, D embedd
 float32, also under autocast.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sums, gather_rows
-from lightspan.errors import UserError
+from lightspan.ranges import require_temperatures
 
 LEAST_NORM = 1e-12
 """A shorter row counts as zero: its cosine with any row is 0, without a gradient."""
@@ -55,7 +53,10 @@ def gated_cosine(z_BD: Tensor, key_ND: Tensor, gate_BD: Tensor | None = None) ->
 
 
 def unit(x_BD: Tensor) -> Tensor:
-    """Rows at length 1, in float32 or wider; a zero row stays zero."""
+    """Rows at length 1, in float32 or wider, for a loss: a row shorter than `LEAST_NORM` becomes zero and has no
+    gradient, where torch's `normalize` multiplies it by 1 / `LEAST_NORM`. What is measured and not trained takes
+    `lightspan.analysis.rows.unit_rows`.
+    """
     x_BD = wide(x_BD)
     return x_BD * _inverse_root(x_BD.square().sum(dim=1, keepdim=True))
 
@@ -101,7 +102,7 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float | Tensor = 0.5) -> 
     Returns: scalar >= 0, the same on all ranks; a mean over 2 N anchors.
     Raises: UserError for a temperature of 0 or less or infinity, if it is no tensor.
     """
-    require_temperature(temperature)
+    require_temperatures(temperature=temperature)
     z_BD = torch.cat([z1_BD, z2_BD])
     key_ND, first = gather_rows(z_BD)
     own_BN = own_rows(len(z_BD), first, key_ND)
@@ -121,7 +122,7 @@ def paired_info_nce(
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError as `nt_xent` does.
     """
-    require_temperature(temperature)
+    require_temperatures(temperature=temperature)
     key_ND, first = gather_rows(key_BD)
     target_BN = own_rows(len(query_BD), first, key_ND) if target_BN is None else target_BN
     return soft_info_nce(gated_cosine(query_BD, key_ND) / temperature, target_BN)
@@ -136,7 +137,7 @@ def queued_info_nce(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperat
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError as `nt_xent` does.
     """
-    require_temperature(temperature)
+    require_temperatures(temperature=temperature)
     with torch.autocast(query_BD.device.type, enabled=False):
         own_B1 = (unit(query_BD) * unit(key_BD)).sum(dim=1, keepdim=True)
     logits = torch.cat([own_B1, gated_cosine(query_BD, queue_KD)], dim=1) / temperature
@@ -179,12 +180,6 @@ def multi_positive_info_nce(logits_BN: Tensor, positive_BN: Tensor, negative_BN:
     return total / pairs.clamp_min(1)
 
 
-def require_temperature(temperature: float | Tensor) -> None:
-    """Raises: UserError for a number that is not finite and above 0. Tensors are not read: they may be on a device."""
-    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
-        raise UserError(f"temperature={temperature} must be above 0 and finite; 0.05 to 0.5 are usual")
-
-
 def class_pair_loss(
     z_BD: Tensor,
     label_B: Tensor,
@@ -205,7 +200,7 @@ def class_pair_loss(
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError for a temperature of 0 or less, if it is no tensor.
     """
-    require_temperature(temperature)
+    require_temperatures(temperature=temperature)
     key_ND, _ = gather_rows(z_BD)
     label_N, _ = gather_rows(label_B)
     logits_BN = gated_cosine(z_BD, key_ND, gate_BD) / temperature

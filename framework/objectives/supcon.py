@@ -8,7 +8,8 @@ Shapes: B anchors of this rank, N rows of all ranks, D embedding width.
 from torch import Tensor
 
 from lightspan.distributed import gather_rows
-from lightspan.objectives.info_nce import gated_cosine, own_rows, require_temperature, soft_info_nce
+from lightspan.objectives.info_nce import gated_cosine, own_rows, soft_info_nce
+from lightspan.ranges import require_temperatures
 
 
 def supcon(z_BD: Tensor, label_B: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
@@ -26,7 +27,7 @@ def supcon(z_BD: Tensor, label_B: Tensor, temperature: float | Tensor = 0.1) -> 
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError for a temperature of 0 or less or infinity, if it is no tensor.
     """
-    require_temperature(temperature)
+    require_temperatures(temperature=temperature)
     key_ND, first = gather_rows(z_BD)
     label_N, _ = gather_rows(label_B)
     logits_BN = gated_cosine(z_BD, key_ND) / temperature

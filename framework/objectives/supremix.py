@@ -14,7 +14,8 @@ from torch import Tensor
 from lightspan.devices import has_values, wide
 from lightspan.distributed import all_reduce_sums, gather_rows
 from lightspan.errors import UserError
-from lightspan.objectives.info_nce import own_rows, require_temperature, unit
+from lightspan.objectives.info_nce import own_rows, unit
+from lightspan.ranges import require_temperatures
 
 
 def supremix(
@@ -50,7 +51,7 @@ def supremix(
     Returns: scalar, the same on all ranks; 0 without any positive.
     Raises: UserError for a window or a weight below 0, fewer than 1 pair, or a temperature that is not above 0.
     """
-    require_temperature(temperature)
+    require_temperatures(temperature=temperature)
     if window < 0 or distance_weight < 0 or (most_pairs is not None and most_pairs < 1):
         raise UserError(
             f"window={window} and distance_weight={distance_weight} must be at least 0, and most_pairs={most_pairs} at "

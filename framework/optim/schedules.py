@@ -1,15 +1,17 @@
-"""Learning-rate schedules as functions of the share of the run that is done, so that a changed `max_steps` needs no
-second edit.
+"""Schedules as functions of the share of the run that is done, so that a changed `max_steps` needs no second edit: of
+learning rates and weight decay, and of what a teacher follows and says.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightspan.errors import UserError
+from lightspan.ranges import require_shares, require_temperatures
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 """What a Method expects: called with the optimiser and the run's number of optimiser steps.
@@ -24,6 +26,49 @@ def cosine_between(start: float, end: float, share: float) -> float:
 def line_between(start: float, end: float, share: float, until: float) -> float:
     """A line from `start` to `end`, which it reaches at the share `until` and keeps; `end` at once where that is 0."""
     return start + (end - start) * share / until if share < until else end
+
+
+@dataclass(frozen=True)
+class TeacherMomentum:
+    """Of a teacher that averages its student's weights: on a half cosine over the run, as in BYOL (Grill et al., 2020,
+    arXiv 2006.07733, section 3.1). Called with the share of the run that is done.
+
+    Args:
+        momentum, final_momentum: at its start and its end, in [0, 1].
+    Raises: UserError for values outside this range.
+    """
+
+    momentum: float
+    final_momentum: float
+
+    def __post_init__(self) -> None:
+        require_shares(momentum=self.momentum, final_momentum=self.final_momentum)
+
+    def __call__(self, share: float) -> float:
+        return cosine_between(self.momentum, self.final_momentum, share)
+
+
+@dataclass(frozen=True)
+class TeacherTemperature:
+    """Of a teacher's targets: on a line over the first part of the run, then constant, as in DINO (Caron et al., 2021,
+    arXiv 2104.14294, appendix C). Called with the share of the run that is done.
+
+    Args:
+        teacher_temperature, final_temperature: at the start and after the warm-up, > 0.
+        temperature_warmup: share of the run that the warm-up takes, in [0, 1].
+    Raises: UserError for values outside these ranges.
+    """
+
+    teacher_temperature: float
+    final_temperature: float
+    temperature_warmup: float
+
+    def __post_init__(self) -> None:
+        require_temperatures(teacher_temperature=self.teacher_temperature, final_temperature=self.final_temperature)
+        require_shares(temperature_warmup=self.temperature_warmup)
+
+    def __call__(self, share: float) -> float:
+        return line_between(self.teacher_temperature, self.final_temperature, share, self.temperature_warmup)
 
 
 class WarmupCosine(LRScheduler):

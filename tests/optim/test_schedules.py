@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim.schedules import WarmupCosine, WarmupCosineDecay, line_between
+from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature, WarmupCosine, WarmupCosineDecay, line_between
 
 
 def parameter(size=2):
@@ -109,3 +109,26 @@ def test_a_line_reaches_its_end_and_stays_there():
         [0.04, 0.055, 0.07, 0.07]
     )
     assert line_between(0.04, 0.07, 0.0, 0.0) == 0.07
+
+
+def test_a_teacher_follows_on_a_half_cosine_and_sharpens_on_a_line():
+    assert [TeacherMomentum(0.5, 0.9)(share) for share in (0, 0.25, 0.5, 1)] == pytest.approx(
+        [0.5, 0.55857864, 0.7, 0.9]
+    )
+    assert [TeacherTemperature(0.04, 0.07, 0.5)(share) for share in (0, 0.25, 0.5, 1)] == pytest.approx(
+        [0.04, 0.055, 0.07, 0.07]
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: TeacherMomentum(float("nan"), 1.0), r"momentum=nan must lie in \[0, 1\]"),
+        (lambda: TeacherMomentum(1.0, 1.1), r"final_momentum=1.1 must lie in \[0, 1\]"),
+        (lambda: TeacherTemperature(0.04, 0.0, 0.5), "final_temperature=0.0 must be above 0 and finite"),
+        (lambda: TeacherTemperature(0.04, 0.07, 1.5), r"temperature_warmup=1.5 must lie in \[0, 1\]"),
+    ],
+)
+def test_a_teachers_schedules_check_themselves(made, message):
+    with pytest.raises(UserError, match=message):
+        made()

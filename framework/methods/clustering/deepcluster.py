@@ -24,9 +24,10 @@ from lightspan.method import Method
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.teachers.teaching import require_schedules
+from lightspan.nn.parts import part
 from lightspan.nn.views import global_first, require_global_views
-from lightspan.nn.widths import require_projector
+from lightspan.nn.widths import given_width, require_projector
+from lightspan.ranges import require_temperatures
 
 
 class DeepCluster(Method):
@@ -50,6 +51,9 @@ class DeepCluster(Method):
     cluster_HM: Tensor
     clustered_in: Tensor
 
+    backbone = part("network.backbone", "Which gives the features.")
+    projector = part("network.head", "Which gives the embeddings.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -63,14 +67,10 @@ class DeepCluster(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_schedules({}, {"temperature": temperature})
+        require_temperatures(temperature=temperature)
         require_global_views(global_views)
         require_projector(backbone, projector)
-        width: int | None = getattr(projector, "out_features", None)
-        if width is None:
-            raise UserError(
-                f"{type(projector).__name__} has no out_features; use lightspan.nn.heads.projector.Projector"
-            )
+        width = given_width(projector)
         if not prototypes or min(prototypes) < 1 or max(prototypes) > images or steps < 1 or seed < 0:
             raise UserError(
                 f"prototypes={list(prototypes)} must be one number or more in [1, images={images}], steps={steps} at "
@@ -84,14 +84,6 @@ class DeepCluster(Method):
         self.register_buffer("clustered_in", torch.zeros((), dtype=torch.int64))
         self.begun = 0  # the epoch; spares a question to the device in each step
         self.temperature, self.steps, self.global_views, self.seed = temperature, steps, global_views, seed
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.network.backbone
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.network.head
 
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:

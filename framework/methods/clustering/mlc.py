@@ -32,7 +32,7 @@ from lightspan.objectives.coding_rate import (
     require_distortion,
     total_coding_rate_loss,
 )
-from lightspan.objectives.info_nce import require_temperature
+from lightspan.ranges import require_temperatures
 
 ROUNDS_TO_READ = 100
 
@@ -68,7 +68,7 @@ class MLC(Method):
     ) -> None:
         super().__init__(**optimization)
         require_distortion(distortion)
-        require_temperature(temperature)
+        require_temperatures(temperature=temperature)
         if not 0 <= first_share <= 1 or similarity < 0:
             raise UserError(f"first_share={first_share} must be in [0, 1] and similarity={similarity} at least 0")
         if iterations < 1 or (clusters is not None and clusters < 2):

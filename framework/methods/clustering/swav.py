@@ -19,14 +19,15 @@ from lightspan.devices import wide
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.heads.directions import dot_products
+from lightspan.nn.heads.directions import dot_products, leave_in_place
 from lightspan.nn.multi_crop import MultiCropNetwork
+from lightspan.nn.parts import part
 from lightspan.nn.teachers.feature_queue import FeatureQueue
-from lightspan.nn.teachers.teaching import leave_in_place, require_schedules
 from lightspan.nn.views import global_first, require_global_views
-from lightspan.nn.widths import require_projector
+from lightspan.nn.widths import given_width, require_projector
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
+from lightspan.ranges import require_shares, require_temperatures
 from lightspan.sharded import local, row_norms
 
 
@@ -51,6 +52,9 @@ class SwAV(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part("network.backbone", "Which gives the features.")
+    projector = part("network.head", "Which gives the embeddings.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -66,18 +70,11 @@ class SwAV(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_schedules(
-            {"queue_from": queue_from, "freeze_prototypes": freeze_prototypes},
-            {"temperature": temperature, "code_temperature": code_temperature},
-        )
+        require_shares(queue_from=queue_from, freeze_prototypes=freeze_prototypes)
+        require_temperatures(temperature=temperature, code_temperature=code_temperature)
         require_global_views(global_views)
         require_projector(backbone, projector)
-        width: int | None = getattr(projector, "out_features", None)
-        if width is None:
-            raise UserError(
-                f"SwAV's prototypes are as wide as the projector's embeddings, and {type(projector).__name__} has no "
-                "out_features; use lightspan.nn.heads.projector.Projector or torch.nn.Linear"
-            )
+        width = given_width(projector)
         if min(prototypes, iterations) < 1 or queue < 0:
             raise UserError(
                 f"prototypes={prototypes} and iterations={iterations} must be at least 1, and queue={queue} at least 0"
@@ -89,14 +86,6 @@ class SwAV(Method):
         self.temperature, self.code_temperature, self.iterations = temperature, code_temperature, iterations
         self.queue_from, self.freeze_prototypes, self.global_views = queue_from, freeze_prototypes, global_views
         self.renormalise()
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.network.backbone
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.network.head
 
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:

@@ -18,7 +18,8 @@ from lightspan.method import Method
 from lightspan.nn.class_pairs import ClassPairs
 from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_projector, require_width
-from lightspan.objectives.info_nce import class_pair_loss, require_temperature
+from lightspan.objectives.info_nce import class_pair_loss
+from lightspan.ranges import require_temperatures
 
 
 class Hydra(Method):
@@ -50,7 +51,7 @@ class Hydra(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_temperature(temperature)
+        require_temperatures(temperature=temperature)
         require_projector(backbone, projector)
         require_width(projector, "gate.out_features", getattr(gate, "out_features", None))
         self.backbone, self.projector, self.gate = backbone, projector, gate

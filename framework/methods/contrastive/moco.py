@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
-from lightspan.objectives.info_nce import queued_info_nce, require_temperature, unit
+from lightspan.objectives.info_nce import queued_info_nce, unit
+from lightspan.ranges import require_shares, require_temperatures
 
 
 class MoCo(Method):
@@ -46,6 +47,9 @@ class MoCo(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part("student.0", "The student's, which gives the features.")
+    projector = part("student.1", "The student's, which gives the embeddings.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -57,25 +61,14 @@ class MoCo(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_temperature(temperature)
-        if not 0 <= momentum <= 1:
-            raise UserError(f"momentum={momentum} must lie in [0, 1]; 0.99 to 0.999 are usual")
+        require_temperatures(temperature=temperature)
+        require_shares(momentum=momentum)
         require_width(backbone, "projector.in_features", projector.in_features)
         self.student = nn.Sequential(backbone, projector)
         self.teacher = EMATeacher(self.student, batch_statistics, average_statistics=True)
         self.queue = FeatureQueue(queue, projector.out_features)
         self.momentum, self.temperature = momentum, temperature
         self.fresh: list[Tensor] = []  # keys of the micro-batches of the step under way
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The student's, which gives the features."""
-        return self.student[0]
-
-    @property
-    def projector(self) -> nn.Module:
-        """The student's, which gives the embeddings."""
-        return self.student[1]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x1_BCHW, x2_BCHW = views_of(batch, "MoCo", 2)

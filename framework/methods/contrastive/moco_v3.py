@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_projector, require_width
-from lightspan.objectives.info_nce import paired_info_nce, require_temperature
-from lightspan.optim.schedules import cosine_between
+from lightspan.nn.widths import require_predictor, require_projector
+from lightspan.objectives.info_nce import paired_info_nce
+from lightspan.optim.schedules import TeacherMomentum
 from lightspan.patterns import any_matches, require_matches
+from lightspan.ranges import require_temperatures
 
 
 class MoCoV3(Method):
@@ -37,6 +38,9 @@ class MoCoV3(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part("student.0", "The student's, which gives the features.")
+    projector = part("student.1", "The student's, which gives the embeddings.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -49,29 +53,16 @@ class MoCoV3(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_temperature(temperature)
-        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
-            raise UserError(f"momentum={momentum} and final_momentum={final_momentum} must lie in [0, 1]")
+        require_temperatures(temperature=temperature)
+        self.temperature, self.momentum = temperature, TeacherMomentum(momentum, final_momentum)
         require_projector(backbone, projector)
-        require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
-        require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
+        require_predictor(projector, predictor)
         parameters = dict(backbone.named_parameters())
         require_matches(list(frozen), list(parameters), "parameter of the backbone (frozen)")
         for name, parameter in parameters.items():
             parameter.requires_grad_(parameter.requires_grad and not any_matches([name], list(frozen)))
         self.student, self.predictor = nn.Sequential(backbone, projector), predictor
         self.teacher = EMATeacher(self.student, batch_statistics=True)
-        self.momenta, self.temperature = (momentum, final_momentum), temperature
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The student's, which gives the features."""
-        return self.student[0]
-
-    @property
-    def projector(self) -> nn.Module:
-        """The student's, which gives the embeddings."""
-        return self.student[1]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "MoCoV3", 2)
@@ -84,4 +75,4 @@ class MoCoV3(Method):
         return loss
 
     def after_optimizer_step(self) -> None:
-        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.teacher.follow(self.student, self.momentum(self.share_of_run()))

@@ -8,7 +8,6 @@ batches where it steps in epochs; none of that is here.
 Shapes: B images of this rank, C H W image, D embedding width.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
-from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.pretext import PretextTask
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
-from lightspan.objectives.info_nce import nt_xent, require_temperature
+from lightspan.objectives.info_nce import nt_xent
+from lightspan.ranges import require_temperatures, require_weights
 
 
 class ScatSimCLR(Method):
@@ -48,9 +47,8 @@ class ScatSimCLR(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_temperature(temperature)
-        if not 0 <= pretext_weight < math.inf:
-            raise UserError(f"pretext_weight={pretext_weight} must be at least 0 and finite; the paper has 0.3")
+        require_temperatures(temperature=temperature)
+        require_weights(pretext_weight=pretext_weight)
         require_projector(backbone, projector)
         require_width(backbone, "pretext.in_features", getattr(pretext, "in_features", None))
         self.backbone, self.projector, self.pretext = backbone, projector, pretext

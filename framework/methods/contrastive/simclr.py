@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightspan.method import Method
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
-from lightspan.objectives.info_nce import nt_xent, require_temperature
+from lightspan.objectives.info_nce import nt_xent
+from lightspan.ranges import require_temperatures
 
 
 class SimCLR(Method):
@@ -32,7 +33,7 @@ class SimCLR(Method):
         self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.5, **optimization: Any
     ) -> None:
         super().__init__(**optimization)
-        require_temperature(temperature)
+        require_temperatures(temperature=temperature)
         require_projector(backbone, projector)
         self.backbone, self.projector, self.temperature = backbone, projector, temperature
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightspan.method import Method
 from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_projector
-from lightspan.objectives.info_nce import require_temperature
 from lightspan.objectives.supcon import supcon
+from lightspan.ranges import require_temperatures
 
 
 class SupCon(Method):
@@ -33,7 +33,7 @@ class SupCon(Method):
         self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.1, **optimization: Any
     ) -> None:
         super().__init__(**optimization)
-        require_temperature(temperature)
+        require_temperatures(temperature=temperature)
         require_projector(backbone, projector)
         self.backbone, self.projector, self.temperature = backbone, projector, temperature
 

@@ -18,8 +18,8 @@ from lightspan.method import Method
 from lightspan.nn.masking.mask_samplers import image_numbers
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
-from lightspan.objectives.info_nce import require_temperature
 from lightspan.objectives.supremix import supremix
+from lightspan.ranges import require_temperatures
 
 
 class SupReMix(Method):
@@ -58,7 +58,7 @@ class SupReMix(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_temperature(temperature)
+        require_temperatures(temperature=temperature)
         if bin_width <= 0 or min(window, distance_weight) < 0 or (most_pairs is not None and most_pairs < 1):
             raise UserError(
                 f"SupReMix bin_width={bin_width} must be above 0, window={window}, "

@@ -6,16 +6,15 @@ itself, as in the authors' code, so a BatchNorm sees one view of all images.
 Shapes: B images of this rank, C H W image, D embedding width.
 """
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.vicreg import vicreg_terms
+from lightspan.ranges import require_weights
 
 
 class VICReg(Method):
@@ -40,12 +39,9 @@ class VICReg(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
+        require_weights(invariance_weight=invariance_weight, variance_weight=variance_weight)
+        require_weights(covariance_weight=covariance_weight)
         self.weights = invariance_weight, variance_weight, covariance_weight
-        if not all(0 <= weight < math.inf for weight in self.weights):
-            raise UserError(
-                f"invariance_weight={invariance_weight}, variance_weight={variance_weight} and "
-                f"covariance_weight={covariance_weight} must be at least 0 and finite"
-            )
         require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.method import Method
+from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
-from lightspan.nn.teachers.teaching import require_schedules
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_projector, require_width
-from lightspan.optim.schedules import cosine_between
+from lightspan.nn.widths import require_predictor, require_projector
+from lightspan.optim.schedules import TeacherMomentum
 
 
 def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:
@@ -39,6 +39,9 @@ class BYOL(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part("student.0", "The student's, which gives the features.")
+    projector = part("student.1", "The student's, which gives the embeddings.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -49,23 +52,11 @@ class BYOL(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_schedules({"momentum": momentum, "final_momentum": final_momentum}, {})
+        self.momentum = TeacherMomentum(momentum, final_momentum)
         require_projector(backbone, projector)
-        require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
-        require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
+        require_predictor(projector, predictor)
         self.student, self.predictor = nn.Sequential(backbone, projector), predictor
         self.teacher = EMATeacher(self.student, batch_statistics=True)
-        self.momenta = momentum, final_momentum
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The student's, which gives the features."""
-        return self.student[0]
-
-    @property
-    def projector(self) -> nn.Module:
-        """The student's, which gives the embeddings."""
-        return self.student[1]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "BYOL", 2)
@@ -78,4 +69,4 @@ class BYOL(Method):
         return loss
 
     def after_optimizer_step(self) -> None:
-        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.teacher.follow(self.student, self.momentum(self.share_of_run()))

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.multi_crop import MultiCropNetwork
+from lightspan.nn.parts import part
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
-from lightspan.nn.teachers.teaching import leave_in_place, require_schedules
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import centred_softmax, cross_view_loss
-from lightspan.optim.schedules import cosine_between, line_between
+from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
+from lightspan.ranges import require_shares, require_temperatures
 
 
 class DINO(Method):
@@ -45,6 +47,9 @@ class DINO(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
+    projector = part("teacher.module.head.mlp", "The teacher's, to the bottleneck whose direction prototypes score.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -61,46 +66,28 @@ class DINO(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_schedules(
-            {
-                "momentum": momentum, "final_momentum": final_momentum, "centre_momentum": centre_momentum,
-                "temperature_warmup": temperature_warmup, "freeze_prototypes": freeze_prototypes,
-            },
-            {
-                "student_temperature": student_temperature, "teacher_temperature": teacher_temperature,
-                "final_temperature": final_temperature,
-            },
-        )  # fmt: skip
+        require_shares(centre_momentum=centre_momentum, freeze_prototypes=freeze_prototypes)
+        require_temperatures(student_temperature=student_temperature)
+        self.momentum = TeacherMomentum(momentum, final_momentum)
+        self.teacher_temperature = TeacherTemperature(teacher_temperature, final_temperature, temperature_warmup)
         require_global_views(global_views)
         require_width(backbone, "head.in_features", head.in_features)
         self.student = MultiCropNetwork(backbone, head)
         self.teacher = EMATeacher(self.student, batch_statistics=True)
         self.centre = Centre(len(head.prototypes.weight), centre_momentum)
-        self.student_temperature, self.temperature_warmup = student_temperature, temperature_warmup
-        self.teacher_temperatures = teacher_temperature, final_temperature
-        self.momenta = momentum, final_momentum
-        self.freeze_prototypes, self.global_views = freeze_prototypes, global_views
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The teacher's, which gives the features."""
-        return self.teacher.module.backbone  # type: ignore[return-value]
-
-    @property
-    def projector(self) -> nn.Module:
-        """The teacher's, to the bottleneck whose direction prototypes score."""
-        return self.teacher.module.head.mlp  # type: ignore[return-value, union-attr]
+        self.student_temperature, self.freeze_prototypes = student_temperature, freeze_prototypes
+        self.global_views = global_views
 
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:
         """The teacher's to its prototypes, [B K], centred as targets are, at the last temperature of all steps."""
         scores_BK = self.teacher.module.head(self.features(batch))  # type: ignore[operator]
-        return centred_softmax(scores_BK, self.centre(), self.teacher_temperatures[1])
+        return centred_softmax(scores_BK, self.centre(), self.teacher_temperature.final_temperature)
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "DINO", self.global_views)
         taught_GBK = self.teacher(views[: self.global_views])
-        temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
+        temperature = self.teacher_temperature(self.share_of_run())
         targets_RK = centred_softmax(taught_GBK.flatten(0, 1), self.centre(), temperature)
         self.centre.see(taught_GBK.flatten(0, 1), self.global_step)
         loss = cross_view_loss(targets_RK.view_as(taught_GBK), self.student(views), self.student_temperature)
@@ -113,5 +100,5 @@ class DINO(Method):
             leave_in_place([self.student.head.prototypes])  # type: ignore[list-item]
 
     def after_optimizer_step(self) -> None:
-        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.teacher.follow(self.student, self.momentum(self.share_of_run()))
         self.centre.follow()

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.view_masks import masks_of_views
+from lightspan.nn.parts import part
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.prototype_network import PrototypeNetwork
-from lightspan.nn.teachers.teaching import leave_in_place, require_schedules, require_weights
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import centred_softmax, class_and_patch_losses, sinkhorn
-from lightspan.optim.schedules import cosine_between, line_between
+from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
+from lightspan.ranges import require_shares, require_temperatures, require_weights
 
 
 class IBOT(Method):
@@ -54,6 +56,8 @@ class IBOT(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -73,17 +77,11 @@ class IBOT(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_schedules(
-            {
-                "momentum": momentum, "final_momentum": final_momentum, "temperature_warmup": temperature_warmup,
-                "centre_momentum": centre_momentum or 0.0, "patch_loss_from": patch_loss_from,
-                "freeze_prototypes": freeze_prototypes,
-            },
-            {
-                "student_temperature": student_temperature, "teacher_temperature": teacher_temperature,
-                "final_temperature": final_temperature,
-            },
-        )  # fmt: skip
+        require_shares(centre_momentum=centre_momentum or 0.0)
+        require_shares(patch_loss_from=patch_loss_from, freeze_prototypes=freeze_prototypes)
+        require_temperatures(student_temperature=student_temperature)
+        self.momentum = TeacherMomentum(momentum, final_momentum)
+        self.teacher_temperature = TeacherTemperature(teacher_temperature, final_temperature, temperature_warmup)
         require_weights(koleo_weight=koleo_weight)
         require_global_views(global_views)
         self.student = PrototypeNetwork(backbone, heads)
@@ -93,15 +91,8 @@ class IBOT(Method):
             counts = [len(head.prototypes.weight) for head in heads]
             self.centres.extend(nn.ModuleList(Centre(count, centre_momentum) for _ in range(2)) for count in counts)
         self.student_temperature, self.koleo_weight = student_temperature, koleo_weight
-        self.teacher_temperatures = teacher_temperature, final_temperature
-        self.temperature_warmup, self.momenta = temperature_warmup, (momentum, final_momentum)
         self.masks, self.patch_loss_from = masks or BlockMasks(), patch_loss_from
         self.freeze_prototypes, self.global_views = freeze_prototypes, global_views
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The teacher's, which gives the features."""
-        return self.teacher.module.backbone  # type: ignore[return-value]
 
     def embeddings(self, batch: Any) -> Tensor:
         """Bottleneck of the teacher's first head, [B R], whose direction prototypes score."""
@@ -115,7 +106,7 @@ class IBOT(Method):
         centres: Any = self.centres[0] if self.centres else None
         scores_BK = self.teacher.module.heads[0](self.features(batch))  # type: ignore[operator, index]
         centre_K = scores_BK.new_zeros(scores_BK.shape[1]) if centres is None else centres[0]()
-        return centred_softmax(scores_BK, centre_K, self.teacher_temperatures[1])
+        return centred_softmax(scores_BK, centre_K, self.teacher_temperature.final_temperature)
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "IBOT", self.global_views)
@@ -137,7 +128,7 @@ class IBOT(Method):
         """Of each head those of class tokens [G B K] and of masked patches [N K]; centres see what they were taken
         off.
         """
-        temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
+        temperature = self.teacher_temperature(self.share_of_run())
         targets = []
         for head, (of_class, of_patches) in enumerate(taught):
             centres: Any = self.centres[head] if self.centres else (None, None)
@@ -157,7 +148,7 @@ class IBOT(Method):
             leave_in_place(self.student.prototypes)
 
     def after_optimizer_step(self) -> None:
-        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.teacher.follow(self.student, self.momentum(self.share_of_run()))
         for of_head in self.centres:
             for centre in of_head:  # type: ignore[attr-defined]
                 centre.follow()

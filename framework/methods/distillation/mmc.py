@@ -24,18 +24,20 @@ from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import patchify
 from lightspan.nn.sequences.token_backbone import require_tokens
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
-from lightspan.nn.teachers.teaching import leave_in_place, require_schedules, require_weights
 from lightspan.nn.views import global_first
-from lightspan.nn.widths import require_projector, require_width
+from lightspan.nn.widths import require_predictor, require_projector, require_width
 from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.prototypes import centred_softmax, prototype_cross_entropy
-from lightspan.optim.schedules import cosine_between, line_between
+from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
+from lightspan.ranges import require_shares, require_temperatures, require_weights
 
 
 class Looked(NamedTuple):
@@ -83,6 +85,9 @@ class MMC(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
+    projector = part("teacher.module.projector", "The teacher's, which gives the embeddings.")
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -107,21 +112,14 @@ class MMC(Method):
     ) -> None:
         super().__init__(**optimization)
         require_weights(reconstruction=reconstruction, distillation=distillation, contrast=contrast)
-        require_schedules(
-            {
-                "momentum": momentum, "final_momentum": final_momentum, "centre_momentum": centre_momentum,
-                "temperature_warmup": temperature_warmup, "freeze_prototypes": freeze_prototypes,
-            },
-            {
-                "student_temperature": student_temperature, "teacher_temperature": teacher_temperature,
-                "final_temperature": final_temperature, "contrast_temperature": contrast_temperature,
-            },
-        )  # fmt: skip
+        require_shares(centre_momentum=centre_momentum, freeze_prototypes=freeze_prototypes)
+        require_temperatures(student_temperature=student_temperature, contrast_temperature=contrast_temperature)
+        self.momentum = TeacherMomentum(momentum, final_momentum)
+        self.teacher_temperature = TeacherTemperature(teacher_temperature, final_temperature, temperature_warmup)
         if require_tokens(backbone, "MMC").num_prefix_tokens < 1:
             raise UserError("MMC contrasts class tokens, and this backbone has none; set class_token=true")
         require_projector(backbone, projector)
-        require_width(projector, "predictor.in_features", getattr(predictor, "in_features", None))
-        require_width(projector, "predictor.out_features", getattr(predictor, "out_features", None))
+        require_predictor(projector, predictor)
         require_width(backbone, "head.in_features", head.in_features)
         require_width(backbone, "decoder.in_features", decoder.in_features)
         self.student = TokenNetwork(backbone, projector, head)
@@ -131,19 +129,7 @@ class MMC(Method):
         self.weights = {"reconstruction": reconstruction, "distillation": distillation, "contrast": contrast}
         self.corruption = corruption or GroupCorruption()
         self.student_temperature, self.contrast_temperature = student_temperature, contrast_temperature
-        self.teacher_temperatures = teacher_temperature, final_temperature
-        self.temperature_warmup, self.momenta = temperature_warmup, (momentum, final_momentum)
         self.freeze_prototypes = freeze_prototypes
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The teacher's, which gives the features."""
-        return self.teacher.module.backbone  # type: ignore[return-value]
-
-    @property
-    def projector(self) -> nn.Module:
-        """The teacher's, which gives the embeddings."""
-        return self.teacher.module.projector  # type: ignore[return-value]
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "MMC", 2)[:2]
@@ -179,7 +165,7 @@ class MMC(Method):
 
     def distillation(self, scores_NK: Tensor, taught_NK: Tensor, weight_N: Tensor) -> Tensor:
         """L_D; the centre sees what it was taken off."""
-        temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
+        temperature = self.teacher_temperature(self.share_of_run())
         targets_NK = centred_softmax(taught_NK, self.centre(), temperature)
         self.centre.see(taught_NK, self.global_step)
         return prototype_cross_entropy(targets_NK, scores_NK, self.student_temperature, weight_N)
@@ -195,5 +181,5 @@ class MMC(Method):
             leave_in_place([self.student.head.prototypes])
 
     def after_optimizer_step(self) -> None:
-        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.teacher.follow(self.student, self.momentum(self.share_of_run()))
         self.centre.follow()

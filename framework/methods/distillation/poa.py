@@ -27,16 +27,18 @@ from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.view_masks import masks_of_views
+from lightspan.nn.parts import part
 from lightspan.nn.subnets import SubNetSampler
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.prototype_network import PrototypeNetwork, SeenViews
-from lightspan.nn.teachers.teaching import leave_in_place, require_schedules, require_weights
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import class_and_patch_losses, prototype_cross_entropy, sinkhorn
-from lightspan.optim.schedules import cosine_between, line_between
+from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
+from lightspan.ranges import require_shares, require_temperatures, require_weights
 
 
 class POA(Method):
@@ -63,6 +65,11 @@ class POA(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part(
+        "teacher.module.backbone",
+        "The teacher's, which gives the features (class tokens of the whole network) and the networks of all sizes.",
+    )
+
     def __init__(
         self,
         backbone: ElasticViT,
@@ -84,16 +91,10 @@ class POA(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_schedules(
-            {
-                "lam": lam, "momentum": momentum, "final_momentum": final_momentum, "patch_loss_from": patch_loss_from,
-                "freeze_prototypes": freeze_prototypes, "temperature_warmup": temperature_warmup,
-            },
-            {
-                "student_temperature": student_temperature, "teacher_temperature": teacher_temperature,
-                "final_temperature": final_temperature,
-            },
-        )  # fmt: skip
+        require_shares(lam=lam, patch_loss_from=patch_loss_from, freeze_prototypes=freeze_prototypes)
+        require_temperatures(student_temperature=student_temperature)
+        self.momentum = TeacherMomentum(momentum, final_momentum)
+        self.teacher_temperature = TeacherTemperature(teacher_temperature, final_temperature, temperature_warmup)
         if lam == 1:
             raise UserError(
                 "lam=1.0 leaves the elastic student without a loss; without one this is "
@@ -104,16 +105,9 @@ class POA(Method):
         self.student = PrototypeNetwork(backbone, heads)
         self.teacher = EMATeacher(self.student)
         self.lam, self.koleo_weight, self.student_temperature = lam, koleo_weight, student_temperature
-        self.teacher_temperatures = teacher_temperature, final_temperature
-        self.temperature_warmup = temperature_warmup
-        self.momenta, self.global_views, self.masks = (momentum, final_momentum), global_views, masks or BlockMasks()
+        self.global_views, self.masks = global_views, masks or BlockMasks()
         self.patch_loss_from, self.freeze_prototypes = patch_loss_from, freeze_prototypes
         self.sampler = SubNetSampler(backbone.widths, backbone.depths, small_first, seed)
-
-    @property
-    def backbone(self) -> ElasticViT:
-        """The teacher's, which gives the features (class tokens of the whole network) and the networks of all sizes."""
-        return self.teacher.module.backbone  # type: ignore[return-value]
 
     def embeddings(self, batch: Any) -> Tensor:
         """Bottleneck of the teacher's first head, [B R], whose direction prototypes score."""
@@ -123,14 +117,14 @@ class POA(Method):
     def assignments(self, batch: Any) -> Tensor:
         """The teacher's, to the prototypes of its first head, [B K], by softmax: Sinkhorn-Knopp hides collapse."""
         scores_BK = self.teacher.module.heads[0](self.features(batch))  # type: ignore[operator, index]
-        return (wide(scores_BK) / self.teacher_temperatures[1]).softmax(dim=1)
+        return (wide(scores_BK) / self.teacher_temperature.final_temperature).softmax(dim=1)
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "POA", self.global_views)
         grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from
         masked = masks_of_views(self.masks, grid, self.global_step, batch["index"], self.global_views, masking)
         taught = self.teacher(views[: self.global_views], masked, hide=False)
-        temperature = line_between(*self.teacher_temperatures, self.share_of_run(), self.temperature_warmup)
+        temperature = self.teacher_temperature(self.share_of_run())
         targets = [
             (sinkhorn(of_class.flatten(0, 1), temperature).view_as(of_class), sinkhorn(of_patches, temperature))
             for of_class, of_patches in taught.by_head
@@ -170,4 +164,4 @@ class POA(Method):
             leave_in_place(self.student.prototypes)
 
     def after_optimizer_step(self) -> None:
-        self.teacher.follow(self.student, cosine_between(*self.momenta, self.share_of_run()))
+        self.teacher.follow(self.student, self.momentum(self.share_of_run()))

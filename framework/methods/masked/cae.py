@@ -11,7 +11,6 @@ are the pixels of MAE, which the paper tries as well, with three quarters of the
 Shapes: B batch of this rank, C h w image, H W grid, K visible and M hidden patches, P prefix tokens, w width, V codes.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.masked import patch_regression
 from lightspan.objectives.means import squared_error
+from lightspan.ranges import require_weights
 
 
 class CAE(Method):
@@ -66,8 +66,7 @@ class CAE(Method):
                 f"decoder.out_features={decoder.out_features}, and {type(tokenizer).__name__} has "
                 f"{getattr(tokenizer, 'codes', 'no')} codes; make both the same"
             )
-        if not 0 <= alignment_weight < math.inf:
-            raise UserError(f"alignment_weight={alignment_weight} must be at least 0 and finite")
+        require_weights(alignment_weight=alignment_weight)
         self.backbone, self.regressor, self.decoder = backbone, regressor, decoder
         self.tokenizer = None if tokenizer is None else tokenizer.requires_grad_(False)
         self.masks = masks or BlockMasks(1.0, (0.5, 0.5), least_block=16)

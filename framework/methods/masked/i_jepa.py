@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.mask_samplers import image_numbers
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
+from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.sequences.token_backbone import AllTokens, TokenBackbone, require_tokens
 from lightspan.nn.teachers.ema import EMATeacher
@@ -27,6 +27,7 @@ from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.masked import feature_regression
 from lightspan.optim.schedules import line_between
+from lightspan.ranges import require_shares
 
 
 class IJEPA(Method):
@@ -41,6 +42,11 @@ class IJEPA(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    backbone = part(
+        "teacher.module.backbone",
+        "The teacher's, which gives the features as it pools them; in the paper the mean over patches.",
+    )
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -54,16 +60,10 @@ class IJEPA(Method):
         require_tokens(backbone, "IJEPA")
         require_width(backbone, "predictor.in_features", predictor.in_features)
         require_width(backbone, "predictor.out_features", predictor.out_features)
-        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
-            raise UserError(f"momentum={momentum} and final_momentum={final_momentum} must lie in [0, 1]")
+        require_shares(momentum=momentum, final_momentum=final_momentum)
         self.student, self.predictor = AllTokens(backbone), predictor
         self.teacher = EMATeacher(self.student)
         self.masks, self.momenta = masks or MultiBlock(), (momentum, final_momentum)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The teacher's, which gives the features as it pools them; in the paper the mean over patches."""
-        return self.teacher.module.backbone  # type: ignore[return-value]
 
     @property
     def _contract(self) -> TokenBackbone:

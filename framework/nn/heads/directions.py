@@ -1,7 +1,9 @@
-"""Scores of vectors by directions, before a small temperature divides them."""
+"""Prototypes as directions: how they score vectors, before a small temperature divides that, and how they wait."""
+
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.devices import wide
 
@@ -13,3 +15,12 @@ def dot_products(x: Tensor, direction_KD: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         return wide(x) @ wide(direction_KD).T
+
+
+def leave_in_place(parts: Iterable[nn.Module]) -> None:
+    """The next step of the optimiser leaves the weights of these parts alone, as DINO and SwAV treat prototypes in
+    their first epoch: they have no gradient, which is not a gradient of zero, so they do not decay either.
+    """
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.grad = None

@@ -172,7 +172,7 @@ def test_two_ranks_train_as_one_process_does(prototypes: int, tmp_path: Path) ->
         ({"prototypes": 0}, r"prototypes=0 and iterations=3 must be at least 1"),
         ({"queue": -1}, r"queue=-1 at least 0"),
         ({"queue_from": 1.5}, r"queue_from=1.5 must lie in \[0, 1\]"),
-        ({"code_temperature": 0.0}, r"code_temperature=0.0: temperatures must be above 0"),
+        ({"code_temperature": 0.0}, r"code_temperature=0.0 must be above 0"),
         ({"global_views": 1}, r"global_views=1 leaves a global view without another one"),
     ],
 )

@@ -125,7 +125,7 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"centre_momentum": 1.2}, r"centre_momentum=1.2 must lie in \[0, 1\]"),
-        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan, .* temperatures must be above 0"),
+        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan must be above 0"),
         ({"global_views": 1}, r"global_views=1 leaves a global view without another one"),
     ],
 )

@@ -138,7 +138,7 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
 def test_bad_settings_and_parts_are_refused() -> None:
     with pytest.raises(UserError, match=r"contrast=-1 must be at least 0 and finite"):
         method(contrast=-1)
-    with pytest.raises(UserError, match=r"contrast_temperature=0.0: temperatures must be above 0"):
+    with pytest.raises(UserError, match=r"contrast_temperature=0.0 must be above 0"):
         method(contrast_temperature=0.0)
     model = method()
     model.decoder = nn.Linear(16, 5)

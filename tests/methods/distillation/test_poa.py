@@ -229,8 +229,8 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"lam": 1.2}, r"lam=1.2 must lie in \[0, 1\]"),
-        ({"student_temperature": 0.0}, r"student_temperature=0.0, .* must be above 0 and finite"),
-        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan, .* must be above 0 and finite"),
+        ({"student_temperature": 0.0}, r"student_temperature=0.0 must be above 0 and finite"),
+        ({"teacher_temperature": float("nan")}, r"teacher_temperature=nan must be above 0 and finite"),
         ({"koleo_weight": float("nan")}, r"koleo_weight=nan must be at least 0 and finite"),
         ({"small_first": float("nan")}, r"small_first=nan must be finite and at least 1"),
         ({"global_views": 1}, r"global_views=1 leaves a global view without another one"),

@@ -125,7 +125,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     backbone = vit(16, 2, 2, img_size=12, patch_size=3, in_chans=1)
     with pytest.raises(UserError, match=r"predictor\.out_features=5"):
         IJEPA(backbone, MaskDecoder(16, 5, 8, 1, 2), optimizer=torch.optim.SGD)
-    with pytest.raises(UserError, match=r"momentum=2 and final_momentum=1\.0 must lie"):
+    with pytest.raises(UserError, match=r"momentum=2 must lie"):
         method(momentum=2)
     with pytest.raises(UserError, match="IJEPA needs 1 views"):
         method().training_step({"views": [torch.zeros(1, 1, 12, 12)] * 2, "index": torch.tensor([0])}, 0)
