@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.errors import UserError
 
 BUCKET_BYTES = 25 * 2**20
 """Largest size in bytes of a collective over many tensors: DDP's size, large enough for full bandwidth."""
+_REPLICATED = "_replicated_buffers"
 
 
 def world_size() -> int:
@@ -28,6 +29,26 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank in the default process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def register_replicated(module: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:
+    """`module.register_buffer` for what all ranks compute alike: constants, and what comes from the rows of all ranks.
+
+    The strategy DDP sends it from rank 0 once, when training starts. Any other buffer travels before each forward pass,
+    as torch has it: the running statistics of a BatchNorm differ between ranks, and rank 0's are those that count.
+    Copies of the module, such as a teacher, keep the mark.
+    """
+    module.register_buffer(name, tensor, persistent)
+    module.__dict__.setdefault(_REPLICATED, set()).add(name)
+
+
+def replicated_buffers(module: nn.Module) -> set[str]:
+    """Names of the buffers in a module and its parts that were registered as equal on all ranks."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        for name in part.__dict__.get(_REPLICATED, ())
+    }
 
 
 def leave() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightspan.devices import wide_type
 from lightspan.distributed import mean_over_ranks, world_size
 from lightspan.errors import UserError
+from lightspan.nn.image_numbers import keep_on_host
 from lightspan.nn.labels import require_labels
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
@@ -58,6 +59,14 @@ class Method(LightningModule):
         if self.num_classes is not None and isinstance(batch, Mapping) and "label" in batch:
             require_labels(batch["label"], self.num_classes, self)
         return batch
+
+    def _apply_batch_transfer_handler(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        """Lightning's, after which `lightspan.nn.image_numbers` reads the batch's `index` on the host."""
+        moved = super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+        keep_on_host(batch, moved)
+        return moved
 
     def features(self, batch: Any) -> Tensor:
         """What probes read, float [B, D], before any projector: `backbone` of a batch's images, or of its first views.

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lightspan.devices import widest_float
-from lightspan.distributed import copy_of_first_rank
+from lightspan.distributed import copy_of_first_rank, replicated_buffers
 from lightspan.errors import UserError
 from lightspan.optim.groups import declared_kinds
 from lightspan.optim.layout import is_wide
@@ -40,6 +40,9 @@ class FixedBuckets(DistributedDataParallel):
     a resumed process would take its first step with other last bits than an uninterrupted process. Here the
     buckets are formed once, when the module is wrapped, from the parameters in reverse order of registration. That is
     about the order in which gradients arrive, so buckets are still sent during the backward pass.
+
+    Before each forward pass torch sends all buffers from rank 0: a queue, a memory of the data. Here those that are
+    equal on all ranks anyway (`lightspan.distributed.register_replicated`) are sent once, when the module is wrapped.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -52,6 +55,12 @@ class FixedBuckets(DistributedDataParallel):
         parameters, sparse = super()._build_params_for_reducer()
         # torch itself reverses the buckets that are formed at the start and kept.
         return (parameters, sparse) if self.find_unused_parameters else (parameters[::-1], sparse[::-1])
+
+    def _assign_modules_buffers(self) -> None:
+        super()._assign_modules_buffers()
+        equal = replicated_buffers(self.module)
+        self.named_module_buffers = {n: buffer for n, buffer in self.named_module_buffers.items() if n not in equal}
+        self.modules_buffers = list(self.named_module_buffers.values())
 
 
 class ExactMeans:

@@ -9,6 +9,7 @@ import rank_processes
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -152,6 +153,27 @@ def accumulated_halves_train_as_one(
     fit(two, parts, folder, accumulate_grad_batches=2)
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+
+
+def an_overflow_leaves_nothing(
+    make: Callable[[], Method], batches: Sequence[dict[str, Any]], folder: Path, at: int = 1
+) -> None:
+    """With 16-mixed and a batch that float16 cannot hold, whose step is skipped, the state is that without the batch.
+
+    Args:
+        make: a method without norms, whose running statistics see every batch, and without schedules, which count it.
+    """
+
+    def trained(given: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        model, scaler = make(), torch.amp.GradScaler("cpu", init_scale=1.0)
+        fit(model, given, folder, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        return model.state_dict()
+
+    huge = batches[at] | {"views": [torch.full_like(view, 1e30) for view in batches[at]["views"]]}
+    expected = trained(batches)
+    for name, tensor in trained([*batches[:at], huge, *batches[at:]]).items():
+        assert tensor.isfinite().all(), name
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=lambda text, n=name: n + text)  # type: ignore[misc]
 
 
 def _ranks_train(rank: int, make: Callable[[], Method], batches: list[dict[str, Any]], folder: str, port: int) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from lightspan.backbones.weights import with_weights
+from lightspan.distributed import register_replicated
 
 # A recipe may name the class listed here.
 __all__ = ["DalleCodes"]
@@ -47,8 +48,8 @@ class DalleCodes(nn.Module):
         network = FlavaImageCodebook(FlavaImageCodebookConfig())
         self.network = (network if weights is None else with_weights(network, weights, prefix="")).eval()
         self.patch = patch
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        register_replicated(self, "mean", torch.tensor(mean)[:, None, None], persistent=False)
+        register_replicated(self, "std", torch.tensor(std)[:, None, None], persistent=False)
 
     @torch.no_grad()
     def forward(self, image_BChw: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 
 FREQUENCIES = 128
@@ -78,7 +79,7 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.patch_embed = PatchEmbed(image_size, patch_size, in_chans, width)
         place_ND = build_sincos2d_pos_embed([self.grid, self.grid], width)
-        self.register_buffer("place_ND", place_ND, persistent=False)
+        register_replicated(self, "place_ND", place_ND, persistent=False)
         self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         # A table as a layer over one-hot classes: adapters can use it like any other, so that a task can have its own.
         # `lightspan.optim.groups` could not see that it is a table.

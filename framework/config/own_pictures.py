@@ -72,6 +72,10 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
             f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
             "sub-folder of its name, or take a recipe that learns without labels"
         )
+    places = (model.get("init_args") or {}).get("images")
+    if isinstance(places, int) and places < len(found.names):  # of a memory of all pictures
+        model_layer["init_args"]["images"] = len(found.names)
+        notes.append(f"model.init_args.images={len(found.names)}, the pictures")
     if (views := before.get("views")) is not None:
         views = _views(views, side, size, max(patches.values(), default=1))
         if channels == 1 and _in_colour(views):

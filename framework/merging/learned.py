@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightspan.devices import wide_type
-from lightspan.distributed import all_reduce_sums, rank
+from lightspan.distributed import all_reduce_sums, rank, register_replicated
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, make_folder
 from lightspan.merging.arithmetic import StoredCoefficients, StoredMask, TaskArithmetic
@@ -63,7 +63,7 @@ class NetworkSpan(nn.Module):
                         f"a model differs from the base by infinity in {prefix}{name}; merge checkpoints from before "
                         "the run diverged"
                     )
-                self.register_buffer(f"vectors_{self._index[name]}", stacked, persistent=False)
+                register_replicated(self, f"vectors_{self._index[name]}", stacked, persistent=False)
         self.train(False)
 
     def train(self, mode: bool = True) -> "NetworkSpan":

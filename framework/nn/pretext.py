@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.devices import has_values
+from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
+from lightspan.nn.image_numbers import image_numbers
 
 
 class Guess(NamedTuple):
@@ -98,17 +99,17 @@ class Jigsaw(PretextTask):
             raise UserError(f"Jigsaw permutations={permutations} must lie in [2, 5000]; the paper has 35")
         self.in_features, self.seed = in_features, seed
         table = far_permutations(permutations, self.SIDE**2, seed)
-        self.register_buffer("permutation_KT", torch.from_numpy(table))
+        register_replicated(self, "permutation_KT", torch.from_numpy(table))
         self.tile = nn.Sequential(nn.Linear(in_features, tile_features), nn.ReLU())
         self.head = nn.Sequential(
             nn.Linear(self.SIDE**2 * tile_features, hidden), nn.ReLU(), nn.Linear(hidden, permutations)
         )
 
     def drawn(self, index_B: Tensor, step: int) -> Tensor:
-        """Which permutation each sample gets, int64 [B] on the processor. A plan knows no index and gets the first."""
-        indices = index_B.tolist() if has_values(index_B) else []
-        drawn = [np.random.default_rng((self.seed, step, i)).integers(len(self.permutation_KT)) for i in indices]
-        return torch.tensor(drawn, dtype=torch.int64) if indices else torch.zeros(len(index_B), dtype=torch.int64)
+        """Which permutation each sample gets, int64 [B] on the processor."""
+        numbers, count = image_numbers(index_B), len(self.permutation_KT)
+        drawn = [np.random.default_rng((self.seed, step, number)).integers(count) for number in numbers]
+        return torch.tensor(drawn, dtype=torch.int64)
 
     def forward(
         self, backbone: Callable[[Tensor], Tensor], views: Sequence[Tensor], index_B: Tensor, step: int

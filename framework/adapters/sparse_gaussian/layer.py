@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightspan.adapters.layers import LayerShape, weight_of
 from lightspan.adapters.sparse_gaussian.draws import Draw, Mean
 from lightspan.devices import wide
+from lightspan.distributed import register_replicated
 from lightspan.subspaces.masks.maps import Selected
 from lightspan.subspaces.sparse_gaussian.statistics import kl_to_prior, rho_of, std_of
 
@@ -49,7 +50,7 @@ class SparseGaussian(nn.Module):
         weight: Any = None
         base.weight = weight
         self.base, self.mu, self.rho = base, nn.Parameter(mu_k), nn.Parameter(rho_of(std_k).to(mu_k.dtype))
-        self.register_buffer("places", places_k.to(torch.int32 if self.count <= LARGEST_INT32 else torch.int64))
+        register_replicated(self, "places", places_k.to(torch.int32 if self.count <= LARGEST_INT32 else torch.int64))
         self.draw: Draw = Mean()
         self.watching, self.gradient_S = False, None
 

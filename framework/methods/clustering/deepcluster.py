@@ -9,6 +9,7 @@ Shapes: B images of this rank, N rows of all ranks, V views, G global, M images 
 K prototypes.
 """
 
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
-from lightspan.distributed import gather_rows, rank, world_size
+from lightspan.distributed import agreed, gather_rows, rank, register_replicated, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
+from lightspan.nn.micro_batches import OfStep
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.parts import part
 from lightspan.nn.views import global_first, require_global_views
@@ -33,18 +35,21 @@ from lightspan.ranges import require_temperatures
 class DeepCluster(Method):
     """Clusters all images between epochs and learns their clusters within one. The backbone is what is kept.
 
-    Batches hold views of which the first `global_views` are of one size, and numbers of images in [0, images).
+    Batches hold views of which the first `global_views` are of one size, and the number of each image.
 
     Args:
         backbone: [R C h w] -> [R num_features], for each size of view.
         projector: [R num_features] -> [R D], with D as its `out_features`.
-        images: M, of the training data; the memory holds `global_views` embeddings of each, on every rank.
-        prototypes: K of each head, at least one head.
+        images: M, at least as many as there are training images, whose numbers must lie in [0, M). The memory holds
+            `global_views` embeddings of each, on every rank; places without an image do no harm.
+        prototypes: K of each head, at least one head; at most as many as there are training images.
         temperature: of predictions, > 0.
         steps: of k-means, at least 1.
         global_views: at least 2; heads take turns to cluster them.
         seed: of the rows that k-means starts from.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    Raises: UserError before the first step for data of more images than `images`, or of fewer than prototypes; before a
+        batch of other numbers goes to the device, where they would end in an error of a kernel.
     """
 
     memory_GMD: Tensor
@@ -78,12 +83,42 @@ class DeepCluster(Method):
             )
         self.network = MultiCropNetwork(backbone, projector)
         for head, count in enumerate(prototypes):
-            self.register_buffer(f"prototypes_{head}", F.normalize(torch.randn(count, width)))
-        self.register_buffer("memory_GMD", torch.zeros(global_views, images, width))
-        self.register_buffer("cluster_HM", torch.full((len(prototypes), images), -1))
-        self.register_buffer("clustered_in", torch.zeros((), dtype=torch.int64))
+            register_replicated(self, f"prototypes_{head}", F.normalize(torch.randn(count, width)))
+        register_replicated(self, "memory_GMD", torch.zeros(global_views, images, width))
+        register_replicated(self, "cluster_HM", torch.full((len(prototypes), images), -1))
+        register_replicated(self, "clustered_in", torch.zeros((), dtype=torch.int64))
+        self.seen = OfStep[tuple[Tensor, Tensor]]()  # of each micro-batch: embeddings [G B D] and image numbers [B]
         self.begun = 0  # the epoch; spares a question to the device in each step
         self.temperature, self.steps, self.global_views, self.seed = temperature, steps, global_views, seed
+
+    def setup(self, stage: str) -> None:
+        """Compares the data with the memory, where a data module knows how many training images there are."""
+        training = getattr(getattr(self.trainer, "datamodule", None), "train", None)
+        if stage != "fit" or not isinstance(training, Sized):
+            return
+        count, room, most = len(training), self.cluster_HM.shape[1], max(map(len, self._all_prototypes()))
+        if count > room:
+            raise UserError(
+                f"the data have {count} training images, and DeepCluster's memory holds images={room}; set "
+                f"model.init_args.images={count}"
+            )
+        if count < most:
+            raise UserError(
+                f"k-means of {most} prototypes needs as many images, and the data have {count} to train on; lower "
+                "model.init_args.prototypes or take more data"
+            )
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        room, trains = self.cluster_HM.shape[1], self._trainer is not None and self._trainer.training
+        if trains and isinstance(batch, Mapping) and "index" in batch and len(batch["index"]):
+            least, largest = (int(number) for number in batch["index"].aminmax())
+            if least < 0 or largest >= room:
+                raise UserError(
+                    f"a batch has images numbered {least} to {largest}, and DeepCluster's memory has places for [0, "
+                    f"images={room}); set model.init_args.images above the largest number"
+                )
+        return batch
 
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:
@@ -94,6 +129,9 @@ class DeepCluster(Method):
     def prototypes(self, head: int) -> Tensor:
         """[K D], rows of unit length."""
         return getattr(self, f"prototypes_{head}")
+
+    def _all_prototypes(self) -> list[Tensor]:
+        return [self.prototypes(head) for head in range(len(self.cluster_HM))]
 
     def start_seed(self, epoch: int, head: int) -> int:
         """Of the rows from which a head's k-means starts."""
@@ -118,7 +156,7 @@ class DeepCluster(Method):
             count = len(self.prototypes(head))
             start_KD = drawn_rows(memory_MD[own_M], own_M, count, self.start_seed(epoch, head))
             found = spherical_kmeans(memory_MD[own_M], start_KD, self.steps)
-            self.prototypes(head).copy_(found.centroid_KD)
+            self.prototypes(head).copy_(agreed(found.centroid_KD))
             nearest_N, _ = gather_rows(found.nearest_M)
             self.cluster_HM[head, gather_rows(own_M)[0]] = nearest_N
 
@@ -132,14 +170,14 @@ class DeepCluster(Method):
             target_B = torch.where(known_B < 0, scores_VBK[0].argmax(dim=1), known_B)
             target_R = target_B.repeat(len(views))
             losses.append(F.cross_entropy(scores_VBK.flatten(0, 1), target_R, reduction="sum") / max(len(target_R), 1))
-        self.remember(z_VBD[: self.global_views], index_B)
+        self.seen.add((z_VBD[: self.global_views].detach(), index_B), self.global_step)
         loss = torch.stack(losses).mean()
         self.log_training({"train/loss": loss})
         return loss
 
-    @torch.no_grad()
-    def remember(self, z_GBD: Tensor, index_B: Tensor) -> None:
-        """Puts the embeddings of all ranks into the memory."""
-        rows_NGD, _ = gather_rows(z_GBD.detach().transpose(0, 1).contiguous())
-        index_N, _ = gather_rows(index_B)
+    def after_optimizer_step(self) -> None:
+        """Puts the embeddings of all ranks and micro-batches into the memory."""
+        embedded, numbers = zip(*self.seen.take(), strict=True)
+        rows_NGD, _ = gather_rows(torch.cat(embedded, dim=1).transpose(0, 1).contiguous())
+        index_N, _ = gather_rows(torch.cat(numbers))
         self.memory_GMD[:, index_N] = rows_NGD.transpose(0, 1).to(self.memory_GMD)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.masking.mask_samplers import image_numbers
+from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.supremix import supremix

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.devices import wide_type
+from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.objectives.diffusion import (
@@ -63,7 +64,7 @@ class DenoisingDiffusion(Method):
         self.backbone, self.label_dropout, self.prediction = backbone, label_dropout, prediction
         self.num_classes = getattr(backbone, "num_classes", 0) or None
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
-        self.register_buffer("kept_T", kept_T.float(), persistent=False)
+        register_replicated(self, "kept_T", kept_T.float(), persistent=False)
 
     def features(self, batch: Any) -> Tensor:
         raise UserError("DenoisingDiffusion has no features: its backbone gives noise, not [B, D]; remove the probe")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.devices import has_values
+from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.widths import require_width
@@ -103,7 +104,7 @@ class PRE(Method):
         device, rows = self.prompt_tokens.device, len(self.prompt_tokens)
         # Buffers, so that they go where the method goes; the names are no part of a checkpoint.
         for buffer, key in (("name_tokens_CT", "input_ids"), ("name_mask_CT", "attention_mask")):
-            self.register_buffer(buffer, torch.as_tensor(read[key], device=device), persistent=False)
+            register_replicated(self, buffer, torch.as_tensor(read[key], device=device), persistent=False)
         longest, context = self.name_tokens_CT.shape[1] + rows, getattr(self.encoders.text, "context", None)
         if context is not None and longest > context:
             raise UserError(

@@ -21,8 +21,9 @@ from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks
-from lightspan.nn.masking.mask_samplers import MaskSampler, image_numbers, seen_and_hidden
+from lightspan.nn.masking.mask_samplers import MaskSampler, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
 from lightspan.nn.views import views_of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
-from lightspan.nn.masking.mask_samplers import image_numbers
+from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
 from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import at_places

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
-from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, image_numbers, seen_and_hidden
+from lightspan.nn.image_numbers import image_numbers
+from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
 from lightspan.nn.views import views_of

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import TasksBatch
+from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.merging.coefficients import Wise, wise_as
 from lightspan.merging.learned import LearnedMerging
@@ -51,7 +52,9 @@ class AdaMerging(LearnedMerging):
                     raise UserError(
                         f"{mask} has no mask {list(shape)} of {prefix}{name}; it belongs to another network"
                     )
-                self.register_buffer(f"mask_{i}", real_finite(stored, prefix + name, "mask").clone(), persistent=False)
+                register_replicated(
+                    self, f"mask_{i}", real_finite(stored, prefix + name, "mask").clone(), persistent=False
+                )
 
     def coefficients(self) -> dict[str, Tensor]:
         return {name: self.learned.of(name) for name in self.span.shapes}

@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from lightspan.devices import has_values, wide
-from lightspan.distributed import copy_of_first_rank, gather_rows, world_size
+from lightspan.distributed import copy_of_first_rank, gather_rows, register_replicated, world_size
 from lightspan.errors import UserError
 from lightspan.nn.sequences.patches import patchify
 
@@ -41,8 +41,8 @@ class PatchCodes(nn.Module):
                 f"and seed={seed} at least 0"
             )
         self.codes, self.patch, self.seed = codes, tuple(patch), seed
-        self.register_buffer("centres_Vd", torch.zeros(codes, patch[0] * patch[1] * channels))
-        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
+        register_replicated(self, "centres_Vd", torch.zeros(codes, patch[0] * patch[1] * channels))
+        register_replicated(self, "known", torch.zeros((), dtype=torch.bool))
         self._asked = False  # whether the state has been read since it may have been loaded
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.distributed import all_reduce_sums, gather_rows
+from lightspan.distributed import all_reduce_sum, all_reduce_sums, gather_rows
 from lightspan.errors import UserError
 
 
@@ -57,12 +57,14 @@ def drawn_rows(rows_MD: Tensor, order_M: Tensor, count: int, seed: int) -> Tenso
             same ones are drawn.
     Raises: UserError if there are fewer rows.
     """
-    all_ND, _ = gather_rows(rows_MD)
-    order_N, _ = gather_rows(order_M)
-    if len(all_ND) < count:
+    order_N, first = gather_rows(order_M)
+    if len(order_N) < count:
         raise UserError(
-            f"k-means of {count} clusters needs as many rows, and there are {len(all_ND)}; take fewer clusters"
+            f"k-means of {count} clusters needs as many rows, and there are {len(order_N)}; take fewer clusters"
         )
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(all_ND), generator=generator)[:count].to(order_N.device)
-    return all_ND[order_N.argsort()[chosen]]
+    chosen_K = order_N.argsort()[torch.randperm(len(order_N), generator=generator)[:count].to(order_N.device)] - first
+    own_K = (chosen_K >= 0) & (chosen_K < len(rows_MD))
+    drawn_KD = rows_MD.new_zeros(count, rows_MD.shape[1])
+    drawn_KD[own_K] = rows_MD[chosen_K[own_K]]
+    return all_reduce_sum(drawn_KD)  # each row comes from one rank

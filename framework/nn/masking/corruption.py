@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
+from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks
-from lightspan.nn.masking.mask_samplers import image_numbers
 from lightspan.noise import hashed_noise, mixed_seed
 
 

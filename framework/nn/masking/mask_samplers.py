@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.nn.sequences.patches import places
 
@@ -36,11 +35,6 @@ class MaskSampler(ABC):
 def visible_count(ratio: float, patches: int) -> int:
     """How many of the patches stay visible: the whole part of (1 - ratio) of them (MAE's), but one at least."""
     return max(1, int(round((1 - ratio) * patches, 6)))  # 0.1 * 100 is a little below 10
-
-
-def image_numbers(index_B: Tensor) -> list[int]:
-    """The images' numbers of a batch; `lightspan plan`, which knows none, gets some instead."""
-    return index_B.tolist() if has_values(index_B) else list(range(len(index_B)))
 
 
 def seen_and_hidden(masks_B: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

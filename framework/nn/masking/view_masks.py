@@ -7,8 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from lightspan.devices import has_values
+from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import MaskedPatches
-from lightspan.nn.masking.mask_samplers import MaskSampler, image_numbers
+from lightspan.nn.masking.mask_samplers import MaskSampler
 
 
 def masks_of_views(

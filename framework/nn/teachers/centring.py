@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum
+from lightspan.distributed import all_reduce_sum, register_replicated
+from lightspan.nn.micro_batches import OfStep
 
 
 class Centre(nn.Module):
@@ -27,9 +28,8 @@ class Centre(nn.Module):
     def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("centre_K", torch.zeros(prototypes))
-        self.step = 0  # whose rows are in `seen`
-        self.seen: list[Tensor] = []  # of each micro-batch [K + 1]: their sum and their number, on this rank
+        register_replicated(self, "centre_K", torch.zeros(prototypes))
+        self.seen = OfStep[Tensor]()  # of each micro-batch [K + 1]: the sum and the number of its rows, on this rank
 
     def forward(self) -> Tensor:
         return self.centre_K
@@ -38,17 +38,14 @@ class Centre(nn.Module):
     def see(self, scores_BK: Tensor, step: int = 0) -> None:
         """Keeps a micro-batch of this step for `follow`; rows of another step, which was not taken, are forgotten."""
         rows = wide(scores_BK)
-        if step != self.step:
-            self.seen.clear()
-            self.step = step
-        self.seen.append(torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))]))
+        self.seen.add(torch.cat([rows.sum(dim=0), rows.new_full((1,), len(rows))]), step)
 
     @torch.no_grad()
     def follow(self) -> None:
         """Moves the centre by what was seen. Every rank must call it; a step without a row anywhere leaves it."""
-        if not self.seen:
+        seen = self.seen.take()
+        if not seen:
             return
-        total = all_reduce_sum(torch.stack(self.seen).sum(dim=0))
-        self.seen.clear()
+        total = all_reduce_sum(torch.stack(seen).sum(dim=0))
         mean_K = torch.where(total[-1] > 0, total[:-1] / total[-1].clamp_min(1), self.centre_K)
         self.centre_K.lerp_(mean_K.to(self.centre_K.dtype), 1 - self.momentum)

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.devices import has_values
-from lightspan.distributed import gather_rows
+from lightspan.distributed import gather_rows, register_replicated
 from lightspan.errors import UserError
+from lightspan.nn.micro_batches import OfStep
 
 
 class FeatureQueue(nn.Module):
     """Holds L rows, the same on all ranks and part of the state, so a run resumes on any number of ranks.
+
+    It is shown the rows of each micro-batch (`see`) and takes them in once after the step (`follow`), so that all
+    micro-batches of a step meet the same rows.
 
     Args:
         length: L, at least 1.
@@ -26,13 +30,27 @@ class FeatureQueue(nn.Module):
         super().__init__()
         if min(length, width) < 1:
             raise UserError(f"FeatureQueue: length={length} and width={width} must each be at least 1")
-        self.register_buffer("rows_LD", torch.zeros(length, width))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        register_replicated(self, "rows_LD", torch.zeros(length, width))
+        register_replicated(self, "filled", torch.zeros((), dtype=torch.int64))
+        self.seen = OfStep[Tensor]()
 
     @property
     def full(self) -> bool:
-        """Whether L rows have come, which asks the device for it; a plan counts the rows as there."""
+        """Whether L rows have come in since the start, which is read from the device. `lightspan plan` has no rows to
+        count and takes the queue for full, which is when a step needs most memory.
+        """
         return not has_values(self.filled) or int(self.filled) >= len(self.rows_LD)
+
+    @torch.no_grad()
+    def see(self, rows_BD: Tensor, step: int = 0) -> None:
+        """Keeps a micro-batch of this step for `follow`; rows of another step, which was not taken, are forgotten."""
+        self.seen.add(rows_BD.detach(), step)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Takes in what was seen, micro-batch by micro-batch within a rank. Every rank must call it."""
+        if seen := self.seen.take():
+            self.push(torch.cat(seen))
 
     @torch.no_grad()
     def push(self, rows_BD: Tensor) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import method_runs
 import pytest
 import torch
+from lightning import LightningDataModule, Trainer
 from method_runs import fit
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightspan.errors import UserError
 from lightspan.methods.clustering.deepcluster import DeepCluster
@@ -103,6 +105,10 @@ def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str,
     method_runs.stays_finite(model, [given] * 2, tmp_path, precision=precision, max_epochs=2)
 
 
+def test_a_step_that_float16_overflows_leaves_the_memory(tmp_path: Path) -> None:
+    method_runs.an_overflow_leaves_nothing(method, BATCHES, tmp_path)
+
+
 @pytest.mark.ranks
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     method_runs.two_ranks_train_as_one(method, [*BATCHES, *BATCHES], tmp_path)
@@ -113,6 +119,46 @@ def test_bad_settings_are_refused() -> None:
         method(prototypes=(13,))
     with pytest.raises(UserError, match="Sequential has no out_features"):
         DeepCluster(method_runs.Pooled(), nn.Sequential(nn.Linear(8, 6)), 12, optimizer=torch.optim.SGD)
+
+
+class Pictures(LightningDataModule):
+    """`train` has so many."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.train = range(count)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(BATCHES, batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (13, r"the data have 13 training images, .* holds images=12; set model.init_args.images=13"),
+        (4, r"k-means of 5 prototypes needs as many images, and the data have 4 to train on; lower"),
+    ],
+)
+def test_data_that_its_memory_or_prototypes_do_not_fit_are_refused_before_the_first_step(
+    count: int, said: str, tmp_path: Path
+) -> None:
+    model = method()
+    model.training_step = lambda *given: pytest.fail("a step was taken")  # type: ignore[method-assign]
+    trainer = Trainer(max_epochs=1, enable_checkpointing=False, default_root_dir=tmp_path, **method_runs.SILENT)
+    with pytest.raises(UserError, match=said):
+        trainer.fit(model, Pictures(count))
+
+
+def test_numbers_beyond_the_memory_are_refused_before_they_reach_the_device(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"images numbered 6 to 11, and .* \[0, images=8\); set model.init_args.images"):
+        fit(method(images=8), BATCHES, tmp_path)
+
+
+def test_places_without_an_image_change_nothing(tmp_path: Path) -> None:
+    exact, roomy = method(), method(images=40)
+    assert fit(exact, BATCHES, tmp_path, max_epochs=3) == fit(roomy, BATCHES, tmp_path, max_epochs=3)
+    assert torch.equal(roomy.cluster_HM[:, :12], exact.cluster_HM)
+    assert (roomy.cluster_HM[:, 12:] == -1).all()
 
 
 def test_assignments_are_what_the_first_head_predicts() -> None:

@@ -47,7 +47,7 @@ def test_the_loss_is_that_of_the_pair_among_the_rows_of_the_queue() -> None:
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.student.parameters())
     assert all(p.grad is None for p in model.teacher.parameters())
-    assert not model.fresh[0].requires_grad
+    assert not model.queue.seen.take()[0].requires_grad
 
 
 def test_an_empty_queue_is_as_many_keys_at_a_right_angle() -> None:
@@ -80,7 +80,7 @@ def test_the_keys_of_a_step_enter_after_it_once_and_the_oldest_leave(tmp_path: P
     fit(model, batches, tmp_path)
     torch.testing.assert_close(model.queue.rows_LD, torch.cat(seen)[-15:])
     assert model.queue.filled == 18
-    assert model.fresh == []
+    assert model.queue.seen.take() == []
 
 
 def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
@@ -94,6 +94,21 @@ def test_the_teacher_is_the_average_of_the_student(tmp_path: Path) -> None:
     fit(model, [two_views()], tmp_path)
     for old, new, student in zip(before, model.teacher.parameters(), model.student.parameters(), strict=True):
         torch.testing.assert_close(new, 0.5 * old + 0.5 * student)
+
+
+def test_the_statistics_of_its_norms_are_averaged_as_its_weights_are(tmp_path: Path) -> None:
+    model = method(momentum=0.75)
+    before = {name: buffer.clone() for name, buffer in model.teacher.module.named_buffers() if "running" in name}
+    fit(model, [two_views()], tmp_path)
+    mine, theirs = dict(model.teacher.module.named_buffers()), dict(model.student.named_buffers())
+    assert len(before) == 4
+    for name, old in before.items():
+        assert not torch.equal(theirs[name], old)
+        torch.testing.assert_close(mine[name], 0.75 * old + 0.25 * theirs[name])
+
+
+def test_a_step_that_float16_overflows_leaves_teacher_and_queue(tmp_path: Path) -> None:
+    method_runs.an_overflow_leaves_nothing(without_norms, [two_views(6, seed) for seed in range(3)], tmp_path)
 
 
 @pytest.mark.parametrize("kind", DEGENERATE[:3])

@@ -1,5 +1,6 @@
 """MoCo v3: its symmetric loss written out, what stays as it started, and the teacher's schedule."""
 
+import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,9 @@ def two_views(rows: int = 6, seed: int = 1) -> dict[str, Any]:
 def test_the_loss_is_algorithm_1() -> None:
     model, reference, given = silent(method(temperature=0.3)), method(), two_views()
     q1, q2 = (F.normalize(reference.predictor(reference.student(view)), dim=1) for view in given["views"])
-    k1, k2 = (F.normalize(reference.teacher(view), dim=1) for view in given["views"])
+    # Its BatchNorms see the batch, as the student's do, and not the statistics of a run.
+    teacher = copy.deepcopy(reference.student).train()
+    k1, k2 = (F.normalize(teacher(view), dim=1) for view in given["views"])
     label = torch.arange(6)
     expected = 2 * 0.3 * (F.cross_entropy(q1 @ k2.T / 0.3, label) + F.cross_entropy(q2 @ k1.T / 0.3, label))
     loss = model.training_step(given, 0)

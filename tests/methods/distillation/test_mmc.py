@@ -1,5 +1,6 @@
 """MMC: each term by hand, alone it is the method it came from; teacher, corruption, and ranks."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.projector import Projector
 from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.sequences.patches import patchify
@@ -25,7 +27,7 @@ BATCHES = [batch(seed=seed, locals_=0) for seed in range(4)]
 ALONE = {"reconstruction": 0.0, "distillation": 0.0, "contrast": 0.0}
 
 
-def method(**settings: Any) -> MMC:
+def method(projector: nn.Module | None = None, **settings: Any) -> MMC:
     torch.manual_seed(0)
     backbone = vit(width=16, depth=2, heads=4, img_size=8, patch_size=2, in_chans=1)
     given = {
@@ -33,7 +35,7 @@ def method(**settings: Any) -> MMC:
         "optimizer": partial(torch.optim.SGD, lr=0.05),
     }  # fmt: skip
     head, decoder = DINOHead(16, 9, hidden=(12,), bottleneck=6), nn.Linear(16, 4)
-    return MMC(backbone, nn.Linear(16, 8), nn.Linear(8, 8), head, decoder, **given | settings)
+    return MMC(backbone, projector or nn.Linear(16, 8), nn.Linear(8, 8), head, decoder, **given | settings)
 
 
 class Seen:
@@ -82,6 +84,20 @@ def test_alone_the_contrast_is_moco_v3s_between_views() -> None:
     q1, q2 = (F.normalize(model.predictor(model.student.projector(tokens[:, 0])), dim=1) for tokens in seen.student)
     k1, k2 = (F.normalize(model.teacher.module.projector(tokens[:, 0]), dim=1) for tokens in seen.teacher)
     own = torch.arange(6)
+    expected = (F.cross_entropy(q1 @ k2.T / 0.2, own) + F.cross_entropy(q2 @ k1.T / 0.2, own)) / 2
+    torch.testing.assert_close(model.training_step(given, 0), expected)
+
+
+def test_norms_of_the_projector_see_the_batch_in_the_teacher_too() -> None:
+    model, given = moved(method(**ALONE | {"contrast": 1.0}, projector=Projector(16, [12], 8))), batch(locals_=0)
+    assert any(isinstance(module, nn.BatchNorm1d) for module in model.teacher.modules())
+    seen, own = Seen(model, given), torch.arange(6)
+    networks = model.student.projector, model.teacher.module.projector
+    q, k = (
+        copy.deepcopy(network).train()(torch.cat([tokens[:, 0] for tokens in views]))
+        for network, views in zip(networks, (seen.student, seen.teacher), strict=True)
+    )
+    (q1, q2), (k1, k2) = F.normalize(model.predictor(q), dim=1).chunk(2), F.normalize(k, dim=1).chunk(2)
     expected = (F.cross_entropy(q1 @ k2.T / 0.2, own) + F.cross_entropy(q2 @ k1.T / 0.2, own)) / 2
     torch.testing.assert_close(model.training_step(given, 0), expected)
 

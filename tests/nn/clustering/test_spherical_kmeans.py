@@ -61,8 +61,12 @@ def test_the_start_is_different_rows_whatever_their_order() -> None:
 def one_rank(index: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
     part = (slice(0, 25), slice(25, 60))[index]
+    sent, send = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *rest, **more: (sent.append(tensor.numel()), send(tensor, *rest, **more))
     start = drawn_rows(rows()[part], torch.arange(60)[part], 7, seed=0)
-    torch.save(spherical_kmeans(rows()[part], start)._asdict(), Path(folder, f"{index}.pt"))
+    dist.all_reduce = send
+    assert max(sent) == 60  # the order of all rows; of their numbers only those of the 7 that are drawn
+    torch.save(spherical_kmeans(rows()[part], start)._asdict() | {"start": start}, Path(folder, f"{index}.pt"))
     leave()
 
 
@@ -70,8 +74,10 @@ def one_rank(index: int, folder: str) -> None:
 def test_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
     rank_processes.start(one_rank, 2, str(tmp_path))
     parts = [torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in range(2)]
-    whole = spherical_kmeans(rows(), drawn_rows(rows(), torch.arange(60), 7, seed=0))
+    start = drawn_rows(rows(), torch.arange(60), 7, seed=0)
+    whole = spherical_kmeans(rows(), start)
     assert torch.equal(torch.cat([part["nearest_M"] for part in parts]), whole.nearest_M)
     for part in parts:
+        assert torch.equal(part["start"], start)
         torch.testing.assert_close(part["centroid_KD"], whole.centroid_KD)
         torch.testing.assert_close(part["objective"], whole.objective)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from lightspan.errors import UserError
+from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks
-from lightspan.nn.masking.mask_samplers import RandomMasks, SpanMasks, TubeMasks, image_numbers, visible_count
+from lightspan.nn.masking.mask_samplers import RandomMasks, SpanMasks, TubeMasks, visible_count
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
 from lightspan.nn.sequences.patches import places
 
@@ -115,6 +116,15 @@ def test_contexts_have_one_count_and_targets_one_size_on_any_grid(
     for one in (*blocks.context_BK, *blocks.targets_BNM.reshape(2 * targets, -1)):
         assert len(set(one)) == len(one)
         assert 0 <= one.min() <= one.max() < height * width
+
+
+def test_targets_are_higher_than_wide_on_average_as_the_papers_aspect_asks_for() -> None:
+    sampler, ratios = MultiBlock(targets=1), []
+    for step in range(400):
+        rows_M, columns_M = np.divmod(sampler.draw((40, 40), step, [0]).targets_BNM[0, 0].numpy(), 40)
+        ratios.append((np.ptp(rows_M) + 1) / (np.ptp(columns_M) + 1))
+    assert np.mean(ratios) == pytest.approx((0.75 + 1.5) / 2, abs=0.03)
+    assert 0.7 < min(ratios) < 0.8 < 1.4 < max(ratios) < 1.6
 
 
 def test_targets_are_rectangles_of_the_step_outside_the_context() -> None:

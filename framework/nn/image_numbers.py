@@ -1,0 +1,37 @@
+"""The numbers of a batch's images as the host knows them: what random draws of an image hang on.
+
+A batch's `index` comes from the loader, on the host, and goes to the device with the rest. To read it back there in a
+step would wait for all that the device has yet to do. So `Method` leaves the host's tensor at the device's one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightspan.devices import has_values
+
+_HOST = "_lightspan_on_host"
+
+
+def keep_on_host(before: Any, after: Any) -> None:
+    """Leaves the `index` of a batch before it went to the device at that of the batch which came from it.
+
+    Does nothing for batches without one, and for those that stay or have always been where they are. The batch keeps
+    its fields: a further tensor on the host would be moved by DDP, and a list of numbers taken for rows by Lightning.
+    """
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return
+    host_B, index_B = before.get("index"), after.get("index")
+    both = isinstance(host_B, Tensor) and isinstance(index_B, Tensor)
+    if both and host_B is not index_B and host_B.device.type == "cpu":  # type: ignore[union-attr]
+        setattr(index_B, _HOST, host_B)
+
+
+def image_numbers(index_B: Tensor) -> list[int]:
+    """The images' numbers of a batch's `index`, int64 [B], read from the device only if no `Method` brought it there.
+
+    `lightspan plan`, which knows no numbers, gets some instead.
+    """
+    host_B: Tensor = getattr(index_B, _HOST, index_B)
+    return host_B.tolist() if has_values(host_B) else list(range(len(host_B)))

@@ -1,0 +1,72 @@
+"""The numbers of a batch's images: no step reads them back from the device, be it one that has no values at all."""
+
+import contextlib
+import importlib
+from typing import Any
+
+import method_runs
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightspan.method import Method
+from lightspan.nn.image_numbers import image_numbers
+from lightspan.nn.pretext import Jigsaw
+
+META = torch.device("meta")
+DRAWING: dict[str, dict[str, Any]] = {
+    "masked.mae": {}, "masked.cae": {"codes": None}, "masked.cropmae": {}, "masked.i_jepa": {},
+    "distillation.ibot": {}, "distillation.mmc": {}, "distillation.poa": {}, "contrastive.supremix": {},
+}  # fmt: skip
+
+
+class Plain(Method):
+    def __init__(self) -> None:
+        super().__init__(torch.optim.SGD)
+        self.layer = nn.Linear(1, 1)
+
+
+def sent(model: Method, batch: dict[str, Any]) -> dict[str, Any]:
+    """As a Trainer sends it."""
+    return model._apply_batch_transfer_handler(model._on_before_batch_transfer(batch), META)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_step_runs_where_nothing_can_be_read_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())  # which "meta" lacks
+    family, _, own = name.partition(".")
+    tests = importlib.import_module(f"tests.methods.{family}.test_{own}")
+    model = tests.method(**DRAWING[name]).to(META)
+    model.log_training = lambda *given, **options: None
+    given = getattr(tests, "batch", method_runs.batch)()
+    batch = sent(model, given)
+    assert batch.keys() == given.keys()
+    assert all(view.is_meta for view in batch["views"])
+    loss = model.training_step(batch, 0)
+    assert loss.is_meta
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        model.training_step(
+            batch | {"index": batch["index"].clone()}, 0
+        )  # without the host's: else it would say nothing
+
+
+def test_they_are_those_of_the_loader() -> None:
+    given = {"index": torch.tensor([7, 3])}
+    index_B = sent(Plain(), given)["index"]
+    assert index_B.is_meta
+    assert image_numbers(index_B) == [7, 3]
+    expected = Jigsaw(4, permutations=9).drawn(given["index"], step=2)
+    assert torch.equal(Jigsaw(4, permutations=9).drawn(index_B, step=2), expected)
+
+
+@pytest.mark.parametrize("batch", [[torch.zeros(2)], {"image": torch.zeros(2, 1)}, {"index": [1, 2]}])
+def test_batches_without_numbers_of_images_go_as_they_are(batch: Any) -> None:
+    moved = sent(Plain(), batch)
+    tensors = [part for part in (moved.values() if isinstance(moved, dict) else moved) if isinstance(part, Tensor)]
+    assert all(tensor.is_meta for tensor in tensors)
+
+
+def test_a_batch_that_stays_on_the_host_is_read_there() -> None:
+    given = {"index": torch.tensor([7, 3])}
+    moved = Plain()._apply_batch_transfer_handler(given, torch.device("cpu"))
+    assert image_numbers(moved["index"]) == [7, 3]
