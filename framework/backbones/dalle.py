@@ -12,6 +12,7 @@ from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from lightspan.backbones.weights import with_weights
 from lightspan.distributed import register_replicated
+from lightspan.errors import UserError
 
 # A recipe may name the class listed here.
 __all__ = ["DalleCodes"]
@@ -28,7 +29,8 @@ class DalleCodes(nn.Module):
     Args:
         weights: safetensors file with the tensors of `transformers.FlavaImageCodebook`, such as model.safetensors made
             from facebook/flava-image-codebook; None leaves it untrained, for plans and tests.
-        patch: sides of a patch of the network that predicts the codes, in pixels.
+        patch: sides of a patch of the network that predicts the codes, in pixels; None leaves them to the method, which
+            calls `settle`.
         mean, std: with which the data module standardised the images.
     Raises: UserError as `lightspan.backbones.weights.with_weights`.
     """
@@ -40,7 +42,7 @@ class DalleCodes(nn.Module):
     def __init__(
         self,
         weights: str | None,
-        patch: int = 16,
+        patch: int | None = None,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -51,8 +53,20 @@ class DalleCodes(nn.Module):
         register_replicated(self, "mean", torch.tensor(mean)[:, None, None], persistent=False)
         register_replicated(self, "std", torch.tensor(std)[:, None, None], persistent=False)
 
+    def settle(self, patch_shape: tuple[int, int, int]) -> None:
+        """Takes the side of a backbone's patches if it was left open. Raises: UserError for others than were given."""
+        height, width, channels = patch_shape
+        if not (height == width == (self.patch or height) and channels == 3):
+            raise UserError(
+                f"DalleCodes are made for square patches of {self.patch or 'any'} pixels in 3 channels, and those of "
+                f"the backbone have height, width and channels {[*patch_shape]}; leave patch out"
+            )
+        self.patch = height
+
     @torch.no_grad()
     def forward(self, image_BChw: Tensor) -> Tensor:
+        if self.patch is None:
+            raise UserError("DalleCodes do not know the size of a patch; set patch")
         sides = [STRIDE * (side // self.patch) for side in image_BChw.shape[2:]]
         image_BChw = (image_BChw * self.std + self.mean).clamp(0, 1)
         small = F.interpolate(image_BChw, sides, mode="bicubic", antialias=True).clamp(0, 1)

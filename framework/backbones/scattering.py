@@ -21,14 +21,15 @@ class Scattering(nn.Module):
     Computed in float32 or wider, also under autocast.
 
     Args:
-        img_size: H and W, each at least 2^scales.
+        img_size: H and W, each at least 2^scales; a number stands for both.
         scales: J, at least 1.
         angles: L, at least 1.
     Raises: UserError for sizes out of range, and without the package kymatio.
     """
 
-    def __init__(self, img_size: tuple[int, int], scales: int = 2, angles: int = 16) -> None:
+    def __init__(self, img_size: int | tuple[int, int], scales: int = 2, angles: int = 16) -> None:
         super().__init__()
+        img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
         if scales < 1 or angles < 1 or min(img_size) < 2**scales:
             raise UserError(
                 f"Scattering: scales={scales} and angles={angles} must be at least 1, and both sides of "
@@ -62,7 +63,7 @@ class ScatteringNet(nn.Module):
     [[128, 4], [64, 4], [128, 4]], [[128, 6], [64, 4], [128, 6]] and [[128, 30]].
 
     Args:
-        img_size: H and W.
+        img_size: H and W, as in `Scattering`.
         in_chans: C.
         scales, angles: J and L of the scattering.
         stem: channels of the first convolution.
@@ -74,7 +75,7 @@ class ScatteringNet(nn.Module):
 
     def __init__(
         self,
-        img_size: tuple[int, int],
+        img_size: int | tuple[int, int],
         in_chans: int = 3,
         scales: int = 2,
         angles: int = 16,

@@ -1,4 +1,6 @@
-"""Whether two parts of a method fit together."""
+"""Whether two parts of a method fit together, and parts that are made to fit."""
+
+from abc import ABC, abstractmethod
 
 from torch import nn
 
@@ -41,3 +43,43 @@ def given_width(projector: nn.Module) -> int:
             "torch.nn.Linear"
         )
     return width
+
+
+class OpenOutputs(nn.Module, ABC):
+    """A part whose number of outputs may be left to the method that takes it, which knows what the others need.
+
+    Made with `out_features=None` it has no last layer before `settle`; a method calls that in its constructor, so that
+    the optimiser gets all weights. A subclass that was given a number calls `settle` at the end of its constructor.
+
+    Attributes:
+        out_features: how many outputs there are; None before `settle`.
+    """
+
+    out_features: int | None = None
+
+    @abstractmethod
+    def make_outputs(self, count: int) -> None:
+        """Makes the last layer, and starts the weights that depend on it."""
+
+    def settle(self, count: int) -> None:
+        """Makes `count` outputs, unless the part has its own number. Raises: UserError for less than 1."""
+        if self.out_features is not None:
+            return
+        if count < 1:
+            raise UserError(f"{type(self).__name__}: out_features={count} must be at least 1")
+        self.make_outputs(count)
+        self.out_features = count
+
+    def require_outputs(self) -> None:
+        """Raises: UserError before `settle`."""
+        if self.out_features is None:
+            raise UserError(
+                f"{type(self).__name__} has no outputs: it was made without out_features, and this method does not "
+                "tell it how many it needs; set out_features"
+            )
+
+
+def settle_outputs(part: nn.Module, count: int) -> None:
+    """Makes `count` outputs if the part is open, see `OpenOutputs`; any other stays as it is."""
+    if isinstance(part, OpenOutputs):
+        part.settle(count)

@@ -13,6 +13,7 @@ Shapes: B images of this rank, two views, R = 2 B rows, N corrupted patches, d n
 prototypes.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import patchify
-from lightspan.nn.sequences.token_backbone import require_tokens
+from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first
@@ -73,7 +74,7 @@ class MMC(Method):
         projector: [R D] -> [R E], of class tokens, copied too.
         predictor: [R E] -> [R E], the student's alone.
         head: of patches, copied too.
-        decoder: [N D] -> [N d], pixels of a patch; d is its area times the channels.
+        decoder: [N D] -> [N d], pixels of a patch; d is its area times the channels. None makes the linear layer.
         reconstruction, distillation, contrast: w_m, w_d and w_c, each >= 0.
         corruption: of the student's views; None has the defaults of `GroupCorruption`.
         student_temperature, teacher_temperature, final_temperature: of L_D, > 0. The teacher's rises from its first to
@@ -94,7 +95,7 @@ class MMC(Method):
         projector: nn.Module,
         predictor: nn.Module,
         head: DINOHead,
-        decoder: nn.Linear,
+        decoder: nn.Linear | None = None,
         reconstruction: float = 1.0,
         distillation: float = 1.0,
         contrast: float = 1.0,
@@ -116,12 +117,14 @@ class MMC(Method):
         require_temperatures(student_temperature=student_temperature, contrast_temperature=contrast_temperature)
         self.momentum = TeacherMomentum(momentum, final_momentum)
         self.teacher_temperature = TeacherTemperature(teacher_temperature, final_temperature, temperature_warmup)
-        if require_tokens(backbone, "MMC").num_prefix_tokens < 1:
+        tokens = require_tokens(backbone, "MMC")
+        if tokens.num_prefix_tokens < 1:
             raise UserError("MMC contrasts class tokens, and this backbone has none; set class_token=true")
         require_projector(backbone, projector)
         require_predictor(projector, predictor)
         require_width(backbone, "head.in_features", head.in_features)
-        require_width(backbone, "decoder.in_features", decoder.in_features)
+        decoder = decoder or nn.Linear(tokens.num_features, math.prod(tokens.patch_shape))
+        settle_patch_decoder(backbone, decoder, "MMC")
         self.student = TokenNetwork(backbone, projector, head)
         self.predictor, self.decoder = predictor, decoder
         self.teacher = EMATeacher(self.student, batch_statistics=True)
@@ -155,11 +158,6 @@ class MMC(Method):
         """L_M."""
         sides = [side // count for side, count in zip(clean_RChw.shape[2:], grid, strict=True)]
         pixels_RTd = patchify(clean_RChw, sides)
-        if self.decoder.out_features != pixels_RTd.shape[2]:
-            raise UserError(
-                f"decoder.out_features={self.decoder.out_features}, but a patch of {sides[0]} x {sides[1]} pixels and "
-                f"{clean_RChw.shape[1]} channels has {pixels_RTd.shape[2]} numbers; set it to that"
-            )
         error_N = (wide(self.decoder(patches_ND)) - masked.tokens(pixels_RTd)).abs().mean(dim=1)
         return (masked.weight_N * error_N).sum()
 

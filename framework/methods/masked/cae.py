@@ -25,9 +25,9 @@ from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import MaskSampler, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patchify
-from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_width, settle_outputs
 from lightspan.objectives.masked import patch_regression
 from lightspan.objectives.means import squared_error
 from lightspan.ranges import require_weights
@@ -38,9 +38,10 @@ class CAE(Method):
 
     Args:
         backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`; what probes read.
-        regressor, decoder: of the backbone's width; the decoder's out_features are V, or the numbers of a patch.
-        tokenizer: [B C h w] -> int64 [B H*W] codes in [0, V), and says V in its attribute `codes`; not trained. None:
-            pixels.
+        regressor, decoder: of the backbone's width; the decoder's outputs are V, or the numbers of a patch, and
+            out_features=None takes what is needed.
+        tokenizer: [B C h w] -> int64 [B H*W] codes in [0, V), and says V in its attribute `codes`; not trained. One
+            with `settle` is told the height, width and channels of the backbone's patches. None: pixels.
         masks: hides equally many patches of each image; None hides half of them by blocks of 16 and more.
         alignment_weight: >= 0; at 0 the second pass of the encoder is left out.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
@@ -57,17 +58,24 @@ class CAE(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_tokens(backbone, "CAE")
+        shape = require_tokens(backbone, "CAE").patch_shape
         require_width(backbone, "regressor.width", regressor.in_features)
-        if tokenizer is None:
-            require_patch_decoder(backbone, decoder, "CAE")
         require_width(backbone, "decoder.width", decoder.in_features)
-        if tokenizer is not None and getattr(tokenizer, "codes", None) != decoder.out_features:
-            raise UserError(
-                f"decoder.out_features={decoder.out_features}, and {type(tokenizer).__name__} has "
-                f"{getattr(tokenizer, 'codes', 'no')} codes; make both the same"
-            )
         require_weights(alignment_weight=alignment_weight)
+        if tokenizer is None:
+            settle_patch_decoder(backbone, decoder, "CAE")
+        else:
+            codes = getattr(tokenizer, "codes", None)
+            if not isinstance(codes, int):
+                raise UserError(f"{type(tokenizer).__name__} must say in its attribute `codes` how many codes it has")
+            settle_outputs(decoder, codes)
+            if decoder.out_features != codes:
+                raise UserError(
+                    f"decoder.out_features={decoder.out_features}, and {type(tokenizer).__name__} has {codes} codes; "
+                    "make both the same, or leave out_features out"
+                )
+            if callable(settle := getattr(tokenizer, "settle", None)):
+                settle(shape)
         self.backbone, self.regressor, self.decoder = backbone, regressor, decoder
         self.tokenizer = None if tokenizer is None else tokenizer.requires_grad_(False)
         self.masks = masks or BlockMasks(1.0, (0.5, 0.5), least_block=16)

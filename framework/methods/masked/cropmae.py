@@ -19,7 +19,7 @@ from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patchify
-from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
 from lightspan.objectives.masked import patch_regression
 
@@ -30,7 +30,8 @@ class CropMAE(Method):
 
     Args:
         backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`; what probes read.
-        decoder: with out_features = d. The authors' has `CrossFirst` blocks and place_other=False.
+        decoder: with d outputs, or out_features=None for as many as the backbone's patches have. The authors' has
+            `CrossFirst` blocks and place_other=False.
         masks: hides equally many patches of each image; None hides 0.985 of them, which leaves 2 of 196 and never less
             than 1.
         hidden_view: which of the two views of a batch is hidden, 0 or 1.
@@ -48,7 +49,7 @@ class CropMAE(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_patch_decoder(backbone, decoder, "CropMAE")
+        settle_patch_decoder(backbone, decoder, "CropMAE")
         if hidden_view not in (0, 1):
             raise UserError(f"hidden_view={hidden_view} must be 0 or 1, one of the two views of a batch")
         self.backbone, self.decoder, self.masks = backbone, decoder, masks or RandomMasks(0.985)

@@ -24,7 +24,7 @@ from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.sequences.token_backbone import AllTokens, TokenBackbone, require_tokens
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_width, settle_outputs
 from lightspan.objectives.masked import feature_regression
 from lightspan.optim.schedules import line_between
 from lightspan.ranges import require_shares
@@ -36,7 +36,8 @@ class IJEPA(Method):
     Args:
         backbone: the student's, a `lightspan.nn.sequences.token_backbone.TokenBackbone`; the teacher is a copy. The
             paper's has no class token; of one that has, the loss does not read it.
-        predictor: with in_features = out_features = D; the paper's is 384 wide and 6 to 12 deep.
+        predictor: with in_features = D, and as many outputs or out_features=None; the paper's is 384 wide and 6 to 12
+            deep.
         masks: draws contexts and targets; None is `MultiBlock()`.
         momentum, final_momentum: of the teacher, in [0, 1], on a line over the run.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
@@ -57,8 +58,9 @@ class IJEPA(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_tokens(backbone, "IJEPA")
+        width = require_tokens(backbone, "IJEPA").num_features
         require_width(backbone, "predictor.in_features", predictor.in_features)
+        settle_outputs(predictor, width)
         require_width(backbone, "predictor.out_features", predictor.out_features)
         require_shares(momentum=momentum, final_momentum=final_momentum)
         self.student, self.predictor = AllTokens(backbone), predictor

@@ -18,7 +18,7 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patchify
-from lightspan.nn.sequences.token_backbone import require_patch_decoder, require_tokens
+from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
 from lightspan.objectives.masked import patch_regression
 
@@ -27,9 +27,9 @@ class MAE(Method):
     """Trains an encoder and a decoder to guess hidden patches; the encoder is kept.
 
     Args:
-        backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`, such as `lightspan.backbones.vit.vit`;
-            probes read it.
-        decoder: with out_features = d.
+        backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`, such as `lightspan.backbones.vit.vit`; what
+            probes read.
+        decoder: with d outputs, or out_features=None for as many as the backbone's patches have.
         masks: hides equally many patches of each image; None is three quarters of them at random.
         normalise: whether targets are normalised patch by patch; without it they are the pixels.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
@@ -44,7 +44,7 @@ class MAE(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_patch_decoder(backbone, decoder, "MAE")
+        settle_patch_decoder(backbone, decoder, "MAE")
         self.backbone, self.decoder = backbone, decoder
         self.masks, self.normalise = masks or RandomMasks(0.75), normalise
 

@@ -13,7 +13,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_width, settle_outputs
 
 
 def image_of(batch: Any) -> Tensor:
@@ -27,8 +27,8 @@ class Classifier(Method):
     Args:
         backbone: [B C H W] -> [B num_features]; what probes read. A batch has images, or one view of each.
         num_classes: K, >= 2; labels are in [0, K).
-        head: [B num_features] -> logits [B K], such as `lightspan.nn.heads.grassmann_head.GrassmannHead`. None makes a
-            linear layer, which starts He-normal, its bias at zero.
+        head: [B num_features] -> logits [B K], such as `lightspan.nn.heads.grassmann_head.GrassmannHead`, which
+            needs no K of its own. None makes a linear layer, which starts He-normal, its bias at zero.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     Raises: UserError for a backbone without `num_features`, or a head of another width or number of classes.
     """
@@ -53,6 +53,7 @@ class Classifier(Method):
             head = nn.Linear(width, num_classes)
             he_normal_(head)
         require_width(backbone, "head.in_features", getattr(head, "in_features", None))
+        settle_outputs(head, num_classes)
         if (outputs := getattr(head, "out_features", num_classes)) != num_classes:
             raise UserError(f"{type(head).__name__} tells {outputs} classes apart, but num_classes={num_classes}")
         self.num_classes, self.backbone, self.head = num_classes, backbone, head

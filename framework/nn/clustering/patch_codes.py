@@ -3,6 +3,7 @@
 Shapes: B images, T patches, N patches of all images, d numbers of a patch, V codes.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,24 +27,43 @@ class PatchCodes(nn.Module):
     Args:
         codes: V, at least 2.
         patch: sides of a patch in pixels.
-        channels: of the images.
+        channels: of the images. None leaves these to the method, which calls `settle`.
         seed: of the first centres.
     """
 
     centres_Vd: Tensor
     known: Tensor
 
-    def __init__(self, codes: int, patch: tuple[int, int], channels: int = 3, seed: int = 0) -> None:
+    def __init__(
+        self, codes: int, patch: tuple[int, int] | None = None, channels: int | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
-        if codes < 2 or min(patch) < 1 or channels < 1 or seed < 0:
+        height, width = patch or (None, None)
+        self.shape = height, width, channels
+        if codes < 2 or min(number or 1 for number in self.shape) < 1 or seed < 0:
             raise UserError(
-                f"PatchCodes: codes={codes} must be at least 2, patch={list(patch)} and channels={channels} above 0, "
-                f"and seed={seed} at least 0"
+                f"PatchCodes: codes={codes} must be at least 2, patch={patch and list(patch)} and channels={channels} "
+                f"above 0, and seed={seed} at least 0"
             )
-        self.codes, self.patch, self.seed = codes, tuple(patch), seed
-        register_replicated(self, "centres_Vd", torch.zeros(codes, patch[0] * patch[1] * channels))
+        self.codes, self.seed = codes, seed
+        register_replicated(self, "centres_Vd", torch.zeros(codes, 0))
         register_replicated(self, "known", torch.zeros((), dtype=torch.bool))
         self._asked = False  # whether the state has been read since it may have been loaded
+        if patch is not None and channels is not None:
+            self.settle((*patch, channels))
+
+    def settle(self, patch_shape: tuple[int, int, int]) -> None:
+        """Takes the height, width and channels of a backbone's patches where they were left open.
+
+        Raises: UserError for others than were given: there would not be one code for each patch of the backbone.
+        """
+        if any(own not in (None, given) for own, given in zip(self.shape, patch_shape, strict=True)):
+            raise UserError(
+                f"PatchCodes are made for patches of height, width and channels {[*self.shape]}, and those of the "
+                f"backbone have {[*patch_shape]}; leave patch and channels out"
+            )
+        self.shape = patch_shape
+        self.centres_Vd = self.centres_Vd.new_zeros(self.codes, math.prod(patch_shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -51,8 +71,10 @@ class PatchCodes(nn.Module):
 
     @torch.no_grad()
     def forward(self, image_BChw: Tensor) -> Tensor:
-        """Raises: UserError for images of other channels."""
-        patches_BTd = wide(patchify(image_BChw, self.patch))
+        """Raises: UserError for images of other channels, and before the shape of a patch is settled."""
+        if not self.centres_Vd.shape[1]:
+            raise UserError("PatchCodes do not know the shape of a patch; set patch and channels")
+        patches_BTd = wide(patchify(image_BChw, self.shape[:2]))
         if patches_BTd.shape[2] != self.centres_Vd.shape[1]:
             raise UserError(
                 f"PatchCodes were made for patches of {self.centres_Vd.shape[1]} numbers, and these have "

@@ -16,6 +16,7 @@ from lightspan.errors import UserError
 from lightspan.nn.decoders.masked_sequence import MaskedSequence, positions
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention
+from lightspan.nn.widths import OpenOutputs
 
 CrossBlockCallable = Callable[[int], nn.Module]
 """Called with a width; gives a block (x [B L w], other [B S w]) -> [B L w]."""
@@ -66,13 +67,13 @@ class CrossFirst(nn.Module):
         return self.norm_own(x_BLw + self.drop(self.own(x_BLw, x_BLw, x_BLw)))
 
 
-class CrossDecoder(nn.Module):
+class CrossDecoder(OpenOutputs):
     """Blocks over what was seen of a view and mask tokens, which look at the tokens of another view; then a norm and a
     linear layer. One linear layer brings the tokens of both views to the decoder's width.
 
     Args:
         in_features: D.
-        out_features: o.
+        out_features: o; None leaves it to the method.
         width: w, a multiple of 4.
         depth: blocks, at least 1.
         block: called with `width`, such as `SelfFirst` or `CrossFirst`; the recipe binds its other settings.
@@ -81,26 +82,29 @@ class CrossDecoder(nn.Module):
     Raises: UserError for sizes that do not fit.
     """
 
+    head: nn.Linear
+
     def __init__(
         self,
         in_features: int,
-        out_features: int,
+        out_features: int | None = None,
         width: int = 512,
         depth: int = 8,
         block: CrossBlockCallable = SelfFirst,
         place_other: bool = True,
     ) -> None:
         super().__init__()
-        if min(in_features, width, depth, out_features) < 1:
-            raise UserError(
-                f"CrossDecoder: width={width}, depth={depth}, in_features={in_features} and "
-                f"out_features={out_features} must be above 0"
-            )
-        self.in_features, self.out_features, self.place_other = in_features, out_features, place_other
+        if min(in_features, width, depth) < 1:
+            raise UserError(f"CrossDecoder: width={width}, depth={depth} and in_features={in_features} must be above 0")
+        self.in_features, self.width, self.place_other = in_features, width, place_other
         self.sequence = MaskedSequence(in_features, width)
         self.blocks = nn.ModuleList(block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, out_features)
+        if out_features is not None:
+            self.settle(out_features)
+
+    def make_outputs(self, count: int) -> None:
+        self.head = nn.Linear(self.width, count)
         xavier_uniform_(self)
 
     def decode(
@@ -127,5 +131,6 @@ class CrossDecoder(nn.Module):
         self, tokens_BSD: Tensor, at_BK: Tensor, ask_BM: Tensor, other_BUD: Tensor, grid: Sequence[int]
     ) -> Tensor:
         """[B M o], in the order of `ask_BM`; arguments as in `decode`."""
+        self.require_outputs()
         x_BLw = self.decode(tokens_BSD, at_BK, ask_BM, other_BUD, grid)
         return self.head(x_BLw[:, x_BLw.shape[1] - ask_BM.shape[1] :])

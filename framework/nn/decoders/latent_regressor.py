@@ -18,6 +18,7 @@ from lightspan.nn.decoders.masked_sequence import positions
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention
 from lightspan.nn.sequences.patches import at_places
+from lightspan.nn.widths import OpenOutputs
 
 
 class RegressorBlock(nn.Module):
@@ -82,33 +83,39 @@ class LatentRegressor(nn.Module):
         return self.norm(query_BMw)
 
 
-class LatentDecoder(nn.Module):
+class LatentDecoder(OpenOutputs):
     """Self-attention among predicted features of hidden patches and their positions, and a linear layer: [B M w] ->
     [B M o]. It never sees the visible ones.
 
     Args:
         width, depth, heads, layer_scale: as in `LatentRegressor`.
-        out_features: o; codes of a tokenizer, or the numbers of a patch.
+        out_features: o; None leaves it to the method: codes of a tokenizer, or the numbers of a patch.
     """
 
+    head: nn.Linear
+
     def __init__(
-        self, width: int, out_features: int, depth: int = 4, heads: int = 12, layer_scale: float = 0.1
+        self, width: int, out_features: int | None = None, depth: int = 4, heads: int = 12, layer_scale: float = 0.1
     ) -> None:
         super().__init__()
-        if min(width, depth, heads, out_features) < 1 or width % heads:
+        if min(width, depth, heads) < 1 or width % heads:
             raise UserError(
-                f"LatentDecoder: width={width} must be a multiple of heads={heads}, and depth={depth} and "
-                f"out_features={out_features} above 0"
+                f"LatentDecoder: width={width} must be a multiple of heads={heads}, and depth={depth} above 0"
             )
-        self.in_features, self.out_features = width, out_features
+        self.in_features = width
         self.blocks = nn.Sequential(
             *(Block(width, heads, qkv_bias=True, init_values=layer_scale) for _ in range(depth))
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, out_features)
+        if out_features is not None:
+            self.settle(out_features)
+
+    def make_outputs(self, count: int) -> None:
+        self.head = nn.Linear(self.in_features, count)
         xavier_uniform_(self)
 
     def forward(self, features_BMw: Tensor, hide_BM: Tensor, grid: Sequence[int]) -> Tensor:
         """[B M o], in the order of `hide_BM`."""
+        self.require_outputs()
         at_BMw = at_places(positions(features_BMw, grid), hide_BM)
         return self.head(self.norm(self.blocks(features_BMw + at_BMw)))

@@ -14,33 +14,43 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.nn.decoders.masked_sequence import MaskedSequence
 from lightspan.nn.init import xavier_uniform_
+from lightspan.nn.widths import OpenOutputs
 
 
-class MaskDecoder(nn.Module):
+class MaskDecoder(OpenOutputs):
     """Blocks of self-attention over what was seen and mask tokens, then a norm and a linear layer.
 
     Args:
         in_features: D.
         width, depth, heads: of the blocks; MAE's are 512, 8 and 16. Width is a multiple of heads and of 4 (two axes).
-        out_features: o; MAE's are the numbers of a patch, and I-JEPA's are D.
+        out_features: o; None leaves it to the method: MAE's are the numbers of a patch, and I-JEPA's are D.
     Raises: UserError for sizes that do not fit.
     """
 
-    def __init__(self, in_features: int, out_features: int, width: int = 512, depth: int = 8, heads: int = 16) -> None:
+    head: nn.Linear
+
+    def __init__(
+        self, in_features: int, out_features: int | None = None, width: int = 512, depth: int = 8, heads: int = 16
+    ) -> None:
         super().__init__()
-        if min(in_features, width, depth, heads, out_features) < 1 or width % heads:
+        if min(in_features, width, depth, heads) < 1 or width % heads:
             raise UserError(
-                f"MaskDecoder: width={width} must be a multiple of heads={heads}, and all and depth={depth}, "
-                f"in_features={in_features} and out_features={out_features} above 0"
+                f"MaskDecoder: width={width} must be a multiple of heads={heads}, and all and depth={depth} and "
+                f"in_features={in_features} above 0"
             )
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.width = in_features, width
         self.sequence = MaskedSequence(in_features, width)
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, out_features)
+        if out_features is not None:
+            self.settle(out_features)
+
+    def make_outputs(self, count: int) -> None:
+        self.head = nn.Linear(self.width, count)
         xavier_uniform_(self)
 
     def forward(self, tokens_BSD: Tensor, at_BK: Tensor, ask_BM: Tensor, grid: Sequence[int]) -> Tensor:
         """[B M o], in the order of `ask_BM`; see `MaskedSequence`."""
+        self.require_outputs()
         x_BLw = self.norm(self.blocks(self.sequence(tokens_BSD, at_BK, ask_BM, grid)))
         return self.head(x_BLw[:, x_BLw.shape[1] - ask_BM.shape[1] :])

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
+from lightspan.nn.widths import OpenOutputs
 from lightspan.subspaces.frames import Frames, random_frame
 
 
-class GrassmannHead(nn.Module):
+class GrassmannHead(OpenOutputs):
     """Logits l_k = scale |S_k^T x / |x||, in [0, scale] and float32 or wider, with orthonormal frames S_k [F R].
 
     They do not change when a frame turns within its span, and not with the sign of x: with R = 1 they are
@@ -22,29 +23,40 @@ class GrassmannHead(nn.Module):
 
     Args:
         in_features: F, the backbone's `num_features`.
-        out_features: K.
+        out_features: K; None leaves it to the method, whose `num_classes` it is.
         rank: R, in [1, F]; the paper has 8. With K R far above F the subspaces of classes overlap.
         scale: gamma, > 0. It limits confidence: no probability is above 1 / (1 + (K - 1) exp(-scale)).
         seed: of the frames.
     """
 
     parameter_kinds = {"frame_KFR": "frames"}  # noqa: RUF012 - read by lightspan.optim.groups
+    frame_KFR: nn.Parameter
 
-    def __init__(self, in_features: int, out_features: int, rank: int = 8, scale: float = 25.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        rank: int = 8,
+        scale: float = 25.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        if not 1 <= rank <= in_features or out_features < 1:
-            raise UserError(
-                f"GrassmannHead rank={rank} must be in [1, in_features={in_features}], and "
-                f"out_features={out_features} at least 1"
-            )
+        if not 1 <= rank <= in_features:
+            raise UserError(f"GrassmannHead rank={rank} must be in [1, in_features={in_features}]")
         if not 0 < scale < float("inf"):
             raise UserError(f"GrassmannHead scale={scale} must be finite and above 0; the paper has 25")
-        self.in_features, self.out_features, self.rank, self.scale = in_features, out_features, rank, scale
-        seeds = [int(s) for s in torch.randint(2**31, (out_features,), generator=torch.Generator().manual_seed(seed))]
-        frames = random_frame(seeds, in_features, rank, dtype=torch.get_default_dtype(), device=torch.device("cpu"))
+        self.in_features, self.rank, self.scale, self.seed = in_features, rank, scale, seed
+        if out_features is not None:
+            self.settle(out_features)
+
+    def make_outputs(self, count: int) -> None:
+        seeds = [int(s) for s in torch.randint(2**31, (count,), generator=torch.Generator().manual_seed(self.seed))]
+        dtype, device = torch.get_default_dtype(), torch.device("cpu")
+        frames = random_frame(seeds, self.in_features, self.rank, dtype=dtype, device=device)
         self.frame_KFR = nn.Parameter(frames.contiguous())  # QR gives columns in a row, which FSDP2 refuses
 
     def forward(self, x_BF: Tensor) -> Tensor:
+        self.require_outputs()
         with torch.autocast(x_BF.device.type, enabled=False):
             direction_BF = F.normalize(wide(x_BF), dim=1)
             coordinates_KBR = Frames(wide(self.frame_KFR)).pull(direction_BF)

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_width, settle_outputs
 
 
 @runtime_checkable
@@ -54,19 +54,21 @@ def require_tokens(backbone: nn.Module, method: str) -> TokenBackbone:
     return backbone
 
 
-def require_patch_decoder(backbone: nn.Module, decoder: nn.Module, method: str) -> None:
-    """Whether a decoder takes what a backbone gives, and gives as many numbers as a patch has.
+def settle_patch_decoder(backbone: nn.Module, decoder: nn.Module, method: str) -> None:
+    """Lets a decoder give as many numbers as a patch of the backbone has, if that was left open, and compares the two.
 
     Args:
         decoder: with `in_features` and `out_features`.
     Raises: UserError for other numbers, or a backbone without tokens.
     """
-    shape, given = require_tokens(backbone, method).patch_shape, getattr(decoder, "out_features", None)
+    shape = require_tokens(backbone, method).patch_shape
     require_width(backbone, "decoder.in_features", getattr(decoder, "in_features", None))
+    settle_outputs(decoder, math.prod(shape))
+    given = getattr(decoder, "out_features", None)
     if given != math.prod(shape):
         raise UserError(
             f"decoder.out_features={given}, and a patch of {shape[0]} x {shape[1]} pixels with {shape[2]} channels has "
-            f"{math.prod(shape)} numbers; set it to that"
+            f"{math.prod(shape)} numbers; set it to that, or leave it out"
         )
 
 

@@ -156,7 +156,8 @@ def test_bad_settings_and_parts_are_refused() -> None:
         method(contrast=-1)
     with pytest.raises(UserError, match=r"contrast_temperature=0.0 must be above 0"):
         method(contrast_temperature=0.0)
-    model = method()
-    model.decoder = nn.Linear(16, 5)
-    with pytest.raises(UserError, match=r"decoder.out_features=5, but a patch of 2 x 2 pixels and 1 channels has 4"):
-        model.training_step(batch(locals_=0), 0)
+    parts = vit(width=16, depth=2, heads=4, img_size=8, patch_size=2, in_chans=1), nn.Linear(16, 8), nn.Linear(8, 8)
+    head = DINOHead(16, 9, hidden=(12,), bottleneck=6)
+    with pytest.raises(UserError, match=r"decoder.out_features=5, and a patch of 2 x 2 pixels with 1 channels has 4"):
+        MMC(*parts, head, nn.Linear(16, 5), optimizer=torch.optim.SGD)
+    assert MMC(*parts, head, optimizer=torch.optim.SGD).decoder.out_features == 4
