@@ -14,6 +14,14 @@ def shuffled(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return data.images[order] / 16, data.target[order]
 
 
+def parted(seed: int, searching: bool) -> tuple[np.ndarray, np.ndarray]:
+    """As `shuffled`, of the 597 digits that a search may use, or of the other 1,200, which figures are taken on."""
+    images, labels = shuffled(100)
+    part = slice(597) if searching else slice(597, None)
+    order = np.random.default_rng(seed).permutation(len(labels[part]))
+    return images[part][order], labels[part][order]
+
+
 def pretrain(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int, lr: float) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for _ in range(epochs):
