@@ -12,7 +12,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.image_text.captioned import tokenized
+from lightspan.datamodules.text.tokenized import tokenized
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.optim.schedules import WarmupCosine
 

@@ -1,7 +1,6 @@
 """What sets of pictures with captions share. Shapes: N pairs of a set, T tokens, C H W image."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,7 +11,8 @@ from lightspan.datamodules.images.small import ImageSamples, Labelled, channel_m
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
+from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.errors import UserError
 
 
@@ -26,12 +26,6 @@ class Captioned(NamedTuple):
     def kept(self, indices: np.ndarray) -> "Captioned":
         """The pairs at these places."""
         return Captioned(self.images[indices], [self.captions[i] for i in indices], self.labels[indices])
-
-
-def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask), int64 [N, T]: truncated or padded at the end to T = length."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=length, padding="max_length", padding_side="right")
-    return tuple(np.asarray(encoded[name], dtype=np.int64) for name in ("input_ids", "attention_mask"))  # type: ignore[return-value]
 
 
 class PairSamples:
@@ -88,10 +82,8 @@ class CaptionedImages(SampleSets):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if length < 3:
-            raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
-        if val_size < 0 or (train_size is not None and train_size < 1):
-            raise UserError(f"val_size={val_size} must be at least 0, and train_size={train_size} at least 1 or null")
+        require_length(length)
+        require_sizes(train_size, val_size)
         if view is not None and getattr(view, "count", 1) != 1:
             raise UserError(f"pairs have one view of each image, but view gives {view.count}; set its count to 1")  # type: ignore[attr-defined]
         if train_classes is not None and not set(train_classes) <= set(range(self.num_classes)):

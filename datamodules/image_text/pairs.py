@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.datamodules.image_text.captioned import tokenized
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.shards.stream import Decoding, Shards
-from lightspan.errors import UserError
+from lightspan.datamodules.text.tokenized import require_length, tokenized
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class ImageTextShards(Shards):
         **settings: Any,
     ) -> None:
         super().__init__(shards, val_shards, fields={"image": image, "text": "txt"}, views=view, **settings)
-        if length < 3:
-            raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
+        require_length(length)
         self.tokenizer, plain = tokenizer, self.decode
         self.decode = PairDecoding(**vars(plain), tokenizer=tokenizer, length=length)
         self.decode_labelled = replace(

@@ -18,7 +18,7 @@ from lightspan.datamodules.images.augment.fields import ImageFields, Place
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
 from lightspan.files import expanded
 
@@ -132,10 +132,7 @@ class ImageData(SampleSets):
         views_on: Place = "workers",
     ) -> None:
         super().__init__()
-        if train_size is not None and train_size < 1:
-            raise UserError(f"train_size={train_size} leaves nothing to train on; it must be at least 1")
-        if val_size < 0:
-            raise UserError(f"val_size={val_size} is negative; 0 validates on the test images")
+        require_sizes(train_size, val_size)
         self.batch_size, self.views, self.train_size, self.val_size = batch_size, views, train_size, val_size
         self.seed, self.num_workers, self.views_on = seed, num_workers, views_on
         self.train: ImageSamples | None = None
@@ -149,11 +146,8 @@ class ImageData(SampleSets):
         if self.train is not None:
             return
         training, test = self.load()
-        if self.val_size + (self.train_size or 1) > len(training.labels):
-            raise UserError(
-                f"train_size={self.train_size} and val_size={self.val_size} ask for more than the "
-                f"{len(training.labels)} training images of {type(self).__name__}; lower one of them"
-            )
+        samples = f"training images of {type(self).__name__}"
+        require_enough(self.train_size, self.val_size, len(training.labels), samples)
         held_out = evenly(training.labels, self.val_size)
         validation = Labelled(training.images[held_out], training.labels[held_out]) if self.val_size else test
         training = Labelled(*(np.delete(array, held_out, axis=0) for array in training))

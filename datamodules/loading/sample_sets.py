@@ -8,6 +8,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.datamodules.loading.workers import Dataset
+from lightspan.errors import UserError
 
 
 class SampleSets(LightningDataModule, ABC):
@@ -50,3 +51,24 @@ class SampleSets(LightningDataModule, ABC):
 
     def _evaluate(self, samples: Dataset) -> EvaluationLoader:
         return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
+
+
+def require_sizes(train_size: int | None, val_size: int) -> None:
+    """Raises: UserError for fewer than one sample to train on (None is all), or fewer than none held out."""
+    if train_size is not None and train_size < 1:
+        raise UserError(f"train_size={train_size} leaves nothing to train on; it must be at least 1")
+    if val_size < 0:
+        raise UserError(f"val_size={val_size} is negative; 0 validates on the test samples")
+
+
+def require_enough(train_size: int | None, val_size: int, count: int, samples: str) -> None:
+    """Raises: UserError if both sizes together ask for more than `count`; of None at least one sample must be left.
+
+    Args:
+        samples: what they are called, such as "training images of Digits".
+    """
+    if val_size + (train_size or 1) > count:
+        raise UserError(
+            f"train_size={train_size} and val_size={val_size} ask for more than the {count} {samples}; lower one of "
+            "them"
+        )

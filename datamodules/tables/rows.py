@@ -13,7 +13,7 @@ from torch import Tensor
 from lightspan.datamodules.images.views import seeded
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.errors import UserError
 
@@ -94,8 +94,7 @@ class TableData(SampleSets):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if val_size < 0:
-            raise UserError(f"val_size={val_size} is negative; 0 validates on the test rows")
+        require_sizes(None, val_size)
         if leave_out is not None and not leave_out[0] < leave_out[1]:
             raise UserError(f"leave_out={list(leave_out)} must be two numbers with the smaller one first")
         self.batch_size, self.views, self.val_size, self.leave_out = batch_size, views, val_size, leave_out

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.datamodules.r_data import read_r_data
-from lightspan.errors import UserError
+from lightspan.datamodules.text.tokenized import require_length, tokenized
 
 
 class Tokenized(NamedTuple):
@@ -78,10 +78,8 @@ class FoodReviews(SampleSets):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if length < 3:
-            raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
-        if val_size < 0 or (train_size is not None and train_size < 1):
-            raise UserError(f"val_size={val_size} must be at least 0, and train_size={train_size} at least 1 or null")
+        require_length(length)
+        require_sizes(train_size, val_size)
         self.tokenizer, self.length, self.batch_size, self.library = tokenizer, length, batch_size, library
         self.train_size, self.val_size, self.seed, self.num_workers = train_size, val_size, seed, num_workers
         self.train: ReviewSamples | None = None
@@ -94,11 +92,7 @@ class FoodReviews(SampleSets):
         first = first[~first["review"].isin(second["review"]) & ~first["review"].duplicated()]
         training, test = (self._tokenize(f["review"].tolist(), f["score"].tolist()) for f in (first, second))
         count = len(training.labels)
-        if self.val_size + (self.train_size or 1) > count:
-            raise UserError(
-                f"train_size={self.train_size} and val_size={self.val_size} ask for more than the {count} training "
-                "reviews; lower one of them"
-            )
+        require_enough(self.train_size, self.val_size, count, "training reviews")
         held_out = spaced(np.arange(count), self.val_size)
         rest = np.setdiff1d(np.arange(count), held_out)
         rest = spaced(rest, self.train_size or len(rest))
@@ -114,14 +108,9 @@ class FoodReviews(SampleSets):
         return self._evaluate(self.test)
 
     def _tokenize(self, texts: list[str], scores: list[str]) -> Tokenized:
-        encoded = self.tokenizer(
-            texts, truncation=True, max_length=self.length, padding="max_length", padding_side="right"
-        )
-        return Tokenized(
-            np.asarray(encoded["input_ids"], dtype=np.int32),
-            np.asarray(encoded["attention_mask"], dtype=np.int64).sum(axis=1),
-            np.asarray([score == "great" for score in scores], dtype=np.int64),
-        )
+        tokens, mask = tokenized(self.tokenizer, texts, self.length)
+        labels = np.asarray([score == "great" for score in scores], dtype=np.int64)
+        return Tokenized(tokens.astype(np.int32), mask.sum(axis=1), labels)
 
 
 def spaced(indices: np.ndarray, count: int) -> np.ndarray:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lightspan.analysis.moments import Moments
+from lightspan.analysis.rows import unit_rows
 from lightspan.analysis.spectra import energy_shares, gram_singular_values
-from lightspan.devices import wide
 
 SIZE = 9
 MOST_ENTROPY = math.log10(SIZE)
@@ -76,14 +76,10 @@ def orthogonality(weight: Tensor) -> float:
 
     A row of zeros stays one: its place on the diagonal counts as a deviation of 1.
     """
-    rows = wide(weight.detach()).flatten(1)
+    rows = unit_rows(weight.detach().flatten(1))
     count = len(rows)
     if count < 2:
         return 1.0
-    largest = rows.abs().amax(dim=1, keepdim=True)  # first, so that squares of tiny rows do not vanish
-    rows = rows / torch.where(largest > 0, largest, 1)
-    norm = rows.norm(dim=1, keepdim=True)
-    rows = rows / torch.where(norm > 0, norm, 1)
     deviation = rows @ rows.T
     deviation.diagonal().sub_(1)
     return 1 - float(deviation.abs().sum(dtype=torch.float64)) / (count * (count - 1))

@@ -25,10 +25,12 @@ def require_projector(backbone: nn.Module, projector: nn.Module) -> None:
     require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
 
 
-def require_predictor(projector: nn.Module, predictor: nn.Module) -> None:
-    """Raises: UserError, as `require_width`, for a predictor that takes or gives another width than the projector."""
+def require_predictor(giver: nn.Module, predictor: nn.Module) -> None:
+    """Raises: UserError, as `require_width`, for a predictor that takes or gives another width than the projector or
+    backbone whose like it predicts.
+    """
     for side in ("in_features", "out_features"):
-        require_width(projector, f"predictor.{side}", getattr(predictor, side, None))
+        require_width(giver, f"predictor.{side}", getattr(predictor, side, None))
 
 
 def given_width(projector: nn.Module) -> int:

@@ -30,8 +30,8 @@ def line_between(start: float, end: float, share: float, until: float) -> float:
 
 @dataclass(frozen=True)
 class TeacherMomentum:
-    """Of a teacher that averages its student's weights: on a half cosine over the run, as in BYOL (Grill et al., 2020,
-    arXiv 2006.07733, section 3.1). Called with the share of the run that is done.
+    """Of a teacher that averages its student's weights: on a half cosine over the run, as in BYOL's section 3.1. Called
+    with the share of the run that is done.
 
     Args:
         momentum, final_momentum: at its start and its end, in [0, 1].
@@ -50,8 +50,8 @@ class TeacherMomentum:
 
 @dataclass(frozen=True)
 class TeacherTemperature:
-    """Of a teacher's targets: on a line over the first part of the run, then constant, as in DINO (Caron et al., 2021,
-    arXiv 2104.14294, appendix C). Called with the share of the run that is done.
+    """Of a teacher's targets: on a line over the first part of the run, then constant, as in DINO's appendix C. Called
+    with the share of the run that is done.
 
     Args:
         teacher_temperature, final_temperature: at the start and after the warm-up, > 0.

@@ -9,7 +9,6 @@ from PIL import Image
 from shard_files import pair_shard
 
 from lightspan.backbones.tokenizers import HashedWords
-from lightspan.datamodules.image_text.captioned import tokenized
 from lightspan.datamodules.image_text.pairs import ImageTextShards
 from lightspan.datamodules.image_text.scenes import (
     COLOURS,
@@ -25,6 +24,7 @@ from lightspan.datamodules.image_text.scenes import (
 )
 from lightspan.datamodules.image_text.stamps import Stamps, caption_of
 from lightspan.datamodules.images.views import RandomViews, TwoViews
+from lightspan.datamodules.text.tokenized import tokenized
 from lightspan.errors import UserError
 
 WORDS = HashedWords()
@@ -127,7 +127,7 @@ def test_an_image_may_have_one_view_and_no_more() -> None:
         ({"unseen": 0.6}, r"unseen=0.6 in \[0, 0.5\]"),
         ({"ground": (0.5, 0.1)}, r"ground=\[0.5, 0.1\] two numbers"),
         ({"train_classes": [72]}, r"train_classes=\[72\] must name classes of Scenes, from 0 to 71"),
-        ({"train_size": 0}, "train_size=0 at least 1 or null"),
+        ({"train_size": 0}, "train_size=0 leaves nothing to train on"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:

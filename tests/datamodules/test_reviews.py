@@ -94,7 +94,7 @@ def test_spaced_indices_are_distinct_and_even() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(UserError, match="length=2 leaves no room"):
         data(length=2)
-    with pytest.raises(UserError, match="val_size=-1 must be at least 0, and train_size=None"):
+    with pytest.raises(UserError, match="val_size=-1 is negative; 0 validates on the test samples"):
         data(val_size=-1)
     with pytest.raises(UserError, match="train_size=90 and val_size=20 ask for more than the 98 training"):
         data(train_size=90, val_size=20)

@@ -56,8 +56,8 @@ class DeepCluster(Method):
     cluster_HM: Tensor
     clustered_in: Tensor
 
-    backbone = part("network.backbone", "Which gives the features.")
-    projector = part("network.head", "Which gives the embeddings.")
+    backbone = part("network.backbone", "The network's, which gives the features.")
+    projector = part("network.head", "The network's, which gives the embeddings.")
 
     def __init__(
         self,

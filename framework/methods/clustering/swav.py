@@ -52,8 +52,8 @@ class SwAV(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("network.backbone", "Which gives the features.")
-    projector = part("network.head", "Which gives the embeddings.")
+    backbone = part("network.backbone", "The network's, which gives the features.")
+    projector = part("network.head", "The network's, which gives the embeddings.")
 
     def __init__(
         self,

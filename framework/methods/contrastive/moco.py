@@ -23,7 +23,7 @@ from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width
+from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import queued_info_nce, unit
 from lightspan.ranges import require_shares, require_temperatures
 
@@ -62,7 +62,7 @@ class MoCo(Method):
         super().__init__(**optimization)
         require_temperatures(temperature=temperature)
         require_shares(momentum=momentum)
-        require_width(backbone, "projector.in_features", projector.in_features)
+        require_projector(backbone, projector)
         self.student = nn.Sequential(backbone, projector)
         self.teacher = EMATeacher(self.student, batch_statistics, average_statistics=True)
         self.queue = FeatureQueue(queue, projector.out_features)

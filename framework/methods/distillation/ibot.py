@@ -110,7 +110,7 @@ class IBOT(Method):
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "IBOT", self.global_views)
-        grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from  # type: ignore[operator]
+        grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from
         masked = masks_of_views(self.masks, grid, self.global_step, batch["index"], self.global_views, masking)
         targets = self.targets(self.teacher(views[: self.global_views], masked, hide=False).by_head)
         seen = self.student(views, masked, hide=True)

@@ -136,7 +136,7 @@ class MMC(Method):
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "MMC", 2)[:2]
-        grid, step = self.backbone.grid(views[0]), self.global_step  # type: ignore[operator]
+        grid, step = self.backbone.grid(views[0]), self.global_step
         corrupted = [self.corruption(view, grid, batch["index"], step, number) for number, view in enumerate(views)]
         masks_RHW = np.concatenate([masks_BHW for _, masks_BHW in corrupted])
         masked, clean_RChw = MaskedPatches.of(masks_RHW, views[0].device), torch.cat(views)

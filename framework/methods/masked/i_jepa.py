@@ -24,7 +24,7 @@ from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.sequences.token_backbone import AllTokens, TokenBackbone, require_tokens
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width, settle_outputs
+from lightspan.nn.widths import require_predictor, settle_outputs
 from lightspan.objectives.masked import feature_regression
 from lightspan.optim.schedules import line_between
 from lightspan.ranges import require_shares
@@ -59,9 +59,8 @@ class IJEPA(Method):
     ) -> None:
         super().__init__(**optimization)
         width = require_tokens(backbone, "IJEPA").num_features
-        require_width(backbone, "predictor.in_features", predictor.in_features)
         settle_outputs(predictor, width)
-        require_width(backbone, "predictor.out_features", predictor.out_features)
+        require_predictor(backbone, predictor)
         require_shares(momentum=momentum, final_momentum=final_momentum)
         self.student, self.predictor = AllTokens(backbone), predictor
         self.teacher = EMATeacher(self.student)

@@ -22,11 +22,11 @@ from lightspan.merging.weights import open_weights, real_finite
 
 class AdaMerging(LearnedMerging):
     """Args:
-    backbone, models, heads, prefix, out: as of `LearnedMerging`.
+    backbone, models, heads: as of `LearnedMerging`.
     wise: one coefficient a "task", or a task and "layer".
     start: of the coefficients.
     mask: path of a stored mask that all changes go through, or None.
-    optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    settings: the others of `LearnedMerging`.
     """
 
     def __init__(
@@ -37,24 +37,19 @@ class AdaMerging(LearnedMerging):
         wise: Wise = "layer",
         start: float = 0.3,
         mask: str | None = None,
-        prefix: str = "backbone.",
-        out: str | None = None,
-        **optimization: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(backbone, models, heads, prefix, out, **optimization)
+        super().__init__(backbone, models, heads, **settings)
         self.learned = wise_as(wise, self.span.shapes, len(self.span.tasks), start)
         self._masked = mask is not None
         if mask is not None:
             stored = open_weights(mask)
             for i, (name, shape) in enumerate(self.span.shapes.items()):
-                form = stored.forms.get(prefix + name)
+                there = self.span.prefix + name
+                form = stored.forms.get(there)
                 if form is None or form.shape != shape:
-                    raise UserError(
-                        f"{mask} has no mask {list(shape)} of {prefix}{name}; it belongs to another network"
-                    )
-                register_replicated(
-                    self, f"mask_{i}", real_finite(stored, prefix + name, "mask").clone(), persistent=False
-                )
+                    raise UserError(f"{mask} has no mask {list(shape)} of {there}; it belongs to another network")
+                register_replicated(self, f"mask_{i}", real_finite(stored, there, "mask").clone(), persistent=False)
 
     def coefficients(self) -> dict[str, Tensor]:
         return {name: self.learned.of(name) for name in self.span.shapes}

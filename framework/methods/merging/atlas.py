@@ -41,11 +41,11 @@ class AnisotropicScaling(LearnedMerging):
     """What the uses share: Lambda, and the choice of vectors.
 
     Args:
-        backbone, models, heads, prefix, out: as of `LearnedMerging`.
+        backbone, models, heads: as of `LearnedMerging`.
         parts, seed: P and the seed of `Partitioned`.
         budget: b, vectors that each block may use: those with the largest |dL/dLambda| at Lambda = 0 on the
             training samples (block-wise gradient selection, section 5.2). None uses all.
-        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+        settings: the others of `LearnedMerging`.
     """
 
     chosen_Lb: Tensor
@@ -59,11 +59,9 @@ class AnisotropicScaling(LearnedMerging):
         parts: int = 1,
         budget: int | None = None,
         seed: int = 0,
-        prefix: str = "backbone.",
-        out: str | None = None,
-        **optimization: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(backbone, models, heads, prefix, out, **optimization)
+        super().__init__(backbone, models, heads, **settings)
         count = len(self.span.tasks)
         if budget is not None and not 1 <= budget <= count:
             raise UserError(f"budget={budget} must be from 1 to {count}, the number of task vectors")

@@ -34,12 +34,12 @@ INNER = "inner_optimizer"  # of a training checkpoint: the state of the optimise
 
 class ConcreteAdaMerging(LearnedMerging):
     """Args:
-    backbone, models, heads, prefix, out: as of `LearnedMerging`.
+    backbone, models, heads: as of `LearnedMerging`.
     wise: one coefficient a "task", or a task and "layer".
     weight: what w is reset to.
     inner: the optimiser of w, see above.
     temperature, start, final, seed: of `ConcreteMask`.
-    optimization: `optimizer` of the logits, `lr_scheduler` and `groups`, see `Method`.
+    settings: the others of `LearnedMerging`; `optimizer` is that of the logits.
     """
 
     def __init__(
@@ -54,11 +54,9 @@ class ConcreteAdaMerging(LearnedMerging):
         start: float = 0.0,
         final: Final = "sample",
         seed: int = 0,
-        prefix: str = "backbone.",
-        out: str | None = None,
-        **optimization: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(backbone, models, heads, prefix, out, **optimization)
+        super().__init__(backbone, models, heads, **settings)
         self.learned = wise_as(wise, self.span.shapes, len(self.span.tasks), weight)
         self.learned.weight.requires_grad_(False)  # the optimiser of the logits leaves it alone
         try:

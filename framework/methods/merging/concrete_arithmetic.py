@@ -19,10 +19,10 @@ from lightspan.merging.models import Models
 
 class ConcreteArithmetic(LearnedMerging):
     """Args:
-    backbone, models, heads, prefix, out: as of `LearnedMerging`.
+    backbone, models, heads: as of `LearnedMerging`.
     weight: w, the same for all tasks.
     temperature, start, final, seed: of `ConcreteMask`.
-    optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    settings: the others of `LearnedMerging`.
     """
 
     def __init__(
@@ -35,11 +35,9 @@ class ConcreteArithmetic(LearnedMerging):
         start: float = 0.0,
         final: Final = "sample",
         seed: int = 0,
-        prefix: str = "backbone.",
-        out: str | None = None,
-        **optimization: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(backbone, models, heads, prefix, out, **optimization)
+        super().__init__(backbone, models, heads, **settings)
         self.weight = weight
         self.concrete = ConcreteMask(self.span.shapes, temperature, start, final, seed)
 
