@@ -170,7 +170,7 @@ class IncrementalAccuracy(Result):
 
 class ClassIncremental(Estimator):
     """Learns task by task from statistics of classes alone, which only ever add up, and is tested after each task on
-    all classes seen so far.
+    the test samples of all tasks so far. Tasks bring new classes, or the same ones in another domain.
 
     Args:
         rule: makes the head; None is `lightspan.analysis.closed_form.NearestMean`, the learner of arXiv 2210.04428.
@@ -182,19 +182,16 @@ class ClassIncremental(Estimator):
 
     def fit(self, stream: FeatureStream) -> IncrementalAccuracy:
         """Raises: UserError for a task without training or test rows, and as `NMC`."""
-        queries = [stream.of_task(stream.query, task) for task in range(len(stream.tasks))]
-        if not queries or not all(map(len, queries)):
-            raise UserError("each task needs test samples of its classes; one has none")
+        sizes = [(len(bank), len(query)) for bank, query in zip(stream.banks, stream.queries, strict=True)]
+        if not sizes or not all(map(all, sizes)):
+            raise UserError(f"each task needs training and test samples; those of the tasks number {sizes}")
         moments, correct = None, []
-        for task in range(len(stream.tasks)):
-            bank = stream.of_task(stream.bank, task)
-            if not len(bank):
-                raise UserError(f"task {task} has no training sample of its classes {list(stream.tasks[task])}")
+        for task, bank in enumerate(stream.banks):
             own = bank.moments(by_class=True, unit=self.normalise)
             moments = own if moments is None else moments + own
             head = self.rule.head(moments)
-            correct.append(tuple(_correct(head, query, self.normalise) for query in queries[: task + 1]))
-        return IncrementalAccuracy(tuple(correct), tuple(map(len, queries)))
+            correct.append(tuple(_correct(head, query, self.normalise) for query in stream.queries[: task + 1]))
+        return IncrementalAccuracy(tuple(correct), tuple(map(len, stream.queries)))
 
 
 def _classified(rule: HeadRule, bank: Features, query: Features, normalise: bool) -> ProbeScores:

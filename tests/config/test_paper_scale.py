@@ -22,7 +22,7 @@ WITHOUT = {
     "lightspan.methods.generative.denoising_diffusion": "none yet; DiffScaler's paper starts from DiT",
     "lightspan.methods.language.causal_lm": "no paper of its own: it carries the recipes of optimisers",
     "lightspan.methods.language.text_classifier": "no paper of its own: its recipes fine-tune a whole MiniLM",
-    "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "it is image_text/pre_eurosat without `encoder`",
+    "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "image_text/pre_eurosat without `encoder`",
     "none": "supervised/linear is the baseline of supervised/grassmann",
 }
 """Methods and papers without a recipe at a paper's scale, and why."""

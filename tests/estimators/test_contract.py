@@ -109,8 +109,8 @@ def weights_of(scale: float) -> Callable[[Features], Weights]:
 
 def stream_of(features: Features) -> FeatureStream:
     """A task for each class that there is."""
-    present = [] if features.label_N is None else features.label_N.unique().tolist()
-    return FeatureStream(features, features, tuple((label,) for label in present if not isinstance(label, list)))
+    labels = [] if features.label_N is None else features.label_N.unique().tolist()
+    return FeatureStream.by_class(features, features, [(label,) for label in labels if not isinstance(label, list)])
 
 
 OF: dict[type, Callable[[Features], Any]] = {
