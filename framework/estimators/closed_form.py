@@ -97,28 +97,34 @@ class GDAWithText(Estimator):
         """Raises: UserError as `NMC`, and for classes of the bank without a text or the other way round."""
         images = Discriminant(self.precision).head(bank.moments(by_class=True, unit=True))
         zero_shot = NearestMean(cosine=True).head(text.moments(by_class=True, unit=True))
-        if not torch.equal(images.class_C, zero_shot.class_C):
-            raise UserError(
-                f"the bank has {len(images.class_C)} classes and the texts describe {len(zero_shot.class_C)}, not the "
-                "same ones; give each class an image and a text"
-            )
-
-        def together(alpha: float) -> LinearHead:
-            weight_DC = self.scale * zero_shot.weight_DC + alpha * images.weight_DC
-            return LinearHead(weight_DC, self.scale * zero_shot.bias_C + alpha * images.bias_C, images.class_C)
-
-        found = [_share(together(alpha), val, True) for alpha in DECADES]
-        alpha = DECADES[found.index(max(found))]
-        both = together(alpha)
+        alpha = chosen_alpha(self.scale, zero_shot, images, val)
+        both = together(self.scale, zero_shot, alpha, images)
         return EnsembleAccuracy(
-            accuracy=_share(both, query, True),
-            text_accuracy=_share(zero_shot, query, True),
-            image_accuracy=_share(images, query, True),
+            accuracy=share_right(both, query, True),
+            text_accuracy=share_right(zero_shot, query, True),
+            image_accuracy=share_right(images, query, True),
             alpha=alpha,
             bank_rows=len(bank),
             query_rows=len(query),
             tensors=_tensors(both),
         )
+
+
+def together(scale: float, text: LinearHead, alpha: float, images: LinearHead) -> LinearHead:
+    """scale * text + alpha * images. Raises: UserError for heads of different classes."""
+    if not torch.equal(images.class_C, text.class_C):
+        raise UserError(
+            f"the bank has {len(images.class_C)} classes and the texts describe {len(text.class_C)}, not the same "
+            "ones; give each class an image and a text"
+        )
+    weight_DC = scale * text.weight_DC + alpha * images.weight_DC
+    return LinearHead(weight_DC, scale * text.bias_C + alpha * images.bias_C, images.class_C)
+
+
+def chosen_alpha(scale: float, text: LinearHead, images: LinearHead, val: Features) -> float:
+    """The one of `DECADES` whose ensemble classifies `val` best, the smallest of equals."""
+    found = [share_right(together(scale, text, alpha, images), val, True) for alpha in DECADES]
+    return DECADES[found.index(max(found))]
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class ClassIncremental(Estimator):
 
 def _classified(rule: HeadRule, bank: Features, query: Features, normalise: bool) -> ProbeScores:
     head = rule.head(bank.moments(by_class=True, unit=normalise))
-    scores = {"accuracy": _share(head, query, normalise)}
+    scores = {"accuracy": share_right(head, query, normalise)}
     return ProbeScores(scores, len(bank), len(query), tensors=_tensors(head))
 
 
@@ -204,7 +210,8 @@ def _tensors(head: LinearHead) -> dict[str, Tensor]:
     return {"weight": head.weight_DC, "bias": head.bias_C, "classes": head.class_C}
 
 
-def _share(head: LinearHead, features: Features, normalise: bool) -> float:
+def share_right(head: LinearHead, features: Features, normalise: bool) -> float:
+    """Share of the rows, scaled to length 1 or not, that a head classifies right. Raises: UserError without rows."""
     if not len(features):
         raise UserError("a classifier got no rows to classify; give at least one")
     return _correct(head, features, normalise) / len(features)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
 from torch import nn
 
@@ -28,14 +27,8 @@ class FeatureStream:
     @classmethod
     def by_class(cls, bank: Features, query: Features, tasks: Sequence[Sequence[int]]) -> "FeatureStream":
         """Tasks that have these classes, of two whole sets."""
-        banks, queries = (tuple(_of_classes(features, task) for task in tasks) for features in (bank, query))
+        banks, queries = (tuple(features.of_classes(task) for task in tasks) for features in (bank, query))
         return cls(banks, queries)
-
-
-def _of_classes(features: Features, classes: Sequence[int]) -> Features:
-    rows = torch.isin(features.classes(), torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]
-    label_N, index_N = features.classes()[rows], None if features.index_N is None else features.index_N[rows]
-    return Features(features.x[rows], label_N, index_N)
 
 
 class EncodedStream(Input):
