@@ -57,7 +57,7 @@ def mae(rate: float) -> Method:
 
 def i_jepa(rate: float) -> Method:
     predictor = MaskDecoder(WIDTH, WIDTH, WIDTH // 2, 2, HEADS)
-    return IJEPA(encoder(class_token=False), predictor, MultiBlock(targets=2), **optimisation(rate))
+    return IJEPA(encoder(class_token=False), predictor, MultiBlock(targets=2, context_keep=0.28), **optimisation(rate))
 
 
 def train(make: Callable[[], Method], data: LightningDataModule, seed: int, steps: int) -> Method:

@@ -126,6 +126,41 @@ class Discriminant(HeadRule):
     precision: Precision = EmpiricalBayes()
 
     def parameters(self, mean_CD: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
-        weight_CD = mean_CD @ self.precision.matrix(moments)
-        uniform = mean_CD.new_tensor(float(len(mean_CD))).log()
-        return weight_CD, -uniform - (weight_CD * mean_CD).sum(dim=1) / 2
+        return _gaussian(mean_CD, self.precision.matrix(moments))
+
+
+def _gaussian(mean_CD: Tensor, precision_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights [C D], biases [C]) of Gaussians with these means, one precision and the same share of the rows."""
+    weight_CD = mean_CD @ precision_DD
+    uniform = mean_CD.new_tensor(float(len(mean_CD))).log()
+    return weight_CD, -uniform - (weight_CD * mean_CD).sum(dim=1) / 2
+
+
+def new_class_head(
+    bank_ND: Tensor,
+    text_CD: Tensor,
+    class_C: Tensor,
+    neighbours: int = 64,
+    copies: int = 16,
+    precision: Precision = EmpiricalBayes(),
+) -> LinearHead:
+    """Discriminant analysis of classes without images, from a text of each and images of other classes (2402.04087,
+    section on base-to-new generalisation).
+
+    The images nearest to a class's text w stand for its own: its mean is that of these and of `copies` of w, and its
+    covariance is theirs around w. The precision is the mean of those of all these classes.
+
+    Args:
+        bank_ND, text_CD: rows of length 1 of one encoder, N >= 1; all N count where `neighbours` are more.
+        class_C: labels of the texts.
+    """
+    bank_ND, text_CD = bank_ND.double(), text_CD.double()
+    near_CK = (text_CD @ bank_ND.T).topk(min(neighbours, len(bank_ND)), dim=1).indices
+    near_CKD, total_DD = bank_ND[near_CK], bank_ND.new_zeros(bank_ND.shape[1], bank_ND.shape[1])
+    mean_CD = (near_CKD.sum(dim=1) + copies * text_CD) / (near_CK.shape[1] + copies)
+    for near_KD, text_D in zip(near_CKD, text_CD, strict=True):
+        apart_KD = near_KD - text_D
+        count_1 = apart_KD.new_tensor([len(apart_KD)])
+        total_DD = total_DD + precision.matrix(Moments(count_1, text_D[None], apart_KD.T @ apart_KD))
+    weight_CD, bias_C = _gaussian(mean_CD, total_DD / len(text_CD))
+    return LinearHead(weight_CD.T, bias_C, class_C)

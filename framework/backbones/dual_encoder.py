@@ -57,6 +57,10 @@ class DualEncoder(nn.Module):
         """[B D], rows of length 1."""
         return F.normalize(self.image_map(self.image(x_BCHW)), dim=1)
 
+    def features(self, batch: Any) -> Tensor:
+        """Of the images of a batch, [B D]: what the feature store asks of an encoder."""
+        return self.encode_image(batch["image"])
+
     def encode_text(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """[B D], rows of length 1."""
         return self.map_text(self.text(tokens_BT, mask_BT))

@@ -97,28 +97,34 @@ class GDAWithText(Estimator):
         """Raises: UserError as `NMC`, and for classes of the bank without a text or the other way round."""
         images = Discriminant(self.precision).head(bank.moments(by_class=True, unit=True))
         zero_shot = NearestMean(cosine=True).head(text.moments(by_class=True, unit=True))
-        if not torch.equal(images.class_C, zero_shot.class_C):
-            raise UserError(
-                f"the bank has {len(images.class_C)} classes and the texts describe {len(zero_shot.class_C)}, not the "
-                "same ones; give each class an image and a text"
-            )
-
-        def together(alpha: float) -> LinearHead:
-            weight_DC = self.scale * zero_shot.weight_DC + alpha * images.weight_DC
-            return LinearHead(weight_DC, self.scale * zero_shot.bias_C + alpha * images.bias_C, images.class_C)
-
-        found = [_share(together(alpha), val, True) for alpha in DECADES]
-        alpha = DECADES[found.index(max(found))]
-        both = together(alpha)
+        alpha = chosen_alpha(self.scale, zero_shot, images, val)
+        both = together(self.scale, zero_shot, alpha, images)
         return EnsembleAccuracy(
-            accuracy=_share(both, query, True),
-            text_accuracy=_share(zero_shot, query, True),
-            image_accuracy=_share(images, query, True),
+            accuracy=share_right(both, query, True),
+            text_accuracy=share_right(zero_shot, query, True),
+            image_accuracy=share_right(images, query, True),
             alpha=alpha,
             bank_rows=len(bank),
             query_rows=len(query),
             tensors=_tensors(both),
         )
+
+
+def together(scale: float, text: LinearHead, alpha: float, images: LinearHead) -> LinearHead:
+    """scale * text + alpha * images. Raises: UserError for heads of different classes."""
+    if not torch.equal(images.class_C, text.class_C):
+        raise UserError(
+            f"the bank has {len(images.class_C)} classes and the texts describe {len(text.class_C)}, not the same "
+            "ones; give each class an image and a text"
+        )
+    weight_DC = scale * text.weight_DC + alpha * images.weight_DC
+    return LinearHead(weight_DC, scale * text.bias_C + alpha * images.bias_C, images.class_C)
+
+
+def chosen_alpha(scale: float, text: LinearHead, images: LinearHead, val: Features) -> float:
+    """The one of `DECADES` whose ensemble classifies `val` best, the smallest of equals."""
+    found = [share_right(together(scale, text, alpha, images), val, True) for alpha in DECADES]
+    return DECADES[found.index(max(found))]
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ class IncrementalAccuracy(Result):
 
 class ClassIncremental(Estimator):
     """Learns task by task from statistics of classes alone, which only ever add up, and is tested after each task on
-    all classes seen so far.
+    the test samples of all tasks so far. Tasks bring new classes, or the same ones in another domain.
 
     Args:
         rule: makes the head; None is `lightspan.analysis.closed_form.NearestMean`, the learner of arXiv 2210.04428.
@@ -182,24 +188,21 @@ class ClassIncremental(Estimator):
 
     def fit(self, stream: FeatureStream) -> IncrementalAccuracy:
         """Raises: UserError for a task without training or test rows, and as `NMC`."""
-        queries = [stream.of_task(stream.query, task) for task in range(len(stream.tasks))]
-        if not queries or not all(map(len, queries)):
-            raise UserError("each task needs test samples of its classes; one has none")
+        sizes = [(len(bank), len(query)) for bank, query in zip(stream.banks, stream.queries, strict=True)]
+        if not sizes or not all(map(all, sizes)):
+            raise UserError(f"each task needs training and test samples; those of the tasks number {sizes}")
         moments, correct = None, []
-        for task in range(len(stream.tasks)):
-            bank = stream.of_task(stream.bank, task)
-            if not len(bank):
-                raise UserError(f"task {task} has no training sample of its classes {list(stream.tasks[task])}")
+        for task, bank in enumerate(stream.banks):
             own = bank.moments(by_class=True, unit=self.normalise)
             moments = own if moments is None else moments + own
             head = self.rule.head(moments)
-            correct.append(tuple(_correct(head, query, self.normalise) for query in queries[: task + 1]))
-        return IncrementalAccuracy(tuple(correct), tuple(map(len, queries)))
+            correct.append(tuple(_correct(head, query, self.normalise) for query in stream.queries[: task + 1]))
+        return IncrementalAccuracy(tuple(correct), tuple(map(len, stream.queries)))
 
 
 def _classified(rule: HeadRule, bank: Features, query: Features, normalise: bool) -> ProbeScores:
     head = rule.head(bank.moments(by_class=True, unit=normalise))
-    scores = {"accuracy": _share(head, query, normalise)}
+    scores = {"accuracy": share_right(head, query, normalise)}
     return ProbeScores(scores, len(bank), len(query), tensors=_tensors(head))
 
 
@@ -207,7 +210,8 @@ def _tensors(head: LinearHead) -> dict[str, Tensor]:
     return {"weight": head.weight_DC, "bias": head.bias_C, "classes": head.class_C}
 
 
-def _share(head: LinearHead, features: Features, normalise: bool) -> float:
+def share_right(head: LinearHead, features: Features, normalise: bool) -> float:
+    """Share of the rows, scaled to length 1 or not, that a head classifies right. Raises: UserError without rows."""
     if not len(features):
         raise UserError("a classifier got no rows to classify; give at least one")
     return _correct(head, features, normalise) / len(features)

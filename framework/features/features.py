@@ -4,7 +4,7 @@ Shapes: N samples, D features, T positions.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,12 @@ class Features:
             what = "none" if label is None else f"{label.dtype} {list(label.shape)}"
             raise UserError(f"this needs the class of each sample as a whole number from 0, but the labels are {what}")
         return label
+
+    def of_classes(self, classes: Sequence[int]) -> "Features":
+        """Those of the samples of these classes. Raises: UserError as `classes`."""
+        label_N = self.classes()
+        rows = torch.isin(label_N, torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]
+        return Features(self.x[rows], label_N[rows], None if self.index_N is None else self.index_N[rows])
 
     def batches(self, size: int = 4096) -> Iterator[tuple[Tensor, Tensor | None]]:
         """This rank's share of the rows, (x, label) of `size` at a time; all ranks together get each row once."""

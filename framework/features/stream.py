@@ -1,9 +1,9 @@
-"""Features of classes that come task by task."""
+"""Features of samples that come task by task."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
 from torch import nn
 
@@ -18,19 +18,17 @@ class FeatureStream:
     """What a learner that sees one task after the other trains and is tested on.
 
     Attributes:
-        bank, query: features of all training and of all test samples.
-        tasks: the classes of each task, in the order in which they come.
+        banks, queries: features of the training and of the test samples of each task, in the order in which they come.
     """
 
-    bank: Features
-    query: Features
-    tasks: tuple[tuple[int, ...], ...]
+    banks: tuple[Features, ...]
+    queries: tuple[Features, ...]
 
-    def of_task(self, features: Features, task: int) -> Features:
-        """Those of the samples of one task."""
-        rows = torch.isin(features.classes(), torch.tensor(self.tasks[task], dtype=torch.int64)).nonzero()[:, 0]
-        label_N, index_N = features.classes()[rows], None if features.index_N is None else features.index_N[rows]
-        return Features(features.x[rows], label_N, index_N)
+    @classmethod
+    def by_class(cls, bank: Features, query: Features, tasks: Sequence[Sequence[int]]) -> "FeatureStream":
+        """Tasks that have these classes, of two whole sets."""
+        banks, queries = (tuple(features.of_classes(task) for task in tasks) for features in (bank, query))
+        return cls(banks, queries)
 
 
 class EncodedStream(Input):
@@ -52,7 +50,35 @@ class EncodedStream(Input):
         self.bank, self.query = (Encoded(encoder, data, split, **settings) for split in ("bank", "test"))
 
     def load(self, store: FeatureStore) -> FeatureStream:
-        return FeatureStream(self.bank.load(store), self.query.load(store), self.tasks)
+        return FeatureStream.by_class(self.bank.load(store), self.query.load(store), self.tasks)
 
     def outlook(self, store: FeatureStore) -> str:
         return f"{len(self.tasks)} tasks; {self.bank.outlook(store)}; {self.query.outlook(store)}"
+
+
+class EncodedSessions(Input):
+    """What an encoder makes of one data set after the other: sessions of the same classes in other domains, or of new
+    ones.
+
+    Args:
+        encoder, settings: as in `lightspan.features.encoded.Encoded`.
+        sessions: data of each, in the order in which they come. Their labels mean the same.
+    Raises: UserError without a session.
+    """
+
+    def __init__(self, encoder: nn.Module, sessions: list[LightningDataModule], **settings: Any) -> None:
+        if not sessions:
+            raise UserError("EncodedSessions sessions=[] has no data; give at least one data module")
+        self.banks, self.queries = (
+            [Encoded(encoder, data, split, **settings) for data in sessions] for split in ("bank", "test")
+        )
+
+    def load(self, store: FeatureStore) -> FeatureStream:
+        banks, queries = (tuple(each.load(store) for each in sets) for sets in (self.banks, self.queries))
+        return FeatureStream(banks, queries)
+
+    def outlook(self, store: FeatureStore) -> str:
+        return "; ".join(
+            f"session {number}: {bank.outlook(store)}, {query.outlook(store)}"
+            for number, (bank, query) in enumerate(zip(self.banks, self.queries, strict=True))
+        )

@@ -48,7 +48,7 @@ def test_a_class_without_a_text_is_refused() -> None:
 @pytest.mark.parametrize("rule", [None, Discriminant()])
 def test_after_the_last_task_a_stream_knows_what_a_learner_of_all_data_knows(rule: Discriminant | None) -> None:
     bank, query = features(), features(200, seed=2)
-    stream = FeatureStream(bank, query, ((2, 0), (3,), (1,)))
+    stream = FeatureStream.by_class(bank, query, ((2, 0), (3,), (1,)))
     result = ClassIncremental(rule).fit(stream)
     joint = (NMC() if rule is None else GDA()).fit(bank, query)
     assert result.after_task()[-1] == pytest.approx(joint.accuracy)
@@ -63,10 +63,19 @@ def test_incremental_accuracy_and_forgetting_by_hand() -> None:
     assert IncrementalAccuracy(((3,),), (4,)).forgetting() == 0
 
 
+def test_sessions_of_the_same_classes_add_up_in_any_order() -> None:
+    banks, queries = (features(), features(120, seed=3)), (features(40, seed=2), features(60, seed=4))
+    both = Features(torch.cat([bank.x for bank in banks]), torch.cat([bank.classes() for bank in banks]))
+    seen, turned = ClassIncremental().fit(FeatureStream(banks, queries)), FeatureStream(banks[::-1], queries[::-1])
+    assert seen.rows == (40, 60)
+    for query, right, other in zip(
+        queries, seen.correct[-1], ClassIncremental().fit(turned).correct[-1][::-1], strict=True
+    ):
+        assert right == other == pytest.approx(NMC().fit(both, query).scores["accuracy"] * len(query))
+
+
 def test_a_task_without_samples_is_named() -> None:
     some = features()
-    with pytest.raises(UserError, match=r"each task needs test samples"):
-        ClassIncremental().fit(FeatureStream(some, some, ((0, 1), (9,))))
-    only = Features(some.x[some.classes() < 2], some.classes()[some.classes() < 2])
-    with pytest.raises(UserError, match=r"task 1 has no training sample of its classes \[2, 3\]"):
-        ClassIncremental().fit(FeatureStream(only, some, ((0, 1), (2, 3))))
+    for tasks, told in ((((0, 1), (9,)), r"each task needs .* number \[\(20, 20\), \(0, 0\)\]"), ((), r"number \[\]")):
+        with pytest.raises(UserError, match=told):
+            ClassIncremental().fit(FeatureStream.by_class(some, some, tasks))

@@ -109,8 +109,13 @@ def weights_of(scale: float) -> Callable[[Features], Weights]:
 
 def stream_of(features: Features) -> FeatureStream:
     """A task for each class that there is."""
-    present = [] if features.label_N is None else features.label_N.unique().tolist()
-    return FeatureStream(features, features, tuple((label,) for label in present if not isinstance(label, list)))
+    labels = [] if features.label_N is None else features.label_N.unique().tolist()
+    return FeatureStream.by_class(features, features, [(label,) for label in labels if not isinstance(label, list)])
+
+
+def all_but_one_class(features: Features) -> Features:
+    """Without the last class, which is then new."""
+    return features.of_classes(features.classes().unique().tolist()[:-1])
 
 
 OF: dict[type, Callable[[Features], Any]] = {
@@ -123,6 +128,10 @@ OF: dict[type, Callable[[Features], Any]] = {
 GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
     "Interference": {"base": weights_of(1), "one": weights_of(2), "two": weights_of(4)},
     "FilterStatistics": {"first": Bank, "second": Bank},
+    "GDABaseToNew": {
+        "bank": all_but_one_class,
+        **{name: lambda features: features for name in ("val", "query", "text")},
+    },
     "MemorisedNeurons": {
         "network": lambda features: Block(features.x.shape[-1]),
         "target": lambda features: Rows(features.x),
@@ -205,6 +214,11 @@ WRONG = {
         {"seed": -1},
     ],
     "GDAWithText": [{"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)],
+    "GDABaseToNew": [
+        *({"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
+        {"neighbours": 0},
+        {"copies": -1},
+    ],
     "KMeansClusters": [{"clusters": 0}, {"seed": -1}],
     "SpectralClusters": [{"clusters": 0}, {"neighbours": 0}, {"seed": -1}],
     "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
@@ -253,6 +267,7 @@ COMPUTED = {
     },
     "GDA": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros", "equal points"},
     "GDAWithText": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
+    "GDABaseToNew": {"a class of one sample", "classes left out", "constant features", "zeros", "a lattice"},
     "ClassIncremental": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},

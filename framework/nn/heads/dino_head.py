@@ -20,7 +20,9 @@ class Prototypes(nn.Module):
     """Cosines of vectors with K directions: [..., R] -> [..., K], each in [-1, 1], float32 or wider.
 
     The weight is used at unit length, as DINO's weight-normed last layer with its gains frozen at 1; a zero vector has
-    the cosine 0 with all. Directions are rows of one table, which is not decayed and not projected.
+    the cosine 0 with all. Directions are rows of one table, which is not projected, nor decayed unless a rule of
+    `groups` says so, as those of recipes at the scale of papers do. Decay does not move a direction, but it keeps its
+    row short, and a step of a given length turns a short row further.
     """
 
     parameter_kinds = {"weight": "embeddings"}  # noqa: RUF012 - read by lightspan.optim.groups

@@ -147,6 +147,31 @@ def test_targets_are_rectangles_of_the_step_outside_the_context() -> None:
     assert len(sizes) > 3
 
 
+def contexts_by_the_authors_rule(generator: np.random.Generator, images: int, side: int) -> int:
+    """How many patches the contexts of one batch have in I-JEPA's code: as many as the smallest of them."""
+    drawn = generator.uniform()  # one number for the area and the aspect of targets
+    area, aspect = int(side**2 * (0.15 + 0.05 * drawn)), 0.75 + 0.75 * drawn
+    square = int(side**2 * generator.uniform(0.85, 1.0)) ** 0.5
+
+    def blocks(height: float, width: float, count: int) -> np.ndarray:
+        """[images side side]: in any of so many blocks, whose sides and places end one patch before the grid does."""
+        covered = np.ones((images, count, 1, 1), dtype=bool)
+        for axis, length in ((2, height), (3, width)):
+            patches = min(round(length), side - 1)
+            start = generator.integers(side - patches, size=(images, count, 1, 1))
+            place = np.arange(side).reshape([side if each == axis else 1 for each in range(4)])
+            covered = covered & (start <= place) & (place < start + patches)
+        return covered.any(axis=1)
+
+    return (blocks(square, square, 1) & ~blocks((area * aspect) ** 0.5, (area / aspect) ** 0.5, 4)).sum((1, 2)).min()
+
+
+def test_contexts_are_as_large_as_by_the_authors_rule() -> None:
+    generator = np.random.default_rng(0)
+    median = np.median([contexts_by_the_authors_rule(generator, 128, 14) for _ in range(300)])
+    assert drawn(MultiBlock(), (14, 14), 0, [0]).context_BK.shape == (1, median)
+
+
 def test_blocks_are_a_function_of_seed_step_image_and_view_whatever_the_batch() -> None:
     sampler = MultiBlock()
     whole, part = drawn(sampler, (14, 14), 5, [5, 9, 2]), drawn(sampler, (14, 14), 5, [9, 2])

@@ -1,0 +1,102 @@
+"""Recipes at the scale of their papers: every method has one, and in it the weights decay that decay in its authors'
+code."""
+
+import pkgutil
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+import lightspan.methods
+from lightspan.config.build import build, resolve
+from lightspan.config.merge import merge_layers
+from lightspan.config.recipes import catalogue_names, load
+from lightspan.config.tree import plain
+from lightspan.method import Method
+
+REPRESENTATIONS = {"contrastive", "distillation", "clustering", "masked", "image_text", "supervised"}
+
+WITHOUT = {
+    "lightspan.methods.compression.pela": "none yet; its paper reduces networks for ImageNet-1k",
+    "lightspan.methods.generative.denoising_diffusion": "none yet; DiffScaler's paper starts from DiT",
+    "lightspan.methods.language.causal_lm": "no paper of its own: it carries the recipes of optimisers",
+    "lightspan.methods.language.text_classifier": "no paper of its own: its recipes fine-tune a whole MiniLM",
+    "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "image_text/pre_eurosat without `encoder`",
+    "none": "supervised/linear is the baseline of supervised/grassmann",
+}
+"""Methods and papers without a recipe at a paper's scale, and why."""
+
+ALL_DECAY = {
+    *("contrastive/moco_imagenet", "contrastive/moco_v3_imagenet", "contrastive/lejepa_imagenet"),
+    *("contrastive/scatsimclr_stl10", "clustering/swav_imagenet", "clustering/deepcluster_imagenet"),
+    "image_text/pre_eurosat",
+}
+"""Recipes whose authors give their optimiser one list of all parameters."""
+
+UNKNOWN = {"contrastive/hydra_imagenet", "clustering/mlc_imagenet"}
+"""There is no code of their authors; headers say what was assumed."""
+
+ONE_RANK = [
+    *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
+    *("trainer.precision=null", "trainer.logger=null", "trainer.callbacks=null"),
+]
+
+
+def at_scale(config: dict[str, Any]) -> bool:
+    """A paper's data come as shards, which no package has."""
+    return "'shards': " in str(config["data"])
+
+
+MERGED = {name: plain(merge_layers(load(name).layers)[0]) for name in catalogue_names()}
+RECIPES = {name: config for name, config in MERGED.items() if "model" in config}
+LARGE = [name for name, config in RECIPES.items() if name.split("/")[0] in REPRESENTATIONS and at_scale(config)]
+
+
+def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() -> None:
+    sizes: dict[str, set[bool]] = defaultdict(set)
+    for info in pkgutil.walk_packages(lightspan.methods.__path__, "lightspan.methods."):
+        if not info.ispkg:  # a method is a file
+            sizes[info.name] = set()
+    for name, config in RECIPES.items():
+        sizes[config["model"]["class_path"].rpartition(".")[0]].add(at_scale(config))
+        if name.split("/")[0] in REPRESENTATIONS:
+            sizes[load(name).about["paper"]].add(at_scale(config))
+    assert {"lightspan.methods.contrastive.simclr", "lightspan.methods.masked.mae"} <= sizes.keys()
+    assert {key for key, found in sizes.items() if False not in found} == set()
+    assert {key for key, found in sizes.items() if True not in found} == set(WITHOUT)
+
+
+def built(name: str) -> Method:
+    """The method of a recipe, without numbers in its weights where it can be made so."""
+    overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
+    flags = [*ONE_RANK]
+    if "/cae" in name:
+        flags.append("model.init_args.tokenizer.init_args.weights=null")
+    with torch.device("cpu" if "grassmann" in name else "meta"):  # whose frames are the Q of a QR of numbers
+        model = build(resolve(name, overlays, flags)).model
+    assert isinstance(model, Method)
+    return model
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(set(LARGE) - UNKNOWN))
+def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
+    model = built(name)
+    groups = model.groups.optimizer(model, model.optimizer).param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    spared = {key for key, parameter in trained.items() if id(parameter) not in decayed}
+    if name in ALL_DECAY:
+        assert not spared
+    elif name == "contrastive/supremix_agedb":  # without decay
+        assert spared == set(trained)
+    elif name == "supervised/grassmann_imagenet":
+        assert spared == {"head.frame_KFR"}
+    else:  # norms, biases, LayerScale and CLIP's temperature; mask tokens have three axes in their authors' code
+        assert spared == {key for key, each in trained.items() if each.ndim < 2 and not key.endswith("mask_token")}
+
+
+def test_there_are_recipes_at_the_scale_of_papers() -> None:
+    assert len(LARGE) > 20
+    assert set(LARGE) >= ALL_DECAY | UNKNOWN
