@@ -66,12 +66,19 @@ class Regressor(nn.Module):
         return (self.head(self.backbone(torch.cat(views))).squeeze(1) - target).abs().mean()
 
 
+class ByHand(SupReMix):
+    """Trained without a Trainer, whose step decides what is drawn: `train` sets it."""
+
+    global_step = 0
+
+
 def built(arm: dict[str, Any] | None, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     backbone = MLP((1, 1, Ames.columns), (128, 64))
     if arm is None:
         return Regressor(backbone)
-    method = SupReMix(backbone, Projector(64, [64], 64), BIN, **arm, optimizer=partial(torch.optim.Adam, lr=1e-3))
+    adam = partial(torch.optim.Adam, lr=1e-3)
+    method = ByHand(backbone, Projector(64, [64], 64), BIN, **arm, seed=seed, optimizer=adam)
     method.log_training = lambda figures: None  # type: ignore[method-assign]
     return method
 
@@ -87,7 +94,9 @@ def train(model: Any, given: Data, seed: int, rate: float, steps: int) -> None:
     schedule = WarmupCosine(optimizer, steps, final=0.0)
     for step, rows in enumerate(batches(len(given.target), steps, seed)):
         optimizer.zero_grad()
-        model.training_step({"views": views(given.table[rows]), "target": given.target[rows]}, step).backward()
+        batch = {"views": views(given.table[rows]), "target": given.target[rows], "index": rows}
+        model.global_step = step
+        model.training_step(batch, step).backward()
         optimizer.step()
         schedule.step()
 
