@@ -92,7 +92,8 @@ def test_pre(evidence):
 
     evidence.note(
         f"{CLIP_STEPS} steps of CLIP on dark scenes, then {STEPS} steps of 32 of {SHOTS} scenes of each of {len(BASE)} "
-        f"base things on a lighter ground; four tokens that begin as {PHRASE!r}. Rates chosen of {RATES} on seeds {SEARCHED}",
+        f"base things on a lighter ground; four tokens that begin as {PHRASE!r}. Rates of {RATES} "
+        f"chosen on seeds {SEARCHED}",
         CHOSEN,
     )
     evidence.claim("new things, PRE minus CoOp", gain("new", "CoOp"), at_least=2.0, unit="points")
