@@ -26,7 +26,7 @@ CLIP_STEPS, STEPS, SHOTS = 560, 450, 8
 PHRASE = "a photo of a"
 ALL = np.arange(len(THINGS))
 BASE = ALL[factors(ALL).sum(axis=1) % 2 == 0]
-CHOSEN = {"PRE": 2e-2, "CoOp": 2e-2}
+CHOSEN = {"PRE": 2e-1, "CoOp": 2e-1}
 
 
 def scenes(seed: int, stream: int, things: np.ndarray, count: int, share: float = 0.0, shifted: bool = True) -> Pairs:
