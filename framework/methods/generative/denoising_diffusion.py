@@ -47,6 +47,7 @@ class DenoisingDiffusion(Method):
     """
 
     kept_T: Tensor
+    features = None  # type: ignore[assignment]  # its backbone gives noise, not [B, D]
 
     def __init__(
         self,
@@ -64,9 +65,6 @@ class DenoisingDiffusion(Method):
         self.num_classes = getattr(backbone, "num_classes", 0) or None
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
         self.register_buffer("kept_T", kept_T.float(), persistent=False)
-
-    def features(self, batch: Any) -> Tensor:
-        raise UserError("DenoisingDiffusion has no features: its backbone gives noise, not [B, D]; remove the probe")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept_T = self.kept_T

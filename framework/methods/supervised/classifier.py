@@ -27,8 +27,8 @@ class Classifier(Method):
     Args:
         backbone: [B C H W] -> [B num_features]; what probes read. A batch has images, or one view of each.
         num_classes: K, >= 2; labels are in [0, K).
-        head: [B num_features] -> logits [B K], such as `lightspan.nn.heads.grassmann_head.GrassmannHead`, which needs no
-            K of its own. None makes a linear layer, which starts He-normal, its bias at zero.
+        head: [B num_features] -> logits [B K], such as `lightspan.nn.heads.grassmann_head.GrassmannHead`, which need
+            not be told K. None makes a linear layer, which starts He-normal, its bias at zero.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     Raises: UserError for a backbone without `num_features`, or a head of another width or number of classes.
     """

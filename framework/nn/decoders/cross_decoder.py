@@ -95,9 +95,7 @@ class CrossDecoder(OpenOutputs):
     ) -> None:
         super().__init__()
         if min(in_features, width, depth) < 1:
-            raise UserError(
-                f"CrossDecoder: width={width}, depth={depth} and in_features={in_features} must be above 0"
-            )
+            raise UserError(f"CrossDecoder: width={width}, depth={depth} and in_features={in_features} must be above 0")
         self.in_features, self.width, self.place_other = in_features, width, place_other
         self.sequence = MaskedSequence(in_features, width)
         self.blocks = nn.ModuleList(block(width) for _ in range(depth))
