@@ -1,4 +1,4 @@
-"""`--images FOLDER` with every recipe of pictures: small ones train a step on it, those of a paper's scale are built."""
+"""`--images FOLDER` with every recipe of pictures: small ones train a step, those of a paper's scale are built."""
 
 import contextlib
 import io
@@ -18,13 +18,13 @@ from lightspan.config.tree import plain
 from lightspan.errors import UserError
 
 FOUND = {
-    name: {key: plain(node) for layer in found.layers for key, node in layer.value.items()}
+    name: [plain(layer) for layer in found.layers]
     for name in recipes.catalogue_names()
     if (found := recipes.load(name)).about.get("modality") == "image"
 }
-"""Recipes of pictures, as far as they say it themselves."""
-NAMES = [name for name, config in FOUND.items() if "model" in config]
-LARGE = [name for name in NAMES if "shards" in str(FOUND[name]["data"])]
+"""The layers of all recipes of pictures."""
+NAMES = [name for name, layers in FOUND.items() if any("model" in layer for layer in layers)]
+LARGE = [name for name in NAMES if "'shards': " in str(FOUND[name])]
 SMALL = [name for name in NAMES if name not in LARGE]
 FAMILIES = {"contrastive", "clustering", "distillation", "masked", "supervised"}
 """Whose small recipes train in every run of the tests; those of others do in the sweep."""
