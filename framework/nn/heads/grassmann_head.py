@@ -50,9 +50,8 @@ class GrassmannHead(OpenOutputs):
             self.settle(out_features)
 
     def make_outputs(self, count: int) -> None:
+        seeds = [int(s) for s in torch.randint(2**31, (count,), generator=torch.Generator().manual_seed(self.seed))]
         dtype, device = torch.get_default_dtype(), torch.device("cpu")
-        generator = torch.Generator(device).manual_seed(self.seed)
-        seeds = [int(s) for s in torch.randint(2**31, (count,), generator=generator, device=device)]
         frames = random_frame(seeds, self.in_features, self.rank, dtype=dtype, device=device)
         self.frame_KFR = nn.Parameter(frames.contiguous())  # QR gives columns in a row, which FSDP2 refuses
 
