@@ -18,13 +18,15 @@ def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
         path, prefix: as in `with_weights`.
     Raises: UserError as `with_weights`, and if there is no matrix of that name.
     """
-    weight = _stored(path, prefix).get("weight")
+    state = _stored(path, prefix)
+    weight = state.get("weight")
     if weight is None or weight.ndim != 2:
         raise UserError(
             f"{path} has no linear layer {prefix.removesuffix('.')}: its tensor {prefix}weight is no matrix"
         )
-    biased = "bias" in _stored(path, prefix)
-    return with_weights(nn.Linear(weight.shape[1], weight.shape[0], bias=biased), path, prefix)  # type: ignore[return-value]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in state)
+    with_weights(layer, path, prefix)
+    return layer
 
 
 def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.Module:
