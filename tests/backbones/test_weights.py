@@ -67,5 +67,5 @@ def test_a_linear_layer_of_an_earlier_run_has_the_size_that_it_had(bias: bool, t
     assert (found.in_features, found.out_features, found.bias is not None) == (3, 2, bias)
     assert torch.equal(found.weight, layer.weight)
     for prefix in ("norm.", "none."):
-        with pytest.raises(UserError, match=f"has no linear layer {prefix[:-1]}: its tensor {prefix}weight is no matrix"):
+        with pytest.raises(UserError, match=f"layer {prefix[:-1]}: its tensor {prefix}weight is no matrix"):
             stored_linear(str(path), prefix)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.backbones.dalle import DalleCodes
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
 from lightspan.nn.clustering.patch_codes import PatchCodes
@@ -68,11 +67,3 @@ def test_tokenizers_take_the_patches_of_a_backbone_and_refuse_others() -> None:
     codes.settle((2, 2, 3))
     with pytest.raises(UserError, match=r"\[2, 2, 3\], and those of the backbone have \[2, 2, 1\]; leave patch"):
         codes.settle((2, 2, 1))
-    dalle = DalleCodes.__new__(DalleCodes)
-    nn.Module.__init__(dalle)
-    dalle.patch = None
-    for shape in ((4, 2, 3), (4, 4, 1)):
-        with pytest.raises(UserError, match="made for square patches of any pixels in 3 channels"):
-            dalle.settle(shape)
-    dalle.settle((4, 4, 3))
-    assert dalle.patch == 4
