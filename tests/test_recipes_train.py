@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from runs_before import after_runs_before
 from safetensors.torch import save_file
+from torch import nn
 
 from lightspan.cli import main
 from lightspan.config.build import build, build_parts, resolve
@@ -38,20 +38,8 @@ UNDONE = {
 merging and estimators."""
 
 
-def after_runs_before(make: Callable[[], Any]) -> Any:
-    """What `make` gives; weights of a run that it starts from are made by the recipe of that name, untrained."""
-    try:
-        return make()
-    except UserError as error:
-        before = re.search(r"there are no weights at (runs/(\w+)/export/safetensors/model.safetensors)", str(error))
-        if before is None:
-            raise
-        wanted = "specialist" if before[2] in ("low", "middle", "high") else before[2]
-        [recipe] = [name for name in catalogue_names() if name.split("/")[1] == wanted]
-        Path(before[1]).parent.mkdir(parents=True)
-        weights = after_runs_before(lambda: build(resolve(recipe, [], SHORT))).model.state_dict()
-        save_file({key: tensor.clone() for key, tensor in weights.items()}, before[1])
-        return after_runs_before(make)
+def untrained(name: str) -> nn.Module:
+    return build(resolve(name, [], SHORT)).model
 
 
 def gives_its_result(resolved: Resolved) -> None:
@@ -75,11 +63,11 @@ def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installe
         return  # of a paper's scale, which is planned in other tests: no machine here has its data
     try:
         if resolved.kind != "model":
-            after_runs_before(lambda: build_parts(resolved))
+            after_runs_before(lambda: build_parts(resolved), untrained)
             if name not in UNDONE:
                 gives_its_result(resolved)
             return
-        built = after_runs_before(lambda: build(resolve(name, [], SHORT), tmp_path))
+        built = after_runs_before(lambda: build(resolve(name, [], SHORT), tmp_path), untrained)
         built.trainer.fit(built.model, datamodule=built.datamodule)
     except UserError as error:
         if not re.search("is not installed|install it", str(error)):

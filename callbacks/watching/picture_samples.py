@@ -1,6 +1,8 @@
 """What a generative model draws so far, as one picture beside the run's figures."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +15,8 @@ from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.strategies import gathered
 
+MOST_CLASSES, COLUMNS = 10, 8
+
 
 class PictureSamples(Callback):
     """Writes a grid of drawn images, one column per class, to FOLDER/samples-STEP.png every few epochs and at the end.
@@ -23,8 +27,9 @@ class PictureSamples(Callback):
 
     Args:
         folder: where the pictures go.
-        shape: C H W of an image.
-        classes: one column each.
+        shape: C H W of an image; None is that of the images it was trained on.
+        classes: one column each; None is the first ten of the module's `num_classes`, or eight columns of a module
+            without classes.
         rows: images of each class, >= 1.
         every_n_epochs: 0 draws only at the end.
         steps, eta, guidance, seed: as the module's `sample` takes them.
@@ -35,8 +40,8 @@ class PictureSamples(Callback):
     def __init__(
         self,
         folder: str,
-        shape: tuple[int, int, int],
-        classes: list[int],
+        shape: tuple[int, int, int] | None = None,
+        classes: list[int] | None = None,
         rows: int = 8,
         every_n_epochs: int = 0,
         steps: int = 50,
@@ -44,10 +49,10 @@ class PictureSamples(Callback):
         guidance: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if not classes or rows < 1 or every_n_epochs < 0 or shape[0] not in (1, 3):
+        if classes == [] or rows < 1 or every_n_epochs < 0 or (shape is not None and shape[0] not in (1, 3)):
             raise UserError(
                 f"PictureSamples needs at least one class, rows={rows} at least 1, every_n_epochs={every_n_epochs} "
-                f"at least 0, and 1 or 3 channels in shape={list(shape)}"
+                f"at least 0, and 1 or 3 channels in shape={shape and list(shape)}"
             )
         self.folder, self.shape, self.classes, self.rows = Path(folder), shape, classes, rows
         self.every_n_epochs = every_n_epochs
@@ -56,6 +61,10 @@ class PictureSamples(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not callable(getattr(pl_module, "sample", None)):
             raise UserError(f"{type(pl_module).__name__} has no sample(), which PictureSamples calls; remove it")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.shape is None:
+            self.shape = _shape(batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
@@ -66,7 +75,11 @@ class PictureSamples(Callback):
 
     def draw(self, trainer: Trainer, module: LightningModule) -> None:
         # Before other ranks return: the blocks of a sharded model are gathered by all ranks.
-        label_B = torch.tensor(self.classes * self.rows, device=module.device)
+        if self.shape is None:  # no step was taken
+            return
+        count = getattr(module, "num_classes", None)
+        classes = self.classes or (list(range(min(count, MOST_CLASSES))) if count else [0] * COLUMNS)
+        label_B = torch.tensor(classes * self.rows, device=module.device)
         bounds = getattr(getattr(trainer, "datamodule", None), "bounds", None)
         with gathered(module), detached(module):
             images_BCHW = module.sample(  # type: ignore[operator]
@@ -80,6 +93,15 @@ class PictureSamples(Callback):
             )
         if trainer.is_global_zero:
             shown_BCHW = shown_in_range(images_BCHW, bounds)
-            grid_CHW = make_grid(shown_BCHW, nrow=len(self.classes), pad_value=0.5)
+            grid_CHW = make_grid(shown_BCHW, nrow=len(classes), pad_value=0.5)
             content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
             write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)
+
+
+def _shape(batch: Any) -> tuple[int, int, int]:
+    """C H W of a batch's images. Raises: UserError for none, or another number of channels than 1 or 3."""
+    image_BCHW = batch.get("image") if isinstance(batch, Mapping) else None
+    if not isinstance(image_BCHW, torch.Tensor) or image_BCHW.ndim != 4 or image_BCHW.shape[1] not in (1, 3):
+        raise UserError("PictureSamples finds no images of 1 or 3 channels in the batches; set shape to C H W")
+    channels, height, width = image_BCHW.shape[1:]
+    return channels, height, width

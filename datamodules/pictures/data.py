@@ -15,6 +15,7 @@ import torch
 from lightspan.datamodules.images.augment.fields import Place
 from lightspan.datamodules.images.small import ImageSamples, channel_moments
 from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
@@ -152,6 +153,10 @@ class PictureData(SampleSets):
         """Black and white after standardising: the least and greatest value of a picture, each [3, 1, 1]."""
         assert self.train is not None
         return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The validation pictures: no others are held out."""
+        return self.val_dataloader()
 
     def training_order(self) -> Order:
         assert self.train is not None

@@ -3,12 +3,30 @@
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["with_weights"]
+__all__ = ["stored_linear", "with_weights"]
+
+
+def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
+    """The linear layer of an earlier run, with its weights and of its size.
+
+    Args:
+        path, prefix: as in `with_weights`.
+    Raises: UserError as `with_weights`, and if there is no matrix of that name.
+    """
+    state = _stored(path, prefix)
+    weight = state.get("weight")
+    if weight is None or weight.ndim != 2:
+        raise UserError(
+            f"{path} has no linear layer {prefix.removesuffix('.')}: its tensor {prefix}weight is no matrix"
+        )
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in state)
+    with_weights(layer, path, prefix)
+    return layer
 
 
 def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.Module:
@@ -19,18 +37,7 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
         prefix: of the names in the file that belong to `module`; other names are ignored.
     Raises: UserError for a file that is missing, not of this kind, or belongs to another network.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
-    try:
-        with safe_open(file, "pt") as stored:
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-            # Of tensors that share memory only one is stored, and the metadata names the others.
-            state |= {name: state[kept] for name, kept in (stored.metadata() or {}).items() if kept in state}
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a complete safetensors file ({error}); export it again") from error
-    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    own = module.state_dict()
+    file, state, own = Path(path).expanduser(), _stored(path, prefix), module.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
     wrong += [f"{name} is not in the network" for name in state.keys() - own.keys()]
     wrong += [
@@ -45,3 +52,18 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
         )
     module.load_state_dict(state)
     return module
+
+
+def _stored(path: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin with the prefix, without it. Raises: UserError, see `with_weights`."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
+    try:
+        with safe_open(file, "pt") as stored:
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+            # Of tensors that share memory only one is stored, and the metadata names the others.
+            state |= {name: state[kept] for name, kept in (stored.metadata() or {}).items() if kept in state}
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a complete safetensors file ({error}); export it again") from error
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,7 +1,13 @@
 """Arguments that several verbs share."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+from lightspan.config.resolve import TRAINED, Resolved, resolve
+from lightspan.errors import UserError
+
+IMAGE_SIZE = 64  # of --images, in pixels
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +31,41 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "Flags: key.path=value, --key.path=value or --key.path value, anywhere on the line; they override recipe and "
         "overlays. Example: trainer.max_steps=200 model.init_args.optimizer.init_args.lr=1e-3"
     )
+
+
+def add_images_arguments(parser: argparse.ArgumentParser) -> None:
+    """--images FOLDER and --image-size PIXELS, which `resolved_from` lays over the recipe."""
+    parser.add_argument(
+        "--images",
+        type=folder,
+        metavar="FOLDER",
+        help="the pictures in this folder instead of the recipe's data; training ends with a report of the features",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help=f"height and width at which --images are read (default: {IMAGE_SIZE})",
+    )
+
+
+def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> Resolved:
+    """The recipe of a command line with its overlays, --images and flags, in this order.
+
+    Args:
+        kinds: of recipes that the verb can use.
+    Raises: UserError as `lightspan.config.resolve.resolve`, for pictures that a recipe cannot use, and for an
+        --image-size of no --images.
+    """
+    if args.images is None:
+        if args.image_size is not None:
+            raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
+        return resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
+    from lightspan.config.own_pictures import with_pictures
+
+    below = resolve(args.recipe, args.overlays, (), args.allow_modules, kinds)
+    size = IMAGE_SIZE if args.image_size is None else args.image_size
+    return with_pictures(below, args.images, size, args.flags)
 
 
 def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments, add_run_argument, file
-from lightspan.config.build import build, resolve, with_layer
+from lightspan.commands.arguments import (
+    add_images_arguments,
+    add_recipe_arguments,
+    add_run_argument,
+    file,
+    resolved_from,
+)
+from lightspan.config.build import build, with_layer
 from lightspan.errors import UserError, print_notes
 from lightspan.run_files import PREDICTIONS
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank, run_folder, weights_to_evaluate, write_run_files
@@ -16,6 +22,7 @@ from lightspan.runs.train import call, put_weights
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_images_arguments(parser)
     add_run_argument(parser)
     parser.add_argument(
         "--ckpt",
@@ -41,7 +48,7 @@ def run_predict(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace, verb: str) -> int:
     from lightspan.callbacks.training.adaptation import Adaptation
 
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = resolved_from(args)
     source = weights_to_evaluate(args.ckpt)
     if args.run is not None and (args.run / LAST_CHECKPOINT).exists():
         raise UserError(f"--run {args.run} contains a training run; give {verb} its own folder or leave --run out")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import manifest
-from lightspan.commands.arguments import add_recipe_arguments, add_run_argument, folder
-from lightspan.config.build import Built, Resolved, build, resolve, with_layer
+from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, add_run_argument, resolved_from
+from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
 from lightspan.loggers.wandb_key import wandb_key_place
@@ -33,12 +33,12 @@ from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-IMAGE_SIZE = 64  # of --images, in pixels
 ENCODER, REPORT_FOLDER = Path("export") / "encoder", "report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_images_arguments(parser)
     add_run_argument(parser)
     parser.add_argument(
         "--resume",
@@ -46,18 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|never|PATH",
         help="auto (default): continue from the last checkpoint in --run DIR, if there is one; never: refuse; "
         "or a checkpoint file",
-    )
-    parser.add_argument(
-        "--images",
-        type=folder,
-        metavar="FOLDER",
-        help="train on the pictures in this folder instead of the recipe's data, and end with a report of the features",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help=f"height and width at which --images are read (default: {IMAGE_SIZE})",
     )
     parser.add_argument(
         "--wandb", action="store_true", help="also log to Weights & Biases; offline if there is no API key"
@@ -71,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    resolved = _resolved(args)
+    resolved = resolved_from(args)
     if args.dry_run:
         from lightspan.planning.rehearsal import rehearse
 
@@ -81,18 +69,6 @@ def run(args: argparse.Namespace) -> int:
     run_dir = run_folder(args.run, resolved.name)
     with sole_use(run_dir):
         return _fit(args, resolved, run_dir)
-
-
-def _resolved(args: argparse.Namespace) -> Resolved:
-    if args.images is None:
-        if args.image_size is not None:
-            raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
-        return resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
-    from lightspan.config.own_pictures import with_pictures
-
-    below = resolve(args.recipe, args.overlays, (), args.allow_modules)
-    size = IMAGE_SIZE if args.image_size is None else args.image_size
-    return with_pictures(below, args.images, size, args.flags)
 
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
@@ -147,7 +123,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
 
 
 def _show_features(built: Built, run_dir: Path) -> None:
-    """The encoder as files for other programs, and the report, after training on --images."""
+    """The encoder as files for other programs, if the method has one, and the report, after training on --images."""
     from lightspan.datamodules.pictures.data import PictureData
     from lightspan.exports.encoder import write_encoder
     from lightspan.files import write_atomic
@@ -158,9 +134,10 @@ def _show_features(built: Built, run_dir: Path) -> None:
     data = built.datamodule
     if not (isinstance(data, PictureData) and data.train is not None):  # a flag has named other data
         return
-    if any(ranks_of(parameter) is not None for parameter in built.model.parameters()):
+    encodes = callable(getattr(built.model, "features", None))
+    if encodes and any(ranks_of(parameter) is not None for parameter in built.model.parameters()):
         print_notes(["each rank has a part of the weights only, so the encoder was not written; use lightspan export"])
-    else:
+    elif encodes:
         written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER)
         print_notes(written.remarks)
         print(

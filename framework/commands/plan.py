@@ -15,9 +15,10 @@ GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from lightspan.commands.arguments import add_recipe_arguments, folder
+    from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, folder
 
     add_recipe_arguments(parser)
+    add_images_arguments(parser)
     parser.add_argument(
         "--memory",
         type=float,
@@ -43,14 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises: UserError for a recipe that cannot be built or planned."""
-    from lightspan.config.build import build, resolve
+    from lightspan.commands.arguments import resolved_from
+    from lightspan.config.build import build
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
     from lightspan.planning.planned_step import make_plan
 
     if args.memory is not None and not args.memory > 0:
         raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = resolved_from(args)
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks} must be at least 1")
     strategy = strategy_of(resolved.config.get("trainer", {}).get("strategy"))

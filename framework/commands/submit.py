@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments, folder
+from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, folder, resolved_from
 from lightspan.config.flags import allow_options
 from lightspan.config.provenance import redacted
-from lightspan.config.resolve import Resolved, resolve
+from lightspan.config.resolve import Resolved
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, print_notes
 from lightspan.launch import kubernetes, slurm, torchrun
@@ -29,6 +29,7 @@ _IMAGE = re.compile(r"[\w./:@+~-]+")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_images_arguments(parser)
     parser.add_argument("--to", required=True, choices=tuple(_TARGETS), help="what starts the run")
     parser.add_argument("--print", action="store_true", help="print the job and submit nothing")
     parser.add_argument(
@@ -139,6 +140,7 @@ _ONLY_FOR = {
     "claim": ("kubernetes",),
     "time": ("slurm", "kubernetes"),
     "image": ("slurm", "kubernetes"),
+    "images": ("slurm", "local"),  # a folder of this machine or of storage that it shares; pods have neither
 }
 
 
@@ -176,7 +178,7 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
         args.flags.append(f"trainer.num_nodes={args.nodes}")
     if args.gpus_per_node is not None:
         args.flags.append(f"trainer.devices={args.gpus_per_node}")
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = resolved_from(args)
     accelerator = resolved.config["trainer"].get("accelerator", "auto")
     if args.gpus_per_node is not None and accelerator == "cpu":
         raise UserError(
@@ -186,7 +188,7 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
     if args.gpus_per_node is not None and accelerator == "auto":
         # Requested explicitly, so a node without them is an error and not a slow run.
         args.flags.append("trainer.accelerator=gpu")
-        resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+        resolved = resolved_from(args)
     return resolved
 
 
@@ -194,7 +196,16 @@ def _job_of_files(args: argparse.Namespace, resolved: Resolved) -> Job:
     """The job if recipe and run folder are on this machine, or on storage that the others share with it."""
     folder = run_folder(args.run, resolved.name, make=not args.print)
     overlays = [word for overlay in args.overlays for word in ("-c", overlay)]
-    return _job(args, resolved, str(folder), [args.recipe, *overlays, *args.flags])
+    words = [args.recipe, *overlays, *_images(args), *args.flags]
+    return _job(args, resolved, str(folder), words)
+
+
+def _images(args: argparse.Namespace) -> list[str]:
+    """What the job's own command needs for the pictures."""
+    if args.images is None:
+        return []
+    size = [] if args.image_size is None else ["--image-size", str(args.image_size)]
+    return ["--images", str(args.images), *size]
 
 
 def _job(args: argparse.Namespace, resolved: Resolved, folder: str, recipe: list[str]) -> Job:
@@ -213,6 +224,7 @@ def _job(args: argparse.Namespace, resolved: Resolved, folder: str, recipe: list
         time=args.time,
         image=args.image,
         wandb=args.wandb,
+        inputs=() if args.images is None else (str(args.images.absolute()),),
     )
 
 

@@ -1,20 +1,22 @@
 """`lightspan fit RECIPE --images FOLDER`: the layer that gives a recipe the user's own pictures.
 
 The layer lies above all overlays and below the flags of the command line. It replaces the data, keeps their views and
-batch size, and changes what depends on the pictures' size, channels and classes: views, and the network's first layer.
+batch size, and changes what depends on the pictures' size, channels and classes: views, the network's first layer, and
+the number of classes. Keys that mean this have the same name in every class; what else follows from these, parts take
+from each other.
 """
 
 import ast
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightspan.config.flags import flag_layer
-from lightspan.config.resolve import Resolved, with_layer
-from lightspan.config.signatures import Signature, signature
-from lightspan.config.source import Definition, locate
+from lightspan.config.resolve import TRAINED, Resolved, refuse_kind, with_layer
+from lightspan.config.signatures import Signature, member, signature
+from lightspan.config.source import Definition
 from lightspan.config.tree import plain
 from lightspan.errors import UserError
 
@@ -23,6 +25,8 @@ PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"
 NEAREST, LINEAR = "lightspan.estimators.probes.KNN", "lightspan.estimators.probes.LinearProbe"
 FIRST_BATCH = "lightspan.callbacks.pictures.first_batch.FirstBatch"
 FEATURE_PICTURES = "lightspan.callbacks.pictures.feature_pictures.FeaturePictures"
+RECONSTRUCTIONS = "lightspan.callbacks.pictures.reconstructions.Reconstructions"
+SAMPLES = "lightspan.callbacks.watching.picture_samples.PictureSamples"
 CHANNELS = 3
 BATCH = 128
 KNN, PROBE_EVERY = 20, 10
@@ -46,8 +50,10 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
     Args:
         folder: of pictures, or with the folders `train` and `val` (or `validation`, `test`) and nothing else.
         size: height and width in pixels at which pictures are read.
-    Raises: UserError for a recipe of other data, a folder without pictures, and a size that no patch divides.
+    Raises: UserError for a recipe of other data or of several tasks, one that does not train, and a folder without
+        pictures.
     """
+    refuse_kind(resolved.kind, TRAINED, resolved.name)
     modality = resolved.about.get("modality", "image")
     if modality != "image":
         raise UserError(f"--images gives pictures, but {resolved.name} is a recipe for data of modality {modality}")
@@ -59,19 +65,17 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
     found = find_pictures(training)
     data, model = resolved.config.get("data") or {}, resolved.config["model"]
     before = data.get("init_args") or {}
+    if "tasks" in before:
+        raise UserError(f"--images gives pictures of one task, but {resolved.name} needs several: data.init_args.tasks")
     channels, side = _shape_before(data, model)
     notes = [f"--images: {len(found.names):,} picture files in {training}, read at {size} x {size} pixels"]
     patches = _patches(model, side, size)
-
-    model_layer = {"init_args": _fitted(model, size, patches, notes, "model")}
-    if found.classes and "num_classes" in (model.get("init_args") or {}):
-        model_layer["init_args"]["num_classes"] = len(found.classes)
-        notes.append(f"model.init_args.num_classes={len(found.classes)}, the sub-folders")
-    elif not found.classes and "num_classes" in (model.get("init_args") or {}):
+    if not found.classes and "num_classes" in (model.get("init_args") or {}):
         raise UserError(
             f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
             "sub-folder of its name, or take a recipe that learns without labels"
         )
+    model_layer = {"init_args": _fitted(model, Pictures(size, len(found.classes), patches), notes, "model")}
     places = (model.get("init_args") or {}).get("images")
     if isinstance(places, int) and places < len(found.names):  # of a memory of all pictures
         model_layer["init_args"]["images"] = len(found.names)
@@ -96,6 +100,26 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
     return layer, notes
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What a network has to know: side in pixels, number of classes, and the patch size in the place of each other."""
+
+    size: int
+    classes: int
+    patches: dict[int, int]
+
+    def wanted(self, settings: dict[str, Any], takes: Any) -> dict[str, Any]:
+        """The settings that follow from the pictures, for a class with these settings and this signature."""
+        sides = {"img_size": self.size, "image_size": self.size, "in_shape": [CHANNELS, self.size, self.size]}
+        own = set(takes.parameters) if isinstance(takes, Signature) else set()
+        found = {key: value for key, value in {"in_chans": CHANNELS, **sides}.items() if key in settings or key in own}
+        if settings.get("num_classes"):  # 0 is a network of timm without its classifier
+            found["num_classes"] = self.classes
+        if settings.get("patch_size") in self.patches:
+            found["patch_size"] = self.patches[settings["patch_size"]]
+        return {key: value for key, value in found.items() if settings.get(key) != value}
+
+
 def workers() -> int:
     """Half of the processor cores that this process may use, since the other half trains: in [1, 8], 0 of one core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -116,7 +140,9 @@ def _shape_before(data: dict[str, Any], model: dict[str, Any]) -> tuple[int, int
     settings = data.get("init_args") or {}
     shape = _constant(data.get("class_path"), "image_shape")
     sides = [value for key, value in _leaves(model) if key in ("img_size", "image_size") and isinstance(value, int)]
-    sides += [value for key, value in _leaves(settings) if key in ("size", "image_size") and isinstance(value, int)]
+    if not sides:  # only of views is `size` that of a picture; elsewhere it may be how many there are
+        sides = [value for key, value in _leaves({"views": settings.get("views")}) if key == "size"]
+        sides = [value for value in (settings.get("image_size"), *sides) if isinstance(value, int)]
     if isinstance(shape, tuple) and len(shape) == 3:
         return shape[0], shape[1]
     in_chans = [value for key, value in _leaves(model) if key == "in_chans"]
@@ -125,15 +151,11 @@ def _shape_before(data: dict[str, Any], model: dict[str, Any]) -> tuple[int, int
 
 def _constant(class_path: Any, name: str) -> Any:
     """The value of a class's constant, read from its source; None if there is none."""
-    definition = locate(class_path) if isinstance(class_path, str) else None
-    if not isinstance(definition, Definition) or not isinstance(definition.node, ast.ClassDef):
+    found = member(class_path, name) if isinstance(class_path, str) else None
+    if found is None or not isinstance(found.node, ast.Tuple):
         return None
-    for statement in definition.node.body:
-        if isinstance(statement, ast.Assign) and [ast.unparse(target) for target in statement.targets] == [name]:
-            parts = statement.value.elts if isinstance(statement.value, ast.Tuple) else []
-            values = [_number(part, definition) for part in parts]
-            return tuple(values) if values and all(isinstance(value, int) for value in values) else None
-    return None
+    values = [_number(part, found) for part in found.node.elts]
+    return tuple(values) if values and all(isinstance(value, int) for value in values) else None
 
 
 def _number(node: ast.expr, definition: Definition) -> Any:
@@ -169,34 +191,27 @@ def _patches(model: dict[str, Any], side: int | None, size: int) -> dict[int, in
     return {patch: min(divisors, key=lambda d: (abs(d - patch * size / side), -d)) for patch in patches}
 
 
-def _fitted(spec: dict[str, Any], size: int, patches: dict[int, int], notes: list[str], where: str) -> dict[str, Any]:
+def _fitted(spec: dict[str, Any], pictures: Pictures, notes: list[str], where: str) -> dict[str, Any]:
     """The settings of a class, and of those inside it, that follow from the pictures."""
     settings = spec.get("init_args") or {}
-    takes = signature(spec["class_path"])
-    own = (
-        set(takes.parameters) if isinstance(takes, Signature) and spec["class_path"].startswith("lightspan.") else set()
-    )
-    wanted = {"in_chans": CHANNELS, "img_size": size, "in_shape": [CHANNELS, size, size]}
-    now = {key: value for key, value in wanted.items() if key in settings or key in own}
-    if settings.get("patch_size") in patches:
-        now["patch_size"] = patches[settings["patch_size"]]
-    now = {key: value for key, value in now.items() if settings.get(key) != value}
+    ours = spec["class_path"].startswith("lightspan.")
+    now = pictures.wanted(settings, signature(spec["class_path"]) if ours else None)
     notes += [f"{where}.init_args.{key}={value}" for key, value in now.items()]
     for key, child in settings.items():
-        inner = _inside(child, size, patches, notes, f"{where}.init_args.{key}")
+        inner = _inside(child, pictures, notes, f"{where}.init_args.{key}")
         if inner is not None:
             now[key] = inner
     return now
 
 
-def _inside(child: Any, size: int, patches: dict[int, int], notes: list[str], where: str) -> Any:
+def _inside(child: Any, pictures: Pictures, notes: list[str], where: str) -> Any:
     if isinstance(child, dict) and "class_path" in child:
-        changed = _fitted(child, size, patches, notes, where)
+        changed = _fitted(child, pictures, notes, where)
         return {"init_args": changed} if changed else None
     if isinstance(child, list) and any(isinstance(one, dict) and "class_path" in one for one in child):
         # A list is replaced as a whole, so all of its parts are written again.
         count = len(notes)
-        merged = [_merged(one, _inside(one, size, patches, notes, where)) for one in child]
+        merged = [_merged(one, _inside(one, pictures, notes, where)) for one in child]
         return merged if len(notes) > count else None
     return None
 
@@ -236,19 +251,27 @@ def _in_colour(views: Any) -> bool:
 
 
 def _callbacks(resolved: Resolved, labelled: bool, count: int) -> dict[str, Any]:
-    """Probes if there are labels, and the pictures that are drawn at the end."""
+    """Probes if there are labels, and the pictures that are drawn; of features only if the method has any."""
     given = (resolved.config.get("trainer") or {}).get("callbacks") or {}
+    method = resolved.config["model"]["class_path"]
+    has_features = not _is_none(member(method, "features"))
     probes = {name for name, spec in given.items() if spec.get("class_path") == PROBES}
     neighbours = min(KNN, max(1, count // 2))
-    if not labelled:
+    if not (labelled and has_features):
         callbacks: dict[str, Any] = dict.fromkeys(probes)
     else:
         nearest = {"class_path": NEAREST, "init_args": {"k": neighbours}}
         both = {"probes": {"knn": nearest, "linear": {"class_path": LINEAR}}}
         new = {"probes": {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, **both}}}
         callbacks = {name: {"init_args": both} for name in probes if neighbours < KNN} if probes else new
-    drawn = {"init_args": {"folder": "${run}/pictures"}}
-    return callbacks | {
-        "first_batch": {"class_path": FIRST_BATCH, **drawn},
-        "feature_pictures": {"class_path": FEATURE_PICTURES, **drawn},
-    }
+    samples = [name for name, spec in given.items() if spec.get("class_path") == SAMPLES]
+    callbacks |= {name: {"init_args": {"shape": None, "classes": None}} for name in samples}
+    drawn = {"first_batch": FIRST_BATCH}
+    drawn |= {"feature_pictures": FEATURE_PICTURES} if has_features else {}
+    drawn |= {"reconstructions": RECONSTRUCTIONS} if member(method, "reconstruct") is not None else {}
+    folder = {"init_args": {"folder": "${run}/pictures"}}
+    return callbacks | {name: {"class_path": path, **folder} for name, path in drawn.items()}
+
+
+def _is_none(found: Definition | None) -> bool:
+    return found is not None and isinstance(found.node, ast.Constant) and found.node.value is None

@@ -63,6 +63,30 @@ def is_dataclass(definition: Definition | Absent | None) -> bool:
     )
 
 
+def member(class_path: str, name: str) -> Definition | None:
+    """The method `name` of a class, or the expression it is set to in the class; of its first base that has it. None if
+    there is none, or the source does not tell.
+    """
+    found = locate(class_path)
+    return _member(found, name, 0) if isinstance(found, Definition) else None
+
+
+def _member(definition: Definition, name: str, depth: int) -> Definition | None:
+    if not isinstance(definition.node, ast.ClassDef) or depth > 12:
+        return None
+    for statement in definition.node.body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == name:
+            return Definition(statement, definition.source)
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        value = getattr(statement, "value", None)
+        if value is not None and any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return Definition(value, definition.source)
+    for base in base_definitions(definition.node, definition.source):
+        if base is not None and (found := _member(base, name, depth + 1)) is not None:
+            return found
+    return None
+
+
 def base_definitions(node: ast.ClassDef, source: Source) -> Iterator[Definition | None]:
     """The base classes of a class, `object` and Generic left out; None for each that cannot be read."""
     for base in node.bases:

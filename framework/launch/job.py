@@ -33,6 +33,7 @@ class Job:
         time: time limit in SLURM's notation, or None for the cluster's own.
         image: container image, or None.
         wandb: whether the run logs to Weights & Biases.
+        inputs: absolute folders that it reads, besides those of its own; a container has to see them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     time: str | None = None
     image: str | None = None
     wandb: bool = False
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _step(job: Job, runtime: str) -> list[str]:
     arguments = [*job.arguments, *_flags(job)]
     if job.image is None:
         return [*step, *_SHIELDED, sys.executable, "-m", "lightspan", *arguments]
-    folders = list(dict.fromkeys((job.workdir, job.run)))
+    folders = list(dict.fromkeys((job.workdir, job.run, *job.inputs)))
     for folder in folders:
         if re.search(r"[:,\n]", folder):
             raise UserError(f"{folder!r} cannot be mounted: its name has ':', ',' or a line break; use another folder")

@@ -51,7 +51,7 @@ class OpenOutputs(nn.Module, ABC):
     """A part whose number of outputs may be left to the method that takes it, which knows what the others need.
 
     Made with `out_features=None` it has no last layer before `settle`; a method calls that in its constructor, so that
-    the optimiser gets all weights. A subclass that was given a number calls `settle` at the end of its constructor.
+    the optimiser gets all weights. A subclass that was given a number calls it at the end of its own constructor.
 
     Attributes:
         out_features: how many outputs there are; None before `settle`.

@@ -19,10 +19,25 @@ def normalised_patches(patches_BMd: Tensor) -> Tensor:
     Source: He et al., "MAE", 2021, arXiv 2111.06377, section 3, "Reconstruction target"; the variance is unbiased, as
     in the authors' code. A patch of one number is 0.
     """
+    mean_BM1, deviation_BM1 = _moments(patches_BMd)
+    return (wide(patches_BMd) - mean_BM1) / deviation_BM1
+
+
+def denormalised_patches(guess_BMd: Tensor, patches_BMd: Tensor) -> Tensor:
+    """The inverse of `normalised_patches`: guesses with the mean and deviation of the patches that they are guesses of.
+
+    A guess of a normalised patch says nothing of its brightness and contrast.
+    """
+    mean_BM1, deviation_BM1 = _moments(patches_BMd)
+    return wide(guess_BMd) * deviation_BM1 + mean_BM1
+
+
+def _moments(patches_BMd: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch, [B M 1]."""
     patches_BMd = wide(patches_BMd)
-    centred_BMd = patches_BMd - patches_BMd.mean(dim=2, keepdim=True)
-    variance_BM1 = centred_BMd.square().sum(dim=2, keepdim=True) / max(patches_BMd.shape[2] - 1, 1)
-    return centred_BMd / (variance_BM1 + LEAST_VARIANCE).sqrt()
+    mean_BM1 = patches_BMd.mean(dim=2, keepdim=True)
+    squares_BM1 = (patches_BMd - mean_BM1).square().sum(dim=2, keepdim=True)
+    return mean_BM1, (squares_BM1 / max(patches_BMd.shape[2] - 1, 1) + LEAST_VARIANCE).sqrt()
 
 
 def patch_regression(guess_BMd: Tensor, patches_BMd: Tensor, normalise: bool = True) -> Tensor:

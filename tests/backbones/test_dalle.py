@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lightspan.backbones.dalle import DalleCodes
+from lightspan.errors import UserError
 
 
 @pytest.mark.sweep  # for the time that the import takes
@@ -24,3 +26,17 @@ def test_each_patch_has_one_code_of_its_pixels() -> None:
     white = tokenizer((torch.ones(1, 3, 16, 16) - mean[:, None, None]) / std[:, None, None])
     assert white.shape == (2, 6)
     torch.testing.assert_close(seen[1], torch.full((1, 3, 8, 8), 0.9))
+
+
+@pytest.mark.sweep
+def test_patches_left_out_are_those_of_a_backbone_if_they_are_square_and_in_colour() -> None:
+    codes = DalleCodes.__new__(DalleCodes)  # without its network of 100 million weights
+    nn.Module.__init__(codes)
+    codes.patch = None
+    for shape in ((4, 2, 3), (4, 4, 1)):
+        with pytest.raises(UserError, match="made for square patches of any pixels in 3 channels"):
+            codes.settle(shape)
+    codes.settle((4, 4, 3))
+    assert codes.patch == 4
+    with pytest.raises(UserError, match="square patches of 4 pixels"):
+        codes.settle((8, 8, 3))

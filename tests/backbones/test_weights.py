@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from lightspan.backbones.weights import with_weights
+from lightspan.backbones.weights import stored_linear, with_weights
 from lightspan.errors import UserError
 
 
@@ -55,3 +55,17 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path, file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match="not a complete safetensors file"):
         with_weights(nn.Linear(3, 2), str(file))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_of_an_earlier_run_has_the_size_that_it_had(bias: bool, tmp_path: Path) -> None:
+    path, layer = tmp_path / "model.safetensors", nn.Linear(3, 2, bias=bias)
+    save_file(
+        {f"head.{name}": tensor for name, tensor in layer.state_dict().items()} | {"norm.weight": torch.ones(3)}, path
+    )
+    found = stored_linear(str(path))
+    assert (found.in_features, found.out_features, found.bias is not None) == (3, 2, bias)
+    assert torch.equal(found.weight, layer.weight)
+    for prefix in ("norm.", "none."):
+        with pytest.raises(UserError, match=f"layer {prefix[:-1]}: its tensor {prefix}weight is no matrix"):
+            stored_linear(str(path), prefix)

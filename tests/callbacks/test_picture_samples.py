@@ -127,3 +127,25 @@ def test_a_model_that_draws_no_numbers_gets_a_black_picture(tmp_path: Path) -> N
     fit([callback], Diverged())
     (picture,) = tmp_path.glob("*.png")
     assert set(read_image(str(picture)).unique().tolist()) <= {0, 128}
+
+
+class OfPictures(Draws):
+    num_classes: int | None = 12
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.layer(batch["image"][:, 0, 0, :2]).mean()
+
+
+@pytest.mark.parametrize(("classes", "columns"), [(12, 10), (2, 2), (None, 8)])
+def test_shape_and_classes_that_are_left_out_are_those_of_images_and_module(
+    classes: int | None, columns: int, tmp_path: Path
+) -> None:
+    model = OfPictures()
+    model.num_classes = classes
+    batches = [{"image": torch.randn(3, 3, 4, 6)}]
+    options = {"rows": 2, "steps": 5, "eta": 1.0, "guidance": 2.0, "seed": 3}
+    fit([PictureSamples(str(tmp_path), **options)], model, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    (picture,) = tmp_path.glob("*.png")
+    assert read_image(str(picture)).shape == (3, 2 * 6 + 2, columns * 8 + 2)
+    with pytest.raises(UserError, match="finds no images of 1 or 3 channels in the batches; set shape"):
+        fit([PictureSamples(str(tmp_path), **options)])  # type: ignore[arg-type]

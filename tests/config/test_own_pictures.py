@@ -119,3 +119,33 @@ def test_workers_leave_half_of_the_cores_to_training(monkeypatch: pytest.MonkeyP
     for cores, count in ((1, 0), (2, 1), (8, 4), (64, 8)):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
         assert workers() == count
+
+
+def test_a_method_without_features_has_neither_probes_nor_a_map_and_draws_all_classes(
+    folder: Path, tmp_path: Path
+) -> None:
+    found = with_folder("generative/diffusion_shapes", folder)
+    network = settings(found, "model", "init_args", "backbone")
+    # Of 28 pixels in patches of 7, whatever else has a `size` in its data.
+    assert network == {"image_size": 64, "patch_size": 16, "num_classes": 2, "in_chans": 3}
+    callbacks = found.config["trainer"]["callbacks"]
+    assert {"probes", "feature_pictures", "reconstructions"}.isdisjoint(callbacks)
+    assert (callbacks["pictures"]["init_args"]["shape"], callbacks["pictures"]["init_args"]["classes"]) == (None, None)
+    flat = with_folder("generative/diffusion_shapes", write_pictures(tmp_path / "flat", {"": 8}))
+    assert settings(flat, "model", "init_args", "backbone")["num_classes"] == 0
+
+
+def test_guesses_are_drawn_of_methods_that_make_them(folder: Path) -> None:
+    drawn = {
+        name: with_folder(name, folder).config["trainer"]["callbacks"].get("reconstructions")
+        for name in ("masked/mae", "masked/cae", "masked/cropmae", "masked/i_jepa")
+    }
+    spec = {"class_path": own_pictures.RECONSTRUCTIONS, "init_args": {"folder": "${run}/pictures"}}
+    assert drawn == {"masked/mae": spec, "masked/cae": spec, "masked/cropmae": spec, "masked/i_jepa": None}
+
+
+def test_recipes_that_need_several_tasks_or_do_not_train_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"one task, but merging/atlas needs several: data\.init_args\.tasks"):
+        with_folder("merging/atlas", folder)
+    with pytest.raises(UserError, match="is the recipe of an estimator, which does not train"):
+        with_pictures(resolve("analysis/knn_digits", kinds=("estimator",)), folder, 64, ())

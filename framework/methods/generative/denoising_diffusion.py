@@ -48,6 +48,7 @@ class DenoisingDiffusion(Method):
     """
 
     kept_T: Tensor
+    features = None  # type: ignore[assignment]  # its backbone gives noise, not [B, D]
 
     def __init__(
         self,
@@ -65,9 +66,6 @@ class DenoisingDiffusion(Method):
         self.num_classes = getattr(backbone, "num_classes", 0) or None
         kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
         register_replicated(self, "kept_T", kept_T.float(), persistent=False)
-
-    def features(self, batch: Any) -> Tensor:
-        raise UserError("DenoisingDiffusion has no features: its backbone gives noise, not [B, D]; remove the probe")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept_T = self.kept_T

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.datamodules.batches import ImageBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks
-from lightspan.nn.masking.mask_samplers import MaskSampler, seen_and_hidden
-from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
+from lightspan.nn.masking.mask_samplers import MaskSampler
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width, settle_outputs
-from lightspan.objectives.masked import patch_regression
+from lightspan.objectives.masked import denormalised_patches, patch_regression
 from lightspan.objectives.means import squared_error
 from lightspan.ranges import require_weights
 
@@ -91,27 +92,40 @@ class CAE(Method):
         grid = require_tokens(self.backbone, "CAE").grid(image_BChw)
         return self.regressor(self.patch_features(image_BChw, see_BK), see_BK, hide_BM, grid)
 
+    def hidden(self, image_BChw: Tensor, index_B: Tensor) -> HiddenPatches:
+        backbone = require_tokens(self.backbone, "CAE")
+        return HiddenPatches.draw(backbone, self.masks, image_BChw, index_B, self.global_step)
+
+    def reconstruct(self, batch: ImageBatch) -> Reconstruction | None:
+        """See `lightspan.nn.masking.hidden_patches`: what the likeliest codes stand for, or pixels with the brightness
+        and contrast of what was hidden. None of a tokenizer without `patches_of`, which shows codes: [B M] -> [B M d].
+        """
+        hidden = self.hidden(batch["image"], batch["index"])
+        predicted_BMw = self.predict(hidden.image_BChw, hidden.see_BK, hidden.hide_BM)
+        guess_BMo = self.decoder(predicted_BMw, hidden.hide_BM, hidden.grid)
+        if self.tokenizer is None:
+            return hidden.reconstruction(denormalised_patches(guess_BMo, hidden.pixels()))
+        patches_of = getattr(self.tokenizer, "patches_of", None)
+        return hidden.reconstruction(patches_of(guess_BMo.argmax(dim=2))) if callable(patches_of) else None
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (image_BChw,) = views_of(batch, "CAE", 1)
-        grid = require_tokens(self.backbone, "CAE").grid(image_BChw)
-        drawn_BHW = self.masks.draw(grid, self.global_step, image_numbers(batch["index"]))
-        see_BK, hide_BM = seen_and_hidden(drawn_BHW, image_BChw.device)
-        predicted_BMw = self.predict(image_BChw, see_BK, hide_BM)
-        figures = {"target": self.target_loss(self.decoder(predicted_BMw, hide_BM, grid), image_BChw, hide_BM)}
+        hidden = self.hidden(image_BChw, batch["index"])
+        predicted_BMw = self.predict(image_BChw, hidden.see_BK, hidden.hide_BM)
+        figures = {"target": self.target_loss(self.decoder(predicted_BMw, hidden.hide_BM, hidden.grid), hidden)}
         loss = figures["target"]
         if self.alignment_weight:
             with torch.no_grad():
-                own_BMw = self.patch_features(image_BChw, hide_BM)
+                own_BMw = self.patch_features(image_BChw, hidden.hide_BM)
             figures["alignment"] = squared_error(predicted_BMw, own_BMw)
             loss = loss + self.alignment_weight * figures["alignment"]
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
         return loss
 
-    def target_loss(self, guess_BMo: Tensor, image_BChw: Tensor, hide_BM: Tensor) -> Tensor:
+    def target_loss(self, guess_BMo: Tensor, hidden: HiddenPatches) -> Tensor:
         """Mean over hidden patches; 0 without any."""
         if self.tokenizer is None:
-            patch = require_tokens(self.backbone, "CAE").patch_shape[:2]
-            return patch_regression(guess_BMo, at_places(patchify(image_BChw, patch), hide_BM))
-        codes_BM = self.tokenizer(image_BChw).gather(1, hide_BM)
+            return patch_regression(guess_BMo, hidden.pixels())
+        codes_BM = self.tokenizer(hidden.image_BChw).gather(1, hidden.hide_BM)
         reduction = "mean" if codes_BM.numel() else "sum"
         return F.cross_entropy(wide(guess_BMo).flatten(0, 1), codes_BM.flatten(), reduction=reduction)

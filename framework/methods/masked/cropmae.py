@@ -12,16 +12,25 @@ Shapes: B batch of this rank, C h w image, H W grid, K visible and M hidden patc
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
-from lightspan.nn.image_numbers import image_numbers
-from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden
-from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
+from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
-from lightspan.objectives.masked import patch_regression
+from lightspan.objectives.masked import denormalised_patches, patch_regression
+
+
+def middle(image_BChw: Tensor) -> Tensor:
+    """The inner half of pictures by area, enlarged to their size."""
+    height, width = image_BChw.shape[2:]
+    top, left = (round(side * (1 - 0.5**0.5) / 2) for side in (height, width))
+    inner = image_BChw[..., top : height - top, left : width - left]
+    return F.interpolate(inner, (height, width), mode="bilinear")
 
 
 class CropMAE(Method):
@@ -61,6 +70,19 @@ class CropMAE(Method):
         seen_BSD, other_BUD = backbone.tokens(image_BChw, keep_BK=see_BK), backbone.tokens(whole_BChw)
         return self.decoder(seen_BSD, see_BK, hide_BM, other_BUD, backbone.grid(image_BChw))
 
+    def hidden(self, image_BChw: Tensor, index_B: Tensor) -> HiddenPatches:
+        backbone = require_tokens(self.backbone, "CropMAE")
+        return HiddenPatches.draw(backbone, self.masks, image_BChw, index_B, self.global_step)
+
+    def reconstruct(self, batch: ImageBatch) -> Reconstruction:
+        """See `lightspan.nn.masking.hidden_patches`: the views are the picture and its middle, which has half of its
+        area. Normalised guesses get the brightness and contrast of what was hidden.
+        """
+        views = batch["image"], middle(batch["image"])
+        hidden = self.hidden(views[self.hidden_view], batch["index"])
+        guess_BMd = self.guess(hidden.image_BChw, views[1 - self.hidden_view], hidden.see_BK, hidden.hide_BM)
+        return hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "CropMAE", 2)
         image_BChw, whole_BChw = views[self.hidden_view], views[1 - self.hidden_view]
@@ -69,10 +91,8 @@ class CropMAE(Method):
                 f"CropMAE needs both views of one size, and these are {[*image_BChw.shape[2:]]} and "
                 f"{[*whole_BChw.shape[2:]]}; set the same size in data.init_args.views"
             )
-        backbone = require_tokens(self.backbone, "CropMAE")
-        drawn_BHW = self.masks.draw(backbone.grid(image_BChw), self.global_step, image_numbers(batch["index"]))
-        see_BK, hide_BM = seen_and_hidden(drawn_BHW, image_BChw.device)
-        hidden_BMd = at_places(patchify(image_BChw, backbone.patch_shape[:2]), hide_BM)
-        loss = patch_regression(self.guess(image_BChw, whole_BChw, see_BK, hide_BM), hidden_BMd, self.normalise)
+        hidden = self.hidden(image_BChw, batch["index"])
+        guess_BMd = self.guess(image_BChw, whole_BChw, hidden.see_BK, hidden.hide_BM)
+        loss = patch_regression(guess_BMd, hidden.pixels(), self.normalise)
         self.log_training({"train/loss": loss})
         return loss

@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.datamodules.batches import ImageBatch
 from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
-from lightspan.nn.image_numbers import image_numbers
-from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden
-from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
+from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
-from lightspan.objectives.masked import patch_regression
+from lightspan.objectives.masked import denormalised_patches, patch_regression
 
 
 class MAE(Method):
@@ -54,13 +54,22 @@ class MAE(Method):
         seen_BSD = backbone.tokens(image_BChw, keep_BK=see_BK)
         return self.decoder(seen_BSD, see_BK, hide_BM, backbone.grid(image_BChw))
 
+    def hidden(self, image_BChw: Tensor, index_B: Tensor) -> HiddenPatches:
+        backbone = require_tokens(self.backbone, "MAE")
+        return HiddenPatches.draw(backbone, self.masks, image_BChw, index_B, self.global_step)
+
+    def reconstruct(self, batch: ImageBatch) -> Reconstruction:
+        """See `lightspan.nn.masking.hidden_patches`. Normalised guesses get the brightness and contrast of what was
+        hidden.
+        """
+        hidden = self.hidden(batch["image"], batch["index"])
+        guess_BMd = self.guess(hidden.image_BChw, hidden.see_BK, hidden.hide_BM)
+        return hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (image_BChw,) = views_of(batch, "MAE", 1)
-        backbone = require_tokens(self.backbone, "MAE")
-        grid = backbone.grid(image_BChw)
-        drawn_BHW = self.masks.draw(grid, self.global_step, image_numbers(batch["index"]))
-        see_BK, hide_BM = seen_and_hidden(drawn_BHW, image_BChw.device)
-        hidden_BMd = at_places(patchify(image_BChw, backbone.patch_shape[:2]), hide_BM)
-        loss = patch_regression(self.guess(image_BChw, see_BK, hide_BM), hidden_BMd, self.normalise)
+        hidden = self.hidden(image_BChw, batch["index"])
+        guess_BMd = self.guess(image_BChw, hidden.see_BK, hidden.hide_BM)
+        loss = patch_regression(guess_BMd, hidden.pixels(), self.normalise)
         self.log_training({"train/loss": loss})
         return loss

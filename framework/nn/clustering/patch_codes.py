@@ -88,6 +88,10 @@ class PatchCodes(nn.Module):
         centres_Vd = self.centres_Vd.to(patches_BTd.dtype)
         return (centres_Vd.square().sum(dim=1) - 2 * patches_BTd @ centres_Vd.T).argmin(dim=2)
 
+    def patches_of(self, codes_BT: Tensor) -> Tensor:
+        """What codes stand for, the pixels of their centres: [B T] -> [B T d]. Zeros before the first batch."""
+        return self.centres_Vd[codes_BT]
+
     def _learn(self, patches_BTd: Tensor) -> None:
         rows_Nd = gather_rows(patches_BTd.flatten(0, 1))[0].cpu().numpy()
         means = KMeans(min(self.codes, len(rows_Nd)), n_init=1, random_state=self.seed).fit(rows_Nd)

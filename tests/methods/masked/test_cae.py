@@ -89,7 +89,7 @@ def test_no_gradient_flows_through_the_features_that_predictions_are_aligned_wit
     fixed = model.patch_features(image, hidden).detach().clone()
     model.zero_grad()
     predicted = model.predict(image, seen, hidden)
-    target = model.target_loss(model.decoder(predicted, hidden, GRID), image, hidden)
+    target = model.target_loss(model.decoder(predicted, hidden, GRID), model.hidden(image, given["index"]))
     (target + 2 * (predicted - fixed).square().mean()).backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert gradients.keys() == trained
@@ -105,7 +105,7 @@ def test_without_alignment_the_encoder_runs_once_and_the_loss_is_that_of_the_tar
     loss = model.training_step(given, 0)
     assert len(calls) == 1
     guess = model.decoder(model.predict(image, seen, hidden), hidden, GRID)
-    close(loss, model.target_loss(guess, image, hidden))
+    close(loss, model.target_loss(guess, model.hidden(image, given["index"])))
 
 
 def test_predictions_follow_their_places_and_hidden_patches_see_one_another() -> None:

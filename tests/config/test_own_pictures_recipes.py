@@ -1,0 +1,119 @@
+"""`--images FOLDER` with every recipe of pictures: small ones train a step, those of a paper's scale are built."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs_before import after_runs_before
+
+from lightspan.config import recipes
+from lightspan.config.build import Built, build, resolve
+from lightspan.config.own_pictures import with_pictures
+from lightspan.config.tree import plain
+from lightspan.errors import UserError
+
+FOUND = {
+    name: [plain(layer) for layer in found.layers]
+    for name in recipes.catalogue_names()
+    if (found := recipes.load(name)).about.get("modality") == "image"
+}
+"""The layers of all recipes of pictures."""
+NAMES = [name for name, layers in FOUND.items() if any("model" in layer for layer in layers)]
+LARGE = [name for name in NAMES if "'shards': " in str(FOUND[name])]
+NUMBERS = {"bayesian/ssvi_cifar10", "supervised/grassmann_imagenet"}
+"""Which start from numbers of their weights, so that they cannot be built without memory for these."""
+SMALL = [name for name in NAMES if name not in LARGE]
+FAMILIES = {"contrastive", "clustering", "distillation", "masked", "supervised"}
+"""Whose small recipes train in every run of the tests; those of others do in the sweep."""
+QUIET = [
+    *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
+    *("trainer.precision=null", "trainer.logger=null", "trainer.enable_progress_bar=false"),
+    *("trainer.max_steps=1", "trainer.limit_val_batches=0", "data.init_args.num_workers=0"),
+    "data.init_args.batch_size=8",
+]
+WITHOUT = ("preemption", "watchdog", "learning_rate", "progress", "summary", "ledger", "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures in two classes: RGB, grey, transparent and of a palette, of odd sizes."""
+    made, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(24):
+        kind, sides = ("RGB", "L", "RGBA", "LA", "P")[number % 5], (31 + number % 7, 29 + number % 11)
+        depth = {"RGB": (3,), "RGBA": (4,), "LA": (2,)}.get(kind, ())
+        path = made / ("bird", "cat")[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture = Image.fromarray(draw.integers(0, 256, (*sides, *depth), dtype=np.uint8))
+        (picture.convert("P") if kind == "P" else picture).save(path)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def built(name: str, folder: Path, flags: Sequence[str], size: int = 64) -> Built:
+    def make(name: str) -> Built:
+        return build(with_pictures(resolve(name), folder, size, [*QUIET, *flags]), Path("run"))
+
+    return after_runs_before(lambda: make(name), lambda before: make(before).model)
+
+
+def train(name: str, folder: Path, flags: Sequence[str]) -> None:
+    """One step. Raises: UserError for a recipe that is refused."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            made = built(name, folder, flags)
+            made.trainer.fit(made.model, datamodule=made.datamodule)
+    except UserError as error:
+        if "install it" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert made.trainer.global_step == 1
+    assert all(parameter.isfinite().all() for parameter in made.model.parameters())
+
+
+def of_one_task(name: str) -> bool:
+    return "tasks" not in resolve(name).config["data"]["init_args"]
+
+
+def test_recipes_are_found_at_both_scales() -> None:
+    assert min(len(LARGE), sum(name.split("/")[0] in FAMILIES for name in SMALL)) > 20
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.split("/")[0] in FAMILIES else pytest.mark.sweep) for name in SMALL]
+)
+def test_every_small_recipe_takes_a_step_on_a_folder(name: str, folder: Path) -> None:
+    if of_one_task(name):
+        train(name, folder, ["trainer.callbacks=null"])
+    else:
+        with pytest.raises(UserError, match=f"--images gives pictures of one task, but {name} needs several"):
+            train(name, folder, [])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_recipe_ends_with_its_pictures(name: str, folder: Path, tmp_path: Path) -> None:
+    if of_one_task(name):
+        fast = "trainer.callbacks.feature_pictures.init_args.method=pca"
+        without = [f"trainer.callbacks.{callback}=null" for callback in WITHOUT]
+        train(name, folder, [*without, *([] if name.startswith("generative/") else [fast])])
+        assert (tmp_path / "run/pictures/first-batch.png").exists()
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", LARGE)
+def test_every_recipe_of_a_papers_scale_is_built_for_a_folder(name: str, folder: Path) -> None:
+    if not of_one_task(name):
+        return
+    weights = ["model.init_args.tokenizer.init_args.weights=null"] if name == "masked/cae_imagenet" else []
+    with torch.device("cpu" if name in NUMBERS else "meta"):
+        built(name, folder, ["trainer.callbacks=null", *weights])
