@@ -34,7 +34,7 @@ class IJEPA(Method):
 
     Args:
         backbone: the student's, a `lightspan.nn.sequences.token_backbone.TokenBackbone`; the teacher is a copy. The
-            paper's has no class token; of one that has, the loss does not read it.
+            paper's has no class token; where there is one, the loss ignores it.
         predictor: with in_features = out_features = D; the paper's is 384 wide and 6 to 12 deep.
         masks: draws contexts and targets; None is `MultiBlock()`.
         momentum, final_momentum: of the teacher, in [0, 1], on a line over the run.
