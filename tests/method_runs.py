@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.method import Method
 from lightspan.nn.teachers.centring import Centre
-from lightspan.strategies import FSDP2
+from lightspan.strategies import DDP, FSDP2
 
 SILENT: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -183,7 +183,7 @@ def _ranks_train(rank: int, make: Callable[[], Method], batches: list[dict[str, 
     half = len(batches[0]["index"]) // 2
     own = in_float64(batches, slice(half * rank, half * rank + half))
     expected = torch.load(f"{folder}/alone.pt")
-    for strategy in ("ddp", FSDP2()):
+    for strategy in (DDP(), FSDP2()):
         model = make().double()
         fit(model, own, Path(folder), strategy=strategy, devices=2, use_distributed_sampler=False)
         for name, tensor in model.state_dict().items():

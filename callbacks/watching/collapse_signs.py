@@ -53,7 +53,9 @@ def _one_prototype(now: Figures, first: Figures, best: Figures) -> bool:
 
 
 def _told_apart(figures: Figures) -> float:
-    """0 where assignments are the same for all samples."""
+    """How well assignments distinguish samples, in nats: the log of how many times more prototypes all samples together
+    use than one of them. 0 where all samples have the same assignment.
+    """
     return math.log(figures["prototypes_in_use"] / figures["prototypes_a_sample"])
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum, world_size
-from lightspan.errors import UserError
+from lightspan.distributed import all_reduce_sum
 from lightspan.objectives.means import sum_over_rows
 
 # Added to the variance, so that a feature that is constant over the batch gives 0 with a finite gradient, not NaN.
@@ -26,16 +25,12 @@ ROUNDINGS = 16
 def standardise(x_BD: Tensor) -> Tensor:
     """Each feature to mean 0 and unbiased standard deviation 1 over the batch of all ranks.
 
-    A feature that is constant up to rounding becomes nearly 0 and has a finite gradient. So do all features if several
+    A feature that is constant up to rounding becomes nearly 0 and has a finite gradient. So do all features if all
     ranks together have only one row.
-
-    Raises: UserError on one rank, if the batch has fewer than 2 rows.
     """
-    if world_size() == 1 and len(x_BD) < 2:
-        raise UserError(f"batch of {len(x_BD)}: standardising needs at least 2 rows; raise data.init_args.batch_size")
     x_BD = wide(x_BD)
     total_D, rows = sum_over_rows(x_BD.sum(dim=0), len(x_BD))
-    mean_D = total_D / rows
+    mean_D = total_D / rows.clamp_min(1)
     centred_BD = x_BD - mean_D
     variance_D = all_reduce_sum(centred_BD.square().sum(dim=0)) / (rows - 1).clamp_min(1)
     floor_D = (ROUNDINGS * torch.finfo(x_BD.dtype).eps * mean_D.detach()).square() + VARIANCE_EPS
@@ -43,10 +38,10 @@ def standardise(x_BD: Tensor) -> Tensor:
 
 
 def cross_correlation(a_BD: Tensor, b_BE: Tensor) -> Tensor:
-    """C = A^T B / B, [D E], over the batch of all ranks; row i of both comes from image i."""
+    """C = A^T B / B, [D E], over the batch of all ranks, 0 without rows; row i of both comes from image i."""
     with torch.autocast(a_BD.device.type, enabled=False):
         total_DE, rows = sum_over_rows(wide(a_BD).T @ wide(b_BE), len(a_BD))
-    return total_DE / rows
+    return total_DE / rows.clamp_min(1)
 
 
 def barlow_twins_loss(z1_BD: Tensor, z2_BD: Tensor, off_diagonal_weight: float) -> Tensor:

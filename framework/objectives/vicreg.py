@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import wide
-from lightspan.distributed import world_size
-from lightspan.errors import UserError
 from lightspan.objectives.means import sum_over_rows
 
 VARIANCE_EPS = 1e-4
@@ -38,18 +36,13 @@ def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, target: float = 1.0) -> VICRegTer
     """s, (v(Z) + v(Z')) / 2 and c(Z) + c(Z').
 
     s is the mean squared difference of both views, v the mean over features of max(0, target - sqrt(variance + eps)),
-    and c the sum of squared covariances of different features over D. Variances are unbiased. Rows that several ranks
-    together have only one of count as equal.
+    and c the sum of squared covariances of different features over D. Variances are unbiased. If all ranks together
+    have one row or none, its features have variance and covariance 0, as those of equal rows.
 
     Args:
         z1_BD, z2_BD: row i of both comes from image i.
         target: gamma, the standard deviation below which a feature is pushed apart.
-    Raises: UserError on one rank, if the batch has fewer than 2 rows.
     """
-    if world_size() == 1 and len(z1_BD) < 2:
-        raise UserError(
-            f"batch of {len(z1_BD)}: a variance over the batch needs at least 2 rows; raise data.init_args.batch_size"
-        )
     with torch.autocast(z1_BD.device.type, enabled=False):
         z_2BD = wide(torch.stack([z1_BD, z2_BD]))
         distance_D = (z_2BD[0] - z_2BD[1]).square().sum(dim=0)

@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib
+from pathlib import Path
 from typing import Any
 
 import method_runs
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from lightspan.nn.pretext import Jigsaw
 META = torch.device("meta")
 DRAWING: dict[str, dict[str, Any]] = {
     "masked.mae": {}, "masked.cae": {"codes": None}, "masked.cropmae": {}, "masked.i_jepa": {},
-    "distillation.ibot": {}, "distillation.mmc": {}, "distillation.poa": {}, "contrastive.supremix": {},
+    "distillation.ibot": {}, "distillation.mmc": {}, "distillation.poa": {}, "contrastive.supremix": {"most_pairs": 9},
 }  # fmt: skip
 
 
@@ -31,14 +33,34 @@ def sent(model: Method, batch: dict[str, Any]) -> dict[str, Any]:
     return model._apply_batch_transfer_handler(model._on_before_batch_transfer(batch), META)
 
 
+def made(name: str) -> tuple[Any, dict[str, Any]]:
+    """A small method and a batch from its own tests."""
+    family, _, own = name.partition(".")
+    tests = importlib.import_module(f"tests.methods.{family}.test_{own}")
+    return tests.method(**DRAWING[name]), getattr(tests, "batch", method_runs.batch)()
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_each_step_draws_anew_for_each_image(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (model, given), drawn, generator = made(name), list[tuple[int, tuple[int, ...]]](), np.random.default_rng
+    images = given["index"].tolist()
+
+    def watched(seed: Any = None) -> np.random.Generator:
+        if isinstance(seed, tuple) and len(seed) >= 4 and seed[2] in images:  # (seed, step, image, view, ...)
+            drawn.append((model.global_step, seed))
+        return generator(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", watched)
+    method_runs.fit(model, [given] * 2, tmp_path)
+    assert all(seed[1] == step for step, seed in drawn)
+    assert {(step, seed[2]) for step, seed in drawn} == {(step, image) for step in range(2) for image in images}
+
+
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_step_runs_where_nothing_can_be_read_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())  # which "meta" lacks
-    family, _, own = name.partition(".")
-    tests = importlib.import_module(f"tests.methods.{family}.test_{own}")
-    model = tests.method(**DRAWING[name]).to(META)
-    model.log_training = lambda *given, **options: None
-    given = getattr(tests, "batch", method_runs.batch)()
+    model, given = made(name)
+    model.to(META).log_training = lambda *given, **options: None
     batch = sent(model, given)
     assert batch.keys() == given.keys()
     assert all(view.is_meta for view in batch["views"])

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
 from lightspan.objectives.barlow import barlow_twins_loss, cross_correlation, mixed_regulariser, standardise
 
 
@@ -145,6 +144,12 @@ def test_autocast_does_not_narrow_the_correlations() -> None:
     assert half.dtype == torch.float32
 
 
-def test_one_row_cannot_be_standardised() -> None:
-    with pytest.raises(UserError, match=r"batch of 1: standardising needs at least 2 rows; raise .*batch_size"):
-        standardise(torch.zeros(1, 4))
+def test_one_row_counts_as_equal_rows_as_on_several_ranks_and_none_as_well() -> None:
+    one = double(1, 4).requires_grad_()
+    assert torch.equal(standardise(one), torch.zeros(1, 4))
+    loss = barlow_twins_loss(standardise(one), standardise(double(1, 4, seed=1)), 0.1)
+    assert loss == 4
+    loss.backward()
+    assert one.grad is not None
+    assert one.grad.isfinite().all()
+    assert barlow_twins_loss(standardise(double(0, 4)), standardise(double(0, 4)), 0.1) == 4

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
 from lightspan.objectives.vicreg import vicreg_loss, vicreg_terms
 
 
@@ -59,6 +58,11 @@ def test_gradient_is_that_of_differences() -> None:
     assert torch.autograd.gradcheck(vicreg_loss, (z1, z2))
 
 
-def test_a_batch_of_one_is_refused() -> None:
-    with pytest.raises(UserError, match=r"batch of 1: a variance .* raise data.init_args.batch_size"):
-        vicreg_loss(rows(1), rows(1))
+def test_one_row_counts_as_equal_rows_as_on_several_ranks_and_none_as_well() -> None:
+    one, equal = (
+        vicreg_terms(rows(1), rows(1, seed=1)),
+        vicreg_terms(rows(1).repeat(2, 1), rows(1, seed=1).repeat(2, 1)),
+    )
+    torch.testing.assert_close(one, equal)
+    assert [term.item() for term in one[1:]] == pytest.approx([0.99, 0])
+    assert [term.item() for term in vicreg_terms(rows(0), rows(0))] == pytest.approx([0, 0.99, 0])

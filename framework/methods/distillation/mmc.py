@@ -41,7 +41,7 @@ from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
 from lightspan.ranges import require_shares, require_temperatures, require_weights
 
 
-class Looked(NamedTuple):
+class TokenNetworkOutput(NamedTuple):
     """What a network says of views: embeddings of class tokens, tokens of corrupted patches, and their scores."""
 
     z_RE: Tensor
@@ -50,16 +50,16 @@ class Looked(NamedTuple):
 
 
 class TokenNetwork(nn.Module):
-    """A transformer, a projector of its class token and a head of its patches: images [R C h w] -> `Looked`."""
+    """A transformer, a projector of its class token and a head of its patches; images are [R C h w]."""
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, head: DINOHead) -> None:
         super().__init__()
         self.backbone, self.projector, self.head = backbone, projector, head
 
-    def forward(self, image_RChw: Tensor, masked: MaskedPatches) -> Looked:
+    def forward(self, image_RChw: Tensor, masked: MaskedPatches) -> TokenNetworkOutput:
         tokens_RTD = self.backbone.tokens(image_RChw)  # type: ignore[operator]
         patches_ND = masked.tokens(tokens_RTD[:, self.backbone.num_prefix_tokens :])
-        return Looked(self.projector(tokens_RTD[:, 0]), patches_ND, self.head(patches_ND))
+        return TokenNetworkOutput(self.projector(tokens_RTD[:, 0]), patches_ND, self.head(patches_ND))
 
 
 class MMC(Method):

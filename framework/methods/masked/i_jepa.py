@@ -35,7 +35,7 @@ class IJEPA(Method):
 
     Args:
         backbone: the student's, a `lightspan.nn.sequences.token_backbone.TokenBackbone`; the teacher is a copy. The
-            paper's has no class token; of one that has, the loss does not read it.
+            paper's has no class token; where there is one, the loss ignores it.
         predictor: with in_features = D, and as many outputs or out_features=None; the paper's is 384 wide and 6 to 12
             deep.
         masks: draws contexts and targets; None is `MultiBlock()`.

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import method_runs
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightspan.backbones.vision import MLP
 from lightspan.distributed import gather_rows, leave
 from lightspan.errors import UserError
+from lightspan.methods.clustering import mlc
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.coding_rate import (
@@ -109,8 +111,23 @@ def one_rank(index: int, folder: str) -> None:
     loss, _ = method().rate_reduction_loss(z[None], c[None])
     loss.backward()
     out = {"loss": loss.detach(), "z": z.grad / 2, "c": c.grad / 2}  # DDP's mean over ranks
+    if index == 1:
+        mlc.spectral = None  # type: ignore[assignment]  # rank 0 alone clusters
+    out["validated"] = validated(torch.arange(7)[mine])
     torch.save(out | {"membership": gather_rows(method().membership(c.detach()))[0]}, Path(folder, f"{index}.pt"))
     leave()
+
+
+def validated(image_B: torch.Tensor) -> dict[str, float]:
+    """What is logged of images in three clusters, whose labels are others."""
+    model, logged = method(clusters=3), dict[str, float]()
+    model.trainer = SimpleNamespace(sanity_checking=False)  # type: ignore[assignment]
+    model.log_dict = lambda figures: logged.update({k: float(v) for k, v in figures.items()})  # type: ignore[method-assign]
+    directions = torch.eye(6)[torch.arange(7) % 3]
+    model.represent = lambda image: (directions[image],) * 2  # type: ignore[method-assign]
+    model.validation_step({"image": image_B, "label": image_B // 3, "index": image_B}, 0)
+    model.on_validation_epoch_end()
+    return logged
 
 
 @pytest.mark.ranks
@@ -120,7 +137,11 @@ def test_two_ranks_have_the_loss_the_gradient_and_the_membership_of_one(tmp_path
     loss, _ = method().rate_reduction_loss(z[None], c[None])
     loss.backward()
     parts = [torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in range(2)]
+    alone = validated(torch.arange(7))
+    assert len(alone) == 3
+    assert 0 < alone["val/nmi"] < 1
     for part in parts:
+        assert part["validated"] == pytest.approx(alone)
         torch.testing.assert_close(part["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(part["membership"], method().membership(c.detach()))
     for name, whole in (("z", z.grad), ("c", c.grad)):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
+from lightspan.methods.distillation import mmc
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.projector import Projector
@@ -22,6 +23,7 @@ from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.sequences.patches import patchify
 from lightspan.objectives.prototypes import centred_softmax
+from lightspan.optim.schedules import cosine_between
 
 BATCHES = [batch(seed=seed, locals_=0) for seed in range(4)]
 ALONE = {"reconstruction": 0.0, "distillation": 0.0, "contrast": 0.0}
@@ -133,6 +135,24 @@ def test_a_momentum_of_zero_copies_the_student_and_of_one_keeps_the_teacher(mome
     fit(model, BATCHES[:2], tmp_path)
     expected = before if momentum else [*model.student.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(expected, model.teacher.parameters(), strict=True))
+
+
+def test_schedules_are_followed_and_each_step_corrupts_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    temperatures, steps = list[float](), list[int]()
+    model = method(momentum=0.5, final_momentum=0.9, freeze_prototypes=0.5, temperature_warmup=0.5)
+    corruption = model.corruption
+
+    def softmax(scores: Tensor, centre: Tensor, temperature: float) -> Tensor:
+        temperatures.append(temperature)
+        return centred_softmax(scores, centre, temperature)
+
+    monkeypatch.setattr(mmc, "centred_softmax", softmax)
+    model.corruption = lambda *given: (steps.append(given[3]), corruption(*given))[1]  # type: ignore[assignment]
+    momenta, kept = method_runs.taught(model, BATCHES, tmp_path, lambda: model.student.head.prototypes.weight)
+    assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / 4) for step in range(4)])
+    assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert kept == [True, True, False, False]
+    assert steps == [0, 0, 1, 1, 2, 2, 3, 3]  # two views each
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
