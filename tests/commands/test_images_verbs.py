@@ -46,7 +46,7 @@ def test_check_says_what_changes_and_finds_mistakes_in_flags(capsys: pytest.Capt
     assert main(["check", "masked/mae", "--images", "none"]) == 2
     assert "none does not exist" in capsys.readouterr().err
     assert main(["check", "analysis/knn_digits", *TINY]) == 2
-    assert "use it with `lightspan run analysis/knn_digits`" in capsys.readouterr().err
+    assert "does not train; use it with `lightspan run`" in capsys.readouterr().err
     assert main(["check", "masked/mae", "--image-size", "8"]) == 2
     assert "--image-size is the size of the pictures of --images FOLDER" in capsys.readouterr().err
 
