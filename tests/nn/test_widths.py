@@ -67,6 +67,8 @@ def test_tokenizers_take_the_patches_of_a_backbone_and_refuse_others() -> None:
         codes(torch.zeros(1, 3, 4, 4))
     codes.settle((2, 2, 3))
     assert codes.centres_Vd.shape == (3, 12)
+    codes.centres_Vd += 1
     codes.settle((2, 2, 3))
+    assert (codes.centres_Vd == 1).all()
     with pytest.raises(UserError, match=r"\[2, 2, 3\], and those of the backbone have \[2, 2, 1\]; leave patch"):
         codes.settle((2, 2, 1))

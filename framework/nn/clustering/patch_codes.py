@@ -63,7 +63,8 @@ class PatchCodes(nn.Module):
                 f"backbone have {[*patch_shape]}; leave patch and channels out"
             )
         self.shape, self.patch = patch_shape, patch_shape[:2]
-        self.centres_Vd = self.centres_Vd.new_zeros(self.codes, math.prod(patch_shape))
+        if not self.centres_Vd.shape[1]:  # what was learned stays
+            self.centres_Vd = self.centres_Vd.new_zeros(self.codes, math.prod(patch_shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
