@@ -51,6 +51,7 @@ def test_check_says_what_changes_and_finds_mistakes_in_flags(capsys: pytest.Capt
     assert "--image-size is the size of the pictures of --images FOLDER" in capsys.readouterr().err
 
 
+@pytest.mark.runs
 def test_a_plan_is_of_the_network_for_these_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     weights = []
     for size in ("8", "64"):
