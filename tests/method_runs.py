@@ -155,13 +155,12 @@ def accumulated_halves_train_as_one(
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
 
 
-def an_overflow_leaves_nothing(
-    make: Callable[[], Method], batches: Sequence[dict[str, Any]], folder: Path, at: int = 1
-) -> None:
+def an_overflow_leaves_nothing(make: Callable[[], Method], batches: Sequence[dict[str, Any]], folder: Path) -> None:
     """With 16-mixed and a batch that float16 cannot hold, whose step is skipped, the state is that without the batch.
 
     Args:
         make: a method without norms, whose running statistics see every batch, and without schedules, which count it.
+        batches: three or more, of other images each; the last one gives the images of the batch that is skipped.
     """
 
     def trained(given: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -169,9 +168,10 @@ def an_overflow_leaves_nothing(
         fit(model, given, folder, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
         return model.state_dict()
 
-    huge = batches[at] | {"views": [torch.full_like(view, 1e30) for view in batches[at]["views"]]}
-    expected = trained(batches)
-    for name, tensor in trained([*batches[:at], huge, *batches[at:]]).items():
+    *held, last = batches
+    huge = last | {"views": [torch.full_like(view, 1e30) for view in last["views"]]}
+    expected = trained(held)
+    for name, tensor in trained([held[0], huge, *held[1:]]).items():
         assert tensor.isfinite().all(), name
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=lambda text, n=name: n + text)  # type: ignore[misc]
 

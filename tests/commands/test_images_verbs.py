@@ -46,11 +46,12 @@ def test_check_says_what_changes_and_finds_mistakes_in_flags(capsys: pytest.Capt
     assert main(["check", "masked/mae", "--images", "none"]) == 2
     assert "none does not exist" in capsys.readouterr().err
     assert main(["check", "analysis/knn_digits", *TINY]) == 2
-    assert "use it with `lightspan run analysis/knn_digits`" in capsys.readouterr().err
+    assert "does not train; use it with `lightspan run`" in capsys.readouterr().err
     assert main(["check", "masked/mae", "--image-size", "8"]) == 2
     assert "--image-size is the size of the pictures of --images FOLDER" in capsys.readouterr().err
 
 
+@pytest.mark.runs
 def test_a_plan_is_of_the_network_for_these_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     weights = []
     for size in ("8", "64"):

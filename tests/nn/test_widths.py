@@ -59,11 +59,16 @@ def test_parts_that_are_not_open_stay_and_decoders_take_the_numbers_of_a_patch()
 
 
 def test_tokenizers_take_the_patches_of_a_backbone_and_refuse_others() -> None:
+    for wrong in ({"patch": (0, 2)}, {"channels": 0}):
+        with pytest.raises(UserError, match="above 0"):
+            PatchCodes(3, **wrong)  # type: ignore[arg-type]
     codes = PatchCodes(3)
     with pytest.raises(UserError, match="do not know the shape of a patch; set patch and channels"):
         codes(torch.zeros(1, 3, 4, 4))
     codes.settle((2, 2, 3))
     assert codes.centres_Vd.shape == (3, 12)
+    codes.centres_Vd += 1
     codes.settle((2, 2, 3))
+    assert (codes.centres_Vd == 1).all()
     with pytest.raises(UserError, match=r"\[2, 2, 3\], and those of the backbone have \[2, 2, 1\]; leave patch"):
         codes.settle((2, 2, 1))

@@ -40,12 +40,12 @@ class PatchCodes(nn.Module):
         super().__init__()
         height, width = patch or (None, None)
         self.shape = height, width, channels
-        if codes < 2 or min(number or 1 for number in self.shape) < 1 or seed < 0:
+        if codes < 2 or any(number is not None and number < 1 for number in self.shape) or seed < 0:
             raise UserError(
                 f"PatchCodes: codes={codes} must be at least 2, patch={patch and list(patch)} and channels={channels} "
                 f"above 0, and seed={seed} at least 0"
             )
-        self.codes, self.seed = codes, seed
+        self.codes, self.patch, self.seed = codes, patch or (0, 0), seed
         register_replicated(self, "centres_Vd", torch.zeros(codes, 0))
         register_replicated(self, "known", torch.zeros((), dtype=torch.bool))
         self._asked = False  # whether the state has been read since it may have been loaded
@@ -62,8 +62,9 @@ class PatchCodes(nn.Module):
                 f"PatchCodes are made for patches of height, width and channels {[*self.shape]}, and those of the "
                 f"backbone have {[*patch_shape]}; leave patch and channels out"
             )
-        self.shape = patch_shape
-        self.centres_Vd = self.centres_Vd.new_zeros(self.codes, math.prod(patch_shape))
+        self.shape, self.patch = patch_shape, patch_shape[:2]
+        if not self.centres_Vd.shape[1]:  # what was learned stays
+            self.centres_Vd = self.centres_Vd.new_zeros(self.codes, math.prod(patch_shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -74,7 +75,7 @@ class PatchCodes(nn.Module):
         """Raises: UserError for images of other channels, and before the shape of a patch is settled."""
         if not self.centres_Vd.shape[1]:
             raise UserError("PatchCodes do not know the shape of a patch; set patch and channels")
-        patches_BTd = wide(patchify(image_BChw, self.shape[:2]))
+        patches_BTd = wide(patchify(image_BChw, self.patch))
         if patches_BTd.shape[2] != self.centres_Vd.shape[1]:
             raise UserError(
                 f"PatchCodes were made for patches of {self.centres_Vd.shape[1]} numbers, and these have "

@@ -71,6 +71,16 @@ def test_identical_pairs_without_a_gate_need_no_draw_and_log_no_gate() -> None:
     assert "train/gate_mean" not in model.logged
 
 
+def test_each_step_draws_pairs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, losses = batch(), list[Tensor]()
+    for step in (0, 1, 1):
+        model = method(**GATED)
+        monkeypatch.setattr(type(model), "global_step", step)
+        losses.append(model.training_step(given, 0).detach())
+    assert not torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[1], losses[2])
+
+
 def test_all_parts_are_trained_and_batches_of_images_work_too() -> None:
     model = method(**GATED)
     images = batch(views=1)

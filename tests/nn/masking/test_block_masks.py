@@ -37,6 +37,15 @@ def test_a_mask_is_a_function_of_seed_step_image_and_view_whatever_the_batch() -
     assert not any(np.array_equal(other, whole) for other in others)
 
 
+def test_blocks_are_as_often_high_as_wide() -> None:
+    sampler, ratios = BlockMasks(1.0, (0.2, 0.2), least_block=51), []  # one block of 51 patches
+    for mask in sampler.draw((16, 16), 0, range(500)):
+        high, wide = ((mask.sum(axis=axis) >= 3).sum() for axis in (1, 0))  # without the few patches that fill up
+        ratios.append(np.log(high / wide))
+    assert np.std(ratios) > 0.5
+    assert abs(np.mean(ratios)) < 0.12  # uniform in the logarithm; uniform in the ratio, it would be 0.46
+
+
 def test_the_share_of_images_and_patches_is_as_asked_for() -> None:
     shares = BlockMasks(0.5, (0.1, 0.5)).draw((10, 10), 0, range(2000)).mean(axis=(1, 2))
     masked = shares > 0

@@ -79,6 +79,13 @@ def test_spans_are_runs_of_about_the_length_asked_for() -> None:
     assert mean_run(masks) > 3.5 > 1.5 > mean_run(alone)
 
 
+def test_no_span_is_longer_than_the_longest() -> None:
+    hidden = SpanMasks(0.05, mean=50.0, longest=2).draw((1000,), 0, [0])[0]
+    starts = hidden & ~np.roll(hidden, 1)
+    assert hidden.sum() == 50
+    assert starts.sum() >= 18  # 25 spans at least, of which few meet; without a longest, one to three
+
+
 @pytest.mark.parametrize("make", [lambda: RandomMasks(1.0), lambda: TubeMasks(-0.1), lambda: SpanMasks(0.5, seed=-1)])
 def test_settings_out_of_range_are_refused(make: Any) -> None:
     with pytest.raises(UserError, match=r"ratio=.* must lie in \[0, 1\)"):
