@@ -3,7 +3,8 @@
 Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (SwAV), NeurIPS
 2020, arXiv 2006.09882: swapped prediction (eq. 1, 2, 6), codes by Sinkhorn-Knopp (eq. 3-5, appendix A), multi-crop
 (section 3.3), queue (section 4.1), and the authors' code: prototypes come back to unit length after each step, which is
-itself unconstrained, and a batch joins the queue after its codes were computed. Sinkhorn-Knopp runs in logarithms over
+itself unconstrained, and a batch joins the queue after its codes were computed, here with the step, so that its
+micro-batches do not meet one another there either. Sinkhorn-Knopp runs in logarithms over
 the rows of all ranks; each rank adds its share of the queue to them.
 Shapes: B images of this rank, G global and V views, D embedding width, K prototypes, L rows of a queue.
 """
@@ -111,7 +112,7 @@ class SwAV(Method):
         codes_GBK = torch.stack([self.codes(view, scores_VBK[view]) for view in range(self.global_views)])
         if self.share_of_run() >= self.queue_from:
             for queue, z_BD in zip(self.queues, z_VBD, strict=False):
-                queue.push(z_BD)  # type: ignore[operator]
+                queue.see(z_BD, self.global_step)  # type: ignore[operator]
         loss = cross_view_loss(codes_GBK, scores_VBK, self.temperature)
         answer_1K = (
             (wide(scores_VBK.detach()) / self.temperature).softmax(dim=-1).flatten(0, 1).mean(dim=0, keepdim=True)
@@ -136,6 +137,8 @@ class SwAV(Method):
 
     def after_optimizer_step(self) -> None:
         self.renormalise()
+        for queue in self.queues:
+            queue.follow()  # type: ignore[operator]
 
     @torch.no_grad()
     def renormalise(self) -> None:

@@ -15,7 +15,6 @@ Shapes: B images of this rank, C H W image, D embedding width, L rows in the que
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
@@ -65,7 +64,6 @@ class MoCo(Method):
         self.teacher = EMATeacher(self.student, batch_statistics, average_statistics=True)
         self.queue = FeatureQueue(queue, projector.out_features)
         self.momentum, self.temperature = momentum, temperature
-        self.fresh: list[Tensor] = []  # keys of the micro-batches of the step under way
 
     @property
     def backbone(self) -> nn.Module:
@@ -81,14 +79,10 @@ class MoCo(Method):
         x1_BCHW, x2_BCHW = views_of(batch, "MoCo", 2)
         query_BD, key_BD = self.student(x1_BCHW), unit(self.teacher(x2_BCHW))
         loss = queued_info_nce(query_BD, key_BD, self.queue.rows_LD, self.temperature)
-        self.fresh.append(key_BD)
+        self.queue.see(key_BD, self.global_step)
         self.log_training({"train/loss": loss})
         return loss
 
-    def optimizer_step(self, *args: Any, **options: Any) -> None:
-        super().optimizer_step(*args, **options)
-        self.fresh.clear()  # also those of a step that was skipped
-
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, self.momentum)
-        self.queue.push(torch.cat(self.fresh))
+        self.queue.follow()

