@@ -33,19 +33,6 @@ def batch(rows: int = 6, seed: int = 1, locals_: int = 3, side: int = 8) -> dict
     return {"views": views, "label": torch.zeros(rows, dtype=torch.int64), "index": torch.arange(rows) + 10 * seed}
 
 
-def degenerate(kind: str) -> dict[str, Any]:
-    """One of `DEGENERATE`."""
-    given = batch(rows=1 if kind == "one image" else 4, locals_=0 if kind == "no local views" else 2)
-    if kind == "equal images":
-        given["views"] = [view[:1].expand_as(view).contiguous() for view in given["views"]]
-    if kind == "black":
-        given["views"] = [torch.zeros_like(view) for view in given["views"]]
-    return given
-
-
-DEGENERATE = ("one image", "equal images", "black", "no local views")
-
-
 class Served:
     """Batches in their order, epoch after epoch; a checkpoint keeps the place."""
 
@@ -80,21 +67,8 @@ def fit(model: Method, batches: Sequence[dict[str, Any]], folder: Path, **option
     return losses.seen
 
 
-class Flat(nn.Module):
-    """A backbone of 8 x 8 pixels whose rows do not see one another: parts of a batch give what all of it gives."""
-
-    num_features = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh())
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.layers(x_BCHW)
-
-
 class Pooled(nn.Module):
-    """The same for views of any size."""
+    """A backbone for views of any size whose rows do not see one another: halves of a batch give what it gives."""
 
     num_features = 8
 
