@@ -30,13 +30,13 @@ OPTIMIZERS: dict[str, type[LowRank]] = {
 
 
 def run(name: str, rank: int | None, folder: str, **options: Any) -> dict[str, torch.Tensor]:
-    """Weights and buffers after two epochs on this rank's half of each batch, or on all of it."""
-    batches = in_float64([CASES[name].batch(ROWS, seed) for seed in range(2)])
+    """Weights and buffers after training on this rank's half of each batch, or on all of it."""
+    batches = in_float64([CASES[name].batch(ROWS, seed) for seed in range(4)])
     if rank is not None:
         batches = [in_halves(given)[rank] for given in batches]
         options |= {"devices": 2, "use_distributed_sampler": False}
     model = CASES[name].make().double()
-    method_runs.fit(model, batches, Path(folder), max_epochs=2, callbacks=[RandomState(0)], **options)
+    method_runs.fit(model, batches, Path(folder), callbacks=[RandomState(0)], **options)
     return model.state_dict()
 
 
