@@ -1,21 +1,18 @@
 """Short runs on batches that are given, for tests of methods with a teacher or with prototypes."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rank_processes
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightspan.method import Method
 from lightspan.nn.teachers.centring import Centre
-from lightspan.strategies import DDP, FSDP2
 
 SILENT: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -36,17 +33,28 @@ def batch(rows: int = 6, seed: int = 1, locals_: int = 3, side: int = 8) -> dict
     return {"views": views, "label": torch.zeros(rows, dtype=torch.int64), "index": torch.arange(rows) + 10 * seed}
 
 
-def degenerate(kind: str) -> dict[str, Any]:
-    """One of `DEGENERATE`."""
-    given = batch(rows=1 if kind == "one image" else 4, locals_=0 if kind == "no local views" else 2)
-    if kind == "equal images":
-        given["views"] = [view[:1].expand_as(view).contiguous() for view in given["views"]]
-    if kind == "black":
-        given["views"] = [torch.zeros_like(view) for view in given["views"]]
-    return given
+class Served:
+    """Batches in their order, epoch after epoch; a checkpoint keeps the place."""
 
+    def __init__(self, batches: Sequence[dict[str, Any]]) -> None:
+        self.batches, self.served = batches, 0
 
-DEGENERATE = ("one image", "equal images", "black", "no local views")
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            given = self.batches[self.served % len(self)]
+            self.served += 1
+            yield given
+            if self.served % len(self) == 0:
+                return
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.served = state["served"]
 
 
 def fit(model: Method, batches: Sequence[dict[str, Any]], folder: Path, **options: Any) -> list[float]:
@@ -55,25 +63,12 @@ def fit(model: Method, batches: Sequence[dict[str, Any]], folder: Path, **option
     callbacks = [losses, *options.pop("callbacks", [])]
     options = SILENT | {"enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 1} | options
     trainer = Trainer(default_root_dir=folder, callbacks=callbacks, **options)
-    trainer.fit(model, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)  # type: ignore[arg-type]
+    trainer.fit(model, Served(batches), ckpt_path=resume, weights_only=True)  # type: ignore[arg-type]
     return losses.seen
 
 
-class Flat(nn.Module):
-    """A backbone of 8 x 8 pixels whose rows do not see one another: parts of a batch give what all of it gives."""
-
-    num_features = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh())
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.layers(x_BCHW)
-
-
 class Pooled(nn.Module):
-    """The same for views of any size."""
+    """A backbone for views of any size whose rows do not see one another: halves of a batch give what it gives."""
 
     num_features = 8
 
@@ -98,25 +93,33 @@ def moved(model: Any) -> Any:
 
 
 def stays_finite(model: Method, batches: Sequence[dict[str, Any]], folder: Path, **options: Any) -> None:
-    """Losses and weights do."""
+    """Losses and weights do, and no buffer holds NaN: some start at minus infinity."""
     assert torch.tensor(fit(model, batches, folder, **options)).isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not any(buffer.isnan().any() for buffer in model.buffers())
 
 
-def resumes(make: Callable[[], Any], given: dict[str, Any], folder: Path, step: int = 2, **options: Any) -> Any:
-    """The model of a straight run, which one that resumes after `step` steps equals bit for bit.
+def resumes(
+    make: Callable[[], Any],
+    batches: Sequence[dict[str, Any]],
+    folder: Path,
+    steps: Sequence[int] = (2,),
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> None:
+    """A run that resumes after any of these `steps` ends as the straight one, bit for bit.
 
     Args:
-        given: every batch: a plain loader does not know where it was.
-        options: `count` of these in an epoch, 4, and those of `fit`.
+        options: those of `fit`.
     """
-    straight, resumed, same = make(), make(), [given] * options.pop("count", 4)
+    straight = make()
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    fit(straight, same, folder, callbacks=[saves], enable_checkpointing=True, **options)
-    fit(resumed, same, folder, ckpt_path=folder / f"step={step}.ckpt", **options)
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    return straight
+    fit(straight, batches, folder, callbacks=[*callbacks, saves], enable_checkpointing=True, **options)
+    for step in steps:
+        resumed = make()
+        fit(resumed, batches, folder, callbacks=callbacks, ckpt_path=folder / f"step={step}.ckpt", **options)
+        for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+            assert torch.equal(a, b), f"{name} after step {step}"
 
 
 def taught(
@@ -135,67 +138,28 @@ def taught(
     return momenta, unchanged
 
 
-def in_float64(batches: Sequence[dict[str, Any]], part: slice) -> list[dict[str, Any]]:
-    """These rows of all batches: rounding grows with each step, and float32 would hide a mistake in it."""
-    return [
-        {"views": [view[part].double() for view in of["views"]], "label": of["label"][part], "index": of["index"][part]}
-        for of in batches
-    ]
+def mapped(given: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A batch with all its tensors changed."""
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, given)
 
 
-def accumulated_halves_train_as_one(
-    make: Callable[[], Method], batches: Sequence[dict[str, Any]], folder: Path
-) -> None:
-    """Two micro-batches a step leave the state that the whole batches do."""
-    half, one, two = len(batches[0]["index"]) // 2, make().double(), make().double()
-    parts = [part for of in batches for slot in (slice(0, half), slice(half, None)) for part in in_float64([of], slot)]
-    fit(one, in_float64(batches, slice(None)), folder)
-    fit(two, parts, folder, accumulate_grad_batches=2)
-    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
+    return mapped(given, lambda tensor: tensor[part])
 
 
-def an_overflow_leaves_nothing(make: Callable[[], Method], batches: Sequence[dict[str, Any]], folder: Path) -> None:
-    """With 16-mixed and a batch that float16 cannot hold, whose step is skipped, the state is that without the batch.
-
-    Args:
-        make: a method without norms, whose running statistics see every batch, and without schedules, which count it.
-        batches: three or more, of other images each; the last one gives the images of the batch that is skipped.
-    """
-
-    def trained(given: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        model, scaler = make(), torch.amp.GradScaler("cpu", init_scale=1.0)
-        fit(model, given, folder, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-        return model.state_dict()
-
-    *held, last = batches
-    huge = last | {"views": [torch.full_like(view, 1e30) for view in last["views"]]}
-    expected = trained(held)
-    for name, tensor in trained([held[0], huge, *held[1:]]).items():
-        assert tensor.isfinite().all(), name
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=lambda text, n=name: n + text)  # type: ignore[misc]
+def in_halves(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """As two ranks or two micro-batches get a batch."""
+    half = next(len(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)) // 2
+    return [rows_of(given, slice(0, half)), rows_of(given, slice(half, 2 * half))]
 
 
-def _ranks_train(rank: int, make: Callable[[], Method], batches: list[dict[str, Any]], folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    half = len(batches[0]["index"]) // 2
-    own = in_float64(batches, slice(half * rank, half * rank + half))
-    expected = torch.load(f"{folder}/alone.pt")
-    for strategy in (DDP(), FSDP2()):
-        model = make().double()
-        fit(model, own, Path(folder), strategy=strategy, devices=2, use_distributed_sampler=False)
-        for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            torch.testing.assert_close(whole, expected[name], rtol=1e-7, atol=1e-10, msg=lambda text, n=name: n + text)
+def in_float64(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rounding grows with each step, and float32 would hide a mistake in it."""
+    return [mapped(given, lambda x: x.double() if x.is_floating_point() else x) for given in batches]
 
 
-def two_ranks_train_as_one(make: Callable[[], Method], batches: list[dict[str, Any]], folder: Path) -> None:
-    """Under DDP and FSDP2, in float64; `make` is a function of a module, and its optimiser has to be linear in the
-    gradient.
-    """
-    alone = make().double()
-    fit(alone, in_float64(batches, slice(None)), folder)
-    torch.save(alone.state_dict(), folder / "alone.pt")
-    rank_processes.start(_ranks_train, 2, make, batches, str(folder), rank_processes.free_port())
+def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What is apart by more than float64 rounds."""
+    assert found.keys() == expected.keys()
+    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in found.items()}
+    return [name for name, tensor in whole.items() if not torch.allclose(tensor, expected[name], rtol=1e-7, atol=1e-10)]

@@ -101,6 +101,13 @@ def start(function: Callable[..., None], ranks: int, *arguments: object) -> None
         torch.multiprocessing.start_processes(_called, given, nprocs=ranks, start_method="forkserver")
 
 
+def join(rank: int, port: int, ranks: int = 2) -> None:
+    """Inside a function of `start`: tells Lightning which rank this is, and where the group meets."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
 def _turn() -> FileLock:
     """Groups of ranks of the workers of pytest-xdist run one after the other: each has the cores that its time limits
     were set for.
@@ -150,8 +157,7 @@ def _rank(
     if cwd is not None:
         os.chdir(cwd)
     if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        join(rank, port, ranks)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as under the command itself
     from lightspan.cli import main
 

@@ -1,11 +1,17 @@
-"""Every recipe of the catalogue: what trains takes three steps; what computes or merges gives its result."""
+"""Every recipe of the catalogue: what trains takes three steps; what computes or merges gives its result. Those of
+representation learning also train on two ranks, as they are and with a low-rank optimiser by overlay.
+"""
 
 import json
+import os
 import re
+from itertools import cycle
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
+import yaml
 from runs_before import after_runs_before
 from safetensors.torch import save_file
 from torch import nn
@@ -52,6 +58,12 @@ def gives_its_result(resolved: Resolved) -> None:
     assert json.loads(Path("computed/result.json").read_text())["figures"]
 
 
+PAPER = r"'shards': |runs/clip/"
+"""In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
+
+NOT_HERE = "is not installed|install it"
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.runs if name in LARGE else ()) for name in catalogue_names()]
@@ -59,8 +71,8 @@ def gives_its_result(resolved: Resolved) -> None:
 def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resolved = resolve(name, kinds=ANY_KIND)
-    if re.search(r"'shards': |runs/clip/", str(resolved.config)):
-        return  # of a paper's scale, which is planned in other tests: no machine here has its data
+    if re.search(PAPER, str(resolved.config)):
+        return
     try:
         if resolved.kind != "model":
             after_runs_before(lambda: build_parts(resolved), untrained)
@@ -70,8 +82,58 @@ def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installe
         built = after_runs_before(lambda: build(resolve(name, [], SHORT), tmp_path), untrained)
         built.trainer.fit(built.model, datamodule=built.datamodule)
     except UserError as error:
-        if not re.search("is not installed|install it", str(error)):
+        if not re.search(NOT_HERE, str(error)):
             raise
         pytest.skip(str(error))
     assert type(built.model).__module__.startswith("lightspan.methods")
     assert built.trainer.global_step == 3
+
+
+FAMILIES = ("clustering", "contrastive", "distillation", "image_text", "masked", "supervised")
+ON_RANKS = [*SHORT, "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=2"]
+LOW_RANK = ("low_rank.LowRank", *(f"presets.{name}" for name in ("GaLore", "APOLLO", "LDAdam", "DCTAdamW", "Trion")))
+
+
+def small(family: str) -> list[str]:
+    """Recipes of a family that train on what a machine here has."""
+    resolved = [resolve(name, kinds=ANY_KIND) for name in catalogue_names() if name.startswith(f"{family}/")]
+    return [one.name for one in resolved if one.kind == "model" and not re.search(PAPER, str(one.config))]
+
+
+def _recipes(rank: int, overlays: dict[str, list[str]], folder: str, port: int) -> None:
+    os.chdir(folder)
+    rank_processes.join(rank, port)
+    for name, overlay in overlays.items():
+        try:
+            built = build(resolve(name, overlay, ON_RANKS), Path(folder, "run"))
+            built.trainer.fit(built.model, datamodule=built.datamodule)
+        except UserError as error:
+            frames = overlay and "the module has orthonormal frames" in str(error)
+            if not frames and not re.search(NOT_HERE, str(error)):
+                raise AssertionError(f"{name} with {overlay}: {error}") from error
+            continue
+        assert (built.trainer.global_step, built.trainer.world_size) == (2, 2), name
+        assert all(parameter.isfinite().all() for parameter in built.model.parameters()), name
+
+
+@pytest.mark.sweep
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_recipes_of_representation_learning_train_on_two_ranks(family, low_rank, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = small(family)
+    assert len(names) >= 2
+    overlays: dict[str, list[str]] = {name: [] for name in names}
+    for name, kind in zip(names, cycle(LOW_RANK), strict=False) if low_rank else ():
+        optimizer = {"class_path": f"lightspan.optim.{kind}", "init_args": {"lr": 0.001, "rank": 4}}
+        file = tmp_path / f"{kind}.yaml"
+        file.write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": optimizer}}}))
+        overlays[name] = [str(file)]
+    for name in names:
+        try:
+            after_runs_before(lambda name=name: build(resolve(name, [], SHORT)))  # the weights that it starts from
+        except UserError as error:
+            if not re.search(NOT_HERE, str(error)):
+                raise
+    rank_processes.start(_recipes, 2, overlays, str(tmp_path), rank_processes.free_port())

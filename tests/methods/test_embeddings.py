@@ -1,45 +1,50 @@
 """What the collapse sentinel reads of every method that says what it compares, or has prototypes."""
 
-import importlib
-import os
-import pkgutil
 from pathlib import Path
 from typing import Any
 
+import method_cases
 import method_runs
 import pytest
 import rank_processes
 import torch
 from lightning import Callback
-from torch import Tensor
+from method_cases import CASES, ROWS
+from torch import Tensor, nn
 
-import lightspan.methods
 from lightspan.callbacks.watching.detached import detached
 from lightspan.callbacks.watching.held_samples import single_views
-from lightspan.method import Method
 from lightspan.strategies import FSDP2
 
-
-def found() -> dict[str, type[Method]]:
-    """Methods that define one of the contract's three names, by module in their package."""
-    named = {}
-    for info in pkgutil.walk_packages(lightspan.methods.__path__, "lightspan.methods."):
-        for one in vars(importlib.import_module(info.name)).values():
-            own = isinstance(one, type) and issubclass(one, Method) and one.__module__ == info.name
-            if own and {"embeddings", "projector", "assignments"} & vars(one).keys():
-                named[info.name.removeprefix("lightspan.methods.")] = one
-    return named
-
-
-METHODS = found()
+METHODS = {
+    name: method
+    for name, method in method_cases.METHODS.items()
+    if {"embeddings", "projector", "assignments"} & vars(method).keys()
+}
+"""Those that define one of the contract's three names."""
 WITH_PROTOTYPES = [name for name, method in METHODS.items() if hasattr(method, "assignments")]
 
 
 def made(name: str) -> tuple[Any, dict[str, Any]]:
-    """A small one from its own tests, with what the sentinel gives it of a batch."""
-    family, _, own = name.partition(".")
-    tests = importlib.import_module(f"tests.methods.{family}.test_{own}")
-    return tests.method(), next(single_views(getattr(tests, "batch", method_runs.batch)()))
+    """With a BatchNorm behind each convolution, and what the sentinel gives the method of a batch."""
+    model = CASES[name].make()
+    for at, part in [*model.named_modules()]:
+        if isinstance(part, nn.Conv2d):
+            model.set_submodule(at, Normed(part))
+    return model, next(single_views(CASES[name].batch(ROWS, 0)))
+
+
+class Normed(nn.Conv2d):
+    """A convolution whose rows see one another in training, and that counts what it saw."""
+
+    def __init__(self, of: nn.Conv2d) -> None:
+        super().__init__(of.in_channels, of.out_channels, of.kernel_size, of.stride)  # type: ignore[arg-type]
+        self.load_state_dict(of.state_dict())
+        self.norm = nn.BatchNorm2d(of.out_channels)
+        self.requires_grad_(of.weight.requires_grad)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.norm(super().forward(x_BCHW))
 
 
 def test_the_contract_is_held_by_those_that_need_it() -> None:
@@ -93,15 +98,13 @@ def read(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _sharded(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    rank_processes.join(rank, port)
     for name in WITH_PROTOTYPES:
         (model, given), (whole, _) = made(name), made(name)
         with detached(whole):
             compares = Compares(given, [*read(whole, given)])
         options: dict[str, Any] = {"strategy": FSDP2(), "devices": 2, "use_distributed_sampler": False}
-        method_runs.fit(model, [method_runs.batch(seed=0)], Path(folder), callbacks=[compares], **options)
+        method_runs.fit(model, [CASES[name].batch(ROWS, 0)], Path(folder), callbacks=[compares], **options)
         assert compares.compared
 
 

@@ -3,7 +3,8 @@
 Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (SwAV), NeurIPS
 2020, arXiv 2006.09882: swapped prediction (eq. 1, 2, 6), codes by Sinkhorn-Knopp (eq. 3-5, appendix A), multi-crop
 (section 3.3), queue (section 4.1), and the authors' code: prototypes come back to unit length after each step, which is
-itself unconstrained, and a batch joins the queue after its step. Sinkhorn-Knopp runs in logarithms over
+itself unconstrained, and a batch joins the queue after its step, so that its micro-batches do not meet one another
+there either. Sinkhorn-Knopp runs in logarithms over
 the rows of all ranks; each rank adds its share of the queue to them.
 Shapes: B images of this rank, G global and V views, D embedding width, K prototypes, L rows of a queue.
 """

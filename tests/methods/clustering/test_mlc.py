@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import method_runs
 import pytest
 import rank_processes
 import torch
@@ -146,34 +145,6 @@ def test_two_ranks_have_the_loss_the_gradient_and_the_membership_of_one(tmp_path
         torch.testing.assert_close(part["membership"], method().membership(c.detach()))
     for name, whole in (("z", z.grad), ("c", c.grad)):
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole, rtol=1e-4, atol=1e-5)
-
-
-class Pooled(torch.nn.Module):
-    """A backbone without BatchNorm, which would see the rows of one rank."""
-
-    num_features = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Conv2d(1, 8, kernel_size=3)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.layer(image).tanh().mean(dim=(2, 3))
-
-
-def of_both_stages() -> MLC:
-    torch.manual_seed(0)
-    parts = {"backbone": Pooled(), "projector": torch.nn.Linear(8, 8), "head": torch.nn.Linear(8, 6)}
-    built = method(**parts, first_share=0.5, similarity=0.1)
-    with torch.no_grad():
-        built.cluster_head.weight.add_(1.0)  # apart from the feature head, so that the copy shows
-    return built
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_through_both_stages_as_one_process_does(tmp_path: Path) -> None:
-    batches = [method_runs.batch(seed=seed, locals_=0) for seed in range(4)]
-    method_runs.two_ranks_train_as_one(of_both_stages, batches, tmp_path)
 
 
 def test_validation_tells_clusters_that_are_apart() -> None:

@@ -1,4 +1,4 @@
-"""SwAV: the loss pair by pair and against lightly's, prototypes, queue, freeze, resume, and ranks."""
+"""SwAV: the loss pair by pair and against lightly's, prototypes, queue and freeze."""
 
 import math
 from functools import partial
@@ -29,13 +29,6 @@ def method(**settings: Any) -> SwAV:
         "optimizer": partial(torch.optim.SGD, lr=0.5, momentum=0.9),
     }  # fmt: skip
     return SwAV(SmallConvNet(width=4, stages=2), Projector(8, [10], 6), **given | settings)
-
-
-def without_norms(prototypes: int = 7) -> SwAV:
-    made = method(queue=12, prototypes=prototypes)
-    projector = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 6))
-    made.network.backbone, made.network.head = method_runs.Pooled(), projector
-    return made
 
 
 def embedded(model: SwAV, view: Tensor) -> Tensor:
@@ -105,7 +98,7 @@ def test_codes_behind_a_queue_are_the_last_rows_of_those_of_all_and_a_batch_neve
         whole = sinkhorn(torch.cat([rows @ model.prototypes.weight.T, scores]).detach(), 0.3)
         torch.testing.assert_close(codes(view, scores), whole[-6:])
     model.training_step(given, 0)
-    assert torch.equal(model.queues[0].rows_LD, before[0])  # nor do the micro-batches of one step meet each other
+    assert torch.equal(model.queues[0].rows_LD, before[0])
     model.after_optimizer_step()
     torch.testing.assert_close(model.queues[0].rows_LD[:6], before[0][6:])
 
@@ -151,28 +144,6 @@ def test_prototypes_are_one_table_that_is_not_decayed() -> None:
         for group in method(optimizer=partial(torch.optim.SGD, weight_decay=0.1)).groups.build(method())
     }
     assert [name for name, _ in groups["embeddings"]["params"]] == ["prototypes.weight"]
-
-
-def test_a_resumed_run_goes_on_bit_for_bit_with_its_queue(tmp_path: Path) -> None:
-    method_runs.resumes(lambda: method(queue=12), batch(), tmp_path)
-
-
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", ["equal images", "black", "no local views"])
-def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    model = method(queue=4)
-    batches = [method_runs.degenerate(kind)] * 3
-    method_runs.stays_finite(model, batches, tmp_path, precision=precision)
-
-
-def test_a_step_that_float16_overflows_leaves_prototypes_and_queue(tmp_path: Path) -> None:
-    method_runs.an_overflow_leaves_nothing(without_norms, BATCHES[:3], tmp_path)
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize("prototypes", [7, 4])  # of fewer prototypes than columns FSDP2 splits the columns
-def test_two_ranks_train_as_one_process_does(prototypes: int, tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(partial(without_norms, prototypes), BATCHES, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_processes
 import torch
-import torch.distributed as dist
 from lightning import Trainer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -20,8 +16,6 @@ from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
-from lightspan.sharded import whole
-from lightspan.strategies import shard_blocks
 from lightspan.surgery.factorise import factorised
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -161,34 +155,6 @@ def test_distillation_alone_brings_the_features_back_to_the_teachers() -> None:
 def test_bad_settings_are_refused_before_training(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         method(**settings)
-
-
-def one_rank(index: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
-    model = method(torch.float64, alpha=2.0, beta=0.5)
-    shard_blocks(model, init_device_mesh("cpu", (2,)))
-    register_fsdp_forward_method(model, "training_step")
-    model.training_step(
-        {name: tensor.chunk(2)[index] for name, tensor in images(dtype=torch.float64).items()}, 0
-    ).backward()
-    gradients = {name: whole(p.grad).contiguous() for name, p in model.named_parameters() if p.grad is not None}
-    if index == 0:
-        save_file(gradients, f"{folder}/gradients.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.ranks
-def test_two_sharded_ranks_get_the_gradient_of_one(tmp_path: Path) -> None:
-    rank_processes.start(one_rank, 2, str(tmp_path))
-    alone = method(torch.float64, alpha=2.0, beta=0.5)
-    alone.training_step(images(dtype=torch.float64), 0).backward()
-    expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-    sharded = load_file(tmp_path / "gradients.safetensors")
-    assert sharded.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(sharded[name], gradient, rtol=1e-6, atol=1e-12)
 
 
 def test_the_recipes_hand_the_network_on_from_one_to_the_next(tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
-"""MoCo: its step written out, what enters the queue and when, and N ranks as one."""
+"""MoCo: its step written out, and what enters the queue and when."""
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import method_runs
 import pytest
 import torch
-from method_runs import DEGENERATE, batch, degenerate, fit
+from method_runs import batch, fit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,12 +24,6 @@ def method(queue: int = 15, momentum: float = 0.9, **settings: Any) -> MoCo:
 
 def two_views(rows: int = 6, seed: int = 1) -> dict[str, Any]:
     return batch(rows, seed, locals_=0)
-
-
-def without_norms(queue: int = 12) -> MoCo:
-    torch.manual_seed(0)
-    parts = method_runs.Flat(), Projector(8, [16], 6, hidden_norm=False)
-    return MoCo(*parts, queue=queue, momentum=0.9, optimizer=partial(torch.optim.SGD, lr=0.05))
 
 
 def test_the_loss_is_that_of_the_pair_among_the_rows_of_the_queue() -> None:
@@ -83,11 +76,6 @@ def test_the_keys_of_a_step_enter_after_it_once_and_the_oldest_leave(tmp_path: P
     assert model.queue.seen.take() == []
 
 
-def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
-    batches = [two_views(6, seed) for seed in range(3)]
-    method_runs.accumulated_halves_train_as_one(without_norms, batches, tmp_path)
-
-
 def test_the_teacher_is_the_average_of_the_student(tmp_path: Path) -> None:
     model = method(momentum=0.5)
     before = [p.clone() for p in model.teacher.parameters()]
@@ -107,17 +95,6 @@ def test_the_statistics_of_its_norms_are_averaged_as_its_weights_are(tmp_path: P
         torch.testing.assert_close(mine[name], 0.75 * old + 0.25 * theirs[name])
 
 
-def test_a_step_that_float16_overflows_leaves_teacher_and_queue(tmp_path: Path) -> None:
-    method_runs.an_overflow_leaves_nothing(without_norms, [two_views(6, seed) for seed in range(3)], tmp_path)
-
-
-@pytest.mark.parametrize("kind", DEGENERATE[:3])
-def test_degenerate_batches_leave_finite_weights_and_keys(kind: str, tmp_path: Path) -> None:
-    model, given = without_norms(), degenerate(kind)
-    given["views"] = given["views"][:2]
-    method_runs.stays_finite(model, [given] * 3, tmp_path)
-
-
 def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(UserError, match=r"momentum=1.5 must lie in \[0, 1\]"):
         method(momentum=1.5)
@@ -127,8 +104,3 @@ def test_what_it_cannot_train_is_refused() -> None:
         method(queue=0)
     with pytest.raises(UserError, match=r"MoCo needs 2 views of each image, and this batch gives 5"):
         method().training_step(batch(), 0)
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(without_norms, [two_views(6, seed) for seed in range(4)], tmp_path)

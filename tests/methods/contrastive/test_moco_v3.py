@@ -9,7 +9,7 @@ from typing import Any
 import method_runs
 import pytest
 import torch
-from method_runs import DEGENERATE, batch, degenerate, fit
+from method_runs import batch, fit
 from torch import nn
 from torch.nn import functional as F
 
@@ -79,14 +79,6 @@ def test_the_teachers_momentum_rises_on_a_half_cosine(tmp_path: Path) -> None:
     model, batches = method(momentum=0.6), [two_views(seed=seed) for seed in range(4)]
     momenta, _ = method_runs.taught(model, batches, tmp_path, lambda: next(model.parameters()))
     assert momenta == pytest.approx([1 - 0.4 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
-
-
-@pytest.mark.parametrize("kind", ["equal images", "black"])
-def test_degenerate_batches_leave_finite_weights(kind: str, tmp_path: Path) -> None:
-    assert kind in DEGENERATE
-    model, given = method(), degenerate(kind)
-    given["views"] = given["views"][:2]
-    method_runs.stays_finite(model, [given] * 3, tmp_path)
 
 
 def test_what_it_cannot_train_is_refused() -> None:

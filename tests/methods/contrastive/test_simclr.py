@@ -4,10 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import method_runs
 import pytest
 import torch
-from method_runs import batch, degenerate, fit
+from method_runs import batch, fit
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.config.resolve import resolve
@@ -21,11 +20,6 @@ def method(**settings: Any) -> SimCLR:
     torch.manual_seed(0)
     parts = {"backbone": SmallConvNet(width=4, stages=2), "projector": Projector(8, [16], 6)}
     return SimCLR(**parts | settings, optimizer=partial(torch.optim.SGD, lr=0.05))
-
-
-def without_norms() -> SimCLR:
-    torch.manual_seed(0)  # before its parts are made
-    return method(backbone=method_runs.Flat(), projector=Projector(8, [16], 6, hidden_norm=False))
 
 
 def two_views(rows: int = 6, seed: int = 1) -> dict[str, Any]:
@@ -51,13 +45,6 @@ def test_training_lowers_the_loss_and_features_come_from_before_the_projector(tm
     assert torch.equal(model.features({"image": given["views"][0]}), model.features(given))
 
 
-@pytest.mark.parametrize("kind", ["one image", "equal images", "black"])
-def test_degenerate_batches_leave_finite_weights(kind: str, tmp_path: Path) -> None:
-    model, given = without_norms(), degenerate(kind)
-    given["views"] = given["views"][:2]
-    method_runs.stays_finite(model, [given] * 3, tmp_path)
-
-
 def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(UserError, match=r"temperature=0.0 must be above 0"):
         method(temperature=0.0)
@@ -65,11 +52,6 @@ def test_what_it_cannot_train_is_refused() -> None:
         method(projector=Projector(9, [16], 6))
     with pytest.raises(UserError, match=r"SimCLR needs 2 views of each image, and this batch gives 5"):
         method().training_step(batch(), 0)
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(without_norms, [two_views(6, seed) for seed in range(4)], tmp_path)
 
 
 def test_the_small_recipes_of_this_family_share_network_data_and_epochs() -> None:

@@ -1,10 +1,8 @@
 """SupReMix: the loss of all views with rounded targets, and what it is without mixtures."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import method_runs
 import pytest
 import torch
 
@@ -61,31 +59,6 @@ def test_draws_are_functions_of_seed_step_sample_and_view() -> None:
         assert torch.equal(mine, all_rows.view(2, -1)[:, 40:60].flip(1).flatten())
     assert len(share.unique()) > 7900  # samples and views draw apart
     assert not torch.equal(method(seed=1).draws(index[:4], 2)[0], model.draws(index[:4], 2)[0])
-
-
-class Pooled(torch.nn.Module):
-    """A backbone without BatchNorm, which would see the rows of one rank."""
-
-    num_features = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Conv2d(1, 8, kernel_size=3)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.layer(image).tanh().mean(dim=(2, 3))
-
-
-def without_norms() -> SupReMix:
-    torch.manual_seed(0)
-    return method(backbone=Pooled(), projector=torch.nn.Linear(8, 6))
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    label = torch.tensor([0, 3, 1, 2, 0, 4])
-    batches = [method_runs.batch(seed=seed, locals_=0) | {"label": label} for seed in range(4)]
-    method_runs.two_ranks_train_as_one(without_norms, batches, tmp_path)
 
 
 def test_without_mixtures_and_weights_it_is_supcon_on_the_bins() -> None:

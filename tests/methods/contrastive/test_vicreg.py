@@ -4,10 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import method_runs
 import pytest
 import torch
-from method_runs import batch, degenerate, fit
+from method_runs import batch, fit
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.errors import UserError
@@ -47,13 +46,6 @@ def test_training_lowers_the_loss_and_without_the_variance_term_embeddings_shrin
         assert losses[-1] < losses[0]
         spreads.append(model.projector(model.backbone(given["views"][0])).std(dim=0).mean())
     assert spreads[1] < 0.5 * spreads[0]
-
-
-@pytest.mark.parametrize("kind", ["equal images", "black"])
-def test_degenerate_batches_leave_finite_weights(kind: str, tmp_path: Path) -> None:
-    model, given = method(), degenerate(kind)
-    given["views"] = given["views"][:2]
-    method_runs.stays_finite(model, [given] * 3, tmp_path)
 
 
 def test_what_it_cannot_train_is_refused() -> None:

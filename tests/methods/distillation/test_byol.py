@@ -1,10 +1,9 @@
-"""BYOL: the loss by hand and against lightly's, what reaches the teacher, schedules, and ranks."""
+"""BYOL: the loss by hand and against lightly's, what reaches the teacher, and schedules."""
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import method_runs
 import pytest
 import torch
 from method_runs import batch, fit
@@ -26,10 +25,6 @@ def method(norms: bool = True, **settings: Any) -> BYOL:
     projector, predictor = (Projector(8, [6], 8) if norms else nn.Linear(8, 8) for _ in range(2))
     given = {"momentum": 0.5, "optimizer": partial(torch.optim.SGD, lr=0.1)}
     return BYOL(backbone, projector, predictor, **given | settings)
-
-
-def without_norms() -> BYOL:
-    return method(norms=False)
 
 
 def rows(seed: int) -> Tensor:
@@ -109,20 +104,6 @@ def test_the_teacher_is_the_recursion_of_the_papers_momentum(tmp_path: Path) -> 
     assert len(students) == 4
     for mean, parameter in zip(expected, model.teacher.parameters(), strict=True):
         torch.testing.assert_close(parameter, mean)
-
-
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", ["equal images", "black"])
-def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    given = method_runs.degenerate(kind)
-    given["views"] = given["views"][:2]
-    model = method()
-    method_runs.stays_finite(model, [given] * 2, tmp_path, precision=precision)
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(without_norms, BATCHES, tmp_path)
 
 
 def test_bad_settings_and_batches_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""DINO: the loss pair by pair and against lightly's, centre, schedules, the frozen last layer, resume, and ranks."""
+"""DINO: the loss pair by pair and against lightly's, centre, schedules and the frozen last layer."""
 
 from functools import partial
 from pathlib import Path
@@ -98,32 +98,6 @@ def test_temperature_momentum_and_last_layer_follow_their_schedules(
     assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
     assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / STEPS) for step in range(STEPS)])
     assert kept == [True, True, False, False]  # its decay waits as well
-
-
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    straight = method_runs.resumes(method, batch(), tmp_path)
-    assert straight.centre().abs().max() > 0
-
-
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", method_runs.DEGENERATE)
-def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    model = method()
-    method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
-
-
-def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
-    method_runs.accumulated_halves_train_as_one(method, BATCHES, tmp_path)
-
-
-def test_a_step_that_float16_overflows_leaves_teacher_and_centre(tmp_path: Path) -> None:
-    constant = {"final_momentum": 0.5, "final_temperature": 0.04}  # a step that is skipped still counts in a schedule
-    method_runs.an_overflow_leaves_nothing(partial(method, **constant), BATCHES[:3], tmp_path)
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(method, BATCHES, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""iBOT: the loss put together by hand and against lightly's, centres, schedules, resume, and ranks."""
+"""iBOT: the loss put together by hand and against lightly's, centres and schedules."""
 
 from functools import partial
 from pathlib import Path
@@ -124,27 +124,6 @@ def test_schedules_are_followed(tmp_path: Path) -> None:
     assert kept == [True, True, False, False]
     assert masked[:2] == [0, 0]
     assert min(masked[2:]) > 0
-
-
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    straight = method_runs.resumes(method, batch(), tmp_path)
-    assert all(buffer.abs().max() > 0 for buffer in straight.centres.buffers())
-
-
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", method_runs.DEGENERATE)
-def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    model = method(masks=BlockMasks(probability=0.0)) if kind == "black" else method()
-    method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
-
-
-def test_accumulated_micro_batches_train_as_one_batch(tmp_path: Path) -> None:
-    method_runs.accumulated_halves_train_as_one(method, BATCHES, tmp_path)
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(method, BATCHES, tmp_path)
 
 
 @pytest.mark.parametrize(

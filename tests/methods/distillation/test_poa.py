@@ -1,4 +1,4 @@
-"""POA: the loss put together by hand, its limits, the teacher, resume, and ranks."""
+"""POA: the loss put together by hand, its limits and the teacher."""
 
 import copy
 from functools import partial
@@ -189,10 +189,6 @@ def test_each_step_has_its_own_size_temperature_and_masks(tmp_path: Path, monkey
     assert not torch.equal(masks[0], masks[1])
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    method_runs.resumes(method, batch(), tmp_path)
-
-
 def test_prototypes_stay_while_they_are_frozen_and_patches_count_from_their_share_on(tmp_path: Path) -> None:
     model = method(freeze_prototypes=0.5, patch_loss_from=0.5)
     masked: list[int] = []
@@ -204,25 +200,9 @@ def test_prototypes_stay_while_they_are_frozen_and_patches_count_from_their_shar
     assert min(masked[4:]) > 0
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", method_runs.DEGENERATE)
-def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    model = method()
-    method_runs.stays_finite(model, [method_runs.degenerate(kind)] * 2, tmp_path, precision=precision)
-
-
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     losses = fit(method(), [batch()] * 30, tmp_path)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-
-
-def linear_in_its_gradient() -> POA:
-    return method(optimizer=partial(torch.optim.SGD, lr=0.05, weight_decay=0.04))
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    method_runs.two_ranks_train_as_one(linear_in_its_gradient, BATCHES, tmp_path)
 
 
 @pytest.mark.parametrize(

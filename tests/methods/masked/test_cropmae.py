@@ -1,13 +1,11 @@
-"""CropMAE: its loss by hand, which view a guess depends on and how, and ranks."""
+"""CropMAE: its loss by hand, which view a guess depends on and how."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from method_runs import fit, two_ranks_train_as_one
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import vit
@@ -94,21 +92,6 @@ def test_every_weight_is_trained_and_positions_are_not() -> None:
     (image, _) = batch()["views"]
     assert torch.equal(model.features({"image": image}), model.backbone(image))
     assert torch.equal(model.features(batch()), model.backbone(image))
-
-
-@pytest.mark.ranks
-def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    two_ranks_train_as_one(method, [batch(seed=seed) for seed in range(3)], tmp_path)
-
-
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-@pytest.mark.parametrize("kind", ["one image", "black"])
-def test_degenerate_batches_train_with_finite_weights(kind: str, precision: str, tmp_path: Path) -> None:
-    given = batch(1 if kind == "one image" else 3)
-    given["views"] = [view * (kind != "black") for view in given["views"]]
-    model = method(torch.optim.AdamW, dropout=0.1)
-    fit(model, [given] * 2, tmp_path, precision=precision)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_processes
 import torch
-import torch.distributed as dist
 from lightning import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -338,41 +336,6 @@ def test_test_time_adaptation_trusts_what_it_is_most_sure_of_in_each_class(tmp_p
 def test_few_and_equal_samples_are_trusted_as_far_as_they_go() -> None:
     assert trusted_labels(torch.zeros(0, 3)).shape == (0,)
     assert trusted_labels(torch.tensor([[0.2, 0.8], [0.2, 0.8], [0.9, 0.1]])).tolist() == [1, UNTRUSTED, 0]
-
-
-def gradients_of(rows: int, folder: str) -> Tensor:
-    """The gradients of a step on this rank's rows, averaged as DDP does."""
-    found = []
-    for name in ("AdaMerging, layers", "Concrete arithmetic", "Concrete AdaMerging", "Atlas"):
-        method = logged(make(name, Path(folder) / f"of {dist.is_initialized() and dist.get_rank()}"))
-        method.log_training = lambda *_, **__: None
-        own = 8 // rows
-        given = batch(8)
-        mine = {key: value.chunk(own)[dist.get_rank() if own > 1 else 0] for key, value in given.items()}
-        loss = method.training_step(mine, 0)
-        parameters = [p for p in method.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, parameters)
-        flat = torch.cat([g.flatten() for g in gradients])
-        if own > 1:
-            dist.all_reduce(flat)
-            flat /= own
-        found.append(flat)
-    return torch.cat(found)
-
-
-def on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    gradients = gradients_of(4, folder)
-    if rank == 0:
-        save_file({"gradients": gradients}, f"{folder}/ranks.safetensors")
-    dist.destroy_process_group()
-
-
-@pytest.mark.ranks
-def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
-    rank_processes.start(on_rank, 2, str(tmp_path))
-    one, two = gradients_of(8, str(tmp_path)), load_file(tmp_path / "ranks.safetensors")["gradients"]
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_is_resumed_takes_the_steps_of_a_straight_one(tmp_path: Path) -> None:

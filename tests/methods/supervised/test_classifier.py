@@ -1,8 +1,6 @@
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import method_runs
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -114,18 +112,3 @@ def test_the_recipe_trains_750_numbers_and_differs_from_its_baseline_in_them_and
     (found,) = [c for c in built.trainer.callbacks if isinstance(c, IntrinsicDimension)]
     assert isinstance(found.make.keywords["projection"](10, 2, 0), Fastfood)
     assert sum(p.numel() for p in built.model.parameters()) == 199_210
-
-
-def of_frames() -> Classifier:
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(1, 8, kernel_size=3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    backbone.num_features = 8  # type: ignore[assignment]
-    rest = partial(torch.optim.SGD, lr=0.1)
-    return Classifier(backbone, 4, head=GrassmannHead(8, 4, 2), optimizer=partial(RiemannianSGD, lr=0.5, rest=rest))
-
-
-@pytest.mark.ranks
-def test_frames_train_on_two_ranks_as_in_one_process(tmp_path: Path) -> None:
-    batches = [method_runs.batch(seed=seed) for seed in range(6)]
-    batches = [given | {"views": given["views"][:1], "label": torch.arange(6) % 4} for given in batches]
-    method_runs.two_ranks_train_as_one(of_frames, batches, tmp_path)

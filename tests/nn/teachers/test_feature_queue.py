@@ -36,6 +36,17 @@ def test_rows_have_no_gradient_keep_float32_and_are_part_of_the_state() -> None:
         FeatureQueue(0, 3)
 
 
+def test_micro_batches_of_a_step_enter_together_after_it_and_those_of_a_skipped_one_never() -> None:
+    queue = FeatureQueue(4, 1)
+    queue.follow()
+    for step, row in ((0, 1.0), (1, 2.0), (1, 3.0)):  # the first step was not taken
+        queue.see(torch.full((1, 1), row, requires_grad=True), step)
+        assert not queue.rows_LD.any()
+    for _ in range(2):  # the second call has nothing left to take in
+        queue.follow()
+        assert queue.rows_LD[:, 0].tolist() == [0, 0, 2, 3]
+
+
 def one_rank(index: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
     queue = FeatureQueue(4, 1)

@@ -1,0 +1,395 @@
+"""A small case of every training method, for properties that hold for all of them (tests/methods/test_every_*.py).
+
+Networks have no BatchNorm and no dropout, so that rows of a batch do not see one another but where the objective says
+so, and are trained by an optimiser that is linear in the gradient.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from method_runs import Pooled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import lightspan.methods
+from lightspan.backbones.diffusion import DiT
+from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.backbones.elastic import ElasticViT
+from lightspan.backbones.language import llama
+from lightspan.backbones.text import TextTransformer
+from lightspan.backbones.tokenizers import HashedWords
+from lightspan.backbones.vision import MLP
+from lightspan.backbones.vit import vit
+from lightspan.merging.models import GaussianModels
+from lightspan.method import Method
+from lightspan.methods.bayesian.ssvi import SSVI
+from lightspan.methods.clustering.deepcluster import DeepCluster
+from lightspan.methods.clustering.mlc import MLC
+from lightspan.methods.clustering.swav import SwAV
+from lightspan.methods.compression.pela import PELA
+from lightspan.methods.contrastive.hydra import Hydra
+from lightspan.methods.contrastive.lejepa import LeJEPA
+from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
+from lightspan.methods.contrastive.moco import MoCo
+from lightspan.methods.contrastive.moco_v3 import MoCoV3
+from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
+from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.supcon import SupCon
+from lightspan.methods.contrastive.supremix import SupReMix
+from lightspan.methods.contrastive.vicreg import VICReg
+from lightspan.methods.distillation.byol import BYOL
+from lightspan.methods.distillation.dino import DINO
+from lightspan.methods.distillation.ibot import IBOT
+from lightspan.methods.distillation.mmc import MMC
+from lightspan.methods.distillation.poa import POA
+from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
+from lightspan.methods.image_text.clip import CLIP
+from lightspan.methods.image_text.pre import PRE
+from lightspan.methods.language.causal_lm import CausalLM
+from lightspan.methods.language.text_classifier import TextClassifier
+from lightspan.methods.masked.cae import CAE
+from lightspan.methods.masked.cropmae import CropMAE
+from lightspan.methods.masked.i_jepa import IJEPA
+from lightspan.methods.masked.mae import MAE
+from lightspan.methods.merging.adamerging import AdaMerging
+from lightspan.methods.merging.atlas import Atlas
+from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
+from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
+from lightspan.methods.supervised.classifier import Classifier
+from lightspan.nn.class_pairs import Arbitrary
+from lightspan.nn.clustering.patch_codes import PatchCodes
+from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
+from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.heads.class_gates import ClassPairGate
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.grassmann_head import GrassmannHead
+from lightspan.nn.heads.projector import Projector
+from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.masking.multi_block import MultiBlock
+from lightspan.nn.pretext import QuarterTurn
+from lightspan.nn.sequences.token_lstm import TokenLSTM
+from lightspan.optim.riemannian import RiemannianSGD
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+ROWS = 8
+"""Of a batch that a run begins with, even on each of two ranks."""
+IMAGES = 4 * ROWS
+"""Of the batches of seeds below 4."""
+
+AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
+PER_RANK = "random numbers are those of the rank"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a network of a few hundred weights.
+
+    Args:
+        build: settings (`optimizer` among them) -> the method, after the seed was set.
+        batch: rows, seed -> a batch.
+        halves_differ: why two micro-batches of half the rows do not train as one batch; None if they do.
+        ranks_differ: why two ranks with half the rows each do not train as one process; None if they do.
+        unsharded: what the method says where FSDP2 would split it; None if it trains there.
+        refuses_low_rank: what it says of an optimiser that moves matrices in a subspace; None if that trains it.
+        refuses_one_row: what it says of a batch of one row; None if it trains on that.
+        forward_state: buffers that a forward pass changes, whether or not a step follows.
+    """
+
+    build: Callable[..., Method]
+    batch: Callable[[int, int], dict[str, Any]]
+    halves_differ: str | None = None
+    ranks_differ: str | None = None
+    unsharded: str | None = None
+    refuses_low_rank: str | None = None
+    refuses_one_row: str | None = None
+    forward_state: tuple[str, ...] = ()
+
+    def make(self, optimizer: Any = SGD) -> Any:
+        torch.manual_seed(0)
+        return self.build(optimizer=optimizer)
+
+
+def found() -> dict[str, type[Method]]:
+    """Methods by their module in lightspan.methods: the first of each that trains."""
+    named: dict[str, type[Method]] = {}
+    for info in pkgutil.walk_packages(lightspan.methods.__path__, "lightspan.methods."):
+        for one in vars(importlib.import_module(info.name)).values():
+            if isinstance(one, type) and issubclass(one, Method) and one.__module__ == info.name:
+                named.setdefault(info.name.removeprefix("lightspan.methods."), one)
+    return named
+
+
+METHODS = found()
+
+
+def views(
+    count: int = 2, smaller: int = 0, classes: int = 3, channels: int = 1
+) -> Callable[[int, int], dict[str, Any]]:
+    """`count` views of 8 x 8 pixels of each image and `smaller` ones of 4 x 4."""
+
+    def made(rows: int, seed: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        sides = [8] * count + [4] * smaller
+        return {
+            "views": [torch.randn(rows, 1, side, side, generator=generator) for side in sides],
+            "label": (torch.arange(rows) + seed) % classes,
+            "index": torch.arange(rows) + ROWS * seed,
+        }
+
+    return made
+
+
+def images(labels: tuple[int, ...] = (0, 1, 2)) -> Callable[[int, int], dict[str, Any]]:
+    def made(rows: int, seed: int) -> dict[str, Any]:
+        given = views(1)(rows, seed)
+        (image,) = given.pop("views")
+        return given | {"image": image, "label": torch.tensor([labels[(i + seed) % len(labels)] for i in range(rows)])}
+
+    return made
+
+
+def pairs(rows: int, seed: int) -> dict[str, Any]:
+    """Images and texts."""
+    return images()(rows, seed) | texts(rows, seed)
+
+
+def texts(rows: int, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    length = torch.randint(1, 7, (rows, 1), generator=generator)
+    mask = (torch.arange(6) < length).long()
+    return {
+        "tokens": torch.randint(1, 20, (rows, 6), generator=generator) * mask,
+        "mask": mask,
+        "label": (torch.arange(rows) + seed) % 3,
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def windows(rows: int, seed: int) -> dict[str, Any]:
+    return {"tokens": torch.randint(16, (rows, 9), generator=torch.Generator().manual_seed(seed))}
+
+
+def projector(width: int = 6) -> Projector:
+    return Projector(8, [10], width, hidden_norm=False)
+
+
+def patch_vit(**settings: Any) -> nn.Module:
+    """16 patches of 2 x 2 pixels."""
+    return vit(16, 2, 2, img_size=8, patch_size=2, in_chans=1, **settings)
+
+
+def elastic(widths: list[int], depths: list[int]) -> ElasticViT:
+    return ElasticViT(widths, depths, head_dim=4, img_size=8, patch_size=2, in_chans=1, init_values=0.1)
+
+
+def dino_head(width: int, prototypes: int) -> DINOHead:
+    return DINOHead(width, prototypes, hidden=(12,), bottleneck=6)
+
+
+MOMENTA: dict[str, Any] = {"momentum": 0.5, "final_momentum": 0.9}
+FREE: dict[str, Any] = {"freeze_prototypes": 0.0}
+
+
+def dino(prototypes: int, **optimization: Any) -> DINO:
+    return DINO(Pooled(), dino_head(8, prototypes), temperature_warmup=0.5, **MOMENTA, **FREE, **optimization)
+
+
+def swav(prototypes: int, **optimization: Any) -> SwAV:
+    settings = {"queue": 12, "code_temperature": 0.3}
+    return SwAV(Pooled(), nn.Linear(8, 6), prototypes, **settings, **FREE, **optimization)
+
+
+def cae(codes: int | None, **optimization: Any) -> CAE:
+    tokenizer = None if codes is None else PatchCodes(codes, (2, 2), channels=1)
+    regressor, decoder = LatentRegressor(16, 1, 2), LatentDecoder(16, codes or 4, 1, 2)
+    masks = BlockMasks(1.0, (0.5, 0.5))
+    return CAE(patch_vit(layer_scale=0.1), regressor, decoder, tokenizer, masks=masks, **optimization)
+
+
+def mlc(**optimization: Any) -> MLC:
+    """Its second stage begins in the middle of the run."""
+    built = MLC(Pooled(), nn.Linear(8, 8), nn.Linear(8, 6), first_share=0.5, similarity=0.1, **optimization)
+    with torch.no_grad():
+        built.cluster_head.weight.add_(1.0)  # apart from the feature head, so that the copy shows
+    return built
+
+
+def cropmae(**optimization: Any) -> CropMAE:
+    block = partial(CrossFirst, heads=2, mlp_width=16, dropout=0.0)
+    return CropMAE(patch_vit(), CrossDecoder(16, 4, width=8, depth=1, block=block, place_other=False), **optimization)
+
+
+def mmc(**optimization: Any) -> MMC:
+    parts = nn.Linear(16, 8), nn.Linear(8, 8), dino_head(16, 4), nn.Linear(16, 4)
+    settings = {"momentum": 0.5, "corruption": GroupCorruption(alien=0.0)}
+    return MMC(patch_vit(), *parts, **settings, **FREE, **optimization)
+
+
+def poa(**optimization: Any) -> POA:
+    heads = [dino_head(16, prototypes) for prototypes in (4, 9)]
+    settings = {"masks": BlockMasks(probability=0.8), "patch_loss_from": 0.0}
+    return POA(elastic([8, 16], [1, 2]), heads, **settings, **MOMENTA, **FREE, **optimization)
+
+
+def hydra(**optimization: Any) -> Hydra:
+    gate = ClassPairGate(8, 6, label_features=5, hidden=7)
+    for name, part in [*gate.named_modules()]:
+        if isinstance(part, nn.BatchNorm1d):
+            gate.set_submodule(name, nn.Identity())
+    return Hydra(Pooled(), projector(), gate, Arbitrary(1), **optimization)
+
+
+def pre(**optimization: Any) -> PRE:
+    encoders = DualEncoder(Pooled(), TextTransformer(64, 8, 1, 2, 12), width=6)
+    built = PRE(encoders, TokenLSTM(8), base_classes=[1, 3], **optimization)
+    built.tokenizer, built.class_names = HashedWords(64), ["red ring", "blue bar", "large white cross", "disc"]
+    built.name_classes(built.tokenizer, built.class_names)
+    return built
+
+
+def framed(optimizer: Any) -> Classifier:
+    head, rule = GrassmannHead(8, 4, rank=2), partial(RiemannianSGD, lr=0.5, rest=optimizer)
+    return Classifier(Pooled(), 4, head=head, optimizer=rule)
+
+
+def bert(**optimization: Any) -> TextClassifier:
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return TextClassifier(BertModel(config, add_pooling_layer=False), 3, **optimization)
+
+
+def pela(**optimization: Any) -> PELA:
+    sides = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 0}
+    network = VisionTransformer(embed_dim=16, depth=1, num_heads=2, **sides)
+    return PELA(network, nn.Linear(16, 3), ratio=2.0, beta=0.5, **optimization)
+
+
+def dit(**optimization: Any) -> DenoisingDiffusion:
+    backbone = DiT(8, patch_size=4, in_chans=1, width=8, depth=1, heads=2, num_classes=3)
+    return DenoisingDiffusion(backbone, levels=10, **optimization)
+
+
+def ssvi(**optimization: Any) -> SSVI:
+    return SSVI(MLP((1, 8, 8), (12,)), 3, density=0.3, train_samples=100, **optimization)
+
+
+def merging(kind: Callable[..., Method], **optimization: Any) -> Method:
+    heads = {task: nn.Linear(12, 10) for task in TASKS}
+    return kind(MLP((1, 8, 8), (12,)), GaussianModels([*TASKS]), heads, **optimization)
+
+
+def of_tasks(rows: int, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(rows, len(TASKS), 1, 8, 8, generator=generator)
+    label = torch.randint(10, (rows, len(TASKS)), generator=generator)
+    return {"image": image, "label": label, "index": torch.arange(rows) + ROWS * seed}
+
+
+TASKS = ("up", "left", "down")
+WHOLE = "which a sharded one cannot be"
+
+CASES: dict[str, Case] = {
+    "bayesian.ssvi": Case(ssvi, images(), unsharded="which FSDP2 splits", refuses_low_rank="got no matrix to project"),
+    "clustering.deepcluster": Case(
+        lambda **o: DeepCluster(Pooled(), nn.Linear(8, 6), IMAGES, (3, 4, 5), **o),
+        views(2, smaller=2),
+        forward_state=("memory_GMD",),
+    ),
+    "clustering.mlc": Case(mlc, views(), halves_differ=AMONG_ROWS),
+    "clustering.swav": Case(partial(swav, 7), views(2, smaller=2), halves_differ=AMONG_ROWS),
+    "clustering.swav, wide": Case(partial(swav, 4), views(2, smaller=2), halves_differ=AMONG_ROWS),
+    "compression.pela": Case(pela, images()),
+    "contrastive.hydra": Case(hydra, views(), halves_differ=AMONG_ROWS),
+    "contrastive.lejepa": Case(
+        lambda **o: LeJEPA(Pooled(), projector(), directions=20, **o), views(2, smaller=2), halves_differ=AMONG_ROWS
+    ),
+    "contrastive.mixed_barlow_twins": Case(
+        lambda **o: MixedBarlowTwins(Pooled(), projector(), **o),
+        views(),
+        halves_differ=AMONG_ROWS,
+        ranks_differ=PER_RANK,
+        refuses_one_row="batch of 1: standardising needs at least 2 rows",
+    ),
+    "contrastive.mixed_barlow_twins, plain": Case(
+        lambda **o: MixedBarlowTwins(Pooled(), projector(), lam_reg=0.0, **o),
+        views(),
+        halves_differ=AMONG_ROWS,
+        refuses_one_row="batch of 1: standardising needs at least 2 rows",
+    ),
+    "contrastive.moco": Case(lambda **o: MoCo(Pooled(), projector(), queue=12, momentum=0.9, **o), views()),
+    "contrastive.moco_v3": Case(
+        lambda **o: MoCoV3(Pooled(), projector(), Projector(6, [10], 6, hidden_norm=False), **o),
+        views(),
+        halves_differ=AMONG_ROWS,
+    ),
+    "contrastive.scatsimclr": Case(
+        lambda **o: ScatSimCLR(Pooled(), projector(), QuarterTurn(8, hidden=(6, 5), dropout=0.0), **o),
+        views(6),
+        halves_differ=AMONG_ROWS,
+    ),
+    "contrastive.simclr": Case(lambda **o: SimCLR(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
+    "contrastive.supcon": Case(lambda **o: SupCon(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
+    "contrastive.supremix": Case(
+        lambda **o: SupReMix(Pooled(), projector(), **o), views(classes=5), halves_differ=AMONG_ROWS
+    ),
+    "contrastive.vicreg": Case(
+        lambda **o: VICReg(Pooled(), projector(), **o),
+        views(),
+        halves_differ=AMONG_ROWS,
+        refuses_one_row="batch of 1: a variance over the batch needs at least 2 rows",
+    ),
+    "distillation.byol": Case(lambda **o: BYOL(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), momentum=0.5, **o), views()),
+    "distillation.dino": Case(partial(dino, 9), views(2, smaller=2)),
+    "distillation.dino, wide": Case(partial(dino, 4), views(2, smaller=2)),
+    "distillation.ibot": Case(
+        lambda **o: IBOT(
+            elastic([16], [1]), [dino_head(16, 4)], masks=BlockMasks(probability=0.8), **MOMENTA, **FREE, **o
+        ),
+        views(2, smaller=1),
+    ),
+    "distillation.mmc": Case(mmc, views(), halves_differ=AMONG_ROWS),
+    "distillation.poa": Case(poa, views(2, smaller=1), halves_differ=AMONG_ROWS),
+    "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
+    "image_text.clip": Case(
+        lambda **o: CLIP(DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=5), **o),
+        pairs,
+        halves_differ=AMONG_ROWS,
+    ),
+    "image_text.pre": Case(pre, images(labels=(1, 3))),
+    "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows),
+    "language.text_classifier": Case(bert, texts),
+    "masked.cae": Case(partial(cae, 5), views(1), halves_differ="the first micro-batch alone gives the codes"),
+    "masked.cae, pixels": Case(partial(cae, None), views(1)),
+    "masked.cropmae": Case(cropmae, views(2)),
+    "masked.i_jepa": Case(
+        lambda **o: IJEPA(
+            patch_vit(), MaskDecoder(16, 16, width=8, depth=1, heads=2), MultiBlock(targets=2), momentum=0.5, **o
+        ),
+        views(1),
+    ),
+    "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
+    "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
+    "merging.concrete_adamerging": Case(
+        partial(merging, ConcreteAdaMerging, inner=partial(torch.optim.SGD, lr=0.1)),
+        of_tasks,
+        halves_differ="every other row of a batch makes the inner step",
+        unsharded=WHOLE,
+        refuses_one_row="needs two samples a batch",
+    ),
+    "merging.concrete_arithmetic": Case(partial(merging, ConcreteArithmetic), of_tasks, unsharded=WHOLE),
+    "masked.mae": Case(lambda **o: MAE(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), **o), views(1)),
+    "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
+    "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
+}
+"""By method, with variants behind a comma. A batch that is the same for two ranks, in halves or resumed is the rule;
+what a case says about itself is the exception, which the suites hold it to."""

@@ -1,0 +1,102 @@
+"""What holds for every training method: it resumes bit for bit, accumulates, trains in half precision, stays finite."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import method_runs
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from method_cases import CASES, METHODS, ROWS
+from method_runs import differences, in_halves, mapped, rows_of
+from torch import Tensor
+
+from lightspan.callbacks.resilience.random_state import RandomState
+from lightspan.errors import UserError
+
+
+def batches(name: str, rows: int = ROWS) -> list[dict[str, Any]]:
+    return [CASES[name].batch(rows, seed) for seed in range(4)]
+
+
+def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names of what is not equal bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+
+
+def test_every_method_has_a_case() -> None:
+    assert {"contrastive.simclr", "distillation.dino", "masked.mae", "image_text.clip"} <= METHODS.keys()
+    lacking = sorted(METHODS.keys() - {name.partition(",")[0] for name in CASES})
+    assert not lacking, (
+        f"lightspan.methods.{lacking[0]} has no case: add one named {lacking[0]!r} to CASES of tests/method_cases.py, "
+        "a network without BatchNorm and a batch, so that it is resumed, sharded, accumulated and run in half precision"
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_is_stopped_and_resumed_is_the_straight_one_bit_for_bit(name: str, tmp_path: Path) -> None:
+    method_runs.resumes(CASES[name].make, batches(name), tmp_path, steps=(2, 3), callbacks=[RandomState(0)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_train_as_one_batch_unless_its_rows_see_one_another(name: str, tmp_path: Path) -> None:
+    one, two = CASES[name].make().double(), CASES[name].make().double()
+    given = method_runs.in_float64(batches(name))
+    method_runs.fit(one, given, tmp_path, callbacks=[RandomState(0)])
+    halves = [half for whole in given for half in in_halves(whole)]
+    method_runs.fit(two, halves, tmp_path, callbacks=[RandomState(0)], accumulate_grad_batches=2)
+    differ = differences(two.state_dict(), one.state_dict())
+    assert bool(differ) == (CASES[name].halves_differ is not None), differ
+
+
+class Skips(Callback):
+    """The second step, by a gradient that is infinite; with the state around it."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.fit_loop.batch_idx == 1:
+            next(p.grad for p in pl_module.parameters() if p.grad is not None).fill_(torch.inf)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.after = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_float16_that_is_skipped_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    given, ends = batches(name), list[dict[str, Tensor]]()
+    for skipped in (given[1], given[3]):
+        model, skips = CASES[name].make(), Skips()
+        precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=16.0))
+        run = [given[0], skipped, given[2]]
+        with torch.backends.mkldnn.flags(enabled=False):  # which has no LSTM of float16
+            method_runs.stays_finite(model, run, tmp_path, callbacks=[RandomState(0), skips], plugins=[precision])
+        assert not set(apart(skips.before, skips.after)) - set(CASES[name].forward_state)
+        ends.append(model.state_dict())
+        assert apart(skips.after, ends[-1])  # the next step is taken
+    assert not set(apart(*ends)) - set(CASES[name].forward_state)  # whatever was in that batch
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_batches_of_one_row_of_equal_rows_of_zeros_and_of_large_views_alone_leave_finite_weights(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    first, second, third, last = batches(name, rows=4)
+    equal = rows_of(second, torch.zeros(4, dtype=torch.int64))
+    black = mapped(third, lambda rows: rows * 0 if rows.is_floating_point() else rows)
+    large = dict(last)
+    if "views" in large:
+        large["views"] = [view for view in large["views"] if view.shape == large["views"][0].shape]
+    one_row, said = rows_of(first, slice(0, 1)), CASES[name].refuses_one_row
+    run = [first, equal, black, large, *([] if said else [one_row])]
+    method_runs.stays_finite(CASES[name].make(), run, tmp_path, precision=precision)
+    if said:
+        with pytest.raises(UserError, match=said):
+            method_runs.fit(CASES[name].make(), [one_row], tmp_path, precision=precision)

@@ -1,0 +1,110 @@
+"""What holds for every training method on two ranks: they train as one process, whatever divides its weights, and any
+low-rank optimiser trains it.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import method_runs
+import pytest
+import rank_processes
+import torch
+import torch.distributed as dist
+from method_cases import CASES, ROWS
+from method_runs import differences, in_float64, in_halves
+
+from lightspan.callbacks.resilience.random_state import RandomState
+from lightspan.errors import UserError
+from lightspan.optim import presets
+from lightspan.optim.low_rank import LowRank
+from lightspan.strategies import FSDP2
+
+OPTIMIZERS: dict[str, type[LowRank]] = {
+    name: kind for name, kind in vars(presets).items() if isinstance(kind, type) and issubclass(kind, LowRank)
+}
+"""Every low-rank optimiser: `LowRank` itself, and its presets."""
+
+
+def run(name: str, rank: int | None, folder: str, **options: Any) -> dict[str, torch.Tensor]:
+    """Weights and buffers after training on this rank's half of each batch, or on all of it."""
+    batches = in_float64([CASES[name].batch(ROWS, seed) for seed in range(4)])
+    if rank is not None:
+        batches = [in_halves(given)[rank] for given in batches]
+        options |= {"devices": 2, "use_distributed_sampler": False}
+    model = CASES[name].make().double()
+    method_runs.fit(model, batches, Path(folder), callbacks=[RandomState(0)], **options)
+    return model.state_dict()
+
+
+def _every_method(rank: int, folder: str, port: int) -> None:
+    rank_processes.join(rank, port)
+    wrong = []
+    for name, case in CASES.items():
+        expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
+        for strategy in ("ddp", FSDP2()):
+            refusal = case.unsharded if isinstance(strategy, FSDP2) else None
+            try:
+                differ = differences(run(name, rank, folder, strategy=strategy), expected)
+                refused = None
+            except UserError as error:
+                differ, refused = [], str(error)
+            as_said = refused is None if refusal is None else refused is not None and re.search(refusal, refused)
+            if not as_said or (refusal is None and bool(differ) != (case.ranks_differ is not None)):
+                wrong.append(f"{name} under {strategy}: {refused or differ or 'no difference'}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_every_method_as_one_process_does(tmp_path: Path) -> None:
+    for name in CASES:
+        torch.save(run(name, None, str(tmp_path)), tmp_path / f"{name}.pt")
+    rank_processes.start(_every_method, 2, str(tmp_path), rank_processes.free_port())
+
+
+def _low_rank(rank: int, pairs: list[tuple[str, str]], folder: str, port: int) -> None:
+    """Two steps of each pair: weights move, stay finite, and are the same on both ranks."""
+    rank_processes.join(rank, port)
+    wrong = []
+    for name, optimizer in pairs:
+        case = CASES[name]
+        model = case.make(partial(OPTIMIZERS[optimizer], lr=1e-2, rank=1))
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        batches = [in_halves(case.batch(ROWS, seed))[rank] for seed in range(2)]
+        options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+        try:
+            method_runs.stays_finite(model, batches, Path(folder), callbacks=[RandomState(0)], **options)
+        except UserError as error:
+            if case.refuses_low_rank is None or not re.search(case.refuses_low_rank, str(error)):
+                wrong.append(f"{name} with {optimizer}: {error}")
+            continue
+        if case.refuses_low_rank is not None:
+            wrong.append(f"{name} with {optimizer} is not refused")
+        if all(torch.equal(parameter, before[key]) for key, parameter in model.named_parameters()):
+            wrong.append(f"{name} with {optimizer} stays where it was")
+        flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        first = flat.clone()
+        dist.broadcast(first, 0)
+        if not torch.equal(flat, first):
+            wrong.append(f"{name} with {optimizer} differs between the ranks")
+    assert not wrong, "\n".join(wrong)
+
+
+def trained_on_two_ranks(pairs: Iterable[tuple[str, str]], folder: Path) -> None:
+    rank_processes.start(_low_rank, 2, [*pairs], str(folder), rank_processes.free_port())
+
+
+@pytest.mark.ranks
+def test_low_rank_optimisers_in_turn_train_every_method_on_two_ranks(tmp_path: Path) -> None:
+    assert {"LowRank", "GaLore", "DCTAdamW", "Trion"} <= OPTIMIZERS.keys()
+    trained_on_two_ranks(zip(CASES, islice(cycle(OPTIMIZERS), len(CASES)), strict=True), tmp_path)
+
+
+@pytest.mark.sweep
+@pytest.mark.ranks
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_low_rank_optimiser_trains_every_method_on_two_ranks(optimizer: str, tmp_path: Path) -> None:
+    trained_on_two_ranks([(name, optimizer) for name in CASES], tmp_path)
