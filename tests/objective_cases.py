@@ -205,6 +205,7 @@ PARTS = {
     *(
         "entropy.entropy",
         "masked.normalised_patches",
+        "masked.denormalised_patches",
         "means.squared_error",
         "prototypes.sinkhorn",
         "prototypes.column_potentials",
