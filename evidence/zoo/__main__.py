@@ -24,7 +24,7 @@ from evidence.zoo.methods import ENCODERS, ENTRIES
 from evidence.zoo.records import OURS, SEARCH_SEED, UNTRAINED, Cell, Row
 from lightspan.errors import UserError
 
-STEPS = {"fashion": 100, "openclipart": 100, "full": 2000}
+STEPS = {"fashion": 80, "openclipart": 80, "full": 1600}
 TIMED = 30
 
 

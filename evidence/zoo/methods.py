@@ -47,7 +47,8 @@ from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 
 ENCODERS = ("ViT", "conv net")
-WIDTH, DEPTH, HEADS, GRID = 64, 4, 4, 4
+WIDTH, DEPTH, HEADS, GRID = 48, 3, 4, 4
+CHANNELS, STAGES = 8, 4
 HIDDEN, OUT, PROTOTYPES, DECODER = 256, 128, 128, 32
 MOMENTUM, QUEUE = 0.95, 1024
 """A teacher that looks back 20 steps: momenta of the papers are for runs of 100,000 steps and more."""
@@ -82,7 +83,7 @@ class Task(NamedTuple):
     def encoder(self, mask_token: bool = False) -> Any:
         """A transformer whose features are the mean over 4 x 4 patches, or four convolutions."""
         if self.encoder_name == "conv net":
-            return SmallConvNet(self.channels, 16, 4)
+            return SmallConvNet(self.channels, CHANNELS, STAGES)
         sizes = {"img_size": self.side, "patch_size": self.patch, "in_chans": self.channels}
         return vit(WIDTH, DEPTH, HEADS, **sizes, pool="avg", any_size=True, mask_token=mask_token)  # type: ignore[arg-type]
 

@@ -4,11 +4,12 @@ Shapes: N pictures, C channels, S side in pixels.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -18,11 +19,13 @@ from lightspan.datamodules.pictures.folder import ImageFolder
 
 DRAWINGS = Path("/usr/share/openclipart/png")
 TRAINING, DRAWING_SIDE = 2500, 32
+PARTS = ("train", "val", "test")
 SEED_STRIDE = 1_000_003
 Batch = dict[str, object]
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Split:
     """Pictures, uint8, and labels; `val` chooses the rate, and is None for data that take the rates of others."""
 
     train: Labelled
@@ -42,6 +45,15 @@ class Split(NamedTuple):
     @property
     def classes(self) -> int:
         return 1 + int(max(self.train.labels.max(), self.test.labels.max()))
+
+    @cached_property
+    def images(self) -> dict[str, Tensor]:
+        """The pictures of each part as they are, standardised, [N C S S]."""
+        parts = {part: self.samples(data) for part in PARTS if (data := getattr(self, part)) is not None}
+        return {
+            part: torch.stack([samples.sample(row, 0)["image"] for row in range(len(samples))])
+            for part, samples in parts.items()
+        }
 
     def samples(self, data: Labelled, views: Views | None = None) -> ImageSamples:
         return ImageSamples(data, self.mean, self.std, views)

@@ -18,7 +18,6 @@ from evidence.zoo.methods import ENTRIES, Task
 from evidence.zoo.pictures import Batch, Passes, Split
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
-from lightspan.datamodules.images.small import Labelled
 from lightspan.method import Method
 from lightspan.optim.schedules import WarmupCosine
 
@@ -84,9 +83,7 @@ def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) 
 @torch.no_grad()
 def encoded(features: Features, split: Split, part: str) -> tuple[Tensor, Tensor]:
     """Features [N F] and labels [N] of the training, validation or test pictures as they are."""
-    data: Labelled = getattr(split, part)
-    samples = split.samples(data)
-    images = torch.stack([samples.sample(row, 0)["image"] for row in range(len(samples))])
+    images, data = split.images[part], getattr(split, part)
     return torch.cat([features(some) for some in images.split(250)]), torch.from_numpy(data.labels)
 
 
