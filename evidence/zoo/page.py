@@ -112,9 +112,8 @@ def settings(table: Table) -> list[str]:
         "",
         f"- **Encoders.** A vision transformer of width {methods.WIDTH} and depth {methods.DEPTH} on "
         f"{methods.GRID} x {methods.GRID} patches, whose features are the mean over patches, and four 3 x 3 "
-        "convolutions with BatchNorm, of "
-        f"{methods.CHANNELS} to {methods.CHANNELS * 2 ** (methods.STAGES - 1)} channels. Methods that hide patches need tokens and train the "
-        "transformer alone.",
+        f"convolutions with BatchNorm, of {methods.CHANNELS} to {methods.CHANNELS * 2 ** (methods.STAGES - 1)} "
+        "channels. Methods that hide patches need tokens and train the transformer alone.",
         f"- **Heads.** Hidden layers of {methods.HIDDEN}, embeddings of {methods.OUT}, {methods.PROTOTYPES} "
         "prototypes. The depth of a head and all other settings are those of the method's paper, but for the momenta "
         f"of teachers ({methods.MOMENTUM} to {methods.TEACHER['final_momentum']}; {methods.MOMENTUM} in MoCo v2), "

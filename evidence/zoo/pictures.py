@@ -130,8 +130,8 @@ def batches(split: Split, kind: str, seed: int, steps: int, size: int) -> list[B
 class Passes:
     """Batches of a run as a loader, which gives the next pass over the pictures each time it is asked for one."""
 
-    def __init__(self, made: list[Batch], images: int, size: int) -> None:
-        self.made, self.length, self.begun = made, images // size, 0
+    def __init__(self, made: list[Batch], images: int) -> None:
+        self.made, self.length, self.begun = made, images // len(made[0]["label"]), 0  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return self.length

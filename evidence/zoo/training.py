@@ -54,7 +54,7 @@ def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> tu
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers, which ready batches do not need
         start_s = time.thread_time()
-        trainer.fit(method, Passes(made, task.images, BATCH))
+        trainer.fit(method, Passes(made, task.images))
     spent_s = time.thread_time() - start_s
     assert trainer.global_step == len(made)
     method.eval()
