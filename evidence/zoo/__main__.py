@@ -24,7 +24,7 @@ from evidence.zoo.methods import ENCODERS, ENTRIES
 from evidence.zoo.records import OURS, SEARCH_SEED, UNTRAINED, Cell, Row
 from lightspan.errors import UserError
 
-STEPS = {"fashion": 80, "openclipart": 80, "full": 1600}
+STEPS = {"fashion": 200, "openclipart": 200, "full": 1600}
 TIMED = 30
 
 
