@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lightspan.errors import UserError
 
 STEPS = {"fashion": 200, "openclipart": 200, "full": 1600}
 TIMED = 30
+KINDS = ("", "two", "one", "nested", "crops")  # of views; the untrained encoder needs none
 
 
 def kind_of(cell: Cell) -> str:
@@ -89,8 +90,11 @@ def run(options: argparse.Namespace) -> None:
             keep(row)
     for data in options.data:
         steps = options.steps or STEPS[data]
-        for plan in (lambda: records.searches(data), lambda: records.reports(rows, data)):  # noqa: B023 - called at once
-            wanted = [cell for cell in plan() if cell not in records.done(rows)]
+        # Kind by kind, so that a run that is stopped leaves whole rows of the table.
+        for kind, searching in product(KINDS, (True, False)):
+            plan = records.searches(data) if searching else records.reports(rows, data)
+            finished = records.done(rows)
+            wanted = [cell for cell in plan if kind_of(cell) == kind and cell not in finished]
             start_s = time.perf_counter()
             for number, (cell, found) in enumerate(run_cells(wanted, steps), start=1):
                 keep({"kind": "cell", **cell._asdict(), "steps": steps, "batch": training.BATCH, **found})

@@ -107,7 +107,7 @@ def settings(table: Table) -> list[str]:
 
     steps = {row["data"]: row["steps"] for row in records.cells(table.rows)}
     length = listed([f"{count:,} on {name}" for name, count in steps.items()])
-    grids = listed([f"{', '.join(f'{rate:g}' for rate in grid)} on the {name}" for name, grid in records.RATES.items()])
+    grid = listed([f"{rate:g}" for rate in records.RATES])
     return [
         "## What was equal",
         "",
@@ -131,7 +131,7 @@ def settings(table: Table) -> list[str]:
         "",
         "## What was searched",
         "",
-        f"The learning rate alone, for each method and package among {grids}: one run each, of a seed of its own, on "
+        f"The learning rate alone, for each method and package among {grid}: one run each, of a seed of its own, on "
         "Fashion-MNIST, scored by the mean of both probes on 500 validation pictures that are neither trained nor "
         "tested on. The drawings take the same rates. Figures are means over three other seeds, ± their standard "
         "deviation, in per cent of the test pictures.",
