@@ -106,7 +106,7 @@ def settings(table: Table) -> list[str]:
     from evidence.zoo import methods, pictures, training
 
     steps = {row["data"]: row["steps"] for row in records.cells(table.rows)}
-    length = listed([f"{count:,} on {name}" for name, count in steps.items()])
+    length = listed([f"{count:,} steps on {name}" for name, count in steps.items()])
     grid = listed([f"{rate:g}" for rate in records.RATES])
     return [
         "## What was equal",
@@ -125,9 +125,9 @@ def settings(table: Table) -> list[str]:
         "warm-up of a tenth of the run and a cosine.",
         "- **Pictures.** Methods with the same kind of views get the very same batches. kNN "
         f"(k = {training.NEIGHBOURS}) and the linear probe read the features of {pictures.TRAINING:,} training "
-        "pictures as they are, and are asked about about 1,000 test pictures. The classes of the drawings are their "
-        "folders; a third of them are in the largest three, and many have near duplicates, so compare them with the "
-        "untrained row.",
+        "pictures as they are, and classify about 1,000 test pictures. The classes of the drawings are their 22 "
+        "folders, the largest three of which hold almost two thirds of them; many have near duplicates, so compare "
+        "with the untrained row. They are scaled to 32 pixels, because a step at 64 takes four times as long.",
         "",
         "## What was searched",
         "",
@@ -138,11 +138,12 @@ def settings(table: Table) -> list[str]:
         "",
         "## How to read it",
         "",
-        "These are minutes of training for networks of a hundred thousand weights. They tell whether a method works "
-        "here and what its step costs, not which one wins on ImageNet: papers tune each method for itself and train a "
+        "These are runs of seconds with networks of fewer than 100,000 weights. They tell whether a method works here "
+        "and what its step costs, not which one wins on ImageNet: papers tune each method by itself and train a "
         "thousand times as long, and methods with teachers or hidden patches are known to need long runs. Differences "
-        "below the noise that is named under each table are no differences. Beyond this noise of seeds, 1,000 test "
-        "pictures carry an error of about 1.5 points, which is the same for all methods in a column.",
+        "below the noise that is named under each table are no differences. It is the noise of seeds: twice the "
+        "standard deviation of a difference of two means, pooled over all methods. Another 1,000 test pictures would "
+        "move all methods of a column by about 1.5 points more.",
         "",
     ]
 
