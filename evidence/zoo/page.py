@@ -202,9 +202,11 @@ def sections(table: Table) -> list[str]:
     return lines
 
 
-def verdict(difference: float, noise: float | None) -> str:
-    if noise is None:
-        return "one seed"
+def verdict(ours: Spread, theirs: Spread, noise: float | None) -> str:
+    """Whether two means are told apart; seeds that are not measured yet leave it open."""
+    difference = ours.mean - theirs.mean
+    if noise is None or min(ours.seeds, theirs.seeds) < len(SEEDS):
+        return "seeds are missing"
     return "within noise" if abs(difference) <= noise else "lightspan higher" if difference > 0 else "lightly higher"
 
 
@@ -232,7 +234,7 @@ def beside_lightly(table: Table) -> list[str]:
                 if ours is None or theirs is None:
                     cells += ["", "", ""]
                     continue
-                found = verdict(ours.mean - theirs.mean, table.noise(data, encoder, figure))
+                found = verdict(ours, theirs, table.noise(data, encoder, figure))
                 cells += [str(ours), str(theirs), f"{ours.mean - theirs.mean:+.1f}, {found}"]
                 if "higher" in found:
                     told.append(f"{arm} on the {encoder} by {probe} ({found})")
@@ -298,11 +300,12 @@ def missing(table: Table) -> list[str]:
     lines = ["## What is missing", ""]
     finished = records.done(table.rows)
     for data in ("fashion", "openclipart"):
-        wanted = [*records.searches(data), *records.reports(table.rows, data)]
-        left = [cell for cell in dict.fromkeys(wanted) if cell not in finished]
+        searched = records.searches(data) if records.SEARCHED_ON[data] == data else []
+        wanted = [*searched, *records.reports(table.rows, data)]
+        left = [cell for cell in wanted if cell not in finished]
         if left:
-            few = listed(sorted({f"{cell.arm} ({cell.by}, {cell.encoder}, seed {cell.seed})" for cell in left})[:12])
-            lines.append(f"- {len(left)} of {len(wanted)} runs on {DATA[data]} are not measured yet, among them {few}.")
+            names = listed(list(dict.fromkeys(f"{cell.arm} ({cell.by}, {cell.encoder})" for cell in left)))
+            lines.append(f"- {len(left)} of {len(wanted)} runs on {DATA[data]} are not measured yet: of {names}.")
     failed = [row for row in records.cells(table.rows) if row.get("error")]
     if failed:
         names = listed([f"{row['arm']} ({row['by']}, {row['encoder']}, rate {row['rate']:g})" for row in failed])
@@ -315,14 +318,17 @@ def missing(table: Table) -> list[str]:
 
 
 def about(table: Table) -> list[str]:
-    rows = records.cells(table.rows)
+    rows = table.rows
     if not rows:
         return []
     cpus, torches = (listed(sorted({str(row[name]) for row in rows})) for name in ("cpu", "torch"))
     commits = listed(sorted({str(row["commit"])[:9] for row in rows}))
     dates = sorted(str(row["date"])[:10] for row in rows)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return [f"`{COMMAND}`, {span}, {cpus}, one thread, torch {torches}, commit {commits}, {len(rows)} runs.", ""]
+    return [
+        f"`{COMMAND}`, {span}, {cpus}, one thread, torch {torches}, commit {commits}, {len(records.cells(rows))} runs.",
+        "",
+    ]
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -370,7 +376,7 @@ def figure(rows: Sequence[Row]) -> bytes:
             axes.set_xlabel("correct, %", fontsize=8)
             axes.tick_params(labelsize=8)
             tidy(axes)
-        axes_E[0].legend(fontsize=7, loc="lower left")
+        axes_E[1].legend(fontsize=7, loc="lower left")  # methods of tokens leave room there
     return png(drawn)
 
 

@@ -225,7 +225,8 @@ def test_differences_below_the_spread_of_seeds_are_named_as_none() -> None:
         rows += searched(arm, dict.fromkeys(records.RATES, 1.0), by)  # equal: the least rate is taken
     other = Cell(OURS, "SimCLR", "fashion", "conv net", 3e-3, SEEDS[0])
     rows.append(cell_row(other, 0.0, 0.0))  # of a rate that the search did not choose
-    rows += [{"kind": "speed", "arm": "SimCLR", "encoder": "conv net", "ours_ms": [9.0] * 2 + [2.0, 3.0, 2.0],
+    machine = {"commit": "abc", "date": "2026-11-26T00:00:00", "cpu": "Abacus 3", "torch": "2.13"}
+    rows += [machine | {"kind": "speed", "arm": "SimCLR", "encoder": "conv net", "ours_ms": [9.0] * 2 + [2.0, 3.0, 2.0],
               "theirs_ms": [1.0] * 2 + [4.0, 2.0, 4.0]}]  # fmt: skip
     # Every deviation is 1, so two means of three seeds are told apart from 2 sqrt(2 / 3) = 1.63 on.
     text = page.page(rows)
@@ -236,10 +237,12 @@ def test_differences_below_the_spread_of_seeds_are_named_as_none() -> None:
         "| SimCLR | conv net | 60.0 ± 1.0 | 62.0 ± 1.0 | -2.0, lightly higher | 70.0 ± 1.0 | 72.0 ± 1.0 "
         "| -2.0, lightly higher | 2 | 4 | 0.50 |",
         "Steps slower than lightly's: none.",
-        "are not measured yet, among them",
+        "are not measured yet: of ",
     ):
         assert line in text, line
-    assert page.verdict(1.6, 1.63) == "within noise"
+    ours, theirs = page.Spread(61.6, 1.0, 3), page.Spread(60.0, 1.0, 3)
+    assert page.verdict(ours, theirs, 1.63) == "within noise"
+    assert page.verdict(ours, theirs._replace(seeds=2), 1.0) == "seeds are missing"
 
 
 def test_no_records_make_a_page_too() -> None:
