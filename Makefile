@@ -25,7 +25,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test test-lowest check format deepspeed evidence evidence-data test-packages bench lm-quality robustness docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test test-lowest check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -98,9 +98,15 @@ robustness: $(BASE) ## train nets with dead rows on every optimiser (15 processo
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/build_docs.py
 
-docs: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md
+zoo: $(DEV) ## compare all self-supervised methods and lightly's (an hour; continues where it stopped); ARGS="--data full" adds the full Fashion-MNIST
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[peers]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m evidence.zoo run $(ARGS)
+	$(BIN)/python -m evidence.zoo page
+
+docs: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md
 	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
+	$(BIN)/python -m evidence.zoo page
 
 # The paper's network, grid and batch size. Learning rates and the line come from 10,000 training images held out.
 # 192 runs of 100 epochs, 6 s of one core per epoch at d = 750 (Xeon with AMX): about 33 hours divided by WORKERS.

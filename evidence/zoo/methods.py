@@ -1,0 +1,272 @@
+"""The methods of lightspan in the comparison: how each is built around a given encoder. A later one joins by one entry.
+
+Widths of all projectors, predictors and prototype heads are equal (`HIDDEN`, `OUT`, `PROTOTYPES`), their depth is that
+of the paper, and every other setting is the default of the method, except what the length of the run or the number of
+patches decides: momenta of teachers, the queue, masks of 4 x 4 patches. Nothing was tuned for one method.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightspan.backbones.vision import SmallConvNet
+from lightspan.backbones.vit import vit
+from lightspan.method import Method
+from lightspan.methods.clustering.deepcluster import DeepCluster
+from lightspan.methods.clustering.mlc import MLC
+from lightspan.methods.clustering.swav import SwAV
+from lightspan.methods.contrastive.hydra import Hydra
+from lightspan.methods.contrastive.lejepa import LeJEPA
+from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
+from lightspan.methods.contrastive.moco import MoCo
+from lightspan.methods.contrastive.moco_v3 import MoCoV3
+from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.supcon import SupCon
+from lightspan.methods.contrastive.vicreg import VICReg
+from lightspan.methods.distillation.byol import BYOL
+from lightspan.methods.distillation.dino import DINO
+from lightspan.methods.distillation.ibot import IBOT
+from lightspan.methods.distillation.mmc import MMC
+from lightspan.methods.masked.cae import CAE
+from lightspan.methods.masked.cropmae import CropMAE
+from lightspan.methods.masked.i_jepa import IJEPA
+from lightspan.methods.masked.mae import MAE
+from lightspan.methods.supervised.classifier import Classifier
+from lightspan.nn.class_pairs import Arbitrary
+from lightspan.nn.clustering.patch_codes import PatchCodes
+from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
+from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.heads.class_gates import ClassPairGate
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.projector import Projector
+from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.mask_samplers import RandomMasks
+from lightspan.nn.masking.multi_block import MultiBlock
+
+ENCODERS = ("ViT", "conv net")
+WIDTH, DEPTH, HEADS, GRID = 48, 3, 4, 4
+CHANNELS, STAGES = 8, 4
+HIDDEN, OUT, PROTOTYPES, DECODER = 256, 128, 128, 32
+MOMENTUM, QUEUE = 0.95, 1024
+"""A teacher that looks back 20 steps: momenta of the papers are for runs of 100,000 steps and more."""
+FROZEN = 0.1  # share of the run in which SwAV's prototypes keep their place
+TEACHER = {"momentum": MOMENTUM, "final_momentum": 0.99}
+
+
+class Task(NamedTuple):
+    """What a method is built for.
+
+    Attributes:
+        encoder_name: one of `ENCODERS`.
+        channels, side: of the pictures.
+        classes: of the labels, which supervised methods see.
+        images: training pictures.
+    """
+
+    encoder_name: str
+    channels: int
+    side: int
+    classes: int
+    images: int
+
+    @property
+    def patch(self) -> int:
+        return self.side // GRID
+
+    @property
+    def patch_numbers(self) -> int:
+        return self.patch**2 * self.channels
+
+    def encoder(self, mask_token: bool = False) -> Any:
+        """A transformer whose features are the mean over 4 x 4 patches, or four convolutions."""
+        if self.encoder_name == "conv net":
+            return SmallConvNet(self.channels, CHANNELS, STAGES)
+        sizes = {"img_size": self.side, "patch_size": self.patch, "in_chans": self.channels}
+        return vit(WIDTH, DEPTH, HEADS, **sizes, pool="avg", any_size=True, mask_token=mask_token)  # type: ignore[arg-type]
+
+
+Build = Callable[..., Method]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in the table.
+
+    Args:
+        build: (task, **optimisation) -> the method.
+        views: kind of its views, see `pictures.views_of`.
+        encoders: those that it can train.
+    """
+
+    build: Build
+    views: str
+    encoders: tuple[str, ...] = field(default=ENCODERS)
+
+
+def projector(encoder: Any, layers: int = 1, **settings: Any) -> Projector:
+    return Projector(encoder.num_features, [HIDDEN] * layers, OUT, **settings)
+
+
+def predictor(**settings: Any) -> Projector:
+    return Projector(OUT, [HIDDEN], OUT, **settings)
+
+
+def dino_head(encoder: Any) -> DINOHead:
+    return DINOHead(encoder.num_features, PROTOTYPES, (HIDDEN, HIDDEN), OUT)
+
+
+def simclr(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return SimCLR(encoder, projector(encoder, batch_norm=True), **optimisation)
+
+
+def moco(task: Task, **optimisation: Any) -> Method:
+    encoder, settings = task.encoder(), {"queue": QUEUE, "momentum": MOMENTUM, "batch_statistics": True}
+    return MoCo(encoder, projector(encoder, hidden_norm=False), **settings, **optimisation)
+
+
+def moco_v3(task: Task, **optimisation: Any) -> Method:
+    encoder, published = task.encoder(), {"bias": False, "batch_norm": True}
+    frozen = ("*patch_embed*",) if task.encoder_name == "ViT" else ()
+    heads = projector(encoder, 2, **published), predictor(**published)
+    return MoCoV3(encoder, *heads, frozen, **TEACHER, **optimisation)
+
+
+def barlow_twins(task: Task, lam_reg: float = 0.0, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return MixedBarlowTwins(encoder, projector(encoder, 2), lam_reg=lam_reg, normalize=True, **optimisation)
+
+
+def mixed_barlow_twins(task: Task, **optimisation: Any) -> Method:
+    return barlow_twins(task, lam_reg=4.0, **optimisation)
+
+
+def vicreg(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return VICReg(encoder, projector(encoder, 2), **optimisation)
+
+
+def lejepa(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return LeJEPA(encoder, projector(encoder), directions=256, **optimisation)
+
+
+def byol(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return BYOL(encoder, projector(encoder), predictor(), **TEACHER, **optimisation)
+
+
+def dino(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return DINO(encoder, dino_head(encoder), **TEACHER, **optimisation)
+
+
+def ibot(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder(mask_token=True)
+    return IBOT(encoder, [dino_head(encoder)], **TEACHER, **optimisation)
+
+
+def mmc(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    parts = projector(encoder), predictor(), dino_head(encoder), nn.Linear(WIDTH, task.patch_numbers)
+    return MMC(encoder, *parts, **TEACHER, **optimisation)
+
+
+def swav(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return SwAV(encoder, projector(encoder), PROTOTYPES, freeze_prototypes=FROZEN, **optimisation)
+
+
+def deepcluster(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return DeepCluster(encoder, projector(encoder), task.images, (PROTOTYPES,) * 3, **optimisation)
+
+
+def mlc(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return MLC(encoder, projector(encoder), nn.Linear(OUT, OUT), **optimisation)
+
+
+def mae(task: Task, **optimisation: Any) -> Method:
+    return MAE(task.encoder(), MaskDecoder(WIDTH, task.patch_numbers, DECODER, 2, HEADS), **optimisation)
+
+
+def cae(task: Task, **optimisation: Any) -> Method:
+    parts = LatentRegressor(WIDTH, depth=2, heads=HEADS), LatentDecoder(WIDTH, PROTOTYPES, depth=2, heads=HEADS)
+    codes = PatchCodes(PROTOTYPES, (task.patch, task.patch), channels=task.channels)
+    return CAE(task.encoder(), *parts, codes, BlockMasks(1.0, (0.5, 0.5), least_block=2), **optimisation)
+
+
+def cropmae(task: Task, **optimisation: Any) -> Method:
+    def block(width: int) -> CrossFirst:
+        return CrossFirst(width, HEADS, 4 * DECODER)
+
+    decoder = CrossDecoder(WIDTH, task.patch_numbers, DECODER, 2, block, place_other=False)
+    return CropMAE(task.encoder(), decoder, RandomMasks(0.875), **optimisation)  # 2 of 16 patches are seen
+
+
+def i_jepa(task: Task, **optimisation: Any) -> Method:
+    parts = MaskDecoder(WIDTH, WIDTH, DECODER, 2, HEADS), MultiBlock(targets=2, context_keep=0.4)
+    return IJEPA(task.encoder(), *parts, **TEACHER, **optimisation)
+
+
+def classifier(task: Task, **optimisation: Any) -> Method:
+    return Classifier(task.encoder(), task.classes, **optimisation)
+
+
+def supcon(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return SupCon(encoder, projector(encoder), **optimisation)
+
+
+def hydra(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    gate = ClassPairGate(task.classes, OUT, label_features=64, hidden=HIDDEN)
+    return Hydra(encoder, projector(encoder, layer_norm=True), gate, Arbitrary(), **optimisation)
+
+
+VIT = ("ViT",)
+SELF_SUPERVISED = {
+    "SimCLR": Entry(simclr, "two"),
+    "MoCo v2": Entry(moco, "two"),
+    "MoCo v3": Entry(moco_v3, "two"),
+    "Barlow Twins": Entry(barlow_twins, "two"),
+    "Mixed Barlow Twins": Entry(mixed_barlow_twins, "two"),
+    "VICReg": Entry(vicreg, "two"),
+    "LeJEPA": Entry(lejepa, "crops"),
+    "BYOL": Entry(byol, "two"),
+    "DINO": Entry(dino, "crops"),
+    "iBOT": Entry(ibot, "crops", VIT),
+    "MMC": Entry(mmc, "two", VIT),
+    "SwAV": Entry(swav, "crops"),
+    "DeepCluster-v2": Entry(deepcluster, "crops"),
+    "MLC": Entry(mlc, "two"),
+    "MAE": Entry(mae, "one", VIT),
+    "CAE": Entry(cae, "one", VIT),
+    "CropMAE": Entry(cropmae, "nested", VIT),
+    "I-JEPA": Entry(i_jepa, "one", VIT),
+}
+SUPERVISED = {
+    "classifier": Entry(classifier, "one"),
+    "SupCon": Entry(supcon, "two"),
+    "Hydra": Entry(hydra, "two"),
+}
+ENTRIES = SELF_SUPERVISED | SUPERVISED
+LEFT_OUT = {
+    "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
+    "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
+    "SupReMix": "learns from labels that are numbers, of which these pictures have none",
+}
+"""Methods by the name of their class."""
+OTHER_FAMILIES = {
+    "bayesian": "trains sparse Bayesian classifiers",
+    "compression": "makes trained networks smaller",
+    "generative": "learns to make pictures",
+    "image_text": "needs texts beside the pictures",
+    "language": "learns from text",
+    "merging": "merges trained networks",
+}
+"""Families of methods that learn no features of pictures alone."""

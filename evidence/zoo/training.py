@@ -1,0 +1,130 @@
+"""One cell of the comparison: a method or a peer trains an encoder for a number of steps, and probes read what it
+learned.
+
+Shapes: N pictures, F features.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import Trainer, seed_everything
+from torch import Tensor, nn
+
+from evidence.zoo.methods import ENTRIES, Task
+from evidence.zoo.pictures import Batch, Passes, Split
+from lightspan.analysis.knn import knn_accuracy
+from lightspan.analysis.linear_probe import linear_probe_accuracy
+from lightspan.method import Method
+from lightspan.optim.schedules import WarmupCosine
+
+BATCH, NEIGHBOURS = 64, 20
+DECAY, CLIP, WARMUP = 0.05, 3.0, 0.1
+Features = Callable[[Tensor], Tensor]
+
+
+def task_of(split: Split, encoder: str) -> Task:
+    return Task(encoder, split.channels, split.side, split.classes, len(split.train.labels))
+
+
+def optimisation(rate: float) -> dict[str, Any]:
+    """AdamW and a cosine, the same for all."""
+    return {
+        "optimizer": partial(torch.optim.AdamW, lr=rate, weight_decay=DECAY),
+        "lr_scheduler": partial(WarmupCosine, warmup=WARMUP, final=0.0),
+    }
+
+
+def untrained(task: Task, seed: int) -> Features:
+    seed_everything(seed, verbose=False)
+    return task.encoder().eval()
+
+
+def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> tuple[Features, float]:
+    """(features of a method of lightspan after a step on each batch, milliseconds of the processor for a step)."""
+    seed_everything(seed, verbose=False)
+    method = ENTRIES[arm].build(task, **optimisation(rate))
+    trainer = Trainer(
+        max_steps=len(made), accelerator="cpu", gradient_clip_val=CLIP, limit_val_batches=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of workers, which ready batches do not need
+        start_s = time.thread_time()
+        trainer.fit(method, Passes(made, task.images))
+    spent_s = time.thread_time() - start_s
+    assert trainer.global_step == len(made)
+    method.eval()
+    return lambda image: method.features({"image": image}), 1000 * spent_s / len(made)
+
+
+def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> tuple[Features, float]:
+    """As `train`, of lightly's counterpart in a plain loop."""
+    from evidence.zoo.lightly_methods import PEERS
+
+    seed_everything(seed, verbose=False)
+    peer = PEERS[arm](task, len(made))
+    optimizer = torch.optim.AdamW((p for p in peer.parameters() if p.requires_grad), lr=rate, weight_decay=DECAY)
+    schedule = WarmupCosine(optimizer, len(made), WARMUP, final=0.0)
+    start_s = time.thread_time()
+    for step, batch in enumerate(made):
+        optimizer.zero_grad()
+        peer.loss(batch["views"], step).backward()  # type: ignore[arg-type]
+        nn.utils.clip_grad_norm_(peer.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+    spent_s = time.thread_time() - start_s
+    return peer.eval().encoder, 1000 * spent_s / len(made)
+
+
+@torch.no_grad()
+def encoded(features: Features, split: Split, part: str) -> tuple[Tensor, Tensor]:
+    """Features [N F] and labels [N] of the training, validation or test pictures as they are."""
+    images, data = split.images[part], getattr(split, part)
+    return torch.cat([features(some) for some in images.split(250)]), torch.from_numpy(data.labels)
+
+
+def scores(features: Features, split: Split, part: str) -> dict[str, float]:
+    """Per cent of the pictures of `part` that probes of the training pictures' features tell right."""
+    bank, asked = encoded(features, split, "train"), encoded(features, split, part)
+    return {
+        "knn": 100 * knn_accuracy(*bank, *asked, k=NEIGHBOURS),
+        "linear": 100 * linear_probe_accuracy(*bank, *asked),
+    }
+
+
+def interleaved(arm: str, task: Task, made: list[Batch]) -> tuple[list[float], list[float]]:
+    """Milliseconds of steps by lightspan and by lightly on the same ready batches, in turns, in one thread: forward,
+    loss, backward, optimiser and teacher, by plain loops without clipping.
+    """
+    from evidence.zoo.lightly_methods import PEERS
+
+    torch.manual_seed(0)
+    method: Method = ENTRIES[arm].build(task, **optimisation(1e-4)).train()
+    method.log_training = lambda figures, **options: None  # type: ignore[method-assign]
+    ours = method.groups.optimizer(method, method.optimizer)
+    peer = PEERS[arm](task, len(made)).train()
+    theirs = torch.optim.AdamW((p for p in peer.parameters() if p.requires_grad), lr=1e-4, weight_decay=DECAY)
+
+    def our_step(step: int, batch: Batch) -> None:
+        ours.zero_grad()
+        method.training_step(batch, step).backward()
+        ours.step()
+        with torch.no_grad():
+            method.after_optimizer_step()
+
+    def their_step(step: int, batch: Batch) -> None:
+        theirs.zero_grad()
+        peer.loss(batch["views"], step).backward()  # type: ignore[arg-type]
+        theirs.step()
+
+    times: tuple[list[float], list[float]] = [], []
+    for step, batch in enumerate(made):
+        for found, taken in zip(times, (our_step, their_step), strict=True):
+            start_s = time.thread_time()
+            taken(step, batch)
+            found.append(1000 * (time.thread_time() - start_s))
+    return times
