@@ -159,6 +159,11 @@ class StoredChange:
         shape = LayerShape(weight, linear and transposed, groups, () if linear else (1,) * (len(weight) - 2))
         return shape, *_as_matrices(shape, pair["A"].double(), pair["B"].double(), where)
 
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """The shape of the layer's change as the factors alone tell it, a matrix as [O I]."""
+        pair = self._pairs[layer]
+        return (len(pair["B"]), *pair["A"].shape[1:])
+
     def transposes(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether matrices of these layers are stored as [I O]: the folder says so, or one that is not square shows it.
 
