@@ -38,7 +38,7 @@ class NoiseFit:
         noise: standard deviation of the entries of the noise; 0 for a matrix of low rank, all of which stands out.
         edge: singular value that the strongest direction of such noise exceeds once in 1 / `CHANCE` matrices.
         above: directions above the edge.
-        misfit: largest distance (Kolmogorov-Smirnov) of the distribution of the others from the Marchenko-Pastur law, in
+        misfit: largest distance (Kolmogorov-Smirnov) of the distribution of the others from Marchenko and Pastur's, in
             [0, 1]: near 0 for noise.
     """
 

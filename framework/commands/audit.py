@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoints",
         nargs="+",
         metavar="CKPT",
-        help="one or two of: a run folder, .ckpt, safetensors file, Hugging Face folder, PEFT adapter; of an adapter and "
-        "its model name the model first",
+        help="one or two of: run folder, .ckpt, safetensors file, Hugging Face folder, PEFT adapter; the model before "
+        "its adapter",
     )
     parser.add_argument("--rank", type=int, default=8, metavar="R", help="directions compared, and an adapter's rank")
     parser.add_argument(
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def opened(first: str, second: str | None = None) -> "tuple[Weights, Weights | None, list[str]]":
-    """(A, B, what to know). An adapter alone, or two of them, are the changes that they make; beside its model an adapter
-    is the model that it makes.
+    """(A, B, what to know). An adapter alone, or two of them, are the changes that they make; beside its model an
+    adapter is the model that it makes.
 
     Raises: UserError for what is no checkpoint, and for an adapter that is named before its model.
     """
@@ -101,8 +101,8 @@ def opened(first: str, second: str | None = None) -> "tuple[Weights, Weights | N
     if all(adapters):
         changes = [AdapterChange(place) for place in places]
         notes = [
-            f"{change.home} also replaces {len(change.left_out)} tensors, which are no part of its change: name its model "
-            "first to see them"
+            f"{change.home} also replaces {len(change.left_out)} tensors, which are no part of its change: name its "
+            "model first to see them"
             for change in changes
             if change.left_out
         ]

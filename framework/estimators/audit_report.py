@@ -20,8 +20,9 @@ class AuditReport(Result):
         a, b: paths; b is None for one checkpoint.
         rank: directions whose subspaces are compared, and the rank of the adapter that `kept` is of.
         layers: one mapping a tensor: name, kind, shape, notes, and, where they are defined, a, b and change (see
-            `WeightAudit.measures`) and pair: relative (length of b - a over that of a), kept (share of the change's energy
-            in its strongest `rank` directions), rank, rows and columns (angles in degrees, overlap, their floors), intruders.
+            `WeightAudit.measures`) and pair: relative (length of b - a over that of a), kept (share of the change's
+            energy in its strongest `rank` directions), rank, rows and columns (angles in degrees, overlap, and what
+            chance gives), intruders.
         ranks: {share: (least rank that keeps it of all changes together, or None)}, for two.
         only_a, only_b: names that the other one lacks.
     """

@@ -1,7 +1,7 @@
 """The dimension of the manifold that features lie on, as a function of the scale at which one looks.
 
 At small distances noise fills all dimensions, at large ones the manifold bends: where the curve is flat, it tells the
-dimension. Two ways to change the scale: further neighbours of all points (`Gride`), and fewer points (`DecimatedTwoNN`).
+dimension. Two ways to change the scale: further neighbours of all points (`Gride`), fewer points (`DecimatedTwoNN`).
 """
 
 import math
@@ -85,7 +85,7 @@ class Gride(Estimator):
 
 
 class DecimatedTwoNN(Estimator):
-    """TwoNN on ever smaller random parts of the points: all, two halves, four quarters, ...; see section 3 of its paper.
+    """TwoNN on ever smaller random parts of the points: all, two halves, four quarters, ... as its paper does.
 
     The dimension is the mean over the parts, its error the standard error of that mean; for all points at once it is
     that of the likelihood.

@@ -1,9 +1,10 @@
 """What the weights of a checkpoint look like, matrix by matrix, and what another one changed of them.
 
-Estimators of single numbers are in `lightspan.analysis`: `spectra` (ranks), `noise_spectra` (what stands out of noise),
-`random_subspaces` (noise floors), `decomposition` (values and directions of large matrices). Intruder dimensions are those of
-Shuttleworth, Andreas, Torralba, Sharma, "LoRA vs Full Fine-tuning: An Illusion of Equivalence", arXiv 2410.21228, algorithm 1:
-of the strongest left singular vectors of the tuned matrix, those whose |cosine| with every one of the base's is small.
+Single numbers are computed in `lightspan.analysis`: `spectra` (ranks), `noise_spectra` (what stands out of noise),
+`random_subspaces` (what chance gives), `decomposition` (values and directions of large matrices). Intruder dimensions
+are those of Shuttleworth, Andreas, Torralba, Sharma, "LoRA vs Full Fine-tuning: An Illusion of Equivalence", arXiv
+2410.21228, algorithm 1: of the strongest left singular vectors of the tuned matrix, those whose |cosine| with every one
+of the base's is small.
 
 Shapes: O rows, I columns, S singular values.
 """
@@ -74,13 +75,16 @@ class WeightAudit(Estimator):
         if not any(_is_readable(a.forms[name]) for name in names):
             raise UserError(
                 f"{a.origin['path']} holds no tensor of floating-point numbers to look at, but "
-                f"{', '.join(f'{name} ({_named(form)})' for name, form in list(a.forms.items())[:3]) or 'nothing at all'}"
+                + (
+                    ", ".join(f"{name} ({_named(form)})" for name, form in list(a.forms.items())[:3])
+                    or "nothing at all"
+                )
             )
         if b is not None and not any(name in b.forms for name in names):
             raise UserError(
                 f"{a.origin['path']} and {b.origin['path']} have no tensor in common: the first has "
-                f"{', '.join(names[:2])}, the other one {', '.join(list(b.forms)[:2]) or 'none'}; name two checkpoints of "
-                "one network"
+                f"{', '.join(names[:2])}, the other one {', '.join(list(b.forms)[:2]) or 'none'}; name two checkpoints "
+                "of one network"
             )
         return names
 
@@ -113,9 +117,7 @@ class WeightAudit(Estimator):
         form = a.forms[name]
         found: dict[str, Any] = {"name": name, "kind": kind_of(name, form.shape), "shape": form.shape, "notes": ()}
         if not _is_readable(form):
-            return AuditedRow(
-                found | {"kind": "not read", "notes": (f"{_named(form)}, quantised or complex: not read",)}
-            )
+            return AuditedRow(found | {"kind": "other", "notes": (f"{_named(form)}, not read",)})
         if name in a.aliases and (b is None or name in b.aliases or name not in b.forms):
             return AuditedRow(found | {"notes": (f"shares its memory with {a.aliases[name]}",)})
         a_S = a.read(name)
@@ -164,10 +166,11 @@ class WeightAudit(Estimator):
         return row, change.values_S, change.exact
 
     def measures(self, found: Decomposition, least: float = 0.0) -> dict[str, Any]:
-        """Numbers of one matrix, whose directions count as above noise from the singular value `least` on; None is what needs all values where only the strongest are known, or is not defined.
+        """Numbers of one matrix, whose directions count as above noise from the singular value `least` on. None is what
+        needs all values where only the strongest are known, or is not defined.
 
-        rank (above a millionth of the largest), full (the most it could be), norm, effective_rank, stable_rank; noise, edge,
-        above and misfit as in `NoiseFit`; ranks (least rank by share of the energy); error (bound on the values, as a
+        rank (above a millionth of the largest), full (the most it could be), norm, effective_rank, stable_rank; noise,
+        edge, above and misfit as in `NoiseFit`; ranks (least rank by share of the energy); error (bound on the values, as a
         share of the largest); values and null: (place, singular value) and (place, value of noise alone).
         """
         rows, columns = found.matrix_OI.shape

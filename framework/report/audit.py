@@ -62,7 +62,7 @@ def _overlap(found: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any, show: Callable[[Any], str]) -> str:
-    return "–" if value is None else show(value)
+    return "—" if value is None else show(value)
 
 
 def _names(report: AuditReport) -> str:
@@ -176,7 +176,8 @@ def _section(title: str, names: Sequence[str], charts: Sequence[Chart]) -> str:
     if not drawn:
         return ""
     legend = " · ".join(f"{colour_key(at)} {escape(name)}" for at, name in enumerate(names))
-    return f'<section class="wide"><h2>{escape(title)}</h2><p class="note">{legend}</p><div class="charts">{drawn}</div></section>'
+    head = f'<h2>{escape(title)}</h2><p class="note">{legend}</p>'
+    return f'<section class="wide">{head}<div class="charts">{drawn}</div></section>'
 
 
 def _table(report: AuditReport) -> str:
