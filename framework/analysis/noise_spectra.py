@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import gamma
+from scipy.special import gammaincinv
 from torch import Tensor
 
 CHANCE = 0.01
@@ -74,13 +74,13 @@ def largest_of_noise(rows: int, columns: int, chance: float = CHANCE) -> float:
 
 def tracy_widom_quantile(share: float) -> float:
     """Of the Tracy-Widom law of order 1, by Chiani's approximation."""
-    return float(gamma(46.446, scale=0.186054).ppf(share)) - 9.84801
+    return 0.186054 * float(gammaincinv(46.446, share)) - 9.84801
 
 
 def fit_noise(values_S: Tensor, rows: int, columns: int) -> NoiseFit | None:
     """Fits the noise of a matrix to all of its singular values, descending [min(rows, columns)].
 
-    None where there is no noise to fit: fewer than `FEWEST` values, or more than half of them standing out.
+    None where there is no noise to fit: fewer than `FEWEST` values, or half of them standing out.
     """
     values_S = values_S.double()
     if len(values_S) < FEWEST:
@@ -89,14 +89,15 @@ def fit_noise(values_S: Tensor, rows: int, columns: int) -> NoiseFit | None:
     rank = int((values_S > ZERO * values_S[0]).sum())
     if rank <= short // 2:  # the median is zero
         return NoiseFit(0.0, ZERO * float(values_S[0]), rank, 0.0)
-    above = _candidates(values_S, short, long)
-    if above > short // 2:
-        return None
+    most = short // 2
+    above = min(most, _candidates(values_S, short, long))
     # A candidate is judged by noise that counts it as noise too: without it, noise of few values looks too weak.
     while above and values_S[above - 1] <= _noise(values_S, short, long, above - 1) * largest_of_noise(
         short - above + 1, long - above + 1
     ):
         above -= 1
+    if above == most:
+        return None
     left = short - above, long - above
     noise = _noise(values_S, short, long, above)
     edge = noise * largest_of_noise(*left)

@@ -8,8 +8,7 @@ of Johnstone (Ann. Statist. 36, 2008, theorem 1). For r = 1 both are the Beta la
 
 import math
 
-from scipy.special import expit
-from scipy.stats import beta
+from scipy.special import betaincinv, expit
 
 from lightspan.analysis.noise_spectra import tracy_widom_quantile
 
@@ -30,18 +29,18 @@ def overlap_floor(width: int, one: int, other: int, share: float = 0.95) -> floa
     if not variance:
         return mean
     total = mean * (1 - mean) / variance - 1
-    return float(beta(mean * total, (1 - mean) * total).ppf(share))
+    return float(betaincinv(mean * total, (1 - mean) * total, share))
 
 
 def angle_floor(width: int, one: int, other: int, share: float = 0.95) -> float:
-    """The smallest principal angle, in radians, that so many of random pairs exceed; 0 where dimensions add up to more
-    than the width, since all pairs meet then.
+    """The smallest principal angle, in radians, that so many of random pairs exceed; 0 where dimensions add up to the
+    width, at which the law ends, or more, where all pairs meet.
     """
-    if one + other > width:
+    if one + other >= width:
         return 0.0
     if 1 in (one, other):
-        largest = float(beta(max(one, other) / 2, (width - max(one, other)) / 2).ppf(share))
-        return math.acos(math.sqrt(largest)) if max(one, other) < width else 0.0
+        largest = float(betaincinv(max(one, other) / 2, (width - max(one, other)) / 2, share))
+        return math.acos(math.sqrt(largest))
     # Johnstone's p, n and m of the ensemble: Gram matrices of an r-dimensional frame's s rows, and of the other n - s.
     least, most = sorted((one, other))
     total = width - 1
@@ -58,4 +57,4 @@ def cosine_ceiling(width: int, directions: int, share: float = 0.95) -> float:
     """
     if width < 2 or not directions:
         return 1.0 if directions else 0.0
-    return math.sqrt(beta(0.5, (width - 1) / 2).ppf(share ** (1 / directions)))
+    return math.sqrt(betaincinv(0.5, (width - 1) / 2, share ** (1 / directions)))

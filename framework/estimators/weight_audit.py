@@ -117,7 +117,7 @@ class WeightAudit(Estimator):
         form = a.forms[name]
         found: dict[str, Any] = {"name": name, "kind": kind_of(name, form.shape), "shape": form.shape, "notes": ()}
         if not _is_readable(form):
-            return AuditedRow(found | {"kind": "other", "notes": (f"{_named(form)}, not read",)})
+            return AuditedRow(found | {"kind": "other", "notes": (f"{_named(form)}: not read",)})
         if name in a.aliases and (b is None or name in b.aliases or name not in b.forms):
             return AuditedRow(found | {"notes": (f"shares its memory with {a.aliases[name]}",)})
         a_S = a.read(name)
@@ -170,8 +170,8 @@ class WeightAudit(Estimator):
         needs all values where only the strongest are known, or is not defined.
 
         rank (above a millionth of the largest), full (the most it could be), norm, effective_rank, stable_rank; noise,
-        edge, above and misfit as in `NoiseFit`; ranks (least rank by share of the energy); error (bound on the values, as a
-        share of the largest); values and null: (place, singular value) and (place, value of noise alone).
+        edge, above and misfit as in `NoiseFit`; ranks (least rank by share of the energy); error (bound on the values,
+        as a share of the largest); values and null: (place, singular value) and (place, value of noise alone).
         """
         rows, columns = found.matrix_OI.shape
         values_S, full = found.values_S, min(rows, columns)
