@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.files import make_folder, write_atomic
     from lightspan.report.audit import render_audit
 
-    audit = WeightAudit(args.rank, largest=args.exact_up_to or LARGEST, match=args.only or ("*",))
+    audit = WeightAudit(
+        args.rank, largest=LARGEST if args.exact_up_to is None else args.exact_up_to, match=args.only or ("*",)
+    )
     a, b, notes = opened(*args.checkpoints)
     print_notes(notes)
     total = len(audit.names(a, b))
@@ -128,12 +130,12 @@ def _print(report: "AuditReport") -> None:
         table.add_column(head, justify="left" if at in (0, len(columns) - 1) else "right", overflow="fold")
     plain = 0
     for row in report.layers:
-        if row["kind"] == "vector" and not row["notes"]:
+        if row["kind"] == "vector" and not {*row["notes"]} - {"unchanged"}:
             plain += 1
             continue
         table.add_row(*(Text(printable(text(row))) for _, text in columns))
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     if plain:
-        print(f"and {plain} vectors without anything to note; {AUDIT} has them")
+        print(f"and {plain} vectors with nothing to note; {AUDIT} has them")
     for figure in report.figures():
         print(printable(f"{figure.name:<44} {figure.value:,.4g} {figure.unit}".rstrip()))

@@ -70,7 +70,8 @@ class WeightAudit(Estimator):
 
     def names(self, a: Weights, b: Weights | None = None) -> list[str]:
         """What is looked at, in the order of a. Raises: UserError where there is nothing, or b has none of it."""
-        require_matches(self.match, list(a.forms), f"tensor of {a.origin['path']}")
+        if a.forms:
+            require_matches(self.match, list(a.forms), f"tensor of {a.origin['path']}")
         names = [name for name, form in a.forms.items() if matches(name, self.match) and not _is_counter(form)]
         if not any(_is_readable(a.forms[name]) for name in names):
             raise UserError(

@@ -46,7 +46,7 @@ def test_all_points_at_once_are_two_nn_of_dadapy() -> None:
 
 @pytest.mark.parametrize("estimator", [Gride(furthest=128), DecimatedTwoNN(fewest=60)])
 def test_noise_fills_small_scales_and_the_plane_shows_at_large_ones(estimator) -> None:
-    scales = estimator.fit(noisy_plane(1500, 0.006)).scales
+    scales = estimator.fit(noisy_plane(1500, 0.004)).scales
     assert [row["distance"] for row in scales] == sorted(row["distance"] for row in scales)
     assert scales[0]["dimension"] > 2.8
     assert scales[-1]["dimension"] == pytest.approx(2, abs=0.3)
