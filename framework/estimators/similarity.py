@@ -39,8 +39,12 @@ class CKA(Estimator):
         """Raises: UserError for fewer than 4 samples, other samples in second, or features that are all equal."""
         _require_same_samples("CKA", first, second)
         x_ND, y_NE = first.rows(), second.rows()
-        values = [linear_cka(x_ND, y_NE, debiased) for debiased in (True, False)]
-        return Alignment(*values, len(x_ND), (x_ND.shape[1], y_NE.shape[1]))
+        return Alignment(
+            debiased=linear_cka(x_ND, y_NE),
+            biased=linear_cka(x_ND, y_NE, debiased=False),
+            rows=len(x_ND),
+            widths=(x_ND.shape[1], y_NE.shape[1]),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class InformationImbalance(Estimator):
         half = len(a_ND) / 2
         means = [float(rank_N.mean()) / half for rank_N in ranks]
         errors = [float(rank_N.std()) / half / len(rank_N) ** 0.5 for rank_N in ranks]
-        return Imbalance(*means, *errors, len(a_ND))
+        return Imbalance(means[0], means[1], errors[0], errors[1], rows=len(a_ND))
 
 
 def _require_same_samples(who: str, first: Features, second: Features) -> None:

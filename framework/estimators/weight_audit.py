@@ -181,7 +181,8 @@ class WeightAudit(Estimator):
         fitted = fit_noise(unit_S, rows, columns) if found.exact else None
         place_P = torch.logspace(0, math.log10(max(1, len(values_S))), SHOWN).round().long().unique() - 1
         place_P = place_P[place_P < len(values_S)]
-        null_P = () if fitted is None or not fitted.noise else values_of_noise(fitted, rows, columns, place_P) * top
+        noisy = fitted if fitted is not None and fitted.noise > 0 else None
+        null_P = place_P[:0] if noisy is None else values_of_noise(noisy, rows, columns, place_P) * top
         return {
             "rank": found.rank if found.exact or found.rank < len(values_S) else None,
             "full": full,
@@ -195,7 +196,7 @@ class WeightAudit(Estimator):
             "ranks": {percent(share): _rank_for(unit_S, (found.norm / top) ** 2, share, full) for share in SHARES},
             "error": found.error,
             "values": tuple(zip(place_P.tolist(), values_S[place_P].tolist(), strict=True)),
-            "null": tuple(zip(place_P.tolist(), null_P.tolist(), strict=True)) if len(null_P) else (),
+            "null": tuple(zip(place_P[: len(null_P)].tolist(), null_P.tolist(), strict=True)),
         }
 
     def _pair(self, one: Decomposition, two: Decomposition, change: Decomposition) -> dict[str, Any]:

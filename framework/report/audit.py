@@ -98,7 +98,7 @@ def _of_pairs(report: AuditReport) -> list[str]:
     rows = report.measured("pair")
     matrices = [row for row in rows if row.get("change") is not None]
 
-    def pair(*keys: str) -> Value:
+    def pair(*keys: str | int) -> Value:
         return lambda row: _at(row, "pair", *keys)
 
     shares = [share for share, _ in report.ranks.items()]
