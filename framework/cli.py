@@ -62,6 +62,7 @@ VERBS = (
         flags=True,
     ),
     Verb("report", "compare runs on one HTML page", "report"),
+    Verb("audit", "look at the weights of a checkpoint, or at what changed between two", "audit"),
     Verb("export", "write a checkpoint for other libraries", "export"),
     Verb("fsck", "find damaged checkpoints of a run and move them out of the way", "fsck"),
     Verb("data", "pack a folder into shards, verify them, or write their indices", "data"),

@@ -1,5 +1,7 @@
 """The names of files and folders that lightspan writes: in a run folder, if nothing else is said."""
 
+AUDIT = "audit.json"  # of an audit of weights, beside AUDIT_PAGE
+AUDIT_PAGE = "audit.html"
 CHECKPOINTS = "checkpoints"  # a folder
 CURVE = "curve.png"  # of a search for the intrinsic dimension
 EXPORT = "export.json"  # in an export; distinguishes a folder that an export may replace from one that it must not

@@ -1,6 +1,7 @@
 """The code that README.md and the pages for beginners print, taken from them and run."""
 
 import copy
+import json
 import re
 import sys
 from pathlib import Path
@@ -180,3 +181,22 @@ def test_the_switches_shown_for_the_callback_are_those_of_the_preset(name) -> No
 
 def test_every_line_shown_for_the_callback_can_be_made() -> None:
     exec(block("docs/optimisers.md", "python", "from lightspan.callbacks.training.subspace_projection"), {})
+
+
+def test_the_audit_of_a_network_and_its_adapter_finds_what_the_page_says(tmp_path, monkeypatch, capsys) -> None:
+    page = "docs/audit.md"
+    monkeypatch.chdir(tmp_path)
+    exec(block(page, "python", "# digits.py"), {"__name__": "digits"})
+    for line in block(page, "sh", "lightspan audit").splitlines():
+        assert main(line.split()[1:]) == 0
+    alone, trained, adapter, change = (
+        json.loads(Path("audits", name, "audit.json").read_text()) for name in ("base", "trained", "adapter", "change")
+    )
+    assert [row["name"] for row in change["layers"]] == ["0.weight", "2.weight", "4.weight"]
+    assert {row["name"]: row["a"]["rank"] for row in change["layers"]} == {"0.weight": 8, "2.weight": 8, "4.weight": 8}
+    # Trained weights differ between machines by more than rounding, so that only what the page concludes is asserted.
+    assert max(adapter["ranks"].values()) < 8
+    assert max(trained["ranks"].values()) > 8
+    assert alone["b"] is None
+    assert (Path("audits/adapter/audit.html")).read_text().count("<svg") > 10
+    assert "overlap of rows" in capsys.readouterr().out

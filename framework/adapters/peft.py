@@ -159,6 +159,13 @@ class StoredChange:
         shape = LayerShape(weight, linear and transposed, groups, () if linear else (1,) * (len(weight) - 2))
         return shape, *_as_matrices(shape, pair["A"].double(), pair["B"].double(), where)
 
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """The shape of the layer's change as the factors alone tell it, a matrix as [O I]."""
+        down, up = self._pairs[layer]["A"], self._pairs[layer]["B"]
+        # Of a convolution in groups, A reads all channels and B has a part of the rank for each group.
+        groups = max(1, len(down) // max(1, up.shape[1])) if down.ndim > 2 else 1
+        return (len(up), down.shape[1] // groups, *down.shape[2:])
+
     def transposes(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether matrices of these layers are stored as [I O]: the folder says so, or one that is not square shows it.
 

@@ -1,4 +1,5 @@
-"""Dimension of the manifold that points lie on, from the distances to their two nearest neighbours (TwoNN).
+"""Dimension of the manifold that points lie on, from the distances to their two nearest neighbours (TwoNN), or to
+further ones (Gride).
 
 Source: Facco, d'Errico, Rodriguez, Laio, "Estimating the intrinsic dimension of datasets by a minimal neighborhood
 information", Scientific Reports 7 (2017), arXiv 1803.06992. If density is constant up to the second neighbour, the
@@ -6,13 +7,21 @@ ratio mu = r2 / r1 of a point's two distances has P(mu <= t) = 1 - t^-d (equatio
 d. Ratios do not depend on scale or rotation, and dimensions that the manifold leaves empty do not count. Estimates are
 too small if there are few points for the dimension, as above d = 20 for thousands of points.
 
+Over scales: Denti, Doimo, Laio, Mira, "The generalized ratios intrinsic dimension estimator", Scientific Reports 12
+(2022), arXiv 2104.13832. mu = r_{2n} / r_n of the n-th and the 2n-th neighbour has a density of d alone, from which the
+likeliest d follows; n grows with the scale. With n = 1 it is TwoNN.
+
 What a linear map can see, such as the participation ratio of centred features, is in `lightspan.analysis.spectra`; it
 is never below the dimension of a flat manifold, and much above that of a curved one.
 
 Shapes: N points, D coordinates, Q points per chunk.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from lightspan.analysis.scale import scaled
@@ -54,6 +63,30 @@ def fitted_dimension(mu_N: Tensor, discard: float = 0.1) -> Tensor:
     return torch.where(x_N.any(), slope, torch.full_like(slope, torch.inf))
 
 
+def gride(mu_N: Tensor, nearer: int) -> tuple[float, float]:
+    """(dimension, its standard error) by the ratios of the distances to the 2n-th and the n-th neighbour, n = `nearer`.
+
+    The error is that of the likelihood's curvature, as if points were independent: it is too small for n above 1, where
+    neighbourhoods overlap. N - 1 instead of N points, which takes the bias from n = 1 as in `likeliest_dimension`, is
+    DADApy's. Infinite if all ratios are 1.
+    """
+    log_N = mu_N.double().log()
+    count, total = len(log_N), float(log_N.sum())
+    if total <= 0:
+        return math.inf, math.inf
+
+    def slope(dimension: float) -> float:
+        """Of the log likelihood, times the dimension: falls, and has one root."""
+        x_N = dimension * log_N
+        grown_N = torch.where(x_N > 0, x_N / -torch.expm1(-x_N), 1.0)
+        return count - 1 + (nearer - 1) * float(grown_N.sum()) - (2 * nearer - 1) * dimension * total
+
+    dimension = float(brentq(slope, 0.0, count / total, rtol=1e-12, xtol=1e-300))
+    x_N = dimension * log_N
+    curved_N = torch.where(x_N > 0, (x_N / -torch.expm1(-x_N)).square(), 1.0) * (-x_N).exp()
+    return dimension, dimension * (count + (nearer - 1) * float(curved_N.sum())) ** -0.5
+
+
 def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
     """mu = r2 / r1 >= 1 of each different point, float64, in no particular order; equal rows count once.
 
@@ -62,28 +95,42 @@ def neighbour_ratios(points_ND: Tensor, chunk: int = 256) -> Tensor:
     Raises: UserError for fewer than 3 different points, coordinates that are not finite, or distances more than 150
         orders of magnitude below the largest coordinate.
     """
+    first_N, second_N = neighbour_distances(points_ND, (1, 2), chunk).unbind(dim=1)
+    return second_N / first_N
+
+
+def neighbour_distances(points_ND: Tensor, ranks: Sequence[int], chunk: int = 256, who: str = "TwoNN") -> Tensor:
+    """Distances of each different point to its neighbours of these ranks, 1 the nearest: float64 [N' R], as
+    `neighbour_ratios`.
+
+    Args:
+        who: asks, for messages.
+    Raises: UserError as `neighbour_ratios`, for fewer different points than max(ranks) + 1.
+    """
     if not points_ND.isfinite().all():
-        raise UserError("TwoNN got NaN or infinite coordinates, which have no neighbours; the model has diverged")
-    _, (points_ND,) = scaled(points_ND)  # on which ratios do not depend
+        raise UserError(f"{who} got NaN or infinite coordinates, which have no neighbours; the model has diverged")
+    scale, (points_ND,) = scaled(points_ND)
     different_ND = points_ND.unique(dim=0) if points_ND.numel() else points_ND[:1]
-    if len(different_ND) < 3:
+    needed = max(ranks) + 1
+    if len(different_ND) < needed:
+        each = "two neighbours" if needed == 3 else f"{needed - 1} neighbours"
         raise UserError(
-            f"TwoNN got {len(different_ND)} different points of {len(points_ND)}, but needs 3: each must have two "
-            "neighbours; give more points, or check whether features have collapsed"
+            f"{who} got {len(different_ND)} different points of {len(points_ND)}, but needs {needed}: each must have "
+            f"{each}; give more points, or check whether features have collapsed"
         )
-    ratios = []
+    found = []
     for points_QD in different_ND.split(chunk):
         # Differences, not |a|^2 + |b|^2 - 2ab: close neighbours far from the origin would drown in rounding errors.
         distance_QN = torch.cdist(points_QD, different_ND, compute_mode="donot_use_mm_for_euclid_dist")
-        _, first_Q, second_Q = distance_QN.topk(3, largest=False).values.unbind(dim=1)  # each is its own nearest
-        ratios.append(second_Q / first_Q)
-    mu_N = torch.cat(ratios)
-    if not mu_N.isfinite().all():
+        nearest_QK = distance_QN.topk(needed, largest=False).values  # each is its own nearest
+        found.append(nearest_QK[:, list(ranks)])
+    distance_NR = torch.cat(found)
+    if not (distance_NR > 0).all():
         raise UserError(
-            "TwoNN got different points whose distance is zero in float64 beside the largest coordinate; leave out "
+            f"{who} got different points whose distance is zero in float64 beside the largest coordinate; leave out "
             "outliers, or the points that are so close"
         )
-    return mu_N
+    return distance_NR * scale
 
 
 def _require_share(discard: float) -> None:

@@ -1,4 +1,4 @@
-"""Rows at length 1 of what is measured. Shapes: D features."""
+"""Rows of what is measured: at length 1, and fewer of them. Shapes: N rows, D features."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,10 @@ def unit_rows(x: Tensor) -> Tensor:
         return x
     # Divided by the largest entry first: squares of small numbers vanish, those of large ones overflow.
     return normalize(normalize(x, p=torch.inf, dim=-1, eps=torch.finfo(x.dtype).tiny), dim=-1)
+
+
+def spaced_rows(x_ND: Tensor, most: int) -> Tensor:
+    """At most that many rows, evenly spaced in their order."""
+    if len(x_ND) <= most:
+        return x_ND
+    return x_ND[torch.linspace(0, len(x_ND) - 1, most, dtype=torch.float64, device=x_ND.device).round().long()]

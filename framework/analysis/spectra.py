@@ -73,6 +73,14 @@ def leading_energy(values_S: Tensor, rank: int) -> Tensor:
     return energy_shares(values_S)[..., :rank].sum(dim=-1)
 
 
+def energy_rank(values_S: Tensor, share: float) -> int:
+    """The least rank whose directions hold that share of the energy, of descending values [S]; 0 for zeros."""
+    energy_S = energy_shares(values_S)
+    if not energy_S.any():
+        return 0
+    return min(len(energy_S), int((energy_S.cumsum(dim=0) < share - 1e-12).sum()) + 1)
+
+
 def _relative(values_S: Tensor) -> Tensor:
     """Divided by the largest magnitude, so that squares neither vanish nor overflow."""
     values_S = wide(values_S)

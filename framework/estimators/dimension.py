@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from lightspan.analysis.dimension import fitted_dimension, likeliest_dimension, neighbour_ratios
+from lightspan.analysis.rows import spaced_rows
 from lightspan.analysis.spectra import (
     effective_rank,
     energy_shares,
@@ -69,10 +70,7 @@ class TwoNN(Estimator):
 
     def fit(self, features: Features) -> Dimension:
         """Raises: UserError for fewer than 3 different points, or ratios that are all 1, as on a lattice."""
-        x_ND = features.rows()
-        if len(x_ND) > self.most:
-            x_ND = x_ND[torch.linspace(0, len(x_ND) - 1, self.most, dtype=torch.float64).round().long()]
-        mu_N = neighbour_ratios(x_ND)
+        mu_N = neighbour_ratios(spaced_rows(features.rows(), self.most))
         value = likeliest_dimension(mu_N) if self.rule == "likelihood" else fitted_dimension(mu_N, self.discard)
         if not value.isfinite():
             raise UserError(

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lightspan.adapters.peft import WEIGHTS, StoredChange
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of, sha256_of
+from lightspan.tensor_files import Form
 
 
 class AdaptedWeights(Weights):
@@ -64,6 +66,32 @@ class AdaptedWeights(Weights):
         layer, shape = self._layers[name], self._base.forms[name].shape
         rows, columns = (*shape, 0, 0)[:2]
         return layer, shape, self._transposed if rows == columns else self._change.transposes({layer: shape})
+
+
+class AdapterChange(Weights):
+    """What a PEFT LoRA adds to the layers of whatever model it belongs to, computed in float64 when it is read.
+
+    Without a model a matrix lies as [O I]. What trained as a whole (`modules_to_save`) is no change and is left out.
+
+    Raises: UserError for an adapter that changes no layer, or whose factors do not fit one another.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._change = StoredChange(folder)
+        self.left_out = sorted(self._change.replaced)
+        self.forms = {
+            f"{layer}.weight": Form(self._change.shape(layer), torch.float64) for layer in self._change.layers
+        }
+        if not self.forms:
+            raise UserError(f"{folder} adds to no layer; save the adapter again from PEFT")
+        self.aliases, self.home = {}, folder
+        self.origin = {"path": str(folder), "sha256": sha256_of(folder / WEIGHTS)}
+        for layer in self._change.layers:
+            self._change.factors(layer, self._change.shape(layer))
+
+    def read(self, name: str) -> Tensor:
+        layer = name.removesuffix(".weight")
+        return self._change.delta(layer, self._change.shape(layer))
 
 
 def open_checkpoints(merger: Merger, paths: Mapping[str, str], base: str | None = None) -> dict[str, Weights]:

@@ -109,6 +109,40 @@ class Part(Weights):
         return self._whole.read(name)
 
 
+class Renamed(Weights):
+    """The tensors of a checkpoint whose names begin with some text, without it; the others keep their names."""
+
+    def __init__(self, whole: Weights, beginning: str) -> None:
+        self._whole = whole
+        self._names = {name.removeprefix(beginning): name for name in whole.forms}
+        self.forms = {short: whole.forms[name] for short, name in self._names.items()}
+        self.aliases = {n.removeprefix(beginning): k.removeprefix(beginning) for n, k in whole.aliases.items()}
+        self.origin, self.home = whole.origin, whole.home
+
+    def read(self, name: str) -> Tensor:
+        return self._whole.read(self._names[name])
+
+
+def renamed_alike(one: Weights, other: Weights) -> tuple[Weights, Weights]:
+    """Both as they are, or, where they share no name, one without the beginning of its names that makes most of them
+    equal: a run has its network as `backbone.`, a folder of Hugging Face the same one without.
+    """
+    if one.forms.keys() & other.forms.keys():
+        return one, other
+    found: tuple[int, str, bool] = (0, "", True)
+    for longer, shorter, is_other in ((other, one, True), (one, other, False)):
+        first = next(iter(shorter.forms), "")
+        for name in longer.forms:
+            if first and name.endswith(f".{first}"):
+                beginning = name.removesuffix(first)
+                shared = sum(beginning + short in longer.forms for short in shorter.forms)
+                found = max(found, (shared, beginning, is_other))
+    _, beginning, is_other = found
+    if not beginning:
+        return one, other
+    return (one, Renamed(other, beginning)) if is_other else (Renamed(one, beginning), other)
+
+
 class Held(Weights):
     """Tensors in memory.
 

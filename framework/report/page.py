@@ -34,7 +34,12 @@ def render(runs: Sequence[Run], title: str) -> str:
         _configuration(runs),
         _provenance(runs),
     ]
-    body = "\n".join(part for part in parts if part)
+    command = f"lightspan report {' '.join(str(run.folder) for run in runs)}"
+    return document(title, "\n".join(part for part in parts if part), command)
+
+
+def document(title: str, body: str, command: str) -> str:
+    """A whole page: one <main> around a body whose texts are escaped, in the style of all reports."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -42,8 +47,7 @@ def render(runs: Sequence[Run], title: str) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
-        f"<footer>lightspan {escape(lightspan.__version__)} · lightspan report "
-        f"{escape(' '.join(str(run.folder) for run in runs))}</footer>"
+        f"<footer>lightspan {escape(lightspan.__version__)} · {escape(command)}</footer>"
         "</main></body></html>\n"
     )
 
@@ -63,11 +67,12 @@ def _has_about(run: Run) -> bool:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    names = (f"<span>{_key(at)}{escape(run.name)}</span>" for at, run in enumerate(runs))
+    names = (f"<span>{colour_key(at)}{escape(run.name)}</span>" for at, run in enumerate(runs))
     return f'<div class="legend">{"".join(names)}</div>'
 
 
-def _key(at: int) -> str:
+def colour_key(at: int) -> str:
+    """A short line in the colour of the run, or curve, of this number."""
     dashed = " dashed" if at >= COLOURS else ""
     return f'<i class="key{dashed}" style="border-color:var(--run{at % COLOURS})"></i>'
 
@@ -113,7 +118,7 @@ def _pictures(runs: Sequence[Run]) -> str:
     for name in (*known, *(name for name in names if name not in CAPTIONS)):
         caption = CAPTIONS.get(name, name)
         shown = "".join(
-            f"<div><p>{_key(at)} {escape(run.name)}</p>"
+            f"<div><p>{colour_key(at)} {escape(run.name)}</p>"
             f'<img alt="{escape(caption)}" src="data:image/png;base64,{b64encode(run.pictures[name]).decode()}"></div>'
             for at, run in enumerate(runs)
             if name in run.pictures
@@ -136,7 +141,7 @@ def _samples(runs: Sequence[Run]) -> str:
         )
         more = f"<details><summary>{len(earlier)} earlier</summary>{older}</details>" if earlier else ""
         blocks.append(
-            f"<div><p>{_key(at)} {escape(run.name)}, step {escape(str(last.get('step', '?')))}</p>"
+            f"<div><p>{colour_key(at)} {escape(run.name)}, step {escape(str(last.get('step', '?')))}</p>"
             f"<pre>{escape(str(last.get('text', '')))}</pre>{more}</div>"
         )
     return f'<h2>Samples</h2><div class="samples">{"".join(blocks)}</div>'

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from lightspan.analysis.dimension import fitted_dimension, likeliest_dimension, neighbour_ratios, two_nn_fit
+from lightspan.analysis.dimension import (
+    fitted_dimension,
+    gride,
+    likeliest_dimension,
+    neighbour_distances,
+    neighbour_ratios,
+    two_nn_fit,
+)
 from lightspan.analysis.spectra import participation_ratio, singular_values
 from lightspan.errors import UserError
 
@@ -121,3 +128,44 @@ def test_bad_points_are_told(estimator):
 def test_a_share_to_discard_out_of_range_is_told(discard):
     with pytest.raises(UserError, match="at least 0 and below 1"):
         two_nn_fit(drawn(10, 2), discard=discard)
+
+
+def test_the_nearest_ratio_of_gride_is_that_of_two_nn():
+    mu = neighbour_ratios(drawn(200, 4))
+    dimension, error = gride(mu, 1)
+    assert dimension == pytest.approx(float(likeliest_dimension(mu)), rel=1e-9)
+    assert error == pytest.approx(dimension / math.sqrt(200), rel=1e-9)
+
+
+@pytest.mark.parametrize("nearer", [2, 8])
+def test_gride_makes_its_likelihood_largest_and_its_error_is_the_curvature(nearer):
+    points = drawn(400, 3).double()
+    near, far = neighbour_distances(points, (nearer, 2 * nearer)).unbind(1)
+    mu = far / near
+
+    def likelihood(d):  # the logarithm of equation 7's density, with N - 1 in place of N
+        return float(
+            (len(mu) - 1) * math.log(d)
+            + ((nearer - 1) * torch.log(mu**d - 1) - ((2 * nearer - 1) * d + 1) * mu.log()).sum()
+        )
+
+    dimension, error = gride(mu, nearer)
+    step = 1e-3
+    below, at, above = (likelihood(dimension + shift) for shift in (-step, 0, step))
+    assert max(below, above) < at
+    assert abs(above - below) < 1e-3 * abs(above + below - 2 * at)
+    assert error == pytest.approx((-(above + below - 2 * at) / step**2) ** -0.5, rel=5e-3)
+    assert dimension == pytest.approx(3, abs=0.5)
+
+
+def test_neighbours_of_equal_distance_have_no_finite_gride():
+    assert gride(torch.ones(5, dtype=torch.float64), 2) == (math.inf, math.inf)
+    half = gride(torch.tensor([1.0, 1.0, 2.0, 3.0], dtype=torch.float64), 2)  # some that are equal are ordinary
+    assert all(map(math.isfinite, half))
+
+
+def test_too_few_points_for_a_neighbour_are_told():
+    with pytest.raises(UserError, match="Mine got 4 different points of 5, but needs 5: each must have 4 neighbours"):
+        neighbour_distances(torch.tensor([[0.0], [1.0], [1.0], [2.0], [4.0]]), (1, 4), who="Mine")
+    found = neighbour_distances(torch.tensor([[0.0], [1.0], [3.0]]), (1, 2))
+    assert found.tolist() == [[1, 3], [1, 2], [2, 3]]

@@ -132,6 +132,7 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
         "bank": all_but_one_class,
         **{name: lambda features: features for name in ("val", "query", "text")},
     },
+    "WeightAudit": {"a": weights_of(1), "b": weights_of(2)},
     "MemorisedNeurons": {
         "network": lambda features: Block(features.x.shape[-1]),
         "target": lambda features: Rows(features.x),
@@ -223,6 +224,13 @@ WRONG = {
     "SpectralClusters": [{"clusters": 0}, {"neighbours": 0}, {"seed": -1}],
     "TwoNN": [{"rule": "guess"}, {"discard": 1.0}, {"discard": -0.1}, {"discard": math.nan}, {"most": 2}],
     "Spectrum": [{"shown": 0}],
+    "Gride": [{"furthest": 1}, {"most": 9}],
+    "DecimatedTwoNN": [{"fewest": 9}, {"seed": -1}, {"most": 9}],
+    "InformationImbalance": [{"neighbours": 0}, {"most": 2}],
+    "WeightAudit": [
+        *({name: 0} for name in ("rank", "top", "largest")),
+        *({"epsilon": wrong} for wrong in (0.0, 1.0, math.nan)),
+    ],
     "Interference": [{"rank": 0}, {"density": 0.0}, {"density": 1.5}, {"density": math.nan}],
     "DiagonalFisher": [{"most": 0}],
     "InputGrams": [{"most": 0}],
@@ -243,6 +251,22 @@ WRONG = {
 
 COMPUTED = {
     "TwoNN": {"one class", "classes left out", "a row of zeros", "more features than rows", "without labels"},
+    "Gride": {"one class", "classes left out", "a row of zeros", "one constant feature", "denormal", "without labels"},
+    "DecimatedTwoNN": {"one class", "classes left out", "a row of zeros", "one constant feature", "without labels"},
+    "CKA": {"one class", "classes left out", "a row of zeros", "equal points", "a lattice", "denormal", "huge"},
+    "InformationImbalance": {
+        "one class",
+        "constant features",
+        "zeros",
+        "equal points",
+        "a lattice",
+        "denormal",
+        "huge",
+    },
+    "WeightAudit": {
+        *("no row", "one row", "two rows", "constant features", "zeros", "a row of zeros", "a lattice", "no feature"),
+        *("more features than rows", "denormal", "huge", "NaN", "infinite", "positions kept", "without labels"),
+    },
     "Spectrum": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "without labels"},
     "FrechetDistance": {"two rows", "one class", "constant features", "zeros", "a lattice", "without labels"},
     "Interference": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "huge"},
