@@ -24,6 +24,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.micro_batches import OfStep
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.parts import part
@@ -162,7 +163,7 @@ class DeepCluster(Method):
             self.cluster_HM[head, gather_rows(own_M)[0]] = nearest_N
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
-        views, index_B = global_first(batch, "DeepCluster", self.global_views), batch["index"]
+        views, index_B = global_first(batch, "DeepCluster", self.global_views), index_in(batch, self)
         z_VBD = unit_length(wide(self.network(views)))
         losses = []
         for head in range(len(self.cluster_HM)):

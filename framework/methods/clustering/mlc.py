@@ -22,6 +22,7 @@ from lightspan.analysis.clustering import agreement, spectral
 from lightspan.distributed import agreed, gather_rows, rank, together
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.coding_rate import (
@@ -143,7 +144,7 @@ class MLC(Method):
                 raise UserError(
                     f"MLC clusters={self.clusters} compares clusters with labels, which these data lack; set it to null"
                 )
-            self._validated.append((self.represent(batch["image"])[1], batch["label"], batch["index"]))
+            self._validated.append((self.represent(batch["image"])[1], batch["label"], index_in(batch, self)))
 
     def on_validation_epoch_end(self) -> None:
         if not self._validated or self.clusters is None:

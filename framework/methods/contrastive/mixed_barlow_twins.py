@@ -80,7 +80,9 @@ class MixedBarlowTwins(Method):
     def regulariser(self, x1_BCHW: Tensor, x2_BCHW: Tensor, z1_BD: Tensor, z2_BD: Tensor) -> Tensor:
         """L_reg of one mixture, drawn from torch's CPU generator on every device: a resumed run then draws the same."""
         # Unchecked, since the constructor has checked alpha, and a plan has no numbers to look at.
-        mix = torch.distributions.Beta(self.alpha, self.alpha, validate_args=False).sample().to(x1_BCHW)
+        # In float32 also where half precision is torch's default, which cannot draw it.
+        alpha = torch.tensor(self.alpha, dtype=torch.float32)
+        mix = torch.distributions.Beta(alpha, alpha, validate_args=False).sample().to(x1_BCHW)
         permutation_B = torch.randperm(len(x1_BCHW)).to(x1_BCHW.device)
         zm_BD = standardise(self.embed(mix * x1_BCHW + (1 - mix) * x2_BCHW[permutation_B]))
         return mixed_regulariser(zm_BD, z1_BD, z2_BD, mix, permutation_B)
