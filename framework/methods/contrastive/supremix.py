@@ -82,7 +82,7 @@ class SupReMix(Method):
         on_host = isinstance(target_B, Tensor) and target_B.device.type == "cpu" and has_values(target_B)
         if on_host and (missing := int((~target_B.isfinite()).sum())):
             raise UserError(
-                f"{missing} of {len(target_B)} targets of a batch are NaN or infinite, and SupReMix compares all of them; "
+                f"{missing} of {len(target_B)} targets of a batch are NaN or infinite, and SupReMix compares them all; "
                 "leave samples without a target out of the data"
             )
         return batch
