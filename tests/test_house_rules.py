@@ -20,7 +20,7 @@ GROUND: dict[str, set[str]] = {
     **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns", "ranges")},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
-    **{floor: set() for floor in ("devices", "drawing", "noise", "run_files")},
+    **{floor: set() for floor in ("devices", "drawing", "noise", "run_files", "unit_length")},
     "results": {"drawing", "errors"},
     "tensor_files": {"errors", "files"},
 }

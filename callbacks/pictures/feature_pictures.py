@@ -33,6 +33,7 @@ class FeaturePictures(Callback):
     For any LightningModule with `features(batch)` -> float [B D], and any datamodule whose `bank_dataloader()` and
     `val_dataloader()` yield `ImageBatch` mappings and have a `dataset` with `sample(index, seed)`, as those here do.
     Needs no labels; where the datamodule says that it is `labelled`, or nothing of it, their classes colour the map.
+    Labels that are tags or numbers do not.
 
     - probe/rankme: effective rank of the validation features as they are, neither centred nor scaled, in
       [1, min(M, D)] (Garrido et al., "RankMe", 2023, arXiv 2210.02885, without its epsilon). It needs no labels; near 1
@@ -101,7 +102,8 @@ class FeaturePictures(Callback):
                 grid_CHW = self._neighbours(bank_ND, val_MD, (bank, bank_index_N), (val, val_index_M), bounds)
                 write_atomic(self.folder / "neighbours.png", _png(grid_CHW))
                 classes = list(getattr(data, "classes", ()))
-                labels = labels_M if getattr(data, "labelled", True) else None
+                are_classes = labels_M.ndim == 1 and not labels_M.is_floating_point()
+                labels = labels_M if are_classes and getattr(data, "labelled", True) else None
                 write_atomic(self.folder / "map.png", self._map(val_MD, labels, classes, val, val_index_M, bounds))
         module.log("probe/rankme", rank, batch_size=1, sync_dist=trainer.world_size > 1)
 
@@ -139,9 +141,15 @@ class FeaturePictures(Callback):
             box.set_in_layout(False)  # the layout would shrink the axes around it
             axes.add_artist(box)
         if labels_M is not None and classes:
-            for number in sorted(set(numbers)):
-                axes.scatter([], [], color=palette(number % 20), label=classes[number] if number < len(classes) else "")
-            axes.legend(frameon=False, fontsize=7, ncol=6, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+            there = sorted(set(numbers))
+            for number in there:
+                axes.scatter([], [], color=palette(number % 20), label=number)
+            legend = axes.legend(frameon=False, fontsize=7, ncol=6, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+            for text, number in zip(legend.get_texts(), there, strict=True):
+                # Afterwards, as plain text: a folder's name may begin with "_", which matplotlib leaves out of a
+                # legend, or have dollar signs, between which it reads mathematics.
+                text.set_parse_math(False)
+                text.set_text(classes[number] if 0 <= number < len(classes) else "")
         axes.margins(0.08)
         axes.set_axis_off()
         return png(figure)

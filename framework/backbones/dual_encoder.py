@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
+from lightspan.unit_length import unit_length
 
 # A recipe may name the class listed here.
 __all__ = ["DualEncoder"]
@@ -55,7 +55,7 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, x_BCHW: Tensor) -> Tensor:
         """[B D], rows of length 1."""
-        return F.normalize(self.image_map(self.image(x_BCHW)), dim=1)
+        return unit_length(self.image_map(self.image(x_BCHW)))
 
     def features(self, batch: Any) -> Tensor:
         """Of the images of a batch, [B D]: what the feature store asks of an encoder."""
@@ -67,4 +67,4 @@ class DualEncoder(nn.Module):
 
     def map_text(self, features_BF: Tensor) -> Tensor:
         """[B D], rows of length 1, of what the text encoder gave."""
-        return F.normalize(self.text_map(features_BF), dim=1)
+        return unit_length(self.text_map(features_BF))

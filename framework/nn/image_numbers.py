@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightspan.devices import has_values
+from lightspan.errors import UserError
 
 _HOST = "_lightspan_on_host"
 
@@ -26,6 +27,17 @@ def keep_on_host(before: Any, after: Any) -> None:
     both = isinstance(host_B, Tensor) and isinstance(index_B, Tensor)
     if both and host_B is not index_B and host_B.device.type == "cpu":  # type: ignore[union-attr]
         setattr(index_B, _HOST, host_B)
+
+
+def index_in(batch: Mapping[str, Any], owner: object) -> Tensor:
+    """A batch's `index`, int64 [B]. Raises: UserError if it has none."""
+    if "index" not in batch:
+        raise UserError(
+            f"{type(owner).__name__} needs the images' numbers, and this batch has no index (it holds "
+            f"{', '.join(sorted(batch))}); let the dataset give each sample a whole number of its own as index"
+        )
+    index_B: Tensor = batch["index"]
+    return index_B
 
 
 def image_numbers(index_B: Tensor) -> list[int]:

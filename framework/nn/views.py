@@ -13,6 +13,16 @@ TWO_VIEWS = "lightspan.datamodules.images.views.TwoViews"
 MULTI_CROP = "lightspan.datamodules.images.views.MultiCrop"
 
 
+def require_fields(batch: Any, method: str) -> None:
+    """Raises: UserError for a batch without named fields, such as the tuples of torchvision's datasets."""
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"{method} reads batches by the names of their fields, and this one is a {type(batch).__name__}; let the "
+            'dataset give {"image": ..., "label": ..., "index": ...}, or put it into '
+            "lightspan.datamodules.pictures.dataset.PictureDataset"
+        )
+
+
 def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) -> list[Tensor]:
     """The views [B C H W] of a batch of images.
 
@@ -22,13 +32,15 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
     Args:
         method: its name, for messages.
         count: how many views it needs; None takes any number.
-    Raises: UserError for another number, or a batch without images.
+    Raises: UserError for another number, or a batch without images or without named fields.
     """
+    require_fields(batch, method)
     views = list(batch["views"]) if "views" in batch else [batch["image"]] if "image" in batch else []
     if len(views) != count if count is not None else not views:
+        way_out = "data.init_args.views=null" if count == 1 else f"data.init_args.views.class_path={TWO_VIEWS}"
         raise UserError(
-            f"{method} needs {count or 'some'} views of each image, and this batch gives {len(views)} (it holds "
-            f"{', '.join(sorted(batch))}); set data.init_args.views.class_path={TWO_VIEWS}"
+            f"{method} needs {count or 'some'} view{'' if count == 1 else 's'} of each image, and this batch gives "
+            f"{len(views)} (it holds {', '.join(sorted(batch))}); set {way_out}"
         )
     if "views" not in batch and rank() == 0:
         warnings.warn(
@@ -42,10 +54,16 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
 def labelled_views(batch: Mapping[str, Any], method: str) -> list[Tensor]:
     """The views [B C H W] of a batch with labels, for a method that stacks them: all of one size.
 
-    Raises: UserError for views of several sizes, or a batch without labels or images.
+    Raises: UserError for views of several sizes, or a batch without images or without one label for each.
     """
     views = views_of(batch, method)
-    if "label" not in batch or len({view.shape for view in views}) > 1:
+    label_B = batch.get("label")
+    if isinstance(label_B, Tensor) and label_B.shape != (len(views[0]),):
+        raise UserError(
+            f"{method} needs one label for each image, [{len(views[0])}], and this batch has {list(label_B.shape)}; "
+            "let the dataset give one number for each sample"
+        )
+    if label_B is None or len({view.shape for view in views}) > 1:
         raise UserError(
             f"{method} needs labels, and views of one size; this batch holds {sorted(batch)} and views of "
             f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
@@ -59,8 +77,9 @@ def global_first(batch: Mapping[str, Any], method: str, global_views: int) -> li
 
     Args:
         method: its name, for messages.
-    Raises: UserError for other views, or a batch without any.
+    Raises: UserError for other views, or a batch without any or without named fields.
     """
+    require_fields(batch, method)
     views: list[Tensor] = list(batch.get("views", []))
     if len(views) < global_views or len({view.shape for view in views[:global_views]}) > 1:
         raise UserError(

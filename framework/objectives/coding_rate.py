@@ -13,12 +13,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sum, all_reduce_sums, gather_rows
 from lightspan.errors import UserError
 from lightspan.objectives.prototypes import column_potentials
+from lightspan.unit_length import unit_length
 
 
 def require_distortion(distortion: float) -> None:
@@ -83,7 +83,7 @@ def pairwise_membership(c_BD: Tensor, temperature: float, iterations: int = 10) 
         iterations: rounds of `lightspan.objectives.prototypes.sinkhorn`.
     """
     with torch.autocast(c_BD.device.type, enabled=False):
-        c_BD = F.normalize(wide(c_BD), dim=1)
+        c_BD = unit_length(wide(c_BD))
         scores_BN = c_BD @ gather_rows(c_BD)[0].T / temperature
         return (scores_BN + column_potentials(scores_BN.detach(), iterations)).softmax(dim=1)
 
@@ -94,7 +94,7 @@ def total_coding_rate_loss(z1_BD: Tensor, z2_BD: Tensor, distortion: float, simi
     Rows are scaled to length 1 first. The similarity is a mean over rows (NMCE's code), where MLC writes a sum.
     """
     with torch.autocast(z1_BD.device.type, enabled=False):
-        z1_BD, z2_BD = (F.normalize(wide(z_BD), dim=1) for z_BD in (z1_BD, z2_BD))
+        z1_BD, z2_BD = (unit_length(wide(z_BD)) for z_BD in (z1_BD, z2_BD))
         agreement, rows = all_reduce_sums((z1_BD * z2_BD).sum(dim=1).abs().sum(), z1_BD.new_tensor(float(len(z1_BD))))
         rate = coding_rate((z1_BD + z2_BD) / 2, distortion)
         return -rate - similarity * agreement / rows.clamp_min(1)

@@ -7,10 +7,10 @@ Shapes: B rows of this rank, N rows of all ranks, D width.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sum, gather_rows
+from lightspan.unit_length import unit_length
 
 LEAST = 1e-8
 """Distances below it count as it, without a gradient: equal rows would have an infinite one."""
@@ -22,7 +22,7 @@ def koleo(x_BD: Tensor) -> Tensor:
     A row without a neighbour, the only one of all ranks, gives 0.
     """
     with torch.autocast(x_BD.device.type, enabled=False):
-        x_BD = F.normalize(wide(x_BD), dim=1)
+        x_BD = unit_length(wide(x_BD))
         all_ND, start = gather_rows(x_BD)
         if len(all_ND) < 2:
             return 0 * all_ND.sum()

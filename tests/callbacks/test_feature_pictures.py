@@ -1,7 +1,10 @@
 """Pictures of a run: the first batch, neighbours and a map, for any module with features."""
 
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rank_processes
@@ -14,12 +17,17 @@ from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_image
 
 from lightspan.analysis.spectra import effective_rank, singular_values
+from lightspan.callbacks.pictures import feature_pictures
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures, evenly_spaced, nearest, plane
 from lightspan.callbacks.pictures.first_batch import FirstBatch
 from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews
+from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.pictures.folder import ImageFolder
 from lightspan.distributed import leave
+from lightspan.drawing import png
 from lightspan.errors import UserError
+
+SPLITS = ("bank", "val")
 
 
 class Means(LightningModule):
@@ -125,6 +133,37 @@ def test_features_that_collapsed_have_a_map_and_a_rank(tmp_path: Path) -> None:
     trainer = train(tmp_path, pictures(tmp_path, {"a": 3, "b": 3}), Collapsed())
     assert trainer.callback_metrics["probe/rankme"] == 0
     assert (tmp_path / "map.png").exists()
+
+
+@dataclass
+class Tagged:
+    """Samples of a dataset, with two tags in the place of a class."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        return {**self.dataset.sample(index, seed), "label": torch.tensor([index % 2 == 0, True])}
+
+
+def test_tags_leave_the_map_without_colours_of_classes(tmp_path: Path) -> None:
+    data = pictures(tmp_path, {"a": 6, "b": 6}, val_share=0.3)
+    data.setup()
+    loaders = {name: EvaluationLoader(Tagged(getattr(data, f"{name}_dataloader")().dataset), 4) for name in SPLITS}
+    for name, loader in loaders.items():
+        setattr(data, f"{name}_dataloader", partial(lambda loader: loader, loader))
+    train(tmp_path, data)
+    assert image(tmp_path / "map.png").shape[0] == 3
+
+
+def test_names_of_folders_are_plain_text_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(feature_pictures, "png", lambda figure: figures.append(figure) or png(figure))
+    names = ["_hidden", "a$\\alpha_{$"]  # mathematics that does not end, to matplotlib
+    train(tmp_path, pictures(tmp_path, dict.fromkeys(names, 6), val_share=0.3))
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == names
 
 
 def test_features_that_diverged_have_no_pictures_and_do_not_end_the_run(tmp_path: Path) -> None:

@@ -24,12 +24,14 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.micro_batches import OfStep
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.parts import part
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import given_width, require_projector
 from lightspan.ranges import require_temperatures
+from lightspan.unit_length import unit_length
 
 
 class DeepCluster(Method):
@@ -83,7 +85,7 @@ class DeepCluster(Method):
             )
         self.network = MultiCropNetwork(backbone, projector)
         for head, count in enumerate(prototypes):
-            register_replicated(self, f"prototypes_{head}", F.normalize(torch.randn(count, width)))
+            register_replicated(self, f"prototypes_{head}", unit_length(torch.randn(count, width)))
         register_replicated(self, "memory_GMD", torch.zeros(global_views, images, width))
         register_replicated(self, "cluster_HM", torch.full((len(prototypes), images), -1))
         register_replicated(self, "clustered_in", torch.zeros((), dtype=torch.int64))
@@ -123,7 +125,7 @@ class DeepCluster(Method):
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:
         """Which prototypes of the first head a batch predicts, [B K]."""
-        z_BD = F.normalize(self.projector(self.features(batch)), dim=1)
+        z_BD = unit_length(self.projector(self.features(batch)))
         return (wide(z_BD @ self.prototypes(0).to(z_BD).T) / self.temperature).softmax(dim=1)
 
     def prototypes(self, head: int) -> Tensor:
@@ -161,8 +163,8 @@ class DeepCluster(Method):
             self.cluster_HM[head, gather_rows(own_M)[0]] = nearest_N
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
-        views, index_B = global_first(batch, "DeepCluster", self.global_views), batch["index"]
-        z_VBD = F.normalize(wide(self.network(views)), dim=-1)
+        views, index_B = global_first(batch, "DeepCluster", self.global_views), index_in(batch, self)
+        z_VBD = unit_length(wide(self.network(views)))
         losses = []
         for head in range(len(self.cluster_HM)):
             scores_VBK = dot_products(z_VBD, self.prototypes(head)) / self.temperature

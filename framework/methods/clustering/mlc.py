@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.analysis.clustering import agreement, spectral
 from lightspan.distributed import agreed, gather_rows, rank, together
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.coding_rate import (
@@ -33,6 +33,7 @@ from lightspan.objectives.coding_rate import (
     total_coding_rate_loss,
 )
 from lightspan.ranges import require_temperatures
+from lightspan.unit_length import unit_length
 
 ROUNDS_TO_READ = 100
 FIGURES = {"val/cluster_accuracy": "accuracy", "val/nmi": "nmi", "val/ari": "ari"}
@@ -89,7 +90,7 @@ class MLC(Method):
     def represent(self, image_RCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(Z, C), both [R D] with rows of length 1."""
         pre_RP = self.projector(self.backbone(image_RCHW))
-        return F.normalize(self.head(pre_RP), dim=1), F.normalize(self.cluster_head(pre_RP), dim=1)
+        return unit_length(self.head(pre_RP)), unit_length(self.cluster_head(pre_RP))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Between steps: in a step FSDP2 has gathered the heads, and drops what is written to them. Micro-batches of one
@@ -112,7 +113,7 @@ class MLC(Method):
 
     def rate_reduction_loss(self, z_VBD: Tensor, c_VBD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(R_c - R, both rates for the logs)."""
-        z_BD = F.normalize(z_VBD.mean(dim=0), dim=1)
+        z_BD = unit_length(z_VBD.mean(dim=0))
         rate, compressed = coding_rate(z_BD, self.distortion), self.compressed_rate(z_BD, c_VBD)
         return compressed - rate, {"train/rate": rate, "train/cluster_rate": compressed}
 
@@ -143,7 +144,7 @@ class MLC(Method):
                 raise UserError(
                     f"MLC clusters={self.clusters} compares clusters with labels, which these data lack; set it to null"
                 )
-            self._validated.append((self.represent(batch["image"])[1], batch["label"], batch["index"]))
+            self._validated.append((self.represent(batch["image"])[1], batch["label"], index_in(batch, self)))
 
     def on_validation_epoch_end(self) -> None:
         if not self._validated or self.clusters is None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
@@ -30,6 +29,7 @@ from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
 from lightspan.ranges import require_shares, require_temperatures
 from lightspan.sharded import local, row_norms
+from lightspan.unit_length import unit_length
 
 
 class SwAV(Method):
@@ -91,12 +91,12 @@ class SwAV(Method):
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:
         """Which prototypes a batch predicts, [B K], as the loss compares it with codes."""
-        z_BD = F.normalize(self.projector(self.features(batch)), dim=1)
+        z_BD = unit_length(self.projector(self.features(batch)))
         return (wide(self.prototypes(z_BD)) / self.temperature).softmax(dim=1)
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "SwAV", self.global_views)
-        z_VBD = F.normalize(wide(self.network(views)), dim=-1)
+        z_VBD = unit_length(wide(self.network(views)))
         scores_VBK = dot_products(z_VBD, self.prototypes.weight)
         codes_GBK = torch.stack([self.codes(view, scores_VBK[view]) for view in range(self.global_views)])
         if self.share_of_run() >= self.queue_from:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
+from lightspan.unit_length import unit_length
 
 
 class MixedBarlowTwins(Method):
@@ -56,7 +56,7 @@ class MixedBarlowTwins(Method):
     def embed(self, image_BCHW: Tensor) -> Tensor:
         """Embedding before standardising, [B D]."""
         e_BD = self.projector(self.backbone(image_BCHW))
-        return F.normalize(e_BD, dim=1) if self.normalize else e_BD
+        return unit_length(e_BD) if self.normalize else e_BD
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x1_BCHW, x2_BCHW = views_of(batch, "MixedBarlowTwins", 2)
@@ -66,7 +66,7 @@ class MixedBarlowTwins(Method):
         regulariser = self.regulariser(x1_BCHW, x2_BCHW, z1_BD, z2_BD) if self.lam_reg > 0 else torch.zeros_like(barlow)
         loss = barlow + self.lam_reg * self.lam * regulariser
         # 1 if unit-length embeddings fill the sphere evenly, 0 if all images share one.
-        spread = F.normalize(e1_BD.detach(), dim=1).std(dim=0, correction=0).mean() * e1_BD.shape[1] ** 0.5
+        spread = unit_length(e1_BD.detach()).std(dim=0, correction=0).mean() * e1_BD.shape[1] ** 0.5
         self.log_training(
             {
                 "train/loss": loss,
@@ -80,7 +80,9 @@ class MixedBarlowTwins(Method):
     def regulariser(self, x1_BCHW: Tensor, x2_BCHW: Tensor, z1_BD: Tensor, z2_BD: Tensor) -> Tensor:
         """L_reg of one mixture, drawn from torch's CPU generator on every device: a resumed run then draws the same."""
         # Unchecked, since the constructor has checked alpha, and a plan has no numbers to look at.
-        mix = torch.distributions.Beta(self.alpha, self.alpha, validate_args=False).sample().to(x1_BCHW)
+        # In float32 also where half precision is torch's default, which cannot draw it.
+        alpha = torch.tensor(self.alpha, dtype=torch.float32)
+        mix = torch.distributions.Beta(alpha, alpha, validate_args=False).sample().to(x1_BCHW)
         permutation_B = torch.randperm(len(x1_BCHW)).to(x1_BCHW.device)
         zm_BD = standardise(self.embed(mix * x1_BCHW + (1 - mix) * x2_BCHW[permutation_B]))
         return mixed_regulariser(zm_BD, z1_BD, z2_BD, mix, permutation_B)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
 from lightspan.method import Method
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.pretext import PretextTask
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
@@ -60,7 +61,7 @@ class ScatSimCLR(Method):
         loss = nt_xent(z1_BD, z2_BD, self.temperature)
         figures = {"contrast": loss}
         if self.pretext is not None:
-            guess = self.pretext(self.backbone, views[2:], batch["index"], self.global_step)
+            guess = self.pretext(self.backbone, views[2:], index_in(batch, self), self.global_step)
             figures["pretext"] = F.cross_entropy(wide(guess.logits_RK), guess.label_R)
             figures["pretext_accuracy"] = (guess.logits_RK.argmax(dim=1) == guess.label_R).float().mean()
             loss = loss + self.pretext_weight * figures["pretext"]

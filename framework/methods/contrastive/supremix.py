@@ -7,15 +7,17 @@ sample and view: ranks and resumed runs draw the same.
 Shapes: B samples of this rank, V views of each, R = B V rows, D embedding width.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.method import Method
-from lightspan.nn.image_numbers import image_numbers
+from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.supremix import supremix
@@ -73,6 +75,18 @@ class SupReMix(Method):
         self.bin_width, self.window, self.beta, self.distance_weight = bin_width, window, beta, distance_weight
         self.temperature, self.most_pairs, self.seed = temperature, most_pairs, seed
 
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Raises: UserError for targets that are not finite: one would make all weights NaN."""
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        target_B = batch.get("target", batch.get("label")) if isinstance(batch, Mapping) else None
+        on_host = isinstance(target_B, Tensor) and target_B.device.type == "cpu" and has_values(target_B)
+        if on_host and (missing := int((~target_B.isfinite()).sum())):
+            raise UserError(
+                f"{missing} of {len(target_B)} targets of a batch are NaN or infinite, and SupReMix compares them all; "
+                "leave samples without a target out of the data"
+            )
+        return batch
+
     def features(self, batch: Any) -> Tensor:
         (x,) = [batch[name] for name in ("image", "table") if name in batch] or [batch["views"][0]]
         return self.backbone(x)
@@ -87,7 +101,7 @@ class SupReMix(Method):
             )
         bin_R = (target_B / self.bin_width).round().repeat(len(views))
         z_RD = self.projector(self.backbone(torch.cat(views)))
-        share_R, start_R = (drawn_R.to(z_RD.device) for drawn_R in self.draws(batch["index"], len(views)))
+        share_R, start_R = (drawn_R.to(z_RD.device) for drawn_R in self.draws(index_in(batch, self), len(views)))
         loss = supremix(
             z_RD,
             bin_R,

@@ -8,7 +8,6 @@ Shapes: B images of this rank, C H W image, D embedding width.
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.method import Method
@@ -17,6 +16,7 @@ from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
 from lightspan.optim.schedules import TeacherMomentum
+from lightspan.unit_length import unit_length
 
 
 def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:
 
     Targets carry no gradient. A row of zeros has the distance 2 from all; without rows the loss is 0.
     """
-    cosine_B = (F.normalize(wide(guess_BD), dim=1) * F.normalize(wide(target_BD.detach()), dim=1)).sum(dim=1)
+    cosine_B = (unit_length(wide(guess_BD)) * unit_length(wide(target_BD.detach()))).sum(dim=1)
     return (2 - 2 * cosine_B).sum() / max(len(cosine_B), 1)
 
 

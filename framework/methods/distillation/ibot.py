@@ -19,6 +19,7 @@ from lightspan.datamodules.batches import ViewsBatch
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.view_masks import masks_of_views
 from lightspan.nn.parts import part
@@ -111,7 +112,7 @@ class IBOT(Method):
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "IBOT", self.global_views)
         grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from
-        masked = masks_of_views(self.masks, grid, self.global_step, batch["index"], self.global_views, masking)
+        masked = masks_of_views(self.masks, grid, self.global_step, index_in(batch, self), self.global_views, masking)
         targets = self.targets(self.teacher(views[: self.global_views], masked, hide=False).by_head)
         seen = self.student(views, masked, hide=True)
         losses = class_and_patch_losses(targets, seen.by_head, self.student_temperature, masked.weight_N)

@@ -26,6 +26,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.parts import part
@@ -137,7 +138,8 @@ class MMC(Method):
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "MMC", 2)[:2]
         grid, step = self.backbone.grid(views[0]), self.global_step
-        corrupted = [self.corruption(view, grid, batch["index"], step, number) for number, view in enumerate(views)]
+        index_B = index_in(batch, self)
+        corrupted = [self.corruption(view, grid, index_B, step, number) for number, view in enumerate(views)]
         masks_RHW = np.concatenate([masks_BHW for _, masks_BHW in corrupted])
         masked, clean_RChw = MaskedPatches.of(masks_RHW, views[0].device), torch.cat(views)
         seen = self.student(torch.cat([image for image, _ in corrupted]), masked)

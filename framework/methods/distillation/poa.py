@@ -28,6 +28,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.view_masks import masks_of_views
 from lightspan.nn.parts import part
@@ -122,7 +123,7 @@ class POA(Method):
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "POA", self.global_views)
         grid, masking = self.backbone.grid(views[0]), self.share_of_run() >= self.patch_loss_from
-        masked = masks_of_views(self.masks, grid, self.global_step, batch["index"], self.global_views, masking)
+        masked = masks_of_views(self.masks, grid, self.global_step, index_in(batch, self), self.global_views, masking)
         taught = self.teacher(views[: self.global_views], masked, hide=False)
         temperature = self.teacher_temperature(self.share_of_run())
         targets = [

@@ -22,6 +22,7 @@ from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler
@@ -99,7 +100,7 @@ class CAE(Method):
         """See `lightspan.nn.masking.hidden_patches`: what the likeliest codes stand for, or pixels with the brightness
         and contrast of what was hidden. None of a tokenizer without `patches_of`, which shows codes: [B M] -> [B M d].
         """
-        hidden = self.hidden(batch["image"], batch["index"])
+        hidden = self.hidden(batch["image"], index_in(batch, self))
         predicted_BMw = self.predict(hidden.image_BChw, hidden.see_BK, hidden.hide_BM)
         guess_BMo = self.decoder(predicted_BMw, hidden.hide_BM, hidden.grid)
         if self.tokenizer is None:
@@ -109,7 +110,7 @@ class CAE(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (image_BChw,) = views_of(batch, "CAE", 1)
-        hidden = self.hidden(image_BChw, batch["index"])
+        hidden = self.hidden(image_BChw, index_in(batch, self))
         predicted_BMw = self.predict(image_BChw, hidden.see_BK, hidden.hide_BM)
         figures = {"target": self.target_loss(self.decoder(predicted_BMw, hidden.hide_BM, hidden.grid), hidden)}
         loss = figures["target"]

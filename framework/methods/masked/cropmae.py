@@ -18,6 +18,7 @@ from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
@@ -79,7 +80,7 @@ class CropMAE(Method):
         area. Normalised guesses get the brightness and contrast of what was hidden.
         """
         views = batch["image"], middle(batch["image"])
-        hidden = self.hidden(views[self.hidden_view], batch["index"])
+        hidden = self.hidden(views[self.hidden_view], index_in(batch, self))
         guess_BMd = self.guess(hidden.image_BChw, views[1 - self.hidden_view], hidden.see_BK, hidden.hide_BM)
         return hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
 
@@ -91,7 +92,7 @@ class CropMAE(Method):
                 f"CropMAE needs both views of one size, and these are {[*image_BChw.shape[2:]]} and "
                 f"{[*whole_BChw.shape[2:]]}; set the same size in data.init_args.views"
             )
-        hidden = self.hidden(image_BChw, batch["index"])
+        hidden = self.hidden(image_BChw, index_in(batch, self))
         guess_BMd = self.guess(image_BChw, whole_BChw, hidden.see_BK, hidden.hide_BM)
         loss = patch_regression(guess_BMd, hidden.pixels(), self.normalise)
         self.log_training({"train/loss": loss})

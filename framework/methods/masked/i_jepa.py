@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
-from lightspan.nn.image_numbers import image_numbers
+from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
 from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import at_places
@@ -85,7 +85,7 @@ class IJEPA(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (image_BChw,) = views_of(batch, "IJEPA", 1)
-        drawn = self.masks.draw(self._contract.grid(image_BChw), self.global_step, image_numbers(batch["index"]))
+        drawn = self.masks.draw(self._contract.grid(image_BChw), self.global_step, image_numbers(index_in(batch, self)))
         blocks = Blocks(*(x.to(image_BChw.device) for x in drawn))
         guess_BNMD = self.predict(image_BChw, *blocks)
         loss = feature_regression(guess_BNMD, self.taught(image_BChw, blocks.targets_BNM))

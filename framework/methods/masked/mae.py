@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
@@ -62,13 +63,13 @@ class MAE(Method):
         """See `lightspan.nn.masking.hidden_patches`. Normalised guesses get the brightness and contrast of what was
         hidden.
         """
-        hidden = self.hidden(batch["image"], batch["index"])
+        hidden = self.hidden(batch["image"], index_in(batch, self))
         guess_BMd = self.guess(hidden.image_BChw, hidden.see_BK, hidden.hide_BM)
         return hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (image_BChw,) = views_of(batch, "MAE", 1)
-        hidden = self.hidden(image_BChw, batch["index"])
+        hidden = self.hidden(image_BChw, index_in(batch, self))
         guess_BMd = self.guess(image_BChw, hidden.see_BK, hidden.hide_BM)
         loss = patch_regression(guess_BMd, hidden.pixels(), self.normalise)
         self.log_training({"train/loss": loss})

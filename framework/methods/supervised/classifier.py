@@ -3,6 +3,7 @@
 Shapes: B batch of this rank, C H W image, F features, K classes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lightspan.nn.widths import require_width, settle_outputs
 
 def image_of(batch: Any) -> Tensor:
     """The images of a batch, or the one view of each, [B C H W]. Raises: UserError for more than one view."""
-    return batch["image"] if "image" in batch else views_of(batch, "Classifier", 1)[0]
+    return batch["image"] if isinstance(batch, Mapping) and "image" in batch else views_of(batch, "Classifier", 1)[0]
 
 
 class Classifier(Method):
@@ -87,7 +88,7 @@ class Classifier(Method):
 
     def _measure(self, stage: str, batch: ImageBatch) -> dict[str, Tensor]:
         """Loss in nats and the share of correct answers."""
-        logits_BK, label_B = self(image_of(batch)), batch["label"]
+        logits_BK, label_B = self(image_of(batch)), batch["label"].long()  # whole numbers of any size
         loss = F.cross_entropy(logits_BK, label_B)
         accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()
         return {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}

@@ -9,11 +9,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.nn.heads.directions import dot_products
+from lightspan.unit_length import unit_length
 
 
 class Prototypes(nn.Module):
@@ -31,10 +31,10 @@ class Prototypes(nn.Module):
         super().__init__()
         if min(in_features, count) < 1:
             raise UserError(f"Prototypes: in_features={in_features} and count={count} must each be at least 1")
-        self.weight = nn.Parameter(F.normalize(torch.randn(count, in_features)))
+        self.weight = nn.Parameter(unit_length(torch.randn(count, in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return dot_products(F.normalize(wide(x), dim=-1), F.normalize(wide(self.weight), dim=-1))
+        return dot_products(unit_length(wide(x)), unit_length(wide(self.weight)))
 
 
 class DINOHead(nn.Module):

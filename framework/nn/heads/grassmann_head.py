@@ -6,12 +6,12 @@ Representation", ICCV 2023, arXiv 2308.01547, section 3. Shapes: B rows, F featu
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.nn.widths import OpenOutputs
 from lightspan.subspaces.frames import Frames, random_frame
+from lightspan.unit_length import unit_length
 
 
 class GrassmannHead(OpenOutputs):
@@ -58,6 +58,6 @@ class GrassmannHead(OpenOutputs):
     def forward(self, x_BF: Tensor) -> Tensor:
         self.require_outputs()
         with torch.autocast(x_BF.device.type, enabled=False):
-            direction_BF = F.normalize(wide(x_BF), dim=1)
+            direction_BF = unit_length(wide(x_BF))
             coordinates_KBR = Frames(wide(self.frame_KFR)).pull(direction_BF)
             return self.scale * torch.linalg.vector_norm(coordinates_KBR, dim=2).T

@@ -76,6 +76,15 @@ def test_the_same_generator_state_gives_the_same_step() -> None:
     assert not torch.equal(losses[0], method().training_step(views(), 0))
 
 
+def test_the_mixture_is_drawn_where_half_precision_is_the_default() -> None:
+    model, given = method().bfloat16(), [view.bfloat16() for view in views()["views"]]
+    torch.set_default_dtype(torch.bfloat16)  # as trainer.precision=bf16-true does
+    try:
+        assert model.training_step({"views": given}, 0).isfinite()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_normalize_makes_the_loss_blind_to_the_length_of_each_embedding() -> None:
     batch = views()
     model = method(lam_reg=0.0, normalize=True).eval()

@@ -77,6 +77,15 @@ def test_labels_in_an_order_are_targets_and_pictures_are_rows() -> None:
     assert method().features({"table": torch.ones(2, 6)}).shape == (2, 8)
 
 
+@pytest.mark.parametrize("missing", [float("nan"), float("inf")])
+def test_a_target_that_is_missing_is_refused_before_it_reaches_the_weights(missing: float, tmp_path: Path) -> None:
+    given = batch()
+    given["target"] = given["target"].clone()
+    given["target"][2] = missing
+    with pytest.raises(UserError, match="1 of 8 targets of a batch are NaN or infinite"):
+        method_runs.fit(method(), [given], tmp_path)
+
+
 def test_what_it_cannot_train_is_refused() -> None:
     for settings, message in (
         ({"bin_width": 0.0}, "bin_width=0.0 must be above 0"),

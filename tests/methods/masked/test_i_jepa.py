@@ -112,5 +112,5 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         IJEPA(backbone, MaskDecoder(16, 5, 8, 1, 2), optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match=r"momentum=2 must lie"):
         method(momentum=2)
-    with pytest.raises(UserError, match="IJEPA needs 1 views"):
+    with pytest.raises(UserError, match="IJEPA needs 1 view of"):
         method().training_step({"views": [torch.zeros(1, 1, 12, 12)] * 2, "index": torch.tensor([0])}, 0)

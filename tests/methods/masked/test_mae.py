@@ -155,7 +155,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         MAE(backbone, MaskDecoder(12, 9, 8, 1, 2), **sgd)
     with pytest.raises(UserError, match="MAE needs a backbone with tokens and a grid"):
         MAE(SmallConvNet(), MaskDecoder(16, 9, 8, 1, 2), **sgd)
-    with pytest.raises(UserError, match="MAE needs 1 views"):
+    with pytest.raises(UserError, match="MAE needs 1 view of"):
         method().training_step({"views": [torch.zeros(1, 1, 12, 12)] * 2, "index": torch.tensor([0])}, 0)
     with pytest.raises(UserError, match=r"hold .* patches; indices need one count"):
         method(masks=BlockMasks(0.5)).training_step(batch(12), 0)

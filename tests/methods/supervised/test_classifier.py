@@ -54,7 +54,7 @@ def test_it_trains_on_images_or_on_one_view_of_each() -> None:
     model, given = logged(Classifier(MLP((1, 8, 8), (5,)), 3, optimizer=SGD)), batch()
     viewed = {"views": [given["image"]], "label": given["label"]}
     assert torch.equal(model.training_step(given, 0), model.training_step(viewed, 0))
-    with pytest.raises(UserError, match="Classifier needs 1 views of each image, and this batch gives 2"):
+    with pytest.raises(UserError, match="Classifier needs 1 view of each image, and this batch gives 2"):
         model.training_step({**viewed, "views": [given["image"]] * 2}, 0)
 
 
