@@ -76,7 +76,7 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
             f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
             "sub-folder of its name, or take a recipe that learns without labels"
         )
-    model_layer = {"init_args": _fitted(model, Pictures(size, len(found.classes), patches), notes, "model")}
+    model_layer = {"init_args": _fitted(model, PictureFacts(size, len(found.classes), patches), notes, "model")}
     places = (model.get("init_args") or {}).get("images")
     if isinstance(places, int) and places < len(found.names):  # of a memory of all pictures
         model_layer["init_args"]["images"] = len(found.names)
@@ -110,7 +110,7 @@ def _described(resolved: Resolved, folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureFacts:
     """What a network has to know: side in pixels, number of classes, and the patch size in the place of each other."""
 
     size: int
@@ -200,7 +200,7 @@ def _patches(model: dict[str, Any], side: int | None, size: int) -> dict[int, in
     return {patch: min(divisors, key=lambda d: (abs(d - patch * size / side), -d)) for patch in patches}
 
 
-def _fitted(spec: dict[str, Any], pictures: Pictures, notes: list[str], where: str) -> dict[str, Any]:
+def _fitted(spec: dict[str, Any], pictures: PictureFacts, notes: list[str], where: str) -> dict[str, Any]:
     """The settings of a class, and of those inside it, that follow from the pictures."""
     settings = spec.get("init_args") or {}
     ours = spec["class_path"].startswith("lightspan.")
@@ -213,7 +213,7 @@ def _fitted(spec: dict[str, Any], pictures: Pictures, notes: list[str], where: s
     return now
 
 
-def _inside(child: Any, pictures: Pictures, notes: list[str], where: str) -> Any:
+def _inside(child: Any, pictures: PictureFacts, notes: list[str], where: str) -> Any:
     if isinstance(child, dict) and "class_path" in child:
         changed = _fitted(child, pictures, notes, where)
         return {"init_args": changed} if changed else None
