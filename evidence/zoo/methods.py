@@ -29,6 +29,7 @@ from lightspan.methods.distillation.byol import BYOL
 from lightspan.methods.distillation.dino import DINO
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.mmc import MMC
+from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
@@ -159,6 +160,11 @@ def byol(task: Task, **optimisation: Any) -> Method:
     return BYOL(encoder, projector(encoder), predictor(), **TEACHER, **optimisation)
 
 
+def simsiam(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return SimSiam(encoder, projector(encoder), predictor(), **optimisation)
+
+
 def dino(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     return DINO(encoder, dino_head(encoder), **TEACHER, **optimisation)
@@ -238,6 +244,7 @@ SELF_SUPERVISED = {
     "VICReg": Entry(vicreg, "two"),
     "LeJEPA": Entry(lejepa, "crops"),
     "BYOL": Entry(byol, "two"),
+    "SimSiam": Entry(simsiam, "two"),
     "DINO": Entry(dino, "crops"),
     "iBOT": Entry(ibot, "crops", VIT),
     "MMC": Entry(mmc, "two", VIT),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.nn.init import he_normal_
+from lightspan.nn.widths import given_features
 
 # A recipe may name the functions listed here.
 __all__ = ["MLP", "LeNet", "SmallConvNet", "timm_backbone"]
@@ -35,6 +36,8 @@ def timm_backbone(name: str, in_chans: int = 3, small_stem: bool = False, pretra
     if small_stem and pretrained:
         raise UserError(f"{name}: small_stem=true replaces the first convolution, whose weights pretrained=true loads")
     network = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0)
+    # MobileNets and others have a layer between pooling and classifier, which stays; timm's num_features is before it.
+    network.num_features = given_features(network)
     if small_stem:
         stem = getattr(network, "conv1", None)
         if not isinstance(stem, nn.Conv2d) or not hasattr(network, "maxpool"):

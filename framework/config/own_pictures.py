@@ -40,7 +40,8 @@ def with_pictures(resolved: Resolved, folder: Path, size: int, flags: Sequence[s
     """The recipe with its overlays, then the pictures, then the flags. Raises: as `pictures_layer` and `resolve` do."""
     layer, notes = pictures_layer(resolved, folder, size)
     # That the recipe's data go is what --images asks for, so the merge's own notes on it say nothing new.
-    found = replace(with_layer(resolved, layer, "--images"), notes=[*resolved.notes, *notes])
+    merged = with_layer(resolved, layer, "--images")
+    found = replace(merged, notes=[*resolved.notes, *notes], about=_described(resolved, folder))
     return with_layer(found, plain(flag_layer(list(flags)))) if flags else found
 
 
@@ -98,6 +99,14 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
         "trainer": {"callbacks": _callbacks(resolved, bool(found.classes), len(found.names))},
     }
     return layer, notes
+
+
+def _described(resolved: Resolved, folder: Path) -> dict[str, Any]:
+    """The recipe's `about`, without what it says of its own pictures."""
+    if not resolved.about:
+        return {}
+    unknown = dict.fromkeys(resolved.about.keys() & {"expected", "time"}, "not measured on these pictures")
+    return resolved.about | {"title": f"{resolved.name} on the pictures of {folder.resolve().name}"} | unknown
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,24 @@ from lightspan.errors import UserError
 
 
 def require_width(giver: nn.Module, name: str, taken: int | None) -> None:
-    """Compares what a part gives, its `num_features` or `out_features`, with what the next one takes. Parts that do not
-    say their width are taken on trust.
+    """Compares what a part gives, see `given_features`, with what the next one takes. Parts that do not say their width
+    are taken on trust.
 
     Args:
         name: of the setting that says what is taken, such as "projector.in_features".
     Raises: UserError for another width.
     """
-    given = getattr(giver, "num_features", getattr(giver, "out_features", None))
+    given = given_features(giver)
     if given is not None and taken is not None and given != taken:
         raise UserError(f"{name}={taken}, but {type(giver).__name__} gives {given} features; set it to {given}")
+
+
+def given_features(giver: nn.Module) -> int | None:
+    """How many features a part gives: what it says in `head_hidden_size` (timm's networks without classifier, some of
+    which widen what they pooled), `num_features` or `out_features`; None if it does not say.
+    """
+    names = ("head_hidden_size", "num_features", "out_features")
+    return next((getattr(giver, name) for name in names if getattr(giver, name, None) is not None), None)
 
 
 def require_projector(backbone: nn.Module, projector: nn.Module) -> None:

@@ -18,6 +18,7 @@ CAPTIONS = {
     "first-batch": "The first training batch: a row for each picture, a column for each view",
     "neighbours": "Validation pictures (framed) and the training pictures whose features are nearest",
     "map": "Validation pictures, those with similar features close together",
+    "reconstructions": "Validation pictures, what the network sees of them, and its guesses",
 }
 LONGEST_BAR_REM = 5.0  # one scale for all columns, however wide they are
 
@@ -169,7 +170,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 def _provenance(runs: Sequence[Run]) -> str:
     if not any(run.provenance for run in runs):
         return ""
-    flat = [flatten({key: _command(value) for key, value in run.provenance.items()}) for run in runs]
+    flat = [flatten({key: _in_lines(key, value) for key, value in run.provenance.items()}) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     folded = {"packages.": "package versions", "sources.": "places where the settings were written"}
     rows = [(key, [one.get(key, "—") for one in flat]) for key in keys]
@@ -181,9 +182,14 @@ def _provenance(runs: Sequence[Run]) -> str:
     return f"<h2>Provenance</h2>{table}"
 
 
-def _command(value: object) -> object:
-    """A list, such as the command line, as one line that a shell would take."""
-    return shlex.join(map(str, value)) if isinstance(value, list) else value
+def _in_lines(key: str, value: object) -> object:
+    """The command line as a shell would take it, of earlier starts when and how, and other lists item by item."""
+    if not isinstance(value, list):
+        return value
+    if key == "argv":
+        return shlex.join(map(str, value))
+    starts = [f"{one.get('started')}: {_in_lines('argv', one.get('argv'))}" for one in value if isinstance(one, dict)]
+    return "; ".join(starts or map(str, value))
 
 
 def _plain_table(runs: Sequence[Run], rows: Sequence[tuple[str, list[str]]]) -> str:

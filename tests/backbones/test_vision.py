@@ -8,6 +8,14 @@ from lightspan.backbones.vision import MLP, LeNet, SmallConvNet, timm_backbone
 from lightspan.errors import UserError
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "vgg11", "convnext_atto"])
+def test_a_layer_behind_the_pooling_counts_in_the_width_that_a_timm_backbone_names(name: str) -> None:
+    with torch.device("meta"):
+        network = timm_backbone(name).eval()
+        features = network(torch.zeros(1, 3, 224, 224))
+    assert features.shape == (1, network.num_features)
+
+
 def test_a_timm_backbone_gives_pooled_features_of_the_width_it_names() -> None:
     network = timm_backbone("resnet10t", in_chans=1).eval()
     assert network(torch.randn(2, 1, 32, 32)).shape == (2, network.num_features)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from base64 import b64encode
 from collections.abc import Callable
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 
@@ -74,6 +75,16 @@ def test_pictures_of_a_run_are_inside_the_page_and_nothing_else_of_the_folder_is
     assert page.index("training pictures whose features are nearest") < page.index("similar features close together")
     assert "<h3>own</h3>" in page
     assert "img-src data:" in page
+
+
+def test_command_lines_and_earlier_starts_stand_as_they_were_typed(make_run: MakeRun, tmp_path: Path) -> None:
+    argv = ["lightspan", "fit", "a/b", "--images", "my pictures"]
+    earlier = [{"started": "2026-01-01", "argv": argv, "sources": {"trainer.max_steps": "a/b.yaml:3"}}]
+    provenance = {"argv": argv, "earlier": earlier, "notes": ["the recipe's pictures", "another"]}
+    page = unescape(page_of(tmp_path, make_run("a", provenance=provenance)))
+    typed = "lightspan fit a/b --images 'my pictures'"
+    for cell in (typed, f"2026-01-01: {typed}", "the recipe's pictures; another"):
+        assert f"<td>{cell}</td>" in page
 
 
 def test_text_from_files_cannot_become_markup(make_run: MakeRun, tmp_path: Path) -> None:

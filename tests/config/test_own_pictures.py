@@ -45,6 +45,14 @@ def test_the_folder_replaces_the_data_and_nothing_else(folder: Path) -> None:
     assert all(after.config["trainer"]["callbacks"][name]["class_path"] == kept[name]["class_path"] for name in kept)
 
 
+def test_the_description_tells_of_the_folder_and_not_of_the_recipes_pictures(folder: Path) -> None:
+    recipe = "contrastive/simclr"
+    before, after = resolve(recipe).about, with_folder(recipe, folder, 64, "seed_everything=1").about
+    assert after["title"] == f"contrastive/simclr on the pictures of {folder.name}"
+    assert after["expected"] == after["time"] == "not measured on these pictures"
+    assert (after["paper"], list(after)) == (before["paper"], list(before))
+
+
 def test_flags_win_over_what_the_folder_sets(folder: Path) -> None:
     flags = ("data.init_args.batch_size=2", "data.init_args.fit=pad", "trainer.callbacks.feature_pictures=null")
     found = with_folder("contrastive/barlow_twins", folder, 64, *flags)

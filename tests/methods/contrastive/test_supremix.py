@@ -1,8 +1,10 @@
 """SupReMix: the loss of all views with rounded targets, and what it is without mixtures."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import method_runs
 import pytest
 import torch
 
