@@ -262,7 +262,8 @@ def beside_lightly(table: Table) -> list[str]:
         f"Steps slower than lightly's: {listed(slower) or 'none'}.",
         "",
         "lightly's examples pass each view through the encoder by itself. lightspan's SimCLR, DINO and SwAV pass all "
-        "views of one size together, which is faster and, in a network with BatchNorm, another normalisation. Where "
+        "views of one size together, which is faster and, in a network with BatchNorm, another normalisation. Probes "
+        "read the teacher in lightspan's DINO, as in the paper, and the student in lightly's. Where "
         "lightspan is slower, it does more in a step this short: its MAE draws the mask of each picture from seed, "
         "step and number of the picture, so that ranks and resumed runs agree; its Barlow Twins standardises over all "
         "ranks and records how far embeddings spread.",
