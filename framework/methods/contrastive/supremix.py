@@ -79,8 +79,9 @@ class SupReMix(Method):
         """Raises: UserError for targets that are not finite: one would make all weights NaN."""
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         target_B = batch.get("target", batch.get("label")) if isinstance(batch, Mapping) else None
-        on_host = isinstance(target_B, Tensor) and target_B.device.type == "cpu" and has_values(target_B)
-        if on_host and (missing := int((~target_B.isfinite()).sum())):
+        if not isinstance(target_B, Tensor) or target_B.device.type != "cpu" or not has_values(target_B):
+            return batch
+        if missing := int((~target_B.isfinite()).sum()):
             raise UserError(
                 f"{missing} of {len(target_B)} targets of a batch are NaN or infinite, and SupReMix compares them all; "
                 "leave samples without a target out of the data"
