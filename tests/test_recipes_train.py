@@ -132,7 +132,9 @@ def test_recipes_of_representation_learning_train_on_two_ranks(family, low_rank,
         overlays[name] = [str(file)]
     for name in names:
         try:
-            after_runs_before(lambda name=name: build(resolve(name, [], SHORT)))  # the weights that it starts from
+            after_runs_before(
+                lambda name=name: build(resolve(name, [], SHORT)), untrained
+            )  # the weights that it starts from
         except UserError as error:
             if not re.search(NOT_HERE, str(error)):
                 raise
