@@ -52,15 +52,19 @@ class FirstBatch(Callback):
         height, width = (max(view.shape[axis] for view in views) for axis in (2, 3))
         same = [interpolate(shown_in_range(view, bounds), (height, width), mode="nearest") for view in views]
         rows_BVCHW = torch.stack(same, dim=1)
-        grid_CHW = make_grid(enlarged(rows_BVCHW.flatten(0, 1)), nrow=columns, pad_value=0.5)
-        content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
-        write_atomic(self.folder / "first-batch.png", content)
+        write_grid(self.folder / "first-batch.png", enlarged(rows_BVCHW.flatten(0, 1)), columns, padding=0.5)
 
 
 def enlarged(images_BCHW: Tensor) -> Tensor:
     """By a whole factor, so that the shorter side has `LEAST_SIDE` pixels or nearly."""
     factor = max(1, LEAST_SIDE // min(images_BCHW.shape[2:]))
     return interpolate(images_BCHW, scale_factor=factor, mode="nearest") if factor > 1 else images_BCHW
+
+
+def write_grid(path: Path, images_BCHW: Tensor, columns: int, padding: float) -> None:
+    """Pictures in [0, 1] as one PNG file, row by row; `padding` is the brightness between them."""
+    grid_CHW = make_grid(images_BCHW, nrow=columns, pad_value=padding)
+    write_atomic(path, encode_png((255 * grid_CHW).round().byte()).numpy().tobytes())
 
 
 def _pictures(batch: Any, rows: int) -> tuple[list[Tensor], int]:

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torchvision.io import encode_png
-from torchvision.utils import make_grid
 
 from lightspan.callbacks.pictures.feature_pictures import evenly_spaced
-from lightspan.callbacks.pictures.first_batch import enlarged
+from lightspan.callbacks.pictures.first_batch import enlarged, write_grid
 from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.callbacks.watching.detached import detached
 from lightspan.errors import UserError
-from lightspan.files import write_atomic
 from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.strategies import gathered
 
@@ -64,9 +61,8 @@ class Reconstructions(Callback):
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             found = pl_module.reconstruct(batch)  # type: ignore[operator]
         if found is not None and trainer.is_global_zero:
-            grid_CHW = make_grid(shown(found, getattr(data, "bounds", None)), nrow=3, pad_value=1.0)
-            content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
-            write_atomic(self.folder / "reconstructions.png", content)
+            images_BCHW = shown(found, getattr(data, "bounds", None))
+            write_grid(self.folder / "reconstructions.png", images_BCHW, 3, padding=1.0)
 
 
 def shown(found: Reconstruction, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
