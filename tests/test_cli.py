@@ -40,7 +40,7 @@ def lines(capsys) -> list[str]:
         ["copy", "language/quickstart", "mine.yaml"],
         ["check", "language/quickstart"],
         ["check", "language/quickstart", "trainer.max_stepz=1"],
-        *([verb.name, "--help"] for verb in VERBS),
+        *([*verb.words, "--help"] for verb in VERBS),
         ["--help"],
     ],
     ids=" ".join,
