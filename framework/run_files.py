@@ -25,6 +25,7 @@ RESULT = "result.json"  # of a run without training
 SAMPLES = "samples.jsonl"
 SUBSPACE = "subspace.safetensors"  # the numbers that IntrinsicDimension trained
 SUMMARY = "summary.json"
+SWEEP = "sweep.json"  # in the folder of a sweep, beside its runs
 TABLE = "table.csv"
 TENSORS = "result.safetensors"
 TRACE = "trace"  # a folder of a proof
