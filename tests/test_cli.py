@@ -12,7 +12,8 @@ import rank_processes
 from rank_processes import callback
 
 import lightspan
-from lightspan.cli import VERBS, main
+from lightspan.cli import main
+from lightspan.commands.verbs import VERBS
 
 PROJECT = Path(__file__).parent / "tiny_project"
 TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
