@@ -20,6 +20,7 @@ MOST_POINTS = 100_000
 _RANGE = re.compile(r"(log|lin)\((.*)\)", re.DOTALL)
 _CALL = re.compile(r"[A-Za-z_]\w*\(.*,.*\)", re.DOTALL)
 _CLOSED_BY = {"(": ")", "[": "]", "{": "}"}
+_QUOTED = {'"': re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL), "'": re.compile(r"'(?:[^']|'')*'", re.DOTALL)}
 _DIGITS = 6  # significant ones of a computed value: it is typed again as a flag, and names a folder
 
 
@@ -201,8 +202,15 @@ def written(value: Any) -> str:
     """A value as the shortest text that a flag reads back to the same value, and that a list may contain."""
     if isinstance(value, str):
         bare = _reads_as(value, value) and value == value.strip() and not re.search(r"[,()\[\]{}'\"#]", value)
-        return value if bare else json.dumps(value, ensure_ascii=False)
-    return json.dumps(value, ensure_ascii=False)
+        if bare:
+            return value
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    """A control character, or another that YAML does not take as it is, inside quotes."""
+    return f"\\x{ord(letter):02x}" if ord(letter) < 256 else f"\\U{ord(letter):08x}"
 
 
 def _reads_as(text: str, value: str) -> bool:
@@ -214,12 +222,14 @@ def _reads_as(text: str, value: str) -> bool:
 
 def _split(shown: str, text: str) -> list[str]:
     """The parts between the commas outside brackets and quotes. Raises: UserError for those that are not closed."""
-    parts, open_, quote, start = [], [], "", 0
-    for at, letter in enumerate(text):
-        if quote:
-            quote = "" if letter == quote and text[at - 1] != "\\" else quote
-        elif letter in "'\"" and not text[start:at].strip(" [{(,:"):
-            quote = letter  # elsewhere it is an apostrophe
+    parts, open_, start, at = [], [], 0, 0
+    while at < len(text):
+        letter, before = text[at], text[start:at].rstrip()
+        if letter in _QUOTED and (not before or before[-1] in "[{(,:"):  # elsewhere it is an apostrophe
+            if (quoted := _QUOTED[letter].match(text, at)) is None:
+                open_.append(letter)
+                break
+            at = quoted.end() - 1
         elif letter in _CLOSED_BY:
             open_.append(_CLOSED_BY[letter])
         elif open_ and letter == open_[-1]:
@@ -227,14 +237,17 @@ def _split(shown: str, text: str) -> list[str]:
         elif letter == "," and not open_:
             parts.append(text[start:at])
             start = at + 1
-    if (open_ or quote) and parts:
-        raise UserError(f"{shown}: {(open_ or [quote])[-1]} is missing")
+        at += 1
+    if open_ and parts:
+        raise UserError(f"{shown}: {open_[-1]} is missing")
     return [*parts, text[start:]]
 
 
 def _choices(shown: str, values: tuple[Any, ...]) -> Choices:
     if any(isinstance(value, float) and not math.isfinite(value) for value in values):
         raise UserError(f"{shown}: a sweep runs through finite values only")
+    if json.loads(json.dumps(values)) != list(values):
+        raise UserError(f"{shown}: the keys of a mapping must be text here; put them into quotes")
     texts = [json.dumps(value) for value in values]
     twice = next((value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1), values)
     if twice is not values:
