@@ -29,6 +29,7 @@ SAMPLES = "samples.jsonl"
 STACKS = "stacks"  # a folder: where each rank was when a fit hung
 SUBSPACE = "subspace.safetensors"  # the numbers that IntrinsicDimension trained
 SUMMARY = "summary.json"
+SWEEP = "sweep.json"  # in the folder of a sweep, beside its runs
 TABLE = "table.csv"
 TAGS = "tags.txt"  # words by which people find a run, one a line
 TENSORS = "result.safetensors"
