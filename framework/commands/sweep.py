@@ -211,6 +211,8 @@ def _continued(args: argparse.Namespace, place: Path) -> int:
 
 def _run(args: argparse.Namespace, sweep: Sweep, given: Path | None, name: str) -> int:
     """Runs what is due in the sweep's folder, and says what came of it."""
+    if given is not None:
+        _joined(sweep, given)  # refuses before it makes anything
     out = run_folder(given, name, make=not args.dry_run)
     if args.dry_run:
         return _outlook(_joined(sweep, out), out)

@@ -1,4 +1,4 @@
-"""Sweeps end to end: every point checked first, runs that fail, are killed or preempted, and what is said at the end."""
+"""Sweeps end to end: points checked first, runs that fail, are killed or preempted, and what is said at the end."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def _project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Stub:
-    """Stands in for the processes: a run ends at once with the loss that `loss_of` gives its command line, or fails with
+    """Stands in for processes: a run ends at once with the loss that `loss_of` gives its command line, or fails with
     the exit status that it gives instead.
     """
 
@@ -443,3 +443,41 @@ def test_a_task_that_is_none_is_refused(
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
     assert main([*SWEEP, f"{LR}=0.1,0.2", "--out", "out", "--task", task]) == 2
     assert said in capsys.readouterr().err
+
+
+# --- the document
+
+
+def documented(*words: str) -> list[str]:
+    """The command line of docs/sweeps.md that contains these words."""
+    text = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text().replace("\\\n", " ")
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("lightspan ") and all(word in line for word in words)
+    ]
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.runs
+def test_the_example_of_the_document(tmp_path: Path) -> None:
+    done = forked_fits.lightspan(documented("sweep", "--out sweeps/rates"), tmp_path / "said", tmp_path)
+    assert done.statuses == [0], done.said
+    lines = done.said.splitlines()
+    assert lines[0] == f"supervised/linear: 4 runs -> {tmp_path / 'sweeps' / 'rates'}"
+    assert (
+        len(
+            [
+                line
+                for line in lines
+                if re.fullmatch(r"done  00\d-lr0\.01?-seed[01]  val/accuracy 0\.\d+ \(\d+ s\)", line)
+            ]
+        )
+        == 4
+    )
+    assert re.fullmatch(rf"best: {re.escape(LR)}=0\.01?", lines[-5])
+
+
+def test_the_arrays_of_the_document_are_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.replace("/shared", str(tmp_path)) for word in documented("slurm")]) == 0
+    assert "#SBATCH --array=0-8%4" in capsys.readouterr().out
+    assert main(documented("kubernetes")) == 0
+    assert "completions: 3" in capsys.readouterr().out
