@@ -4,7 +4,6 @@ of jobs; and `lightspan fit RECIPE --seeds 0,1,2`, which is a sweep without keys
 
 import argparse
 import copy
-import math
 import os
 import shlex
 import sys
@@ -27,11 +26,11 @@ from lightspan.config.resolve import Resolved
 from lightspan.errors import UserError, print_notes
 from lightspan.launch.job import Array
 from lightspan.report.compare import better
-from lightspan.run_files import OUTPUT, SWEEP
+from lightspan.run_files import SWEEP
 from lightspan.runs.fits import exits_on_sigterm, fit_command
 from lightspan.runs.folder import is_first_rank, run_folder, sole_use
 from lightspan.runs.status import Status, status_of
-from lightspan.sweeps.files import METHODS, SEED_KEY, Sweep, Trial, differences, read, write
+from lightspan.sweeps.files import METHODS, SEED_KEY, Sweep, differences, read, write
 from lightspan.sweeps.points import Axis, Settings, axes_of, flags_of
 
 UNFINISHED = 1
@@ -196,12 +195,10 @@ def _continued(args: argparse.Namespace, place: Path) -> int:
         raise UserError(
             f"{args.flags[0]}: {place} is continued as its {SWEEP} says; a changed sweep needs another --out"
         )
-    words = sweep.arguments
-    named = {words[at + 1] for at, word in enumerate(words) if word == "--allow-module"}
-    if strange := sorted(named - set(args.allow_modules)):
+    if strange := [name for name in sweep.modules if name not in args.allow_modules]:
         raise UserError(
             f"{place / SWEEP} runs code of {', '.join(strange)}; if you trust it, add "
-            + " ".join(f"--allow-module {name}" for name in strange)
+            + shlex.join(allow_options(strange))
         )
     if args.task is not None:
         return _one_task(args, sweep, place)
@@ -214,13 +211,19 @@ def _continued(args: argparse.Namespace, place: Path) -> int:
 
 def _run(args: argparse.Namespace, sweep: Sweep, given: Path | None, name: str) -> int:
     """Runs what is due in the sweep's folder, and says what came of it."""
+    if given is not None:
+        _joined(sweep, given)  # refuses before it makes anything
     out = run_folder(given, name, make=not args.dry_run)
     if args.dry_run:
         return _outlook(_joined(sweep, out), out)
     with sole_use(out), exits_on_sigterm():
         sweep = _joined(sweep, out)
         write(out, sweep)
-        return _conclusion(_through(args, sweep, out), out)
+        from lightspan.sweeps.outcome import conclude
+        from lightspan.sweeps.queue import run_due
+
+        done = conclude(run_due(sweep, out, args.workers or 1, args.retry_failed), out)
+        return 0 if done else UNFINISHED
 
 
 def _joined(sweep: Sweep, out: Path) -> Sweep:
@@ -237,37 +240,6 @@ def _joined(sweep: Sweep, out: Path) -> Sweep:
             f"{out} contains another sweep (then -> now):\n{lines}\nRestore them, or give another folder with --out"
         )
     return replace(sweep, trials=max(sweep.trials, before.trials, key=len))
-
-
-def _through(args: argparse.Namespace, sweep: Sweep, out: Path) -> Sweep:
-    """Runs the trials that are due; the sweep with all that were tried."""
-    from lightspan.runs.fits import Task, last_lines
-    from lightspan.sweeps.display import run_shown
-    from lightspan.sweeps.ranking import last_step, last_values
-    from lightspan.sweeps.schedule import Schedule
-    from lightspan.sweeps.tables import short
-
-    schedule = Schedule(sweep, out, args.retry_failed)
-    kept = sum(not schedule.due(trial) for trial in sweep.trials)
-    print(
-        f"{sweep.recipe}: {sweep.total} runs -> {out}" + (f", {kept} of them ended before" if kept else ""), flush=True
-    )
-
-    def ended(task: Task, status: int) -> str:
-        became = schedule.ended(task, status)
-        if became is Status.DONE:
-            value = last_values(out / task.name).get(sweep.metric or "", math.nan)
-            return f"done  {task.name}" + (f"  {sweep.metric} {short(value) or 'nan'}" if sweep.metric else "")
-        killed = f", killed by signal {-status}" if status < 0 else ""
-        said = "" if became is Status.PREEMPTED else f"; {task.log} ends with:\n{last_lines(task.log)}\n"
-        return f"{became}  {task.name}{killed}{said}"
-
-    def standing(task: Task) -> str:
-        step = last_step(out / task.name)
-        return "starts" if step is None else f"step {step}"
-
-    run_shown(schedule.tasks(), args.workers or 1, ended, sweep.total, kept, standing)
-    return schedule.sweep
 
 
 def _one_task(args: argparse.Namespace, sweep: Sweep, out: Path | None) -> int:
@@ -324,46 +296,6 @@ def _outlook(sweep: Sweep, out: Path) -> int:
     left = f", and {later} that {sweep.method} chooses later" if later else ""
     print(f"{len(sweep.trials)} runs{left}; every point is allowed. Nothing was written.")
     return 0
-
-
-def _conclusion(sweep: Sweep, out: Path) -> int:
-    """The ranking, the best point as flags, and what to do next. Exit status 1 if a run is not done."""
-    from rich.console import Console
-
-    from lightspan.sweeps.ranking import over_seeds, ranked
-    from lightspan.sweeps.tables import ranking_table, seed_table
-
-    console = Console(highlight=False, soft_wrap=True)
-    undone = [trial for trial in sweep.trials if status_of(out / trial.run) is not Status.DONE]
-    best: Settings | None = None
-    if not sweep.keys:
-        console.print(seed_table(over_seeds(sweep, out)))
-    elif sweep.metric is not None:
-        ranking = ranked(sweep, out, sweep.metric)
-        console.print(ranking_table(sweep, ranking))
-        if ranking[0][1].values:
-            best = ranking[0][0]
-            console.print(f"best: {shlex.join(flags_of(best))}", markup=False)
-    else:
-        console.print("--metric NAME ranks the points: lightspan sweep DIR --metric NAME", markup=False)
-    _name_undone(undone, out)
-    command = ["lightspan", "report", str(out)]
-    print(f"{'done' if not undone else 'not finished'}: {out}\nnext: {shlex.join(command)}")
-    print(f"      lightspan runs {shlex.quote(str(out))}")
-    if best is not None:
-        print(f"      {shlex.join(['lightspan', 'fit', sweep.recipe, *sweep.arguments, *flags_of(best)])}")
-    return UNFINISHED if undone else 0
-
-
-def _name_undone(undone: Sequence[Trial], out: Path) -> None:
-    for trial in undone[:_FEW]:
-        print(f"{status_of(out / trial.run)}: {out / trial.run}, see {OUTPUT} there")
-    if len(undone) > _FEW:
-        print(f"... and {len(undone) - _FEW} more that are not done")
-    if undone:
-        failed = any(status_of(out / trial.run) is Status.FAILED for trial in undone)
-        again = ["lightspan", "sweep", str(out), *(["--retry-failed"] if failed else [])]
-        print(f"to go on: {shlex.join(again)}")
 
 
 def _said(point: Settings) -> str:

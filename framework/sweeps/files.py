@@ -84,6 +84,11 @@ class Sweep:
         """How many trials there are in the end."""
         return len(self.trials) if self.method != "tpe" else (self.points or 0) * len(self.seeds or (None,))
 
+    @property
+    def modules(self) -> list[str]:
+        """The modules of others that its runs may use, as given with --allow-module."""
+        return [self.arguments[at + 1] for at, word in enumerate(self.arguments) if word == "--allow-module"]
+
     def words(self, trial: Trial) -> list[str]:
         """The command line of a trial's fit without its run folder, beginning with the recipe."""
         return [self.recipe, *self.arguments, *trial.flags()]

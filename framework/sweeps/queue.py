@@ -1,5 +1,6 @@
 """The trials of a sweep on local workers: which are due, what comes next, and what became of each."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -10,14 +11,40 @@ from lightspan.files import write_atomic
 from lightspan.run_files import FAILED, OUTPUT
 from lightspan.runs.fits import Task, fit_command, last_lines
 from lightspan.runs.status import Status, status_of
+from lightspan.sweeps.display import run_shown
 from lightspan.sweeps.files import Sweep, Trial, write
 from lightspan.sweeps.points import Settings
-from lightspan.sweeps.ranking import SeedScores, by_point, score
+from lightspan.sweeps.ranking import SeedScores, by_point, last_step, last_values, score
+from lightspan.sweeps.tables import short
 
 _STOPPED = 128  # a status above it says that a signal ended the run
 
 
-class Schedule:
+def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Sweep:
+    """Runs the trials of a sweep folder that are due, side by side and shown; the sweep with all that were tried."""
+    queue = TrialQueue(sweep, folder, retry_failed)
+    before = sum(not queue.due(trial) for trial in sweep.trials)
+    ended_before = f", {before} of them ended before" if before else ""
+    print(f"{sweep.recipe}: {sweep.total} runs -> {folder}{ended_before}", flush=True)
+
+    def ended(task: Task, status: int) -> str:
+        became = queue.ended(task, status)
+        if became is Status.DONE:
+            value = last_values(folder / task.name).get(sweep.metric or "", math.nan)
+            return f"done  {task.name}" + (f"  {sweep.metric} {short(value) or 'nan'}" if sweep.metric else "")
+        killed = f", killed by signal {-status}" if status < 0 else ""
+        said = "" if became is Status.PREEMPTED else f"; {task.log} ends with:\n{last_lines(task.log)}\n"
+        return f"{became}  {task.name}{killed}{said}"
+
+    def standing(task: Task) -> str:
+        step = last_step(folder / task.name)
+        return "starts" if step is None else f"step {step}"
+
+    run_shown(queue.tasks(), workers, ended, sweep.total, before, standing)
+    return queue.sweep
+
+
+class TrialQueue:
     """Gives out the trials that are due and, for `tpe`, suggests new ones while results come in.
 
     A trial is due unless its run is done, or has failed and is not to be retried. Of a run that another process works
@@ -79,5 +106,5 @@ class Schedule:
         if any(trial.run in self._given for trial in trials):
             return trials[0].values, None
         scores = {trial.seed: score(self.folder / trial.run, metric) for trial in trials}
-        values = {seed: float("nan") if value is None else value for seed, value in scores.items()}
+        values = {seed: math.nan if value is None else value for seed, value in scores.items()}
         return trials[0].values, SeedScores(values, len(trials)).mean
