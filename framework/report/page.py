@@ -10,9 +10,11 @@ import yaml
 import lightspan
 from lightspan.report.chart import COLOURS, draw
 from lightspan.report.compare import Row, caution, compare, differences, flatten, headline
+from lightspan.report.ranking import Mode, Ranking, ranked, ranking_table
 from lightspan.report.runs import Run
 from lightspan.report.sections import Section, sections
 from lightspan.report.style import CSS
+from lightspan.report.sweeps import SweepRuns, sweep_section
 
 CAPTIONS = {
     "first-batch": "The first training batch: a row for each picture, a column for each view",
@@ -20,34 +22,77 @@ CAPTIONS = {
     "map": "Validation pictures, those with similar features close together",
     "reconstructions": "Validation pictures, what the network sees of them, and its guesses",
 }
+MOST_DRAWN = 12  # runs; charts tell no more of them apart
 LONGEST_BAR_REM = 5.0  # one scale for all columns, however wide they are
 
 
-def render(runs: Sequence[Run], title: str) -> str:
-    """The whole page for `runs` (at least one). Every text that came from a file is escaped."""
+def render(
+    runs: Sequence[Run],
+    title: str,
+    sweeps: Sequence[SweepRuns] = (),
+    metric: str | None = None,
+    mode: Mode | None = None,
+    live: str = "",
+) -> str:
+    """The whole page for `runs` (at least one). Every text that came from a file is escaped.
+
+    Of more than `MOST_DRAWN` runs the ranking has all, and the rest of the page the best.
+
+    Args:
+        runs: folded or not.
+        sweeps: those that runs belong to.
+        metric, mode: what the ranking goes by; see `ranked`.
+        live: HTML at the end of the head, for a page that changes.
+    """
+    ranking = ranked(runs, metric, mode) if len(runs) > 2 or sweeps or metric else None
+    every, runs = runs, _drawn(runs, ranking)
     parts = [
         _head(runs, title),
+        _left_out(every, runs),
+        *([sweep_section(sweep, ranking) for sweep in sweeps if sweep.sweep.keys] if ranking else []),
+        ranking_table(ranking) if ranking and len(every) > 2 else "",
         _legend(runs),
         _comparison(runs, compare(runs)),
+        _members(runs),
         f'<div class="sections">{"".join(_charts(section) for section in sections(runs))}</div>',
         _pictures(runs),
         _samples(runs),
         _configuration(runs),
         _provenance(runs),
     ]
-    command = f"lightspan report {' '.join(str(run.folder) for run in runs)}"
-    return document(title, "\n".join(part for part in parts if part), command)
+    folders = [one.folder for run in every for one in run.members or (run,)]
+    command = f"lightspan report {' '.join(map(str, folders))}"
+    return document(title, "\n".join(part for part in parts if part), command, live)
 
 
-def document(title: str, body: str, command: str) -> str:
-    """A whole page: one <main> around a body whose texts are escaped, in the style of all reports."""
+def _drawn(runs: Sequence[Run], ranking: Ranking | None) -> list[Run]:
+    """All runs, or if they are too many the best, in the order given."""
+    if len(runs) <= MOST_DRAWN:
+        return list(runs)
+    best = (
+        {id(place.run) for place in ranking.places[:MOST_DRAWN]} if ranking else {id(run) for run in runs[:MOST_DRAWN]}
+    )
+    return [run for run in runs if id(run) in best]
+
+
+def _left_out(every: Sequence[Run], drawn: Sequence[Run]) -> str:
+    if len(every) == len(drawn):
+        return ""
+    return f'<p class="note">The ranking has all {len(every)} runs; below it are the {len(drawn)} best.</p>'
+
+
+def document(title: str, body: str, command: str, live: str = "") -> str:
+    """A whole page: one <main> around a body whose texts are escaped, in the style of all reports.
+
+    `live` is HTML at the end of the head.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         # The policy enforces this: the page can load nothing, whatever the name of a metric.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
+        f"<title>{escape(title)}</title><style>{CSS}</style>{live}</head>\n<body><main>\n{body}\n"
         f"<footer>lightspan {escape(lightspan.__version__)} · {escape(command)}</footer>"
         "</main></body></html>\n"
     )
@@ -101,6 +146,17 @@ def _comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     )
     table = f"<table><thead><tr><th></th>{''.join(heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<h2>Comparison</h2><div class="scroll">{table}</div>{note}' if rows else ""
+
+
+def _members(runs: Sequence[Run]) -> str:
+    """The runs behind the means, each with its own figures."""
+    blocks = []
+    for run in runs:
+        if run.members:
+            rows = [(row.figure.label, [cell.text for cell in row.cells]) for row in compare(run.members)]
+            table = _plain_table(run.members, rows)
+            blocks.append(f"<details><summary>the runs behind {escape(run.name)}</summary>{table}</details>")
+    return "".join(blocks)
 
 
 def _charts(section: Section) -> str:
@@ -172,14 +228,27 @@ def _provenance(runs: Sequence[Run]) -> str:
         return ""
     flat = [flatten({key: _in_lines(key, value) for key, value in run.provenance.items()}) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    folded = {"packages.": "package versions", "sources.": "places where the settings were written"}
     rows = [(key, [one.get(key, "—") for one in flat]) for key in keys]
-    table = _plain_table(runs, [row for row in rows if not row[0].startswith(tuple(folded))])
-    for prefix, what in folded.items():
-        inner = [(key.removeprefix(prefix), values) for key, values in rows if key.startswith(prefix)]
+    own = [row for row in rows if not row[0].startswith(("packages.", "sources."))]
+    differing = [row for row in own if len(runs) == 1 or len(set(row[1])) > 1]
+    hidden = {
+        "entries that all runs share": [row for row in own if row not in differing],
+        "package versions": [
+            (key.removeprefix("packages."), values) for key, values in rows if key.startswith("packages.")
+        ],
+        "places where the settings were written": [
+            (key.removeprefix("sources."), values) for key, values in rows if key.startswith("sources.")
+        ],
+    }
+    table = _plain_table(runs, differing)
+    for what, inner in hidden.items():
         if inner:
             table += f"<details><summary>{len(inner)} {what}</summary>{_plain_table(runs, inner)}</details>"
     return f"<h2>Provenance</h2>{table}"
+
+
+def _below(prefix: str, rows: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    return [(key.removeprefix(prefix), values) for key, values in rows if key.startswith(prefix)]
 
 
 def _in_lines(key: str, value: object) -> object:

@@ -26,17 +26,23 @@ _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
 @dataclass(frozen=True)
 class LoggedValue:
-    """One logged value; `step` counts optimiser steps, `time_s` seconds since the fit began (NaN if not logged)."""
+    """One logged value; `step` counts optimiser steps, `time_s` seconds since the fit began (NaN if not logged). Of a
+    folded run it is a mean, and `spread` the standard deviation.
+    """
 
     step: int
     time_s: float
     value: float
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
 class Run:
     """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged.
     `pictures` are PNG files by name.
+
+    Of a run that `fold` made, rows and summary are means over its `members`; `row_spreads` and `spread` are the
+    standard deviations of each row and of the summary, by name, and everything else is the first member's.
     """
 
     name: str
@@ -47,6 +53,9 @@ class Run:
     provenance: dict[str, Any]
     samples: list[dict[str, Any]]
     pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
+    members: tuple["Run", ...] = ()
+    row_spreads: Sequence[dict[str, float]] = ()
+    spread: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> list[str]:
         """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
@@ -55,9 +64,10 @@ class Run:
 
     def points(self, metric: str) -> list[LoggedValue]:
         """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""
+        spreads = self.row_spreads or [{}] * len(self.rows)
         return [
-            LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
-            for row in self.rows
+            LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]), spread.get(metric))
+            for row, spread in zip(self.rows, spreads, strict=True)
             if metric in row and _is_value(row[metric])
         ]
 
