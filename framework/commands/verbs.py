@@ -222,6 +222,12 @@ VERBS = (
         "report",
     ),
     Verb(
+        "watch",
+        "show the report of runs in a browser on this machine while they go on",
+        ("lightspan watch runs/mine", "lightspan watch runs/mine sweeps/lr --port 8700 --metric val/loss_nats"),
+        "watch",
+    ),
+    Verb(
         "audit",
         "look at the weights of a checkpoint, or at what changed between two",
         (

@@ -196,7 +196,12 @@ def _shown(run: Run, figure: ComparedFigure) -> str:
         return ""
     decimals = 4 if figure.relative == "difference" else None
     spread = run.spread.get(figure.key)
-    return number(float(value), decimals) + ("" if spread is None else f" ± {number(spread, decimals)}")
+    return number(float(value), decimals) + ("" if spread is None else f" ± {_spread(spread, decimals)}")
+
+
+def _spread(value: float, decimals: int | None) -> str:
+    """A standard deviation, of which more than two digits say nothing."""
+    return number(value, decimals) if decimals is not None else number(float(f"{value:.2g}"))
 
 
 def _finite(value: Any) -> float | None:

@@ -2,7 +2,9 @@
 
 import shlex
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 import yaml
@@ -15,6 +17,7 @@ from lightspan.report.runs import Run
 from lightspan.report.sections import Section, sections
 from lightspan.report.style import CSS
 from lightspan.report.sweeps import SweepRuns, sweep_section
+from lightspan.runs.status import Status
 
 CAPTIONS = {
     "first-batch": "The first training batch: a row for each picture, a column for each view",
@@ -23,7 +26,24 @@ CAPTIONS = {
     "reconstructions": "Validation pictures, what the network sees of them, and its guesses",
 }
 MOST_DRAWN = 12  # runs; charts tell no more of them apart
+BEST = COLOURS
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 LONGEST_BAR_REM = 5.0  # one scale for all columns, however wide they are
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script of a page. `nonce` is a word of letters, digits, - and _ that nobody can guess: what the page shows
+    cannot become another script.
+    """
+
+    nonce: str
+    source: str
+
+    @property
+    def policy(self) -> str:
+        """What the page may load: this script, and what the script asks of the page's own server."""
+        return f"{POLICY}; script-src 'nonce-{self.nonce}'; connect-src 'self'"
 
 
 def render(
@@ -32,17 +52,17 @@ def render(
     sweeps: Sequence[SweepRuns] = (),
     metric: str | None = None,
     mode: Mode | None = None,
-    live: str = "",
+    script: Script | None = None,
 ) -> str:
     """The whole page for `runs` (at least one). Every text that came from a file is escaped.
 
-    Of more than `MOST_DRAWN` runs the ranking has all, and the rest of the page the best.
+    Of more than `MOST_DRAWN` runs the ranking has all, and the rest of the page the best `BEST`.
 
     Args:
         runs: folded or not.
         sweeps: those that runs belong to.
         metric, mode: what the ranking goes by; see `ranked`.
-        live: HTML at the end of the head, for a page that changes.
+        script: for a page that changes; a report has none.
     """
     ranking = ranked(runs, metric, mode) if len(runs) > 2 or sweeps or metric else None
     every, runs = runs, _drawn(runs, ranking)
@@ -62,7 +82,7 @@ def render(
     ]
     folders = [one.folder for run in every for one in run.members or (run,)]
     command = f"lightspan report {' '.join(map(str, folders))}"
-    return document(title, "\n".join(part for part in parts if part), command, live)
+    return document(title, "\n".join(part for part in parts if part), command, script)
 
 
 def _drawn(runs: Sequence[Run], ranking: Ranking | None) -> list[Run]:
@@ -81,20 +101,18 @@ def _left_out(every: Sequence[Run], drawn: Sequence[Run]) -> str:
     return f'<p class="note">The ranking has all {len(every)} runs; below it are the {len(drawn)} best.</p>'
 
 
-def document(title: str, body: str, command: str, live: str = "") -> str:
-    """A whole page: one <main> around a body whose texts are escaped, in the style of all reports.
-
-    `live` is HTML at the end of the head.
-    """
+def document(title: str, body: str, command: str, script: Script | None = None) -> str:
+    """A whole page: one <main> around a body whose texts are escaped, in the style of all reports."""
+    # The policy enforces this: the page can load nothing, whatever the name of a metric.
+    policy = POLICY if script is None else script.policy
+    code = "" if script is None else f'<script nonce="{script.nonce}">{script.source}</script>'
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        # The policy enforces this: the page can load nothing, whatever the name of a metric.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f"<title>{escape(title)}</title><style>{CSS}</style>{live}</head>\n<body><main>\n{body}\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
         f"<footer>lightspan {escape(lightspan.__version__)} · {escape(command)}</footer>"
-        "</main></body></html>\n"
+        f"</main>{code}</body></html>\n"
     )
 
 
@@ -126,8 +144,7 @@ def colour_key(at: int) -> str:
 def _comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     heads = []
     for run in runs:
-        badge = "" if run.summary.get("finished", True) else '<span class="badge">stopped early</span>'
-        heads.append(f'<th scope="col">{escape(run.name)}{badge}</th>')
+        heads.append(f'<th scope="col">{escape(run.name)}{_badge(run)}</th>')
     lines = []
     for row in rows:
         unit = f" <small>{escape(row.figure.unit)}</small>" if row.figure.unit else ""
@@ -148,15 +165,37 @@ def _comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     return f'<h2>Comparison</h2><div class="scroll">{table}</div>{note}' if rows else ""
 
 
+def _badge(run: Run) -> str:
+    """What became of a run, or of the runs behind a mean, if it is not what one expects."""
+    counts = Counter(_outcome(one) for one in run.members or (run,))
+    total = counts.total()
+    texts = [said if count == total else f"{count} of {total} {said}" for said, count in counts.items() if said]
+    return "".join(f'<span class="badge">{text}</span>' for text in texts)
+
+
+def _outcome(run: Run) -> str:
+    if run.status in _OUTCOMES:
+        return _OUTCOMES[run.status]
+    return "" if run.summary.get("finished", True) else "stopped early"
+
+
+_OUTCOMES = {
+    Status.RUNNING: "running",
+    Status.FAILED: "failed",
+    Status.STALE: "ended without a word",
+    Status.PREEMPTED: "stopped early",
+    Status.DONE: "",
+}
+
+
 def _members(runs: Sequence[Run]) -> str:
     """The runs behind the means, each with its own figures."""
     blocks = []
     for run in runs:
         if run.members:
             rows = [(row.figure.label, [cell.text for cell in row.cells]) for row in compare(run.members)]
-            table = _plain_table(run.members, rows)
-            blocks.append(f"<details><summary>the runs behind {escape(run.name)}</summary>{table}</details>")
-    return "".join(blocks)
+            blocks.append(f"<p>{escape(run.name)}</p>{_plain_table(run.members, rows)}")
+    return f"<details><summary>the runs behind the means</summary>{''.join(blocks)}</details>" if blocks else ""
 
 
 def _charts(section: Section) -> str:

@@ -1,15 +1,16 @@
 """What a report is about: the runs and sweeps of some folders, and what ranks them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightspan.report.compare import FEW
 from lightspan.report.fold import fold
-from lightspan.report.page import render
+from lightspan.report.page import Script, render
 from lightspan.report.ranking import Mode, Ranking, ranked
 from lightspan.report.runs import Run
 from lightspan.report.sweeps import SweepRuns, load
+from lightspan.runs.status import status_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Shown:
         """The runs ranked, None if nothing ranks them; see `ranked`."""
         return ranked(self.runs, self.metric, self.mode)
 
-    def page(self, live: str = "") -> str:
+    def page(self, script: Script | None = None) -> str:
         """The report as HTML; see `render`."""
-        return render(self.runs, self.title, self.sweeps, self.metric, self.mode, live)
+        return render(self.runs, self.title, self.sweeps, self.metric, self.mode, script)
 
 
 def shown(
@@ -53,6 +54,7 @@ def shown(
     Raises: UserError as `lightspan.report.sweeps.load`.
     """
     runs, sweeps = load(folders)
+    runs = [replace(run, status=status_of(run.folder)) for run in runs]
     runs = fold(runs) if folds else runs
     ranking = next((one.sweep for one in sweeps if one.sweep.metric is not None), None)
     if metric is None and ranking is not None:

@@ -50,6 +50,7 @@ min-width:0}
 .chart figcaption{font-size:.95rem;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto}.chart>svg{overflow:visible}
 svg text{font-size:12px;fill:var(--soft)}
+.ended{position:sticky;top:0;z-index:2;padding:8px 12px;background:var(--mark);border-radius:8px}
 .grid{stroke:var(--grid);fill:none}
 .axis{stroke:var(--soft);fill:none;opacity:.55}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
@@ -73,7 +74,7 @@ table.heat th{font-weight:500;text-align:center}table.heat td.best{outline:2px s
 table.heat caption{caption-side:top;padding:10px 12px 6px;font-size:.88rem;color:var(--soft)}
 .heats{margin-top:12px;display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start;margin-bottom:16px}.heats>.scroll{max-width:100%}
 table.rank td,table.rank th{text-align:right;padding:6px 12px;min-width:0;white-space:nowrap}
-table.rank th[scope=row],table.rank th:nth-child(2){text-align:left;font-weight:500;white-space:normal;min-width:9em}
+table.rank tr>:nth-child(2){text-align:left;white-space:normal;min-width:9em}table.rank th[scope=row]{font-weight:500}
 details{margin-top:12px}
 summary{cursor:pointer;color:var(--soft);font-size:.92rem;padding:4px 0}
 pre{margin:0;padding:14px;overflow:auto;max-height:26em;background:var(--card);border:1px solid var(--rule);
