@@ -89,9 +89,7 @@ def _drawn(runs: Sequence[Run], ranking: Ranking | None) -> list[Run]:
     """All runs, or if they are too many the best, in the order given."""
     if len(runs) <= MOST_DRAWN:
         return list(runs)
-    best = (
-        {id(place.run) for place in ranking.places[:MOST_DRAWN]} if ranking else {id(run) for run in runs[:MOST_DRAWN]}
-    )
+    best = {id(place.run) for place in ranking.places[:BEST]} if ranking else {id(run) for run in runs[:BEST]}
     return [run for run in runs if id(run) in best]
 
 

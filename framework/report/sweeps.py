@@ -103,7 +103,7 @@ def _counts(found: SweepRuns) -> str:
 
 def _label(sweep: Sweep, trial: Trial) -> str:
     parts = [f"{sweep.label(key)}={written(value)}" for key, value in trial.values.items()]
-    return ", ".join([*parts, *([] if trial.seed is None else [f"seed {trial.seed}"])]) or sweep.recipe
+    return ", ".join([*(parts or [sweep.recipe]), *([] if trial.seed is None else [f"seed {trial.seed}"])])
 
 
 def sweep_section(found: SweepRuns, ranking: Ranking) -> str:
@@ -114,7 +114,7 @@ def sweep_section(found: SweepRuns, ranking: Ranking) -> str:
     lead = f"{sweep.method} of {through}{seeds}" if through else seeds.removeprefix("; ")
     points = _points(found, ranking)
     maps = [_heat_map(sweep, pair, points, ranking) for pair in _pairs(sweep, points)][:MOST_MAPS]
-    slices = [draw(_slice(sweep, key, points, ranking)) for key in sweep.keys if len(_values_of(key, points)) > 1]
+    slices = [draw(_slice(sweep, key, points, ranking)) for key in sweep.keys if len(_values_of(sweep, key)) > 1]
     note = ""
     if found.missing:
         text = f"{len(found.missing)} of {len(sweep.trials)} runs have no figures: {_counts(found)}"
@@ -130,24 +130,20 @@ def _points(found: SweepRuns, ranking: Ranking) -> list[tuple[dict[str, Any], Pl
     return [(found.values[one.run.folder], one) for one in ranking.places if one.run.folder in found.values]
 
 
-def _values_of(key: str, points: Points) -> list[Any]:
+def _values_of(sweep: Sweep, key: str) -> list[Any]:
     """The different values of a key, numbers in their order."""
-    values = {written(settings[key]): settings[key] for settings, _ in points}.values()
+    values = {written(trial.values[key]): trial.values[key] for trial in sweep.trials}.values()
     return sorted(values) if all(map(_is_number, values)) else list(values)
 
 
 def _pairs(sweep: Sweep, points: Points) -> list[tuple[str, str]]:
     """The keys of which a heat map can be drawn: with few values each, and runs in at least half of its cells."""
-    few = [key for key in sweep.keys if 2 <= len(_values_of(key, points)) <= MOST_VALUES]
+    few = [key for key in sweep.keys if 2 <= len(_values_of(sweep, key)) <= MOST_VALUES]
     return [
         (one, other)
         for one, other in combinations(few, 2)
-        if 2 * len(_cells(one, other, points)) >= _area(one, other, points)
+        if 2 * len(_cells(one, other, points)) >= len(_values_of(sweep, one)) * len(_values_of(sweep, other))
     ]
-
-
-def _area(one: str, other: str, points: Points) -> int:
-    return len(_values_of(one, points)) * len(_values_of(other, points))
 
 
 def _cells(down: str, across: str, points: Points) -> dict[tuple[str, str], Place]:
@@ -163,9 +159,9 @@ def _heat_map(sweep: Sweep, pair: tuple[str, str], points: Points, ranking: Rank
     down, across = pair
     cells = _cells(down, across, points)
     order = {id(place): at for at, place in enumerate(one for one in ranking.places if one in cells.values())}
-    columns = _values_of(across, points)
+    columns = _values_of(sweep, across)
     lines = []
-    for value in _values_of(down, points):
+    for value in _values_of(sweep, down):
         texts = []
         for column in columns:
             place = cells.get((written(value), written(column)))
@@ -187,7 +183,7 @@ def _heat_map(sweep: Sweep, pair: tuple[str, str], points: Points, ranking: Rank
 
 def _slice(sweep: Sweep, key: str, points: Points, ranking: Ranking) -> Chart:
     """All runs over the values of one key, and the best of each value joined by a line."""
-    values = _values_of(key, points)
+    values = _values_of(sweep, key)
     numeric = all(map(_is_number, values))
     axis = sweep.keys[key]
     at = {written(value): float(value) if numeric else float(place) for place, value in enumerate(values)}

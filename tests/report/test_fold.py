@@ -1,6 +1,5 @@
 """Runs that differ by their seed alone become one, with the mean and the deviation of what they logged."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -172,9 +171,7 @@ def test_a_link_out_of_a_run_is_not_read(make_run: MakeRun, tmp_path: Path, name
     load_run(run, "a")
 
 
-def test_json_of_a_folded_run_is_json(make_run: MakeRun) -> None:
-    runs = made(
-        make_run, *({"rows": values(1.0, None), "summary": {"a": 1e308}, "resolved": seeded(at)} for at in (0, 1))
-    )
+def test_numbers_whose_squares_are_beyond_floats_have_no_mean(make_run: MakeRun) -> None:
+    runs = made(make_run, *({"summary": {"a": 1e308 / at}, "resolved": seeded(at)} for at in (1, 2)))
     (folded,) = fold(runs)
-    assert json.loads(json.dumps(folded.summary)) == {"a": 1e308}
+    assert folded.summary == {"a": None}
