@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, one_line
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -28,11 +28,12 @@ def copied(network: Network, owner: str) -> Network:
         return copy.deepcopy(network)
     except Exception as error:  # parts of others may raise anything
         name, part = _uncopied(network)
+        place = f"{name or 'the network itself'} ({type(part).__module__}.{type(part).__qualname__})"
         raise UserError(
-            f"{owner} needs a copy of {type(network).__name__}, but {name or 'the network itself'} ({_kind(part)}) cannot "
-            f"be copied ({type(error).__name__}: {_first_line(error)}); hold no computed tensor in it, as old weight_norm "
-            "does (take that of torch.nn.utils.parametrizations), and nothing of this process, such as a generator, a "
-            "lock or an open file, or give it __deepcopy__"
+            f"{owner} needs a copy of {type(network).__name__}, but {place} cannot be copied ({type(error).__name__}: "
+            f"{one_line(error)}); hold no computed tensor in it, as old weight_norm does (take that of "
+            "torch.nn.utils.parametrizations), and nothing of this process, such as a generator, a lock or an open "
+            "file, or give it __deepcopy__"
         ) from error
 
 
@@ -50,11 +51,3 @@ def _can_be_copied(part: nn.Module) -> bool:
     except Exception:
         return False
     return True
-
-
-def _kind(part: nn.Module) -> str:
-    return f"{type(part).__module__}.{type(part).__qualname__}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:200]
