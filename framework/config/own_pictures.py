@@ -57,6 +57,7 @@ def with_pictures(
     layer, said = pictures_layer(resolved, folder, size)
     # That the recipe's data go is what --images asks for, so the merge's own notes on it say nothing new.
     over = with_layers(resolved, [wrap(layer, "--images"), *filter(None, map(_settings_of_folder, given))], "--images")
+    said += [note for overlay in given for note in _lost(overlay)]
     pictures = replace(over, notes=[*resolved.notes, *said], about=_described(resolved, folder))
     return with_layers(pictures, [flag_layer(list(flags))]) if flags else pictures
 
@@ -83,9 +84,25 @@ def _without_settings_of_folder(layer: Node) -> Node:
 
 
 def _of_folder(settings: Node) -> set[Any]:
+    return (settings.value.keys() & _taken()) - FITTED if isinstance(settings.value, dict) else set()
+
+
+def _lost(overlay: Node) -> list[str]:
+    """What to say of an overlay's settings that the folder's class does not have."""
+    given = overlay.at(("data", "init_args"))
+    if given is None or not isinstance(given.value, dict):
+        return []
+    return [
+        f"{node.where} data.init_args.{key}: dropped with the recipe's own data; pictures of a folder have no {key}"
+        for key, node in given.value.items()
+        if key not in _taken()
+    ]
+
+
+def _taken() -> set[str]:
     takes = signature(DATA)
     assert isinstance(takes, Signature)
-    return (settings.value.keys() & takes.parameters) - FITTED if isinstance(settings.value, dict) else set()
+    return {*takes.parameters}
 
 
 def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:

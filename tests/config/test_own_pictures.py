@@ -68,6 +68,14 @@ def test_an_overlay_reaches_the_data_of_the_folder_as_it_would_those_of_the_reci
     assert found.sources["data.init_args.size"] == "--images"
 
 
+def test_a_setting_that_only_the_recipes_data_have_is_said_to_be_dropped(folder: Path) -> None:
+    overlay = folder.parent / "mine.yaml"
+    overlay.write_text("data: {init_args: {val_size: 500}}\n")
+    found = with_folder("contrastive/simclr", folder, overlays=(str(overlay),))
+    assert "val_size" not in settings(found, "data")
+    assert any(note.startswith(f"{overlay}:1 data.init_args.val_size: dropped") for note in found.notes)
+
+
 def test_a_setting_that_neither_the_recipes_data_nor_the_folder_know_is_named_with_its_line(folder: Path) -> None:
     overlay = folder.parent / "mine.yaml"
     overlay.write_text("data:\n  init_args:\n    batchsize: 4\n")

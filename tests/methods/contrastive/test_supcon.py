@@ -60,7 +60,7 @@ def test_what_it_cannot_train_is_refused() -> None:
         UserError, match=r"SupCon needs a whole number for each sample as label, and this batch holds views"
     ):
         method().training_step({"views": given["views"]}, 0)
-    with pytest.raises(UserError, match=r"views of \[\[1, 8, 8\], \[1, 4, 4\]\]"):
+    with pytest.raises(UserError, match=r"views of \[\[3, 8, 8\], \[3, 4, 4\]\]"):
         method().training_step(given | {"views": [given["views"][0], given["views"][1][..., :4, :4]]}, 0)
 
 
