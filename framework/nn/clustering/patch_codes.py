@@ -93,6 +93,7 @@ class PatchCodes(nn.Module):
         """What codes stand for, the pixels of their centres: [B T] -> [B T d]. Zeros before the first batch."""
         return self.centres_Vd[codes_BT]
 
+    @torch.compiler.disable  # scikit-learn's k-means is no part of a graph
     def _learn(self, patches_BTd: Tensor) -> None:
         rows_Nd = gather_rows(patches_BTd.flatten(0, 1))[0].cpu().numpy()
         if not len(rows_Nd):
