@@ -32,6 +32,8 @@ def settings(table: Table) -> list[str]:
     steps = {row["data"]: row["steps"] for row in records.cells(table.rows)}
     length = listed([f"{count:,} steps on {name}" for name, count in steps.items()])
     grid = listed([f"{rate:g}" for rate in records.RATES])
+    mixed = " They stem from several machines and compare roughly; the ratios beside lightly are of one process."
+    machines = {row["cpu"] for row in table.rows}
     return [
         "## What was equal",
         "",
@@ -44,7 +46,8 @@ def settings(table: Table) -> list[str]:
         f"of teachers ({methods.MOMENTUM} to {methods.TEACHER['final_momentum']}; {methods.MOMENTUM} in MoCo v2), "
         "which fit the length of these runs, and masks, which fit so few patches.",
         f"- **Steps.** Batches of {training.BATCH}; {length}. A step with more crops, a teacher or two forward passes "
-        "takes longer: see the columns of milliseconds, in which making views is left out.",
+        "takes longer: see the columns of milliseconds, in which making views is left out."
+        f"{mixed if len(machines) > 1 else ''}",
         f"- **Optimiser.** AdamW with a weight decay of {training.DECAY}, gradients clipped at {training.CLIP:g}, a "
         "warm-up of a tenth of the run and a cosine.",
         "- **Pictures.** Methods with the same kind of views get the very same batches. kNN "
