@@ -140,6 +140,16 @@ def ratio_of(rows: Sequence[Row], kind: str, **wanted: str) -> tuple[float, floa
     return None
 
 
+def of_students(table: Table, data: str | None) -> str:
+    """A clause on lightspan's DINO read as lightly's is; empty without records."""
+    found = []
+    for encoder in ENTRIES["DINO"].encoders:
+        spreads = [table.spread(Key(OURS, "DINO", data or "", encoder), f"student_{figure}") for figure in PROBES]
+        if all(spreads):
+            found.append(f"{' and '.join(map(str, spreads))} on the {encoder}")
+    return f"; lightspan's student has {listed(found)} (kNN and linear)" if found else ""
+
+
 def beside_lightly(table: Table) -> list[str]:
     rows, slower, told = [], [], []
     data = next((name for name in records.WITH_PEERS if name in table.data()), None)
@@ -182,10 +192,10 @@ def beside_lightly(table: Table) -> list[str]:
         "",
         "lightly's examples pass each view through the encoder by itself. lightspan's SimCLR, DINO and SwAV pass all "
         "views of one size together, which is faster and, in a network with BatchNorm, another normalisation. Probes "
-        "read the teacher in lightspan's DINO, as in the paper, and the student in lightly's. Where "
-        "lightspan is slower, it does more in a step this short: its MAE draws the mask of each picture from seed, "
-        "step and number of the picture, so that ranks and resumed runs agree; its Barlow Twins standardises over all "
-        "ranks and records how far embeddings spread.",
+        "read the teacher in lightspan's DINO, as in the paper, and the student in lightly's"
+        f"{of_students(table, data)}. Where lightspan is slower, it does more in a step this short: its MAE draws the "
+        "mask of each picture from seed, step and number of the picture, so that ranks and resumed runs agree; its "
+        "Barlow Twins standardises over all ranks and records how far embeddings spread.",
         "",
     ]
     views = []

@@ -157,10 +157,10 @@ def test_the_search_takes_the_best_rate_and_the_smaller_of_equal_ones() -> None:
 
 
 def closely(by: str, scores: dict[float, list[float]]) -> list[Row]:
-    """The search and the closer one of DINO on the conv net: of each rate a score a seed."""
+    """The search and the closer one of SwAV on the ViT: of each rate a score a seed."""
     seeds = (SEARCH_SEED, *closer.FURTHER)
     return [
-        cell_row(Cell(by, "DINO", "fashion", "conv net", rate, seed), score, score)
+        cell_row(Cell(by, "SwAV", "fashion", "ViT", rate, seed), score, score)
         for rate, each in scores.items()
         for seed, score in zip(seeds, each, strict=True)
     ]
@@ -169,33 +169,30 @@ def closely(by: str, scores: dict[float, list[float]]) -> list[Row]:
 def test_the_closer_search_takes_the_mean_over_all_its_seeds_and_waits_for_the_last_run() -> None:
     low, middle, high = records.RATES
     rows = closely(OURS, {low: [70.0, 60.0, 60.0, 60.0], middle: [69.0, 63.0, 63.0, 63.0], high: [0.0] * 4})
-    assert records.chosen_rate(rows, OURS, "DINO", "fashion", "conv net") == low
-    assert closer.scores(rows, OURS, "DINO", "conv net") == {low: 62.5, middle: 64.5, high: 0.0}
-    assert closer.reports(rows) == [Cell(OURS, "DINO", "fashion", "conv net", middle, seed) for seed in SEEDS]
+    assert records.chosen_rate(rows, OURS, "SwAV", "fashion", "ViT") == low
+    assert closer.scores(rows, OURS, "SwAV", "ViT") == {low: 62.5, middle: 64.5, high: 0.0}
+    assert closer.reports(rows) == [Cell(OURS, "SwAV", "fashion", "ViT", middle, seed) for seed in SEEDS]
     assert closer.reports(rows[:-1]) == []
     assert {cell.seed for cell in closer.searches()}.isdisjoint((SEARCH_SEED, *SEEDS))
 
 
-def test_the_closer_look_compares_at_its_own_rates_and_also_at_the_student() -> None:
+def test_the_closer_look_compares_at_its_own_rates() -> None:
     low, middle, high = records.RATES
     rows = closely(OURS, {low: [70.0, 60.0, 60.0, 60.0], middle: [69.0, 63.0, 63.0, 63.0], high: [0.0] * 4})
     rows += closely(THEIRS, {low: [50.0] * 4, middle: [60.0] * 4, high: [50.0] * 4})
-    for by, rate, knn in ((OURS, low, 40.0), (OURS, middle, 60.0), (THEIRS, middle, 62.0)):
-        student = {"student_knn": knn + 3, "student_linear": knn + 4} if by == OURS else {}
+    for by, rate, score in ((OURS, low, 40.0), (OURS, middle, 60.0), (THEIRS, middle, 62.0)):
         rows += [
-            cell_row(Cell(by, "DINO", "fashion", "conv net", rate, seed), knn + off, knn + off, **student)
+            cell_row(Cell(by, "SwAV", "fashion", "ViT", rate, seed), score + off, score + off)
             for seed, off in zip(SEEDS, (-1.0, 0.0, 1.0), strict=True)
         ]
     text = page.page(rows)
     for line in (
-        "| DINO | conv net | lightspan | 62.5 | 64.5 | 0.0 | 0.001 | 0.003 |",
-        "| DINO | conv net | lightly | 50.0 | 60.0 | 50.0 | 0.003 | 0.003 |",
-        "| DINO | conv net | 60.0 ± 1.0 | 62.0 ± 1.0 | -2.0, lightly higher |",
-        "| DINO, both read at the student | conv net | 63.0 ± 0.0 | 62.0 ± 1.0 | +1.0, within noise | 64.0 ± 0.0 "
-        "| 62.0 ± 1.0 | +2.0, lightspan higher |",
+        "| SwAV | ViT | lightspan | 62.5 | 64.5 | 0.0 | 0.001 | 0.003 |",
+        "| SwAV | ViT | lightly | 50.0 | 60.0 | 50.0 | 0.003 | 0.003 |",
+        "| SwAV | ViT" + 2 * " | 60.0 ± 1.0 | 62.0 ± 1.0 | -2.0, lightly higher" + " |",
     ):
         assert line in text, line
-    assert "| SwAV | ViT | lightspan |" not in text  # not searched
+    assert "A closer look" not in page.page(rows[:3])
 
 
 def test_equal_rates_seeds_and_steps_are_planned_for_all() -> None:
