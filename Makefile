@@ -19,13 +19,15 @@ ARGS ?=
 # process, which --pdb needs.
 # nproc obeys OMP_NUM_THREADS, which says how many threads one worker may have, not how many workers there may be.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + n / 2 : 8)))
+# Interpreters of `make release-check`.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test test-lowest check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test test-lowest release-check check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +50,9 @@ test: $(DEV) ## run the tests; ARGS="-k resume -x" is passed to pytest, JOBS=0 r
 test-lowest: $(LOWEST)/.installed ## run the tests of parts on the lowest versions that pyproject.toml allows (9 GB)
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  -m 'not (ranks or runs or sweep or pretrained or aot or other_targets or docker or slurm)' $(ARGS)
+
+release-check: $(DEV) ## build wheel and sdist, check them, install and train with each of PYTHONS that is there (1 to 6 GB at a time)
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python tools/release_check.py build/release $(PYTHONS)
 
 check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/ruff check .
