@@ -95,8 +95,16 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """--seeds, --workers and --retry-failed, which `lightspan fit` has too."""
+    """--seeds, --seed-key, --workers and --retry-failed, which `lightspan fit` has too."""
     parser.add_argument("--seeds", metavar="0,1,2", help="one run for each of these seeds (seed_everything)")
+    parser.add_argument(
+        "--seed-key",
+        dest="seed_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="another key that takes each seed, such as data.init_args.seed; repeat it",
+    )
     parser.add_argument("--workers", type=count, metavar="N", help="runs at the same time (default 1)")
     parser.add_argument(
         "--retry-failed", action="store_true", help="when it is continued, also start the runs again that failed"
