@@ -28,6 +28,7 @@ SAMPLES = "samples.jsonl"
 STACKS = "stacks"  # a folder: where each rank was when a fit hung
 SUBSPACE = "subspace.safetensors"  # the numbers that IntrinsicDimension trained
 SUMMARY = "summary.json"
+SWEEP = "sweep.json"  # in the folder of a sweep, beside its runs
 TABLE = "table.csv"
 TENSORS = "result.safetensors"
 TESTED = "test.json"  # of `lightspan test`

@@ -87,6 +87,16 @@ VERBS = (
         flags=True,
     ),
     Verb(
+        "sweep",
+        "train once for each of several settings and seeds, and rank them",
+        (
+            "lightspan sweep supervised/linear 'trainer.max_epochs=lin(5,15,3)' --metric val/accuracy --seeds 0,1,2",
+            "lightspan sweep supervised/linear model.init_args.optimizer.init_args.lr=0.03,0.1 --workers 2 --out rates",
+        ),
+        "sweep",
+        flags=True,
+    ),
+    Verb(
         "run",
         "run a recipe that does not train (an estimator or a merger)",
         (

@@ -152,15 +152,16 @@ def number(value: float, decimals: int | None = None) -> str:
     return f"{value:.4g}" if abs(value) >= 0.001 else f"{value:.2e}"
 
 
+def better(metric: str) -> Better:
+    """Which direction is better, as far as the name of a metric says."""
+    if any(word in metric for word in ("loss", "error", "perplexity", "bits")):
+        return "lower"
+    return "higher" if any(word in metric for word in ("acc", "auc", "f1")) else "neither"
+
+
 def _score(key: str) -> ComparedFigure:
-    better: Better = "neither"
-    if any(word in key for word in ("loss", "error", "perplexity", "bits")):
-        better = "lower"
-    elif any(word in key for word in ("acc", "auc", "f1")):
-        better = "higher"
-    return ComparedFigure(
-        key, key.replace("_", " ").capitalize(), "nats" if key.endswith("_nats") else "", better, "difference"
-    )
+    label, unit = key.replace("_", " ").capitalize(), "nats" if key.endswith("_nats") else ""
+    return ComparedFigure(key, label, unit, better(key), "difference")
 
 
 def _row(figure: ComparedFigure, runs: Sequence[Run]) -> Row:

@@ -9,6 +9,7 @@ from lightspan.commands.verbs import VERBS, Verb
 from lightspan.config.recipes import find
 from lightspan.config.resolve import ANY_KIND, TRAINED, resolve
 from lightspan.errors import UserError
+from lightspan.sweeps.points import axes_of, flags_of, grid
 
 TAKE_ANY_KIND = ("show", "check", "run")
 
@@ -32,7 +33,10 @@ def test_an_example_is_a_command_line_of_its_verb_with_recipes_overlays_and_sett
         args = parse(verb, arguments)
         if verb.flags:
             kinds = ANY_KIND if verb.name in TAKE_ANY_KIND else TRAINED
-            resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
+            axes, flags = axes_of(args.flags)
+            assert bool(axes) == (verb.name == "sweep")
+            for point in grid(axes):
+                resolve(args.recipe, args.overlays, [*flags, *flags_of(point)], args.allow_modules, kinds)
         elif verb.name == "copy":
             find(args.recipe)
         elif verb.name == "merge":
