@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.exports.folder import whole_folder
-from lightspan.exports.program import largest_difference, write_program
+from lightspan.exports.program import write_program
 from lightspan.exports.safetensors import write_safetensors
-from lightspan.exports.standalone import Standalone, reading_of
+from lightspan.exports.standalone import Standalone, compare, reading_of
 from lightspan.exports.timm_folder import read_timm, timm_network, write_timm
 from lightspan.files import remove
 from lightspan.run_files import EXPORT, MODEL
 
 PROGRAM, TIMM = "encoder.pt2", "timm"
-SAME = 1e-5  # of the largest feature: what another attention kernel changes
 
 
 class Written(NamedTuple):
@@ -58,7 +57,7 @@ def _write(encoder: Standalone, folder: Path) -> Written:
     features_BD = encoder(image_BCHW)
     files, remarks, difference = [], [], 0.0
     try:
-        difference = write_program(encoder, folder / PROGRAM, about)
+        difference = write_program(encoder, folder / PROGRAM, about).difference
         files.append(PROGRAM)
     except UserError as error:
         remarks.append(str(error))
@@ -86,16 +85,14 @@ def _write_timm(backbone: nn.Module, encoder: Standalone, folder: Path) -> float
     """The largest difference between features and outputs of the network that timm builds from the folder; None, and
     no folder, if timm cannot build it, or the features are not its output.
     """
-    assert encoder.reading.moments is not None
-    (image_BCHW,), (mean_C11, std_C11) = encoder.reading.rows(2), encoder.reading.moments
-    network, features_BD = timm_network(backbone), encoder(image_BCHW)
-    height, width = image_BCHW.shape[2:]
-    moments = mean_C11.flatten().tolist(), std_C11.flatten().tolist()
-    if network is None or not write_timm(network, (height, width), *moments, folder):
+    (image_BCHW,), moments = encoder.reading.rows(1), encoder.reading.describe()
+    network, (height, width) = timm_network(backbone), image_BCHW.shape[2:]
+    if network is None or not write_timm(network, (height, width), moments["mean"], moments["std"], folder):
         return None
-    apart = largest_difference(features_BD, read_timm(folder)((image_BCHW - mean_C11) / std_C11))
-    if apart <= SAME * max(1.0, float(features_BD.abs().amax())):
-        return apart
+    again = read_timm(folder)
+    compared = compare(encoder, lambda image: again(encoder.reading.standardised(image)))
+    if compared.difference <= compared.limit:
+        return compared.difference
     remove(folder)
     return None
 

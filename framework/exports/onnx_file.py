@@ -8,13 +8,14 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from lightspan.errors import UserError, install_extra, one_line
-from lightspan.exports.program import largest_difference, traced
-from lightspan.exports.standalone import BATCHES, Standalone
+from lightspan.errors import UserError, install_extra
+from lightspan.exports.program import first_line, traced
+from lightspan.exports.standalone import Compared, Standalone, compare
 
 FILE, OUTPUT = "model.onnx", "output"
 LARGEST_FILE = (
@@ -26,13 +27,6 @@ TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16
 """The largest difference that is accepted, as a share of the largest output, or of 1 if that is smaller. onnxruntime
 sums in another order than torch; half precisions add the rounding of the weights, by 2^-11 and 2^-8 of each.
 """
-
-
-class Compared(NamedTuple):
-    """The largest difference of outputs over all batches, and the largest that is accepted."""
-
-    difference: float
-    limit: float
 
 
 def require_packages() -> None:
@@ -69,9 +63,8 @@ def write_onnx(network: Standalone, folder: Path, precision: Precision, about: M
                 program, dynamo=True, input_names=names, output_names=[OUTPUT], verbose=False
             ).model_proto
     except Exception as error:  # it raises whatever the operator that it misses raises
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"torch.onnx cannot write {type(network.method).__name__}: {one_line(lines[0])[:200]}; use --to "
+            f"torch.onnx cannot write {type(network.method).__name__}: {first_line(error)}; use --to "
             "torch-export or --to safetensors"
         ) from error
     if precision != "float32":
@@ -112,23 +105,20 @@ def _compare(network: Standalone, path: Path, tolerance: float) -> Compared:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    names, largest, scale = list(network.reading.examples), 0.0, 1.0
+    names = list(network.reading.examples)
+
+    def run(*rows: Tensor) -> Tensor:
+        (found,) = session.run([OUTPUT], {name: x.numpy() for name, x in zip(names, rows, strict=True)})
+        return torch.from_numpy(found)
+
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for count in BATCHES:
-            rows = network.reading.rows(count)
-            (found,) = session.run([OUTPUT], {name: x.numpy() for name, x in zip(names, rows, strict=True)})
-            with torch.no_grad():
-                ours = network(*rows)
-            largest = max(largest, largest_difference(ours, torch.from_numpy(found)))
-            scale = max(scale, float(ours.abs().amax()))
+        return compare(network, run, tolerance)
     except Exception as error:  # onnxruntime's own exceptions have no common class
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"onnxruntime cannot run what torch.onnx wrote of {type(network.method).__name__}: "
-            f"{one_line(lines[0])[:200]}; use --to torch-export"
+            f"onnxruntime cannot run what torch.onnx wrote of {type(network.method).__name__}: {first_line(error)}; "
+            "use --to torch-export"
         ) from error
-    return Compared(largest, tolerance * scale)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from lightspan.errors import UserError, one_line
-from lightspan.exports.standalone import BATCHES, Standalone
+from lightspan.exports.standalone import Compared, Standalone, compare
 
 ABOUT = "about.json"
 """The name under which `torch.export.load(PATH, extra_files={ABOUT: ""})` gives inputs and origin."""
@@ -42,32 +42,23 @@ def _trace(network: Standalone) -> ExportedProgram:
         with torch.no_grad():
             return torch.export.export(network, rows, dynamic_shapes=(tuple({0: batch} for _ in rows),))
     except Exception as error:  # it raises whatever the code that it traces meets
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"torch.export cannot follow {type(network.method).__name__}: {one_line(lines[0])[:200]}; its weights "
+            f"torch.export cannot follow {type(network.method).__name__}: {first_line(error)}; its weights "
             "alone can be written, with --to safetensors"
         ) from error
 
 
-def write_program(network: Standalone, path: Path, about: Mapping[str, Any]) -> float:
+def first_line(error: Exception) -> str:
+    """What a library says of its failure, without the pages that follow."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0])[:200]
+
+
+def write_program(network: Standalone, path: Path, about: Mapping[str, Any]) -> Compared:
     """Writes the program, as `torch.export.load(PATH).module()(...)` reads it, with `about` inside as JSON.
 
-    Returns: the largest difference between outputs of the method and of what was read back.
+    Returns: how far the outputs of what was read back are from the method's.
     Raises: UserError as `traced`.
     """
-    program = traced(network)
-    torch.export.save(program, path, extra_files={ABOUT: json.dumps(about)})
-    again, largest = torch.export.load(path).module(), 0.0
-    with torch.no_grad():
-        for count in BATCHES:
-            rows = network.reading.rows(count)
-            largest = max(largest, largest_difference(network(*rows), again(*rows)))
-    return largest
-
-
-def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of two tensors of outputs; infinite for other shapes, and where one of them is not a number."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    apart = (ours.double() - theirs.double()).abs().nan_to_num(float("inf"))
-    return float(apart.amax()) if apart.numel() else 0.0
+    torch.export.save(traced(network), path, extra_files={ABOUT: json.dumps(about)})
+    return compare(network, torch.export.load(path).module())

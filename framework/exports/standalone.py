@@ -3,9 +3,9 @@
 Shapes: B samples, C H W picture, D features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ from lightspan.errors import UserError
 What = Literal["features", "predict"]
 BATCHES = (1, 2, 3, 5)
 """The sizes of the batches on which a written file is compared with the method."""
+SAME = 1e-5
+"""The largest difference between torch and torch, as `compare` counts it: what another attention kernel changes."""
+
+
+class Compared(NamedTuple):
+    """The largest difference of outputs over all batches, and the largest that is accepted."""
+
+    difference: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,13 @@ class Reading:
     def rows(self, count: int) -> tuple[Tensor, ...]:
         """A batch of `count` samples, each field's examples in turn."""
         return tuple(x[torch.arange(count) % len(x)] for x in self.examples.values())
+
+    def standardised(self, image_BCHW: Tensor) -> Tensor:
+        """Pictures as the method's backbone takes them."""
+        if self.moments is None:
+            return image_BCHW
+        mean_C11, std_C11 = self.moments
+        return (image_BCHW - mean_C11) / std_C11
 
     def describe(self) -> dict[str, Any]:
         """The inputs and their standardising as plain values, for the files that are written."""
@@ -71,6 +87,31 @@ class Standalone(nn.Module):
         if self.reading.moments is not None:
             batch["image"] = (batch["image"] - self.mean) / self.std
         return answer(self.method, batch, self.what)
+
+
+def compare(network: Standalone, other: Callable[..., Tensor], tolerance: float = SAME) -> Compared:
+    """Compares the outputs of both on batches of all sizes in `BATCHES`.
+
+    Args:
+        other: called as the network is.
+        tolerance: accepted as a share of the network's largest output, or of 1 if that is smaller.
+    """
+    largest, scale = 0.0, 1.0
+    with torch.no_grad():
+        for count in BATCHES:
+            rows = network.reading.rows(count)
+            ours, theirs = network(*rows), other(*rows)
+            largest = max(largest, largest_difference(ours, theirs))
+            scale = max(scale, float(ours.abs().amax()))
+    return Compared(largest, tolerance * scale)
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Of two tensors of outputs; infinite for other shapes, and where one of them is not a number."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    apart = (ours.double() - theirs.double()).abs().nan_to_num(float("inf"))
+    return float(apart.amax()) if apart.numel() else 0.0
 
 
 def answer(method: Any, batch: Mapping[str, Tensor], what: What) -> Any:
