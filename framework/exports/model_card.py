@@ -239,7 +239,7 @@ def _data(config: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     needs = about.get("needs")
     return [
         f"{code(path)}{f' with {code(shown)}' if shown else ''}. {plain(_summary(path))}".rstrip(),
-        f"Where it comes from: {plain(needs)}." if needs else "",
+        f"What it needs: {plain(needs)}." if needs else "",
         "The licence of the data is that of their source; this card states none.",
     ]
 

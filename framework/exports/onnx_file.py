@@ -55,18 +55,7 @@ def write_onnx(network: Standalone, folder: Path, precision: Precision, about: M
     """
     import onnx
 
-    names = list(network.reading.examples)
-    program = traced(network)
-    try:
-        with _quiet():
-            model = torch.onnx.export(
-                program, dynamo=True, input_names=names, output_names=[OUTPUT], verbose=False
-            ).model_proto
-    except Exception as error:  # it raises whatever the operator that it misses raises
-        raise UserError(
-            f"torch.onnx cannot write {type(network.method).__name__}: {first_line(error)}; use --to "
-            "torch-export or --to safetensors"
-        ) from error
+    model = _to_onnx(network)
     if precision != "float32":
         _narrow(model.graph, precision)
     for name, value in about.items():
@@ -75,6 +64,21 @@ def write_onnx(network: Standalone, folder: Path, precision: Precision, about: M
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=f"{FILE}.data")
     return _compare(network, path, TOLERANCE[precision])
+
+
+def _to_onnx(network: Standalone) -> Any:
+    """The ModelProto, with inputs named as the fields of a batch."""
+    program, names = traced(network), list(network.reading.examples)
+    try:
+        with _quiet():
+            written = torch.onnx.export(program, dynamo=True, input_names=names, output_names=[OUTPUT], verbose=False)
+    except Exception as error:  # it raises whatever the operator that it misses raises
+        raise UserError(
+            f"torch.onnx cannot write {type(network.method).__name__}: {first_line(error)}; use --to torch-export or "
+            "--to safetensors"
+        ) from error
+    assert written is not None
+    return written.model_proto
 
 
 def _narrow(graph: Any, precision: Precision) -> None:
