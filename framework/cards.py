@@ -33,9 +33,18 @@ class Card:
             self.body += [f"## {title}", *filled]
 
     def text(self) -> str:
-        head = {key: value for key, value in self.head.items() if value is not None}
+        head = {key: _on_lines(value) for key, value in self.head.items() if value is not None}
         front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()
         return "\n\n".join([f"---\n{front}\n---", f"# {plain(self.title)}", *self.body]) + "\n"
+
+
+def _on_lines(value: Any) -> Any:
+    """A plain value each of whose texts is on one line, so that none of them can end the head."""
+    if isinstance(value, dict):
+        return {one_line(key): _on_lines(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_on_lines(child) for child in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def plain(text: object) -> str:
