@@ -40,6 +40,8 @@ def lines(capsys) -> list[str]:
         ["copy", "language/quickstart", "mine.yaml"],
         ["check", "language/quickstart"],
         ["check", "language/quickstart", "trainer.max_stepz=1"],
+        ["completion", "bash"],
+        ["completion", "bash", "--words", "fit", "language/quickstart", "trainer."],
         *([verb.name, "--help"] for verb in VERBS),
         ["--help"],
     ],

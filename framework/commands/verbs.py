@@ -218,4 +218,11 @@ VERBS = (
         "doctor",
         only_prints=True,
     ),
+    Verb(
+        "completion",
+        "print a script with which a shell completes all this",
+        ("lightspan completion bash", "lightspan completion fish"),
+        "completion",
+        only_prints=True,
+    ),
 )
