@@ -17,7 +17,7 @@ PACKAGES = {
 GROUND: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns", "ranges")},
+    **{floor: {"errors"} for floor in ("cards", "distributed", "files", "layers", "patterns", "ranges")},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
     **{floor: set() for floor in ("devices", "drawing", "noise", "run_files", "unit_length")},
