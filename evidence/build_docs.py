@@ -1,7 +1,7 @@
 """Builds docs/evidence.md, docs/evidence/*.md and docs/methods.md: `python evidence/build_docs.py`.
 
-The pages come from evidence/results/*.json, evidence/systems.yaml and the recipes, and from nothing else: building twice
-changes nothing. A page whose results are gone is removed.
+The pages come from evidence/results/*.json, evidence/systems.yaml and the recipes, and from nothing else: building
+twice changes nothing. A page whose results are gone is removed.
 """
 
 import os
