@@ -10,6 +10,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "evidence")]  # folders of scripts, not packages
@@ -25,7 +26,8 @@ def on_startup(command: str, dirty: bool) -> None:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds the API reference to the navigation."""
+    """Adds the API reference to the navigation, and gives headings the anchors that they have on GitHub."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
     assert config.nav is not None
     config.nav.append({"API": ["reference.md", *reference.navigation(ROOT)]})
     return config
@@ -47,3 +49,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Leads links to files of the project to their pages."""
     return linked_files.pointed_to_pages(ROOT, markdown, page.file.src_uri)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Adds the source to the pages of modules."""
+    return reference.with_source(ROOT, output)

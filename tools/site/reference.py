@@ -2,16 +2,22 @@
 
 import ast
 import functools
+import re
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
 COPY = Path("build/site-package")
+# What the command line is made of (running.md is about it), recipes, which have pages of their own, and experiments.
 LEFT_OUT = {
-    "commands",
-    "recipes",
-    "__main__",
-}  # running.md is about the command line, and recipes have pages of their own
+    *("__main__", "cli", "commands", "config", "exports", "intrinsic", "launch", "planning", "report", "runs"),
+    *("experiments", "recipes", "run_files"),
+}
+SOURCE = "<!-- source of {} -->"
 
 INDEX = """# API
 
@@ -70,9 +76,20 @@ def by_package(root: Path) -> dict[str, list[str]]:
 def pages(root: Path) -> dict[str, str]:
     """{page: its text}."""
     texts = {}
-    for module in modules(root):
-        texts[uri_of(module)] = f"---\ntitle: {module}\n---\n\n# `lightspan.{module}`\n\n::: lightspan.{module}\n"
+    for module, file in modules(root).items():
+        head = f"---\ntitle: {module}\n---\n\n# `lightspan.{module}`\n\n::: lightspan.{module}\n"
+        texts[uri_of(module)] = f"{head}\n## Source\n\n`{file}`\n\n{SOURCE.format(module)}\n"
     return texts
+
+
+def with_source(root: Path, html: str) -> str:
+    """A finished page with the text of its module. So late, that the search does not index every line of code."""
+
+    def shown(match: re.Match[str]) -> str:
+        text = (root / modules(root)[match[1]]).read_text(encoding="utf-8")
+        return highlight(text, PythonLexer(), HtmlFormatter(cssclass="highlight"))
+
+    return re.sub(SOURCE.format(r"([\w.]+)"), shown, html)
 
 
 def index(root: Path) -> str:
