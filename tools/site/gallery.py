@@ -2,9 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from catalogue import Entry, System, read_entries, read_records, read_systems
-from claims import Record, figure, margin
+from claims import figure, margin
 from methods_page import main_claim, paper_link, records_about
 
 HEADER = """# Gallery of methods
@@ -14,8 +15,8 @@ measured here, in minutes on a CPU; *held* says whether it kept the margin that 
 table, with the systems that are not built yet: [methods.md](methods.md). How to choose:
 [which-method.md](which-method.md).
 """
-GENERATED = {"methods", "evidence", "benchmarks"}  # list everything, so they explain nothing in particular
-LISTS = {"index", "decisions", "guarantees"}
+# Pages that name everything, so that they explain nothing in particular.
+LISTS = {"benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "which-method"}
 
 
 def page(root: Path) -> str:
@@ -29,22 +30,23 @@ def page(root: Path) -> str:
     documents = {
         path.name: path.read_text(encoding="utf-8")
         for path in sorted((root / "docs").glob("*.md"))
-        if path.stem not in GENERATED | LISTS
+        if path.stem not in LISTS
     }
     lines = [HEADER.format(count=len(entries))]
     for family in sorted({entry.family for entry in entries}):
         lines += [f"## {family.capitalize().replace('_', ' ')}", "", '<div class="grid cards" markdown>', ""]
         for entry in entries:
             if entry.family == family:
-                lines += [card(entry, systems.get(entry.arxiv), documents), ""]
+                lines += [card(root, entry, systems.get(entry.arxiv), documents), ""]
         lines += ["</div>", ""]
     return "\n".join(lines)
 
 
-def card(entry: Entry, system: System | None, documents: dict[str, str]) -> str:
+def card(root: Path, entry: Entry, system: System | None, documents: dict[str, str]) -> str:
     """One card.
 
     Args:
+        root: the project.
         entry: the method.
         system: its entry in the catalogue, if it has one.
         documents: {name: text} of the pages that may explain it.
@@ -57,46 +59,44 @@ def card(entry: Entry, system: System | None, documents: dict[str, str]) -> str:
         f"*{entry.family.replace('_', ' ')} · {entry.modality}*",
         paper,
         str(about["title"]),
+        f"Baseline: {system.baseline}" if system and system.baseline else "",
         measured(entry, system),
-        " · ".join(links(entry, documents)),
+        " · ".join(links(root, entry, documents)),
     ]
     first, *rest = (part for part in parts if part)
     return "\n\n".join([f"-   {first}", *(f"    {part}" for part in rest)])
 
 
 def name_of(entry: Entry) -> str:
-    """A short name: what stands before the colon of the paper's title, or in its brackets, or the recipe's name."""
-    named = re.match(r"([\w.\- ]{2,24}):", entry.title) or re.search(r"\(([^()]{2,24})\)", entry.title)
-    if entry.arxiv and named:
-        return named[1]
-    return next(iter(entry.recipes)).split("/")[1].replace("_", " ")
+    """A short name: what stands before the colon of the paper's title, or the recipe's name."""
+    named = re.match(r"([\w.\- ]{2,24}):", entry.title) if entry.arxiv else None
+    return named[1] if named else next(iter(entry.recipes)).split("/")[1].replace("_", " ")
 
 
 def measured(entry: Entry, system: System | None) -> str:
     """The figure that tells the method from its baseline, and whether it held; empty if nothing was measured."""
-    records = records_about(entry) or list(entry.records)
-    claim = main_claim(system, records) if system else first_about(entry, records)
+    claim = main_claim(system, records_about(entry)) if system else claim_on_a_shared_page(entry)
     if claim is None:
         return ""
     verdict = "held" if claim["held"] else "not held"
-    against = f"Against {system.baseline}: " if system and system.baseline else ""
-    said = f"{figure(claim)} (margin {margin(claim['margin'])})"
-    return f'{against}{said} <span class="{verdict.replace(" ", "-")}">{verdict}</span>'
+    badge = f'<span class="{verdict.replace(" ", "-")}">{verdict}</span>'
+    return f"{figure(claim)} (asked for: {margin(claim['margin'])}) {badge}"
 
 
-def first_about(entry: Entry, records: list[Record]) -> dict | None:
-    """The first claim about a method on pages that it may share with others."""
-    return next((claim for record in records for claim in entry.own_claims(record) or ()), None)
+def claim_on_a_shared_page(entry: Entry) -> dict[str, Any] | None:
+    """The first claim about a method on pages about no paper. On the page of another paper it is the baseline."""
+    shared = [record for record in entry.records if "arXiv" not in record["title"]]
+    return next((claim for record in shared for claim in entry.own_claims(record) or ()), None)
 
 
-def links(entry: Entry, documents: dict[str, str]) -> list[str]:
-    """Links to code, recipes, evidence and the documents that name one of its recipes or classes."""
+def links(root: Path, entry: Entry, documents: dict[str, str]) -> list[str]:
+    """Links to code, recipes, evidence and the two documents that most often name its recipes and classes."""
     found = [f"[{file.stem}.py](../{file.as_posix()})" for file in entry.code]
     found += [f"[{name}](../recipes/{name}.yaml)" for name in entry.recipes]
-    found += [
-        f"[evidence {record['system'].replace('_', ' ')}](evidence/{record['system']}.md)" for record in entry.records
-    ]
-    names = "|".join(map(re.escape, (*entry.recipes, *entry.classes)))
+    for record in entry.records:
+        found.append(f"[evidence {record['system'].replace('_', ' ')}](evidence/{record['system']}.md)")
+    own = {name for file in entry.code for name in re.findall(r"^class (\w+)", (root / file).read_text(), re.MULTILINE)}
+    names = "|".join(map(re.escape, (*entry.recipes, *(own & entry.classes))))
     counts = {name: len(re.findall(rf"(?<![\w/])(?:{names})(?!\w)", text)) for name, text in documents.items()}
     explaining = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])[:2]
     return found + [f"[{name}]({name})" for name in explaining]
