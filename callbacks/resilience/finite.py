@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
-from lightspan.optim.elementwise import real
 from lightspan.optim.low_rank import LowRank
-from lightspan.sharded import local, square_norms
+from lightspan.sharded import held_numbers, square_norms
 
 
 class FiniteLoss(Callback):
@@ -135,7 +134,7 @@ class FiniteLoss(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients or not self._sees_gradients:
             return torch.zeros((), device=module.device)
-        return square_norms([_held(gradient) for gradient in gradients]).max().sqrt().float()
+        return square_norms([held_numbers(gradient) for gradient in gradients]).max().sqrt().float()
 
     def _reason(
         self,
@@ -183,20 +182,14 @@ def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             yield f"the gradient of {name}", parameter.grad
-            yield f"the square of the gradient of {name}", square_norms([_held(parameter.grad)])
+            yield f"the square of the gradient of {name}", square_norms([held_numbers(parameter.grad)])
 
 
 def _first_broken(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
     for name, tensor in tensors:
-        if not _held(tensor).isfinite().all():
+        if not held_numbers(tensor).isfinite().all():
             return name
     return None
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """This rank's numbers of a tensor, dense and real."""
-    part = local(tensor)
-    return real(part.coalesce().values() if part.is_sparse else part)
 
 
 def _anywhere(mine: bool, device: torch.device) -> bool:
