@@ -61,6 +61,12 @@ VERBS = (
         "intrinsic_dimension",
         flags=True,
     ),
+    Verb(
+        "replay",
+        "take a step again whose loss or gradient was not finite, and name where it begins",
+        "replay",
+        flags=True,
+    ),
     Verb("report", "compare runs on one HTML page", "report"),
     Verb("audit", "look at the weights of a checkpoint, or at what changed between two", "audit"),
     Verb("export", "write a checkpoint for other libraries", "export"),

@@ -245,7 +245,9 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
         for ranks in axes:
             square = ranks.total(square)
         squares.append(square)
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt() if squares else torch.zeros(())
+    return (
+        torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt() if squares else torch.zeros(())
+    )
 
 
 def held_numbers(tensor: Tensor) -> Tensor:
