@@ -56,7 +56,7 @@ check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p lightspan
 	$(BIN)/hadolint docker/Dockerfile
-	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh; else echo "shellcheck is not installed: scripts not linted"; fi
+	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh framework/commands/completions/lightspan.bash; else echo "shellcheck is not installed: scripts not linted"; fi
 
 format: $(DEV) ## reformat the sources for `make check`
 	$(BIN)/ruff check --fix .
@@ -78,9 +78,9 @@ evidence-data: $(DEV) ## install pretrained weights and real data that evidence 
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default
 
 # Without these, tests that need them are skipped; .ci/run installs them and allows no skipped test.
-test-packages: $(DEV) ## install everything that a test can use: browser, shellcheck, DeepSpeed, weights, data (root, Debian)
+test-packages: $(DEV) ## install everything that a test can use: browser, shells, shellcheck, DeepSpeed, weights, data (root, Debian)
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++ zsh fish
 	$(MAKE) evidence-data
 	$(MAKE) deepspeed
 

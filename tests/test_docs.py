@@ -1,14 +1,13 @@
 """What the documents print can be typed: files they link exist, verbs, options and recipes they name exist."""
 
-import argparse
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from lightspan.cli import VERBS
+from lightspan.cli import parser_of
+from lightspan.commands.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]
@@ -54,10 +53,7 @@ def anchors(document: Path) -> set[str]:
 
 def options_of(verb: str) -> set[str]:
     """The options that a verb takes."""
-    found = next(known for known in VERBS if known.name == verb)
-    parser = argparse.ArgumentParser()
-    importlib.import_module(f"lightspan.commands.{found.module}").add_arguments(parser)
-    return {"--debug", *parser._option_string_actions}
+    return set(parser_of(next(known for known in VERBS if known.name == verb))._option_string_actions)
 
 
 def unknown(command: str) -> list[str]:

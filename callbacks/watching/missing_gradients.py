@@ -43,6 +43,7 @@ class MissingGradients(Callback):
         self._expected: dict[str, None] = {}
         self._reached: set[str] = set()
         self._called: set[str] | None = None  # modules, once there is something to find out
+        self._listened = False  # for a step
         self._listeners: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,6 +52,7 @@ class MissingGradients(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._looks:
             return
+        self._listened = self._called is not None
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in pl_module.named_parameters():
             if id(parameter) in held and parameter.requires_grad:
@@ -130,7 +132,7 @@ class MissingGradients(Callback):
         return f"{part or 'the whole module'}{count}{self._cause(names)}"
 
     def _cause(self, names: list[str]) -> str:
-        if self._called is None:
+        if self._called is None or not self._listened:
             return ""
         if any(_owner(name) in self._called for name in names):
             return ", which is called: its result does not reach the loss, or is detached or computed under no_grad"

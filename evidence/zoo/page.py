@@ -290,10 +290,16 @@ def rates(table: Table) -> list[str]:
                 rate = records.chosen_rate(table.rows, by, arm, data, encoder)
                 if rate is not None:
                     found.setdefault((data, by, rate), []).append(f"{arm} ({encoder})")
+    ends = {min(records.RATES): ", the lowest of the grid", max(records.RATES): ", the highest of the grid"}
     lines = ["## Rates that the search chose", ""]
     for (data, by, rate), arms in sorted(found.items()):
-        lines.append(f"- {by} on {data}, {rate:g}: {', '.join(arms)}")
-    return [*lines, "", "A rate at an end of the grid may not be the best one.", ""] if found else []
+        lines.append(f"- {by} on {data}, {rate:g}{ends.get(rate, '')}: {', '.join(arms)}")
+    outer = sum(len(arms) for (_, _, rate), arms in found.items() if rate in ends)
+    last = (
+        f"{outer} of {sum(map(len, found.values()))} chosen rates lie at an end of the grid, where one outside it may "
+        "be better."
+    )
+    return [*lines, "", last, ""] if found else []
 
 
 def missing(table: Table) -> list[str]:

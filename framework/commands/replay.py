@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_allow_module_argument(parser)
     parser.epilog = (
-        "Flags: key.path=value, over the run's configuration. Example: lightspan replay RUN "
-        "trainer.precision=32-true says whether the precision is to blame. Exit status 1: the step is finite here."
+        "Flags: key.path=value, over the run's configuration: trainer.precision=32-true says whether the precision is "
+        "to blame. Exit status 1: the step is finite here."
     )
 
 
