@@ -68,14 +68,14 @@ class Findings:
         """What the loader gave."""
         for name, tensor in tensors_in(batch):
             if broken(tensor):
-                self.found.append(Finding(f"the batch's {name or 'tensor'}", [described(name, tensor)]))
+                self.found.append(Finding(f"the batch{name}", [described(f"batch{name}", tensor)]))
 
     def look_at_loss(self, loss: Tensor) -> None:
-        """The loss, before its backward pass; operations of that are looked at from now on."""
+        """The loss, before its backward pass, whose operations are looked at from now on if all has been well."""
         if broken(loss) and not self.found:
             what = "the loss, though the outputs of all modules are finite,"
             self.found.append(Finding(what, ["look at what training_step does after its last module"]))
-        for node in _graph(loss.grad_fn, set()):
+        for node in _graph(loss.grad_fn, set()) if not self.found else ():
             node.register_hook(partial(self._after_backward, node))
 
     def look_at_gradients(self) -> None:
