@@ -49,7 +49,7 @@ BATCHES = {
     "types": [torch.ones(2, dtype=kind) for kind in (torch.bfloat16, torch.bool, torch.uint8, torch.float64)],
     "strided": {"views": (torch.randn(4, 6).T[1:], torch.randn(0, 3), torch.tensor(2.5))},
     "numbers": [float("nan"), float("-inf"), 0.1, 2**70, np.arange(3), np.float32(2.5).item()],
-    "named": {"views": ViewParameters(*(torch.rand(2) for _ in ViewParameters._fields)), "at": Point(torch.ones(1), 2.0)},
+    "named": [ViewParameters(*(torch.rand(2) for _ in ViewParameters._fields)), Point(torch.ones(1), 2.0)],
     "dataclass": Pair(torch.arange(3), 4),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ GROUND: dict[str, set[str]] = {
     **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns", "ranges")},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
-    **{floor: set() for floor in ("devices", "drawing", "noise", "run_files", "unit_length")},
+    **{floor: set() for floor in ("blocks", "devices", "drawing", "noise", "run_files", "unit_length")},
     "captures": {"errors", "files", "run_files", "tensor_files"},
     "results": {"drawing", "errors"},
     "tensor_files": {"errors", "files"},
