@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,6 @@ def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = 
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.pop("LIGHTSPAN_RUN", None)
@@ -56,6 +56,8 @@ def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = 
             status = main(list(command[3:]))
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -69,4 +71,4 @@ def install() -> None:
 
 def lightspan(arguments: Sequence[str], folder: Path, cwd: Path) -> rank_processes.Ended:
     """One command line in a process of its own, whose fits are forked from it; `folder` takes what it says."""
-    return rank_processes.launch(list(arguments), 1, folder, cwd=cwd, prepare=install)
+    return rank_processes.launch(list(arguments), 1, folder, timeout_s=300.0, cwd=cwd, prepare=install)

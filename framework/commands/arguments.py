@@ -64,9 +64,8 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
         return resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
     from lightspan.config.own_pictures import with_pictures
 
-    below = resolve(args.recipe, args.overlays, (), args.allow_modules, kinds)
     size = IMAGE_SIZE if args.image_size is None else args.image_size
-    return with_pictures(below, args.images, size, args.flags)
+    return with_pictures(args.recipe, args.overlays, args.images, size, args.flags, args.allow_modules, kinds)
 
 
 def configuration_words(args: argparse.Namespace) -> list[str]:
@@ -95,8 +94,16 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """--seeds, --workers and --retry-failed, which `lightspan fit` has too."""
+    """--seeds, --seed-key, --workers and --retry-failed, which `lightspan fit` has too."""
     parser.add_argument("--seeds", metavar="0,1,2", help="one run for each of these seeds (seed_everything)")
+    parser.add_argument(
+        "--seed-key",
+        dest="seed_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="another key that takes each seed, such as data.init_args.seed; repeat it",
+    )
     parser.add_argument("--workers", type=count, metavar="N", help="runs at the same time (default 1)")
     parser.add_argument(
         "--retry-failed", action="store_true", help="when it is continued, also start the runs again that failed"

@@ -7,7 +7,6 @@ import copy
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from lightspan.run_files import SWEEP
 from lightspan.runs.fits import exits_on_sigterm, fit_command
 from lightspan.runs.folder import is_first_rank, run_folder, sole_use
 from lightspan.runs.status import Status, status_of
+from lightspan.signals import installed
 from lightspan.sweeps.files import METHODS, SEED_KEY, Sweep, differences, read, write
 from lightspan.sweeps.points import Axis, Settings, axes_of, flags_of
 
@@ -88,8 +88,10 @@ def run_seeds(args: argparse.Namespace) -> int:
     """`lightspan fit RECIPE --seeds 0,1,2`."""
     if args.resume != "auto":
         raise UserError(f"--resume {args.resume} names one run; with --seeds each continues from its own checkpoint")
-    _refuse_seed(args.flags)
-    sweep = Sweep(args.recipe, _words(args), {}, seeds=_seeds(args.seeds)).planned()
+    _refuse_seed(args)
+    if (flag := installed()) is not None:
+        flag.release()  # a fit remembers signals until its Preemption obeys them; this process only passes them on
+    sweep = Sweep(args.recipe, _words(args), {}, seeds=_seeds(args.seeds), seed_keys=tuple(args.seed_keys)).planned()
     return _run(args, sweep, args.run, _checked(args, sweep).name)
 
 
@@ -105,7 +107,9 @@ def _defined(args: argparse.Namespace, axes: dict[str, Axis]) -> Sweep:
     if SEED_KEY in axes:
         raise UserError(f"{SEED_KEY}={axes[SEED_KEY].text()}: write --seeds, over which results are averaged")
     if seeds is not None:
-        _refuse_seed(args.flags)
+        _refuse_seed(args)
+    elif args.seed_keys:
+        raise UserError(f"--seed-key {args.seed_keys[0]} takes each of --seeds, which are not given")
     if not axes and seeds is None:
         raise UserError(
             "nothing varies: give a key several values, such as model.init_args.optimizer.init_args.lr=1e-3,1e-2 or "
@@ -127,7 +131,7 @@ def _defined(args: argparse.Namespace, axes: dict[str, Axis]) -> Sweep:
             raise UserError("--method tpe follows a metric; name it with --metric, for example --metric val/loss")
     return Sweep(
         args.recipe, _words(args), axes, args.method, args.metric, _mode(args.metric, args.mode),
-        seeds, args.trials, args.draw_seed,
+        seeds, tuple(args.seed_keys), args.trials, args.draw_seed,
     )  # fmt: skip
 
 
@@ -149,14 +153,16 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def _refuse_seed(flags: Sequence[str]) -> None:
-    if given := next((flag for flag in flags if flag.startswith(f"{SEED_KEY}=")), None):
+def _refuse_seed(args: argparse.Namespace) -> None:
+    given = next((flag for flag in args.flags if flag.partition("=")[0] in (SEED_KEY, *args.seed_keys)), None)
+    if given is not None:
         raise UserError(f"{given} and --seeds both set the seed; leave one of them out")
 
 
 def _checked(args: argparse.Namespace, sweep: Sweep) -> Resolved:
     """The recipe with the first point; all points are checked. Raises: UserError naming a point that is wrong."""
-    points = _points_to_check(sweep)
+    seeded = {key: seed for key in sweep.seed_keys for seed in sweep.seeds or ()}
+    points = [point | seeded for point in _points_to_check(sweep)]
     found = [_resolved(args, point) for point in points]
     specs = (found[0].config.get("trainer", {}).get("callbacks") or {}).values()
     if not any(spec.get("class_path") == SUMMARY_CLASS for spec in specs):
@@ -281,6 +287,7 @@ def _submitted(args: argparse.Namespace, sweep: Sweep, below: Resolved) -> int:
         )
     words = [f"{key}={axis.text()}" for key, axis in sweep.keys.items()]
     words += [] if sweep.seeds is None else ["--seeds", ",".join(map(str, sweep.seeds))]
+    words += [word for key in sweep.seed_keys for word in ("--seed-key", key)]
     words += ["--method", sweep.method]
     words += [] if sweep.points is None else ["--trials", str(sweep.points), "--draw-seed", str(sweep.draw_seed)]
     words += [] if sweep.metric is None else ["--metric", sweep.metric, "--mode", sweep.mode]
@@ -291,7 +298,7 @@ def _outlook(sweep: Sweep, out: Path) -> int:
     """What would be run, without writing anything."""
     standing = {trial.run: status_of(out / trial.run) for trial in sweep.trials}
     for trial in sweep.trials:
-        print(f"{standing[trial.run]:<10} {trial.run}  {shlex.join(trial.flags())}")
+        print(f"{standing[trial.run]:<10} {trial.run}  {shlex.join(sweep.flags(trial))}")
     later = sweep.total - len(sweep.trials)
     left = f", and {later} that {sweep.method} chooses later" if later else ""
     print(f"{len(sweep.trials)} runs{left}; every point is allowed. Nothing was written.")

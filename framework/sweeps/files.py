@@ -33,10 +33,6 @@ class Trial:
     values: Settings
     seed: int | None
 
-    def flags(self) -> list[str]:
-        """What it adds to the common command line."""
-        return flags_of(self.values) + ([] if self.seed is None else [f"{SEED_KEY}={self.seed}"])
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -48,6 +44,7 @@ class Sweep:
         keys: key -> what it runs through; none for a sweep over seeds alone.
         metric, mode: what ranks the points, by its last value, and whether lower or higher is better.
         seeds: each point is run with each; None for once with the recipe's own.
+        seed_keys: keys that take the seed too, besides seed_everything.
         points: how many points `random` and `tpe` try; None for a grid.
         draw_seed: what their draws follow from.
         trials: in the order in which they start, the seeds of a point one after the other. With `tpe` those so far.
@@ -60,6 +57,7 @@ class Sweep:
     metric: str | None = None
     mode: Literal["min", "max"] = "min"
     seeds: tuple[int, ...] | None = None
+    seed_keys: tuple[str, ...] = ()
     points: int | None = None
     draw_seed: int = 0
     trials: tuple[Trial, ...] = ()
@@ -91,7 +89,12 @@ class Sweep:
 
     def words(self, trial: Trial) -> list[str]:
         """The command line of a trial's fit without its run folder, beginning with the recipe."""
-        return [self.recipe, *self.arguments, *trial.flags()]
+        return [self.recipe, *self.arguments, *self.flags(trial)]
+
+    def flags(self, trial: Trial) -> list[str]:
+        """What a trial adds to the common command line."""
+        seeds = [] if trial.seed is None else [f"{key}={trial.seed}" for key in (SEED_KEY, *self.seed_keys)]
+        return [*flags_of(trial.values), *seeds]
 
     def label(self, key: str) -> str:
         """The shortest end of a key that no other key of this sweep shares: lr, width."""
@@ -106,6 +109,7 @@ class Sweep:
             "mode": self.mode,
             "keys": {key: axis.record() for key, axis in self.keys.items()},
             "seeds": None if self.seeds is None else list(self.seeds),
+            "seed_keys": list(self.seed_keys),
             "points": self.points,
             "draw_seed": self.draw_seed,
             "trials": [vars(trial) for trial in self.trials],
@@ -162,7 +166,7 @@ def differences(before: Sweep, now: Sweep) -> list[str]:
 
 
 def _sweep(found: dict[str, Any]) -> Sweep:
-    keys = {str(key): axis_from(str(key), record) for key, record in _mapping(found["keys"]).items()}
+    keys = {_key(key): axis_from(str(key), record) for key, record in _mapping(found["keys"]).items()}
     sweep = Sweep(
         recipe=_text_of(found["recipe"], "recipe"),
         arguments=_words(found["arguments"]),
@@ -171,6 +175,7 @@ def _sweep(found: dict[str, Any]) -> Sweep:
         metric=None if found["metric"] is None else _text_of(found["metric"], "metric"),
         mode=_one_of(found["mode"], ("min", "max"), "mode"),
         seeds=None if found["seeds"] is None else tuple(_whole(seed, "seeds") for seed in found["seeds"]),
+        seed_keys=tuple(_key(key) for key in found.get("seed_keys", ())),
         points=None if found.get("points") is None else _whole(found["points"], "points"),
         draw_seed=_whole(found.get("draw_seed", 0), "draw_seed"),
         trials=tuple(_trial(one, set(keys)) for one in found["trials"]),
@@ -201,6 +206,12 @@ def _words(found: Any) -> tuple[str, ...]:
         else:
             raise ValueError(f"{words[at][:80]!r} does not belong to its arguments")
     return tuple(words)
+
+
+def _key(found: Any) -> str:
+    if not isinstance(found, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", found):
+        raise ValueError(f"{str(found)[:80]!r} is not a key")
+    return found
 
 
 def _mapping(found: Any) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from lightspan.config.flags import allow_options
+from lightspan.report.compare import better
 from lightspan.run_files import OUTPUT
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
 from lightspan.sweeps.points import flags_of
-from lightspan.sweeps.ranking import over_seeds, ranked
-from lightspan.sweeps.tables import ranking_table, seed_table
+from lightspan.sweeps.ranking import last_values, over_seeds, ranked
+from lightspan.sweeps.tables import SCORES, ranking_table, seed_table
 
 _FEW = 5  # runs that are not done and are named
 
@@ -25,7 +26,8 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
     if not sweep.keys:
         console.print(seed_table(over_seeds(sweep, folder)))
     elif sweep.metric is None:
-        commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), "--metric", "val/loss"])
+        if known := _metric(sweep, folder):
+            commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), "--metric", known])
     else:
         ranking = ranked(sweep, folder, sweep.metric)
         console.print(ranking_table(sweep, ranking))
@@ -41,6 +43,12 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
     for at, words in enumerate(commands):
         print(f"{'next:' if at == 0 else '     '} lightspan {shlex.join(words)}")
     return not undone
+
+
+def _metric(sweep: Sweep, folder: Path) -> str | None:
+    """A score that the runs logged and whose name says which direction is better."""
+    names = dict.fromkeys(name for trial in sweep.trials[:1] for name in last_values(folder / trial.run))
+    return next((name for name in names if name.startswith(SCORES) and better(name) != "neither"), None)
 
 
 def _name(undone: Sequence[Trial], folder: Path) -> None:

@@ -11,7 +11,8 @@ from lightspan.sweeps.points import Settings, written
 from lightspan.sweeps.ranking import SeedScores
 
 MOST_ROWS = 10
-_SCORES = ("val/", "test/", "probe/")
+SCORES = ("val/", "test/", "probe/")
+"""How metrics begin that say how good a model is."""
 
 
 def ranking_table(sweep: Sweep, ranking: Sequence[tuple[Settings, SeedScores]]) -> Table:
@@ -34,7 +35,7 @@ def seed_table(metrics: Mapping[str, SeedScores]) -> Table:
     table = Table()
     for name in ("metric", "mean", "spread", "n"):
         table.add_column(name, justify="left" if name == "metric" else "right")
-    scores = {name: one for name, one in metrics.items() if name.startswith(_SCORES)} or metrics
+    scores = {name: one for name, one in metrics.items() if name.startswith(SCORES)} or metrics
     for name, one in scores.items():
         table.add_row(Text(name), *_figures(one))
     return table

@@ -108,6 +108,8 @@ def test_fit_with_seeds_is_a_sweep_without_keys(stub: Stub, capsys: pytest.Captu
         ([f"{LR}=log(1e-3,1)"], "has no number of points, which a grid needs: write log(0.001,1,5)"),
         ([f"{LR}=1,2", "seed_everything=1,2"], "seed_everything=1,2: write --seeds"),
         ([f"{LR}=1,2", "seed_everything=1", "--seeds", "1,2"], "seed_everything=1 and --seeds both set the seed"),
+        ([f"{LR}=1,2", "--seed-key", "a.b"], "--seed-key a.b takes each of --seeds, which are not given"),
+        ([f"{LR}=1,2", "--seeds", "1", "--seed-key", "data.init_args.sed"], "data.init_args.sed"),
         ([f"{LR}=1,2", "--seeds", "1,1"], "--seeds '1,1' must be different whole numbers from 0 up, such as 0,1,2"),
         ([f"{LR}=1,2", "--seeds", "1,-2"], "--seeds '1,-2' must be different whole numbers"),
         ([f"{LR}=1,2", "--trials", "2"], "--method grid tries all points"),
@@ -279,6 +281,23 @@ def test_a_sweep_that_is_killed_leaves_no_process_and_goes_on_to_the_same_figure
     assert "resumed from" in (first / "output.txt").read_text()
     for trial in read(out).trials:
         assert rows_of(out / trial.run) == rows_of(straight / trial.run)
+
+
+@pytest.mark.runs
+def test_fit_with_seeds_passes_a_warning_on(tmp_path: Path) -> None:
+    at = "trainer.callbacks.stop"
+    fault = [
+        f"{at}.class_path=tiny_lab.faults.SignalParentAt",
+        f"{at}.init_args.step=5",
+        f"{at}.init_args.name=SIGTERM",
+    ]
+    words = ["fit", *TINY, *fault, f"{at}.init_args.marker={tmp_path / 'marker'}", "--seeds", "1,2", "--run", "out"]
+    done = forked_fits.lightspan(words, tmp_path / "said", tmp_path)
+    assert done.statuses == [143], done.said
+    assert [status_of(tmp_path / "out" / f"00{n}-seed{n + 1}") for n in range(2)] == [
+        Status.PREEMPTED,
+        Status.UNSTARTED,
+    ]
 
 
 def processes() -> list[str]:

@@ -36,7 +36,12 @@ def test_a_sweep_over_seeds_alone_has_one_run_for_each() -> None:
 def test_without_seeds_a_point_is_run_once_with_the_recipes_own() -> None:
     sweep = Sweep("r", (), {"a.b": Choices((1, 2))}).planned()
     assert sweep.trials == (Trial("000-b1", {"a.b": 1}, None), Trial("001-b2", {"a.b": 2}, None))
-    assert sweep.trials[0].flags() == ["a.b=1"]
+    assert sweep.flags(sweep.trials[0]) == ["a.b=1"]
+
+
+def test_a_seed_may_have_further_keys() -> None:
+    sweep = Sweep("r", (), {"a.b": Choices((1, 2))}, seeds=(7,), seed_keys=("data.seed",)).planned()
+    assert sweep.flags(sweep.trials[1]) == ["a.b=2", "seed_everything=7", "data.seed=7"]
 
 
 def test_folders_are_plain_names_of_bounded_length_that_differ() -> None:
@@ -62,8 +67,10 @@ def test_a_key_is_called_by_as_much_of_it_as_is_needed() -> None:
     [
         SWEEP,
         Sweep("r", (), {"k": Choices((1, "a", None, [1.5, {"b": True}]))}, metric="val/loss").planned(),
-        Sweep("r", ("--allow-module", "mine", "--wandb"), KEYS, "random", "val/acc", "max", (1,), 4, 9).planned(),
-        Sweep("r", ("--images", "my pictures", "--image-size", "64"), KEYS, "tpe", "m", "min", None, 5),
+        Sweep(
+            "r", ("--allow-module", "mine", "--wandb"), KEYS, "random", "val/acc", "max", (1,), ("d.seed",), 4, 9
+        ).planned(),
+        Sweep("r", ("--images", "my pictures", "--image-size", "64"), KEYS, "tpe", "m", "min", None, (), 5),
     ],
 )
 def test_what_is_written_reads_back(sweep: Sweep, tmp_path: Path) -> None:
@@ -101,6 +108,7 @@ def with_run(run: Any) -> dict[str, Any]:
         ({"arguments": ["other/recipe"]}, "does not belong to its arguments"),
         ({"arguments": "-c"}, "does not belong to its arguments"),
         ({"recipe": ""}, "recipe must be text"),
+        ({"seed_keys": ["--run"]}, "'--run' is not a key"),
         ({"method": "magic"}, "method must be one of grid, random, tpe"),
         ({"mode": "up"}, "mode must be one of min, max"),
         ({"seeds": [-1]}, "seeds must be a whole number from 0 up"),
