@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from torch import Tensor, nn
 
+from evidence.quiet import quiet_trainer
 from evidence.zoo.methods import ENTRIES, Task
 from evidence.zoo.pictures import Batch, Passes, Split
 from lightspan.analysis.knn import knn_accuracy
@@ -62,10 +63,7 @@ def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> Tr
     """A method of lightspan after a step on each batch."""
     seed_everything(seed, verbose=False)
     method = ENTRIES[arm].build(task, **optimisation(rate))
-    trainer = Trainer(
-        max_steps=len(made), accelerator="cpu", gradient_clip_val=CLIP, limit_val_batches=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_steps=len(made), gradient_clip_val=CLIP)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers, which ready batches do not need
         start_s = time.thread_time()
