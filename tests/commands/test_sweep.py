@@ -27,7 +27,7 @@ from lightspan.sweeps.files import read
 LR = "model.init_args.optimizer.init_args.lr"
 ALLOWED = ["--allow-module", "tiny_lab"]
 SWEEP = ["sweep", str(PROJECT / "tiny.yaml"), *ALLOWED]
-EXACT = ["sweep", *TINY]  # its runs continue with the next row
+EXACT = ["sweep", *TINY, "trainer.log_every_n_steps=1"]  # its runs continue with the next row
 
 
 @pytest.fixture(autouse=True)
@@ -244,9 +244,12 @@ def test_without_optuna_tpe_is_refused_at_once(
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """Its metrics without times."""
+    """Its metrics of every step, without those of the machine."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "time_s" and "second" not in name} for row in rows]
+    own = ("time_s", "throughput/", "memory/")
+    found = [{name: value for name, value in row.items() if not name.startswith(own)} for row in rows]
+    assert len([row for row in found if "train/loss" in row]) == 12
+    return found
 
 
 @pytest.fixture(scope="module")
