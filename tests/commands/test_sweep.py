@@ -327,7 +327,7 @@ def test_a_real_run_that_fails_ends_no_other(tmp_path: Path) -> None:
 @pytest.mark.runs
 def test_a_task_of_an_array_becomes_the_fit_of_its_trial(tmp_path: Path, straight: Path) -> None:
     """Twice: without a file of the sweep, and with it."""
-    words = [*EXACT, f"{LR}=0.01,0.1", "--out", "out", "--task", "array", "--also", "trainer.enable_progress_bar=false"]
+    words = [*EXACT, f"{LR}=0.01,0.1", "--out", "out", "--task", "array", "--also", "data.init_args.num_workers=0"]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "SLURM_ARRAY_TASK_ID": "1"}
     done = subprocess.run([sys.executable, "-m", "lightspan", *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -490,12 +490,12 @@ def test_the_example_of_the_document(tmp_path: Path) -> None:
             [
                 line
                 for line in lines
-                if re.fullmatch(r"done  00\d-lr0\.01?-seed[01]  val/accuracy 0\.\d+ \(\d+ s\)", line)
+                if re.fullmatch(r"done  00\d-lr0\.0?1-seed[01]  val/accuracy 0\.\d+ \(\d+ s\)", line)
             ]
         )
         == 4
     )
-    assert re.fullmatch(rf"best: {re.escape(LR)}=0\.01?", lines[-5])
+    assert re.fullmatch(rf"best: {re.escape(LR)}=0\.0?1", lines[-5])
 
 
 def test_the_arrays_of_the_document_are_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
