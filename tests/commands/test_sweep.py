@@ -144,7 +144,7 @@ def test_a_dry_run_checks_and_lists_and_writes_nothing(
     assert capsys.readouterr().out.splitlines() == [
         f"unstarted  000-lr0.1  {LR}=0.1",
         f"unstarted  001-lr0.2  {LR}=0.2",
-        "2 runs; every point is allowed. Nothing was written.",
+        "2 runs: 2 unstarted. Nothing was written.",
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -229,6 +229,19 @@ def test_tpe_follows_the_metric_and_goes_on_as_if_it_had_not_been_stopped(stub: 
     assert main(["sweep", "halves", *ALLOWED]) == 0
     assert read(Path("halves")) == read(Path("whole"))
     assert stub.started[len(whole) + 12 :] == whole[11:]
+
+
+def test_a_metric_that_no_run_logs_is_told_with_those_that_it_logs(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "--metric val/los: 000-lr0.1 never logged it; did you mean val/loss? it logged val/loss"
+    assert main([*SWEEP, f"{LR}=0.1,0.2", "--metric", "val/los", "--mode", "min", "--out", "out"]) == 0
+    assert said in capsys.readouterr().err
+    pytest.importorskip("optuna")
+    words = [f"{LR}=log(0.1,1)", "--method", "tpe", "--trials", "3", "--metric", "val/los", "--mode", "min"]
+    assert main([*SWEEP, *words, "--out", "followed"]) == 2
+    assert "never logged it; did you mean val/loss?" in capsys.readouterr().err
+    assert len(stub.started) == 3  # tpe has nothing to follow after its first run
 
 
 def test_without_optuna_tpe_is_refused_at_once(
