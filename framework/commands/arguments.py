@@ -64,9 +64,8 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
         return resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
     from lightspan.config.own_pictures import with_pictures
 
-    below = resolve(args.recipe, args.overlays, (), args.allow_modules, kinds)
     size = IMAGE_SIZE if args.image_size is None else args.image_size
-    return with_pictures(below, args.images, size, args.flags)
+    return with_pictures(args.recipe, args.overlays, args.images, size, args.flags, args.allow_modules, kinds)
 
 
 def configuration_words(args: argparse.Namespace) -> list[str]:
