@@ -25,7 +25,14 @@ CONFIG: dict[str, Any] = {
     },
     "seed_everything": 0,
     "trainer": {"max_epochs": 3},
-    "model": {"class_path": "lightspan.methods.contrastive.simclr.SimCLR"},
+    "model": {
+        "class_path": "lightspan.methods.supervised.classifier.Classifier",
+        "init_args": {
+            "backbone": {"class_path": "lightspan.backbones.vision.SmallConvNet"},
+            "num_classes": 10,
+            "optimizer": {"class_path": "torch.optim.AdamW"},
+        },
+    },
     "data": {
         "class_path": "lightspan.datamodules.images.small.FashionMNIST",
         "init_args": {"batch_size": 64, "root": "/home/alice/secret/fashion"},
