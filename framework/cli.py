@@ -12,10 +12,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 from lightspan import __version__
+from lightspan.commands.verbs import VERBS, Verb, verb_of
 from lightspan.errors import UserError, printable
 from lightspan.launch.parent import end_with_launcher
 from lightspan.signals import WARNINGS, remembered
@@ -23,52 +23,6 @@ from lightspan.signals import WARNINGS, remembered
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb: the module of its `add_arguments` and of the function that runs it, whether it takes flags
-    (`key.path=value`) anywhere on the line, and whether it only prints, so that a reader such as `head` may close the
-    pipe early.
-    """
-
-    name: str
-    help: str
-    module: str
-    run: str = "run"
-    flags: bool = False
-    only_prints: bool = False
-
-
-VERBS = (
-    Verb("recipes", "list the catalogue", "recipes", only_prints=True),
-    Verb("show", "print a recipe, or its merged form", "show", flags=True, only_prints=True),
-    Verb("copy", "copy a recipe to a file of your own", "copy"),
-    Verb("check", "find every mistake before a run", "check", flags=True),
-    Verb("new", "write the files of a new method", "new"),
-    Verb("plan", "estimate memory before anything starts", "plan", flags=True),
-    Verb("fit", "train", "fit", flags=True),
-    Verb("run", "run a recipe that does not train (an estimator or a merger)", "run", flags=True),
-    Verb("merge", "merge checkpoints given on the command line, in their own format", "merge"),
-    Verb("submit", "train on a cluster: hand the run to SLURM, Kubernetes or torchrun", "submit", flags=True),
-    Verb("validate", "measure a checkpoint on validation data", "evaluate", "run_validate", flags=True),
-    Verb("test", "measure a checkpoint on test data", "evaluate", "run_test", flags=True),
-    Verb("predict", "write the predictions of a checkpoint", "evaluate", "run_predict", flags=True),
-    Verb("prove-resume", "show that a killed and resumed run equals a straight one", "prove_resume", flags=True),
-    Verb(
-        "intrinsic-dimension",
-        "find how many random dimensions a recipe needs",
-        "intrinsic_dimension",
-        flags=True,
-    ),
-    Verb("report", "compare runs on one HTML page", "report"),
-    Verb("audit", "look at the weights of a checkpoint, or at what changed between two", "audit"),
-    Verb("export", "write a checkpoint for other libraries", "export"),
-    Verb("fsck", "find damaged checkpoints of a run and move them out of the way", "fsck"),
-    Verb("data", "pack a folder into shards, verify them, or write their indices", "data"),
-    Verb("ledger", "account for the samples that a run consumed", "ledger", only_prints=True),
-    Verb("doctor", "look for problems with this machine and installation", "doctor", only_prints=True),
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         if not _output_is_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python has not flushed yet
-        if arguments[:1] in ([], ["--help"], *([verb.name] for verb in VERBS if verb.only_prints)):
+        verb = verb_of(arguments)
+        if arguments[:1] in ([], ["--help"]) or (verb is not None and verb.only_prints):
             return 0
         print("lightspan: stopped, because nothing reads its standard output any more", file=sys.stderr)
         return FAILED
@@ -121,34 +76,57 @@ def _output_is_closed() -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports errors like every other part of the command: in one line, without the usage."""
+    """Ends its help with the verb's examples, and reports errors like every other part of the command: in one line,
+    without the usage.
+    """
+
+    def __init__(self, verb: Verb):
+        super().__init__(
+            prog=f"lightspan {verb.name}", description=verb.help[0].upper() + verb.help[1:] + ".", allow_abbrev=False
+        )
+        self.examples = verb.examples
+
+    def format_help(self) -> str:
+        return "\n  ".join((super().format_help() + "\nexamples:", *self.examples)) + "\n"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists the options")
 
 
-def _run(arguments: list[str]) -> int:
-    verb = next((verb for verb in VERBS if arguments and arguments[0] == verb.name), None)
-    if verb is None:
-        return _without_verb(arguments)
+def parser_of(verb: Verb) -> argparse.ArgumentParser:
+    """The parser of everything behind the verb, except for flags. Imports the verb's module."""
+    parser = _Parser(verb)
+    importlib.import_module(f"lightspan.commands.{verb.module}").add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def parse(verb: Verb, arguments: list[str]) -> argparse.Namespace:
+    """What a verb's function gets for these arguments.
+
+    Raises: UserError for arguments that the verb does not take; SystemExit after printing the help.
+    """
     from lightspan.config.flags import split_flags
 
-    module = importlib.import_module(f"lightspan.commands.{verb.module}")
-    parser = _Parser(
-        prog=f"lightspan {verb.name}", description=verb.help[0].upper() + verb.help[1:] + ".", allow_abbrev=False
-    )
-    module.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = parser_of(verb)
     valued = {option for action in parser._actions if action.nargs != 0 for option in action.option_strings}
-    flags, rest = split_flags(arguments[1:], valued) if verb.flags else ([], arguments[1:])
-    try:
-        args = parser.parse_intermixed_args(rest)
-    except SystemExit:  # argparse has printed the help
-        return 0
+    flags, rest = split_flags(arguments, valued) if verb.flags else ([], arguments)
+    args = parser.parse_intermixed_args(rest)
     if verb.flags:
         args.flags = flags
-    args.command_line = ["lightspan", *arguments]
-    return int(getattr(module, verb.run)(args))
+    args.command_line = ["lightspan", *verb.words, *arguments]
+    return args
+
+
+def _run(arguments: list[str]) -> int:
+    verb = verb_of(arguments)
+    if verb is None:
+        return _without_verb(arguments)
+    try:
+        args = parse(verb, arguments[len(verb.words) :])
+    except SystemExit:  # argparse has printed the help
+        return 0
+    return int(getattr(importlib.import_module(f"lightspan.commands.{verb.module}"), verb.run)(args))
 
 
 def _without_verb(arguments: Sequence[str]) -> int:

@@ -12,7 +12,8 @@ import rank_processes
 from rank_processes import callback
 
 import lightspan
-from lightspan.cli import VERBS, main
+from lightspan.cli import main
+from lightspan.commands.verbs import VERBS
 
 PROJECT = Path(__file__).parent / "tiny_project"
 TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
@@ -39,7 +40,9 @@ def lines(capsys) -> list[str]:
         ["copy", "language/quickstart", "mine.yaml"],
         ["check", "language/quickstart"],
         ["check", "language/quickstart", "trainer.max_stepz=1"],
-        *([verb.name, "--help"] for verb in VERBS),
+        ["completion", "bash"],
+        ["completion", "bash", "--words", "fit", "language/quickstart", "trainer."],
+        *([*verb.words, "--help"] for verb in VERBS),
         ["--help"],
     ],
     ids=" ".join,

@@ -1,7 +1,5 @@
 """What the documents print can be typed: files they link exist, verbs, options and recipes they name exist."""
 
-import argparse
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -9,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightspan.cli import VERBS
+from lightspan.cli import parser_of
+from lightspan.commands.verbs import verb_of
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *READMES])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.ipynb"), *READMES])
 
 FAMILIES = "|".join(sorted({path.parent.name for path in (ROOT / "recipes").glob("*/*.yaml")}))
 
@@ -53,18 +52,12 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def options_of(verb: str) -> set[str]:
-    """The options that a verb takes."""
-    found = next(known for known in VERBS if known.name == verb)
-    parser = argparse.ArgumentParser()
-    importlib.import_module(f"lightspan.commands.{found.module}").add_arguments(parser)
-    return {"--debug", *parser._option_string_actions}
-
-
 def unknown(command: str) -> list[str]:
     """Options and recipes of a command line that do not exist."""
-    _, verb, *arguments = shlex.split(command, comments=True)
-    options = options_of(verb)
+    arguments = shlex.split(command, comments=True)[1:]
+    verb = verb_of(arguments)
+    assert verb is not None, command
+    options = parser_of(verb)._option_string_actions
     wrong = []
     for argument in arguments:
         if argument.startswith("-"):

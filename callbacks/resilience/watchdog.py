@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightspan.errors import UserError
+from lightspan.run_files import HEARTBEATS, STACKS
 
 MOST_S = 30 * 86_400.0
 """The longest time without a hook that can be set: a month."""
@@ -92,7 +93,7 @@ class Watchdog(Callback):
         if stage != "fit":
             return
         folder = Path(self.folder or trainer.default_root_dir)
-        stacks = folder / "stacks" / f"rank-{trainer.global_rank}.txt"
+        stacks = folder / STACKS / f"rank-{trainer.global_rank}.txt"
         stacks.parent.mkdir(parents=True, exist_ok=True)
         heartbeat = _heartbeat_path(folder, trainer.global_rank)
         heartbeat.unlink(missing_ok=True)  # from an earlier start
@@ -198,7 +199,7 @@ class Watchdog(Callback):
             others.read()
         if speaks:
             said = others.account(self.timeout_s)
-            print(f"lightspan: {said}; stacks in {folder / 'stacks'}", file=sys.stderr, flush=True)
+            print(f"lightspan: {said}; stacks in {folder / STACKS}", file=sys.stderr, flush=True)
             self._tell(trainer, folder, turn + 1, gave_up=True, told=True)
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs == [] and trainer.local_rank != 0:
@@ -272,7 +273,7 @@ class _Others:
 
 
 def _heartbeat_path(folder: Path, rank: int) -> Path:
-    return folder / "heartbeats" / f"rank-{rank}.json"
+    return folder / HEARTBEATS / f"rank-{rank}.json"
 
 
 def _main_thread() -> tuple[str, bool]:

@@ -48,12 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the JSON and the page (default: audit/)",
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = (
-        "examples:\n"
-        "  lightspan audit runs/mine\n"
-        "  lightspan audit models/base models/tuned --rank 16 --only '*attn*' --out audits/tuned"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from lightspan.commands.arguments import (
 )
 from lightspan.config.build import build, with_layer
 from lightspan.errors import UserError, print_notes
-from lightspan.run_files import PREDICTIONS
+from lightspan.run_files import PREDICTIONS, TESTED, VALIDATED
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank, run_folder, weights_to_evaluate, write_run_files
 from lightspan.runs.seed import with_seed
 from lightspan.runs.train import call, put_weights
@@ -75,7 +75,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
         if verb == "predict":
             _write_predictions(result, run_dir / PREDICTIONS)
         else:
-            _print_metrics(result, run_dir / f"{verb}.json")
+            _print_metrics(result, run_dir / {"validate": VALIDATED, "test": TESTED}[verb])
     return status
 
 

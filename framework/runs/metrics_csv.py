@@ -9,9 +9,9 @@ import io
 import json
 from pathlib import Path
 
-from lightspan.run_files import METRICS
+from lightspan.run_files import CSV_FOLDER, METRICS
 
-CSV_FILE = Path("csv") / "metrics.csv"
+CSV_FILE = Path(CSV_FOLDER) / "metrics.csv"
 
 
 def write_csv(run_dir: Path) -> None:

@@ -171,11 +171,6 @@ def test_a_folder_that_holds_pickles_runs_none_of_them(capsys: pytest.CaptureFix
     assert not Path("ran").exists()
 
 
-def test_help_has_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["audit", "--help"]) == 0
-    assert capsys.readouterr().out.count("  lightspan audit ") == 2
-
-
 def test_a_run_folder_is_its_newest_checkpoint() -> None:
     run = Path(__file__).parents[1] / "earlier_run"
     report = audit(str(run))
