@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
+from quiet import quiet_trainer
 from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
@@ -111,16 +112,7 @@ def everything(loader) -> dict[str, Tensor]:
 def fit(method: Method, data: ImageData, steps: int, lr: float) -> None:
     method.optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
     method.lr_scheduler = partial(WarmupCosine, warmup=0.1, final=0.0)
-    trainer = Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_steps=steps, max_epochs=-1)
     trainer.fit(method, datamodule=data)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from lightning import LightningDataModule, Trainer, seed_everything
+from lightning import LightningDataModule, seed_everything
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,10 +66,7 @@ def train(make: Callable[[], Method], data: LightningDataModule, seed: int, step
     seed_everything(seed, verbose=False)
     method = make()
     if steps:
-        trainer = Trainer(
-            max_steps=steps, accelerator="cpu", gradient_clip_val=3.0, limit_val_batches=0, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+        trainer = quiet_trainer(max_steps=steps, gradient_clip_val=3.0)
         trainer.fit(method, datamodule=data)
     else:
         data.setup()

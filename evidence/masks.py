@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning
 import torch
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -109,11 +110,13 @@ def train(net: nn.Module, loss: Loss, batches: Batches, rate: float, callback: M
     """Trains `net` in place, with all its weights where there is no callback."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        trainer = lightning.Trainer(
-            accelerator="cpu", max_steps=len(batches), max_epochs=1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-            callbacks=[] if callback is None else [callback], log_every_n_steps=len(batches),
-        )  # fmt: skip
+        trainer = quiet_trainer(
+            max_steps=len(batches),
+            max_epochs=1,
+            default_root_dir=folder,
+            callbacks=[] if callback is None else [callback],
+            log_every_n_steps=len(batches),
+        )
         loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         trainer.fit(Net(net, loss, rate), loader)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 import torch
-from lightning import Trainer
+from quiet import quiet_trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -241,20 +241,10 @@ def learned(
     )
     score_on = "val" if val_every else "test"
     data = TaskImages(dict(tasks), batch_size, adapt_on, score_on, seed=seed)  # type: ignore[arg-type]
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        num_sanity_val_steps=0,
-        **(
-            {"limit_val_batches": 0}
-            if val_every is None
-            else {"val_check_interval": val_every, "check_val_every_n_epoch": None}
-        ),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    validation: dict[str, Any] = {}
+    if val_every is not None:
+        validation = {"limit_val_batches": 1.0, "val_check_interval": val_every, "check_val_every_n_epoch": None}
+    trainer = quiet_trainer(max_steps=steps, num_sanity_val_steps=0, **validation)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(method, datamodule=data)
     network = copy.deepcopy(world.base)

@@ -18,7 +18,8 @@ import copy
 from functools import partial
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
+from quiet import quiet_trainer
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -77,16 +78,7 @@ class Case:
             optimizer=partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.0),
             lr_scheduler=partial(WarmupCosine, warmup=0.1, final=0.0),
         )
-        trainer = Trainer(
-            max_steps=STEPS,
-            max_epochs=-1,
-            accelerator="cpu",
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = quiet_trainer(max_steps=STEPS, max_epochs=-1)
         trainer.fit(self.method, datamodule=self.data)
         self.method.eval()
         rows = [self.data.train.sample(i, 0) for i in range(len(self.data.train))]

@@ -16,7 +16,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
+from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from lightspan.analysis.prompt_masks import (
@@ -72,10 +73,7 @@ def train(arm: str, rate: float, seed: int) -> tuple[MMC, MMC]:
     seed_everything(seed, verbose=False)
     before, after = (method(arm, rate) for _ in range(2))
     after.load_state_dict(before.state_dict())
-    trainer = Trainer(
-        max_steps=STEPS, accelerator="cpu", gradient_clip_val=3.0, limit_val_batches=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_steps=STEPS, gradient_clip_val=3.0)
     trainer.fit(after, datamodule=scenes(seed))
     return before.eval(), after.eval()
 

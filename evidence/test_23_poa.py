@@ -24,7 +24,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
+from quiet import quiet_trainer
 
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.backbones.elastic import ElasticViT
@@ -80,16 +81,7 @@ def train(arm: str, rate: float, seed: int, val_size: int = 0) -> tuple[POA | IB
     seed_everything(seed, verbose=False)
     before, after = (method(*ARMS[arm], rate) for _ in range(2))
     after.load_state_dict(before.state_dict())
-    trainer = Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        gradient_clip_val=1.5,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_steps=STEPS, gradient_clip_val=1.5)
     start = time.process_time()
     trainer.fit(after, datamodule=shapes(seed, val_size))
     return before, after, time.process_time() - start

@@ -26,7 +26,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import LightningModule, seed_everything
+from quiet import quiet_trainer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -67,15 +68,7 @@ def recipe(lr: float) -> dict:
 
 
 def fit(method: LightningModule, data: ImageData, epochs: int) -> None:
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=epochs)
     trainer.fit(method, datamodule=data)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from quiet import quiet_trainer
 
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.backbones.vision import SmallConvNet
@@ -78,16 +79,7 @@ def train(
     )
     data = Digits(batch_size, views=TwoViews(flip=0.0), train_size=600, val_size=200, seed=seed)
     curve = KnnCurve(split)
-    trainer = Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        callbacks=[curve],
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=EPOCHS, callbacks=[curve])
     start = time.process_time()
     trainer.fit(method, datamodule=data)
     return curve.accuracies, time.process_time() - start

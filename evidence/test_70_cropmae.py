@@ -12,9 +12,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from masked_arms import HEADS, SEEDS, WIDTH, encoder, optimisation
 from moving_scenes import SIDE, clips, jaccard_of_clips, stills
+from quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -117,8 +118,7 @@ def measured(arm: str, seed: int, rate: float, steps: int = STEPS, stream: int =
     make, views = ARMS[arm]
     method = make(rate)
     if steps:
-        silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = Trainer(max_steps=steps, accelerator="cpu", enable_model_summary=False, **silent)
+        trainer = quiet_trainer(max_steps=steps)
         trainer.fit(method, batches(views, seed, steps))
     method.eval()
     found = {"J": jaccard(method, seed + 1000 * stream)}

@@ -20,7 +20,8 @@ import time
 from functools import partial
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
+from quiet import quiet_trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,10 +71,7 @@ def train(arm: str, rate: float, seed: int, val_size: int = 0) -> tuple[SwAV, Sw
     seed_everything(seed, verbose=False)
     before, after = (method(arm, rate) for _ in range(2))
     after.load_state_dict(before.state_dict())
-    trainer = Trainer(
-        max_steps=STEPS[arm], accelerator="cpu", limit_val_batches=0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_steps=STEPS[arm])
     start = time.process_time()
     trainer.fit(after, datamodule=pictures(arm, seed, val_size))
     return before.eval(), after.eval(), time.process_time() - start

@@ -12,7 +12,8 @@ import time
 from functools import partial
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,15 +66,7 @@ def measured(method: SimSiam, data: FashionMNIST, split: str) -> tuple[float, fl
 def train(arm: str, rate: float, seed: int, split: str, steps: int = STEPS) -> tuple[float, float]:
     seed_everything(seed, verbose=False)
     method, data = made(arm, rate), FashionMNIST(BATCH, views=TwoViews(), seed=seed)
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_steps=steps)
     data.setup("fit")
     if steps:
         trainer.fit(method, datamodule=data)

@@ -108,6 +108,7 @@ class Method(LightningModule):
             )
         return token_features(backbone, lambda: self.features(batch), layers)
 
+    @torch.compiler.disable  # the Trainer's records of what was logged are no part of a graph
     def log_training(self, figures: Mapping[str, Tensor], **options: Any) -> None:
         """Logs 0-d figures of a training step, which are the same on all ranks: means over them.
 
@@ -134,6 +135,7 @@ class Method(LightningModule):
             return False
         return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
 
+    @torch.compiler.disable  # its number changes with each step, and a graph would be made for each
     def share_of_run(self) -> float:
         """Optimiser steps done over those of the whole run, in [0, 1]: for schedules of momenta, temperatures, weights.
         0 without a Trainer. Raises: UserError for a run without an end.

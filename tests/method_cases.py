@@ -101,6 +101,7 @@ class Case:
         unsharded: what the method says where FSDP2 would split it; None if it trains there.
         refuses_low_rank: what it says of an optimiser that moves matrices in a subspace; None if that trains it.
         refuses_one_row: what it says of a batch of one row; None if it trains on that.
+        refuses_no_row: what it says of a batch without rows; None if a rank may have one.
         forward_state: buffers that a forward pass changes, whether or not a step follows.
     """
 
@@ -111,6 +112,7 @@ class Case:
     unsharded: str | None = None
     refuses_low_rank: str | None = None
     refuses_one_row: str | None = None
+    refuses_no_row: str | None = None
     forward_state: tuple[str, ...] = ()
 
     def make(self, optimizer: Any = SGD) -> Any:
@@ -298,6 +300,7 @@ def of_tasks(rows: int, seed: int) -> dict[str, Any]:
 
 TASKS = ("up", "left", "down")
 WHOLE = "which a sharded one cannot be"
+NO_TEXT = "needs a text on every rank, and this batch has none"
 
 CASES: dict[str, Case] = {
     "bayesian.ssvi": Case(ssvi, images(), unsharded="which FSDP2 splits", refuses_low_rank="got no matrix to project"),
@@ -365,8 +368,8 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
-    "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows),
-    "language.text_classifier": Case(bert, texts),
+    "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
+    "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
     "masked.cae": Case(partial(cae, 5), views(1), halves_differ="the first micro-batch alone gives the codes"),
     "masked.cae, pixels": Case(partial(cae, None), views(1)),
     "masked.cropmae": Case(cropmae, views(2)),
@@ -384,6 +387,7 @@ CASES: dict[str, Case] = {
         halves_differ="every other row of a batch makes the inner step",
         unsharded=WHOLE,
         refuses_one_row="needs two samples a batch",
+        refuses_no_row="needs two samples a batch",
     ),
     "merging.concrete_arithmetic": Case(partial(merging, ConcreteArithmetic), of_tasks, unsharded=WHOLE),
     "masked.mae": Case(lambda **o: MAE(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), **o), views(1)),

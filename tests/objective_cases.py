@@ -17,6 +17,7 @@ from lightspan.distributed import gather_rows
 from lightspan.experiments import class_text
 from lightspan.objectives import (
     barlow,
+    classes,
     coding_rate,
     diffusion,
     distillation,
@@ -140,6 +141,9 @@ def pairwise_coding_rate(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
 
 CASES = {
     "class_text.current_class_text_loss": Case(class_text_loss, 2),
+    "classes.label_cross_entropy": Case(
+        lambda x, weight, label_B, mixed_B: classes.label_cross_entropy(x @ weight, label_B % 4)
+    ),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
     "barlow.mixed_regulariser": Case(mixed_regulariser, 2 + 2 + 2 + 1),
     "diffusion.prediction_loss": Case(
@@ -206,6 +210,8 @@ PARTS = {
         "entropy.entropy",
         "masked.normalised_patches",
         "masked.denormalised_patches",
+        "classes.share_right",
+        "means.mean",
         "means.squared_error",
         "prototypes.sinkhorn",
         "prototypes.column_potentials",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightspan.cli import parser_of
-from lightspan.commands.verbs import VERBS
+from lightspan.commands.verbs import verb_of
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]
@@ -51,15 +51,12 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def options_of(verb: str) -> set[str]:
-    """The options that a verb takes."""
-    return set(parser_of(next(known for known in VERBS if known.name == verb))._option_string_actions)
-
-
 def unknown(command: str) -> list[str]:
     """Options and recipes of a command line that do not exist."""
-    _, verb, *arguments = shlex.split(command, comments=True)
-    options = options_of(verb)
+    arguments = shlex.split(command, comments=True)[1:]
+    verb = verb_of(arguments)
+    assert verb is not None, command
+    options = parser_of(verb)._option_string_actions
     wrong = []
     for argument in arguments:
         if argument.startswith("-"):

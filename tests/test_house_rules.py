@@ -17,7 +17,7 @@ PACKAGES = {
 GROUND: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns", "ranges")},
+    **{floor: {"errors"} for floor in ("cards", "distributed", "files", "layers", "patterns", "ranges")},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
     **{floor: set() for floor in ("devices", "drawing", "noise", "run_files", "unit_length")},
@@ -59,7 +59,7 @@ MAY_USE: dict[str, set[str]] = {
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"
-LIBRARIES = {"config", "exports", "intrinsic", "launch", "planning", "report", "runs"}
+LIBRARIES = {"config", "exports", "intrinsic", "launch", "planning", "report", "runs", "sweeps"}
 SHELL = {"__init__", "__main__", "cli", "commands"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}

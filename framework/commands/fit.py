@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import manifest
-from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, add_run_argument, resolved_from
+from lightspan.commands.arguments import (
+    add_images_arguments,
+    add_recipe_arguments,
+    add_run_argument,
+    add_worker_arguments,
+    resolved_from,
+)
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
@@ -50,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wandb", action="store_true", help="also log to Weights & Biases; offline if there is no API key"
     )
+    add_worker_arguments(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -66,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
         print_notes(resolved.notes)
         print("\n".join(rehearse(resolved)))
         return 0
+    if args.seeds is not None:
+        from lightspan.commands.sweep import run_seeds
+
+        return run_seeds(args)
     run_dir = run_folder(args.run, resolved.name)
     with sole_use(run_dir):
         return _fit(args, resolved, run_dir)

@@ -3,7 +3,8 @@
 The layer lies above all overlays and below the flags of the command line. It replaces the data, keeps their views and
 batch size, and changes what depends on the pictures' size, channels and classes: views, the network's first layer, and
 the number of classes. Keys that mean this have the same name in every class; what else follows from these, parts take
-from each other.
+from each other. What an overlay says of the folder itself (`val_size`, `links`) would be lost with the data that
+the layer replaces, so it is laid over the layer.
 """
 
 import ast
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.config.flags import flag_layer
-from lightspan.config.resolve import TRAINED, Resolved, refuse_kind, with_layer
+from lightspan.config.merge import merge_layers
+from lightspan.config.resolve import TRAINED, Resolved, checked, merged, overlay_layers, refuse_kind, with_layers
 from lightspan.config.signatures import Signature, member, signature
 from lightspan.config.source import Definition
-from lightspan.config.tree import plain
+from lightspan.config.tree import Node, wrap
 from lightspan.errors import UserError
 
 DATA = "lightspan.datamodules.pictures.folder.ImageFolder"
@@ -34,15 +36,73 @@ VALIDATION = ("val", "valid", "validation", "test")  # folders beside `train`, t
 COLOUR = {"saturation": 0.4, "hue": 0.1, "grey": 0.2}  # half of SimCLR's strength, as the small recipes jitter
 RANDOM_VIEWS = ("lightspan.datamodules.images.views.RandomViews", "lightspan.datamodules.images.views.TwoViews")
 MOST_WORKERS = 8
+FITTED = {"folder", "size", "views", "batch_size"}
+"""Settings of the data that follow from the command line, or from the pictures and what recipe and overlays say."""
 
 
-def with_pictures(resolved: Resolved, folder: Path, size: int, flags: Sequence[str]) -> Resolved:
+def with_pictures(
+    recipe: str,
+    overlays: Sequence[str],
+    folder: Path,
+    size: int,
+    flags: Sequence[str],
+    allow_modules: Sequence[str] = (),
+    kinds: Sequence[str] = TRAINED,
+) -> Resolved:
     """The recipe with its overlays, then the pictures, then the flags. Raises: as `pictures_layer` and `resolve` do."""
-    layer, notes = pictures_layer(resolved, folder, size)
+    given = overlay_layers(overlays)
+    found, tree, notes = merged(recipe, (), ())
+    tree, more = merge_layers([tree, *map(_without_settings_of_folder, given)])
+    resolved = checked(found, tree, [*notes, *more], allow_modules, kinds)
+    layer, said = pictures_layer(resolved, folder, size)
     # That the recipe's data go is what --images asks for, so the merge's own notes on it say nothing new.
-    merged = with_layer(resolved, layer, "--images")
-    found = replace(merged, notes=[*resolved.notes, *notes], about=_described(resolved, folder))
-    return with_layer(found, plain(flag_layer(list(flags)))) if flags else found
+    over = with_layers(resolved, [wrap(layer, "--images"), *filter(None, map(_settings_of_folder, given))], "--images")
+    said += [note for overlay in given for note in _lost(overlay)]
+    pictures = replace(over, notes=[*resolved.notes, *said], about=_described(resolved, folder))
+    return with_layers(pictures, [flag_layer(list(flags))]) if flags else pictures
+
+
+def _settings_of_folder(layer: Node) -> Node | None:
+    """What an overlay says of the data that only the folder's class reads, as a layer; None if it says nothing."""
+    given = layer.at(("data", "init_args"))
+    kept = {} if given is None else {key: given.value[key] for key in _of_folder(given)}
+    if not kept:
+        return None
+    return Node({"data": Node({"init_args": Node(kept, given.where)}, given.where)}, layer.where)
+
+
+def _without_settings_of_folder(layer: Node) -> Node:
+    """The overlay without them, whose names the recipe's own data need not know."""
+    given = layer.at(("data", "init_args"))
+    if given is None or not _of_folder(given):
+        return layer
+    kept = {key: node for key, node in given.value.items() if key not in _of_folder(given)}
+    data = layer.value["data"]
+    return replace(
+        layer, value=layer.value | {"data": replace(data, value=data.value | {"init_args": replace(given, value=kept)})}
+    )
+
+
+def _of_folder(settings: Node) -> set[Any]:
+    return (settings.value.keys() & _taken()) - FITTED if isinstance(settings.value, dict) else set()
+
+
+def _lost(overlay: Node) -> list[str]:
+    """What to say of an overlay's settings that the folder's class does not have."""
+    given = overlay.at(("data", "init_args"))
+    if given is None or not isinstance(given.value, dict):
+        return []
+    return [
+        f"{node.where} data.init_args.{key}: dropped with the recipe's own data; pictures of a folder have no {key}"
+        for key, node in given.value.items()
+        if key not in _taken()
+    ]
+
+
+def _taken() -> set[str]:
+    takes = signature(DATA)
+    assert isinstance(takes, Signature)
+    return {*takes.parameters}
 
 
 def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:

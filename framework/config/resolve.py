@@ -59,13 +59,16 @@ class Resolved:
 def merged(recipe: str, overlays: Sequence[str], flags: Sequence[str]) -> tuple[recipes.Recipe, Node, list[str]]:
     """The recipe and its layers merged, not yet checked: (recipe, tree with history, notes)."""
     found = recipes.load(recipe)
-    layers = [*found.layers]
-    for overlay in overlays:
-        layers += recipes.load_overlay(overlay)
+    layers = [*found.layers, *overlay_layers(overlays)]
     if flags:
         layers.append(flag_layer(list(flags)))
     tree, notes = merge_layers(layers)
     return found, tree, notes
+
+
+def overlay_layers(overlays: Sequence[str]) -> list[Node]:
+    """All overlays, each preceded by what it builds on, lowest first."""
+    return [layer for overlay in overlays for layer in recipes.load_overlay(overlay)]
 
 
 def resolve(
@@ -85,18 +88,30 @@ def resolve(
         kinds: kinds of recipes that the caller can use, from `check.RECIPES`.
     Raises: UserError naming every problem with its file and line, or refusing a recipe of another kind.
     """
-    _open_modules(allow_modules)
     found, tree, notes = merged(recipe, overlays, flags)
+    return checked(found, tree, notes, allow_modules, kinds)
+
+
+def checked(
+    found: recipes.Recipe, tree: Node, notes: list[str], allow_modules: Sequence[str], kinds: Sequence[str]
+) -> Resolved:
+    """What `merged` gives, checked; arguments and errors are those of `resolve`."""
+    _open_modules(allow_modules)
     refuse_kind(kind_of(tree.value), kinds, found.name)
-    notes += allow.missing_modules(allow_modules)
+    notes = [*notes, *allow.missing_modules(allow_modules)]
     return _checked(tree, notes, found.about, found.name, tuple(allow_modules), recipes.label(found.path))
 
 
 def with_layer(resolved: Resolved, layer: dict[str, Any], where: str = COMMAND_LINE) -> Resolved:
     """The configuration with one more layer on top, checked again; `where` is what `sources` records for its values."""
-    tree, notes = merge_layers([resolved.tree, wrap(layer, where)])
+    return with_layers(resolved, [wrap(layer, where)], where)
+
+
+def with_layers(resolved: Resolved, layers: Sequence[Node], origin: str = COMMAND_LINE) -> Resolved:
+    """The configuration with more layers on top, checked again; `origin` is named for what has no place of its own."""
+    tree, notes = merge_layers([resolved.tree, *layers])
     notes = resolved.notes + notes
-    return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, where)
+    return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, origin)
 
 
 def recorded(run_dir: Path | str) -> dict[str, Any]:

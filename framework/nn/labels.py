@@ -1,4 +1,7 @@
-"""Labels that a table has no row for, told before they are looked up."""
+"""The classes and numbers that a batch gives its samples, as methods read them, and what is wrong with them."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,15 +10,29 @@ from lightspan.devices import has_values
 from lightspan.errors import UserError
 
 
-def require_labels(label_B: Tensor, num_classes: int, owner: object) -> None:
+def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None) -> Tensor:
+    """`label` of a batch, a whole number for each sample, [B].
+
+    Args:
+        method: its name, for messages.
+        samples: B, where something else of the batch tells.
+    Raises: UserError for a batch without labels, and for labels of another kind or shape.
+    """
+    return _of_each_sample(batch, "label", True, method, samples)
+
+
+def targets_of(batch: Mapping[str, Any], method: str, samples: int | None = None) -> Tensor:
+    """`target` of a batch, or its `label` where it has none: a number for each sample, [B]. Arguments and errors are
+    those of `labels_of`.
+    """
+    return _of_each_sample(batch, "label" if "target" not in batch else "target", False, method, samples)
+
+
+def require_labels(label_B: Any, num_classes: int, owner: object) -> None:
     """Raises: UserError for labels that are no whole numbers [B], and for one outside [0, num_classes) on the CPU;
     asking an accelerator would wait for it.
     """
-    if label_B.ndim != 1 or label_B.dtype == torch.bool or label_B.is_floating_point():
-        raise UserError(
-            f"{type(owner).__name__} takes classes as whole numbers [B], and labels are {label_B.dtype} "
-            f"{list(label_B.shape)}; let the dataset give one number for each sample, from 0 to {num_classes - 1}"
-        )
+    labels_of({"label": label_B}, type(owner).__name__)
     if label_B.device.type != "cpu" or not has_values(label_B) or not len(label_B):
         return
     least, largest = (int(end) for end in torch.aminmax(label_B))
@@ -24,3 +41,21 @@ def require_labels(label_B: Tensor, num_classes: int, owner: object) -> None:
             f"labels from {least} to {largest} do not fit {type(owner).__name__} of {num_classes} classes; "
             f"labels count from 0, so it needs {largest + 1} classes or more"
         )
+
+
+def _of_each_sample(batch: Mapping[str, Any], field: str, whole: bool, method: str, samples: int | None) -> Tensor:
+    given, kind = batch.get(field), "whole number" if whole else "number"
+    if given is None:
+        raise UserError(
+            f"{method} needs a {kind} for each sample as {field}, and this batch holds {', '.join(sorted(batch))}; "
+            "take data that have them"
+        )
+    wrong = not isinstance(given, Tensor) or given.ndim != 1 or given.dtype == torch.bool
+    # [B, 1] against [B] would broadcast, and train on a loss that nobody meant.
+    if wrong or (whole and given.is_floating_point()) or samples not in (None, len(given)):
+        found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise UserError(
+            f"{method} needs a {kind} for each sample as {field}, a tensor [{samples or 'B'}], and this batch gives "
+            f"{found}; let the dataset give each sample one {kind}"
+        )
+    return given

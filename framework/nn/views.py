@@ -1,13 +1,14 @@
 """The views in a batch, as a method asks for them."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightspan.distributed import rank
 from lightspan.errors import UserError
+from lightspan.nn.labels import labels_of
 
 TWO_VIEWS = "lightspan.datamodules.images.views.TwoViews"
 MULTI_CROP = "lightspan.datamodules.images.views.MultiCrop"
@@ -51,24 +52,23 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
     return views
 
 
-def labelled_views(batch: Mapping[str, Any], method: str) -> list[Tensor]:
-    """The views [B C H W] of a batch with labels, for a method that stacks them: all of one size.
+def labelled_views(batch: Mapping[str, Any], method: str) -> tuple[list[Tensor], Tensor]:
+    """The views [B C H W] and the labels [B] of a batch, for a method that stacks the views: all of one size.
 
     Raises: UserError for views of several sizes, or a batch without images or without one label for each.
     """
     views = views_of(batch, method)
-    label_B = batch.get("label")
-    if isinstance(label_B, Tensor) and label_B.shape != (len(views[0]),):
+    require_one_size(views, method)
+    return views, labels_of(batch, method, len(views[0]))
+
+
+def require_one_size(views: Sequence[Tensor], method: str) -> None:
+    """Raises: UserError for views of several sizes, which do not stack."""
+    if len({view.shape for view in views}) > 1:
         raise UserError(
-            f"{method} needs one label for each image, [{len(views[0])}], and this batch has {list(label_B.shape)}; "
-            "let the dataset give one number for each sample"
+            f"{method} needs views of one size, and this batch has views of {[[*view.shape[1:]] for view in views]}; "
+            "correct data.init_args.views"
         )
-    if label_B is None or len({view.shape for view in views}) > 1:
-        raise UserError(
-            f"{method} needs labels, and views of one size; this batch holds {sorted(batch)} and views of "
-            f"{[[*view.shape[2:]] for view in views]}; correct data.init_args.views or take data with classes"
-        )
-    return views
 
 
 def global_first(batch: Mapping[str, Any], method: str, global_views: int) -> list[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import wide
+from lightspan.objectives.means import mean
 
 
 def entropy(probability_BC: Tensor) -> Tensor:
@@ -22,4 +23,4 @@ def prediction_entropy(logits_BC: Tensor) -> Tensor:
     """
     log_p_BC = wide(logits_BC).log_softmax(dim=1)
     entropy_B = -(log_p_BC.exp() * log_p_BC).sum(dim=1)
-    return entropy_B.sum() / max(len(entropy_B), 1)
+    return mean(entropy_B)

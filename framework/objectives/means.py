@@ -16,6 +16,11 @@ def sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return total, all_rows.detach()
 
 
+def mean(x: Tensor) -> Tensor:
+    """Over all entries, a scalar; 0, with gradient 0, without entries."""
+    return x.sum() / max(x.numel(), 1)
+
+
 def squared_error(x: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over all entries, a scalar in float32 or wider; 0, with gradient 0, without entries."""
     x, target = wide(x), wide(target)

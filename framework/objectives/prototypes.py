@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightspan.devices import wide
 from lightspan.distributed import all_reduce_max, all_reduce_sum
+from lightspan.objectives.means import mean
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def prototype_cross_entropy(
     Returns: 0, with a gradient of 0, where there are no rows.
     """
     entropy_B = -(target_BK.detach() * (wide(scores_BK) / temperature).log_softmax(dim=1)).sum(dim=1)
-    return entropy_B.sum() / max(len(entropy_B), 1) if weight_B is None else (weight_B * entropy_B).sum()
+    return mean(entropy_B) if weight_B is None else (weight_B * entropy_B).sum()
 
 
 def cross_view_loss(targets_GBK: Tensor, scores_VBK: Tensor, temperature: float) -> Tensor:

@@ -11,15 +11,15 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, Timer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR
 
 from lightspan.errors import UserError, print_notes
 from lightspan.nn.teachers.frozen import Frozen
 
 
 class StartChecks(Callback):
-    """Warns of training loaders that keep no position, and of a run that ends before its first validation. Silences
-    Lightning's warning of a teacher in evaluation mode.
+    """Warns of training loaders that keep no position, of a run that ends before its first validation, and of one that
+    outlasts its schedule. Silences Lightning's warning of a teacher in evaluation mode.
 
     Raises: UserError for a schedule that ends before the run.
     """
@@ -39,6 +39,8 @@ class StartChecks(Callback):
             )
         if trainer.is_global_zero and (said := without_validation(trainer)):
             print_notes([said])
+        if trainer.is_global_zero:
+            print_notes(outlasted(trainer))
 
 
 def silence_frozen(module: LightningModule) -> None:
@@ -82,19 +84,40 @@ def without_position(trainer: Trainer) -> list[str]:
 
 
 def refuse_short_schedules(trainer: Trainer) -> None:
-    """Raises UserError if a `OneCycleLR` has fewer steps than the run; torch would raise in the middle of it.
+    """Raises UserError if a `OneCycleLR` has fewer steps than the run; torch would raise in the middle of it."""
+    for schedule, length, last in _too_short_ones(trainer):
+        if isinstance(schedule, OneCycleLR):
+            raise UserError(_too_short(length, f"this run takes it to step {last}"))
 
-    Does nothing if the number of steps is not known: time or early stopping may end the run, or accumulation
-    may change during it.
+
+def outlasted(trainer: Trainer) -> list[str]:
+    """What to say of each schedule that ends before the run: one of a resumed run is as long as that was to be when it
+    began.
+    """
+    return [
+        f"the schedule {type(schedule).__name__} ends at step {length}, and this run goes on to step {last}"
+        + (f" (it is resumed, and was to end at step {length} when it began)" if schedule.last_epoch else "")
+        + ": after its end the rate is no longer planned, and may stay at 0 without training anything. Let the run end "
+        f"at step {length} (trainer.max_steps, trainer.max_epochs), or start one of {last} steps in another folder"
+        for schedule, length, last in _too_short_ones(trainer)
+    ]
+
+
+def _too_short_ones(trainer: Trainer) -> Iterator[tuple[LRScheduler, int, int]]:
+    """(schedule, its steps, to which the run takes it) of schedules that end before the run.
+
+    None if the number of steps is not known: time or early stopping may end the run, or accumulation may change during
+    it.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
     if any(isinstance(callback, EarlyStopping | Timer | GradientAccumulationScheduler) for callback in callbacks):
         return
     for config in trainer.lr_scheduler_configs:
         to_come = _calls_to_come(trainer, config)
-        for schedule in _one_cycles(config.scheduler):
-            if math.isfinite(to_come) and (last := schedule.last_epoch + int(to_come)) > schedule.total_steps:
-                raise UserError(_too_short(schedule.total_steps, f"this run takes it to step {last}"))
+        for schedule in _parts(config.scheduler) if math.isfinite(to_come) else ():
+            length = getattr(schedule, "total_steps", getattr(schedule, "T_max", None))
+            if isinstance(length, int) and (last := schedule.last_epoch + int(to_come)) > length:
+                yield schedule, length, last
 
 
 def past_its_end(error: BaseException) -> str | None:
@@ -122,10 +145,10 @@ def _calls_to_come(trainer: Trainer, config: LRSchedulerConfig) -> float:
     return (trainer.max_epochs or 0) - trainer.current_epoch if counted else math.inf
 
 
-def _one_cycles(schedule: object) -> Iterator[OneCycleLR]:
+def _parts(schedule: object) -> Iterator[LRScheduler]:
     """The schedule itself, or those chained in it. Parts of a SequentialLR count their own steps."""
-    if isinstance(schedule, OneCycleLR):
-        yield schedule
-    elif isinstance(schedule, ChainedScheduler):
+    if isinstance(schedule, ChainedScheduler):
         for part in schedule._schedulers:
-            yield from _one_cycles(part)
+            yield from _parts(part)
+    elif isinstance(schedule, LRScheduler):
+        yield schedule

@@ -16,7 +16,7 @@ VIEWS = "lightspan.datamodules.images.views"
 
 
 def with_folder(recipe: str, folder: Path, size: int = 64, *flags: str, overlays: tuple[str, ...] = ()) -> Resolved:
-    return with_pictures(resolve(recipe, overlays), folder, size, flags)
+    return with_pictures(recipe, overlays, folder, size, flags)
 
 
 def settings(resolved: Resolved, *path: str) -> Any:
@@ -51,6 +51,36 @@ def test_the_description_tells_of_the_folder_and_not_of_the_recipes_pictures(fol
     assert after["title"] == f"contrastive/simclr on the pictures of {folder.name}"
     assert after["expected"] == after["time"] == "not measured on these pictures"
     assert (after["paper"], list(after)) == (before["paper"], list(before))
+
+
+def test_an_overlay_reaches_the_data_of_the_folder_as_it_would_those_of_the_recipe(folder: Path) -> None:
+    overlay, mine = folder.parent / "mine.yaml", folder.parent / "last.yaml"
+    overlay.write_text(
+        "data: {init_args: {batch_size: 4, val_share: 0.25, skip_damaged: true, num_workers: 0, fit: pad}}\n"
+    )
+    mine.write_text("data: {init_args: {val_share: 0.5}}\n")
+    overlays = (str(overlay), str(mine))
+    found = with_folder("contrastive/simclr", folder, 64, "data.init_args.fit=crop", overlays=overlays)
+    data = settings(found, "data")
+    assert (data["folder"], data["batch_size"], data["num_workers"]) == (str(folder), 4, 0)
+    assert (data["val_share"], data["skip_damaged"], data["fit"]) == (0.5, True, "crop")
+    assert found.sources["data.init_args.val_share"] == f"{mine}:1"
+    assert found.sources["data.init_args.size"] == "--images"
+
+
+def test_a_setting_that_only_the_recipes_data_have_is_said_to_be_dropped(folder: Path) -> None:
+    overlay = folder.parent / "mine.yaml"
+    overlay.write_text("data: {init_args: {val_size: 500}}\n")
+    found = with_folder("contrastive/simclr", folder, overlays=(str(overlay),))
+    assert "val_size" not in settings(found, "data")
+    assert any(note.startswith(f"{overlay}:1 data.init_args.val_size: dropped") for note in found.notes)
+
+
+def test_a_setting_that_neither_the_recipes_data_nor_the_folder_know_is_named_with_its_line(folder: Path) -> None:
+    overlay = folder.parent / "mine.yaml"
+    overlay.write_text("data:\n  init_args:\n    batchsize: 4\n")
+    with pytest.raises(UserError, match=r"mine.yaml:3.*batchsize"):
+        with_folder("contrastive/simclr", folder, overlays=(str(overlay),))
 
 
 def test_flags_win_over_what_the_folder_sets(folder: Path) -> None:
@@ -156,4 +186,4 @@ def test_recipes_that_need_several_tasks_or_do_not_train_are_refused(folder: Pat
     with pytest.raises(UserError, match=r"one task, but merging/atlas needs several: data\.init_args\.tasks"):
         with_folder("merging/atlas", folder)
     with pytest.raises(UserError, match="is the recipe of an estimator, which does not train"):
-        with_pictures(resolve("analysis/knn_digits", kinds=("estimator",)), folder, 64, ())
+        with_pictures("analysis/knn_digits", (), folder, 64, (), kinds=("estimator",))

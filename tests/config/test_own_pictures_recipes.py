@@ -61,7 +61,7 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pyt
 
 def built(name: str, folder: Path, flags: Sequence[str], size: int = 64) -> Built:
     def make(name: str) -> Built:
-        return build(with_pictures(resolve(name), folder, size, [*QUIET, *flags]), Path("run"))
+        return build(with_pictures(name, (), folder, size, [*QUIET, *flags]), Path("run"))
 
     return after_runs_before(lambda: make(name), lambda before: make(before).model)
 

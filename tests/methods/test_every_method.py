@@ -69,6 +69,17 @@ class Skips(Callback):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_batch_without_rows_leaves_finite_weights_or_is_refused(name: str, tmp_path: Path) -> None:
+    first, second, last = (CASES[name].batch(4, seed) for seed in range(3))
+    run = [rows_of(first, slice(0, 0)), last, rows_of(second, slice(0, 0))]
+    if said := CASES[name].refuses_no_row:
+        with pytest.raises(UserError, match=said):
+            method_runs.fit(CASES[name].make(), run, tmp_path)
+    else:
+        method_runs.stays_finite(CASES[name].make(), run, tmp_path)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_step_of_float16_that_is_skipped_leaves_no_trace(name: str, tmp_path: Path) -> None:
     given, ends = batches(name), list[dict[str, Tensor]]()
     for skipped in (given[1], given[3]):

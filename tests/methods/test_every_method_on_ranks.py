@@ -15,7 +15,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 from method_cases import CASES, ROWS
-from method_runs import differences, in_float64, in_halves
+from method_runs import differences, in_float64, in_halves, rows_of
 
 from lightspan.callbacks.resilience.random_state import RandomState
 from lightspan.errors import UserError
@@ -65,6 +65,40 @@ def test_two_ranks_train_every_method_as_one_process_does(tmp_path: Path) -> Non
     rank_processes.start(_every_method, 2, str(tmp_path), rank_processes.free_port())
 
 
+SHARES = [(0, 8, 8, 8), (0, 2, 2, 8), (0, 0, 8, 8), (0, 2, 4, 8)]
+"""Where the rows of each of three ranks begin and end in four batches: most leave a rank without any."""
+
+
+def _uneven(rank: int, names: list[str], folder: str, port: int) -> None:
+    ranks = len(SHARES[0]) - 1
+    rank_processes.join(rank, port, ranks)
+    wrong = []
+    for name in names:
+        batches = [
+            rows_of(CASES[name].batch(ROWS, seed), slice(*share[rank : rank + 2])) for seed, share in enumerate(SHARES)
+        ]
+        model = CASES[name].make()
+        options: dict[str, Any] = {"strategy": "ddp", "devices": ranks, "use_distributed_sampler": False}
+        method_runs.stays_finite(model, batches, Path(folder), callbacks=[RandomState(0)], **options)
+        if differs_between_ranks(model):
+            wrong.append(name)
+    assert not wrong, f"differ between the ranks: {wrong}"
+
+
+@pytest.mark.ranks
+def test_three_ranks_of_which_some_have_no_row_train_every_method_and_stay_equal(tmp_path: Path) -> None:
+    names = [name for name, case in CASES.items() if case.refuses_no_row is None]
+    rank_processes.start(_uneven, len(SHARES[0]) - 1, names, str(tmp_path), rank_processes.free_port())
+
+
+def differs_between_ranks(model: torch.nn.Module) -> bool:
+    """Whether this rank's weights are not the first rank's bit for bit."""
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    first = flat.clone()
+    dist.broadcast(first, 0)
+    return not torch.equal(flat, first)
+
+
 def _low_rank(rank: int, pairs: list[tuple[str, str]], folder: str, port: int) -> None:
     """Two steps of each pair: weights move, stay finite, and are the same on both ranks."""
     rank_processes.join(rank, port)
@@ -85,10 +119,7 @@ def _low_rank(rank: int, pairs: list[tuple[str, str]], folder: str, port: int) -
             wrong.append(f"{name} with {optimizer} is not refused")
         if all(torch.equal(parameter, before[key]) for key, parameter in model.named_parameters()):
             wrong.append(f"{name} with {optimizer} stays where it was")
-        flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-        first = flat.clone()
-        dist.broadcast(first, 0)
-        if not torch.equal(flat, first):
+        if differs_between_ranks(model):
             wrong.append(f"{name} with {optimizer} differs between the ranks")
     assert not wrong, "\n".join(wrong)
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader
 
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.errors import UserError
 from lightspan.nn.teachers.frozen import Frozen
+from lightspan.optim.schedules import WarmupCosine
 from lightspan.runs.start_checks import StartChecks, past_its_end, silence_frozen
 from lightspan.runs.train import call
 
@@ -42,14 +43,26 @@ class OneCycle(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": self.interval, "frequency": self.frequency}]
 
 
-def fit(tmp_path: Path, module: LightningModule, *callbacks: Any, data: Any = None, **options: Any) -> None:
+def fit(
+    tmp_path: Path,
+    module: LightningModule,
+    *callbacks: Any,
+    data: Any = None,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = Trainer(
-        callbacks=[StartChecks(), *callbacks], enable_model_summary=False, default_root_dir=tmp_path, **quiet, **options
+        callbacks=[StartChecks(), *callbacks],
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **quiet | options,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, data if data is not None else DataLoader(torch.ones(8, 4)))
+        trainer.fit(
+            module, data if data is not None else DataLoader(torch.ones(8, 4)), ckpt_path=ckpt_path, weights_only=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +125,43 @@ def test_an_end_that_comes_in_mid_run_is_said_in_the_same_words(tmp_path):
     with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, but it came to step 3; beyond its end"):
         call(steps, built, tmp_path, None)
     assert past_its_end(ValueError("another")) is None
+
+
+class Cosine(LightningModule):
+    """Under a schedule of `length` steps, or of as many as the run has."""
+
+    def __init__(self, length: int | None = None, kind: Any = WarmupCosine) -> None:
+        super().__init__()
+        self.layer, self.length, self.kind = nn.Linear(4, 1), length, kind
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = self.kind(optimizer, self.length or int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_a_resumed_run_that_outlasts_its_schedule_says_so_once_with_both_steps(tmp_path, capsys):
+    last = tmp_path / "last.ckpt"
+    fit(tmp_path, Cosine(), ModelCheckpoint(tmp_path, "last"), max_steps=3, enable_checkpointing=True)
+    assert "ends at step" not in capsys.readouterr().err
+    fit(tmp_path, Cosine(), max_steps=6, ckpt_path=last)
+    said = capsys.readouterr().err
+    assert said.count("the schedule WarmupCosine ends at step 3, and this run goes on to step 6 (it is resumed") == 1
+    assert "start one of 6 steps in another folder" in said
+    fit(tmp_path, Cosine(), max_steps=3, ckpt_path=last)
+    assert "ends at step" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [WarmupCosine, CosineAnnealingLR])
+def test_a_schedule_of_fewer_steps_than_a_new_run_is_said_and_one_of_as_many_is_not(tmp_path, capsys, kind):
+    fit(tmp_path, Cosine(2, kind), max_steps=3)
+    said = capsys.readouterr().err
+    assert f"the schedule {kind.__name__} ends at step 2, and this run goes on to step 3: after its end" in said
+    fit(tmp_path, Cosine(3, kind), max_steps=3)
+    assert "ends at step" not in capsys.readouterr().err
 
 
 class _Rows:

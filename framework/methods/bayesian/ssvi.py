@@ -30,7 +30,10 @@ from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
+from lightspan.nn.labels import labels_of
+from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.entropy import entropy
+from lightspan.objectives.means import mean
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
 from lightspan.subspaces.masks.allocation import PerTensorAllocation
@@ -160,15 +163,15 @@ class SSVI(Method):
                 logger.log_metrics(shown, step=0)
 
     def training_step(self, batch: ImageBatch | ViewsBatch, batch_idx: int) -> Tensor:
-        image_BCHW, label_B = _training_image(batch), batch["label"]
+        image_BCHW, label_B = _training_image(batch), labels_of(batch, "SSVI")
         due = self._due()
         for layer in gaussian_layers(self).values():
             layer.watching = due
         with drawing(self, Outputs(self.seed, self.global_step, batch["index"])):
             logits_BK = self(image_BCHW)
-        nll, kl = F.cross_entropy(wide(logits_BK), label_B), self.kl()
+        nll, kl = label_cross_entropy(logits_BK, label_B), self.kl()
         loss = nll + kl_weight(self.kl_scale, self._samples, self.global_step / self._steps) * kl
-        accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()
+        accuracy = share_right(logits_BK, label_B)
         figures = {"loss": loss, "loss_nats": nll, "kl_nats": kl, "accuracy": accuracy}
         self.log_training({f"train/{name}": value for name, value in figures.items()}, batch_size=len(label_B))
         return loss
@@ -216,12 +219,13 @@ class SSVI(Method):
 
     def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor:
         """Logs, and returns the entropy of each prediction [B]."""
-        probability_BK, label_B = self.probabilities(batch["image"]), batch["label"]
+        probability_BK, label_B = self.probabilities(batch["image"]), labels_of(batch, "SSVI")
         entropy_B = entropy(probability_BK)
+        log_p_BK = probability_BK.clamp_min(torch.finfo(probability_BK.dtype).tiny).log()
         measured = {
-            "accuracy": (probability_BK.argmax(dim=1) == label_B).float().mean(),
-            "loss_nats": F.nll_loss(probability_BK.clamp_min(torch.finfo(probability_BK.dtype).tiny).log(), label_B),
-            "entropy_nats": entropy_B.mean(),
+            "accuracy": share_right(probability_BK, label_B),
+            "loss_nats": mean(F.nll_loss(log_p_BK, label_B, reduction="none")),
+            "entropy_nats": mean(entropy_B),
         }
         options: dict[str, Any] = {"batch_size": len(label_B), "sync_dist": True, "prog_bar": True}
         self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, **options)

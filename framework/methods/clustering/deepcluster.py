@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
@@ -30,6 +29,7 @@ from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.parts import part
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import given_width, require_projector
+from lightspan.objectives.classes import label_cross_entropy
 from lightspan.ranges import require_temperatures
 from lightspan.unit_length import unit_length
 
@@ -171,7 +171,7 @@ class DeepCluster(Method):
             known_B = self.cluster_HM[head, index_B]
             target_B = torch.where(known_B < 0, scores_VBK[0].argmax(dim=1), known_B)
             target_R = target_B.repeat(len(views))
-            losses.append(F.cross_entropy(scores_VBK.flatten(0, 1), target_R, reduction="sum") / max(len(target_R), 1))
+            losses.append(label_cross_entropy(scores_VBK.flatten(0, 1), target_R))
         self.seen.add((z_VBD[: self.global_views].detach(), index_B), self.global_step)
         loss = torch.stack(losses).mean()
         self.log_training({"train/loss": loss})

@@ -11,7 +11,6 @@ at hand: temperature, rounds of Sinkhorn, and one optimiser and schedule for bot
 Shapes: B images of this rank, N of all ranks, V views, R = B V rows, D width of both heads.
 """
 
-import copy
 import math
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightspan.analysis.clustering import agreement, spectral
 from lightspan.distributed import agreed, gather_rows, rank, together
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.copies import copied
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
@@ -78,7 +78,7 @@ class MLC(Method):
             raise UserError(f"iterations={iterations} must be at least 1, and clusters={clusters} at least 2 or null")
         require_projector(backbone, projector)
         require_width(projector, "head.in_features", getattr(head, "in_features", None))
-        self.backbone, self.projector, self.head, self.cluster_head = backbone, projector, head, copy.deepcopy(head)
+        self.backbone, self.projector, self.head, self.cluster_head = backbone, projector, head, copied(head, "MLC")
         self.first_share, self.distortion, self.similarity = first_share, distortion, similarity
         self.temperature, self.iterations, self.clusters = temperature, iterations, clusters
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -8,7 +8,6 @@ scripts for image classifiers switch the perturbation off, which the paper does 
 Shapes: B batch of this rank, C H W image, F features, K classes.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -17,8 +16,11 @@ from torch import Tensor, nn
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.copies import copied
+from lightspan.nn.labels import labels_of
 from lightspan.nn.taps import blocks_of, tapped
 from lightspan.nn.teachers.frozen import Frozen
+from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.distillation import feature_distillation, mean_squared, weight_perturbation
 from lightspan.sharded import whole
 from lightspan.surgery.factorise import factorise, factorised
@@ -61,10 +63,10 @@ class PELA(Method):
             raise UserError(f"alpha={alpha}, beta={beta}, lam={lam} and eps={eps} must each be at least 0")
         self.hidden = hidden or ["blocks"]
         blocks_of(backbone, self.hidden)
-        self.teacher = Frozen(nn.Sequential(copy.deepcopy(backbone), copy.deepcopy(head)))
+        self.teacher = Frozen(copied(nn.Sequential(backbone, head), "PELA"))
         self.backbone, self.head = factorise(backbone, ratio, exclude), head
         self.alpha, self.beta, self.lam, self.eps = alpha, beta, lam, eps
-        self.task_loss = task_loss or nn.CrossEntropyLoss()
+        self.task_loss = task_loss or label_cross_entropy
         self.num_classes = getattr(head, "out_features", None) if task_loss is None else None
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class PELA(Method):
                 target_BK = self.teacher(batch["image"])
         with tapped(blocks_of(self.backbone, self.hidden)) as cut:
             logits_BK = self(batch["image"])
-        weighted = {"task": (1.0, self.task_loss(logits_BK, batch["label"]))}
+        weighted = {"task": (1.0, self.task_loss(logits_BK, labels_of(batch, "PELA")))}
         if self.alpha:
             weighted["features"] = (self.alpha, feature_distillation(cut, uncut))
         if self.beta:
@@ -102,9 +104,8 @@ class PELA(Method):
         return weight_perturbation(products, originals, self.eps)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        logits_BK, label_B = self(batch["image"]), batch["label"]
-        accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()
-        measured = {"val/accuracy": accuracy, "val/loss": self.task_loss(logits_BK, label_B)}
+        logits_BK, label_B = self(batch["image"]), labels_of(batch, "PELA")
+        measured = {"val/accuracy": share_right(logits_BK, label_B), "val/loss": self.task_loss(logits_BK, label_B)}
         self.log_dict(measured, batch_size=len(label_B), sync_dist=True, prog_bar=True)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:

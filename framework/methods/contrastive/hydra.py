@@ -19,6 +19,7 @@ from lightspan.nn.class_pairs import ClassPairs
 from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import class_pair_loss
+from lightspan.objectives.means import mean
 from lightspan.ranges import require_temperatures
 
 
@@ -58,20 +59,21 @@ class Hydra(Method):
         self.pairs, self.temperature = pairs, temperature
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        views = labelled_views(batch, "Hydra")
+        views, label_B = labelled_views(batch, "Hydra")
         # An image's views stand together, so that the rows of all ranks have the order that one rank would give them.
-        label_R = batch["label"].repeat_interleave(len(views))
+        label_R = label_B.repeat_interleave(len(views))
         z_RD = self.projector(self.backbone(torch.stack(views, dim=1).flatten(0, 1)))
         label_N, first = gather_rows(label_R)
         partner_N = self.pairs.partners(label_N, self.global_step, batch_idx)
         partner_R = partner_N[first : first + len(label_R)]
         gate_RD = None if self.gate is None else self.gate(label_R, partner_R)
         loss = class_pair_loss(z_RD, label_R, partner_R, gate_RD, self.temperature)
-        figures = {"train/loss": loss, "train/anchors_with_positives": torch.isin(partner_R, label_N).float().mean()}
+        figures = {"train/loss": loss, "train/anchors_with_positives": mean(torch.isin(partner_R, label_N).float())}
         if gate_RD is not None:
             gate_RD = gate_RD.detach()
-            figures["train/gate_mean"] = gate_RD.mean()
-            # 0 when all pairs have come to share one subspace.
-            figures["train/gate_spread"] = gate_RD.std(dim=0, correction=0).mean()
+            figures["train/gate_mean"] = mean(gate_RD)
+            # 0 when all pairs have come to share one subspace, and without a pair on this rank.
+            spread_D = gate_RD.std(dim=0, correction=0) if len(gate_RD) else gate_RD.new_zeros(gate_RD.shape[1])
+            figures["train/gate_spread"] = spread_D.mean()
         self.log_training(figures)
         return loss

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import wide
 from lightspan.method import Method
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.pretext import PretextTask
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
+from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.info_nce import nt_xent
 from lightspan.ranges import require_temperatures, require_weights
 
@@ -62,8 +61,8 @@ class ScatSimCLR(Method):
         figures = {"contrast": loss}
         if self.pretext is not None:
             guess = self.pretext(self.backbone, views[2:], index_in(batch, self), self.global_step)
-            figures["pretext"] = F.cross_entropy(wide(guess.logits_RK), guess.label_R)
-            figures["pretext_accuracy"] = (guess.logits_RK.argmax(dim=1) == guess.label_R).float().mean()
+            figures["pretext"] = label_cross_entropy(*guess)
+            figures["pretext_accuracy"] = share_right(*guess)
             loss = loss + self.pretext_weight * figures["pretext"]
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
         return loss

@@ -38,8 +38,8 @@ class SupCon(Method):
         self.backbone, self.projector, self.temperature = backbone, projector, temperature
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        views = labelled_views(batch, "SupCon")
-        label_R = batch["label"].repeat(len(views))
+        views, label_B = labelled_views(batch, "SupCon")
+        label_R = label_B.repeat(len(views))
         loss = supcon(self.projector(self.backbone(torch.cat(views))), label_R, self.temperature)
         self.log_training({"train/loss": loss})
         return loss

@@ -18,7 +18,8 @@ from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.image_numbers import image_numbers, index_in
-from lightspan.nn.views import views_of
+from lightspan.nn.labels import targets_of
+from lightspan.nn.views import require_one_size, views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.supremix import supremix
 from lightspan.ranges import require_temperatures
@@ -76,10 +77,12 @@ class SupReMix(Method):
         self.temperature, self.most_pairs, self.seed = temperature, most_pairs, seed
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        """Raises: UserError for targets that are not finite: one would make all weights NaN."""
+        """Raises: UserError for targets that are not one finite number for each sample; NaN would reach all weights."""
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        target_B = batch.get("target", batch.get("label")) if isinstance(batch, Mapping) else None
-        if not isinstance(target_B, Tensor) or target_B.device.type != "cpu" or not has_values(target_B):
+        if not isinstance(batch, Mapping) or not batch.keys() & {"target", "label"}:
+            return batch  # a step that needs them says so
+        target_B = targets_of(batch, "SupReMix")
+        if target_B.device.type != "cpu" or not has_values(target_B):
             return batch
         if missing := int((~target_B.isfinite()).sum()):
             raise UserError(
@@ -94,12 +97,8 @@ class SupReMix(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "SupReMix")
-        target_B = batch["target"] if "target" in batch else batch.get("label")
-        if target_B is None or len({view.shape for view in views}) > 1:
-            raise UserError(
-                f"SupReMix needs a target or ordered labels, and views of one size; this batch holds {sorted(batch)} "
-                f"and views of {[[*view.shape[1:]] for view in views]}"
-            )
+        require_one_size(views, "SupReMix")
+        target_B = targets_of(batch, "SupReMix", len(views[0]))
         bin_R = (target_B / self.bin_width).round().repeat(len(views))
         z_RD = self.projector(self.backbone(torch.cat(views)))
         share_R, start_R = (drawn_R.to(z_RD.device) for drawn_R in self.draws(index_in(batch, self), len(views)))

@@ -15,6 +15,7 @@ from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
+from lightspan.objectives.means import mean
 from lightspan.optim.schedules import TeacherMomentum
 from lightspan.unit_length import unit_length
 
@@ -25,7 +26,7 @@ def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:
     Targets carry no gradient. A row of zeros has the distance 2 from all; without rows the loss is 0.
     """
     cosine_B = (unit_length(wide(guess_BD)) * unit_length(wide(target_BD.detach()))).sum(dim=1)
-    return (2 - 2 * cosine_B).sum() / max(len(cosine_B), 1)
+    return mean(2 - 2 * cosine_B)
 
 
 class BYOL(Method):

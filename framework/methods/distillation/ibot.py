@@ -85,7 +85,7 @@ class IBOT(Method):
         self.teacher_temperature = TeacherTemperature(teacher_temperature, final_temperature, temperature_warmup)
         require_weights(koleo_weight=koleo_weight)
         require_global_views(global_views)
-        self.student = PrototypeNetwork(backbone, heads)
+        self.student = PrototypeNetwork(backbone, heads, global_views)
         self.teacher = EMATeacher(self.student)
         self.centres = nn.ModuleList()
         if centre_momentum is not None:

@@ -103,7 +103,7 @@ class POA(Method):
             )
         require_weights(koleo_weight=koleo_weight)
         require_global_views(global_views)
-        self.student = PrototypeNetwork(backbone, heads)
+        self.student = PrototypeNetwork(backbone, heads, global_views)
         self.teacher = EMATeacher(self.student)
         self.lam, self.koleo_weight, self.student_temperature = lam, koleo_weight, student_temperature
         self.global_views, self.masks = global_views, masks or BlockMasks()

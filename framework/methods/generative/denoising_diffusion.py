@@ -19,6 +19,7 @@ from lightspan.devices import wide_type
 from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.labels import labels_of
 from lightspan.objectives.diffusion import (
     add_noise,
     cosine_kept,
@@ -79,7 +80,8 @@ class DenoisingDiffusion(Method):
         kept_B = self.kept_T[level_B]
         noisy_BCHW = add_noise(batch["image"], noise_BCHW, kept_B)
         target_BCHW = noise_BCHW if self.prediction == "noise" else velocity(batch["image"], noise_BCHW, kept_B)
-        return prediction_loss(self.backbone(noisy_BCHW, level_B, self.labels(batch["label"], told_B)), target_BCHW)
+        label_B = self.labels(labels_of(batch, "DenoisingDiffusion"), told_B) if self.num_classes else None
+        return prediction_loss(self.backbone(noisy_BCHW, level_B, label_B), target_BCHW)
 
     def labels(self, label_B: Tensor, told_B: Tensor) -> Tensor | None:
         """Classes as the network expects them, None if it takes none."""

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +22,9 @@ from lightspan.devices import has_values
 from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.labels import labels_of
 from lightspan.nn.widths import require_width
+from lightspan.objectives.classes import label_cross_entropy, share_right
 
 
 class PRE(Method):
@@ -159,8 +160,10 @@ class PRE(Method):
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Raises: UserError for images to train on that are of no base class."""
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        label_B = batch["label"]
-        if (self._trainer is None or self.trainer.training) and label_B.device.type == "cpu" and has_values(label_B):
+        if self._trainer is not None and not self.trainer.training:
+            return batch
+        label_B = labels_of(batch, "PRE")
+        if label_B.device.type == "cpu" and has_values(label_B):
             new = sorted(set(label_B.tolist()) - set(self._base()))
             if new:
                 raise UserError(
@@ -172,10 +175,9 @@ class PRE(Method):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         place_C = torch.zeros(int(self.num_classes or 0), dtype=torch.int64, device=self.device)
         place_C[self._base()] = torch.arange(len(self._base()), device=self.device)
-        label_B = place_C[batch["label"]]
+        label_B = place_C[labels_of(batch, "PRE")]
         logits_BC = self.logits(batch["image"], self.class_rows(self._base()))
-        loss = F.cross_entropy(logits_BC, label_B)
-        accuracy = (logits_BC.argmax(dim=1) == label_B).float().mean()
+        loss, accuracy = label_cross_entropy(logits_BC, label_B), share_right(logits_BC, label_B)
         self.log_training({"train/loss_nats": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
 
@@ -188,9 +190,10 @@ class PRE(Method):
         logits_BC = self.logits(batch["image"], self._rows_CD)
         is_base_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
         is_base_C[self._base()] = True
-        of_base_B = is_base_C[batch["label"]]
+        label_B = labels_of(batch, "PRE")
+        of_base_B = is_base_C[label_B]
         among_own_BC = of_base_B[:, None] == is_base_C
-        right_B = logits_BC.masked_fill(~among_own_BC, -torch.inf).argmax(dim=1) == batch["label"]
+        right_B = logits_BC.masked_fill(~among_own_BC, -torch.inf).argmax(dim=1) == label_B
         for metric, here_B in ((self.base_accuracy, of_base_B), (self.new_accuracy, ~of_base_B)):
             if here_B.any():
                 metric.update(right_B[here_B].float())

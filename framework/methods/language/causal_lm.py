@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lightspan.datamodules.batches import TextBatch
 from lightspan.method import Method
+from lightspan.nn.sequences.texts import tokens_of
 from lightspan.objectives.language import next_token_loss
 
 
@@ -37,12 +38,12 @@ class CausalLM(Method):
 
     def loss(self, batch: TextBatch) -> Tensor:
         """Nats per token: position t predicts token t + 1."""
-        tokens_BT1 = batch["tokens"]
+        tokens_BT1 = tokens_of(batch, "CausalLM")
         return next_token_loss(self.backbone(input_ids=tokens_BT1[:, :-1]).logits, tokens_BT1[:, 1:])
 
     def features(self, batch: TextBatch) -> Tensor:
         """Last hidden states averaged over positions, [B D]."""
-        return self.backbone.base_model(input_ids=batch["tokens"][:, :-1]).last_hidden_state.mean(dim=1)
+        return self.backbone.base_model(input_ids=tokens_of(batch, "CausalLM")[:, :-1]).last_hidden_state.mean(dim=1)
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -59,4 +60,4 @@ class CausalLM(Method):
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Logits [B T V]."""
-        return self.backbone(input_ids=batch["tokens"][:, :-1]).logits
+        return self.backbone(input_ids=tokens_of(batch, "CausalLM")[:, :-1]).logits

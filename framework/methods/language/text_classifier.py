@@ -7,13 +7,15 @@ positions, D width, K classes.
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lightspan.datamodules.batches import LabelledTextBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.pooling import masked_mean
+from lightspan.nn.labels import labels_of
+from lightspan.nn.sequences.texts import tokens_of
+from lightspan.objectives.classes import label_cross_entropy, share_right
 
 
 class TextClassifier(Method):
@@ -39,8 +41,9 @@ class TextClassifier(Method):
 
     def features(self, batch: LabelledTextBatch) -> Tensor:
         """Mean of the last states over the mask, [B D]."""
+        tokens_BT = tokens_of(batch, "TextClassifier")
         longest = int(batch["mask"].sum(dim=1).max())  # columns that are padding in every row only cost time
-        tokens_BT, mask_BT = batch["tokens"][:, :longest], batch["mask"][:, :longest]
+        tokens_BT, mask_BT = tokens_BT[:, :longest], batch["mask"][:, :longest]
         states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
         return masked_mean(states_BTD, mask_BT)
 
@@ -62,10 +65,10 @@ class TextClassifier(Method):
     def loss_and_accuracy(self, batch: LabelledTextBatch) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats, and the share of texts whose largest logit is that of their label."""
         logits_BK = self.head(self.features(batch))
-        accuracy = (logits_BK.argmax(dim=1) == batch["label"]).float().mean()
-        return cross_entropy(logits_BK, batch["label"]), accuracy
+        label_B = labels_of(batch, "TextClassifier")
+        return label_cross_entropy(logits_BK, label_B), share_right(logits_BK, label_B)
 
     def evaluate(self, batch: LabelledTextBatch, stage: str) -> None:
         loss, accuracy = self.loss_and_accuracy(batch)
         figures = {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}
-        self.log_dict(figures, batch_size=len(batch["label"]), prog_bar=True, sync_dist=True)
+        self.log_dict(figures, batch_size=len(batch["tokens"]), prog_bar=True, sync_dist=True)

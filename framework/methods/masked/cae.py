@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
@@ -29,6 +27,7 @@ from lightspan.nn.masking.mask_samplers import MaskSampler
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width, settle_outputs
+from lightspan.objectives.classes import label_cross_entropy
 from lightspan.objectives.masked import denormalised_patches, patch_regression
 from lightspan.objectives.means import squared_error
 from lightspan.ranges import require_weights
@@ -127,5 +126,4 @@ class CAE(Method):
         if self.tokenizer is None:
             return patch_regression(guess_BMo, hidden.pixels())
         codes_BM = self.tokenizer(hidden.image_BChw).gather(1, hidden.hide_BM)
-        reduction = "mean" if codes_BM.numel() else "sum"
-        return F.cross_entropy(wide(guess_BMo).flatten(0, 1), codes_BM.flatten(), reduction=reduction)
+        return label_cross_entropy(guess_BMo.flatten(0, 1), codes_BM.flatten())

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ImageBatch, TasksBatch, ViewsBatch
 from lightspan.devices import wide
@@ -34,6 +33,7 @@ from lightspan.merging.coefficients import Partitioned
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
 from lightspan.merging.span import TaskSpan
+from lightspan.objectives.classes import label_cross_entropy
 from lightspan.objectives.pseudo_labels import pseudo_label_loss, trusted_labels
 
 
@@ -153,7 +153,7 @@ class Atlas(AnisotropicScaling):
 
     def loss(self, theta: dict[str, Tensor], batch: TasksBatch) -> Tensor:
         losses = [
-            self.weight_of(task) * F.cross_entropy(logits_BC, batch["label"][:, i])
+            self.weight_of(task) * label_cross_entropy(logits_BC, batch["label"][:, i])
             for i, (task, logits_BC) in enumerate(self.task_logits(theta, batch).items())
         ]
         return torch.stack(losses).sum()

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
+from lightspan.nn.labels import labels_of
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width, settle_outputs
+from lightspan.objectives.classes import label_cross_entropy, share_right
 
 
 def image_of(batch: Any) -> Tensor:
@@ -69,7 +70,7 @@ class Classifier(Method):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         figures = self._measure("train", batch)
-        self.log_training(figures, batch_size=len(batch["label"]), prog_bar=True)
+        self.log_training(figures, batch_size=len(image_of(batch)), prog_bar=True)
         return figures["train/loss_nats"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -83,12 +84,11 @@ class Classifier(Method):
         return self(batch["image"])
 
     def _evaluate(self, stage: str, batch: ImageBatch) -> None:
-        options: dict[str, Any] = {"batch_size": len(batch["label"]), "sync_dist": True, "prog_bar": True}
+        options: dict[str, Any] = {"batch_size": len(image_of(batch)), "sync_dist": True, "prog_bar": True}
         self.log_dict(self._measure(stage, batch), **options)
 
     def _measure(self, stage: str, batch: ImageBatch) -> dict[str, Tensor]:
         """Loss in nats and the share of correct answers."""
-        logits_BK, label_B = self(image_of(batch)), batch["label"].long()  # whole numbers of any size
-        loss = F.cross_entropy(logits_BK, label_B)
-        accuracy = (logits_BK.argmax(dim=1) == label_B).float().mean()
+        logits_BK, label_B = self(image_of(batch)), labels_of(batch, "Classifier")
+        loss, accuracy = label_cross_entropy(logits_BK, label_B), share_right(logits_BK, label_B)
         return {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}

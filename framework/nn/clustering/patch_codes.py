@@ -84,7 +84,7 @@ class PatchCodes(nn.Module):
         if not self._asked and has_values(image_BChw):  # the device is asked once, and not in each step
             if not bool(self.known):
                 self._learn(patches_BTd)
-            self._asked = True
+            self._asked = bool(self.known)
         # |t - c|^2 without |t|^2, which is the same for all centres.
         centres_Vd = self.centres_Vd.to(patches_BTd.dtype)
         return (centres_Vd.square().sum(dim=1) - 2 * patches_BTd @ centres_Vd.T).argmin(dim=2)
@@ -93,8 +93,11 @@ class PatchCodes(nn.Module):
         """What codes stand for, the pixels of their centres: [B T] -> [B T d]. Zeros before the first batch."""
         return self.centres_Vd[codes_BT]
 
+    @torch.compiler.disable  # scikit-learn's k-means is no part of a graph
     def _learn(self, patches_BTd: Tensor) -> None:
         rows_Nd = gather_rows(patches_BTd.flatten(0, 1))[0].cpu().numpy()
+        if not len(rows_Nd):
+            return  # no rank has an image: the next batch tells
         means = KMeans(min(self.codes, len(rows_Nd)), n_init=1, random_state=self.seed).fit(rows_Nd)
         self.centres_Vd.copy_(torch.from_numpy(np.resize(means.cluster_centers_, self.centres_Vd.shape)))
         if world_size() > 1:  # sums in another order may move a last digit

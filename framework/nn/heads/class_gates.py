@@ -46,10 +46,9 @@ class ClassPairGate(nn.Module):
         return self.layers((self.labels(first_B) + self.labels(second_B)) / 2).sigmoid()
 
     def _require_sound(self, *sides: Tensor) -> None:
-        if self.training and len(sides[0]) < 2:
+        if self.training and len(sides[0]) == 1:
             raise UserError(
-                f"a batch of {len(sides[0])} class pairs has no variance for the gate's BatchNorm; raise "
-                "data.init_args.batch_size"
+                "a batch of one class pair has no variance for the gate's BatchNorm; raise data.init_args.batch_size"
             )
         for label_B in sides:
             require_labels(label_B, self.num_classes, self)

@@ -1,6 +1,5 @@
 """A teacher that follows its student: the moving average of the student's weights."""
 
-import copy
 from typing import Any, Self
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightspan.errors import UserError
+from lightspan.nn.copies import copied
 from lightspan.nn.teachers.frozen import Frozen
 from lightspan.sharded import local
 
@@ -27,12 +27,13 @@ class EMATeacher(Frozen):
         average_statistics: average the student's running statistics as its weights, so that those with which the
             teacher normalises belong to the weights it has (Cai et al., "EMAN", 2021, arXiv 2101.08482); False takes
             the student's present ones. Without a say where `batch_statistics` is True.
+    Raises: UserError for a student that cannot be copied.
     """
 
     batch_statistics = False
 
     def __init__(self, student: nn.Module, batch_statistics: bool = False, average_statistics: bool = False) -> None:
-        super().__init__(copy.deepcopy(student))
+        super().__init__(copied(student, "EMATeacher"))
         self.batch_statistics, self.average_statistics = batch_statistics, average_statistics
         self.train()
 
@@ -53,10 +54,16 @@ class EMATeacher(Frozen):
 
         Args:
             momentum: m, in [0, 1].
+        Raises: UserError for a student that has other weights than the one that was copied.
         """
         own = dict(self.module.named_parameters())
         mine, theirs = [], []
         for name, parameter in student.named_parameters():
+            if name not in own:
+                raise UserError(
+                    f"the student's weight {name} came after its teacher was copied; change the network (adapters, "
+                    "parametrisations) before it is given to the method"
+                )
             mine.append(local(own[name]))
             theirs.append(local(parameter).to(own[name].dtype))
         torch._foreach_lerp_(mine, theirs, 1 - momentum)

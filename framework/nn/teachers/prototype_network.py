@@ -43,10 +43,11 @@ class PrototypeNetwork(nn.Module):
             `lightspan.backbones.vit.TokenViT` or `lightspan.backbones.elastic.ElasticViT`. Tokens may be narrower than
             `num_features`, and are then filled up by `lightspan.nn.slices.widened`.
         heads: [..., num_features] -> [..., K], at least one. Class tokens and patches share them.
+        masked_views: G, at least 1.
     Raises: UserError for a backbone without tokens, or without a class token; for no head, or one of another width.
     """
 
-    def __init__(self, backbone: nn.Module, heads: Sequence[DINOHead]) -> None:
+    def __init__(self, backbone: nn.Module, heads: Sequence[DINOHead], masked_views: int) -> None:
         super().__init__()
         if require_tokens(backbone, "PrototypeNetwork").num_prefix_tokens < 1:
             raise UserError("PrototypeNetwork scores the class token, and this backbone has none; set class_token=true")
@@ -56,7 +57,7 @@ class PrototypeNetwork(nn.Module):
                 f"heads take {widths} features, and {type(backbone).__name__} gives {given}; give one head or more "
                 f"with in_features={given}"
             )
-        self.backbone, self.heads = backbone, nn.ModuleList(heads)
+        self.backbone, self.heads, self.masked_views = backbone, nn.ModuleList(heads), masked_views
 
     @property
     def prototypes(self) -> list[nn.Module]:
@@ -73,13 +74,12 @@ class PrototypeNetwork(nn.Module):
         """Scores of all class tokens and of the masked patches.
 
         Args:
-            views: of at least one image; row b of all comes from image b.
+            views: row b of all comes from image b; a rank may have no image.
             masked: patches that are scored, of the first G views.
             hide: whether the network has to guess what they show.
             options: handed to `tokens` of the backbone.
         """
-        tokens, images = self.backbone.tokens, len(views[0])
-        count = len(masked.hidden_BHW) // images
+        tokens, images, count = self.backbone.tokens, len(views[0]), self.masked_views
         mask_BHW = masked.hidden_BHW if hide else None
         tokens_BTw = tokens(torch.cat([*views[:count]]), mask_BHW=mask_BHW, **options)  # type: ignore[operator]
         others = one_pass_a_size(lambda image_BChw: tokens(image_BChw, **options)[:, 0], views[count:])  # type: ignore[operator]

@@ -56,9 +56,11 @@ def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(UserError, match=r"temperature=0.0 must be above 0"):
         method(temperature=0.0)
     given = batch()
-    with pytest.raises(UserError, match=r"SupCon needs labels, and views of one size; this batch holds \['views'\]"):
+    with pytest.raises(
+        UserError, match=r"SupCon needs a whole number for each sample as label, and this batch holds views"
+    ):
         method().training_step({"views": given["views"]}, 0)
-    with pytest.raises(UserError, match=r"views of \[\[8, 8\], \[4, 4\]\]"):
+    with pytest.raises(UserError, match=r"views of \[\[3, 8, 8\], \[3, 4, 4\]\]"):
         method().training_step(given | {"views": [given["views"][0], given["views"][1][..., :4, :4]]}, 0)
 
 

@@ -100,5 +100,7 @@ def test_what_it_cannot_train_is_refused() -> None:
         with pytest.raises(UserError, match=message):
             method(**settings)
     given = batch()
-    with pytest.raises(UserError, match=r"SupReMix needs a target or ordered labels"):
+    with pytest.raises(
+        UserError, match=r"SupReMix needs a number for each sample as label, and this batch holds views"
+    ):
         method().training_step({"views": given["views"]}, 0)

@@ -55,7 +55,7 @@ def test_one_class_and_half_precision_give_finite_gates_and_gradients(kind: type
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_pair_in_training_and_labels_out_of_range_are_refused(kind: type[ClassPairGate]) -> None:
     gate = kind(5, 6, label_features=8, hidden=16)
-    with pytest.raises(UserError, match=r"a batch of 1 class pairs has no variance .*raise data.init_args.batch_size"):
+    with pytest.raises(UserError, match=r"a batch of one class pair has no variance .*raise data.init_args.batch_size"):
         gate(FIRST[:1], SECOND[:1])
     with pytest.raises(UserError, match=rf"from 1 to 5 do not fit {kind.__name__} of 5 classes; .* 6 classes or more"):
         gate(FIRST, SECOND.clamp_min(1) + torch.tensor([2, 0, 0, 0, 0]))

@@ -57,6 +57,16 @@ def test_statistics_are_averaged_like_the_weights_if_asked_for() -> None:
     assert not own.training
 
 
+def test_a_weight_that_the_student_got_later_is_named() -> None:
+    student = nn.Sequential(nn.Linear(3, 3))
+    teacher = EMATeacher(student)
+    torch.nn.utils.parametrizations.weight_norm(student[0])
+    with pytest.raises(
+        UserError, match=r"weight 0.parametrizations.weight.original0 came after its teacher was copied"
+    ):
+        teacher.follow(student, 0.9)
+
+
 def normalised() -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), DropPath(0.5), nn.Linear(4, 3))

@@ -82,6 +82,27 @@ class SignalAt(Callback):
         os.kill(os.getpid(), self.number)
 
 
+class SignalParentAt(Callback):
+    """Sends a signal to the process that started this run, while it computes step `step`, unless `marker` exists, which
+    it makes first.
+    """
+
+    alters_training = False
+
+    def __init__(self, step: int, name: str, marker: str) -> None:
+        self.step, self.number, self.marker = step, signal.Signals[name], Path(marker)
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if trainer.global_step == self.step and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getppid(), self.number)
+            if self.number == signal.SIGKILL:  # the next step comes after what the kernel sends then
+                while os.getppid() == int(os.environ["LIGHTSPAN_PARENT"]):
+                    time.sleep(0.01)
+            else:
+                time.sleep(0.5)
+
+
 class WarnLater(Callback):
     """A signal to this process some seconds after the callback was built, wherever the run is by then."""
 

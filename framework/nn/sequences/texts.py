@@ -1,0 +1,24 @@
+"""The tokens of a batch of texts, as methods of language read them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightspan.errors import UserError
+
+
+def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
+    """`tokens` of a batch, int64 [B T].
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch without a text, from which networks of transformers cannot tell their shapes.
+    """
+    tokens_BT: Tensor = batch["tokens"]
+    if not len(tokens_BT):
+        raise UserError(
+            f"{method} needs a text on every rank, and this batch has none; let the loader divide its samples evenly "
+            "among the ranks"
+        )
+    return tokens_BT

@@ -1,0 +1,26 @@
+"""One class of several for each row: how unlikely a network finds the right one, and how often its answer is right.
+
+Shapes: R rows of this rank, K classes.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightspan.devices import wide
+from lightspan.objectives.means import mean
+
+
+def label_cross_entropy(logits_RK: Tensor, label_R: Tensor) -> Tensor:
+    """Mean over the rows of -log softmax(logits)[label], in nats, a scalar >= 0 in float32 or wider.
+
+    Without rows it is 0, with gradient 0.
+
+    Args:
+        label_R: whole numbers in [0, K).
+    """
+    return mean(F.cross_entropy(wide(logits_RK), label_R.long(), reduction="none"))
+
+
+def share_right(scores_RK: Tensor, label_R: Tensor) -> Tensor:
+    """The share of rows whose largest score is that of their label, in [0, 1], in float32; 0 without rows."""
+    return mean((scores_RK.argmax(dim=1) == label_R).float())
