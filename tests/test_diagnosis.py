@@ -4,11 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from lightspan.cli import main
 
 PAGE = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text()
 
 
+@pytest.mark.runs
 def test_the_run_of_the_page_diverges_and_its_replay_says_what_the_page_says(tmp_path, capsys):
     block = next(part for part in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "lightspan replay" in part)
     fit, replay = (shlex.split(line.replace("runs/diverged", str(tmp_path / "run")))[1:] for line in block.splitlines())
