@@ -40,8 +40,8 @@ def text_of(tokens_T: Tensor, tokenizer: Any) -> str:
     if callable(getattr(tokenizer, "decode", None)):
         try:
             return printable(str(tokenizer.decode(numbers))).replace("\n", "\\n").replace("\t", "\\t")
-        except (NotImplementedError, ValueError, KeyError, TypeError):
-            pass  # a tokenizer that only encodes
+        except (NotImplementedError, LookupError, ValueError, TypeError):
+            pass  # a tokenizer that only encodes, or other tokens than its own
     if all(0 <= number < 256 for number in numbers):
         return printable(bytes(numbers).decode("utf-8", "replace")).replace("\n", "\\n").replace("\t", "\\t")
     return " ".join(map(str, numbers))

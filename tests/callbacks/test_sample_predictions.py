@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightspan.callbacks.pictures import sample_predictions
 from lightspan.callbacks.pictures.sample_predictions import RIGHT, WRONG, SamplePredictions
@@ -41,7 +42,9 @@ def drawn(monkeypatch):
 
 
 def fit(make_trainer, module, data, callback, **options):
-    make_trainer(max_steps=2, callbacks=[callback], val_check_interval=1, **options).fit(module, data, data)
+    make_trainer(max_steps=2, callbacks=[callback], val_check_interval=1, **options).fit(
+        module, DataLoader(data, batch_size=None), DataLoader(data, batch_size=None)
+    )
 
 
 def test_each_picture_is_titled_with_truth_guess_and_probability(make_trainer, drawn, tmp_path):
