@@ -119,7 +119,10 @@ def test_without_the_data_the_shape_of_a_picture_is_enough(run_dir: Path, tmp_pa
     built = build(load_resolved(run_dir)).model
     built.load_state_dict(read_checkpoint(run_dir / "checkpoints" / "last.ckpt", optimizers=False)["state_dict"])
     torch.testing.assert_close(program(images), built.eval().features({"image": images}))
-    assert "nothing is standardised" in (run_dir / "export" / "torch-export" / "README.md").read_text()
+    assert (
+        "with unknown mean and std, before they go in"
+        in (run_dir / "export" / "torch-export" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
