@@ -54,7 +54,7 @@ class Reading:
         """The inputs and their standardising as plain values, for the files that are written.
 
         Args:
-            inside: whether what is written standardises pictures itself, as `Standalone` does, or takes them standardised.
+            inside: whether what is written standardises pictures itself, as `Standalone` does.
         """
         inputs: dict[str, dict[str, Any]] = {
             name: {"dtype": str(x.dtype).removeprefix("torch."), "shape": ["batch", *x.shape[1:]]}
