@@ -22,19 +22,22 @@ def origin_of(uri: str) -> PurePosixPath:
 
 
 def uri_of(root: Path, file: PurePosixPath) -> str:
-    """The page that shows a file of the project: the same document, the API of a module, or its text."""
+    """The page that shows a file of the project: the same document, the API of a module, or its text. A folder is shown
+    by the API of its package, or by the list of all modules.
+    """
     if file.parts[0] == "docs":
         return file.relative_to("docs").as_posix()
-    for module, path in reference.modules(root).items():
-        if path == file:
-            return reference.uri_of(module)
-    return f"project/{file}" if file.suffix in {".md", *PICTURES} else f"project/{file}.md"
+    if (root / file).is_dir():
+        package = file / "__init__.py"
+        return reference.page_of(root, package) or "reference/index.md"
+    shown_as_it_is = file.suffix in {".md", *PICTURES}
+    return reference.page_of(root, file) or (f"project/{file}" if shown_as_it_is else f"project/{file}.md")
 
 
 def target(root: Path, link: str, uri: str) -> PurePosixPath | None:
-    """The file that a link of a page leads to; None if the project has none there."""
+    """The file or folder that a link of a page leads to; None if the project has none there."""
     file = PurePosixPath(posixpath.normpath(origin_of(uri).parent / link))
-    return None if ".." in file.parts or not (root / file).is_file() else file
+    return None if ".." in file.parts or not (root / file).exists() else file
 
 
 def pointed_to_pages(root: Path, text: str, uri: str) -> str:
