@@ -56,7 +56,7 @@ def linked_files(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("running.md", "../framework/optim/reference", "reference/optim/reference.md"),
         ("running.md", "../triton_kernels", "reference/index.md"),
         *(("running.md", link, link) for link in ("data.md", "#here", "https://example.org/x.md")),
-        *(("running.md", link, link) for link in ("../framework/nowhere.py", "../../outside")),
+        *(("running.md", link, link) for link in ("../framework/nowhere.py", "../../outside", "..", "../tests")),
     ],
 )
 def test_links_to_files_of_the_project_lead_to_their_pages(
