@@ -22,8 +22,8 @@ def origin_of(uri: str) -> PurePosixPath:
 
 
 def uri_of(root: Path, file: PurePosixPath) -> str:
-    """The page that shows a file: the same document, the API of a module, or its text. That of a folder of modules is the
-    API of the package, or the list of all modules.
+    """The page that shows a file: the same document, the API of a module, or its text. That of a folder of modules is
+    the API of the package, or the list of all modules.
     """
     if file.parts[0] == "docs":
         return file.relative_to("docs").as_posix()
