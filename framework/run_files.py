@@ -2,6 +2,9 @@
 
 AUDIT = "audit.json"  # of an audit of weights, beside AUDIT_PAGE
 AUDIT_PAGE = "audit.html"
+CAPTURE = "capture.json"  # of a step whose numbers are not finite, in CAPTURES/step-N
+CAPTURED_WEIGHTS = "weights.safetensors"
+CAPTURES = "captures"  # a folder
 CHECKPOINTS = "checkpoints"  # a folder
 CURVE = "curve.png"  # of a search for the intrinsic dimension
 CSV_FOLDER = "csv"
@@ -20,6 +23,7 @@ PICTURE = "picture.png"  # of a run without training, like TABLE and TENSORS
 PICTURES = "pictures"  # a folder of PNG files that callbacks draw; the report shows them
 PLAN = "plan.json"
 PREDICTIONS = "predictions.pt"
+PROFILE = "profile"  # a folder of a run with --profile
 PROVENANCE = "provenance.json"
 REFERENCES = "references.json"  # of a search for the intrinsic dimension
 REPORT = "report.html"  # in the folder of a report

@@ -216,6 +216,13 @@ VERBS = (
         "runs_clean",
     ),
     Verb(
+        "replay",
+        "take a step again whose loss or gradient was not finite, and name where that begins",
+        ("lightspan replay runs/mine", "lightspan replay runs/mine --step 120 trainer.precision=32-true"),
+        "replay",
+        flags=True,
+    ),
+    Verb(
         "report",
         "compare runs on one HTML page",
         ("lightspan report runs/mine", "lightspan report runs/mine runs/other --out compared.html --png compared.png"),

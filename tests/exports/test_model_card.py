@@ -25,7 +25,14 @@ CONFIG: dict[str, Any] = {
     },
     "seed_everything": 0,
     "trainer": {"max_epochs": 3},
-    "model": {"class_path": "lightspan.methods.contrastive.simclr.SimCLR"},
+    "model": {
+        "class_path": "lightspan.methods.supervised.classifier.Classifier",
+        "init_args": {
+            "backbone": {"class_path": "lightspan.backbones.vision.SmallConvNet"},
+            "num_classes": 10,
+            "optimizer": {"class_path": "torch.optim.AdamW"},
+        },
+    },
     "data": {
         "class_path": "lightspan.datamodules.images.small.FashionMNIST",
         "init_args": {"batch_size": 64, "root": "/home/alice/secret/fashion"},
@@ -132,7 +139,7 @@ def test_hostile_names_start_nothing(make_run: MakeRun) -> None:
     evil = "x\n---\n# owned\n<script>alert(1)</script> | `rm` \x1b[2J"
     about = CONFIG["about"] | dict.fromkeys(("title", "paper", "needs", "expected", "family"), evil)
     summary = SUMMARY | {f"val_{evil}": 1.0}
-    run = tiny(make_run, config=CONFIG | {"about": about}, summary=summary, provenance=PROVENANCE | {"commit": evil})
+    run = tiny(make_run, config=CONFIG | {"about": about}, summary=summary, provenance=PROVENANCE | {"lightspan": evil})
     card = card_of(run)
     assert not [line for line in card.text.splitlines() if line in ("---", "# owned")]
     assert "<script>" not in card.text
