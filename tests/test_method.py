@@ -185,7 +185,7 @@ def test_weights_of_other_widths_or_parts_are_refused_in_one_sentence_that_names
     small, large = Sorts(), Sorts()
     large.layer = nn.Linear(2, 7)
     with pytest.raises(
-        UserError, match=r"are of another Sorts than this one: size mismatch for layer.weight.*resolved"
+        UserError, match=r"of another Sorts than this one: size mismatch for layer.weight.*resolved"
     ):
         large.load_state_dict(small.state_dict())
     extra = {**small.state_dict(), **{f"part{i}": torch.zeros(1) for i in range(2)}}
