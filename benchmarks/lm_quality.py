@@ -56,6 +56,7 @@ from lightspan.memory import MIB, state_bytes
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.sweeps.descent import best_on_line
 
 RESULTS = Path(__file__).parent / "results" / "lm_quality.json"
 SWEEP_SEED, FINAL_SEEDS = 100, (0, 1, 2)
@@ -93,7 +94,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apollo_mini": {"refresh": 50, "rank": 1},
     "dct_adamw": {"error_feedback": "int8", "rotate": True},
 }
-LONGEST_LINE = 13  # a rate that changes nothing has no best value inside any line
 # One an optimiser, in the order of START: dark enough to read as text.
 OWN_COLOURS = ("#1a1a1a", *COLOURS, "#b3202c", "#2e86ab", "#6b4226")
 KEY = ("optimizer", "lr", "other_lr", "seed", "stage")
@@ -262,20 +262,6 @@ def measured(results: Path, setup: Setup, name: str, rates: Rates, seed: int, st
             "delete the file or name another with --results"
         )
     return row
-
-
-def best_on_line(loss: Callable[[float], float], centre: float, reach: int) -> float:
-    """The best of centre * 2**k for |k| <= reach, on a line that is extended while its best is one of its ends."""
-    losses = {k: loss(centre * 2.0**k) for k in range(-reach, reach + 1)}
-    while True:
-        best = min(losses, key=lambda k: (losses[k], k))  # of equal ones, as where all diverged, the smallest rate
-        if min(losses) < best < max(losses):
-            return centre * 2.0**best
-        if len(losses) >= LONGEST_LINE:
-            print(f"no best value inside {LONGEST_LINE} around {centre:.3g}; taking an end", flush=True)
-            return centre * 2.0**best
-        after = best - 1 if best == min(losses) else best + 1
-        losses[after] = loss(centre * 2.0**after)
 
 
 def search(loss: Callable[[Rates], float], start: Rates) -> Rates:

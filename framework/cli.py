@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from lightspan import __version__
-from lightspan.commands.verbs import VERBS, Verb
+from lightspan.commands.verbs import VERBS, Verb, verb_of
 from lightspan.errors import UserError, printable
 from lightspan.launch.parent import end_with_launcher
 from lightspan.signals import WARNINGS, remembered
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         if not _output_is_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python has not flushed yet
-        if arguments[:1] in ([], ["--help"], *([verb.name] for verb in VERBS if verb.only_prints)):
+        verb = verb_of(arguments)
+        if arguments[:1] in ([], ["--help"]) or (verb is not None and verb.only_prints):
             return 0
         print("lightspan: stopped, because nothing reads its standard output any more", file=sys.stderr)
         return FAILED
@@ -113,16 +114,16 @@ def parse(verb: Verb, arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(rest)
     if verb.flags:
         args.flags = flags
-    args.command_line = ["lightspan", verb.name, *arguments]
+    args.command_line = ["lightspan", *verb.words, *arguments]
     return args
 
 
 def _run(arguments: list[str]) -> int:
-    verb = next((verb for verb in VERBS if arguments and arguments[0] == verb.name), None)
+    verb = verb_of(arguments)
     if verb is None:
         return _without_verb(arguments)
     try:
-        args = parse(verb, arguments[1:])
+        args = parse(verb, arguments[len(verb.words) :])
     except SystemExit:  # argparse has printed the help
         return 0
     return int(getattr(importlib.import_module(f"lightspan.commands.{verb.module}"), verb.run)(args))

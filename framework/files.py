@@ -88,6 +88,28 @@ def require_regular_file(path: str | Path, what: str = "") -> None:
         raise UserError(f"{what} {path} {reason}; name a file".lstrip())
 
 
+def read_small(path: str | Path, most: int = 2**24) -> bytes | None:
+    """The content of a regular file of at most `most` bytes; None for anything else, or if it cannot be read.
+
+    For files that others may have written: nothing in the place of a file makes the reader wait or fill its memory.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError):
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        content = b""
+        while len(content) <= most and (part := os.read(descriptor, most + 1 - len(content))):
+            content += part
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return content if len(content) <= most else None
+
+
 @contextlib.contextmanager
 def explained_os_errors(path: Path, doing: str = "write", *, setting: str = "--run") -> Iterator[None]:
     """Turn the errors a user can fix (full disk, read-only folder, ...) into a `UserError` that names `path`.

@@ -125,24 +125,31 @@ def from_local(part: Tensor, ranks: Ranks, axis: int, shape: torch.Size) -> DTen
     return DTensor.from_local(part, ranks.mesh, ranks.placements(axis), run_check=False, shape=shape, stride=stride)
 
 
+def axes_of(tensor: Tensor) -> tuple[Ranks, ...]:
+    """The ranks among which a tensor is split, for each axis of its mesh that splits it; none of a plain tensor."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements
+    split = [axis for axis, placement in enumerate(placements) if mesh.size(axis) > 1 and not placement.is_replicate()]
+    return tuple(Ranks(mesh, axis) for axis in split)
+
+
 def ranks_of(tensor: Tensor) -> Ranks | None:
     """The ranks among which a tensor is split; None if this rank has all of it.
 
     Raises: UserError for a tensor that is split along several axes of its mesh.
     """
-    if not isinstance(tensor, DTensor):
+    axes = axes_of(tensor)
+    if not axes:
         return None
-    mesh, placements = tensor.device_mesh, tensor.placements
-    split = [axis for axis, placement in enumerate(placements) if mesh.size(axis) > 1 and not placement.is_replicate()]
-    if not split:
-        return None
-    if len(split) > 1 or type(placements[split[0]]) is not Shard:
+    assert isinstance(tensor, DTensor)
+    if len(axes) > 1 or type(tensor.placements[axes[0].axis]) is not Shard:
         raise UserError(
-            f"a parameter of shape {tuple(tensor.shape)} is placed on its mesh as {placements}; LowRank can step one "
-            "that is split along a single axis of the mesh. Shard it without tensor parallelism (strategy FSDP2), or "
-            "use AdamW"
+            f"a parameter of shape {tuple(tensor.shape)} is placed on its mesh as {tensor.placements}; LowRank can "
+            "step one that is split along a single axis of the mesh. Shard it without tensor parallelism (strategy "
+            "FSDP2), or use AdamW"
         )
-    return Ranks(mesh, split[0])
+    return axes[0]
 
 
 def splits_of(tensors: Iterable[Tensor]) -> list[Ranks]:
@@ -220,3 +227,31 @@ def squares_by_ranks(gradients: Iterable[tuple[Ranks | None, Tensor]]) -> list[t
     for ranks, gradient in gradients:
         alike[ranks].append(gradient)
     return [(ranks, square_norms(together)) for ranks, together in alike.items()]
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, 0-d; of sharded ones over all their parts.
+
+    All ranks must call it, also those without a gradient: the parameters alone decide what is exchanged.
+    """
+    alike: dict[tuple[Ranks, ...], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        alike[axes_of(parameter)].append(parameter)
+    squares = []
+    for axes, members in alike.items():
+        given = [held_numbers(parameter.grad) for parameter in members if parameter.grad is not None]
+        device = local(members[0]).device
+        square = square_norms(given).to(device).sum(dtype=widest_float(device))
+        for ranks in axes:
+            square = ranks.total(square)
+        squares.append(square)
+    return (
+        torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt() if squares else torch.zeros(())
+    )
+
+
+def held_numbers(tensor: Tensor) -> Tensor:
+    """This rank's numbers of a tensor, dense and real."""
+    part = local(tensor)
+    part = part.coalesce().values() if part.is_sparse else part
+    return torch.view_as_real(part.resolve_conj()) if part.is_complex() else part

@@ -13,12 +13,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lightspan.blocks import blocks, compile_in_place, innermost_blocks, recompute_activations
 from lightspan.devices import widest_float
 from lightspan.distributed import copy_of_first_rank, replicated_buffers
 from lightspan.errors import UserError
@@ -165,11 +165,11 @@ class FSDP2(ExactMeans, ModelParallelStrategy):
         if isinstance(module, FSDPModule):
             return
         assert self.mesh is not None
-        for block in blocks(module):
+        for block in innermost_blocks(module):
             if self.activation_checkpointing:
-                checkpoint(block)
+                recompute_activations(block)
             if self.compile:
-                block.compile()
+                compile_in_place(block)
         shard_blocks(module, self.mesh)
         for name in FORWARD_METHODS:
             if hasattr(module, name):
@@ -180,20 +180,6 @@ def shard(module: LightningModule) -> None:
     """For `configure_model`: splits the module if it has a Trainer whose strategy is `FSDP2`."""
     if module._trainer is not None and isinstance(strategy := module._trainer.strategy, FSDP2):
         strategy.shard(module)
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The parts of a module that are gathered one at a time, inner ones first: elements of ModuleLists, and of
-    Sequentials that repeat one composite class, if they have parameters.
-    """
-    found: dict[nn.Module, None] = {}
-    for container in module.modules():
-        elements = list(container.children())
-        listed = isinstance(container, nn.ModuleList)
-        repeated = isinstance(container, nn.Sequential) and len({type(element) for element in elements}) == 1
-        if listed or (repeated and len(elements) > 1 and any(elements[0].children())):
-            found.update((e, None) for e in elements if _has_forward(e) and any(True for _ in e.parameters()))
-    return list(found)[::-1]
 
 
 def shard_blocks(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -236,10 +222,6 @@ def _placements(part: nn.Module, ranks: int) -> Callable[[nn.Parameter], Shard |
         return Shard(1) if wide and kinds.get(id(parameter)) != "frames" else None
 
     return placement
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
 
 
 def _device(mesh: DeviceMesh) -> torch.device:

@@ -64,16 +64,18 @@ def launch(
     timeout_s: float = 120.0,
     environment: Mapping[str, str] = MappingProxyType({}),
     cwd: Path | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Ended:
     """One command line on `ranks` processes, as a launcher from outside starts them; when one is killed, all are.
 
-    `folder` takes what they say; `cwd` is where they start, this process' folder if None.
+    `folder` takes what they say; `cwd` is where they start, this process' folder if None; `prepare` is called in each
+    of them first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     server, port, logs = _server(), free_port(), [folder / f"rank-{rank}.log" for rank in range(ranks)]
     given = dict(os.environ) | dict(environment)
     processes = [
-        server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log), given, cwd))
+        server.Process(target=_rank, args=(arguments, rank, ranks, port, str(log), given, cwd, prepare))
         for rank, log in enumerate(logs)
     ]
     with _turn() if ranks > 1 else contextlib.nullcontext():
@@ -146,7 +148,14 @@ def free_port() -> int:
 
 
 def _rank(
-    arguments: list[str], rank: int, ranks: int, port: int, log: str, environment: dict[str, str], cwd: Path | None
+    arguments: list[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    log: str,
+    environment: dict[str, str],
+    cwd: Path | None,
+    prepare: Callable[[], None] | None,
 ) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -162,6 +171,8 @@ def _rank(
     from lightspan.cli import main
 
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     status = main(arguments)
     sys.stderr.flush()
     sys.exit(status)

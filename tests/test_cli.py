@@ -42,7 +42,7 @@ def lines(capsys) -> list[str]:
         ["check", "language/quickstart", "trainer.max_stepz=1"],
         ["completion", "bash"],
         ["completion", "bash", "--words", "fit", "language/quickstart", "trainer."],
-        *([verb.name, "--help"] for verb in VERBS),
+        *([*verb.words, "--help"] for verb in VERBS),
         ["--help"],
     ],
     ids=" ".join,

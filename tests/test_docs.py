@@ -5,13 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightspan.cli import parser_of
-from lightspan.commands.verbs import VERBS
+from lightspan.commands.verbs import verb_of
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *READMES])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.ipynb"), *READMES])
 
 FAMILIES = "|".join(sorted({path.parent.name for path in (ROOT / "recipes").glob("*/*.yaml")}))
 
@@ -51,15 +52,12 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def options_of(verb: str) -> set[str]:
-    """The options that a verb takes."""
-    return set(parser_of(next(known for known in VERBS if known.name == verb))._option_string_actions)
-
-
 def unknown(command: str) -> list[str]:
     """Options and recipes of a command line that do not exist."""
-    _, verb, *arguments = shlex.split(command, comments=True)
-    options = options_of(verb)
+    arguments = shlex.split(command, comments=True)[1:]
+    verb = verb_of(arguments)
+    assert verb is not None, command
+    options = parser_of(verb)._option_string_actions
     wrong = []
     for argument in arguments:
         if argument.startswith("-"):
@@ -99,3 +97,77 @@ def test_every_promise_names_tests_that_exist() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text())
     assert len(named) > 30
     assert not [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
+
+
+def outside_code(text: str) -> list[str]:
+    """The lines of a document; those in fenced blocks are empty."""
+    return re.sub(
+        r"^ *```.*?^ *```", lambda code: "\n" * code[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
+    ).split("\n")
+
+
+def read_in_two_ways(text: str) -> list[str]:
+    """Lines that GitHub and the site show differently: blocks in an item of a list that are indented by fewer than four
+    spaces, and lists and tables that follow a paragraph without a blank line.
+    """
+    fences = re.findall(r"^ {1,3}```.*$", text, re.MULTILINE)
+    lines = outside_code(text)
+    wrong = []
+    for before, line in zip(["", *lines], lines, strict=False):
+        nested = re.match(r" {1,3}(- |\d+\. )", line) or (not before and re.match(r" {1,3}\S", line))
+        list_begins = re.match(r"- |1\. ", line) and not re.match(r" |- |\d+\. |$", before)
+        table_begins = line.startswith("|") and not re.match(r"\||<!--|$", before)
+        wrong += [line] if nested or list_begins or table_begins else []
+    return fences + wrong
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_read_alike_on_github_and_on_the_site(document: Path) -> None:
+    assert read_in_two_ways(document.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("- a\n  b\n- c\n", []),
+        ("- a\n\n    b\n    - c\n", []),
+        ("- a\n\n  b\n", ["  b"]),
+        ("- a\n  - b\n", ["  - b"]),
+        ("- a\n\n  ```py\n  b\n  ```\n", ["  ```py", "  ```"]),
+        ("a\n- b\n", ["- b"]),
+        ("a\n| b |\n|---|\n", ["| b |"]),
+        ("```\na\n- b\n```\n", []),
+    ],
+)
+def test_what_is_read_in_two_ways_is_found(text: str, wrong: list[str]) -> None:
+    assert read_in_two_ways(text) == wrong
+
+
+def test_the_site_and_the_index_have_every_document() -> None:
+    def pages(nav: list) -> list[str]:
+        return [page for entry in nav for page in ([entry] if isinstance(entry, str) else pages(*entry.values()))]
+
+    documents = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert sorted({*pages(config["nav"])} - {"gallery.md"}) == documents
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text())
+    assert sorted({*linked, "index.md"}) == documents
+
+
+def test_figures_of_the_decision_page_stand_on_the_pages_that_it_links() -> None:
+    page = ROOT / "docs" / "which-method.md"
+    checked = 0
+    for line in page.read_text().split("\n"):
+        for cell in line.split(" | "):
+            linked = [page.parent / link for link in re.findall(r"\]\(([\w/-]+\.md)", cell)]
+            known = {
+                f"{float(number):.{digits}f}"
+                for path in linked
+                for number in re.findall(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", path.read_text())
+                for digits in range(1, 5)
+            }
+            text = re.sub(r"\[[^]]*\]\([^)]*\)|`[^`]*`", "", cell)
+            figures = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", text)
+            assert {figure for figure in figures if figure not in known} == set(), cell
+            checked += len(figures)
+    assert checked > 50

@@ -17,10 +17,11 @@ PACKAGES = {
 GROUND: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    **{floor: {"errors"} for floor in ("distributed", "files", "layers", "patterns", "ranges")},
+    **{floor: {"errors"} for floor in ("cards", "distributed", "files", "layers", "patterns", "ranges")},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
-    **{floor: set() for floor in ("devices", "drawing", "noise", "run_files", "unit_length")},
+    **{floor: set() for floor in ("blocks", "devices", "drawing", "noise", "run_files", "unit_length")},
+    "captures": {"errors", "files", "run_files", "tensor_files"},
     "results": {"drawing", "errors"},
     "tensor_files": {"errors", "files"},
 }
@@ -59,7 +60,7 @@ MAY_USE: dict[str, set[str]] = {
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"
-LIBRARIES = {"config", "exports", "intrinsic", "launch", "planning", "report", "runs"}
+LIBRARIES = {"config", "exports", "intrinsic", "launch", "planning", "replay", "report", "runs", "sweeps"}
 SHELL = {"__init__", "__main__", "cli", "commands"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}

@@ -3,27 +3,21 @@
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from source_copies import SOURCES, copy_sources
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("framework", "callbacks", "datamodules", "recipes", "triton_kernels")
 IMAGES = "lightspan/datamodules/assets/fashion_mnist_4k.npz"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, so that no leftover in build/ can find its way in."""
-    copy = tmp_path_factory.mktemp("sources")
-    for folder in SOURCES:
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, copy)
+    copy = copy_sources(tmp_path_factory.mktemp("sources"))
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, copy]
     subprocess.run(command, check=True, capture_output=True, text=True)

@@ -16,13 +16,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from lightspan.blocks import blocks
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.distributed import leave, rank, world_size
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.optim.low_rank import LowRank
-from lightspan.strategies import FSDP2, ExactMeans, blocks
+from lightspan.strategies import FSDP2, ExactMeans
 
 pytestmark = pytest.mark.ranks
 

@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightspan.callbacks.resilience.step_capture import StepCapture
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
-from lightspan.optim.elementwise import real
 from lightspan.optim.low_rank import LowRank
-from lightspan.sharded import local, square_norms
+from lightspan.sharded import held_numbers, square_norms
 
 
 class FiniteLoss(Callback):
@@ -38,9 +38,15 @@ class FiniteLoss(Callback):
     (16-mixed) infinite gradients are part of the method, and with DeepSpeed they are out of reach: only the loss is
     checked, and "skip" is refused.
 
+    With `folder`, either policy also captures the step: its weights, micro-batches and random states, from which
+    `lightspan replay` finds the module in which it begins; see `lightspan.callbacks.resilience.step_capture`.
+
     Args:
         policy: "stop" or "skip".
         most_skips: skipped steps of this run, resumes included, that are still tolerated; >= 0.
+        folder: where captures go, usually ${run}/captures. None captures nothing.
+        most_captures: steps of a run that are captured, >= 0.
+        most_capture_mib: size of a module's parameters and buffers above which nothing is captured.
 
     Raises: UserError, with step, epoch, place in the epoch, samples if the batch names them, rank, and the first
         parameter or gradient that is not finite.
@@ -48,12 +54,22 @@ class FiniteLoss(Callback):
 
     alters_training = False  # a step with finite numbers is the same with or without it
 
-    def __init__(self, policy: Literal["stop", "skip"] = "stop", most_skips: int = 10) -> None:
+    def __init__(
+        self,
+        policy: Literal["stop", "skip"] = "stop",
+        most_skips: int = 10,
+        folder: str | None = None,
+        most_captures: int = 3,
+        most_capture_mib: float = 8192.0,
+    ) -> None:
         if policy not in ("stop", "skip"):
             raise UserError(f"policy={policy!r} must be 'stop' or 'skip'")
         if most_skips < 0:
             raise UserError(f"most_skips={most_skips} must be at least 0")
+        if most_captures < 0:
+            raise UserError(f"most_captures={most_captures} must be at least 0")
         self.policy, self.most_skips = policy, most_skips
+        self._capture = StepCapture(folder, most_captures, most_capture_mib)
         self.skipped = 0
         self._batch: str | Tensor = "a batch"  # the current one
         self._losses: list[tuple[Tensor, str | Tensor]] = []  # of this step, each with its batch
@@ -89,6 +105,7 @@ class FiniteLoss(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         index = batch.get("index") if isinstance(batch, dict) else None
         self._batch = index if isinstance(index, Tensor) else _position(trainer, batch_idx)
+        self._capture.add(trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # A micro-batch whose step returns None has no loss and does not come here.
@@ -105,16 +122,18 @@ class FiniteLoss(Callback):
             return
         broken = _first_broken(_values(pl_module))
         reason = self._reason(trainer, pl_module, losses, broken)
+        own = any(not loss.isfinite() for loss, _ in losses)
+        captured = self._capture.write(trainer, pl_module, own, reason)
         if self.policy == "stop":
-            raise UserError(f"{reason}. Lower the learning rate, clip gradients, or inspect that batch")
+            raise UserError(f"{reason}. Lower the learning rate, clip gradients, or inspect that batch{captured}")
         if _anywhere(broken is not None, pl_module.device):
-            raise UserError(f"{reason}. Skipping the step would not fix the network")
+            raise UserError(f"{reason}. Skipping the step would not fix the network{captured}")
         self.skipped += 1
         if self.skipped > self.most_skips:
-            raise UserError(f"{reason}. It is skip number {self.skipped}, above most_skips={self.most_skips}")
+            raise UserError(f"{reason}. It is skip number {self.skipped}, above most_skips={self.most_skips}{captured}")
         optimizer.zero_grad(set_to_none=True)
         if trainer.is_global_zero:
-            print(f"skipped: {reason} ({self.skipped} of at most {self.most_skips})", flush=True)
+            print(f"skipped: {reason} ({self.skipped} of at most {self.most_skips}){captured}", flush=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -135,7 +154,7 @@ class FiniteLoss(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients or not self._sees_gradients:
             return torch.zeros((), device=module.device)
-        return square_norms([_held(gradient) for gradient in gradients]).max().sqrt().float()
+        return square_norms([held_numbers(gradient) for gradient in gradients]).max().sqrt().float()
 
     def _reason(
         self,
@@ -183,20 +202,14 @@ def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             yield f"the gradient of {name}", parameter.grad
-            yield f"the square of the gradient of {name}", square_norms([_held(parameter.grad)])
+            yield f"the square of the gradient of {name}", square_norms([held_numbers(parameter.grad)])
 
 
 def _first_broken(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
     for name, tensor in tensors:
-        if not _held(tensor).isfinite().all():
+        if not held_numbers(tensor).isfinite().all():
             return name
     return None
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """This rank's numbers of a tensor, dense and real."""
-    part = local(tensor)
-    return real(part.coalesce().values() if part.is_sparse else part)
 
 
 def _anywhere(mine: bool, device: torch.device) -> bool:

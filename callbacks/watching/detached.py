@@ -67,6 +67,12 @@ def of_all_ranks(trainer: Trainer, columns: Sequence[Tensor], index_B: Tensor) -
     return [column[order_N[first_N]] for column in gathered]
 
 
+def is_logged(trainer: Trainer) -> bool:
+    """Whether loggers record the step under way, as Lightning counts; the same on all ranks."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    return bool(every) and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+
+
 def log_now(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """One line of the loggers for the step that has just ended, and what callbacks read.
 

@@ -12,16 +12,16 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evidence.recorder import surroundings
-from evidence.zoo import lightly_views, page, pictures, records, training
+from evidence.zoo import closer, lightly_views, page, pictures, records, training
 from evidence.zoo.methods import ENCODERS, ENTRIES
-from evidence.zoo.records import OURS, SEARCH_SEED, UNTRAINED, Cell, Row
+from evidence.zoo.records import OURS, SEEDS, UNTRAINED, Cell, Row
 from lightspan.errors import UserError
 
 STEPS = {"fashion": 200, "openclipart": 200, "full": 1600}
@@ -39,14 +39,19 @@ def measured(cell: Cell, made: list[pictures.Batch]) -> Row:
     task = training.task_of(split, cell.encoder)
     try:
         if cell.arm == UNTRAINED:
-            features, step_ms = training.untrained(task, cell.seed), None
+            trained = training.untrained(task, cell.seed)
         else:
             run = training.train if cell.by == OURS else training.train_peer
-            features, step_ms = run(cell.arm, task, cell.rate, cell.seed, made)
-        found: Row = {**training.scores(features, split, "val" if cell.seed == SEARCH_SEED else "test")}
+            trained = run(cell.arm, task, cell.rate, cell.seed, made)
+        part = "test" if cell.seed in SEEDS else "val"
+        found: Row = {**training.scores(trained.features, split, part)}
+        if trained.student is not None:
+            of_student = training.scores(trained.student, split, part)
+            found |= {f"student_{name}": value for name, value in of_student.items()}
     except UserError as error:  # features that are not finite
         return {"error": str(error)}
-    return {name: round(value, 3) for name, value in found.items()} | {"step_ms": step_ms and round(step_ms, 2)}
+    step_ms = trained.step_ms and round(trained.step_ms, 2)
+    return {name: round(value, 3) for name, value in found.items()} | {"step_ms": step_ms}
 
 
 def run_cells(cells: Iterable[Cell], steps: int) -> Iterator[tuple[Cell, Row]]:
@@ -71,6 +76,15 @@ def speeds(steps: int = TIMED) -> Iterator[Row]:
                 yield {"kind": "speed", "arm": arm, "encoder": encoder, "ours_ms": ours, "theirs_ms": theirs}
 
 
+def plans(rows: list[Row], data: str) -> Iterator[list[Cell]]:
+    """What is to be run, in this order. Each list follows from the rows that there are when it is asked for."""
+    yield records.searches(data)
+    yield records.reports(rows, data)
+    if data == closer.DATA:
+        yield closer.searches()
+        yield closer.reports(rows)
+
+
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -91,8 +105,7 @@ def run(options: argparse.Namespace) -> None:
     for data in options.data:
         steps = options.steps or STEPS[data]
         # Kind by kind, so that a run that is stopped leaves whole rows of the table.
-        for kind, searching in product(KINDS, (True, False)):
-            plan = records.searches(data) if searching else records.reports(rows, data)
+        for kind, plan in ((kind, plan) for kind in KINDS for plan in plans(rows, data)):
             finished = records.done(rows)
             wanted = [cell for cell in plan if kind_of(cell) == kind and cell not in finished]
             start_s = time.perf_counter()

@@ -2,7 +2,8 @@
 
 A cell is a run of one method by one package on one encoder, one data set, one rate and one seed. Cells of the seed
 `SEARCH_SEED` are scored on validation pictures and choose the rate; those of `SEEDS` are scored on test pictures and
-are what the page reports. A cell that stands in the file is never run again.
+are what the page reports; those of the seeds of `closer` are scored on validation pictures too. A cell that stands in
+the file is never run again.
 """
 
 import json

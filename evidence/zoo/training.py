@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import seed_everything
@@ -20,11 +20,26 @@ from evidence.zoo.pictures import Batch, Passes, Split
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.method import Method
+from lightspan.methods.distillation.dino import DINO
 from lightspan.optim.schedules import WarmupCosine
 
 BATCH, NEIGHBOURS = 64, 20
 DECAY, CLIP, WARMUP = 0.05, 3.0, 0.1
 Features = Callable[[Tensor], Tensor]
+
+
+class Trained(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+        features: those that the method or the package's example keeps.
+        step_ms: milliseconds of the processor for a step; None without a step.
+        student: the student's features, of lightspan's DINO, which keeps the teacher's.
+    """
+
+    features: Features
+    step_ms: float | None = None
+    student: Features | None = None
 
 
 def task_of(split: Split, encoder: str) -> Task:
@@ -39,13 +54,13 @@ def optimisation(rate: float) -> dict[str, Any]:
     }
 
 
-def untrained(task: Task, seed: int) -> Features:
+def untrained(task: Task, seed: int) -> Trained:
     seed_everything(seed, verbose=False)
-    return task.encoder().eval()
+    return Trained(task.encoder().eval())
 
 
-def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> tuple[Features, float]:
-    """(features of a method of lightspan after a step on each batch, milliseconds of the processor for a step)."""
+def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> Trained:
+    """A method of lightspan after a step on each batch."""
     seed_everything(seed, verbose=False)
     method = ENTRIES[arm].build(task, **optimisation(rate))
     trainer = quiet_trainer(max_steps=len(made), gradient_clip_val=CLIP)
@@ -56,10 +71,11 @@ def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> tu
     spent_s = time.thread_time() - start_s
     assert trainer.global_step == len(made)
     method.eval()
-    return lambda image: method.features({"image": image}), 1000 * spent_s / len(made)
+    student = method.student.backbone if isinstance(method, DINO) else None
+    return Trained(lambda image: method.features({"image": image}), 1000 * spent_s / len(made), student)
 
 
-def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> tuple[Features, float]:
+def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> Trained:
     """As `train`, of lightly's counterpart in a plain loop."""
     from evidence.zoo.lightly_methods import PEERS
 
@@ -75,7 +91,7 @@ def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) 
         optimizer.step()
         schedule.step()
     spent_s = time.thread_time() - start_s
-    return peer.eval().encoder, 1000 * spent_s / len(made)
+    return Trained(peer.eval().encoder, 1000 * spent_s / len(made))
 
 
 @torch.no_grad()

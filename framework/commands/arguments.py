@@ -1,6 +1,7 @@
 """Arguments that several verbs share."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
     return with_pictures(args.recipe, args.overlays, args.images, size, args.flags, args.allow_modules, kinds)
 
 
+def configuration_words(args: argparse.Namespace) -> list[str]:
+    """What another command line needs after RECIPE for the same configuration, besides --allow-module."""
+    overlays = [word for overlay in args.overlays for word in ("-c", overlay)]
+    images = [] if args.images is None else ["--images", str(args.images)]
+    size = [] if args.image_size is None else ["--image-size", str(args.image_size)]
+    return [*overlays, *images, *size, *args.flags]
+
+
 def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
     """--allow-module PACKAGE, any number of times, as `args.allow_modules`."""
     parser.add_argument(
@@ -82,6 +91,30 @@ def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """--run DIR, as `args.run`; None if it is not given."""
     parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """--seeds, --seed-key, --workers and --retry-failed, which `lightspan fit` has too."""
+    parser.add_argument("--seeds", metavar="0,1,2", help="one run for each of these seeds (seed_everything)")
+    parser.add_argument(
+        "--seed-key",
+        dest="seed_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="another key that takes each seed, such as data.init_args.seed; repeat it",
+    )
+    parser.add_argument("--workers", type=count, metavar="N", help="runs at the same time (default 1)")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="when it is continued, also start the runs again that failed"
+    )
+
+
+def count(text: str) -> int:
+    """The type of an option that counts something."""
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
 
 
 def folder(text: str) -> Path:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lightspan.commands.arguments import file, folder
-from lightspan.commands.verbs import VERBS
+from lightspan.commands.verbs import VERBS, Verb, verb_of
 from lightspan.config.flags import split_flags
 from lightspan.config.recipes import catalogue_names
 from lightspan.config.resolve import merged
@@ -73,22 +73,28 @@ def completion(words: Sequence[str]) -> Completion:
 
 def _verbs() -> Completion:
     general = [Candidate("--help", "list the verbs"), Candidate("--version", "print the version")]
-    return Completion([*(Candidate(verb.name, verb.help) for verb in VERBS), *general])
+    return Completion([*(Candidate(verb.name, verb.help) for verb in VERBS if len(verb.words) == 1), *general])
 
 
 def _behind_verb(before: Sequence[str], begun: str) -> Completion:
-    from lightspan.cli import parser_of
-
-    verb = next((verb for verb in VERBS if verb.name == before[0]), None)
+    verb = verb_of(before)
     if verb is None:
         return Completion([])
+    longer = [Candidate(one.words[-1], one.help) for one in VERBS if one.words[:-1] == list(before)]
+    found = _behind_words(verb, before, begun)
+    return found._replace(candidates=[*longer, *found.candidates])
+
+
+def _behind_words(verb: Verb, before: Sequence[str], begun: str) -> Completion:
+    from lightspan.cli import parser_of
+
     actions = parser_of(verb)._actions
     options = {option: action for action in actions for option in action.option_strings}
     if before[-1] in options and options[before[-1]].nargs != 0:
         return _values(options[before[-1]])
     if begun.startswith("-"):
         return Completion([Candidate(option, action.help or "") for option, action in options.items()])
-    plain = list(_plain_words(before[1:], options))
+    plain = list(_plain_words(before[len(verb.words) :], options))
     places = [action for action in actions if not action.option_strings]
     if places and len(plain) >= len(places) and places[-1].nargs in ("+", "*"):
         return _values(places[-1])

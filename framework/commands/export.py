@@ -3,11 +3,11 @@
 import argparse
 import json
 import os
-from collections.abc import Callable
-from functools import partial
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lightspan.cards import CARD
 from lightspan.checkpoints.manifest import COMPLETE, WEIGHTS_ALONE
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     from lightspan.config.build import Resolved
-    from lightspan.nn.subnets import Size
+    from lightspan.exports.formats import Product
 
-LARGEST_DIFFERENCE = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
+FORMATS = ("safetensors", "huggingface", "peft", "timm", "torch-export", "onnx")
+FUNCTIONS = ("torch-export", "onnx")  # formats that hold a function, not weights alone
+_ONLY = {"sizes": ("timm",), "what": FUNCTIONS, "precision": ("onnx",), "shape": ("timm", "huggingface", *FUNCTIONS)}
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,39}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="RUN/checkpoints/NAME.ckpt, a file or the folder of a sharded run, or RUN for its newest complete one; "
         "of a merge its folder or safetensors file, with --recipe and --out",
     )
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
     parser.add_argument(
-        "--to", required=True, choices=("safetensors", "huggingface", "peft", "timm"), help="format to write"
+        "--what",
+        choices=("features", "predict"),
+        help="what torch-export and onnx hold: features(batch), the default, or predict_step(batch, 0)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float16", "bfloat16"),
+        help="how onnx stores weights, which are widened for use (default: as the model has them)",
+    )
+    parser.add_argument(
+        "--shape", type=_shape, metavar="C,H,W", help="of a picture, if the run's data are not on this machine"
     )
     parser.add_argument(
         "--sizes",
         nargs="+",
         metavar="WIDTHxDEPTH",
         help="networks to cut out of an elastic one, each into a folder of its name, or all (timm; default: the whole)",
+    )
+    parser.add_argument(
+        "--licence", type=_licence, metavar="NAME", help="of the weights, for the model card, such as apache-2.0"
     )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder to write (default: RUN/export/FORMAT)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
@@ -51,49 +68,87 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the export, or nothing: the folder appears once it was read back and found equal. 1 if it was not."""
-    from lightspan.adapters.inject import fold
     from lightspan.callbacks.training.adaptation import Adaptation
     from lightspan.config.build import build
+    from lightspan.exports import formats
+    from lightspan.exports.onnx_file import require_packages
     from lightspan.runs.train import put_weights
 
-    if args.sizes and args.to != "timm":
-        raise UserError(f"--sizes cuts networks for --to timm, and this is --to {args.to}; leave one of them out")
+    _require_options_of(args)
+    if args.to == "onnx":
+        require_packages()
     checkpoint = find_checkpoint(args.checkpoint)
     if alone := checkpoint.suffix == ".safetensors":
         _require_whole_task(args, checkpoint)
     resolved = _resolved(args, checkpoint)
     out = args.out or _run_folder(args, checkpoint) / "export" / args.to
     built = build(in_one_process(resolved))
-    model = built.model
-    Adaptation.act(built.trainer, model)
-    model.configure_model()
-    sizes = _sizes(model, args.sizes) if args.to == "timm" else []
+    Adaptation.act(built.trainer, built.model)
+    built.model.configure_model()
+    formats.require_sizes(built.model, args.sizes)
     refuse_occupied(out, args.overwrite)
-    (put_weights if alone else load_weights)(model, checkpoint)
-    if args.to == "huggingface":
-        from lightspan.exports.huggingface import require_pretrained
-
-        require_pretrained(model)
-        fold(model)
+    (put_weights if alone else load_weights)(built.model, checkpoint)
+    request = formats.Request(
+        built,
+        {"recipe": resolved.name, **_version()},
+        what=args.what or "features",
+        precision=args.precision,
+        shape=args.shape,
+        sizes=args.sizes,
+    )
+    write = {
+        "safetensors": formats.to_safetensors,
+        "huggingface": formats.to_huggingface,
+        "peft": formats.to_peft,
+        "timm": formats.to_timm,
+        "torch-export": formats.to_torch_export,
+        "onnx": formats.to_onnx,
+    }[args.to]
     with whole_folder(out) as folder:
-        writers: dict[str, Callable[[Any, Path, str], float]] = {
-            "safetensors": _to_safetensors,
-            "huggingface": _to_huggingface,
-            "peft": _to_peft,
-            "timm": partial(_to_timm, sizes=sizes),
-        }
-        difference = writers[args.to](model, folder, resolved.name)
-        what = "tensor" if args.to == "safetensors" else "output"
-        print(f"read back with {args.to}: largest {what} difference {difference:.3g}")
-        limit = 0.0 if args.to == "safetensors" else LARGEST_DIFFERENCE
-        if not difference <= limit:
-            print(f"this is more than {limit:g}: nothing was written")
+        product = write(request, folder)
+        print(_said(product))
+        if not product.difference <= product.limit:
+            print(f"this is more than {product.limit:.3g}: nothing was written")
             return 1
+        _write_cards(args, resolved, checkpoint, product, folder)
         record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}
-        (folder / EXPORT).write_text(json.dumps({**record, "largest_difference": difference}, indent=2) + "\n")
+        record |= {**product.record, "largest_difference": product.difference, "limit": product.limit}
+        (folder / EXPORT).write_text(json.dumps(record, indent=2) + "\n")
     files = sorted(path.name for path in out.iterdir())
     print(f"wrote {out}: {', '.join(files)}")
     return 0
+
+
+def _require_options_of(args: argparse.Namespace) -> None:
+    """Raises: UserError for an option of another format."""
+    for name, formats in _ONLY.items():
+        if getattr(args, name) is not None and args.to not in formats:
+            raise UserError(
+                f"--{name} is an option of --to {' and --to '.join(formats)}, and this is --to {args.to}; leave one of "
+                "them out"
+            )
+
+
+def _said(product: "Product") -> str:
+    what = "tensor" if product.reader == "safetensors" else "output"
+    return f"read back with {product.reader}: largest {what} difference {product.difference:.3g}"
+
+
+def _write_cards(
+    args: argparse.Namespace, resolved: "Resolved", checkpoint: Path, product: "Product", folder: Path
+) -> None:
+    """A model card in each folder that others may publish."""
+    from lightspan.exports.model_card import Told, model_card
+
+    wrote = "the adapters" if args.to == "peft" else "the weights"
+    if args.to in FUNCTIONS:
+        wrote = "the predictions, as a program," if args.what == "predict" else "the features, as a program,"
+    check = f"When it was written it was {_said(product)} (accepted: {product.limit:.3g})."
+    told = Told(wrote, product.loading, check, product.library, product.record, args.licence)
+    run = None if args.recipe else _run_folder(args, checkpoint)
+    card = model_card(resolved, run, told)
+    for name in product.cards:
+        (folder / name / CARD).write_text(card, encoding="utf-8")
 
 
 def find_checkpoint(given: Path) -> Path:
@@ -138,42 +193,6 @@ def load_weights(model: "LightningModule", checkpoint: Path) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def _to_safetensors(model: "LightningModule", folder: Path, recipe: str) -> float:
-    from lightspan.exports.safetensors import write_safetensors
-
-    return write_safetensors(model, folder, {"recipe": recipe, **_version()})
-
-
-def _to_huggingface(model: "LightningModule", folder: Path, recipe: str) -> float:
-    from lightspan.exports.huggingface import largest_output_difference
-
-    backbone: Any = model.backbone
-    backbone.save_pretrained(folder)
-    return largest_output_difference(backbone, folder)
-
-
-def _to_peft(model: "LightningModule", folder: Path, recipe: str) -> float:
-    from lightspan.adapters.peft import save_peft
-    from lightspan.exports.peft_check import adapted_part, largest_difference, require_changes
-
-    part = adapted_part(model)
-    save_peft(part, folder)
-    require_changes(part)
-    return largest_difference(part, folder)
-
-
-def _sizes(model: "LightningModule", asked: list[str] | None) -> "list[Size]":
-    from lightspan.exports.timm_folder import elastic_backbone, sizes_of
-
-    return sizes_of(elastic_backbone(model), asked)
-
-
-def _to_timm(model: "LightningModule", folder: Path, recipe: str, sizes: "list[Size]") -> float:
-    from lightspan.exports.timm_folder import elastic_backbone, write_networks
-
-    return write_networks(elastic_backbone(model), sizes, folder)
-
-
 def _resolved(args: argparse.Namespace, checkpoint: Path) -> "Resolved":
     from lightspan.config.build import load_resolved, resolve
 
@@ -192,6 +211,24 @@ def _run_folder(args: argparse.Namespace, checkpoint: Path) -> Path:
         f"{str(folder)!r} has no resolved.yaml, so the model of {checkpoint.name} is not known; "
         "name its run folder with --run, or its recipe with --recipe"
     )
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """C, H and W of a picture. Raises: argparse.ArgumentTypeError."""
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(number.strip().isdecimal() and 0 < int(number) < 2**16 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers from 1 to 65535, such as 3,224,224")
+    channels, height, width = map(int, numbers)
+    return channels, height, width
+
+
+def _licence(text: str) -> str:
+    """An identifier as the Hub lists them. Raises: argparse.ArgumentTypeError."""
+    if not _LICENCE.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the identifier of a licence: lower-case letters, digits and .+-, such as apache-2.0"
+        )
+    return text
 
 
 def _version() -> dict[str, str]:

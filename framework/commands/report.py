@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import file, folder
-from lightspan.errors import UserError, print_notes
+from lightspan.errors import UserError, print_notes, printable
 from lightspan.run_files import METRICS, REPORT, SUMMARY
 
 if TYPE_CHECKING:
+    from lightspan.report.ranking import Ranking
     from lightspan.report.runs import Run
 
 
@@ -21,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         type=folder,
-        help="run folder; the others are compared with the first one",
+        help="run folder, or the folder of a sweep; the others are compared with the first one",
     )
+    add_ranking_arguments(parser)
     parser.add_argument(
         "--out",
         type=folder,
@@ -36,12 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
+    """--metric, --mode and --no-fold, of the verbs that show a report."""
+    parser.add_argument(
+        "--metric", metavar="NAME", help="rank the runs by it (default: the sweep's, or validation loss)"
+    )
+    parser.add_argument("--mode", choices=("min", "max"), help="whether low or high is good (default: by its name)")
+    parser.add_argument(
+        "--no-fold", dest="fold", action="store_false", help="show runs that differ by their seed alone one by one"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Writes the page and summary.json beside it. Raises: UserError for what is not a run or cannot be written."""
     from lightspan.files import write_atomic
-    from lightspan.report.page import render
+    from lightspan.report.compare import FEW, caution
     from lightspan.report.picture import picture
-    from lightspan.report.runs import load_runs
+    from lightspan.report.shown import shown
 
     page = args.out if args.out.suffix in (".html", ".htm") else args.out / REPORT
     if (page.parent / METRICS).exists():
@@ -49,14 +62,20 @@ def run(args: argparse.Namespace) -> int:
             f"--out {str(args.out)!r} would overwrite summary.json of run folder {str(page.parent)!r}, the run's "
             f"own; name another folder, for example --out {page.parent / 'report'}"
         )
-    runs = load_runs(args.runs)
-    title = args.title or " and ".join(run.name for run in runs)
-    files: dict[Path, str | bytes] = {page: render(runs, title), page.parent / SUMMARY: summary_json(runs)}
+    found = shown(args.runs, args.title, args.fold, args.metric, args.mode)
+    runs, title = found.runs, found.title
+    files: dict[Path, str | bytes] = {page: found.page(), page.parent / SUMMARY: summary_json(runs)}
     if args.png:
         files[args.png] = picture(runs, title)
     for path, content in files.items():
         write_atomic(path, content, setting="--png" if path == args.png else "--out")
-    _print_table(runs, title)
+    ranking = found.ranking() if len(runs) > FEW else None
+    if ranking is None:
+        _print_table(runs, title)
+    else:
+        _print_ranking(ranking, title)
+    if said := caution(runs):
+        print_notes([said])
     print(" ".join(["wrote", *map(str, files)]))
     return 0
 
@@ -76,7 +95,7 @@ def _print_table(runs: Sequence["Run"], title: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lightspan.report.compare import caution, compare
+    from lightspan.report.compare import compare
 
     table = Table(title=Text(title), title_justify="left", caption_justify="left")
     table.add_column("")
@@ -94,5 +113,23 @@ def _print_table(runs: Sequence["Run"], title: str) -> None:
     if len(runs) > 1:
         table.caption = Text(f"green: best; second figures: relative to {runs[0].name}")
     Console().print(table)
-    if said := caution(runs):
-        print_notes([said])
+
+
+def _print_ranking(ranking: "Ranking", title: str) -> None:
+    """The runs below each other, best first, with the settings in which they differ."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lightspan.report.ranking import settings_of
+
+    settings, _ = settings_of(ranking)
+    table = Table(title=Text(title), title_justify="left", caption_justify="left")
+    heads = ["run", *(name for name, _ in settings), ranking.metric]
+    for at, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if at else "left", overflow="fold", no_wrap=at == len(heads) - 1)
+    for at, place in enumerate(ranking.places):
+        cells = [place.run.name, *(values[at] for _, values in settings)]
+        table.add_row(*map(Text, map(printable, cells)), Text(place.text(), style="" if at else "bold green"))
+    table.caption = Text(f"by the last value of {ranking.metric}, the {ranking.first} first")
+    Console().print(table)

@@ -8,19 +8,27 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, folder, resolved_from
+from lightspan.commands.arguments import (
+    add_images_arguments,
+    add_recipe_arguments,
+    configuration_words,
+    count,
+    folder,
+    resolved_from,
+)
 from lightspan.config.flags import allow_options
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, print_notes
 from lightspan.launch import kubernetes, slurm, torchrun
-from lightspan.launch.job import Job, cores_of, job_name, leave_of, seconds
+from lightspan.launch.job import Array, Job, cores_of, job_name, leave_of, seconds
 from lightspan.runs.folder import run_folder
 from lightspan.signals import WARNINGS
 
@@ -30,18 +38,23 @@ _IMAGE = re.compile(r"[\w./:@+~-]+")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     add_images_arguments(parser)
-    parser.add_argument("--to", required=True, choices=tuple(_TARGETS), help="what starts the run")
-    parser.add_argument("--print", action="store_true", help="print the job and submit nothing")
     parser.add_argument(
         "--run",
         type=folder,
         metavar="DIR",
         help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)",
     )
-    parser.add_argument("--nodes", type=_count, metavar="N", help="machines (default: the recipe's trainer.num_nodes)")
+    add_target_arguments(parser, tuple(_TARGETS), required=True)
+
+
+def add_target_arguments(parser: argparse.ArgumentParser, targets: Sequence[str], required: bool = False) -> None:
+    """--to and what a job can say about itself, which `lightspan sweep` has too."""
+    parser.add_argument("--to", required=required, choices=targets, help="what starts it")
+    parser.add_argument("--print", action="store_true", help="print the job and submit nothing")
+    parser.add_argument("--nodes", type=count, metavar="N", help="machines (default: the recipe's trainer.num_nodes)")
     parser.add_argument(
         "--gpus-per-node",
-        type=_count,
+        type=count,
         metavar="G",
         help="GPUs, and so ranks, of each machine (default: the recipe's trainer.devices)",
     )
@@ -66,32 +79,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks the recipe, then prints or submits its job. Raises: UserError for bad input or a missing tool."""
-    _refuse_strangers(args)
-    resolved = _on_the_asked_devices(args)
+    resolved = prepared(args)
     print_notes(resolved.notes)
-    return _TARGETS[args.to](args, resolved)
+    return hand_over(args, Subject(resolved, args.run))
 
 
-def _to_slurm(args: argparse.Namespace, resolved: Resolved) -> int:
-    job = _job_of_files(args, resolved)
+@dataclass(frozen=True)
+class Subject:
+    """What a job runs: one fit, or the trials of a sweep.
+
+    Attributes:
+        resolved: the recipe.
+        folder: where, as the user said.
+        words: what a sweep needs on its command line beyond the recipe.
+    """
+
+    resolved: Resolved
+    folder: Path | None
+    words: tuple[str, ...] = ()
+    array: Array | None = None
+
+    def command(self, recipe: Sequence[str], folder: str) -> list[str]:
+        """What follows `lightspan`, without --allow-module."""
+        if self.array is None:
+            return ["fit", *recipe, "--run", folder]
+        return ["sweep", *recipe, *self.words, "--out", folder, "--task", "array"]
+
+
+def prepared(args: argparse.Namespace) -> Resolved:
+    """The recipe on the devices that the options ask for, whose flags are left in `args.flags`. Raises: UserError for
+    options that do not go together.
+    """
+    _refuse_strangers(args)
+    return _on_the_asked_devices(args)
+
+
+def hand_over(args: argparse.Namespace, subject: Subject) -> int:
+    """Prints the job or submits it."""
+    return _TARGETS[args.to](args, subject)
+
+
+def _to_slurm(args: argparse.Namespace, subject: Subject) -> int:
+    job = _job_of_files(args, subject)
     return _hand_over(args, slurm.batch_script(job, args.partition, args.container or "apptainer"), ["sbatch"])
 
 
-def _to_kubernetes(args: argparse.Namespace, resolved: Resolved) -> int:
+def _to_kubernetes(args: argparse.Namespace, subject: Subject) -> int:
     if args.image is None:
         raise UserError("--to kubernetes needs --image IMAGE, which the nodes can pull; docker/README.md builds one")
     claim = args.claim or "lightspan-runs"
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim):
         raise UserError(f"--claim {claim!r} cannot be a Kubernetes name: lower-case letters, digits, '-' and '.'")
-    folder = _folder_in_the_volume(args.run, resolved.name)
+    resolved = subject.resolved
+    folder = _folder_in_the_volume(subject.folder, resolved.name)
     recipe = kubernetes.recipe_path(job_name(resolved.name))
-    job = _job(args, resolved, folder, [recipe])
+    job = _job(args, subject, folder, [recipe])
+    if job.array is not None and (job.nodes > 1 or args.kind not in (None, "job")):
+        raise UserError(
+            "a sweep on Kubernetes is one indexed Job, whose runs have one node each; use --to slurm for more"
+        )
     documents = kubernetes.manifests(job, dump(resolved.document()), claim, args.kind)
     return _hand_over(args, kubernetes.to_yaml(documents), ["kubectl", "apply", "-f", "-"])
 
 
-def _to_this_machine(args: argparse.Namespace, resolved: Resolved) -> int:
-    job = _job_of_files(args, resolved)
+def _to_this_machine(args: argparse.Namespace, subject: Subject) -> int:
+    job = _job_of_files(args, subject)
     if job.nodes > 1:
         raise UserError(f"--to local starts ranks on this machine only, not on {job.nodes}; use --to slurm")
     command = torchrun.local_command(job)
@@ -128,7 +180,7 @@ def _passing_warnings_on(command: list[str], environment: dict[str, str], job: J
     return 128 + signal.SIGINT if told[0] == signal.SIGINT else left
 
 
-_TARGETS: dict[str, Callable[[argparse.Namespace, Resolved], int]] = {
+_TARGETS: dict[str, Callable[[argparse.Namespace, Subject], int]] = {
     "slurm": _to_slurm,
     "kubernetes": _to_kubernetes,
     "local": _to_this_machine,
@@ -142,12 +194,6 @@ _ONLY_FOR = {
     "image": ("slurm", "kubernetes"),
     "images": ("slurm", "local"),  # a folder of this machine or of storage that it shares; pods have neither
 }
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
 
 
 def _refuse_strangers(args: argparse.Namespace) -> None:
@@ -192,25 +238,16 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
     return resolved
 
 
-def _job_of_files(args: argparse.Namespace, resolved: Resolved) -> Job:
+def _job_of_files(args: argparse.Namespace, subject: Subject) -> Job:
     """The job if recipe and run folder are on this machine, or on storage that the others share with it."""
-    folder = run_folder(args.run, resolved.name, make=not args.print)
-    overlays = [word for overlay in args.overlays for word in ("-c", overlay)]
-    words = [args.recipe, *overlays, *_images(args), *args.flags]
-    return _job(args, resolved, str(folder), words)
+    folder = run_folder(subject.folder, subject.resolved.name, make=not args.print)
+    return _job(args, subject, str(folder), [args.recipe, *configuration_words(args)])
 
 
-def _images(args: argparse.Namespace) -> list[str]:
-    """What the job's own command needs for the pictures."""
-    if args.images is None:
-        return []
-    size = [] if args.image_size is None else ["--image-size", str(args.image_size)]
-    return ["--images", str(args.images), *size]
-
-
-def _job(args: argparse.Namespace, resolved: Resolved, folder: str, recipe: list[str]) -> Job:
+def _job(args: argparse.Namespace, subject: Subject, folder: str, recipe: list[str]) -> Job:
+    resolved = subject.resolved
     trainer = resolved.config["trainer"]
-    arguments = ["fit", *recipe, "--run", folder, *allow_options(args.allow_modules)]
+    arguments = [*subject.command(recipe, folder), *allow_options(args.allow_modules)]
     return Job(
         name=job_name(resolved.name, PurePosixPath(folder).name),
         arguments=(*arguments, "--wandb") if args.wandb else tuple(arguments),
@@ -225,6 +262,7 @@ def _job(args: argparse.Namespace, resolved: Resolved, folder: str, recipe: list
         image=args.image,
         wandb=args.wandb,
         inputs=() if args.images is None else (str(args.images.absolute()),),
+        array=subject.array,
     )
 
 

@@ -1,5 +1,6 @@
 """The table of verbs, in the order in which `lightspan --help` lists them. A new verb is a row here and a module."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -8,6 +9,7 @@ class Verb:
     """A verb of the command line.
 
     Attributes:
+        name: one word, or two where a verb has several forms: of `runs` and `runs clean` the longer one is meant.
         help: what it does, for the list of verbs and its own page of help.
         examples: two command lines that its help ends with.
         module: of `lightspan.commands`: where its `add_arguments` and the function that runs it are.
@@ -23,6 +25,11 @@ class Verb:
     run: str = "run"
     flags: bool = False
     only_prints: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """The name as words of a command line."""
+        return self.name.split()
 
 
 VERBS = (
@@ -84,6 +91,16 @@ VERBS = (
             "lightspan fit contrastive/simclr --images my_pictures --run runs/mine",
         ),
         "fit",
+        flags=True,
+    ),
+    Verb(
+        "sweep",
+        "train once for each of several settings and seeds, and rank them",
+        (
+            "lightspan sweep supervised/linear 'trainer.max_epochs=lin(5,15,3)' --metric val/accuracy --seeds 0,1,2",
+            "lightspan sweep supervised/linear model.init_args.optimizer.init_args.lr=0.03,0.1 --workers 2 --out rates",
+        ),
+        "sweep",
         flags=True,
     ),
     Verb(
@@ -169,10 +186,53 @@ VERBS = (
         flags=True,
     ),
     Verb(
+        "runs",
+        "list runs: what each was started with, how it stands, what it reached",
+        (
+            "lightspan runs --recipe 'language/*' --since 7d --best val/loss_nats",
+            "lightspan runs sweeps --where trainer.max_steps=300 --csv runs.csv",
+        ),
+        "runs",
+        only_prints=True,
+    ),
+    Verb(
+        "runs tag",
+        "give a run tags, or take them away",
+        ("lightspan runs tag runs/mine baseline paper", "lightspan runs tag runs/mine paper --remove"),
+        "runs_label",
+        run="run_tag",
+    ),
+    Verb(
+        "runs note",
+        "write a note on a run",
+        ("lightspan runs note runs/mine 'rank 48 is enough'", "lightspan runs note runs/mine --remove"),
+        "runs_label",
+        run="run_note",
+    ),
+    Verb(
+        "runs clean",
+        "show which runs failed, never started or ended without a word, and delete them after a yes",
+        ("lightspan runs clean", "lightspan runs clean runs/old --status done --recipe 'language/*'"),
+        "runs_clean",
+    ),
+    Verb(
+        "replay",
+        "take a step again whose loss or gradient was not finite, and name where that begins",
+        ("lightspan replay runs/mine", "lightspan replay runs/mine --step 120 trainer.precision=32-true"),
+        "replay",
+        flags=True,
+    ),
+    Verb(
         "report",
         "compare runs on one HTML page",
         ("lightspan report runs/mine", "lightspan report runs/mine runs/other --out compared.html --png compared.png"),
         "report",
+    ),
+    Verb(
+        "watch",
+        "show the report of runs in a browser on this machine while they go on",
+        ("lightspan watch runs/mine", "lightspan watch runs/mine sweeps/lr --port 8700 --metric val/loss_nats"),
+        "watch",
     ),
     Verb(
         "audit",
@@ -226,3 +286,9 @@ VERBS = (
         only_prints=True,
     ),
 )
+
+
+def verb_of(arguments: Sequence[str]) -> Verb | None:
+    """The verb that a command line begins with; None if there is none."""
+    found = [verb for verb in VERBS if list(arguments[: len(verb.words)]) == verb.words]
+    return max(found, key=lambda verb: len(verb.words), default=None)

@@ -21,8 +21,8 @@ def require_pretrained(model: nn.Module) -> None:
             f"its backbone is a {type(backbone).__name__}" if backbone is not None else "it has no attribute `backbone`"
         )
         raise UserError(
-            f"--to huggingface exports methods whose backbone is a transformers model, but {type(model).__name__} is "
-            f"not one: {what}; use --to safetensors"
+            f"--to huggingface exports methods whose backbone is a network of transformers or timm, but "
+            f"{type(model).__name__} is not one: {what}; use --to onnx, --to torch-export or --to safetensors"
         )
 
 
@@ -37,6 +37,11 @@ def largest_output_difference(backbone: PreTrainedModel, folder: Path) -> float:
     inputs = seeded_inputs(backbone)
     ours, theirs = (output(part, inputs, causal) for part in (backbone if causal else backbone.base_model, loaded))
     return float((ours - theirs).abs().amax())
+
+
+def timm_wrapper(folder: Path) -> Any:
+    """The network of timm that transformers builds from a folder; its `pooler_output` is float [B D]."""
+    return AutoModel.from_pretrained(folder, local_files_only=True).eval()
 
 
 def is_causal(backbone: PreTrainedModel) -> bool:

@@ -2,20 +2,21 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
 from lightspan.intrinsic.search import Fit, SearchSettings
 from lightspan.report.compare import differences
-from lightspan.report.runs import load_run
-from lightspan.run_files import METRICS, OUTPUT, REFERENCES, SUBSPACE, SUMMARY
-from lightspan.runs.fits import fit_command, last_lines, run_side_by_side
+from lightspan.run_files import OUTPUT, REFERENCES, SUBSPACE, SUMMARY
+from lightspan.runs.fits import Task, fit_command, last_lines
+from lightspan.sweeps.display import run_shown
+from lightspan.sweeps.ranking import last_values
 
 CALLBACK = "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension"
 ENTRY = "intrinsic_dimension"
@@ -32,37 +33,22 @@ def require_rate(resolved: Resolved, key: str) -> None:
 
 def train(resolved: Resolved, settings: SearchSettings, fits: Sequence[Fit]) -> dict[Fit, float]:
     """Finished runs in the folder are kept, all others are started afresh, `workers` at a time."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     runs = settings.out / "runs"
     waiting = [fit for fit in fits if not _finished(resolved, settings, fit)]
-    commands = []
+    tasks = []
     for fit in waiting:
         remove(runs / fit.name)
         recipe = runs / f"{fit.name}.yaml"
         write_atomic(recipe, recipe_of(resolved, settings, fit))
-        commands.append((fit_command(recipe, runs / fit.name, resolved.allow_modules), runs / fit.name / OUTPUT))
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(settings.workers)}
-    console = Console(highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("runs", total=len(fits), completed=len(fits) - len(waiting))
+        command = fit_command([str(recipe), *allow_options(resolved.allow_modules)], runs / fit.name)
+        tasks.append(Task(fit.name, command, runs / fit.name / OUTPUT))
 
-        def ended(position: int, status: int) -> None:
-            progress.update(task, advance=1, description=waiting[position].name)
-            if status:
-                log = commands[position][1]
-                console.print(
-                    f"{waiting[position].name} failed with status {status}, see {log}:\n{last_lines(log)}", markup=False
-                )
+    def ended(task: Task, status: int) -> str:
+        said = f" failed with status {status}, see {task.log}:\n{last_lines(task.log)}\n" if status else " is done"
+        return task.name + said
 
-        run_side_by_side(commands, settings.workers, ended, threads)
+    run_shown(iter(tasks), settings.workers, ended, len(fits), len(fits) - len(waiting))
     return {fit: _value(runs / fit.name, settings.metric) for fit in fits}
-
-
-def _threads(workers: int) -> str:
-    return str(max(1, (os.cpu_count() or 1) // workers))
 
 
 def _finished(resolved: Resolved, settings: SearchSettings, fit: Fit) -> bool:
@@ -124,11 +110,8 @@ def _is_subspace(entry: Any) -> bool:
 
 
 def _value(folder: Path, metric: str) -> float:
-    """The last value of the metric; NaN if the run logged none."""
-    if not (folder / METRICS).is_file() or not (folder / SUMMARY).is_file():
-        return math.nan
-    points = load_run(folder, folder.name).points(metric)
-    return points[-1].value if points else math.nan
+    """The last value of the metric; NaN if the run has not ended, or logged none."""
+    return last_values(folder).get(metric, math.nan) if (folder / SUMMARY).is_file() else math.nan
 
 
 def references_of(resolved: Resolved, settings: SearchSettings) -> dict[str, Any]:

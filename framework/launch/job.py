@@ -18,13 +18,25 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
 @dataclass(frozen=True)
+class Array:
+    """Equal jobs that differ in their number alone, from 0 to `tasks` - 1; each runs one trial of a sweep.
+
+    Attributes:
+        at_once: how many may run at the same time; None for any number.
+    """
+
+    tasks: int
+    at_once: int | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """One run of `lightspan fit`.
+    """One run of `lightspan fit`, or with an array those of a sweep.
 
     Attributes:
         name: lower-case letters, digits and dashes, at most 40 characters.
-        arguments: what follows `lightspan`, unquoted: `fit RECIPE --run DIR ...`.
-        run: the absolute run folder.
+        arguments: what follows `lightspan`, unquoted: `fit RECIPE --run DIR ...`, or `sweep RECIPE --out DIR ...`.
+        run: the absolute folder of the run or the sweep.
         workdir: the absolute folder that paths among the arguments are relative to.
         nodes, ranks_per_node: >= 1.
         gpus: whether each rank has its own GPU.
@@ -34,6 +46,7 @@ class Job:
         image: container image, or None.
         wandb: whether the run logs to Weights & Biases.
         inputs: absolute folders that it reads, besides those of its own; a container has to see them.
+        array: the jobs that there are of it; None for one.
     """
 
     name: str
@@ -49,6 +62,7 @@ class Job:
     image: str | None = None
     wandb: bool = False
     inputs: tuple[str, ...] = ()
+    array: Array | None = None
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,21 @@ def _job(job: Job, claim: str) -> Manifest:
     ignored: list[Manifest] = [{"action": "Ignore", "onPodConditions": [_DISRUPTED]}]
     if job.preemption is not None:
         ignored.append({"action": "Ignore", "onExitCodes": {"operator": "In", "values": [job.preemption.exit_code]}})
-    mistake = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [_USER_ERROR]}}
-    spec = {
-        "backoffLimit": RESTARTS,
-        "podFailurePolicy": {"rules": [*ignored, mistake]},
-        "ttlSecondsAfterFinished": _KEPT_S,
-        **_deadline(job),
-        "template": _template(job, command, claim),
-    }
+    failed = {"onExitCodes": {"operator": "In", "values": [_USER_ERROR]}}
+    spec: Manifest = {"ttlSecondsAfterFinished": _KEPT_S, "template": _template(job, command, claim)}
+    if job.array is None:
+        spec |= {"backoffLimit": RESTARTS, **_deadline(job)}
+        mistake = {"action": "FailJob", **failed}
+    else:  # each number has its own restarts, its own time, and an end that does not end the others
+        spec |= {
+            "completionMode": "Indexed",
+            "completions": job.array.tasks,
+            "parallelism": job.array.at_once or job.array.tasks,
+            "backoffLimitPerIndex": RESTARTS,
+        }
+        spec["template"]["spec"] |= _deadline(job)
+        mistake = {"action": "FailIndex", **failed}
+    spec["podFailurePolicy"] = {"rules": [*ignored, mistake]}
     return _document("batch/v1", "Job", job, spec)
 
 

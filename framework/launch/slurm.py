@@ -42,6 +42,9 @@ status=0
 
 def _rules(job: Job, partition: str | None) -> list[str]:
     rules = [f"job-name={job.name}", f"nodes={job.nodes}", f"ntasks-per-node={job.ranks_per_node}"]
+    if job.array is not None:
+        limit = "" if job.array.at_once is None else f"%{job.array.at_once}"
+        rules.append(f"array=0-{job.array.tasks - 1}{limit}")
     if job.gpus:
         rules.append(f"gpus-per-node={job.ranks_per_node}")
     if job.cores > 1:
@@ -100,4 +103,7 @@ def _flags(job: Job) -> list[str]:
 
     A rank that requested it would be ended by SLURM at once, with open loggers; and in a container it could not.
     """
-    return [f"trainer.callbacks.{job.preemption.callback}.init_args.requeue_on=[]"] if job.preemption else []
+    if job.preemption is None:
+        return []
+    flag = f"trainer.callbacks.{job.preemption.callback}.init_args.requeue_on=[]"
+    return [flag] if job.array is None else ["--also", flag]

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
+from lightspan.cards import CARD, Card, code, fence, plain, table
 from lightspan.errors import UserError, one_line
 from lightspan.files import atomic_path
 from lightspan.merging.merger import Merged, MergePlan, Merger
 from lightspan.merging.weights import INDEX, Weights, shards_of
 from lightspan.run_files import MODEL
 
-CARD = "README.md"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 """What is copied from a Hugging Face folder: configuration, tokenizer, preprocessor. Neither code nor other weights."""
 
@@ -77,40 +77,42 @@ def _card(
 ) -> str:
     """Its head has the keys by which the Hugging Face Hub links a merged model to its parents."""
     parents = {name: one_line(weights.origin["path"]) for name, weights in checkpoints.items()}
-    head: dict[str, Any] = {"tags": ["merge", "lightspan"]}
-    head |= {"library_name": "transformers"} if leading.is_huggingface else {}
-    head |= {"base_model": list(dict.fromkeys(parents.values())), "base_model_relation": "merge"}
     counts = dict.fromkeys(checkpoints, "by tensor") | ({merger.base: "base"} if merger.base else {})
     counts |= {name: f"{number:g}" for name, number in merger.numbers_of(list(checkpoints)).items()}
     rows = [
-        f"| {name} | {counts[name]} | {parents[name]} | {weights.origin['sha256'][:16]} |"
+        [plain(name), counts[name], plain(parents[name]), weights.origin["sha256"][:16]]
         for name, weights in checkpoints.items()
     ]
     first = next(name for name, weights in checkpoints.items() if weights is leading)
-    return "\n".join(
-        [
-            *("---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""),
-            *("# A merged model", ""),
-            f"Merged by lightspan with `{method}`. Names, shapes, dtypes and files are those of `{first}`.",
-            *("", "| parent | coefficient | from | sha256, its beginning |", "|---|---|---|---|", *rows, ""),
-            *("To load it:", "", *_loading(leading), ""),
-            *("Settings:", "", "```yaml", yaml.safe_dump(dict(settings), sort_keys=False).strip(), "```", ""),
-            "The head lists the parents by the paths they had: put their names on the Hub there before uploading.",
-            "",
-        ]
+    card = Card(
+        "A merged model",
+        {
+            "library_name": "transformers" if leading.is_huggingface else None,
+            "tags": ["merge", "lightspan"],
+            "base_model": list(dict.fromkeys(parents.values())),
+            "base_model_relation": "merge",
+        },
     )
+    card.body += [
+        f"Merged by lightspan with {code(method)}. Names, shapes, dtypes and files are those of {code(first)}.",
+        table(("parent", "coefficient", "from", "sha256, its beginning"), rows),
+    ]
+    card.section("How to load it", *_loading(leading))
+    card.section("Settings", fence(yaml.safe_dump(dict(settings), sort_keys=False), "yaml"))
+    card.body.append(
+        "The head lists the parents by the paths they had: put their names on the Hub there before uploading."
+    )
+    return card.text()
 
 
 def _loading(leading: Weights) -> list[str]:
     if not leading.is_huggingface:
-        return [
-            *("```python", "from safetensors.torch import load_file", ""),
-            *(f'network.load_state_dict(load_file("{MODEL}"))', "```", ""),
-            "If the parents are runs of a lightspan recipe: `lightspan validate RECIPE --ckpt FOLDER`.",
-        ]
+        loading = f'from safetensors.torch import load_file\n\nnetwork.load_state_dict(load_file("{MODEL}"))'
+        runs = "If the parents are runs of a lightspan recipe: `lightspan validate RECIPE --ckpt FOLDER`."
+        return [fence(loading, "python"), runs]
     try:
         named = json.loads((leading.home / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     except (ValueError, LookupError, TypeError):
         named = None
     network = named if isinstance(named, str) and named.isidentifier() else "AutoModel"
-    return ["```python", f"from transformers import {network}", "", f'{network}.from_pretrained("FOLDER")', "```"]
+    return [fence(f'from transformers import {network}\n\n{network}.from_pretrained("FOLDER")', "python")]

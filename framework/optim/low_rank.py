@@ -73,6 +73,12 @@ class LowRank(Optimizer):
     """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     used_gradients = False
     """Whether the last step found a gradient, whole or in coordinates; see `lightspan.optim.steps`."""
+    measures_norm = False
+    """Whether the next step sets `gradient_norm`, also if it does not clip. A step sets it back."""
+    gradient_norm: Tensor | None = None
+    """Euclidean norm of all gradients of the last step before clipping, 0-d on the device, the same on all ranks;
+    None if that step needed none. Of gradients that are kept in coordinates, it is that inside the frames.
+    """
 
     def __init__(
         self,
@@ -198,12 +204,13 @@ class LowRank(Optimizer):
         for step in steps:
             step.project(energy=self._needs_energy())
         # The norm is that of all gradients, so it comes after all are projected; and nothing has been written yet.
-        clip = self._clip_factor(steps, unprojected)
+        self.gradient_norm = self._norm(steps, unprojected) if self._needs_norm() else None
+        clip = self._clip_factor()
         self._require_finite_norms(steps, unprojected)
         for step in steps:
             step.update(self.scale, clip)
         self._update_unprojected(unprojected, clip)
-        self._checked = False
+        self._checked = self.measures_norm = False
         return loss
 
     def _require_supported(self) -> None:
@@ -225,19 +232,25 @@ class LowRank(Optimizer):
                     "nn.Embedding with sparse=False, or give that parameter to torch.optim.SparseAdam"
                 )
 
+    def _needs_norm(self) -> bool:
+        return self.max_norm is not None or self.measures_norm
+
     def _needs_energy(self) -> bool:
         """Whether the projection must give squared row norms of gradients, which it can only for whole ones."""
-        return self.backward == "whole" and (self.max_norm is not None or self.rule.residual.rescales)
+        return self.backward == "whole" and (self._needs_norm() or self.rule.residual.rescales)
 
-    def _clip_factor(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> Tensor | None:
-        """The factor, 0-d and at most 1, that brings the global norm down to `max_norm`, as in clip_grad_norm_."""
-        if self.max_norm is None:
-            return None
+    def _norm(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> Tensor:
+        """The global norm of all gradients, 0-d; see `gradient_norm`."""
         squares = [(step.ranks, square) for step in steps for square in step.squares(self.backward != "whole")]
         others = [(ranks_of(p), held_gradient(p)) for parameters in unprojected for p in parameters]
         others += [(step.ranks, gradient) for step in steps for gradient in step.not_projected()]
-        norm = total_over([*squares, *squares_by_ranks(others)]).sqrt()
-        return (self.max_norm / (norm + 1e-6)).clamp_max(1.0)
+        return total_over([*squares, *squares_by_ranks(others)]).sqrt()
+
+    def _clip_factor(self) -> Tensor | None:
+        """The factor, 0-d and at most 1, that brings the global norm down to `max_norm`, as in clip_grad_norm_."""
+        if self.max_norm is None or self.gradient_norm is None:
+            return None
+        return (self.max_norm / (self.gradient_norm + 1e-6)).clamp_max(1.0)
 
     def _require_finite_norms(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> None:
         """A row of a gradient that is not finite has coordinates that are not finite either."""

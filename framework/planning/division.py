@@ -13,9 +13,10 @@ from lightning.pytorch.strategies import (
 )
 from torch import nn
 
+from lightspan.blocks import blocks
 from lightspan.errors import UserError
 from lightspan.planning.step_memory import StepMemory, nbytes
-from lightspan.strategies import FSDP2, blocks
+from lightspan.strategies import FSDP2
 
 
 @dataclasses.dataclass(frozen=True)

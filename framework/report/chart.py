@@ -18,18 +18,22 @@ MOST_POINTS, MOST_STRIPS, MOST_DOTS = 500, 40, 60
 
 @dataclass(frozen=True)
 class ChartLine:
-    """One run in a chart: `points` as logged; `smoothed`, if given, is drawn thick and the points thin behind it."""
+    """One run in a chart: `points` as logged; `smoothed`, if given, is drawn thick and the points thin behind it;
+    `band` is a surface, (x, low, high) at each x. Without `joined` it is dots.
+    """
 
     name: str
     colour: int
     points: list[XY]
     smoothed: list[XY] = field(default_factory=list)
+    band: list[tuple[float, float, float]] = field(default_factory=list)
+    joined: bool = True
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart's content. `log_y` needs positive values: others are left out. With `things` the places on the x axis are
-    so many things that stand side by side, at 0, 1, ...: no line joins them.
+    """A chart's content. `log_x` and `log_y` need positive values: others are left out. With `things` the places on the
+    x axis are so many things that stand side by side, at 0, 1, ...: no line joins them.
     """
 
     title: str
@@ -37,6 +41,7 @@ class Chart:
     y_label: str
     curves: list[ChartLine]
     log_y: bool = False
+    log_x: bool = False
     note: str = ""
     things: int = 0
 
@@ -57,9 +62,13 @@ class _Shape:
 
     def __init__(self, chart: Chart) -> None:
         self.chart = chart
+        bands = [self._shown([(x, y) for x, *ys in curve.band for y in ys]) for curve in chart.curves]
         drawn = [self._shown(curve.smoothed or curve.points) for curve in chart.curves]
         everything = [self._shown(curve.points) for curve in chart.curves]
         self.low, self.high, self.above, self.peak = window(everything)
+        if self.above == 0:
+            self.low = min([self.low, *(y for band in bands for _, y in band)])
+            self.high = max([self.high, *(y for band in bands for _, y in band)])
         self.lost = sum(len(curve.points) for curve in chart.curves) - sum(map(len, everything))
         if self.above == 0 and self.high > self.low:
             pad = 0.04 * (self.high - self.low)
@@ -77,6 +86,8 @@ class _Shape:
 
     def _shown(self, points: Sequence[XY]) -> list[XY]:
         kept = finite(points)
+        if self.chart.log_x:
+            kept = [(math.log10(x), y) for x, y in kept if x > 0]
         return [(x, math.log10(y)) for x, y in kept if y > 0] if self.chart.log_y else kept
 
     def _x(self, x: float) -> float:
@@ -90,6 +101,9 @@ class _Shape:
     def _value(self, y: float) -> float:
         return 10**y if self.chart.log_y else y
 
+    def _place(self, x: float) -> float:
+        return 10**x if self.chart.log_x else x
+
     def axes(self) -> str:
         right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
         parts = []
@@ -98,11 +112,8 @@ class _Shape:
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
         for value in self._x_ticks():
-            x = self._x(value)
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{floor + 17}" text-anchor="middle">'
-                f"{_short(value, self.last - self.first)}</text>"
-            )
+            x, text = self._x(value), _power(value) if self.chart.log_x else _short(value, self.last - self.first)
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{escape(text)}</text>')
         parts.append(f'<path class="axis" d="M{LEFT} {floor}H{right}"/>')
         parts.append(
             f'<text class="label" x="{right}" y="{HEIGHT - 5}" text-anchor="end">{escape(self.chart.x_label)}</text>'
@@ -113,14 +124,15 @@ class _Shape:
         return "".join(parts)
 
     def _x_ticks(self) -> list[float]:
+        if self.chart.log_x:
+            return _decades(self.first, self.last)
         values, things = ticks(self.first, self.last, 5), self.chart.things
         return [value for value in values if value.is_integer() and 0 <= value < things] if things else values
 
     def _y_ticks(self) -> list[float]:
         if not self.chart.log_y:
             return ticks(self.low, self.high, 5)
-        decades = [float(at) for at in range(math.ceil(self.low), math.floor(self.high) + 1)]
-        return decades[:: max(1, len(decades) // 5)] if len(decades) > 1 else ticks(self.low, self.high, 3)
+        return _decades(self.low, self.high)
 
     def curve(self, curve: ChartLine) -> str:
         look = f'style="stroke:var(--run{curve.colour % COLOURS})"' + (
@@ -128,11 +140,16 @@ class _Shape:
         )
         raw, top = self._shown(curve.points), self._shown(curve.smoothed)
         parts = []
+        if curve.band:
+            parts.append(
+                f'<path class="band" style="fill:var(--run{curve.colour % COLOURS})" d="{self._band(curve)}"/>'
+            )
         if top:
             parts.append(f'<path class="raw" {look} d="{self._path(raw)}"/>')
-        if not self.chart.things:
+        dotted = bool(self.chart.things) or not curve.joined
+        if not dotted:
             parts.append(f'<path class="line" {look} d="{self._path(top or raw)}"/>')
-        if self.chart.things or (not top and len(raw) <= MOST_DOTS):
+        if dotted or (not top and len(raw) <= MOST_DOTS):
             dots = (f'<circle cx="{self._x(x):.1f}" cy="{self._y(y):.1f}" r="2.4"/>' for x, y in raw if y <= self.high)
             parts.append(f'<g style="fill:var(--run{curve.colour % COLOURS})">{"".join(dots)}</g>')
         # A nested svg clips to its own frame, which needs no ids that could clash between charts.
@@ -145,6 +162,13 @@ class _Shape:
         return (
             "M" + "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in thin(points, MOST_POINTS)) if points else ""
         )
+
+    def _band(self, curve: ChartLine) -> str:
+        step = 1 + len(curve.band) // MOST_POINTS
+        some = [*curve.band[::step], *curve.band[-1:]]
+        lower, upper = (self._shown([(point[0], point[at]) for point in some]) for at in (1, 2))
+        outline = [*upper, *reversed(lower)]
+        return "M" + "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in outline) + "Z" if outline else ""
 
     def strips(self) -> str:
         """Invisible columns: the one under the pointer shows its x and every run's value there."""
@@ -168,7 +192,7 @@ class _Shape:
             parts.append(
                 f'<g class="hit"><rect x="{left:.1f}" y="{TOP}" width="{max(0.5, right - left):.1f}" height="{DEEP}"/>'
                 f'<g class="tip"><path class="axis" d="M{self._x(mark):.1f} {TOP}v{DEEP}"/>'
-                f'<text x="{WIDTH - RIGHT}" y="13" text-anchor="end">{number(mark)}{said}</text></g></g>'
+                f'<text x="{WIDTH - RIGHT}" y="13" text-anchor="end">{number(self._place(mark))}{said}</text></g></g>'
             )
         return "".join(parts)
 
@@ -201,6 +225,12 @@ def _short(value: float, span: float) -> str:
         return f"{value:.3g}".replace("e-0", "e-")
     text = f"{value:.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: whole exponents, or round ones between them where there are too few."""
+    decades = [float(at) for at in range(math.ceil(low), math.floor(high) + 1)]
+    return decades[:: max(1, len(decades) // 5)] if len(decades) > 1 else ticks(low, high, 3)
 
 
 def _power(exponent: float) -> str:

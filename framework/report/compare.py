@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightspan.report.runs import Run
-
-Better = Literal["lower", "higher", "neither"]
+from lightspan.runs.direction import Better, better
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ FIGURES = (
 TIMES, MINUS, NARROW_SPACE = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
 _SCORES = ("val_", "probe_", "test_")
 _LOADING = ("batch_size", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
+FEW = 4  # runs that sentences and titles name, and that a console has room for side by side
 _FEW = 3  # settings that a sentence names
 
 
@@ -76,7 +76,11 @@ def compare(runs: Sequence[Run]) -> list[Row]:
 
 
 def headline(runs: Sequence[Run]) -> list[str]:
-    """One sentence for every run after the first: its loss and its cost relative to the first run."""
+    """One sentence for every run after the first: its loss and its cost relative to the first run. Of more than `FEW`
+    runs the ranking says who is best.
+    """
+    if len(runs) > FEW:
+        return []
     rows = {row.figure.key: row for row in compare(runs)}
     wanted = {
         "val_loss_nats": "{} nats validation loss",
@@ -153,14 +157,8 @@ def number(value: float, decimals: int | None = None) -> str:
 
 
 def _score(key: str) -> ComparedFigure:
-    better: Better = "neither"
-    if any(word in key for word in ("loss", "error", "perplexity", "bits")):
-        better = "lower"
-    elif any(word in key for word in ("acc", "auc", "f1")):
-        better = "higher"
-    return ComparedFigure(
-        key, key.replace("_", " ").capitalize(), "nats" if key.endswith("_nats") else "", better, "difference"
-    )
+    label, unit = key.replace("_", " ").capitalize(), "nats" if key.endswith("_nats") else ""
+    return ComparedFigure(key, label, unit, better(key), "difference")
 
 
 def _row(figure: ComparedFigure, runs: Sequence[Run]) -> Row:
@@ -196,7 +194,14 @@ def _shown(run: Run, figure: ComparedFigure) -> str:
     value = run.summary.get(figure.key)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return ""
-    return number(float(value), 4 if figure.relative == "difference" else None)
+    decimals = 4 if figure.relative == "difference" else None
+    spread = run.spread.get(figure.key)
+    return number(float(value), decimals) + ("" if spread is None else f" ± {_spread(spread, decimals)}")
+
+
+def _spread(value: float, decimals: int | None) -> str:
+    """A standard deviation, of which more than two digits say nothing."""
+    return number(value, decimals) if decimals is not None else number(float(f"{value:.2g}"))
 
 
 def _finite(value: Any) -> float | None:

@@ -2,7 +2,9 @@
 
 import shlex
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 import yaml
@@ -10,9 +12,12 @@ import yaml
 import lightspan
 from lightspan.report.chart import COLOURS, draw
 from lightspan.report.compare import Row, caution, compare, differences, flatten, headline
+from lightspan.report.ranking import Mode, Ranking, ranked, ranking_table
 from lightspan.report.runs import Run
 from lightspan.report.sections import Section, sections
 from lightspan.report.style import CSS
+from lightspan.report.sweeps import SweepRuns, sweep_section
+from lightspan.runs.status import Status
 
 CAPTIONS = {
     "first-batch": "The first training batch: a row for each picture, a column for each view",
@@ -20,36 +25,92 @@ CAPTIONS = {
     "map": "Validation pictures, those with similar features close together",
     "reconstructions": "Validation pictures, what the network sees of them, and its guesses",
 }
+MOST_DRAWN = 12  # runs; charts tell no more of them apart
+BEST = COLOURS
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 LONGEST_BAR_REM = 5.0  # one scale for all columns, however wide they are
 
 
-def render(runs: Sequence[Run], title: str) -> str:
-    """The whole page for `runs` (at least one). Every text that came from a file is escaped."""
+@dataclass(frozen=True)
+class Script:
+    """A script of a page. `nonce` is a word of letters, digits, - and _ that nobody can guess: what the page shows
+    cannot become another script.
+    """
+
+    nonce: str
+    source: str
+
+    @property
+    def policy(self) -> str:
+        """What the page may load: this script, and what the script asks of the page's own server."""
+        return f"{POLICY}; script-src 'nonce-{self.nonce}'; connect-src 'self'"
+
+
+def render(
+    runs: Sequence[Run],
+    title: str,
+    sweeps: Sequence[SweepRuns] = (),
+    metric: str | None = None,
+    mode: Mode | None = None,
+    script: Script | None = None,
+) -> str:
+    """The whole page for `runs` (at least one). Every text that came from a file is escaped.
+
+    Of more than `MOST_DRAWN` runs the ranking has all, and the rest of the page the best `BEST`.
+
+    Args:
+        runs: folded or not.
+        sweeps: those that runs belong to.
+        metric, mode: what the ranking goes by; see `ranked`.
+        script: for a page that changes; a report has none.
+    """
+    ranking = ranked(runs, metric, mode) if len(runs) > 2 or sweeps or metric else None
+    every, runs = runs, _drawn(runs, ranking)
     parts = [
         _head(runs, title),
+        _left_out(every, runs),
+        *([sweep_section(sweep, ranking) for sweep in sweeps if sweep.sweep.keys] if ranking else []),
+        ranking_table(ranking) if ranking and len(every) > 2 else "",
         _legend(runs),
         _comparison(runs, compare(runs)),
+        _members(runs),
         f'<div class="sections">{"".join(_charts(section) for section in sections(runs))}</div>',
         _pictures(runs),
         _samples(runs),
         _configuration(runs),
         _provenance(runs),
     ]
-    command = f"lightspan report {' '.join(str(run.folder) for run in runs)}"
-    return document(title, "\n".join(part for part in parts if part), command)
+    folders = [one.folder for run in every for one in run.members or (run,)]
+    command = f"lightspan report {' '.join(map(str, folders))}"
+    return document(title, "\n".join(part for part in parts if part), command, script)
 
 
-def document(title: str, body: str, command: str) -> str:
+def _drawn(runs: Sequence[Run], ranking: Ranking | None) -> list[Run]:
+    """All runs, or if they are too many the best, in the order given."""
+    if len(runs) <= MOST_DRAWN:
+        return list(runs)
+    best = {id(place.run) for place in ranking.places[:BEST]} if ranking else {id(run) for run in runs[:BEST]}
+    return [run for run in runs if id(run) in best]
+
+
+def _left_out(every: Sequence[Run], drawn: Sequence[Run]) -> str:
+    if len(every) == len(drawn):
+        return ""
+    return f'<p class="note">The ranking has all {len(every)} runs; below it are the {len(drawn)} best.</p>'
+
+
+def document(title: str, body: str, command: str, script: Script | None = None) -> str:
     """A whole page: one <main> around a body whose texts are escaped, in the style of all reports."""
+    # The policy enforces this: the page can load nothing, whatever the name of a metric.
+    policy = POLICY if script is None else script.policy
+    code = "" if script is None else f'<script nonce="{script.nonce}">{script.source}</script>'
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        # The policy enforces this: the page can load nothing, whatever the name of a metric.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n"
         f"<footer>lightspan {escape(lightspan.__version__)} · {escape(command)}</footer>"
-        "</main></body></html>\n"
+        f"</main>{code}</body></html>\n"
     )
 
 
@@ -81,8 +142,7 @@ def colour_key(at: int) -> str:
 def _comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     heads = []
     for run in runs:
-        badge = "" if run.summary.get("finished", True) else '<span class="badge">stopped early</span>'
-        heads.append(f'<th scope="col">{escape(run.name)}{badge}</th>')
+        heads.append(f'<th scope="col">{escape(run.name)}{_badge(run)}</th>')
     lines = []
     for row in rows:
         unit = f" <small>{escape(row.figure.unit)}</small>" if row.figure.unit else ""
@@ -101,6 +161,39 @@ def _comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     )
     table = f"<table><thead><tr><th></th>{''.join(heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<h2>Comparison</h2><div class="scroll">{table}</div>{note}' if rows else ""
+
+
+def _badge(run: Run) -> str:
+    """What became of a run, or of the runs behind a mean, if it is not what one expects."""
+    counts = Counter(_outcome(one) for one in run.members or (run,))
+    total = counts.total()
+    texts = [said if count == total else f"{count} of {total} {said}" for said, count in counts.items() if said]
+    return "".join(f'<span class="badge">{text}</span>' for text in texts)
+
+
+def _outcome(run: Run) -> str:
+    if run.status in _OUTCOMES:
+        return _OUTCOMES[run.status]
+    return "" if run.summary.get("finished", True) else "stopped early"
+
+
+_OUTCOMES = {
+    Status.RUNNING: "running",
+    Status.FAILED: "failed",
+    Status.STALE: "ended without a word",
+    Status.PREEMPTED: "stopped early",
+    Status.DONE: "",
+}
+
+
+def _members(runs: Sequence[Run]) -> str:
+    """The runs behind the means, each with its own figures."""
+    blocks = []
+    for run in runs:
+        if run.members:
+            rows = [(row.figure.label, [cell.text for cell in row.cells]) for row in compare(run.members)]
+            blocks.append(f"<p>{escape(run.name)}</p>{_plain_table(run.members, rows)}")
+    return f"<details><summary>the runs behind the means</summary>{''.join(blocks)}</details>" if blocks else ""
 
 
 def _charts(section: Section) -> str:
@@ -172,14 +265,27 @@ def _provenance(runs: Sequence[Run]) -> str:
         return ""
     flat = [flatten({key: _in_lines(key, value) for key, value in run.provenance.items()}) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    folded = {"packages.": "package versions", "sources.": "places where the settings were written"}
     rows = [(key, [one.get(key, "—") for one in flat]) for key in keys]
-    table = _plain_table(runs, [row for row in rows if not row[0].startswith(tuple(folded))])
-    for prefix, what in folded.items():
-        inner = [(key.removeprefix(prefix), values) for key, values in rows if key.startswith(prefix)]
+    own = [row for row in rows if not row[0].startswith(("packages.", "sources."))]
+    differing = [row for row in own if len(runs) == 1 or len(set(row[1])) > 1]
+    hidden = {
+        "entries that all runs share": [row for row in own if row not in differing],
+        "package versions": [
+            (key.removeprefix("packages."), values) for key, values in rows if key.startswith("packages.")
+        ],
+        "places where the settings were written": [
+            (key.removeprefix("sources."), values) for key, values in rows if key.startswith("sources.")
+        ],
+    }
+    table = _plain_table(runs, differing)
+    for what, inner in hidden.items():
         if inner:
             table += f"<details><summary>{len(inner)} {what}</summary>{_plain_table(runs, inner)}</details>"
     return f"<h2>Provenance</h2>{table}"
+
+
+def _below(prefix: str, rows: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    return [(key.removeprefix(prefix), values) for key, values in rows if key.startswith(prefix)]
 
 
 def _in_lines(key: str, value: object) -> object:

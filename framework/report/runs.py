@@ -17,6 +17,7 @@ from lightspan.config.tree import MAX_DEPTH, plain, read
 from lightspan.errors import UserError
 from lightspan.report.curves import XY
 from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
+from lightspan.runs.status import Status
 
 MOST_PICTURE_BYTES = 2**24
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
@@ -26,17 +27,25 @@ _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
 @dataclass(frozen=True)
 class LoggedValue:
-    """One logged value; `step` counts optimiser steps, `time_s` seconds since the fit began (NaN if not logged)."""
+    """One logged value; `step` counts optimiser steps, `time_s` seconds since the fit began (NaN if not logged). Of a
+    folded run it is a mean, and `spread` the standard deviation.
+    """
 
     step: int
     time_s: float
     value: float
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
 class Run:
     """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged.
     `pictures` are PNG files by name.
+
+    `status` is known where somebody has asked for it: a run must not ask for its own.
+
+    Of a run that `fold` made, rows and summary are means over its `members`; `row_spreads` and `spread` are the
+    standard deviations of each row and of the summary, by name, and everything else is the first member's.
     """
 
     name: str
@@ -47,6 +56,10 @@ class Run:
     provenance: dict[str, Any]
     samples: list[dict[str, Any]]
     pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
+    status: Status | None = None
+    members: tuple["Run", ...] = ()
+    row_spreads: Sequence[dict[str, float]] = ()
+    spread: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> list[str]:
         """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
@@ -55,9 +68,10 @@ class Run:
 
     def points(self, metric: str) -> list[LoggedValue]:
         """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""
+        spreads = self.row_spreads or [{}] * len(self.rows)
         return [
-            LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]))
-            for row in self.rows
+            LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]), spread.get(metric))
+            for row, spread in zip(self.rows, spreads, strict=True)
             if metric in row and _is_value(row[metric])
         ]
 
@@ -114,6 +128,7 @@ def load_run(folder: Path, name: str) -> Run:
         if (folder / RESOLVED).is_file():
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
+    _refuse_links_out(folder)
     rows = _read_lines(folder / METRICS)
     for row in rows:
         if not isinstance(row.get("step"), int):
@@ -139,6 +154,15 @@ def load_run(folder: Path, name: str) -> Run:
             "has reached trainer.log_every_n_steps, or lower that number"
         )
     return run if run.summary else _with_derived_summary(run)
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """A run folder may come from somebody else: no file of the reader becomes part of a page."""
+    home = folder.resolve()
+    for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES):
+        path = folder / name
+        if path.is_symlink() and home not in path.resolve().parents:
+            raise UserError(f"{path} is a link that leads out of its run folder; copy what it leads to, or remove it")
 
 
 def _with_derived_summary(run: Run) -> Run:

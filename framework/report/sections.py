@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightspan.report.chart import Chart, ChartLine
-from lightspan.report.curves import LONG, finite, smooth
+from lightspan.report.curves import LONG, XY, finite, smooth
 from lightspan.report.runs import Run
 
 _GROUPS = (
@@ -103,16 +103,26 @@ def unit_of(metric: str) -> str:
 def _over_steps(runs: Sequence[Run], metric: str) -> Chart:
     curves, note = [], ""
     for at, run in enumerate(runs):
-        points = [(float(point.step), point.value) for point in run.points(metric)]
+        logged = run.points(metric)
+        points = [(float(point.step), point.value) for point in logged]
         if not points:
             continue
+        spreads = [(float(point.step), point.spread) for point in logged if point.spread is not None]
         smoothed: list[tuple[float, float]] = []
         if group_of(metric) in ("train", "throughput") and len(finite(points)) >= LONG:
             span = max(5, round(len(points) / 40))
-            smoothed = smooth(finite(points), span)
+            smoothed, spreads = smooth(finite(points), span), smooth(finite(spreads), span)
             note = f"thin: every logged value; thick: running mean over {span} of them"
-        curves.append(ChartLine(run.name, at, points, smoothed))
+        curves.append(ChartLine(run.name, at, points, smoothed, _band(smoothed or points, spreads)))
+    if any(curve.band for curve in curves):
+        note = "; ".join(filter(None, [note, "surface: one standard deviation over seeds to either side"]))
     return Chart(metric, "optimiser steps", unit_of(metric), curves, note=note)
+
+
+def _band(points: Sequence[XY], spreads: Sequence[XY]) -> list[tuple[float, float, float]]:
+    """One standard deviation to either side of a curve, where it is known."""
+    middle = dict(points)
+    return [(x, middle[x] - spread, middle[x] + spread) for x, spread in spreads if x in middle]
 
 
 def _over_time(runs: Sequence[Run], metric: str) -> Chart:

@@ -50,10 +50,12 @@ min-width:0}
 .chart figcaption{font-size:.95rem;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto}.chart>svg{overflow:visible}
 svg text{font-size:12px;fill:var(--soft)}
+.ended{position:sticky;top:0;z-index:2;padding:8px 12px;background:var(--mark);border-radius:8px}
 .grid{stroke:var(--grid);fill:none}
 .axis{stroke:var(--soft);fill:none;opacity:.55}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .raw{fill:none;stroke-width:1;opacity:.28}
+.band{opacity:.16;stroke:none}
 .hit rect{fill:transparent}
 .tip{visibility:hidden;pointer-events:none}
 .tip text{font-size:12.5px;font-weight:600;fill:var(--ink);font-variant-numeric:tabular-nums;paint-order:stroke;
@@ -66,6 +68,13 @@ table.plain th:first-child{font-family:ui-monospace,SFMono-Regular,Menlo,Consola
 overflow-wrap:anywhere;min-width:11em}
 table.plain thead th{text-align:left}
 table.plain td.shared{color:var(--soft)}
+table.heat{width:auto;margin:0 auto}table.heat td{text-align:center;min-width:5.5em;border:1px solid var(--rule);
+background:color-mix(in srgb,var(--good) var(--share),var(--card))}
+table.heat th{font-weight:500;text-align:center}table.heat td.best{outline:2px solid var(--good);outline-offset:-2px}
+table.heat caption{caption-side:top;padding:10px 12px 6px;font-size:.88rem;color:var(--soft)}
+.heats{margin-top:12px;display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start;margin-bottom:16px}.heats>.scroll{max-width:100%}
+table.rank td,table.rank th{text-align:right;padding:6px 12px;min-width:0;white-space:nowrap}
+table.rank tr>:nth-child(2){text-align:left;white-space:normal;min-width:9em}table.rank th[scope=row]{font-weight:500}
 details{margin-top:12px}
 summary{cursor:pointer;color:var(--soft);font-size:.92rem;padding:4px 0}
 pre{margin:0;padding:14px;overflow:auto;max-height:26em;background:var(--card);border:1px solid var(--rule);

@@ -7,24 +7,39 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightspan.config.flags import allow_options
+from lightspan.launch.parent import PARENT_VARIABLE
 
 LAST_LINES = 15
+LEAVING_S = 90.0
+"""Seconds that runs have to write a checkpoint when all are ended: those of a `Preemption`, and 30 to exit."""
+_LOOK_S = 0.05
 
 
-def fit_command(recipe: Path, run_dir: Path, allow_modules: Sequence[str]) -> list[str]:
-    """The command line that trains a recipe file in a run folder."""
-    command = [sys.executable, "-m", "lightspan", "fit", str(recipe), "--run", str(run_dir)]
-    return command + allow_options(allow_modules)
+@dataclass(frozen=True)
+class Task:
+    """A command to start, and the file that its output is appended to."""
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+
+
+def fit_command(words: Sequence[str], run_dir: Path) -> tuple[str, ...]:
+    """The command line that trains in a run folder; `words` are the recipe and what follows it."""
+    return (sys.executable, "-m", "lightspan", "fit", *words, "--run", str(run_dir))
 
 
 def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a command in its own session; its output is appended to `log`."""
+    """Starts a command in its own session; its output is appended to `log`. If it is lightspan, it stops in order when
+    this process is killed.
+    """
     alone = {key: value for key, value in os.environ.items() if key != "LIGHTSPAN_RUN"}
+    alone[PARENT_VARIABLE] = str(os.getpid())
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -39,7 +54,21 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
+def end_in_order(processes: Collection["subprocess.Popen[bytes]"], leaving_s: float = LEAVING_S) -> None:
+    """Asks processes of `start` to stop, which a run does with a checkpoint, and kills those that have not by then."""
+    try:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()  # not its data workers: the last batch has to come from them
+        until_s = time.monotonic() + leaving_s
+        while any(process.poll() is None for process in processes) and time.monotonic() < until_s:
+            time.sleep(_LOOK_S)
+    finally:  # also if somebody insists
+        for process in processes:
+            end(process)
+
+
+def ranks_of(command: Sequence[str], ranks: int, log: Path) -> list[int | None]:
     """Starts the ranks as a launcher would; when one dies the rest is killed. Exit statuses, None for those killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -59,27 +88,60 @@ def ranks_of(command: list[str], ranks: int, log: Path) -> list[int | None]:
 
 
 def run_side_by_side(
-    commands: Sequence[tuple[Sequence[str], Path]],
+    tasks: Iterator[Task],
     workers: int,
-    ended: Callable[[int, int], None],
-    variables: dict[str, str] | None = None,
+    ended: Callable[[Task, int], None],
+    look: Callable[[Collection[Task]], None] = lambda running: None,
 ) -> None:
-    """Runs (command, log) pairs, `workers` at a time in their order; calls ended(position, exit status) for each."""
-    waiting = list(enumerate(commands))
-    running: dict[int, subprocess.Popen[bytes]] = {}
+    """Runs `workers` tasks at a time and leaves none running, whatever happens.
+
+    Args:
+        tasks: is asked for the next one when a worker is free, so it may choose by the results of those before.
+        ended: called with each task that ended and its exit status (negative: the signal that killed it).
+        look: called again and again with the tasks that are running.
+    """
+    running: dict[Task, tuple[int, subprocess.Popen[bytes]]] = {}
+    free = list(range(workers))
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                position, (command, log) = waiting.pop(0)
-                running[position] = start(command, log, variables)
-            for position, process in list(running.items()):
+        while True:
+            while free and (task := next(tasks, None)) is not None:
+                running[task] = (free[0], start(task.command, task.log, _share(free[0], workers)))
+                free.pop(0)
+            if not running:
+                return
+            for task, (worker, process) in list(running.items()):
                 if (status := process.poll()) is not None:
-                    end(running.pop(position))
-                    ended(position, status)
-            time.sleep(0.05)
+                    end(process)
+                    del running[task]
+                    free.append(worker)
+                    ended(task, status)
+            look(running.keys())
+            time.sleep(_LOOK_S)
     finally:
-        for process in running.values():
-            end(process)
+        end_in_order([process for _, process in running.values()])
+
+
+def _share(worker: int, workers: int) -> dict[str, str]:
+    """The variables that give a worker its part of the processor's cores and of the GPUs; what the user has set stays,
+    except that GPUs are divided.
+    """
+    found = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, _cores() // workers))}
+    devices = _gpus()
+    if workers > 1 and devices:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(devices[worker::workers] or [devices[worker % len(devices)]])
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus() -> list[str]:
+    """The names under which CUDA knows this machine's GPUs, without asking CUDA: that would take memory on each."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    folder = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number in range(len(list(folder.iterdir())))] if folder.is_dir() else []
 
 
 def last_lines(log: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -129,7 +130,7 @@ def start(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) 
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
     write_atomic(recipe, dump(with_layer(resolved, _changes(resolved, settings, run_dir, leg)).document()))
     log = run_dir / OUTPUT
-    statuses = ranks_of(fit_command(recipe, run_dir, resolved.allow_modules), leg.ranks, log)
+    statuses = ranks_of(fit_command([str(recipe), *allow_options(resolved.allow_modules)], run_dir), leg.ranks, log)
     killed = -signal.SIGKILL in statuses
     if killed != (leg.kill is not None) or (not killed and any(statuses)):
         status = next((status for status in statuses if status), 0)

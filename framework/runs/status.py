@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from lightspan.files import read_small
 from lightspan.run_files import (
     CSV_FOLDER,
     FAILED,
@@ -101,8 +102,8 @@ def _without_process(run: Path, names: set[str]) -> Status:
 
 def _finished(summary: Path) -> bool | None:
     try:
-        finished = json.loads(summary.read_bytes())["finished"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        finished = json.loads(read_small(summary) or b"")["finished"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return finished if isinstance(finished, bool) else None
 

@@ -148,30 +148,6 @@ def test_a_missing_preset_is_skipped_and_a_failing_optimiser_stops_no_other(
     assert "a bug" in said.err
 
 
-@pytest.mark.parametrize("optimum", [-4, -2, 0, 1, 2, 5])
-def test_a_line_is_extended_until_its_best_is_inside(optimum: int) -> None:
-    asked: list[int] = []
-
-    def loss(rate: float) -> float:
-        asked.append(round(math.log2(rate / 3e-3)))
-        return float((asked[-1] - optimum) ** 2)
-
-    assert quality.best_on_line(loss, 3e-3, reach=2) == 3e-3 * 2.0**optimum
-    assert sorted(asked) == list(range(min(-2, optimum - 1), max(2, optimum + 1) + 1))
-
-
-def test_a_line_without_an_optimum_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    asked: list[float] = []
-
-    def loss(rate: float) -> float:
-        asked.append(rate)
-        return math.inf
-
-    assert quality.best_on_line(loss, 1.0, reach=2) == min(asked)  # where all diverge, the way is down
-    assert len(asked) == quality.LONGEST_LINE
-    assert "no best value inside" in capsys.readouterr().out
-
-
 def test_the_search_walks_both_rates_and_looks_at_the_first_again() -> None:
     known: dict[tuple[float, float], float] = {}
 
@@ -184,6 +160,15 @@ def test_the_search_walks_both_rates_and_looks_at_the_first_again() -> None:
     assert {lr for lr, other in known if other == 1} == {2.0**k for k in range(-2, 3)}
     assert {other for lr, other in known if lr == 1} == {2.0**k for k in range(-2, 5)}
     assert len(known) == 5 + 6 + 2 + 1
+
+
+@pytest.mark.parametrize("name", list(quality.START))
+def test_the_recorded_search_is_the_one_that_would_be_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every point that the search asks for is in the results, which nothing has been added to."""
+    monkeypatch.setattr(quality, "train", None)
+    assert quality.sweep(quality.RESULTS, quality.Setup(), name) == quality.best_rates(
+        quality.read(quality.RESULTS), name
+    )
 
 
 def test_the_table_compares_seed_by_seed_with_adamw() -> None:

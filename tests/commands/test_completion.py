@@ -26,7 +26,12 @@ def offered(*words: str) -> list[str]:
 
 
 def test_the_first_word_is_a_verb() -> None:
-    assert offered("") == [*(verb.name for verb in VERBS), "--help", "--version"]
+    assert offered("") == [*(verb.name for verb in VERBS if " " not in verb.name), "--help", "--version"]
+
+
+def test_behind_the_first_word_of_longer_verbs_come_their_second_words() -> None:
+    assert offered("runs", "") == ["tag", "note", "clean"]
+    assert offered("runs", "clean", "--y") == ["--yes"]
     assert offered("comp") == ["completion"]
     assert dict(completion(["fi"]).candidates) == {"fit": "train"}
     assert completion([]) == completion([""])

@@ -12,10 +12,10 @@ from export_runs import run_export, run_with_checkpoint
 from torch import nn
 
 from lightspan.checkpoints.folder import write_folder
-from lightspan.commands import export as command
 from lightspan.config.build import build, load_resolved
 from lightspan.errors import UserError
 from lightspan.exports import huggingface
+from lightspan.exports.safetensors import write_safetensors
 
 CONFIG: dict[str, Any] = {
     "about": {"title": "t", "paper": "none", "family": "language"},
@@ -93,7 +93,7 @@ def test_tensors_that_share_memory_are_stored_once(tmp_path: Path) -> None:
 
     tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     tied[1].weight = tied[0].weight
-    assert command._to_safetensors(tied, tmp_path, "r") == 0  # type: ignore[arg-type]
+    assert write_safetensors(tied, tmp_path, {}) == 0
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert len(file.keys()) == 1
 
@@ -102,7 +102,7 @@ def test_tensors_that_share_memory_are_stored_once(tmp_path: Path) -> None:
 def test_tensors_that_are_not_numbers_read_back_equal(tmp_path: Path, values: list[str]) -> None:
     broken = nn.Linear(2, 1, bias=False)
     broken.weight.data[0] = torch.tensor([float(value) for value in values])
-    assert command._to_safetensors(broken, tmp_path, "r") == 0  # type: ignore[arg-type]
+    assert write_safetensors(broken, tmp_path, {}) == 0
 
 
 def test_huggingface_loads_without_lightspan_and_says_the_same(
@@ -287,8 +287,10 @@ def test_a_file_without_weights_is_no_checkpoint(run_dir: Path) -> None:
 
 def test_huggingface_needs_a_transformers_backbone() -> None:
     module = nn.Module()
-    with pytest.raises(UserError, match="Module is not one: it has no attribute `backbone`; use --to safetensors"):
+    with pytest.raises(UserError, match="Module is not one: it has no attribute `backbone`; use --to onnx"):
         huggingface.require_pretrained(module)
     module.backbone = nn.Linear(1, 1)
-    with pytest.raises(UserError, match="its backbone is a Linear; use --to safetensors"):
+    with pytest.raises(
+        UserError, match="its backbone is a Linear; use --to onnx, --to torch-export or --to safetensors"
+    ):
         huggingface.require_pretrained(module)

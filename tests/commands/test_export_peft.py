@@ -69,7 +69,9 @@ def test_peft_gives_the_logits_of_the_run(run_dir: Path, capsys: pytest.CaptureF
     ours = backbone_of(run_dir, run_dir / "checkpoints" / "last.ckpt")
     with torch.no_grad():
         torch.testing.assert_close(under_peft(ours, out)(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-5)
-    assert {path.name for path in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "export.json"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "export.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == files
+    assert "library_name: peft" in (out / "README.md").read_text()
 
 
 def test_other_formats_of_an_adapted_run(run_dir: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +11,10 @@ from rank_processes import PROJECT
 from lightspan.cli import main
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
-from lightspan.intrinsic import fits as command
 from lightspan.intrinsic.curve import target
 from lightspan.intrinsic.fits import layer
 from lightspan.intrinsic.search import TUNING_SEED, Fit, SearchSettings, search
-from lightspan.runs.fits import run_side_by_side
+from lightspan.sweeps import display
 
 REFERENCES = {"untrained": {"0": 0.1, "1": 0.1, "2": 0.1}}
 TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
@@ -130,18 +127,18 @@ def stubbed(monkeypatch, tmp_path):
     """Runs that finish at once with loss 1 / d (1 / 15 for all weights); what was started is recorded."""
     started: list[str] = []
 
-    def run_side_by_side(commands, workers, ended, variables):
-        for position, (line, log) in enumerate(commands):
-            folder = log.parent
+    def run_side_by_side(tasks, workers, ended, look):
+        for task in tasks:
+            folder = task.log.parent
             started.append(folder.name)
             folder.mkdir(parents=True)
             dim = 15 if folder.name.startswith("direct") else int(folder.name[1:].split("-")[0])
             (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "time_s": 1.0, "val/loss": 1 / dim}) + "\n")
             (folder / "summary.json").write_text(json.dumps({"finished": True}))
-            log.write_text(" ".join(line))
-            ended(position, 0)
+            task.log.write_text(" ".join(task.command))
+            ended(task, 0)
 
-    monkeypatch.setattr(command, "run_side_by_side", run_side_by_side)
+    monkeypatch.setattr(display, "run_side_by_side", run_side_by_side)
     return started
 
 
@@ -200,13 +197,13 @@ def test_what_cannot_be_searched_is_told_before_any_run(stubbed, capsys, argumen
 def test_a_real_search_of_a_tiny_recipe(monkeypatch, tmp_path, capsys):
     """15 weights whose loss 40 steps of Adam bring down, in as many dimensions too."""
 
-    def run_side_by_side(commands, workers, ended, variables):
-        for position, (line, log) in enumerate(commands):
-            done = rank_processes.launch(list(line[3:]), 1, log.parent)
-            log.write_text(done.said)
-            ended(position, done.statuses[0])
+    def run_side_by_side(tasks, workers, ended, look):
+        for task in tasks:
+            done = rank_processes.launch(list(task.command[3:]), 1, task.log.parent)
+            task.log.write_text(done.said)
+            ended(task, done.statuses[0])
 
-    monkeypatch.setattr(command, "run_side_by_side", run_side_by_side)
+    monkeypatch.setattr(display, "run_side_by_side", run_side_by_side)
     flags = ["trainer.limit_val_batches=1", "trainer.val_check_interval=4", "trainer.max_steps=40"]
     assert intrinsic_dimension("--grid", "0,15", "--threshold", "0.5", "--lrs", "0.1", *flags) == 0, capsys.readouterr()
     result = json.loads((tmp_path / "out/result.json").read_text())
@@ -215,30 +212,3 @@ def test_a_real_search_of_a_tiny_recipe(monkeypatch, tmp_path, capsys):
     assert result["baseline"]["mean"] < losses[15] < losses[0]
     assert (tmp_path / "out/runs/d15-lr0.1-seed0/subspace.safetensors").is_file()
     assert "reached at d = 15" in capsys.readouterr().out
-
-
-def sleeper(seconds: float, status: int = 0) -> list[str]:
-    return [
-        sys.executable,
-        "-S",
-        "-c",
-        f"import time; print('hello', flush=True); time.sleep({seconds}); raise SystemExit({status})",
-    ]
-
-
-def test_runs_end_side_by_side_with_their_status_and_log(tmp_path):
-    statuses = {}
-    commands = [(sleeper(0, 0), tmp_path / "a" / "log"), (sleeper(0, 3), tmp_path / "b" / "log")]
-    run_side_by_side(commands, 2, statuses.__setitem__)
-    assert statuses == {0: 0, 1: 3}
-    assert (tmp_path / "a" / "log").read_text() == "hello\n"
-
-
-def test_an_interruption_leaves_no_run_behind(tmp_path):
-    def interrupt(position, status):
-        raise KeyboardInterrupt
-
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run_side_by_side([(sleeper(0), tmp_path / "a"), (sleeper(600), tmp_path / "b")], 2, interrupt)
-    assert time.monotonic() - began < 60

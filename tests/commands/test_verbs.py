@@ -5,10 +5,11 @@ import shlex
 import pytest
 
 from lightspan.cli import main, parse
-from lightspan.commands.verbs import VERBS, Verb
+from lightspan.commands.verbs import VERBS, Verb, verb_of
 from lightspan.config.recipes import find
 from lightspan.config.resolve import ANY_KIND, TRAINED, resolve
 from lightspan.errors import UserError
+from lightspan.sweeps.points import axes_of, flags_of, grid
 
 TAKE_ANY_KIND = ("show", "check", "run")
 
@@ -17,7 +18,7 @@ every_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 
 @every_verb
 def test_help_ends_with_two_different_examples(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb.name, "--help"]) == 0
+    assert main([*verb.words, "--help"]) == 0
     head, *examples = capsys.readouterr().out.splitlines()[-3:]
     assert head == "examples:"
     assert examples == [f"  {example}" for example in verb.examples]
@@ -27,12 +28,16 @@ def test_help_ends_with_two_different_examples(verb: Verb, capsys: pytest.Captur
 @every_verb
 def test_an_example_is_a_command_line_of_its_verb_with_recipes_overlays_and_settings_that_exist(verb: Verb) -> None:
     for example in verb.examples:
-        program, name, *arguments = shlex.split(example)
-        assert (program, name) == ("lightspan", verb.name)
-        args = parse(verb, arguments)
-        if verb.flags:
+        program, *words = shlex.split(example)
+        assert program == "lightspan"
+        assert verb_of(words) is verb
+        args = parse(verb, words[len(verb.words) :])
+        if verb.flags and hasattr(args, "recipe"):
             kinds = ANY_KIND if verb.name in TAKE_ANY_KIND else TRAINED
-            resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
+            axes, flags = axes_of(args.flags)
+            assert bool(axes) == (verb.name == "sweep")
+            for point in grid(axes):
+                resolve(args.recipe, args.overlays, [*flags, *flags_of(point)], args.allow_modules, kinds)
         elif verb.name == "copy":
             find(args.recipe)
         elif verb.name == "merge":

@@ -53,7 +53,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that holds the harness and two toy systems."""
     root = tmp_path_factory.mktemp("house")
     (root / "evidence").mkdir()
-    for name in ("conftest.py", "recorder.py", "build_docs.py", "methods_page.py"):
+    pages = ("build_docs.py", "methods_page.py", "catalogue.py", "claims.py", "systems.yaml")
+    for name in ("conftest.py", "recorder.py", *pages):
         shutil.copy(EVIDENCE / name, root / "evidence" / name)
     (root / "evidence" / "test_77_toy.py").write_text(TOY)
     (root / "evidence" / "results").mkdir()

@@ -41,7 +41,8 @@ def record(system: str, *claims: dict[str, Any]) -> dict[str, Any]:
 
 METHOD = '"""A method (arXiv 1234.56789)."""\n\n\nclass Toy: ...\n'
 RECIPE = """\
-about: {title: A toy, paper: "Toy: on Toys (arXiv 1234.56789)", family: toys, evidence: evidence/test_02_toy.py}
+about:
+  {title: A toy, paper: "Toy: on Toys (arXiv 1234.56789)", family: toys, modality: any, evidence: e/test_02_toy.py}
 model: {class_path: lightspan.methods.toys.toy.Toy}
 """
 BASELINE = """\
@@ -52,11 +53,16 @@ COUNT = """\
 about: {title: A count, paper: none, family: toys, evidence: none}
 estimator: {class_path: lightspan.estimators.count.Count}
 """
+SYSTEMS = """\
+2: {name: Toy, arxiv: "1234.56789", baseline: nothing, figure: c}
+1: {name: Tomorrow, arxiv: "2345.67890", title: "Tomorrow: a Paper", family: toys, modality: sound}
+3: {name: Later, arxiv: "3456.78901", title: Another Paper, family: toys, modality: text}
+"""
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
-    """A project with three measured systems, a method, an estimator and three recipes."""
+    """A project with three measured systems, a method, an estimator, three recipes and a catalogue."""
     results = tmp_path / "evidence" / "results"
     records = (
         record("10_late", claim("c", 2.0, held=True)),
@@ -71,6 +77,7 @@ def house(tmp_path: Path) -> Path:
         tmp_path / "framework" / "estimators" / "count.py": "class Count: ...\n",
         tmp_path / "recipes" / "toys" / "count.yaml": COUNT,
         tmp_path / "recipes" / "scale" / "ddp.yaml": "trainer: {strategy: ddp}\n",
+        tmp_path / "evidence" / "systems.yaml": SYSTEMS,
     }
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +114,37 @@ def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: Modu
     assert "| All of it | method | [methods/toys/toy.py](../framework/methods/toys/toy.py) |" in text
     assert text.count("## Toys") == 1
     assert "scale/" not in text
+
+
+def test_a_system_has_one_row_with_its_figure_or_is_not_built_yet(build_docs: ModuleType, house: Path) -> None:
+    build_docs.build(house)
+    text = (house / "docs" / "methods.md").read_text()
+    assert "the 3 systems of the catalogue, 1 of which are built" in text
+    assert re.findall(r"^\| (\d) \| (.+?) \(\[", text, re.MULTILINE) == [
+        ("1", "Tomorrow: a Paper"), ("2", "Toy: on Toys"), ("3", "Later: Another Paper")
+    ]  # fmt: skip
+    assert "(https://arxiv.org/abs/2345.67890)) | toys | sound | not built yet |  |  |  |  |  |" in text
+    assert (
+        "| toys | any | [toys/toy](../recipes/toys/toy.yaml) | nothing | c: 2 points | >= 1 | yes "
+        "| [0 of 0](evidence/named.md), [**1 of 2**](evidence/02_toy.md), [1 of 1](evidence/10_late.md) |"
+    ) in text
+
+
+@pytest.mark.parametrize(("figure", "shown"), [("", "a: 1.25 points"), ("b", "b: not finite points")])
+def test_the_figure_of_a_system_is_the_claim_that_it_names_or_the_first(
+    build_docs: ModuleType, house: Path, figure: str, shown: str
+) -> None:
+    (house / "evidence" / "systems.yaml").write_text(
+        f'2: {{name: Toy, arxiv: "1234.56789", baseline: nothing, figure: "{figure}"}}'
+    )
+    build_docs.build(house)
+    assert f"| nothing | {shown} | >= 1 |" in (house / "docs" / "methods.md").read_text()
+
+
+def test_a_figure_that_no_record_has_is_named(build_docs: ModuleType, house: Path) -> None:
+    (house / "evidence" / "systems.yaml").write_text('2: {name: Toy, arxiv: "1234.56789", figure: gone}')
+    with pytest.raises(ValueError, match=r"systems\.yaml, 2: no record has the claim 'gone'"):
+        build_docs.build(house)
 
 
 @pytest.mark.parametrize(
@@ -149,14 +187,16 @@ CLAIMS = (
 def test_of_a_page_that_methods_share_each_has_the_claims_that_name_it(
     build_docs: ModuleType, title: str, key: str, names: set[str], said: str
 ) -> None:
-    page = sys.modules["methods_page"]
+    catalogue = sys.modules["catalogue"]
     shared = record("shared", *CLAIMS) | {"title": title}
-    assert page.counted(shared, key, page.names_of([], names), build_docs.held) == said
+    about: dict[str, dict[str, Any]] = {"toys/toy": {"paper": "none"}}
+    entry = catalogue.Entry(key, "Toy", "toys", "image", (), about, frozenset(names), (shared,))
+    assert entry.held(shared) == said
 
 
 def test_a_method_is_named_by_its_paper_and_its_classes(build_docs: ModuleType) -> None:
     papers = ["LoRA: Low-Rank Adaptation (arXiv 2106.09685)", "Adaptive Rank (CoDyRA, arXiv 2412.01004)"]
-    names = sys.modules["methods_page"].names_of(papers, {"LowRank", "KNN"})
+    names = sys.modules["catalogue"].names_of(papers, {"LowRank", "KNN"})
     assert names == {" lora ", " co dyra ", " low rank ", " knn "}
 
 
@@ -170,7 +210,7 @@ def test_a_method_is_named_by_its_paper_and_its_classes(build_docs: ModuleType) 
     ],
 )
 def test_a_title_stands_without_the_number(build_docs: ModuleType, paper: str, title: str) -> None:
-    assert sys.modules["methods_page"].title_of(paper) == title
+    assert sys.modules["catalogue"].title_of(paper) == title
 
 
 def test_building_twice_changes_nothing_and_pages_without_results_are_removed(
@@ -193,10 +233,24 @@ def test_the_committed_pages_are_those_of_the_committed_results_and_recipes(buil
 
 
 def test_every_recipe_is_listed_once(build_docs: ModuleType) -> None:
-    listed = re.findall(r"\(\.\./recipes/([\w/]+)\.yaml\)", (ROOT / "docs" / "methods.md").read_text())
+    page = (ROOT / "docs" / "methods.md").read_text()
+    listed = re.findall(r"\(\.\./recipes/([\w/]+)\.yaml\)", page.split("## By family")[1])
     known = [
         path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
         for path in (ROOT / "recipes").glob("*/**/*.yaml")
         if path.parent.name != "scale"
     ]
     assert sorted(listed) == sorted(known)
+
+
+def test_the_catalogue_says_of_a_system_only_what_its_recipes_do_not(build_docs: ModuleType) -> None:
+    catalogue = sys.modules["catalogue"]
+    systems = catalogue.read_systems(ROOT)
+    built = {entry.key: entry for entry in catalogue.read_entries(ROOT, list(catalogue.read_records(ROOT).values()))}
+    assert [system.number for system in systems] == list(range(1, 87))
+    assert len({system.arxiv for system in systems}) == 86
+    for system in systems:
+        told = [bool(system.title), bool(system.family), bool(system.modality)]
+        assert told == [system.arxiv not in built] * 3, f"{system.number}: recipes say these three of what is built"
+        measured = system.arxiv in built and bool(built[system.arxiv].records)
+        assert bool(system.baseline) == measured, f"{system.number}: a system has a baseline once it is measured"

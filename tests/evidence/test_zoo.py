@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evidence.zoo import __main__ as command
-from evidence.zoo import methods, page, pictures, records, training
+from evidence.zoo import closer, methods, page, pictures, records, table, training
 from evidence.zoo.records import OURS, SEARCH_SEED, SEEDS, THEIRS, UNTRAINED, Cell, Row
 from lightspan.datamodules.images.small import Labelled
 from lightspan.errors import UserError
@@ -78,14 +78,18 @@ def test_an_entry_trains_its_encoder(
     encoder: str, arm: str, split: pictures.Split, made: dict[str, list[pictures.Batch]]
 ) -> None:
     task = task_of(split, encoder)
-    features, step_ms = training.train(arm, task, 1e-3, 0, made[methods.ENTRIES[arm].views])
-    found, labels = training.encoded(features, split, "test")
+    trained = training.train(arm, task, 1e-3, 0, made[methods.ENTRIES[arm].views])
+    found, labels = training.encoded(trained.features, split, "test")
     assert found.shape == (24, task.encoder().num_features)
     assert found.isfinite().all()
     assert labels.shape == (24,)
-    assert step_ms > 0
-    before, _ = training.encoded(training.untrained(task, 0), split, "test")
+    assert trained.step_ms is not None
+    assert trained.step_ms > 0
+    before, _ = training.encoded(training.untrained(task, 0).features, split, "test")
     assert not torch.equal(found, before)
+    assert (trained.student is not None) == (arm == "DINO")
+    if trained.student is not None:
+        assert not torch.equal(training.encoded(trained.student, split, "test")[0], found)
 
 
 @pytest.mark.parametrize(("encoder", "arm"), [pair for pair in entries() if pair[1] in records.PEER_ARMS])
@@ -95,8 +99,8 @@ def test_a_peer_trains_its_encoder_by_as_many_steps(
     peers = pytest.importorskip("evidence.zoo.lightly_methods", exc_type=ImportError).PEERS
     assert peers.keys() == set(records.PEER_ARMS)
     task, batches = task_of(split, encoder), made[methods.ENTRIES[arm].views]
-    features, _ = training.train_peer(arm, task, 1e-3, 0, batches)
-    found, _ = training.encoded(features, split, "test")
+    trained = training.train_peer(arm, task, 1e-3, 0, batches)
+    found, _ = training.encoded(trained.features, split, "test")
     assert found.isfinite().all()
     ours, theirs = training.interleaved(arm, task, batches)
     assert len(ours) == len(theirs) == STEPS
@@ -152,6 +156,54 @@ def test_the_search_takes_the_best_rate_and_the_smaller_of_equal_ones() -> None:
     assert records.chosen_rate(rows, OURS, "SimCLR", "full", "conv net") is None  # searched on itself
 
 
+def closely(by: str, scores: dict[float, list[float]]) -> list[Row]:
+    """The search and the closer one of SwAV on the ViT: of each rate a score a seed."""
+    seeds = (SEARCH_SEED, *closer.FURTHER)
+    return [
+        cell_row(Cell(by, "SwAV", "fashion", "ViT", rate, seed), score, score)
+        for rate, each in scores.items()
+        for seed, score in zip(seeds, each, strict=True)
+    ]
+
+
+def test_the_closer_search_takes_the_mean_over_all_its_seeds_and_waits_for_the_last_run() -> None:
+    low, middle, high = records.RATES
+    rows = closely(OURS, {low: [70.0, 60.0, 60.0, 60.0], middle: [69.0, 63.0, 63.0, 63.0], high: [0.0] * 4})
+    assert records.chosen_rate(rows, OURS, "SwAV", "fashion", "ViT") == low
+    assert closer.scores(rows, OURS, "SwAV", "ViT") == {low: 62.5, middle: 64.5, high: 0.0}
+    assert closer.reports(rows) == [Cell(OURS, "SwAV", "fashion", "ViT", middle, seed) for seed in SEEDS]
+    assert closer.reports(rows[:-1]) == []
+    assert {cell.seed for cell in closer.searches()}.isdisjoint((SEARCH_SEED, *SEEDS))
+
+
+def test_the_closer_look_compares_at_its_own_rates() -> None:
+    low, middle, high = records.RATES
+    rows = closely(OURS, {low: [70.0, 60.0, 60.0, 60.0], middle: [69.0, 63.0, 63.0, 63.0], high: [0.0] * 4})
+    rows += closely(THEIRS, {low: [50.0] * 4, middle: [60.0] * 4, high: [50.0] * 4})
+    for by, rate, score in ((OURS, low, 40.0), (OURS, middle, 60.0), (THEIRS, middle, 62.0)):
+        rows += [
+            cell_row(Cell(by, "SwAV", "fashion", "ViT", rate, seed), score + off, score + off)
+            for seed, off in zip(SEEDS, (-1.0, 0.0, 1.0), strict=True)
+        ]
+    text = page.page(rows)
+    for line in (
+        "| SwAV | ViT | lightspan | 62.5 | 64.5 | 0.0 | 0.001 | 0.003 |",
+        "| SwAV | ViT | lightly | 50.0 | 60.0 | 50.0 | 0.003 | 0.003 |",
+        "| SwAV | ViT" + 2 * " | 60.0 ± 1.0 | 62.0 ± 1.0 | -2.0, lightly higher" + " |",
+    ):
+        assert line in text, line
+    assert "set lightspan's SwAV" not in text  # the first rate was not the worst, and a difference is left
+    assert "A closer look" not in page.page(rows[:3])
+    rows = closely(OURS, {low: [70.0, 50.0, 50.0, 50.0], middle: [69.0, 63.0, 63.0, 63.0], high: [60.0] * 4})
+    rows += closely(THEIRS, {low: [50.0] * 4, middle: [60.0] * 4, high: [50.0] * 4})
+    rows += [
+        cell_row(Cell(by, "SwAV", "fashion", "ViT", rate, seed), 60.0 + seed, 60.0 + seed)
+        for by, rate in ((OURS, low), (OURS, middle), (THEIRS, middle))
+        for seed in SEEDS
+    ]
+    assert "it was the search that set lightspan's SwAV on the ViT back" in page.page(rows)
+
+
 def test_equal_rates_seeds_and_steps_are_planned_for_all() -> None:
     plan = records.searches("openclipart")
     assert {cell.data for cell in plan} == {"fashion"}
@@ -185,8 +237,7 @@ def test_what_stands_in_the_file_is_never_run_again(
     monkeypatch.setattr(command.pictures, "load", lambda name: split)
     monkeypatch.setattr(command.training, "BATCH", SIZE)
     plan = records.searches("fashion")[:8]
-    monkeypatch.setattr(command.records, "searches", lambda data: plan)
-    monkeypatch.setattr(command.records, "reports", lambda rows, data: [])
+    monkeypatch.setattr(command, "plans", lambda rows, data: iter([plan]))
     arguments = ["run", "--data", "fashion", "--steps", str(STEPS), "--records", str(tmp_path / "zoo.jsonl")]
     with pytest.raises(KeyboardInterrupt):
         command.main(arguments)
@@ -240,9 +291,9 @@ def test_differences_below_the_spread_of_seeds_are_named_as_none() -> None:
         "are not measured yet: of ",
     ):
         assert line in text, line
-    ours, theirs = page.Spread(61.6, 1.0, 3), page.Spread(60.0, 1.0, 3)
-    assert page.verdict(ours, theirs, 1.63) == "within noise"
-    assert page.verdict(ours, theirs._replace(seeds=2), 1.0) == "seeds are missing"
+    ours, theirs = table.Spread(61.6, 1.0, 3), table.Spread(60.0, 1.0, 3)
+    assert table.verdict(ours, theirs, 1.63) == "within noise"
+    assert table.verdict(ours, theirs._replace(seeds=2), 1.0) == "seeds are missing"
 
 
 def test_no_records_make_a_page_too() -> None:

@@ -69,7 +69,7 @@ def test_what_torch_cannot_export_is_said_and_the_weights_are_written(tmp_path: 
 
     written = write_encoder(Pretrained(Undecided(3, 4, 2)), MEAN, STD, 8, tmp_path / "out")
     assert written.files == ["model.safetensors"]
-    assert "torch.export cannot write this encoder" in written.remarks[0]
+    assert "torch.export cannot follow Pretrained" in written.remarks[0]
 
 
 def test_an_earlier_export_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -24,6 +24,13 @@ def test_prototypes_give_cosines_whatever_the_lengths_and_zero_for_a_zero_vector
     torch.testing.assert_close(halves, expected, rtol=0, atol=0.03)
 
 
+def test_prototypes_start_as_rows_of_a_linear_layer_at_any_width() -> None:
+    torch.manual_seed(0)
+    for width in (16, 256):
+        lengths = Prototypes(width, 1000).weight.norm(dim=1)
+        assert lengths.mean().item() == pytest.approx(3**-0.5, rel=0.02)
+
+
 def test_a_head_maps_any_leading_axes_and_no_hidden_width_is_linear() -> None:
     head = DINOHead(6, 9, hidden=(8, 8), bottleneck=5)
     assert head(torch.randn(2, 3, 6)).shape == (2, 3, 9)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.datamodules.loading.ranks import train_loader
 
@@ -82,6 +82,27 @@ class SignalAt(Callback):
         os.kill(os.getpid(), self.number)
 
 
+class SignalParentAt(Callback):
+    """Sends a signal to the process that started this run, while it computes step `step`, unless `marker` exists, which
+    it makes first.
+    """
+
+    alters_training = False
+
+    def __init__(self, step: int, name: str, marker: str) -> None:
+        self.step, self.number, self.marker = step, signal.Signals[name], Path(marker)
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        if trainer.global_step == self.step and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getppid(), self.number)
+            if self.number == signal.SIGKILL:  # the next step comes after what the kernel sends then
+                while os.getppid() == int(os.environ["LIGHTSPAN_PARENT"]):
+                    time.sleep(0.01)
+            else:
+                time.sleep(0.5)
+
+
 class WarnLater(Callback):
     """A signal to this process some seconds after the callback was built, wherever the run is by then."""
 
@@ -108,3 +129,20 @@ def stuck_on_purpose(holds_interpreter: bool) -> None:
     if holds_interpreter:
         ctypes.PyDLL(None).sleep(3600)  # PyDLL: a call that keeps the interpreter's lock
     time.sleep(3600)
+
+
+class Logarithm(nn.Module):
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return x_BD.log()
+
+
+class Downwards(nn.Module):
+    """Positive numbers times a weight that falls, and their logarithm: below `floor` they are raised to it."""
+
+    def __init__(self, floor: float | None = None) -> None:
+        super().__init__()
+        self.weight, self.logarithm, self.floor = nn.Parameter(torch.ones(3)), Logarithm(), floor
+
+    def forward(self, x_B4: Tensor) -> Tensor:
+        y_B3 = (1 + x_B4[:, :3].square()) * self.weight
+        return self.logarithm(y_B3 if self.floor is None else y_B3.clamp_min(self.floor))

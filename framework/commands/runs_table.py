@@ -1,0 +1,142 @@
+"""The catalogue of runs as a table on the console."""
+
+import functools
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightspan.errors import one_line, printable
+from lightspan.runs.catalogue import Entry, Progress, read_progress
+from lightspan.runs.direction import better
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+STYLES = {"running": "cyan", "stale": "yellow", "preempted": "yellow", "failed": "red", "done": "green"}
+
+
+class ListedRun:
+    """One line of the catalogue; how far the run came is read when it is first asked for."""
+
+    def __init__(self, entry: Entry, metrics: Sequence[str]) -> None:
+        self.entry, self._metrics = entry, metrics
+
+    @functools.cached_property
+    def progress(self) -> Progress:
+        return read_progress(self.entry.folder, self._metrics)
+
+
+class Column(NamedTuple):
+    """A column of the table; numbers stand on the right, and never in two lines."""
+
+    heading: str
+    texts: Sequence[str]
+    of_numbers: bool = False
+
+
+def print_table(rows: Sequence[ListedRun], metrics: Sequence[str], remarks: Sequence[str]) -> None:
+    """Prints the rows without columns that say nothing: empty ones, and what all runs have in common, which is said
+    once below the table with the other remarks.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    changes, shared = _what_differs([row.entry for row in rows])
+    said = [*remarks, *([f"all with {shared}"] if shared else [])]
+    hosts = [row.entry.host for row in rows]
+    if len(set(hosts)) == 1 and hosts[0]:
+        said.append(f"all on {hosts[0]}")
+        hosts = []
+    columns = [
+        Column("run", [str(row.entry.folder) for row in rows]),
+        Column("recipe", [row.entry.recipe for row in rows]),
+        Column("differs in", changes),
+        Column("status", [str(row.entry.status) for row in rows], of_numbers=False),
+        Column("step", [number_text(row.progress.steps) for row in rows], of_numbers=True),
+        *_metric_columns(rows, metrics),
+        Column("time", [duration_text(row.progress.seconds) for row in rows], of_numbers=True),
+        Column("host", hosts),
+        Column("tags", [" ".join(row.entry.tags) for row in rows]),
+        Column("note", [row.entry.note for row in rows]),
+    ]
+    shown = [column for column in columns if any(column.texts)]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in shown:
+        table.add_column(
+            Text(one_line(column.heading)),
+            justify="right" if column.of_numbers else "left",
+            no_wrap=column.of_numbers or column.heading == "status",
+            overflow="fold",
+        )
+    for at in range(len(rows)):
+        table.add_row(*(_cell(column, at) for column in shown))
+    console.print(table if rows else "no runs")
+    for remark in said:
+        console.print(Text(one_line(remark)))
+
+
+def _cell(column: Column, at: int) -> "Text":
+    from rich.text import Text
+
+    text = column.texts[at]
+    return Text(printable(text), style=STYLES.get(text, "") if column.heading == "status" else "")
+
+
+def _what_differs(entries: Sequence[Entry]) -> tuple[list[str], str]:
+    """What each run was started with beside its recipe, and apart from what all of several runs were started with.
+
+    Settings go by the last part of their key, if no other key of these runs ends so.
+    """
+    flags = [entry.flags for entry in entries]
+    common = set.intersection(*(set(one.items()) for one in flags)) if len(entries) > 1 else set()
+    keys = dict.fromkeys(key for one in flags for key in one)
+    leaves = [key.rpartition(".")[2] for key in keys]
+    names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+    changes = [
+        " ".join(
+            [
+                *([shlex.join(entry.words)] if entry.words else []),
+                *(f"{names[key]}={value}" for key, value in one.items() if (key, value) not in common),
+            ]
+        )
+        for entry, one in zip(entries, flags, strict=True)
+    ]
+    return changes, " ".join(sorted(f"{key}={value}" for key, value in common))
+
+
+def _metric_columns(rows: Sequence[ListedRun], metrics: Sequence[str]) -> Iterator[Column]:
+    """Last and best of each metric; without names, those of each run's own score, and its name."""
+    if not metrics:
+        own = [next(iter(row.progress.values), "") for row in rows]
+        one = len(set(filter(None, own))) == 1
+        yield from [] if one else [Column("metric", own)]
+        yield from _last_and_best(rows, own, max(own) if one else "last")
+    for metric in metrics:
+        yield from _last_and_best(rows, [metric] * len(rows), metric)
+
+
+def _last_and_best(rows: Sequence[ListedRun], names: Sequence[str], heading: str) -> Iterator[Column]:
+    found = [row.progress.values.get(name) for row, name in zip(rows, names, strict=True)]
+    yield Column(heading, [figure_text(values and values.last) for values in found], of_numbers=True)
+    best = [values and values.best(better(name)) for values, name in zip(found, names, strict=True)]
+    yield Column("best", [figure_text(value) for value in best], of_numbers=True)
+
+
+def number_text(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def figure_text(value: float | None) -> str:
+    return "" if value is None else f"{value:.5g}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """Seconds as `12 s`, `3.5 min`, `2.1 h` or `4.0 d`; "" for None."""
+    if seconds is None:
+        return ""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,220 @@
+"""The formats of `lightspan export`: each function writes a folder, reads it back with the library that others will
+use, and says how to load it.
+
+Shapes: B samples, C H W picture, D features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightspan.adapters.inject import fold
+from lightspan.backbones.elastic import ElasticViT
+from lightspan.config.build import Built
+from lightspan.errors import UserError
+from lightspan.exports.examples import example_batch
+from lightspan.exports.onnx_file import FILE, OUTPUT, Precision, precision_of, write_onnx
+from lightspan.exports.program import write_program
+from lightspan.exports.safetensors import write_safetensors
+from lightspan.exports.standalone import Reading, Standalone, What, compare, largest_difference, reading_of
+from lightspan.exports.timm_folder import elastic_backbone, read_timm, sizes_of, timm_network, write_timm
+from lightspan.run_files import MODEL
+
+EXACT = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
+PROGRAM = "model.pt2"
+UNKNOWN = 0.5  # mean and deviation of pictures of which neither is known
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is exported, and how.
+
+    Attributes:
+        built: its model has the weights of the checkpoint.
+        origin: recipe and version, for the metadata of files.
+        what: features or predictions, for formats that hold a function.
+        precision: of stored weights (ONNX); None keeps that of the model.
+        shape: C H W of a picture, if the run's data are not to be asked.
+        sizes: of the networks to cut out of an elastic one.
+    """
+
+    built: Built
+    origin: dict[str, str]
+    what: What = "features"
+    precision: Precision | None = None
+    shape: tuple[int, int, int] | None = None
+    sizes: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """What was written.
+
+    Attributes:
+        reader: the library that read it back.
+        difference: the largest one of outputs, or of tensors, after reading back.
+        limit: the largest that is accepted.
+        loading: Python that loads it; FOLDER stands for the folder.
+        library: the Hub's name of the library that loads it, if it has one.
+        record: plain values for export.json: form of the inputs and the like.
+        cards: the folders that others may publish, inside that of the export.
+    """
+
+    reader: str
+    difference: float
+    limit: float
+    loading: str
+    library: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    cards: tuple[str, ...] = (".",)
+
+
+def to_safetensors(request: Request, folder: Path) -> Product:
+    """All tensors of the method, under the names that it gives them."""
+    difference = write_safetensors(request.built.model, folder, request.origin)
+    loading = f'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/{MODEL}")  # name -> tensor'
+    return Product("safetensors", difference, 0.0, loading)
+
+
+def to_huggingface(request: Request, folder: Path) -> Product:
+    """A folder for transformers: of a backbone of transformers itself, or of one of timm, which transformers reads too.
+
+    Raises: UserError for any other backbone.
+    """
+    from lightspan.exports.huggingface import (
+        is_causal,
+        largest_output_difference,
+        require_pretrained,
+        timm_wrapper,
+    )
+
+    model: Any = request.built.model
+    fold(model)
+    if timm_network(getattr(model, "backbone", None)) is not None:
+        reading = _write_backbone(request, folder)
+        network = timm_wrapper(folder)
+        compared = compare(Standalone(model, reading), lambda image: network(reading.standardised(image)).pooler_output)
+        how = 'encoder = AutoModel.from_pretrained("FOLDER").eval()\nfeatures = encoder(pixel_values).pooler_output'
+        loading = f"from transformers import AutoModel\n\n{how}"
+        return Product("transformers", *compared, loading, "transformers", reading.describe())
+    require_pretrained(model)
+    model.backbone.save_pretrained(folder)
+    loader = "AutoModelForCausalLM" if is_causal(model.backbone) else "AutoModel"
+    loading = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")'
+    difference = largest_output_difference(model.backbone, folder)
+    return Product("transformers", difference, EXACT, loading, "transformers")
+
+
+def to_peft(request: Request, folder: Path) -> Product:
+    """The adapters alone, as a LoRA of Hugging Face PEFT."""
+    from lightspan.adapters.peft import save_peft
+    from lightspan.exports.peft_check import adapted_part, largest_difference, require_changes
+
+    part = adapted_part(request.built.model)
+    save_peft(part, folder)
+    require_changes(part)
+    loading = (
+        'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "FOLDER")  # base: the frozen network'
+    )
+    return Product("peft", largest_difference(part, folder), EXACT, loading, "peft")
+
+
+def to_timm(request: Request, folder: Path) -> Product:
+    """A folder for timm; of an elastic network one for each size, named by it.
+
+    Raises: UserError for a backbone that timm does not build.
+    """
+    model: Any = request.built.model
+    backbone = getattr(model, "backbone", None)
+    loading = 'import timm\n\nencoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
+    if isinstance(backbone, ElasticViT):
+        sizes = sizes_of(backbone, request.sizes)
+        reading, difference = _read(request), 0.0
+        for size in sizes:
+            path = folder / str(size)
+            _write_network(backbone.extract(size), reading, path)
+            image_BCHW = reading.standardised(*reading.rows(2))
+            with torch.no_grad():
+                inside_BD = backbone.tokens(image_BCHW, size)[:, 0]
+                difference = max(difference, largest_difference(inside_BD, read_timm(path)(image_BCHW)))
+        return Product("timm", difference, EXACT, loading, "timm", reading.describe(), tuple(map(str, sizes)))
+    fold(model)
+    reading = _write_backbone(request, folder)
+    network = read_timm(folder)
+    compared = compare(Standalone(model, reading), lambda image: network(reading.standardised(image)))
+    return Product("timm", *compared, loading, "timm", reading.describe())
+
+
+def to_torch_export(request: Request, folder: Path) -> Product:
+    """A program of torch.export: features, or predictions, of batches of any size."""
+    fold(request.built.model)
+    reading = _read(request)
+    about = {**request.origin, "what": request.what, **reading.describe()}
+    compared = write_program(Standalone(request.built.model, reading, request.what), folder / PROGRAM, about)
+    names = ", ".join(reading.examples)
+    loading = f'import torch\n\nmodel = torch.export.load("FOLDER/{PROGRAM}").module()\noutput = model({names})'
+    return Product("torch.export", *compared, loading, None, {"what": request.what, **reading.describe()})
+
+
+def to_onnx(request: Request, folder: Path) -> Product:
+    """One ONNX file: features, or predictions, of batches of any size."""
+    precision = request.precision or precision_of(request.built.model)
+    fold(request.built.model)
+    reading = _read(request)
+    record = {"what": request.what, "weights": precision, **reading.describe()}
+    network = Standalone(request.built.model, reading, request.what)
+    compared = write_onnx(network, folder, precision, {**request.origin, **record})
+    feed = ", ".join(f'"{name}": {name}' for name in reading.examples)
+    loading = (
+        f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/{FILE}")\n'
+        f'(output,) = session.run(["{OUTPUT}"], {{{feed}}})  # arrays of NumPy'
+    )
+    return Product("onnxruntime", *compared, loading, "onnx", record)
+
+
+def require_sizes(model: nn.Module, sizes: Sequence[str] | None) -> None:
+    """Raises: UserError for sizes that the model's backbone does not have."""
+    if sizes:
+        sizes_of(elastic_backbone(model), sizes)
+
+
+def _read(request: Request) -> Reading:
+    """What the method reads of its data, once it is in the form in which it is written."""
+    model = request.built.model.cpu().float().eval()
+    batch, moments = example_batch(request.built, request.shape)
+    return reading_of(model, batch, moments, request.what)
+
+
+def _write_backbone(request: Request, folder: Path) -> Reading:
+    """Writes the backbone as timm's folder. Raises: UserError for one that timm does not build, or that is not all that
+    gives features.
+    """
+    model: Any = request.built.model
+    backbone = getattr(model, "backbone", None)
+    network = timm_network(backbone)
+    if network is None:
+        has = "no backbone" if backbone is None else f"a {type(backbone).__name__} as its backbone"
+        raise UserError(
+            f"timm builds its own networks only, and {type(model).__name__} has {has}; use --to onnx, --to "
+            "torch-export or --to safetensors"
+        )
+    reading = _read(request)
+    _write_network(network, reading, folder)
+    return reading
+
+
+def _write_network(network: nn.Module, reading: Reading, folder: Path) -> None:
+    if list(reading.examples) != ["image"]:
+        raise UserError(f"timm's networks read pictures alone, and this method reads {', '.join(reading.examples)}")
+    channels, height, width = reading.examples["image"].shape[1:]
+    described = reading.describe()
+    mean, std = (described.get(key, [UNKNOWN] * channels) for key in ("mean", "std"))
+    if not write_timm(network, (height, width), mean, std, folder):
+        raise UserError(
+            f"timm.create_model has no arguments that build this {type(network).__name__}: a layer of it was replaced; "
+            "use --to onnx, --to torch-export or --to safetensors"
+        )

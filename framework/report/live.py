@@ -1,0 +1,223 @@
+"""A report that follows its runs: served on the loopback interface alone, read only, and made anew when files changed.
+
+The server knows two addresses, the page and a number that changes with it, and opens no file that a request names. Both
+addresses contain a token that only the one who started it has been told, since every user of a machine shares its
+loopback interface. A request must name this machine as its host: a page from elsewhere whose name was bound anew to
+127.0.0.1 does not.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from lightspan.errors import UserError
+from lightspan.report.page import Script, document
+from lightspan.report.ranking import Mode
+from lightspan.report.shown import shown
+from lightspan.report.sweeps import load
+from lightspan.run_files import METRICS, PICTURES, RESOLVED, SAMPLES, SUMMARY, SWEEP
+from lightspan.runs.status import status_of
+
+HOST = "127.0.0.1"
+PATIENCE_S = 10.0
+"""Seconds that a connection may take to say what it wants."""
+_WATCHED = (METRICS, SUMMARY, RESOLVED, SAMPLES, PICTURES, SWEEP)
+_SCRIPT = """
+const every = 2000, note = document.createElement("p");
+let shown = null;
+async function look() {
+  try {
+    const version = await (await fetch("version")).text();
+    if (shown !== null && version !== shown) {
+      const page = new DOMParser().parseFromString(await (await fetch("")).text(), "text/html");
+      const open = new Set([...document.querySelectorAll("details[open] > summary")].map(one => one.textContent));
+      document.querySelector("main").replaceWith(page.querySelector("main"));
+      document.title = page.title;
+      for (const one of document.querySelectorAll("details > summary"))
+        one.parentElement.open = open.has(one.textContent);
+    }
+    shown = version;
+    note.remove();
+  } catch {
+    note.className = "note ended";
+    note.textContent = "lightspan watch has ended: this page shows what it saw last.";
+    document.querySelector("main").prepend(note);
+  }
+  setTimeout(look, every);
+}
+look();
+"""
+
+
+@dataclass
+class Live:
+    """The report of some folders as it stands when it is asked for.
+
+    Args:
+        folders: of runs and sweeps; they need not have figures yet.
+        title, folds, metric, mode: see `shown`.
+    """
+
+    folders: Sequence[Path]
+    title: str | None = None
+    folds: bool = True
+    metric: str | None = None
+    mode: Mode | None = None
+    _script: Script = field(default_factory=lambda: Script(secrets.token_urlsafe(16), _SCRIPT), init=False)
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _version: str = field(default="", init=False)
+    _page: bytes = field(default=b"", init=False)
+
+    def version(self) -> str:
+        """A text that changes whenever a file of the runs does, or a run begins or ends."""
+        digest = hashlib.sha256()
+        for folder in self.folders:
+            for place in _run_folders(folder):
+                digest.update(
+                    repr((str(place), status_of(place), [_stamp(place / name) for name in _WATCHED])).encode()
+                )
+        return digest.hexdigest()
+
+    def page(self) -> bytes:
+        """The page, rendered anew if the version has changed."""
+        with self._turn:
+            version = self.version()
+            if version != self._version:
+                self._page, self._version = self._rendered().encode("utf-8", "replace"), version
+            return self._page
+
+    @property
+    def policy(self) -> str:
+        """The content security policy of the page."""
+        return self._script.policy
+
+    def _rendered(self) -> str:
+        try:
+            return self._report(self.folders)
+        except UserError as error:
+            said = error
+        ready = [folder for folder in self.folders if _loads(folder)]
+        with contextlib.suppress(UserError):
+            if ready:
+                return self._report(ready)
+        title = self.title or "Waiting"
+        statuses = ", ".join(f"{folder}: {status_of(folder)}" for folder in self.folders)
+        body = f'<h1>{escape(title)}</h1><p class="lead">{escape(str(said))}</p><p class="note">{escape(statuses)}</p>'
+        return document(title, body, "lightspan watch", self._script)
+
+    def _report(self, folders: Sequence[Path]) -> str:
+        return shown(folders, self.title, self.folds, self.metric, self.mode).page(self._script)
+
+
+def _loads(folder: Path) -> bool:
+    try:
+        load([folder])
+    except UserError:
+        return False
+    return True
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    """The folder itself, and the run folders in it if it is a sweep's."""
+    yield folder
+    if (folder / SWEEP).is_file():
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            yield from sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Serves a `Live` page on 127.0.0.1 until it is closed.
+
+    Args:
+        live: the page.
+        port: in [0, 65535]; 0 takes a free one.
+    Raises: UserError for a port that cannot be had.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, live: Live, port: int = 0) -> None:
+        self.live, self.token = live, secrets.token_urlsafe(16)
+        try:
+            super().__init__((HOST, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--port {port} cannot be used: {reason}; leave it out to take a free one") from error
+
+    @property
+    def address(self) -> str:
+        """What to type into a browser on this machine."""
+        return f"http://{HOST}:{self.server_address[1]}/{self.token}/"
+
+    def knows(self, host: str | None) -> bool:
+        """Whether a request's Host header names this server as somebody on this machine does."""
+        port = self.server_address[1]
+        return host in (f"{HOST}:{port}", f"localhost:{port}")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a browser that closes its connection early is no news, and the server goes on."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD for the two addresses; everything else is refused without looking at it."""
+
+    server: LiveServer
+    server_version, sys_version = "lightspan", ""
+    timeout = PATIENCE_S
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def _answer(self, with_body: bool) -> None:
+        status, kind, content = self._found()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in (
+            ("Cache-Control", "no-store"),
+            ("Content-Security-Policy", f"{self.server.live.policy}; frame-ancestors 'none'; base-uri 'none'"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("Referrer-Policy", "no-referrer"),
+            ("X-Content-Type-Options", "nosniff"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def _found(self) -> tuple[HTTPStatus, str, bytes]:
+        if not self.server.knows(self.headers.get("Host")):
+            return HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"open the address that lightspan watch printed\n"
+        home = f"/{self.server.token}/"
+        if secrets.compare_digest(self.path.encode("utf-8", "replace"), home.encode()):
+            return HTTPStatus.OK, "text/html", self.server.live.page()
+        if secrets.compare_digest(self.path.encode("utf-8", "replace"), f"{home}version".encode()):
+            return HTTPStatus.OK, "text/plain", self.server.live.version().encode()
+        return HTTPStatus.NOT_FOUND, "text/plain", b"there is nothing here\n"
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """As the base class, but without repeating what was asked for."""
+        super().send_error(code, None if code != HTTPStatus.NOT_IMPLEMENTED else "only GET and HEAD are answered")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: requests are written by others, and a terminal obeys what is written to it."""

@@ -1,0 +1,215 @@
+"""What a sweep shows: its runs as points, a heat map of two of its keys, and a slice along each key."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lightspan.errors import UserError
+from lightspan.report.chart import Chart, ChartLine, draw
+from lightspan.report.ranking import RankedRun, Ranking
+from lightspan.report.runs import Run, load_run, unique_names
+from lightspan.report.sections import unit_of
+from lightspan.run_files import SWEEP
+from lightspan.runs.status import Status, status_of
+from lightspan.sweeps.files import Sweep, Trial, read
+from lightspan.sweeps.points import Range, written
+
+MOST_VALUES = 12  # of a key in a heat map
+WIDE = 30  # the ratio of a key's values from which on they are drawn over their logarithm
+MOST_MAPS, MOST_FAILED = 12, 5
+
+Points = list[tuple[dict[str, Any], RankedRun]]
+
+
+@dataclass(frozen=True)
+class SweepRuns:
+    """A sweep in a report.
+
+    Attributes:
+        folder: with sweep.json.
+        values: run folder -> the settings of its trial, for those trials whose runs are in the report.
+        missing: what became of the runs of the other trials, by their names.
+    """
+
+    folder: Path
+    sweep: Sweep
+    values: dict[Path, dict[str, Any]]
+    missing: dict[str, Status]
+
+
+def load(folders: Sequence[Path]) -> tuple[list[Run], list[SweepRuns]]:
+    """The runs of folders, each of which is a run or a whole sweep, and the sweeps that they belong to.
+
+    A run of a sweep goes by its settings. A sweep that is named as a whole may have trials without figures.
+    Raises: UserError as `load_runs`, and for a sweep of which no trial has figures.
+    """
+    given = list(dict.fromkeys(folders))
+    names = dict(zip(given, unique_names(given), strict=True))
+    sweeps: dict[Path, SweepRuns] = {}
+    runs: list[Run] = []
+    for folder in given:
+        if (folder / SWEEP).is_file():
+            runs += _all_of(_sweep_at(folder, sweeps))
+        elif (folder.parent / SWEEP).is_file():
+            runs += _one_of(_sweep_at(folder.parent, sweeps), folder, names[folder])
+        else:
+            runs.append(load_run(folder, names[folder]))
+    return runs, list(sweeps.values())
+
+
+def _sweep_at(folder: Path, known: dict[Path, SweepRuns]) -> SweepRuns:
+    return known.setdefault(folder, SweepRuns(folder, read(folder), {}, {}))
+
+
+def _all_of(found: SweepRuns) -> list[Run]:
+    runs = []
+    for trial in found.sweep.trials:
+        run = found.folder / trial.run
+        if run in found.values:  # was named itself
+            continue
+        try:
+            runs.append(load_run(run, _label(found.sweep, trial)))
+        except UserError:
+            found.missing[trial.run] = status_of(run)
+        else:
+            found.values[run] = trial.values
+    if not found.values:
+        raise UserError(f"no run of the sweep {found.folder} has figures yet: {_counts(found) or 'it has no trials'}")
+    return runs
+
+
+def _one_of(found: SweepRuns, folder: Path, name: str) -> list[Run]:
+    trial = next((trial for trial in found.sweep.trials if trial.run == folder.name), None)
+    if trial is None:
+        return [load_run(folder, name)]
+    if folder in found.values:
+        return []
+    found.values[folder] = trial.values
+    return [load_run(folder, _label(found.sweep, trial))]
+
+
+def _counts(found: SweepRuns) -> str:
+    """How many runs without figures there are of each status, and the first ones of those that failed."""
+    failed = [name for name, status in found.missing.items() if status is Status.FAILED]
+    counts = Counter(found.missing.values())
+    said = [f"{count} {status}" for status, count in counts.items()]
+    return ", ".join(said) + (f" ({', '.join(failed[:MOST_FAILED])})" if failed else "")
+
+
+def _label(sweep: Sweep, trial: Trial) -> str:
+    parts = [f"{sweep.label(key)}={written(value)}" for key, value in trial.values.items()]
+    return ", ".join([*(parts or [sweep.recipe]), *([] if trial.seed is None else [f"seed {trial.seed}"])])
+
+
+def sweep_section(found: SweepRuns, ranking: Ranking) -> str:
+    """The sweep as HTML: what it ran through, a heat map for each two keys with few values, a slice for each key."""
+    sweep = found.sweep
+    through = ", ".join(f"{sweep.label(key)} = {axis.text()}" for key, axis in sweep.keys.items())
+    seeds = f"; seeds {', '.join(map(str, sweep.seeds))}" if sweep.seeds else ""
+    lead = f"{sweep.method} of {through}{seeds}" if through else seeds.removeprefix("; ")
+    points = _points(found, ranking)
+    maps = [_heat_map(sweep, pair, points, ranking) for pair in _pairs(sweep, points)][:MOST_MAPS]
+    slices = [draw(_slice(sweep, key, points, ranking)) for key in sweep.keys if len(_values_of(sweep, key)) > 1]
+    note = ""
+    if found.missing:
+        text = f"{len(found.missing)} of {len(sweep.trials)} runs have no figures: {_counts(found)}"
+        note = f'<p class="note">{escape(text)}.</p>'
+    return (
+        f'<h2>Sweep of {escape(sweep.recipe)}</h2><p class="lead">{escape(lead)}</p>{note}'
+        f'<div class="heats">{"".join(maps)}</div><div class="charts">{"".join(slices)}</div>'
+    )
+
+
+def _points(found: SweepRuns, ranking: Ranking) -> list[tuple[dict[str, Any], RankedRun]]:
+    """(settings, place) of every run of this sweep, best first."""
+    return [(found.values[one.run.folder], one) for one in ranking.places if one.run.folder in found.values]
+
+
+def _values_of(sweep: Sweep, key: str) -> list[Any]:
+    """The different values of a key, numbers in their order."""
+    values = {written(trial.values[key]): trial.values[key] for trial in sweep.trials}.values()
+    return sorted(values) if all(map(_is_number, values)) else list(values)
+
+
+def _pairs(sweep: Sweep, points: Points) -> list[tuple[str, str]]:
+    """The keys of which a heat map can be drawn: with few values each, and runs in at least half of its cells."""
+    few = [key for key in sweep.keys if 2 <= len(_values_of(sweep, key)) <= MOST_VALUES]
+    return [
+        (one, other)
+        for one, other in combinations(few, 2)
+        if 2 * len(_cells(one, other, points)) >= len(_values_of(sweep, one)) * len(_values_of(sweep, other))
+    ]
+
+
+def _cells(down: str, across: str, points: Points) -> dict[tuple[str, str], RankedRun]:
+    """The best run of each cell. Points come best first."""
+    cells: dict[tuple[str, str], RankedRun] = {}
+    for settings, place in points:
+        cells.setdefault((written(settings[down]), written(settings[across])), place)
+    return cells
+
+
+def _heat_map(sweep: Sweep, pair: tuple[str, str], points: Points, ranking: Ranking) -> str:
+    """A table whose cells are greener the better their best run is, by rank, so that one bad run hides nothing."""
+    down, across = pair
+    cells = _cells(down, across, points)
+    order = {id(place): at for at, place in enumerate(one for one in ranking.places if one in cells.values())}
+    columns = _values_of(sweep, across)
+    lines = []
+    for value in _values_of(sweep, down):
+        texts = []
+        for column in columns:
+            place = cells.get((written(value), written(column)))
+            if place is None or math.isnan(place.value):
+                texts.append(f'<td style="--share:0%">{"—" if place else ""}</td>')
+                continue
+            share = 50 * (1 - order[id(place)] / max(1, len(order) - 1))
+            best = ' class="best"' if order[id(place)] == 0 else ""
+            texts.append(f'<td{best} style="--share:{share:.0f}%">{escape(place.text())}</td>')
+        lines.append(f'<tr><th scope="row">{escape(written(value))}</th>{"".join(texts)}</tr>')
+    heads = "".join(f'<th scope="col">{escape(written(column))}</th>' for column in columns)
+    others = "" if len(sweep.keys) == 2 else ", the best over the other keys"
+    caption = f"{ranking.metric}{others}; {sweep.label(down)} downwards, {sweep.label(across)} across"
+    return (
+        f'<div class="scroll"><table class="heat"><caption>{escape(caption)}</caption>'
+        f"<thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _slice(sweep: Sweep, key: str, points: Points, ranking: Ranking) -> Chart:
+    """All runs over the values of one key, and the best of each value joined by a line."""
+    values = _values_of(sweep, key)
+    numeric = all(map(_is_number, values))
+    axis = sweep.keys[key]
+    at = {written(value): float(value) if numeric else float(place) for place, value in enumerate(values)}
+    dots = [(at[written(settings[key])], place.value) for settings, place in points]
+    best: dict[float, float] = {}
+    for x, y in dots:
+        best.setdefault(x, y)
+    curves = [ChartLine("all runs", 0, dots, joined=False)]
+    if len(best) < len(dots) or len(values) <= MOST_VALUES:
+        curves.append(ChartLine("best", 1, sorted(best.items()), joined=numeric))
+    note = "line: the best run of each value; the other keys vary" if len(sweep.keys) > 1 else ""
+    if not numeric:
+        names = ", ".join(f"{place} is {written(value)}" for place, value in enumerate(values))
+        note = "; ".join(filter(None, [names, note]))
+    return Chart(
+        f"{ranking.metric} by {sweep.label(key)}",
+        sweep.label(key),
+        unit_of(ranking.metric),
+        curves,
+        log_x=numeric
+        and min(values) > 0
+        and (max(values) > 30 * min(values) or (isinstance(axis, Range) and axis.log)),
+        note=note,
+        things=0 if numeric else len(values),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,168 @@
+"""Run folders as a catalogue: which there are, what each was started with, how it stands and what it reached.
+
+Only small files are parsed, and never resolved.yaml, so that two thousand runs take less than a second.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lightspan.errors import UserError
+from lightspan.files import read_small
+from lightspan.run_files import LOCK, METRICS, PROVENANCE, RESOLVED, SUMMARY
+from lightspan.runs.labels import note_of, tags_of
+from lightspan.runs.metric_values import MetricValues, read_logged
+from lightspan.runs.status import Status, status_of
+
+MARKS = frozenset({LOCK, METRICS, PROVENANCE, RESOLVED})
+"""Files of which each makes a folder a run folder."""
+_NOT_SHOWN = ("--run", "--resume")  # options of `fit` that say nothing about the experiment
+_NOWHERE = datetime.fromtimestamp(0, UTC)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run in the catalogue.
+
+    Attributes:
+        folder: as found below the folder that the user named.
+        recipe: its name, "" if nothing recorded it.
+        changes: what the command line said beside the recipe: overlays, flags, options.
+        started: when it was first started.
+        host: the machine that last worked on it, "" if not recorded.
+    """
+
+    folder: Path
+    recipe: str
+    changes: tuple[str, ...]
+    status: Status
+    started: datetime | None
+    host: str
+    tags: tuple[str, ...]
+    note: str
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """`key.path` -> the text of its value, as given on the command line."""
+        return {key: value for key, _, value in (flag.partition("=") for flag in self._split[0])}
+
+    @property
+    def words(self) -> list[str]:
+        """What the command line said beside the recipe and the flags."""
+        return self._split[1]
+
+    @property
+    def _split(self) -> tuple[list[str], list[str]]:
+        from lightspan.config.flags import split_flags
+
+        try:
+            return split_flags(list(self.changes))
+        except UserError:  # a record need not be a line that could be typed
+            return [], list(self.changes)
+
+    @property
+    def age_key(self) -> tuple[datetime, str]:
+        """Orders runs by their start."""
+        return self.started or _NOWHERE, str(self.folder)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run came: optimiser steps, seconds of training over all its starts, and the metrics asked for."""
+
+    steps: int | None
+    seconds: float | None
+    values: dict[str, MetricValues]
+
+
+def find_runs(roots: Sequence[Path]) -> list[Path]:
+    """All run folders at or below these folders, sorted. Links to folders are not followed, except as a root.
+
+    Raises: UserError for a root that is not a folder.
+    """
+    found: dict[Path, None] = {}
+    for root in roots:
+        if not root.is_dir():
+            what = "is not a folder" if root.exists() else "does not exist"
+            raise UserError(f"{root} {what}; name the folder that contains your runs (default: runs)")
+        found |= dict.fromkeys(_below(root))
+    return sorted(found)
+
+
+def _below(root: Path) -> Iterator[Path]:
+    waiting = [str(root)]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                inside = list(entries)
+        except OSError:  # not readable, or deleted meanwhile
+            continue
+        if any(entry.name in MARKS for entry in inside):
+            yield Path(folder)
+        else:
+            waiting += [entry.path for entry in inside if entry.is_dir(follow_symlinks=False)]
+
+
+def read_entry(run: Path) -> Entry:
+    """What the small files of a run folder say. Files that are absent or damaged leave gaps."""
+    record = _json(run / PROVENANCE)
+    recipe, argv = record.get("recipe"), record.get("argv")
+    words = [word for word in argv if isinstance(word, str)] if isinstance(argv, list) else []
+    return Entry(
+        folder=run,
+        recipe=recipe if isinstance(recipe, str) else "",
+        changes=tuple(_changes(words)),
+        status=status_of(run),
+        started=_first_start(record),
+        host=_host(run),
+        tags=tags_of(run),
+        note=note_of(run),
+    )
+
+
+def read_progress(run: Path, metrics: Sequence[str] = ()) -> Progress:
+    """How far a run came, with these metrics or, without names, its first score (see `read_logged`)."""
+    logged, summary = read_logged(run / METRICS, metrics), _json(run / SUMMARY)
+    seconds = summary.get("seconds")
+    known = [time_s for time_s in (logged.seconds, seconds) if isinstance(time_s, int | float)]
+    steps = [count for count in (logged.steps, summary.get("steps")) if isinstance(count, int)]
+    return Progress(max(steps, default=None), max(known, default=None), logged.values)
+
+
+def _changes(argv: Sequence[str]) -> Iterator[str]:
+    """The words of a `lightspan fit RECIPE ...` line after the recipe, without the options that name a folder."""
+    words = iter(argv[3:])
+    for word in words:
+        if word in _NOT_SHOWN:
+            next(words, None)
+        elif not word.startswith(tuple(f"{option}=" for option in _NOT_SHOWN)):
+            yield word
+
+
+def _first_start(record: dict[str, Any]) -> datetime | None:
+    earlier = record.get("earlier")
+    first = earlier[0] if isinstance(earlier, list) and earlier and isinstance(earlier[0], dict) else {}
+    text = first.get("started") or record.get("started")
+    try:
+        started = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return started if started.tzinfo else started.astimezone()
+
+
+def _host(run: Path) -> str:
+    """From the lock, which says `process 12 on HOST`."""
+    return (read_small(run / LOCK, 1000) or b"").decode(errors="replace").strip().partition(" on ")[2]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_small(path) or b"null")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

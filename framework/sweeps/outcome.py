@@ -1,0 +1,62 @@
+"""What is said when a sweep has ended: the ranking, the best point as flags, what is not done, and what to do next."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lightspan.config.flags import allow_options
+from lightspan.errors import print_notes
+from lightspan.report.compare import better
+from lightspan.run_files import OUTPUT
+from lightspan.runs.status import Status, status_of
+from lightspan.sweeps.files import Sweep, Trial
+from lightspan.sweeps.points import flags_of
+from lightspan.sweeps.ranking import last_values, over_seeds, ranked, unlogged
+from lightspan.sweeps.tables import SCORES, ranking_table, seed_table
+
+_FEW = 5  # runs that are not done and are named
+
+
+def conclude(sweep: Sweep, folder: Path) -> bool:
+    """Prints the outcome; whether every run is done."""
+    console = Console(highlight=False, soft_wrap=True)
+    undone = [trial for trial in sweep.trials if status_of(folder / trial.run) is not Status.DONE]
+    commands = [["report", str(folder)], ["runs", str(folder)]]
+    done = [trial for trial in sweep.trials if trial not in undone]
+    if not sweep.keys:
+        console.print(seed_table(over_seeds(sweep, folder)))
+    elif sweep.metric is None:
+        if known := _metric(sweep, folder):
+            commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), "--metric", known])
+    else:
+        ranking = ranked(sweep, folder, sweep.metric)
+        console.print(ranking_table(sweep, ranking))
+        best, scores = ranking[0]
+        if scores.values:
+            console.print(f"best: {shlex.join(flags_of(best))}", markup=False)
+            commands.append(["fit", sweep.recipe, *sweep.arguments, *flags_of(best)])
+        elif done and (said := unlogged(folder / done[0].run, sweep.metric)):
+            print_notes([said])
+    if undone:
+        _name(undone, folder)
+        retry = ["--retry-failed"] if any(status_of(folder / trial.run) is Status.FAILED for trial in undone) else []
+        commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), *retry])
+    print(f"{'not finished' if undone else 'done'}: {folder}")
+    for at, words in enumerate(commands):
+        print(f"{'next:' if at == 0 else '     '} lightspan {shlex.join(words)}")
+    return not undone
+
+
+def _metric(sweep: Sweep, folder: Path) -> str | None:
+    """A score that the runs logged and whose name says which direction is better."""
+    names = dict.fromkeys(name for trial in sweep.trials[:1] for name in last_values(folder / trial.run))
+    return next((name for name in names if name.startswith(SCORES) and better(name) != "neither"), None)
+
+
+def _name(undone: Sequence[Trial], folder: Path) -> None:
+    for trial in undone[:_FEW]:
+        print(f"{status_of(folder / trial.run)}: {folder / trial.run}, see {OUTPUT} there")
+    if len(undone) > _FEW:
+        print(f"and {len(undone) - _FEW} more that are not done")

@@ -1,0 +1,124 @@
+"""The trials of a sweep on local workers: which are due, what comes next, and what became of each."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from lightspan.errors import UserError, one_line
+from lightspan.files import write_atomic
+from lightspan.run_files import FAILED, OUTPUT
+from lightspan.runs.fits import Task, fit_command, last_lines
+from lightspan.runs.status import Status, status_of
+from lightspan.sweeps.display import run_shown
+from lightspan.sweeps.files import Sweep, Trial, write
+from lightspan.sweeps.points import Settings
+from lightspan.sweeps.ranking import SeedScores, by_point, last_step, last_values, score, unlogged
+from lightspan.sweeps.tables import short
+
+_STOPPED = 128  # a status above it says that a signal ended the run
+
+
+def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Sweep:
+    """Runs the trials of a sweep folder that are due, side by side and shown; the sweep with all that were tried."""
+    queue = TrialQueue(sweep, folder, retry_failed)
+    before = sum(not queue.due(trial) for trial in sweep.trials)
+    ended_before = f", {before} of them ended before" if before else ""
+    print(f"{sweep.recipe}: {sweep.total} runs -> {folder}{ended_before}", flush=True)
+
+    def ended(task: Task, status: int) -> str:
+        became = queue.ended(task, status)
+        if became is Status.DONE:
+            return f"done  {task.name}{_reached(folder / task.name, sweep.metric)}"
+        killed = f", killed by signal {-status}" if status < 0 else ""
+        said = "" if became is Status.PREEMPTED else f"; {task.log} ends with:\n{last_lines(task.log)}\n"
+        return f"{became}  {task.name}{killed}{said}"
+
+    def standing(task: Task) -> str:
+        step = last_step(folder / task.name)
+        return "starts" if step is None else f"step {step}"
+
+    run_shown(queue.tasks(), workers, ended, sweep.total, before, standing)
+    return queue.sweep
+
+
+def _reached(run: Path, metric: str | None) -> str:
+    """The metric of a run that is done, in words."""
+    if metric is None:
+        return ""
+    value = last_values(run).get(metric)
+    return f", which logged no {metric}" if value is None else f"  {metric} {short(value) or 'nan'}"
+
+
+class TrialQueue:
+    """Gives out the trials that are due and, for `tpe`, suggests new ones while results come in.
+
+    A trial is due unless its run is done, or has failed and is not to be retried. Of a run that another process works
+    on, the fit itself finds out, since the run folder has a lock.
+
+    Attributes:
+        sweep: with the trials suggested so far; its file is written before the first of them starts.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Path, retry_failed: bool) -> None:
+        self.sweep, self.folder, self.retry_failed = sweep, folder, retry_failed
+        self._given: set[str] = set()  # trials that have started and not ended
+
+    def due(self, trial: Trial) -> bool:
+        status = status_of(self.folder / trial.run)
+        return status is not Status.DONE and (status is not Status.FAILED or self.retry_failed)
+
+    def tasks(self) -> Iterator[Task]:
+        """The trials in their order. A suggestion is made when it is asked for.
+
+        Raises: UserError if `tpe` has nothing to follow, since no run that is done logged the metric.
+        """
+        for trial in self.sweep.trials:
+            if self.due(trial):
+                yield self._task(trial)
+        while len(self.sweep.trials) < self.sweep.total:
+            for trial in self._suggested():
+                yield self._task(trial)
+
+    def ended(self, task: Task, status: int) -> Status:
+        """What became of a run. A failure that the run could not record itself, such as a mistake in its
+        configuration, is recorded for it.
+        """
+        run = self.folder / task.name
+        self._given.discard(task.name)
+        found = status_of(run)
+        if 0 < status < _STOPPED and found not in (Status.FAILED, Status.RUNNING):
+            said = one_line((last_lines(task.log).splitlines() or ["it said nothing"])[-1])
+            when = datetime.now().astimezone().isoformat(timespec="seconds")
+            write_atomic(run / FAILED, f"{when}: ended with status {status}: {said}\n")
+            found = Status.FAILED
+        return found
+
+    def _task(self, trial: Trial) -> Task:
+        run = self.folder / trial.run
+        self._given.add(trial.run)
+        return Task(trial.run, fit_command(self.sweep.words(trial), run), run / OUTPUT)
+
+    def _suggested(self) -> list[Trial]:
+        from lightspan.sweeps.tpe import suggest
+
+        assert self.sweep.metric is not None
+        known = [self._result(trials, self.sweep.metric) for trials in by_point(self.sweep)]
+        values = suggest(self.sweep.keys, self.sweep.mode, known, self.sweep.draw_seed)
+        trials = self.sweep.of_point(len(known), values)
+        self.sweep = replace(self.sweep, trials=(*self.sweep.trials, *trials))
+        write(self.folder, self.sweep)
+        return trials
+
+    def _result(self, trials: tuple[Trial, ...], metric: str) -> tuple[Settings, float | None]:
+        """A point and the mean over its seeds: None while one of them runs, NaN if one has no result."""
+        if any(trial.run in self._given for trial in trials):
+            return trials[0].values, None
+        for trial in trials:
+            run = self.folder / trial.run
+            if status_of(run) is Status.DONE and (said := unlogged(run, metric)):
+                raise UserError(said)
+        scores = {trial.seed: score(self.folder / trial.run, metric) for trial in trials}
+        values = {seed: math.nan if value is None else value for seed, value in scores.items()}
+        return trials[0].values, SeedScores(values, len(trials)).mean

@@ -1,0 +1,209 @@
+"""The page of `lightspan watch`: it follows its runs, and gives nothing else away, to nobody else."""
+
+import http.client
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from run_folder_fixtures import MakeRun
+
+from lightspan.errors import UserError
+from lightspan.report import live
+from lightspan.report.live import Live, LiveServer
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Live], LiveServer]]:
+    servers: list[LiveServer] = []
+
+    def serve(page: Live) -> LiveServer:
+        server = LiveServer(page)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return server
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(server: LiveServer, path: str = "", method: str = "GET", host: str | None = "") -> tuple[int, str, bytes]:
+    """(status, content security policy, body); `path` below the token, or from the root with a leading /."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    whole = path if path.startswith("/") else f"/{server.token}/{path}"
+    connection.putrequest(method, whole, skip_host=True)
+    if host is not None:
+        connection.putheader("Host", host or f"127.0.0.1:{server.server_address[1]}")
+    connection.endheaders()
+    answer = connection.getresponse()
+    return answer.status, answer.getheader("Content-Security-Policy") or "", answer.read()
+
+
+def raw(server: LiveServer, request: bytes) -> bytes:
+    with socket.create_connection(server.server_address, timeout=10) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_the_page_is_the_report_with_one_script_that_nothing_else_can_become(
+    make_run: MakeRun, served: Callable[[Live], LiveServer]
+) -> None:
+    server = served(Live([make_run("a")]))
+    status, policy, page = ask(server)
+    assert status == 200
+    assert b"<b>val/loss_nats</b>" in page
+    (nonce,) = {part.split(b'"')[0] for part in page.split(b'<script nonce="')[1:]}
+    assert page.count(b"<script") == 1
+    assert f"script-src 'nonce-{nonce.decode()}'" in policy
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert f"script-src 'nonce-{nonce.decode()}'".encode() in page
+    assert server.address.startswith("http://127.0.0.1:")
+
+
+def test_the_version_changes_with_the_files_and_the_page_is_rendered_once_for_each(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("a")
+    page = Live([run])
+    rendered = []
+    original = Live._rendered
+    monkeypatch.setattr(Live, "_rendered", lambda self: (rendered.append(1), original(self))[1])
+    first = page.version()
+    assert page.page() == page.page()
+    assert (page.version(), len(rendered)) == (first, 1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "time_s": 5.0, "val/new": 2.0}\n')
+    assert page.version() != first
+    assert b"<b>val/new</b>" in page.page()
+    second = page.version()
+    (run / "failed.txt").write_text("loss is NaN")
+    assert page.version() != second
+    assert b">failed</span>" in page.page()
+    assert len(rendered) == 3
+
+
+def test_head_has_no_body_and_other_methods_do_not_exist(
+    make_run: MakeRun, served: Callable[[Live], LiveServer]
+) -> None:
+    server = served(Live([make_run("a")]))
+    assert ask(server, method="HEAD")[::2] == (200, b"")
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "<script>"):
+        status, _, body = ask(server, method=method)
+        assert status == 501
+        assert b"<script>" not in body
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1", "127.0.0.1:1", "evil.example:{}", "127.0.0.1:{}.evil", None]
+)
+def test_a_request_that_names_another_host_gets_nothing(
+    make_run: MakeRun, served: Callable[[Live], LiveServer], host: str | None
+) -> None:
+    server = served(Live([make_run("a")]))
+    port = server.server_address[1]
+    for path in ("", "version"):
+        status, _, body = ask(server, path, host=None if host is None else host.format(port))
+        assert status == 421
+        assert b"val" not in body
+    assert ask(server, host=f"localhost:{port}")[0] == 200
+
+
+def test_only_the_two_addresses_answer_and_no_file_does(
+    make_run: MakeRun, tmp_path: Path, served: Callable[[Live], LiveServer]
+) -> None:
+    run = make_run("a")
+    (tmp_path / "secret").write_text("SECRET")
+    (run / "link").symlink_to(tmp_path / "secret")
+    server = served(Live([run]))
+    token = server.token
+    paths = ["/", "/version", f"/{token}", f"/{token}x/", f"/{token[:-1]}/", "/../secret"]
+    below = ["..", "../secret", "%2e%2e/secret", "..%2fsecret", "%2e%2e%2f%2e%2e%2fetc/passwd", "link", "metrics.jsonl"]
+    below += ["%00", "version%00", "version/", "version?", "?", "./version", "\\..\\secret", "%u002e", "x" * 60_000]
+    for path in [*paths, *below]:
+        status, _, body = ask(server, path)
+        assert (status, body) == (404, b"there is nothing here\n"), path
+    for line in (
+        f"GET /{token}/\0 HTTP/1.1",
+        f"GET /{token}/../{token}/version HTTP/1.1",
+        "GET",
+        "\0\0\0",
+        "x" * 70_000,
+    ):
+        answer = raw(server, f"{line}\r\nHost: 127.0.0.1:{server.server_address[1]}\r\n\r\n".encode())
+        assert b" 200 " not in answer
+        assert b"loss" not in answer
+    assert ask(server)[0] == 200  # and it goes on
+
+
+def test_names_and_numbers_of_others_are_text(make_run: MakeRun, served: Callable[[Live], LiveServer]) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    rows = [{"step": 0, "time_s": 0.0, f"val/{evil}": 1.0, evil: 2.0, "\u202e\0": 1.0}]
+    run = make_run(f"{evil.replace('/', '_')}", rows=rows, resolved={"about": {"title": evil}, evil: evil})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "val/huge": 1e999, "val/long": ' + "9" * 4000 + '}\n{"step": 2, "val/ha')
+    status, _, page = ask(served(Live([run], title=evil)))
+    assert status == 200
+    assert page.count(b"<script") == 1
+    assert b"<img src=x" not in page
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "samples.jsonl", "pictures"])
+def test_a_link_out_of_a_run_shows_nothing_of_where_it_leads(
+    make_run: MakeRun, tmp_path: Path, served: Callable[[Live], LiveServer], name: str
+) -> None:
+    run = make_run("a")
+    outside = tmp_path / "outside"
+    outside.write_text(json.dumps({"step": 0, "text": "SECRET", "val/SECRET": 1.0}) + "\n")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    status, _, page = ask(served(Live([run])))
+    assert status == 200
+    assert b"SECRET" not in page
+    assert b"leads out of its run folder" in page
+
+
+@pytest.mark.parametrize("spoil", ["empty", "pipe", "broken", "gone", "binary"])
+def test_a_run_that_cannot_be_read_yet_or_any_more_is_said_on_the_page(
+    make_run: MakeRun, tmp_path: Path, served: Callable[[Live], LiveServer], spoil: str
+) -> None:
+    run, good = make_run("a"), make_run("b")
+    path = run / "metrics.jsonl"
+    if spoil in ("gone", "pipe"):
+        path.unlink()
+    if spoil == "pipe":
+        os.mkfifo(path)
+    if spoil in ("empty", "broken", "binary"):
+        path.write_bytes({"empty": b"", "broken": b"{\n{}\n", "binary": os.urandom(2000) + b"\n{}\n"}[spoil])
+    alone, both = served(Live([run])), served(Live([run, good]))
+    assert b"<h1>Waiting</h1>" in ask(alone)[2]
+    assert b"<b>val/loss_nats</b>" in ask(both)[2]
+    path.unlink(missing_ok=True)
+    path.write_text('{"step": 0, "time_s": 0.0, "val/loss": 1.0}\n')
+    assert b"<b>val/loss</b>" in ask(alone)[2]
+
+
+def test_a_silent_visitor_keeps_nobody_waiting(
+    make_run: MakeRun, served: Callable[[Live], LiveServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live._Handler, "timeout", 0.3)
+    server = served(Live([make_run("a")]))
+    with socket.create_connection(server.server_address, timeout=10) as silent:
+        assert ask(server)[0] == 200
+        assert silent.recv(1) == b""
+
+
+def test_a_port_that_is_taken_or_does_not_exist_is_refused(
+    make_run: MakeRun, served: Callable[[Live], LiveServer]
+) -> None:
+    page = Live([make_run("a")])
+    taken = served(page).server_address[1]
+    for port in (taken, 70_000, -1):
+        with pytest.raises(UserError, match=f"--port {port} cannot be used: .*; leave it out to take a free one"):
+            LiveServer(page, port)

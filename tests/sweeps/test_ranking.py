@@ -1,0 +1,102 @@
+"""Rankings are those of the last values of runs that are done, whatever else lies in their folders."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lightspan.sweeps.files import Sweep
+from lightspan.sweeps.points import Choices
+from lightspan.sweeps.ranking import last_step, last_values, over_seeds, ranked
+
+
+def finish(run: Path, *losses: float | None, finished: bool = True) -> None:
+    """A run folder whose val/loss took these values."""
+    run.mkdir(parents=True)
+    rows = [{"step": step, "time_s": 1.0, "epoch": 0, "val/loss": loss} for step, loss in enumerate(losses)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "summary.json").write_text(json.dumps({"finished": finished}))
+
+
+def swept(folder: Path, *losses: list[float | None], seeds: int = 2) -> Sweep:
+    """Points 1, 2, ... with the last loss of each of their seeds; a run without one has not started."""
+    keys = {"k": Choices(tuple(range(1, len(losses) + 1)))}
+    sweep = Sweep("r", (), keys, seeds=tuple(range(seeds)), metric="val/loss").planned()
+    flat = [loss for point in losses for loss in [*point, *[0.0] * (seeds - len(point))]]
+    given = [at < len(point) for point in losses for at in range(seeds)]
+    for trial, loss, exists in zip(sweep.trials, flat, given, strict=True):
+        if exists:
+            finish(folder / trial.run, 9.0, loss)
+    return sweep
+
+
+def test_points_are_ranked_by_the_mean_over_seeds_with_their_spread(tmp_path: Path) -> None:
+    sweep = swept(tmp_path, [1.0, 3.0], [0.5, 0.7], [1.5, 1.5])
+    found = ranked(sweep, tmp_path, "val/loss")
+    assert [values["k"] for values, _ in found] == [2, 3, 1]
+    scores = found[2][1]
+    assert (scores.mean, scores.spread, dict(scores.values)) == (2.0, math.sqrt(2), {0: 1.0, 1: 3.0})
+    found = ranked(Sweep(**{**vars(sweep), "mode": "max"}), tmp_path, "val/loss")
+    assert [values["k"] for values, _ in found] == [1, 3, 2]
+
+
+def test_a_point_that_lacks_a_seed_comes_after_all_that_have_theirs(tmp_path: Path) -> None:
+    sweep = swept(tmp_path, [], [0.1, None], [5.0, 6.0], [0.2])
+    found = ranked(sweep, tmp_path, "val/loss")
+    assert [values["k"] for values, _ in found] == [3, 2, 4, 1]
+    assert [len(scores.values) for _, scores in found] == [2, 1, 1, 0]
+    assert math.isnan(found[-1][1].mean)
+    assert math.isnan(found[1][1].spread)
+
+
+def test_a_run_that_is_not_done_counts_for_nothing(tmp_path: Path) -> None:
+    sweep = swept(tmp_path, [1.0], [2.0], seeds=1)
+    (tmp_path / sweep.trials[0].run / "summary.json").write_text('{"finished": false}')
+    assert [values["k"] for values, _ in ranked(sweep, tmp_path, "val/loss")] == [2, 1]
+    (tmp_path / sweep.trials[1].run / "failed.txt").write_text("an error")
+    assert all(not scores.values for _, scores in ranked(sweep, tmp_path, "val/loss"))
+
+
+def test_a_metric_that_no_run_logged_ranks_nothing(tmp_path: Path) -> None:
+    sweep = swept(tmp_path, [1.0], [2.0], seeds=1)
+    assert [len(scores.values) for _, scores in ranked(sweep, tmp_path, "val/f1")] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        ('{"step": 0, "a": 1}\n{"step": 1, "b": 2.5}\n{"step": 2, "a": 3}\n', {"a": 3.0, "b": 2.5}),
+        ('{"step": 0, "a": 1}\n{"step": 1, "a": nul', {"a": 1.0}),
+        ('{"step": 0, "time_s": 3, "epoch": 1, "flag": true, "text": "x", "list": [1]}\n', {}),
+        ('[1]\n3\n\n"a"\n\x00\n{"a": 7}\n', {"a": 7.0}),
+        ('{"a": 1' + "0" * 400 + "}\n", {"a": math.inf}),
+        ("", {}),
+    ],
+)
+def test_last_values_are_those_of_whole_lines_with_numbers(content: str, values: dict, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    assert last_values(tmp_path) == values
+    assert last_values(tmp_path / "none") == {}
+
+
+def test_null_is_a_value_that_was_not_finite(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1}\n{"step": 1, "a": null}\n')
+    assert math.isnan(last_values(tmp_path)["a"])
+
+
+def test_the_last_step_is_read_from_the_end_of_the_file_alone(tmp_path: Path) -> None:
+    assert last_step(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "a": 0.123456789}}\n' for step in range(5000)))
+    assert last_step(tmp_path) == 5000
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n{"step": 5, "a"')
+    assert last_step(tmp_path) == 5
+
+
+def test_metrics_over_seeds(tmp_path: Path) -> None:
+    sweep = Sweep("r", (), {}, seeds=(0, 1, 2)).planned()
+    for trial, loss in zip(sweep.trials, (1.0, 2.0, None), strict=True):
+        finish(tmp_path / trial.run, loss)
+    found = over_seeds(sweep, tmp_path)
+    assert list(found) == ["val/loss"]
+    assert (found["val/loss"].mean, len(found["val/loss"].values), found["val/loss"].runs) == (1.5, 2, 3)

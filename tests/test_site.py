@@ -1,0 +1,73 @@
+"""The built site: whole, closed, and without anything that a browser would fetch from elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
+from urllib.parse import unquote
+
+import pytest
+
+pytest.importorskip("material")
+pytest.importorskip("mkdocstrings_handlers.python")
+
+pytestmark = pytest.mark.runs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` builds it."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(out)]
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert (built.returncode, built.stdout + built.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[str, str]:
+    """{path in the site: HTML}."""
+    return {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
+
+
+def test_every_document_module_and_method_has_its_place(pages: dict[str, str]) -> None:
+    documents = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")]
+    assert {path.as_posix() for path in documents} <= pages.keys()
+    assert "LowRank" in pages["reference/optim/low_rank.html"]
+    assert "step size, &gt;= 0, a float or a 0-d tensor" in pages["reference/optim/low_rank.html"]  # from its docstring
+    source = re.sub(r"<[^>]+>", "", pages["reference/optim/low_rank.html"].split('id="source"')[1])
+    assert "def selection(self, group: dict[str, Any]) -> Selection:" in source
+    recipes = {path.stem for path in (ROOT / "recipes" / "clustering").glob("*.yaml")}
+    assert {f"project/recipes/clustering/{name}.yaml.html" for name in recipes} <= pages.keys()
+    assert all(f">clustering/{name}</a>" in pages["gallery.html"] for name in recipes)
+
+
+def test_every_link_and_anchor_leads_somewhere(site: Path, pages: dict[str, str]) -> None:
+    anchors = {page: set(re.findall(r'\b(?:id|name)="([^"]+)"', html)) for page, html in pages.items()}
+    missing, followed = set(), 0
+    for page, html in pages.items():
+        for link in set(re.findall(r'\b(?:href|src)="([^"]+)"', html)):
+            path, _, anchor = unquote(link).partition("#")
+            if re.match(r"[a-z]+:|//", link) or (page == "404.html" and link.startswith("/")):
+                continue
+            target = normpath(PurePosixPath(page).parent / path) if path else page
+            followed += 1
+            if not (site / target).exists() or (anchor and anchor not in anchors.get(target, {anchor})):
+                missing.add(f"{page}: {link}")
+    assert followed > 1000
+    assert not missing
+
+
+def test_pages_load_without_a_network(site: Path, pages: dict[str, str]) -> None:
+    loaded = r'<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc="([^"]+)"|<link\b[^>]*\bhref="([^"]+)"'
+    found = {source or link for html in pages.values() for source, link in re.findall(loaded, html)}
+    assert found
+    styles = "".join(path.read_text() for path in site.rglob("*.css"))
+    found |= set(re.findall(r"""(?:url\(|@import )["']?([^"')]+)""", styles))
+    assert [name for name in found if re.match(r"(?!data:)[a-z]+:|//", name)] == []
