@@ -9,13 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightspan.callbacks.watching.detached import log_now
+from lightspan.callbacks.watching.flops import FlopCount, peak_flops
 from lightspan.errors import UserError
 from lightspan.memory import MIB, rss_bytes
 
 
 class Throughput(Callback):
-    """Logs throughput/samples_per_s, throughput/tokens_per_s, throughput/waiting_for_data, memory/rss_mib and, on CUDA,
-    memory/device_peak_mib.
+    """Logs throughput/samples_per_s, throughput/tokens_per_s, throughput/waiting_for_data, throughput/flops_per_s,
+    memory/rss_mib and, on CUDA, memory/device_peak_mib and throughput/mfu.
 
     They form a separate line at the end of each window, when the number of steps is a multiple of `every_n_steps`,
     also in a resumed run. Samples and tokens are counted over all ranks (every rank counted as busy as this one);
@@ -27,26 +28,58 @@ class Throughput(Callback):
     loader that counts it (`waited_s`, as lightspan's do). A GPU works on meanwhile, so it idles for that share at most:
     above a few hundredths, more `num_workers`, or views on the device, make the run faster.
 
+    flops_per_s is the arithmetic of forward and backward passes on all ranks, as `FlopCount` counts it in the first
+    micro-batch of a run, per sample, times samples_per_s. What activation checkpointing computes again is part of it.
+    mfu is its share of what the GPUs could do at most in this precision, in [0, 1], on GPUs that `PEAKS` lists.
+    A module with compiled parts is not counted, since counting would run them uncompiled.
+
     Args:
         every_n_steps: optimiser steps in a window, >= 1.
+        flops_per_sample: instead of counting, such as of a compiled module; that of a run without compilation is
+            flops_per_s / samples_per_s.
     """
 
     alters_training = False  # see config.identity
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: int = 10, flops_per_sample: float | None = None) -> None:
         if every_n_steps < 1:
             raise UserError(f"every_n_steps={every_n_steps}: a window has at least 1 optimiser step")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.flops_per_sample = every_n_steps, flops_per_sample
+        self._count: FlopCount | None = None
+        self._counted: int | None = None
         self._step, self._samples, self._tokens = 0, 0, 0
         self._restart(0, 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(trainer.global_step, _waited_s(trainer) or 0.0)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Only in a run's first micro-batch, and never again in a resumed one, which finds the figure in its checkpoint.
+        first = self.flops_per_sample is None and trainer.global_step == 0 and batch_idx == 0
+        if first and not any(part._compiled_call_impl is not None for part in pl_module.modules()):
+            self._count = FlopCount()
+            self._count.__enter__()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            self._end_count()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end_count()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"flops_per_sample": self.flops_per_sample}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.flops_per_sample = self.flops_per_sample or state_dict["flops_per_sample"]
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._end_count()
         samples, tokens = batch_counts(batch)
+        if self._counted is not None and samples:
+            self.flops_per_sample, self._counted = self._counted / samples, None
         self._samples += samples * trainer.world_size
         self._tokens += tokens * trainer.world_size
         if trainer.global_step == self._step:
@@ -61,6 +94,10 @@ class Throughput(Callback):
         metrics = {"throughput/samples_per_s": self._samples / seconds, "memory/rss_mib": rss_bytes() / MIB}
         if (waited_s := _waited_s(trainer)) is not None:
             metrics["throughput/waiting_for_data"] = (waited_s - self._waited_s) / seconds
+        if self.flops_per_sample:
+            metrics["throughput/flops_per_s"] = self.flops_per_sample * metrics["throughput/samples_per_s"]
+            if (peak := peak_flops(pl_module.device, str(trainer.precision))) is not None:
+                metrics["throughput/mfu"] = metrics["throughput/flops_per_s"] / (peak * trainer.world_size)
         if self._tokens:
             metrics["throughput/tokens_per_s"] = self._tokens / seconds
         if on_cuda:
@@ -73,6 +110,11 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_s += time.perf_counter() - self._paused_s
+
+    def _end_count(self) -> None:
+        if self._count is not None:
+            self._count.__exit__(None, None, None)
+            self._counted, self._count = self._count.flops, None
 
     def _restart(self, step: int, waited_s: float) -> None:
         self._began_s = self._paused_s = time.perf_counter()

@@ -18,7 +18,7 @@ from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes
 from lightspan.loggers.wandb_key import wandb_key_place
-from lightspan.run_files import REPORT
+from lightspan.run_files import PROFILE, REPORT
 from lightspan.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
@@ -58,6 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_worker_arguments(parser)
     parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="record where the time and memory of some steps go, in RUN/profile",
+    )
+    parser.add_argument(
+        "--profile-steps",
+        type=steps_to_profile,
+        metavar="A:B",
+        help="the optimiser steps that --profile records, counted from this start (default: 5:8)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="build and set up everything, read a batch, say what each parameter gets, write nothing, stop before the "
@@ -89,6 +100,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         refuse_other_experiment(resolved, checkpoint)
     if args.wandb:
         resolved = with_layer(resolved, _wandb_layer(checkpoint))
+    if args.profile or args.profile_steps:
+        resolved = with_layer(resolved, _profile_layer(args.profile_steps))
     if is_first_rank():  # printed before torch is loaded, which takes seconds
         print_notes(resolved.notes)
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
@@ -181,6 +194,22 @@ def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:
         settings |= {"id": run_id, "resume": "allow"}
     spec = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": settings}
     return {"trainer": {"logger": {"wandb": spec}}}
+
+
+def steps_to_profile(text: str) -> tuple[int, int]:
+    """The type of --profile-steps."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not A:B with whole numbers 0 <= A < B, such as 5:8")
+    return int(first), int(last)
+
+
+def _profile_layer(steps: tuple[int, int] | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"folder": f"${{run}}/{PROFILE}"}
+    if steps is not None:
+        settings |= {"first": steps[0], "last": steps[1]}
+    spec = {"class_path": "lightspan.callbacks.watching.profile.Profile", "init_args": settings}
+    return {"trainer": {"callbacks": {"profile": spec}}}
 
 
 def _tell_wandb(resolved: Resolved, built: Built) -> None:

@@ -95,9 +95,8 @@ def test_a_run_without_captures_says_what_writes_them(broken, tmp_path, capsys):
 def test_ranks_capture_together_and_are_replayed_alone_or_together(tmp_path, capsys, strategy):
     run = tmp_path / "run"
     flags = [f"trainer.strategy={strategy}"] if strategy == "ddp" else ["-c", "scale/fsdp2", "trainer.accelerator=cpu"]
-    model = ["model.class_path=tiny_lab.faults.Sharded"] if strategy == "fsdp2" else []
     poison = ["data.init_args.poisoned=37", "trainer.devices=2"]
-    ended = rank_processes.launch(["fit", *TINY, *flags, *model, *poison, "--run", str(run)], 2, tmp_path / "fit")
+    ended = rank_processes.launch(["fit", *TINY, *flags, *poison, "--run", str(run)], 2, tmp_path / "fit")
     assert ended.statuses == [2, 2], ended.said
     (folder,) = (run / "captures").iterdir()
     capture = json.loads((folder / "capture.json").read_text())

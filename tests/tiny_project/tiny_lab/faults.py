@@ -13,8 +13,6 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor, nn
 
 from lightspan.datamodules.loading.ranks import train_loader
-from lightspan.strategies import shard
-from tiny_lab.parts import Tiny
 
 
 class _Rows:
@@ -148,8 +146,3 @@ class Downwards(nn.Module):
     def forward(self, x_B4: Tensor) -> Tensor:
         y_B3 = (1 + x_B4[:, :3].square()) * self.weight
         return self.logarithm(y_B3 if self.floor is None else y_B3.clamp_min(self.floor))
-
-
-class Sharded(Tiny):
-    def configure_model(self) -> None:
-        shard(self)

@@ -8,6 +8,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightspan.strategies import shard
+
 
 class Tiny(LightningModule):
     def __init__(self, width: int, optimizer: OptimizerCallable, layer: nn.Module | None = None) -> None:
@@ -15,6 +17,9 @@ class Tiny(LightningModule):
         if width < 1:
             raise ValueError(f"width={width} must be at least 1")
         self.layer, self.optimizer = layer or nn.Linear(4, width), optimizer
+
+    def configure_model(self) -> None:
+        shard(self)
 
     def forward(self, x_B4: Tensor) -> Tensor:
         return self.layer(x_B4)
