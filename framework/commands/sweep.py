@@ -31,7 +31,7 @@ from lightspan.runs.fits import exits_on_sigterm, fit_command
 from lightspan.runs.folder import is_first_rank, run_folder, sole_use
 from lightspan.runs.status import Status, status_of
 from lightspan.signals import installed
-from lightspan.sweeps.files import METHODS, SEED_KEY, Sweep, differences, read, write
+from lightspan.sweeps.files import METHODS, SEED_KEY, Mode, Sweep, differences, read, write
 from lightspan.sweeps.points import Axis, Settings, axes_of, flags_of
 
 UNFINISHED = 1
@@ -136,10 +136,11 @@ def _defined(args: argparse.Namespace, axes: dict[str, Axis]) -> Sweep:
     )  # fmt: skip
 
 
-def _mode(metric: str | None, given: str | None) -> str:
+def _mode(metric: str | None, given: Mode | None) -> Mode:
     """Whether lower or higher is better. Raises: UserError if neither the user nor the metric's name says."""
-    known = {"lower": "min", "higher": "max"}.get(better(metric)) if metric else "min"
-    if (mode := given or known) is None:
+    by_name: dict[str, Mode] = {"lower": "min", "higher": "max"}
+    mode = given or (by_name.get(better(metric)) if metric else "min")
+    if mode is None:
         raise UserError(f"--metric {metric}: say with --mode min or --mode max whether lower or higher is better")
     return mode
 

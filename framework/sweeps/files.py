@@ -16,6 +16,7 @@ from lightspan.run_files import SWEEP
 from lightspan.sweeps.points import Axis, Choices, Settings, axis_from, drawn, flags_of, grid, written
 
 Method = Literal["grid", "random", "tpe"]
+Mode = Literal["min", "max"]
 METHODS: tuple[Method, ...] = ("grid", "random", "tpe")
 SEED_KEY = "seed_everything"
 MOST_BYTES = 2**26
@@ -55,7 +56,7 @@ class Sweep:
     keys: dict[str, Axis]
     method: Method = "grid"
     metric: str | None = None
-    mode: Literal["min", "max"] = "min"
+    mode: Mode = "min"
     seeds: tuple[int, ...] | None = None
     seed_keys: tuple[str, ...] = ()
     points: int | None = None

@@ -222,7 +222,9 @@ def _reads_as(text: str, value: str) -> bool:
 
 def _split(shown: str, text: str) -> list[str]:
     """The parts between the commas outside brackets and quotes. Raises: UserError for those that are not closed."""
-    parts, open_, start, at = [], [], 0, 0
+    parts: list[str] = []
+    open_: list[str] = []
+    start = at = 0
     while at < len(text):
         letter, before = text[at], text[start:at].rstrip()
         if letter in _QUOTED and (not before or before[-1] in "[{(,:"):  # elsewhere it is an apostrophe

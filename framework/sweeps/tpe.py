@@ -8,9 +8,10 @@ Source: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization", sec
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError, install_extra
+from lightspan.sweeps.files import Mode
 from lightspan.sweeps.points import Axis, Choices, Settings
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def require() -> None:
 
 
 def suggest(
-    axes: Mapping[str, Axis], mode: Literal["min", "max"], known: Sequence[tuple[Settings, float | None]], seed: int
+    axes: Mapping[str, Axis], mode: Mode, known: Sequence[tuple[Settings, float | None]], seed: int
 ) -> Settings:
     """The point to try after those known.
 

@@ -78,3 +78,19 @@ def test_a_warning_during_the_start_requeues_the_job_too(cluster: Cluster, scrip
     assert cluster.look(job)["Restarts"] == "1", cluster.log(job)
     assert "preempted by SIGUSR1 before the first step" in cluster.log(job)
     cluster.run("scancel", job)
+
+
+def test_a_sweep_is_an_array_in_which_a_failed_run_ends_no_other(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    out = tmp_path / "it's $(id) swept"
+    sweep = ["sweep", "tiny.yaml", "--allow-module", "tiny_lab", "model.init_args.width=2,0,3", "--out", str(out)]
+    assert main([*sweep, "--to", "slurm", "--time", "5", "--print"]) == 0
+    job = cluster.submit(capsys.readouterr().out)
+    wait_for("the end of all tasks", lambda: job not in cluster.run("squeue", "--noheader", "--format=%A %F").split())
+    assert main([*sweep, "--dry-run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    logs = {path.name: path.read_text() for path in cluster.folder.glob(f"slurm-{job}_*.out")}
+    assert [line.split()[0] for line in said[:3]] == ["done", "unstarted", "done"], logs
+    assert "width=0 must be at least 1" in logs[f"slurm-{job}_1.out"]
