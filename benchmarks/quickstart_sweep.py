@@ -13,7 +13,6 @@ to search afresh. One thread, so that the figures repeat.
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,12 @@ NEIGHBOURS = (
 Rates = tuple[float, ...]
 
 
-def online_loss(name: str, rates: Rates, flags: Sequence[str] = (), runs: Path = RUNS) -> float:
+def online_loss(name: str, rates: Rates, runs: Path = RUNS) -> float:
     """Trains one point and returns the mean training loss of its last fifth, in nats per byte."""
     run = runs / f"{name}-lr{rates[0]:g}-other{rates[1]:g}"
     words = [f"{key}={rate!r}" for key, rate in zip(RATE_KEYS, rates, strict=True)]
     words += [f"seed_everything={SEED}", f"data.init_args.seed={SEED}", "trainer.limit_val_batches=0"]
-    words += ["trainer.log_every_n_steps=1", *flags]
+    words += ["trainer.log_every_n_steps=1"]
     ends: list[int] = []
 
     def ended(task: Task, status: int) -> str:

@@ -194,8 +194,7 @@ def low_rank_adam_triton(
 @torch.library.custom_op("lightspan::low_rank_adam", mutates_args=("m_BMR", "v_BMR", "m_scale_BM", "v_scale_BM"))
 def low_rank_adam(
     g_BMR: Tensor, m_BMR: Tensor, v_BMR: Tensor, age_BR: Tensor, beta1: float, beta2: float, eps: float,
-    m_scale_BM: Tensor | None = None, v_scale_BM: Tensor | None = None, source_BR: Tensor | None = None,
-    seed: Tensor | None = None,
+    m_scale_BM: Tensor | None, v_scale_BM: Tensor | None, source_BR: Tensor | None = None, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Direction u [B M R], float64 with float64 moments and float32 with all others; the moments are updated in place.
 
@@ -204,7 +203,8 @@ def low_rank_adam(
         m_BMR, v_BMR: both float32, float64 or bfloat16, or m int8 and v uint8.
         age_BR: float, steps each column has seen, this one included; >= 1.
         beta1, beta2: decay rates in [0, 1). eps: added to the root of the corrected second moment.
-        m_scale_BM, v_scale_BM: float32, only for moments in bytes.
+        m_scale_BM, v_scale_BM: float32 for moments in bytes, None for others. They have no default, since torch below
+            2.13 cannot call an operator that leaves out an argument which it may change.
         source_BR: int64; before the update, column j of the moments becomes what column source[j] was, or zeros for -1.
         seed: 0-d, int64, for the rounding of bfloat16 and bytes; a new one for every step.
     """

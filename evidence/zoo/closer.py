@@ -54,6 +54,24 @@ def spread(rows: list[Row], by: str, arm: str, encoder: str, figure: str) -> Spr
     return spread_of([row[figure] for row in records.cells(rows) if records.cell_of(row) in cells and figure in row])
 
 
+def cause(table: Table, compared: list[list[str]]) -> list[str]:
+    """A sentence where a single run had chosen the worst rate, and a better one leaves no difference."""
+    found = []
+    for arm, encoder, *cells in compared:
+        mean = scores(table.rows, OURS, arm, encoder)
+        first = records.chosen_rate(table.rows, OURS, arm, DATA, encoder)
+        settled = all("higher" not in cell for cell in cells)
+        if mean is not None and first is not None and mean[first] == min(mean.values()) and settled:
+            found.append(f"{arm} on the {encoder}")
+    if not found:
+        return []
+    return [
+        f"So it was the search that set lightspan's {listed(found)} back: one run favoured the rate that is the worst "
+        "of the three in the mean.",
+        "",
+    ]
+
+
 def section(table: Table) -> list[str]:
     """Of the page; nothing while no search is complete."""
     searched, compared = [], []
@@ -91,5 +109,6 @@ def section(table: Table) -> list[str]:
             f"At the rates that {seeds} seeds choose, on the test pictures and the seeds of the tables above:",
             "",
             *markdown(["method", "encoder", *columns], compared),
+            *cause(table, compared),
         ]
     return lines

@@ -166,7 +166,9 @@ def beside_lightly(table: Table) -> list[str]:
                 found = verdict(ours, theirs, table.noise(data, encoder, figure))
                 cells += [str(ours), str(theirs), f"{ours.mean - theirs.mean:+.1f}, {found}"]
                 if "higher" in found:
-                    told.append(f"{arm} on the {encoder} by {probe} ({found})")
+                    each, other = (table.values(Key(by, arm, data, encoder), figure) for by in (OURS, THEIRS))
+                    seeds = f"{listed([*map(str, each)])} against {listed([*map(str, other)])}"
+                    told.append(f"{arm} on the {encoder} by {probe} ({found}; by seed {seeds})")
             speed = ratio_of(table.rows, "speed", arm=arm, encoder=encoder)
             cells += [shown(part, form) for part, form in zip(speed or [None] * 3, FORMS, strict=True)]
             if speed is not None and speed[2] > 1:

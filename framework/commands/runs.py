@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import file, folder
-from lightspan.commands.runs_table import Row, print_table
+from lightspan.commands.runs_table import ListedRun, print_table
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
-    from lightspan.runs.selection import Selection
+    from lightspan.runs.filters import RunFilter
 
 SHOWN = 50  # rows of the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_selection_arguments(parser)
+    add_filter_arguments(parser)
     parser.add_argument(
         "--metric",
         action="append",
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead")
 
 
-def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """DIR... and the options that `selection_from` reads."""
+def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
+    """DIR... and the options that `filter_from` reads."""
     from lightspan.runs.status import Status
 
     parser.add_argument(
@@ -71,12 +71,12 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def selection_from(args: argparse.Namespace) -> "Selection":
-    """The selection that a command line means. Raises: UserError for a setting or time that is none."""
-    from lightspan.runs.selection import Selection, parse_setting, parse_since
+def filter_from(args: argparse.Namespace) -> "RunFilter":
+    """The filter that a command line means. Raises: UserError for a setting or time that is none."""
+    from lightspan.runs.filters import RunFilter, parse_setting, parse_since
     from lightspan.runs.status import Status
 
-    return Selection(
+    return RunFilter(
         statuses=[Status(status) for status in args.status],
         recipes=args.recipe,
         settings=[parse_setting(text) for text in args.where],
@@ -85,7 +85,7 @@ def selection_from(args: argparse.Namespace) -> "Selection":
     )
 
 
-ORDERS: dict[str, Callable[[Row], Any]] = {  # numbers that are missing come last
+ORDERS: dict[str, Callable[[ListedRun], Any]] = {  # numbers that are missing come last
     "started": lambda row: row.entry.age_key,
     "status": lambda row: (str(row.entry.status), row.entry.age_key),
     "recipe": lambda row: (row.entry.recipe, row.entry.age_key),
@@ -100,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints the selected runs. Raises: UserError for a folder, time, setting or metric that does not exist."""
     from lightspan.runs.catalogue import find_runs, read_entry
 
-    selection = selection_from(args)
+    chosen = filter_from(args)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1; leave it out to see all with --csv or --json")
     metrics = list(dict.fromkeys([*([args.best] if args.best else []), *args.metric]))
-    entries = [entry for folder in find_runs(args.dirs) if selection.has(entry := read_entry(folder))]
-    rows = [Row(entry, metrics) for entry in entries]
+    entries = [entry for folder in find_runs(args.dirs) if chosen.has(entry := read_entry(folder))]
+    rows = [ListedRun(entry, metrics) for entry in entries]
     rows.sort(key=ORDERS[args.sort], reverse=(args.sort in _DESCENDING) != args.reverse)
     remarks = []
     if args.best:
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ranked(rows: Sequence[Row], metric: str, mode: str | None, reverse: bool) -> tuple[list[Row], str]:
+def _ranked(rows: Sequence[ListedRun], metric: str, mode: str | None, reverse: bool) -> tuple[list[ListedRun], str]:
     """The runs that have the metric, best first, and a sentence on what counts as best."""
     from lightspan.runs.direction import better
 
@@ -151,7 +151,7 @@ def _ranked(rows: Sequence[Row], metric: str, mode: str | None, reverse: bool) -
     return [row for _, row in ranked], f"best: the {'lowest' if chosen == 'min' else 'highest'} {metric}{why}{left}"
 
 
-def _record(row: Row) -> dict[str, Any]:
+def _record(row: ListedRun) -> dict[str, Any]:
     entry, progress = row.entry, row.progress
     return {
         "run": str(entry.folder),
@@ -171,7 +171,7 @@ def _record(row: Row) -> dict[str, Any]:
     }
 
 
-def _write_csv(rows: Sequence[Row], path: Path) -> None:
+def _write_csv(rows: Sequence[ListedRun], path: Path) -> None:
     """One line a run; each metric has three columns."""
     from lightspan.files import write_atomic
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lightspan.commands.runs import add_selection_arguments, selection_from
+from lightspan.commands.runs import add_filter_arguments, filter_from
 from lightspan.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_selection_arguments(parser)
+    add_filter_arguments(parser)
     parser.add_argument("--yes", action="store_true", help="delete without asking")
     parser.epilog = (
         "Without --status it means runs that failed, that ended without a word, and that never started. Runs with a "
@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.runs.catalogue import find_runs, read_entry
     from lightspan.runs.cleaning import USELESS, look
 
-    selection = selection_from(args)
-    if not selection.statuses:
-        selection = replace(selection, statuses=USELESS)
-    entries = [entry for folder in find_runs(args.dirs) if selection.has(entry := read_entry(folder))]
+    chosen = filter_from(args)
+    if not chosen.statuses:
+        chosen = replace(chosen, statuses=USELESS)
+    entries = [entry for folder in find_runs(args.dirs) if chosen.has(entry := read_entry(folder))]
     doomed, kept = look(entries, with_tags=bool(args.tag))
     for one in kept:
         print(printable(f"keeps {one.entry.folder}: {one.reason}"))

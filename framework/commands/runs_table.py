@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 STYLES = {"running": "cyan", "stale": "yellow", "preempted": "yellow", "failed": "red", "done": "green"}
 
 
-class Row:
+class ListedRun:
     """One line of the catalogue; how far the run came is read when it is first asked for."""
 
     def __init__(self, entry: Entry, metrics: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ class Column(NamedTuple):
     of_numbers: bool = False
 
 
-def print_table(rows: Sequence[Row], metrics: Sequence[str], remarks: Sequence[str]) -> None:
+def print_table(rows: Sequence[ListedRun], metrics: Sequence[str], remarks: Sequence[str]) -> None:
     """Prints the rows without columns that say nothing: empty ones, and what all runs have in common, which is said
     once below the table with the other remarks.
     """
@@ -106,7 +106,7 @@ def _what_differs(entries: Sequence[Entry]) -> tuple[list[str], str]:
     return changes, " ".join(sorted(f"{key}={value}" for key, value in common))
 
 
-def _metric_columns(rows: Sequence[Row], metrics: Sequence[str]) -> Iterator[Column]:
+def _metric_columns(rows: Sequence[ListedRun], metrics: Sequence[str]) -> Iterator[Column]:
     """Last and best of each metric; without names, those of each run's own score, and its name."""
     if not metrics:
         own = [next(iter(row.progress.values), "") for row in rows]
@@ -117,7 +117,7 @@ def _metric_columns(rows: Sequence[Row], metrics: Sequence[str]) -> Iterator[Col
         yield from _last_and_best(rows, [metric] * len(rows), metric)
 
 
-def _last_and_best(rows: Sequence[Row], names: Sequence[str], heading: str) -> Iterator[Column]:
+def _last_and_best(rows: Sequence[ListedRun], names: Sequence[str], heading: str) -> Iterator[Column]:
     found = [row.progress.values.get(name) for row, name in zip(rows, names, strict=True)]
     yield Column(heading, [figure_text(values and values.last) for values in found], of_numbers=True)
     best = [values and values.best(better(name)) for values, name in zip(found, names, strict=True)]

@@ -7,6 +7,7 @@ import copy
 import os
 import shlex
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +218,9 @@ def _continued(args: argparse.Namespace, place: Path) -> int:
 
 def _run(args: argparse.Namespace, sweep: Sweep, given: Path | None, name: str) -> int:
     """Runs what is due in the sweep's folder, and says what came of it."""
+    from lightspan.sweeps.outcome import conclude
+    from lightspan.sweeps.queue import run_due
+
     if given is not None:
         _joined(sweep, given)  # refuses before it makes anything
     out = run_folder(given, name, make=not args.dry_run)
@@ -225,9 +229,6 @@ def _run(args: argparse.Namespace, sweep: Sweep, given: Path | None, name: str) 
     with sole_use(out), exits_on_sigterm():
         sweep = _joined(sweep, out)
         write(out, sweep)
-        from lightspan.sweeps.outcome import conclude
-        from lightspan.sweeps.queue import run_due
-
         done = conclude(run_due(sweep, out, args.workers or 1, args.retry_failed), out)
         return 0 if done else UNFINISHED
 
@@ -252,6 +253,7 @@ def _one_task(args: argparse.Namespace, sweep: Sweep, out: Path | None) -> int:
     """Becomes the fit of one trial: its ranks meet, and signals reach it, as if a launcher had started it."""
     if out is None:
         raise UserError("--task needs the folder that all tasks share; give --out DIR")
+    out = out.absolute()
     sweep = _joined(sweep, out)
     number = _task_number(args.task)
     if not number < len(sweep.trials):
@@ -295,13 +297,14 @@ def _submitted(args: argparse.Namespace, sweep: Sweep, below: Resolved) -> int:
 
 
 def _outlook(sweep: Sweep, out: Path) -> int:
-    """What would be run, without writing anything."""
-    standing = {trial.run: status_of(out / trial.run) for trial in sweep.trials}
-    for trial in sweep.trials:
-        print(f"{standing[trial.run]:<10} {trial.run}  {shlex.join(sweep.flags(trial))}")
-    later = sweep.total - len(sweep.trials)
-    left = f", and {later} that {sweep.method} chooses later" if later else ""
-    print(f"{len(sweep.trials)} runs{left}; every point is allowed. Nothing was written.")
+    """How each run stands, without writing anything."""
+    standing = [(trial, status_of(out / trial.run)) for trial in sweep.trials]
+    for trial, status in standing:
+        print(f"{status:<10} {trial.run}  {shlex.join(sweep.flags(trial))}")
+    counts = [f"{count} {status}" for status, count in Counter(status for _, status in standing).items()]
+    if later := sweep.total - len(sweep.trials):
+        counts.append(f"{later} that {sweep.method} will choose")
+    print(f"{sweep.total} runs: {', '.join(counts)}. Nothing was written.")
     return 0
 
 

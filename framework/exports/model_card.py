@@ -6,8 +6,7 @@ It says nothing of the machine: of paths the last part alone.
 import ast
 import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from lightspan.cards import Card, bullets, code, fence, plain, table
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.source import Definition, locate
 from lightspan.errors import UserError
-from lightspan.report.compare import compare, differences, number
+from lightspan.report.compare import compare
+from lightspan.report.fold import fold
 from lightspan.report.runs import Run
 from lightspan.run_files import PROVENANCE, RESOLVED, SUMMARY
 
@@ -55,8 +55,8 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
             give figures with a spread. None, or a folder without records, gives a card without figures.
     """
     about, provenance = resolved.about, _read(run, PROVENANCE)
-    runs = _runs_of_other_seeds(run)
-    scores, costs = _figures(runs)
+    measured = _over_seeds(run)
+    scores, costs = _figures(measured)
     kind = about.get("modality")
     metrics = list(dict.fromkeys(_metric(key) for key in scores))
     head = {
@@ -79,7 +79,7 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
         "Training", _method(about), _recipe(resolved, provenance), table(("budget", ""), _budget(resolved, costs))
     )
     card.section("Data", *_data(resolved.config, about))
-    card.section("Figures", *_figures_said(scores, len(runs), about))
+    card.section("Figures", *_figures_said(scores, measured, about))
     card.section("Provenance", bullets(_provenance(provenance, resolved.config)))
     card.section("Licence", _licence(told.licence))
     return card.text()
@@ -87,38 +87,21 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure over runs: its label, and its values."""
+    """A figure: its label, its text with spread, and, of a single run, its value."""
 
     label: str
-    values: list[float]
-
-    def text(self) -> str:
-        mean = number(statistics.fmean(self.values), 4)
-        return mean if len(self.values) == 1 else f"{mean} ± {number(statistics.stdev(self.values), 4)}"
+    text: str
+    value: float | str
 
 
-def _runs_of_other_seeds(run: Path | None) -> list[Run]:
-    """The run, and finished runs beside it that differ from it in their seed alone."""
+def _over_seeds(run: Path | None) -> Run | None:
+    """The run, folded with finished runs beside it that differ from it in their seed alone; None without a summary."""
     if run is None or not (summary := _read(run, SUMMARY)):
-        return []
-    found = [_run(run, summary)]
-    if not found[0].config:
-        return found
-    seeds = {found[0].config.get(SEED)}
-    for folder in sorted(run.absolute().parent.iterdir())[:MOST_SIBLINGS]:
-        summary = _read(folder, SUMMARY)
-        if folder == run.absolute() or summary.get("finished") is not True:
-            continue
-        other = _run(folder, summary)
-        seed = other.config.get(SEED)
-        if other.config and seed not in seeds and not _differ(found[0].config, other.config):
-            seeds.add(seed)
-            found.append(other)
-    return found
-
-
-def _differ(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [key for key, _ in differences([one, other]) if key != SEED]
+        return None
+    own, folder = _run(run, summary), run.absolute()
+    beside = [path for path in sorted(folder.parent.iterdir())[:MOST_SIBLINGS] if path != folder]
+    finished = [_run(path, found) for path in beside if (found := _read(path, SUMMARY)).get("finished") is True]
+    return fold([own, *finished])[0]
 
 
 def _run(folder: Path, summary: dict[str, Any]) -> Run:
@@ -138,21 +121,20 @@ def _read(folder: Path | None, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _figures(runs: Sequence[Run]) -> tuple[dict[str, _Figure], dict[str, _Figure]]:
-    """Scores and costs by their names in summary.json, of the runs that have them as finite numbers."""
+def _figures(run: Run | None) -> tuple[dict[str, _Figure], dict[str, _Figure]]:
+    """Scores and costs by their names in summary.json, those that are finite numbers."""
     scores: dict[str, _Figure] = {}
     costs: dict[str, _Figure] = {}
-    for row in compare(runs) if runs else ():
-        key, unit = row.figure.key, row.figure.unit
-        values = [value for run in runs if _finite(value := run.summary.get(key))]
-        if values:
+    if run is None:
+        return scores, costs
+    for row in compare([run]):
+        key, unit, text = row.figure.key, row.figure.unit, row.cells[0].text
+        value = run.summary.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            label = f"{row.figure.label}{f', {unit}' if unit else ''}"
             kind = scores if row.figure.relative == "difference" else costs
-            kind[key] = _Figure(f"{row.figure.label}{f', {unit}' if unit else ''}", values)
+            kind[key] = _Figure(label, text, text if key in run.spread else round(value, 6))
     return scores, costs
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _metric(key: str) -> str:
@@ -164,14 +146,7 @@ def _model_index(resolved: Resolved, scores: Mapping[str, _Figure]) -> list[dict
     if not scores:
         return None
     data = _name(_section(resolved.config, "data").get("class_path", "data"))
-    metrics = [
-        {
-            "type": _metric(key),
-            "name": key,
-            "value": round(figure.values[0], 6) if len(figure.values) == 1 else figure.text(),
-        }
-        for key, figure in scores.items()
-    ]
+    metrics = [{"type": _metric(key), "name": key, "value": figure.value} for key, figure in scores.items()]
     task = _TASKS.get(str(resolved.about.get("modality")), "other")
     results = {"task": {"type": task}, "dataset": {"type": data, "name": data}, "metrics": metrics}
     return [{"name": resolved.name, "results": [results]}]
@@ -184,13 +159,12 @@ def _inputs(inputs: Mapping[str, Any]) -> str:
         for name, form in inputs.get("inputs", {}).items()
     ]
     if lines and "mean" in inputs:
-        moments = ", ".join(
-            f"{word} {' '.join(f'{x:.4g}' for x in inputs[key])}"
-            for word, key in (("mean", "mean"), ("deviation", "std"))
+        mean, std = (" ".join(f"{x:.4g}" for x in inputs[key]) for key in ("mean", "std"))
+        lines.append(
+            f"channels are standardised {plain(inputs['standardise'])}: mean {mean}, deviation {std} in 0 to 1"
         )
-        lines.append(f"channels are standardised with {moments}: {plain(inputs['standardise'])}")
-    elif lines:
-        lines.append("values are taken as the data of the run gave them: nothing is standardised")
+    elif "image" in inputs.get("inputs", {}):
+        lines.append(f"pictures are standardised {plain(inputs['standardise'])}")
     return bullets(lines)
 
 
@@ -221,7 +195,7 @@ def _recipe(resolved: Resolved, provenance: Mapping[str, Any]) -> str:
 
 
 def _budget(resolved: Resolved, costs: Mapping[str, _Figure]) -> list[list[str]]:
-    rows = [[figure.label, number(figure.values[0])] for figure in costs.values()]
+    rows = [[figure.label, figure.text] for figure in costs.values()]
     batch = _section(_section(resolved.config, "data"), "init_args").get("batch_size")
     trainer = _section(resolved.config, "trainer")
     wanted = {"Samples of an optimiser step": batch, "Epochs at most": trainer.get("max_epochs")}
@@ -255,17 +229,18 @@ def _summary(path: str) -> str:
     return " ".join((ast.get_docstring(found.node) or "").split("\n\n")[0].split())
 
 
-def _figures_said(scores: Mapping[str, _Figure], runs: int, about: Mapping[str, Any]) -> list[str]:
-    if not scores:
+def _figures_said(scores: Mapping[str, _Figure], run: Run | None, about: Mapping[str, Any]) -> list[str]:
+    if run is None or not scores:
         return ["No score of this run is recorded."]
     how = (
-        f"Mean and standard deviation over {runs} runs that differ in their seed alone; the weights are those of one."
-        if runs > 1
+        f"Mean and standard deviation over {len(run.members)} runs that differ in their seed alone; the weights are "
+        "those of one."
+        if run.members
         else "One run, one seed: how much other seeds differ was not measured."
     )
     expected = about.get("expected")
     return [
-        table(("figure", "value"), [[plain(figure.label), figure.text()] for figure in scores.values()]),
+        table(("figure", "value"), [[plain(figure.label), figure.text] for figure in scores.values()]),
         how,
         f"What the recipe says it should reach: {plain(expected)}." if expected else "",
     ]

@@ -19,7 +19,7 @@ _MODES: dict[str, Mode] = {"lower": "min", "higher": "max"}
 
 
 @dataclass(frozen=True)
-class Place:
+class RankedRun:
     """A run and the last value of the metric, with its standard deviation over seeds; NaN and None if there is none."""
 
     run: Run
@@ -39,7 +39,7 @@ class Ranking:
 
     metric: str
     mode: Mode
-    places: list[Place]
+    places: list[RankedRun]
 
     @property
     def first(self) -> str:
@@ -70,11 +70,11 @@ def ranked(runs: Sequence[Run], metric: str | None = None, mode: Mode | None = N
     return Ranking(chosen, direction, places)
 
 
-def _place(run: Run, metric: str) -> Place:
+def _place(run: Run, metric: str) -> RankedRun:
     points = run.points(metric)
     if not points or not math.isfinite(points[-1].value):
-        return Place(run, math.nan, None)
-    return Place(run, points[-1].value, points[-1].spread)
+        return RankedRun(run, math.nan, None)
+    return RankedRun(run, points[-1].value, points[-1].spread)
 
 
 def ranking_table(ranking: Ranking) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightspan.errors import UserError
 from lightspan.report.chart import Chart, ChartLine, draw
-from lightspan.report.ranking import Place, Ranking
+from lightspan.report.ranking import RankedRun, Ranking
 from lightspan.report.runs import Run, load_run, unique_names
 from lightspan.report.sections import unit_of
 from lightspan.run_files import SWEEP
@@ -23,7 +23,7 @@ MOST_VALUES = 12  # of a key in a heat map
 WIDE = 30  # the ratio of a key's values from which on they are drawn over their logarithm
 MOST_MAPS, MOST_FAILED = 12, 5
 
-Points = list[tuple[dict[str, Any], Place]]
+Points = list[tuple[dict[str, Any], RankedRun]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def sweep_section(found: SweepRuns, ranking: Ranking) -> str:
     )
 
 
-def _points(found: SweepRuns, ranking: Ranking) -> list[tuple[dict[str, Any], Place]]:
+def _points(found: SweepRuns, ranking: Ranking) -> list[tuple[dict[str, Any], RankedRun]]:
     """(settings, place) of every run of this sweep, best first."""
     return [(found.values[one.run.folder], one) for one in ranking.places if one.run.folder in found.values]
 
@@ -146,9 +146,9 @@ def _pairs(sweep: Sweep, points: Points) -> list[tuple[str, str]]:
     ]
 
 
-def _cells(down: str, across: str, points: Points) -> dict[tuple[str, str], Place]:
+def _cells(down: str, across: str, points: Points) -> dict[tuple[str, str], RankedRun]:
     """The best run of each cell. Points come best first."""
-    cells: dict[tuple[str, str], Place] = {}
+    cells: dict[tuple[str, str], RankedRun] = {}
     for settings, place in points:
         cells.setdefault((written(settings[down]), written(settings[across])), place)
     return cells

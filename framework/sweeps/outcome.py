@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from lightspan.config.flags import allow_options
+from lightspan.errors import print_notes
 from lightspan.report.compare import better
 from lightspan.run_files import OUTPUT
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
 from lightspan.sweeps.points import flags_of
-from lightspan.sweeps.ranking import last_values, over_seeds, ranked
+from lightspan.sweeps.ranking import last_values, over_seeds, ranked, unlogged
 from lightspan.sweeps.tables import SCORES, ranking_table, seed_table
 
 _FEW = 5  # runs that are not done and are named
@@ -23,6 +24,7 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
     console = Console(highlight=False, soft_wrap=True)
     undone = [trial for trial in sweep.trials if status_of(folder / trial.run) is not Status.DONE]
     commands = [["report", str(folder)], ["runs", str(folder)]]
+    done = [trial for trial in sweep.trials if trial not in undone]
     if not sweep.keys:
         console.print(seed_table(over_seeds(sweep, folder)))
     elif sweep.metric is None:
@@ -35,6 +37,8 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
         if scores.values:
             console.print(f"best: {shlex.join(flags_of(best))}", markup=False)
             commands.append(["fit", sweep.recipe, *sweep.arguments, *flags_of(best)])
+        elif done and (said := unlogged(folder / done[0].run, sweep.metric)):
+            print_notes([said])
     if undone:
         _name(undone, folder)
         retry = ["--retry-failed"] if any(status_of(folder / trial.run) is Status.FAILED for trial in undone) else []

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from lightspan.errors import one_line
+from lightspan.errors import UserError, one_line
 from lightspan.files import write_atomic
 from lightspan.run_files import FAILED, OUTPUT
 from lightspan.runs.fits import Task, fit_command, last_lines
@@ -14,7 +14,7 @@ from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.display import run_shown
 from lightspan.sweeps.files import Sweep, Trial, write
 from lightspan.sweeps.points import Settings
-from lightspan.sweeps.ranking import SeedScores, by_point, last_step, last_values, score
+from lightspan.sweeps.ranking import SeedScores, by_point, last_step, last_values, score, unlogged
 from lightspan.sweeps.tables import short
 
 _STOPPED = 128  # a status above it says that a signal ended the run
@@ -30,8 +30,7 @@ def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Swe
     def ended(task: Task, status: int) -> str:
         became = queue.ended(task, status)
         if became is Status.DONE:
-            value = last_values(folder / task.name).get(sweep.metric or "", math.nan)
-            return f"done  {task.name}" + (f"  {sweep.metric} {short(value) or 'nan'}" if sweep.metric else "")
+            return f"done  {task.name}{_reached(folder / task.name, sweep.metric)}"
         killed = f", killed by signal {-status}" if status < 0 else ""
         said = "" if became is Status.PREEMPTED else f"; {task.log} ends with:\n{last_lines(task.log)}\n"
         return f"{became}  {task.name}{killed}{said}"
@@ -42,6 +41,14 @@ def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Swe
 
     run_shown(queue.tasks(), workers, ended, sweep.total, before, standing)
     return queue.sweep
+
+
+def _reached(run: Path, metric: str | None) -> str:
+    """The metric of a run that is done, in words."""
+    if metric is None:
+        return ""
+    value = last_values(run).get(metric)
+    return f", which logged no {metric}" if value is None else f"  {metric} {short(value) or 'nan'}"
 
 
 class TrialQueue:
@@ -63,7 +70,10 @@ class TrialQueue:
         return status is not Status.DONE and (status is not Status.FAILED or self.retry_failed)
 
     def tasks(self) -> Iterator[Task]:
-        """The trials in their order. A suggestion is made when it is asked for."""
+        """The trials in their order. A suggestion is made when it is asked for.
+
+        Raises: UserError if `tpe` has nothing to follow, since no run that is done logged the metric.
+        """
         for trial in self.sweep.trials:
             if self.due(trial):
                 yield self._task(trial)
@@ -105,6 +115,10 @@ class TrialQueue:
         """A point and the mean over its seeds: None while one of them runs, NaN if one has no result."""
         if any(trial.run in self._given for trial in trials):
             return trials[0].values, None
+        for trial in trials:
+            run = self.folder / trial.run
+            if status_of(run) is Status.DONE and (said := unlogged(run, metric)):
+                raise UserError(said)
         scores = {trial.seed: score(self.folder / trial.run, metric) for trial in trials}
         values = {seed: math.nan if value is None else value for seed, value in scores.items()}
         return trials[0].values, SeedScores(values, len(trials)).mean

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightspan.config.problems import nearest
 from lightspan.report.runs import AXES
 from lightspan.run_files import METRICS
 from lightspan.runs.status import Status, status_of
@@ -70,6 +71,15 @@ def score(run: Path, metric: str) -> float | None:
     that is not done.
     """
     return last_values(run).get(metric, math.nan) if status_of(run) is Status.DONE else None
+
+
+def unlogged(run: Path, metric: str) -> str | None:
+    """What to say of a run that is done and never logged a metric; None if it did."""
+    logged = last_values(run)
+    if metric in logged:
+        return None
+    names = ", ".join(logged) or "nothing"
+    return f"--metric {metric}: {run.name} never logged it; {nearest(metric, list(logged))}it logged {names}"
 
 
 def over_seeds(sweep: Sweep, folder: Path) -> dict[str, SeedScores]:

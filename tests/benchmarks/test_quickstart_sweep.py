@@ -1,11 +1,14 @@
 """The search behind the quickstart's rates: its record is that of the search that would be made now."""
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightspan.config.resolve import resolve
+from lightspan.sweeps import display
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "quickstart_sweep.py"
 spec = importlib.util.spec_from_file_location("quickstart_sweep", FILE)
@@ -21,3 +24,26 @@ def test_the_recorded_search_ends_at_the_rates_of_the_recipe(name: str, monkeypa
     monkeypatch.setattr(sweep, "online_loss", None)
     config = resolve(sweep.RECIPES[name]).config["model"]["init_args"]
     assert sweep.search(name) == (config["optimizer"]["init_args"]["lr"], config["groups"]["other_lr"])
+
+
+def test_a_point_is_one_run_judged_by_the_last_fifth_of_its_training_losses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run_side_by_side(tasks: Any, workers: int, ended: Any, look: Any) -> None:
+        for task in tasks:
+            commands.append(task.command)
+            task.log.parent.mkdir()
+            rows = [{"step": step, "train/loss_nats": float(step)} for step in range(10)]
+            rows.insert(5, {"step": 5, "lr/matrices": 1.0})
+            (task.log.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            ended(task, 0)
+
+    monkeypatch.setattr(display, "run_side_by_side", run_side_by_side)
+    assert sweep.online_loss("lowrank", (5e-3, 6e-3), runs=tmp_path) == (8 + 9) / 2
+    (command,) = commands
+    assert command[3:5] == ("fit", "language/quickstart")
+    assert command[-1] == str(tmp_path / "lowrank-lr0.005-other0.006")
+    assert set(command) >= {"seed_everything=100", "data.init_args.seed=100", "trainer.limit_val_batches=0"}
+    assert resolve("language/quickstart", flags=[word for word in command if "=" in word])

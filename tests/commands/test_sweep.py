@@ -27,7 +27,7 @@ from lightspan.sweeps.files import read
 LR = "model.init_args.optimizer.init_args.lr"
 ALLOWED = ["--allow-module", "tiny_lab"]
 SWEEP = ["sweep", str(PROJECT / "tiny.yaml"), *ALLOWED]
-EXACT = ["sweep", *TINY]  # its runs continue with the next row
+EXACT = ["sweep", *TINY, "trainer.log_every_n_steps=1"]  # its runs continue with the next row
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_a_dry_run_checks_and_lists_and_writes_nothing(
     assert capsys.readouterr().out.splitlines() == [
         f"unstarted  000-lr0.1  {LR}=0.1",
         f"unstarted  001-lr0.2  {LR}=0.2",
-        "2 runs; every point is allowed. Nothing was written.",
+        "2 runs: 2 unstarted. Nothing was written.",
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -231,6 +231,19 @@ def test_tpe_follows_the_metric_and_goes_on_as_if_it_had_not_been_stopped(stub: 
     assert stub.started[len(whole) + 12 :] == whole[11:]
 
 
+def test_a_metric_that_no_run_logs_is_told_with_those_that_it_logs(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "--metric val/los: 000-lr0.1 never logged it; did you mean val/loss? it logged val/loss"
+    assert main([*SWEEP, f"{LR}=0.1,0.2", "--metric", "val/los", "--mode", "min", "--out", "out"]) == 0
+    assert said in capsys.readouterr().err
+    pytest.importorskip("optuna")
+    words = [f"{LR}=log(0.1,1)", "--method", "tpe", "--trials", "3", "--metric", "val/los", "--mode", "min"]
+    assert main([*SWEEP, *words, "--out", "followed"]) == 2
+    assert "never logged it; did you mean val/loss?" in capsys.readouterr().err
+    assert len(stub.started) == 3  # tpe has nothing to follow after its first run
+
+
 def test_without_optuna_tpe_is_refused_at_once(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,9 +257,12 @@ def test_without_optuna_tpe_is_refused_at_once(
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """Its metrics without times."""
+    """Its metrics of every step, without those of the machine."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "time_s" and "second" not in name} for row in rows]
+    own = ("time_s", "throughput/", "memory/")
+    found = [{name: value for name, value in row.items() if not name.startswith(own)} for row in rows]
+    assert len([row for row in found if "train/loss" in row]) == 12
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +340,7 @@ def test_a_real_run_that_fails_ends_no_other(tmp_path: Path) -> None:
 @pytest.mark.runs
 def test_a_task_of_an_array_becomes_the_fit_of_its_trial(tmp_path: Path, straight: Path) -> None:
     """Twice: without a file of the sweep, and with it."""
-    words = [*EXACT, f"{LR}=0.01,0.1", "--out", "out", "--task", "array", "--also", "trainer.enable_progress_bar=false"]
+    words = [*EXACT, f"{LR}=0.01,0.1", "--out", "out", "--task", "array", "--also", "data.init_args.num_workers=0"]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "SLURM_ARRAY_TASK_ID": "1"}
     done = subprocess.run([sys.executable, "-m", "lightspan", *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -487,12 +503,12 @@ def test_the_example_of_the_document(tmp_path: Path) -> None:
             [
                 line
                 for line in lines
-                if re.fullmatch(r"done  00\d-lr0\.01?-seed[01]  val/accuracy 0\.\d+ \(\d+ s\)", line)
+                if re.fullmatch(r"done  00\d-lr0\.0?1-seed[01]  val/accuracy 0\.\d+ \(\d+ s\)", line)
             ]
         )
         == 4
     )
-    assert re.fullmatch(rf"best: {re.escape(LR)}=0\.01?", lines[-5])
+    assert re.fullmatch(rf"best: {re.escape(LR)}=0\.0?1", lines[-5])
 
 
 def test_the_arrays_of_the_document_are_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

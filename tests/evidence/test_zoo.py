@@ -192,7 +192,16 @@ def test_the_closer_look_compares_at_its_own_rates() -> None:
         "| SwAV | ViT" + 2 * " | 60.0 ± 1.0 | 62.0 ± 1.0 | -2.0, lightly higher" + " |",
     ):
         assert line in text, line
+    assert "set lightspan's SwAV" not in text  # the first rate was not the worst, and a difference is left
     assert "A closer look" not in page.page(rows[:3])
+    rows = closely(OURS, {low: [70.0, 50.0, 50.0, 50.0], middle: [69.0, 63.0, 63.0, 63.0], high: [60.0] * 4})
+    rows += closely(THEIRS, {low: [50.0] * 4, middle: [60.0] * 4, high: [50.0] * 4})
+    rows += [
+        cell_row(Cell(by, "SwAV", "fashion", "ViT", rate, seed), 60.0 + seed, 60.0 + seed)
+        for by, rate in ((OURS, low), (OURS, middle), (THEIRS, middle))
+        for seed in SEEDS
+    ]
+    assert "it was the search that set lightspan's SwAV on the ViT back" in page.page(rows)
 
 
 def test_equal_rates_seeds_and_steps_are_planned_for_all() -> None:

@@ -25,7 +25,14 @@ CONFIG: dict[str, Any] = {
     },
     "seed_everything": 0,
     "trainer": {"max_epochs": 3},
-    "model": {"class_path": "lightspan.methods.contrastive.simclr.SimCLR"},
+    "model": {
+        "class_path": "lightspan.methods.supervised.classifier.Classifier",
+        "init_args": {
+            "backbone": {"class_path": "lightspan.backbones.vision.SmallConvNet"},
+            "num_classes": 10,
+            "optimizer": {"class_path": "torch.optim.AdamW"},
+        },
+    },
     "data": {
         "class_path": "lightspan.datamodules.images.small.FashionMNIST",
         "init_args": {"batch_size": 64, "root": "/home/alice/secret/fashion"},
@@ -132,7 +139,7 @@ def test_hostile_names_start_nothing(make_run: MakeRun) -> None:
     evil = "x\n---\n# owned\n<script>alert(1)</script> | `rm` \x1b[2J"
     about = CONFIG["about"] | dict.fromkeys(("title", "paper", "needs", "expected", "family"), evil)
     summary = SUMMARY | {f"val_{evil}": 1.0}
-    run = tiny(make_run, config=CONFIG | {"about": about}, summary=summary, provenance=PROVENANCE | {"commit": evil})
+    run = tiny(make_run, config=CONFIG | {"about": about}, summary=summary, provenance=PROVENANCE | {"lightspan": evil})
     card = card_of(run)
     assert not [line for line in card.text.splitlines() if line in ("---", "# owned")]
     assert "<script>" not in card.text
@@ -142,9 +149,9 @@ def test_hostile_names_start_nothing(make_run: MakeRun) -> None:
 
 def test_the_form_of_inputs_is_told_where_the_file_is_a_function(make_run: MakeRun) -> None:
     form = {"dtype": "float32", "shape": ["batch", 1, 28, 28], "range": [0, 1]}
-    inputs = {"inputs": {"image": form}, "standardise": "the program does", "mean": [0.25], "std": [0.5]}
+    inputs = {"inputs": {"image": form}, "standardise": "inside", "mean": [0.25], "std": [0.5]}
     run = tiny(make_run)
     text = model_card(load_resolved(run), run, Told("the features", "import torch", "It was read back.", None, inputs))
     assert "`image`: float32 \\[batch, 1, 28, 28], values in 0 to 1" in text
-    assert "standardised with mean 0.25, deviation 0.5: the program does" in text
+    assert "standardised inside: mean 0.25, deviation 0.5" in text
     json.dumps(yaml.safe_load(text.split("---\n")[1]))

@@ -56,7 +56,7 @@ def network() -> Standalone:
 def written(network: Standalone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
     compared = write_onnx(network, folder, "float32", {"recipe": "a/b", **network.reading.describe()})
-    assert compared.difference <= compared.limit == pytest.approx(1e-4)
+    assert compared.difference <= compared.limit < 1e-3
     return folder / "model.onnx"
 
 

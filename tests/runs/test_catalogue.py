@@ -13,9 +13,9 @@ from run_folder_fixtures import MakeRun
 from lightspan.errors import UserError
 from lightspan.runs.catalogue import find_runs, read_entry, read_progress
 from lightspan.runs.direction import better
+from lightspan.runs.filters import RunFilter, parse_setting, parse_since
 from lightspan.runs.labels import note_of, set_note, set_tags, tags_of
 from lightspan.runs.metric_values import MetricValues, read_logged
-from lightspan.runs.selection import Selection, parse_setting, parse_since
 from lightspan.runs.status import Status
 
 
@@ -127,23 +127,23 @@ def test_progress_is_the_summary_where_the_log_ends_earlier(make_run: MakeRun) -
 @pytest.mark.parametrize(
     ("selection", "has"),
     [
-        (Selection(), True),
-        (Selection(statuses=[Status.FAILED, Status.DONE]), True),
-        (Selection(statuses=[Status.FAILED]), False),
-        (Selection(recipes=["vision/*", "lang*/quick*"]), True),
-        (Selection(recipes=["quick*"]), False),
-        (Selection(settings=[("model.lr", "0.001")]), True),
-        (Selection(settings=[("model.lr", "0.002")]), False),
-        (Selection(settings=[("model.parts.1.name", "b"), ("model.flag", "true"), ("model.none", "null")]), True),
-        (Selection(settings=[("model.parts.2.name", "b")]), False),
-        (Selection(settings=[("model.parts.x", "b")]), False),
-        (Selection(tags=["paper"]), True),
-        (Selection(tags=["paper", "other"]), False),
-        (Selection(since=datetime(2026, 1, 1, tzinfo=UTC)), True),
-        (Selection(since=datetime(2026, 1, 3, tzinfo=UTC)), False),
+        (RunFilter(), True),
+        (RunFilter(statuses=[Status.FAILED, Status.DONE]), True),
+        (RunFilter(statuses=[Status.FAILED]), False),
+        (RunFilter(recipes=["vision/*", "lang*/quick*"]), True),
+        (RunFilter(recipes=["quick*"]), False),
+        (RunFilter(settings=[("model.lr", "0.001")]), True),
+        (RunFilter(settings=[("model.lr", "0.002")]), False),
+        (RunFilter(settings=[("model.parts.1.name", "b"), ("model.flag", "true"), ("model.none", "null")]), True),
+        (RunFilter(settings=[("model.parts.2.name", "b")]), False),
+        (RunFilter(settings=[("model.parts.x", "b")]), False),
+        (RunFilter(tags=["paper"]), True),
+        (RunFilter(tags=["paper", "other"]), False),
+        (RunFilter(since=datetime(2026, 1, 1, tzinfo=UTC)), True),
+        (RunFilter(since=datetime(2026, 1, 3, tzinfo=UTC)), False),
     ],
 )
-def test_a_selection_has_the_runs_that_meet_all_of_it(make_run: MakeRun, selection: Selection, has: bool) -> None:
+def test_a_selection_has_the_runs_that_meet_all_of_it(make_run: MakeRun, selection: RunFilter, has: bool) -> None:
     config = {"model": {"lr": 5.0, "flag": True, "none": None, "parts": [{"name": "a"}, {"name": "b"}]}}
     record = provenance("model.lr=1e-3", started="2026-01-02T00:00:00+00:00")
     run = make_run("a", resolved=config, provenance=record)

@@ -29,7 +29,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Adds the API reference to the navigation, and gives headings the anchors that they have on GitHub."""
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
     assert config.nav is not None
-    config.nav.append({"API": ["reference.md", *reference.navigation(ROOT)]})
+    config.nav.append({"API": ["reference/index.md", *reference.navigation(ROOT)]})
     return config
 
 
@@ -37,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are not in docs/."""
     style = Path(__file__).with_name("site.css")
     files.append(File.generated(config, "assets/site.css", abs_src_path=str(style)))
-    made = {**reference.pages(ROOT), "reference.md": reference.index(ROOT), "gallery.md": gallery.page(ROOT)}
+    made = {**reference.pages(ROOT), "reference/index.md": reference.index(ROOT), "gallery.md": gallery.page(ROOT)}
     for uri, text in made.items():
         files.append(File.generated(config, uri, content=text))
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()}

@@ -22,9 +22,9 @@ SOURCE = "<!-- source of {} -->"
 INDEX = """# API
 
 Every module by package, with the first sentence of its docstring. Start with
-[`SubspaceProjection`](reference/callbacks/training/subspace_projection.md) in a LightningModule of your own, with
-[`LowRank`](reference/optim/low_rank.md) without Lightning, or with [`Method`](reference/method.md) for a method of your
-own ([first-method.md](first-method.md)). The packages and what each may import: [index.md](index.md#where-the-code-is).
+[`SubspaceProjection`](callbacks/training/subspace_projection.md) in a LightningModule of your own, with
+[`LowRank`](optim/low_rank.md) without Lightning, or with [`Method`](method.md) for a method of your own
+([first-method.md](../first-method.md)). [index.md](../index.md#where-the-code-is) says what the packages are for.
 """
 
 
@@ -63,6 +63,11 @@ def uri_of(module: str) -> str:
     return f"reference/{module.replace('.', '/')}.md"
 
 
+def page_of(root: Path, file: PurePosixPath) -> str | None:
+    """The page of the module in a file of the project; None if it has none."""
+    return next((uri_of(module) for module, path in modules(root).items() if path == file), None)
+
+
 def by_package(root: Path) -> dict[str, list[str]]:
     """{package: its modules}; those that are no package, or in none, are in `lightspan`."""
     found: dict[str, list[str]] = {"lightspan": []}
@@ -97,7 +102,10 @@ def index(root: Path) -> str:
     lines = [INDEX]
     for package, names in by_package(root).items():
         lines += [f"## {package}", "", "| module | |", "|---|---|"]
-        lines += [f"| [`{name}`]({uri_of(name)}) | {first_sentence(root / modules(root)[name])} |" for name in names]
+        lines += [
+            f"| [`{name}`]({uri_of(name).removeprefix('reference/')}) | {first_sentence(root / modules(root)[name])} |"
+            for name in names
+        ]
         lines += [""]
     return "\n".join(lines)
 

@@ -17,9 +17,9 @@ _AGO = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([mhdw])")
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a run must have to be selected: one of the statuses, a recipe that matches one of the patterns, all of the
-    settings, all of the tags, and a start after `since`. An empty one selects all.
+class RunFilter:
+    """What a run must have: one of the statuses, a recipe that matches one of the patterns, all of the
+    settings, all of the tags, and a start after `since`. An empty one takes all.
     """
 
     statuses: Sequence[Status] = ()
@@ -29,7 +29,7 @@ class Selection:
     since: datetime | None = None
 
     def has(self, entry: Entry) -> bool:
-        """Whether a run is selected; reads its resolved.yaml only for a setting that no flag named."""
+        """Whether a run meets all of it; reads its resolved.yaml only for a setting that no flag named."""
         return (
             (not self.statuses or entry.status in self.statuses)
             and (not self.recipes or any(fnmatch.fnmatchcase(entry.recipe, pattern) for pattern in self.recipes))
