@@ -146,7 +146,7 @@ def read_entries(root: Path, records: list[Record]) -> list[Entry]:
         abouts = {name: about for name, (about, _) in said.items()}
         classes = set().union(*(paths for _, paths in said.values()))
         named = {item.rpartition(".")[0] for item in classes} & files.keys()
-        citing = {module for module, text in texts.items() if key in text}
+        citing = {module for module, text in texts.items() if "/" not in key and key in text}
         code = sorted((named & citing) or citing or {module for module in named if module.split(".")[1] in WORK})
         stems = [Path(str(about["evidence"])).stem.removeprefix("test_") for about in abouts.values()]
         made.append(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightspan.devices import wide_type
 from lightspan.distributed import mean_over_ranks, world_size
-from lightspan.errors import UserError
+from lightspan.errors import UserError, one_line
 from lightspan.nn.image_numbers import keep_on_host
 from lightspan.nn.labels import require_labels
 from lightspan.nn.tokens import Tokens, token_features
@@ -21,6 +21,9 @@ from lightspan.optim.schedules import ScheduleCallable
 from lightspan.optim.steps import steps_taken
 from lightspan.strategies import shard
 from lightspan.wiring.optimizers import wire
+
+NAMED_DIFFERENCES = 3
+"""Of weights that do not fit, in one message."""
 
 
 class Method(LightningModule):
@@ -165,6 +168,20 @@ class Method(LightningModule):
         if steps_taken(optimizer) > taken:
             with torch.no_grad():
                 self.after_optimizer_step()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """That of torch. Raises: UserError for weights of other parts or widths, which it names."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            first, *differences = str(error).splitlines()
+            named = "; ".join(" ".join(line.split()).rstrip(".") for line in differences[:NAMED_DIFFERENCES]) or first
+            more = len(differences) - NAMED_DIFFERENCES
+            raise UserError(
+                f"these weights are of another {type(self).__name__} than this one: {one_line(named)}"
+                + (f", and {more} more" if more > 0 else "")
+                + "; build it with the settings of the run that they come from, which are in its resolved.yaml"
+            ) from error
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs nothing: probes watch a method whose loss is not worth validating. Others log `val/...` here."""

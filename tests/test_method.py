@@ -179,3 +179,15 @@ def test_embeddings_are_the_features_through_the_projector_if_there_is_one() -> 
     batch, plain, projected = torch.ones(4, 2), Features(), Projected()
     assert torch.equal(plain.embeddings(batch), plain.layer(batch))
     assert torch.equal(projected.embeddings(batch), projected.projector(projected.layer(batch)))
+
+
+def test_weights_of_other_widths_or_parts_are_refused_in_one_sentence_that_names_them(tmp_path: Path) -> None:
+    small, large = Sorts(), Sorts()
+    large.layer = nn.Linear(2, 7)
+    with pytest.raises(UserError, match=r"of another Sorts than this one: size mismatch for layer.weight.*resolved"):
+        large.load_state_dict(small.state_dict())
+    extra = {**small.state_dict(), **{f"part{i}": torch.zeros(1) for i in range(2)}}
+    with pytest.raises(UserError, match=r'Unexpected key\(s\) in state_dict: "part0", "part1"; build it') as raised:
+        small.load_state_dict(extra)
+    assert "\n" not in str(raised.value)
+    assert small.load_state_dict(extra, strict=False).unexpected_keys == ["part0", "part1"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -200,3 +201,33 @@ def test_the_audit_of_a_network_and_its_adapter_finds_what_the_page_says(tmp_pat
     assert alone["b"] is None
     assert (Path("audits/adapter/audit.html")).read_text().count("<svg") > 10
     assert "overlap of rows" in capsys.readouterr().out
+
+
+@pytest.mark.runs
+def test_two_runs_are_listed_ranked_tagged_shown_and_deleted_as_the_page_says(tmp_path, monkeypatch, capsys) -> None:
+    page = "docs/runs.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    printed = {}
+    for first in ("lightspan fit", "lightspan runs --status", "lightspan runs tag"):
+        for line in block(page, "sh", first).splitlines():
+            assert main(shlex.split(line)[1:]) == 0, line
+            printed[line] = capsys.readouterr().out
+    heads, slow, fast, *remarks = printed["lightspan runs"].splitlines()
+    shown = block(page, "text", "run ").splitlines()
+    assert heads.split() == shown[0].split()
+    for found, line in zip((slow, fast), shown[1:3], strict=True):
+        assert found.split()[:-5] == line.split()[:-5]  # without what is measured
+    assert remarks[0] == shown[3]
+    best = printed["lightspan runs --best val/accuracy --metric val/loss"].splitlines()
+    assert best[1].startswith("runs/fast")
+    assert best[3].startswith("best: the highest val/accuracy, judging by its name")
+    assert len(json.loads(printed["lightspan runs --json"])) == 2
+    assert Path("runs.csv").read_text().count("\n") == 3
+    assert printed["lightspan runs --tag baseline"].splitlines()[1].endswith("baseline paper  the rate of the paper")
+    report, *_ = block(page, "sh", "lightspan report").splitlines()
+    assert main(shlex.split(report)[1:]) == 0
+    clean = block(page, "sh", "lightspan runs clean").splitlines()
+    for line in clean:
+        assert main(shlex.split(line)[1:]) == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["fast"]

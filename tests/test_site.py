@@ -1,11 +1,13 @@
 """The built site: whole, closed, and without anything that a browser would fetch from elsewhere."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
+from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
@@ -34,6 +36,38 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pages(site: Path) -> dict[str, str]:
     """{path in the site: HTML}."""
     return {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
+
+
+@pytest.fixture
+def linked_files(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "site"))
+    return importlib.import_module("linked_files")
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "leads_to"),
+    [
+        ("running.md", "../framework/optim/low_rank.py", "reference/optim/low_rank.md"),
+        ("evidence/02_svfit.md", "../../recipes/clustering/swav.yaml", "../project/recipes/clustering/swav.yaml.md"),
+        ("running.md", "../docker/README.md#building", "project/docker/README.md#building"),
+        ("project/README.md", "docs/index.md#where-the-code-is", "../index.md#where-the-code-is"),
+        ("project/docker/README.md", "../LICENSE", "../LICENSE.md"),
+        ("project/README.md", "docs/quickstart.png", "../quickstart.png"),
+        ("running.md", "../framework/optim/reference", "reference/optim/reference.md"),
+        ("running.md", "../triton_kernels", "reference/index.md"),
+        *(("running.md", link, link) for link in ("data.md", "#here", "https://example.org/x.md")),
+        *(("running.md", link, link) for link in ("../framework/nowhere.py", "../../outside", "..", "../tests")),
+    ],
+)
+def test_links_to_files_of_the_project_lead_to_their_pages(
+    linked_files: ModuleType, page: str, link: str, leads_to: str
+) -> None:
+    assert linked_files.pointed_to_pages(ROOT, f"![a]({link}) b", page) == f"![a]({leads_to}) b"
+
+
+def test_links_in_code_are_left_alone(linked_files: ModuleType) -> None:
+    code, link = "```\n[a](../LICENSE)\n```\n", "[a](../LICENSE)"
+    assert linked_files.pointed_to_pages(ROOT, code + link, "running.md") == code + "[a](project/LICENSE.md)"
 
 
 def test_every_document_module_and_method_has_its_place(pages: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 """What the network is shown: the first training batch as a picture, after all augmentation.
 
-Shapes: B pictures, C H W.
+Shapes: B samples, C H W pictures.
 """
 
 from pathlib import Path
@@ -13,7 +13,9 @@ from torch.nn.functional import interpolate
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
+from lightspan.callbacks.pictures.batch_panels import panels
 from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.drawing import png
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 
@@ -25,12 +27,13 @@ class FirstBatch(Callback):
     """Writes FOLDER/first-batch.png before the first step: a row for each picture, a column for each of its views.
 
     Views of several sizes are shown at the size of the largest; of a batch without views (`ImageBatch`), eight pictures
-    form a row. What is black and white, the data module says by `bounds`. Batches without pictures of 1 or 3 channels
-    are passed over.
+    form a row. What is black and white, the data module says by `bounds`. Pictures of several tasks are columns.
+    Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
+    a table, colours are its standardised numbers. Other batches are passed over.
 
     Args:
         folder: where the picture goes.
-        rows: pictures, >= 1.
+        rows: samples, >= 1.
     """
 
     alters_training = False  # see config.identity
@@ -45,14 +48,18 @@ class FirstBatch(Callback):
         if self._done or trainer.global_step > 0 or not trainer.is_global_zero:
             return
         self._done = True
+        data = getattr(trainer, "datamodule", None)
+        bounds, path = getattr(data, "bounds", None), self.folder / "first-batch.png"
+        if (figure := panels(batch, self.rows, bounds, getattr(data, "tokenizer", None))) is not None:
+            write_atomic(path, png(figure))
+            return
         views, columns = _pictures(batch, self.rows)
         if not views:
             return
-        bounds = getattr(getattr(trainer, "datamodule", None), "bounds", None)
         height, width = (max(view.shape[axis] for view in views) for axis in (2, 3))
         same = [interpolate(shown_in_range(view, bounds), (height, width), mode="nearest") for view in views]
         rows_BVCHW = torch.stack(same, dim=1)
-        write_grid(self.folder / "first-batch.png", enlarged(rows_BVCHW.flatten(0, 1)), columns, padding=0.5)
+        write_grid(path, enlarged(rows_BVCHW.flatten(0, 1)), columns, padding=0.5)
 
 
 def enlarged(images_BCHW: Tensor) -> Tensor:
@@ -74,6 +81,8 @@ def _pictures(batch: Any, rows: int) -> tuple[list[Tensor], int]:
     views = batch.get("views")
     if isinstance(views, list | tuple) and all(map(_is_picture, views)):
         columns = [view[:rows].detach().float().cpu() for view in views[:MOST_COLUMNS]]
+    elif _is_picture_of_tasks(batch.get("image")):
+        columns = [image[:rows].detach().float().cpu() for image in batch["image"].unbind(1)[:MOST_COLUMNS]]
     elif _is_picture(batch.get("image")):
         return [batch["image"][: 8 * rows].detach().float().cpu()], 8
     else:
@@ -83,3 +92,7 @@ def _pictures(batch: Any, rows: int) -> tuple[list[Tensor], int]:
 
 def _is_picture(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] in (1, 3)
+
+
+def _is_picture_of_tasks(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 5 and value.shape[2] in (1, 3)

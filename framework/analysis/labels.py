@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MOST_CLASSES = 1 << 17  # far above data sets of images, and a row of features for each still fits in memory
 
 
@@ -45,7 +46,7 @@ def kind_of(labels: Tensor) -> Kind:
         return "tags"
     if labels.is_floating_point() and labels.ndim in (1, 2):
         return "numbers"
-    if labels.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and labels.ndim == 1:
+    if labels.dtype in WHOLE and labels.ndim == 1:
         return "classes"
     raise UserError(
         f"labels {labels.dtype} {list(labels.shape)} are of no known kind; give whole numbers [N] for classes, bool "

@@ -164,7 +164,7 @@ def _in_the_house(family: str, name: str) -> NewFiles:
             f"lightspan fit {family}/{name}",
             f"python -m pytest {test}",
             f"python -m pytest {evidence}",
-            "make docs",
+            "make pages",
         ],
     )
 

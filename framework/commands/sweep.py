@@ -253,6 +253,7 @@ def _one_task(args: argparse.Namespace, sweep: Sweep, out: Path | None) -> int:
     """Becomes the fit of one trial: its ranks meet, and signals reach it, as if a launcher had started it."""
     if out is None:
         raise UserError("--task needs the folder that all tasks share; give --out DIR")
+    out = out.absolute()
     sweep = _joined(sweep, out)
     number = _task_number(args.task)
     if not number < len(sweep.trials):

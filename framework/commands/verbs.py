@@ -248,7 +248,7 @@ VERBS = (
         "write a checkpoint for other libraries",
         (
             "lightspan export runs/mine --to huggingface",
-            "lightspan export runs/mine/checkpoints/last.ckpt --to safetensors --out weights",
+            "lightspan export runs/mine/checkpoints/last.ckpt --to onnx --out encoder",
         ),
         "export",
     ),

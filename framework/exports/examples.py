@@ -5,6 +5,7 @@ import io
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch import Tensor
 
 from lightspan.config.build import Built
@@ -44,17 +45,19 @@ def example_batch(built: Built, shape: tuple[int, int, int] | None = None) -> tu
 
 
 def _first_batch(built: Built) -> Any:
+    """Nothing is downloaded for it: `prepare_data` is for runs."""
     data: Any = built.datamodule
     data.trainer = built.trainer
     with contextlib.redirect_stdout(io.StringIO()):  # what a run says of its data at its start
-        data.prepare_data()
         data.setup("fit")
-        loader = data.val_dataloader()
-        loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
-        batch = next(iter(loader or data.train_dataloader()), None)
-    if batch is None:
-        raise UserError("the data of this run give no batch")
-    return batch
+        for name in ("val_dataloader", "train_dataloader"):
+            if getattr(type(data), name) is getattr(LightningDataModule, name):
+                continue
+            loaders = getattr(data, name)()
+            for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+                for batch in loader:
+                    return batch
+    raise UserError("the data of this run give no batch")
 
 
 def moments_of(data: Any) -> Moments | None:

@@ -95,12 +95,12 @@ def to_huggingface(request: Request, folder: Path) -> Product:
     model: Any = request.built.model
     fold(model)
     if timm_network(getattr(model, "backbone", None)) is not None:
-        reading = _write_backbone(request, folder)
+        reading = _write_backbone(_prepared(request), folder)
         network = timm_wrapper(folder)
         compared = compare(Standalone(model, reading), lambda image: network(reading.standardised(image)).pooler_output)
         how = 'encoder = AutoModel.from_pretrained("FOLDER").eval()\nfeatures = encoder(pixel_values).pooler_output'
         loading = f"from transformers import AutoModel\n\n{how}"
-        return Product("transformers", *compared, loading, "transformers", reading.describe())
+        return Product("transformers", *compared, loading, "transformers", reading.describe(inside=False))
     require_pretrained(model)
     model.backbone.save_pretrained(folder)
     loader = "AutoModelForCausalLM" if is_causal(model.backbone) else "AutoModel"
@@ -128,7 +128,7 @@ def to_timm(request: Request, folder: Path) -> Product:
 
     Raises: UserError for a backbone that timm does not build.
     """
-    model: Any = request.built.model
+    model: Any = _prepared(request).built.model
     backbone = getattr(model, "backbone", None)
     loading = 'import timm\n\nencoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
     if isinstance(backbone, ElasticViT):
@@ -141,18 +141,17 @@ def to_timm(request: Request, folder: Path) -> Product:
             with torch.no_grad():
                 inside_BD = backbone.tokens(image_BCHW, size)[:, 0]
                 difference = max(difference, largest_difference(inside_BD, read_timm(path)(image_BCHW)))
-        return Product("timm", difference, EXACT, loading, "timm", reading.describe(), tuple(map(str, sizes)))
-    fold(model)
+        record, cards = reading.describe(inside=False), tuple(map(str, sizes))
+        return Product("timm", difference, EXACT, loading, "timm", record, cards)
     reading = _write_backbone(request, folder)
     network = read_timm(folder)
     compared = compare(Standalone(model, reading), lambda image: network(reading.standardised(image)))
-    return Product("timm", *compared, loading, "timm", reading.describe())
+    return Product("timm", *compared, loading, "timm", reading.describe(inside=False))
 
 
 def to_torch_export(request: Request, folder: Path) -> Product:
     """A program of torch.export: features, or predictions, of batches of any size."""
-    fold(request.built.model)
-    reading = _read(request)
+    reading = _read(_prepared(request))
     about = {**request.origin, "what": request.what, **reading.describe()}
     compared = write_program(Standalone(request.built.model, reading, request.what), folder / PROGRAM, about)
     names = ", ".join(reading.examples)
@@ -163,8 +162,7 @@ def to_torch_export(request: Request, folder: Path) -> Product:
 def to_onnx(request: Request, folder: Path) -> Product:
     """One ONNX file: features, or predictions, of batches of any size."""
     precision = request.precision or precision_of(request.built.model)
-    fold(request.built.model)
-    reading = _read(request)
+    reading = _read(_prepared(request))
     record = {"what": request.what, "weights": precision, **reading.describe()}
     network = Standalone(request.built.model, reading, request.what)
     compared = write_onnx(network, folder, precision, {**request.origin, **record})
@@ -182,11 +180,16 @@ def require_sizes(model: nn.Module, sizes: Sequence[str] | None) -> None:
         sizes_of(elastic_backbone(model), sizes)
 
 
+def _prepared(request: Request) -> Request:
+    """The same, its model in the form that is written: without adapters, on the CPU, in float32, without dropout."""
+    fold(request.built.model)
+    request.built.model.cpu().float().eval()
+    return request
+
+
 def _read(request: Request) -> Reading:
-    """What the method reads of its data, once it is in the form in which it is written."""
-    model = request.built.model.cpu().float().eval()
     batch, moments = example_batch(request.built, request.shape)
-    return reading_of(model, batch, moments, request.what)
+    return reading_of(request.built.model, batch, moments, request.what)
 
 
 def _write_backbone(request: Request, folder: Path) -> Reading:

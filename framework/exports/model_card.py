@@ -159,13 +159,12 @@ def _inputs(inputs: Mapping[str, Any]) -> str:
         for name, form in inputs.get("inputs", {}).items()
     ]
     if lines and "mean" in inputs:
-        moments = ", ".join(
-            f"{word} {' '.join(f'{x:.4g}' for x in inputs[key])}"
-            for word, key in (("mean", "mean"), ("deviation", "std"))
+        mean, std = (" ".join(f"{x:.4g}" for x in inputs[key]) for key in ("mean", "std"))
+        lines.append(
+            f"channels are standardised {plain(inputs['standardise'])}: mean {mean}, deviation {std} in 0 to 1"
         )
-        lines.append(f"channels are standardised with {moments}: {plain(inputs['standardise'])}")
-    elif lines:
-        lines.append("values are taken as the data of the run gave them: nothing is standardised")
+    elif "image" in inputs.get("inputs", {}):
+        lines.append(f"pictures are standardised {plain(inputs['standardise'])}")
     return bullets(lines)
 
 

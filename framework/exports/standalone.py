@@ -50,17 +50,23 @@ class Reading:
         mean_C11, std_C11 = self.moments
         return (image_BCHW - mean_C11) / std_C11
 
-    def describe(self) -> dict[str, Any]:
-        """The inputs and their standardising as plain values, for the files that are written."""
-        inputs = {
+    def describe(self, inside: bool = True) -> dict[str, Any]:
+        """The inputs and their standardising as plain values, for the files that are written.
+
+        Args:
+            inside: whether what is written standardises pictures itself, as `Standalone` does.
+        """
+        inputs: dict[str, dict[str, Any]] = {
             name: {"dtype": str(x.dtype).removeprefix("torch."), "shape": ["batch", *x.shape[1:]]}
             for name, x in self.examples.items()
         }
         if self.moments is None:
-            return {"inputs": inputs, "standardise": "as the data of the run: the program does not"}
-        inputs["image"]["range"] = [0, 1]
+            return {"inputs": inputs, "standardise": "as the run did, with unknown mean and std, before they go in"}
+        if inside:
+            inputs["image"]["range"] = [0, 1]
         mean, std = (x.flatten().tolist() for x in self.moments)
-        return {"inputs": inputs, "standardise": "the program does", "mean": mean, "std": std}
+        where = "inside" if inside else "before they go in"
+        return {"inputs": inputs, "standardise": where, "mean": mean, "std": std}
 
 
 class Standalone(nn.Module):

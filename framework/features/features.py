@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightspan.analysis.labels import WHOLE
 from lightspan.analysis.moments import Moments
 from lightspan.analysis.rows import unit_rows
 from lightspan.distributed import rank, world_size
@@ -26,8 +27,8 @@ class Features:
 
     Attributes:
         x: [N D], or [N T D] and the like if positions were kept; any float dtype.
-        label_N: the samples' labels, of a kind that `lightspan.analysis.labels.kind_of` knows, as int64 [N] for
-            classes; None if they have none.
+        label_N: the samples' labels, of a kind that `lightspan.analysis.labels.kind_of` knows; classes become int64
+            [N]. None if they have none.
         index_N: int64 [N], ascending: positions in the data set.
         key: what they are features of, as in the store's manifest; empty if they come from elsewhere.
     Raises: UserError if rows, labels and indices differ in number.
@@ -42,6 +43,8 @@ class Features:
         for name, column in (("labels", self.label_N), ("indices", self.index_N)):
             if column is not None and len(column) != len(self.x):
                 raise UserError(f"features of {len(self.x)} rows have {len(column)} {name}; give one for each row")
+        if self.label_N is not None and self.label_N.dtype in WHOLE and self.label_N.ndim == 1:
+            object.__setattr__(self, "label_N", self.label_N.long())
 
     def __len__(self) -> int:
         return len(self.x)
@@ -55,9 +58,14 @@ class Features:
     def classes(self) -> Tensor:
         """int64 [N], counted from 0. Raises: UserError if the samples have no labels, or other ones."""
         label = self.label_N
-        if label is None or label.ndim != 1 or label.dtype != torch.int64 or (len(label) and int(label.min()) < 0):
+        if label is None or label.ndim != 1 or label.dtype != torch.int64:
             what = "none" if label is None else f"{label.dtype} {list(label.shape)}"
             raise UserError(f"this needs the class of each sample as a whole number from 0, but the labels are {what}")
+        if len(label) and (least := int(label.min())) < 0:
+            raise UserError(
+                f"this needs the class of each sample as a whole number from 0, but one label is {least}; leave "
+                "samples without a class out"
+            )
         return label
 
     def of_classes(self, classes: Sequence[int]) -> "Features":

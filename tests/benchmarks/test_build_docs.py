@@ -316,7 +316,7 @@ def test_a_page_without_both_markers_stays_as_it_is(build_docs: ModuleType) -> N
 
 
 def test_the_committed_pages_are_those_of_the_committed_results(build_docs: ModuleType) -> None:
-    """After a new measurement: `make docs`."""
+    """After a new measurement: `make pages`."""
     results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
     assert (docs / "benchmarks.md").read_text() == build_docs.page(results)
     comparison = (docs / "comparison.md").read_text()

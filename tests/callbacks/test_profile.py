@@ -19,7 +19,8 @@ def test_the_trace_holds_the_steps_asked_for_and_the_table_their_operators(make_
     assert {path.name for path in (tmp_path / "profile").iterdir()} == {
         "trace-rank-0.json.gz", "operators-rank-0.txt"
     }  # fmt: skip
-    events = json.loads(gzip.open(tmp_path / "profile/trace-rank-0.json.gz").read())["traceEvents"]
+    with gzip.open(tmp_path / "profile/trace-rank-0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
     steps = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step#")]
     assert len(steps) == 2
     assert "aten::addmm" in (tmp_path / "profile/operators-rank-0.txt").read_text()

@@ -12,7 +12,7 @@ from export_runs import run_export, run_with_checkpoint
 from lightspan.checkpoints.io import read_checkpoint
 from lightspan.config.build import build, load_resolved
 from lightspan.errors import UserError
-from lightspan.exports import onnx_file
+from lightspan.exports import formats
 from lightspan.exports.program import ABOUT
 from lightspan.exports.standalone import Compared
 
@@ -49,6 +49,7 @@ def trained(run_dir: Path) -> tuple[Any, Any]:
     return built.model.eval(), built.datamodule
 
 
+@pytest.mark.runs
 def test_onnxruntime_gives_the_features_of_pictures_in_the_unit_range(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_predictions_are_exported_on_demand(run_dir: Path, tmp_path: Path) -> No
     assert "the predictions, as a program" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.runs
 def test_language_models_take_tokens_in_batches_of_any_size(tmp_path: Path) -> None:
     run = run_with_checkpoint(tmp_path / "run", LANGUAGE, "language/tiny")
     assert run_export(run, "--to", "torch-export") == 0
@@ -97,7 +99,7 @@ def test_language_models_take_tokens_in_batches_of_any_size(tmp_path: Path) -> N
 def test_a_file_that_differs_is_not_left_behind(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(onnx_file, "_compare", lambda *_: Compared(0.25, 1e-4))
+    monkeypatch.setattr(formats, "write_onnx", lambda *_: Compared(0.25, 1e-4))
     assert run_export(run_dir, "--to", "onnx") == 1
     assert list((run_dir / "export").iterdir()) == []
     assert "this is more than 0.0001: nothing was written" in capsys.readouterr().out
@@ -119,7 +121,10 @@ def test_without_the_data_the_shape_of_a_picture_is_enough(run_dir: Path, tmp_pa
     built = build(load_resolved(run_dir)).model
     built.load_state_dict(read_checkpoint(run_dir / "checkpoints" / "last.ckpt", optimizers=False)["state_dict"])
     torch.testing.assert_close(program(images), built.eval().features({"image": images}))
-    assert "nothing is standardised" in (run_dir / "export" / "torch-export" / "README.md").read_text()
+    assert (
+        "with unknown mean and std, before they go in"
+        in (run_dir / "export" / "torch-export" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """`lightspan fit RECIPE --images FOLDER`: a folder of pictures in, an examined and exported encoder out."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,10 @@ def test_a_folder_in_gives_probes_pictures_an_encoder_and_a_report(
     features = torch.export.load(run / "export" / "encoder" / "encoder.pt2").module()(torch.rand(1, 3, 8, 8))
     assert features.shape == (1, 32)
     assert features.isfinite().all()
+    if not labelled:  # what the last lines say to type next
+        typed = re.findall(r"^(?:next: |      )lightspan (.+)$", said.out, re.MULTILINE)
+        assert [line.split()[0] for line in typed] == ["report", "export"]
+        assert [main(shlex.split(line)) for line in typed] == [0, 0]
     if labelled:  # a finished run goes on when it gets more epochs, with the pictures where it was
         assert main(["fit", RECIPE, "--images", "in", "--run", "out", *SHORT, "trainer.max_epochs=3"]) == 0
         assert json.loads((run / "summary.json").read_text())["steps"] == 3

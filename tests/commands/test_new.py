@@ -82,7 +82,7 @@ def test_in_a_checkout_the_files_join_the_house_and_touch_nothing_else(
     said = capsys.readouterr().out
     assert "It runs as it is" not in said  # the installed code is that of another checkout
     assert f"install it first. Next:\n  cd {tmp_path}\n  pip install -e .\n  lightspan check supervised/abc\n" in said
-    assert said.endswith("  make docs\n")
+    assert said.endswith("  make pages\n")
     assert re.search("^docs:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 

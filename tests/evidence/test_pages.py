@@ -224,7 +224,7 @@ def test_building_twice_changes_nothing_and_pages_without_results_are_removed(
 
 
 def test_the_committed_pages_are_those_of_the_committed_results_and_recipes(build_docs: ModuleType) -> None:
-    """After a measurement or a new recipe: `make docs`."""
+    """After a measurement or a new recipe: `make pages`."""
     made = build_docs.pages(ROOT)
     assert {path.name for path in (ROOT / "docs" / "evidence").glob("*.md")} == {
         path.name for path in made if path.parent.name == "evidence"

@@ -149,9 +149,9 @@ def test_hostile_names_start_nothing(make_run: MakeRun) -> None:
 
 def test_the_form_of_inputs_is_told_where_the_file_is_a_function(make_run: MakeRun) -> None:
     form = {"dtype": "float32", "shape": ["batch", 1, 28, 28], "range": [0, 1]}
-    inputs = {"inputs": {"image": form}, "standardise": "the program does", "mean": [0.25], "std": [0.5]}
+    inputs = {"inputs": {"image": form}, "standardise": "inside", "mean": [0.25], "std": [0.5]}
     run = tiny(make_run)
     text = model_card(load_resolved(run), run, Told("the features", "import torch", "It was read back.", None, inputs))
     assert "`image`: float32 \\[batch, 1, 28, 28], values in 0 to 1" in text
-    assert "standardised with mean 0.25, deviation 0.5: the program does" in text
+    assert "standardised inside: mean 0.25, deviation 0.5" in text
     json.dumps(yaml.safe_load(text.split("---\n")[1]))

@@ -39,6 +39,7 @@ def test_pictures_come_in_the_unit_range_and_are_standardised_inside() -> None:
     expected = Means().features({"image": (image - 0.25) / 0.5})
     torch.testing.assert_close(Standalone(Means(), reading)(image), expected)
     assert reading.describe()["mean"] == [0.25]
+    assert "range" not in reading.describe(inside=False)["inputs"]["image"]
     assert reading.describe()["inputs"]["image"] == {"dtype": "float32", "shape": ["batch", 1, 2, 2], "range": [0, 1]}
 
 

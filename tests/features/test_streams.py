@@ -17,6 +17,7 @@ from lightspan.datamodules.images.small import Digits
 from lightspan.errors import UserError
 from lightspan.features.class_texts import ClassTexts
 from lightspan.features.encoded import Encoded
+from lightspan.features.features import Features
 from lightspan.features.store import FeatureStore
 from lightspan.features.stream import EncodedSessions
 
@@ -68,3 +69,25 @@ def test_what_is_missing_is_named() -> None:
         ClassTexts(nn.Flatten(), Digits())
     with pytest.raises(UserError, match=r"EncodedSessions sessions=\[\]"):
         EncodedSessions(nn.Flatten(), [])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_classes_are_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
+    features = Features(torch.eye(4), torch.tensor([0, 2, 0, 2], dtype=dtype))
+    assert features.classes().tolist() == [0, 2, 0, 2]
+    assert features.moments(by_class=True).count_C.tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [
+        (torch.tensor([0, -1]), "one label is -1; leave samples without a class out"),
+        (torch.zeros(2), r"the labels are torch.float32 \[2\]"),
+        (torch.zeros(2, 1, dtype=torch.uint8), r"the labels are torch.uint8 \[2, 1\]"),
+        (torch.zeros(2, dtype=torch.bool), r"the labels are torch.bool \[2\]"),
+        (None, "the labels are none"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(label: torch.Tensor | None, found: str) -> None:
+    with pytest.raises(UserError, match=f"this needs the class of each sample as a whole number from 0, but {found}"):
+        Features(torch.eye(2), label).classes()

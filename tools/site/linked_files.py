@@ -22,19 +22,24 @@ def origin_of(uri: str) -> PurePosixPath:
 
 
 def uri_of(root: Path, file: PurePosixPath) -> str:
-    """The page that shows a file of the project: the same document, the API of a module, or its text."""
+    """The page that shows a file: the same document, the API of a module, or its text. That of a folder of modules is
+    the API of the package, or the list of all modules.
+    """
     if file.parts[0] == "docs":
         return file.relative_to("docs").as_posix()
-    for module, path in reference.modules(root).items():
-        if path == file:
-            return reference.uri_of(module)
-    return f"project/{file}" if file.suffix in {".md", *PICTURES} else f"project/{file}.md"
+    if (root / file).is_dir():
+        return reference.page_of(root, file / "__init__.py") or "reference/index.md"
+    shown_as_it_is = file.suffix in {".md", *PICTURES}
+    return reference.page_of(root, file) or (f"project/{file}" if shown_as_it_is else f"project/{file}.md")
 
 
 def target(root: Path, link: str, uri: str) -> PurePosixPath | None:
-    """The file that a link of a page leads to; None if the project has none there."""
+    """The file of the project, or its folder of modules, that a link of a page leads to; None if there is none."""
     file = PurePosixPath(posixpath.normpath(origin_of(uri).parent / link))
-    return None if ".." in file.parts or not (root / file).is_file() else file
+    if ".." in file.parts:
+        return None
+    of_modules = (root / file).is_dir() and file.parts[:1] in {(folder,) for folder in reference.folders(root).values()}
+    return file if of_modules or (root / file).is_file() else None
 
 
 def pointed_to_pages(root: Path, text: str, uri: str) -> str:

@@ -63,6 +63,11 @@ def uri_of(module: str) -> str:
     return f"reference/{module.replace('.', '/')}.md"
 
 
+def page_of(root: Path, file: PurePosixPath) -> str | None:
+    """The page of the module in a file of the project; None if it has none."""
+    return next((uri_of(module) for module, path in modules(root).items() if path == file), None)
+
+
 def by_package(root: Path) -> dict[str, list[str]]:
     """{package: its modules}; those that are no package, or in none, are in `lightspan`."""
     found: dict[str, list[str]] = {"lightspan": []}

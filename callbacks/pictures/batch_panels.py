@@ -1,0 +1,104 @@
+"""A batch that is not only pictures, drawn: texts, pictures with texts, tables.
+
+Shapes: B samples, T tokens, F columns, C H W.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.drawing import SOFT, canvas
+from lightspan.errors import printable
+
+LINE, MOST_LINES = 90, 4
+"""Letters of a line of text, and lines of a sample."""
+ROW_INCHES = 0.8
+
+
+def panels(batch: Any, rows: int, bounds: tuple[Tensor, Tensor] | None, tokenizer: Any) -> Any | None:
+    """A figure of the first `rows` samples, or None for a batch without texts and tables.
+
+    Args:
+        bounds: what is black and white in pictures; see `shown_in_range`.
+        tokenizer: turns tokens into text by its `decode`. Without one, tokens below 256 are bytes, and others numbers.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    if _is_of(batch.get("tokens"), 2) and not batch["tokens"].is_floating_point():
+        return _text_figure(batch, rows, bounds, tokenizer)
+    views = batch.get("views")
+    tables = views if isinstance(views, list | tuple) else [batch.get("table")]
+    return _table_figure(tables, batch, rows) if tables and all(_is_of(table, 2) for table in tables) else None
+
+
+def text_of(tokens_T: Tensor, tokenizer: Any) -> str:
+    """The text of a sample, on one line; a character that is none is escaped."""
+    numbers = tokens_T.tolist()
+    if callable(getattr(tokenizer, "decode", None)):
+        try:
+            return printable(str(tokenizer.decode(numbers))).replace("\n", "\\n").replace("\t", "\\t")
+        except (NotImplementedError, LookupError, ValueError, TypeError):
+            pass  # a tokenizer that only encodes, or other tokens than its own
+    if all(0 <= number < 256 for number in numbers):
+        return printable(bytes(numbers).decode("utf-8", "replace")).replace("\n", "\\n").replace("\t", "\\t")
+    return " ".join(map(str, numbers))
+
+
+def _text_figure(batch: Mapping[str, Any], rows: int, bounds: Any, tokenizer: Any) -> Any:
+    tokens_BT, mask = batch["tokens"][:rows].cpu(), batch.get("mask")
+    mask_BT = mask[:rows].cpu().bool() if _is_of(mask, 2) and mask[:rows].shape == tokens_BT.shape else None
+    texts = [
+        text_of(tokens_T if mask_BT is None else tokens_T[mask_BT[row]], tokenizer)
+        for row, tokens_T in enumerate(tokens_BT)
+    ]
+    image = batch.get("image")
+    pictures = shown_in_range(image[:rows].detach(), bounds) if _is_of(image, 4) and image.shape[1] in (1, 3) else None
+    columns = 1 if pictures is None else 2
+    figure, axes = canvas(
+        "", (9.0, ROW_INCHES * len(texts) + 0.2), (len(texts), columns), width_ratios=[8] if columns == 1 else [1, 8]
+    )
+    labels = _labels(batch, rows)
+    for row, text in enumerate(texts):
+        for column in range(columns):
+            axes[row, column].axis("off")
+        if pictures is not None:
+            _show(axes[row, 0], pictures[row])
+        lines = [text[at : at + LINE] for at in range(0, len(text), LINE)][:MOST_LINES]
+        said = "\n".join(lines) + (" ..." if len(text) > LINE * MOST_LINES else "")
+        panel = axes[row, -1]
+        # Without parsing: a `$` in a text is no formula.
+        panel.text(0, 1, said, va="top", family="monospace", fontsize=7, parse_math=False, transform=panel.transAxes)
+        panel.text(0, 0, labels[row], va="bottom", fontsize=7, color=SOFT, parse_math=False, transform=panel.transAxes)
+    return figure
+
+
+def _table_figure(tables: Sequence[Tensor], batch: Mapping[str, Any], rows: int) -> Any:
+    parts = [table[:rows].detach().float().cpu() for table in tables]
+    size = (2.0 + 0.25 * sum(part.shape[1] for part in parts), 1.2 + 0.25 * len(parts[0]))
+    figure, axes = canvas("", (min(size[0], 16.0), size[1]), (1, len(parts)), sharey=True)
+    for number, (axis, part) in enumerate(zip(axes[0], parts, strict=True)):
+        picture = axis.imshow(part, aspect="auto", cmap="RdBu", vmin=-3, vmax=3)
+        axis.set_xlabel("column" if len(parts) == 1 else f"column, view {number + 1}", fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0, 0].set_yticks(range(len(parts[0])), _labels(batch, rows))
+    figure.colorbar(picture, ax=axes[0, -1], label="standardised")
+    return figure
+
+
+def _labels(batch: Mapping[str, Any], rows: int) -> list[str]:
+    """What a sample is to be told as: its label or target, if the batch has one."""
+    for name in ("label", "target"):
+        if _is_of(batch.get(name), 1):
+            return [f"{name} {value:.4g}" for value in batch[name][:rows].tolist()]
+    return [""] * rows
+
+
+def _show(axis: Any, picture_CHW: Tensor) -> None:
+    axis.imshow(picture_CHW.permute(1, 2, 0).expand(-1, -1, 3))
+
+
+def _is_of(value: Any, axes: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == axes and len(value) > 0

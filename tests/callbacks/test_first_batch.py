@@ -1,0 +1,98 @@
+"""The first batch of every modality becomes a picture: texts, pictures with texts, tables, tasks."""
+
+import io
+
+import matplotlib.image
+import pytest
+import torch
+
+from lightspan.callbacks.pictures.batch_panels import panels, text_of
+from lightspan.callbacks.pictures.first_batch import FirstBatch
+from lightspan.drawing import png
+
+
+class Words:
+    def decode(self, numbers: list[int]) -> str:
+        return " ".join(["zero", "one", "two", "three"][number] for number in numbers)
+
+
+class OnlyEncodes:
+    def decode(self, numbers: list[int]) -> str:
+        raise NotImplementedError
+
+
+def test_tokens_are_read_by_the_tokenizer_as_bytes_or_as_numbers():
+    tokens = torch.tensor([3, 1, 2])
+    assert text_of(tokens, Words()) == "three one two"
+    assert text_of(torch.tensor([*b"a\nb\x1b"]), None) == "a\\nb\\x1b"
+    assert text_of(torch.tensor([70, 300, 1]), None) == "70 300 1"
+    assert text_of(torch.tensor([97, 98]), OnlyEncodes()) == "ab"
+    assert text_of(torch.tensor([300]), Words()) == "300"  # beyond its vocabulary
+
+
+def said(figure) -> list[str]:
+    return [text.get_text() for axis in figure.axes for text in axis.texts if text.get_text()]
+
+
+def test_a_text_is_shown_without_its_padding_and_with_its_label():
+    batch = {
+        "tokens": torch.tensor([[1, 2, 0], [3, 0, 0]]),
+        "mask": torch.tensor([[1, 1, 0], [1, 0, 0]]),
+        "label": torch.tensor([4, 5]),
+    }
+    assert said(panels(batch, 8, None, Words())) == ["one two", "label 4", "three", "label 5"]
+
+
+def test_a_text_beside_its_picture():
+    batch = {"tokens": torch.ones(3, 2, dtype=torch.int64), "image": torch.randn(3, 1, 4, 5)}
+    figure = panels(batch, 2, None, Words())
+    assert said(figure) == ["one one"] * 2
+    assert [axis.images[0].get_array().shape for axis in figure.axes if axis.images] == [(4, 5, 3)] * 2
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_columns_of_tables_are_colours(views):
+    tables = [torch.full((4, 3), float(number)) for number in range(views)]
+    batch = {"table": tables[0]} if views == 1 else {"views": tables}
+    figure = panels({**batch, "target": torch.tensor([0.5, 1, 2, 3])}, 2, None, None)
+    assert [axis.images[0].get_array().tolist() for axis in figure.axes[:views]] == [t[:2].tolist() for t in tables]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["target 0.5", "target 1"]
+
+
+@pytest.mark.parametrize("batch", [None, [], {}, {"image": torch.ones(2, 3, 4, 4)}, {"tokens": torch.ones(0, 3)}])
+def test_what_is_neither_text_nor_table_has_no_panel(batch):
+    assert panels(batch, 2, None, None) is None
+
+
+def test_long_and_formula_like_texts_are_drawn_as_they_are():
+    tokens = torch.tensor([[*b"$\\frac{1}{0 " * 80]])
+    (text,) = said(panels({"tokens": tokens}, 1, None, None))
+    assert text.startswith("$\\frac{1}{0 $")
+    assert text.endswith(" ...")
+    assert png(panels({"tokens": tokens}, 1, None, None)).startswith(b"\x89PNG")
+
+
+class Tokens:
+    """Stands in for batches of a loader."""
+
+    def __init__(self, batches, count: int = 2) -> None:
+        self.batches, self.count = batches, count
+
+    def __iter__(self):
+        for batch in self.batches(self.count):
+            yield {**batch, "tokens": torch.tensor([[*b"hello"]] * 4)}
+
+
+def test_the_callback_writes_one_picture_before_the_first_step(make_trainer, net, batches, tmp_path):
+    make_trainer(max_steps=2, callbacks=[FirstBatch(str(tmp_path))]).fit(net(), Tokens(batches))
+    picture = matplotlib.image.imread(io.BytesIO((tmp_path / "first-batch.png").read_bytes()))
+    assert picture.shape[1] == 1350  # 9 inches
+    assert picture[..., :3].min() < 0.5  # something is written on it
+
+
+def test_pictures_of_several_tasks_are_columns(make_trainer, net, batches, tmp_path):
+    callback = FirstBatch(str(tmp_path), rows=2)
+    trainer = make_trainer(callbacks=[callback])
+    callback.on_train_batch_start(trainer, None, {"image": torch.rand(4, 3, 1, 64, 64)}, 0)
+    picture = matplotlib.image.imread(io.BytesIO((tmp_path / "first-batch.png").read_bytes()))
+    assert picture.shape[:2] == (2 * 66 + 2, 3 * 66 + 2)

@@ -1,0 +1,81 @@
+"""Which trials are due, and what is written of those that ended."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from lightspan.runs.fits import Task
+from lightspan.runs.status import Status, status_of
+from lightspan.sweeps.files import Sweep
+from lightspan.sweeps.points import Choices
+from lightspan.sweeps.queue import TrialQueue
+
+SWEEP = Sweep("recipe.yaml", ("a.b=1",), {"k": Choices((1, 2, 3))}, metric="val/loss").planned()
+RUNS = [trial.run for trial in SWEEP.trials]
+
+
+def finish(run: Path, finished: bool = True) -> None:
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps({"finished": finished}))
+
+
+def names(tasks: Sequence[Task]) -> list[str]:
+    return [task.name for task in tasks]
+
+
+def test_runs_that_are_not_done_are_due_and_failed_ones_on_demand(tmp_path: Path) -> None:
+    finish(tmp_path / RUNS[0])
+    finish(tmp_path / RUNS[1], finished=False)  # preempted
+    finish(tmp_path / RUNS[2])
+    (tmp_path / RUNS[2] / "failed.txt").write_text("an error\n")
+    assert names([*TrialQueue(SWEEP, tmp_path, retry_failed=False).tasks()]) == [RUNS[1]]
+    assert names([*TrialQueue(SWEEP, tmp_path, retry_failed=True).tasks()]) == [RUNS[1], RUNS[2]]
+
+
+def test_a_task_is_the_fit_of_its_trial(tmp_path: Path) -> None:
+    task = next(TrialQueue(SWEEP, tmp_path, retry_failed=False).tasks())
+    assert task.command[1:] == (
+        "-m",
+        "lightspan",
+        "fit",
+        "recipe.yaml",
+        "a.b=1",
+        "k=1",
+        "--run",
+        str(tmp_path / RUNS[0]),
+    )
+    assert task.log == tmp_path / RUNS[0] / "output.txt"
+
+
+@pytest.mark.parametrize(
+    ("status", "became", "recorded"),
+    [
+        (2, Status.FAILED, "ended with status 2: lightspan: a \\x1b mistake\n"),
+        (1, Status.FAILED, "ended with status 1: lightspan: a \\x1b mistake\n"),
+        (143, Status.UNSTARTED, None),  # preempted before its first step: it is started again
+        (-9, Status.UNSTARTED, None),
+    ],
+)
+def test_a_failure_that_a_run_could_not_record_is_recorded_for_it(
+    status: int, became: Status, recorded: str | None, tmp_path: Path
+) -> None:
+    queue = TrialQueue(SWEEP, tmp_path, retry_failed=False)
+    task = next(queue.tasks())
+    task.log.parent.mkdir()
+    task.log.write_text("before\nlightspan: a \x1b mistake\n")
+    assert queue.ended(task, status) is became
+    mark = task.log.parent / "failed.txt"
+    assert mark.exists() == (recorded is not None)
+    assert recorded is None or mark.read_text().endswith(recorded)
+
+
+def test_a_failure_that_the_run_recorded_stays_as_it_is(tmp_path: Path) -> None:
+    queue = TrialQueue(SWEEP, tmp_path, retry_failed=False)
+    task = next(queue.tasks())
+    task.log.parent.mkdir()
+    (task.log.parent / "failed.txt").write_text("its own words\n")
+    assert queue.ended(task, 1) is Status.FAILED
+    assert (task.log.parent / "failed.txt").read_text() == "its own words\n"
+    assert status_of(task.log.parent) is Status.FAILED
