@@ -217,9 +217,9 @@ def test_two_runs_are_listed_ranked_tagged_shown_and_deleted_as_the_page_says(tm
     shown = block(page, "text", "run ").splitlines()
     assert heads.split() == shown[0].split()
     for found, line in zip((slow, fast), shown[1:3], strict=True):
-        assert found.split()[:-5] == line.split()[:-5]  # without what is measured
+        assert found.split()[:-4] == line.split()[:-4]  # without what is measured
     assert remarks[0] == shown[3]
-    best = printed["lightspan runs --best val/accuracy --metric val/loss"].splitlines()
+    best = printed["lightspan runs --best val/accuracy --metric val/loss_nats"].splitlines()
     assert best[1].startswith("runs/fast")
     assert best[3].startswith("best: the highest val/accuracy, judging by its name")
     assert len(json.loads(printed["lightspan runs --json"])) == 2

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from types import ModuleType
@@ -54,15 +55,23 @@ def linked_files(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("project/docker/README.md", "../LICENSE", "../LICENSE.md"),
         ("project/README.md", "docs/quickstart.png", "../quickstart.png"),
         ("running.md", "../framework/optim/reference", "reference/optim/reference.md"),
-        ("running.md", "../triton_kernels", "reference/index.md"),
+        ("running.md", "../triton_kernels", "project/triton_kernels.md"),
+        ("project/notebooks.md", "notebooks/own_method.ipynb", "notebooks/own_method.ipynb.md"),
         *(("running.md", link, link) for link in ("data.md", "#here", "https://example.org/x.md")),
-        *(("running.md", link, link) for link in ("../framework/nowhere.py", "../../outside", "..", "../tests")),
+        *(("running.md", link, link) for link in ("../framework/nowhere.py", "../../outside", "..")),
     ],
 )
 def test_links_to_files_of_the_project_lead_to_their_pages(
     linked_files: ModuleType, page: str, link: str, leads_to: str
 ) -> None:
     assert linked_files.pointed_to_pages(ROOT, f"![a]({link}) b", page) == f"![a]({leads_to}) b"
+
+
+def test_a_notebook_is_shown_by_its_cells(linked_files: ModuleType) -> None:
+    text = linked_files.text_of(ROOT, PurePosixPath("notebooks/own_method.ipynb"))
+    assert text.startswith("# A method of your own\n")
+    assert re.search(r"^```+python\nimport torch\n", text, re.MULTILINE)
+    assert "cell_type" not in text
 
 
 def test_links_in_code_are_left_alone(linked_files: ModuleType) -> None:
@@ -75,7 +84,7 @@ def test_every_document_module_and_method_has_its_place(pages: dict[str, str]) -
     assert {path.as_posix() for path in documents} <= pages.keys()
     assert "LowRank" in pages["reference/optim/low_rank.html"]
     assert "step size, &gt;= 0, a float or a 0-d tensor" in pages["reference/optim/low_rank.html"]  # from its docstring
-    source = re.sub(r"<[^>]+>", "", pages["reference/optim/low_rank.html"].split('id="source"')[1])
+    source = unescape(re.sub(r"<[^>]+>", "", pages["reference/optim/low_rank.html"].split('id="source"')[1]))
     assert "def selection(self, group: dict[str, Any]) -> Selection:" in source
     recipes = {path.stem for path in (ROOT / "recipes" / "clustering").glob("*.yaml")}
     assert {f"project/recipes/clustering/{name}.yaml.html" for name in recipes} <= pages.keys()

@@ -21,7 +21,10 @@ QUICK = (
 )
 WHOLE = (
     ("doctor",),
-    ("fit", "language/quickstart", "--run", "run", "trainer.max_steps=2", "trainer.limit_val_batches=1"),
+    (
+        *("fit", "language/quickstart", "--run", "run", "trainer.max_steps=2"),
+        *("trainer.val_check_interval=2", "trainer.limit_val_batches=1"),
+    ),
     ("report", "run"),
     ("export", "run", "--to", "safetensors"),
 )

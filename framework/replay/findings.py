@@ -47,6 +47,8 @@ class Findings:
 
     def __enter__(self) -> "Findings":
         for name, part in self.module.named_modules():
+            if not name:  # strategies call the whole module for its training_step, whose output is the loss
+                continue
             hook = partial(self._after_forward, name)
             self._handles.append(part.register_forward_hook(hook, with_kwargs=True))
         return self
@@ -101,7 +103,7 @@ class Findings:
         lines = [described(f"input {where}".rstrip(), tensor) for where, tensor in inputs]
         lines += [described(f"parameter {where}", tensor) for where, tensor in part.named_parameters(recurse=False)]
         lines += [described(f"output {where}".rstrip(), tensor) for where, tensor in outputs]
-        self.found.append(Finding(f"the output of {name or 'the whole module'} ({type(part).__name__})", lines))
+        self.found.append(Finding(f"the output of {name} ({type(part).__name__})", lines))
 
     def _after_backward(
         self, node: Node, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]

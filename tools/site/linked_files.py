@@ -1,5 +1,6 @@
-"""Files outside docs/ that documents link to: each has a page of the site, and the links lead there."""
+"""Files and folders outside docs/ that documents link to: each has a page of the site, and the links lead there."""
 
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -22,24 +23,17 @@ def origin_of(uri: str) -> PurePosixPath:
 
 
 def uri_of(root: Path, file: PurePosixPath) -> str:
-    """The page that shows a file: the same document, the API of a module, or its text. That of a folder of modules is
-    the API of the package, or the list of all modules.
-    """
+    """The page that shows a file or a folder: the same document, the API of a module, its text, or what is in it."""
     if file.parts[0] == "docs":
         return file.relative_to("docs").as_posix()
-    if (root / file).is_dir():
-        return reference.page_of(root, file / "__init__.py") or "reference/index.md"
     shown_as_it_is = file.suffix in {".md", *PICTURES}
     return reference.page_of(root, file) or (f"project/{file}" if shown_as_it_is else f"project/{file}.md")
 
 
 def target(root: Path, link: str, uri: str) -> PurePosixPath | None:
-    """The file of the project, or its folder of modules, that a link of a page leads to; None if there is none."""
+    """The file or folder of the project that a link of a page leads to; None if there is none."""
     file = PurePosixPath(posixpath.normpath(origin_of(uri).parent / link))
-    if ".." in file.parts:
-        return None
-    of_modules = (root / file).is_dir() and file.parts[:1] in {(folder,) for folder in reference.folders(root).values()}
-    return file if of_modules or (root / file).is_file() else None
+    return file if file.parts and ".." not in file.parts and (root / file).exists() else None
 
 
 def pointed_to_pages(root: Path, text: str, uri: str) -> str:
@@ -73,21 +67,38 @@ def reached(root: Path, texts: dict[str, str]) -> Iterator[PurePosixPath]:
             if file is None or (page := uri_of(root, file)) in known or not page.startswith("project/"):
                 continue
             known.add(page)
-            if file.suffix == ".md":
-                ahead.append((page, (root / file).read_text(encoding="utf-8")))
+            if file.suffix not in PICTURES:
+                ahead.append((page, text_of(root, file)))
             yield file
 
 
-def as_page(root: Path, file: PurePosixPath, config: MkDocsConfig) -> File:
-    """The page that shows a file, or the file itself if it is a picture or already Markdown."""
-    uri = uri_of(root, file)
-    if not uri.endswith(".md") or file.suffix == ".md":
-        return File.generated(config, uri, abs_src_path=str(root / file), inclusion=InclusionLevel.NOT_IN_NAV)
+def text_of(root: Path, file: PurePosixPath) -> str:
+    """What the page of a file or folder says, in Markdown; its links are those of the file."""
+    if (root / file).is_dir():
+        names = sorted(path.name for path in (root / file).iterdir() if not path.name.startswith((".", "__")))
+        return f"# {file.name}\n\n" + "".join(f"- [{name}]({file.name}/{name})\n" for name in names)
     text = (root / file).read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        return text
+    if file.suffix == ".ipynb":
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+        return "\n\n".join(said if kind == "markdown" else fenced(said, "python") for kind, said in cells)
     try:
         language = get_lexer_for_filename(file.name).aliases[0]
     except ClassNotFound:
         language = "text"
-    fence = "`" * (3 + max((len(run) for run in re.findall("`+", text)), default=0))
-    page = f"---\nsearch: {{exclude: true}}\n---\n\n# {file.name}\n\n`{file}`\n\n{fence}{language}\n{text}{fence}\n"
-    return File.generated(config, uri, content=page, inclusion=InclusionLevel.NOT_IN_NAV)
+    return f"---\nsearch: {{exclude: true}}\n---\n\n# {file.name}\n\n`{file}`\n\n{fenced(text, language)}\n"
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code, between marks that it does not contain."""
+    mark = "`" * (3 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{mark}{language}\n{text.rstrip()}\n{mark}"
+
+
+def as_page(root: Path, file: PurePosixPath, config: MkDocsConfig) -> File:
+    """The page of a file or folder, or the file itself if it is a picture."""
+    uri, outside = uri_of(root, file), InclusionLevel.NOT_IN_NAV
+    if file.suffix in PICTURES:
+        return File.generated(config, uri, abs_src_path=str(root / file), inclusion=outside)
+    return File.generated(config, uri, content=text_of(root, file), inclusion=outside)

@@ -64,8 +64,10 @@ def uri_of(module: str) -> str:
 
 
 def page_of(root: Path, file: PurePosixPath) -> str | None:
-    """The page of the module in a file of the project; None if it has none."""
-    return next((uri_of(module) for module, path in modules(root).items() if path == file), None)
+    """The page of the module that is in a file, or of the package that is a folder; None if there is none."""
+    return next(
+        (uri_of(module) for module, path in modules(root).items() if path in (file, file / "__init__.py")), None
+    )
 
 
 def by_package(root: Path) -> dict[str, list[str]]:
