@@ -88,7 +88,11 @@ def test_a_sweep_is_an_array_in_which_a_failed_run_ends_no_other(
     sweep = ["sweep", "tiny.yaml", "--allow-module", "tiny_lab", "model.init_args.width=2,0,3", "--out", str(out)]
     assert main([*sweep, "--to", "slurm", "--time", "5", "--print"]) == 0
     job = cluster.submit(capsys.readouterr().out)
-    wait_for("the end of all tasks", lambda: job not in cluster.run("squeue", "--noheader", "--format=%A %F").split())
+
+    def ended() -> bool:
+        return job not in cluster.run("squeue", "--noheader", "--format=%F").split()
+
+    wait_for("the end of all tasks", ended, seconds=600)
     assert main([*sweep, "--dry-run"]) == 0
     said = capsys.readouterr().out.splitlines()
     logs = {path.name: path.read_text() for path in cluster.folder.glob(f"slurm-{job}_*.out")}
