@@ -14,7 +14,7 @@ from lightspan.runs.folder import is_first_rank
 
 if TYPE_CHECKING:
     from lightspan.captures import Capture
-    from lightspan.replay.findings import Finding
+    from lightspan.replay.findings import NotFinite
 
 MOST_LINES, MOST_LATER = 12, 4
 TURNED_OUT_FINITE = 1
@@ -90,7 +90,7 @@ def _order(capture: "Capture") -> list[int]:
     return sorted(range(capture.ranks), key=lambda rank: rank not in capture.broken)
 
 
-def _report(by_rank: "dict[int, list[Finding]]", capture: "Capture") -> list[str]:
+def _report(by_rank: "dict[int, list[NotFinite]]", capture: "Capture") -> list[str]:
     lines = []
     for rank, found in by_rank.items():
         if not found:

@@ -20,7 +20,7 @@ _LIBRARIES = re.compile(
 
 
 @dataclass(frozen=True)
-class Finding:
+class NotFinite:
     """Something that is not finite.
 
     Attributes:
@@ -41,7 +41,7 @@ class Findings:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.found: list[Finding] = []
+        self.found: list[NotFinite] = []
         self._handles: list[RemovableHandle] = []
         self._module_of: dict[Node, str] = {}
 
@@ -64,19 +64,19 @@ class Findings:
         named += [("buffer", *item) for item in self.module.named_buffers()]
         for kind, name, tensor in named:
             if broken(tensor):
-                self.found.append(Finding(f"{kind} {name}, before the step,", [described(name, tensor)]))
+                self.found.append(NotFinite(f"{kind} {name}, before the step,", [described(name, tensor)]))
 
     def look_at_batch(self, batch: Any) -> None:
         """What the loader gave."""
         for name, tensor in tensors_in(batch):
             if broken(tensor):
-                self.found.append(Finding(f"the batch{name}", [described(f"batch{name}", tensor)]))
+                self.found.append(NotFinite(f"the batch{name}", [described(f"batch{name}", tensor)]))
 
     def look_at_loss(self, loss: Tensor) -> None:
         """The loss, before its backward pass, whose operations are looked at from now on if all has been well."""
         if broken(loss) and not self.found:
             what = "the loss, though the outputs of all modules are finite,"
-            self.found.append(Finding(what, ["look at what training_step does after its last module"]))
+            self.found.append(NotFinite(what, ["look at what training_step does after its last module"]))
         for node in _graph(loss.grad_fn, set()) if not self.found else ():
             node.register_hook(partial(self._after_backward, node))
 
@@ -87,10 +87,10 @@ class Findings:
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
                 if broken(parameter.grad):
-                    self.found.append(Finding(f"the gradient of {name}", [described(name, parameter)]))
+                    self.found.append(NotFinite(f"the gradient of {name}", [described(name, parameter)]))
                 elif not square_norms([held_numbers(parameter.grad)]).isfinite().all():
                     line = described("gradient", parameter.grad)
-                    self.found.append(Finding(f"the square of the gradient of {name}", [line]))
+                    self.found.append(NotFinite(f"the square of the gradient of {name}", [line]))
 
     def _after_forward(self, name: str, part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(output))
@@ -103,7 +103,7 @@ class Findings:
         lines = [described(f"input {where}".rstrip(), tensor) for where, tensor in inputs]
         lines += [described(f"parameter {where}", tensor) for where, tensor in part.named_parameters(recurse=False)]
         lines += [described(f"output {where}".rstrip(), tensor) for where, tensor in outputs]
-        self.found.append(Finding(f"the output of {name} ({type(part).__name__})", lines))
+        self.found.append(NotFinite(f"the output of {name} ({type(part).__name__})", lines))
 
     def _after_backward(
         self, node: Node, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]
@@ -114,7 +114,7 @@ class Findings:
         lines = [described("gradient that came in", tensor) for tensor in outputs if tensor is not None]
         lines += [described("gradient that came out", tensor) for tensor in inputs if tensor is not None]
         lines += [f"computed at {line}" for line in _origin(node)]
-        self.found.append(Finding(f"the gradient behind {node.name()} {place}", lines))
+        self.found.append(NotFinite(f"the gradient behind {node.name()} {place}", lines))
 
 
 def tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:

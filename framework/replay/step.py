@@ -23,7 +23,7 @@ from lightspan.config.identity import alters_training
 from lightspan.distributed import leave, world_size
 from lightspan.errors import UserError
 from lightspan.nn.image_numbers import keep_on_host
-from lightspan.replay.findings import Finding, Findings
+from lightspan.replay.findings import Findings, NotFinite
 from lightspan.sharded import local, own_part
 
 
@@ -31,7 +31,7 @@ class _Done(Exception):
     """Ends the replay: the step is as far as it is to go."""
 
 
-def replayed(resolved: Resolved, folder: Path, capture: Capture, rank: int | None) -> list[Finding]:
+def replayed(resolved: Resolved, folder: Path, capture: Capture, rank: int | None) -> list[NotFinite]:
     """What is not finite when the captured step is taken again, in the order in which it happens; empty if nothing is.
 
     Args:
@@ -57,7 +57,7 @@ def replayed(resolved: Resolved, folder: Path, capture: Capture, rank: int | Non
     return step.findings.found
 
 
-def replayed_together(resolved: Resolved, folder: Path, capture: Capture) -> dict[int, list[Finding]]:
+def replayed_together(resolved: Resolved, folder: Path, capture: Capture) -> dict[int, list[NotFinite]]:
     """`replayed` on all ranks at once, each with what it saw: for losses that see the batches of all ranks.
 
     Returns: the findings by rank, on all ranks. Raises: UserError for another number of ranks than the run had.
