@@ -187,7 +187,7 @@ def unpack(skeleton: Any, tensors: Mapping[str, Tensor], may_name: Callable[[str
     made = _class(skeleton["class"], may_name) if "class" in skeleton else None
     if "fields" in skeleton:
         parts = {name: unpack(part, tensors, may_name) for name, part in skeleton["fields"].items()}
-        if made is None or not dataclasses.is_dataclass(made):
+        if not isinstance(made, type) or not dataclasses.is_dataclass(made):
             raise TypeError(f"{made} is no dataclass")
         return made(**parts)
     values = [unpack(part, tensors, may_name) for part in skeleton["tuple"]]

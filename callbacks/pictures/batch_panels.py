@@ -4,7 +4,7 @@ Shapes: B samples, T tokens, F columns, C H W.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ def panels(batch: Any, rows: int, bounds: tuple[Tensor, Tensor] | None, tokenize
         return _text_figure(batch, rows, bounds, tokenizer)
     views = batch.get("views")
     tables = views if isinstance(views, list | tuple) else [batch.get("table")]
-    return _table_figure(tables, batch, rows) if tables and all(_is_of(table, 2) for table in tables) else None
+    parts = [table for table in tables if _is_of(table, 2)]
+    return _table_figure(parts, batch, rows) if parts and len(parts) == len(tables) else None
 
 
 def text_of(tokens_T: Tensor, tokenizer: Any) -> str:
@@ -100,5 +101,5 @@ def _show(axis: Any, picture_CHW: Tensor) -> None:
     axis.imshow(picture_CHW.permute(1, 2, 0).expand(-1, -1, 3))
 
 
-def _is_of(value: Any, axes: int) -> bool:
+def _is_of(value: Any, axes: int) -> TypeGuard[Tensor]:
     return isinstance(value, torch.Tensor) and value.ndim == axes and len(value) > 0

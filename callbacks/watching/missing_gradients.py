@@ -163,7 +163,8 @@ def _parts(missing: list[str], expected: Iterable[str]) -> Iterator[tuple[str, l
     """(module or parameter, its names that are missing), where a module stands for its parameters if none of those
     expected has a gradient: the outermost such module.
     """
-    lacking, parts = set(missing), {}
+    lacking = set(missing)
+    parts: dict[str, list[str]] = {}
     reached = [name for name in expected if name not in lacking]
     for name in missing:
         part = name

@@ -119,8 +119,8 @@ def _metric_columns(rows: Sequence[ListedRun], metrics: Sequence[str]) -> Iterat
 
 def _last_and_best(rows: Sequence[ListedRun], names: Sequence[str], heading: str) -> Iterator[Column]:
     found = [row.progress.values.get(name) for row, name in zip(rows, names, strict=True)]
-    yield Column(heading, [figure_text(values and values.last) for values in found], of_numbers=True)
-    best = [values and values.best(better(name)) for values, name in zip(found, names, strict=True)]
+    yield Column(heading, [figure_text(None if values is None else values.last) for values in found], of_numbers=True)
+    best = [None if values is None else values.best(better(name)) for values, name in zip(found, names, strict=True)]
     yield Column("best", [figure_text(value) for value in best], of_numbers=True)
 
 

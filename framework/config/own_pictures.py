@@ -65,7 +65,9 @@ def with_pictures(
 def _settings_of_folder(layer: Node) -> Node | None:
     """What an overlay says of the data that only the folder's class reads, as a layer; None if it says nothing."""
     given = layer.at(("data", "init_args"))
-    kept = {} if given is None else {key: given.value[key] for key in _of_folder(given)}
+    if given is None:
+        return None
+    kept = {key: given.value[key] for key in _of_folder(given)}
     if not kept:
         return None
     return Node({"data": Node({"init_args": Node(kept, given.where)}, given.where)}, layer.where)

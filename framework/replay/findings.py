@@ -60,7 +60,7 @@ class Findings:
 
     def look_at_weights(self) -> None:
         """Parameters and buffers before the step."""
-        named = [("parameter", *item) for item in self.module.named_parameters()]
+        named: list[tuple[str, str, Tensor]] = [("parameter", *item) for item in self.module.named_parameters()]
         named += [("buffer", *item) for item in self.module.named_buffers()]
         for kind, name, tensor in named:
             if broken(tensor):
@@ -162,6 +162,6 @@ def _graph(start: Node | None, stops: Any) -> list[Node]:
 
 def _origin(node: Node) -> list[str]:
     """The line outside torch that computed a node, if anomaly detection recorded it."""
-    frames = [_FRAME.search(frame) for frame in node.metadata.get("traceback_", ())]
+    frames = [_FRAME.search(frame) for frame in node.metadata.get("traceback_", ())]  # type: ignore[attr-defined]  # a property
     own = [frame for frame in frames if frame is not None and not _LIBRARIES.search(frame["file"])]
     return [f"{own[-1]['file']}:{own[-1]['line']}, {own[-1]['code'].strip()}"] if own else []

@@ -121,7 +121,7 @@ class _Step(Callback):
         data, model = self.built.datamodule, self.built.model
         # They have been on their device and through the data module's hooks already.
         model._on_before_batch_transfer = lambda batch, dataloader_idx=0: batch  # type: ignore[method-assign]
-        model._apply_batch_transfer_handler = _to_device  # type: ignore[method-assign, assignment]
+        model._apply_batch_transfer_handler = _to_device  # type: ignore[method-assign]
         if data is None:
             return {"train_dataloaders": _MicroBatches(batches, None)}
         given = data.train_dataloader
@@ -138,7 +138,8 @@ class _Step(Callback):
         torch.set_float32_matmul_precision(self._state["matmul_precision"])
         _put(read_weights(self.folder), pl_module, self.folder)
         loop = trainer.fit_loop
-        loop.epoch_progress.current.processed = loop.epoch_progress.current.completed = self.capture.epoch
+        loop.epoch_progress.current.completed = self.capture.epoch
+        loop.epoch_progress.current.processed = self.capture.epoch  # type: ignore[attr-defined]  # of a subclass
         loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.capture.step
         loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.capture.step
         loop.epoch_loop._batches_that_stepped = self.capture.step

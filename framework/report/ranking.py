@@ -130,5 +130,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _figure(run: Run, key: str) -> str:
     value = run.summary.get(key)
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return number(round(float(value))) if known else "—"
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return "—"
+    return number(round(float(value)))

@@ -147,10 +147,9 @@ def _changes(argv: Sequence[str]) -> Iterator[str]:
 def _first_start(record: dict[str, Any]) -> datetime | None:
     earlier = record.get("earlier")
     first = earlier[0] if isinstance(earlier, list) and earlier and isinstance(earlier[0], dict) else {}
-    text = first.get("started") or record.get("started")
     try:
-        started = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
+        started = datetime.fromisoformat(str(first.get("started") or record.get("started")))
+    except ValueError:
         return None
     return started if started.tzinfo else started.astimezone()
 

@@ -160,7 +160,7 @@ def axis_from(key: str, record: Any) -> Axis:
             return _choices(f"{key}: {values}", tuple(values))
         for kind in ("log", "uniform"):
             if isinstance(ends := record.get(kind), list) and len(ends) == 2:
-                return _range(f"{key}: {record}", *ends, kind == "log", record.get("points"))
+                return _range(f"{key}: {record}", ends[0], ends[1], kind == "log", record.get("points"))
     raise UserError(f"{key}: {str(record)[:80]} is neither a list of values nor a range")
 
 
