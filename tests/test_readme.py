@@ -207,7 +207,7 @@ def test_the_audit_of_a_network_and_its_adapter_finds_what_the_page_says(tmp_pat
 def test_two_runs_are_listed_ranked_tagged_shown_and_deleted_as_the_page_says(tmp_path, monkeypatch, capsys) -> None:
     page = "docs/runs.md"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "160")
     printed = {}
     for first in ("lightspan fit", "lightspan runs --status", "lightspan runs tag"):
         for line in block(page, "sh", first).splitlines():
