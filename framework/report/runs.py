@@ -159,7 +159,7 @@ def load_run(folder: Path, name: str) -> Run:
 def _refuse_links_out(folder: Path) -> None:
     """A run folder may come from somebody else: no file of the reader becomes part of a page."""
     home = folder.resolve()
-    for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES):
+    for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
         path = folder / name
         if path.is_symlink() and home not in path.resolve().parents:
             raise UserError(f"{path} is a link that leads out of its run folder; copy what it leads to, or remove it")

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.run_files import SWEEP
+from lightspan.runs.direction import Mode
 from lightspan.sweeps.points import Axis, Choices, Settings, axis_from, drawn, flags_of, grid, written
 
 Method = Literal["grid", "random", "tpe"]
-Mode = Literal["min", "max"]
 METHODS: tuple[Method, ...] = ("grid", "random", "tpe")
 SEED_KEY = "seed_everything"
 MOST_BYTES = 2**26

@@ -104,6 +104,10 @@ class TrialQueue:
         from lightspan.sweeps.tpe import suggest
 
         assert self.sweep.metric is not None
+        done = [trial for trial in self.sweep.trials if status_of(self.folder / trial.run) is Status.DONE]
+        said = [unlogged(self.folder / trial.run, self.sweep.metric) for trial in done]
+        if said and said[0] is not None and all(said):
+            raise UserError(said[0])
         known = [self._result(trials, self.sweep.metric) for trials in by_point(self.sweep)]
         values = suggest(self.sweep.keys, self.sweep.mode, known, self.sweep.draw_seed)
         trials = self.sweep.of_point(len(known), values)
@@ -115,10 +119,6 @@ class TrialQueue:
         """A point and the mean over its seeds: None while one of them runs, NaN if one has no result."""
         if any(trial.run in self._given for trial in trials):
             return trials[0].values, None
-        for trial in trials:
-            run = self.folder / trial.run
-            if status_of(run) is Status.DONE and (said := unlogged(run, metric)):
-                raise UserError(said)
         scores = {trial.seed: score(self.folder / trial.run, metric) for trial in trials}
         values = {seed: math.nan if value is None else value for seed, value in scores.items()}
         return trials[0].values, SeedScores(values, len(trials)).mean
