@@ -72,7 +72,7 @@ class TrialQueue:
     def tasks(self) -> Iterator[Task]:
         """The trials in their order. A suggestion is made when it is asked for.
 
-        Raises: UserError if `tpe` has nothing to follow, since no run that is done logged the metric.
+        Raises: UserError if `tpe` has nothing to follow, since none of the runs that are done logged the metric.
         """
         for trial in self.sweep.trials:
             if self.due(trial):
@@ -104,10 +104,10 @@ class TrialQueue:
         from lightspan.sweeps.tpe import suggest
 
         assert self.sweep.metric is not None
-        done = [trial for trial in self.sweep.trials if status_of(self.folder / trial.run) is Status.DONE]
-        said = [unlogged(self.folder / trial.run, self.sweep.metric) for trial in done]
-        if said and said[0] is not None and all(said):
-            raise UserError(said[0])
+        runs = [self.folder / trial.run for trial in self.sweep.trials]
+        remarks = [unlogged(run, self.sweep.metric) for run in runs if status_of(run) is Status.DONE]
+        if remarks and all(remarks):
+            raise UserError(remarks[0])
         known = [self._result(trials, self.sweep.metric) for trials in by_point(self.sweep)]
         values = suggest(self.sweep.keys, self.sweep.mode, known, self.sweep.draw_seed)
         trials = self.sweep.of_point(len(known), values)

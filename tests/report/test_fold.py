@@ -157,10 +157,13 @@ def test_settings_and_provenance_that_all_runs_share_are_folded_away(make_run: M
     assert "python" in hidden
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "samples.jsonl", "provenance.json", "pictures"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "summary.json", "samples.jsonl", "provenance.json", "pictures", "failed.txt"]
+)
 def test_a_link_out_of_a_run_is_not_read(make_run: MakeRun, tmp_path: Path, name: str) -> None:
     run = make_run("a", provenance={"argv": []}, samples=[])
     (run / "pictures").mkdir()
+    (run / "failed.txt").touch()
     (run / name).rename(tmp_path / "outside")
     (run / name).symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match=f"{name} is a link that leads out of its run folder"):
