@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from lightspan.config.key_names import short_names
 from lightspan.errors import UserError
 from lightspan.report.compare import differences, number
 from lightspan.report.fold import without_seeds
@@ -107,20 +108,6 @@ def settings_of(ranking: Ranking) -> tuple[list[tuple[str, list[str]]], int]:
     changed.sort(key=lambda one: -len(set(one[1])))
     names = short_names([key for key, _ in changed])
     return [(names[key], values) for key, values in changed[:MOST_SETTINGS]], max(0, len(changed) - MOST_SETTINGS)
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """key -> its last part, or as much of its end as tells it from the other keys."""
-    parts = {key: key.split(".") for key in keys}
-
-    def short(key: str) -> str:
-        for length in range(1, len(parts[key])):
-            end = parts[key][-length:]
-            if all(other[-length:] != end for name, other in parts.items() if name != key):
-                return ".".join(end)
-        return key
-
-    return {key: short(key) for key in keys}
 
 
 def _figure(run: Run, key: str) -> str:

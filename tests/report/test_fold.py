@@ -12,7 +12,7 @@ from lightspan.errors import UserError
 from lightspan.report.compare import compare
 from lightspan.report.fold import fold
 from lightspan.report.page import BEST, MOST_DRAWN, render
-from lightspan.report.ranking import ranked, ranking_table, short_names
+from lightspan.report.ranking import ranked, ranking_table
 from lightspan.report.runs import Run, load_run, load_runs
 from lightspan.report.sections import sections
 
@@ -126,16 +126,6 @@ def test_a_metric_without_a_direction_needs_one(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match="--metric width: its name does not tell whether low or high is good"):
         ranked(runs, "width")
     assert ranked(runs, "width", "max") is not None
-
-
-def test_names_of_settings_are_as_short_as_they_are_clear() -> None:
-    assert short_names(["a.b.lr", "a.c.lr", "a.width", "x"]) == {
-        "a.b.lr": "b.lr",
-        "a.c.lr": "c.lr",
-        "a.width": "width",
-        "x": "x",
-    }
-    assert short_names(["a.b", "b"]) == {"a.b": "a.b", "b": "b"}
 
 
 def test_of_many_runs_the_page_draws_the_best_and_ranks_all(make_run: MakeRun) -> None:
