@@ -10,9 +10,9 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# Dense products with float32 accumulation, in FLOPs per second: (bfloat16 and float16, TF32, float32). From NVIDIA's
-# data sheets of the A100 (June 2021), H100 (2023), H200 (2024), L4, L40S and A10, whose larger figures for sparse
-# matrices are halved. A name begins as torch.cuda.get_device_name gives it.
+# Dense products with float32 accumulation, in FLOPs per second: (bfloat16 and float16, TF32, float32), which is half of
+# what is published for sparse matrices. A100, H100 SXM and H200 agree between independent sources; the others are from
+# secondary ones, which differ by up to 4 %. A name begins as torch.cuda.get_device_name gives it.
 PEAKS = {
     r"NVIDIA A100\b": (312e12, 156e12, 19.5e12),
     r"NVIDIA H100 (80GB HBM3|SXM)": (989.4e12, 494.7e12, 66.9e12),

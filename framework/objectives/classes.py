@@ -18,7 +18,8 @@ def label_cross_entropy(logits_RK: Tensor, label_R: Tensor) -> Tensor:
     Args:
         label_R: whole numbers in [0, K).
     """
-    return mean(F.cross_entropy(wide(logits_RK), label_R.long(), reduction="none"))
+    reduction = "mean" if len(label_R) else "sum"
+    return F.cross_entropy(wide(logits_RK), label_R.long(), reduction=reduction)
 
 
 def share_right(scores_RK: Tensor, label_R: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightspan.runs.status import Status, status_of
 USELESS = (Status.FAILED, Status.STALE, Status.UNSTARTED)
 """What is cleaned if no status is named."""
 OWN_NAMES = frozenset(value for value in vars(run_files).values() if isinstance(value, str)) | {
-    *("export", "report", "shards", "tensorboard", "wandb"),
+    *("export", "masks.safetensors", "report", "shards", "tensorboard", "wandb"),
 }
 _OWN_SERIES = re.compile(r"metrics-\d+\.jsonl")
 

@@ -67,13 +67,20 @@ def test_a_recipe_is_followed_by_its_settings_one_level_at_a_time() -> None:
 
 def test_an_overlay_adds_its_settings(tmp_path: Path) -> None:
     (overlay := tmp_path / "over.yaml").write_text("trainer: {callbacks: {mine: {class_path: a.B}}}\n")
-    begun = "trainer.callbacks.mi"
+    begun = "trainer.callbacks.min"
     assert offered("fit", "language/quickstart", begun) == []
     assert offered("fit", "language/quickstart", "-c", str(overlay), begun) == ["trainer.callbacks.mine."]
 
 
 def test_arguments_with_few_values_offer_them() -> None:
-    assert offered("export", "runs/mine", "--to", "") == ["safetensors", "huggingface", "peft", "timm"]
+    assert offered("export", "runs/mine", "--to", "") == [
+        "safetensors",
+        "huggingface",
+        "peft",
+        "timm",
+        "torch-export",
+        "onnx",
+    ]
     assert offered("data", "") == ["pack", "verify", "index"]
     assert offered("completion", "") == [*SHELLS]
 

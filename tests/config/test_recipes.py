@@ -76,8 +76,8 @@ def test_unknown_recipes_get_the_nearest_name(name, message):
     ("name", "message"),
     [
         ("scale/dpd", "unknown overlay 'scale/dpd': did you mean scale/ddp"),
-        ("zzzzzzzz", "unknown overlay 'zzzzzzzz': the catalogue has scale/cpu2, scale/ddp, "),
-        ("gone.yaml", "overlay file gone.yaml does not exist; the catalogue has scale/cpu2"),
+        ("zzzzzzzz", "unknown overlay 'zzzzzzzz': the catalogue has scale/bf16, scale/checkpointing, "),
+        ("gone.yaml", "overlay file gone.yaml does not exist; the catalogue has scale/bf16"),
     ],
 )
 def test_a_missing_overlay_is_called_one(name, message):

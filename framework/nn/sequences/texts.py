@@ -16,7 +16,7 @@ def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
     Raises: UserError for a batch without a text, from which networks of transformers cannot tell their shapes.
     """
     tokens_BT: Tensor = batch["tokens"]
-    if not len(tokens_BT):
+    if tokens_BT.shape[0] == 0:  # len() would fix the size of the batch in an exported graph
         raise UserError(
             f"{method} needs a text on every rank, and this batch has none; let the loader divide its samples evenly "
             "among the ranks"
