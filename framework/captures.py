@@ -65,6 +65,8 @@ class Capture:
         """Raises: UserError for a capture that is missing, not whole, or written by another program."""
         try:
             record = json.loads((folder / CAPTURE).read_text(encoding="utf-8"))
+            if record["version"] != _VERSION:
+                raise ValueError(f"it has version {record['version']!r}, and this lightspan reads {_VERSION}")
             fields = {one.name: record[one.name] for one in dataclasses.fields(Capture)}
             capture = Capture(**fields)
         except FileNotFoundError as error:

@@ -117,6 +117,14 @@ def test_a_record_with_numbers_that_no_run_has_is_refused(tmp_path, change):
         Capture.read(tmp_path)
 
 
+def test_a_record_of_another_version_is_refused(tmp_path):
+    WHOLE.write(tmp_path)
+    path = tmp_path / "capture.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(UserError, match="it has version 2, and this lightspan reads 1"):
+        Capture.read(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"step": 1}', "[" * 100_000])
 def test_a_record_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "capture.json").write_text(text)

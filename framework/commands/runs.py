@@ -15,6 +15,7 @@ from lightspan.commands.runs_table import ListedRun, print_table
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
+    from lightspan.runs.direction import Mode
     from lightspan.runs.filters import RunFilter
 
 SHOWN = 50  # rows of the table
@@ -127,14 +128,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ranked(rows: Sequence[ListedRun], metric: str, mode: str | None, reverse: bool) -> tuple[list[ListedRun], str]:
+def _ranked(rows: Sequence[ListedRun], metric: str, mode: "Mode | None", reverse: bool) -> tuple[list[ListedRun], str]:
     """The runs that have the metric, best first, and a sentence on what counts as best."""
-    from lightspan.runs.direction import better
+    from lightspan.runs.direction import mode_of
 
-    guessed = {"lower": "min", "higher": "max", "neither": None}[better(metric)]
-    chosen = mode or guessed
-    if chosen is None:
-        raise UserError(f"--best {metric}: its name does not tell whether low or high is good; add --mode min or max")
+    chosen = mode_of(metric, mode, "--best")
     ranked = []
     for row in rows:
         values = row.progress.values.get(metric)

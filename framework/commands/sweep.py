@@ -25,20 +25,19 @@ from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved
 from lightspan.errors import UserError, print_notes
 from lightspan.launch.job import Array
-from lightspan.report.compare import better
 from lightspan.run_files import SWEEP
+from lightspan.runs.direction import Mode, mode_of
 from lightspan.runs.fits import exits_on_sigterm, fit_command
 from lightspan.runs.folder import is_first_rank, run_folder, sole_use
 from lightspan.runs.status import Status, status_of
 from lightspan.signals import installed
-from lightspan.sweeps.files import METHODS, SEED_KEY, Mode, Sweep, differences, read, write
+from lightspan.sweeps.files import METHODS, SEED_KEY, Sweep, differences, read, write
 from lightspan.sweeps.points import Axis, Settings, axes_of, flags_of
 
 UNFINISHED = 1
 SUMMARY_CLASS = "lightspan.callbacks.watching.run_summary.RunSummary"
 ARRAY = "array"
 _ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
-_FEW = 5  # runs that are not done and are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,12 +136,8 @@ def _defined(args: argparse.Namespace, axes: dict[str, Axis]) -> Sweep:
 
 
 def _mode(metric: str | None, given: Mode | None) -> Mode:
-    """Whether lower or higher is better. Raises: UserError if neither the user nor the metric's name says."""
-    by_name: dict[str, Mode] = {"lower": "min", "higher": "max"}
-    mode = given or (by_name.get(better(metric)) if metric else "min")
-    if mode is None:
-        raise UserError(f"--metric {metric}: say with --mode min or --mode max whether lower or higher is better")
-    return mode
+    """Whether lower or higher is better, which without a metric says nothing. Raises: UserError as `mode_of`."""
+    return (given or "min") if metric is None else mode_of(metric, given, "--metric")
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lightspan.adapters.inject import adapted_layers, plain_tensors, remove
 from lightspan.adapters.layers import LayerShape
-from lightspan.errors import UserError
+from lightspan.errors import UserError, install_extra
 from lightspan.exports.huggingface import is_causal, output, seeded_inputs
 
 ROWS, SEED = 4, 0
@@ -52,7 +52,7 @@ def largest_difference(part: nn.Module, folder: Path) -> float:
         from peft import PeftModel
     except ImportError as error:
         raise UserError(
-            "--to peft reads its folder back with peft, which is not installed: pip install peft"
+            f"--to peft reads its folder back with peft, which is not installed: {install_extra('peft')}"
         ) from error
     ours = copy.deepcopy(part).float().eval()
     frozen = copy.deepcopy(ours)

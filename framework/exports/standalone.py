@@ -100,7 +100,7 @@ def compare(network: Standalone, other: Callable[..., Tensor], tolerance: float 
 
     Args:
         other: called as the network is.
-        tolerance: accepted as a share of the network's largest output, or of 1 if that is smaller.
+        tolerance: accepted as a share of the network's largest finite output, or of 1 if that is smaller.
     """
     largest, scale = 0.0, 1.0
     with torch.no_grad():
@@ -108,7 +108,7 @@ def compare(network: Standalone, other: Callable[..., Tensor], tolerance: float 
             rows = network.reading.rows(count)
             ours, theirs = network(*rows), other(*rows)
             largest = max(largest, largest_difference(ours, theirs))
-            scale = max(scale, float(ours.abs().amax()))
+            scale = max(scale, float(ours.abs().nan_to_num(0.0, posinf=0.0).amax()))
     return Compared(largest, tolerance * scale)
 
 

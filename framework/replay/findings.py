@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten_with_path
@@ -130,9 +131,13 @@ def broken(tensor: Tensor) -> bool:
 
 
 def described(name: str, tensor: Tensor) -> str:
-    """Shape, type, range of the finite numbers, and how many are not finite, in one line."""
+    """Shape, type, range of the finite numbers, and how many are not finite, in one line. Of complex numbers, real and
+    imaginary parts count by themselves.
+    """
     start = f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     numbers = held_numbers(tensor.detach())
+    if numbers.is_complex():
+        numbers = torch.view_as_real(numbers.resolve_conj())
     if not numbers.numel():
         return f"{start}, empty"
     if not numbers.is_floating_point():

@@ -21,10 +21,10 @@ from typing import Any
 
 from lightspan.errors import UserError
 from lightspan.report.page import Script, document
-from lightspan.report.ranking import Mode
 from lightspan.report.shown import shown
 from lightspan.report.sweeps import load
 from lightspan.run_files import METRICS, PICTURES, RESOLVED, SAMPLES, SUMMARY, SWEEP
+from lightspan.runs.direction import Mode
 from lightspan.runs.status import status_of
 
 HOST = "127.0.0.1"

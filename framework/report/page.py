@@ -12,11 +12,12 @@ import yaml
 import lightspan
 from lightspan.report.chart import COLOURS, draw
 from lightspan.report.compare import Row, caution, compare, differences, flatten, headline
-from lightspan.report.ranking import Mode, Ranking, ranked, ranking_table
+from lightspan.report.ranking import Ranking, ranked, ranking_table
 from lightspan.report.runs import Run
 from lightspan.report.sections import Section, sections
 from lightspan.report.style import CSS
 from lightspan.report.sweeps import SweepRuns, sweep_section
+from lightspan.runs.direction import Mode
 from lightspan.runs.status import Status
 
 CAPTIONS = {

@@ -4,18 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
 
+from lightspan.config.key_names import short_names
 from lightspan.errors import UserError
 from lightspan.report.compare import differences, number
 from lightspan.report.fold import without_seeds
 from lightspan.report.runs import Run
 from lightspan.report.sections import group_of
-from lightspan.runs.direction import better
+from lightspan.runs.direction import Mode, better, mode_of
 
-Mode = Literal["min", "max"]
 MOST_SETTINGS = 6  # columns
-_MODES: dict[str, Mode] = {"lower": "min", "higher": "max"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ def ranked(runs: Sequence[Run], metric: str | None = None, mode: Mode | None = N
     chosen = metric or next(iter(scores), None)
     if chosen is None:
         return None
-    direction = mode or _MODES.get(better(chosen))
-    if direction is None:
-        raise UserError(f"--metric {chosen}: its name does not tell whether low or high is good; add --mode min or max")
+    direction = mode_of(chosen, mode, "--metric")
     sign = 1 if direction == "min" else -1
     places = [_place(run, chosen) for run in runs]
     places.sort(key=lambda place: math.inf if math.isnan(place.value) else sign * place.value)
@@ -112,20 +108,6 @@ def settings_of(ranking: Ranking) -> tuple[list[tuple[str, list[str]]], int]:
     changed.sort(key=lambda one: -len(set(one[1])))
     names = short_names([key for key, _ in changed])
     return [(names[key], values) for key, values in changed[:MOST_SETTINGS]], max(0, len(changed) - MOST_SETTINGS)
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """key -> its last part, or as much of its end as tells it from the other keys."""
-    parts = {key: key.split(".") for key in keys}
-
-    def short(key: str) -> str:
-        for length in range(1, len(parts[key])):
-            end = parts[key][-length:]
-            if all(other[-length:] != end for name, other in parts.items() if name != key):
-                return ".".join(end)
-        return key
-
-    return {key: short(key) for key in keys}
 
 
 def _figure(run: Run, key: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightspan.config.tree import MAX_DEPTH, plain, read
 from lightspan.errors import UserError
+from lightspan.files import read_small
 from lightspan.report.curves import XY
 from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
 from lightspan.runs.status import Status
@@ -145,7 +146,7 @@ def load_run(folder: Path, name: str) -> Run:
     )
     if not run.metrics():
         if (folder / FAILED).is_file():
-            text = (folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
+            text = (read_small(folder / FAILED) or b"").decode(errors="replace").strip()
             raise UserError(
                 f"run {str(folder)!r} failed before it logged a metric ({text}); start it again, or leave it out"
             )
@@ -159,7 +160,7 @@ def load_run(folder: Path, name: str) -> Run:
 def _refuse_links_out(folder: Path) -> None:
     """A run folder may come from somebody else: no file of the reader becomes part of a page."""
     home = folder.resolve()
-    for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES):
+    for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
         path = folder / name
         if path.is_symlink() and home not in path.resolve().parents:
             raise UserError(f"{path} is a link that leads out of its run folder; copy what it leads to, or remove it")

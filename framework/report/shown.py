@@ -7,9 +7,10 @@ from pathlib import Path
 from lightspan.report.compare import FEW
 from lightspan.report.fold import fold
 from lightspan.report.page import Script, render
-from lightspan.report.ranking import Mode, Ranking, ranked
+from lightspan.report.ranking import Ranking, ranked
 from lightspan.report.runs import Run
 from lightspan.report.sweeps import SweepRuns, load
+from lightspan.runs.direction import Mode
 from lightspan.runs.status import status_of
 
 
@@ -50,13 +51,14 @@ def shown(
         folders: of runs and sweeps.
         title: of the page; by default the names of the runs.
         folds: whether runs that differ by their seed alone become one.
-        metric, mode: what ranks the runs; by default what ranks the first sweep that has a metric.
+        metric, mode: what ranks the runs; by default what ranks the first sweep whose metric a run has logged.
     Raises: UserError as `lightspan.report.sweeps.load`.
     """
     runs, sweeps = load(folders)
     runs = [replace(run, status=status_of(run.folder)) for run in runs]
     runs = fold(runs) if folds else runs
-    ranking = next((one.sweep for one in sweeps if one.sweep.metric is not None), None)
+    logged = {name for run in runs for name in run.metrics()}
+    ranking = next((one.sweep for one in sweeps if one.sweep.metric in logged), None)
     if metric is None and ranking is not None:
         metric, mode = ranking.metric, mode or ranking.mode
     return Shown(title or _title(runs, sweeps), runs, sweeps, metric, mode)

@@ -205,7 +205,7 @@ def _slice(sweep: Sweep, key: str, points: Points, ranking: Ranking) -> Chart:
         curves,
         log_x=numeric
         and min(values) > 0
-        and (max(values) > 30 * min(values) or (isinstance(axis, Range) and axis.log)),
+        and (max(values) > WIDE * min(values) or (isinstance(axis, Range) and axis.log)),
         note=note,
         things=0 if numeric else len(values),
     )

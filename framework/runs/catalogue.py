@@ -13,7 +13,7 @@ from typing import Any
 
 from lightspan.errors import UserError
 from lightspan.files import read_small
-from lightspan.run_files import LOCK, METRICS, PROVENANCE, RESOLVED, SUMMARY
+from lightspan.run_files import LOCK, METRICS, PROVENANCE, RESOLVED, SUMMARY, SWEEP
 from lightspan.runs.labels import note_of, tags_of
 from lightspan.runs.metric_values import MetricValues, read_logged
 from lightspan.runs.status import Status, status_of
@@ -102,7 +102,8 @@ def _below(root: Path) -> Iterator[Path]:
                 inside = list(entries)
         except OSError:  # not readable, or deleted meanwhile
             continue
-        if any(entry.name in MARKS for entry in inside):
+        names = {entry.name for entry in inside}
+        if names & MARKS and SWEEP not in names:  # a sweep locks its folder too, and its runs are below it
             yield Path(folder)
         else:
             waiting += [entry.path for entry in inside if entry.is_dir(follow_symlinks=False)]

@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lightspan.config.key_names import short_names
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.run_files import SWEEP
+from lightspan.runs.direction import Mode
 from lightspan.sweeps.points import Axis, Choices, Settings, axis_from, drawn, flags_of, grid, written
 
 Method = Literal["grid", "random", "tpe"]
-Mode = Literal["min", "max"]
 METHODS: tuple[Method, ...] = ("grid", "random", "tpe")
 SEED_KEY = "seed_everything"
 MOST_BYTES = 2**26
 _FOLDER = re.compile(r"[0-9A-Za-z][\w.+-]{0,199}")
-_UNTOLD = ("class_path", "init_args")
 _OPTIONS = ("-c", "--config", "--images", "--image-size", "--allow-module")  # of `arguments`, each with a value
 _SWITCHES = ("--wandb",)
 
@@ -99,7 +99,7 @@ class Sweep:
 
     def label(self, key: str) -> str:
         """The shortest end of a key that no other key of this sweep shares: lr, width."""
-        return _short(key, [other for other in self.keys if other != key])
+        return short_names(self.keys)[key]
 
     def record(self) -> dict[str, Any]:
         return {
@@ -241,18 +241,6 @@ def _one_of(found: Any, known: Sequence[Any], what: str) -> Any:
 
 def _text(axis: Axis | None) -> str:
     return "not given" if axis is None else axis.text() if not isinstance(axis, Choices) else f"[{axis.text()}]"
-
-
-def _short(key: str, others: Sequence[str]) -> str:
-    parts = _told(key)
-    for length in range(1, len(parts) + 1):
-        if all(_told(other)[-length:] != parts[-length:] for other in others):
-            return ".".join(parts[-length:])
-    return key
-
-
-def _told(key: str) -> list[str]:
-    return [part for part in key.split(".") if part not in _UNTOLD] or [key]
 
 
 def _end(value: Any) -> str:

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from lightspan.config.flags import allow_options
 from lightspan.errors import print_notes
-from lightspan.report.compare import better
 from lightspan.run_files import OUTPUT
+from lightspan.runs.direction import better
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
 from lightspan.sweeps.points import flags_of

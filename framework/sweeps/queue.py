@@ -72,7 +72,7 @@ class TrialQueue:
     def tasks(self) -> Iterator[Task]:
         """The trials in their order. A suggestion is made when it is asked for.
 
-        Raises: UserError if `tpe` has nothing to follow, since no run that is done logged the metric.
+        Raises: UserError if `tpe` has nothing to follow, since none of the runs that are done logged the metric.
         """
         for trial in self.sweep.trials:
             if self.due(trial):
@@ -104,6 +104,10 @@ class TrialQueue:
         from lightspan.sweeps.tpe import suggest
 
         assert self.sweep.metric is not None
+        runs = [self.folder / trial.run for trial in self.sweep.trials]
+        remarks = [unlogged(run, self.sweep.metric) for run in runs if status_of(run) is Status.DONE]
+        if remarks and all(remarks):
+            raise UserError(remarks[0])
         known = [self._result(trials, self.sweep.metric) for trials in by_point(self.sweep)]
         values = suggest(self.sweep.keys, self.sweep.mode, known, self.sweep.draw_seed)
         trials = self.sweep.of_point(len(known), values)
@@ -115,10 +119,6 @@ class TrialQueue:
         """A point and the mean over its seeds: None while one of them runs, NaN if one has no result."""
         if any(trial.run in self._given for trial in trials):
             return trials[0].values, None
-        for trial in trials:
-            run = self.folder / trial.run
-            if status_of(run) is Status.DONE and (said := unlogged(run, metric)):
-                raise UserError(said)
         scores = {trial.seed: score(self.folder / trial.run, metric) for trial in trials}
         values = {seed: math.nan if value is None else value for seed, value in scores.items()}
         return trials[0].values, SeedScores(values, len(trials)).mean

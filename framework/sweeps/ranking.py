@@ -11,11 +11,10 @@ from typing import Any
 from lightspan.config.problems import nearest
 from lightspan.report.runs import AXES
 from lightspan.run_files import METRICS
+from lightspan.runs.metric_values import TAIL
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
 from lightspan.sweeps.points import Settings
-
-_TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def last_values(run: Path) -> dict[str, float]:
 
 def last_step(run: Path) -> int | None:
     """How many steps a run has logged, from the end of metrics.jsonl alone; None before the first."""
-    steps = [row["step"] for row in _rows(_read(run / METRICS, _TAIL_BYTES)) if isinstance(row.get("step"), float)]
+    steps = [row["step"] for row in _rows(_read(run / METRICS, TAIL)) if isinstance(row.get("step"), float)]
     return 1 + int(steps[-1]) if steps and math.isfinite(steps[-1]) else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError, install_extra
-from lightspan.sweeps.files import Mode
+from lightspan.runs.direction import Mode
 from lightspan.sweeps.points import Axis, Choices, Settings
 
 if TYPE_CHECKING:

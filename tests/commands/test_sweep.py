@@ -116,7 +116,7 @@ def test_fit_with_seeds_is_a_sweep_without_keys(stub: Stub, capsys: pytest.Captu
         ([f"{LR}=1,2", "--method", "random"], "--method random needs --trials N"),
         ([f"{LR}=1,2", "--method", "random", "--trials", "3"], "these keys have only 2 different points"),
         (["--seeds", "1,2", "--method", "random", "--trials", "3"], "no key has several"),
-        ([f"{LR}=1,2", "--metric", "val/odd"], "--metric val/odd: say with --mode min or --mode max"),
+        ([f"{LR}=1,2", "--metric", "val/odd"], "--metric val/odd: its name does not tell whether low or high is good"),
         ([f"{LR}=1,2", "--workers", "0"], "'0' is not a whole number from 1 up"),
         ([f"{LR}=1,2", "--task", "0"], "--task needs the folder that all tasks share; give --out DIR"),
         ([f"{LR}=1,2", "trainer.callbacks.summary=null"], "from whose file a sweep learns that a run is done"),

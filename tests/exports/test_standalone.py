@@ -104,6 +104,14 @@ def test_the_comparison_sees_all_batches_and_counts_in_shares_of_the_largest_out
     assert 1 in BATCHES
 
 
+def test_an_infinite_output_makes_nothing_acceptable() -> None:
+    reading = Reading({"image": torch.full((1, 1, 2, 2), float("inf"))})
+    method = Standalone(Means(), reading)
+    for other in (method, lambda image: torch.zeros(len(image), 2)):
+        difference, limit = compare(method, other)
+        assert difference > limit
+
+
 def test_what_is_no_number_or_has_another_shape_is_infinitely_far() -> None:
     assert largest_difference(torch.zeros(2), torch.zeros(3)) == float("inf")
     assert largest_difference(torch.zeros(2), torch.tensor([0.0, float("nan")])) == float("inf")

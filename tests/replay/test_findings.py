@@ -103,6 +103,7 @@ def test_a_finite_step_has_no_finding_and_leaves_no_hook():
         (torch.tensor([torch.nan, torch.inf, 3.0]), "x: float32 [3] from 3 to 3, 1 NaN and 1 infinite of 3"),
         (torch.full((2,), torch.nan, dtype=torch.bfloat16), "x: bfloat16 [2], 2 NaN of 2"),
         (torch.tensor([3, -1]), "x: int64 [2] from -1 to 3"),
+        (torch.tensor([1 - 2j, complex(torch.inf, 0)]), "x: complex64 [2] from -2 to 1, 1 infinite of 4"),
         (torch.tensor([True]), "x: bool [1] from 1 to 1"),
         (torch.zeros(0, 2), "x: float32 [0, 2], empty"),
     ],

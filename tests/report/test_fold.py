@@ -12,7 +12,7 @@ from lightspan.errors import UserError
 from lightspan.report.compare import compare
 from lightspan.report.fold import fold
 from lightspan.report.page import BEST, MOST_DRAWN, render
-from lightspan.report.ranking import ranked, ranking_table, short_names
+from lightspan.report.ranking import ranked, ranking_table
 from lightspan.report.runs import Run, load_run, load_runs
 from lightspan.report.sections import sections
 
@@ -128,16 +128,6 @@ def test_a_metric_without_a_direction_needs_one(make_run: MakeRun) -> None:
     assert ranked(runs, "width", "max") is not None
 
 
-def test_names_of_settings_are_as_short_as_they_are_clear() -> None:
-    assert short_names(["a.b.lr", "a.c.lr", "a.width", "x"]) == {
-        "a.b.lr": "b.lr",
-        "a.c.lr": "c.lr",
-        "a.width": "width",
-        "x": "x",
-    }
-    assert short_names(["a.b", "b"]) == {"a.b": "a.b", "b": "b"}
-
-
 def test_of_many_runs_the_page_draws_the_best_and_ranks_all(make_run: MakeRun) -> None:
     count = MOST_DRAWN + 1
     runs = made(make_run, *({"rows": values(9.0, 20.0 - at), "resolved": seeded(0, lr=at)} for at in range(count)))
@@ -157,10 +147,13 @@ def test_settings_and_provenance_that_all_runs_share_are_folded_away(make_run: M
     assert "python" in hidden
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "samples.jsonl", "provenance.json", "pictures"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "summary.json", "samples.jsonl", "provenance.json", "pictures", "failed.txt"]
+)
 def test_a_link_out_of_a_run_is_not_read(make_run: MakeRun, tmp_path: Path, name: str) -> None:
     run = make_run("a", provenance={"argv": []}, samples=[])
     (run / "pictures").mkdir()
+    (run / "failed.txt").touch()
     (run / name).rename(tmp_path / "outside")
     (run / name).symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match=f"{name} is a link that leads out of its run folder"):

@@ -154,7 +154,7 @@ def test_names_and_numbers_of_others_are_text(make_run: MakeRun, served: Callabl
     assert b"<img src=x" not in page
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "samples.jsonl", "pictures"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "samples.jsonl", "pictures", "failed.txt"])
 def test_a_link_out_of_a_run_shows_nothing_of_where_it_leads(
     make_run: MakeRun, tmp_path: Path, served: Callable[[Live], LiveServer], name: str
 ) -> None:

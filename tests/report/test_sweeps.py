@@ -53,6 +53,16 @@ def test_a_sweep_is_named_as_a_whole_and_its_points_by_their_settings(tmp_path: 
         assert f"<b>{chart}</b>" in page
 
 
+def test_before_a_sweep_has_logged_its_metric_its_report_shows_what_there_is(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s")
+    for trial in sweep.trials:
+        row = {"step": 0, "time_s": 0.0, "train/loss": 1.0}
+        (tmp_path / "s" / trial.run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    found = shown([tmp_path / "s"])
+    assert found.metric is None
+    assert "<b>train/loss</b>" in found.page()
+
+
 def test_trials_named_one_by_one_belong_to_their_sweep_once(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "s")
     folders = [tmp_path / "s" / trial.run for trial in sweep.trials]

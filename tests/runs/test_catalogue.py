@@ -37,6 +37,14 @@ def test_runs_are_found_at_any_depth_but_not_inside_runs_or_behind_links(make_ru
         find_runs([tmp_path / "nowhere"])
 
 
+def test_the_runs_of_a_sweep_are_listed_though_it_locks_its_own_folder(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("sweep/000"), make_run("sweep/001")]
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    (tmp_path / "sweep" / ".lightspan.lock").write_text("process 1 on node-7\n")
+    assert find_runs([tmp_path]) == runs
+    assert find_runs([tmp_path / "sweep"]) == runs
+
+
 def test_an_entry_says_what_was_typed_beside_the_recipe_and_when_it_was_first_started(make_run: MakeRun) -> None:
     words = ["-c", "scale/cpu2", "model.lr=1e-3", "--seed_everything", "3", "--run", "runs/x", "--resume=auto"]
     earlier = [{"started": "2026-01-02T03:04:05+00:00"}, {"started": "2026-01-03T00:00:00+00:00"}]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lightspan.runs.fits import Task
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep
-from lightspan.sweeps.points import Choices
+from lightspan.sweeps.points import Choices, Range
 from lightspan.sweeps.queue import TrialQueue
 
 SWEEP = Sweep("recipe.yaml", ("a.b=1",), {"k": Choices((1, 2, 3))}, metric="val/loss").planned()
@@ -79,3 +80,13 @@ def test_a_failure_that_the_run_recorded_stays_as_it_is(tmp_path: Path) -> None:
     assert queue.ended(task, 1) is Status.FAILED
     assert (task.log.parent / "failed.txt").read_text() == "its own words\n"
     assert status_of(task.log.parent) is Status.FAILED
+
+
+def test_tpe_goes_on_past_a_run_that_never_logged_the_metric(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    sweep = Sweep("recipe.yaml", (), {"k": Range(0.0, 1.0, False)}, "tpe", "val/loss", points=3)
+    sweep = replace(sweep, trials=(*sweep.of_point(0, {"k": 0.25}), *sweep.of_point(1, {"k": 0.5})))
+    for trial, name in zip(sweep.trials, ("train/loss", "val/loss"), strict=True):
+        finish(tmp_path / trial.run)
+        (tmp_path / trial.run / "metrics.jsonl").write_text(json.dumps({"step": 0, name: 1.0}) + "\n")
+    assert len([*TrialQueue(sweep, tmp_path, retry_failed=False).tasks()]) == 1

@@ -14,8 +14,8 @@ from pygments.lexers import PythonLexer
 COPY = Path("build/site-package")
 # What the command line is made of (running.md is about it), recipes, which have pages of their own, and experiments.
 LEFT_OUT = {
-    *("__main__", "cli", "commands", "config", "exports", "intrinsic", "launch", "planning", "report", "runs"),
-    *("experiments", "recipes", "run_files"),
+    *("__main__", "cli", "commands", "config", "exports", "intrinsic", "launch", "planning", "replay", "report"),
+    *("runs", "sweeps", "experiments", "recipes", "run_files"),
 }
 SOURCE = "<!-- source of {} -->"
 
