@@ -224,7 +224,12 @@ def test_two_runs_are_listed_ranked_tagged_shown_and_deleted_as_the_page_says(tm
     assert best[3].startswith("best: the highest val/accuracy, judging by its name")
     assert len(json.loads(printed["lightspan runs --json"])) == 2
     assert Path("runs.csv").read_text().count("\n") == 3
-    assert printed["lightspan runs --tag baseline"].splitlines()[1].endswith("baseline paper  the rate of the paper")
+    assert (
+        printed["lightspan runs --tag baseline"]
+        .splitlines()[1]
+        .rstrip()
+        .endswith("baseline paper  the rate of the paper")
+    )
     report, *_ = block(page, "sh", "lightspan report").splitlines()
     assert main(shlex.split(report)[1:]) == 0
     clean = block(page, "sh", "lightspan runs clean").splitlines()
