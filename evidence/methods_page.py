@@ -21,7 +21,7 @@ those.
 *Figure* is the claim that tells a system from its baseline, and *held* says whether it kept the margin that was set
 before the run. *All claims* counts what held on each page of evidence.
 
-| no. | system | family | modality | recipes | baseline | figure | margin | held | all claims |
+| no. | system | family | modality | baseline | figure | margin | held | all claims | recipes |
 |---|---|---|---|---|---|---|---|---|---|
 """
 BY_FAMILY = """
@@ -66,7 +66,7 @@ def system_row(system: System, entry: Entry | None) -> str:
     named = title if title.startswith(system.name) else f"{system.name}: {title}"
     name = f"{named} ({paper_link(system.arxiv)})"
     if entry is None:
-        cells = [name, system.family, system.modality, "not built yet", "", "", "", "", ""]
+        cells = [name, system.family, system.modality, "", "not built yet", "", "", "", ""]
     else:
         records = records_about(entry)
         claim = main_claim(system, records)
@@ -74,7 +74,7 @@ def system_row(system: System, entry: Entry | None) -> str:
         if claim is not None:
             said = [figure(claim), margin(claim["margin"]), "yes" if claim["held"] else "**no**"]
         pages = ", ".join(f"[{held(record)}](evidence/{record['system']}.md)" for record in records)
-        cells = [name, entry.family, entry.modality, recipe_links(entry), system.baseline, *said, pages]
+        cells = [name, entry.family, entry.modality, system.baseline, *said, pages, recipe_links(entry)]
     return f"| {' | '.join((str(system.number), *cells))} |"
 
 
