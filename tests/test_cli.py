@@ -47,14 +47,15 @@ def lines(capsys) -> list[str]:
     ],
     ids=" ".join,
 )
-def test_these_never_import_torch_and_answer_in_half_a_second(arguments):
+def test_these_never_import_torch_and_answer_in_half_a_second(arguments, pytestconfig):
+    limit_s = 0.5 * pytestconfig.getoption("--patience")
     code = (
         "import sys, time; from lightspan.cli import main\n"
         f"status = main({arguments!r})\n"
         "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         # CPU time of the whole process, start included: wall time on an idle machine, and steady on a busy one.
-        "assert time.process_time() < 0.5, time.process_time()\n"
+        f"assert time.process_time() < {limit_s}, time.process_time()\n"
         "sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
