@@ -11,7 +11,7 @@ from typing import Any
 from lightspan.config.problems import nearest
 from lightspan.report.runs import AXES
 from lightspan.run_files import METRICS
-from lightspan.runs.metric_values import TAIL
+from lightspan.runs.metric_values import TAIL, read_logged
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
 from lightspan.sweeps.points import Settings
@@ -69,7 +69,10 @@ def score(run: Path, metric: str) -> float | None:
     """The last value of a metric of a run that is done: NaN if that is not finite, or was never logged. None for a run
     that is not done.
     """
-    return last_values(run).get(metric, math.nan) if status_of(run) is Status.DONE else None
+    if status_of(run) is not Status.DONE:
+        return None
+    found = read_logged(run / METRICS, [metric]).values.get(metric)
+    return math.nan if found is None or found.last is None else found.last
 
 
 def unlogged(run: Path, metric: str) -> str | None:
