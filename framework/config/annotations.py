@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from lightspan.config.signatures import base_definitions, descends, resolve, signature_of
-from lightspan.config.source import Definition, Source, exported, load, lookup, submodules
+from lightspan.config.source import Definition, Seen, Source, exported, load, lookup, submodules
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
@@ -47,8 +47,12 @@ def fits(value: Any, annotation: ast.expr, source: Source, depth: int = 0) -> bo
         return None
     union = members(annotation, source)
     if len(union) > 1:
-        answers = [fits(value, member, where, depth + 1) for member, where in union]
-        return True if True in answers else None if None in answers else False
+        answers: list[bool | None] = []
+        for member, where in union:
+            if answer := fits(value, member, where, depth + 1):  # to try the others may take parsing a large module
+                return True
+            answers.append(answer)
+        return None if None in answers else False
     annotation, source = union[0]
     if isinstance(annotation, ast.Constant) and annotation.value is None:
         return value is None
@@ -114,7 +118,7 @@ def members(annotation: ast.expr, source: Source, depth: int = 0) -> list[tuple[
     elif name in ("Annotated", "Final"):
         inner = _arguments(annotation)[:1]
     elif isinstance(annotation, ast.Name | ast.Attribute) and name not in (*_NAMES, *_SEQUENCES, *_MAPPINGS):
-        found = resolve(annotation, source)
+        found = resolve(annotation, source, glance=True)  # an alias is wanted
         if isinstance(found, Definition) and isinstance(found.node, ast.Subscript | ast.BinOp):
             return members(found.node, found.source, depth + 1)
     if not inner:
@@ -201,8 +205,8 @@ def class_names(annotation: ast.expr, source: Source) -> list[str]:
         elif name in _NAMES or name == "Literal" or (isinstance(member, ast.Constant) and member.value is None):
             continue
         else:
-            what = resolve(member, where)
-            found = [what.name] if isinstance(what, Definition) and what.is_class and what.name else []
+            what = resolve(member, where, glance=True)
+            found = [what.name] if isinstance(what, Definition | Seen) and what.is_class and what.name else []
         if not found:
             return []
         names += found

@@ -8,8 +8,9 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import overload
 
-from lightspan.config.source import Absent, Definition, Source, locate, lookup
+from lightspan.config.source import Absent, Definition, Seen, Source, locate, lookup
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,14 @@ def descends(definition: Definition, kind: str, depth: int = 0) -> bool | None:
     return True if True in answers else None if None in answers else False
 
 
-def resolve(expression: ast.expr, source: Source) -> Definition | Absent | None:
-    """What a name or dotted name in a module's source stands for."""
+@overload
+def resolve(expression: ast.expr, source: Source) -> Definition | Absent | None: ...
+@overload
+def resolve(expression: ast.expr, source: Source, *, glance: bool) -> Definition | Seen | Absent | None: ...
+def resolve(expression: ast.expr, source: Source, *, glance: bool = False) -> Definition | Seen | Absent | None:
+    """What a name or dotted name in a module's source stands for; `glance` as in `lookup`."""
     if isinstance(expression, ast.Name):
-        return lookup(source, expression.id)
+        return lookup(source, expression.id, glance=glance)
     if isinstance(expression, ast.Attribute):
         full = _full_name(ast.unparse(expression), source)
         return locate(full) if full is not None else None

@@ -7,10 +7,12 @@ imported at all.
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import overload
 
 MAX_STAR_DEPTH = 3  # deeper chains of `from x import *` count as unknown
 DYNAMIC = ("sys.modules", "globals()", "def __getattr__(name")  # may have names that the source does not show
@@ -49,6 +51,14 @@ class Definition:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A class, by the full name of where it is defined, in a module whose text shows it and was not parsed."""
+
+    name: str
+    is_class = True
+
+
+@dataclass(frozen=True)
 class Absent:
     """The module is completely known and has no such name."""
 
@@ -62,13 +72,9 @@ def module_file(name: str) -> Path | None:
     top, *rest = name.split(".")
     # lightspan is mapped from several folders in an editable install, and importing it runs nothing heavy.
     root_name, below = (f"{top}.{rest[0]}", rest[1:]) if top == "lightspan" and rest else (top, rest)
-    try:
-        spec = importlib.util.find_spec(root_name)
-    except (ImportError, ValueError):
+    path = _root_file(root_name)
+    if path is None:
         return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    path = Path(spec.origin)
     for part in below:
         if path.name != "__init__.py":
             return None
@@ -80,15 +86,34 @@ def module_file(name: str) -> Path | None:
 
 
 @cache
+def _root_file(name: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    origin = spec.origin if spec is not None else None
+    return Path(origin) if origin is not None and origin.endswith(".py") else None
+
+
+@cache
+def _text(name: str) -> str | None:
+    """A module's text, or None if it has none that can be read."""
+    path = module_file(name)
+    try:
+        return path.read_text(encoding="utf-8") if path is not None else None
+    except (OSError, ValueError):
+        return None
+
+
+@cache
 def load(name: str) -> Source | None:
     """A module's source, or None if it has none or does not parse."""
-    path = module_file(name)
-    if path is None:
+    path, text = module_file(name), _text(name)
+    if path is None or text is None:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
-    except (OSError, SyntaxError, ValueError):
+    except (SyntaxError, ValueError):
         return None
     return Source(name, path, tree, path.name == "__init__.py", any(mark in text for mark in DYNAMIC))
 
@@ -109,8 +134,16 @@ def locate(dotted: str) -> Definition | Absent | None:
     return None
 
 
-def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | None:
-    """What `name` means inside a module; None if the source does not tell."""
+@overload
+def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | None: ...
+@overload
+def lookup(source: Source, name: str, depth: int = 0, *, glance: bool) -> Definition | Seen | Absent | None: ...
+def lookup(source: Source, name: str, depth: int = 0, *, glance: bool = False) -> Definition | Seen | Absent | None:
+    """What `name` means inside a module; None if the source does not tell.
+
+    With `glance`, a class of another module may be Seen instead of defined: parsing large modules takes most of the
+    time of `check`.
+    """
     stars: list[str] = []
     names: list[str] = []
     for statement in _top_level(source.tree.body):
@@ -126,7 +159,7 @@ def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | N
                     continue
                 names.append(alias.asname or alias.name)
                 if names[-1] == name:
-                    return _follow(origin, alias.name, depth)
+                    return _follow(origin, alias.name, depth, glance)
         elif isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             for target in targets:
@@ -142,9 +175,11 @@ def lookup(source: Source, name: str, depth: int = 0) -> Definition | Absent | N
         source.is_dynamic and source.name != "lightspan"
     )  # the lazy names of lightspan are not classes to configure
     for origin in stars:
+        if unknown and not _may_define(origin, name, depth + 1):  # transformers.models imports from 557 of these
+            continue
         below = load(origin) if depth < MAX_STAR_DEPTH else None
-        found = lookup(below, name, depth + 1) if below is not None else None
-        if isinstance(found, Definition):
+        found = lookup(below, name, depth + 1, glance=glance) if below is not None else None
+        if isinstance(found, Definition | Seen):
             return found
         if isinstance(found, Absent):
             names += found.names
@@ -173,13 +208,21 @@ def absolute(source: Source, statement: ast.ImportFrom) -> str:
     return ".".join([*parts, statement.module] if statement.module else parts)
 
 
-def _follow(origin: str, name: str, depth: int) -> Definition | Absent | None:
+def _may_define(module: str, name: str, depth: int) -> bool:
+    """Whether the text of a module shows a name, or a star behind which it may be."""
+    text = _text(module) or ""
+    return name in text or (depth < MAX_STAR_DEPTH and "import *" in text)
+
+
+def _follow(origin: str, name: str, depth: int, glance: bool) -> Definition | Seen | None:
+    if glance and re.search(rf"^class {name}\b", _text(origin) or "", re.MULTILINE):
+        return Seen(f"{origin}.{name}")
     below = load(origin)
     if below is None or depth > 12:
         return None
-    found = lookup(below, name, depth + 1)
+    found = lookup(below, name, depth + 1, glance=glance)
     # A broken re-export is the library's fault, never the user's misspelling.
-    return found if isinstance(found, Definition) else None
+    return found if isinstance(found, Definition | Seen) else None
 
 
 def submodules(source: Source) -> tuple[str, ...]:

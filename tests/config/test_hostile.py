@@ -122,6 +122,7 @@ def test_what_happens_is_heard(sound, tmp_path):
             act()
 
 
+@pytest.mark.runs  # each worker of the tests builds the sound recipe in the first of them
 @pytest.mark.parametrize("layer", ATTEMPTS, indirect=True)
 def test_it_is_refused_and_nothing_happens(layer, sound, monkeypatch, tmp_path):
     with nothing_happens():

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
+from lightspan.cli import main
 from lightspan.config.signatures import Signature, signature
-from lightspan.config.source import Absent, Definition, locate
+from lightspan.config.source import Absent, Definition, Seen, load, locate, lookup
 
 PACKAGE = {
     "__init__.py": "from .shapes import Square as Box\nraise RuntimeError('imported')\n",
@@ -46,7 +47,7 @@ class Base:
 def scale(x: int, factor: float = 2.0) -> Base: ...
 """,
     "stars.py": "from ._base import *\n",
-    "dynamic.py": "def __getattr__(name): ...\n",
+    "dynamic.py": "from ._base import *\nfrom .broken import *\ndef __getattr__(name): ...\n",
     "broken.py": "class A(:\n",
 }
 
@@ -101,12 +102,34 @@ def test_the_fields_of_a_dataclass_are_its_parameters():
 
 
 @pytest.mark.parametrize(
-    "name", ["paper_shapes.Box", "paper_shapes.shapes.Square", "paper_shapes.shapes.resize", "paper_shapes.stars.scale"]
+    "name",
+    [
+        "paper_shapes.Box",
+        "paper_shapes.shapes.Square",
+        "paper_shapes.shapes.resize",
+        "paper_shapes.stars.scale",
+        "paper_shapes.dynamic.scale",
+    ],
 )
 def test_re_exports_are_followed_under_their_new_names(name):
     found = locate(name)
     assert isinstance(found, Definition)
     assert found.source.name in ("paper_shapes.shapes", "paper_shapes._base")
+
+
+def test_a_class_may_be_seen_without_parsing_its_module():
+    module = load("paper_shapes")
+    assert lookup(module, "Box", glance=True) == Seen("paper_shapes.shapes.Square")
+    assert lookup(load("paper_shapes.stars"), "Base").name == "paper_shapes._base.Base"
+    assert lookup(load("paper_shapes.shapes"), "resize", glance=True).name == "paper_shapes._base.scale"
+
+
+def test_checking_a_recipe_parses_few_modules(capsys):
+    """What most of the time of `check` goes to. transformers alone has 557 modules behind stars."""
+    load.cache_clear()
+    assert main(["check", "language/quickstart"]) == 0
+    capsys.readouterr()
+    assert load.cache_info().currsize < 80
 
 
 def test_a_name_that_a_module_does_not_have_is_known_to_be_absent():
