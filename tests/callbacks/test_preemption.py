@@ -176,7 +176,7 @@ with signal_flag.remembered((signal.SIGTERM, signal.SIGINT)) as flag:
     mutex, lock = ctypes.create_string_buffer(128), ctypes.CDLL(None).pthread_mutex_lock
     lock(mutex), lock(mutex)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == status
     assert f"{name}: still in <module> (<string>:9); exiting at once" in done.stderr
 
