@@ -13,16 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightspan.config.tree import MAX_DEPTH, plain, read
+from lightspan.config.tree import plain, read
 from lightspan.errors import UserError
 from lightspan.files import read_small
 from lightspan.report.curves import XY
 from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
+from lightspan.runs.json_lines import json_lines, value_of
+from lightspan.runs.metrics import AXES, is_number, is_value
 from lightspan.runs.status import Status
 
 MOST_PICTURE_BYTES = 2**24
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
-AXES = ("step", "time_s", "epoch")
 _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
 
@@ -43,7 +44,8 @@ class Run:
     """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged.
     `pictures` are PNG files by name.
 
-    `status` is known where somebody has asked for it: a run must not ask for its own.
+    `status` is known where somebody has asked for it: a run must not ask for its own. `draws` is how many runs stand
+    for the same point of a sweep, of which each has another seed, whether they have figures or not.
 
     Of a run that `fold` made, rows and summary are means over its `members`; `row_spreads` and `spread` are the
     standard deviations of each row and of the summary, by name, and everything else is the first member's.
@@ -59,12 +61,13 @@ class Run:
     pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
     status: Status | None = None
     members: tuple["Run", ...] = ()
+    draws: int = 1
     row_spreads: Sequence[dict[str, float]] = ()
     spread: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> list[str]:
         """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
-        names = (key for row in self.rows for key, value in row.items() if key not in AXES and _is_value(value))
+        names = (key for row in self.rows for key, value in row.items() if key not in AXES and is_value(value))
         return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
 
     def points(self, metric: str) -> list[LoggedValue]:
@@ -73,7 +76,7 @@ class Run:
         return [
             LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]), spread.get(metric))
             for row, spread in zip(self.rows, spreads, strict=True)
-            if metric in row and _is_value(row[metric])
+            if metric in row and is_value(row[metric])
         ]
 
     def spectra(self) -> dict[str, tuple[int, list[XY]]]:
@@ -82,7 +85,7 @@ class Run:
         for row in self.rows:
             parts: dict[str, list[XY]] = {}
             for key, value in row.items():
-                if (match := _SPECTRUM.match(key)) and _is_number(value):
+                if (match := _SPECTRUM.match(key)) and is_number(value):
                     parts.setdefault(match[1], []).append((float(match[2]), float(value)))
             found |= {name: (int(row["step"]), sorted(points)) for name, points in parts.items()}
         return found
@@ -130,7 +133,7 @@ def load_run(folder: Path, name: str) -> Run:
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
     _refuse_links_out(folder)
-    rows = _read_lines(folder / METRICS)
+    rows = list(json_lines(folder / METRICS))
     for row in rows:
         if not isinstance(row.get("step"), int):
             raise UserError(f"{folder / METRICS}: a line has no whole-number 'step': {json.dumps(row)[:120]}")
@@ -141,7 +144,7 @@ def load_run(folder: Path, name: str) -> Run:
         summary=_read_mapping(folder / SUMMARY),
         config=_read_mapping(folder / RESOLVED),
         provenance=_read_mapping(folder / PROVENANCE),
-        samples=_read_lines(folder / SAMPLES) if (folder / SAMPLES).is_file() else [],
+        samples=list(json_lines(folder / SAMPLES)),
         pictures=_read_pictures(folder / PICTURES),
     )
     if not run.metrics():
@@ -205,25 +208,6 @@ def _shared_rate_names(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{prefix.sub("lr", key): value for key, value in row.items()} for row in rows]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines. A killed run may leave an incomplete last line, which is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _parsed(line)
-        except ValueError as error:
-            if number == len(lines):
-                continue
-            raise UserError(f"{path}:{number} is not JSON ({error}): {line[:80]!r}; fix or remove it") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}; fix or remove it")
-        rows.append(row)
-    return rows
-
-
 def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -231,7 +215,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         value = plain(read(path))
     else:
         try:
-            value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+            value = value_of(path.read_text(encoding="utf-8", errors="replace"))
         except ValueError as error:
             raise UserError(f"{path} cannot be parsed ({error}); fix or remove it") from error
     if not isinstance(value, dict):
@@ -239,41 +223,5 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parsed(text: str) -> Any:
-    """JSON that floats can represent and a page can show. Raises: ValueError, also for too deep nesting."""
-    try:
-        value = json.loads(text, parse_int=_whole)
-        if "\\u" in text:  # may have escaped half a surrogate pair, which is not text
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    except json.JSONDecodeError as error:
-        raise ValueError(error.msg) from error
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-    return value
-
-
-def _whole(digits: str) -> int | float:
-    return int(digits) if len(digits) < 19 else float(digits)  # a float beyond its range is infinite, and not drawn
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_value(value: object) -> bool:
-    return value is None or _is_number(value)
-
-
 def _number(value: Any) -> float:
-    return float(value) if _is_number(value) else math.nan
+    return float(value) if is_number(value) else math.nan

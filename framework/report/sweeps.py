@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import combinations
 from pathlib import Path
@@ -73,11 +73,12 @@ def _all_of(found: SweepRuns) -> list[Run]:
         if run in found.values:  # was named itself
             continue
         try:
-            runs.append(load_run(run, _label(found.sweep, trial)))
+            loaded = load_run(run, _label(found.sweep, trial))
         except UserError:
             found.missing[trial.run] = status_of(run)
         else:
             found.values[run] = trial.values
+            runs.append(replace(loaded, draws=len(found.sweep.seeds or (None,))))
     if not found.values:
         raise UserError(f"no run of the sweep {found.folder} has figures yet: {_counts(found) or 'it has no trials'}")
     return runs

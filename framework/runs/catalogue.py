@@ -15,7 +15,7 @@ from lightspan.errors import UserError
 from lightspan.files import read_small
 from lightspan.run_files import LOCK, METRICS, PROVENANCE, RESOLVED, SUMMARY, SWEEP
 from lightspan.runs.labels import note_of, tags_of
-from lightspan.runs.metric_values import MetricValues, read_logged
+from lightspan.runs.metrics import MetricValues, read_logged
 from lightspan.runs.status import Status, status_of
 
 MARKS = frozenset({LOCK, METRICS, PROVENANCE, RESOLVED})

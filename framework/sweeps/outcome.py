@@ -8,12 +8,13 @@ from rich.console import Console
 
 from lightspan.config.flags import allow_options
 from lightspan.errors import print_notes
-from lightspan.run_files import OUTPUT
+from lightspan.run_files import METRICS, OUTPUT
 from lightspan.runs.direction import better
+from lightspan.runs.metrics import last_values
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
 from lightspan.sweeps.points import flags_of
-from lightspan.sweeps.ranking import last_values, over_seeds, ranked, unlogged
+from lightspan.sweeps.ranking import over_seeds, ranked, unlogged
 from lightspan.sweeps.tables import SCORES, ranking_table, seed_table
 
 _FEW = 5  # runs that are not done and are named
@@ -51,7 +52,7 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
 
 def _metric(sweep: Sweep, folder: Path) -> str | None:
     """A score that the runs logged and whose name says which direction is better."""
-    names = dict.fromkeys(name for trial in sweep.trials[:1] for name in last_values(folder / trial.run))
+    names = dict.fromkeys(name for trial in sweep.trials[:1] for name in last_values(folder / trial.run / METRICS))
     return next((name for name in names if name.startswith(SCORES) and better(name) != "neither"), None)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from lightspan.runs.figures import SeedScores
 from lightspan.sweeps.files import Sweep
 from lightspan.sweeps.points import Settings, written
-from lightspan.sweeps.ranking import SeedScores
 
 MOST_ROWS = 10
 SCORES = ("val/", "test/", "probe/")
