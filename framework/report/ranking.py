@@ -7,12 +7,13 @@ from html import escape
 
 from lightspan.config.key_names import short_names
 from lightspan.errors import UserError
-from lightspan.report.compare import differences, number
+from lightspan.report.compare import differences
 from lightspan.report.fold import without_seeds
 from lightspan.report.runs import Run
 from lightspan.report.sections import group_of
 from lightspan.runs.direction import Mode, better, mode_of
 from lightspan.runs.figures import SeedScores, ended, figure, scores
+from lightspan.runs.numbers import SCORE_DIGITS, number, spread_text
 
 MOST_SETTINGS = 6  # columns
 
@@ -43,10 +44,10 @@ class RankedRun:
     def text(self) -> str:
         """The value as a reader sees it, with the number of seeds where some do not count."""
         if math.isnan(self.value):
-            return "—" if math.isnan(self.so_far) else f"{number(self.so_far, 4)}, {self.run.status}"
-        spread = "" if self.spread is None else f" ± {number(self.spread, 4)}"
+            return "—" if math.isnan(self.so_far) else f"{number(self.so_far, SCORE_DIGITS)}, {self.run.status}"
+        spread = "" if self.spread is None else f" ± {spread_text(self.spread)}"
         some = "" if self.scores.complete else f" ({len(self.scores.values)} of {self.scores.runs} seeds)"
-        return number(self.value, 4) + spread + some
+        return number(self.value, SCORE_DIGITS) + spread + some
 
 
 @dataclass(frozen=True)

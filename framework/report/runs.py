@@ -22,7 +22,9 @@ from lightspan.runs.json_lines import json_lines, value_of
 from lightspan.runs.metrics import AXES, is_number, is_value
 from lightspan.runs.status import Status
 
-MOST_PICTURE_BYTES = 2**24
+MOST_PICTURE_BYTES, MOST_PICTURES_BYTES = 2**24, 2**26  # of one, and of a run's together
+MOST_METRICS_BYTES, MOST_SAMPLES_BYTES = 2**26, 2**22  # the last ones of a longer file are read
+MOST_MAPPING_BYTES = 2**22  # of summary.json and provenance.json
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
 _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
@@ -44,6 +46,8 @@ class Run:
     """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged.
     `pictures` are PNG files by name.
 
+    `remarks` say what of the folder is not here because it is too large.
+
     `status` is known where somebody has asked for it: a run must not ask for its own. `draws` is how many runs stand
     for the same point of a sweep, of which each has another seed, whether they have figures or not.
 
@@ -62,6 +66,7 @@ class Run:
     status: Status | None = None
     members: tuple["Run", ...] = ()
     draws: int = 1
+    remarks: tuple[str, ...] = ()
     row_spreads: Sequence[dict[str, float]] = ()
     spread: dict[str, float] = field(default_factory=dict)
 
@@ -133,7 +138,8 @@ def load_run(folder: Path, name: str) -> Run:
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
     _refuse_links_out(folder)
-    rows = list(json_lines(folder / METRICS))
+    remarks: list[str] = []
+    rows = _last_lines(folder / METRICS, MOST_METRICS_BYTES, remarks)
     for row in rows:
         if not isinstance(row.get("step"), int):
             raise UserError(f"{folder / METRICS}: a line has no whole-number 'step': {json.dumps(row)[:120]}")
@@ -141,11 +147,11 @@ def load_run(folder: Path, name: str) -> Run:
         name=name,
         folder=folder,
         rows=_shared_rate_names(rows),
-        summary=_read_mapping(folder / SUMMARY),
-        config=_read_mapping(folder / RESOLVED),
-        provenance=_read_mapping(folder / PROVENANCE),
-        samples=list(json_lines(folder / SAMPLES)),
-        pictures=_read_pictures(folder / PICTURES),
+        summary=_read_mapping(folder / SUMMARY, remarks),
+        config=_read_mapping(folder / RESOLVED, remarks),
+        provenance=_read_mapping(folder / PROVENANCE, remarks),
+        samples=_last_lines(folder / SAMPLES, MOST_SAMPLES_BYTES, remarks),
+        pictures=_read_pictures(folder / PICTURES, remarks),
     )
     if not run.metrics():
         if (folder / FAILED).is_file():
@@ -157,7 +163,15 @@ def load_run(folder: Path, name: str) -> Run:
             f"run {str(folder)!r} has logged no metric yet: {METRICS} has {len(rows)} lines without one; wait until it "
             "has reached trainer.log_every_n_steps, or lower that number"
         )
+    run = replace(run, remarks=tuple(remarks))
     return run if run.summary else _with_derived_summary(run)
+
+
+def _last_lines(path: Path, most: int, remarks: list[str]) -> list[dict[str, Any]]:
+    """The lines of a file, or of one that is too large the last."""
+    if path.is_file() and (size := path.stat().st_size) > most:
+        remarks.append(f"{path.name} has {size:,} bytes, of which the last {most:,} are shown")
+    return list(json_lines(path, last=most))
 
 
 def _refuse_links_out(folder: Path) -> None:
@@ -182,16 +196,21 @@ def _with_derived_summary(run: Run) -> Run:
     return replace(run, summary=derived)
 
 
-def _read_pictures(folder: Path) -> dict[str, bytes]:
+def _read_pictures(folder: Path, remarks: list[str]) -> dict[str, bytes]:
     """{name without ending: content} of the PNG files in a folder, the last of each series `NAME-STEP`; none if there
-    is no such folder. Files above `MOST_PICTURE_BYTES`, and what is no PNG inside, are left out.
+    is no such folder. What is no PNG inside is left out.
     """
+    last = {re.sub(r"-\d+$", "", path.stem): path for path in sorted(folder.glob("*.png")) if not path.is_symlink()}
     found: dict[str, bytes] = {}
-    for path in sorted(folder.glob("*.png")):
-        if path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_PICTURE_BYTES:
-            content = path.read_bytes()
-            if content.startswith(PNG_MARK):
-                found[re.sub(r"-\d+$", "", path.stem)] = content
+    left = MOST_PICTURES_BYTES
+    for name, path in last.items():
+        content = read_small(path, min(left, MOST_PICTURE_BYTES))
+        if content is not None and content.startswith(PNG_MARK):
+            found[name] = content
+            left -= len(content)
+        elif content is None and path.is_file():
+            limits = f"{MOST_PICTURE_BYTES:,} bytes for one and {MOST_PICTURES_BYTES:,} for all"
+            remarks.append(f"{path.name} is left out: pictures have a limit of {limits}")
     return found
 
 
@@ -208,14 +227,17 @@ def _shared_rate_names(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{prefix.sub("lr", key): value for key, value in row.items()} for row in rows]
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, remarks: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     if path.suffix == ".yaml":
         value = plain(read(path))
+    elif (content := read_small(path, MOST_MAPPING_BYTES)) is None:
+        remarks.append(f"{path.name} is left out: it has more than {MOST_MAPPING_BYTES:,} bytes")
+        return {}
     else:
         try:
-            value = value_of(path.read_text(encoding="utf-8", errors="replace"))
+            value = value_of(content.decode("utf-8", errors="replace"))
         except ValueError as error:
             raise UserError(f"{path} cannot be parsed ({error}); fix or remove it") from error
     if not isinstance(value, dict):

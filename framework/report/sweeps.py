@@ -69,7 +69,7 @@ def _sweep_at(folder: Path, known: dict[Path, SweepRuns]) -> SweepRuns:
 def _all_of(found: SweepRuns) -> list[Run]:
     runs = []
     for trial in found.sweep.trials:
-        run = found.folder / trial.run
+        run = _inside(found.folder, trial)
         if run in found.values:  # was named itself
             continue
         try:
@@ -84,10 +84,19 @@ def _all_of(found: SweepRuns) -> list[Run]:
     return runs
 
 
+def _inside(folder: Path, trial: Trial) -> Path:
+    """The run folder of a trial. Raises: UserError if it is a link out of the sweep, which may come from others."""
+    run = folder / trial.run
+    if run.is_symlink() and folder.resolve() not in run.resolve().parents:
+        raise UserError(f"{run} is a link that leads out of its sweep; copy what it leads to, or remove it")
+    return run
+
+
 def _one_of(found: SweepRuns, folder: Path, name: str) -> list[Run]:
     trial = next((trial for trial in found.sweep.trials if trial.run == folder.name), None)
     if trial is None:
         return [load_run(folder, name)]
+    _inside(found.folder, trial)
     if folder in found.values:
         return []
     found.values[folder] = trial.values

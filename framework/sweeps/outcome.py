@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from lightspan.config.flags import allow_options
-from lightspan.errors import print_notes
+from lightspan.errors import print_notes, printable
 from lightspan.run_files import METRICS, OUTPUT
+from lightspan.runs.catalogue import failure
 from lightspan.runs.direction import better
 from lightspan.runs.metrics import last_values
 from lightspan.runs.status import Status, status_of
@@ -58,6 +59,10 @@ def _metric(sweep: Sweep, folder: Path) -> str | None:
 
 def _name(undone: Sequence[Trial], folder: Path) -> None:
     for trial in undone[:_FEW]:
-        print(f"{status_of(folder / trial.run)}: {folder / trial.run}, see {OUTPUT} there")
+        run = folder / trial.run
+        status = status_of(run)
+        why = failure(run) if status is Status.FAILED else ""
+        see = f", see {OUTPUT} there" if (run / OUTPUT).exists() else ""  # a task of an array prints elsewhere
+        print(printable(f"{status}: {run}{see}" + (f"\n    {why}" if why else "")))
     if len(undone) > _FEW:
         print(f"and {len(undone) - _FEW} more that are not done")

@@ -12,12 +12,12 @@ from lightspan.run_files import FAILED, METRICS, OUTPUT
 from lightspan.runs.figures import figure, scores
 from lightspan.runs.fits import Task, fit_command, last_lines
 from lightspan.runs.metrics import last_step
+from lightspan.runs.numbers import SCORE_DIGITS, number
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.display import run_shown
 from lightspan.sweeps.files import Sweep, Trial, write
 from lightspan.sweeps.points import Settings
 from lightspan.sweeps.ranking import by_point, last_logged, unlogged
-from lightspan.sweeps.tables import short
 
 _STOPPED = 128  # a status above it says that a signal ended the run
 
@@ -95,7 +95,7 @@ class TrialQueue:
         if (metric := self.sweep.metric) is None:
             return ""
         value = self._last_of(run)
-        return f", which logged no {metric}" if value is None else f"  {metric} {short(value) or 'nan'}"
+        return f", which logged no {metric}" if value is None else f"  {metric} {number(value, SCORE_DIGITS)}"
 
     def _task(self, trial: Trial) -> Task:
         run = self.folder / trial.run

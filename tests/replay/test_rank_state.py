@@ -1,6 +1,7 @@
 """A rank's file that somebody made or damaged is refused with its name and that of the field; nothing is restored."""
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def test_a_wrong_value_is_refused_by_name_or_is_none_and_draws_nothing(tmp_path:
     """A few wrong values cannot be told from right ones, such as another number in a generator's state."""
     refused = 0
     for place in PLACES:
-        state, before = whole(), random_states()
+        state = whole()
+        torch.rand(1), np.random.rand(), random.random()
+        before = random_states()  # others than those in the file
         at(state, place[:-1])[place[-1]] = WRONG[wrong](at(state, place))
         said = refusal(tmp_path, state)
         refused += bool(said)

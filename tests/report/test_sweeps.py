@@ -50,8 +50,8 @@ def test_a_sweep_is_named_as_a_whole_and_its_points_by_their_settings(tmp_path: 
     assert (found.metric, found.mode) == ("val/loss", "min")
     page = found.page()
     assert "grid of lr = log(0.001,0.1,3), rank = 4,8; seeds 0, 1" in page
-    assert cells(page)[0] == ["0.2595 ± 0.0007", "0.1345 ± 0.0007"]
-    assert len(re.findall(r'<td class="best" style="--share:50%">0\.1255 ± 0\.0007</td>', page)) == 1
+    assert cells(page)[0] == ["0.2595 ± 0.00071", "0.1345 ± 0.00071"]
+    assert len(re.findall(r'<td class="best" style="--share:50%">0\.1255 ± 0\.00071</td>', page)) == 1
     for chart in ("val/loss by lr", "val/loss by rank"):
         assert f"<b>{chart}</b>" in page
 
@@ -91,9 +91,9 @@ def test_a_report_its_sweep_and_its_search_count_the_same_runs_with_the_same_val
     assert ranking is not None
     assert as_pairs([(place.run.config["k"], place.value) for place in ranking.places]) == expected
     assert [place.text() for place in ranking.places[1:4]] == [
-        "3.2500 ± 0.3536",
-        "0.1000 (1 of 2 seeds)",
-        "0.2000 (1 of 2 seeds)",
+        "3.25 ± 0.35",
+        "0.1 (1 of 2 seeds)",
+        "0.2 (1 of 2 seeds)",
     ]
     queue = TrialQueue(sweep, folder, retry_failed=False)
     known = [queue._result(trials) for trials in by_point(sweep)]
@@ -103,9 +103,9 @@ def test_a_report_its_sweep_and_its_search_count_the_same_runs_with_the_same_val
     assert alone is not None
     assert [place.value for place in alone.places[:7]] == [0.1, 0.2, 0.3, 1.0, 2.0, 3.0, 3.5]
     assert {place.text() for place in alone.places[7:]} == {
-        "0.1000, failed",
-        "0.0000, preempted",
-        "0.0000, failed",
+        "0.1, failed",
+        "0, preempted",
+        "0, failed",
         "—",
     }
 
@@ -135,9 +135,23 @@ def test_trials_without_figures_are_counted_and_leave_their_cells_empty(tmp_path
     (tmp_path / "s" / sweep.trials[2].run / "failed.txt").write_text("loss is NaN")
     page = shown([tmp_path / "s"]).page()
     assert f"2 of 6 runs have no figures: 1 failed, 1 unstarted ({sweep.trials[2].run})." in page
-    assert cells(page) == [["0.2590", "0.1340"], ["", ""], ["0.3400", "0.2150"]]
+    assert cells(page) == [["0.259", "0.134"], ["", ""], ["0.34", "0.215"]]
     with pytest.raises(UserError, match="is not a run folder"):
         shown([tmp_path / "s" / sweep.trials[2].run])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "one"])
+def test_a_trial_that_is_a_link_out_of_its_sweep_is_not_read(tmp_path: Path, whole: bool) -> None:
+    sweep = make_sweep(tmp_path / "s", seeds=None)
+    run = tmp_path / "s" / sweep.trials[0].run
+    run.rename(tmp_path / "elsewhere")
+    run.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{sweep.trials[0].run} is a link that leads out of its sweep"):
+        shown([tmp_path / "s" if whole else run])
+    run.unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "s" / "inside")
+    run.symlink_to("inside")
+    assert len(shown([tmp_path / "s"]).runs) == 6
 
 
 def test_a_sweep_without_any_figures_is_refused_and_says_what_became_of_its_runs(tmp_path: Path) -> None:
