@@ -5,13 +5,16 @@
                         rank-R.safetensors    each rank's micro-batches and states, as `pack` divides them
 
 Nothing is pickled. A nested value is a JSON skeleton, in which tensors stand as numbers of entries beside it; named
-tuples and dataclasses stand with the name of their class, which a reader may refuse.
+tuples and dataclasses stand with the name of their class, which a reader may refuse: `module.Name`, or of one that is
+nested in another `module:Outer.Name`.
 """
 
 import dataclasses
 import importlib
 import json
 import math
+import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +116,7 @@ def write_rank(folder: Path, rank: int, value: Any) -> list[str]:
     skeleton = pack(value, tensors, remarks)
     numbered = {str(number): tensor for number, tensor in enumerate(tensors)}
     forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in numbered.items()}
-    with atomic_path(_of_rank(folder, rank)) as temporary:
+    with atomic_path(rank_file(folder, rank)) as temporary:
         write_tensors(temporary, forms, numbered.items(), {"skeleton": json.dumps(skeleton)})
     return list(remarks)
 
@@ -125,13 +128,15 @@ def read_rank(folder: Path, rank: int, may_name: Callable[[str], str | None]) ->
         may_name: why a class may not be imported, or None if it may.
     Raises: UserError for a file that is missing or damaged, or that names such a class.
     """
-    path = _of_rank(folder, rank)
+    path = rank_file(folder, rank)
     tensors, metadata = _read(path)
     try:
         return unpack(json.loads(metadata["skeleton"]), tensors, may_name)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it has no entry {one_line(error)[:200]}") from error
+    except (ValueError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)[:200]}") from error
 
 
@@ -159,16 +164,18 @@ def pack(value: Any, tensors: list[Tensor], remarks: dict[str, None]) -> Any:
         return pack(value.item(), tensors, remarks)
     if isinstance(value, Mapping):
         return {"items": [[pack(part, tensors, remarks) for part in item] for item in value.items()]}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if named and _found_again(type(value)):
         return {"class": _name(value), "tuple": [pack(part, tensors, remarks) for part in value]}
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not named:
         return {"tuple": [pack(part, tensors, remarks) for part in value]}
     if isinstance(value, list):
         return [pack(part, tensors, remarks) for part in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and _found_again(type(value)):
         parts = {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.init}
         return {"class": _name(value), "fields": {name: pack(part, tensors, remarks) for name, part in parts.items()}}
-    remarks[f"a {type(value).__module__}.{type(value).__qualname__} could not be written and is None"] = None
+    why = ": its class cannot be imported by its name" if named or dataclasses.is_dataclass(value) else ""
+    remarks[f"a {type(value).__module__}.{type(value).__qualname__} could not be written and is None{why}"] = None
     return None
 
 
@@ -201,17 +208,35 @@ def unpack(skeleton: Any, tensors: Mapping[str, Tensor], may_name: Callable[[str
 
 
 def _name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    module, path = type(value).__module__, type(value).__qualname__
+    return f"{module}:{path}" if "." in path else f"{module}.{path}"
+
+
+def _found_again(kind: type) -> bool:
+    """Whether a class is where its name says; one that a function defined is not."""
+    try:
+        return operator.attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
+    except (AttributeError, KeyError):
+        return False
 
 
 def _class(name: str, may_name: Callable[[str], str | None]) -> Any:
-    if (reason := may_name(name)) is not None:
+    """The class of this name. Who may name a class may name those that are defined inside it, and nothing else that it
+    leads to.
+    """
+    module, nested, path = name.partition(":")
+    if not nested:
+        module, _, path = name.rpartition(".")
+    if (reason := may_name(f"{module}.{path.partition('.')[0]}")) is not None:
         raise UserError(f"the captured batch has parts of a class of its own: {reason}")
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    made = operator.attrgetter(path)(importlib.import_module(module))
+    if nested and (getattr(made, "__module__", None), getattr(made, "__qualname__", None)) != (module, path):
+        raise TypeError(f"{name} is not defined there")
+    return made
 
 
-def _of_rank(folder: Path, rank: int) -> Path:
+def rank_file(folder: Path, rank: int) -> Path:
+    """Where a rank's part of a capture is."""
     return folder / f"rank-{rank}.safetensors"
 
 

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from lightspan.errors import UserError
 
@@ -88,25 +89,39 @@ def require_regular_file(path: str | Path, what: str = "") -> None:
         raise UserError(f"{what} {path} {reason}; name a file".lstrip())
 
 
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[BinaryIO | None]:
+    """A regular file, or a link to one, for reading; None for anything else, or if it cannot be opened.
+
+    For files that others may have written: nothing in the place of a file makes the reader wait.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError):
+        yield None
+        return
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        yield None
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
 def read_small(path: str | Path, most: int = 2**24) -> bytes | None:
     """The content of a regular file of at most `most` bytes; None for anything else, or if it cannot be read.
 
     For files that others may have written: nothing in the place of a file makes the reader wait or fill its memory.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except (OSError, ValueError):
-        return None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    with opened(path) as file:
+        if file is None:
             return None
         content = b""
-        while len(content) <= most and (part := os.read(descriptor, most + 1 - len(content))):
-            content += part
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
+        try:
+            while len(content) <= most and (part := os.read(file.fileno(), most + 1 - len(content))):
+                content += part
+        except OSError:
+            return None
     return content if len(content) <= most else None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,17 @@ class Pair:
 class Point(NamedTuple):
     x: torch.Tensor
     y: float
+
+
+class Outer:
+    @dataclasses.dataclass
+    class Inner:
+        left: torch.Tensor
+
+        class Deeper(NamedTuple):
+            x: torch.Tensor
+
+    elsewhere = Pair
 
 
 def anything(name: str) -> None:
@@ -51,6 +63,7 @@ BATCHES = {
     "numbers": [float("nan"), float("-inf"), 0.1, 2**70, np.arange(3), np.float32(2.5).item()],
     "named": [ViewParameters(*(torch.rand(2) for _ in ViewParameters._fields)), Point(torch.ones(1), 2.0)],
     "dataclass": Pair(torch.arange(3), 4),
+    "nested": [Outer.Inner(torch.ones(2)), Outer.Inner.Deeper(torch.zeros(1))],
 }  # fmt: skip
 
 
@@ -64,6 +77,33 @@ def test_what_has_no_place_is_none_and_told(tmp_path):
     (remark,) = write_rank(tmp_path, 0, {"kept": torch.ones(2), "lost": [object(), object()]})
     assert remark == "a builtins.object could not be written and is None"
     assert read_rank(tmp_path, 0, anything)["lost"] == [None, None]
+
+
+def test_a_class_that_nobody_finds_again_is_none_and_told(tmp_path):
+    class Lost(NamedTuple):
+        x: int
+
+    @dataclasses.dataclass
+    class Gone:
+        x: int
+
+    remarks = write_rank(tmp_path, 0, [Lost(1), Gone(2), 3])
+    assert [re.sub(r"^a .*<locals>\.", "", remark) for remark in remarks] == [
+        f"{name} could not be written and is None: its class cannot be imported by its name"
+        for name in ("Lost", "Gone")
+    ]
+    assert read_rank(tmp_path, 0, anything) == [None, None, 3]
+
+
+def test_leave_for_a_class_is_leave_for_those_inside_it_and_nothing_else_that_it_leads_to(tmp_path):
+    asked = []
+    write_rank(tmp_path, 0, BATCHES["nested"])
+    read_rank(tmp_path, 0, asked.append)
+    assert set(asked) == {f"{__name__}.Outer"}
+    skeleton = {"class": f"{__name__}:Outer.elsewhere", "fields": {"left": 1, "count": 2}}
+    save_file({"0": torch.ones(1)}, tmp_path / "rank-0.safetensors", {"skeleton": json.dumps(skeleton)})
+    with pytest.raises(UserError, match=r"damaged: .*Outer\.elsewhere is not defined there"):
+        read_rank(tmp_path, 0, anything)
 
 
 def test_classes_that_may_not_be_named_are_not_imported(tmp_path):

@@ -25,6 +25,7 @@ from lightspan.runs.folder import (
     clear_mark,
     is_first_rank,
     mark_failed,
+    recorded_start,
     refuse_other_experiment,
     run_folder,
     run_ids,
@@ -77,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    resolved = resolved_from(args)
+    with recorded_start(args.run):
+        resolved = resolved_from(args)
     if args.dry_run:
         from lightspan.planning.rehearsal import rehearse
 
@@ -93,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         return _fit(args, resolved, run_dir)
 
 
-def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
+def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tuple[Resolved, "Built", Path | None]:
+    """Everything before the first step: what is trained, built, and the checkpoint from which it continues."""
     checkpoint = checkpoint_to_resume(args.resume, run_dir, given=args.run is not None)
     resolved = with_seed(resolved, run_dir, checkpoint)
     if checkpoint is not None:
@@ -116,7 +119,12 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             set_metrics_aside(run_dir)
         if args.wandb:
             _tell_wandb(resolved, built)
+    return resolved, built, checkpoint
 
+
+def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
+    with recorded_start(args.run):
+        resolved, built, checkpoint = _started(args, resolved, run_dir)
     step = (manifest(checkpoint) or {}).get("step") if checkpoint else None  # now: the file may be written anew
 
     def fit() -> Any:

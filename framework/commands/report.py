@@ -131,5 +131,5 @@ def _print_ranking(ranking: "Ranking", title: str) -> None:
     for at, place in enumerate(ranking.places):
         cells = [place.run.name, *(values[at] for _, values in settings)]
         table.add_row(*map(Text, map(printable, cells)), Text(place.text(), style="" if at else "bold green"))
-    table.caption = Text(f"by the last value of {ranking.metric}, the {ranking.first} first")
+    table.caption = Text(f"by the last value of {ranking.metric} of runs that have ended, the {ranking.first} first")
     Console().print(table)

@@ -156,6 +156,7 @@ def _record(row: ListedRun) -> dict[str, Any]:
         "recipe": entry.recipe,
         "changes": shlex.join(entry.changes),
         "status": str(entry.status),
+        "reason": entry.reason,
         "step": progress.steps,
         "seconds": progress.seconds,
         "started": entry.started and entry.started.isoformat(timespec="seconds"),

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightspan.errors import one_line, printable
 from lightspan.runs.catalogue import Entry, Progress, read_progress
 from lightspan.runs.direction import better
+from lightspan.runs.numbers import SCORE_DIGITS, number
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+LONGEST_REASON = 80  # characters
 STYLES = {"running": "cyan", "stale": "yellow", "preempted": "yellow", "failed": "red", "done": "green"}
 
 
@@ -59,6 +61,7 @@ def print_table(rows: Sequence[ListedRun], metrics: Sequence[str], remarks: Sequ
         Column("time", [duration_text(row.progress.seconds) for row in rows], of_numbers=True),
         Column("host", hosts),
         Column("tags", [" ".join(row.entry.tags) for row in rows]),
+        Column("reason", [_shortened(row.entry.reason) for row in rows]),
         Column("note", [row.entry.note for row in rows]),
     ]
     shown = [column for column in columns if any(column.texts)]
@@ -75,6 +78,12 @@ def print_table(rows: Sequence[ListedRun], metrics: Sequence[str], remarks: Sequ
     console.print(table if rows else "no runs")
     for remark in said:
         console.print(Text(one_line(remark)))
+
+
+def _shortened(reason: str) -> str:
+    """The error without its time, and no more of it than a table has room for."""
+    text = reason.partition(": ")[2] or reason
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
 
 
 def _cell(column: Column, at: int) -> "Text":
@@ -129,7 +138,7 @@ def number_text(value: int | None) -> str:
 
 
 def figure_text(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"
+    return "" if value is None else number(value, SCORE_DIGITS)
 
 
 def duration_text(seconds: float | None) -> str:

@@ -28,7 +28,7 @@ from lightspan.launch.job import Array
 from lightspan.run_files import SWEEP
 from lightspan.runs.direction import Mode, mode_of
 from lightspan.runs.fits import exits_on_sigterm, fit_command
-from lightspan.runs.folder import is_first_rank, run_folder, sole_use
+from lightspan.runs.folder import TASK_VARIABLE, is_first_rank, run_folder, sole_use
 from lightspan.runs.status import Status, status_of
 from lightspan.signals import installed
 from lightspan.sweeps.files import METHODS, SEED_KEY, Sweep, differences, read, write
@@ -261,6 +261,7 @@ def _one_task(args: argparse.Namespace, sweep: Sweep, out: Path | None) -> int:
         print(f"done before: {out / trial.run}")
         return 0
     command = fit_command([*sweep.words(trial), *args.also], out / trial.run)
+    os.environ[TASK_VARIABLE] = str(out / trial.run)
     sys.stdout.flush()
     return os.execv(command[0], command)
 

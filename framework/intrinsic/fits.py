@@ -13,10 +13,10 @@ from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
 from lightspan.intrinsic.search import Fit, SearchSettings
 from lightspan.report.compare import differences
-from lightspan.run_files import OUTPUT, REFERENCES, SUBSPACE, SUMMARY
+from lightspan.run_files import METRICS, OUTPUT, REFERENCES, SUBSPACE, SUMMARY
 from lightspan.runs.fits import Task, fit_command, last_lines
+from lightspan.runs.metrics import last_values
 from lightspan.sweeps.display import run_shown
-from lightspan.sweeps.ranking import last_values
 
 CALLBACK = "lightspan.callbacks.training.intrinsic_dimension.IntrinsicDimension"
 ENTRY = "intrinsic_dimension"
@@ -111,7 +111,7 @@ def _is_subspace(entry: Any) -> bool:
 
 def _value(folder: Path, metric: str) -> float:
     """The last value of the metric; NaN if the run has not ended, or logged none."""
-    return last_values(folder).get(metric, math.nan) if (folder / SUMMARY).is_file() else math.nan
+    return last_values(folder / METRICS).get(metric, math.nan) if (folder / SUMMARY).is_file() else math.nan
 
 
 def references_of(resolved: Resolved, settings: SearchSettings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightspan.callbacks.resilience.random_state import restore_random_states
-from lightspan.captures import Capture, read_rank, read_weights
+from lightspan.captures import Capture, read_weights
 from lightspan.config.allow import refusal
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.config.identity import alters_training
@@ -24,6 +24,7 @@ from lightspan.distributed import leave, world_size
 from lightspan.errors import UserError
 from lightspan.nn.image_numbers import keep_on_host
 from lightspan.replay.findings import Findings, NotFinite
+from lightspan.replay.rank_state import RankState
 from lightspan.sharded import local, own_part
 
 
@@ -52,7 +53,7 @@ def replayed(resolved: Resolved, folder: Path, capture: Capture, rank: int | Non
         callbacks.append(step)
         with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.filterwarnings("ignore", message="Anomaly Detection")
-            with contextlib.suppress(_Done):
+            with contextlib.suppress(_Done), step.blames_batch():
                 built.trainer.fit(built.model, **step.data())
     return step.findings.found
 
@@ -111,13 +112,13 @@ class _Step(Callback):
         self.built, self.folder, self.capture, self.may_name = built, folder, capture, may_name
         self.findings = Findings(built.model)
         whose = built.trainer.global_rank if rank is None else rank
-        self._state: dict[str, Any] = read_rank(folder, whose, may_name)
-        self._parts: list[dict[str, Any]] = self._state["micro_batches"]
-        self._taken = 0
+        self.state = RankState.read(folder, whose, may_name)
+        self._parts = self.state.micro_batches
+        self._taken, self._inside = 0, False
 
     def data(self) -> dict[str, Any]:
         """Arguments of `Trainer.fit`: the run's data module, which may say what the model asks, with other batches."""
-        batches = [part["batch"] for part in self._parts]
+        batches = [part.batch for part in self._parts]
         data, model = self.built.datamodule, self.built.model
         # They have been on their device and through the data module's hooks already.
         model._on_before_batch_transfer = lambda batch, dataloader_idx=0: batch  # type: ignore[method-assign]
@@ -128,14 +129,28 @@ class _Step(Callback):
         data.train_dataloader = lambda: _MicroBatches(batches, _length(given()))  # type: ignore[method-assign]
         return {"datamodule": data}
 
+    @contextlib.contextmanager
+    def blames_batch(self) -> Iterator[None]:
+        """An error inside the training step is told as that of the micro-batch on which it was to be taken."""
+        try:
+            yield
+        except (UserError, _Done):
+            raise
+        except Exception as error:
+            if not self._inside:
+                raise
+            with self.state.blamed(f"micro_batches[{self._taken - 1}].batch", "cannot be trained on"):
+                raise error
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
-            if callback.state_key in self._state["callbacks"]:
-                callback.load_state_dict(self._state["callbacks"][callback.state_key])
+            if (key := callback.state_key) in self.state.callbacks:
+                with self.state.blamed(f"callbacks.{key}", "is no state of this callback"):
+                    callback.load_state_dict(self.state.callbacks[key])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.set_float32_matmul_precision(self._state["matmul_precision"])
+        torch.set_float32_matmul_precision(self.state.matmul_precision)
         _put(read_weights(self.folder), pl_module, self.folder)
         loop = trainer.fit_loop
         loop.epoch_progress.current.completed = self.capture.epoch
@@ -149,8 +164,9 @@ class _Step(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         torch.autograd.set_detect_anomaly(True, check_nan=False)  # records where operations come from; the fit ends it
         self.findings.look_at_batch(batch)
-        restore_random_states(self._parts[self._taken]["random"])
+        restore_random_states(self._parts[self._taken].random)
         self._taken += 1
+        self._inside = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.findings.look_at_loss(loss)
@@ -162,6 +178,7 @@ class _Step(Callback):
             raise _Done
 
     def on_train_batch_end(self, *_: Any) -> None:
+        self._inside = False
         if self._taken == len(self._parts):
             self.findings.look_at_gradients()
             raise _Done

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightspan.estimators.audit_report import SIDES, AuditReport
 from lightspan.report.chart import Chart, ChartLine, draw
-from lightspan.report.compare import number
 from lightspan.report.page import colour_key, document
+from lightspan.runs.numbers import number
 
 MOST_SPECTRA = 24
 """Matrices whose spectra are drawn; the JSON has those of all."""

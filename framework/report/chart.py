@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 
-from lightspan.report.compare import number
 from lightspan.report.curves import SMALLEST, XY, at_or_before, finite, thin, ticks, window
+from lightspan.runs.numbers import number
 
 WIDTH, HEIGHT = 440, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 26, 38

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightspan.report.runs import Run
 from lightspan.runs.direction import Better, better
+from lightspan.runs.numbers import SCORE_DIGITS, number, spread_text
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ FIGURES = (
     ComparedFigure("parameters", "Parameters", "", "neither", "none"),
     ComparedFigure("trainable_parameters", "Trainable parameters", "", "neither", "none"),
 )
-TIMES, MINUS, NARROW_SPACE = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
+TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+DIFFERENCE_DIGITS = 3
 _SCORES = ("val_", "probe_", "test_")
 _LOADING = ("batch_size", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 FEW = 4  # runs that sentences and titles name, and that a console has room for side by side
@@ -145,17 +147,6 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: "null" if value is None else str(value)} if prefix else {}
 
 
-def number(value: float, decimals: int | None = None) -> str:
-    """Readable at a glance: whole numbers whole, thousands separated, others with `decimals` or four digits."""
-    if not math.isfinite(value):
-        return str(value)
-    if decimals is not None:
-        return f"{value:.{decimals}f}"
-    if abs(value) < 1e15 and (value == int(value) or abs(value) >= 1000):
-        return f"{value:,.0f}".replace(",", NARROW_SPACE)
-    return f"{value:.4g}" if abs(value) >= 0.001 else f"{value:.2e}"
-
-
 def _score(key: str) -> ComparedFigure:
     label, unit = key.replace("_", " ").capitalize(), "nats" if key.endswith("_nats") else ""
     return ComparedFigure(key, label, unit, better(key), "difference")
@@ -187,21 +178,17 @@ def _relative(figure: ComparedFigure, first: float | None, value: float | None) 
         return ""
     if figure.relative == "ratio":
         return f"{TIMES}{value / first:.2f}" if first > 0 else ""
-    return f"{value - first:+.4f}".replace("-", MINUS)
+    apart = number(abs(value - first), DIFFERENCE_DIGITS)
+    return f"{MINUS if value < first else '+'}{apart}"
 
 
 def _shown(run: Run, figure: ComparedFigure) -> str:
     value = run.summary.get(figure.key)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return ""
-    decimals = 4 if figure.relative == "difference" else None
+    text = number(float(value), SCORE_DIGITS if figure.relative == "difference" else 4)
     spread = run.spread.get(figure.key)
-    return number(float(value), decimals) + ("" if spread is None else f" ± {_spread(spread, decimals)}")
-
-
-def _spread(value: float, decimals: int | None) -> str:
-    """A standard deviation, of which more than two digits say nothing."""
-    return number(value, decimals) if decimals is not None else number(float(f"{value:.2g}"))
+    return text + ("" if spread is None else f" ± {spread_text(spread)}")
 
 
 def _finite(value: Any) -> float | None:

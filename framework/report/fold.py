@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from lightspan.report.compare import flatten
-from lightspan.report.runs import AXES, Run
+from lightspan.report.runs import Run
+from lightspan.runs.metrics import AXES
 
 _SEEDS = ("seed", "seed_everything")
 

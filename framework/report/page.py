@@ -70,6 +70,7 @@ def render(
     parts = [
         _head(runs, title),
         _left_out(every, runs),
+        _too_large(runs),
         *([sweep_section(sweep, ranking) for sweep in sweeps if sweep.sweep.keys] if ranking else []),
         ranking_table(ranking) if ranking and len(every) > 2 else "",
         _legend(runs),
@@ -98,6 +99,12 @@ def _left_out(every: Sequence[Run], drawn: Sequence[Run]) -> str:
     if len(every) == len(drawn):
         return ""
     return f'<p class="note">The ranking has all {len(every)} runs; below it are the {len(drawn)} best.</p>'
+
+
+def _too_large(runs: Sequence[Run]) -> str:
+    """What the page lacks of each run, since its files are too large."""
+    said = [(one.name, remark) for run in runs for one in run.members or (run,) for remark in one.remarks]
+    return "".join(f'<p class="note">{escape(name)}: {escape(remark)}.</p>' for name, remark in said)
 
 
 def document(title: str, body: str, command: str, script: Script | None = None) -> str:

@@ -7,33 +7,52 @@ from html import escape
 
 from lightspan.config.key_names import short_names
 from lightspan.errors import UserError
-from lightspan.report.compare import differences, number
+from lightspan.report.compare import differences
 from lightspan.report.fold import without_seeds
 from lightspan.report.runs import Run
 from lightspan.report.sections import group_of
 from lightspan.runs.direction import Mode, better, mode_of
+from lightspan.runs.figures import SeedScores, ended, figure, scores
+from lightspan.runs.numbers import SCORE_DIGITS, number, spread_text
 
 MOST_SETTINGS = 6  # columns
 
 
 @dataclass(frozen=True)
 class RankedRun:
-    """A run and the last value of the metric, with its standard deviation over seeds; NaN and None if there is none."""
+    """A run, and what it counts for by the metric (see `lightspan.runs.figures`); of a folded run over its members.
+
+    Attributes:
+        so_far: the last value of a single run that goes on or did not reach its end, which counts for nothing; NaN if
+            there is none.
+    """
 
     run: Run
-    value: float
-    spread: float | None
+    scores: SeedScores
+    so_far: float = math.nan
+
+    @property
+    def value(self) -> float:
+        """NaN if it counts for nothing."""
+        return self.scores.mean
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; None for fewer than two."""
+        return None if math.isnan(self.scores.spread) else self.scores.spread
 
     def text(self) -> str:
-        """The value as a reader sees it."""
+        """The value as a reader sees it, with the number of seeds where some do not count."""
         if math.isnan(self.value):
-            return "—"
-        return number(self.value, 4) + ("" if self.spread is None else f" ± {number(self.spread, 4)}")
+            return "—" if math.isnan(self.so_far) else f"{number(self.so_far, SCORE_DIGITS)}, {self.run.status}"
+        spread = "" if self.spread is None else f" ± {spread_text(self.spread)}"
+        some = "" if self.scores.complete else f" ({len(self.scores.values)} of {self.scores.runs} seeds)"
+        return number(self.value, SCORE_DIGITS) + spread + some
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runs from the best last value of a metric to the worst; those without a finite one come last."""
+    """Runs by a metric, in the order of `lightspan.runs.figures`."""
 
     metric: str
     mode: Mode
@@ -54,23 +73,22 @@ def ranked(runs: Sequence[Run], metric: str | None = None, mode: Mode | None = N
     logged = list(dict.fromkeys(name for run in runs for name in run.metrics()))
     if metric is not None and metric not in logged:
         raise UserError(f"--metric {metric}: no run logged it; they logged {', '.join(logged)}")
-    scores = [name for name in logged if group_of(name) == "val" and better(name) != "neither"]
-    scores.sort(key=lambda name: better(name) != "lower")
-    chosen = metric or next(iter(scores), None)
+    judged = [name for name in logged if group_of(name) == "val" and better(name) != "neither"]
+    judged.sort(key=lambda name: better(name) != "lower")
+    chosen = metric or next(iter(judged), None)
     if chosen is None:
         return None
     direction = mode_of(chosen, mode, "--metric")
-    sign = 1 if direction == "min" else -1
     places = [_place(run, chosen) for run in runs]
-    places.sort(key=lambda place: math.inf if math.isnan(place.value) else sign * place.value)
-    return Ranking(chosen, direction, places)
+    return Ranking(chosen, direction, sorted(places, key=lambda place: place.scores.place(direction)))
 
 
 def _place(run: Run, metric: str) -> RankedRun:
-    points = run.points(metric)
-    if not points or not math.isfinite(points[-1].value):
-        return RankedRun(run, math.nan, None)
-    return RankedRun(run, points[-1].value, points[-1].spread)
+    members = run.members or (run,)
+    last = [points[-1].value if (points := one.points(metric)) else math.nan for one in members]
+    figures = {at: figure(one.status, value) for at, (one, value) in enumerate(zip(members, last, strict=True))}
+    runs = max(len(members), *(one.draws for one in members))
+    return RankedRun(run, scores(figures, runs), math.nan if run.members or ended(run.status) else last[0])
 
 
 def ranking_table(ranking: Ranking) -> str:
@@ -88,7 +106,7 @@ def ranking_table(ranking: Ranking) -> str:
             *(f"<td>{escape(_figure(place.run, key))}</td>" for key in ("steps", "seconds")),
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    notes = [f"By the last value of {ranking.metric}, the {ranking.first} first"]
+    notes = [f"By the last value of {ranking.metric} of runs that have ended, the {ranking.first} first"]
     if any(place.spread is not None for place in ranking.places):
         notes.append("± is the standard deviation over seeds")
     if left_out:

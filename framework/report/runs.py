@@ -13,16 +13,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightspan.config.tree import MAX_DEPTH, plain, read
+from lightspan.config.tree import plain, read
 from lightspan.errors import UserError
 from lightspan.files import read_small
 from lightspan.report.curves import XY
 from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
+from lightspan.runs.json_lines import json_lines, value_of
+from lightspan.runs.metrics import AXES, is_number, is_value
 from lightspan.runs.status import Status
 
-MOST_PICTURE_BYTES = 2**24
+MOST_PICTURE_BYTES, MOST_PICTURES_BYTES = 2**24, 2**26  # of one, and of a run's together
+MOST_METRICS_BYTES, MOST_SAMPLES_BYTES = 2**26, 2**22  # the last ones of a longer file are read
+MOST_MAPPING_BYTES = 2**22  # of summary.json and provenance.json
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
-AXES = ("step", "time_s", "epoch")
 _SPECTRUM = re.compile(r"^(spectrum/.+)/(\d+)$")
 
 
@@ -43,7 +46,10 @@ class Run:
     """One run folder in memory: `rows` are the lines of metrics.jsonl, `config` is resolved.yaml unchanged.
     `pictures` are PNG files by name.
 
-    `status` is known where somebody has asked for it: a run must not ask for its own.
+    `remarks` say what of the folder is not here because it is too large.
+
+    `status` is known where somebody has asked for it: a run must not ask for its own. `draws` is how many runs stand
+    for the same point of a sweep, of which each has another seed, whether they have figures or not.
 
     Of a run that `fold` made, rows and summary are means over its `members`; `row_spreads` and `spread` are the
     standard deviations of each row and of the summary, by name, and everything else is the first member's.
@@ -59,12 +65,14 @@ class Run:
     pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
     status: Status | None = None
     members: tuple["Run", ...] = ()
+    draws: int = 1
+    remarks: tuple[str, ...] = ()
     row_spreads: Sequence[dict[str, float]] = ()
     spread: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> list[str]:
         """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
-        names = (key for row in self.rows for key, value in row.items() if key not in AXES and _is_value(value))
+        names = (key for row in self.rows for key, value in row.items() if key not in AXES and is_value(value))
         return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
 
     def points(self, metric: str) -> list[LoggedValue]:
@@ -73,7 +81,7 @@ class Run:
         return [
             LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]), spread.get(metric))
             for row, spread in zip(self.rows, spreads, strict=True)
-            if metric in row and _is_value(row[metric])
+            if metric in row and is_value(row[metric])
         ]
 
     def spectra(self) -> dict[str, tuple[int, list[XY]]]:
@@ -82,7 +90,7 @@ class Run:
         for row in self.rows:
             parts: dict[str, list[XY]] = {}
             for key, value in row.items():
-                if (match := _SPECTRUM.match(key)) and _is_number(value):
+                if (match := _SPECTRUM.match(key)) and is_number(value):
                     parts.setdefault(match[1], []).append((float(match[2]), float(value)))
             found |= {name: (int(row["step"]), sorted(points)) for name, points in parts.items()}
         return found
@@ -130,7 +138,8 @@ def load_run(folder: Path, name: str) -> Run:
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
     _refuse_links_out(folder)
-    rows = _read_lines(folder / METRICS)
+    remarks: list[str] = []
+    rows = _last_lines(folder / METRICS, MOST_METRICS_BYTES, remarks)
     for row in rows:
         if not isinstance(row.get("step"), int):
             raise UserError(f"{folder / METRICS}: a line has no whole-number 'step': {json.dumps(row)[:120]}")
@@ -138,11 +147,11 @@ def load_run(folder: Path, name: str) -> Run:
         name=name,
         folder=folder,
         rows=_shared_rate_names(rows),
-        summary=_read_mapping(folder / SUMMARY),
-        config=_read_mapping(folder / RESOLVED),
-        provenance=_read_mapping(folder / PROVENANCE),
-        samples=_read_lines(folder / SAMPLES) if (folder / SAMPLES).is_file() else [],
-        pictures=_read_pictures(folder / PICTURES),
+        summary=_read_mapping(folder / SUMMARY, remarks),
+        config=_read_mapping(folder / RESOLVED, remarks),
+        provenance=_read_mapping(folder / PROVENANCE, remarks),
+        samples=_last_lines(folder / SAMPLES, MOST_SAMPLES_BYTES, remarks),
+        pictures=_read_pictures(folder / PICTURES, remarks),
     )
     if not run.metrics():
         if (folder / FAILED).is_file():
@@ -154,7 +163,15 @@ def load_run(folder: Path, name: str) -> Run:
             f"run {str(folder)!r} has logged no metric yet: {METRICS} has {len(rows)} lines without one; wait until it "
             "has reached trainer.log_every_n_steps, or lower that number"
         )
+    run = replace(run, remarks=tuple(remarks))
     return run if run.summary else _with_derived_summary(run)
+
+
+def _last_lines(path: Path, most: int, remarks: list[str]) -> list[dict[str, Any]]:
+    """The lines of a file, or of one that is too large the last."""
+    if path.is_file() and (size := path.stat().st_size) > most:
+        remarks.append(f"{path.name} has {size:,} bytes, of which the last {most:,} are shown")
+    return list(json_lines(path, last=most))
 
 
 def _refuse_links_out(folder: Path) -> None:
@@ -179,16 +196,21 @@ def _with_derived_summary(run: Run) -> Run:
     return replace(run, summary=derived)
 
 
-def _read_pictures(folder: Path) -> dict[str, bytes]:
+def _read_pictures(folder: Path, remarks: list[str]) -> dict[str, bytes]:
     """{name without ending: content} of the PNG files in a folder, the last of each series `NAME-STEP`; none if there
-    is no such folder. Files above `MOST_PICTURE_BYTES`, and what is no PNG inside, are left out.
+    is no such folder. What is no PNG inside is left out.
     """
+    last = {re.sub(r"-\d+$", "", path.stem): path for path in sorted(folder.glob("*.png")) if not path.is_symlink()}
     found: dict[str, bytes] = {}
-    for path in sorted(folder.glob("*.png")):
-        if path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_PICTURE_BYTES:
-            content = path.read_bytes()
-            if content.startswith(PNG_MARK):
-                found[re.sub(r"-\d+$", "", path.stem)] = content
+    left = MOST_PICTURES_BYTES
+    for name, path in last.items():
+        content = read_small(path, min(left, MOST_PICTURE_BYTES))
+        if content is not None and content.startswith(PNG_MARK):
+            found[name] = content
+            left -= len(content)
+        elif content is None and path.is_file():
+            limits = f"{MOST_PICTURE_BYTES:,} bytes for one and {MOST_PICTURES_BYTES:,} for all"
+            remarks.append(f"{path.name} is left out: pictures have a limit of {limits}")
     return found
 
 
@@ -205,33 +227,17 @@ def _shared_rate_names(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{prefix.sub("lr", key): value for key, value in row.items()} for row in rows]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines. A killed run may leave an incomplete last line, which is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _parsed(line)
-        except ValueError as error:
-            if number == len(lines):
-                continue
-            raise UserError(f"{path}:{number} is not JSON ({error}): {line[:80]!r}; fix or remove it") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}; fix or remove it")
-        rows.append(row)
-    return rows
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, remarks: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     if path.suffix == ".yaml":
         value = plain(read(path))
+    elif (content := read_small(path, MOST_MAPPING_BYTES)) is None:
+        remarks.append(f"{path.name} is left out: it has more than {MOST_MAPPING_BYTES:,} bytes")
+        return {}
     else:
         try:
-            value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+            value = value_of(content.decode("utf-8", errors="replace"))
         except ValueError as error:
             raise UserError(f"{path} cannot be parsed ({error}); fix or remove it") from error
     if not isinstance(value, dict):
@@ -239,41 +245,5 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parsed(text: str) -> Any:
-    """JSON that floats can represent and a page can show. Raises: ValueError, also for too deep nesting."""
-    try:
-        value = json.loads(text, parse_int=_whole)
-        if "\\u" in text:  # may have escaped half a surrogate pair, which is not text
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    except json.JSONDecodeError as error:
-        raise ValueError(error.msg) from error
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-    return value
-
-
-def _whole(digits: str) -> int | float:
-    return int(digits) if len(digits) < 19 else float(digits)  # a float beyond its range is infinite, and not drawn
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_value(value: object) -> bool:
-    return value is None or _is_number(value)
-
-
 def _number(value: Any) -> float:
-    return float(value) if _is_number(value) else math.nan
+    return float(value) if is_number(value) else math.nan

@@ -56,7 +56,7 @@ def shown(
     """
     runs, sweeps = load(folders)
     runs = [replace(run, status=status_of(run.folder)) for run in runs]
-    runs = fold(runs) if folds else runs
+    runs = fold(runs) if folds else [replace(run, draws=1) for run in runs]
     logged = {name for run in runs for name in run.metrics()}
     ranking = next((one.sweep for one in sweeps if one.sweep.metric in logged), None)
     if metric is None and ranking is not None:

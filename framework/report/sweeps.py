@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import combinations
 from pathlib import Path
@@ -69,24 +69,34 @@ def _sweep_at(folder: Path, known: dict[Path, SweepRuns]) -> SweepRuns:
 def _all_of(found: SweepRuns) -> list[Run]:
     runs = []
     for trial in found.sweep.trials:
-        run = found.folder / trial.run
+        run = _inside(found.folder, trial)
         if run in found.values:  # was named itself
             continue
         try:
-            runs.append(load_run(run, _label(found.sweep, trial)))
+            loaded = load_run(run, _label(found.sweep, trial))
         except UserError:
             found.missing[trial.run] = status_of(run)
         else:
             found.values[run] = trial.values
+            runs.append(replace(loaded, draws=len(found.sweep.seeds or (None,))))
     if not found.values:
         raise UserError(f"no run of the sweep {found.folder} has figures yet: {_counts(found) or 'it has no trials'}")
     return runs
+
+
+def _inside(folder: Path, trial: Trial) -> Path:
+    """The run folder of a trial. Raises: UserError if it is a link out of the sweep, which may come from others."""
+    run = folder / trial.run
+    if run.is_symlink() and folder.resolve() not in run.resolve().parents:
+        raise UserError(f"{run} is a link that leads out of its sweep; copy what it leads to, or remove it")
+    return run
 
 
 def _one_of(found: SweepRuns, folder: Path, name: str) -> list[Run]:
     trial = next((trial for trial in found.sweep.trials if trial.run == folder.name), None)
     if trial is None:
         return [load_run(folder, name)]
+    _inside(found.folder, trial)
     if folder in found.values:
         return []
     found.values[folder] = trial.values

@@ -13,12 +13,12 @@ from typing import Any
 
 from lightspan.errors import UserError
 from lightspan.files import read_small
-from lightspan.run_files import LOCK, METRICS, PROVENANCE, RESOLVED, SUMMARY, SWEEP
+from lightspan.run_files import FAILED, LOCK, METRICS, PROVENANCE, RESOLVED, SUMMARY, SWEEP
 from lightspan.runs.labels import note_of, tags_of
-from lightspan.runs.metric_values import MetricValues, read_logged
+from lightspan.runs.metrics import MetricValues, read_logged
 from lightspan.runs.status import Status, status_of
 
-MARKS = frozenset({LOCK, METRICS, PROVENANCE, RESOLVED})
+MARKS = frozenset({FAILED, LOCK, METRICS, PROVENANCE, RESOLVED})
 """Files of which each makes a folder a run folder."""
 _NOT_SHOWN = ("--run", "--resume")  # options of `fit` that say nothing about the experiment
 _NOWHERE = datetime.fromtimestamp(0, UTC)
@@ -34,6 +34,7 @@ class Entry:
         changes: what the command line said beside the recipe: overlays, flags, options.
         started: when it was first started.
         host: the machine that last worked on it, "" if not recorded.
+        reason: why it failed, "" of any other run.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Entry:
     status: Status
     started: datetime | None
     host: str
+    reason: str
     tags: tuple[str, ...]
     note: str
 
@@ -118,9 +120,10 @@ def read_entry(run: Path) -> Entry:
         folder=run,
         recipe=recipe if isinstance(recipe, str) else "",
         changes=tuple(_changes(words)),
-        status=status_of(run),
+        status=(status := status_of(run)),
         started=_first_start(record),
         host=_host(run),
+        reason=failure(run) if status is Status.FAILED else "",
         tags=tags_of(run),
         note=note_of(run),
     )
@@ -153,6 +156,11 @@ def _first_start(record: dict[str, Any]) -> datetime | None:
     except ValueError:
         return None
     return started if started.tzinfo else started.astimezone()
+
+
+def failure(run: Path) -> str:
+    """When and why a run failed, in one line; "" if nothing is recorded."""
+    return (read_small(run / FAILED) or b"").decode(errors="replace").strip().partition("\n")[0]
 
 
 def _host(run: Path) -> str:

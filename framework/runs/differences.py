@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lightspan.run_files import METRICS, TRACE
 from lightspan.runs.folder import LAST_CHECKPOINT
+from lightspan.runs.json_lines import json_lines
 
 MEASURED = ("time_s", "seconds", "step_ms", "throughput/", "memory/")
 """Prefixes of names of what is measured and not computed: times, speeds and memory are not promised."""
@@ -175,8 +176,7 @@ def _said(values: list[Any]) -> str:
 def _logged(run_dir: Path) -> dict[tuple[int, str], list[Any]]:
     """(step, name) -> all that was logged under it, in order."""
     logged: dict[tuple[int, str], list[Any]] = {}
-    for text in (run_dir / METRICS).read_text().splitlines():
-        line = json.loads(text)
+    for line in json_lines(run_dir / METRICS):
         step = line.pop("step")
         for name, value in line.items():
             if not name.startswith(MEASURED):

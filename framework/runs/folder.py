@@ -28,6 +28,8 @@ except ImportError:  # on Windows
 
 LAST_CHECKPOINT = Path(CHECKPOINTS) / LAST
 LOCK_WAIT_S = 30.0
+TASK_VARIABLE = "LIGHTSPAN_TASK"
+"""Names the run folder of a task of an array, in the environment of its process."""
 _RUN_VARIABLE = "LIGHTSPAN_RUN"  # how the ranks that Lightning starts find the folder of rank 0
 
 
@@ -225,10 +227,28 @@ def set_metrics_aside(run_dir: Path) -> None:
     print(f"note: the figures of an earlier start without a checkpoint are kept in {aside}", file=sys.stderr)
 
 
-def mark_failed(run_dir: Path, error: BaseException, step: int) -> None:
-    """Says in the run folder that this start ended in an error; `clear_mark` takes it back."""
+def mark_failed(run_dir: Path, error: BaseException, step: int | None) -> None:
+    """Says in the run folder that this start ended in an error, None: before its first step; `clear_mark` takes it
+    back.
+    """
     when = datetime.now().astimezone().isoformat(timespec="seconds")
-    write_atomic(run_dir / FAILED, f"{when}, at step {step}: {type(error).__name__}: {one_line(error)}\n")
+    where = "before its first step" if step is None else f"at step {step}"
+    write_atomic(run_dir / FAILED, f"{when}, {where}: {type(error).__name__}: {one_line(error)}\n")
+
+
+@contextlib.contextmanager
+def recorded_start(run_dir: Path | None) -> Iterator[None]:
+    """A task of an array has nobody who sees it fail, so that a start that fails inside is recorded in its run folder.
+
+    Anybody else sees the message, and a mistake leaves no folder behind.
+    """
+    try:
+        yield
+    except Exception as error:
+        if run_dir is not None and os.environ.get(TASK_VARIABLE) == str(run_dir) and is_first_rank():
+            with contextlib.suppress(UserError, OSError):  # a full disk must not hide the first error
+                mark_failed(run_dir, error, None)
+        raise
 
 
 def clear_mark(run_dir: Path) -> None:

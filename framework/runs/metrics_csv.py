@@ -5,36 +5,27 @@ columns that appear later, and one logger's file per start would lose the curve 
 """
 
 import csv
-import io
-import json
 from pathlib import Path
 
+from lightspan.files import atomic_path
 from lightspan.run_files import CSV_FOLDER, METRICS
+from lightspan.runs.json_lines import json_lines
 
 CSV_FILE = Path(CSV_FOLDER) / "metrics.csv"
 
 
 def write_csv(run_dir: Path) -> None:
-    """Writes csv/metrics.csv beside metrics.jsonl; nothing if there is no metrics.jsonl."""
-    from lightspan.files import write_atomic
-
-    try:
-        text = (run_dir / METRICS).read_text(encoding="utf-8")
-    except OSError:
+    """Writes csv/metrics.csv beside metrics.jsonl, with its columns in order of appearance, empty where a line has no
+    such metric; nothing if there is no metrics.jsonl. Damaged lines are left out.
+    """
+    metrics = run_dir / METRICS
+    if not metrics.is_file():
         return
-    write_atomic(run_dir / CSV_FILE, as_csv(text))
-
-
-def as_csv(text: str) -> str:
-    """The lines of a metrics.jsonl as CSV: columns in order of appearance, empty if a line has no such metric."""
-    rows = []
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a killed run may be incomplete
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    columns = dict.fromkeys(key for row in json_lines(metrics, skip_damaged=True) for key in row)
+    with (
+        atomic_path(run_dir / CSV_FILE) as temporary,
+        temporary.open("w", encoding="utf-8", errors="replace", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(json_lines(metrics, skip_damaged=True))

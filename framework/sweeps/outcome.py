@@ -7,13 +7,15 @@ from pathlib import Path
 from rich.console import Console
 
 from lightspan.config.flags import allow_options
-from lightspan.errors import print_notes
-from lightspan.run_files import OUTPUT
+from lightspan.errors import print_notes, printable
+from lightspan.run_files import METRICS, OUTPUT
+from lightspan.runs.catalogue import failure
 from lightspan.runs.direction import better
+from lightspan.runs.metrics import last_values
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
 from lightspan.sweeps.points import flags_of
-from lightspan.sweeps.ranking import last_values, over_seeds, ranked, unlogged
+from lightspan.sweeps.ranking import over_seeds, ranked, unlogged
 from lightspan.sweeps.tables import SCORES, ranking_table, seed_table
 
 _FEW = 5  # runs that are not done and are named
@@ -51,12 +53,16 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
 
 def _metric(sweep: Sweep, folder: Path) -> str | None:
     """A score that the runs logged and whose name says which direction is better."""
-    names = dict.fromkeys(name for trial in sweep.trials[:1] for name in last_values(folder / trial.run))
+    names = dict.fromkeys(name for trial in sweep.trials[:1] for name in last_values(folder / trial.run / METRICS))
     return next((name for name in names if name.startswith(SCORES) and better(name) != "neither"), None)
 
 
 def _name(undone: Sequence[Trial], folder: Path) -> None:
     for trial in undone[:_FEW]:
-        print(f"{status_of(folder / trial.run)}: {folder / trial.run}, see {OUTPUT} there")
+        run = folder / trial.run
+        status = status_of(run)
+        why = failure(run) if status is Status.FAILED else ""
+        see = f", see {OUTPUT} there" if (run / OUTPUT).exists() else ""  # a task of an array prints elsewhere
+        print(printable(f"{status}: {run}{see}" + (f"\n    {why}" if why else "")))
     if len(undone) > _FEW:
         print(f"and {len(undone) - _FEW} more that are not done")

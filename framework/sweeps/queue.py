@@ -8,14 +8,16 @@ from pathlib import Path
 
 from lightspan.errors import UserError, one_line
 from lightspan.files import write_atomic
-from lightspan.run_files import FAILED, OUTPUT
+from lightspan.run_files import FAILED, METRICS, OUTPUT
+from lightspan.runs.figures import figure, scores
 from lightspan.runs.fits import Task, fit_command, last_lines
+from lightspan.runs.metrics import last_step
+from lightspan.runs.numbers import SCORE_DIGITS, number
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.display import run_shown
 from lightspan.sweeps.files import Sweep, Trial, write
 from lightspan.sweeps.points import Settings
-from lightspan.sweeps.ranking import SeedScores, by_point, last_step, last_values, score, unlogged
-from lightspan.sweeps.tables import short
+from lightspan.sweeps.ranking import by_point, last_logged, unlogged
 
 _STOPPED = 128  # a status above it says that a signal ended the run
 
@@ -30,25 +32,17 @@ def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Swe
     def ended(task: Task, status: int) -> str:
         became = queue.ended(task, status)
         if became is Status.DONE:
-            return f"done  {task.name}{_reached(folder / task.name, sweep.metric)}"
+            return f"done  {task.name}{queue.reached(task.name)}"
         killed = f", killed by signal {-status}" if status < 0 else ""
         said = "" if became is Status.PREEMPTED else f"; {task.log} ends with:\n{last_lines(task.log)}\n"
         return f"{became}  {task.name}{killed}{said}"
 
     def standing(task: Task) -> str:
-        step = last_step(folder / task.name)
+        step = last_step(folder / task.name / METRICS)
         return "starts" if step is None else f"step {step}"
 
     run_shown(queue.tasks(), workers, ended, sweep.total, before, standing)
     return queue.sweep
-
-
-def _reached(run: Path, metric: str | None) -> str:
-    """The metric of a run that is done, in words."""
-    if metric is None:
-        return ""
-    value = last_values(run).get(metric)
-    return f", which logged no {metric}" if value is None else f"  {metric} {short(value) or 'nan'}"
 
 
 class TrialQueue:
@@ -64,6 +58,7 @@ class TrialQueue:
     def __init__(self, sweep: Sweep, folder: Path, retry_failed: bool) -> None:
         self.sweep, self.folder, self.retry_failed = sweep, folder, retry_failed
         self._given: set[str] = set()  # trials that have started and not ended
+        self._last: dict[str, float | None] = {}  # of those that are done, see `last_logged`; read once
 
     def due(self, trial: Trial) -> bool:
         status = status_of(self.folder / trial.run)
@@ -95,30 +90,47 @@ class TrialQueue:
             found = Status.FAILED
         return found
 
+    def reached(self, run: str) -> str:
+        """The metric of a run that is done, in words."""
+        if (metric := self.sweep.metric) is None:
+            return ""
+        value = self._last_of(run)
+        return f", which logged no {metric}" if value is None else f"  {metric} {number(value, SCORE_DIGITS)}"
+
     def _task(self, trial: Trial) -> Task:
         run = self.folder / trial.run
         self._given.add(trial.run)
+        self._last.pop(trial.run, None)
         return Task(trial.run, fit_command(self.sweep.words(trial), run), run / OUTPUT)
 
     def _suggested(self) -> list[Trial]:
         from lightspan.sweeps.tpe import suggest
 
         assert self.sweep.metric is not None
-        runs = [self.folder / trial.run for trial in self.sweep.trials]
-        remarks = [unlogged(run, self.sweep.metric) for run in runs if status_of(run) is Status.DONE]
-        if remarks and all(remarks):
-            raise UserError(remarks[0])
-        known = [self._result(trials, self.sweep.metric) for trials in by_point(self.sweep)]
+        done = [trial.run for trial in self.sweep.trials if self._done(trial.run)]
+        if done and all(self._last_of(run) is None for run in done):
+            raise UserError(unlogged(self.folder / done[0], self.sweep.metric))
+        known = [self._result(trials) for trials in by_point(self.sweep)]
         values = suggest(self.sweep.keys, self.sweep.mode, known, self.sweep.draw_seed)
         trials = self.sweep.of_point(len(known), values)
         self.sweep = replace(self.sweep, trials=(*self.sweep.trials, *trials))
         write(self.folder, self.sweep)
         return trials
 
-    def _result(self, trials: tuple[Trial, ...], metric: str) -> tuple[Settings, float | None]:
-        """A point and the mean over its seeds: None while one of them runs, NaN if one has no result."""
+    def _result(self, trials: tuple[Trial, ...]) -> tuple[Settings, float | None]:
+        """A point and what it counts for: None while one of its runs goes on, NaN unless all of them count."""
         if any(trial.run in self._given for trial in trials):
             return trials[0].values, None
-        scores = {trial.seed: score(self.folder / trial.run, metric) for trial in trials}
-        values = {seed: math.nan if value is None else value for seed, value in scores.items()}
-        return trials[0].values, SeedScores(values, len(trials)).mean
+        figures = {trial.seed: self._last_of(trial.run) if self._done(trial.run) else None for trial in trials}
+        found = scores({seed: figure(Status.DONE, last) for seed, last in figures.items()})
+        return trials[0].values, found.mean if found.complete else math.nan
+
+    def _done(self, run: str) -> bool:
+        return run not in self._given and (run in self._last or status_of(self.folder / run) is Status.DONE)
+
+    def _last_of(self, run: str) -> float | None:
+        """The last value of the metric of a run that is done."""
+        assert self.sweep.metric is not None
+        if run not in self._last:
+            self._last[run] = last_logged(self.folder / run, self.sweep.metric)
+        return self._last[run]

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from lightspan.runs.figures import SeedScores
+from lightspan.runs.numbers import SCORE_DIGITS, number, spread_text
 from lightspan.sweeps.files import Sweep
 from lightspan.sweeps.points import Settings, written
-from lightspan.sweeps.ranking import SeedScores
 
 MOST_ROWS = 10
 SCORES = ("val/", "test/", "probe/")
@@ -41,11 +42,7 @@ def seed_table(metrics: Mapping[str, SeedScores]) -> Table:
     return table
 
 
-def short(value: float) -> str:
-    """Five digits; nothing for NaN."""
-    return "" if math.isnan(value) else f"{value:.5g}"
-
-
 def _figures(scores: SeedScores) -> list[str]:
+    spread = "" if math.isnan(scores.spread) else spread_text(scores.spread)
     n = f"{len(scores.values)}" + ("" if scores.complete else f" of {scores.runs}")
-    return [short(scores.mean), short(scores.spread), n]
+    return [number(scores.mean, SCORE_DIGITS) if scores.values else "", spread, n]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError, install_extra
 from lightspan.runs.direction import Mode
-from lightspan.sweeps.points import Axis, Choices, Settings
+from lightspan.sweeps.points import Axis, Choices, Settings, written
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -81,7 +81,7 @@ def _trial(
 
 def _index(axis: Axis, value: Any) -> Any:
     if isinstance(axis, Choices) or axis.points is not None:
-        return axis.grid().index(value)
+        return list(map(written, axis.grid())).index(written(value))  # 1, 1.0 and true are equal and differ
     return value
 
 

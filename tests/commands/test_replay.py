@@ -10,7 +10,7 @@ import rank_processes
 import torch
 from rank_processes import PROJECT, TINY
 
-from lightspan.captures import read_weights
+from lightspan.captures import read_rank, read_weights, write_rank
 from lightspan.cli import main
 from lightspan.tensor_files import Form, write_tensors
 
@@ -77,6 +77,32 @@ def test_the_weights_are_those_before_the_step(broken, capsys, tmp_path):
 def test_what_cannot_be_replayed_is_refused_by_name(broken, capsys, arguments, message):
     assert replay(broken, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("micro_batches"), "is damaged: micro_batches is missing"),
+        (
+            lambda state: state["micro_batches"][0].update(batch=torch.ones(8, 2)),
+            r"micro_batches\[0\]\.batch cannot be trained on: \w+Error",
+        ),
+        (
+            lambda state: state["callbacks"].update({name: {} for name in state["callbacks"]}),
+            r"callbacks\.\w+ is no state of this callback: KeyError: 'seed'",
+        ),
+    ],
+    ids=["field", "batch", "callback"],
+)
+def test_a_damaged_file_of_a_rank_is_refused_with_the_field(broken, tmp_path, capsys, change, message):
+    run = tmp_path / "run"
+    shutil.copytree(broken, run)
+    (folder,) = (run / "captures").iterdir()
+    state = read_rank(folder, 0, lambda name: None)
+    change(state)
+    write_rank(folder, 0, state)
+    assert replay(run) == 2
+    assert re.search(rf"rank-0\.safetensors:? {message}", capsys.readouterr().err)
 
 
 def test_a_run_that_names_code_needs_the_leave_that_fit_needed(broken, capsys):

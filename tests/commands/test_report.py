@@ -178,7 +178,7 @@ def test_console_names_the_runs_and_the_files(
     run_report(make_run("adamw"), make_run("lowrank", 0.25), "--out", tmp_path / "my page.html")
     printed = capsys.readouterr().out
     assert "lowrank" in printed
-    assert "+0.2500" in printed
+    assert "+0.25" in printed
     assert (tmp_path / "my page.html").is_file()
     assert (tmp_path / "summary.json").is_file()
 

@@ -53,7 +53,18 @@ def test_the_table_has_newest_runs_first_and_says_what_differs_and_what_does_not
 ) -> None:
     lines = printed(capsys).splitlines()
     rows = [line.split() for line in lines[1:5]]
-    assert lines[0].split() == ["run", "recipe", "differs", "in", "status", "step", "val/loss_nats", "best", "time"]
+    assert lines[0].split() == [
+        "run",
+        "recipe",
+        "differs",
+        "in",
+        "status",
+        "step",
+        "val/loss_nats",
+        "best",
+        "time",
+        "reason",
+    ]
     assert [row[0] for row in rows] == ["runs/r3", "runs/r2", "runs/r1", "runs/r0"]
     assert [row[2] for row in rows] == ["lr=1", "lr=1e-1", "lr=1e-2", "lr=1e-3"]
     assert [row[3] for row in rows] == ["stale", "failed", "done", "done"]

@@ -20,8 +20,9 @@ from rank_processes import PROJECT, TINY
 from lightspan.cli import main
 from lightspan.commands import sweep as command
 from lightspan.runs.fits import Task
+from lightspan.runs.folder import TASK_VARIABLE
 from lightspan.runs.status import Status, status_of
-from lightspan.sweeps import display
+from lightspan.sweeps import display, outcome
 from lightspan.sweeps.files import read
 
 LR = "model.init_args.optimizer.init_args.lr"
@@ -411,6 +412,44 @@ def test_the_tasks_of_an_array_derive_the_sweep_that_was_checked(
         *("fit", *written.words(written.trials[4]), "trainer.callbacks.preemption.init_args.requeue_on=[]"),
         *("--run", str(Path("out").absolute() / written.trials[4].run)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "also", "said"),
+    [
+        (["model.init_args.width=2,3"], "model.init_args.widht=1", "before its first step: UserError: .*widht"),
+        pytest.param(
+            ["model.init_args.width=2,0"],
+            "trainer.max_steps=1",
+            "before its first step: UserError: .*width=0 must be",
+            marks=pytest.mark.runs,
+        ),
+    ],
+    ids=["configuration", "building"],
+)
+def test_a_task_that_fails_before_its_first_step_is_failed_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    words: list[str], also: str, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "execv", lambda program, command: main(list(command[3:])))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv(TASK_VARIABLE, "")
+    assert main([*EXACT, *words, "--out", "out", "--task", "array", "--also", also]) == 2
+    first, second = [tmp_path / "out" / trial.run for trial in read(tmp_path / "out").trials]
+    assert (status_of(first), status_of(second)) == (Status.UNSTARTED, Status.FAILED)
+    assert re.search(said, (second / "failed.txt").read_text())
+    capsys.readouterr()
+    assert main(["runs", "out", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["run"], record["status"]) == (f"out/{second.name}", "failed")
+    assert re.search(said, record["reason"])
+    assert not outcome.conclude(read(tmp_path / "out"), tmp_path / "out")
+    assert re.search(rf"failed: .*{second.name}\n    .*{said}", capsys.readouterr().out)
+
+
+def test_a_mistake_in_an_ordinary_fit_leaves_no_folder(tmp_path: Path) -> None:
+    assert main(["fit", *EXACT[1:], "model.init_args.widht=1", "--run", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_kubernetes_gets_an_indexed_job_whose_runs_fail_alone(render: Callable[..., str]) -> None:

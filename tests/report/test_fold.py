@@ -9,6 +9,7 @@ import pytest
 from run_folder_fixtures import MakeRun
 
 from lightspan.errors import UserError
+from lightspan.report import runs as reading
 from lightspan.report.compare import compare
 from lightspan.report.fold import fold
 from lightspan.report.page import BEST, MOST_DRAWN, render
@@ -51,7 +52,7 @@ def test_summaries_are_averaged_except_for_what_all_share(make_run: MakeRun) -> 
     assert folded.summary == {"val_loss": 1.5, "parameters": 10, "finished": False}
     assert folded.spread == {"val_loss": pytest.approx(math.sqrt(0.5))}
     cells = {row.figure.key: row.cells[0].text for row in compare([folded])}
-    assert cells["val_loss"] == "1.5000 ± 0.7071"
+    assert cells["val_loss"] == "1.5 ± 0.71"
     assert cells["parameters"] == "10"
 
 
@@ -168,3 +169,32 @@ def test_numbers_whose_squares_are_beyond_floats_have_no_mean(make_run: MakeRun)
     runs = made(make_run, *({"summary": {"a": 1e308 / at}, "resolved": seeded(at)} for at in (1, 2)))
     (folded,) = fold(runs)
     assert folded.summary == {"a": None}
+
+
+def test_of_files_that_are_too_large_the_end_is_shown_or_nothing_and_the_page_says_so(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [{"step": at, "text": f"sample {at}"} for at in range(100)]
+    folder = make_run("a", rows=values(*range(100)), samples=samples, provenance={"argv": ["x" * 500]})
+    (folder / "pictures").mkdir()
+    for name, size in (("big-1.png", 400), ("map-1.png", 10_000), ("map-2.png", 90), ("one.png", 90), ("two.png", 90)):
+        (folder / "pictures" / name).write_bytes(reading.PNG_MARK + b"x" * (size - 8))
+    limits = {"METRICS": 1000, "SAMPLES": 200, "MAPPING": 300, "PICTURE": 100, "PICTURES": 200}
+    for name, most in limits.items():
+        monkeypatch.setattr(reading, f"MOST_{name}_BYTES", most)
+    (run,) = fold([load_run(folder, "a<b")])
+    assert [row["step"] for row in run.rows] == list(range(100 - len(run.rows), 100))
+    assert 10 < len(run.rows) < 30
+    assert run.samples == samples[-len(run.samples) :]
+    assert (run.provenance, sorted(run.pictures)) == ({}, ["map", "one"])
+    page, size = render([run], "title"), (folder / "metrics.jsonl").stat().st_size
+    for said in (
+        f"a&lt;b: metrics.jsonl has {size:,} bytes, of which the last 1,000 are shown.",
+        "bytes, of which the last 200 are shown.",
+        "provenance.json is left out: it has more than 300 bytes.",
+        "big-1.png is left out: pictures have a limit of 100 bytes for one and 200 for all.",
+        "two.png is left out: pictures have a limit of 100 bytes for one and 200 for all.",
+    ):
+        assert f"{said}</p>" in page, said
+    assert "a&lt;b" in page
+    assert len(run.remarks) == 5

@@ -36,9 +36,15 @@ def test_losses_compare_by_difference_and_costs_by_ratio(make_run: MakeRun) -> N
         {"val_loss_nats": 1.5, "optimizer_state_mib": 16.0, "parameters": 2_098_432},
         {"val_loss_nats": 1.4875, "optimizer_state_mib": 4.0, "parameters": 2_098_432},
     )
-    assert found["val_loss_nats"] == [("1.5000", "", False), ("1.4875", "−0.0125", True)]  # noqa: RUF001
+    assert found["val_loss_nats"] == [("1.5", "", False), ("1.4875", "−0.0125", True)]  # noqa: RUF001
     assert found["optimizer_state_mib"] == [("16", "", False), ("4", "×0.25", True)]  # noqa: RUF001
     assert found["parameters"] == [("2\u202f098\u202f432", "", False), ("2\u202f098\u202f432", "", False)]
+
+
+def test_small_and_large_scores_keep_their_digits(make_run: MakeRun) -> None:
+    found = cells(make_run, {"val_mse": 1.0e-5, "val_bits": 98765.4}, {"val_mse": 1.23456e-5, "val_bits": 4321.25})
+    assert found["val_mse"] == [("1.0000e-05", "", True), ("1.2346e-05", "+2.35e-06", False)]
+    assert found["val_bits"] == [("98\u202f765", "", False), ("4\u202f321.2", "\N{MINUS SIGN}94\u202f444", True)]
 
 
 def test_higher_accuracy_is_better_and_lower_error_is_better(make_run: MakeRun) -> None:
@@ -66,7 +72,7 @@ def test_headline_tells_every_later_run_against_the_first(make_run: MakeRun) -> 
             for s in states
         ]
     )
-    assert headline(runs) == ["r4 against r16: +0.0000 nats validation loss, ×0.25 optimiser state"]  # noqa: RUF001
+    assert headline(runs) == ["r4 against r16: +0 nats validation loss, ×0.25 optimiser state"]  # noqa: RUF001
 
 
 def data(name: str, **settings: object) -> dict[str, object]:
@@ -115,7 +121,7 @@ def test_differences_show_a_missing_key_and_leave_out_equal_ones() -> None:
         (12.0, "12"),
         (1234567, "1\u202f234\u202f567"),
         (5.90049, "5.9"),
-        (0.00012345, "1.23e-04"),
+        (0.00012341, "1.234e-04"),
         (math.inf, "inf"),
     ],
 )

@@ -1,6 +1,7 @@
 """A sweep in the report: runs by their settings, heat maps with the best in each cell, slices, and what is missing."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from lightspan.errors import UserError
 from lightspan.report.shown import shown
 from lightspan.sweeps.files import Sweep, write
 from lightspan.sweeps.points import Choices, Range
+from lightspan.sweeps.queue import TrialQueue
+from lightspan.sweeps.ranking import by_point, ranked
 
 
 def loss(values: dict[str, Any], seed: int | None) -> float:
@@ -47,10 +50,64 @@ def test_a_sweep_is_named_as_a_whole_and_its_points_by_their_settings(tmp_path: 
     assert (found.metric, found.mode) == ("val/loss", "min")
     page = found.page()
     assert "grid of lr = log(0.001,0.1,3), rank = 4,8; seeds 0, 1" in page
-    assert cells(page)[0] == ["0.2595 ± 0.0007", "0.1345 ± 0.0007"]
-    assert len(re.findall(r'<td class="best" style="--share:50%">0\.1255 ± 0\.0007</td>', page)) == 1
+    assert cells(page)[0] == ["0.2595 ± 0.00071", "0.1345 ± 0.00071"]
+    assert len(re.findall(r'<td class="best" style="--share:50%">0\.1255 ± 0\.00071</td>', page)) == 1
     for chart in ("val/loss by lr", "val/loss by rank"):
         assert f"<b>{chart}</b>" in page
+
+
+def test_a_report_its_sweep_and_its_search_count_the_same_runs_with_the_same_values(tmp_path: Path) -> None:
+    """Shorter runs count for their own last value; what failed, goes on or diverged for nothing, in all three."""
+    folder = tmp_path / "s"
+    sweep = Sweep("r", (), {"k": Choices(tuple("abcdef"))}, metric="val/loss", seeds=(0, 1)).planned()
+    write(folder, sweep)
+    logs = {  # of both seeds: what was logged, and the mark of its end
+        "a": [((9.0, 4.0, 1.0), "done"), ((9.0, 2.0), "done")],  # stopped early, at its own last value
+        "b": [((9.0, 0.1), "done"), ((9.0, 0.1), "failed")],
+        "c": [((9.0, 3.0), "done"), ((9.0, 3.5), "done")],
+        "d": [((9.0, 0.0), "stopped"), ((0.0, 0.0), "failed")],
+        "e": [((9.0, 0.2), "done"), ((9.0, None), "done")],
+        "f": [((9.0, 0.3), "done"), ((), "")],  # not started
+    }
+    for trial in sweep.trials:
+        losses, end = logs[trial.values["k"]][trial.seed or 0]
+        if not end:
+            continue
+        run = folder / trial.run
+        run.mkdir()
+        lines = [{"step": at, "time_s": 0.0, "val/loss": value} for at, value in enumerate(losses)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "resolved.yaml").write_text(json.dumps({"seed_everything": trial.seed, "k": trial.values["k"]}))
+        (run / "summary.json").write_text(json.dumps({"finished": end == "done"}))
+        if end == "failed":
+            (run / "failed.txt").write_text("an error")
+    expected = [("a", 1.5), ("c", 3.25), ("b", 0.1), ("e", 0.2), ("f", 0.3), ("d", None)]
+
+    def as_pairs(found: list[tuple[str, float]]) -> list[tuple[str, float | None]]:
+        return [(name, None if math.isnan(value) else value) for name, value in found]
+
+    assert as_pairs([(point["k"], one.mean) for point, one in ranked(sweep, folder, "val/loss")]) == expected
+    ranking = shown([folder]).ranking()
+    assert ranking is not None
+    assert as_pairs([(place.run.config["k"], place.value) for place in ranking.places]) == expected
+    assert [place.text() for place in ranking.places[1:4]] == [
+        "3.25 ± 0.35",
+        "0.1 (1 of 2 seeds)",
+        "0.2 (1 of 2 seeds)",
+    ]
+    queue = TrialQueue(sweep, folder, retry_failed=False)
+    known = [queue._result(trials) for trials in by_point(sweep)]
+    counting = [(name, value) for name, value in sorted(expected) if name in "ac"]
+    assert [(point["k"], value) for point, value in known if value is not None and value == value] == counting
+    alone = shown([folder], folds=False).ranking()
+    assert alone is not None
+    assert [place.value for place in alone.places[:7]] == [0.1, 0.2, 0.3, 1.0, 2.0, 3.0, 3.5]
+    assert {place.text() for place in alone.places[7:]} == {
+        "0.1, failed",
+        "0, preempted",
+        "0, failed",
+        "—",
+    }
 
 
 def test_before_a_sweep_has_logged_its_metric_its_report_shows_what_there_is(tmp_path: Path) -> None:
@@ -78,9 +135,23 @@ def test_trials_without_figures_are_counted_and_leave_their_cells_empty(tmp_path
     (tmp_path / "s" / sweep.trials[2].run / "failed.txt").write_text("loss is NaN")
     page = shown([tmp_path / "s"]).page()
     assert f"2 of 6 runs have no figures: 1 failed, 1 unstarted ({sweep.trials[2].run})." in page
-    assert cells(page) == [["0.2590", "0.1340"], ["", ""], ["0.3400", "0.2150"]]
+    assert cells(page) == [["0.259", "0.134"], ["", ""], ["0.34", "0.215"]]
     with pytest.raises(UserError, match="is not a run folder"):
         shown([tmp_path / "s" / sweep.trials[2].run])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "one"])
+def test_a_trial_that_is_a_link_out_of_its_sweep_is_not_read(tmp_path: Path, whole: bool) -> None:
+    sweep = make_sweep(tmp_path / "s", seeds=None)
+    run = tmp_path / "s" / sweep.trials[0].run
+    run.rename(tmp_path / "elsewhere")
+    run.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{sweep.trials[0].run} is a link that leads out of its sweep"):
+        shown([tmp_path / "s" if whole else run])
+    run.unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "s" / "inside")
+    run.symlink_to("inside")
+    assert len(shown([tmp_path / "s"]).runs) == 6
 
 
 def test_a_sweep_without_any_figures_is_refused_and_says_what_became_of_its_runs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lightspan.runs.catalogue import find_runs, read_entry, read_progress
 from lightspan.runs.direction import better
 from lightspan.runs.filters import RunFilter, parse_setting, parse_since
 from lightspan.runs.labels import note_of, set_note, set_tags, tags_of
-from lightspan.runs.metric_values import MetricValues, read_logged
+from lightspan.runs.metrics import MetricValues, read_logged
 from lightspan.runs.status import Status
 
 

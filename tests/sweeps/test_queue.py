@@ -9,6 +9,7 @@ import pytest
 
 from lightspan.runs.fits import Task
 from lightspan.runs.status import Status, status_of
+from lightspan.sweeps import ranking
 from lightspan.sweeps.files import Sweep
 from lightspan.sweeps.points import Choices, Range
 from lightspan.sweeps.queue import TrialQueue
@@ -90,3 +91,36 @@ def test_tpe_goes_on_past_a_run_that_never_logged_the_metric(tmp_path: Path) -> 
         finish(tmp_path / trial.run)
         (tmp_path / trial.run / "metrics.jsonl").write_text(json.dumps({"step": 0, name: 1.0}) + "\n")
     assert len([*TrialQueue(sweep, tmp_path, retry_failed=False).tasks()]) == 1
+
+
+def test_tpe_reads_the_metrics_of_a_trial_once_however_many_points_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    read: list[str] = []
+    for name in ("read_logged", "last_values"):
+        original = getattr(ranking, name)
+        monkeypatch.setattr(
+            ranking,
+            name,
+            lambda path, *rest, original=original: (read.append(path.parent.name), original(path, *rest))[1],
+        )
+    sweep = Sweep("recipe.yaml", (), {"k": Range(0.0, 1.0, False)}, "tpe", "val/loss", points=6, seeds=(0, 1))
+    queue = TrialQueue(sweep, tmp_path, retry_failed=False)
+    for task in queue.tasks():
+        finish(tmp_path / task.name)
+        (tmp_path / task.name / "metrics.jsonl").write_text('{"step": 0, "val/loss": 1.0}\n')
+        queue.ended(task, 0)
+        assert queue.reached(task.name) == "  val/loss 1"
+    assert sorted(read) == sorted(trial.run for trial in queue.sweep.trials)
+
+
+def test_a_trial_that_ran_again_is_read_again(tmp_path: Path) -> None:
+    queue = TrialQueue(SWEEP, tmp_path, retry_failed=True)
+    finish(tmp_path / RUNS[0])
+    (tmp_path / RUNS[0] / "metrics.jsonl").write_text('{"step": 0, "val/loss": 1.0}\n')
+    assert queue.reached(RUNS[0]) == "  val/loss 1"
+    (tmp_path / RUNS[0] / "failed.txt").write_text("an error")
+    assert next(queue.tasks()).name == RUNS[0]
+    (tmp_path / RUNS[0] / "metrics.jsonl").write_text('{"step": 0, "val/loss": 2.0}\n')
+    assert queue.reached(RUNS[0]) == "  val/loss 2"

@@ -4,11 +4,9 @@ import json
 import math
 from pathlib import Path
 
-import pytest
-
 from lightspan.sweeps.files import Sweep
 from lightspan.sweeps.points import Choices
-from lightspan.sweeps.ranking import last_step, last_values, over_seeds, ranked
+from lightspan.sweeps.ranking import over_seeds, ranked
 
 
 def finish(run: Path, *losses: float | None, finished: bool = True) -> None:
@@ -61,36 +59,6 @@ def test_a_run_that_is_not_done_counts_for_nothing(tmp_path: Path) -> None:
 def test_a_metric_that_no_run_logged_ranks_nothing(tmp_path: Path) -> None:
     sweep = swept(tmp_path, [1.0], [2.0], seeds=1)
     assert [len(scores.values) for _, scores in ranked(sweep, tmp_path, "val/f1")] == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("content", "values"),
-    [
-        ('{"step": 0, "a": 1}\n{"step": 1, "b": 2.5}\n{"step": 2, "a": 3}\n', {"a": 3.0, "b": 2.5}),
-        ('{"step": 0, "a": 1}\n{"step": 1, "a": nul', {"a": 1.0}),
-        ('{"step": 0, "time_s": 3, "epoch": 1, "flag": true, "text": "x", "list": [1]}\n', {}),
-        ('[1]\n3\n\n"a"\n\x00\n{"a": 7}\n', {"a": 7.0}),
-        ('{"a": 1' + "0" * 400 + "}\n", {"a": math.inf}),
-        ("", {}),
-    ],
-)
-def test_last_values_are_those_of_whole_lines_with_numbers(content: str, values: dict, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(content)
-    assert last_values(tmp_path) == values
-    assert last_values(tmp_path / "none") == {}
-
-
-def test_null_is_a_value_that_was_not_finite(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1}\n{"step": 1, "a": null}\n')
-    assert math.isnan(last_values(tmp_path)["a"])
-
-
-def test_the_last_step_is_read_from_the_end_of_the_file_alone(tmp_path: Path) -> None:
-    assert last_step(tmp_path) is None
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "a": 0.123456789}}\n' for step in range(5000)))
-    assert last_step(tmp_path) == 5000
-    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n{"step": 5, "a"')
-    assert last_step(tmp_path) == 5
 
 
 def test_metrics_over_seeds(tmp_path: Path) -> None:

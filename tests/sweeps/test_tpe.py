@@ -48,6 +48,17 @@ def test_points_are_those_of_the_keys() -> None:
         assert point["g"] in (0.0, 0.5, 1.0)
 
 
+def test_choices_that_are_equal_and_differ_are_told_apart() -> None:
+    """Of 1, 1.0 and true the one with the good results is chosen, and comes back as it was given."""
+    pytest.importorskip("optuna")
+    values = (1, 1.0, True, [1], [1.0])
+    axes = {"k": Choices(values)}
+    for best in range(len(values)):
+        known = [({"k": value}, float(at != best)) for _ in range(12) for at, value in enumerate(values)]
+        chosen = [tpe.suggest(axes, "min", known, seed)["k"] for seed in range(3)]
+        assert [repr(one) for one in chosen].count(repr(values[best])) >= 2
+
+
 def test_it_is_better_than_random_points_and_follows_the_mode() -> None:
     tried = [value for _, value in followed(30, seed=1)]
     chance = [loss(point) for point in drawn(AXES, 1, 30)]
