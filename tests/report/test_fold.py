@@ -160,7 +160,7 @@ def test_a_link_out_of_a_run_is_not_read(make_run: MakeRun, tmp_path: Path, name
         load_run(run, "a")
     (run / name).unlink()
     (run / name).symlink_to(name)
-    with pytest.raises(UserError, match="leads nowhere|no run folder|not a run|metrics"):
+    with pytest.raises(UserError, match=r"leads nowhere|metrics"):
         load_run(run, "a")
     (run / name).unlink()
     (tmp_path / "outside").rename(run / "inside")
