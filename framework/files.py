@@ -274,7 +274,7 @@ def put_back(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it exists. A folder is renamed first, so that no half of it keeps the name.
 
-    Raises: UserError if that is not permitted, or the disk fails.
+    Raises: UserError if that is not permitted, or the disk fails; it names what is left of a folder.
     """
     with explained_os_errors(path, "remove"):
         if not path.is_dir() or path.is_symlink():
@@ -284,6 +284,8 @@ def remove(path: Path) -> None:
         if doomed != path:
             os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+    if doomed != path and doomed.exists():
+        raise UserError(f"a part of {path} could not be removed; it is in {doomed} now: remove that by hand")
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -52,6 +52,8 @@ class ClassStream(ImageData):
                 f"ClassStream tasks={tasks} must be in [1, {classes}], the classes of {type(source).__name__}, and "
                 f"passes={passes} at least 1"
             )
+        if order is not None and order < 0:
+            raise UserError(f"ClassStream order={order} must be a seed from 0 up, or null for the order of the labels")
         drawn = np.arange(classes) if order is None else np.random.default_rng(order).permutation(classes)
         self.tasks = [part.tolist() for part in np.array_split(drawn, tasks)]
         self.source, self.passes = source, passes
@@ -67,6 +69,7 @@ class ClassStream(ImageData):
         places = []
         for number, task in enumerate(self.tasks):
             own = np.tile(np.flatnonzero(np.isin(self.train.data.labels, task)), self.passes)
+            _require_images(number, len(own), "training")
             if len(own) < self.batch_size:
                 raise UserError(
                     f"task {number} of ClassStream has {len(own)} images, fewer than batch_size={self.batch_size}; "
@@ -78,7 +81,16 @@ class ClassStream(ImageData):
         return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
 
     def val_dataloader(self) -> list[EvaluationLoader]:  # type: ignore[override]
+        """Raises: UserError for a task without validation images: its loader would be left out without a word."""
         assert isinstance(self.val.data, Labelled)
         labels = self.val.data.labels
         parts = [Labelled(*(column[np.isin(labels, task)] for column in self.val.data)) for task in self.tasks]
+        for number, part in enumerate(parts):
+            _require_images(number, part.total(), "validation")
         return [self._evaluate(ImageSamples(part, self.val.mean, self.val.std)) for part in parts]
+
+
+def _require_images(task: int, count: int, kind: str) -> None:
+    if not count:
+        size = "val_size" if kind == "validation" else "train_size"
+        raise UserError(f"task {task} of ClassStream has no {kind} images; raise {size}, or lower tasks")

@@ -179,7 +179,7 @@ class StoredChange:
 def _sorted(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(layer -> {"A": ..., "B": ...}, everything else), by their names in the model.
 
-    Raises: UserError for half a pair.
+    Raises: UserError for half a pair, for one that is no two factors of a weight, and for another part of a LoRA.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -187,12 +187,24 @@ def _sorted(tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, dict[st
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(PREFIX))
         if found:
             pairs.setdefault(found[1], {})[found[2]] = tensor
+        elif ".lora_" in key:  # of an embedding, DoRA's magnitudes, or a state that no PEFT has saved
+            raise UserError(
+                f"{folder} holds {key}, and of a LoRA only NAME.lora_A.weight and NAME.lora_B.weight can be read; save "
+                "it with PEFT's save_pretrained as a plain LoRA of linear layers and convolutions"
+            )
         else:
             others[key.removeprefix(PREFIX)] = tensor
     for layer, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             missing = "A" if "B" in pair else "B"
             raise UserError(f"{folder}, {layer}: lora_{missing} is missing, so the folder is not whole")
+        down, up = pair["A"], pair["B"]
+        sizes = (*down.shape[1:], *up.shape[:1])  # a rank of 0 is one
+        if min(down.ndim, up.ndim) < 2 or 0 in sizes or down.is_complex() or up.is_complex():
+            raise UserError(
+                f"{folder}, {layer}: lora_A {list(down.shape)} of {down.dtype} and lora_B {list(up.shape)} of "
+                f"{up.dtype} are not the factors of a weight; save the folder again from PEFT"
+            )
     return pairs, others
 
 

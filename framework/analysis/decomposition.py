@@ -7,6 +7,7 @@ a random start (Halko, Martinsson, Tropp, SIAM Rev. 53, 2011, algorithm 4.4), wi
 Shapes: O rows, I columns, S values, M = min(O, I), K directions.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -36,7 +37,7 @@ class Decomposition:
         self.matrix_OI = matrix_OI
         peak = float(matrix_OI.abs().max()) if matrix_OI.numel() else 0.0
         # A power of two: nothing is rounded, and no square overflows or vanishes.
-        self._scale = 2.0 ** max(-1000, min(1000, int(torch.frexp(torch.tensor(peak).double()).exponent)))
+        self._scale = 2.0 ** max(-1000, min(1000, math.frexp(peak)[1]))
         self.exact = min(matrix_OI.shape) <= largest
         self._vectors_MK: Tensor | None = None
         self._wide = matrix_OI.shape[0] <= matrix_OI.shape[1]  # the shorter side is that of the rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.commands.arguments import file, folder
 from lightspan.commands.runs_table import ListedRun, print_table
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 if TYPE_CHECKING:
     from lightspan.runs.direction import Mode
@@ -185,7 +185,7 @@ def _write_csv(rows: Sequence[ListedRun], path: Path) -> None:
     writer.writeheader()
     writer.writerows(flat)
     if str(path) == "-":
-        sys.stdout.write(text.getvalue())
-    else:
-        write_atomic(path, text.getvalue(), setting="--csv")
+        sys.stdout.write(printable(text.getvalue()))
+    else:  # names of files need not be text
+        write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"), setting="--csv")
         print(f"wrote {path}: {len(rows):,} runs")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightspan.commands.runs import add_filter_arguments, filter_from
-from lightspan.errors import UserError, printable
+from lightspan.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from lightspan.runs.cleaning import Doomed
@@ -36,12 +36,12 @@ def run(args: argparse.Namespace) -> int:
     entries = [entry for folder in find_runs(args.dirs) if chosen.has(entry := read_entry(folder))]
     doomed, kept = look(entries, with_tags=bool(args.tag))
     for one in kept:
-        print(printable(f"keeps {one.entry.folder}: {one.reason}"))
+        print(one_line(f"keeps {one.entry.folder}: {one.reason}"))
     if not doomed:
         print("nothing to delete")
         return 0
     for run in doomed:
-        print(printable(f"{run.entry.status:<10} {size_text(run.size):>10}  {run.entry.folder}"))
+        print(one_line(f"{run.entry.status:<10} {size_text(run.size):>10}  {run.entry.folder}"))
     question = f"delete {_runs(len(doomed))}, {size_text(sum(run.size for run in doomed))}?"
     if not args.yes and not _agreed(question):
         print("nothing was deleted")
@@ -58,7 +58,7 @@ def _delete(doomed: Sequence["Doomed"]) -> int:
             delete(run)
         except UserError as error:
             failures += 1
-            print(printable(f"lightspan: {error}"), file=sys.stderr)
+            print(one_line(f"lightspan: {error}"), file=sys.stderr)
     print(f"deleted {_runs(len(doomed) - failures)}")
     return 1 if failures else 0
 

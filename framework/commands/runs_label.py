@@ -15,15 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tag(args: argparse.Namespace) -> int:
     """Adds tags, or removes them, and prints those that the run then has."""
-    from lightspan.runs.labels import set_tags, tags_of
+    from lightspan.runs.labels import set_tags, sole_labeller, tags_of
 
     run, words = _run_folder(args.run), set(args.words)
-    before = set(tags_of(run))
-    if args.remove and (absent := words - before):
-        raise UserError(f"{run} has no tag {min(absent)!r}; its tags: {', '.join(sorted(before)) or 'none'}")
-    after = (before - words if words else set()) if args.remove else before | words
-    if after != before:
-        set_tags(run, after)
+    with sole_labeller(run):
+        before = set(tags_of(run))
+        if args.remove and (absent := words - before):
+            raise UserError(f"{run} has no tag {min(absent)!r}; its tags: {', '.join(sorted(before)) or 'none'}")
+        after = (before - words if words else set()) if args.remove else before | words
+        if after != before:
+            set_tags(run, after)
     print(" ".join(sorted(after)) or "no tags")
     return 0
 

@@ -90,7 +90,8 @@ def _cell(column: Column, at: int) -> "Text":
     from rich.text import Text
 
     text = column.texts[at]
-    return Text(printable(text), style=STYLES.get(text, "") if column.heading == "status" else "")
+    safe = printable(text) if column.heading == "note" else one_line(text)
+    return Text(safe, style=STYLES.get(text, "") if column.heading == "status" else "")
 
 
 def _what_differs(entries: Sequence[Entry]) -> tuple[list[str], str]:

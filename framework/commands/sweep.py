@@ -21,11 +21,12 @@ from lightspan.commands.arguments import (
     resolved_from,
 )
 from lightspan.commands.submit import Subject, add_target_arguments, hand_over, prepared
+from lightspan.commands.verbs import verb_of
 from lightspan.config.flags import allow_options
-from lightspan.config.resolve import Resolved
+from lightspan.config.resolve import Resolved, recorded
 from lightspan.errors import UserError, print_notes
 from lightspan.launch.job import Array
-from lightspan.run_files import SWEEP
+from lightspan.run_files import RESOLVED, SWEEP
 from lightspan.runs.direction import Mode, mode_of
 from lightspan.runs.fits import exits_on_sigterm, fit_command
 from lightspan.runs.folder import TASK_VARIABLE, is_first_rank, run_folder, sole_use
@@ -108,6 +109,8 @@ def _defined(args: argparse.Namespace, axes: dict[str, Axis]) -> Sweep:
         raise UserError(f"{SEED_KEY}={axes[SEED_KEY].text()}: write --seeds, over which results are averaged")
     if seeds is not None:
         _refuse_seed(args)
+        if swept := next((key for key in args.seed_keys if key in axes), None):
+            raise UserError(f"{swept}={axes[swept].text()} and --seed-key {swept} both set it; leave one of them out")
     elif args.seed_keys:
         raise UserError(f"--seed-key {args.seed_keys[0]} takes each of --seeds, which are not given")
     if not axes and seeds is None:
@@ -224,9 +227,33 @@ def _run(args: argparse.Namespace, sweep: Sweep, given: Path | None, name: str) 
         return _outlook(_joined(sweep, out), out)
     with sole_use(out), exits_on_sigterm():
         sweep = _joined(sweep, out)
+        _refuse_changed_recipe(sweep, out)
         write(out, sweep)
         done = conclude(run_due(sweep, out, args.workers or 1, args.retry_failed), out)
         return 0 if done else UNFINISHED
+
+
+def _refuse_changed_recipe(sweep: Sweep, out: Path) -> None:
+    """Raises: UserError if runs that are due would train something else than those that the folder has, since the
+    recipe has changed: the ranking would compare two experiments.
+    """
+    begun = next((trial for trial in sweep.trials if (out / trial.run / RESOLVED).is_file()), None)
+    whole = len(sweep.trials) == sweep.total
+    if begun is None or (whole and all(status_of(out / trial.run) is Status.DONE for trial in sweep.trials)):
+        return
+    from lightspan.cli import parse
+    from lightspan.config.identity import differences as changes
+
+    fit = verb_of(["fit"])
+    assert fit is not None
+    now = resolved_from(parse(fit, sweep.words(begun))).config
+    seed = {} if begun.seed is not None else {SEED_KEY: now.get(SEED_KEY)}  # drawn by the run
+    if found := changes(recorded(out / begun.run) | seed, now | seed):
+        lines = "\n".join(f"  {line}" for line in found[:20]) + ("\n  ..." if len(found) > 20 else "")
+        raise UserError(
+            f"{sweep.recipe} has changed since {out / begun.run} was trained (then -> now):\n{lines}\n"
+            "Restore it, or give another folder with --out"
+        )
 
 
 def _joined(sweep: Sweep, out: Path) -> Sweep:
@@ -310,6 +337,6 @@ def _said(point: Settings) -> str:
 
 
 def _seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text[:12]) < 2**32:
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or not int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 4294967295")
     return int(text)

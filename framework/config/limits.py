@@ -52,10 +52,10 @@ def out_of_range(path: KeyPath, value: Any) -> str | None:
         return f"{value[:80]!r} contains a NUL character, which no text may" if "\0" in value else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not math.isfinite(value):
-        return f"must be a finite number, got {value!r}; leave the setting out for no limit"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return f"must fit in 64 bits, got {str(value)[:24]}"
+    if not math.isfinite(value):
+        return f"must be a finite number, got {value!r}; leave the setting out for no limit"
     of_schedule = len(path) > 2 and path[-2] == "init_args" and path[-1] in ENDS and path[-3] in RANGES
     key = path[-3] if of_schedule else path[-1] if path else ""
     of_trainer = len(path) == 2 and path[0] == "trainer"

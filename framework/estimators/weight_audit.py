@@ -243,9 +243,10 @@ def _subspaces(a_NR: Tensor, b_NR: Tensor) -> dict[str, Any]:
 
 
 def _difference(a_S: Tensor, b_S: Tensor) -> Tensor:
-    """b - a in float32, or in float64 where one of them is."""
+    """b - a in float32, or in float64 where one of them is or the difference is beyond float32."""
     dtype = wide_type(a_S.dtype, b_S.dtype)
-    return b_S.to(dtype) - a_S.to(dtype)
+    change_S = b_S.to(dtype) - a_S.to(dtype)
+    return change_S if change_S.isfinite().all() else b_S.double() - a_S.double()
 
 
 def _relative(length: float, a_S: Tensor) -> float | None:

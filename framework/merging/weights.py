@@ -18,7 +18,7 @@ from torch import Tensor
 from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError, one_line
-from lightspan.files import expanded, require_regular_file
+from lightspan.files import expanded, irregular, require_regular_file
 from lightspan.run_files import CHECKPOINTS, MODEL
 from lightspan.tensor_files import DTYPES, Form
 
@@ -111,7 +111,7 @@ def shards_of(folder: Path) -> dict[str, str] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is no index of safetensors files ({error}); export the folder again") from error
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+        if not isinstance(file, str) or Path(file).name != file or irregular(folder / file):
             raise UserError(f"{index} names {file!r:.80}, which is not in {folder}; the folder is not whole")
     return dict(shards)
 

@@ -7,6 +7,7 @@ samples.jsonl ({"step", "text"} per line) and a folder of pictures.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,8 +180,10 @@ def _refuse_links_out(folder: Path) -> None:
     home = folder.resolve()
     for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
         path = folder / name
-        if path.is_symlink() and home not in path.resolve().parents:
-            raise UserError(f"{path} is a link that leads out of its run folder; copy what it leads to, or remove it")
+        place = Path(os.path.realpath(path))  # of circular links the link itself, where `resolve` fails
+        if path.is_symlink() and (home not in place.parents or place.is_symlink()):
+            where = "nowhere" if place.is_symlink() else "out of its run folder"
+            raise UserError(f"{path} is a link that leads {where}; copy what it leads to, or remove it")
 
 
 def _with_derived_summary(run: Run) -> Run:

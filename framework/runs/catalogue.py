@@ -4,6 +4,7 @@ Only small files are parsed, and never resolved.yaml, so that two thousand runs 
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,9 +134,17 @@ def read_progress(run: Path, metrics: Sequence[str] = ()) -> Progress:
     """How far a run came, with these metrics or, without names, its first score (see `read_logged`)."""
     logged, summary = read_logged(run / METRICS, metrics), _json(run / SUMMARY)
     seconds = summary.get("seconds")
-    known = [time_s for time_s in (logged.seconds, seconds) if isinstance(time_s, int | float)]
+    known = [time_s for time_s in map(_finite, (logged.seconds, seconds)) if time_s is not None]
     steps = [count for count in (logged.steps, summary.get("steps")) if isinstance(count, int)]
     return Progress(max(steps, default=None), max(known, default=None), logged.values)
+
+
+def _finite(number: Any) -> float | None:
+    """None for what is no finite number; JSON that others wrote may have NaN, and numbers that no float holds."""
+    try:
+        return float(number) if isinstance(number, int | float) and math.isfinite(number) else None
+    except OverflowError:
+        return None
 
 
 def _changes(argv: Sequence[str]) -> Iterator[str]:
@@ -153,9 +162,9 @@ def _first_start(record: dict[str, Any]) -> datetime | None:
     first = earlier[0] if isinstance(earlier, list) and earlier and isinstance(earlier[0], dict) else {}
     try:
         started = datetime.fromisoformat(str(first.get("started") or record.get("started")))
-    except ValueError:
+        return started if started.tzinfo else started.astimezone()
+    except (ValueError, OverflowError):  # the latter for years that no zone reaches
         return None
-    return started if started.tzinfo else started.astimezone()
 
 
 def failure(run: Path) -> str:

@@ -1,5 +1,6 @@
 """Deleting runs that nobody needs: what would go, what stays and why, and the deletion itself."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -61,17 +62,20 @@ def look(entries: Sequence[Entry], with_tags: bool = False) -> tuple[list[Doomed
 
 
 def delete(doomed: Doomed) -> None:
-    """Deletes a run folder as a whole, and nothing that a link in it leads to.
+    """Deletes a run folder as a whole, and nothing that a link in it leads to; one that is gone by now is no fault.
 
     Raises: UserError if a process has begun to work in it since it was looked at, if it is another run than it was
         then, or if it cannot be removed.
     """
-    run = doomed.entry.folder
+    named = doomed.entry.folder
+    run = named.parent.resolve() / named.name if named.name not in ("", "..") else named.resolve()  # it is renamed
+    if not run.is_dir():
+        return
     if (now := status_of(run)) is not doomed.entry.status:
-        raise UserError(f"{run} is kept: it was {doomed.entry.status} and is {now} now")
-    with sole_use(run, wait_s=0):
+        raise UserError(f"{named} is kept: it was {doomed.entry.status} and is {now} now")
+    with contextlib.suppress(FileNotFoundError), sole_use(run, wait_s=0):
         if reason := _looked_into(run)[0]:
-            raise UserError(f"{run} is kept: {reason}")
+            raise UserError(f"{named} is kept: {reason}")
         remove(run)
 
 
@@ -79,10 +83,12 @@ def _looked_into(run: Path) -> tuple[str | None, int]:
     """(why this folder must not be deleted, bytes of its files); links are never followed."""
     if run.is_symlink():
         return "it is a link", 0
+    try:
+        inside = os.listdir(run)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}", 0
     own = {path.name for path in leftovers(run)}
-    foreign = sorted(
-        name for name in os.listdir(run) if not (name in OWN_NAMES or name in own or _OWN_SERIES.fullmatch(name))
-    )
+    foreign = sorted(name for name in inside if not (name in OWN_NAMES or name in own or _OWN_SERIES.fullmatch(name)))
     if foreign:
         return f"it holds {foreign[0]!r}, which is not lightspan's; delete that, or the folder, by hand", 0
     size = 0

@@ -18,7 +18,7 @@ from lightspan.config import identity, provenance
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, one_line
-from lightspan.files import explained_os_errors, put_back, remove_leftovers, write_atomic
+from lightspan.files import explained_os_errors, irregular, put_back, remove_leftovers, write_atomic
 from lightspan.run_files import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
 
 try:
@@ -110,8 +110,12 @@ def sole_use(run_dir: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
 
 
 def _opened(path: Path) -> TextIO:
+    """Never what a link leads to: the lock's content is replaced, and the folder may be of somebody else."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
     with explained_os_errors(path):
-        return path.open("a+")
+        if fault := "is a link" if path.is_symlink() else path.exists() and irregular(path):
+            raise UserError(f"{path} {fault}, but the lock of a run is a file of its own; remove it")
+        return open(os.open(path, flags, 0o666), "a+")
 
 
 def _locked(file: TextIO) -> bool:

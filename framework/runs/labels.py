@@ -1,12 +1,19 @@
 """Tags and a note that people give to a run: two text files in its folder."""
 
+import contextlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lightspan.errors import UserError
-from lightspan.files import read_small, write_atomic
+from lightspan.files import explained_os_errors, read_small, write_atomic
 from lightspan.run_files import NOTE, TAGS
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LONGEST_NOTE = 10_000  # characters
 _TAG = re.compile(r"[\w.:+@-]{1,64}")
@@ -23,6 +30,26 @@ def note_of(run: Path) -> str:
     return (read_small(run / NOTE) or b"").decode(errors="replace").strip()[:LONGEST_NOTE]
 
 
+@contextlib.contextmanager
+def sole_labeller(run: Path) -> Iterator[None]:
+    """Until it ends no other process is in here for this run, so that what it read is still so when it writes.
+
+    The run's own lock will not do: it is held while the run goes on. Where the file system cannot lock a folder,
+    nothing is locked.
+    """
+    if fcntl is None:
+        yield
+        return
+    with explained_os_errors(run, "open", setting="RUN"):
+        descriptor = os.open(run, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def set_tags(run: Path, tags: Iterable[str]) -> None:
     """Replaces the tags of a run. Raises: UserError for what is no tag."""
     kept = sorted(set(tags))
@@ -32,7 +59,11 @@ def set_tags(run: Path, tags: Iterable[str]) -> None:
 
 
 def set_note(run: Path, note: str) -> None:
-    """Replaces the note on a run, "" removes it. Raises: UserError for one that is too long."""
+    """Replaces the note on a run, "" removes it. Raises: UserError for one that is too long or is no text."""
+    try:
+        note.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the note is no UTF-8 at character {error.start + 1}; write it anew") from error
     if len(note) > LONGEST_NOTE:
         raise UserError(f"the note has {len(note):,} characters, but a note has at most {LONGEST_NOTE:,}; shorten it")
     _put(run / NOTE, note.strip().splitlines())
@@ -42,4 +73,5 @@ def _put(path: Path, lines: Sequence[str]) -> None:
     if lines:
         write_atomic(path, "\n".join(lines) + "\n", setting="RUN")
     else:
-        path.unlink(missing_ok=True)
+        with explained_os_errors(path, "remove", setting="RUN"):
+            path.unlink(missing_ok=True)

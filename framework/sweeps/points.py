@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -177,9 +178,10 @@ def drawn(axes: Mapping[str, Axis], seed: int, count: int) -> list[Settings]:
     """`count` different points at random. Point i depends on (seed, i, key) and on the points before it alone, so a
     larger count only adds points.
 
-    Raises: UserError for more points than there are.
+    Raises: UserError for more points than there are, or than chance meets.
     """
     most = _size(axes)
+    patience = max(1000, 20 * most)
     if count > most:
         raise UserError(f"--trials {count}: these keys have only {most:,} different points; use --method grid for all")
     points: list[Settings] = []
@@ -188,6 +190,8 @@ def drawn(axes: Mapping[str, Axis], seed: int, count: int) -> list[Settings]:
         attempt = 0
         while (text := json.dumps(point := _draw(axes, seed, number, attempt))) in seen:
             attempt += 1
+            if attempt > patience:
+                raise UserError(f"--trials {count}: after {number:,} different points none comes; lower it")
         seen.add(text)
         points.append(point)
     return points
@@ -268,7 +272,8 @@ def _read_range(shown: str, log: bool, words: Sequence[str]) -> Range:
 
 def _range(shown: str, low: Any, high: Any, log: bool, points: Any) -> Range:
     if not all(
-        isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end) for end in (low, high)
+        isinstance(end, int | float) and not isinstance(end, bool) and abs(end) <= sys.float_info.max
+        for end in (low, high)
     ):
         raise UserError(f"{shown}: the ends of a range are finite numbers")
     if not low < high:
@@ -283,14 +288,23 @@ def _range(shown: str, low: Any, high: Any, log: bool, points: Any) -> Range:
 
 
 def _size(axes: Mapping[str, Axis]) -> float:
-    """How many different points there are, at most; infinite with a range of real numbers."""
+    """How many different points there are, at most; infinite with a range of real numbers around 0."""
     sizes: list[float] = []
     for axis in axes.values():
         if isinstance(axis, Choices) or axis.points is not None:
             sizes.append(len(axis.grid()))
+        elif axis.whole:
+            sizes.append(axis.high - axis.low + 1)
         else:
-            sizes.append(axis.high - axis.low + 1 if axis.whole else math.inf)
-    return math.prod(sizes)
+            near, far = sorted((abs(axis.low), abs(axis.high)))
+            sizes.append(_place(far) - _place(near) + 1 if axis.low > 0 or axis.high < 0 else math.inf)
+    return math.inf if math.inf in sizes else math.prod(sizes)
+
+
+def _place(value: float) -> int:
+    """Of a number above 0 among the numbers that have `_DIGITS` digits."""
+    digits, exponent = f"{value:.{_DIGITS - 1}e}".split("e")
+    return 9 * 10 ** (_DIGITS - 1) * int(exponent) + int(digits.replace(".", ""))
 
 
 def _draw(axes: Mapping[str, Axis], seed: int, number: int, attempt: int) -> Settings:

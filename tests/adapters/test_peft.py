@@ -7,11 +7,12 @@ import pytest
 import torch
 from adapters.cases import CASES
 from adapters.small_net import images, perturb
+from safetensors.torch import save_file
 from torch import nn
 
 from lightspan.adapters.inject import adapt, adapted_layers, freeze_statistics
 from lightspan.adapters.lora import LoRA
-from lightspan.adapters.peft import load_peft, save_peft
+from lightspan.adapters.peft import WEIGHTS, StoredChange, load_peft, save_peft
 from lightspan.errors import UserError
 
 peft = pytest.importorskip("peft")
@@ -158,6 +159,27 @@ def test_what_cannot_be_read_is_named(tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             load_peft(Net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"A.weight": torch.ones(2), "B.weight": torch.ones(10)}, "are not the factors of a weight"),
+        ({"A.weight": torch.tensor(1.0), "B.weight": torch.tensor(1.0)}, "are not the factors of a weight"),
+        ({"A.weight": torch.ones(2, 12), "B.weight": torch.ones(0, 2)}, "are not the factors of a weight"),
+        ({"A.weight": torch.ones(2, 12) * 1j, "B.weight": torch.ones(10, 2)}, "torch.complex64 and lora_B"),
+        ({"A.default.weight": torch.ones(2, 12), "B.default.weight": torch.ones(10, 2)}, "of a LoRA only NAME.lora_A"),
+        ({"embedding_A": torch.ones(2, 12), "embedding_B": torch.ones(10, 2)}, "of a LoRA only NAME.lora_A"),
+        ({"magnitude_vector": torch.ones(10)}, "of a LoRA only NAME.lora_A"),
+    ],
+)
+def test_factors_that_are_none_are_named_with_their_layer(factors, message, tmp_path):
+    save_peft(trained(LoRA(rank=2)), tmp_path)
+    save_file({f"base_model.model.dense.lora_{n}": t for n, t in factors.items()}, tmp_path / WEIGHTS)
+    for read in (lambda: load_peft(Net(), tmp_path), lambda: StoredChange(tmp_path)):
+        with pytest.raises(UserError, match=message) as raised:
+            read()
+        assert "dense" in str(raised.value)
 
 
 def test_running_statistics_travel_with_a_norm_that_trained(tmp_path):

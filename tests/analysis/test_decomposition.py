@@ -19,7 +19,7 @@ def drawn(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(40, 70), (70, 40), (1, 5), (5, 1), (30, 30)])
-@pytest.mark.parametrize("size", [1.0, 1e-150, 1e150])
+@pytest.mark.parametrize("size", [1.0, 1e-150, 1e150, 1e-290, 1e300])
 def test_values_directions_and_cosines_are_those_of_lapack(
     shape: tuple[int, int], size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

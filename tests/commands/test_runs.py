@@ -3,9 +3,12 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
-from io import StringIO
+import threading
+import time
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +263,120 @@ def test_clean_keeps_a_run_that_has_started_again_since_it_looked(make_run: Make
         process.wait()
     delete(doomed)
     assert not run.exists()
+
+
+def test_clean_neither_writes_through_the_link_that_a_lock_is_nor_waits_for_a_pipe(
+    make_run: MakeRun, tmp_path: Path, capsys: Captured
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("x" * 5000)
+    for name in ("link", "pipe"):
+        (make_run(f"runs/{name}") / "failed.txt").write_text("error")
+    (Path("runs/link") / ".lightspan.lock").symlink_to(precious)
+    os.mkfifo("runs/pipe/.lightspan.lock")
+    assert main(["runs", "clean", "--yes"]) == 1
+    said = capsys.readouterr().err
+    assert "runs/link/.lightspan.lock is a link, but the lock of a run is a file of its own; remove it" in said
+    assert "runs/pipe/.lightspan.lock is a named pipe, not a regular file, but" in said
+    assert precious.read_text() == "x" * 5000
+
+
+@pytest.mark.parametrize(("inside", "named"), [(".", "."), ("checkpoints", ".."), ("checkpoints/deep", "../..")])
+def test_a_run_is_deleted_from_inside_too(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, inside: str, named: str
+) -> None:
+    run = make_run("runs/a")
+    (run / "failed.txt").write_text("error")
+    (run / inside).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(run / inside)
+    assert "deleted 1 run\n" in printed(capsys, "clean", named, "--yes")
+    assert [*(tmp_path / "runs").iterdir()] == []
+
+
+def test_a_run_that_somebody_else_has_deleted_meanwhile_is_no_fault(make_run: MakeRun) -> None:
+    from lightspan.runs.catalogue import read_entry
+    from lightspan.runs.cleaning import delete, look
+
+    run = make_run("runs/a", summary=None)
+    entry = read_entry(run)
+    (doomed,), _ = look([entry])
+    shutil.rmtree(run)
+    delete(doomed)
+    assert not run.exists()
+    assert [kept.reason for kept in look([entry])[1]] == ["it cannot be read: No such file or directory"]
+
+
+def test_a_run_of_which_a_part_cannot_be_removed_is_not_called_deleted(
+    make_run: MakeRun, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (make_run("runs/a") / "failed.txt").write_text("error")
+    monkeypatch.setattr("lightspan.files.shutil.rmtree", lambda path, ignore_errors: None)
+    assert main(["runs", "clean", "--yes"]) == 1
+    out, err = capsys.readouterr()
+    assert "deleted 0 runs" in out
+    assert "a part of " in err
+    assert "runs/a could not be removed; it is in " in err
+
+
+def test_a_line_break_in_a_name_begins_no_line(make_run: MakeRun, capsys: Captured) -> None:
+    (make_run("runs/x\nfailed 0 B  runs/y") / "failed.txt").write_text("error")
+    for arguments in ((), ("clean", "--yes")):
+        assert not any(line.startswith("failed 0 B") for line in printed(capsys, *arguments).splitlines())
+
+
+def test_names_that_are_no_text_and_letters_that_a_terminal_lacks_are_escaped(
+    make_run: MakeRun, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (make_run("runs/\udcff\x1b[2J") / "note.txt").write_text("é")
+    printed(capsys, "--csv", "out.csv")
+    assert "runs/\\udcff\x1b[2J" in Path("out.csv").read_text()
+    assert "runs/\\udcff\\x1b[2J" in printed(capsys, "--csv", "-")
+    assert main(["runs", "note", "runs/\udcff\x1b[2J", "\udcff"]) == 2
+    assert "the note is no UTF-8 at character 1" in capsys.readouterr().err
+    written = BytesIO()
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(written, encoding="ascii"))
+    assert main(["runs", "note", "runs/\udcff\x1b[2J"]) == 0
+    assert written.getvalue() == b"\\xe9\n"
+
+
+@pytest.mark.parametrize("seconds", ["NaN", "Infinity", "1" + "0" * 400])
+def test_seconds_that_are_no_number_leave_a_gap(make_run: MakeRun, capsys: Captured, seconds: str) -> None:
+    run = make_run("runs/a", rows=[])
+    (run / "summary.json").write_text(f'{{"steps": 5, "seconds": {seconds}, "finished": true}}')
+    (row,) = json.loads(printed(capsys, "--json"))
+    assert (row["step"], row["seconds"]) == (5, None)
+    printed(capsys)
+
+
+def test_people_who_tag_at_once_lose_no_tag(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightspan.runs import labels
+
+    run, read = make_run("runs/a"), labels.tags_of
+    begin = threading.Barrier(4)
+
+    def slowly(folder: Path) -> tuple[str, ...]:
+        found = read(folder)
+        time.sleep(0.02)
+        return found
+
+    def tag(word: str) -> None:
+        begin.wait()
+        assert main(["runs", "tag", str(run), word]) == 0
+
+    monkeypatch.setattr(labels, "tags_of", slowly)
+    words = ["a", "b", "c", "d"]
+    people = [threading.Thread(target=tag, args=(word,)) for word in words]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    assert read(run) == tuple(words)
+
+
+@pytest.mark.parametrize("verb", ["tag", "note"])
+def test_a_folder_in_the_place_of_a_label_is_named(make_run: MakeRun, capsys: Captured, verb: str) -> None:
+    run = make_run("runs/a")
+    (run / {"tag": "tags.txt", "note": "note.txt"}[verb]).mkdir()
+    for words in (["word"], *([["--remove"]] if verb == "note" else [])):
+        assert main(["runs", verb, "runs/a", *words]) == 2
+        assert "there is a folder of this name" in capsys.readouterr().err

@@ -19,6 +19,8 @@ from rank_processes import PROJECT, TINY
 
 from lightspan.cli import main
 from lightspan.commands import sweep as command
+from lightspan.config.resolve import resolve
+from lightspan.config.tree import dump
 from lightspan.runs.fits import Task
 from lightspan.runs.folder import TASK_VARIABLE
 from lightspan.runs.status import Status, status_of
@@ -111,6 +113,9 @@ def test_fit_with_seeds_is_a_sweep_without_keys(stub: Stub, capsys: pytest.Captu
         ([f"{LR}=1,2", "seed_everything=1", "--seeds", "1,2"], "seed_everything=1 and --seeds both set the seed"),
         ([f"{LR}=1,2", "--seed-key", "a.b"], "--seed-key a.b takes each of --seeds, which are not given"),
         ([f"{LR}=1,2", "--seeds", "1", "--seed-key", "data.init_args.sed"], "data.init_args.sed"),
+        ([f"{LR}=1,2", "--seeds", "1", "--seed-key", LR], f"{LR}=1,2 and --seed-key {LR} both set it"),
+        ([f"{LR}=1,2", "--seeds", "000000000000999999999999"], "must be different whole numbers"),
+        ([f"{LR}=1{'0' * 400},2"], "must fit in 64 bits"),
         ([f"{LR}=1,2", "--seeds", "1,1"], "--seeds '1,1' must be different whole numbers from 0 up, such as 0,1,2"),
         ([f"{LR}=1,2", "--seeds", "1,-2"], "--seeds '1,-2' must be different whole numbers"),
         ([f"{LR}=1,2", "--trials", "2"], "--method grid tries all points"),
@@ -185,6 +190,29 @@ def test_another_sweep_in_the_folder_is_refused_and_so_is_a_folder_with_somethin
     assert main([*SWEEP, f"{LR}=0.1,0.3", "--out", "mine"]) == 2
     assert "contains thesis.txt and no sweep; give another folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_recipe_that_has_changed_since_the_first_run_is_refused_while_runs_are_due(
+    stub: Stub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = (PROJECT / "tiny.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(recipe)
+    line = ["sweep", "own.yaml", *ALLOWED, f"{LR}=0.1,0.2", "--metric", "val/loss", "--out", "out"]
+    stub.loss_of = lambda line: 0.5 if f"{LR}=0.1" in line else 1
+    assert main(line) == 1
+    trained = resolve("own.yaml", [], [f"{LR}=0.1"], ["tiny_lab"])
+    (tmp_path / "out" / "000-lr0.1" / "resolved.yaml").write_text(dump(trained.document()))
+    (tmp_path / "own.yaml").write_text(recipe.replace("width: 3", "width: 4"))
+    for again in (line, ["sweep", "out", *ALLOWED]):
+        assert main([*again, "--retry-failed"]) == 2
+        said = capsys.readouterr().err
+        assert "own.yaml has changed since " in said
+        assert "model.init_args.width: 3 -> 4" in said
+    (tmp_path / "own.yaml").write_text(recipe)
+    stub.loss_of = lambda line: 0.4
+    assert main([*line, "--retry-failed"]) == 0
+    (tmp_path / "own.yaml").unlink()
+    assert main(["sweep", "out", *ALLOWED]) == 0  # nothing is due: the ranking needs no recipe
 
 
 def test_a_folder_is_continued_as_its_file_says(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,5 +63,11 @@ def test_what_makes_no_stream_is_refused() -> None:
         ClassStream(Digits(), tasks=11)
     with pytest.raises(UserError, match="passes=0 at least 1"):
         ClassStream(Digits(), passes=0)
+    with pytest.raises(UserError, match="order=-1 must be a seed from 0 up"):
+        ClassStream(Digits(), order=-1)
+    with pytest.raises(UserError, match="task 1 of ClassStream has no training images; raise train_size, or lower"):
+        stream(tasks=10, train_size=5, batch_size=1).train_dataloader()
+    with pytest.raises(UserError, match="task 0 of ClassStream has no validation images; raise val_size, or lower"):
+        stream(tasks=10, val_size=3).val_dataloader()
     with pytest.raises(UserError, match=r"task 0 of ClassStream has .* fewer than batch_size=1000"):
         stream(batch_size=1000).train_dataloader()

@@ -129,6 +129,12 @@ def test_degenerate_tensors_are_ordinary_rows(dtype: torch.dtype) -> None:
     assert AuditReport.from_json(report.to_json()) == report
 
 
+def test_a_change_beyond_float32_is_measured_all_the_same() -> None:
+    matrix = drawn(20, 16).float()
+    large = matrix / matrix.abs().max() * torch.finfo(torch.float32).max
+    assert row(audited({"w": large}, {"w": -large}))["pair"]["relative"] == pytest.approx(2)
+
+
 def test_what_cannot_be_compared_is_a_row_that_says_so() -> None:
     sound = {name: drawn(20, 20) for name in ("same", "shape", "integers", "broken", "gone")}
     other = {

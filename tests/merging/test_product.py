@@ -265,7 +265,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     saved(llama(0), tmp_path / "m", max_shard_size="5KB")
     index = tmp_path / "m" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    for file in ("../base.safetensors", 3):
+    for file in ("../base.safetensors", 3, "x" * 5000):
         content["weight_map"]["model.norm.weight"] = file
         index.write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"which is not in|is no index"):

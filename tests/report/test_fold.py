@@ -160,6 +160,10 @@ def test_a_link_out_of_a_run_is_not_read(make_run: MakeRun, tmp_path: Path, name
     with pytest.raises(UserError, match=f"{name} is a link that leads out of its run folder"):
         load_run(run, "a")
     (run / name).unlink()
+    (run / name).symlink_to(name)
+    with pytest.raises(UserError, match=r"leads nowhere|metrics"):
+        load_run(run, "a")
+    (run / name).unlink()
     (tmp_path / "outside").rename(run / "inside")
     (run / name).symlink_to("inside")
     load_run(run, "a")

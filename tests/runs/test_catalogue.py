@@ -58,7 +58,12 @@ def test_an_entry_says_what_was_typed_beside_the_recipe_and_when_it_was_first_st
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"recipe": [1], "argv": 3, "started": "soon", "earlier": {}}', "[" * 10**5]
+    "text",
+    [
+        *("", "{", "[1]", "[" * 10**5),
+        '{"recipe": [1], "argv": 3, "started": "soon", "earlier": {}}',
+        '{"started": "0001-01-01T00:00:00"}',
+    ],
 )
 def test_a_damaged_record_leaves_gaps(make_run: MakeRun, text: str) -> None:
     run = make_run("a")

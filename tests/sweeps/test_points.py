@@ -70,6 +70,7 @@ def test_one_value_is_an_ordinary_flag(text: str) -> None:
         ("lin(1,1,3)", "the first end must be below the second"),
         ("lin(a,b,3)", "the ends of a range are finite numbers"),
         ("lin(0,.inf,3)", "the ends of a range are finite numbers"),
+        pytest.param(f"lin(0,1{'0' * 400},3)", "the ends of a range are finite numbers", id="beyond floats"),
         ("lin(false,true,2)", "the ends of a range are finite numbers"),
         ("lin(0,1,1)", "the number of points must be a whole number from 2 to 100,000"),
         ("lin(0,1,2.5)", "the number of points must be a whole number"),
@@ -142,6 +143,21 @@ def test_random_points_differ_and_end_where_there_are_no_more() -> None:
     assert sorted((point["a"], point["b"]) for point in points) == [(a, b) for a in (1, 2) for b in (0, 1, 2)]
     with pytest.raises(UserError, match="--trials 7: these keys have only 6 different points"):
         drawn(axes, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most"), [(0.1, 0.1000021, 3), (-0.1000021, -0.1, 3), (0.999999, 1.00001, 3), (0.1, 0.1 + 1e-12, 1)]
+)
+def test_a_range_of_few_six_digit_numbers_has_no_more_points_than_these(low: float, high: float, most: int) -> None:
+    axes = {"a": Range(low, high, False)}
+    with pytest.raises(UserError, match=f"--trials 9: these keys have only {most} different points"):
+        drawn(axes, 0, 9)
+    assert len(drawn(axes, 0, most)) == most
+
+
+def test_a_point_that_chance_never_meets_is_not_waited_for() -> None:
+    with pytest.raises(UserError, match="--trials 2: after 1 different points none comes; lower it"):
+        drawn({"a": Range(0.10000049999999, 0.1000006, False)}, 0, 2)
 
 
 plain_values = st.recursive(
