@@ -34,7 +34,7 @@ from lightspan.runs.folder import (
 )
 from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
-from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
+from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals, stop_at_start, takes_no_step
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -95,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     checkpoint = checkpoint_to_resume(args.resume, run_dir, given=args.run is not None)
+    untrained = takes_no_step(resolved)
+    if untrained and checkpoint is not None:
+        raise UserError(
+            f"trainer.max_steps=0 writes the weights before the first step, but {run_dir} contains {checkpoint.name} "
+            f"of step {(manifest(checkpoint) or {}).get('step')}; give another --run DIR"
+        )
     resolved = with_seed(resolved, run_dir, checkpoint)
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
@@ -107,6 +113,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
     built = build(resolved, run_dir)
     check_at_start(built)
+    if untrained:
+        stop_at_start(built, run_dir / LAST_CHECKPOINT)
     obey_signals(built)
     meet_after_restart(built)
     if is_first_rank():

@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,8 @@ from lightspan.runs.direction import better
 if TYPE_CHECKING:
     from rich.text import Text
 
+WIDTH = 180
+"""Columns of the table where it is not printed to a terminal."""
 STYLES = {"running": "cyan", "stale": "yellow", "preempted": "yellow", "failed": "red", "done": "green"}
 
 
@@ -42,7 +45,7 @@ def print_table(rows: Sequence[ListedRun], metrics: Sequence[str], remarks: Sequ
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     changes, shared = _what_differs([row.entry for row in rows])
     said = [*remarks, *([f"all with {shared}"] if shared else [])]
     hosts = [row.entry.host for row in rows]
@@ -94,16 +97,18 @@ def _what_differs(entries: Sequence[Entry]) -> tuple[list[str], str]:
     keys = dict.fromkeys(key for one in flags for key in one)
     leaves = [key.rpartition(".")[2] for key in keys]
     names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+    words = [shlex.join(entry.words) for entry in entries]
+    shared = words[0] if len(set(words)) == 1 < len(words) else ""
     changes = [
         " ".join(
             [
-                *([shlex.join(entry.words)] if entry.words else []),
+                *([own] if own and not shared else []),
                 *(f"{names[key]}={value}" for key, value in one.items() if (key, value) not in common),
             ]
         )
-        for entry, one in zip(entries, flags, strict=True)
+        for own, one in zip(words, flags, strict=True)
     ]
-    return changes, " ".join(sorted(f"{key}={value}" for key, value in common))
+    return changes, " ".join([*([shared] if shared else []), *sorted(f"{key}={value}" for key, value in common)])
 
 
 def _metric_columns(rows: Sequence[ListedRun], metrics: Sequence[str]) -> Iterator[Column]:

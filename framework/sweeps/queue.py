@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 from lightspan.errors import UserError, one_line
@@ -15,8 +16,9 @@ from lightspan.sweeps.display import run_shown
 from lightspan.sweeps.files import Sweep, Trial, write
 from lightspan.sweeps.points import Settings
 from lightspan.sweeps.ranking import SeedScores, by_point, last_step, last_values, score, unlogged
-from lightspan.sweeps.tables import short
+from lightspan.sweeps.tables import scores_of, short
 
+MOST_SCORES = 3  # in the line of a run that has ended
 _STOPPED = 128  # a status above it says that a signal ended the run
 
 
@@ -44,11 +46,12 @@ def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Swe
 
 
 def _reached(run: Path, metric: str | None) -> str:
-    """The metric of a run that is done, in words."""
-    if metric is None:
-        return ""
-    value = last_values(run).get(metric)
-    return f", which logged no {metric}" if value is None else f"  {metric} {short(value) or 'nan'}"
+    """What to say of the metric of a run that is done; without one, its first scores."""
+    if metric is not None and (said := unlogged(run, metric)):
+        return f"; {said}"
+    values = last_values(run)
+    shown = islice(scores_of(values), MOST_SCORES) if metric is None else [metric]
+    return "".join(f"  {name} {short(values[name]) or 'nan'}" for name in shown)
 
 
 class TrialQueue:

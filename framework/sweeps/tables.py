@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +12,9 @@ from lightspan.sweeps.points import Settings, written
 from lightspan.sweeps.ranking import SeedScores
 
 MOST_ROWS = 10
+MOST_SEEDS = 3
+"""Seeds that have a column of their own: more do not fit into 80 columns."""
+T = TypeVar("T")
 SCORES = ("val/", "test/", "probe/")
 """How metrics begin that say how good a model is."""
 
@@ -31,14 +35,21 @@ def ranking_table(sweep: Sweep, ranking: Sequence[tuple[Settings, SeedScores]]) 
 
 
 def seed_table(metrics: Mapping[str, SeedScores]) -> Table:
-    """Scores over seeds; other metrics where there are no scores."""
+    """Scores over seeds and, of few seeds, of each; other metrics where there are no scores."""
+    seeds = sorted({seed for one in metrics.values() for seed in one.values if seed is not None})
+    each = seeds if len(seeds) <= MOST_SEEDS else []
     table = Table()
-    for name in ("metric", "mean", "spread", "n"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    scores = {name: one for name, one in metrics.items() if name.startswith(SCORES)} or metrics
-    for name, one in scores.items():
-        table.add_row(Text(name), *_figures(one))
+    table.add_column("metric")
+    for name in ("mean", "spread", "n", *(f"seed {seed}" for seed in each)):
+        table.add_column(name, justify="right")
+    for name, one in scores_of(metrics).items():
+        table.add_row(Text(name), *_figures(one), *(short(one.values.get(seed, math.nan)) for seed in each))
     return table
+
+
+def scores_of(metrics: Mapping[str, T]) -> dict[str, T]:
+    """Those metrics that say how good a model is; all where none does."""
+    return {name: one for name, one in metrics.items() if name.startswith(SCORES)} or dict(metrics)
 
 
 def short(value: float) -> str:
