@@ -163,6 +163,35 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert torch.load("p/predictions.pt", weights_only=True)[0].shape == (8, 3)
 
 
+def test_a_run_of_no_steps_writes_the_weights_with_which_a_run_of_its_seed_starts(capsys):
+    import torch
+
+    start, still = ["trainer.max_steps=0"], ["trainer.max_steps=1", "model.init_args.optimizer.init_args.lr=0.0"]
+    assert main(["fit", "--run", "start", *TINY, *start]) == 0
+    assert "next: lightspan report" in capsys.readouterr().out
+    assert main(["fit", "--run", "still", *TINY, *still]) == 0
+    ours, theirs = (
+        torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("start", "still")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    summary = json.loads(Path("start/summary.json").read_text())
+    assert (summary["steps"], summary["finished"]) == (0, True)
+    assert main(["validate", *TINY, "--ckpt", "start", "--run", "v"]) == 0
+    assert main(["audit", "start", "still", "--out", "a"]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--run", "still", *TINY, *start]) == 2
+    assert "has no step, but" in (said := capsys.readouterr().err)
+    assert "last.ckpt of step 1; give another --run DIR" in said
+    assert main(["fit", "--run", "start", *TINY]) == 2
+    assert "holds weights without an optimiser, so no run continues from it; give another" in capsys.readouterr().err
+
+
+def test_a_run_of_no_steps_asks_no_schedule_for_its_length(capsys):
+    assert main(["fit", "supervised/linear", "trainer.max_epochs=0", "trainer.accelerator=cpu", "--run", "start"]) == 0
+    assert Path("start/checkpoints/last.ckpt").is_file()
+
+
 def test_a_run_and_the_weights_exported_from_it_are_evaluated_alike(capsys):
     assert main(["fit", "--run", "r", *TINY, "trainer.max_steps=1"]) == 0
     assert main(["export", "r", "--to", "safetensors", *TINY[1:]]) == 0

@@ -98,8 +98,8 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     untrained = takes_no_step(resolved)
     if untrained and checkpoint is not None:
         raise UserError(
-            f"trainer.max_steps=0 writes the weights before the first step, but {run_dir} contains {checkpoint.name} "
-            f"of step {(manifest(checkpoint) or {}).get('step')}; give another --run DIR"
+            f"a run that writes the weights before the first step has no step, but {run_dir} contains "
+            f"{checkpoint.name} of step {(manifest(checkpoint) or {}).get('step')}; give another --run DIR"
         )
     resolved = with_seed(resolved, run_dir, checkpoint)
     if checkpoint is not None:
