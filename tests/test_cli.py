@@ -184,7 +184,7 @@ def test_a_run_of_no_steps_writes_the_weights_with_which_a_run_of_its_seed_start
     assert "has no step, but" in (said := capsys.readouterr().err)
     assert "last.ckpt of step 1; give another --run DIR" in said
     assert main(["fit", "--run", "start", *TINY]) == 2
-    assert "holds weights without an optimiser, so no run continues from it; give another" in capsys.readouterr().err
+    assert "was saved with weights only, which can be evaluated and exported" in capsys.readouterr().err
 
 
 def test_a_run_of_no_steps_asks_no_schedule_for_its_length(capsys):

@@ -97,18 +97,29 @@ def _what_differs(entries: Sequence[Entry]) -> tuple[list[str], str]:
     keys = dict.fromkeys(key for one in flags for key in one)
     leaves = [key.rpartition(".")[2] for key in keys]
     names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
-    words = [shlex.join(entry.words) for entry in entries]
-    shared = words[0] if len(set(words)) == 1 < len(words) else ""
+    options = [_options(entry.words) for entry in entries]
+    shared = [one for one in options[0] if all(one in own for own in options)] if len(entries) > 1 else []
     changes = [
         " ".join(
             [
-                *([own] if own and not shared else []),
+                *(one for one in own if one not in shared),
                 *(f"{names[key]}={value}" for key, value in one.items() if (key, value) not in common),
             ]
         )
-        for own, one in zip(words, flags, strict=True)
+        for own, one in zip(options, flags, strict=True)
     ]
-    return changes, " ".join([*([shared] if shared else []), *sorted(f"{key}={value}" for key, value in common)])
+    return changes, " ".join([*shared, *sorted(f"{key}={value}" for key, value in common)])
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    """Words of a command line as options with their values."""
+    found: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") or not found:
+            found.append([word])
+        else:
+            found[-1].append(word)
+    return [shlex.join(one) for one in found]
 
 
 def _metric_columns(rows: Sequence[ListedRun], metrics: Sequence[str]) -> Iterator[Column]:

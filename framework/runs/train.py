@@ -80,11 +80,6 @@ def _explain(error: OSError, run_dir: Path) -> None:
 
 def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
     """The message for a library's error that a user can fix, by where it was raised; None for all others."""
-    if isinstance(error, KeyError) and "checkpoint contains only the model" in str(error):
-        return (
-            f"{checkpoint} holds weights without an optimiser, so no run continues from it; give another --run DIR, "
-            "where a run of the same seed starts from the same weights"
-        )
     if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError):
         return None
     passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class Untrained(Callback):
@@ -11,7 +12,7 @@ class Untrained(Callback):
     The checkpoint has no optimiser: that of a run whose schedule has no length would be no beginning of another run.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint, where no callback of the run writes one at its end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,9 +23,16 @@ class Untrained(Callback):
         loop = trainer.fit_loop
         loop.max_epochs = loop.epoch_loop.max_steps = 1
         loop.min_epochs = loop.epoch_loop.min_steps = None
+        for callback in _checkpoints(trainer):
+            callback.save_weights_only = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path, weights_only=True)
+        if not any(callback.save_last for callback in _checkpoints(trainer)):
+            trainer.save_checkpoint(self.path, weights_only=True)
+
+
+def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]

@@ -74,14 +74,14 @@ def test_what_all_runs_were_started_with_stands_once_and_a_file_gets_wide_lines(
     make_run: MakeRun, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS")
-    shared = ["-c", "mine.yaml", "--images", "my_pictures", "--image-size", "32"]
-    for seed in range(2):
-        make_run(f"runs/with-a-long-name-{seed}", provenance=started(*shared, f"seed_everything={seed}"))
+    mine, pictures = ["-c", "mine.yaml"], ["--images", "my_pictures", "--image-size", "32"]
+    for seed, words in enumerate(([*mine, *pictures], [*pictures, *mine])):
+        make_run(f"runs/with-a-long-name-{seed}", provenance=started(*words, f"seed_everything={seed}", day=seed + 1))
     lines = printed(capsys).splitlines()
     assert [line.split()[:3] for line in lines[1:3]] == [
         [f"runs/with-a-long-name-{seed}", "language/quickstart", f"seed_everything={seed}"] for seed in (1, 0)
     ]
-    assert "all with -c mine.yaml --images my_pictures --image-size 32" in lines
+    assert "all with --images my_pictures --image-size 32 -c mine.yaml" in lines
 
 
 def test_without_a_validation_the_first_score_of_a_probe_comes_before_the_training_loss(
