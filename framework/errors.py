@@ -29,7 +29,13 @@ def install_extra(name: str) -> str:
     return f"pip install '.[{name}]' in a checkout of lightspan"
 
 
+class Warned(str):
+    """A note on something that the user may not have meant: it changes what is computed."""
+
+
 def print_notes(notes: Iterable[str]) -> None:
-    """Prints what a user should know and need not mend, to stderr so that printed YAML stays YAML."""
-    for note in notes:
-        print(printable(f"note: {note}"), file=sys.stderr)
+    """Prints what a user should know and need not mend, to stderr so that printed YAML stays YAML. Warnings come last,
+    where they are seen.
+    """
+    for note in sorted(notes, key=lambda note: isinstance(note, Warned)):
+        print(printable(f"{'warning' if isinstance(note, Warned) else 'note'}: {note}"), file=sys.stderr)

@@ -111,8 +111,8 @@ def test_copy_of_a_few_lines_over_a_base_says_where_the_rest_is_seen(capsys):
 def test_notes_go_to_stderr_so_that_printed_yaml_stays_yaml(capsys):
     assert main(["show", *TINY, "--resolved", "model.init_args.optimizer.class_path=torch.optim.SGD"]) == 0
     captured = capsys.readouterr()
-    assert "torch.optim.AdamW -> torch.optim.SGD; its settings were dropped: lr" in captured.err
-    assert "note" not in captured.out
+    assert "warning: command line model.init_args.optimizer: class torch.optim.AdamW -> torch.optim.SGD" in captured.err
+    assert "warning" not in captured.out
 
 
 def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
@@ -161,6 +161,35 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     import torch
 
     assert torch.load("p/predictions.pt", weights_only=True)[0].shape == (8, 3)
+
+
+def test_a_run_of_no_steps_writes_the_weights_with_which_a_run_of_its_seed_starts(capsys):
+    import torch
+
+    start, still = ["trainer.max_steps=0"], ["trainer.max_steps=1", "model.init_args.optimizer.init_args.lr=0.0"]
+    assert main(["fit", "--run", "start", *TINY, *start]) == 0
+    assert "next: lightspan report" in capsys.readouterr().out
+    assert main(["fit", "--run", "still", *TINY, *still]) == 0
+    ours, theirs = (
+        torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("start", "still")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    summary = json.loads(Path("start/summary.json").read_text())
+    assert (summary["steps"], summary["finished"]) == (0, True)
+    assert main(["validate", *TINY, "--ckpt", "start", "--run", "v"]) == 0
+    assert main(["audit", "start", "still", "--out", "a"]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--run", "still", *TINY, *start]) == 2
+    assert "has no step, but" in (said := capsys.readouterr().err)
+    assert "last.ckpt of step 1; give another --run DIR" in said
+    assert main(["fit", "--run", "start", *TINY]) == 2
+    assert "was saved with weights only, which can be evaluated and exported" in capsys.readouterr().err
+
+
+def test_a_run_of_no_steps_asks_no_schedule_for_its_length(capsys):
+    assert main(["fit", "supervised/linear", "trainer.max_epochs=0", "trainer.accelerator=cpu", "--run", "start"]) == 0
+    assert Path("start/checkpoints/last.ckpt").is_file()
 
 
 def test_a_run_and_the_weights_exported_from_it_are_evaluated_alike(capsys):

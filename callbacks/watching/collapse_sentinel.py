@@ -23,7 +23,7 @@ from lightspan.analysis.collapse import (
     uniformity,
 )
 from lightspan.callbacks.watching.collapse_signs import Judge
-from lightspan.callbacks.watching.detached import detached, features_of, log_now
+from lightspan.callbacks.watching.detached import detached, ends_with_epoch, features_of, log_now
 from lightspan.callbacks.watching.held_samples import HeldSamples, single_views
 from lightspan.callbacks.watching.sound_state import SoundState
 from lightspan.distributed import agreed
@@ -47,7 +47,8 @@ class CollapseSentinel(Callback):
     what they are without it. With several ranks all measure the same samples, and act by the first rank's figures.
 
     Args:
-        every_n_steps: optimiser steps between two measurements, >= 1; the first is made before the first step.
+        every_n_steps: optimiser steps between two measurements, >= 1; the first is made before the first step. The last
+            figures of a run are those of its end, where it is not judged once more.
         samples: held over all ranks, >= 2, each with its views, in CPU memory. No rank can exceed their number.
         patience: measurements in succession that must show a sign before it counts, >= 1.
         action: "warn"; "stop" ends the run with an error; "roll_back" returns weights and optimiser state to the last
@@ -116,6 +117,14 @@ class CollapseSentinel(Callback):
         self._measured = trainer.global_step
         self._measure(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A measurement out of turn would count among those that `patience` wants, if the run is lengthened.
+        if ends_with_epoch(trainer) and trainer.global_step != self._measured:
+            self._measured = trainer.global_step
+            with detached(pl_module):
+                logged = self._logged(self._figures(trainer, pl_module))
+            pl_module.log_dict(logged, batch_size=1, sync_dist=trainer.world_size > 1)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._held = self._sound = None
 
@@ -130,8 +139,7 @@ class CollapseSentinel(Callback):
         with detached(module):
             figures = self._figures(trainer, module)
         said = self.judge.look(figures)
-        logged = {f"collapse/{name}": value for name, value in figures.items()}
-        log_now(trainer, logged | {"collapse/signs": float(self.judge.collapsed)})
+        log_now(trainer, self._logged(figures))
         if self.judge.sound:
             self.sound_step = trainer.global_step
             if self.action == "roll_back":
@@ -150,6 +158,10 @@ class CollapseSentinel(Callback):
             )
         else:
             raise UserError(f"step {trainer.global_step}: {said[0]}. {self._way_back(trainer)}")
+
+    def _logged(self, figures: dict[str, float]) -> dict[str, float]:
+        named = {f"collapse/{name}": value for name, value in figures.items()}
+        return named | {"collapse/signs": float(self.judge.collapsed)}
 
     def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """The same on every rank, which is that of the first one."""

@@ -73,6 +73,12 @@ def is_logged(trainer: Trainer) -> bool:
     return bool(every) and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
+def ends_with_epoch(trainer: Trainer) -> bool:
+    """At the end of a training epoch, complete or cut: whether none follows."""
+    last = trainer.current_epoch + 1 == trainer.max_epochs
+    return last or trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+
+
 def log_now(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """One line of the loggers for the step that has just ended, and what callbacks read.
 

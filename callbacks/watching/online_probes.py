@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightspan.analysis.labels import kind_of
 from lightspan.analysis.spectra import effective_rank, singular_values
-from lightspan.callbacks.watching.detached import detached, log_now
+from lightspan.callbacks.watching.detached import detached, ends_with_epoch, log_now
 from lightspan.callbacks.watching.encoding import Encoding
 from lightspan.errors import UserError
 from lightspan.estimators.probes import KNN, LinearProbe, Probe
@@ -93,10 +93,8 @@ class OnlineProbes(Callback):
         log_now(trainer, self._measured(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epochs = trainer.current_epoch + 1
-        last = epochs == trainer.max_epochs or trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
-        due = self.every_n_steps is None and epochs % self.every_n_epochs == 0
-        if (last or due) and trainer.global_step != self._probed:
+        due = self.every_n_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if (due or ends_with_epoch(trainer)) and trainer.global_step != self._probed:
             self._log(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,7 +21,8 @@ WARM_UP_STEPS = 5
 class RunSummary(Callback):
     """Writes `path` when training ends, also when it is interrupted (then with "finished": false).
 
-    Keys: the last value of every logged metric, resumes included, "/" replaced by "_"; optimizer_state_mib;
+    Keys: the last value of every logged metric, resumes included, "/" replaced by "_" (the table has the names as they
+    were logged, which `--metric` wants); optimizer_state_mib;
     step_ms_median (optimiser steps from the start of their first micro-batch to the end of the step, summed over the
     micro-batches: no waiting for data, no validation, no checkpoint; the first 5 of a process dropped; of the last
     process that took a step; null before the first step);
@@ -100,7 +101,7 @@ class RunSummary(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, finished: bool) -> dict[str, Any]:
         parameters, trainable = parameter_counts(pl_module)
-        summary: dict[str, Any] = {name.replace("/", "_"): value for name, value in self._metrics().items()}
+        summary: dict[str, Any] = self._metrics()
         summary |= {
             "optimizer_state_mib": sum(map(state_bytes, trainer.optimizers)) / MIB,
             "step_ms_median": self._step_ms(),
@@ -116,7 +117,8 @@ class RunSummary(Callback):
             "finished": finished,
         }
         if trainer.is_global_zero:
-            write_atomic(self.path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+            flat = {name.replace("/", "_"): value for name, value in summary.items()}
+            write_atomic(self.path, json.dumps(flat, indent=2, allow_nan=False) + "\n")
         return summary
 
 

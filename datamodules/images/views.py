@@ -47,11 +47,17 @@ class Views(ABC):
 
 
 class DrawnViews(Views):
-    """Views that are pictures of drawn numbers (`ViewParameters`)."""
+    """Views that are pictures of drawn numbers (`ViewParameters`).
+
+    A subclass whose `__call__` or `render` is its own makes pictures that its `renderings` do not know of: it counts as
+    views made one image at a time, which are not made on the device.
+    """
 
     @property
-    def drawn(self) -> "DrawnViews":
-        return self
+    def drawn(self) -> "DrawnViews | None":
+        kind = type(self)
+        as_described = kind.__call__ is DrawnViews.__call__ and kind.render is DrawnViews.render
+        return self if as_described else None
 
     @property
     @abstractmethod
@@ -135,6 +141,7 @@ class Repeated(DrawnViews):
     def __init__(self, views: DrawnViews, times: int = 2) -> None:
         if times < 1:
             raise UserError(f"Repeated times={times} gives no view; it must be at least 1")
+        _require_drawn("Repeated", views)
         self.views, self.times = views, times
 
     @property
@@ -294,6 +301,8 @@ class NestedCrops(DrawnViews):
     def __init__(self, outer: RandomViews, inner: RandomViews) -> None:
         if outer.count != 1:
             raise UserError(f"NestedCrops outer.count={outer.count}; inner crops lie in one outer view, so set it to 1")
+        for part in (outer, inner):
+            _require_drawn("NestedCrops", part)
         self.outer, self.inner = outer, inner
 
     @property
@@ -310,6 +319,14 @@ class TwoViews(RandomViews):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(count=2, size=None, **settings)
+
+
+def _require_drawn(kind: str, part: DrawnViews) -> None:
+    if part.drawn is None:
+        raise UserError(
+            f"{kind} makes views from drawn numbers, but {type(part).__name__} has a __call__ or render of its own, "
+            "which would be left out; give it RandomViews, or write both in one class"
+        )
 
 
 def _between(draw: float, least: float, most: float) -> float:

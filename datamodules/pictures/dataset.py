@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.pictures.data import Found, PictureData, held_out
 from lightspan.datamodules.pictures.packed import Fit, fitted
-from lightspan.datamodules.shards.decoders import UNDECODABLE, decode_image, rgb
+from lightspan.datamodules.shards.decoders import decode_image, rgb
+from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.errors import UserError
 
 

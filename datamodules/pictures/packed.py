@@ -24,7 +24,8 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.pictures.files import PictureFiles
-from lightspan.datamodules.shards.decoders import UNDECODABLE, decode_image
+from lightspan.datamodules.shards.decoders import decode_image
+from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.errors import UserError
 from lightspan.files import atomic_path, expanded, explained_os_errors, irregular
 

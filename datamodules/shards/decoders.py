@@ -3,36 +3,18 @@
 import io
 import json
 import re
-import struct
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.errors import UserError, one_line
 
-MAX_PIXELS = 2**26  # of one image, before it is decoded
 IMAGES = ("jpg", "jpeg", "png", "webp")
-
-
-def open_image(content: bytes) -> Image.Image:
-    """An image of which only the header was read. Raises: ValueError above MAX_PIXELS or for what is not an image."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is lower
-            image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
-    except UnidentifiedImageError as error:
-        what = "it is not a JPEG, PNG or WebP image" if content else "it is empty"
-        raise ValueError(what) from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"its pixels exceed the limit of {MAX_PIXELS:,}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
-    return image
 
 
 def decode_image(content: bytes, background: int | None = None, least: int | None = None) -> Tensor:
@@ -96,20 +78,6 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "json": json.loads,
     "npy": decode_array,
 }
-
-
-# What the decoders raise on bytes that are not what their ending says; Pillow and json add the last four.
-UNDECODABLE = (
-    ValueError,
-    TypeError,
-    OSError,
-    EOFError,
-    MemoryError,
-    SyntaxError,
-    RecursionError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 def damage_of(ending: str, content: bytes, whole: bool) -> str | None:

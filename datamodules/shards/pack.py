@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, UNDECODABLE, damage_of, open_image
+from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, damage_of
+from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.datamodules.shards.index import SUFFIX, scan, sha256_of
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.shards.tars import split_name

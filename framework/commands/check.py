@@ -1,12 +1,17 @@
 """`lightspan check RECIPE`: every mistake before a run, without torch."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, resolved_from
 from lightspan.config.estimator_inputs import of_files
 from lightspan.config.resolve import ANY_KIND, refuse
 from lightspan.config.tree import COMMAND_LINE
-from lightspan.errors import print_notes
+from lightspan.errors import one_line, print_notes
+
+MOST_NAMED = 5
+"""Damaged pictures in one message."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +22,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     resolved = resolved_from(args, ANY_KIND)
     problems, notes = of_files(resolved.tree)
+    pictures = _damaged_pictures(resolved.config.get("data") or {})
+    if pictures and not _skips_damage(resolved.config["data"]):
+        problems = [*problems, *pictures]
     refuse(problems, resolved.name)
-    print_notes([*resolved.notes, *notes])
+    print_notes([*resolved.notes, *notes, *pictures])
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
     print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")
     return 0
+
+
+def _skips_damage(data: dict[str, Any]) -> bool:
+    return bool((data.get("init_args") or {}).get("skip_damaged"))
+
+
+def _damaged_pictures(data: dict[str, Any]) -> list[str]:
+    """What to say of damaged files in the folders of pictures that the data name; nothing of other data."""
+    from lightspan.config.own_pictures import DATA
+
+    if data.get("class_path") != DATA:
+        return []
+    from lightspan.datamodules.pictures.files import find_pictures
+    from lightspan.datamodules.shards.headers import damaged, looked_at
+
+    settings, said = data.get("init_args") or {}, []
+    for key in ("folder", "val_folder"):
+        if not (isinstance(settings.get(key), str) and (folder := Path(settings[key]).expanduser()).is_dir()):
+            continue
+        names = find_pictures(folder, settings.get("links", "skip"), "none").names
+        seen = [names[number] for number in looked_at(len(names))]
+        if found := damaged(folder, seen):
+            named = [f"{one_line(name)} ({one_line(why)})" for name, why in [*found.items()][:MOST_NAMED]]
+            named += [f"and {len(found) - MOST_NAMED:,} more"] if len(found) > MOST_NAMED else []
+            counted = f"{len(found):,} of {len(seen):,} pictures"
+            counted += "" if len(seen) == len(names) else f" that were looked at, of {len(names):,},"
+            said.append(
+                f"data.init_args.{key}: {counted} cannot be read: {', '.join(named)}; "
+                "repair or remove them, or train without them with data.init_args.skip_damaged=true"
+            )
+    return said

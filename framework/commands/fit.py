@@ -35,7 +35,7 @@ from lightspan.runs.folder import (
 )
 from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
-from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals
+from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals, stop_at_start, takes_no_step
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -98,6 +98,12 @@ def run(args: argparse.Namespace) -> int:
 def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tuple[Resolved, "Built", Path | None]:
     """Everything before the first step: what is trained, built, and the checkpoint from which it continues."""
     checkpoint = checkpoint_to_resume(args.resume, run_dir, given=args.run is not None)
+    untrained = takes_no_step(resolved)
+    if untrained and checkpoint is not None:
+        raise UserError(
+            f"a run that writes the weights before the first step has no step, but {run_dir} contains "
+            f"{checkpoint.name} of step {(manifest(checkpoint) or {}).get('step')}; give another --run DIR"
+        )
     resolved = with_seed(resolved, run_dir, checkpoint)
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
@@ -110,6 +116,8 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
         print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
     built = build(resolved, run_dir)
     check_at_start(built)
+    if untrained:
+        stop_at_start(built, run_dir / LAST_CHECKPOINT)
     obey_signals(built)
     meet_after_restart(built)
     if is_first_rank():

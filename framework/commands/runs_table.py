@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 LONGEST_REASON = 80  # characters
+WIDTH = 180
+"""Columns of the table where it is not printed to a terminal."""
 STYLES = {"running": "cyan", "stale": "yellow", "preempted": "yellow", "failed": "red", "done": "green"}
 
 
@@ -44,7 +47,7 @@ def print_table(rows: Sequence[ListedRun], metrics: Sequence[str], remarks: Sequ
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     changes, shared = _what_differs([row.entry for row in rows])
     said = [*remarks, *([f"all with {shared}"] if shared else [])]
     hosts = [row.entry.host for row in rows]
@@ -104,16 +107,29 @@ def _what_differs(entries: Sequence[Entry]) -> tuple[list[str], str]:
     keys = dict.fromkeys(key for one in flags for key in one)
     leaves = [key.rpartition(".")[2] for key in keys]
     names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+    options = [_options(entry.words) for entry in entries]
+    shared = [one for one in options[0] if all(one in own for own in options)] if len(entries) > 1 else []
     changes = [
         " ".join(
             [
-                *([shlex.join(entry.words)] if entry.words else []),
+                *(one for one in own if one not in shared),
                 *(f"{names[key]}={value}" for key, value in one.items() if (key, value) not in common),
             ]
         )
-        for entry, one in zip(entries, flags, strict=True)
+        for own, one in zip(options, flags, strict=True)
     ]
-    return changes, " ".join(sorted(f"{key}={value}" for key, value in common))
+    return changes, " ".join([*shared, *sorted(f"{key}={value}" for key, value in common)])
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    """Words of a command line as options with their values."""
+    found: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") or not found:
+            found.append([word])
+        else:
+            found[-1].append(word)
+    return [shlex.join(one) for one in found]
 
 
 def _metric_columns(rows: Sequence[ListedRun], metrics: Sequence[str]) -> Iterator[Column]:

@@ -7,10 +7,12 @@ layer with a name that is new there gives checkpoints of its own, and drops all 
 """
 
 import difflib
+import json
 from collections.abc import Iterable
 
 from lightspan.config.moved import followed
 from lightspan.config.tree import Key, KeyPath, Node, dotted, plain
+from lightspan.errors import Warned
 
 CLASS_SETTINGS = ("init_args", "dict_kwargs")
 KEYED = (("trainer", "callbacks"), ("trainer", "logger"), ("inputs",))  # mappings name -> class
@@ -36,11 +38,13 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
     old, new = low.child("class_path"), high.child("class_path")
     if old is not None and new is not None and old.value != new.value:
         dropped = {key: kept.pop(key) for key in CLASS_SETTINGS if key in kept}
-        names = [str(name) for node in dropped.values() if isinstance(node.value, dict) for name in node.value]
-        if names:
+        lost = [setting for key, node in dropped.items() for setting in _lost(node, high.child(key))]
+        if lost:
             notes.append(
-                f"{new.where} {dotted(path)}: class {old.value} -> {new.value}; its settings were dropped: "
-                + ", ".join(names)
+                Warned(
+                    f"{new.where} {dotted(path)}: class {old.value} -> {new.value} without the settings that "
+                    f"{str(old.value).rpartition('.')[2]} had: {', '.join(lost)}; give it those that it shall have"
+                )
             )
     if path == CHOSEN and (added := [key for key in high.value if key not in kept]):
         dropped = {key: kept.pop(key) for key in low.value if key not in high.value}
@@ -63,6 +67,23 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
             merged[key] = node
     lost = tuple(Node({key: node}, node.where) for key, node in dropped.items() if key not in merged)
     return Node(merged, low.where or high.where, (*low.replaced, *lost, *high.replaced))
+
+
+def _lost(before: Node, now: Node | None) -> list[str]:
+    """`name=value` of each setting that is not given anew; of one that is no plain value its name."""
+    if not isinstance(before.value, dict):
+        return []
+    given = now.value if now is not None and isinstance(now.value, dict) else {}
+    return [
+        str(name) if isinstance(node.value, dict | list) else f"{name}={_plainly(node.value)}"
+        for name, node in before.value.items()
+        if name not in given
+    ]
+
+
+def _plainly(value: object) -> str:
+    """A scalar as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def without_removed(root: Node) -> Node:

@@ -26,6 +26,7 @@ _NUMBER = re.compile(rb"\s*([-+.\w]+)")
 _SCORES = (
     re.compile(rb'"(val[/_][^"\\]*loss[^"\\]*)"\s*:'),
     re.compile(rb'"(val[/_][^"\\]*)"\s*:'),
+    re.compile(rb'"(probe/[^"\\]*)"\s*:'),
     re.compile(rb'"((?:train[/_])?loss[^"\\]*)"\s*:'),
 )
 
@@ -57,7 +58,8 @@ NOTHING = Logged(None, None, {})
 
 def read_logged(path: Path, metrics: Sequence[str]) -> Logged:
     """Reads these metrics, or if none is named the first that looks like a validation loss, another score of
-    validation, or a training loss. A file that is absent, irregular or damaged gives what can be read of it.
+    validation, one of a probe, or a training loss. A file that is absent, irregular or damaged gives what can be read
+    of it.
     """
     with _mapped(path) as content:
         if content is None:

@@ -28,6 +28,8 @@ class StartChecks(Callback):
         silence_frozen(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.should_stop:  # a run of no steps
+            return
         refuse_short_schedules(trainer)
         if trainer.is_global_zero and (loaders := without_position(trainer)):
             print_notes(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import standing
-from lightspan.config.build import Built
+from lightspan.config.build import Built, Resolved
 from lightspan.errors import UserError
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank
 
@@ -118,6 +118,19 @@ def check_at_start(built: Built) -> None:
 
     # First, since Lightning wants callbacks that write checkpoints last.
     built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
+
+
+def takes_no_step(resolved: Resolved) -> bool:
+    """Whether a configuration asks for a run of no steps, which writes the weights before the first one."""
+    trainer = resolved.config.get("trainer", {})
+    return 0 in (trainer.get("max_steps"), trainer.get("max_epochs"))
+
+
+def stop_at_start(built: Built, path: Path) -> None:
+    """Has the run end before its first step, with a checkpoint of the weights at `path`."""
+    from lightspan.runs.untrained import Untrained
+
+    built.trainer.callbacks.insert(0, Untrained(path))  # type: ignore[attr-defined]  # a connector of the trainer sets it
 
 
 def obey_signals(built: Built) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 from lightspan.errors import UserError, one_line
@@ -11,14 +12,16 @@ from lightspan.files import write_atomic
 from lightspan.run_files import FAILED, METRICS, OUTPUT
 from lightspan.runs.figures import figure, scores
 from lightspan.runs.fits import Task, fit_command, last_lines
-from lightspan.runs.metrics import last_step
+from lightspan.runs.metrics import last_step, last_values
 from lightspan.runs.numbers import SCORE_DIGITS, number
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.display import run_shown
 from lightspan.sweeps.files import Sweep, Trial, write
 from lightspan.sweeps.points import Settings
 from lightspan.sweeps.ranking import by_point, last_logged, unlogged
+from lightspan.sweeps.tables import scores_of
 
+MOST_SCORES = 3  # in the line of a run that has ended
 _STOPPED = 128  # a status above it says that a signal ended the run
 
 
@@ -91,11 +94,14 @@ class TrialQueue:
         return found
 
     def reached(self, run: str) -> str:
-        """The metric of a run that is done, in words."""
+        """The metric of a run that is done, in words; without one, its first scores."""
         if (metric := self.sweep.metric) is None:
-            return ""
-        value = self._last_of(run)
-        return f", which logged no {metric}" if value is None else f"  {metric} {number(value, SCORE_DIGITS)}"
+            logged = scores_of(last_values(self.folder / run / METRICS))
+            first = islice(logged.items(), MOST_SCORES)
+            return "".join(f"  {name} {number(value, SCORE_DIGITS)}" for name, value in first)
+        if (value := self._last_of(run)) is None:
+            return f"; {unlogged(self.folder / run, metric)}"
+        return f"  {metric} {number(value, SCORE_DIGITS)}"
 
     def _task(self, trial: Trial) -> Task:
         run = self.folder / trial.run

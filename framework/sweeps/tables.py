@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +13,9 @@ from lightspan.sweeps.files import Sweep
 from lightspan.sweeps.points import Settings, written
 
 MOST_ROWS = 10
+MOST_SEEDS = 3
+"""Seeds that have a column of their own: more do not fit into 80 columns."""
+T = TypeVar("T")
 SCORES = ("val/", "test/", "probe/")
 """How metrics begin that say how good a model is."""
 
@@ -32,17 +36,28 @@ def ranking_table(sweep: Sweep, ranking: Sequence[tuple[Settings, SeedScores]]) 
 
 
 def seed_table(metrics: Mapping[str, SeedScores]) -> Table:
-    """Scores over seeds; other metrics where there are no scores."""
+    """Scores over seeds and, of few seeds, of each; other metrics where there are no scores."""
+    seeds = sorted({seed for one in metrics.values() for seed in one.values if seed is not None})
+    each = seeds if len(seeds) <= MOST_SEEDS else []
     table = Table()
-    for name in ("metric", "mean", "spread", "n"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    scores = {name: one for name, one in metrics.items() if name.startswith(SCORES)} or metrics
-    for name, one in scores.items():
-        table.add_row(Text(name), *_figures(one))
+    table.add_column("metric")
+    for name in ("mean", "spread", "n", *(f"seed {seed}" for seed in each)):
+        table.add_column(name, justify="right")
+    for name, one in scores_of(metrics).items():
+        table.add_row(Text(name), *_figures(one), *(_text(one.values.get(seed)) for seed in each))
     return table
+
+
+def scores_of(metrics: Mapping[str, T]) -> dict[str, T]:
+    """Those metrics that say how good a model is; all where none does."""
+    return {name: one for name, one in metrics.items() if name.startswith(SCORES)} or dict(metrics)
 
 
 def _figures(scores: SeedScores) -> list[str]:
     spread = "" if math.isnan(scores.spread) else spread_text(scores.spread)
     n = f"{len(scores.values)}" + ("" if scores.complete else f" of {scores.runs}")
-    return [number(scores.mean, SCORE_DIGITS) if scores.values else "", spread, n]
+    return [_text(scores.mean if scores.values else None), spread, n]
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else number(value, SCORE_DIGITS)

@@ -1,5 +1,6 @@
 """The sentinel warns of runs that are made to collapse, is silent on healthy ones, and changes nothing."""
 
+import json
 import math
 import os
 import random
@@ -84,20 +85,48 @@ def test_a_healthy_run_is_left_in_peace(make_trainer, objective, seed) -> None:
 # What it measures, and that it changes nothing.
 
 
-def test_figures_are_those_of_the_embeddings_of_the_first_samples(make_trainer) -> None:
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that have figures of collapse."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "collapse/rankme" in row]
+
+
+def test_figures_are_those_of_the_embeddings_of_the_first_samples(make_trainer, tmp_path) -> None:
     module, seen = Siamese("contrast"), {}
     seen["x"] = torch.stack(
         [module.eval().embeddings({"image": view}) for view in next(iter(Pairs().train_dataloader()))["views"]], dim=1
     )
-    trainer, _ = fit(make_trainer, module, sentinel(samples=64, every_n_steps=1000), max_steps=1)
-    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    fit(make_trainer, module, sentinel(samples=64, every_n_steps=1000), max_steps=1, logger=JsonlLogger(str(tmp_path)))
+    logged = measured(tmp_path)[0]
     assert logged["collapse/rankme"] == pytest.approx(rankme(seen["x"][:, 0]), rel=1e-4)
     assert logged["collapse/lidar"] == pytest.approx(lidar(seen["x"]), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [({"max_steps": 7}, [0, 6]), ({"max_epochs": 1, "max_steps": -1}, [0, 3]), ({"max_steps": 20}, [0, 9, 19])],
+    ids=["inside an epoch", "after an epoch", "when one is due"],
+)
+def test_the_last_figures_are_of_the_end_and_judge_nothing(make_trainer, tmp_path, length, steps) -> None:
+    watch, logger = sentinel(patience=1, action="stop"), JsonlLogger(str(tmp_path))
+    trainer, _ = fit(make_trainer, Siamese("contrast"), watch, logger=logger, **length)
+    rows = measured(tmp_path)
+    assert [row["step"] for row in rows] == steps
+    module, batch = trainer.lightning_module.eval(), next(iter(Pairs().train_dataloader()))
+    last = trainer.callback_metrics["collapse/length"].item()
+    assert last == rows[-1]["collapse/length"] != rows[0]["collapse/length"]
+    assert watch.sound_step == trainer.global_step // 10 * 10
+    assert module.embeddings({"image": batch["views"][0]}).norm(dim=1).mean().item() == pytest.approx(last, rel=0.2)
+
+
 def test_training_is_bit_identical_with_and_without_it(make_trainer) -> None:
     runs = []
-    for watch in (None, sentinel(every_n_steps=1), sentinel(every_n_steps=1, action="roll_back")):
+    for watch in (
+        None,
+        sentinel(every_n_steps=1),
+        sentinel(every_n_steps=1000),
+        sentinel(every_n_steps=1, action="roll_back"),
+    ):
         module = Siamese("contrast")
         trainer, _ = fit(make_trainer, module, watch, max_epochs=2, max_steps=-1)
         moments = [value for state in trainer.optimizers[0].state.values() for value in state.values()]

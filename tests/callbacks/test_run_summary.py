@@ -57,6 +57,7 @@ def test_a_table_is_printed_at_the_end(make_trainer, net, batches, tmp_path, cap
     printed = capsys.readouterr().out
     assert f"wrote {tmp_path / 'summary.json'}" in printed
     assert "optimizer_state_mib" in printed
+    assert "│ train/loss_nats " in printed  # as --metric wants it
 
 
 class Interrupt(Callback):

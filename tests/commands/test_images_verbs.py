@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from picture_files import write_pictures
+from picture_files import write_every_kind, write_pictures
 
 from lightspan.cli import main
 from lightspan.commands import arguments, check, evaluate, fit, plan, submit
+from lightspan.datamodules.shards.headers import looked_at
 
 TINY = ("--images", "in", "--image-size", "8")
 MAE = (
@@ -49,6 +51,35 @@ def test_check_says_what_changes_and_finds_mistakes_in_flags(capsys: pytest.Capt
     assert "does not train; use it with `lightspan run`" in capsys.readouterr().err
     assert main(["check", "masked/mae", "--image-size", "8"]) == 2
     assert "--image-size is the size of the pictures of --images FOLDER" in capsys.readouterr().err
+
+
+def test_check_finds_pictures_that_cannot_be_whole_and_leaves_those_alone_that_can(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_every_kind(tmp_path / "in" / "kinds")
+    assert main(["check", *MAE]) == 0
+    half = (tmp_path / "in/cat/000.png").read_bytes()
+    (tmp_path / "in/cat/half.png").write_bytes(half[: len(half) // 2])
+    (tmp_path / "in/cat/empty.png").touch()
+    (tmp_path / "in/cat/text.png").write_text("<html>")
+    jpeg = (tmp_path / "in/kinds/rgb.JPEG").read_bytes()
+    (tmp_path / "in/bird/half.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (tmp_path / "in/bird/with-more.jpg").write_bytes(jpeg + b"a camera's own data")  # as good as any
+    (tmp_path / "in/bird/without-its-end.png").write_bytes(half[:-12])  # and so is one with all its pixels
+    assert main(["check", *MAE]) == 2
+    said = capsys.readouterr().err
+    assert "data.init_args.folder: 4 of 30 pictures cannot be read: bird/half.jpg (" in said
+    assert "cat/empty.png (it is empty), cat/half.png (" in said
+    assert "cat/text.png (it is not a JPEG, PNG or WebP image); repair or remove them, or train" in said
+    assert main(["check", *MAE, "data.init_args.skip_damaged=true"]) == 0
+    assert "note: data.init_args.folder: 4 of 30 pictures cannot be read: " in capsys.readouterr().err
+
+
+def test_of_many_pictures_as_many_as_the_limit_are_looked_at_from_the_first_to_the_last() -> None:
+    assert looked_at(4, most=4) == [0, 1, 2, 3]
+    numbers = looked_at(1_000, most=10)
+    assert (len(numbers), numbers[0], numbers[-1]) == (10, 0, 999)
+    assert {*np.diff(numbers)} == {111}
 
 
 @pytest.mark.runs

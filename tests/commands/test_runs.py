@@ -84,6 +84,30 @@ def test_best_orders_by_the_best_value_and_says_what_it_took_for_best(four: list
     assert "3 more; --limit 4 shows all" in out
 
 
+def test_what_all_runs_were_started_with_stands_once_and_a_file_gets_wide_lines(
+    make_run: MakeRun, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    mine, pictures = ["-c", "mine.yaml"], ["--images", "my_pictures", "--image-size", "32"]
+    for seed, words in enumerate(([*mine, *pictures], [*pictures, *mine])):
+        make_run(f"runs/with-a-long-name-{seed}", provenance=started(*words, f"seed_everything={seed}", day=seed + 1))
+    lines = printed(capsys).splitlines()
+    assert [line.split()[:3] for line in lines[1:3]] == [
+        [f"runs/with-a-long-name-{seed}", "language/quickstart", f"seed_everything={seed}"] for seed in (1, 0)
+    ]
+    assert "all with --images my_pictures --image-size 32 -c mine.yaml" in lines
+
+
+def test_without_a_validation_the_first_score_of_a_probe_comes_before_the_training_loss(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    run = tmp_path / "runs" / "probed"
+    run.mkdir(parents=True)
+    rows = [{"step": 0, "train/loss": 2.0}, {"step": 4, "probe/knn_accuracy": 0.25}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert printed(capsys).splitlines()[0].split()[-2:] == ["probe/knn_accuracy", "best"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

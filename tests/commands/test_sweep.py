@@ -96,7 +96,9 @@ def test_fit_with_seeds_is_a_sweep_without_keys(stub: Stub, capsys: pytest.Captu
     assert main(["fit", *SWEEP[1:], "--seeds", "1,2,3", "--run", "out", "trainer.max_steps=3"]) == 0
     said = capsys.readouterr().out
     assert stub.started == ["000-seed1", "001-seed2", "002-seed3"]
-    assert re.search(r"│ val/loss\s*│\s*2 │\s*1 │\s*3 │", said)
+    assert "done  001-seed2  val/loss 2 (0 s)" in said
+    assert re.search(r"┃ metric\s*┃\s*mean ┃\s*spread ┃\s*n ┃\s*seed 1 ┃\s*seed 2 ┃\s*seed 3 ┃", said)
+    assert re.search(r"│ val/loss\s*│\s*2 │\s*1 │\s*3 │\s*1 │\s*2 │\s*3 │", said)
     assert read(Path("out")).seeds == (1, 2, 3)
 
 
@@ -271,6 +273,14 @@ def test_a_metric_that_no_run_logs_is_told_with_those_that_it_logs(
     assert main([*SWEEP, *words, "--out", "followed"]) == 2
     assert "never logged it; did you mean val/loss?" in capsys.readouterr().err
     assert len(stub.started) == 3  # tpe has nothing to follow after its first run
+
+
+def test_a_metric_spelt_as_in_the_summary_is_told_after_the_first_run_as_it_is_logged(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SWEEP, f"{LR}=0.1,0.2", "--metric", "val_loss", "--out", "out"]) == 0
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("done  000"))
+    assert "--metric val_loss: 000-lr0.1 never logged it; did you mean val/loss? it logged val/loss" in first
 
 
 def test_without_optuna_tpe_is_refused_at_once(

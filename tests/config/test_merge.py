@@ -3,6 +3,7 @@ from hypothesis import strategies as st
 
 from lightspan.config.merge import explain, merge, merge_layers, without_removed
 from lightspan.config.tree import parse, plain, walk, wrap
+from lightspan.errors import print_notes
 
 # Layers of one shape: below any path there is a mapping in all of them or in none.
 leaves = st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
@@ -70,7 +71,27 @@ def test_a_changed_class_drops_the_old_settings_and_says_so():
     base = layer("model: {class_path: a.Vit, init_args: {depth: 12, width: 16}}")
     merged, notes = merge_layers([base, layer("\nmodel: {class_path: a.ResNet, init_args: {width: 3}}", "over.yaml")])
     assert plain(merged) == {"model": {"class_path": "a.ResNet", "init_args": {"width": 3}}}
-    assert notes == ["over.yaml:2 model: class a.Vit -> a.ResNet; its settings were dropped: depth, width"]
+    assert notes == [
+        "over.yaml:2 model: class a.Vit -> a.ResNet without the settings that Vit had: depth=12; give it those that it "
+        "shall have"
+    ]
+
+
+def test_dropped_settings_are_warned_of_after_all_notes(capsys):
+    base = layer("model: {class_path: a.Vit, init_args: {depth: 12, bias: true, head: {class_path: a.B}, act: relu}}")
+    other = layer("trainer: {callbacks: {c: {class_path: a.C}}}")
+    removed = layer("trainer: {callbacks: {x: null}}")
+    _, notes = merge_layers([base, other, layer("model: {class_path: a.ResNet}"), removed])
+    print_notes(notes)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("note: ")
+    assert last.startswith("warning: ")
+    assert "that Vit had: depth=12, bias=true, head, act=relu; " in last
+
+
+def test_settings_that_are_all_given_anew_are_no_news():
+    base = layer("model: {class_path: a.Vit, init_args: {depth: 12}}")
+    assert merge_layers([base, layer("model: {class_path: a.ResNet, init_args: {depth: 3}}")])[1] == []
 
 
 def test_the_same_class_named_again_keeps_its_settings():

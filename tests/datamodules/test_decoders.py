@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightspan.datamodules.shards import decoders
+from lightspan.datamodules.shards import headers
 from lightspan.datamodules.shards.decoders import check_fields, damage_of, decode_fields, decode_image
 from lightspan.errors import UserError
 
@@ -144,7 +144,7 @@ def test_damage_is_found_in_headers_and_to_the_end_where_that_is_asked_for() -> 
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "MAX_PIXELS", 99)
+    monkeypatch.setattr(headers, "MAX_PIXELS", 99)
     monkeypatch.setattr(Image.Image, "convert", None)
     with pytest.raises(UserError, match="10 x 10 pixels exceed the limit of 99"):
         decode_fields(sample(png=encoded(Image.new("L", (10, 10)))), {"image": "png"})

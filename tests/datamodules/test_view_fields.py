@@ -15,8 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.images.augment.fields import ImageFields, Place
+from lightspan.datamodules.images.augment.rendering import Drawn
 from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomViews, TwoViews, Views
+from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomViews, Repeated, TwoViews, Views
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 
@@ -116,6 +117,43 @@ def test_views_of_ones_own_come_without_parameters_and_from_the_workers_alone() 
         digits("device", MultiCrop([TwoViews(), Own()])).setup()
     with pytest.raises(UserError, match="views_on=device with no views; set"):
         Shards(["x.tar"], views_on="device")
+
+
+class Inverted(TwoViews):
+    """Changes the finished views, as a first subclass does."""
+
+    def __call__(self, image: Tensor) -> list[Tensor]:
+        return [1 - view for view in super().__call__(image)]
+
+
+class Darkened(RandomViews):
+    def render(self, image: Tensor, drawn: list[Drawn]) -> list[Tensor]:
+        return [view / 2 for view in super().render(image, drawn)]
+
+
+@pytest.mark.parametrize(
+    ("own", "plain", "change"),
+    [
+        (Inverted(), TwoViews(), lambda view: 1 - view),
+        (Darkened(), RandomViews(), lambda view: view / 2),
+        (MultiCrop([TwoViews(), Darkened()]), MultiCrop([TwoViews(), RandomViews()]), None),
+    ],
+    ids=["__call__", "render", "a part"],
+)
+def test_what_a_subclass_makes_of_drawn_views_is_what_trains(own: Views, plain: Views, change: Any) -> None:
+    fields = (ImageFields(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), views) for views in (own, plain))
+    ours, theirs = (one(torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)), seed=5) for one in fields)
+    changed = theirs["views"][:2] + [view / 2 for view in theirs["views"][2:]] if change is None else None
+    for view, expected in zip(ours["views"], changed or map(change, theirs["views"]), strict=True):
+        assert torch.equal(view, expected)
+    with pytest.raises(UserError, match=f"views_on=device with {type(own).__name__}, made one image at a time; set"):
+        digits("device", own).setup()
+
+
+def test_views_that_draw_anew_refuse_a_subclass_whose_own_part_they_would_leave_out() -> None:
+    for make in (lambda: Repeated(Inverted()), lambda: NestedCrops(RandomViews(count=1), Darkened())):
+        with pytest.raises(UserError, match=r"from drawn numbers, but \w+ has a __call__ or render of its own"):
+            make()
 
 
 def test_nothing_waits_for_the_device_and_a_plan_can_pass_shapes_through() -> None:
