@@ -224,6 +224,34 @@ class DomainsBatch(TypedDict):
     index: Tensor
 
 
+class ScenePairBatch(TypedDict):
+    """Two rendered views of each scene, with known cameras, see `lightspan.datamodules.rendered.pairs`.
+
+    A point X of the first camera's coordinates is rotation X + translation in the second's. Pixels have their middles
+    at whole numbers.
+
+    views: V tensors, float32 [B, C, H, W], standardised as in `ImageBatch`; V is 2.
+    depth: float32 [B, V, H, W], along the axis of the view's camera.
+    matches: float32 [B, V, H, W, 2]: x and y in the other view, in pixels, of the point that a pixel shows.
+    covisible: int64 [B, V, H, W], 1 where the other view shows that point too.
+    rotation: float32 [B, 3, 3].
+    translation: float32 [B, 3], in the unit of the depths.
+    intrinsics: float32 [B, 3, 3], of both cameras.
+    label: int64 [B], how many boxes a scene has more than the fewest.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    views: list[Tensor]
+    depth: Tensor
+    matches: Tensor
+    covisible: Tensor
+    rotation: Tensor
+    translation: Tensor
+    intrinsics: Tensor
+    label: Tensor
+    index: Tensor
+
+
 class TableBatch(TypedDict):
     """Rows of a table, with a number to predict from each.
 

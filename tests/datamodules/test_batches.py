@@ -34,6 +34,7 @@ from lightspan.datamodules.images.textured_scenes import TexturedScenes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.pictures.dataset import PictureDataset
 from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
@@ -116,6 +117,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "TwoDomains": (lambda folder: TwoDomains(batch_size=4), "DomainsBatch"),
     "RenderedObjects": (lambda folder: RenderedObjects(size=64, batch_size=4), "ImageBatch"),
     "PosedViews": (lambda folder: PosedViews(batch_size=4), "ViewsBatch"),
+    "ScenePairs": (lambda folder: ScenePairs(batch_size=4), "ScenePairBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
     "Ames": (lambda folder: Ames(batch_size=4), "TableBatch"),
