@@ -252,6 +252,65 @@ class ScenePairBatch(TypedDict):
     index: Tensor
 
 
+class PersonBatch(TypedDict):
+    """Rendered pictures of persons in tracklets, see `lightspan.datamodules.rendered.persons`.
+
+    image: float32 [B, C, H, W], standardised as in `ImageBatch`.
+    label: int64 [B], the person that the tracklet is said to show, counted from 0 in the set.
+    identity: int64 [B], the person that the picture shows, numbered over all sets: to judge by, not to learn from.
+    tracklet: int64 [B], numbered over all sets.
+    camera: int64 [B].
+    frame: int64 [B], the picture's place in its tracklet.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    image: Tensor
+    label: Tensor
+    identity: Tensor
+    tracklet: Tensor
+    camera: Tensor
+    frame: Tensor
+    index: Tensor
+
+
+class WordBatch(TypedDict):
+    """Rendered pictures of printed words, see `lightspan.datamodules.rendered.words`.
+
+    image: float32 [B, C, H, W], standardised as in `ImageBatch`.
+    ink: int64 [B, H, W], 1 where letters cover at least half of a pixel.
+    characters: int64 [B, T], 1 to 26 for the letters of the word, and 0 behind its end.
+    label: int64 [B], the word's place in the vocabulary of its set.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    image: Tensor
+    ink: Tensor
+    characters: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class SliceBatch(TypedDict):
+    """Rendered slices through bodies, see `lightspan.datamodules.rendered.slices`.
+
+    image: float32 [B, C, H, W], standardised as in `ImageBatch`; C is 1.
+    organs: int64 [B, H, W], 0 outside of the patient, else 1 + a place in `ANATOMY`.
+    lesion: int64 [B, H, W], 1 where a lesion is.
+    label: int64 [B], the kind of the lesion that the slice shows, 0 without one.
+    radius: float32 [B], of that lesion, in pixels; 0 without one.
+    patient: int64 [B], numbered over all sets.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    image: Tensor
+    organs: Tensor
+    lesion: Tensor
+    label: Tensor
+    radius: Tensor
+    patient: Tensor
+    index: Tensor
+
+
 class TableBatch(TypedDict):
     """Rows of a table, with a number to predict from each.
 

@@ -129,17 +129,15 @@ def cast(boxes: Boxes, place: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, 
     """
     length, body = np.empty(ray.shape[::2], dtype=np.float32), np.zeros(ray.shape[::2], dtype=np.int64)
     for k in range(boxes.centre.shape[1]):
-        start, direction = _local(boxes, k, place[:, :, None]), _turned(boxes, k, ray)
-        # A ray along a slab is always in it, or never; one in the very plane of a face (0 / 0) does not meet that box.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            first = (-boxes.half[:, k, :, None] - start) / direction
-            second = (boxes.half[:, k, :, None] - start) / direction
-        leaves = np.maximum(first, second)
+        # 1e-20 stands for 0: a ray along a slab has always been in it, or never is.
+        inverse = 1 / (_turned(boxes, k, ray) + np.float32(1e-20))
+        middle, reach = -_local(boxes, k, place[:, :, None]) * inverse, boxes.half[:, k, :, None] * np.abs(inverse)
+        leaves = middle + reach
         leaves = np.minimum(np.minimum(leaves[:, 0], leaves[:, 1]), leaves[:, 2])
         if k == 0:
             length = leaves
             continue
-        enters = np.minimum(first, second)
+        enters = middle - reach
         enters = np.maximum(np.maximum(enters[:, 0], enters[:, 1]), enters[:, 2])
         hit = (enters < leaves) & (enters > 0) & (enters < length)
         length, body = np.where(hit, enters, length), np.where(hit, k, body)

@@ -35,7 +35,10 @@ from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.pictures.dataset import PictureDataset
 from lightspan.datamodules.pictures.folder import ImageFolder
 from lightspan.datamodules.rendered.pairs import ScenePairs
+from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
+from lightspan.datamodules.rendered.slices import BodySlices
+from lightspan.datamodules.rendered.words import PrintedWords
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
@@ -118,6 +121,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "RenderedObjects": (lambda folder: RenderedObjects(size=64, batch_size=4), "ImageBatch"),
     "PosedViews": (lambda folder: PosedViews(batch_size=4), "ViewsBatch"),
     "ScenePairs": (lambda folder: ScenePairs(batch_size=4), "ScenePairBatch"),
+    "Persons": (lambda folder: Persons(batch_size=4), "PersonBatch"),
+    "Persons, together": (lambda folder: Persons(batch_size=4, together=3), "ViewsBatch"),
+    "PrintedWords": (lambda folder: PrintedWords(batch_size=4), "WordBatch"),
+    "BodySlices": (lambda folder: BodySlices(batch_size=4), "SliceBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
     "Ames": (lambda folder: Ames(batch_size=4), "TableBatch"),
