@@ -39,6 +39,7 @@ from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
+from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
@@ -71,11 +72,13 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
+from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.pretext import QuarterTurn
+from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.optim.riemannian import RiemannianSGD
 
@@ -148,6 +151,12 @@ def views(
         }
 
     return made
+
+
+def placed_views(rows: int, seed: int) -> dict[str, Any]:
+    """Two views and how each was turned, in degrees."""
+    turns = 360 * torch.rand(rows, 2, 1, generator=torch.Generator().manual_seed(seed + 100))
+    return views()(rows, seed) | {"parameters": turns}
 
 
 def images(labels: tuple[int, ...] = (0, 1, 2)) -> Callable[[int, int], dict[str, Any]]:
@@ -250,6 +259,11 @@ def hydra(**optimization: Any) -> Hydra:
     return Hydra(Pooled(), projector(), gate, Arbitrary(1), **optimization)
 
 
+def sie(**optimization: Any) -> SIE:
+    halves = [Projector(4, [6], width, hidden_norm=False) for width in (5, 3)]
+    return SIE(Pooled(), *halves, HyperLinear(2, 3, 3), PlaneTurn(column=0), **optimization)
+
+
 def pre(**optimization: Any) -> PRE:
     encoders = DualEncoder(Pooled(), TextTransformer(64, 8, 1, 2, 12), width=6)
     built = PRE(encoders, TokenLSTM(8), base_classes=[1, 3], **optimization)
@@ -339,6 +353,7 @@ CASES: dict[str, Case] = {
         views(6),
         halves_differ=AMONG_ROWS,
     ),
+    "contrastive.sie": Case(sie, placed_views, halves_differ=AMONG_ROWS),
     "contrastive.simclr": Case(lambda **o: SimCLR(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
     "contrastive.supcon": Case(lambda **o: SupCon(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
     "contrastive.supremix": Case(

@@ -167,6 +167,8 @@ CASES = {
     "vicreg.vicreg_loss": Case(
         lambda x, weight, label_B, mixed_B: vicreg.vicreg_loss(x @ weight, x.tanh() @ weight), 2
     ),
+    "vicreg.invariance": Case(lambda x, weight, label_B, mixed_B: vicreg.invariance(x @ weight, x.tanh() @ weight), 1),
+    "vicreg.variance": Case(lambda x, weight, label_B, mixed_B: vicreg.variance(0.3 * x @ weight), 2),
     "supremix.supremix": Case(supremix_loss, 2 + 2 + 1),
     "supcon.supcon": Case(lambda x, weight, label_B, mixed_B: supcon.supcon(x @ weight, label_B, 0.5), 2 + 2 + 1),
     "entropy.prediction_entropy": Case(lambda x, weight, label_B, mixed_B: entropy.prediction_entropy(x @ weight)),

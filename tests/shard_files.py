@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from lightspan.datamodules.shards.index import SUFFIX, scan
@@ -43,6 +44,24 @@ def pair_shard(path: Path, ending: str) -> str:
             said = {"txt": f"picture number {number}", "cls": str(number)}[ending]
             for name, content in (("png", picture.getvalue()), (ending, said.encode())):
                 member = tarfile.TarInfo(f"{number:04}.{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def posed_shard(path: Path, objects: int = 4, renders: int = 3) -> str:
+    """Objects whose render r of object n has red 10 n + r and the parameters (n, r), and whose class is n."""
+    with tarfile.open(path, "w") as archive:
+        for number in range(objects):
+            table = io.BytesIO()
+            np.save(table, np.array([[number, render] for render in range(renders)], np.float32))
+            parts = {"npy": table.getvalue(), "cls": str(number).encode()}
+            for render in range(renders):
+                picture = io.BytesIO()
+                Image.new("RGB", (6, 6), (10 * number + render, 0, 255)).save(picture, "PNG")
+                parts[f"{render:03}.png"] = picture.getvalue()
+            for ending, content in parts.items():
+                member = tarfile.TarInfo(f"{number:04}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     return str(path)

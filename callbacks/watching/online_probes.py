@@ -1,10 +1,10 @@
 """How good are the features so far? Measured while a model trains, without affecting its training."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightspan.analysis.labels import kind_of
 from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.watching.detached import detached, ends_with_epoch, log_now
 from lightspan.callbacks.watching.encoding import Encoding
@@ -16,7 +16,8 @@ class OnlineProbes(Callback):
     """Logs probe/NAME_SCORE of each probe, and probe/effective_rank, every few epochs or steps and after the last.
 
     For any LightningModule with `features(batch)` -> float [B D] and any datamodule whose `bank_dataloader()` and
-    `val_dataloader()` yield mappings with "label" and "index" (`ImageBatch`). Probes are fitted on the bank (training
+    `val_dataloader()` yield mappings with "index" and what the probes read: "label" (`ImageBatch`), or fields that a
+    probe names (`lightspan.estimators.dense_probes`). Probes are fitted on the bank (training
     samples, no augmentation) and scored on the validation samples. Labels are classes, tags or numbers by their dtype
     (`lightspan.analysis.labels.kind_of`), and so scores are accuracy, mean_average_precision, or r2 and mae. A probe
     that is given several settings chooses on a fifth of the bank, never by what it reports, and what it chose is logged
@@ -39,8 +40,8 @@ class OnlineProbes(Callback):
             counted as in `lightspan.nn.tokens`. Without them, tokens are the last layer's.
         every_n_epochs: >= 1.
         every_n_steps: optimiser steps between two measurements, >= 1, instead of epochs.
-        bank_samples: so many of the bank, evenly spaced, instead of all; >= 1. For this the loader needs
-            `some(count)`, as lightspan's have.
+        bank_samples, val_samples: so many of the bank or the validation samples, evenly spaced, instead of all; >= 1.
+            For this the loader needs `some(count)`, as lightspan's have.
     Raises: UserError for settings out of range, and before the first step for a module or datamodule without what is
         read, or labels of no known kind.
     """
@@ -54,11 +55,13 @@ class OnlineProbes(Callback):
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         bank_samples: int | None = None,
+        val_samples: int | None = None,
     ) -> None:
         for name, value in (
             ("every_n_epochs", every_n_epochs),
             ("every_n_steps", every_n_steps),
             ("bank_samples", bank_samples),
+            ("val_samples", val_samples),
         ):
             if value is not None and value < 1:
                 raise UserError(
@@ -71,7 +74,13 @@ class OnlineProbes(Callback):
                 )
         self.probes = {"knn": KNN(), "linear": LinearProbe()} if probes is None else probes
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.encoding = Encoding(layers, any(probe.reads_tokens for probe in self.probes.values()), bank_samples)
+        reads = {split: _reads(self.probes.values(), split) for split in ("bank", "val")}
+        self.encoding = Encoding(
+            layers,
+            any(probe.reads_tokens for probe in self.probes.values()),
+            {"bank": bank_samples, "val": val_samples},
+            {split: fields for split, fields in reads.items() if fields},
+        )
         self._probed: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -81,8 +90,11 @@ class OnlineProbes(Callback):
         # One batch of each before the first step, so that what cannot work fails now and not after an epoch.
         self._probed = None
         with detached(pl_module):
-            for split in ("bank", "val"):
-                kind_of(self.encoding.first(trainer, pl_module, split)[1])
+            for split in self.encoding.fields:
+                first = self.encoding.first(trainer, pl_module, split)
+                for probe in self.probes.values():
+                    if split == "val" or probe.reads_bank:
+                        probe.require(first.of(first.layers[0], probe.reads_tokens))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,8 +121,10 @@ class OnlineProbes(Callback):
         self._probed = trainer.global_step
         metrics: dict[str, float] = {}
         with detached(pl_module):
-            bank, val = (self.encoding.all(trainer, pl_module, split) for split in ("bank", "val"))
-            for layer in bank.layers:
+            splits = {split: self.encoding.all(trainer, pl_module, split) for split in self.encoding.fields}
+            val = splits["val"]
+            bank = splits.get("bank", val)
+            for layer in val.layers:
                 end = "" if layer is None else f"/layer_{layer}"
                 for name, probe in self.probes.items():
                     found = probe.fit(bank.of(layer, probe.reads_tokens), val.of(layer, probe.reads_tokens))
@@ -119,3 +133,8 @@ class OnlineProbes(Callback):
                 rank = effective_rank(singular_values(val.of(layer).rows(), center=True))
                 metrics[f"probe/effective_rank{end}"] = rank.item()
         return metrics
+
+
+def _reads(probes: Iterable[Probe], split: str) -> tuple[str, ...]:
+    """The fields of a split that some probe reads; none of the bank if no probe learns from it."""
+    return tuple(dict.fromkeys(name for probe in probes if split == "val" or probe.reads_bank for name in probe.reads))

@@ -206,12 +206,16 @@ class Shards(LightningDataModule):
         assert self.val is not None
         return evaluation_loader(self.val, self.batch_size, self.num_workers, self.trainer) if self.val_shards else []
 
+    def is_absent(self) -> bool:
+        """Whether no shard is here, nor behind https."""
+        return not any("://" in shard or Path(shard).exists() for shard in self.shards)
+
     def stand_in(self) -> dict[str, Any] | None:
         """A training batch of two black pictures of ImageNet's usual size with class 0, for a plan where no shard is.
 
         None where a shard is at hand, behind https or here, and for fields whose shape only the shards know (npy).
         """
-        if any("://" in shard or Path(shard).exists() for shard in self.shards):
+        if not self.is_absent():
             return None
         picture = encode_png(torch.zeros(3, 375, 500, dtype=torch.uint8)).numpy().tobytes()
         known = {**dict.fromkeys(IMAGES, picture), "cls": b"0", "txt": b"", "json": b"null"}

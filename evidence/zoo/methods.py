@@ -22,6 +22,7 @@ from lightspan.methods.contrastive.lejepa import LeJEPA
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
+from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.vicreg import VICReg
@@ -42,10 +43,12 @@ from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegresso
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
+from lightspan.nn.relations import Difference, PlaneTurn, Relations
 
 ENCODERS = ("ViT", "conv net")
 WIDTH, DEPTH, HEADS, GRID = 48, 3, 4, 4
@@ -155,6 +158,16 @@ def lejepa(task: Task, **optimisation: Any) -> Method:
     return LeJEPA(encoder, projector(encoder), directions=256, **optimisation)
 
 
+def sie(task: Task, **optimisation: Any) -> Method:
+    """Equivariant to crops and mirrors; the turn, which never happens here, tells the predictor a constant 1."""
+    encoder = task.encoder()
+    half = encoder.num_features // 2
+    halves = [Projector(half, [HIDDEN] * 2, OUT // 2) for _ in range(2)]
+    relation = Relations([PlaneTurn("angle"), Difference(["top", "left", "height", "width", "mirrored"], scale=0.5)])
+    predictor = HyperLinear(relation.num_features, OUT // 2, OUT // 2)
+    return SIE(encoder, *halves, predictor, relation, **optimisation)
+
+
 def byol(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     return BYOL(encoder, projector(encoder), predictor(), **TEACHER, **optimisation)
@@ -243,6 +256,7 @@ SELF_SUPERVISED = {
     "Mixed Barlow Twins": Entry(mixed_barlow_twins, "two"),
     "VICReg": Entry(vicreg, "two"),
     "LeJEPA": Entry(lejepa, "crops"),
+    "SIE": Entry(sie, "two"),
     "BYOL": Entry(byol, "two"),
     "SimSiam": Entry(simsiam, "two"),
     "DINO": Entry(dino, "crops"),

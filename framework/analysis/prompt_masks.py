@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
+from lightspan.analysis.patches import majority_of_patches
+from lightspan.analysis.rows import unit_rows
 from lightspan.errors import UserError
 
 BACKGROUND = 0
@@ -23,7 +24,7 @@ BACKGROUND = 0
 
 def prompt_maps(patches_PD: Tensor) -> Tensor:
     """Cosine of every patch with every prompt, [P P] in [-1, 1]; a patch of zeros is similar to none, 0."""
-    unit_PD = F.normalize(wide(patches_PD), dim=1)
+    unit_PD = unit_rows(patches_PD)
     return (unit_PD @ unit_PD.T).clamp(-1, 1)
 
 
@@ -32,16 +33,16 @@ def objects_of_patches(objects_hw: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Raises: UserError for patches that do not fill the image.
     """
-    height, width = objects_hw.shape
-    if height % grid[0] or width % grid[1]:
-        raise UserError(f"a grid of {grid[0]} x {grid[1]} patches does not fill {height} x {width} pixels")
-    sides = height // grid[0], width // grid[1]
-    pixels_Pd = objects_hw.reshape(grid[0], sides[0], grid[1], sides[1]).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    middle_P = pixels_Pd.median(dim=1).values  # of more than half of the pixels, whatever else there is
-    return torch.where((pixels_Pd == middle_P[:, None]).sum(dim=1) * 2 > pixels_Pd.shape[1], middle_P, BACKGROUND)
+    return majority_of_patches(objects_hw[None], grid, BACKGROUND)[0]
 
 
-def prompt_ious(patches_PD: Tensor, objects_hw: Tensor, grid: tuple[int, int], thresholds: Sequence[float]) -> Tensor:
+def prompt_ious(
+    patches_PD: Tensor,
+    objects_hw: Tensor,
+    grid: tuple[int, int],
+    thresholds: Sequence[float],
+    counted_hw: Tensor | None = None,
+) -> Tensor:
     """IoU of {pixels with similarity > t} with the prompt's object, mean over all prompts inside objects: [S].
 
     Maps are enlarged to the image's pixels bilinearly. An image without a patch that is mostly of one object gives NaN:
@@ -50,6 +51,7 @@ def prompt_ious(patches_PD: Tensor, objects_hw: Tensor, grid: tuple[int, int], t
     Args:
         patches_PD: row by row.
         objects_hw: int64, the number of each pixel's object, 0 for the background.
+        counted_hw: bool, which pixels count in both masks; None counts all.
     Raises: UserError for another number of patches, or patches that do not fill the image.
     """
     if len(patches_PD) != grid[0] * grid[1]:
@@ -61,6 +63,8 @@ def prompt_ious(patches_PD: Tensor, objects_hw: Tensor, grid: tuple[int, int], t
         return maps_Q1HW.new_full((len(thresholds),), torch.nan)
     maps_Qhw = F.interpolate(maps_Q1HW, tuple(objects_hw.shape), mode="bilinear", align_corners=False)[:, 0]
     own_Qhw = objects_hw == object_P[prompts_Q, None, None]
+    if counted_hw is not None:
+        maps_Qhw, own_Qhw = maps_Qhw.masked_fill(~counted_hw, -torch.inf), own_Qhw & counted_hw
     return torch.stack([iou(maps_Qhw > threshold, own_Qhw).mean() for threshold in thresholds])
 
 

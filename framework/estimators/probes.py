@@ -58,10 +58,22 @@ class ProbeScores(Result):
 
 
 class Probe(Estimator):
-    """An estimator that learns labels from one set of features and is scored on another."""
+    """An estimator that learns labels from one set of features and is scored on another.
+
+    Attributes:
+        reads: the fields of a batch that it reads besides what is encoded; at least one.
+    """
 
     reads_tokens: ClassVar[bool] = False
     """Whether it takes features with positions, [N T D], instead of a vector for each sample, [N D]."""
+    reads_bank: ClassVar[bool] = True
+    """Whether it learns or chooses anything from the bank."""
+    reads: tuple[str, ...] = ("label",)
+
+    def require(self, features: Features) -> None:
+        """Raises: UserError for samples that it cannot read. `OnlineProbes` asks before the first step."""
+        if features.label_N is not None:
+            kind_of(features.label_N)
 
     @abstractmethod
     def fit(self, bank: Features, query: Features) -> ProbeScores:
@@ -109,7 +121,7 @@ class LinearProbe(Probe):
     """
 
     def __init__(self, l2: float | Sequence[float] = 1.0, max_iterations: int = 100) -> None:
-        self.l2 = _grid("LinearProbe l2", l2)
+        self.l2 = settings_of("LinearProbe l2", l2)
         if max_iterations < 1:
             raise UserError(f"LinearProbe max_iterations={max_iterations} must be at least 1")
         self.max_iterations = max_iterations
@@ -124,7 +136,7 @@ class LinearProbe(Probe):
         best, chosen = 0, {}
         if len(self.l2) > 1:
             held = rows_to_choose_by(len(bank))
-            best = _best([_scored(fitted(~held, l2), x_ND[held], known[held]) for l2 in self.l2])
+            best = best_of([_scored(fitted(~held, l2), x_ND[held], known[held]) for l2 in self.l2])
             chosen = {"l2": self.l2[best]}
         weight_DC, bias_C = fitted(slice(None), self.l2[best])
         scores = _scored((weight_DC, bias_C), query.rows(), asked)
@@ -155,7 +167,7 @@ class AttentiveProbe(Probe):
         heads: int = 8,
         seed: int = 0,
     ) -> None:
-        self.rate = _grid("AttentiveProbe rate", rate)
+        self.rate = settings_of("AttentiveProbe rate", rate)
         for name, value, least in (
             ("steps", steps, 1), ("batch_size", batch_size, 1), ("heads", heads, 1), ("seed", seed, 0),
         ):  # fmt: skip
@@ -179,7 +191,7 @@ class AttentiveProbe(Probe):
             parts = [head(part.float()) for part in tokens.split(1024)]
             return probe_scores(torch.cat(parts) if parts else tokens.flatten(1), labels)
 
-        best = _best([scored(head, x_NTD[held], known[held]) for head in heads]) if several else 0
+        best = best_of([scored(head, x_NTD[held], known[held]) for head in heads]) if several else 0
         scores, chosen = scored(heads[best], query_MTD, asked), {"rate": self.rate[best]} if several else {}
         return ProbeScores(scores, len(bank), len(query), chosen, tensors=heads[best].state_dict())
 
@@ -209,13 +221,13 @@ def _scored(map_: tuple[Tensor, Tensor], x_MD: Tensor, labels: Tensor) -> dict[s
     return probe_scores(x_MD.to(weight_DC.dtype) @ weight_DC + bias_C, labels)
 
 
-def _best(of_settings: Sequence[dict[str, float]]) -> int:
-    """The setting with the highest first score; of equal ones the first."""
-    firsts = [next(iter(scores.values())) for scores in of_settings]
+def best_of(of_settings: Sequence[dict[str, float]]) -> int:
+    """The setting with the highest first score; of equal ones the first. One without a score is never better."""
+    firsts = [next(iter(scores.values()), -math.inf) for scores in of_settings]
     return firsts.index(max(firsts))
 
 
-def _grid(what: str, value: float | Sequence[float]) -> tuple[float, ...]:
+def settings_of(what: str, value: float | Sequence[float]) -> tuple[float, ...]:
     values = (value,) if isinstance(value, int | float) else tuple(value)
     if not values or not all(0 < one < math.inf for one in values):
         raise UserError(f"{what}={value} must be above 0 and finite, a number or a list of them")

@@ -4,8 +4,8 @@ Shapes: N samples, D features, T positions.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,16 +31,20 @@ class Features:
             [N]. None if they have none.
         index_N: int64 [N], ascending: positions in the data set.
         key: what they are features of, as in the store's manifest; empty if they come from elsewhere.
-    Raises: UserError if rows, labels and indices differ in number.
+        grid: (H, W) if the last H * W of T positions form an image, row by row; None if they do not.
+        fields: what else a data set knows of each sample, [N ...] by name: masks, depth, a camera.
+    Raises: UserError if rows, labels, indices and fields differ in number.
     """
 
     x: Tensor
     label_N: Tensor | None = None
     index_N: Tensor | None = None
     key: str = ""
+    grid: tuple[int, int] | None = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, column in (("labels", self.label_N), ("indices", self.index_N)):
+        for name, column in (("labels", self.label_N), ("indices", self.index_N), *self.fields.items()):
             if column is not None and len(column) != len(self.x):
                 raise UserError(f"features of {len(self.x)} rows have {len(column)} {name}; give one for each row")
         if self.label_N is not None and self.label_N.dtype in WHOLE and self.label_N.ndim == 1:
@@ -74,12 +78,16 @@ class Features:
         rows = torch.isin(label_N, torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]
         return Features(self.x[rows], label_N[rows], None if self.index_N is None else self.index_N[rows])
 
-    def batches(self, size: int = 4096) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """This rank's share of the rows, (x, label) of `size` at a time; all ranks together get each row once."""
+    def share(self) -> range:
+        """This rank's share of the rows; all ranks together get each row once."""
         share = -(-len(self) // world_size())
-        first, last = rank() * share, min(len(self), (rank() + 1) * share)
-        for at in range(first, last, size):
-            stop = min(at + size, last)
+        return range(len(self))[rank() * share : (rank() + 1) * share]
+
+    def batches(self, size: int = 4096) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This rank's share of the rows, (x, label) of `size` at a time."""
+        share = self.share()
+        for at in share[::size]:
+            stop = min(at + size, share.stop)
             yield self.x[at:stop], None if self.label_N is None else self.label_N[at:stop]
 
     def moments(self, by_class: bool = False, unit: bool = False) -> Moments:

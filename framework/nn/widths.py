@@ -33,6 +33,28 @@ def require_projector(backbone: nn.Module, projector: nn.Module) -> None:
     require_width(backbone, "projector.in_features", getattr(projector, "in_features", None))
 
 
+def require_split(backbone: nn.Module, **heads: nn.Module | None) -> list[int]:
+    """How many features each head takes, of heads that divide a backbone's features among them in their order; a head
+    that is None takes none.
+
+    Raises: UserError for a head that does not say what it takes, or heads that take more or fewer than there are.
+    """
+    taken: list[int] = []
+    for name, head in heads.items():
+        width = 0 if head is None else getattr(head, "in_features", None)
+        if width is None:
+            raise UserError(
+                f"{name}: {type(head).__name__} has no in_features; use lightspan.nn.heads.projector.Projector or "
+                "torch.nn.Linear"
+            )
+        taken.append(width)
+    given = given_features(backbone)
+    if given is not None and given != sum(taken):
+        shares = " and ".join(f"{name}.in_features={width}" for name, width in zip(heads, taken, strict=True))
+        raise UserError(f"{shares} take {sum(taken)} features, but {type(backbone).__name__} gives {given}")
+    return taken
+
+
 def require_predictor(giver: nn.Module, predictor: nn.Module) -> None:
     """Raises: UserError, as `require_width`, for a predictor that takes or gives another width than the projector or
     backbone whose like it predicts.

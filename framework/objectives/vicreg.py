@@ -55,9 +55,30 @@ def vicreg_terms(z1_BD: Tensor, z2_BD: Tensor, target: float = 1.0) -> VICRegTer
     off_diagonal_2DD = covariance_2DD - torch.diag_embed(variance_2D)
     return VICRegTerms(
         sums_3D[2].mean() / rows.clamp_min(1),
-        (target - (variance_2D + VARIANCE_EPS).sqrt()).relu().mean(),
+        _lacking(variance_2D, target),
         off_diagonal_2DD.square().sum() / z1_BD.shape[1],
     )
+
+
+def invariance(z1_BD: Tensor, z2_BD: Tensor) -> Tensor:
+    """s: the mean squared difference over features and the rows of all ranks; 0 without rows."""
+    with torch.autocast(z1_BD.device.type, enabled=False):
+        total_D, rows = sum_over_rows((wide(z1_BD) - wide(z2_BD)).square().sum(dim=0), len(z1_BD))
+    return total_D.mean() / rows.clamp_min(1)
+
+
+def variance(z_BD: Tensor, target: float = 1.0) -> Tensor:
+    """v of one view, eq. 1 and 2: see `vicreg_terms`."""
+    with torch.autocast(z_BD.device.type, enabled=False):
+        z_BD = wide(z_BD)
+        total_D, rows = sum_over_rows(z_BD.sum(dim=0), len(z_BD))
+        squares_D, _ = sum_over_rows((z_BD - total_D / rows.clamp_min(1)).square().sum(dim=0), 0)
+    return _lacking(squares_D / (rows - 1).clamp_min(1), target)
+
+
+def _lacking(variance: Tensor, target: float) -> Tensor:
+    """How far standard deviations lie below the target, the mean."""
+    return (target - (variance + VARIANCE_EPS).sqrt()).relu().mean()
 
 
 def vicreg_loss(

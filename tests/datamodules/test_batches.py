@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from picture_files import write_pictures
-from shard_files import pair_shard, write_shards
+from shard_files import pair_shard, posed_shard, write_shards
 from torch import Tensor
 
 from lightspan import datamodules
@@ -39,6 +39,7 @@ from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
+from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
@@ -106,6 +107,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "FewShots": (lambda folder: FewShots(Digits(), shots=2, batch_size=4), "ImageBatch"),
     "ClassStream": (lambda folder: ClassStream(Digits(), batch_size=4), "ImageBatch"),
     "Shards": (shards, "ImageBatch"),
+    "PosedShards": (
+        lambda folder: PosedShards([posed_shard(folder / "posed.tar")], columns=2, batch_size=4),
+        "ViewsBatch",
+    ),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
         "ImageTextBatch",

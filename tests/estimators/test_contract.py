@@ -8,6 +8,7 @@ import pkgutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ ROWS, WIDTH = 60, 5
 QUICK = {
     "LinearProbe": {"max_iterations": 10},
     "AttentiveProbe": {"steps": 3},
+    "LinearSegmentation": {"max_iterations": 10},
 }  # where a fit would look long for what has no end
 
 
@@ -118,6 +120,22 @@ def all_but_one_class(features: Features) -> Features:
     return features.of_classes(features.classes().unique().tolist()[:-1])
 
 
+def dense_of(features: Features) -> Features:
+    """A row as one of four patches of a sample, its label as what each patch shows."""
+    x, label = features.x, torch.zeros(0) if features.label_N is None else features.label_N
+    whole = Features(torch.stack([x.roll(i, 0) for i in range(4)], dim=1), grid=(2, 2))
+    if len(label) != len(x):
+        return whole
+    maps = torch.stack([label.roll(i, 0) for i in range(4)], dim=1).unflatten(1, (2, 2))
+    return replace(whole, fields={"segmentation": maps, "objects": maps, "depth": 1.0 + maps})
+
+
+def seen_of(features: Features) -> Features:
+    """A row as a sighting of who its label says, before one of two cameras."""
+    fields = {} if features.label_N is None else {"identity": features.label_N}
+    return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
+
+
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
     NetworkOnData: network_on,
@@ -138,6 +156,8 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
         "target": lambda features: Rows(features.x),
         "base": lambda features: Rows(features.x[:1]),
     },
+    **{name: {"bank": dense_of, "query": dense_of} for name in ("LinearSegmentation", "DepthOrder", "PromptIoU")},
+    "CrossCameraRetrieval": {"bank": seen_of, "query": seen_of},
     "ExtractionAttack": {
         "network": lambda features: Painter(),
         "prompts": lambda features: DrawnImages([0, 1, 2], (1, 1, features.x.shape[-1]), steps=1, first=1),
@@ -214,6 +234,14 @@ WRONG = {
         *({"weight_decay": wrong} for wrong in (-1.0, math.nan, math.inf)),
         {"seed": -1},
     ],
+    **{
+        name: [{"l2": 0.0}, {"l2": math.nan}, {"most_patches": 0}, *more]
+        for name, more in (
+            ("LinearSegmentation", [{"ignore_label": -1}, {"max_iterations": 0}]),
+            ("DepthOrder", []),
+        )
+    },
+    "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
     "GDAWithText": [{"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)],
     "GDABaseToNew": [
         *({"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
@@ -296,6 +324,10 @@ COMPUTED = {
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
     "AttentiveProbe": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "positions kept"},
+    "LinearSegmentation": {"one row", "one class", "a class of one sample", "classes left out", "constant features"},
+    "DepthOrder": {"one row", "one class", "constant features", "zeros", "equal points", "a lattice", "denormal"},
+    "PromptIoU": {"one row", "one class", "constant features", "zeros", "a row of zeros", "a lattice", "huge"},
+    "CrossCameraRetrieval": {"no row", "one row", "one class", "constant features", "zeros", "denormal", "huge"},
 }
 """Degenerate features that have an answer, which is to be given and not refused."""
 

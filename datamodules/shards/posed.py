@@ -1,0 +1,90 @@
+"""Two renders of each object with the parameters of both, from tar shards, such as 3DIEBench's packed by object."""
+
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.io import encode_png
+
+from lightspan.datamodules.images.views import seeded
+from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
+from lightspan.datamodules.shards.stream import Decoding, Shards
+from lightspan.errors import UserError
+
+
+@dataclass(frozen=True)
+class PosedDecoding(Decoding):
+    """Two of an object's renders as its views, drawn from the seed; or its first render as its image.
+
+    Args:
+        columns: P, numbers that tell how a render was made.
+        paired: whether there are two.
+    """
+
+    columns: int
+    paired: bool = True
+
+    def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
+        where = f"shard {members['__url__']}: sample {members['__key__']}"
+        renders = sorted(name for name in members if name.rpartition(".")[2] in IMAGES)
+        table: Tensor = decode_fields(members, {"parameters": "npy"})["parameters"]
+        if len(renders) < 2 or table.shape != (len(renders), self.columns):
+            raise UserError(
+                f"{where} has {len(renders)} renders and parameters {list(table.shape)}; it needs two or more and "
+                f"columns={self.columns} numbers for each"
+            )
+        if not self.paired:
+            return self._render(members, renders[0], seed)
+        with seeded(seed):
+            chosen = torch.randperm(len(renders))[:2]
+        samples = [self._render(members, renders[int(number)], seed) for number in chosen]
+        views = [sample.pop("image") for sample in samples]
+        return samples[0] | {"views": views, "parameters": table[chosen].float()}
+
+    def _render(self, members: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
+        return super().__call__(members | {name.rpartition(".")[2]: members[name]}, seed)
+
+
+class PosedShards(Shards):
+    """Training batches are `ViewsBatch` whose two views are different renders of one object, drawn anew in each epoch,
+    and whose `parameters` are the data's own; nothing else changes them. Bank and validation have each object's first
+    render, as `ImageBatch`. Order, resume, damage and memory are those of `Shards`; a sample is an object.
+
+    Args:
+        shards, val_shards: as in `Shards`. An object has members KEY.000.jpg, KEY.001.jpg and so on, two or more;
+            KEY.npy, numbers [R, P] of its R renders, in the order of their names; and KEY.cls, its class.
+        columns: P, at least 1; a unit quaternion (w x y z) first has 4.
+        settings: `batch_size`, `image_size`, `mean`, `std`, `window`, `seed`, `num_workers` and the others of `Shards`
+            but `fields` and `views`.
+    """
+
+    def __init__(
+        self, shards: list[str], val_shards: list[str] | None = None, columns: int = 4, **settings: Any
+    ) -> None:
+        if columns < 1:
+            raise UserError(f"PosedShards columns={columns} must be at least 1")
+        super().__init__(shards, val_shards, fields={"image": "|".join(IMAGES), "label": "cls"}, **settings)
+        self.decode = PosedDecoding(**vars(self.decode), columns=columns)
+
+    def setup(self, stage: str | None = None) -> None:
+        """As `Shards.setup`; bank and validation samples then have one render."""
+        if self.train is None:
+            super().setup(stage)
+            assert self.val is not None
+            single = replace(self.decode, paired=False)  # type: ignore[type-var]
+            self.bank, self.val = self.bank.decoded_by(single), self.val.decoded_by(single)
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """Two objects of two black renders each, where no shard is."""
+        if not self.is_absent():
+            return None
+        assert isinstance(self.decode, PosedDecoding)
+        picture, table = encode_png(torch.zeros(3, 256, 256, dtype=torch.uint8)).numpy().tobytes(), io.BytesIO()
+        np.save(table, np.ones((2, self.decode.columns), np.float32))
+        members = {"__url__": "none", "__key__": "none", "cls": b"0", "npy": table.getvalue()}
+        members |= {f"{number:03}.png": picture for number in range(2)}
+        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
