@@ -35,6 +35,7 @@ from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
@@ -51,7 +52,7 @@ ENCODERS = ("ViT", "conv net")
 WIDTH, DEPTH, HEADS, GRID = 48, 3, 4, 4
 CHANNELS, STAGES = 8, 4
 HIDDEN, OUT, PROTOTYPES, DECODER = 256, 128, 128, 32
-MOMENTUM, QUEUE = 0.95, 1024
+MOMENTUM, QUEUE, NEIGHBOURS = 0.95, 1024, 20
 """A teacher that looks back 20 steps: momenta of the papers are for runs of 100,000 steps and more."""
 FROZEN = 0.1  # share of the run in which SwAV's prototypes keep their place
 TEACHER = {"momentum": MOMENTUM, "final_momentum": 0.99}
@@ -228,6 +229,11 @@ def supcon(task: Task, **optimisation: Any) -> Method:
     return SupCon(encoder, projector(encoder), **optimisation)
 
 
+def look(task: Task, **optimisation: Any) -> Method:
+    encoder, settings = task.encoder(), {"queue": QUEUE, "momentum": MOMENTUM, "batch_statistics": True}
+    return LOOK(encoder, projector(encoder), neighbours=NEIGHBOURS, **settings, **optimisation)
+
+
 def hydra(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     gate = ClassPairGate(task.classes, OUT, label_features=64, hidden=HIDDEN)
@@ -259,6 +265,7 @@ SELF_SUPERVISED = {
 SUPERVISED = {
     "classifier": Entry(classifier, "one"),
     "SupCon": Entry(supcon, "two"),
+    "LOOK": Entry(look, "two"),
     "Hydra": Entry(hydra, "two"),
 }
 ENTRIES = SELF_SUPERVISED | SUPERVISED

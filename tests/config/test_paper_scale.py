@@ -27,7 +27,7 @@ WITHOUT = {
 }
 """Methods and papers without a recipe at a paper's scale, and why."""
 
-UNKNOWN = {"contrastive/hydra_imagenet", "clustering/mlc_imagenet"}
+UNKNOWN = {"contrastive/hydra_imagenet", "clustering/mlc_imagenet", "supervised/look_imagenet"}
 """There is no code of their authors; headers say what was assumed."""
 
 ONE_RANK = [
