@@ -48,6 +48,7 @@ from lightspan.methods.distillation.dino import DINO
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.methods.distillation.poa import POA
+from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
@@ -361,6 +362,9 @@ CASES: dict[str, Case] = {
     ),
     "distillation.mmc": Case(mmc, views(), halves_differ=AMONG_ROWS),
     "distillation.poa": Case(poa, views(2, smaller=1), halves_differ=AMONG_ROWS),
+    "distillation.sd_fpt": Case(
+        lambda **o: SDFPT(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), patch_vit(), **o), views(1)
+    ),
     "distillation.simsiam": Case(lambda **o: SimSiam(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), **o), views()),
     "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
     "image_text.clip": Case(
