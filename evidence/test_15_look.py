@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.analysis.knn import knn_accuracy
 from lightspan.analysis.linear_probe import linear_probe_accuracy
-from lightspan.analysis.spectra import effective_rank
+from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.method import Method
 from lightspan.methods.contrastive.supcon import SupCon
@@ -74,7 +74,6 @@ def batches(x: Tensor, label: Tensor, seed: int, steps: int) -> DataLoader:
     return DataLoader([*range(steps)], batch_size=None, collate_fn=batch)
 
 
-@torch.no_grad()
 def measured(arm: str, seed: int, rate: float, neighbours: int | None, steps: int = STEPS) -> dict[str, float]:
     """Of one run, or with steps=0 of the untrained network; the search's seed has the search's digits."""
     (x, digit), (test_x, test_digit) = halves(seed, searching=seed == SEARCH_SEED)
@@ -83,12 +82,13 @@ def measured(arm: str, seed: int, rate: float, neighbours: int | None, steps: in
     if steps:
         quiet_trainer(max_steps=steps).fit(trained, batches(x, digit % 2, seed, steps))
     trained.eval()
-    bank, asked = (trained.features({"image": images}) for images in (x, test_x))
+    with torch.no_grad():
+        bank, asked = (trained.features({"image": images}) for images in (x, test_x))
     around = torch.cat([asked[test_digit % 2 == odd] - asked[test_digit % 2 == odd].mean(dim=0) for odd in (0, 1)])
     return {
         "digits": 100 * linear_probe_accuracy(bank, digit, asked, test_digit),
         "odd or even": 100 * knn_accuracy(bank, digit % 2, asked, test_digit % 2),
-        "effective rank within a label": effective_rank(torch.linalg.svdvals(around)),
+        "effective rank within a label": float(effective_rank(singular_values(around))),
     }
 
 

@@ -40,6 +40,7 @@ from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.spectral import SpectralContrastive
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
@@ -74,6 +75,7 @@ from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.multi_block import MultiBlock
@@ -342,6 +344,14 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "contrastive.simclr": Case(lambda **o: SimCLR(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
+    "contrastive.spectral": Case(
+        lambda **o: SpectralContrastive(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS
+    ),
+    "contrastive.spectral, fixed head": Case(
+        lambda **o: SpectralContrastive(Pooled(), ReweightingHead(8, kappa=1.2), length=2.0, **o),
+        views(),
+        halves_differ=AMONG_ROWS,
+    ),
     "contrastive.supcon": Case(lambda **o: SupCon(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
     "contrastive.supremix": Case(
         lambda **o: SupReMix(Pooled(), projector(), **o), views(classes=5), halves_differ=AMONG_ROWS

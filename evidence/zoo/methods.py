@@ -23,6 +23,7 @@ from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.spectral import SpectralContrastive
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.vicreg import VICReg
 from lightspan.methods.distillation.byol import BYOL
@@ -54,6 +55,7 @@ CHANNELS, STAGES = 8, 4
 HIDDEN, OUT, PROTOTYPES, DECODER = 256, 128, 128, 32
 MOMENTUM, QUEUE, NEIGHBOURS = 0.95, 1024, 20
 """A teacher that looks back 20 steps: momenta of the papers are for runs of 100,000 steps and more."""
+SPECTRAL_LENGTH = 10**0.5  # mu = 10, as HaoChen et al. have it
 FROZEN = 0.1  # share of the run in which SwAV's prototypes keep their place
 TEACHER = {"momentum": MOMENTUM, "final_momentum": 0.99}
 
@@ -149,6 +151,11 @@ def mixed_barlow_twins(task: Task, **optimisation: Any) -> Method:
 def vicreg(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     return VICReg(encoder, projector(encoder, 2), **optimisation)
+
+
+def spectral(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return SpectralContrastive(encoder, projector(encoder, 2), length=SPECTRAL_LENGTH, **optimisation)
 
 
 def lejepa(task: Task, **optimisation: Any) -> Method:
@@ -248,6 +255,7 @@ SELF_SUPERVISED = {
     "Barlow Twins": Entry(barlow_twins, "two"),
     "Mixed Barlow Twins": Entry(mixed_barlow_twins, "two"),
     "VICReg": Entry(vicreg, "two"),
+    "spectral contrastive": Entry(spectral, "two"),
     "LeJEPA": Entry(lejepa, "crops"),
     "BYOL": Entry(byol, "two"),
     "SimSiam": Entry(simsiam, "two"),
