@@ -1,7 +1,7 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks,
-F columns.
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks or
+places for objects, F columns, G tags.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -135,6 +135,121 @@ class LabelledImageTextBatch(ImageTextBatch):
     """
 
     label: Tensor
+
+
+class SceneBatch(TypedDict):
+    """Rendered scenes with exact labels of objects and pixels, see `lightspan.datamodules.rendered.scenes`.
+
+    Objects are listed from the nearest to the farthest; places beyond the last object of a scene hold -1, or 0.
+
+    image: float32 [B, C, H, W], standardised as in `ImageBatch`.
+    instances: int64 [B, H, W], 0 for the ground, else 1 + the place of the object that can be seen.
+    semantic: int64 [B, H, W], 0 for the ground, else 1 + that object's shape.
+    depth: float32 [B, H, W], of what can be seen, in (1, 10]; the ground's is 10.
+    shape: int64 [B, K], a place in `SHAPES`.
+    colour: int64 [B, K], a place in `COLOURS`.
+    texture: int64 [B, K], a place in `TEXTURES`.
+    size: int64 [B, K], a place in `SIZES`.
+    pose: float32 [B, K, 4]: x and y of the centre and the radius, in pixels, and the angle in radians.
+    visible: float32 [B, K], the share of an object's pixels that no nearer one hides, in [0, 1].
+    hides: int64 [B, K, K], 1 where object i lies in front of a pixel of object j.
+    tags: int64 [B, G], 1 for each of `TAGS` that holds of an object that can be seen.
+    tags_known: int64 [B, G], 0 for the tags that a method must not read.
+    label: int64 [B], the shape of the object with the most pixels in sight; the number of shapes if there is none.
+    label_known: int64 [B], 0 where a method must not read the label.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    image: Tensor
+    instances: Tensor
+    semantic: Tensor
+    depth: Tensor
+    shape: Tensor
+    colour: Tensor
+    texture: Tensor
+    size: Tensor
+    pose: Tensor
+    visible: Tensor
+    hides: Tensor
+    tags: Tensor
+    tags_known: Tensor
+    label: Tensor
+    label_known: Tensor
+    index: Tensor
+
+
+class CaptionedSceneBatch(SceneBatch):
+    """A `SceneBatch` whose scenes also have a sentence.
+
+    image: float32 [B, C, H, W].
+    instances: int64 [B, H, W].
+    semantic: int64 [B, H, W].
+    depth: float32 [B, H, W].
+    shape: int64 [B, K].
+    colour: int64 [B, K].
+    texture: int64 [B, K].
+    size: int64 [B, K].
+    pose: float32 [B, K, 4].
+    visible: float32 [B, K].
+    hides: int64 [B, K, K].
+    tags: int64 [B, G].
+    tags_known: int64 [B, G].
+    label: int64 [B].
+    label_known: int64 [B].
+    index: int64 [B].
+    tokens: int64 [B, T], of the sentence with its special tokens.
+    mask: int64 [B, T], 1 where a token is the sentence's own and 0 on padding, which is at the end.
+    caption_known: int64 [B], 0 where a method must not read the sentence.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    caption_known: Tensor
+
+
+class DomainsBatch(TypedDict):
+    """Two pictures a sample, of different scenes in different styles, each with the class of each pixel.
+
+    image: float32 [B, C, H, W], in the source style, standardised with the moments of that style.
+    semantic: int64 [B, H, W], as in `SceneBatch`.
+    target_image: float32 [B, C, H, W], in the target style, standardised with the source's moments.
+    target_semantic: int64 [B, H, W], which a method reads to judge itself, not to learn.
+    index: int64 [B].
+    """
+
+    image: Tensor
+    semantic: Tensor
+    target_image: Tensor
+    target_semantic: Tensor
+    index: Tensor
+
+
+class ScenePairBatch(TypedDict):
+    """Two rendered views of each scene, with known cameras, see `lightspan.datamodules.rendered.pairs`.
+
+    A point X of the first camera's coordinates is rotation X + translation in the second's. Pixels have their middles
+    at whole numbers.
+
+    views: V tensors, float32 [B, C, H, W], standardised as in `ImageBatch`; V is 2.
+    depth: float32 [B, V, H, W], along the axis of the view's camera.
+    matches: float32 [B, V, H, W, 2]: x and y in the other view, in pixels, of the point that a pixel shows.
+    covisible: int64 [B, V, H, W], 1 where the other view shows that point too.
+    rotation: float32 [B, 3, 3].
+    translation: float32 [B, 3], in the unit of the depths.
+    intrinsics: float32 [B, 3, 3], of both cameras.
+    label: int64 [B], how many boxes a scene has more than the fewest.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    views: list[Tensor]
+    depth: Tensor
+    matches: Tensor
+    covisible: Tensor
+    rotation: Tensor
+    translation: Tensor
+    intrinsics: Tensor
+    label: Tensor
+    index: Tensor
 
 
 class TableBatch(TypedDict):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from lightspan.datamodules.image_text.captioned import Captioned, CaptionedImages
-from lightspan.datamodules.images.shapes import SIDE, cover
+from lightspan.datamodules.images.shapes import SIDE
+from lightspan.datamodules.rendered.outlines import cover, frames
 from lightspan.errors import UserError
 
 SIZES = {"small": (2.8, 3.4), "large": (5.2, 6.2)}  # radius in pixels, least and most
@@ -67,7 +68,8 @@ def draw(
         # Beside each other, things lie a quarter of the picture from its middle, and wander across that line alone.
         beside = sign * side * SIDE / 4 + generator.uniform(-1, 1, (count, 2)) * np.where(side == 0, SIDE / 5, 0.7)
         centre = SIDE / 2 - 0.5 + np.where(two[:, None], beside, free)
-        inside = cover([SHAPES[[*SHAPES][i]] for i in shape], centre, radius, generator.uniform(0, 2 * np.pi, count))
+        angle = generator.uniform(0, 2 * np.pi, count)
+        inside = cover(shape, [*SHAPES.values()], *frames(centre, radius, angle, SIDE, SIDE), radius[:, None, None])
         inside[thing < 0] = 0
         paint = np.array([*COLOURS.values()])[colour] * generator.uniform(0.75, 1.0, (count, 1))
         image += inside[:, None].astype(np.float32) * (paint[:, :, None, None].astype(np.float32) - image)

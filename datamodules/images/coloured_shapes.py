@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lightspan.datamodules.images.shapes import SIDE, cover
+from lightspan.datamodules.images.shapes import SIDE
 from lightspan.datamodules.images.small import ImageData, Labelled
 from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.rendered.outlines import cover, frames
+from lightspan.datamodules.rendered.textures import TEXTURES, woven
 from lightspan.errors import UserError
 
 SHAPES = ("disc", "square", "triangle", "cross")
 COLOURS = {"red": (1.0, 0.2, 0.2), "green": (0.2, 0.9, 0.2), "blue": (0.25, 0.35, 1.0), "yellow": (0.95, 0.85, 0.15)}
-TEXTURES = ("plain", "stripes", "checks", "dots")
 CLASSES = len(SHAPES) * len(COLOURS) * len(TEXTURES)
 PERIOD = 5.0  # of a texture, in pixels
 
@@ -35,7 +36,7 @@ def draw(labels: np.ndarray, noise: float, generator: np.random.Generator) -> np
     count = len(labels)
     radius, angle = generator.uniform(6, 10, count), generator.uniform(0, 2 * np.pi, count)
     centre = SIDE / 2 - 0.5 + generator.uniform(-1, 1, (count, 2)) * (SIDE / 2 - radius)[:, None]
-    inside = cover([SHAPES[i] for i in shape], centre, radius, angle)
+    inside = cover(shape, SHAPES, *frames(centre, radius, angle, SIDE, SIDE), radius[:, None, None])
     inside_N1SS = inside[:, None]
     paint = np.array([*COLOURS.values()])[colour] + generator.uniform(-0.12, 0.12, (count, 3))
     light = generator.uniform(0.6, 1.0, (count, 1, 1)) * (0.25 + 0.75 * _textured(texture, generator))
@@ -50,8 +51,7 @@ def _textured(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray
     y, x = np.mgrid[:SIDE, :SIDE] * (2 * np.pi / PERIOD)
     angle, first, second = generator.uniform(0, 2 * np.pi, (3, len(texture), 1, 1))
     a, b = (np.sin(x * np.cos(t) + y * np.sin(t) + phase) for t, phase in ((angle, first), (angle + np.pi / 2, second)))
-    waves = np.stack([np.ones_like(a), a, a * b, a + b - 0.6])[texture, np.arange(len(texture))]
-    return np.clip(0.5 + 2 * waves, 0, 1)
+    return woven(texture, a, b)
 
 
 class ColouredShapes(ImageData):

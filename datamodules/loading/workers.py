@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakSet, finalize
 
 import numpy as np
@@ -32,6 +32,16 @@ class Dataset(Protocol):
     def sample(self, index: int, seed: int) -> Mapping[str, Any]: ...
 
 
+@runtime_checkable
+class BatchDataset(Dataset, Protocol):
+    """A dataset that makes a whole batch faster than one sample after another. It raises no `Damaged`.
+
+    `batch` has row by row what `sample` gives for each pair of an index and a seed, bit by bit.
+    """
+
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]: ...
+
+
 class Damaged(Exception):
     """Raised by `Dataset.sample` for a sample that cannot be read and that the user allows to be replaced."""
 
@@ -50,6 +60,7 @@ class _Fetched(NamedTuple):
     data: Any
     replaced: tuple[Replacement, ...] = ()
     error: str | None = None
+    whole: bool = False  # whether data are already those of a batch
 
 
 class _Samples:
@@ -74,6 +85,15 @@ class _Samples:
                 return _Fetched(sample, (Replacement(index, chosen, reason),) if attempt else ())
         return _Fetched(None, error=f"{MAX_DAMAGED} samples drawn one after another are damaged, the first: {reason}")
 
+    def __getitems__(self, keys: list[Key]) -> list[_Fetched]:
+        """What a fetcher of torch asks for in place of one sample after another."""
+        if not isinstance(self.dataset, BatchDataset):
+            return [self[key] for key in keys]
+        try:
+            return [_Fetched(self.dataset.batch(*zip(*keys, strict=True)), whole=True)]
+        except UserError as error:
+            return [_Fetched(None, error=str(error))]
+
 
 def _drawn(seed: int, attempt: int, length: int) -> int:
     return int(np.random.SeedSequence([seed, attempt]).generate_state(1, np.uint64)[0] % length)
@@ -96,6 +116,8 @@ def _collate(samples: list[_Fetched]) -> _Fetched:
     failed = next((sample for sample in samples if sample.error is not None), None)
     if failed is not None:
         return failed
+    if samples[0].whole:
+        return samples[0]
     try:
         batch = default_collate([sample.data for sample in samples])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:

@@ -34,6 +34,8 @@ from lightspan.datamodules.images.textured_scenes import TexturedScenes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.pictures.dataset import PictureDataset
 from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.datamodules.rendered.pairs import ScenePairs
+from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
@@ -107,6 +109,15 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "Scenes": (lambda folder: Scenes(tokenizer=HashedWords(), batch_size=4, size=288), "LabelledImageTextBatch"),
     "Stamps": (lambda folder: Stamps(tokenizer=HashedWords(), batch_size=4), "LabelledImageTextBatch"),
+    "RenderedScenes": (lambda folder: RenderedScenes(batch_size=4), "SceneBatch"),
+    "RenderedScenes, captions": (
+        lambda folder: RenderedScenes(tokenizer=HashedWords(), batch_size=4),
+        "CaptionedSceneBatch",
+    ),
+    "TwoDomains": (lambda folder: TwoDomains(batch_size=4), "DomainsBatch"),
+    "RenderedObjects": (lambda folder: RenderedObjects(size=64, batch_size=4), "ImageBatch"),
+    "PosedViews": (lambda folder: PosedViews(batch_size=4), "ViewsBatch"),
+    "ScenePairs": (lambda folder: ScenePairs(batch_size=4), "ScenePairBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
     "Ames": (lambda folder: Ames(batch_size=4), "TableBatch"),
@@ -162,6 +173,6 @@ def test_the_first_batch_has_the_documented_fields_and_no_others(name: str, tmp_
         for value in values:
             assert isinstance(value, Tensor)
             assert (value.dtype, value.ndim, len(value)) == (getattr(torch, dtype), axes, 4)
-    for image in batch.get("views", [batch[key] for key in ("image",) if key in batch]):
+    for image in batch.get("views", [batch[key] for key in ("image", "target_image") if key in batch]):
         assert image.isfinite().all()
         assert image.abs().max() < 30  # standardised

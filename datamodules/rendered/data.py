@@ -1,0 +1,120 @@
+"""What data modules of rendered samples share: sets of numbers that never meet, batches drawn at once, moments.
+
+Nothing is kept in memory: a sample is drawn again whenever it is asked for, from (draw_seed, number).
+Shapes: B samples.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightspan.datamodules.images.small import channel_moments
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.errors import UserError
+
+MOST = 2**32  # samples of a set
+PARTS = {"training": 0, "validation": MOST, "test": 2 * MOST}  # their first numbers
+MEASURED = 256  # pictures from which moments are taken
+
+
+class ChannelMoments(NamedTuple):
+    """Mean and standard deviation of each channel in [0, 1], float32 [C, 1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def standardised(self, images: np.ndarray) -> Tensor:
+        """float32 of uint8 [..., C, H, W]."""
+        return (torch.from_numpy(images).float() / 255 - self.mean) / self.std
+
+
+class RenderedSamples(ABC):
+    """The samples with the numbers from `first` on. `index` in a batch counts from 0."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    @abstractmethod
+    def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
+        """Fields of a batch, tensors [B, ...] or lists of them, as a function of each row's number and seed alone.
+
+        Args:
+            numbers: int64 [B].
+            seeds: int64 [B], of what is random anew in each epoch; most samples have no such thing.
+        """
+
+    def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
+        index = np.asarray(indices, dtype=np.int64)
+        fields = self.draw(self.first + index, np.asarray(seeds, dtype=np.int64))
+        return {**fields, "index": torch.from_numpy(index)}
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        batch = self.batch([index], [seed])
+        return {name: [x[0] for x in field] if isinstance(field, list) else field[0] for name, field in batch.items()}
+
+
+class RenderedSets(SampleSets):
+    """Loaders of three sets of rendered samples that share none.
+
+    Args:
+        size, val_size, test_size: samples of the sets, in [1, 2**32]. Each set's first samples stay the same when it
+            grows, and the others with them.
+        batch_size: samples of one optimiser step over all ranks.
+        draw_seed: of the samples, >= 0.
+        seed: of their order, and of what is random anew in each epoch.
+        num_workers: processes that draw batches.
+    """
+
+    def __init__(
+        self,
+        size: int = 8192,
+        val_size: int = 1024,
+        test_size: int = 1024,
+        batch_size: int = 128,
+        draw_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if not all(1 <= count <= MOST for count in (size, val_size, test_size)) or draw_seed < 0:
+            raise UserError(
+                f"size={size}, val_size={val_size} and test_size={test_size} must be in [1, {MOST}], and "
+                f"draw_seed={draw_seed} at least 0"
+            )
+        self.size, self.val_size, self.test_size, self.batch_size = size, val_size, test_size, batch_size
+        self.draw_seed, self.seed, self.num_workers = draw_seed, seed, num_workers
+
+    @abstractmethod
+    def pictures(self, numbers: np.ndarray) -> np.ndarray:
+        """uint8 [B, C, H, W]: the pictures with these numbers, of which the training set's give the moments."""
+
+    @abstractmethod
+    def samples(self, first: int, count: int, moments: ChannelMoments) -> RenderedSamples:
+        """The samples of a set."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Makes the sets, once."""
+        if self.train is not None:
+            return
+        drawn = self.pictures(np.arange(min(self.size, MEASURED)))
+        moments = ChannelMoments(*channel_moments(drawn))
+        sizes = dict(zip(PARTS, (self.size, self.val_size, self.test_size), strict=True))
+        self.train, self.val, self.test = (self.samples(PARTS[name], sizes[name], moments) for name in PARTS)
+        self.bank = self.train
+        shape = " x ".join(map(str, drawn.shape[1:]))
+        say(
+            f"rendered: {type(self).__name__}, {self.size} training, {self.val_size} validation and {self.test_size} "
+            f"test samples of {shape}"
+        )
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.test)
