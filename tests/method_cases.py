@@ -41,6 +41,7 @@ from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.spectral import SpectralContrastive
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
@@ -49,6 +50,7 @@ from lightspan.methods.distillation.dino import DINO
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.methods.distillation.poa import POA
+from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
@@ -64,6 +66,7 @@ from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
@@ -74,6 +77,7 @@ from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.multi_block import MultiBlock
@@ -355,6 +359,14 @@ CASES: dict[str, Case] = {
     ),
     "contrastive.sie": Case(sie, placed_views, halves_differ=AMONG_ROWS),
     "contrastive.simclr": Case(lambda **o: SimCLR(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
+    "contrastive.spectral": Case(
+        lambda **o: SpectralContrastive(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS
+    ),
+    "contrastive.spectral, fixed head": Case(
+        lambda **o: SpectralContrastive(Pooled(), ReweightingHead(8, kappa=1.2), length=2.0, **o),
+        views(),
+        halves_differ=AMONG_ROWS,
+    ),
     "contrastive.supcon": Case(lambda **o: SupCon(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
     "contrastive.supremix": Case(
         lambda **o: SupReMix(Pooled(), projector(), **o), views(classes=5), halves_differ=AMONG_ROWS
@@ -375,6 +387,9 @@ CASES: dict[str, Case] = {
     ),
     "distillation.mmc": Case(mmc, views(), halves_differ=AMONG_ROWS),
     "distillation.poa": Case(poa, views(2, smaller=1), halves_differ=AMONG_ROWS),
+    "distillation.sd_fpt": Case(
+        lambda **o: SDFPT(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), patch_vit(), **o), views(1)
+    ),
     "distillation.simsiam": Case(lambda **o: SimSiam(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), **o), views()),
     "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
     "image_text.clip": Case(
@@ -406,6 +421,7 @@ CASES: dict[str, Case] = {
     ),
     "merging.concrete_arithmetic": Case(partial(merging, ConcreteArithmetic), of_tasks, unsharded=WHOLE),
     "masked.mae": Case(lambda **o: MAE(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), **o), views(1)),
+    "supervised.look": Case(lambda **o: LOOK(Pooled(), projector(), queue=12, neighbours=5, momentum=0.9, **o), views()),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

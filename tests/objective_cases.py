@@ -29,6 +29,7 @@ from lightspan.objectives import (
     prototypes,
     pseudo_labels,
     sigreg,
+    spectral,
     supcon,
     supremix,
     vicreg,
@@ -164,6 +165,9 @@ CASES = {
     "info_nce.paired_info_nce": Case(paired_info_nce, 2 + 1),
     "info_nce.queued_info_nce": Case(queued_info_nce, 1),
     "sigreg.sigreg": Case(sigreg_loss, 1),
+    "spectral.spectral_contrastive": Case(
+        lambda x, weight, label_B, mixed_B: spectral.spectral_contrastive(x @ weight, x.tanh() @ weight), 1
+    ),
     "vicreg.vicreg_loss": Case(
         lambda x, weight, label_B, mixed_B: vicreg.vicreg_loss(x @ weight, x.tanh() @ weight), 2
     ),

@@ -24,6 +24,7 @@ from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.spectral import SpectralContrastive
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.vicreg import VICReg
 from lightspan.methods.distillation.byol import BYOL
@@ -36,6 +37,7 @@ from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
@@ -54,8 +56,9 @@ ENCODERS = ("ViT", "conv net")
 WIDTH, DEPTH, HEADS, GRID = 48, 3, 4, 4
 CHANNELS, STAGES = 8, 4
 HIDDEN, OUT, PROTOTYPES, DECODER = 256, 128, 128, 32
-MOMENTUM, QUEUE = 0.95, 1024
+MOMENTUM, QUEUE, NEIGHBOURS = 0.95, 1024, 20
 """A teacher that looks back 20 steps: momenta of the papers are for runs of 100,000 steps and more."""
+SPECTRAL_LENGTH = 10**0.5  # mu = 10, as HaoChen et al. have it
 FROZEN = 0.1  # share of the run in which SwAV's prototypes keep their place
 TEACHER = {"momentum": MOMENTUM, "final_momentum": 0.99}
 
@@ -153,6 +156,11 @@ def vicreg(task: Task, **optimisation: Any) -> Method:
     return VICReg(encoder, projector(encoder, 2), **optimisation)
 
 
+def spectral(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return SpectralContrastive(encoder, projector(encoder, 2), length=SPECTRAL_LENGTH, **optimisation)
+
+
 def lejepa(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     return LeJEPA(encoder, projector(encoder), directions=256, **optimisation)
@@ -241,6 +249,11 @@ def supcon(task: Task, **optimisation: Any) -> Method:
     return SupCon(encoder, projector(encoder), **optimisation)
 
 
+def look(task: Task, **optimisation: Any) -> Method:
+    encoder, settings = task.encoder(), {"queue": QUEUE, "momentum": MOMENTUM, "batch_statistics": True}
+    return LOOK(encoder, projector(encoder), neighbours=NEIGHBOURS, **settings, **optimisation)
+
+
 def hydra(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     gate = ClassPairGate(task.classes, OUT, label_features=64, hidden=HIDDEN)
@@ -255,6 +268,7 @@ SELF_SUPERVISED = {
     "Barlow Twins": Entry(barlow_twins, "two"),
     "Mixed Barlow Twins": Entry(mixed_barlow_twins, "two"),
     "VICReg": Entry(vicreg, "two"),
+    "spectral contrastive": Entry(spectral, "two"),
     "LeJEPA": Entry(lejepa, "crops"),
     "SIE": Entry(sie, "two"),
     "BYOL": Entry(byol, "two"),
@@ -273,11 +287,13 @@ SELF_SUPERVISED = {
 SUPERVISED = {
     "classifier": Entry(classifier, "one"),
     "SupCon": Entry(supcon, "two"),
+    "LOOK": Entry(look, "two"),
     "Hydra": Entry(hydra, "two"),
 }
 ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
+    "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
 }

@@ -6,9 +6,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
 
 # A recipe may name the functions listed here.
-__all__ = ["stored_linear", "with_weights"]
+__all__ = ["decoder_with_weights", "stored_linear", "with_weights"]
 
 
 def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
@@ -52,6 +53,14 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
         )
     module.load_state_dict(state)
     return module
+
+
+def decoder_with_weights(decoder: MaskDecoder, path: str, prefix: str = "decoder.") -> MaskDecoder:
+    """As `with_weights`, of an autoencoder's decoder, whose outputs, if open, become as many as the file's."""
+    if (head := _stored(path, prefix).get("head.weight")) is not None:
+        decoder.settle(len(head))
+    with_weights(decoder, path, prefix)
+    return decoder
 
 
 def _stored(path: str, prefix: str) -> dict[str, Tensor]:

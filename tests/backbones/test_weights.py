@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from lightspan.backbones.weights import stored_linear, with_weights
+from lightspan.backbones.weights import decoder_with_weights, stored_linear, with_weights
 from lightspan.errors import UserError
+from lightspan.nn.decoders.mask_decoder import MaskDecoder
 
 
 @pytest.fixture
@@ -69,3 +70,14 @@ def test_a_linear_layer_of_an_earlier_run_has_the_size_that_it_had(bias: bool, t
     for prefix in ("norm.", "none."):
         with pytest.raises(UserError, match=f"layer {prefix[:-1]}: its tensor {prefix}weight is no matrix"):
             stored_linear(str(path), prefix)
+
+
+def test_a_decoder_gets_as_many_outputs_as_the_file_has(tmp_path: Path) -> None:
+    trained = MaskDecoder(8, 5, width=4, depth=1, heads=1)
+    save_file({f"decoder.{name}": tensor for name, tensor in trained.state_dict().items()}, tmp_path / "m.safetensors")
+    decoder = decoder_with_weights(MaskDecoder(8, width=4, depth=1, heads=1), str(tmp_path / "m.safetensors"))
+    assert decoder.out_features == 5
+    found = decoder.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in trained.state_dict().items())
+    with pytest.raises(UserError, match=r"the tensors named decoder\.\* in .* do not fit MaskDecoder"):
+        decoder_with_weights(MaskDecoder(8, 7, width=4, depth=1, heads=1), str(tmp_path / "m.safetensors"))

@@ -27,7 +27,7 @@ WITHOUT = {
 }
 """Methods and papers without a recipe at a paper's scale, and why."""
 
-UNKNOWN = {"contrastive/hydra_imagenet", "clustering/mlc_imagenet"}
+UNKNOWN = {"contrastive/hydra_imagenet", "clustering/mlc_imagenet", "supervised/look_imagenet"}
 """There is no code of their authors; headers say what was assumed."""
 
 ONE_RANK = [
@@ -69,6 +69,7 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
 def built(name: str) -> Method:
     """The method of a recipe, without numbers in its weights where it can be made so."""
     overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
+    overlays += ["scale/stand_ins_sd_fpt"] if "/sd_fpt" in name else []
     flags = [*ONE_RANK]
     if "/cae" in name:
         flags.append("model.init_args.tokenizer.init_args.weights=null")

@@ -223,6 +223,7 @@ DEGENERATE = {
 
 
 WRONG = {
+    "CompareHead": [{"l2": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)],
     "KNN": [{"k": 0}, {"k": -3}, {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}],
     "LinearProbe": [
         *({"l2": wrong} for wrong in (0.0, -1.0, math.nan, math.inf, (), (1.0, 0.0))),
@@ -322,6 +323,7 @@ COMPUTED = {
     "GDABaseToNew": {"a class of one sample", "classes left out", "constant features", "zeros", "a lattice"},
     "ClassIncremental": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
+    "CompareHead": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
     "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
     "AttentiveProbe": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "positions kept"},
     "LinearSegmentation": {"one row", "one class", "a class of one sample", "classes left out", "constant features"},

@@ -21,16 +21,17 @@ class FeatureQueue(nn.Module):
     Args:
         length: L, at least 1.
         width: D.
+        dtype: of the rows; whole numbers, such as labels, keep theirs when the module around is given another type.
     """
 
     rows_LD: Tensor
     filled: Tensor
 
-    def __init__(self, length: int, width: int) -> None:
+    def __init__(self, length: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if min(length, width) < 1:
             raise UserError(f"FeatureQueue: length={length} and width={width} must each be at least 1")
-        register_replicated(self, "rows_LD", torch.zeros(length, width))
+        register_replicated(self, "rows_LD", torch.zeros(length, width, dtype=dtype))
         register_replicated(self, "filled", torch.zeros((), dtype=torch.int64))
         self.seen = OfStep[Tensor]()
 
@@ -40,6 +41,12 @@ class FeatureQueue(nn.Module):
         count and takes the queue for full, which is when a step needs most memory.
         """
         return not has_values(self.filled) or int(self.filled) >= len(self.rows_LD)
+
+    @property
+    def held_L(self) -> Tensor:
+        """Which places hold a row, bool [L], read on the device: the newest rows are last."""
+        places_L = torch.arange(len(self.rows_LD), device=self.rows_LD.device)
+        return places_L >= len(self.rows_LD) - self.filled
 
     @torch.no_grad()
     def see(self, rows_BD: Tensor, step: int = 0) -> None:
