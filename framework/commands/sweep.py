@@ -24,6 +24,7 @@ from lightspan.commands.submit import Subject, add_target_arguments, hand_over, 
 from lightspan.commands.verbs import verb_of
 from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved, recorded
+from lightspan.config.secrets import redacted
 from lightspan.errors import UserError, print_notes
 from lightspan.launch.job import Array
 from lightspan.run_files import RESOLVED, SWEEP
@@ -333,7 +334,7 @@ def _outlook(sweep: Sweep, out: Path) -> int:
 
 
 def _said(point: Settings) -> str:
-    return ", ".join(flags_of(point))
+    return ", ".join(redacted(flags_of(point)))
 
 
 def _seed(text: str) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from lightspan.config.secrets import redacted
 from lightspan.config.tree import COMMAND_LINE, parse, plain
 from lightspan.errors import UserError
 
@@ -140,7 +141,7 @@ def axes_of(flags: Sequence[str]) -> tuple[dict[str, Axis], list[str]]:
 
 def read_axis(key: str, text: str) -> Axis | None:
     """What `key=text` runs through; None for a single value. Raises: UserError."""
-    shown = f"{key}={text}"
+    shown = redacted([f"{key}={text}"])[0]
     if found := _RANGE.fullmatch(text.strip()):
         return _read_range(shown, found[1] == "log", found[2].split(","))
     if _CALL.fullmatch(text.strip()):

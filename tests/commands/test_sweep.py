@@ -139,6 +139,18 @@ def test_what_cannot_be_run_is_told_before_any_run_and_names_the_point(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("key", ["model.init_args.api_key", "data.init_args.root"])
+@pytest.mark.parametrize("second", ["ghp_BbcdEfghIjklMnopQrstUvwxYz0123456789", ""])
+def test_a_secret_among_the_values_is_refused_and_not_repeated(
+    key: str, second: str, stub: Stub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*SWEEP, f"{key}=ghp_AbcdEfghIjklMnopQrstUvwxYz0123456789,{second}"]) == 2
+    said = capsys.readouterr().err
+    assert "Efgh" not in said
+    assert key in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_metric_whose_name_says_nothing_needs_a_mode_and_others_do_not(stub: Stub) -> None:
     for number, (metric, mode) in enumerate({"val/loss": "min", "val/accuracy": "max"}.items()):
         assert main([*SWEEP, f"{LR}=1,2", "--metric", metric, "--out", f"out{number}"]) == 0
