@@ -34,6 +34,7 @@ from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
@@ -43,6 +44,7 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
@@ -223,6 +225,11 @@ def classifier(task: Task, **optimisation: Any) -> Method:
     return Classifier(task.encoder(), task.classes, **optimisation)
 
 
+def adsl(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return ADSL(encoder, SubspaceLearners(encoder.num_features, OUT), task.images, task.classes, **optimisation)
+
+
 def supcon(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     return SupCon(encoder, projector(encoder), **optimisation)
@@ -260,6 +267,7 @@ SUPERVISED = {
     "classifier": Entry(classifier, "one"),
     "SupCon": Entry(supcon, "two"),
     "Hydra": Entry(hydra, "two"),
+    "ADSL": Entry(adsl, "one"),
 }
 ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
