@@ -271,6 +271,7 @@ SUPERVISED = {
 }
 ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
+    "DEPICT": "has an encoder of its own, the half of an autoencoder",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
