@@ -19,7 +19,7 @@ from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
 from lightspan.optim.steps import steps_taken
-from lightspan.strategies import shard
+from lightspan.strategies import require_whole, shard
 from lightspan.wiring.optimizers import wire
 
 NAMED_DIFFERENCES = 3
@@ -185,6 +185,15 @@ class Method(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs nothing: probes watch a method whose loss is not worth validating. Others log `val/...` here."""
+
+    def require_whole(self, why: str) -> None:
+        """For the `configure_model` of a method that writes within whole parameters.
+
+        Args:
+            why: what it does, such as "moves coordinates within whole parameters".
+        Raises: UserError under a strategy that splits them.
+        """
+        require_whole(self, why)
 
     def configure_model(self) -> None:
         """Shards the method if the strategy asks for it; see `lightspan.strategies`."""

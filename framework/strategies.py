@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -174,6 +180,19 @@ class FSDP2(ExactMeans, ModelParallelStrategy):
         for name in FORWARD_METHODS:
             if hasattr(module, name):
                 register_fsdp_forward_method(module, name)
+
+
+def require_whole(module: LightningModule, why: str) -> None:
+    """Raises: UserError under a strategy that splits parameters. For a method that writes within whole ones.
+
+    Args:
+        why: what the method does, such as "moves coordinates within whole parameters".
+    """
+    strategy = module._trainer.strategy if module._trainer is not None else None
+    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+        raise UserError(
+            f"{type(module).__name__} {why}, which {type(strategy).__name__} splits; train with --config scale/ddp"
+        )
 
 
 def shard(module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import lightspan.methods
+from lightspan.backbones.conv_autoencoder import ConvAutoencoder
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
@@ -30,6 +31,7 @@ from lightspan.merging.models import GaussianModels
 from lightspan.method import Method
 from lightspan.methods.bayesian.ssvi import SSVI
 from lightspan.methods.clustering.deepcluster import DeepCluster
+from lightspan.methods.clustering.depict import DEPICT
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.methods.compression.pela import PELA
@@ -65,6 +67,7 @@ from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
+from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
@@ -78,6 +81,7 @@ from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.heads.reweighting import ReweightingHead
+from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.multi_block import MultiBlock
@@ -238,6 +242,14 @@ def mlc(**optimization: Any) -> MLC:
     return built
 
 
+def depict(**optimization: Any) -> DEPICT:
+    """Every image has a target from the first step on."""
+    network = ConvAutoencoder((1, 8, 8), (4, 4), (4, 3), embed_dim=3, input_dropout=0.0, dropout=0.0, bounded=False)
+    built = DEPICT(network, IMAGES, 3, first_share=0.0, hard_share=0.5, **optimization)
+    built.target_MK.copy_(torch.eye(3)[torch.arange(IMAGES) % 3])
+    return built
+
+
 def cropmae(**optimization: Any) -> CropMAE:
     block = partial(CrossFirst, heads=2, mlp_width=16, dropout=0.0)
     return CropMAE(patch_vit(), CrossDecoder(16, 4, width=8, depth=1, block=block, place_other=False), **optimization)
@@ -327,6 +339,7 @@ CASES: dict[str, Case] = {
         views(2, smaller=2),
         forward_state=("memory_GMD",),
     ),
+    "clustering.depict": Case(depict, images()),
     "clustering.mlc": Case(mlc, views(), halves_differ=AMONG_ROWS),
     "clustering.swav": Case(partial(swav, 7), views(2, smaller=2), halves_differ=AMONG_ROWS),
     "clustering.swav, wide": Case(partial(swav, 4), views(2, smaller=2), halves_differ=AMONG_ROWS),
@@ -422,6 +435,12 @@ CASES: dict[str, Case] = {
     "merging.concrete_arithmetic": Case(partial(merging, ConcreteArithmetic), of_tasks, unsharded=WHOLE),
     "masked.mae": Case(lambda **o: MAE(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), **o), views(1)),
     "supervised.look": Case(lambda **o: LOOK(Pooled(), projector(), queue=12, neighbours=5, momentum=0.9, **o), views()),
+    "supervised.adsl": Case(
+        lambda **o: ADSL(Pooled(), SubspaceLearners(8, 6), IMAGES, 3, **o),
+        images(),
+        halves_differ=AMONG_ROWS,
+        unsharded="which FSDP2 splits",
+    ),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

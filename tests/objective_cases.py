@@ -25,6 +25,7 @@ from lightspan.objectives import (
     info_nce,
     koleo,
     language,
+    margin,
     masked,
     prototypes,
     pseudo_labels,
@@ -191,6 +192,12 @@ CASES = {
     "koleo.koleo": Case(lambda x, weight, label_B, mixed_B: koleo.koleo(x @ weight), 3),
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
+    ),
+    "margin.margin_loss": Case(
+        lambda x, weight, label_B, mixed_B: margin.margin_loss(
+            F.normalize(x @ weight, dim=1), label_B % 2, label_B // 4, boundary=1.0, margin=0.5
+        ),
+        2 + 1 + 1,
     ),
     "masked.patch_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.patch_regression((x @ weight)[:, None], x.sin()[:, None])

@@ -32,6 +32,11 @@ def draw(labels: np.ndarray, noise: float, generator: np.random.Generator) -> np
         labels: int64 [N], each in [0, 64).
         noise: standard deviation of each channel's grain, where white is 1.
     """
+    return draw_with_masks(labels, noise, generator)[0]
+
+
+def draw_with_masks(labels: np.ndarray, noise: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures of `draw`, and the share of each pixel that lies inside the shape, float64 [N, S, S] in [0, 1]."""
     shape, colour, texture = factors(labels).T
     count = len(labels)
     radius, angle = generator.uniform(6, 10, count), generator.uniform(0, 2 * np.pi, count)
@@ -43,7 +48,7 @@ def draw(labels: np.ndarray, noise: float, generator: np.random.Generator) -> np
     ground = generator.uniform(0, 0.35, (count, 3, 1, 1))
     image = ground + inside_N1SS * (paint[:, :, None, None] * light[:, None] - ground)
     image += noise * generator.standard_normal(image.shape)
-    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), inside
 
 
 def _textured(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from lightspan.datamodules.images.augment.fields import ImageFields, Place
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.order import ClassBalanced, Order
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
@@ -67,11 +68,28 @@ class ImageSamples:
     def __len__(self) -> int:
         return self._count
 
+    def labels(self) -> np.ndarray:
+        """int64 [N]; where data keep none apart, each picture is read for its own."""
+        kept: np.ndarray | None = getattr(self.data, "labels", None)
+        return np.array([self.data.read(i)[1] for i in range(len(self))]) if kept is None else kept
+
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         pixels, label = self.data.read(index)
         image = torch.tensor(pixels)
         fields = self.fields(image.unsqueeze(0) if image.dim() == 2 else image, seed)
         return {**fields, "label": torch.tensor(label), "index": torch.tensor(index)}
+
+
+def class_balanced(train: ImageSamples, data: SampleSets, per_class: int, content: str = "") -> ClassBalanced:
+    """The order of a set whose batches have `per_class` images of each class. Raises: UserError if that does not fit.
+
+    Args:
+        content: what identifies the images.
+    """
+    labels, clusters, said = train.labels(), data.clusters, f"{per_class} of each class {content}".strip()
+    return ClassBalanced(
+        (len(train),), content=said, labels=labels, batch_size=data.batch_size, per_class=per_class, clusters=clusters
+    )
 
 
 def evenly(labels: np.ndarray, size: int) -> np.ndarray:
@@ -113,6 +131,8 @@ class ImageData(SampleSets):
         num_workers: processes that fetch batches.
         views_on: "workers" makes views one image at a time where batches are fetched; "device" makes those of a whole
             batch where the model is, from the same numbers.
+        per_class: images of each class in a batch, see `lightspan.datamodules.loading.order.ClassBalanced`; None mixes
+            all images.
     """
 
     num_classes: ClassVar[int]
@@ -130,12 +150,19 @@ class ImageData(SampleSets):
         seed: int = 0,
         num_workers: int = 0,
         views_on: Place = "workers",
+        per_class: int | None = None,
     ) -> None:
         super().__init__()
         require_sizes(train_size, val_size)
         self.batch_size, self.views, self.train_size, self.val_size = batch_size, views, train_size, val_size
-        self.seed, self.num_workers, self.views_on = seed, num_workers, views_on
+        self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
         self.train: ImageSamples | None = None
+
+    def training_order(self) -> Order | None:
+        if self.per_class is None:
+            return None
+        assert self.train is not None
+        return class_balanced(self.train, self, self.per_class)
 
     @abstractmethod
     def load(self) -> tuple[Labelled, Labelled]:

@@ -1,8 +1,11 @@
 """The canonical order of samples: a function of seed and epoch, independent of ranks, workers and micro-batches."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from lightspan.errors import UserError
 
 
 def sample_seeds(seed: int, epoch: int, length: int) -> np.ndarray:
@@ -61,3 +64,68 @@ class InSequence(Order):
         return np.concatenate(
             [end - size + generator.permutation(size) for size, end in zip(self.sizes, ends, strict=True)]
         )
+
+
+@dataclass(frozen=True)
+class ClassBalanced(Order):
+    """Batches of equally many samples of each of several classes; each is of one cluster, and clusters take turns.
+
+    A batch has `batch_size / per_class` classes, drawn for it without repeats while there are enough. Those of its
+    samples that a class has in the cluster come in an order of their own, each once before one comes again: a class
+    with fewer than `per_class` repeats some within a batch. So an epoch sees rare samples often and some not at all. A
+    class with a single sample in a cluster is left out there, since that has none to be compared with, and a cluster
+    without two samples of one class has no batch.
+
+    Args:
+        sizes: of the one block.
+        labels: of each sample, int64.
+        batch_size: samples of an optimiser step over all ranks, a multiple of `per_class`.
+        per_class: at least 2.
+        clusters: epoch -> the cluster of each sample, int64, called when the epoch begins; None is one cluster.
+    Raises: UserError for a batch size that does not fit, and in `epoch` if no class has two samples in a cluster.
+    """
+
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
+    batch_size: int = 1
+    per_class: int = 2
+    clusters: Callable[[int], np.ndarray] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.per_class < 2 or self.batch_size % self.per_class:
+            raise UserError(
+                f"per_class={self.per_class} must be at least 2 and divide batch_size={self.batch_size}; set "
+                "data.init_args.per_class or batch_size"
+            )
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
+        clusters = np.zeros(len(self), np.int64) if self.clusters is None else self.clusters(epoch)
+        of_clusters = [self._decks(clusters == cluster, generator) for cluster in np.unique(clusters)]
+        playing = [decks for decks in of_clusters if decks]
+        if not playing:
+            raise UserError("no class has two samples to compare, so that no batch has a pair; give more of each class")
+        batches = [self._batch(playing[i % len(playing)], generator) for i in range(len(self) // self.batch_size)]
+        return np.resize(np.concatenate(batches), len(self))  # the tail is dropped
+
+    def _decks(self, within: np.ndarray, generator: np.random.Generator) -> "list[_Deck]":
+        members = [np.flatnonzero(within & (self.labels == label)) for label in np.unique(self.labels[within])]
+        return [_Deck(own, generator) for own in members if len(own) > 1]
+
+    def _batch(self, decks: "list[_Deck]", generator: np.random.Generator) -> np.ndarray:
+        """Mixed, so that ranks and micro-batches have several classes each."""
+        count = self.batch_size // self.per_class
+        chosen = generator.choice(len(decks), count, replace=count > len(decks))
+        return generator.permutation(np.concatenate([decks[i].take(self.per_class) for i in chosen]))
+
+
+class _Deck:
+    """Samples that are dealt in random order, and shuffled again when none is left."""
+
+    def __init__(self, members: np.ndarray, generator: np.random.Generator) -> None:
+        self.members, self.generator, self.left = members, generator, members[:0]
+
+    def take(self, count: int) -> np.ndarray:
+        while len(self.left) < count:
+            self.left = np.concatenate([self.left, self.generator.permutation(self.members)])
+        taken, self.left = self.left[:count], self.left[count:]
+        return taken

@@ -1,7 +1,9 @@
 """What data modules share whose samples can be had by number: one set to train on, and others to look at in order."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import numpy as np
 from lightning import LightningDataModule
 
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
@@ -19,8 +21,11 @@ class SampleSets(LightningDataModule, ABC):
         batch_size: samples of one optimiser step over all ranks.
         seed: of the order and of what is random in a training sample.
         num_workers: processes that fetch batches.
+        clusters: epoch -> the cluster of each training sample, int64, for orders with batches of one cluster each. A
+            method that clusters its data sets it before training starts.
     """
 
+    clusters: Callable[[int], np.ndarray] | None = None
     train: Dataset | None = None
     bank: Dataset
     val: Dataset

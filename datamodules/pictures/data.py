@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lightspan.datamodules.images.augment.fields import Place
-from lightspan.datamodules.images.small import ImageSamples, channel_moments
+from lightspan.datamodules.images.small import ImageSamples, channel_moments, class_balanced
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import Order
@@ -93,6 +93,8 @@ class PictureData(SampleSets):
         num_workers: processes that fetch batches.
         views_on: "workers" makes views one picture at a time where batches are fetched; "device" makes those of a whole
             batch where the model is, from the same numbers.
+        per_class: pictures of each class in a batch, see `lightspan.datamodules.loading.order.ClassBalanced`; None
+            mixes all pictures.
 
     Attributes:
         labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
@@ -110,6 +112,7 @@ class PictureData(SampleSets):
         seed: int = 0,
         num_workers: int = 0,
         views_on: Place = "workers",
+        per_class: int | None = None,
     ) -> None:
         super().__init__()
         if size < 1:
@@ -117,7 +120,7 @@ class PictureData(SampleSets):
         if not 0 < val_share < 1:
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
         self.size, self.batch_size, self.views, self.val_share = size, batch_size, views, val_share
-        self.seed, self.num_workers, self.views_on = seed, num_workers, views_on
+        self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: ImageSamples | None = None
 
@@ -160,4 +163,6 @@ class PictureData(SampleSets):
 
     def training_order(self) -> Order:
         assert self.train is not None
+        if self.per_class is not None:
+            return class_balanced(self.train, self, self.per_class, self._content)
         return Order((len(self.train),), content=self._content)

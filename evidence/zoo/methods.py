@@ -36,6 +36,7 @@ from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
@@ -47,6 +48,7 @@ from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
@@ -244,6 +246,11 @@ def classifier(task: Task, **optimisation: Any) -> Method:
     return Classifier(task.encoder(), task.classes, **optimisation)
 
 
+def adsl(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return ADSL(encoder, SubspaceLearners(encoder.num_features, OUT), task.images, task.classes, **optimisation)
+
+
 def supcon(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     return SupCon(encoder, projector(encoder), **optimisation)
@@ -289,9 +296,11 @@ SUPERVISED = {
     "SupCon": Entry(supcon, "two"),
     "LOOK": Entry(look, "two"),
     "Hydra": Entry(hydra, "two"),
+    "ADSL": Entry(adsl, "one"),
 }
 ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
+    "DEPICT": "has an encoder of its own, the half of an autoencoder",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
     "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",

@@ -39,13 +39,29 @@ def agreement(cluster_N: Tensor, label_N: Tensor) -> dict[str, float]:
     }
 
 
-def kmeans(x_ND: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """The cluster of each row, int64 [N], the best of 10 starts.
+def renumbered(cluster_N: Tensor, before_N: Tensor) -> Tensor:
+    """The same clusters, int64 [N], under the numbers that overlap most with those before (Hungarian algorithm).
+
+    Args:
+        cluster_N, before_N: int64 >= 0 of the same rows. Numbers that only one of them has are matched to what is left.
+    """
+    if not len(cluster_N):
+        return cluster_N
+    count = int(torch.stack([cluster_N, before_N]).max()) + 1
+    shared_KK = torch.zeros(count, count, dtype=torch.int64)
+    ones_N = torch.ones(len(cluster_N), dtype=torch.int64)
+    shared_KK.index_put_((cluster_N.cpu(), before_N.cpu()), ones_N, accumulate=True)
+    number_K = torch.from_numpy(linear_sum_assignment(-shared_KK.numpy())[1])
+    return number_K.to(cluster_N.device)[cluster_N]
+
+
+def kmeans(x_ND: Tensor, clusters: int, seed: int = 0, starts: int = 10) -> Tensor:
+    """The cluster of each row, int64 [N], the best of so many starts by k-means++.
 
     Raises: UserError for fewer rows than clusters, or rows that have no feature or are not finite.
     """
     _require_enough(x_ND, clusters)
-    found = KMeans(clusters, n_init=10, random_state=seed).fit_predict(_array(x_ND.double()))
+    found = KMeans(clusters, n_init=starts, random_state=seed).fit_predict(_array(x_ND.double()))
     return torch.from_numpy(found.astype(np.int64))
 
 

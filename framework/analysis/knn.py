@@ -77,6 +77,22 @@ def knn_mean(
     return torch.cat(means)
 
 
+def recall_at_one(x_ND: Tensor, label_N: Tensor, chunk: int = 1024) -> float:
+    """Share of rows whose nearest other row by cosine is of their class, in [0, 1]: retrieval among themselves.
+
+    Raises: UserError for fewer than two rows, and as `knn_accuracy`.
+    """
+    require_labels("recall", x_ND, label_N)
+    if len(x_ND) < 2:
+        raise UserError(f"recall of {len(x_ND)} row: none has another one to find; give at least two")
+    at_N, correct = torch.arange(len(x_ND), device=x_ND.device), 0
+    for (_, neighbour_Q2), at_Q in zip(_neighbours(x_ND, x_ND, 2, None, chunk), at_N.split(chunk), strict=True):
+        # A row is its own nearest one, unless another one is equal to it, which may come first.
+        other_Q = torch.where(neighbour_Q2[:, 0] == at_Q, neighbour_Q2[:, 1], neighbour_Q2[:, 0])
+        correct += int((label_N[other_Q] == label_N[at_Q]).sum())
+    return correct / len(x_ND)
+
+
 def _neighbours(
     bank_ND: Tensor, query_MD: Tensor, k: int, temperature: float | None, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor]]:

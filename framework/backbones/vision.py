@@ -86,8 +86,12 @@ class SmallConvNet(nn.Module):
         """The stages' ReLUs: one layer of features per stage, see `lightspan.nn.tokens`."""
         return [*self.layers][2::3]
 
+    def forward_features(self, x_BCHW: Tensor) -> Tensor:
+        """The last stage's map, [B num_features h w]."""
+        return self.layers(x_BCHW)
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.layers(x_BCHW).mean(dim=(2, 3))
+        return self.forward_features(x_BCHW).mean(dim=(2, 3))
 
 
 class MLP(nn.Module):

@@ -4,7 +4,7 @@ A batch's `index` comes from the loader, on the host, and goes to the device wit
 step would wait for all that the device has yet to do. So `Method` leaves the host's tensor at the device's one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from torch import Tensor
@@ -47,3 +47,34 @@ def image_numbers(index_B: Tensor) -> list[int]:
     """
     host_B: Tensor = getattr(index_B, _HOST, index_B)
     return host_B.tolist() if has_values(host_B) else list(range(len(host_B)))
+
+
+def require_room(data: Any, room: int, method: str) -> int | None:
+    """The number of a data module's training images, where it knows them.
+
+    Args:
+        room: places that a memory of the method has, its `images`.
+    Raises: UserError for more images than places.
+    """
+    training = getattr(data, "train", None)
+    if not isinstance(training, Sized):
+        return None
+    if (count := len(training)) > room:
+        raise UserError(
+            f"the data have {count} training images, and {method}'s memory holds images={room}; set "
+            f"model.init_args.images={count}"
+        )
+    return count
+
+
+def require_places(batch: Any, room: int, method: str) -> None:
+    """For a batch that is still on the host. Raises: UserError for images whose number is not in [0, room), which would
+    end in an error of a kernel.
+    """
+    if isinstance(batch, Mapping) and "index" in batch and len(batch["index"]) and has_values(batch["index"]):
+        least, largest = (int(number) for number in batch["index"].aminmax())
+        if least < 0 or largest >= room:
+            raise UserError(
+                f"a batch has images numbered {least} to {largest}, and {method}'s memory has places for [0, "
+                f"images={room}); set model.init_args.images above the largest number"
+            )

@@ -52,6 +52,14 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
     return views
 
 
+def image_of(batch: Any, method: str) -> Tensor:
+    """The images of a batch, or the one view of each, [B C H W], for a method that trains on images as they are.
+
+    Raises: UserError for more than one view.
+    """
+    return batch["image"] if isinstance(batch, Mapping) and "image" in batch else views_of(batch, method, 1)[0]
+
+
 def labelled_views(batch: Mapping[str, Any], method: str) -> tuple[list[Tensor], Tensor]:
     """The views [B C H W] and the labels [B] of a batch, for a method that stacks the views: all of one size.
 

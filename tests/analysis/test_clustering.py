@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from lightspan.analysis.clustering import agreement, kmeans, matched_accuracy, spectral, spectral_of_neighbours
+from lightspan.analysis.clustering import (
+    agreement,
+    kmeans,
+    matched_accuracy,
+    renumbered,
+    spectral,
+    spectral_of_neighbours,
+)
 from lightspan.errors import UserError
 
 
@@ -50,3 +57,15 @@ def test_what_has_no_clusters_is_refused() -> None:
         spectral(torch.full((3, 3), torch.nan), 2)
     with pytest.raises(UserError, match="clusters of no rows"):
         agreement(label[:0], label[:0])
+
+
+def test_clusters_take_the_numbers_that_overlap_most_with_those_before() -> None:
+    before = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    now = torch.tensor([2, 2, 2, 0, 0, 1, 1, 1])
+    assert renumbered(now, before).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert torch.equal(renumbered(before, before), before)
+    one = torch.zeros(8, dtype=torch.int64)
+    more = renumbered(now, one)  # the first cluster is split in three
+    assert sorted(set(more.tolist())) == [0, 1, 2]
+    assert torch.equal(more == more[0], now == now[0])
+    assert len(renumbered(one[:0], one[:0])) == 0

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from lightspan.analysis.knn import knn_accuracy
+from lightspan.analysis.knn import knn_accuracy, recall_at_one
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.analysis.moments import Moments
 from lightspan.errors import UserError
@@ -107,3 +107,13 @@ def test_diverged_features_and_empty_queries_are_named():
         knn_accuracy(bank, labels, bank * torch.nan, labels, k=1)
     with pytest.raises(UserError, match="no query rows"):
         knn_accuracy(bank, labels, bank[:0], labels[:0], k=1)
+
+
+def test_recall_at_one_asks_the_nearest_other_row_also_among_equal_ones():
+    rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [0.5, 0.6]])
+    assert recall_at_one(rows, torch.tensor([0, 0, 1, 1, 0])) == pytest.approx(4 / 5)
+    assert recall_at_one(3 * rows, torch.tensor([0, 0, 1, 1, 0]), chunk=2) == pytest.approx(4 / 5)
+    assert recall_at_one(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64)) == 1
+    assert recall_at_one(torch.ones(4, 2), torch.arange(4)) == 0  # a row never finds itself
+    with pytest.raises(UserError, match="recall of 1 row"):
+        recall_at_one(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
@@ -124,12 +123,7 @@ class SSVI(Method):
         return self.head(self.backbone(image_BCHW))
 
     def configure_model(self) -> None:
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
-            raise UserError(
-                f"SSVI moves coordinates within whole parameters, which {type(strategy).__name__} splits; train with "
-                "--config scale/ddp"
-            )
+        self.require_whole("moves coordinates within whole parameters")
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()

@@ -9,7 +9,6 @@ Shapes: B images of this rank, N rows of all ranks, V views, G global, M images 
 K prototypes.
 """
 
-from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
-from lightspan.nn.image_numbers import index_in
+from lightspan.nn.image_numbers import index_in, require_places, require_room
 from lightspan.nn.micro_batches import OfStep
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.parts import part
@@ -95,16 +94,11 @@ class DeepCluster(Method):
 
     def setup(self, stage: str) -> None:
         """Compares the data with the memory, where a data module knows how many training images there are."""
-        training = getattr(getattr(self.trainer, "datamodule", None), "train", None)
-        if stage != "fit" or not isinstance(training, Sized):
+        if stage != "fit":
             return
-        count, room, most = len(training), self.cluster_HM.shape[1], max(map(len, self._all_prototypes()))
-        if count > room:
-            raise UserError(
-                f"the data have {count} training images, and DeepCluster's memory holds images={room}; set "
-                f"model.init_args.images={count}"
-            )
-        if count < most:
+        count = require_room(getattr(self.trainer, "datamodule", None), self.cluster_HM.shape[1], "DeepCluster")
+        most = max(map(len, self._all_prototypes()))
+        if count is not None and count < most:
             raise UserError(
                 f"k-means of {most} prototypes needs as many images, and the data have {count} to train on; lower "
                 "model.init_args.prototypes or take more data"
@@ -112,14 +106,8 @@ class DeepCluster(Method):
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        room, trains = self.cluster_HM.shape[1], self._trainer is not None and self._trainer.training
-        if trains and isinstance(batch, Mapping) and "index" in batch and len(batch["index"]):
-            least, largest = (int(number) for number in batch["index"].aminmax())
-            if least < 0 or largest >= room:
-                raise UserError(
-                    f"a batch has images numbered {least} to {largest}, and DeepCluster's memory has places for [0, "
-                    f"images={room}); set model.init_args.images above the largest number"
-                )
+        if self._trainer is not None and self._trainer.training:
+            require_places(batch, self.cluster_HM.shape[1], "DeepCluster")
         return batch
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 Shapes: B batch of this rank, C H W image, F features, K classes.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,14 +12,9 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
-from lightspan.nn.views import views_of
+from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width, settle_outputs
 from lightspan.objectives.classes import label_cross_entropy, share_right
-
-
-def image_of(batch: Any) -> Tensor:
-    """The images of a batch, or the one view of each, [B C H W]. Raises: UserError for more than one view."""
-    return batch["image"] if isinstance(batch, Mapping) and "image" in batch else views_of(batch, "Classifier", 1)[0]
 
 
 class Classifier(Method):
@@ -66,11 +60,11 @@ class Classifier(Method):
 
     def features(self, batch: ImageBatch) -> Tensor:
         """[B F], before the classifier."""
-        return self.backbone(image_of(batch))
+        return self.backbone(image_of(batch, "Classifier"))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         figures = self._measure("train", batch)
-        self.log_training(figures, batch_size=len(image_of(batch)), prog_bar=True)
+        self.log_training(figures, batch_size=len(image_of(batch, "Classifier")), prog_bar=True)
         return figures["train/loss_nats"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -84,11 +78,15 @@ class Classifier(Method):
         return self(batch["image"])
 
     def _evaluate(self, stage: str, batch: ImageBatch) -> None:
-        options: dict[str, Any] = {"batch_size": len(image_of(batch)), "sync_dist": True, "prog_bar": True}
+        options: dict[str, Any] = {
+            "batch_size": len(image_of(batch, "Classifier")),
+            "sync_dist": True,
+            "prog_bar": True,
+        }
         self.log_dict(self._measure(stage, batch), **options)
 
     def _measure(self, stage: str, batch: ImageBatch) -> dict[str, Tensor]:
         """Loss in nats and the share of correct answers."""
-        logits_BK, label_B = self(image_of(batch)), labels_of(batch, "Classifier")
+        logits_BK, label_B = self(image_of(batch, "Classifier")), labels_of(batch, "Classifier")
         loss, accuracy = label_cross_entropy(logits_BK, label_B), share_right(logits_BK, label_B)
         return {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}
