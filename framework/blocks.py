@@ -43,6 +43,14 @@ def recompute_activations(block: nn.Module) -> None:
         checkpoint(block, context_fn=lambda: _contexts(block))
 
 
+def recomputes(module: nn.Module) -> bool:
+    """Whether some part of the module computes its activations again in the backward pass, by `recompute_activations`
+    or by timm's own switch.
+    """
+    parts = module.modules()
+    return any(checkpoint.state(part) is not None or getattr(part, "grad_checkpointing", False) for part in parts)
+
+
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     return nullcontext(), _buffers_kept(block)
 

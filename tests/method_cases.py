@@ -41,6 +41,7 @@ from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
+from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.spectral import SpectralContrastive
@@ -63,6 +64,8 @@ from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.sit import SiT
+from lightspan.methods.masked.spark import SparK
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
@@ -75,6 +78,8 @@ from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.decoders.unet_decoder import UNetDecoder
+from lightspan.nn.heads.attention_pool import SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
@@ -82,8 +87,9 @@ from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
-from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
@@ -261,6 +267,46 @@ def mmc(**optimization: Any) -> MMC:
     return MMC(patch_vit(), *parts, **settings, **FREE, **optimization)
 
 
+def sit(**optimization: Any) -> SiT:
+    corruption = GroupCorruption(RectangleMasks(0.5, longest=0.5), alien=0.0, fill="shifted")
+    return SiT(patch_vit(), nn.Linear(16, 8), corruption=corruption, momentum=0.5, **optimization)
+
+
+class Strided(nn.Module):
+    """Two maps, at strides 2 and 4."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        fine, coarse = nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.layers = nn.Sequential(fine, nn.GELU(), coarse, nn.GELU())
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return [self.layers[1], self.layers[3]]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.layers(image).mean(dim=(2, 3))
+
+
+def without_norms(network: nn.Module) -> Any:
+    for name, layer in [*network.named_modules()]:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            network.set_submodule(name, nn.Identity())
+    return network
+
+
+def spark(**optimization: Any) -> SparK:
+    decoder = without_norms(UNetDecoder([8, 4], out_chans=1, width=8, cell=4))
+    return SparK(Strided(), decoder, RandomMasks(0.5), **optimization)
+
+
+def selfie(**optimization: Any) -> Selfie:
+    summary = SummaryTransformer(8, depth=1, heads=2, mlp_width=12, dropout=0.0)
+    return Selfie(Pooled(), summary, grid=(2, 2), masks=RandomMasks(0.5), **optimization)
+
+
 def poa(**optimization: Any) -> POA:
     heads = [dino_head(16, prototypes) for prototypes in (4, 9)]
     settings = {"masks": BlockMasks(probability=0.8), "patch_loss_from": 0.0}
@@ -269,10 +315,7 @@ def poa(**optimization: Any) -> POA:
 
 def hydra(**optimization: Any) -> Hydra:
     gate = ClassPairGate(8, 6, label_features=5, hidden=7)
-    for name, part in [*gate.named_modules()]:
-        if isinstance(part, nn.BatchNorm1d):
-            gate.set_submodule(name, nn.Identity())
-    return Hydra(Pooled(), projector(), gate, Arbitrary(1), **optimization)
+    return Hydra(Pooled(), projector(), without_norms(gate), Arbitrary(1), **optimization)
 
 
 def sie(**optimization: Any) -> SIE:
@@ -371,6 +414,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "contrastive.sie": Case(sie, placed_views, halves_differ=AMONG_ROWS),
+    "contrastive.selfie": Case(selfie, views(1)),
     "contrastive.simclr": Case(lambda **o: SimCLR(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
     "contrastive.spectral": Case(
         lambda **o: SpectralContrastive(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS
@@ -422,6 +466,8 @@ CASES: dict[str, Case] = {
         ),
         views(1),
     ),
+    "masked.sit": Case(sit, views(), halves_differ=AMONG_ROWS),
+    "masked.spark": Case(spark, views(1)),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(
@@ -434,7 +480,9 @@ CASES: dict[str, Case] = {
     ),
     "merging.concrete_arithmetic": Case(partial(merging, ConcreteArithmetic), of_tasks, unsharded=WHOLE),
     "masked.mae": Case(lambda **o: MAE(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), **o), views(1)),
-    "supervised.look": Case(lambda **o: LOOK(Pooled(), projector(), queue=12, neighbours=5, momentum=0.9, **o), views()),
+    "supervised.look": Case(
+        lambda **o: LOOK(Pooled(), projector(), queue=12, neighbours=5, momentum=0.9, **o), views()
+    ),
     "supervised.adsl": Case(
         lambda **o: ADSL(Pooled(), SubspaceLearners(8, 6), IMAGES, 3, **o),
         images(),

@@ -97,6 +97,15 @@ def paired_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor)
     return info_nce.paired_info_nce(x @ weight, x.tanh() @ weight, temperature_of(weight))
 
 
+def crossed_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return info_nce.crossed_info_nce([x @ weight, x.sin() @ weight], [x.tanh(), x.cos()], temperature_of(weight))
+
+
+def hidden_absolute_error(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Ranks differ in how much is hidden."""
+    return masked.hidden_absolute_error(x @ weight, x.sin(), (label_B % 2 == 0)[:, None])
+
+
 def soft_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     """Shares by the cosines of keys that have no gradient."""
     key_ND = gather_rows(x.sin())[0]
@@ -164,6 +173,7 @@ CASES = {
     "info_nce.soft_info_nce": Case(soft_info_nce, 2 + 2 + 1),
     "info_nce.nt_xent": Case(nt_xent, 2 + 1),
     "info_nce.paired_info_nce": Case(paired_info_nce, 2 + 1),
+    "info_nce.crossed_info_nce": Case(crossed_info_nce, 2 * (2 + 1)),
     "info_nce.queued_info_nce": Case(queued_info_nce, 1),
     "sigreg.sigreg": Case(sigreg_loss, 1),
     "spectral.spectral_contrastive": Case(
@@ -199,6 +209,7 @@ CASES = {
         ),
         2 + 1 + 1,
     ),
+    "masked.hidden_absolute_error": Case(hidden_absolute_error, 1),
     "masked.patch_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.patch_regression((x @ weight)[:, None], x.sin()[:, None])
     ),

@@ -22,6 +22,7 @@ from lightspan.methods.contrastive.lejepa import LeJEPA
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
+from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.spectral import SpectralContrastive
@@ -36,6 +37,7 @@ from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.sit import SiT
 from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.look import LOOK
@@ -44,6 +46,7 @@ from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.heads.attention_pool import SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
@@ -153,6 +156,11 @@ def mixed_barlow_twins(task: Task, **optimisation: Any) -> Method:
     return barlow_twins(task, lam_reg=4.0, **optimisation)
 
 
+def selfie(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return Selfie(encoder, SummaryTransformer(encoder.num_features, 2, HEADS, HIDDEN), (GRID, GRID), **optimisation)
+
+
 def vicreg(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     return VICReg(encoder, projector(encoder, 2), **optimisation)
@@ -202,6 +210,11 @@ def mmc(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     parts = projector(encoder), predictor(), dino_head(encoder), nn.Linear(WIDTH, task.patch_numbers)
     return MMC(encoder, *parts, **TEACHER, **optimisation)
+
+
+def sit(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder()
+    return SiT(encoder, projector(encoder, 2, bias=False, batch_norm=True), **TEACHER, **optimisation)
 
 
 def swav(task: Task, **optimisation: Any) -> Method:
@@ -290,6 +303,8 @@ SELF_SUPERVISED = {
     "CAE": Entry(cae, "one", VIT),
     "CropMAE": Entry(cropmae, "nested", VIT),
     "I-JEPA": Entry(i_jepa, "one", VIT),
+    "SiT": Entry(sit, "two", VIT),
+    "Selfie": Entry(selfie, "one", ("conv net",)),
 }
 SUPERVISED = {
     "classifier": Entry(classifier, "one"),
@@ -304,6 +319,7 @@ LEFT_OUT = {
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
     "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
+    "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
 }
 """Methods by the name of their class."""

@@ -8,6 +8,7 @@ import math
 from itertools import pairwise
 
 import timm
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
@@ -18,7 +19,9 @@ from lightspan.nn.widths import given_features
 __all__ = ["MLP", "LeNet", "SmallConvNet", "timm_backbone"]
 
 
-def timm_backbone(name: str, in_chans: int = 3, small_stem: bool = False, pretrained: bool = False) -> nn.Module:
+def timm_backbone(
+    name: str, in_chans: int = 3, small_stem: bool = False, pretrained: bool = False, stages: int | None = None
+) -> nn.Module:
     """A timm network without its classifier: [B in_chans H W] -> [B num_features].
 
     Args:
@@ -27,7 +30,9 @@ def timm_backbone(name: str, in_chans: int = 3, small_stem: bool = False, pretra
         small_stem: for images of about 64 pixels or less: the first convolution becomes 3x3 with stride 1 and the
             max-pool is removed (the usual CIFAR form of a ResNet). Only for networks with timm's ResNet stem.
         pretrained: load published weights from timm's usual source; needs a network connection.
-    Raises: UserError on an unknown name, or on small_stem for a network without a ResNet stem.
+        stages: of a ResNet, keep the stem and this many of its four stages, under the names that they have in the whole
+            network: a part that is trained first and then starts the whole of it. None keeps all.
+    Raises: UserError on an unknown name, or on small_stem or stages for a network that is no ResNet.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -48,6 +53,16 @@ def timm_backbone(name: str, in_chans: int = 3, small_stem: bool = False, pretra
         network.conv1 = nn.Conv2d(in_chans, stem.out_channels, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does for its own
         network.maxpool = nn.Identity()
+    if stages is not None:
+        if not isinstance(network, ResNet) or not 1 <= stages <= 4:
+            raise UserError(
+                f"stages={stages} keeps 1 to 4 stages of a ResNet, and {name} is timm's {type(network).__name__}; "
+                "leave stages out, or use a network such as resnet50"
+            )
+        for later in range(stages + 1, 5):
+            setattr(network, f"layer{later}", nn.Identity())
+        network.feature_info = network.feature_info[: stages + 1]
+        network.num_features = network.head_hidden_size = network.feature_info[-1]["num_chs"]
     return network
 
 

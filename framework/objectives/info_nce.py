@@ -22,6 +22,8 @@ Shapes: B anchors of this rank, N keys of all ranks, K rows of a queue, D embedd
 float32, also under autocast.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -126,6 +128,22 @@ def paired_info_nce(
     key_ND, first = gather_rows(key_BD)
     target_BN = own_rows(len(query_BD), first, key_ND) if target_BN is None else target_BN
     return soft_info_nce(gated_cosine(query_BD, key_ND) / temperature, target_BN)
+
+
+def crossed_info_nce(queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: float | Tensor = 0.2) -> Tensor:
+    """2 tau times the sum of `paired_info_nce` of either view's queries with the other view's keys.
+
+    Source: MoCo v3 (2104.02057, algorithm 1) and the code of SiT (2104.03602). For orthonormal rows with equal queries
+    and keys each direction is 2 tau (log(exp(1 / tau) + N - 1) - 1 / tau).
+
+    Args:
+        queries, keys: of two views each, [B D]; row i of all four comes from image i.
+    Returns: scalar >= 0, the same on all ranks.
+    Raises: UserError as `nt_xent` does.
+    """
+    (q1_BD, q2_BD), (k1_BD, k2_BD) = queries, keys
+    both = paired_info_nce(q1_BD, k2_BD, temperature) + paired_info_nce(q2_BD, k1_BD, temperature)
+    return 2 * temperature * both
 
 
 def queued_info_nce(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float | Tensor = 0.07) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
+from lightspan.distributed import all_reduce_sums
 from lightspan.objectives.means import squared_error
 
 LEAST_VARIANCE = 1e-6
@@ -48,6 +49,21 @@ def patch_regression(guess_BMd: Tensor, patches_BMd: Tensor, normalise: bool = T
         normalise: compare with `normalised_patches`.
     """
     return squared_error(guess_BMd, normalised_patches(patches_BMd) if normalise else patches_BMd)
+
+
+def hidden_absolute_error(guess: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """Mean of |guess - target| over the hidden numbers of all ranks, a scalar in float32 or wider; 0 without any.
+
+    Source: Atito et al., "SiT", 2021, arXiv 2104.03602: each hidden number weighs the same, whatever share of its image
+    is hidden.
+
+    Args:
+        hidden: bool, of a shape that expands to that of `guess` and `target`.
+    """
+    hidden = hidden.expand_as(target)
+    error = (wide(guess) - wide(target)).abs().where(hidden, 0).sum()
+    total, count = all_reduce_sums(error, hidden.sum().to(error.dtype))
+    return total / count.clamp_min(1)
 
 
 def feature_regression(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ PAPERS = {
     "distillation/poa_imagenet": 2 * [(224, 0.32, 1.0)] + 8 * [(96, 0.05, 0.32)],
     "masked/i_jepa_imagenet": [(224, 0.3, 1.0)],
     "masked/mae_imagenet": [(224, 0.2, 1.0)],
+    "masked/sit_imagenet": 2 * [(224, 0.2, 1.0)],
+    "masked/spark_imagenet": [(224, 0.67, 1.0)],
 }
 """Sides in pixels, and least and most area of the crops, as the papers or their authors' code have them."""
 

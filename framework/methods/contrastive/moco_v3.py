@@ -3,7 +3,7 @@
 Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021, arXiv
 2104.02057: ctr(q1, k2) + ctr(q2, k1) with ctr = 2 tau times the InfoNCE of all keys of the batch (equation 1, algorithm
 1), no queue, a predictor, a momentum that rises on a half cosine, and a patch projection that keeps its random start
-(section 4.2). The loss is `lightspan.objectives.info_nce.paired_info_nce`. The teacher normalises by its own batches,
+(section 4.2). The loss is `lightspan.objectives.info_nce.crossed_info_nce`. The teacher normalises by its own batches,
 as in the authors' code, and with sync_batchnorm by those of all ranks.
 Shapes: B images of this rank, C H W image, D embedding width.
 """
@@ -17,7 +17,7 @@ from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
-from lightspan.objectives.info_nce import paired_info_nce
+from lightspan.objectives.info_nce import crossed_info_nce
 from lightspan.optim.schedules import TeacherMomentum
 from lightspan.patterns import any_matches, require_matches
 from lightspan.ranges import require_temperatures
@@ -67,10 +67,8 @@ class MoCoV3(Method):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "MoCoV3", 2)
         # One pass for each view, as published: a BatchNorm sees one view of all images.
-        q1_BD, q2_BD = (self.predictor(self.student(view_BCHW)) for view_BCHW in views)
-        k1_BD, k2_BD = (self.teacher(view_BCHW) for view_BCHW in views)
-        both = paired_info_nce(q1_BD, k2_BD, self.temperature) + paired_info_nce(q2_BD, k1_BD, self.temperature)
-        loss = 2 * self.temperature * both
+        queries = [self.predictor(self.student(view_BCHW)) for view_BCHW in views]
+        loss = crossed_info_nce(queries, [self.teacher(view_BCHW) for view_BCHW in views], self.temperature)
         self.log_training({"train/loss": loss})
         return loss
 

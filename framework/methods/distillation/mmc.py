@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.devices import wide
-from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
@@ -31,7 +30,7 @@ from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import patchify
-from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
+from lightspan.nn.sequences.token_backbone import ClassTokenNetwork, require_class_token, settle_patch_decoder
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first
@@ -50,17 +49,17 @@ class TokenNetworkOutput(NamedTuple):
     scores_NK: Tensor
 
 
-class TokenNetwork(nn.Module):
+class TokenNetwork(ClassTokenNetwork):
     """A transformer, a projector of its class token and a head of its patches; images are [R C h w]."""
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, head: DINOHead) -> None:
-        super().__init__()
-        self.backbone, self.projector, self.head = backbone, projector, head
+        super().__init__(backbone, projector)
+        self.head = head
 
-    def forward(self, image_RChw: Tensor, masked: MaskedPatches) -> TokenNetworkOutput:
-        tokens_RTD = self.backbone.tokens(image_RChw)  # type: ignore[operator]
-        patches_ND = masked.tokens(tokens_RTD[:, self.backbone.num_prefix_tokens :])
-        return TokenNetworkOutput(self.projector(tokens_RTD[:, 0]), patches_ND, self.head(patches_ND))
+    def forward(self, image_RChw: Tensor, masked: MaskedPatches) -> TokenNetworkOutput:  # type: ignore[override]
+        z_RE, patches_RTD = super().forward(image_RChw)
+        patches_ND = masked.tokens(patches_RTD)
+        return TokenNetworkOutput(z_RE, patches_ND, self.head(patches_ND))
 
 
 class MMC(Method):
@@ -118,9 +117,7 @@ class MMC(Method):
         require_temperatures(student_temperature=student_temperature, contrast_temperature=contrast_temperature)
         self.momentum = TeacherMomentum(momentum, final_momentum)
         self.teacher_temperature = TeacherTemperature(teacher_temperature, final_temperature, temperature_warmup)
-        tokens = require_tokens(backbone, "MMC")
-        if tokens.num_prefix_tokens < 1:
-            raise UserError("MMC contrasts class tokens, and this backbone has none; set class_token=true")
+        tokens = require_class_token(backbone, "MMC")
         require_projector(backbone, projector)
         require_predictor(projector, predictor)
         require_width(backbone, "head.in_features", head.in_features)

@@ -1,8 +1,9 @@
-"""One vector from tokens by attention: a learned query asks all of them.
+"""One vector from tokens by attention: a learned query asks all of them, or a learned token joins them in blocks.
 
 Source: Chen et al., "Context Autoencoder for Self-Supervised Representation Learning" (2202.03026), whose attentive
 probing this follows: cross-attention of a learned query, then a linear layer. The norm is a choice of this project: a
-LayerNorm of the tokens, which keeps no statistics of batches.
+LayerNorm of the tokens, which keeps no statistics of batches. Trinh et al., "Selfie", 2019, arXiv 1906.02940, section
+2.3: blocks that end in a norm, over the tokens and a learned start.
 Shapes: B samples, T tokens, D width, C outputs.
 """
 
@@ -10,6 +11,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from lightspan.errors import UserError
 
 
 class AttentionPool(nn.Module):
@@ -30,3 +33,36 @@ class AttentionPool(nn.Module):
         x_BTD = self.norm(x_BTD)
         query = self.query.expand(len(x_BTD), -1, -1)
         return self.attention(query, x_BTD, x_BTD, need_weights=False)[0].squeeze(1)
+
+
+class SummaryTransformer(nn.Module):
+    """[B T D] -> [B D], the same for any order of the tokens: what becomes of a learned token among them.
+
+    Blocks are torch's, each with a norm after attention and one after its MLP, as in Vaswani et al., 2017.
+
+    Args:
+        width: D, a multiple of `heads`.
+        depth, heads: of the blocks, each at least 1.
+        mlp_width: of their hidden layers.
+        dropout: in the blocks, in [0, 1).
+    """
+
+    def __init__(self, width: int, depth: int = 3, heads: int = 32, mlp_width: int = 640, dropout: float = 0.1) -> None:
+        super().__init__()
+        if min(width, depth, heads, mlp_width) < 1 or width % heads or not 0 <= dropout < 1:
+            raise UserError(
+                f"SummaryTransformer: width={width} must be a multiple of heads={heads}, all and depth={depth} and "
+                f"mlp_width={mlp_width} at least 1, and dropout={dropout} in [0, 1)"
+            )
+        self.in_features = self.out_features = width
+        self.start_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, mlp_width, dropout, "gelu", batch_first=True) for _ in range(depth)
+        )
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        start = self.start_token.to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+        x_BTD = torch.cat([start, x_BTD], dim=1)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return x_BTD[:, 0]

@@ -1,7 +1,8 @@
 """Masks of patches, as functions of seed, step and the image's number: ranks, workers and resumed runs draw the same.
 
 Source: Bao et al., "BEiT", 2021, arXiv 2106.08254, algorithm 1 (blocks); Zhou et al., "iBOT", 2021, arXiv 2111.07832
-(half of the images masked, at a random ratio). The last patches that no block fits are drawn one by one, as DINOv3's
+(half of the images masked, at a random ratio); Atito et al., "SiT", 2021, arXiv 2104.03602, and its code (rectangles
+until a share is hidden). The last patches that no block fits are drawn one by one, as DINOv3's
 code does it, so that a mask has exactly as many patches as were asked for.
 Shapes: B images, H W grid of patches, N masked patches of all images, w width.
 """
@@ -64,6 +65,58 @@ class BlockMasks(MaskSampler):
                 ratio = self.ratio[0] + share * (self.ratio[1] - self.ratio[0])
                 fill_blocks(mask_HW, int(ratio * height * width), self.aspect, generator, self.least_block)
         return masks_BHW
+
+
+@dataclass(frozen=True)
+class RectangleMasks(MaskSampler):
+    """Hides rectangles, which may overlap, until at least a share of a grid is hidden: SiT's, whose grid is of pixels.
+
+    Each side of a rectangle is uniform between `align` and `longest` of the grid's; sides and places are rounded down
+    to multiples of `align`. The last one exceeds the share by less than its own area, which is at most longest^2 of the
+    grid's (or align^2 cells), so that counts differ between images.
+
+    Args:
+        share: in [0, 0.9]; more than that takes long, as rectangles seldom reach a corner.
+        longest: by the side of the grid, in (0, 1].
+        align: cells, at least 1, and the grid's sides are multiples of it. On pixels, the side of a patch makes every
+            mask a union of whole patches.
+        seed: >= 0.
+    """
+
+    share: float = 0.5
+    longest: float = 0.3
+    align: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.share <= 0.9 and 0 < self.longest <= 1 and self.align >= 1 and self.seed >= 0):
+            raise UserError(
+                f"RectangleMasks: share={self.share} must lie in [0, 0.9], longest={self.longest} in (0, 1], "
+                f"align={self.align} be at least 1, and seed={self.seed} at least 0"
+            )
+
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B H W], see `MaskSampler`. Raises: UserError for a grid without two axes, or no multiple of `align`."""
+        if len(grid) != 2 or any(side % self.align for side in grid):
+            raise UserError(
+                f"RectangleMasks hide rectangles of a grid with two axes that are multiples of align={self.align}, and "
+                f"this is {' x '.join(map(str, grid))}; set align to a divisor of both, such as the side of a patch"
+            )
+        masks_BHW = np.zeros((len(indices), *grid), dtype=bool)
+        for mask_HW, index in zip(masks_BHW, indices, strict=True):
+            generator, hidden = np.random.default_rng((self.seed, step, index, view)), 0
+            while hidden < round(self.share * mask_HW.size, 6):
+                ends = [self._piece(side, generator) for side in grid]
+                block = mask_HW[slice(*ends[0]), slice(*ends[1])]
+                hidden += block.size - int(block.sum())
+                block[:] = True
+        return masks_BHW
+
+    def _piece(self, side: int, generator: np.random.Generator) -> tuple[int, int]:
+        """Where a rectangle begins and ends along a side."""
+        length = int(generator.uniform(self.align, max(self.align, self.longest * side))) // self.align * self.align
+        start = int(generator.integers((side - length) // self.align + 1)) * self.align
+        return start, start + length
 
 
 class MaskedPatches(NamedTuple):

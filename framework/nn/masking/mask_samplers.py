@@ -20,7 +20,13 @@ from lightspan.nn.sequences.patches import places
 
 
 class MaskSampler(ABC):
-    """Draws masks; methods that pick patches by place need one count for all images of a batch."""
+    """Draws masks; methods that pick patches by place need one count for all images of a batch.
+
+    Attributes:
+        seed: >= 0; what else a method draws for an image may hang on it too.
+    """
+
+    seed: int
 
     @abstractmethod
     def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
@@ -32,9 +38,12 @@ class MaskSampler(ABC):
         """
 
 
-def visible_count(ratio: float, patches: int) -> int:
-    """How many of the patches stay visible: the whole part of (1 - ratio) of them (MAE's), but one at least."""
-    return max(1, int(round((1 - ratio) * patches, 6)))  # 0.1 * 100 is a little below 10
+def visible_count(ratio: float, patches: int, nearest: bool = False) -> int:
+    """How many of the patches stay visible: the whole part of (1 - ratio) of them (MAE's), or the nearest whole number
+    (SparK's), but one at least.
+    """
+    share = round((1 - ratio) * patches, 6)  # 0.1 * 100 is a little below 10
+    return max(1, round(share) if nearest else int(share))
 
 
 def seen_and_hidden(masks_B: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -57,10 +66,12 @@ class RandomMasks(MaskSampler):
     Args:
         ratio: hidden share, in [0, 1); `visible_count` says how many stay.
         seed: >= 0.
+        nearest: round the count of those that stay to the nearest whole number, in the place of down.
     """
 
     ratio: float = 0.75
     seed: int = 0
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         _require("RandomMasks", self.ratio, self.seed)
@@ -71,7 +82,7 @@ class RandomMasks(MaskSampler):
         hidden = np.ones((len(indices), patches), dtype=bool)
         for row, index in zip(hidden, indices, strict=True):
             generator = np.random.default_rng((self.seed, step, index, view))
-            row[generator.permutation(patches)[: visible_count(self.ratio, patches)]] = False
+            row[generator.permutation(patches)[: visible_count(self.ratio, patches, self.nearest)]] = False
         return hidden.reshape(len(indices), *grid)
 
 

@@ -41,6 +41,14 @@ def patchify(x_BC: Tensor, patch: Sequence[int]) -> Tensor:
     return split.permute(0, *places, *pixels, 1).flatten(1 + axes).flatten(1, axes)
 
 
+def patch_images(x_BChw: Tensor, patch: Sequence[int]) -> Tensor:
+    """Patches of p x q pixels as images of their own, for a network that sees each alone: [B C h w] -> [B T C p q].
+
+    Raises: UserError as `patchify`.
+    """
+    return patchify(x_BChw, patch).unflatten(2, (*patch, x_BChw.shape[1])).movedim(-1, 2)
+
+
 def unpatchify(patches_BTd: Tensor, patch: Sequence[int], grid: Sequence[int]) -> Tensor:
     """The inverse of `patchify`: [B T d] -> [B C sides...]. Raises: UserError for other numbers of patches or pixels.
 
@@ -54,9 +62,11 @@ def unpatchify(patches_BTd: Tensor, patch: Sequence[int], grid: Sequence[int]) -
             f"{count} patches of {numbers} numbers are not a grid of {' x '.join(map(str, grid))} patches of "
             f"{' x '.join(map(str, patch))} pixels"
         )
-    split = patches_BTd.reshape(batch, *grid, *patch, numbers // math.prod(patch))
+    channels = numbers // math.prod(patch)
+    split = patches_BTd.reshape(batch, *grid, *patch, channels)
     order = [axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for axis in pair]
-    return split.permute(0, 1 + 2 * axes, *order).reshape(batch, -1, *(g * p for g, p in zip(grid, patch, strict=True)))
+    sides = (g * p for g, p in zip(grid, patch, strict=True))
+    return split.permute(0, 1 + 2 * axes, *order).reshape(batch, channels, *sides)
 
 
 def places(masks_B: np.ndarray) -> np.ndarray:

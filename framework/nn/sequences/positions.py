@@ -1,4 +1,5 @@
-"""Positions of a grid of 1 to 3 axes, as fixed tables: added to tokens, or by turning queries and keys.
+"""Positions of a grid of 1 to 3 axes, as fixed tables: added to tokens, or by turning queries and keys. And learned
+ones of two axes.
 
 Each axis gets an equal share of the channels. The last axis (x) has the first share, as in MAE's code; exchanged, the
 codes are the same but weights are not.
@@ -9,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.devices import widest_float
 from lightspan.errors import UserError
@@ -47,6 +48,31 @@ def rotary(grid: Sequence[int], width: int, base: float = 10_000.0, device: torc
     """
     angles_Tf = _angles(grid, width, base, torch.device(device)).flatten(1).repeat_interleave(2, dim=1)
     return torch.cat([angles_Tf.sin(), angles_Tf.cos()], dim=1).float()
+
+
+class RowsAndColumns(nn.Module):
+    """Learned positions of a grid that are the sum of a code of the row and one of the column: [H*W w], of a rank of at
+    most H + W - 1.
+
+    Source: Trinh et al., "Selfie", 2019, arXiv 1906.02940, section 2.4. Codes start at N(0, 0.02^2).
+
+    Args:
+        grid: (H, W), each at least 1.
+        width: w.
+    """
+
+    parameter_kinds = {"row_Hw": "embeddings", "column_Ww": "embeddings"}  # noqa: RUF012 - read by lightspan.optim.groups
+
+    def __init__(self, grid: tuple[int, int], width: int) -> None:
+        super().__init__()
+        if min(*grid, width) < 1:
+            raise UserError(
+                f"positions of width {width} on a grid of {' x '.join(map(str, grid))}: each must be above 0"
+            )
+        self.row_Hw, self.column_Ww = (nn.Parameter(0.02 * torch.randn(side, width)) for side in grid)
+
+    def forward(self) -> Tensor:
+        return (self.row_Hw[:, None] + self.column_Ww).flatten(0, 1)
 
 
 def _angles(grid: Sequence[int], width: int, base: float, device: torch.device) -> Tensor:

@@ -7,8 +7,9 @@ K patches that are seen, D width.
 """
 
 import math
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
@@ -54,6 +55,14 @@ def require_tokens(backbone: nn.Module, method: str) -> TokenBackbone:
     return backbone
 
 
+def require_class_token(backbone: nn.Module, method: str) -> TokenBackbone:
+    """As `require_tokens`. Raises: UserError for a backbone without a class token too."""
+    tokens = require_tokens(backbone, method)
+    if tokens.num_prefix_tokens < 1:
+        raise UserError(f"{method} contrasts class tokens, and this backbone has none; set class_token=true")
+    return tokens
+
+
 def settle_patch_decoder(backbone: nn.Module, decoder: nn.Module, method: str) -> None:
     """Lets a decoder give as many numbers as a patch of the backbone has, if that was left open, and compares the two.
 
@@ -82,3 +91,40 @@ class AllTokens(nn.Module):
     def forward(self, image_BChw: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """See `TokenBackbone.tokens`."""
         return self.backbone.tokens(image_BChw, keep_BK=keep_BK)  # type: ignore[operator]
+
+
+class ClassAndPatches(NamedTuple):
+    """Embeddings of class tokens, and tokens of patches."""
+
+    z_BE: Tensor
+    patches_BTD: Tensor
+
+
+class ClassTokenNetwork(nn.Module):
+    """A transformer and a projector of its class token, whose patches others read: what MMC and SiT train and copy."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def forward(self, image_BChw: Tensor) -> ClassAndPatches:
+        tokens_BPD = self.backbone.tokens(image_BChw)  # type: ignore[operator]
+        return ClassAndPatches(self.projector(tokens_BPD[:, 0]), tokens_BPD[:, self.backbone.num_prefix_tokens :])
+
+
+class ClassAndMean(nn.Module):
+    """A backbone for fine-tuning: its class token and the mean of its patches side by side, [B C h w] -> [B 2 D].
+
+    Source: the code of SiT (Atito et al., 2021, arXiv 2104.03602), whose classifiers read both.
+    Raises: UserError for a backbone without a class token.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.num_features = 2 * require_class_token(backbone, "ClassAndMean").num_features
+        self.backbone = backbone
+
+    def forward(self, image_BChw: Tensor) -> Tensor:
+        tokens_BPD = self.backbone.tokens(image_BChw)  # type: ignore[operator]
+        patches_BTD = tokens_BPD[:, self.backbone.num_prefix_tokens :]
+        return torch.cat([tokens_BPD[:, 0], patches_BTD.mean(dim=1)], dim=1)

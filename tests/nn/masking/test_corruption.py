@@ -60,3 +60,31 @@ def test_an_image_alone_and_no_image_are_ordinary_batches_also_in_half_precision
     assert GroupCorruption()(IMAGES[:0], GRID, INDEX[:0], step=0)[0].shape == (0, 2, 8, 8)
     with pytest.raises(UserError, match=r"alien=1.5 is a share of images and must lie in \[0, 1\]"):
         GroupCorruption(alien=1.5)
+
+
+def test_zeros_are_zeros_and_a_shifted_image_shows_its_own_pixels_from_one_other_place() -> None:
+    everything = BlockMasks(1.0, (1.0, 1.0))
+    assert not GroupCorruption(everything, 0.0, "zeros")(IMAGES, GRID, INDEX, step=0)[0].any()
+    shifted, _ = GroupCorruption(everything, 0.0, "shifted")(IMAGES, GRID, INDEX, step=0)
+    shifts = [
+        [(y, x) for y in range(8) for x in range(8) if torch.equal(image.roll((-y, -x), (1, 2)), other)]
+        for image, other in zip(IMAGES, shifted, strict=True)
+    ]
+    assert all(len(found) == 1 for found in shifts)
+    assert len({found[0] for found in shifts}) > 1
+    half, _ = GroupCorruption(everything, 0.0, "shifted")(IMAGES[3:], GRID, INDEX[3:], step=0)
+    assert torch.equal(shifted[3:], half)
+    assert GroupCorruption(everything, 0.0, "shifted")(IMAGES[:0], GRID, INDEX[:0], step=0)[0].shape == (0, 2, 8, 8)
+
+
+def test_aliens_have_masks_of_their_own_where_they_are_given() -> None:
+    masks, of_aliens = BlockMasks(1.0, (0.5, 0.5)), BlockMasks(1.0, (0.25, 0.25))
+    _, drawn = GroupCorruption(masks, 0.5, "zeros", of_aliens)(torch.zeros(64, 1, 8, 8), GRID, torch.arange(64), 0)
+    counts = drawn.sum(axis=(1, 2)).tolist()
+    assert set(counts) == {4, 8}
+    assert 16 < counts.count(4) < 48
+
+
+def test_another_fill_is_refused() -> None:
+    with pytest.raises(UserError, match="fill='mean' must be noise, zeros or shifted"):
+        GroupCorruption(fill="mean")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from lightspan.errors import UserError
 from lightspan.nn.image_numbers import image_numbers
-from lightspan.nn.masking.block_masks import BlockMasks
+from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks, SpanMasks, TubeMasks, visible_count
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
 from lightspan.nn.sequences.patches import places
@@ -191,3 +191,27 @@ def test_blocks_are_a_function_of_seed_step_image_and_view_whatever_the_batch() 
 def test_settings_of_blocks_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match=r"MultiBlock: targets=0 must be at least 1"):
         MultiBlock(targets=0)
+
+
+@settings(deadline=None, max_examples=12)
+@given(align=st.sampled_from([1, 2, 4]), share=st.floats(0, 0.9), step=st.integers(0, 99))
+def test_rectangles_are_unions_of_cells_of_align_and_hide_little_more_than_their_share(
+    align: int, share: float, step: int
+) -> None:
+    masks = RectangleMasks(share, align=align).draw((32, 64), step, range(2))
+    cells = masks.reshape(2, 32 // align, align, 64 // align, align)
+    assert (cells.all(axis=(2, 4)) == cells.any(axis=(2, 4))).all()
+    hidden = masks.mean(axis=(1, 2))
+    assert (hidden >= share - 1e-6).all()
+    assert (hidden <= share + 0.09).all()
+
+
+def test_rectangles_need_a_grid_that_align_fits_and_a_share_that_they_reach() -> None:
+    assert not RectangleMasks(0.0).draw((8, 8), 0, [0]).any()
+    for grid in ((8,), (9, 8)):
+        with pytest.raises(UserError, match="two axes that are multiples of align=4"):
+            RectangleMasks(align=4).draw(grid, 0, [0])
+    for settings_ in ({"share": 0.95}, {"longest": 0.0}, {"align": 0}, {"seed": -1}):
+        with pytest.raises(UserError, match=r"RectangleMasks: share=.* must lie in \[0, 0.9\]"):
+            RectangleMasks(**settings_)
+    assert RectangleMasks(0.5, longest=0.01, align=4).draw((8, 8), 0, [0]).mean() == 0.5  # a side is align at least

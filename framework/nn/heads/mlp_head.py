@@ -1,0 +1,38 @@
+"""Hidden layers of linear maps and GELU before a linear layer: of pixels, or of classes."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.nn.widths import OpenOutputs
+
+
+class MLPHead(OpenOutputs):
+    """Linear - GELU for each hidden width, then a Linear: [... in_features] -> [... out_features].
+
+    Args:
+        in_features: what it takes.
+        out_features: None leaves it to the method, such as the numbers of a patch or the number of classes.
+        hidden: widths of the hidden layers; none gives one linear layer.
+    Raises: UserError for a width below 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int | None = None, hidden: Sequence[int] = ()) -> None:
+        super().__init__()
+        widths = [in_features, *hidden]
+        if min(widths) < 1:
+            raise UserError(f"MLPHead: in_features={in_features} and hidden={list(hidden)} must each be at least 1")
+        self.in_features = in_features
+        parts = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.GELU())]
+        self.layers, self.width = nn.Sequential(*parts), widths[-1]
+        if out_features is not None:
+            self.settle(out_features)
+
+    def make_outputs(self, count: int) -> None:
+        self.layers.append(nn.Linear(self.width, count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.require_outputs()
+        return self.layers(x)
