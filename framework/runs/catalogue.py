@@ -132,7 +132,8 @@ def read_progress(run: Path, metrics: Sequence[str] = ()) -> Progress:
     seconds = summary.get("seconds")
     known = [time_s for time_s in (logged.seconds, seconds) if isinstance(time_s, int | float)]
     steps = [count for count in (logged.steps, summary.get("steps")) if isinstance(count, int)]
-    return Progress(max(steps, default=None), max(known, default=None), logged.values)
+    taken = 0 if summary.get("steps") == 0 else max(steps, default=None)  # what a run of no steps logs has a line too
+    return Progress(taken, max(known, default=None), logged.values)
 
 
 def _changes(argv: Sequence[str]) -> Iterator[str]:
