@@ -136,7 +136,8 @@ def read_progress(run: Path, metrics: Sequence[str] = ()) -> Progress:
     seconds = summary.get("seconds")
     known = [time_s for time_s in map(_finite, (logged.seconds, seconds)) if time_s is not None]
     steps = [count for count in (logged.steps, summary.get("steps")) if isinstance(count, int)]
-    return Progress(max(steps, default=None), max(known, default=None), logged.values)
+    taken = 0 if summary.get("steps") == 0 else max(steps, default=None)  # what a run of no steps logs has a line too
+    return Progress(taken, max(known, default=None), logged.values)
 
 
 def _finite(number: Any) -> float | None:

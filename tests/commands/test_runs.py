@@ -98,6 +98,15 @@ def test_what_all_runs_were_started_with_stands_once_and_a_file_gets_wide_lines(
     assert "all with --images my_pictures --image-size 32 -c mine.yaml" in lines
 
 
+def test_a_run_of_no_steps_has_taken_none_though_it_logged_figures(tmp_path: Path, capsys: Captured) -> None:
+    run = tmp_path / "runs" / "start"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 0, "collapse/rankme": 2.0}\n')
+    (run / "summary.json").write_text('{"steps": 0, "finished": true}')
+    (listed,) = json.loads(printed(capsys, "--json"))
+    assert (listed["step"], listed["status"]) == (0, "done")
+
+
 def test_without_a_validation_the_first_score_of_a_probe_comes_before_the_training_loss(
     tmp_path: Path, capsys: Captured
 ) -> None:
