@@ -18,7 +18,7 @@ from lightspan.config.build import Built
 from lightspan.errors import UserError
 from lightspan.exports.examples import example_batch
 from lightspan.exports.onnx_file import FILE, OUTPUT, Precision, precision_of, write_onnx
-from lightspan.exports.program import write_program
+from lightspan.exports.program import first_line, write_program
 from lightspan.exports.safetensors import write_safetensors
 from lightspan.exports.standalone import Reading, Standalone, What, compare, largest_difference, reading_of
 from lightspan.exports.timm_folder import elastic_backbone, read_timm, sizes_of, timm_network, write_timm
@@ -189,7 +189,17 @@ def _prepared(request: Request) -> Request:
 
 def _read(request: Request) -> Reading:
     batch, moments = example_batch(request.built, request.shape)
-    return reading_of(request.built.model, batch, moments, request.what)
+    try:
+        return reading_of(request.built.model, batch, moments, request.what)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a network says of pictures that are not for it
+        if request.shape is None:
+            raise
+        raise UserError(
+            f"--shape {','.join(map(str, request.shape))}: {type(request.built.model).__name__} cannot read such "
+            f"pictures ({first_line(error)}); give the shape that it was trained on"
+        ) from error
 
 
 def _write_backbone(request: Request, folder: Path) -> Reading:
