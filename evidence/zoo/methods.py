@@ -279,6 +279,7 @@ SUPERVISED = {
 ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
+    "FST": "labels pixels, of which these pictures have no classes",
     "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
