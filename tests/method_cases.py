@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel
 
 import lightspan.methods
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
+from lightspan.backbones.dense import UNet
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
@@ -50,6 +51,7 @@ from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
 from lightspan.methods.distillation.byol import BYOL
 from lightspan.methods.distillation.dino import DINO
+from lightspan.methods.distillation.fst import FST
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.methods.distillation.poa import POA
@@ -103,6 +105,7 @@ IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
+LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 PER_RANK = "random numbers are those of the rank"
 
 
@@ -171,6 +174,14 @@ def placed_views(rows: int, seed: int) -> dict[str, Any]:
     """Two views and how each was turned, in degrees."""
     turns = 360 * torch.rand(rows, 2, 1, generator=torch.Generator().manual_seed(seed + 100))
     return views()(rows, seed) | {"parameters": turns}
+
+
+def domains(rows: int, seed: int) -> dict[str, Any]:
+    """Images of two domains, and a class for each pixel of the first."""
+    generator = torch.Generator().manual_seed(seed)
+    image, target = (torch.randn(rows, 1, 8, 8, generator=generator) for _ in range(2))
+    index = torch.arange(rows) + ROWS * seed
+    return {"image": image, "target_image": target, "semantic": (image[:, 0] > 0.3).long() + 1, "index": index}
 
 
 def images(labels: tuple[int, ...] = (0, 1, 2)) -> Callable[[int, int], dict[str, Any]]:
@@ -307,6 +318,11 @@ def selfie(**optimization: Any) -> Selfie:
     return Selfie(Pooled(), summary, grid=(2, 2), masks=RandomMasks(0.5), **optimization)
 
 
+def fst(**settings: Any) -> FST:
+    """Whose answers count from one half."""
+    return FST(UNet(1, width=4, levels=2), 3, virtual_steps=2, momentum=0.9, confidence=0.4, **settings)
+
+
 def poa(**optimization: Any) -> POA:
     heads = [dino_head(16, prototypes) for prototypes in (4, 9)]
     settings = {"masks": BlockMasks(probability=0.8), "patch_loss_from": 0.0}
@@ -436,6 +452,10 @@ CASES: dict[str, Case] = {
     "distillation.byol": Case(lambda **o: BYOL(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), momentum=0.5, **o), views()),
     "distillation.dino": Case(partial(dino, 9), views(2, smaller=2)),
     "distillation.dino, wide": Case(partial(dino, 4), views(2, smaller=2)),
+    "distillation.fst": Case(fst, domains, halves_differ=LOOKS_AHEAD, unsharded="with whole weights"),
+    "distillation.fst, wide": Case(
+        partial(fst, form="wide"), domains, halves_differ=LOOKS_AHEAD, unsharded="with whole weights"
+    ),
     "distillation.ibot": Case(
         lambda **o: IBOT(
             elastic([16], [1]), [dino_head(16, 4)], masks=BlockMasks(probability=0.8), **MOMENTA, **FREE, **o

@@ -317,6 +317,7 @@ ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
     "DEPICT": "has an encoder of its own, the half of an autoencoder",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
+    "FST": "labels pixels, of which these pictures have no classes",
     "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",

@@ -4,6 +4,8 @@ A Trainer's `global_step` also counts steps that changed nothing: a `training_st
 `FiniteLoss` cleared, infinite ones that a GradScaler skipped.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +26,16 @@ def steps_taken(optimizer: Any) -> int:
         _TAKEN[optimizer] = 0
         optimizer.register_step_post_hook(_count)
     return _TAKEN[optimizer]
+
+
+@contextlib.contextmanager
+def uncounted(optimizer: Optimizer) -> Iterator[None]:
+    """Steps inside are no steps of the run, such as those that are undone."""
+    before = steps_taken(optimizer)
+    try:
+        yield
+    finally:
+        _TAKEN[optimizer] = before
 
 
 def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,0 +1,219 @@
+"""FST: a teacher made of the student's future, by steps that are undone, labels the pixels of another domain.
+
+Source: Du et al., "Learning from Future: A Novel Self-Training Framework for Semantic Segmentation", NeurIPS 2022,
+arXiv 2209.06993. Of student theta, teacher phi, rate m and L(theta, phi) with phi's pseudo-labels, one step is
+
+    deep    K times: theta~ takes a step on L(theta~, phi), and phi <- m phi + (1 - m) theta~
+    wide    K times from theta one step with a mixture of its own; then phi <- m phi + (1 - m) mean of theta~
+    then    theta~ is undone, theta takes a step on L(theta, phi), and phi <- m phi + (1 - m) theta
+
+Nothing is differentiated through phi or theta~. With K = 0 it is the mean teacher. L is that of DACS (arXiv
+2007.08702): cross-entropy on the source, and on mixtures that carry half of a source image's classes over to a target
+image; target pixels have the teacher's answers, weighted by the share of pixels of which it is surer than `confidence`.
+As in the authors' code the teacher keeps what it took from undone steps, and the same images serve virtual and real
+steps, each with a mixture of its own. Theirs differs: wide steps have batches of their own, deep ones average theta
+before the next step and not after this one, moments and running statistics stay where virtual steps leave them
+(`keep_moments` does so with moments), and colours of mixtures are jittered. ImageNet's feature distance and rare
+classes are left out.
+Shapes: B batch of this rank, C H W image, F width of maps, K classes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lightspan.devices import wide
+from lightspan.errors import UserError
+from lightspan.method import Method
+from lightspan.nn.class_mix import pasted_pixels
+from lightspan.nn.image_numbers import index_in
+from lightspan.nn.parts import part
+from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.views import require_fields
+from lightspan.nn.widths import given_features
+from lightspan.objectives.means import mean
+from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
+from lightspan.ranges import require_shares
+
+UNLABELLED = -1
+
+
+class PseudoLabels(NamedTuple):
+    """Answers int64 [B H W], and of each image the share of pixels with a sure one, [B]."""
+
+    label_BHW: Tensor
+    sure_B: Tensor
+
+
+def pseudo_labels(logits_BKHW: Tensor, confidence: float) -> PseudoLabels:
+    """The most likely class of each pixel, and how many of an image's are likelier than `confidence`."""
+    likely_BHW, label_BHW = wide(logits_BKHW).softmax(dim=1).max(dim=1)
+    return PseudoLabels(label_BHW, (likely_BHW > confidence).flatten(1).to(likely_BHW.dtype).mean(dim=1))
+
+
+def pixel_cross_entropy(logits_BKHW: Tensor, label_BHW: Tensor, weight_BHW: Tensor | None = None) -> Tensor:
+    """Mean over all pixels of weight * cross-entropy; a label below 0 gives 0. 0 without images."""
+    loss_BHW = F.cross_entropy(
+        wide(logits_BKHW), label_BHW.clamp_min(UNLABELLED), ignore_index=UNLABELLED, reduction="none"
+    )
+    return mean(loss_BHW if weight_BHW is None else weight_BHW * loss_BHW)
+
+
+class FST(Method):
+    """Labels pixels of one domain with masks, and learns to do so in another without. The student is what is kept.
+
+    A batch is a `lightspan.datamodules.batches.DomainsBatch`: `image`, `semantic`, `target_image` and `index`; with a
+    `target_semantic` the accuracy of pseudo-labels is logged. Virtual steps are the run's own optimiser's, without
+    clipping, on the first micro-batch of a step. With the weights go back running statistics and the optimiser's state.
+    What a step that is skipped would have given the teacher is dropped. Weights must be whole on each rank.
+
+    Args:
+        backbone: [B C H W] -> maps [B F H W] of the images' size, with `num_features` F; probes read their mean.
+        num_classes: K, at least 2. The head is a 1 x 1 convolution.
+        virtual_steps: K of the deep and of the wide form, at least 0.
+        form: "deep" or "wide".
+        momentum: m, in [0, 1].
+        momentum_warmup: min(m, 1 - 1 / (t + 1)) in step t from 0, so that the first step copies the student.
+        confidence: in [0, 1].
+        keep_moments: let the optimiser's state go on from where virtual steps leave it.
+        seed: of the mixtures.
+        optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    """
+
+    backbone = part("student.0", "The student's, whose maps are the features.")
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        virtual_steps: int = 3,
+        form: Literal["deep", "wide"] = "deep",
+        momentum: float = 0.999,
+        momentum_warmup: bool = True,
+        confidence: float = 0.968,
+        keep_moments: bool = False,
+        seed: int = 0,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        require_shares(momentum=momentum, confidence=confidence)
+        if virtual_steps < 0 or num_classes < 2:
+            raise UserError(
+                f"virtual_steps={virtual_steps} must be at least 0, and num_classes={num_classes} at least 2"
+            )
+        if (width := given_features(backbone)) is None:
+            raise UserError(
+                f"FST needs the width of its backbone's maps, but {type(backbone).__name__} has no num_features"
+            )
+        self.student = nn.Sequential(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
+        self.teacher = EMATeacher(self.student)
+        self.virtual_steps, self.form, self.keep_moments = virtual_steps, form, keep_moments
+        self.momentum, self.momentum_warmup = momentum, momentum_warmup
+        self.classes, self.confidence, self.seed = num_classes, confidence, seed
+        self.ahead: tuple[int, list[Tensor]] | None = None  # a step, and the teacher of its future
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits [B K H W]."""
+        return self.student(image_BCHW)
+
+    def features(self, batch: Any) -> Tensor:
+        return self.backbone(batch["image"]).mean(dim=(2, 3))
+
+    @torch.compiler.disable  # weights change under its feet
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        require_masks(batch)
+        if self.ahead is None or self.ahead[0] != self.global_step:
+            self.ahead = self.global_step, self.look_ahead(batch)
+        figures = self.losses(batch, self.ahead[1], self.virtual_steps)
+        self.log_training(figures)
+        return figures["train/loss"]
+
+    def losses(self, batch: Mapping[str, Tensor], teacher: list[Tensor], number: int) -> dict[str, Tensor]:
+        """L(theta, phi) of the student as it is, with the mixture of a virtual step, and its parts.
+
+        Args:
+            teacher: phi, weights and buffers.
+            number: of the virtual step, from 0; `virtual_steps` is the real one.
+        """
+        image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"]
+        names = [name for name, _ in (*self.student.named_parameters(), *self.student.named_buffers())]
+        with torch.no_grad():
+            answers = functional_call(self.teacher.module, dict(zip(names, teacher, strict=True)), (target_BCHW,))
+        pseudo = pseudo_labels(answers, self.confidence)
+        draw = self.global_step * (self.virtual_steps + 1) + number
+        pasted_BHW = pasted_pixels(label_BHW, self.classes, index_in(batch, self), self.seed, draw)
+        mixed_BCHW = torch.where(pasted_BHW[:, None], image_BCHW, target_BCHW)
+        mixed_label_BHW = torch.where(pasted_BHW, label_BHW, pseudo.label_BHW)
+        weight_BHW = pseudo.sure_B[:, None, None].masked_fill(pasted_BHW, 1.0)
+        source = pixel_cross_entropy(self.student(image_BCHW), label_BHW)
+        mixed = pixel_cross_entropy(self.student(mixed_BCHW), mixed_label_BHW, weight_BHW)
+        figures = {"train/loss": source + mixed, "train/source_nats": source, "train/mixed_nats": mixed}
+        figures["train/sure"] = mean(pseudo.sure_B)
+        if "target_semantic" in batch:
+            figures["train/pseudo_accuracy"] = mean((pseudo.label_BHW == batch["target_semantic"]).float())
+        return figures
+
+    def look_ahead(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        """The teacher of the future: weights and buffers. Student, teacher and, without `keep_moments`, the optimiser
+        are afterwards what they were. Where there is no optimiser, as in `lightspan plan`, the present teacher.
+        """
+        (optimizer,) = (self.trainer.optimizers if self._trainer is not None else []) or [None]
+        if not self.virtual_steps or optimizer is None:
+            return copies(self.teacher.module)
+        with undone(self.student, self.teacher), virtual(optimizer, self.keep_moments):
+            branches = []
+            for number in range(self.virtual_steps):
+                loss = self.losses(batch, tensors_of(self.teacher.module), number)["train/loss"]
+                if self.form == "deep":
+                    step_on(loss, optimizer)
+                    self.teacher.follow(self.student, self._momentum())
+                else:
+                    with undone(self.student), virtual(optimizer, self.keep_moments):
+                        step_on(loss, optimizer)
+                        branches.append(copies(self.student))
+            if branches:
+                set_to(tensors_of(self.student), mean_weights(branches))
+                self.teacher.follow(self.student, self._momentum())
+            return copies(self.teacher.module)
+
+    def after_optimizer_step(self) -> None:
+        assert self.ahead is not None
+        set_to(tensors_of(self.teacher.module), self.ahead[1])
+        self.ahead = None
+        self.teacher.follow(self.student, self._momentum())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        right = mean((self(batch["target_image"]).argmax(dim=1) == batch["target_semantic"]).float())
+        self.log_dict(
+            {"val/pixel_accuracy": right}, batch_size=len(batch["target_image"]), sync_dist=True, prog_bar=True
+        )
+
+    def configure_model(self) -> None:
+        if self._trainer is not None and isinstance(self._trainer.strategy, ModelParallelStrategy):
+            raise UserError("FST takes steps that are undone, with whole weights; train with trainer.strategy=ddp")
+        super().configure_model()
+
+    def _momentum(self) -> float:
+        return min(self.momentum, 1 - 1 / (self.global_step + 1)) if self.momentum_warmup else self.momentum
+
+
+def require_masks(batch: Any) -> None:
+    """Raises: UserError for a batch without images of both domains or without a class for each pixel of the first."""
+    require_fields(batch, "FST")
+    lacking = [name for name in ("image", "semantic", "target_image", "index") if name not in batch]
+    if lacking:
+        raise UserError(
+            f"FST needs {', '.join(lacking)} in a batch, and this one holds {', '.join(sorted(batch))}; take data of "
+            "two domains, whose batches are a DomainsBatch (lightspan.datamodules.batches)"
+        )
+    image, label, target = batch["image"], batch["semantic"], batch["target_image"]
+    if label.shape != (len(image), *image.shape[2:]) or label.is_floating_point() or image.shape != target.shape:
+        raise UserError(
+            "FST needs a whole number for each pixel and images of both domains of one size, and this batch has image "
+            f"{[*image.shape]}, semantic {label.dtype} {[*label.shape]} and target_image {[*target.shape]}"
+        )

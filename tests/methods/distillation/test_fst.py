@@ -1,0 +1,222 @@
+"""FST: steps that are undone, the teacher that they leave, plain self-training where they change nothing, mixtures."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from method_runs import fit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.backbones.dense import UNet
+from lightspan.errors import UserError
+from lightspan.methods.distillation import fst
+from lightspan.methods.distillation.fst import FST, pixel_cross_entropy, pseudo_labels
+from lightspan.optim.virtual import copies
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+ADAM = partial(torch.optim.Adam, lr=0.01)
+
+
+def method(optimizer: Any = SGD, **settings: Any) -> FST:
+    torch.manual_seed(0)
+    settings = {"momentum": 0.9, "momentum_warmup": False, "confidence": 0.3, "virtual_steps": 2} | settings
+    return FST(UNet(1, width=4, levels=2), 3, **settings, optimizer=optimizer)
+
+
+def batch(seed: int = 0, rows: int = 4) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    image, target = (torch.randn(rows, 1, 8, 8, generator=generator) for _ in range(2))
+    index = torch.arange(rows) + 10 * seed
+    return {"image": image, "target_image": target, "semantic": (image[:, 0] > 0).long() + 1, "index": index}
+
+
+BATCHES = [batch(seed) for seed in range(3)]
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("form", ["deep", "wide"])
+@pytest.mark.parametrize("optimizer", [partial(SGD, momentum=0.9), ADAM])
+def test_virtual_steps_leave_student_teacher_and_optimiser_as_they_were(
+    form: Any, optimizer: Any, tmp_path: Path
+) -> None:
+    model, looked = method(optimizer, form=form), []
+    look_ahead = model.look_ahead
+
+    def watched(given: Any) -> list[Tensor]:
+        def moments() -> list[Tensor]:
+            (optimiser,) = model.trainer.optimizers
+            of = optimiser.state_dict()["state"].values()
+            return [each.clone() for one in of for each in one.values() if isinstance(each, Tensor)]
+
+        before = state(model), moments()
+        ahead = look_ahead(given)
+        assert same(before[0], state(model))
+        assert same(before[1], moments())
+        looked.append(not same(ahead, copies(model.teacher.module)))
+        return ahead
+
+    model.look_ahead = watched  # type: ignore[method-assign]
+    fit(model, BATCHES, tmp_path)
+    assert looked == [True] * 3
+
+
+@pytest.mark.parametrize("form", ["deep", "wide"])
+def test_with_a_frozen_teacher_it_is_plain_self_training_bit_for_bit(
+    form: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    mixtures = fst.pasted_pixels
+    # The mixture of the real step, whatever the number of virtual ones.
+    monkeypatch.setattr(fst, "pasted_pixels", lambda *given: mixtures(*given[:3], 0, 0))
+    plain = method(virtual_steps=0, momentum=1.0)
+    expected = fit(plain, BATCHES, tmp_path), state(plain)
+    future = method(virtual_steps=3, momentum=1.0, form=form)
+    assert fit(future, BATCHES, tmp_path) == expected[0]
+    assert same(state(future), expected[1])
+    moving = method(virtual_steps=3, momentum=0.5, form=form)
+    assert fit(moving, BATCHES, tmp_path) != expected[0]
+
+
+class Quadratic(FST):
+    """L = |w - target|^2 / 2 of the head's bias, whatever the teacher says; notes the teacher's bias in each step."""
+
+    def losses(self, batch: Any, teacher: list[Tensor], number: int) -> dict[str, Tensor]:
+        self.__dict__.setdefault("seen", []).append(teacher[-1].clone())
+        return {"train/loss": (self.student[1].bias - torch.tensor([1.0, 2.0, 3.0])).square().sum() / 2}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_of_a_quadratic_loss_the_teacher_is_the_closed_form(steps: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"virtual_steps": steps, "momentum": 0.9, "momentum_warmup": False, "optimizer": SGD}
+    model, best = Quadratic(UNet(1, 4, 1), 3, **settings), torch.tensor([1.0, 2.0, 3.0])
+    start = model.student[1].bias.detach().clone()
+    fit(model, [batch()], tmp_path)
+    teacher = start
+    for k in range(1, steps + 1):  # theta~_k = best + 0.9^k (theta - best)
+        teacher = 0.9 * teacher + 0.1 * (best + 0.9**k * (start - best))
+    torch.testing.assert_close(model.seen[-1], teacher)  # of the real step
+    student = best + 0.9 * (start - best)
+    torch.testing.assert_close(model.student[1].bias.detach(), student)
+    torch.testing.assert_close(model.teacher.module[1].bias, 0.9 * teacher + 0.1 * student)
+
+
+def test_one_wide_step_is_one_deep_step(tmp_path: Path) -> None:
+    ends = []
+    for form in ("deep", "wide"):
+        model = method(ADAM, form=form, virtual_steps=1)
+        fit(model, BATCHES, tmp_path)
+        ends.append(state(model))
+    assert same(*ends)
+
+
+def test_without_virtual_steps_it_is_the_mean_teacher(tmp_path: Path) -> None:
+    model = method(virtual_steps=0, momentum=0.75)
+    before = [p.clone() for p in model.teacher.module.parameters()]
+    fit(model, [batch()], tmp_path)
+    for old, new, student in zip(before, model.teacher.module.parameters(), model.student.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * student)
+
+
+def test_the_first_step_copies_the_student_and_later_ones_reach_the_momentum(tmp_path: Path) -> None:
+    model, momenta = method(momentum=0.6, momentum_warmup=True, virtual_steps=1), []
+    follow = model.teacher.follow
+    model.teacher.follow = lambda student, m: (momenta.append(m), follow(student, m))  # type: ignore[method-assign]
+    fit(model, [*BATCHES, batch(3)], tmp_path)
+    assert momenta == pytest.approx([0, 0, 0.5, 0.5, 0.6, 0.6, 0.6, 0.6])
+
+
+def test_kept_moments_go_on_from_where_virtual_steps_leave_them(tmp_path: Path) -> None:
+    counts = []
+    for keep in (False, True):
+        model = method(ADAM, keep_moments=keep)
+        steps: list[float] = []
+        look_ahead = model.look_ahead
+
+        def watched(given: Any, model: FST = model, steps: list[float] = steps, look: Any = look_ahead) -> list[Tensor]:
+            ahead = look(given)
+            of = [*model.trainer.optimizers[0].state_dict()["state"].values()]
+            steps.append(float(of[0]["step"]) if of else 0.0)
+            return ahead
+
+        model.look_ahead = watched  # type: ignore[method-assign]
+        fit(model, BATCHES, tmp_path)
+        counts.append(steps)
+    assert counts == [[0, 1, 2], [2, 5, 8]]
+
+
+def test_the_loss_is_that_of_the_source_and_of_mixtures_with_the_teachers_answers(tmp_path: Path) -> None:
+    model, given = method(confidence=0.5), batch()
+    teacher = method(confidence=0.5).teacher.module
+    figures = model.losses(given, copies(teacher), 2)
+    with torch.no_grad():
+        answers = teacher(given["target_image"]).softmax(dim=1)
+    pasted = fst.pasted_pixels(given["semantic"], 3, given["index"], 0, 2)
+    sure = (answers.amax(dim=1) > 0.5).float().mean(dim=(1, 2))
+    terms = []
+    for row in range(4):
+        mixed = torch.where(pasted[row], given["image"][row], given["target_image"][row])
+        label = torch.where(pasted[row], given["semantic"][row], answers[row].argmax(dim=0))
+        loss = F.cross_entropy(model(mixed[None]), label[None], reduction="none")[0]
+        terms.append(torch.where(pasted[row], loss, sure[row] * loss).mean())
+    torch.testing.assert_close(figures["train/mixed_nats"], torch.stack(terms).mean())
+    torch.testing.assert_close(figures["train/source_nats"], F.cross_entropy(model(given["image"]), given["semantic"]))
+    torch.testing.assert_close(figures["train/loss"], figures["train/mixed_nats"] + figures["train/source_nats"])
+    torch.testing.assert_close(figures["train/sure"], sure.mean())
+
+
+def test_pixels_without_a_class_and_images_without_a_sure_answer_add_nothing() -> None:
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = torch.zeros(2, 4, 4, dtype=torch.int64)
+    label[0] = -1
+    expected = F.cross_entropy(logits[1:], label[1:]) / 2
+    torch.testing.assert_close(pixel_cross_entropy(logits, label), expected)
+    assert pixel_cross_entropy(logits, label, torch.zeros(2, 1, 1)) == 0
+    assert pixel_cross_entropy(logits[:0], label[:0]) == 0
+    even = pseudo_labels(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16), 0.968)
+    assert even.sure_B.tolist() == [0, 0]
+    assert even.sure_B.dtype == torch.float32
+
+
+def test_bfloat16_restores_weights_too_and_its_virtual_steps_see_their_own_weights(tmp_path: Path) -> None:
+    """Autocast keeps copies of weights in half precision, which steps in place would leave behind."""
+    seen: list[float] = []
+    model = method(virtual_steps=3)
+    losses = model.losses
+
+    def watched(*given: Any) -> dict[str, Tensor]:
+        figures = losses(*given)
+        seen.append(float(figures["train/source_nats"].detach()))
+        return figures
+
+    model.losses = watched  # type: ignore[method-assign]
+    fit(model, [batch()], tmp_path, precision="bf16-mixed")
+    assert seen[3] == seen[0]
+    assert len({*seen}) == 3
+
+
+def test_what_it_cannot_train_is_refused() -> None:
+    with pytest.raises(UserError, match="virtual_steps=-1 must be at least 0"):
+        method(virtual_steps=-1)
+    with pytest.raises(UserError, match="num_classes=1 at least 2"):
+        FST(UNet(1, 4, 1), 1, optimizer=SGD)
+    with pytest.raises(UserError, match=r"confidence=2 must lie in \[0, 1\]"):
+        method(confidence=2)
+    with pytest.raises(UserError, match="Identity has no num_features"):
+        FST(nn.Identity(), 3, optimizer=SGD)
+    for lacking in ("semantic", "target_image", "index"):
+        given = batch()
+        del given[lacking]
+        with pytest.raises(UserError, match=f"FST needs {lacking} in a batch, and this one holds"):
+            method().training_step(given, 0)
+    with pytest.raises(UserError, match=r"a whole number for each pixel .* semantic torch.int64 \[4, 8\]"):
+        method().training_step(batch() | {"semantic": torch.zeros(4, 8, dtype=torch.int64)}, 0)
