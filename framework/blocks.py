@@ -39,8 +39,13 @@ def recompute_activations(block: nn.Module) -> None:
 
     Buffers are set back after the second pass: running means count every batch once.
     """
-    if checkpoint.state(block) is None:
+    if not recomputes(block):
         checkpoint(block, context_fn=lambda: _contexts(block))
+
+
+def recomputes(block: nn.Module) -> bool:
+    """Whether `recompute_activations` was called with this block."""
+    return checkpoint.state(block) is not None
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

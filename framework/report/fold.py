@@ -23,11 +23,14 @@ def fold(runs: Sequence[Run]) -> list[Run]:
     its summary. A figure that is not finite for one member has no mean: it is null.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
+    taken: set[tuple[Any, ...]] = set()  # (key, seeds) of the runs so far
     for at, run in enumerate(runs):
         settings, seeds = _divided(run.config)
         key: tuple[Any, ...] = (settings, run.config.get("about") is None) if run.config and seeds else (at,)
-        while any(_divided(other.config)[1] == seeds for other in groups.get(key, [])):
+        own = frozenset(seeds.items())
+        while (key, own) in taken:
             key = (*key, "again")
+        taken.add((key, own))
         groups.setdefault(key, []).append(run)
     names = _names(list(groups.values()))
     return [_folded(group, name) for group, name in zip(groups.values(), names, strict=True)]
