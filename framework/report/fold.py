@@ -41,10 +41,15 @@ def without_seeds(config: dict[str, Any]) -> dict[str, str]:
     return dict(_divided(config)[0])
 
 
+def is_seed(key: str) -> bool:
+    """Whether a dotted key names a seed."""
+    return key.rpartition(".")[2] in _SEEDS
+
+
 def _divided(config: dict[str, Any]) -> tuple[frozenset[tuple[str, str]], dict[str, str]]:
     """(all settings but seeds, the seeds), each by its dotted key; `about` describes and sets nothing."""
     flat = flatten({key: value for key, value in config.items() if key != "about"})
-    seeds = {key: value for key, value in flat.items() if key.rpartition(".")[2] in _SEEDS}
+    seeds = {key: value for key, value in flat.items() if is_seed(key)}
     return frozenset(flat.items() - seeds.items()), seeds
 
 
