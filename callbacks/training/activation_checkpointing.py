@@ -18,6 +18,7 @@ class ActivationCheckpointing(Callback):
     """
 
     alters_training = False  # see config.identity
+    prepares_model = True  # setup does nothing else, so a plan may call it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -154,7 +154,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         if checkpoint is not None and step == built.trainer.global_step:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
         if args.images is not None:
-            _show_features(built, run_dir)
+            _show_features(resolved, built, run_dir)
         print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
         if (run_dir / LAST_CHECKPOINT).exists():
             words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
@@ -162,10 +162,11 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     return status
 
 
-def _show_features(built: Built, run_dir: Path) -> None:
+def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:
     """The encoder as files for other programs, if the method has one, and the report, after training on --images."""
     from lightspan.datamodules.pictures.data import PictureData
-    from lightspan.exports.encoder import write_encoder
+    from lightspan.exports.encoder import Written, write_encoder
+    from lightspan.exports.model_card import Told, model_card
     from lightspan.files import write_atomic
     from lightspan.report.page import render
     from lightspan.report.runs import load_runs
@@ -178,7 +179,13 @@ def _show_features(built: Built, run_dir: Path) -> None:
     if encodes and any(ranks_of(parameter) is not None for parameter in built.model.parameters()):
         print_notes(["each rank has a part of the weights only, so the encoder was not written; use lightspan export"])
     elif encodes:
-        written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER)
+
+        def card(written: Written) -> str:
+            check = f"When it was written, features read back differed by at most {written.difference:.3g}."
+            told = Told("the encoder", written.loading(), check, inputs=written.inputs)
+            return model_card(resolved, run_dir, told)
+
+        written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER, card)
         print_notes(written.remarks)
         print(
             f"encoder: {run_dir / ENCODER}: {', '.join(written.files)}; features read back differ by at most "

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightspan.planning.planned_step import Plan
 
 GIB = 2**30
+_CHECKPOINTING = {"class_path": "lightspan.callbacks.training.activation_checkpointing.ActivationCheckpointing"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises: UserError for a recipe that cannot be built or planned."""
     from lightspan.commands.arguments import resolved_from
-    from lightspan.config.build import build
+    from lightspan.config.build import build, with_layer
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
     from lightspan.planning.planned_step import make_plan
@@ -55,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolved_from(args)
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks} must be at least 1")
-    strategy = strategy_of(resolved.config.get("trainer", {}).get("strategy"))
+    given = resolved.config.get("trainer", {}).get("strategy")
+    strategy = strategy_of(given)
+    if isinstance(given, dict) and (given.get("init_args") or {}).get("activation_checkpointing"):
+        # One process plans without the strategy; the callback recomputes the same blocks.
+        resolved = with_layer(resolved, {"trainer": {"callbacks": {"activation_checkpointing": _CHECKPOINTING}}})
     ranks, nodes = args.ranks or _ranks(resolved.config), _whole(resolved.config, "num_nodes")
     built = build(in_one_process(resolved))
     if built.datamodule is None:

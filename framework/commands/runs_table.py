@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightspan.config.key_names import short_names
 from lightspan.errors import one_line, printable
 from lightspan.runs.catalogue import Entry, Progress, read_progress
 from lightspan.runs.direction import better
@@ -100,13 +101,11 @@ def _cell(column: Column, at: int) -> "Text":
 def _what_differs(entries: Sequence[Entry]) -> tuple[list[str], str]:
     """What each run was started with beside its recipe, and apart from what all of several runs were started with.
 
-    Settings go by the last part of their key, if no other key of these runs ends so.
+    Settings go by as little of the end of their keys as tells them apart.
     """
     flags = [entry.flags for entry in entries]
     common = set.intersection(*(set(one.items()) for one in flags)) if len(entries) > 1 else set()
-    keys = dict.fromkeys(key for one in flags for key in one)
-    leaves = [key.rpartition(".")[2] for key in keys]
-    names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+    names = short_names(list(dict.fromkeys(key for one in flags for key in one)))
     options = [_options(entry.words) for entry in entries]
     shared = [one for one in options[0] if all(one in own for own in options)] if len(entries) > 1 else []
     changes = [

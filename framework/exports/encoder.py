@@ -6,13 +6,14 @@ Shapes: B pictures, C H W, D features.
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightspan.cards import CARD
 from lightspan.errors import UserError
 from lightspan.exports.folder import whole_folder
 from lightspan.exports.program import write_program
@@ -26,14 +27,38 @@ PROGRAM, TIMM = "encoder.pt2", "timm"
 
 
 class Written(NamedTuple):
-    """What was written into the folder, the largest difference of features read back, and what could not be written."""
+    """What was written into the folder.
+
+    Attributes:
+        files: their names, and those of folders.
+        difference: the largest one of features read back.
+        remarks: what could not be written.
+        inputs: form of the inputs, as `Reading.describe` gives it.
+    """
 
     files: list[str]
     difference: float
     remarks: list[str]
+    inputs: dict[str, Any]
+
+    def loading(self) -> str:
+        """Python that loads the first of the files; FOLDER stands for the folder."""
+        if PROGRAM in self.files:
+            program = f'encoder = torch.export.load("FOLDER/{PROGRAM}").module()'
+            return f"import torch\n\n{program}\nfeatures = encoder(image)"
+        if TIMM in self.files:
+            return f'import timm\n\nencoder = timm.create_model("local-dir:FOLDER/{TIMM}", pretrained=True).eval()'
+        return f'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/{MODEL}")  # name -> tensor'
 
 
-def write_encoder(method: nn.Module, mean_C11: Tensor, std_C11: Tensor, size: int, out: Path) -> Written:
+def write_encoder(
+    method: nn.Module,
+    mean_C11: Tensor,
+    std_C11: Tensor,
+    size: int,
+    out: Path,
+    card: Callable[[Written], str] | None = None,
+) -> Written:
     """Writes a folder, or replaces that of an earlier export, with
 
     - encoder.pt2: `torch.export.load(PATH).module()(images)`, images float32 [B, C, size, size] in [0, 1], any B. What
@@ -45,10 +70,15 @@ def write_encoder(method: nn.Module, mean_C11: Tensor, std_C11: Tensor, size: in
     Args:
         method: has `features(batch)`; its modes of training, device and precision are restored.
         mean_C11, std_C11: of the pictures that it was trained on.
+        card: gives the README.md of the folder, if it is to have one.
     """
     with torch.no_grad(), _as_written(method), whole_folder(out) as folder:
         image_1CHW = torch.zeros(1, len(mean_C11), size, size)
-        return _write(Standalone(method, reading_of(method, {"image": image_1CHW}, (mean_C11, std_C11))), folder)
+        reading = reading_of(method, {"image": image_1CHW}, (mean_C11, std_C11))
+        written = _write(Standalone(method, reading), folder)
+        if card is not None:
+            (folder / CARD).write_text(card(written), encoding="utf-8")
+        return written
 
 
 def _write(encoder: Standalone, folder: Path) -> Written:
@@ -78,7 +108,7 @@ def _write(encoder: Standalone, folder: Path) -> Written:
         "largest_difference": difference,
     }
     (folder / EXPORT).write_text(json.dumps(record, indent=1) + "\n")
-    return Written(files, difference, remarks)
+    return Written(files, difference, remarks, about)
 
 
 def _write_timm(backbone: nn.Module, encoder: Standalone, folder: Path) -> float | None:

@@ -16,9 +16,11 @@ from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.source import Definition, locate
 from lightspan.errors import UserError
 from lightspan.report.compare import compare
-from lightspan.report.fold import fold
+from lightspan.report.fold import fold, is_seed
 from lightspan.report.runs import Run
 from lightspan.run_files import PROVENANCE, RESOLVED, SUMMARY
+from lightspan.runs.catalogue import started_with
+from lightspan.runs.status import Status, status_of
 
 SEED = "seed_everything"
 MOST_SIBLINGS = 500
@@ -100,8 +102,17 @@ def _over_seeds(run: Path | None) -> Run | None:
         return None
     own, folder = _run(run, summary), run.absolute()
     beside = [path for path in sorted(folder.parent.iterdir())[:MOST_SIBLINGS] if path != folder]
-    finished = [_run(path, found) for path in beside if (found := _read(path, SUMMARY)).get("finished") is True]
-    return fold([own, *finished])[0]
+    asked = _without_seeds(folder)
+    alike = [path for path in beside if path.is_dir() and _without_seeds(path) == asked]
+    # Only theirs are parsed whole: a configuration takes a hundred times as long as the record of a start.
+    done = [_run(path, _read(path, SUMMARY)) for path in alike if status_of(path) is Status.DONE]
+    return fold([own, *done])[0]
+
+
+def _without_seeds(run: Path) -> tuple[str, list[str]]:
+    """The recipe of a run and what its command line said beside it, but for seeds."""
+    recipe, changes = started_with(run)
+    return recipe, [word for word in changes if not is_seed(word.partition("=")[0])]
 
 
 def _run(folder: Path, summary: dict[str, Any]) -> Run:
@@ -133,7 +144,7 @@ def _figures(run: Run | None) -> tuple[dict[str, _Figure], dict[str, _Figure]]:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             label = f"{row.figure.label}{f', {unit}' if unit else ''}"
             kind = scores if row.figure.relative == "difference" else costs
-            kind[key] = _Figure(label, text, text if key in run.spread else round(value, 6))
+            kind[key] = _Figure(label, text, text if key in run.spread else float(f"{value:.6g}"))
     return scores, costs
 
 

@@ -145,6 +145,10 @@ def prepare_model(trainer: Trainer, module: LightningModule, datamodule: Lightni
     trainer._data_connector.attach_datamodule(module, datamodule)
     module.trainer = trainer
     Adaptation.act(trainer, module)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the trainer sets it
+    for callback in callbacks:
+        if getattr(callback, "prepares_model", False):  # it declares that its setup does nothing else
+            callback.setup(trainer, module, "fit")
     module.setup("fit")
     module.configure_model()
     # Schedules ask for the length of the run. Any length will do here, and the true one may need all the data.

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightspan.blocks import recomputes
 from lightspan.memory import state_bytes
 
 
@@ -90,9 +91,15 @@ def step_memory(
         for _ in range(2):
             for _ in range(backward_passes):
                 saved.clear()
+                before = live.now
                 with torch.autograd.graph.saved_tensors_hooks(_noting(saved), lambda tensor: tensor):
                     loss = loss_of(batch)
-                activations = sum(storage.nbytes() for key, storage in saved.items() if key not in given)
+                # Blocks that compute activations again keep their inputs, which autograd itself does not save.
+                activations = (
+                    live.now - before
+                    if recomputes(module)
+                    else sum(storage.nbytes() for key, storage in saved.items() if key not in given)
+                )
                 # The count must not keep alive what the backward pass frees.
                 saved.clear()
                 loss.backward()

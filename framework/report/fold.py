@@ -23,11 +23,14 @@ def fold(runs: Sequence[Run]) -> list[Run]:
     its summary. A figure that is not finite for one member has no mean: it is null.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
+    taken: set[tuple[Any, ...]] = set()  # (key, seeds) of the runs so far
     for at, run in enumerate(runs):
         settings, seeds = _divided(run.config)
         key: tuple[Any, ...] = (settings, run.config.get("about") is None) if run.config and seeds else (at,)
-        while any(_divided(other.config)[1] == seeds for other in groups.get(key, [])):
+        own = frozenset(seeds.items())
+        while (key, own) in taken:
             key = (*key, "again")
+        taken.add((key, own))
         groups.setdefault(key, []).append(run)
     names = _names(list(groups.values()))
     return [_folded(group, name) for group, name in zip(groups.values(), names, strict=True)]
@@ -38,10 +41,15 @@ def without_seeds(config: dict[str, Any]) -> dict[str, str]:
     return dict(_divided(config)[0])
 
 
+def is_seed(key: str) -> bool:
+    """Whether a dotted key names a seed."""
+    return key.rpartition(".")[2] in _SEEDS
+
+
 def _divided(config: dict[str, Any]) -> tuple[frozenset[tuple[str, str]], dict[str, str]]:
     """(all settings but seeds, the seeds), each by its dotted key; `about` describes and sets nothing."""
     flat = flatten({key: value for key, value in config.items() if key != "about"})
-    seeds = {key: value for key, value in flat.items() if key.rpartition(".")[2] in _SEEDS}
+    seeds = {key: value for key, value in flat.items() if is_seed(key)}
     return frozenset(flat.items() - seeds.items()), seeds
 
 

@@ -115,12 +115,11 @@ def _below(root: Path) -> Iterator[Path]:
 def read_entry(run: Path) -> Entry:
     """What the small files of a run folder say. Files that are absent or damaged leave gaps."""
     record = _json(run / PROVENANCE)
-    recipe, argv = record.get("recipe"), record.get("argv")
-    words = [word for word in argv if isinstance(word, str)] if isinstance(argv, list) else []
+    recipe, changes = _started_with(record)
     return Entry(
         folder=run,
-        recipe=recipe if isinstance(recipe, str) else "",
-        changes=tuple(_changes(words)),
+        recipe=recipe,
+        changes=changes,
         status=(status := status_of(run)),
         started=_first_start(record),
         host=_host(run),
@@ -128,6 +127,17 @@ def read_entry(run: Path) -> Entry:
         tags=tags_of(run),
         note=note_of(run),
     )
+
+
+def started_with(run: Path) -> tuple[str, tuple[str, ...]]:
+    """The recipe of a run, and what the command line said beside it: of `Entry`, without looking at its process."""
+    return _started_with(_json(run / PROVENANCE))
+
+
+def _started_with(record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    recipe, argv = record.get("recipe"), record.get("argv")
+    words = [word for word in argv if isinstance(word, str)] if isinstance(argv, list) else []
+    return recipe if isinstance(recipe, str) else "", tuple(_changes(words))
 
 
 def read_progress(run: Path, metrics: Sequence[str] = ()) -> Progress:

@@ -49,6 +49,10 @@ def test_a_folder_in_gives_probes_pictures_an_encoder_and_a_report(
     features = torch.export.load(run / "export" / "encoder" / "encoder.pt2").module()(torch.rand(1, 3, 8, 8))
     assert features.shape == (1, 32)
     assert features.isfinite().all()
+    card = (run / "export" / "encoder" / "README.md").read_text()
+    assert "This folder holds the encoder of the recipe" in card
+    assert 'torch.export.load("FOLDER/encoder.pt2")' in card
+    assert "One run, one seed" in card
     if not labelled:  # what the last lines say to type next
         typed = re.findall(r"^(?:next: |      )lightspan (.+)$", said.out, re.MULTILINE)
         assert [line.split()[0] for line in typed] == ["report", "export"]

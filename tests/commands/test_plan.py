@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightspan.callbacks.training.activation_checkpointing import ActivationCheckpointing
 from lightspan.commands import plan as command
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
@@ -248,6 +249,41 @@ def run_plan(*arguments: object, flags: tuple[str, ...] = ()) -> int:
     args = parser.parse_args([str(argument) for argument in arguments])
     args.flags = list(flags)
     return command.run(args)
+
+
+class Deep(Regression):
+    """Four blocks of 16 -> 64 -> 16, and the loss of what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)) for _ in range(4)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_of_blocks_that_compute_twice_what_goes_in_and_out_is_counted_and_no_more(tmp_path: Path, real: bool) -> None:
+    whole = planned(tmp_path, Deep(), real=real)
+    spared = planned(tmp_path, Deep(), real=real, callbacks=[ActivationCheckpointing()])
+    row = 8 * 16 * 4  # bytes of what a block gives for 8 samples
+    assert whole.step.activations == 4 * 4 * row + 4 * row  # behind each ReLU, and what each block gives
+    assert spared.step.activations == 4 * row + 4  # the loss lives too
+    assert spared.notes == whole.notes
+
+
+def test_a_strategy_that_recomputes_is_planned_with(tmp_path: Path) -> None:
+    recipe, sizes = tmp_path / "tiny.yaml", []
+    recipe.write_text(RECIPE)
+    for recomputes in ("false", "true"):
+        folder = tmp_path / recomputes
+        folder.mkdir()
+        strategy = "trainer.strategy.class_path=lightspan.strategies.FSDP2"
+        flags = (strategy, f"trainer.strategy.init_args.activation_checkpointing={recomputes}")
+        flags = (*flags, "data.init_args.context=16", "trainer.accelerator=auto")
+        assert run_plan(recipe, "--run", folder, "--memory", 2, flags=flags) == 0
+        sizes.append(json.loads((folder / "plan.json").read_text())["step"]["activations"])
+    assert 0 < sizes[1] < sizes[0] / 2
 
 
 def test_the_command_prints_the_plan_and_sets_it_against_the_run(

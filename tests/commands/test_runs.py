@@ -74,6 +74,14 @@ def test_the_table_has_newest_runs_first_and_says_what_differs_and_what_does_not
     assert lines[5:] == ["all with trainer.max_steps=50", "all on node-7"]
 
 
+def test_settings_go_by_the_end_of_their_keys_that_tells_them_apart(make_run: MakeRun, capsys: Captured) -> None:
+    for at, lr in enumerate((1, 2)):
+        flags = (f"model.init_args.optimizer.init_args.lr={lr}", f"model.init_args.teacher.init_args.lr={lr}")
+        make_run(f"runs/{at}", provenance=started(*flags, day=at + 1))
+    assert "optimizer.lr=1 teacher.lr=1" in " ".join(printed(capsys).split())
+    assert "init_args" not in printed(capsys)
+
+
 def test_best_orders_by_the_best_value_and_says_what_it_took_for_best(four: list[Path], capsys: Captured) -> None:
     out = printed(capsys, "--best", "val/loss_nats")
     assert [line.split()[0] for line in out.splitlines()[1:5]] == ["runs/r1", "runs/r0", "runs/r2", "runs/r3"]

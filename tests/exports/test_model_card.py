@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from run_folder_fixtures import MakeRun, make_run
 
 from lightspan.config.build import load_resolved
+from lightspan.exports import model_card as model_card_module
 from lightspan.exports.model_card import Told, model_card
 
 __all__ = ["make_run"]
@@ -78,7 +79,7 @@ def test_a_card_says_what_was_trained_and_on_what(make_run: MakeRun) -> None:
         "Method: SimCLR (arXiv 2002.05709).",
         "with overlay `long.yaml`, `trainer.max_epochs=3`.",
         "Clothes, 28 x 28 grey, in 10 classes",
-        "| Probe knn accuracy | 0.5000 |",
+        "| Probe knn accuracy | 0.5 |",
         "One run, one seed",
         "| Steps | 100 |",
         "commit `0123abc+changes`",
@@ -95,7 +96,7 @@ def test_nothing_of_the_machine_is_in_it(make_run: MakeRun) -> None:
     assert not [word for word in ("alice", "/home", "secret", "Linux", str(run)) if word in text]
 
 
-def test_runs_that_differ_in_their_seed_alone_give_a_spread(make_run: MakeRun) -> None:
+def test_runs_that_differ_in_their_seed_alone_give_a_spread(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny(make_run, "seed0")
     for seed, accuracy in ((1, 0.7), (2, 0.6)):
         tiny(
@@ -107,11 +108,19 @@ def test_runs_that_differ_in_their_seed_alone_give_a_spread(make_run: MakeRun) -
     tiny(make_run, "longer", config=CONFIG | {"seed_everything": 3, "trainer": {"max_epochs": 9}})
     tiny(make_run, "twice", config=CONFIG | {"seed_everything": 1}, summary=SUMMARY | {"probe_knn_accuracy": 0.0})
     tiny(make_run, "unfinished", config=CONFIG | {"seed_everything": 4}, summary=SUMMARY | {"finished": False})
+    failed = tiny(make_run, "failed", config=CONFIG | {"seed_everything": 5})
+    (failed / "failed.txt").write_text("an error")
+    for at in range(9):
+        tiny(make_run, f"other{at}", provenance=PROVENANCE | {"recipe": "contrastive/other"})
+    parsed: list[str] = []
+    original = model_card_module.recorded
+    monkeypatch.setattr(model_card_module, "recorded", lambda folder: (parsed.append(folder.name), original(folder))[1])
     card = card_of(run)
-    assert "| Probe knn accuracy | 0.6000 ± 0.1000 |" in card.content
+    assert sorted(parsed) == ["longer", "seed0", "seed1", "seed2", "twice"]
+    assert "| Probe knn accuracy | 0.6 ± 0.1 |" in card.content
     assert "over 3 runs that differ in their seed alone" in card.content
     assert card.data.eval_results is not None
-    assert "0.6000 ± 0.1000" in [result.metric_value for result in card.data.eval_results]
+    assert "0.6 ± 0.1" in [result.metric_value for result in card.data.eval_results]
 
 
 def test_a_run_without_records_gives_a_card_without_figures(make_run: MakeRun) -> None:

@@ -9,6 +9,7 @@ import pytest
 from run_folder_fixtures import MakeRun
 
 from lightspan.errors import UserError
+from lightspan.report import fold as folding
 from lightspan.report import runs as reading
 from lightspan.report.compare import compare
 from lightspan.report.fold import fold
@@ -83,6 +84,17 @@ def test_only_runs_that_differ_by_their_seed_alone_are_folded(
     folded = fold(made(make_run, *({"resolved": config} for config in configs)))
     assert [max(1, len(run.members)) for run in folded] == sizes
     assert len({run.name for run in folded}) == len(folded)
+
+
+def test_a_configuration_is_taken_apart_once_however_many_runs_there_are(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = made(make_run, *({"resolved": seeded(at % 5, lr=0.1 * (at % 2))} for at in range(20)))
+    taken: list[Any] = []
+    original = folding._divided
+    monkeypatch.setattr(folding, "_divided", lambda config: (taken.append(1), original(config))[1])
+    assert [max(1, len(run.members)) for run in fold(runs)] == [5, 5, 5, 5]
+    assert len(taken) == len(runs)
 
 
 def test_a_group_without_a_name_of_its_own_has_that_of_its_first_run(make_run: MakeRun) -> None:
