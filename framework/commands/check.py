@@ -12,6 +12,7 @@ from lightspan.errors import one_line, print_notes
 
 MOST_NAMED = 5
 """Damaged pictures in one message."""
+WAY_OUT = "repair or remove them, or train without them with data.init_args.skip_damaged=true"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,18 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     resolved = resolved_from(args, ANY_KIND)
     problems, notes = of_files(resolved.tree)
-    pictures = _damaged_pictures(resolved.config.get("data") or {})
-    if pictures and not _skips_damage(resolved.config["data"]):
-        problems = [*problems, *pictures]
-    refuse(problems, resolved.name)
-    print_notes([*resolved.notes, *notes, *pictures])
+    data = resolved.config.get("data") or {}
+    damage, skipped = _damaged_pictures(data), (data.get("init_args") or {}).get("skip_damaged")
+    refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
+    print_notes([*resolved.notes, *notes, *damage])
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
     print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")
     return 0
-
-
-def _skips_damage(data: dict[str, Any]) -> bool:
-    return bool((data.get("init_args") or {}).get("skip_damaged"))
 
 
 def _damaged_pictures(data: dict[str, Any]) -> list[str]:
@@ -56,8 +52,5 @@ def _damaged_pictures(data: dict[str, Any]) -> list[str]:
             named += [f"and {len(found) - MOST_NAMED:,} more"] if len(found) > MOST_NAMED else []
             counted = f"{len(found):,} of {len(seen):,} pictures"
             counted += "" if len(seen) == len(names) else f" that were looked at, of {len(names):,},"
-            said.append(
-                f"data.init_args.{key}: {counted} cannot be read: {', '.join(named)}; "
-                "repair or remove them, or train without them with data.init_args.skip_damaged=true"
-            )
+            said.append(f"data.init_args.{key}: {counted} cannot be read: {', '.join(named)}")
     return said

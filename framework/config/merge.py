@@ -38,12 +38,12 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
     old, new = low.child("class_path"), high.child("class_path")
     if old is not None and new is not None and old.value != new.value:
         dropped = {key: kept.pop(key) for key in CLASS_SETTINGS if key in kept}
-        lost = [setting for key, node in dropped.items() for setting in _lost(node, high.child(key))]
-        if lost:
+        missed = [setting for key, node in dropped.items() for setting in _lost(node, high.child(key))]
+        if missed:
             notes.append(
                 Warned(
                     f"{new.where} {dotted(path)}: class {old.value} -> {new.value} without the settings that "
-                    f"{str(old.value).rpartition('.')[2]} had: {', '.join(lost)}; give it those that it shall have"
+                    f"{str(old.value).rpartition('.')[2]} had: {', '.join(missed)}; give it those that it shall have"
                 )
             )
     if path == CHOSEN and (added := [key for key in high.value if key not in kept]):
