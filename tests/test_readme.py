@@ -89,6 +89,25 @@ def test_the_first_method_trains_from_its_recipe_and_in_plain_python(tmp_path, m
         sys.modules.pop("denoiser", None)
 
 
+@pytest.mark.runs
+def test_rendered_views_are_trained_on_and_scenes_are_drawn(tmp_path, monkeypatch, capsys) -> None:
+    page = "docs/rendered.md"
+    monkeypatch.chdir(tmp_path)
+    Path("poses.yaml").write_text(block(page, "yaml", "# poses.yaml"))
+    assert main(["check", "poses.yaml"]) == 0
+    command = block(page, "sh", "lightspan fit poses.yaml").split()[1:]
+    small = [
+        "trainer.max_epochs=1",
+        "data.init_args.size=256",
+        "data.init_args.val_size=64",
+        "trainer.log_every_n_steps=1",
+    ]
+    assert main([*command, *small]) == 0
+    assert "train/loss" in Path("runs/poses/metrics.jsonl").read_text()
+    exec(block(page, "python", "# scenes.py"), {})
+    assert "torch.Size([128, 3, 64, 64]) tensor([0, 1, 2, 3, 4, 5, 6])" in capsys.readouterr().out
+
+
 def test_a_folder_of_images_is_packed_and_trained_on(tmp_path, monkeypatch) -> None:
     page = "docs/own-images.md"
     monkeypatch.chdir(tmp_path)

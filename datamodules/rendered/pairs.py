@@ -20,7 +20,7 @@ ROOM_CENTRE, ROOM_HALF = (0.0, 0.0, 0.6), (2.6, 1.9, 3.6)
 TAN_HALF_VIEW = 3**-0.5  # of half the field of view of 60 degrees, across the picture
 WAVES = 3  # of a texture
 FACES = 6
-AT_ONCE = 16  # scenes whose rays fit into a processor's cache
+AT_ONCE = 4  # scenes whose rays fit into a processor's cache
 NEAR = 1e-3  # a point counts as visible if the ray to it ends within this share of its distance
 
 
@@ -246,7 +246,7 @@ class ScenePairSamples(RenderedSamples):
         # Of the first camera's coordinates: X2 = R2 R1^T X1 + R2 (place1 - place2).
         rotation = _transformed(two.rotation, one.rotation.swapaxes(1, 2))
         translation = _transformed(two.rotation, (one.place - two.place)[:, :, None])[..., 0]
-        lens = np.broadcast_to(intrinsics(self.space.height, self.space.width), (len(numbers), 3, 3))
+        lens = np.repeat(intrinsics(self.space.height, self.space.width)[None], len(numbers), axis=0)
         fields = {
             "depth": drawn.depth,
             "matches": drawn.matches,

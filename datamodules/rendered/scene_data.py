@@ -316,20 +316,20 @@ def posed(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Views of objects in random poses and hues: (uint8 [B, 3, H, W], float32 [B, P], columns `POSE`).
 
-    An object has its shape, texture and size from its number; the rest is a function of number, view and seed.
+    An object has its shape and texture from its number; the rest is a function of number, view and seed.
     """
     own, draws = space.layout(seed, numbers), Draws(seed, numbers, 3, view, seeds)
     x, y, scale, angle, hue = draws.uniform(5).T
     side, turn = np.float32(min(space.height, space.width)), np.float32(2 * np.pi)
     place = np.float32(0.36) * (np.stack([x, y], axis=1) - np.float32(0.5))
-    radius = own.radius[:, 0] * (np.float32(0.8) + np.float32(0.4) * scale)
+    radius = side * (np.float32(0.22) + np.float32(0.1) * scale)
     layout = own._replace(
         colour=np.zeros_like(own.colour),  # red, which the hue then turns
         centre=(np.float32([space.width - 1, space.height - 1]) / 2 + side * place)[:, None],
         radius=radius[:, None],
         angle=(turn * angle)[:, None],
     )
-    images = space.draw(layout, seed, draws.integers(2**31), Style(shade=0.7), hue).images
+    images = space.draw(layout, seed, draws.integers(2**31), Style(texture=0.35, shade=0.6), hue).images
     round_trip = (np.cos(turn * angle), np.sin(turn * angle)), (np.cos(turn * hue), np.sin(turn * hue))
     return images, np.stack([*round_trip[0], place[:, 0], place[:, 1], radius / side, *round_trip[1]], axis=1)
 
