@@ -62,15 +62,15 @@ class SparK(Method):
 
     def _require_fitting_parts(self) -> None:
         """Looks at the maps of one cell; freezes what the network does not run for them."""
-        cell, channels, modes = self.decoder.cell, self.decoder.channels, [*self.backbone.modules()]
-        training = [module.training for module in modes]
+        cell, channels = self.decoder.cell, self.decoder.channels
+        modes = [(module, module.training) for module in self.backbone.modules()]
         first, found = next(self.backbone.parameters()), list[Tensor]()
         image_BChw = torch.zeros(1, self.decoder.out_chans, cell, cell, device=first.device, dtype=first.dtype)
         self.backbone.eval()
         with torch.no_grad():
             unused = require_sparse(self.backbone, lambda: found.extend(self._dense_maps(image_BChw)))
-        for module, mode in zip(modes, training, strict=True):
-            module.training = mode
+        for module, training in modes:
+            module.training = training
         given, sides = [x.shape[1] for x in found], [x.shape[2] for x in found]
         if (given, sides) != (channels, [2**level for level in range(len(channels))]):
             raise UserError(
