@@ -100,8 +100,8 @@ class Encoding:
         own = [torch.cat([one.columns[name] for one in read]) for name in first.columns]
         own += [_joined(name, [one.fields[name] for one in read]) for name in first.fields]
         gathered = iter(of_all_ranks(trainer, own, torch.cat([index for _, index in parts])))
-        columns, fields = ({name: next(gathered) for name in names} for names in (first.columns, first.fields))
-        return Columns(columns, fields, first.grids)
+        columns = {name: next(gathered) for name in first.columns}
+        return Columns(columns, {name: next(gathered) for name in first.fields}, first.grids)
 
     def _batches(self, trainer: Trainer, module: LightningModule, split: str) -> Iterator[tuple[Columns, Tensor]]:
         """(what is read, index) of each batch of this rank."""

@@ -1,6 +1,7 @@
 """How good are the features so far? Measured while a model trains, without affecting its training."""
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,12 +18,12 @@ class OnlineProbes(Callback):
 
     For any LightningModule with `features(batch)` -> float [B D] and any datamodule whose `bank_dataloader()` and
     `val_dataloader()` yield mappings with "index" and what the probes read: "label" (`ImageBatch`), or fields that a
-    probe names (`lightspan.estimators.dense_probes`). Probes are fitted on the bank (training
-    samples, no augmentation) and scored on the validation samples. Labels are classes, tags or numbers by their dtype
+    probe names (`lightspan.estimators.dense_probes`). Probes are fitted on the bank (training samples, no augmentation)
+    and scored on the validation samples. Labels are classes, tags or numbers by their dtype
     (`lightspan.analysis.labels.kind_of`), and so scores are accuracy, mean_average_precision, or r2 and mae. A probe
-    that is given several settings chooses on a fifth of the bank, never by what it reports, and what it chose is logged
-    as probe/NAME_SETTING. The effective rank is that of the centred validation features, in [1, min(M - 1, D)] for M
-    of them.
+    that is given several settings chooses on the bank, mostly on a fifth of it, never by what it reports, and what it
+    chose is logged as probe/NAME_SETTING. The effective rank is that of the centred validation features, in
+    [1, min(M - 1, D)] for M of them.
 
     Detached: features are taken in evaluation mode without gradients, from its own loaders; the mode of every
     submodule and the state of every random generator are restored. Weights, buffers, optimiser and the order of the
@@ -92,9 +93,9 @@ class OnlineProbes(Callback):
         with detached(pl_module):
             for split in self.encoding.fields:
                 first = self.encoding.first(trainer, pl_module, split)
-                for probe in self.probes.values():
+                for layer, probe in product(first.layers, self.probes.values()):
                     if split == "val" or probe.reads_bank:
-                        probe.require(first.of(first.layers[0], probe.reads_tokens))
+                        probe.require(first.of(layer, probe.reads_tokens))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -123,7 +124,7 @@ class OnlineProbes(Callback):
         with detached(pl_module):
             splits = {split: self.encoding.all(trainer, pl_module, split) for split in self.encoding.fields}
             val = splits["val"]
-            bank = splits.get("bank", val)
+            bank = splits.get("bank", val)  # no probe reads it then
             for layer in val.layers:
                 end = "" if layer is None else f"/layer_{layer}"
                 for name, probe in self.probes.items():

@@ -1,7 +1,7 @@
 """Two renders of each object with the parameters of both, from tar shards, such as 3DIEBench's packed by object."""
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,23 +68,23 @@ class PosedShards(Shards):
         if columns < 1:
             raise UserError(f"PosedShards columns={columns} must be at least 1")
         super().__init__(shards, val_shards, fields={"image": "|".join(IMAGES), "label": "cls"}, **settings)
-        self.decode = PosedDecoding(**vars(self.decode), columns=columns)
+        self.columns, plain = columns, self.decode
+        self.decode = PosedDecoding(**vars(plain), columns=columns)
+        self.decode_single = PosedDecoding(**vars(plain), columns=columns, paired=False)
 
     def setup(self, stage: str | None = None) -> None:
         """As `Shards.setup`; bank and validation samples then have one render."""
         if self.train is None:
             super().setup(stage)
             assert self.val is not None
-            single = replace(self.decode, paired=False)  # type: ignore[type-var]
-            self.bank, self.val = self.bank.decoded_by(single), self.val.decoded_by(single)
+            self.bank, self.val = (samples.decoded_by(self.decode_single) for samples in (self.bank, self.val))
 
     def stand_in(self) -> dict[str, Any] | None:
         """Two objects of two black renders each, where no shard is."""
         if not self.is_absent():
             return None
-        assert isinstance(self.decode, PosedDecoding)
         picture, table = encode_png(torch.zeros(3, 256, 256, dtype=torch.uint8)).numpy().tobytes(), io.BytesIO()
-        np.save(table, np.ones((2, self.decode.columns), np.float32))
+        np.save(table, np.ones((2, self.columns), np.float32))
         members = {"__url__": "none", "__key__": "none", "cls": b"0", "npy": table.getvalue()}
         members |= {f"{number:03}.png": picture for number in range(2)}
         return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])

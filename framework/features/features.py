@@ -76,7 +76,9 @@ class Features:
         """Those of the samples of these classes. Raises: UserError as `classes`."""
         label_N = self.classes()
         rows = torch.isin(label_N, torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]
-        return Features(self.x[rows], label_N[rows], None if self.index_N is None else self.index_N[rows])
+        index_N = None if self.index_N is None else self.index_N[rows]
+        fields = {name: column[rows] for name, column in self.fields.items()}
+        return Features(self.x[rows], label_N[rows], index_N, grid=self.grid, fields=fields)
 
     def share(self) -> range:
         """This rank's share of the rows; all ranks together get each row once."""

@@ -35,7 +35,7 @@ class SIETerms(NamedTuple):
     covariance: Tensor
 
 
-def sie_terms(inv_2BI: Tensor, eq_2BE: Tensor | None, predicted_BE: Tensor | None) -> SIETerms:
+def sie_terms(inv_2BI: Tensor, eq_2BE: Tensor | None = None, predicted_BE: Tensor | None = None) -> SIETerms:
     """The terms before their weights: VICReg's on the invariant half, and those of what is predicted.
 
     `variance` is V(z1) + V(z2) + V(prediction) and `covariance` C(z1) + C(z2), where z is both halves side by side and
@@ -99,21 +99,22 @@ class SIE(Method):
 
     def embeddings(self, batch: Any) -> Tensor:
         """Of both halves, side by side."""
-        halves = self._embedded(self.features(batch))
-        return torch.cat([half for half in halves if half is not None], dim=1)
+        return torch.cat(self._embedded(self.features(batch)), dim=1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        embedded = [self._embedded(self.backbone(view)) for view in views_of(batch, "SIE", 2)]
-        inv_2BI, eq_2BE = (None if half[0] is None else torch.stack(half) for half in zip(*embedded, strict=True))
-        predicted_BE = None
-        if eq_2BE is not None and self.predictor is not None and self.relation is not None:
-            predicted_BE = self.predictor(eq_2BE[0], self.relation(parameters_of(batch, "SIE")))
-        terms = sie_terms(inv_2BI, eq_2BE, predicted_BE)
+        of_views = [self._embedded(self.backbone(view)) for view in views_of(batch, "SIE", 2)]
+        inv_2BI, *others = (torch.stack(half) for half in zip(*of_views, strict=True))
+        if self.predictor is None or self.relation is None:
+            terms = sie_terms(inv_2BI)
+        else:
+            (eq_2BE,) = others
+            terms = sie_terms(inv_2BI, eq_2BE, self.predictor(eq_2BE[0], self.relation(parameters_of(batch, "SIE"))))
         s, eq, sd, c = self.weights
         loss = s * terms.invariance + eq * terms.equivariance + sd * terms.variance + c * terms.covariance
         self.log_training({"train/loss": loss} | {f"train/{name}": term for name, term in terms._asdict().items()})
         return loss
 
-    def _embedded(self, features_BF: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _embedded(self, features_BF: Tensor) -> list[Tensor]:
+        """Of the halves that there are."""
         inv_BF, eq_BF = features_BF[:, : self.invariant_features], features_BF[:, self.invariant_features :]
-        return self.invariant(inv_BF), None if self.equivariant is None else self.equivariant(eq_BF)
+        return [self.invariant(inv_BF)] + ([] if self.equivariant is None else [self.equivariant(eq_BF)])
