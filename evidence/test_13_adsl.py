@@ -31,7 +31,7 @@ SEEDS, SEARCH = (0, 1, 2), 100
 RATES = (3e-4, 1e-3, 3e-3)
 FIXED = {"K=1": 1, "K=2": 2, "K=4": 4}
 ARMS = ("ADSL", *FIXED, "cross-entropy")
-TRAINED, HELD, TESTED, EPOCHS, BATCH, WIDTH, CLASSES = 1600, 400, 800, 36, 64, 32, 16
+TRAINED, HELD, TESTED, EPOCHS, BATCH, WIDTH, CLASSES = 1600, 400, 800, 24, 64, 32, 16
 NEVER = 10**6
 
 
@@ -57,7 +57,7 @@ class Pairs(ImageData):
 
 
 def built(arm: str, rate: float, images: int) -> ADSL | Classifier:
-    backbone = Attended(SmallConvNet(3, 16, 3))
+    backbone = Attended(SmallConvNet(3, 8, 3))
     optimizer: Any = partial(torch.optim.Adam, lr=rate, weight_decay=1e-4)
     if arm == "cross-entropy":
         return Classifier(backbone, CLASSES, optimizer=optimizer)

@@ -29,7 +29,7 @@ ARMS: dict[str, dict[str, float]] = {
     "no balance": {"power": 2.0, "balance": 0.0},
     "no reconstruction": {"reconstruction": 0.0},
 }
-EPOCHS, BATCH, CLUSTERS = 200, 100, 10
+EPOCHS, BATCH, CLUSTERS = 80, 100, 10
 
 
 class Part(ImageData):
@@ -60,7 +60,7 @@ def run(arm: str, seed: int, rate: float, epochs: int = EPOCHS) -> dict[str, flo
     torch.manual_seed(seed)
     data = Part(BATCH, seed=seed)
     data.setup()
-    network = ConvAutoencoder((1, 8, 8), (32, 32), (4, 3), embed_dim=CLUSTERS, bounded=False)
+    network = ConvAutoencoder((1, 8, 8), (16, 16), (4, 3), embed_dim=CLUSTERS, bounded=False)
     images, optimizer = len(data.train), partial(torch.optim.Adam, lr=rate)  # type: ignore[arg-type]
     model, started = DEPICT(network, images, CLUSTERS, seed=seed, optimizer=optimizer, **ARMS[arm]), Started()
     quiet_trainer(max_epochs=epochs, callbacks=[started]).fit(model, data)
