@@ -4,6 +4,7 @@ Shapes: B images, C channels, H W image, F width of the maps.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -73,11 +74,11 @@ class PyramidMaps(nn.Module):
     ) -> None:
         super().__init__()
         try:
-            self.encoder = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=tuple(levels))
+            encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=tuple(levels))
         except (RuntimeError, AssertionError, IndexError) as error:
             raise UserError(f"timm gives no maps of levels {[*levels]} of {name!r}: {error}") from error
-        self.num_features = width
-        self.narrow = nn.ModuleList(nn.Conv2d(each, width, 1) for each in self.encoder.feature_info.channels())
+        self.encoder, self.num_features = encoder, width
+        self.narrow = nn.ModuleList(nn.Conv2d(each, width, 1) for each in encoder.feature_info.channels())
         self.join = nn.Sequential(
             nn.Conv2d(len(levels) * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
@@ -90,7 +91,7 @@ class PyramidMaps(nn.Module):
 
 
 def _convolutions(taken: int, given: int) -> nn.Sequential:
-    layers = []
+    layers: list[nn.Module] = []
     for width in (taken, given):
         layers += [nn.Conv2d(width, given, 3, padding=1, bias=False), nn.GroupNorm(4, given), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

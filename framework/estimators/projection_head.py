@@ -77,6 +77,15 @@ class CompareHead(Estimator):
         kept = [values_S[values_S > 1e-6] for values_S in relative]
         shared = min(map(len, kept))
         spreads = [float(values_S[:shared].log().std(correction=0)) if shared else 0.0 for values_S in kept]
+        (rank_before, rank_behind), (spread_before, spread_behind) = ranks, spreads
+        values_before, values_behind = (tuple(values_S.tolist()) for values_S in relative)
         return HeadComparison(
-            before.accuracy, behind.accuracy, *ranks, *spreads, *(tuple(values_S.tolist()) for values_S in relative)
+            accuracy_before=before.accuracy,
+            accuracy_behind=behind.accuracy,
+            rank_before=rank_before,
+            rank_behind=rank_behind,
+            spread_before=spread_before,
+            spread_behind=spread_behind,
+            values_before=values_before,
+            values_behind=values_behind,
         )

@@ -162,9 +162,10 @@ class FST(Method):
         """The teacher of the future: weights and buffers. Student, teacher and, without `keep_moments`, the optimiser
         are afterwards what they were. Where there is no optimiser, as in `lightspan plan`, the present teacher.
         """
-        (optimizer,) = (self.trainer.optimizers if self._trainer is not None else []) or [None]
-        if not self.virtual_steps or optimizer is None:
+        optimizers = self.trainer.optimizers if self._trainer is not None else []
+        if not self.virtual_steps or not optimizers:
             return copies(self.teacher.module)
+        (optimizer,) = optimizers
         with undone(self.student, self.teacher), virtual(optimizer, self.keep_moments):
             branches = []
             for number in range(self.virtual_steps):

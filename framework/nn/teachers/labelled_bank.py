@@ -33,7 +33,8 @@ class LabelledBank(nn.Module):
         self.rows, self.marks = FeatureQueue(length, width), FeatureQueue(length, 2, torch.int64)
 
     def forward(self) -> Bank:
-        return Bank(self.rows.rows_LD, *self.marks.rows_LD.unbind(1), self.rows.held_L)
+        label_L, index_L = self.marks.rows_LD.unbind(1)
+        return Bank(self.rows.rows_LD, label_L, index_L, self.rows.held_L)
 
     def see(self, rows_BD: Tensor, label_B: Tensor, index_B: Tensor, step: int = 0) -> None:
         """Keeps a micro-batch of this step for `follow`, see `FeatureQueue.see`."""
