@@ -67,8 +67,8 @@ class ConvAutoencoder(nn.Module):
         mirrors = []
         for layer, kernel in reversed([*enumerate(kernels)]):
             # What the stride left over at the far edges comes back there.
-            over = tuple((side - kernel) % stride for side in sides[layer])
-            up = nn.ConvTranspose2d(widths[layer + 1], widths[layer], kernel, stride, output_padding=over)
+            high, wide = ((side - kernel) % stride for side in sides[layer])
+            up = nn.ConvTranspose2d(widths[layer + 1], widths[layer], kernel, stride, output_padding=(high, wide))
             last = (nn.Tanh() if bounded else nn.Identity()) if layer == 0 else nn.LeakyReLU(SLOPE)
             mirrors.append(nn.Sequential(up, last))
         self.encoder, self.decoder = nn.ModuleList([*convolutions, dense]), nn.ModuleList([undense, *mirrors])

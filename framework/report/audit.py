@@ -31,7 +31,7 @@ def audit_columns(report: AuditReport) -> list[tuple[str, Callable[[Row], str]]]
     pair = report.b is not None
     part = "change" if pair else "a"
 
-    def own(key: str, show: Callable[[Any], str] = lambda value: number(value, None)) -> Callable[[Row], str]:
+    def own(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
         return lambda row: _text((row.get(part) or {}).get(key), show)
 
     def both(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:

@@ -86,7 +86,9 @@ def ranked(runs: Sequence[Run], metric: str | None = None, mode: Mode | None = N
 def _place(run: Run, metric: str) -> RankedRun:
     members = run.members or (run,)
     last = [points[-1].value if (points := one.points(metric)) else math.nan for one in members]
-    figures = {at: figure(one.status, value) for at, (one, value) in enumerate(zip(members, last, strict=True))}
+    figures: dict[int | None, float | None] = {
+        at: figure(one.status, value) for at, (one, value) in enumerate(zip(members, last, strict=True))
+    }
     runs = max(len(members), *(one.draws for one in members))
     return RankedRun(run, scores(figures, runs), math.nan if run.members or ended(run.status) else last[0])
 

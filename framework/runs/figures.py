@@ -43,7 +43,7 @@ class SeedScores:
         runs: how many runs there are, whether they count or not.
     """
 
-    values: Mapping[object, float]
+    values: Mapping[int | None, float]
     runs: int
 
     @property
@@ -66,7 +66,7 @@ class SeedScores:
         return not self.complete, not self.values, best_first if self.values else 0.0
 
 
-def scores(figures: Mapping[object, float | None], runs: int | None = None) -> SeedScores:
+def scores(figures: Mapping[int | None, float | None], runs: int | None = None) -> SeedScores:
     """Of a point's runs, seed -> `figure`; `runs` is their number where some are not among them."""
     counting = {seed: value for seed, value in figures.items() if value is not None}
     return SeedScores(counting, len(figures) if runs is None else runs)

@@ -50,7 +50,7 @@ def unlogged(run: Path, metric: str) -> str | None:
 
 def over_seeds(sweep: Sweep, folder: Path) -> dict[str, SeedScores]:
     """Of a sweep over seeds alone: each metric by which a run counts, in the order in which they first appear."""
-    found: dict[str, dict[object, float | None]] = {}
+    found: dict[str, dict[int | None, float | None]] = {}
     for trial in sweep.trials:
         status = status_of(folder / trial.run)
         if ended(status):

@@ -226,5 +226,6 @@ class ADSL(Method):
 
     def retrieval(self, z_ND: Tensor, label_N: Tensor) -> dict[str, float]:
         """How well k-means of all slices finds the classes, and how often the nearest image is of the same class."""
+        assert self.num_classes is not None
         nmi = agreement(kmeans(z_ND, self.num_classes), label_N)["nmi"]
         return {"nmi": nmi, "recall_at_1": recall_at_one(z_ND, label_N)}
