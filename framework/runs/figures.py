@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightspan.runs.direction import Mode
 from lightspan.runs.status import Status
@@ -66,7 +67,7 @@ class SeedScores:
         return not self.complete, not self.values, best_first if self.values else 0.0
 
 
-def scores(figures: Mapping[object, float | None], runs: int | None = None) -> SeedScores:
+def scores(figures: Mapping[Any, float | None], runs: int | None = None) -> SeedScores:
     """Of a point's runs, seed -> `figure`; `runs` is their number where some are not among them."""
     counting = {seed: value for seed, value in figures.items() if value is not None}
     return SeedScores(counting, len(figures) if runs is None else runs)

@@ -68,7 +68,7 @@ def read_logged(path: Path, metrics: Sequence[str]) -> Logged:
         try:
             return Logged(
                 _steps(last),
-                float(seconds) if is_number(seconds) else None,
+                float(seconds) if isinstance(seconds, int | float) else None,
                 {name: found for name in names if (found := _values(content, end, name)) is not None},
             )
         except (ValueError, OverflowError):
