@@ -20,7 +20,7 @@ from lightspan.errors import UserError
 
 MOST = 2**32  # samples of a set
 PARTS = {"training": 0, "validation": MOST, "test": 2 * MOST}  # their first numbers
-MEASURED = 256  # pictures from which moments are taken
+MEASURED = 128  # pictures from which moments are taken
 
 
 class ChannelMoments(NamedTuple):

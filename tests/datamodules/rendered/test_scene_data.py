@@ -85,8 +85,8 @@ def test_the_sets_share_no_scene_and_stay_as_they_are_when_they_grow(name: str) 
 
 
 def test_pictures_are_standardised_and_labels_say_what_is_largest() -> None:
-    data = ready(RenderedScenes(SceneSpace(24, 24, fewest=0), size=256))
-    batch = data.train.batch(range(256), [0] * 256)
+    data = ready(RenderedScenes(SceneSpace(24, 24, fewest=0), size=128))
+    batch = data.train.batch(range(128), [0] * 128)
     assert batch["image"].mean(dim=(0, 2, 3)).abs().max() < 1e-4
     assert (batch["image"].std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
     for instances, label, shapes in zip(batch["instances"], batch["label"], batch["shape"], strict=True):
