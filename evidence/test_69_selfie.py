@@ -108,7 +108,7 @@ def compare(evidence, seeds=SEEDS, steps: int = STEPS, tuning: int = TUNING) -> 
         f"on seed {SEARCH} and other digits: {said}."
     )
     accuracies = {
-        arm: torch.tensor([found[f"{chosen[arm][1]:g}, {LABELS[0]}"] for found in of.values()]).double()
+        arm: torch.tensor([found[f"{chosen[arm][1]:g}, {LABELS[0]}"] for found in of.values()], dtype=torch.float64)
         for arm, of in runs.items()
     }
 

@@ -24,7 +24,7 @@ def draw(count: int, side: int, noise: float, generator: np.random.Generator) ->
     Args:
         noise: standard deviation of the grain, where white is 1.
     """
-    at_y, at_x = (axis / side for axis in np.mgrid[:side, :side])
+    at_y, at_x = (axis.astype(np.float32) / side for axis in np.mgrid[:side, :side])
 
     def ellipse(y: np.ndarray, x: np.ndarray, high: np.ndarray, wide: np.ndarray, edge: float = 0.06) -> np.ndarray:
         """1 inside, 0 outside, with an edge that is soft by this share of the radius: [N S S]."""
@@ -32,7 +32,7 @@ def draw(count: int, side: int, noise: float, generator: np.random.Generator) ->
         return 1 / (1 + np.exp(np.clip((np.hypot(dy, dx) - 1) / edge, -50, 50)))
 
     def between(least: float, most: float) -> np.ndarray:
-        return generator.uniform(least, most, count)
+        return generator.uniform(least, most, count).astype(np.float32)
 
     y, x = between(0.47, 0.53), between(0.47, 0.53)
     image = 0.55 * ellipse(y, x, between(0.33, 0.4), between(0.42, 0.47))
@@ -58,7 +58,7 @@ def draw(count: int, side: int, noise: float, generator: np.random.Generator) ->
     solid, hole = (ellipse(nodule_y, nodule_x, share * size, share * size, 0.15) for share in (1.0, 0.55))
     strength = between(0.3, 0.45)[:, None, None]
     image += strength * np.where((label > 0)[:, None, None], solid - np.where((label == 2)[:, None, None], hole, 0), 0)
-    image += noise * generator.standard_normal(image.shape)
+    image += noise * generator.standard_normal(image.shape, dtype=np.float32)
     return Labelled(np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)[:, None], label.astype(np.int64))
 
 

@@ -16,6 +16,9 @@ from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomVie
 HEIGHT, WIDTH, DRAWS = 375, 500, 300  # the most frequent size of ImageNet-1k
 RATIO = (3 / 4, 4 / 3)
 """Width over height, of all these papers."""
+FITS = 0.75**2
+"""Share of the photograph's area up to which a crop of each ratio fits. Torchvision draws one that does not again, and
+here it becomes the largest that does."""
 
 PAPERS = {
     "clustering/swav_imagenet": 2 * [(224, 0.14, 1.0)] + 6 * [(96, 0.05, 0.14)],
@@ -104,6 +107,8 @@ def test_crops_have_the_shapes_of_torchvisions_the_areas_of_the_paper_and_views_
     if name in PAPERS:
         assert [(*{*view.shape[1:]}, *crop.scale) for view, crop in zip(seen, of_image, strict=True)] == PAPERS[name]
     for crop in set(of_image):
+        if crop.scale[0] > FITS:
+            continue
         ratio, area = shapes(crop)
         for (least, most), numbers in ((RATIO, ratio), (crop.scale, area)):
             assert least * 0.97 < numbers.min() <= numbers.max() < most * 1.03  # of whole pixels
