@@ -70,7 +70,7 @@ def boxes_of(seed: int, numbers: np.ndarray, fewest: int, most: int) -> Boxes:
     """The rooms with these numbers, int64 [B]."""
     draws, B = Draws(seed, numbers), len(numbers)
     there = np.arange(most) < fewest + draws.integers(most - fewest + 1)[:, None]
-    least, end = np.float32([[-1.6, -1.2, 0.3], [1.6, 1.2, 3.2]])
+    least, end = np.array([[-1.6, -1.2, 0.3], [1.6, 1.2, 3.2]], np.float32)
     centre = least + (end - least) * draws.uniform(most, 3)
     half = np.where(there[..., None], draws.between(0.2, 0.55, most, 3), np.float32(0))
     turn = draws.between(0, np.pi, most + 1)
@@ -79,7 +79,7 @@ def boxes_of(seed: int, numbers: np.ndarray, fewest: int, most: int) -> Boxes:
     base = draws.between(0.3, 0.7, *bodies[1:], 3)
     colour = draws.between(-0.3, 0.3, *bodies[1:], WAVES, 3)
     wave = draws.between(-9, 9, *bodies[1:], WAVES, 3)  # of any phase, and up to one and a half turns for each length 1
-    room = np.float32([ROOM_CENTRE, ROOM_HALF])[:, None, None].repeat(B, axis=1)
+    room = np.array([ROOM_CENTRE, ROOM_HALF], np.float32)[:, None, None].repeat(B, axis=1)
     return Boxes(
         np.concatenate([room[0], centre], axis=1),
         np.concatenate([room[1], half], axis=1),
@@ -94,10 +94,10 @@ def boxes_of(seed: int, numbers: np.ndarray, fewest: int, most: int) -> Boxes:
 def cameras_of(seed: int, numbers: np.ndarray, motion: float) -> tuple[Cameras, Cameras]:
     """Two cameras a scene that look at nearly the same place; `motion` scales how the second differs from the first."""
     draws = Draws(seed, numbers, 1)
-    place = np.float32([0, 0, -1.7]) + np.float32([0.8, 0.5, 0.2]) * draws.between(-1, 1, 3)
-    target = np.float32([0, 0, 2]) + np.float32([0.5, 0.3, 0.5]) * draws.between(-1, 1, 3)
-    moved = place + np.float32(motion) * np.float32([0.7, 0.35, 0.35]) * draws.between(-1, 1, 3)
-    aimed = target + np.float32(motion) * np.float32([0.4, 0.3, 0.3]) * draws.between(-1, 1, 3)
+    place = np.array([0, 0, -1.7], np.float32) + np.array([0.8, 0.5, 0.2], np.float32) * draws.between(-1, 1, 3)
+    target = np.array([0, 0, 2], np.float32) + np.array([0.5, 0.3, 0.5], np.float32) * draws.between(-1, 1, 3)
+    moved = place + np.float32(motion) * np.array([0.7, 0.35, 0.35], np.float32) * draws.between(-1, 1, 3)
+    aimed = target + np.float32(motion) * np.array([0.4, 0.3, 0.3], np.float32) * draws.between(-1, 1, 3)
     return _looking(place, target), _looking(moved, aimed)
 
 
@@ -114,7 +114,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def intrinsics(height: int, width: int) -> np.ndarray:
     """float32 [3, 3]: a field of view of 60 degrees across, the axis through the picture's middle."""
     focal = width / 2 / TAN_HALF_VIEW
-    return np.float32([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]], np.float32)
 
 
 def cast(boxes: Boxes, place: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

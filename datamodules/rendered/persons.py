@@ -122,7 +122,7 @@ def _drawn(seed: int, seen: Sighting, height: int, width: int) -> np.ndarray:
     v = (y - top[:, None, None]) / size[:, None, None]
 
     hair, *stripes, trousers = codes(seen.identity).T
-    clothes = np.float32(CLOTHES)
+    clothes = np.array(CLOTHES, np.float32)
     pixel = np.float32(2 / height)
 
     def paint(distance: np.ndarray, colour: np.ndarray) -> None:
@@ -135,7 +135,7 @@ def _drawn(seed: int, seen: Sighting, height: int, width: int) -> np.ndarray:
         away = np.abs(u - np.float32(side * 0.1) - lean)
         high = np.abs(v - np.float32(1.42))
         paint(np.minimum(np.float32(0.085) - away, np.float32(0.42) - high), clothes[trousers])
-    skin = np.broadcast_to(np.float32(SKIN), (B, 3))
+    skin = np.broadcast_to(np.array(SKIN, np.float32), (B, 3))
     for side in (-1, 1):  # an arm swings against the leg on its side
         lean = np.float32(-side * 0.2) * stride[:, None, None] * np.maximum(v - np.float32(0.45), 0)
         away = np.abs(u - np.float32(side * 0.3) - lean)
@@ -145,7 +145,7 @@ def _drawn(seed: int, seen: Sighting, height: int, width: int) -> np.ndarray:
         paint(np.minimum(shoulders, np.float32(0.105) - np.abs(v - np.float32(0.52 + 0.2 * number))), clothes[stripe])
     head = np.float32(0.17) - np.sqrt(u**2 + (v - np.float32(0.23)) ** 2)
     paint(head, skin)
-    paint(np.minimum(head + np.float32(0.02), np.float32(0.17) - v), np.float32(HAIR)[hair])
+    paint(np.minimum(head + np.float32(0.02), np.float32(0.17) - v), np.array(HAIR, np.float32)[hair])
     image = np.clip(image * (light[:, None] * tint)[:, :, None, None], 0, 1)
     return finished(image, own, Style(grain=0.03))
 

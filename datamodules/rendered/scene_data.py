@@ -83,7 +83,9 @@ class SceneSamples(RenderedSamples):
         drawn = self.space.draw(layout, self.draw_seed, numbers, self.style)
         shown = seen(layout, drawn)
         told, hidden = Draws(self.draw_seed, numbers, 2), tags(layout, shown)
-        label_known, caption_known = np.float32([[self.known.labels], [self.known.captions]]) > told.uniform(2).T
+        label_known, caption_known = (
+            np.array([[self.known.labels], [self.known.captions]], np.float32) > told.uniform(2).T
+        )
         tags_known = (hidden == 0) | (told.uniform(len(TAGS)) < np.float32(self.known.tags))
         fields = {
             "instances": drawn.instances,
@@ -325,7 +327,7 @@ def posed(
     radius = side * (np.float32(0.22) + np.float32(0.1) * scale)
     layout = own._replace(
         colour=np.zeros_like(own.colour),  # red, which the hue then turns
-        centre=(np.float32([space.width - 1, space.height - 1]) / 2 + side * place)[:, None],
+        centre=(np.array([space.width - 1, space.height - 1], np.float32) / 2 + side * place)[:, None],
         radius=radius[:, None],
         angle=(turn * angle)[:, None],
     )

@@ -145,8 +145,12 @@ class SceneSpace:
         )
         depth = np.sort(np.where(absent, 2, near), axis=1)
         numbers = (radius, np.float32(2 * np.pi) * angle, NEAREST + np.float32(FARTHEST - NEAREST) * depth)
+        shape, colour, texture, size = (np.where(absent, -1, kind) for kind in kinds)
         return SceneLayout(
-            *(np.where(absent, -1, kind) for kind in kinds),
+            shape,
+            colour,
+            texture,
+            size,
             np.where(absent[:, :, None], np.float32(0), centre),
             *(np.where(absent, np.float32(0), number) for number in numbers),
         )

@@ -76,7 +76,7 @@ class Ward(NamedTuple):
         patient, cut = np.divmod(numbers, self.cuts)
         B, E, S = len(numbers), len(ANATOMY), self.side
         body, own = Draws(seed, patient, 12), Draws(seed, numbers, 13)
-        table = np.float32([*ANATOMY.values()])
+        table = np.array([*ANATOMY.values()], np.float32)
         grey = table[:, 0] + body.between(-0.03, 0.03, E)
         middle = table[:, 1:4] + body.between(-0.05, 0.05, E, 3)
         radii = table[:, 4:] * body.between(0.85, 1.1, E, 3)

@@ -20,7 +20,17 @@ from lightspan.datamodules.rendered.scenes import Style, finished
 from lightspan.errors import UserError
 from lightspan.files import expanded
 
-MODULES = ("argparse", "ast", "calendar", "configparser", "datetime", "difflib", "doctest", "inspect", "locale")
+MODULES: tuple[str, ...] = (
+    "argparse",
+    "ast",
+    "calendar",
+    "configparser",
+    "datetime",
+    "difflib",
+    "doctest",
+    "inspect",
+    "locale",
+)
 MODULES += ("mailbox", "optparse", "pathlib", "pdb", "pickle", "pydoc", "shutil", "socket", "statistics", "subprocess")
 MODULES += ("tarfile", "tempfile", "threading", "turtle", "typing", "uuid", "zipfile")
 ALPHABET = string.ascii_lowercase  # character i + 1 is letter i; 0 stands behind a word's end
