@@ -57,7 +57,7 @@ def method(arm: str, rate: float) -> Method:
     if arm == "SimCLR":
         return SimCLR(network(), Projector(CHANNELS[-1], [128], 64), 0.2, **adamw(rate))
     kind = DenseMaskedModelling if arm == "dense" else SparK
-    return kind(network(), UNetDecoder(CHANNELS[::-1], out_chans=1, width=64, cell=16), **adamw(rate))
+    return kind(network(), UNetDecoder(CHANNELS[::-1], in_chans=1, width=64, cell=16), **adamw(rate))
 
 
 ARMS = ("SparK", "SimCLR", "dense", "random weights")

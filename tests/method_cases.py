@@ -309,7 +309,7 @@ def without_norms(network: nn.Module) -> Any:
 
 
 def spark(**optimization: Any) -> SparK:
-    decoder = without_norms(UNetDecoder([8, 4], out_chans=1, width=8, cell=4))
+    decoder = without_norms(UNetDecoder([8, 4], in_chans=1, width=8, cell=4))
     return SparK(Strided(), decoder, RandomMasks(0.5), **optimization)
 
 

@@ -65,7 +65,7 @@ class SparK(Method):
         cell, channels = self.decoder.cell, self.decoder.channels
         modes = [(module, module.training) for module in self.backbone.modules()]
         first, found = next(self.backbone.parameters()), list[Tensor]()
-        image_BChw = torch.zeros(1, self.decoder.out_chans, cell, cell, device=first.device, dtype=first.dtype)
+        image_BChw = torch.zeros(1, self.decoder.in_chans, cell, cell, device=first.device, dtype=first.dtype)
         self.backbone.eval()
         with torch.no_grad():
             unused = require_sparse(self.backbone, lambda: found.extend(self._dense_maps(image_BChw)))

@@ -34,11 +34,11 @@ class UNetBlock(nn.Sequential):
 
 
 class UNetDecoder(nn.Module):
-    """Maps of an encoder at strides that double, the coarsest first -> images [B out_chans cell*H cell*W].
+    """Maps of an encoder at strides that double, the coarsest first -> images [B in_chans cell*H cell*W].
 
     Args:
         channels: of the maps, the coarsest first, at least one; a ResNet-50 has [2048, 1024, 512, 256].
-        out_chans: of images.
+        in_chans: of the images, which the encoder reads and this one draws.
         width: of the first block, halved in each further one; a multiple of the cell.
         cell: stride of the coarsest map in pixels, a power of 2; there are log2(cell) blocks, at least as many as maps.
         norm: of the maps: "batch", or "layer" for encoders that have LayerNorms, such as ConvNeXt.
@@ -48,7 +48,7 @@ class UNetDecoder(nn.Module):
     def __init__(
         self,
         channels: Sequence[int],
-        out_chans: int = 3,
+        in_chans: int = 3,
         width: int = 768,
         cell: int = 32,
         norm: Literal["batch", "layer"] = "batch",
@@ -60,12 +60,12 @@ class UNetDecoder(nn.Module):
                 f"UNetDecoder: cell={cell} must be a power of 2 above 1, width={width} a multiple of it, and channels="
                 f"{list(channels)} those of 1 to {max(blocks, 1)} maps"
             )
-        if min(*channels, out_chans) < 1 or norm not in ("batch", "layer"):
+        if min(*channels, in_chans) < 1 or norm not in ("batch", "layer"):
             raise UserError(
-                f"UNetDecoder: channels={list(channels)} and out_chans={out_chans} must be above 0, and norm={norm!r} "
+                f"UNetDecoder: channels={list(channels)} and in_chans={in_chans} must be above 0, and norm={norm!r} "
                 "batch or layer"
             )
-        self.channels, self.out_chans, self.cell = [*channels], out_chans, cell
+        self.channels, self.in_chans, self.cell = [*channels], in_chans, cell
         widths = [width // 2**level for level in range(blocks + 1)]
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) if norm == "batch" else LayerNorm2d(c) for c in channels)
         self.mask_tokens = nn.ParameterList(torch.randn(1, c, 1, 1) * 0.02 for c in channels)
@@ -76,7 +76,7 @@ class UNetDecoder(nn.Module):
             for level, c in enumerate(channels)
         )
         self.blocks = nn.ModuleList(UNetBlock(*pair) for pair in pairwise(widths))
-        self.head = nn.Conv2d(widths[-1], out_chans, kernel_size=1)
+        self.head = nn.Conv2d(widths[-1], in_chans, kernel_size=1)
         for layer in self.modules():
             if isinstance(layer, nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

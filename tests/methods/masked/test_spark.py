@@ -23,7 +23,7 @@ from lightspan.objectives.masked import patch_regression
 
 
 def decoder(**settings: Any) -> UNetDecoder:
-    return UNetDecoder(**{"channels": [32, 16, 8], "out_chans": 1, "width": 16, "cell": 8} | settings)
+    return UNetDecoder(**{"channels": [32, 16, 8], "in_chans": 1, "width": 16, "cell": 8} | settings)
 
 
 def method(optimizer: Any = torch.optim.SGD, backbone: nn.Module | None = None, **settings: Any) -> SparK:
