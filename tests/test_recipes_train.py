@@ -33,6 +33,14 @@ SHORT = [
 ]
 """Three steps of few samples, with what the recipe itself adds and nothing that writes or listens."""
 
+
+def shortened(name: str, overlays: list[str], flags: list[str] = SHORT) -> Resolved:
+    """A recipe with these settings; a batch of a few of each class has two of each."""
+    resolved = resolve(name, overlays, flags)
+    pairs = ["data.init_args.per_class=2"] if "per_class" in resolved.config["data"].get("init_args", {}) else []
+    return resolve(name, overlays, [*flags, *pairs]) if pairs else resolved
+
+
 LARGE = {"language/smollm2_svfit"}
 """More than a hundred million weights, whose reading alone takes the time of a sweep's test."""
 
@@ -45,7 +53,7 @@ merging and estimators."""
 
 
 def untrained(name: str) -> nn.Module:
-    return build(resolve(name, [], SHORT)).model
+    return build(shortened(name, [])).model
 
 
 def gives_its_result(resolved: Resolved) -> None:
@@ -58,7 +66,7 @@ def gives_its_result(resolved: Resolved) -> None:
     assert json.loads(Path("computed/result.json").read_text())["figures"]
 
 
-PAPER = r"'shards': |runs/clip/"
+PAPER = r"'shards': |runs/clip/|isic19/"
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
 NOT_HERE = "is not installed|install it"
@@ -79,7 +87,7 @@ def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installe
             if name not in UNDONE:
                 gives_its_result(resolved)
             return
-        built = after_runs_before(lambda: build(resolve(name, [], SHORT), tmp_path), untrained)
+        built = after_runs_before(lambda: build(shortened(name, []), tmp_path), untrained)
         built.trainer.fit(built.model, datamodule=built.datamodule)
     except UserError as error:
         if not re.search(NOT_HERE, str(error)):
@@ -105,7 +113,7 @@ def _recipes(rank: int, overlays: dict[str, list[str]], folder: str, port: int) 
     rank_processes.join(rank, port)
     for name, overlay in overlays.items():
         try:
-            built = build(resolve(name, overlay, ON_RANKS), Path(folder, "run"))
+            built = build(shortened(name, overlay, ON_RANKS), Path(folder, "run"))
             built.trainer.fit(built.model, datamodule=built.datamodule)
         except UserError as error:
             frames = overlay and "the module has orthonormal frames" in str(error)
@@ -133,7 +141,7 @@ def test_recipes_of_representation_learning_train_on_two_ranks(family, low_rank,
     for name in names:
         try:
             after_runs_before(
-                lambda name=name: build(resolve(name, [], SHORT)), untrained
+                lambda name=name: build(shortened(name, [])), untrained
             )  # the weights that it starts from
         except UserError as error:
             if not re.search(NOT_HERE, str(error)):
