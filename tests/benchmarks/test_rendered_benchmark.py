@@ -1,28 +1,12 @@
 """The benchmark of rendered data runs, covers every data module of the package, and draws a picture of each."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "rendered.py"
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("rendered_benchmark", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module, threads = importlib.util.module_from_spec(spec), torch.get_num_threads()
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
 
 
 def test_a_quick_run_measures_and_draws_every_kind(

@@ -1,28 +1,12 @@
 """The benchmark of views runs, and every arm makes as many views of the size asked for."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 import torch
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "views.py"
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("views_benchmark", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module, threads = importlib.util.module_from_spec(spec), torch.get_num_threads()
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
 
 
 def test_a_quick_run_writes_every_arm_against_torchvision(benchmark: ModuleType, tmp_path: Path) -> None:
