@@ -207,7 +207,7 @@ CASES = {
         lambda x, weight, label_B, mixed_B: margin.margin_loss(
             F.normalize(x @ weight, dim=1), label_B % 2, label_B // 4, boundary=1.0, margin=0.5
         ),
-        2 + 1 + 1,
+        2 + 2 + 1,
     ),
     "masked.hidden_absolute_error": Case(hidden_absolute_error, 1),
     "masked.patch_regression": Case(
