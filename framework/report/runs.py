@@ -7,7 +7,6 @@ samples.jsonl ({"step", "text"} per line) and a folder of pictures.
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import Any
 
 from lightspan.config.tree import plain, read
 from lightspan.errors import UserError
-from lightspan.files import read_small
+from lightspan.files import read_small, refuse_link_out
 from lightspan.report.curves import XY
 from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
 from lightspan.runs.json_lines import json_lines, value_of
@@ -138,7 +137,8 @@ def load_run(folder: Path, name: str) -> Run:
         if (folder / RESOLVED).is_file():
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
-    _refuse_links_out(folder)
+    for inside in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
+        refuse_link_out(folder / inside, folder, "its run folder")
     remarks: list[str] = []
     rows = _last_lines(folder / METRICS, MOST_METRICS_BYTES, remarks)
     for row in rows:
@@ -173,17 +173,6 @@ def _last_lines(path: Path, most: int, remarks: list[str]) -> list[dict[str, Any
     if path.is_file() and (size := path.stat().st_size) > most:
         remarks.append(f"{path.name} has {size:,} bytes, of which the last {most:,} are shown")
     return list(json_lines(path, last=most))
-
-
-def _refuse_links_out(folder: Path) -> None:
-    """A run folder may come from somebody else: no file of the reader becomes part of a page."""
-    home = folder.resolve()
-    for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
-        path = folder / name
-        place = Path(os.path.realpath(path))  # of circular links the link itself, where `resolve` fails
-        if path.is_symlink() and (home not in place.parents or place.is_symlink()):
-            where = "nowhere" if place.is_symlink() else "out of its run folder"
-            raise UserError(f"{path} is a link that leads {where}; copy what it leads to, or remove it")
 
 
 def _with_derived_summary(run: Run) -> Run:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.errors import UserError
+from lightspan.files import refuse_link_out
 from lightspan.report.chart import Chart, ChartLine, draw
 from lightspan.report.ranking import RankedRun, Ranking
 from lightspan.report.runs import Run, load_run, unique_names
@@ -63,6 +64,7 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[SweepRuns]]:
 
 
 def _sweep_at(folder: Path, known: dict[Path, SweepRuns]) -> SweepRuns:
+    refuse_link_out(folder / SWEEP, folder, "its sweep")
     return known.setdefault(folder, SweepRuns(folder, read(folder), {}, {}))
 
 
@@ -86,9 +88,7 @@ def _all_of(found: SweepRuns) -> list[Run]:
 
 def _inside(folder: Path, trial: Trial) -> Path:
     """The run folder of a trial. Raises: UserError if it is a link out of the sweep, which may come from others."""
-    run = folder / trial.run
-    if run.is_symlink() and folder.resolve() not in run.resolve().parents:
-        raise UserError(f"{run} is a link that leads out of its sweep; copy what it leads to, or remove it")
+    refuse_link_out(run := folder / trial.run, folder, "its sweep")
     return run
 
 
@@ -192,22 +192,23 @@ def _heat_map(sweep: Sweep, pair: tuple[str, str], points: Points, ranking: Rank
 
 
 def _slice(sweep: Sweep, key: str, points: Points, ranking: Ranking) -> Chart:
-    """All runs over the values of one key, and the best of each value joined by a line."""
+    """All runs that count over the values of one key, and the best of each value joined by a line."""
     values = _values_of(sweep, key)
     numeric = all(map(_is_number, values))
     axis = sweep.keys[key]
     at = {written(value): float(value) if numeric else float(place) for place, value in enumerate(values)}
-    dots = [(at[written(settings[key])], place.value) for settings, place in points]
+    dots = [(at[written(settings[key])], place.value) for settings, place in points if not math.isnan(place.value)]
     best: dict[float, float] = {}
     for x, y in dots:
         best.setdefault(x, y)
     curves = [ChartLine("all runs", 0, dots, joined=False)]
     if len(best) < len(dots) or len(values) <= MOST_VALUES:
         curves.append(ChartLine("best", 1, sorted(best.items()), joined=numeric))
-    note = "line: the best run of each value; the other keys vary" if len(sweep.keys) > 1 else ""
-    if not numeric:
-        names = ", ".join(f"{place} is {written(value)}" for place, value in enumerate(values))
-        note = "; ".join(filter(None, [names, note]))
+    notes = [] if numeric else [", ".join(f"{place} is {written(value)}" for place, value in enumerate(values))]
+    if len(sweep.keys) > 1:
+        notes.append("line: the best run of each value; the other keys vary")
+    if len(dots) < len(points):
+        notes.append(f"{len(points) - len(dots)} of {len(points)} runs have no value that counts")
     return Chart(
         f"{ranking.metric} by {sweep.label(key)}",
         sweep.label(key),
@@ -216,7 +217,7 @@ def _slice(sweep: Sweep, key: str, points: Points, ranking: Ranking) -> Chart:
         log_x=numeric
         and min(values) > 0
         and (max(values) > WIDE * min(values) or (isinstance(axis, Range) and axis.log)),
-        note=note,
+        note="; ".join(notes),
         things=0 if numeric else len(values),
     )
 
