@@ -165,21 +165,25 @@ def _cells(down: str, across: str, points: Points) -> dict[tuple[str, str], Rank
 
 
 def _heat_map(sweep: Sweep, pair: tuple[str, str], points: Points, ranking: Ranking) -> str:
-    """A table whose cells are greener the better their best run is, by rank, so that one bad run hides nothing."""
+    """A table whose cells are greener the better their best run is, by rank, so that one bad run hides nothing. Equal
+    values are equally green.
+    """
     down, across = pair
     cells = _cells(down, across, points)
-    order = {id(place): at for at, place in enumerate(one for one in ranking.places if one in cells.values())}
+    shown = [place for _, place in points if place in cells.values()]
+    numbers = {id(place): number for place, number in zip(shown, ranking.standings(shown), strict=True)}
     columns = _values_of(sweep, across)
     lines = []
     for value in _values_of(sweep, down):
         texts = []
         for column in columns:
             place = cells.get((written(value), written(column)))
-            if place is None or math.isnan(place.value):
+            number = None if place is None else numbers[id(place)]
+            if place is None or number is None:
                 texts.append(f'<td style="--share:0%">{"—" if place else ""}</td>')
                 continue
-            share = 50 * (1 - order[id(place)] / max(1, len(order) - 1))
-            best = ' class="best"' if order[id(place)] == 0 else ""
+            share = 50 * (1 - (number - 1) / max(1, len(shown) - 1))
+            best = ' class="best"' if number == 1 else ""
             texts.append(f'<td{best} style="--share:{share:.0f}%">{escape(place.text())}</td>')
         lines.append(f'<tr><th scope="row">{escape(written(value))}</th>{"".join(texts)}</tr>')
     heads = "".join(f'<th scope="col">{escape(written(column))}</th>' for column in columns)

@@ -110,6 +110,27 @@ def test_a_report_its_sweep_and_its_search_count_the_same_runs_with_the_same_val
     }
 
 
+def test_equal_values_share_their_place_and_their_green(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s", seeds=None)
+    losses = (2.0, 1.0, 1.0, 3.0, 3.0, None)
+    for trial, value in zip(sweep.trials, losses, strict=True):
+        row = {"step": 0, "time_s": 0.0, "val/loss": value}
+        (tmp_path / "s" / trial.run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    page = shown([tmp_path / "s"]).page()
+    heat, rank = (page.split(f'<table class="{name}">')[1].split("</table>")[0] for name in ("heat", "rank"))
+    found = re.findall(r'<td( class="best")? style="--share:(\d+)%">(.*?)</td>', heat)
+    assert found == [
+        ("", "30", "2"),
+        (' class="best"', "50", "1"),
+        (' class="best"', "50", "1"),
+        ("", "20", "3"),
+        ("", "20", "3"),
+        ("", "0", "—"),
+    ]
+    assert re.findall(r"<tr><td>(\d*)</td>", rank) == ["1", "1", "3", "4", "4", ""]
+    assert rank.count('class="best"') == 2
+
+
 def test_runs_that_go_on_are_no_values_that_cannot_be_drawn(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "s", seeds=None)
     (tmp_path / "s" / sweep.trials[0].run / "summary.json").write_text('{"finished": false}')
