@@ -19,11 +19,12 @@ body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-
 main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 6px;letter-spacing:-.015em;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:44px 0 14px;letter-spacing:-.01em}
-p,footer{overflow-wrap:anywhere}
+p,footer,summary{overflow-wrap:anywhere}
 p{margin:0 0 8px}
 .lead{color:var(--soft);max-width:72ch}
 .lead b{color:var(--ink);font-weight:600}
-.legend{position:sticky;top:0;z-index:1;max-height:30vh;overflow-y:auto;display:flex;flex-wrap:wrap;gap:4px 18px;margin:18px -20px 0;
+.legend{position:sticky;top:0;z-index:1;max-height:30vh;overflow-y:auto;
+display:flex;flex-wrap:wrap;gap:4px 18px;margin:18px -20px 0;
 padding:10px 20px;background:var(--paper);
 border-bottom:1px solid var(--rule);font-size:.92rem;font-weight:600}
 .legend span{display:inline-flex;align-items:center;gap:8px;overflow-wrap:anywhere}
