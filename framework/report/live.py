@@ -10,6 +10,7 @@ many of them, or speaks slowly, keeps others waiting.
 import contextlib
 import hashlib
 import io
+import math
 import os
 import secrets
 import socket
@@ -38,6 +39,8 @@ PATIENCE_S = 10.0
 MOST_WAITING = 64
 """Connections that have not yet said what they want; the oldest one is closed when there are more."""
 _PART = 2**16  # bytes
+REST = 4.0
+"""How many times as long as the rendering of a page took the next one waits."""
 _WATCHED = (METRICS, SUMMARY, RESOLVED, SAMPLES, PICTURES, SWEEP)
 _SCRIPT = """
 const every = 2000, note = document.createElement("p");
@@ -89,9 +92,14 @@ class Live:
     _turn: threading.Lock = field(default_factory=threading.Lock, init=False)
     _version: str = field(default="", init=False)
     _page: bytes = field(default=b"", init=False)
+    _rests_until_s: float = field(default=-math.inf, init=False)
 
     def version(self) -> str:
-        """A text that changes whenever a file of the runs does, or a run begins or ends."""
+        """A text that changes whenever a file of the runs does, or a run begins or ends; after a page that took long to
+        render, not before it has rested: the runs may need this machine's processor more.
+        """
+        if time.monotonic() < self._rests_until_s:
+            return self._version
         digest = hashlib.sha256()
         for folder in self.folders:
             for place in _run_folders(folder):
@@ -105,7 +113,10 @@ class Live:
         with self._turn:
             version = self.version()
             if version != self._version:
+                began_s = time.monotonic()
                 self._page, self._version = self._rendered().encode("utf-8", "replace"), version
+                ended_s = time.monotonic()
+                self._rests_until_s = ended_s + REST * (ended_s - began_s)
             return self._page
 
     @property

@@ -5,6 +5,7 @@ summary.json (flat figures), resolved.yaml (the whole configuration), provenance
 samples.jsonl ({"step", "text"} per line) and a folder of pictures.
 """
 
+import functools
 import json
 import math
 import re
@@ -72,8 +73,14 @@ class Run:
 
     def metrics(self) -> list[str]:
         """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
-        names = (key for row in self.rows for key, value in row.items() if key not in AXES and is_value(value))
-        return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
+        return list(self._metrics)
+
+    @functools.cached_property
+    def _metrics(self) -> list[str]:
+        known: dict[str, None] = {}
+        for row in self.rows:
+            known |= {name: None for name, value in row.items() if name not in known and is_value(value)}
+        return [name for name in known if name not in AXES and not _SPECTRUM.match(name)]
 
     def points(self, metric: str) -> list[LoggedValue]:
         """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""

@@ -19,6 +19,12 @@ from lightspan.report import live
 from lightspan.report.live import Live, LiveServer
 
 
+@pytest.fixture(autouse=True)
+def _without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests change a run and look at once."""
+    monkeypatch.setattr(live, "REST", 0.0)
+
+
 @pytest.fixture
 def served() -> Iterator[Callable[[Live], LiveServer]]:
     servers: list[LiveServer] = []
@@ -323,3 +329,26 @@ def test_a_port_that_is_taken_or_does_not_exist_is_refused(
     for port in (taken, 70_000, -1):
         with pytest.raises(UserError, match=f"--port {port} cannot be used: .*; leave it out to take a free one"):
             LiveServer(page, port)
+
+
+def test_a_page_that_takes_long_leaves_the_processor_to_the_runs(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("a")
+    page, now = Live([run]), [100.0]
+    monkeypatch.setattr(live, "REST", 4.0)
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+
+    def rendered(self: Live) -> str:
+        now[0] += 3.0
+        return f"page of {now[0]}"
+
+    monkeypatch.setattr(Live, "_rendered", rendered)
+    assert page.page() == b"page of 103.0"
+    first = page.version()
+    (run / "failed.txt").write_text("loss is NaN")
+    now[0] += 4.0 * 3.0 - 0.1
+    assert (page.version(), page.page()) == (first, b"page of 103.0")  # a browser asks for no page it has
+    now[0] += 0.2
+    assert page.version() != first
+    assert page.page() == f"page of {now[0]}".encode()
