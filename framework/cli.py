@@ -137,8 +137,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _set_apart(arguments: list[str]) -> tuple[list[str], list[str] | None]:
-    """The words of another command line that `completion` is asked about, in which nothing is an option of this one: not
-    even `--`, which argparse would leave out.
+    """The words of another command line that `completion` is asked about, in which nothing is an option of this one:
+    not even `--`, which argparse would leave out.
     """
     if arguments[:1] != ["completion"] or "--words" not in arguments:
         return arguments, None

@@ -119,7 +119,8 @@ def load_overlay(name: str) -> list[Node]:
     if path.resolve() in {(catalogue_folder() / f"{recipe}.yaml").resolve() for recipe in catalogue_names()}:
         raise UserError(
             f"overlay {name!r} is a recipe, which would replace most of the one that it is laid over and keep its "
-            f"name; write what you want of it into a file of your own (`lightspan show {name.removesuffix('.yaml')}` prints it)"
+            "name; write what you want of it into a file of your own "
+            f"(`lightspan show {name.removesuffix('.yaml')}` prints it)"
         )
     return _with_bases(read(path, label(path)), path, (), [])
 

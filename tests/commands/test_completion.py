@@ -115,7 +115,7 @@ def test_names_that_are_no_plain_words_are_not_offered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shell: str
 ) -> None:
     """A recipe of somebody else names its settings as it likes, and a shell would obey what it completes."""
-    names = r'"a\e[2Jb", "a\n$(reboot)", "x;reboot #", "`id`", "two words", "a\tb", "its\\"", "max_steps"'
+    names = r'"a\e[2Jb", "a\n$(reboot)", "x;reboot #", "`id`", "two words", "a\tb", "its\x27", "max_steps"'
     settings = ", ".join(f'{name}: "1\\n\\e[2J"' for name in names.split(", "))
     (recipe := tmp_path / "r.yaml").write_text(f"trainer: {{{settings}}}\n")
     assert main(["completion", shell, "--words", "fit", str(recipe), "trainer."]) == 0

@@ -104,7 +104,7 @@ def test_what_is_in_the_place_of_an_overlay_is_named(tmp_path, monkeypatch):
 def test_a_recipe_is_no_overlay(monkeypatch):
     monkeypatch.chdir(recipes.catalogue_folder())
     for name in ("contrastive/simclr", "contrastive/simclr.yaml"):
-        with pytest.raises(UserError, match=f"overlay '{name}' is a recipe, .* `lightspan show contrastive/simclr`"):
+        with pytest.raises(UserError, match=f"overlay '{name}' is a recipe, .*`lightspan show contrastive/simclr`"):
             recipes.load_overlay(name)
     assert recipes.load_overlay("scale/ddp")
 
