@@ -197,7 +197,7 @@ def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--r
                 os.replace(temporary, path)
                 _fsync(path.parent)
         finally:
-            remove(temporary)
+            discard(temporary)
 
 
 def expanded(path: str | Path, setting: str) -> Path:
@@ -306,6 +306,14 @@ def remove(path: Path) -> None:
         raise UserError(f"a part of {path} could not be removed; it is in {doomed} now: remove that by hand")
 
 
+def discard(path: Path) -> None:
+    """`remove` for a temporary at the end of a write. Where that fails, as on a file system that is read-only by now,
+    it hides no other error: `remove_leftovers` finds what is left.
+    """
+    with contextlib.suppress(OSError, UserError):
+        remove(path)
+
+
 def leftovers(folder: Path) -> list[Path]:
     """What killed processes left in `folder`: temporary files and folders, and those moved aside."""
     return sorted(p for end in (_LEFTOVER_SUFFIX, _ASIDE_SUFFIX) for p in folder.glob(f"{_LEFTOVER_PREFIX}*{end}"))
@@ -318,8 +326,7 @@ def remove_leftovers(folder: str | Path) -> None:
     """
     put_back(Path(folder))
     for leftover in leftovers(Path(folder)):
-        with contextlib.suppress(OSError, UserError):
-            remove(leftover)
+        discard(leftover)
 
 
 def _fsync(path: Path) -> None:
