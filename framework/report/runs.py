@@ -144,8 +144,8 @@ def load_run(folder: Path, name: str) -> Run:
         if (folder / RESOLVED).is_file():
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
-    for inside in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
-        refuse_link_out(folder / inside, folder, "its run folder")
+    for file in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
+        refuse_link_out(folder / file, folder, "its run folder")
     remarks: list[str] = []
     rows = _last_lines(folder / METRICS, MOST_METRICS_BYTES, remarks)
     for row in rows:
