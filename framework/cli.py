@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # A scheduler may signal a job while it still loads its libraries: the signal must not kill it then.
         with _warned() if arguments[:1] == ["fit"] else contextlib.nullcontext():
-            status = _run([argument for argument in arguments if argument != "--debug"])
+            status = _run(arguments)
             sys.stdout.flush()  # a closed pipe is noticed here and not while Python shuts down
             return status
     except UserError as error:
@@ -122,6 +122,8 @@ def parse(verb: Verb, arguments: list[str]) -> argparse.Namespace:
 
 
 def _run(arguments: list[str]) -> int:
+    arguments, words = _set_apart(arguments)
+    arguments = [argument for argument in arguments if argument != "--debug"]
     verb = verb_of(arguments)
     if verb is None:
         return _without_verb(arguments)
@@ -129,7 +131,19 @@ def _run(arguments: list[str]) -> int:
         args = parse(verb, arguments[len(verb.words) :])
     except SystemExit:  # argparse has printed the help
         return 0
+    if words is not None:
+        args.words = words
     return int(getattr(importlib.import_module(f"lightspan.commands.{verb.module}"), verb.run)(args))
+
+
+def _set_apart(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """The words of another command line that `completion` is asked about, in which nothing is an option of this one:
+    not even `--`, which argparse would leave out.
+    """
+    if arguments[:1] != ["completion"] or "--words" not in arguments:
+        return arguments, None
+    at = arguments.index("--words")
+    return arguments[:at], arguments[at + 1 :]
 
 
 def _without_verb(arguments: Sequence[str]) -> int:

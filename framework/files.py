@@ -89,14 +89,31 @@ def require_regular_file(path: str | Path, what: str = "") -> None:
         raise UserError(f"{what} {path} {reason}; name a file".lstrip())
 
 
+def refuse_link_out(path: Path, home: Path, whose: str) -> None:
+    """For folders that others may have written: no file of the reader becomes part of what is shown of them.
+
+    Args:
+        home: the folder in which a link has to stay.
+        whose: what `home` is, for the message.
+    Raises: UserError if `path` is a link that leads out of `home`, or nowhere.
+    """
+    if not path.is_symlink():
+        return
+    place = Path(os.path.realpath(path))  # of circular links the link itself, where `resolve` fails
+    if place.is_symlink() or home.resolve() not in place.parents:
+        where = "nowhere" if place.is_symlink() else f"out of {whose}"
+        raise UserError(f"{path} is a link that leads {where}; copy what it leads to, or remove it")
+
+
 @contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO | None]:
-    """A regular file, or a link to one, for reading; None for anything else, or if it cannot be opened.
+def opened(path: str | Path, links: bool = True) -> Iterator[BinaryIO | None]:
+    """A regular file, or with `links` a link to one, for reading; None for anything else, or if it cannot be opened.
 
     For files that others may have written: nothing in the place of a file makes the reader wait.
     """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if links else getattr(os, "O_NOFOLLOW", 0))
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, flags)
     except (OSError, ValueError):
         yield None
         return
@@ -108,12 +125,13 @@ def opened(path: str | Path) -> Iterator[BinaryIO | None]:
         yield file
 
 
-def read_small(path: str | Path, most: int = 2**24) -> bytes | None:
+def read_small(path: str | Path, most: int = 2**24, links: bool = True) -> bytes | None:
     """The content of a regular file of at most `most` bytes; None for anything else, or if it cannot be read.
 
     For files that others may have written: nothing in the place of a file makes the reader wait or fill its memory.
+    Without `links` a link is anything else.
     """
-    with opened(path) as file:
+    with opened(path, links) as file:
         if file is None:
             return None
         content = b""
@@ -179,7 +197,7 @@ def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--r
                 os.replace(temporary, path)
                 _fsync(path.parent)
         finally:
-            remove(temporary)
+            discard(temporary)
 
 
 def expanded(path: str | Path, setting: str) -> Path:
@@ -288,6 +306,14 @@ def remove(path: Path) -> None:
         raise UserError(f"a part of {path} could not be removed; it is in {doomed} now: remove that by hand")
 
 
+def discard(path: Path) -> None:
+    """`remove` for a temporary at the end of a write. Where that fails, as on a file system that is read-only by now,
+    it hides no other error: `remove_leftovers` finds what is left.
+    """
+    with contextlib.suppress(OSError, UserError):
+        remove(path)
+
+
 def leftovers(folder: Path) -> list[Path]:
     """What killed processes left in `folder`: temporary files and folders, and those moved aside."""
     return sorted(p for end in (_LEFTOVER_SUFFIX, _ASIDE_SUFFIX) for p in folder.glob(f"{_LEFTOVER_PREFIX}*{end}"))
@@ -300,8 +326,7 @@ def remove_leftovers(folder: str | Path) -> None:
     """
     put_back(Path(folder))
     for leftover in leftovers(Path(folder)):
-        with contextlib.suppress(OSError, UserError):
-            remove(leftover)
+        discard(leftover)
 
 
 def _fsync(path: Path) -> None:

@@ -223,6 +223,18 @@ def test_what_may_not_be_removed_is_named(tmp_path, monkeypatch):
         remove(tmp_path / "a")
 
 
+def test_a_temporary_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+    """As on a file system that has become read-only: nothing can be unlinked there, not even what does not exist."""
+
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: refuse(path))
+    with pytest.raises(UserError, match=r"^cannot write .*/file: the file system is read-only .* with RUN$"):
+        write_atomic(tmp_path / "file", "x", setting="RUN")
+
+
 def test_names_that_nobody_moved_aside_are_left_where_they_are(tmp_path):
     for name in (".lightspan-x.old", ".lightspan-.old", ".lightspan-zz-a.old", ".lightspan-0f-a.old"):
         (tmp_path / name).write_text(name)

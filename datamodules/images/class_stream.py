@@ -76,7 +76,9 @@ class ClassStream(ImageData):
                     "lower it, or raise passes"
                 )
             places.append(own[: len(own) // self.batch_size * self.batch_size])
-        order = InSequence(tuple(map(len, places)), content="tasks in sequence")
+        classes = " | ".join(" ".join(map(str, task)) for task in self.tasks)
+        said = f"classes {classes}, each seen {'once' if self.passes == 1 else f'{self.passes} times'}"
+        order = InSequence(tuple(map(len, places)), content=said)
         samples = _Placed(self.train, np.concatenate(places))
         return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
 

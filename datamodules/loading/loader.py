@@ -160,7 +160,7 @@ class ExactLoader:
             ("seed", "data.init_args.seed"),
             ("batch_size", "data.init_args.batch_size"),
             ("length", "the data (its number of training samples)"),
-            ("content", "the data (the content of its shards)"),
+            ("content", "the data that it had"),
             ("window", "data.init_args.window"),
             ("accumulate", "trainer.accumulate_grad_batches (the number of devices may change)"),
         ):

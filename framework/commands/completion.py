@@ -4,6 +4,7 @@ The script knows none of these: at every press of Tab it asks this verb, so what
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
@@ -14,9 +15,11 @@ from lightspan.commands.verbs import VERBS, Verb, verb_of
 from lightspan.config.flags import split_flags
 from lightspan.config.recipes import catalogue_names
 from lightspan.config.resolve import merged
-from lightspan.errors import UserError, one_line, printable
+from lightspan.errors import UserError, one_line
 
 SHELLS = ("bash", "zsh", "fish")
+_PLAIN = re.compile(r"[\w./:=+,@%-]+")
+"""Words that mean themselves to every shell; settings have the names that a recipe of somebody else gives them."""
 
 
 class Candidate(NamedTuple):
@@ -57,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         found = Completion([])
     print(found.places)
     for word, meaning in found.candidates:
-        print(printable(word) + (f"\t{one_line(meaning)}" if meaning and args.shell != "bash" else ""))
+        if not _PLAIN.fullmatch(word):
+            continue
+        print(word + (f"\t{one_line(meaning)}" if meaning and args.shell != "bash" else ""))
     return 0
 
 

@@ -80,12 +80,11 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
 
 
 def _write_predictions(predictions: Any, path: Path) -> None:
-    import torch
-
+    from lightspan.checkpoints.bytes import torch_save
     from lightspan.files import atomic_path
 
-    with atomic_path(path) as temporary:
-        torch.save(predictions, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch_save(predictions, file)
     print(f"wrote {path}: one entry per batch")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     from lightspan.config.build import Resolved
-    from lightspan.exports.formats import Product
+    from lightspan.exports.products import Product
 
 FORMATS = ("safetensors", "huggingface", "peft", "timm", "torch-export", "onnx")
 FUNCTIONS = ("torch-export", "onnx")  # formats that hold a function, not weights alone

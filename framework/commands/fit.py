@@ -182,7 +182,7 @@ def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:
 
         def card(written: Written) -> str:
             check = f"When it was written, features read back differed by at most {written.difference:.3g}."
-            told = Told("the encoder", written.loading(), check, inputs=written.inputs)
+            told = Told("the encoder", written.loading, check, inputs=written.inputs)
             return model_card(resolved, run_dir, told)
 
         written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER, card)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightspan.config.tree import Node, plain, read
 from lightspan.errors import UserError
+from lightspan.files import irregular
 
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
 OVERLAY_FOLDER = "scale"  # says where to run, not what
@@ -66,7 +67,8 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
             inside = catalogue_folder() / name
             if inside.is_file():
                 return inside
-            raise UserError(f"{what} file {path} does not exist; {_listed(what)}")
+            fault = irregular(path) if os.path.lexists(path) else "does not exist"
+            raise UserError(f"{what} file {path} {fault}; {_listed(what)}")
         inside = catalogue_folder() / f"{name}.yaml"
         if inside.is_file() and catalogue_folder() in inside.resolve().parents:
             return inside
@@ -112,8 +114,14 @@ def load(name: str) -> Recipe:
 
 
 def load_overlay(name: str) -> list[Node]:
-    """An overlay, preceded by what it builds on."""
+    """An overlay, preceded by what it builds on. Raises: UserError as `load`, and for a recipe of the catalogue."""
     path = find(name, what="overlay")
+    if path.resolve() in {(catalogue_folder() / f"{recipe}.yaml").resolve() for recipe in catalogue_names()}:
+        raise UserError(
+            f"overlay {name!r} is a recipe, which would replace most of the one that it is laid over and keep its "
+            "name; write what you want of it into a file of your own "
+            f"(`lightspan show {name.removesuffix('.yaml')}` prints it)"
+        )
     return _with_bases(read(path, label(path)), path, (), [])
 
 

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,9 @@ from torch import Tensor, nn
 from lightspan.cards import CARD
 from lightspan.errors import UserError
 from lightspan.exports.folder import whole_folder
-from lightspan.exports.program import write_program
-from lightspan.exports.safetensors import write_safetensors
-from lightspan.exports.standalone import Standalone, compare, reading_of
-from lightspan.exports.timm_folder import read_timm, timm_network, write_timm
+from lightspan.exports.products import Product, program, tensors, timm_folder
+from lightspan.exports.standalone import Standalone, reading_of
+from lightspan.exports.timm_folder import timm_network
 from lightspan.files import remove
 from lightspan.run_files import EXPORT, MODEL
 
@@ -34,21 +34,14 @@ class Written(NamedTuple):
         difference: the largest one of features read back.
         remarks: what could not be written.
         inputs: form of the inputs, as `Reading.describe` gives it.
+        loading: Python that loads the first of the files; FOLDER stands for the folder.
     """
 
     files: list[str]
     difference: float
     remarks: list[str]
     inputs: dict[str, Any]
-
-    def loading(self) -> str:
-        """Python that loads the first of the files; FOLDER stands for the folder."""
-        if PROGRAM in self.files:
-            program = f'encoder = torch.export.load("FOLDER/{PROGRAM}").module()'
-            return f"import torch\n\n{program}\nfeatures = encoder(image)"
-        if TIMM in self.files:
-            return f'import timm\n\nencoder = timm.create_model("local-dir:FOLDER/{TIMM}", pretrained=True).eval()'
-        return f'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/{MODEL}")  # name -> tensor'
+    loading: str
 
 
 def write_encoder(
@@ -85,20 +78,19 @@ def _write(encoder: Standalone, folder: Path) -> Written:
     backbone, about = getattr(encoder.method, "backbone", None), encoder.reading.describe()
     (image_BCHW,) = encoder.reading.rows(2)
     features_BD = encoder(image_BCHW)
-    files, remarks, difference = [], [], 0.0
+    products: dict[str, Product] = {}
+    remarks = []
     try:
-        difference = write_program(encoder, folder / PROGRAM, about).difference
-        files.append(PROGRAM)
+        products[PROGRAM] = program(encoder, folder, PROGRAM, {})
     except UserError as error:
         remarks.append(str(error))
         (folder / PROGRAM).unlink(missing_ok=True)
     if isinstance(backbone, nn.Module):
-        if (apart := _write_timm(backbone, encoder, folder / TIMM)) is not None:
-            files.append(TIMM)
+        if (apart := _for_timm(backbone, encoder, folder / TIMM)) is not None:
+            products[TIMM] = replace(apart, loading=apart.loading.replace("FOLDER", f"FOLDER/{TIMM}"))
         else:
-            apart = write_safetensors(backbone, folder, {})
-            files.append(MODEL)
-        difference = max(difference, apart)
+            products[MODEL] = tensors(backbone, folder, {})
+    difference = max((product.difference for product in products.values()), default=0.0)
     record = {
         "format": "encoder",
         "input": f"float32 [B, {', '.join(map(str, image_BCHW.shape[1:]))}] in [0, 1]",
@@ -108,21 +100,21 @@ def _write(encoder: Standalone, folder: Path) -> Written:
         "largest_difference": difference,
     }
     (folder / EXPORT).write_text(json.dumps(record, indent=1) + "\n")
-    return Written(files, difference, remarks, about)
+    loading = next((product.loading for product in products.values()), "")
+    return Written(list(products), difference, remarks, about, loading)
 
 
-def _write_timm(backbone: nn.Module, encoder: Standalone, folder: Path) -> float | None:
-    """The largest difference between features and outputs of the network that timm builds from the folder; None, and
-    no folder, if timm cannot build it, or the features are not its output.
-    """
-    (image_BCHW,), moments = encoder.reading.rows(1), encoder.reading.describe()
-    network, (height, width) = timm_network(backbone), image_BCHW.shape[2:]
-    if network is None or not write_timm(network, (height, width), moments["mean"], moments["std"], folder):
+def _for_timm(backbone: nn.Module, encoder: Standalone, folder: Path) -> Product | None:
+    """None, and no folder, if timm cannot build the backbone, or the features are not its output."""
+    network = timm_network(backbone)
+    if network is None:
         return None
-    again = read_timm(folder)
-    compared = compare(encoder, lambda image: again(encoder.reading.standardised(image)))
-    if compared.difference <= compared.limit:
-        return compared.difference
+    try:
+        product = timm_folder(network, encoder, folder)
+    except UserError:
+        return None
+    if product.difference <= product.limit:
+        return product
     remove(folder)
     return None
 

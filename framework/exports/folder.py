@@ -1,12 +1,16 @@
 """The folder of an export: written whole or not at all, and replaced only if an export wrote it."""
 
 import contextlib
+import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lightspan.errors import UserError
-from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
+from lightspan.files import discard, explained_os_errors, replace_folder, temporary_path
 from lightspan.run_files import EXPORT
 
 
@@ -25,7 +29,10 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `out` if the block wrote EXPORT last; otherwise removes it."""
+    """Yields a temporary folder that becomes `out` if the block wrote EXPORT last; otherwise removes it.
+
+    Raises: UserError if the disk is full, or the folder is read-only or cannot be made; other errors pass through.
+    """
     out = out.absolute()
     folder = temporary_path(out, secrets.token_hex(4))
     with explained_os_errors(out, setting="--out"):
@@ -38,5 +45,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
             for path in (found for found in folder.rglob("*") if found.is_file()):
                 path.chmod(mode)  # safetensors makes files that only their owner can read
             replace_folder(folder, out)
+        except SafetensorError as error:
+            raise _as_os_error(error) from error
         finally:
-            remove(folder)
+            discard(folder)
+
+
+def _as_os_error(error: SafetensorError) -> Exception:
+    """The error of the system that safetensors has only in its text; any other as it is."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error

@@ -1,11 +1,10 @@
-"""The formats of `lightspan export`: each function writes a folder, reads it back with the library that others will
-use, and says how to load it.
+"""The formats of `lightspan export`: each function writes a folder for a run's model; see `lightspan.exports.products`.
 
 Shapes: B samples, C H W picture, D features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,13 @@ from lightspan.config.build import Built
 from lightspan.errors import UserError
 from lightspan.exports.examples import example_batch
 from lightspan.exports.onnx_file import FILE, OUTPUT, Precision, precision_of, write_onnx
-from lightspan.exports.program import first_line, write_program
-from lightspan.exports.safetensors import write_safetensors
+from lightspan.exports.products import LOADED_BY_TIMM, Product, program, tensors, timm_folder, write_backbone
+from lightspan.exports.program import first_line
 from lightspan.exports.standalone import Reading, Standalone, What, compare, largest_difference, reading_of
-from lightspan.exports.timm_folder import elastic_backbone, read_timm, sizes_of, timm_network, write_timm
-from lightspan.run_files import MODEL
+from lightspan.exports.timm_folder import elastic_backbone, read_timm, sizes_of, timm_network
 
 EXACT = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 PROGRAM = "model.pt2"
-UNKNOWN = 0.5  # mean and deviation of pictures of which neither is known
 
 
 @dataclass(frozen=True)
@@ -50,34 +47,9 @@ class Request:
     sizes: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
-class Product:
-    """What was written.
-
-    Attributes:
-        reader: the library that read it back.
-        difference: the largest one of outputs, or of tensors, after reading back.
-        limit: the largest that is accepted.
-        loading: Python that loads it; FOLDER stands for the folder.
-        library: the Hub's name of the library that loads it, if it has one.
-        record: plain values for export.json: form of the inputs and the like.
-        cards: the folders that others may publish, inside that of the export.
-    """
-
-    reader: str
-    difference: float
-    limit: float
-    loading: str
-    library: str | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-    cards: tuple[str, ...] = (".",)
-
-
 def to_safetensors(request: Request, folder: Path) -> Product:
     """All tensors of the method, under the names that it gives them."""
-    difference = write_safetensors(request.built.model, folder, request.origin)
-    loading = f'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/{MODEL}")  # name -> tensor'
-    return Product("safetensors", difference, 0.0, loading)
+    return tensors(request.built.model, folder, request.origin)
 
 
 def to_huggingface(request: Request, folder: Path) -> Product:
@@ -94,8 +66,8 @@ def to_huggingface(request: Request, folder: Path) -> Product:
 
     model: Any = request.built.model
     fold(model)
-    if timm_network(getattr(model, "backbone", None)) is not None:
-        reading = _write_backbone(_prepared(request), folder)
+    if (backbone := timm_network(getattr(model, "backbone", None))) is not None:
+        write_backbone(backbone, reading := _read(_prepared(request)), folder)
         network = timm_wrapper(folder)
         compared = compare(Standalone(model, reading), lambda image: network(reading.standardised(image)).pooler_output)
         how = 'encoder = AutoModel.from_pretrained("FOLDER").eval()\nfeatures = encoder(pixel_values).pooler_output'
@@ -130,33 +102,32 @@ def to_timm(request: Request, folder: Path) -> Product:
     """
     model: Any = _prepared(request).built.model
     backbone = getattr(model, "backbone", None)
-    loading = 'import timm\n\nencoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
     if isinstance(backbone, ElasticViT):
         sizes = sizes_of(backbone, request.sizes)
         reading, difference = _read(request), 0.0
         for size in sizes:
             path = folder / str(size)
-            _write_network(backbone.extract(size), reading, path)
+            write_backbone(backbone.extract(size), reading, path)
             image_BCHW = reading.standardised(*reading.rows(2))
             with torch.no_grad():
                 inside_BD = backbone.tokens(image_BCHW, size)[:, 0]
                 difference = max(difference, largest_difference(inside_BD, read_timm(path)(image_BCHW)))
         record, cards = reading.describe(inside=False), tuple(map(str, sizes))
-        return Product("timm", difference, EXACT, loading, "timm", record, cards)
-    reading = _write_backbone(request, folder)
-    network = read_timm(folder)
-    compared = compare(Standalone(model, reading), lambda image: network(reading.standardised(image)))
-    return Product("timm", *compared, loading, "timm", reading.describe(inside=False))
+        return Product("timm", difference, EXACT, LOADED_BY_TIMM, "timm", record, cards)
+    network = timm_network(backbone)
+    if network is None:
+        has = "no backbone" if backbone is None else f"a {type(backbone).__name__} as its backbone"
+        raise UserError(
+            f"timm builds its own networks only, and {type(model).__name__} has {has}; use --to onnx, --to "
+            "torch-export or --to safetensors"
+        )
+    return timm_folder(network, Standalone(model, _read(request)), folder)
 
 
 def to_torch_export(request: Request, folder: Path) -> Product:
     """A program of torch.export: features, or predictions, of batches of any size."""
-    reading = _read(_prepared(request))
-    about = {**request.origin, "what": request.what, **reading.describe()}
-    compared = write_program(Standalone(request.built.model, reading, request.what), folder / PROGRAM, about)
-    names = ", ".join(reading.examples)
-    loading = f'import torch\n\nmodel = torch.export.load("FOLDER/{PROGRAM}").module()\noutput = model({names})'
-    return Product("torch.export", *compared, loading, None, {"what": request.what, **reading.describe()})
+    network = Standalone(request.built.model, _read(_prepared(request)), request.what)
+    return program(network, folder, PROGRAM, request.origin)
 
 
 def to_onnx(request: Request, folder: Path) -> Product:
@@ -200,34 +171,3 @@ def _read(request: Request) -> Reading:
             f"--shape {','.join(map(str, request.shape))}: {type(request.built.model).__name__} cannot read such "
             f"pictures ({first_line(error)}); give the shape that it was trained on"
         ) from error
-
-
-def _write_backbone(request: Request, folder: Path) -> Reading:
-    """Writes the backbone as timm's folder. Raises: UserError for one that timm does not build, or that is not all that
-    gives features.
-    """
-    model: Any = request.built.model
-    backbone = getattr(model, "backbone", None)
-    network = timm_network(backbone)
-    if network is None:
-        has = "no backbone" if backbone is None else f"a {type(backbone).__name__} as its backbone"
-        raise UserError(
-            f"timm builds its own networks only, and {type(model).__name__} has {has}; use --to onnx, --to "
-            "torch-export or --to safetensors"
-        )
-    reading = _read(request)
-    _write_network(network, reading, folder)
-    return reading
-
-
-def _write_network(network: nn.Module, reading: Reading, folder: Path) -> None:
-    if list(reading.examples) != ["image"]:
-        raise UserError(f"timm's networks read pictures alone, and this method reads {', '.join(reading.examples)}")
-    channels, height, width = reading.examples["image"].shape[1:]
-    described = reading.describe()
-    mean, std = (described.get(key, [UNKNOWN] * channels) for key in ("mean", "std"))
-    if not write_timm(network, (height, width), mean, std, folder):
-        raise UserError(
-            f"timm.create_model has no arguments that build this {type(network).__name__}: a layer of it was replaced; "
-            "use --to onnx, --to torch-export or --to safetensors"
-        )

@@ -1,5 +1,6 @@
 """A method as a program of torch.export: a graph with its weights, which torch runs without the method's code."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,9 @@ def write_program(network: Standalone, path: Path, about: Mapping[str, Any]) -> 
     """Writes the program, as `torch.export.load(PATH).module()(...)` reads it, with `about` inside as JSON.
 
     Returns: how far the outputs of what was read back are from the method's.
-    Raises: UserError as `traced`.
+    Raises: UserError as `traced`; OSError if the file cannot be written.
     """
-    torch.export.save(traced(network), path, extra_files={ABOUT: json.dumps(about)})
+    content = io.BytesIO()  # of its own: where the disk is full, torch's writer of archives ends the process
+    torch.export.save(traced(network), content, extra_files={ABOUT: json.dumps(about)})
+    path.write_bytes(content.getbuffer())
     return compare(network, torch.export.load(path).module())

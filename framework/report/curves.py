@@ -1,5 +1,6 @@
 """Curves for charts: smoothing, thinning and axis ranges, as pure functions of (x, y) points."""
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -74,9 +75,5 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 def at_or_before(points: Sequence[XY], x: float) -> float | None:
     """The y of the last point whose x is at most `x`, or None before the first point. Points are ordered by x."""
-    found = None
-    for px, py in points:
-        if px > x:
-            break
-        found = py
-    return found
+    at = bisect.bisect_right(points, x, key=lambda point: point[0])
+    return points[at - 1][1] if at else None

@@ -12,7 +12,7 @@ from lightspan.report.fold import without_seeds
 from lightspan.report.runs import Run
 from lightspan.report.sections import group_of
 from lightspan.runs.direction import Mode, better, mode_of
-from lightspan.runs.figures import SeedScores, ended, figure, scores
+from lightspan.runs.figures import SeedScores, ended, figure, scores, standings
 from lightspan.runs.numbers import SCORE_DIGITS, number, spread_text
 
 MOST_SETTINGS = 6  # columns
@@ -63,6 +63,10 @@ class Ranking:
         """Which value comes first: "lowest" or "highest"."""
         return "lowest" if self.mode == "min" else "highest"
 
+    def standings(self, places: Sequence[RankedRun]) -> list[int | None]:
+        """The number of each of these places, which are in their order; see `lightspan.runs.figures.standings`."""
+        return standings([place.scores for place in places], self.mode)
+
 
 def ranked(runs: Sequence[Run], metric: str | None = None, mode: Mode | None = None) -> Ranking | None:
     """The runs ranked, by default by the first validation loss, or else the first score of validation, that they
@@ -98,11 +102,10 @@ def ranking_table(ranking: Ranking) -> str:
     settings, left_out = settings_of(ranking)
     heads = ["", "run", *(escape(name) for name, _ in settings), f"{escape(ranking.metric)}", "steps", "seconds"]
     lines = []
-    for at, place in enumerate(ranking.places):
-        finite = not math.isnan(place.value)
-        best = ' class="best"' if at == 0 and finite else ""
+    for at, (place, standing) in enumerate(zip(ranking.places, ranking.standings(ranking.places), strict=True)):
+        best = ' class="best"' if standing == 1 else ""
         cells = [
-            f'<td>{at + 1 if finite else ""}</td><th scope="row">{escape(place.run.name)}</th>',
+            f'<td>{standing or ""}</td><th scope="row">{escape(place.run.name)}</th>',
             *(f"<td>{escape(values[at])}</td>" for _, values in settings),
             f"<td{best}>{escape(place.text())}</td>",
             *(f"<td>{escape(_figure(place.run, key))}</td>" for key in ("steps", "seconds")),

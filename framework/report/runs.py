@@ -5,9 +5,9 @@ summary.json (flat figures), resolved.yaml (the whole configuration), provenance
 samples.jsonl ({"step", "text"} per line) and a folder of pictures.
 """
 
+import functools
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from typing import Any
 
 from lightspan.config.tree import plain, read
 from lightspan.errors import UserError
-from lightspan.files import read_small
+from lightspan.files import read_small, refuse_link_out
 from lightspan.report.curves import XY
 from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
 from lightspan.runs.json_lines import json_lines, value_of
@@ -73,8 +73,14 @@ class Run:
 
     def metrics(self) -> list[str]:
         """Names of all metrics over steps, in the order in which they first appear, without parts of a spectrum."""
-        names = (key for row in self.rows for key, value in row.items() if key not in AXES and is_value(value))
-        return [name for name in dict.fromkeys(names) if not _SPECTRUM.match(name)]
+        return list(self._metrics)
+
+    @functools.cached_property
+    def _metrics(self) -> list[str]:
+        known: dict[str, None] = {}
+        for row in self.rows:
+            known |= {name: None for name, value in row.items() if name not in known and is_value(value)}
+        return [name for name in known if name not in AXES and not _SPECTRUM.match(name)]
 
     def points(self, metric: str) -> list[LoggedValue]:
         """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""
@@ -138,7 +144,8 @@ def load_run(folder: Path, name: str) -> Run:
         if (folder / RESOLVED).is_file():
             raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
-    _refuse_links_out(folder)
+    for file in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
+        refuse_link_out(folder / file, folder, "its run folder")
     remarks: list[str] = []
     rows = _last_lines(folder / METRICS, MOST_METRICS_BYTES, remarks)
     for row in rows:
@@ -173,17 +180,6 @@ def _last_lines(path: Path, most: int, remarks: list[str]) -> list[dict[str, Any
     if path.is_file() and (size := path.stat().st_size) > most:
         remarks.append(f"{path.name} has {size:,} bytes, of which the last {most:,} are shown")
     return list(json_lines(path, last=most))
-
-
-def _refuse_links_out(folder: Path) -> None:
-    """A run folder may come from somebody else: no file of the reader becomes part of a page."""
-    home = folder.resolve()
-    for name in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
-        path = folder / name
-        place = Path(os.path.realpath(path))  # of circular links the link itself, where `resolve` fails
-        if path.is_symlink() and (home not in place.parents or place.is_symlink()):
-            where = "nowhere" if place.is_symlink() else "out of its run folder"
-            raise UserError(f"{path} is a link that leads {where}; copy what it leads to, or remove it")
 
 
 def _with_derived_summary(run: Run) -> Run:

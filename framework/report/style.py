@@ -19,10 +19,12 @@ body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-
 main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 6px;letter-spacing:-.015em;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:44px 0 14px;letter-spacing:-.01em}
+p,footer,summary{overflow-wrap:anywhere}
 p{margin:0 0 8px}
 .lead{color:var(--soft);max-width:72ch}
 .lead b{color:var(--ink);font-weight:600}
-.legend{position:sticky;top:0;z-index:1;display:flex;flex-wrap:wrap;gap:4px 18px;margin:18px -20px 0;
+.legend{position:sticky;top:0;z-index:1;max-height:30vh;overflow-y:auto;
+display:flex;flex-wrap:wrap;gap:4px 18px;margin:18px -20px 0;
 padding:10px 20px;background:var(--paper);
 border-bottom:1px solid var(--rule);font-size:.92rem;font-weight:600}
 .legend span{display:inline-flex;align-items:center;gap:8px;overflow-wrap:anywhere}
@@ -31,7 +33,7 @@ border-bottom:1px solid var(--rule);font-size:.92rem;font-weight:600}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:10px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:9px 16px;text-align:right;vertical-align:top;border-top:1px solid var(--rule)}
-thead th{border-top:0;font-weight:600;overflow-wrap:anywhere;min-width:7em}
+thead th{border-top:0;font-weight:600;overflow-wrap:break-word;min-width:7em;max-width:16em}
 th:first-child{text-align:left;font-weight:500}
 tbody th small,td small{color:var(--soft);font-weight:400;font-size:.82rem;white-space:nowrap}
 td small{display:block}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.errors import UserError
+from lightspan.files import refuse_link_out
 from lightspan.report.chart import Chart, ChartLine, draw
 from lightspan.report.ranking import RankedRun, Ranking
 from lightspan.report.runs import Run, load_run, unique_names
@@ -63,6 +64,7 @@ def load(folders: Sequence[Path]) -> tuple[list[Run], list[SweepRuns]]:
 
 
 def _sweep_at(folder: Path, known: dict[Path, SweepRuns]) -> SweepRuns:
+    refuse_link_out(folder / SWEEP, folder, "its sweep")
     return known.setdefault(folder, SweepRuns(folder, read(folder), {}, {}))
 
 
@@ -86,9 +88,7 @@ def _all_of(found: SweepRuns) -> list[Run]:
 
 def _inside(folder: Path, trial: Trial) -> Path:
     """The run folder of a trial. Raises: UserError if it is a link out of the sweep, which may come from others."""
-    run = folder / trial.run
-    if run.is_symlink() and folder.resolve() not in run.resolve().parents:
-        raise UserError(f"{run} is a link that leads out of its sweep; copy what it leads to, or remove it")
+    refuse_link_out(run := folder / trial.run, folder, "its sweep")
     return run
 
 
@@ -165,21 +165,25 @@ def _cells(down: str, across: str, points: Points) -> dict[tuple[str, str], Rank
 
 
 def _heat_map(sweep: Sweep, pair: tuple[str, str], points: Points, ranking: Ranking) -> str:
-    """A table whose cells are greener the better their best run is, by rank, so that one bad run hides nothing."""
+    """A table whose cells are greener the better their best run is, by rank, so that one bad run hides nothing. Equal
+    values are equally green.
+    """
     down, across = pair
     cells = _cells(down, across, points)
-    order = {id(place): at for at, place in enumerate(one for one in ranking.places if one in cells.values())}
+    shown = [place for _, place in points if place in cells.values()]
+    numbers = {id(place): number for place, number in zip(shown, ranking.standings(shown), strict=True)}
     columns = _values_of(sweep, across)
     lines = []
     for value in _values_of(sweep, down):
         texts = []
         for column in columns:
             place = cells.get((written(value), written(column)))
-            if place is None or math.isnan(place.value):
+            number = None if place is None else numbers[id(place)]
+            if place is None or number is None:
                 texts.append(f'<td style="--share:0%">{"—" if place else ""}</td>')
                 continue
-            share = 50 * (1 - order[id(place)] / max(1, len(order) - 1))
-            best = ' class="best"' if order[id(place)] == 0 else ""
+            share = 50 * (1 - (number - 1) / max(1, len(shown) - 1))
+            best = ' class="best"' if number == 1 else ""
             texts.append(f'<td{best} style="--share:{share:.0f}%">{escape(place.text())}</td>')
         lines.append(f'<tr><th scope="row">{escape(written(value))}</th>{"".join(texts)}</tr>')
     heads = "".join(f'<th scope="col">{escape(written(column))}</th>' for column in columns)
@@ -192,22 +196,23 @@ def _heat_map(sweep: Sweep, pair: tuple[str, str], points: Points, ranking: Rank
 
 
 def _slice(sweep: Sweep, key: str, points: Points, ranking: Ranking) -> Chart:
-    """All runs over the values of one key, and the best of each value joined by a line."""
+    """All runs that count over the values of one key, and the best of each value joined by a line."""
     values = _values_of(sweep, key)
     numeric = all(map(_is_number, values))
     axis = sweep.keys[key]
     at = {written(value): float(value) if numeric else float(place) for place, value in enumerate(values)}
-    dots = [(at[written(settings[key])], place.value) for settings, place in points]
+    dots = [(at[written(settings[key])], place.value) for settings, place in points if not math.isnan(place.value)]
     best: dict[float, float] = {}
     for x, y in dots:
         best.setdefault(x, y)
     curves = [ChartLine("all runs", 0, dots, joined=False)]
     if len(best) < len(dots) or len(values) <= MOST_VALUES:
         curves.append(ChartLine("best", 1, sorted(best.items()), joined=numeric))
-    note = "line: the best run of each value; the other keys vary" if len(sweep.keys) > 1 else ""
-    if not numeric:
-        names = ", ".join(f"{place} is {written(value)}" for place, value in enumerate(values))
-        note = "; ".join(filter(None, [names, note]))
+    notes = [] if numeric else [", ".join(f"{place} is {written(value)}" for place, value in enumerate(values))]
+    if len(sweep.keys) > 1:
+        notes.append("line: the best run of each value; the other keys vary")
+    if len(dots) < len(points):
+        notes.append(f"{len(points) - len(dots)} of {len(points)} runs have no value that counts")
     return Chart(
         f"{ranking.metric} by {sweep.label(key)}",
         sweep.label(key),
@@ -216,7 +221,7 @@ def _slice(sweep: Sweep, key: str, points: Points, ranking: Ranking) -> Chart:
         log_x=numeric
         and min(values) > 0
         and (max(values) > WIDE * min(values) or (isinstance(axis, Range) and axis.log)),
-        note=note,
+        note="; ".join(notes),
         things=0 if numeric else len(values),
     )
 

@@ -9,7 +9,7 @@ those some of whose runs do, then those without any.
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightspan.runs.direction import Mode
@@ -70,3 +70,13 @@ def scores(figures: Mapping[int | None, float | None], runs: int | None = None) 
     """Of a point's runs, seed -> `figure`; `runs` is their number where some are not among them."""
     counting = {seed: value for seed, value in figures.items() if value is not None}
     return SeedScores(counting, len(figures) if runs is None else runs)
+
+
+def standings(points: Sequence[SeedScores], mode: Mode) -> list[int | None]:
+    """The number of each of these points, which are in their order, from 1: points that are equally good share one, and
+    those that count for nothing have none.
+    """
+    first: dict[tuple[bool, bool, float], int] = {}
+    for at, point in enumerate(points, 1):
+        first.setdefault(point.place(mode), at)
+    return [first[point.place(mode)] if point.values else None for point in points]

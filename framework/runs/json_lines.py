@@ -79,13 +79,15 @@ def _finish_line(part: bytes, file: Any) -> None:
 def value_of(text: str) -> Any:
     """JSON that floats can represent and a page can show. Raises: ValueError, also for too deep nesting."""
     try:
-        value = json.loads(text, parse_int=_whole)
+        value = _DECODER.decode(text)
         if "\\u" in text:  # may have escaped half a surrogate pair, which is not text
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from error
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+    if text.count("{") + text.count("[") <= MAX_DEPTH:  # so many levels at most
+        return value
     level, depth = [value], 0
     while level:
         depth += 1
@@ -102,3 +104,6 @@ def value_of(text: str) -> Any:
 
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) < 19 else float(digits)  # a float beyond its range is infinite, and not drawn
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole)  # `json.loads` would make one for each line

@@ -1,4 +1,4 @@
-"""Tags and a note that people give to a run: two text files in its folder."""
+"""Tags and a note that people give to a run: two text files in its folder, which are never links."""
 
 import contextlib
 import os
@@ -21,13 +21,18 @@ _TAG = re.compile(r"[\w.:+@-]{1,64}")
 
 def tags_of(run: Path) -> tuple[str, ...]:
     """The tags of a run, sorted; what is no tag in the file is left out."""
-    text = (read_small(run / TAGS) or b"").decode(errors="replace")
+    text = _text(run / TAGS)
     return tuple(sorted({tag for tag in text.split() if _TAG.fullmatch(tag)}))
 
 
 def note_of(run: Path) -> str:
     """The note on a run, "" if there is none."""
-    return (read_small(run / NOTE) or b"").decode(errors="replace").strip()[:LONGEST_NOTE]
+    return _text(run / NOTE).strip()[:LONGEST_NOTE]
+
+
+def _text(path: Path) -> str:
+    """Of a file of this run alone: a folder of somebody else may have a link to a file of the reader there."""
+    return (read_small(path, links=False) or b"").decode(errors="replace")
 
 
 @contextlib.contextmanager
@@ -51,7 +56,7 @@ def sole_labeller(run: Path) -> Iterator[None]:
 
 
 def set_tags(run: Path, tags: Iterable[str]) -> None:
-    """Replaces the tags of a run. Raises: UserError for what is no tag."""
+    """Replaces the tags of a run. Raises: UserError for what is no tag, and for a link in their place."""
     kept = sorted(set(tags))
     if wrong := [tag for tag in kept if not _TAG.fullmatch(tag)]:
         raise UserError(f"{wrong[0][:80]!r} is no tag: a tag is one word of at most 64 letters, digits and .:+@_-")
@@ -59,7 +64,10 @@ def set_tags(run: Path, tags: Iterable[str]) -> None:
 
 
 def set_note(run: Path, note: str) -> None:
-    """Replaces the note on a run, "" removes it. Raises: UserError for one that is too long or is no text."""
+    """Replaces the note on a run, "" removes it.
+
+    Raises: UserError for one that is too long or is no text, and for a link in its place.
+    """
     try:
         note.encode()
     except UnicodeEncodeError as error:
@@ -70,6 +78,8 @@ def set_note(run: Path, note: str) -> None:
 
 
 def _put(path: Path, lines: Sequence[str]) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, but what is said about a run is in files of its own; remove the link")
     if lines:
         write_atomic(path, "\n".join(lines) + "\n", setting="RUN")
     else:

@@ -154,14 +154,16 @@ def _first_score(content: mmap.mmap, end: int) -> list[str]:
 
 def _values(content: mmap.mmap, end: int, name: str) -> MetricValues | None:
     """None if the name is not in the file."""
-    texts = dict(_texts(content, end, json.dumps(name)))
-    if not name.isascii():
-        texts = dict(sorted({**texts, **dict(_texts(content, end, json.dumps(name, ensure_ascii=False)))}.items()))
-    if not texts:
-        return None
-    numbers = [_number(text) for text in texts.values()]
-    finite = [number for number in numbers if number is not None]
-    return MetricValues(numbers[-1], min(finite, default=None), max(finite, default=None))
+    last_at, last, lowest, highest = -1, None, None, None
+    for spelling in {json.dumps(name), json.dumps(name, ensure_ascii=False)}:
+        for at, text in _texts(content, end, spelling):
+            number = _number(text)
+            if at > last_at:
+                last_at, last = at, number
+            if number is not None:
+                lowest = number if lowest is None else min(lowest, number)
+                highest = number if highest is None else max(highest, number)
+    return None if last_at < 0 else MetricValues(last, lowest, highest)
 
 
 def _texts(content: mmap.mmap, end: int, quoted: str) -> Iterator[tuple[int, bytes]]:

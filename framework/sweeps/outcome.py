@@ -11,6 +11,7 @@ from lightspan.errors import print_notes, printable
 from lightspan.run_files import METRICS, OUTPUT
 from lightspan.runs.catalogue import failure
 from lightspan.runs.direction import better
+from lightspan.runs.figures import standings
 from lightspan.runs.metrics import last_values
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial
@@ -37,7 +38,9 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
         console.print(ranking_table(sweep, ranking))
         best, scores = ranking[0]
         if scores.values:
-            console.print(f"best: {shlex.join(flags_of(best))}", markup=False)
+            equal = standings([one for _, one in ranking], sweep.mode).count(1)
+            which = f", the first of {equal} equal ones" if equal > 1 else ""
+            console.print(f"best{which}: {shlex.join(flags_of(best))}", markup=False)
             commands.append(["fit", sweep.recipe, *sweep.arguments, *flags_of(best)])
         elif done and (said := unlogged(folder / done[0].run, sweep.metric)):
             print_notes([said])

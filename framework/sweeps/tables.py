@@ -7,7 +7,7 @@ from typing import TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from lightspan.runs.figures import SeedScores
+from lightspan.runs.figures import SeedScores, standings
 from lightspan.runs.numbers import SCORE_DIGITS, number, spread_text
 from lightspan.sweeps.files import Sweep
 from lightspan.sweeps.points import Settings, written
@@ -26,10 +26,10 @@ def ranking_table(sweep: Sweep, ranking: Sequence[tuple[Settings, SeedScores]]) 
     table = Table(title=Text(f"{sweep.metric}, {order}"), title_justify="left")
     for name in ("", *map(sweep.label, sweep.keys), "mean", "spread", "n"):
         table.add_column(Text(name), justify="right")
-    for place, (values, scores) in enumerate(ranking[:MOST_ROWS], 1):
+    numbers = standings([scores for _, scores in ranking], sweep.mode)
+    for place, (values, scores) in list(zip(numbers, ranking, strict=True))[:MOST_ROWS]:
         cells = [Text(written(value)) for value in values.values()]
-        style = "bold green" if place == 1 and scores.values else ""
-        table.add_row(str(place), *cells, *_figures(scores), style=style)
+        table.add_row(str(place or ""), *cells, *_figures(scores), style="bold green" if place == 1 else "")
     if len(ranking) > MOST_ROWS:
         table.caption = f"the first {MOST_ROWS} of {len(ranking)} points"
     return table

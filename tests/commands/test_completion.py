@@ -110,14 +110,38 @@ def test_what_cannot_be_read_offers_nothing_and_says_nothing(capsys: pytest.Capt
     assert capsys.readouterr() == ("nothing\n", "")
 
 
-def test_control_characters_of_a_recipe_do_not_reach_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("shell", SHELLS)
+def test_names_that_are_no_plain_words_are_not_offered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shell: str
 ) -> None:
-    (recipe := tmp_path / "r.yaml").write_text('trainer: {"a\\e[2Jb": 1, max_steps: "1\\n\\e[2J"}\n')
-    assert main(["completion", "zsh", "--words", "fit", str(recipe), "trainer."]) == 0
+    """A recipe of somebody else names its settings as it likes, and a shell would obey what it completes."""
+    names = r'"a\e[2Jb", "a\n$(reboot)", "x;reboot #", "`id`", "two words", "a\tb", "its\x27", "max_steps"'
+    settings = ", ".join(f'{name}: "1\\n\\e[2J"' for name in names.split(", "))
+    (recipe := tmp_path / "r.yaml").write_text(f"trainer: {{{settings}}}\n")
+    assert main(["completion", shell, "--words", "fit", str(recipe), "trainer."]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
-    assert len(said.splitlines()) == 3
+    assert [line.split("\t")[0] for line in said.splitlines()] == ["nothing", "trainer.max_steps="]
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["fit", "--"], "--help"),
+        (["--"], "--help"),
+        (["fit", "--deb"], "--debug"),
+        (["fit", "--debug"], "--debug"),
+        (["fit", "--debug", "language/quickstart_ad"], "language/quickstart_adamw"),
+        (["fit", "--", "language/quickstart_ad"], "language/quickstart_adamw"),
+        (["completion", "--words"], "--words"),
+        (["fit", "--run"], "--run"),
+    ],
+)
+def test_words_that_are_options_of_this_command_too_are_only_words(
+    capsys: pytest.CaptureFixture[str], words: list[str], first: str
+) -> None:
+    assert main(["completion", "bash", "--words", *words]) == 0
+    assert first in capsys.readouterr().out.splitlines()[1:]
 
 
 def test_meanings_are_for_shells_that_show_them(capsys: pytest.CaptureFixture[str]) -> None:

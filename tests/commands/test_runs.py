@@ -207,6 +207,25 @@ def test_tags_and_notes_are_shown_and_found(four: list[Path], capsys: Captured) 
     assert printed(capsys, "note", "runs/r1", "--remove").strip() == "no note"
 
 
+@pytest.mark.parametrize(("verb", "name"), [("tag", "tags.txt"), ("note", "note.txt")])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_label_that_is_a_link_is_neither_read_nor_written(
+    make_run: MakeRun, capsys: Captured, verb: str, name: str, inside: bool
+) -> None:
+    """Also one that stays in the run: what is said about it cannot be one of its other files."""
+    run = make_run("runs/a")
+    target = run / "inside" if inside else Path("outside")
+    target.write_text("SECRET\n")
+    (run / name).symlink_to(target.absolute())
+    assert "SECRET" not in printed(capsys, "--json")
+    assert printed(capsys, verb, run) == f"no {verb}s\n".replace("notes", "note")
+    for words in (["mine"], ["--remove"]):
+        assert main(["runs", verb, str(run), *words]) == (0 if (verb, words) == ("tag", ["--remove"]) else 2)
+    assert f"{name} is a link, but what is said about a run is in files of its own" in capsys.readouterr().err
+    assert target.read_text() == "SECRET\n"
+    assert (run / name).is_symlink()
+
+
 def test_hostile_names_reach_the_terminal_escaped(make_run: MakeRun, capsys: Captured) -> None:
     evil = "\x1b[31m[red]x\x07"
     run = make_run(

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,28 @@ def test_a_missing_overlay_is_called_one(name, message):
     with pytest.raises(UserError) as error:
         recipes.load_overlay(name)
     assert message in str(error.value)
+
+
+def test_what_is_in_the_place_of_an_overlay_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.yaml").mkdir()
+    os.mkfifo("pipe.yaml")
+    Path("circle.yaml").symlink_to("circle.yaml")
+    for name, fault in {
+        "folder": "is a folder, not a regular file",
+        "pipe": "is a named pipe, not a regular file",
+        "circle": "cannot be read",
+    }.items():
+        with pytest.raises(UserError, match=f"overlay file {name}.yaml {fault}"):
+            recipes.load_overlay(f"{name}.yaml")
+
+
+def test_a_recipe_is_no_overlay(monkeypatch):
+    monkeypatch.chdir(recipes.catalogue_folder())
+    for name in ("contrastive/simclr", "contrastive/simclr.yaml"):
+        with pytest.raises(UserError, match=f"overlay '{name}' is a recipe, .*`lightspan show contrastive/simclr`"):
+            recipes.load_overlay(name)
+    assert recipes.load_overlay("scale/ddp")
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a" * 5000 + ".yaml", "~nobody-of-this-name/x.yaml"])

@@ -1,3 +1,6 @@
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -47,6 +50,21 @@ def test_a_run_resumes_in_the_middle_of_a_task() -> None:
         next(batches)
     resumed.load_state_dict(loader.state_dict())
     assert next(iter(resumed))["index"].tolist() == next(batches)["index"].tolist()
+
+
+@pytest.mark.parametrize("settings", [{"order": 1}, {"order": None}])
+def test_a_run_does_not_resume_in_another_order_of_as_many_images(settings: dict[str, Any]) -> None:
+    """All ten classes are cut to the same number, so that every order of them has the same length."""
+    saved, other = (stream(tasks=10, train_size=500, batch_size=10, **more) for more in ({}, settings))
+    labels = np.arange(500) % 10
+    for data in (saved, other):
+        data.train.data = data.train.data._replace(labels=labels)
+    position, loader = saved.train_dataloader().state_dict(), other.train_dataloader()
+    assert position["length"] == len(loader.dataset)
+    then, now = (re.escape(" | ".join(str(task[0]) for task in data.tasks)) for data in (saved, other))
+    both = f"content classes {then}, each seen once, but this run has classes {now}, each seen once"
+    with pytest.raises(UserError, match=both):
+        loader.load_state_dict(position)
 
 
 def test_validation_has_a_loader_for_each_task_and_the_bank_all_images() -> None:

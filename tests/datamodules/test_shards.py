@@ -112,7 +112,7 @@ def test_a_run_stopped_at_any_step_goes_on_with_the_next_sample_on_any_ranks(sha
 def test_a_checkpoint_of_other_shards_or_another_window_is_refused(shards: list[str], tmp_path: Path) -> None:
     state = loaders(opened(shards), 4, 1)[0].state_dict()
     other = opened([*shards[:2], write_shard(tmp_path / "other.tar", range(20, 24))])
-    with pytest.raises(UserError, match=r"data content .* restore the data \(the content of its shards\)"):
+    with pytest.raises(UserError, match=r"data content .* restore the data that it had, or"):
         loaders(other, 4, 1)[0].load_state_dict(state)
     with pytest.raises(UserError, match=r"data window 16, but this run has 2.*data\.init_args\.window"):
         loaders(opened(shards, window=2), 4, 1)[0].load_state_dict(state)

@@ -70,15 +70,16 @@ def test_what_torch_cannot_export_is_said_and_the_weights_are_written(tmp_path: 
     written = write_encoder(Pretrained(Undecided(3, 4, 2)), MEAN, STD, 8, tmp_path / "out")
     assert written.files == ["model.safetensors"]
     assert "torch.export cannot follow Pretrained" in written.remarks[0]
+    assert 'load_file("FOLDER/model.safetensors")' in written.loading
 
 
 def test_the_card_is_written_from_what_was_written(tmp_path: Path) -> None:
     method = Pretrained(SmallConvNet(3, 4, 2))
-    written = write_encoder(method, MEAN, STD, 8, tmp_path / "out", lambda done: f"{done.files} {done.loading()}")
+    written = write_encoder(method, MEAN, STD, 8, tmp_path / "out", lambda done: f"{done.files} {done.loading}")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card == f"{written.files} {written.loading()}"
+    assert card == f"{written.files} {written.loading}"
     found: dict[str, torch.Tensor] = {"image": torch.rand(2, 3, 8, 8)}
-    exec(written.loading().replace("FOLDER", str(tmp_path / "out")), {}, found)
+    exec(written.loading.replace("FOLDER", str(tmp_path / "out")), {}, found)
     assert found["features"].shape == (2, 8)
     assert written.inputs["inputs"]["image"]["range"] == [0, 1]
 

@@ -1,10 +1,13 @@
 """The page of `lightspan watch`: it follows its runs, and gives nothing else away, to nobody else."""
 
+import contextlib
 import http.client
 import json
 import os
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +17,12 @@ from run_folder_fixtures import MakeRun
 from lightspan.errors import UserError
 from lightspan.report import live
 from lightspan.report.live import Live, LiveServer
+
+
+@pytest.fixture(autouse=True)
+def _without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests change a run and look at once."""
+    monkeypatch.setattr(live, "REST", 0.0)
 
 
 @pytest.fixture
@@ -113,6 +122,9 @@ def test_a_request_that_names_another_host_gets_nothing(
         assert status == 421
         assert b"val" not in body
     assert ask(server, host=f"localhost:{port}")[0] == 200
+    mine, line = f"Host: 127.0.0.1:{port}\r\n", f"GET /{server.token}/ HTTP/1.1\r\n"
+    for lines in (mine + "Host: evil.example\r\n", "Host: evil.example\r\n" + mine, "X-Forwarded-" + mine):
+        assert b" 421 " in raw(server, f"{line}{lines}\r\n".encode())
 
 
 def test_only_the_two_addresses_answer_and_no_file_does(
@@ -189,14 +201,124 @@ def test_a_run_that_cannot_be_read_yet_or_any_more_is_said_on_the_page(
     assert b"<b>val/loss</b>" in ask(alone)[2]
 
 
+def test_a_run_that_is_deleted_while_it_is_shown_is_said_and_comes_back(
+    make_run: MakeRun, served: Callable[[Live], LiveServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, good = make_run("a"), make_run("b")
+    alone, both = served(Live([run])), served(Live([run, good]))
+    assert (ask(alone)[0], ask(both)[0]) == (200, 200)
+    before = ask(alone, "version")[2]
+    run.rename(run.with_name("aside"))
+    assert ask(alone, "version")[2] != before
+    assert b"<h1>Waiting</h1>" in (gone := ask(alone)[2])
+    assert b"does not exist" in gone
+    assert b"<h1>b</h1>" in ask(both)[2]
+    run.with_name("aside").rename(run)
+    assert b"<h1>a</h1>" in ask(alone)[2]
+
+    def deleted(*_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(run))
+
+    monkeypatch.setattr(live, "load", deleted)
+    monkeypatch.setattr(live, "shown", deleted)  # between looking at the folder and reading it
+    (run / "failed.txt").touch()
+    assert b"<h1>Waiting</h1>" in ask(alone)[2]
+
+
+def refused(connection: socket.socket, within_s: float = 5.0) -> bool:
+    """Whether the server ends a connection."""
+    connection.settimeout(within_s)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
 def test_a_silent_visitor_keeps_nobody_waiting(
     make_run: MakeRun, served: Callable[[Live], LiveServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live._Handler, "timeout", 0.3)
+    monkeypatch.setattr(live, "PATIENCE_S", 0.3)
     server = served(Live([make_run("a")]))
     with socket.create_connection(server.server_address, timeout=10) as silent:
         assert ask(server)[0] == 200
-        assert silent.recv(1) == b""
+        assert refused(silent)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nX: "], ids=["line", "header"])
+def test_a_visitor_has_one_time_for_all_that_it_says(
+    make_run: MakeRun, served: Callable[[Live], LiveServer], monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    """Also one that never falls silent for long."""
+    monkeypatch.setattr(live, "PATIENCE_S", 0.3)
+    server = served(Live([make_run("a")]))
+    with socket.create_connection(server.server_address, timeout=10) as slow:
+        slow.sendall(begun)
+        began_s = time.monotonic()
+        slow.settimeout(0.02)
+        while time.monotonic() < began_s + 5:
+            try:
+                slow.send(b"x")
+                if slow.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert time.monotonic() < began_s + 2
+    assert ask(server)[0] == 200
+
+
+def test_of_many_visitors_that_say_nothing_the_oldest_go(
+    make_run: MakeRun, served: Callable[[Live], LiveServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MOST_WAITING", 3)
+    server = served(Live([make_run("a")]))
+    before = threading.active_count()
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(server.server_address, timeout=10)) for _ in range(12)]
+        assert all(map(refused, idle[:9]))
+        assert threading.active_count() <= before + 4
+        assert ask(server)[0] == 200  # which is one more, and the newest
+        assert refused(idle[9])
+        assert not refused(idle[11], 0.05)
+
+
+def test_a_page_that_is_taken_slowly_arrives_whole(
+    make_run: MakeRun, served: Callable[[Live], LiveServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patience is for each part of the answer, not for a page that may have many pictures."""
+    page = Live([make_run("a")])
+    content = bytes(2**22)
+    monkeypatch.setattr(Live, "page", lambda self: content)
+    monkeypatch.setattr(live, "PATIENCE_S", 0.15)
+    server = served(page)
+    with socket.create_connection(server.server_address, timeout=10) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        slow.sendall(f"GET /{server.token}/ HTTP/1.0\r\nHost: 127.0.0.1:{server.server_address[1]}\r\n\r\n".encode())
+        received = 0
+        while part := slow.recv(2**18):
+            received += len(part)
+            time.sleep(0.02)
+    assert received > len(content)
+
+
+def test_a_fault_of_the_page_is_told_and_one_of_a_visitor_is_not(
+    make_run: MakeRun,
+    served: Callable[[Live], LiveServer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = served(Live([make_run("a")]))
+    with socket.create_connection(server.server_address, timeout=10) as hasty:
+        hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends with a reset
+        hasty.sendall(b"GET / HT")
+    assert ask(server)[0] == 200
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Live, "page", lambda self: 1 / 0)
+    assert raw(server, f"GET /{server.token}/ HTTP/1.0\r\nHost: {server.address.split('/')[2]}\r\n\r\n".encode()) == b""
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_or_does_not_exist_is_refused(
@@ -207,3 +329,26 @@ def test_a_port_that_is_taken_or_does_not_exist_is_refused(
     for port in (taken, 70_000, -1):
         with pytest.raises(UserError, match=f"--port {port} cannot be used: .*; leave it out to take a free one"):
             LiveServer(page, port)
+
+
+def test_a_page_that_takes_long_leaves_the_processor_to_the_runs(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("a")
+    page, now = Live([run]), [100.0]
+    monkeypatch.setattr(live, "REST", 4.0)
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+
+    def rendered(self: Live) -> str:
+        now[0] += 3.0
+        return f"page of {now[0]}"
+
+    monkeypatch.setattr(Live, "_rendered", rendered)
+    assert page.page() == b"page of 103.0"
+    first = page.version()
+    (run / "failed.txt").write_text("loss is NaN")
+    now[0] += 4.0 * 3.0 - 0.1
+    assert (page.version(), page.page()) == (first, b"page of 103.0")  # a browser asks for no page it has
+    now[0] += 0.2
+    assert page.version() != first
+    assert page.page() == f"page of {now[0]}".encode()

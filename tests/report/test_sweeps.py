@@ -110,6 +110,35 @@ def test_a_report_its_sweep_and_its_search_count_the_same_runs_with_the_same_val
     }
 
 
+def test_equal_values_share_their_place_and_their_green(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s", seeds=None)
+    losses = (2.0, 1.0, 1.0, 3.0, 3.0, None)
+    for trial, value in zip(sweep.trials, losses, strict=True):
+        row = {"step": 0, "time_s": 0.0, "val/loss": value}
+        (tmp_path / "s" / trial.run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    page = shown([tmp_path / "s"]).page()
+    heat, rank = (page.split(f'<table class="{name}">')[1].split("</table>")[0] for name in ("heat", "rank"))
+    found = re.findall(r'<td( class="best")? style="--share:(\d+)%">(.*?)</td>', heat)
+    assert found == [
+        ("", "30", "2"),
+        (' class="best"', "50", "1"),
+        (' class="best"', "50", "1"),
+        ("", "20", "3"),
+        ("", "20", "3"),
+        ("", "0", "—"),
+    ]
+    assert re.findall(r"<tr><td>(\d*)</td>", rank) == ["1", "1", "3", "4", "4", ""]
+    assert rank.count('class="best"') == 2
+
+
+def test_runs_that_go_on_are_no_values_that_cannot_be_drawn(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s", seeds=None)
+    (tmp_path / "s" / sweep.trials[0].run / "summary.json").write_text('{"finished": false}')
+    page = shown([tmp_path / "s"]).page()
+    assert page.count("1 of 6 runs have no value that counts") == 2  # in the chart of each key
+    assert "not finite" not in page
+
+
 def test_before_a_sweep_has_logged_its_metric_its_report_shows_what_there_is(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "s")
     for trial in sweep.trials:
@@ -152,6 +181,15 @@ def test_a_trial_that_is_a_link_out_of_its_sweep_is_not_read(tmp_path: Path, who
     (tmp_path / "elsewhere").rename(tmp_path / "s" / "inside")
     run.symlink_to("inside")
     assert len(shown([tmp_path / "s"]).runs) == 6
+
+
+def test_the_file_of_a_sweep_that_is_a_link_out_of_it_is_not_read(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "s", seeds=None)
+    (tmp_path / "s" / "sweep.json").rename(tmp_path / "elsewhere")
+    (tmp_path / "s" / "sweep.json").symlink_to(tmp_path / "elsewhere")
+    for folder in (tmp_path / "s", tmp_path / "s" / sweep.trials[0].run):
+        with pytest.raises(UserError, match=r"sweep.json is a link that leads out of its sweep"):
+            shown([folder])
 
 
 def test_a_sweep_without_any_figures_is_refused_and_says_what_became_of_its_runs(tmp_path: Path) -> None:

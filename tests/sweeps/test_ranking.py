@@ -4,7 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
+from lightspan.runs.figures import standings
 from lightspan.sweeps.files import Sweep
+from lightspan.sweeps.outcome import conclude
 from lightspan.sweeps.points import Choices
 from lightspan.sweeps.ranking import over_seeds, ranked
 
@@ -46,6 +50,22 @@ def test_a_point_that_lacks_a_seed_comes_after_all_that_have_theirs(tmp_path: Pa
     assert [len(scores.values) for _, scores in found] == [2, 1, 1, 0]
     assert math.isnan(found[-1][1].mean)
     assert math.isnan(found[1][1].spread)
+
+
+def test_points_that_are_equally_good_share_their_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = swept(tmp_path, [2.0], [1.0], [1.0], [], [2.0], seeds=1)
+    points = [scores for _, scores in ranked(sweep, tmp_path, "val/loss")]
+    assert standings(points, "min") == [1, 1, 3, 3, None]
+    assert not conclude(sweep, tmp_path)
+    said = capsys.readouterr().out
+    assert [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")] == [
+        "1",
+        "1",
+        "3",
+        "3",
+        "",
+    ]
+    assert "best, the first of 2 equal ones: k=2" in said
 
 
 def test_a_run_that_is_not_done_counts_for_nothing(tmp_path: Path) -> None:
