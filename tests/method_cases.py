@@ -57,6 +57,7 @@ from lightspan.methods.distillation.mmc import MMC
 from lightspan.methods.distillation.poa import POA
 from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
+from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.pre import PRE
@@ -468,6 +469,12 @@ CASES: dict[str, Case] = {
         lambda **o: SDFPT(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), patch_vit(), **o), views(1)
     ),
     "distillation.simsiam": Case(lambda **o: SimSiam(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), **o), views()),
+    "distillation.unip": Case(
+        lambda **o: UNIP(
+            patch_vit(last_heads=4), vit(24, 2, 4, img_size=8, patch_size=2, in_chans=1), 0, **o
+        ),
+        views(1),
+    ),
     "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
     "image_text.clip": Case(
         lambda **o: CLIP(DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=5), **o),
