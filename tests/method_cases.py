@@ -50,6 +50,7 @@ from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
 from lightspan.methods.distillation.byol import BYOL
+from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
 from lightspan.methods.distillation.fst import FST
 from lightspan.methods.distillation.ibot import IBOT
@@ -238,6 +239,11 @@ FREE: dict[str, Any] = {"freeze_prototypes": 0.0}
 
 def dino(prototypes: int, **optimization: Any) -> DINO:
     return DINO(Pooled(), dino_head(8, prototypes), temperature_warmup=0.5, **MOMENTA, **FREE, **optimization)
+
+
+def persons(rows: int, seed: int) -> dict[str, Any]:
+    """Views of pictures of which each two neighbours show the same person."""
+    return views(2, smaller=2)(rows, seed) | {"label": torch.arange(rows) // 2}
 
 
 def swav(prototypes: int, **optimization: Any) -> SwAV:
@@ -451,6 +457,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "distillation.byol": Case(lambda **o: BYOL(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), momentum=0.5, **o), views()),
+    "distillation.cion": Case(lambda **o: CION(Pooled(), dino_head(8, 9), **MOMENTA, **FREE, **o), persons),
     "distillation.dino": Case(partial(dino, 9), views(2, smaller=2)),
     "distillation.dino, wide": Case(partial(dino, 4), views(2, smaller=2)),
     "distillation.fst": Case(fst, domains, halves_differ=LOOKS_AHEAD, unsharded="with whole weights"),

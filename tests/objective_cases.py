@@ -244,6 +244,7 @@ PARTS = {
         "classes.share_right",
         "means.mean",
         "means.squared_error",
+        "prototypes.identity_shares",
         "prototypes.sinkhorn",
         "prototypes.column_potentials",
         "prototypes.centred_softmax",

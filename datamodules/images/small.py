@@ -17,7 +17,7 @@ import torch
 from lightspan.datamodules.images.augment.fields import ImageFields, Place
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.order import ClassBalanced, Order
+from lightspan.datamodules.loading.order import ClassBalanced, ClassGroups, GroupSizes, Order
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
@@ -90,6 +90,17 @@ def class_balanced(train: ImageSamples, data: SampleSets, per_class: int, conten
     return ClassBalanced(
         (len(train),), content=said, labels=labels, batch_size=data.batch_size, per_class=per_class, clusters=clusters
     )
+
+
+def class_groups(labels: np.ndarray, data: SampleSets, groups: GroupSizes, content: str = "") -> ClassGroups:
+    """The order of a set whose batches have groups of samples of one class. Raises: UserError if that does not fit.
+
+    Args:
+        labels: of each training sample.
+        content: what identifies the samples.
+    """
+    said = f"groups of {[*groups.sizes]} from {[*groups.from_epochs]} {content}".strip()
+    return ClassGroups((len(labels),), content=said, labels=labels, batch_size=data.batch_size, groups=groups)
 
 
 def evenly(labels: np.ndarray, size: int) -> np.ndarray:

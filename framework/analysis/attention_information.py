@@ -1,6 +1,6 @@
 """How much the keys that a query attends to tell of the query: local, hybrid and global patterns of attention.
 
-Source: Zhang, Chen, Wang, Jiang, "UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation",
+Source: Zhang et al., "UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation",
 ICLR 2025, arXiv 2502.02257, which takes the measure from Xie et al., "Revealing the Dark Secrets of Masked Image
 Modeling", 2022, arXiv 2205.13543. With a query q drawn evenly and its key k by attention:
 

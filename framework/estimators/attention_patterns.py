@@ -1,6 +1,6 @@
 """Which layer of a vision transformer attends both near and far: the one to distil or to segment from.
 
-Source: Zhang, Chen, Wang, Jiang, "UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation",
+Source: Zhang et al., "UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation",
 ICLR 2025, arXiv 2502.02257, section 3; the measure is in `lightspan.analysis.attention_information`. The authors' code
 names layers and does not choose them.
 Shapes: H heads.

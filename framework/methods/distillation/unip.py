@@ -1,6 +1,6 @@
 """UNIP: a small transformer learns the attention of one layer of a large one, whose heads look both near and far.
 
-Source: Zhang, Chen, Wang, Jiang, "UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation",
+Source: Zhang et al., "UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation",
 ICLR 2025, arXiv 2502.02257, section 4: NMI-HAD, with the details of the authors' code. Which layer it is, is told by
 the mutual information of its queries and keys (`lightspan.estimators.attention_patterns`): the one nearest a level
 between local and global. Of its logits S_T = q k^T / sqrt(d_T) and the student's S_S in its last layer,
