@@ -103,14 +103,15 @@ def noise(x_ND: Tensor, group_N: Tensor) -> Tensor:
     centre_TD, kept_N = centres(x_ND, group_N), group_N >= 0
     far_N = (1 - closeness_to_own(x_ND, group_N)).clamp_min(0)
     spread_T = x_ND.new_zeros(len(centre_TD)).index_add_(0, group_N[kept_N], far_N[kept_N])
-    spread_T /= group_N[kept_N].bincount(minlength=len(centre_TD)).clamp_min(1)
+    if not len(centre_TD):
+        return spread_T
+    spread_T /= group_N[kept_N].bincount(minlength=len(centre_TD))
     nearest = []
     for part in torch.arange(len(centre_TD), device=x_ND.device).split(max(1, CHUNK // max(1, len(centre_TD)))):
         cosine_PT = centre_TD[part] @ centre_TD.T
         cosine_PT[torch.arange(len(part)), part] = -torch.inf
         nearest.append((1 - cosine_PT.amax(dim=1)).clamp_min(0))
-    apart_T = torch.cat([x_ND.new_zeros(0), *nearest])
-    return torch.where(spread_T > 0, spread_T / apart_T, 0)
+    return torch.where(spread_T > 0, spread_T / torch.cat(nearest), 0)
 
 
 def pairwise_scores(label_N: Tensor, truth_N: Tensor) -> tuple[float, float, float]:

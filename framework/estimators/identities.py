@@ -98,11 +98,11 @@ class MineIdentities(Estimator):
             raise UserError("MineIdentities looks for people on pictures, and there is none; give at least one")
         if not rows_ND.isfinite().all():
             raise UserError("features contain NaN or infinite values, so nobody is told by them; the model has diverged")
-        x_ND, group_N, video_N = unit_rows(rows_ND), numbered(self._field(features, self.tracklet)), self._field(features, self.video)
+        x_ND, video_N = unit_rows(rows_ND), self._field(features, self.video)
+        group_N = numbered(self._field(features, self.tracklet))
         stages = [self._stage("tracklets", features, group_N)]
         group_N = without_far_pictures(x_ND, group_N, self.core)
         stages.append(self._stage("in a tracklet", features, group_N))
-        # A tracklet is of one video: that of its first picture, should its fields say otherwise.
         group_N = self._joined(x_ND, group_N, self.within, self.near, video_N)
         group_N = numbered(moved_to_nearest(x_ND, group_N, video_N))
         stages.append(self._stage("in a video", features, group_N))
@@ -118,8 +118,9 @@ class MineIdentities(Estimator):
     ) -> Tensor:
         centre_TD, video_T = centres(x_ND, group_N), None
         if video_N is not None:
+            kept_N = group_N >= 0  # a tracklet is of one video; the first one, should its fields name several
             video_T = video_N.new_zeros(len(centre_TD))
-            video_T[group_N.flip(0).clamp_min(0)] = video_N.flip(0)
+            video_T.scatter_reduce_(0, group_N[kept_N], video_N[kept_N], "amin", include_self=False)
         label_T = linked(centre_TD, least, reach, video_T)
         return label_T[group_N.clamp_min(0)].where(group_N >= 0, -1)
 

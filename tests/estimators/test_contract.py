@@ -154,6 +154,12 @@ def seen_of(features: Features) -> Features:
     return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
 
 
+def filmed_of(features: Features) -> Features:
+    """A row as a picture of the tracklet that its label says, in one of two videos."""
+    fields = {} if features.label_N is None else {"tracklet": features.label_N}
+    return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
+
+
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
     NetworkOnData: network_on,
@@ -177,6 +183,7 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
     },
     **{name: {"bank": dense_of, "query": dense_of} for name in ("LinearSegmentation", "DepthOrder", "PromptIoU")},
     "CrossCameraRetrieval": {"bank": seen_of, "query": seen_of},
+    "MineIdentities": {"features": filmed_of},
     "ExtractionAttack": {
         "network": lambda features: Painter(),
         "prompts": lambda features: DrawnImages([0, 1, 2], (1, 1, features.x.shape[-1]), steps=1, first=1),
@@ -263,6 +270,11 @@ WRONG = {
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
     "AttentionPatterns": [*({"hybrid": wrong} for wrong in (-0.1, 1.1, math.nan)), {"most": 0}],
+    "MineIdentities": [
+        *({name: wrong} for name in ("core", "within", "across") for wrong in (-1.1, 1.1, math.nan)),
+        *({name: -1} for name in ("near", "far")),
+        *({"noisy": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
+    ],
     "GDAWithText": [{"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)],
     "GDABaseToNew": [
         *({"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
@@ -321,6 +333,10 @@ COMPUTED = {
     "AttentionPatterns": {
         *("one row", "two rows", "one class", "classes left out", "constant features", "zeros", "a row of zeros"),
         *("equal points", "a lattice", "no feature", "denormal", "positions kept", "without labels"),
+    },
+    "MineIdentities": {
+        *("one row", "two rows", "one class", "a class of one sample", "classes left out", "constant features"),
+        *("zeros", "a row of zeros", "equal points", "a lattice", "no feature", "denormal", "huge"),
     },
     "Interference": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "DiagonalFisher": {"one row", "one class", "constant features", "zeros", "a lattice", "without labels"},
