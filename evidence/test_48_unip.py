@@ -65,7 +65,9 @@ class FeatureStudent(Method):
 
 
 def scenes(style: Style, seed: int, part: str, count: int) -> dict[str, Tensor]:
-    data = RenderedScenes(SceneSpace(SIDE, SIDE), style, size=TRAINING, val_size=JUDGED, test_size=JUDGED, draw_seed=seed)
+    data = RenderedScenes(
+        SceneSpace(SIDE, SIDE), style, size=TRAINING, val_size=JUDGED, test_size=JUDGED, draw_seed=seed
+    )
     data.setup()
     drawn: dict[str, Tensor] = getattr(data, part).batch(range(count), [0] * count)
     return drawn

@@ -1,10 +1,10 @@
-"""CION (arXiv 2409.18569) on rendered people seen by two cameras: other pictures of a person as targets, or only one's own.
+"""CION (arXiv 2409.18569) on rendered people before two cameras: targets from other pictures of a person, or one's own.
 
-People of 48 x 24 pixels wear a code of colours and are filmed in four tracklets of eight pictures. A small convolutional
-network trains on 400 of them for equal steps and crops: DINO, each picture a person of its own; CION with the true
-people, in groups of two pictures and then four; CION where 30 % of the tracklets bear another person's name; and random
-weights. Figures are mean average precision of finding people whom nothing is trained on before the other camera
-(junk left out). Rates of each arm are the best of the same two on other people, of seed 100.
+People of 48 x 24 pixels wear a code of colours and are filmed in four tracklets of eight pictures. A small
+convolutional network trains on 400 of them for equal steps and crops: DINO, each picture a person of its own; CION with
+the true people, in groups of two pictures and then four; CION where 30 % of the tracklets bear another person's name;
+and random weights. Figures are mean average precision of finding people whom nothing is trained on before the other
+camera. Rates of each arm are the best of the same two on other people, of seed 100.
 
 The miner gets tracklets in random order, of which 10 % of the pictures show somebody else, and features of a network
 that trained with the tracklets as people. Its thresholds are the best of a grid on seed 100; F1 is of pairs of pictures

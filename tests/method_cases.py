@@ -477,9 +477,7 @@ CASES: dict[str, Case] = {
     ),
     "distillation.simsiam": Case(lambda **o: SimSiam(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), **o), views()),
     "distillation.unip": Case(
-        lambda **o: UNIP(
-            patch_vit(last_heads=4), vit(24, 2, 4, img_size=8, patch_size=2, in_chans=1), 0, **o
-        ),
+        lambda **o: UNIP(patch_vit(last_heads=4), vit(24, 2, 4, img_size=8, patch_size=2, in_chans=1), 0, **o),
         views(1),
     ),
     "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),

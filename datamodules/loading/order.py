@@ -41,7 +41,7 @@ class Order:
     def __len__(self) -> int:
         return sum(self.sizes)
 
-    def require_micro_batch(self, size: int) -> None:  # noqa: B027 - most orders can be cut anywhere
+    def require_micro_batch(self, size: int) -> None:
         """Raises: UserError for an order that means nothing when a rank gets `size` samples of it at a time."""
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
@@ -194,8 +194,8 @@ class ClassGroups(Order):
     def require_micro_batch(self, size: int) -> None:
         if wrong := [group for group in self.groups.sizes if size % group]:
             raise UserError(
-                f"{size} samples at a time do not divide into whole groups of {wrong[0]}; set data.init_args.batch_size "
-                f"so that each rank and micro-batch gets a multiple of each of {[*self.groups.sizes]}"
+                f"{size} samples at a time do not divide into whole groups of {wrong[0]}; set "
+                f"data.init_args.batch_size so that each rank and micro-batch gets a multiple of each of {[*self.groups.sizes]}"
             )
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
@@ -207,5 +207,7 @@ class ClassGroups(Order):
         in_a_round = len(members) // per_batch * per_batch
         rounds = -(-batches * per_batch // in_a_round)
         turns = np.concatenate([generator.permutation(len(members))[:in_a_round] for _ in range(rounds)])
-        drawn = [np.resize(generator.permutation(members[turn])[:group], group) for turn in turns[: batches * per_batch]]
+        drawn = [
+            np.resize(generator.permutation(members[turn])[:group], group) for turn in turns[: batches * per_batch]
+        ]
         return np.resize(np.concatenate(drawn), len(self))  # the tail is dropped

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lightspan.datamodules.images.augment.fields import Place
-from lightspan.datamodules.images.small import ImageSamples, channel_moments, class_balanced, class_groups
+from lightspan.datamodules.images.small import ImageSamples, channel_moments, labelled_order, require_one_order
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import GroupSizes, Order
@@ -124,8 +124,7 @@ class PictureData(SampleSets):
         groups: GroupSizes | None = None,
     ) -> None:
         super().__init__()
-        if per_class is not None and groups is not None:
-            raise UserError(f"per_class={per_class} and groups={groups} are two orders of one set; set one of them")
+        require_one_order(per_class, groups)
         if size < 1:
             raise UserError(f"size={size} pixels is too small; it must be at least 1")
         if not 0 < val_share < 1:
@@ -175,8 +174,5 @@ class PictureData(SampleSets):
 
     def training_order(self) -> Order:
         assert self.train is not None
-        if self.per_class is not None:
-            return class_balanced(self.train, self, self.per_class, self._content)
-        if self.groups is not None:
-            return class_groups(self.train.labels(), self, self.groups, self._content)
-        return Order((len(self.train),), content=self._content)
+        order = labelled_order(self.train, self, self.per_class, self.groups, self._content)
+        return order or Order((len(self.train),), content=self._content)

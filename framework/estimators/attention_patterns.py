@@ -50,9 +50,7 @@ class AttentionReport(Result):
         return self.layers
 
     def draw(self, axes: Any) -> None:
-        layers, nmi, least, most = (
-            [one[key] for one in self.layers] for key in ("layer", "nmi", "least", "most")
-        )
+        layers, nmi, least, most = ([one[key] for one in self.layers] for key in ("layer", "nmi", "least", "most"))
         axes.fill_between(layers, least, most, color=COLOURS[0], alpha=0.15, label="heads")
         axes.plot(layers, nmi, "o-", color=COLOURS[0], label="mean")
         axes.axhline(self.hybrid, color=SOFT, linestyle="--", label="hybrid level")

@@ -97,7 +97,9 @@ class MineIdentities(Estimator):
         if not len(rows_ND):
             raise UserError("MineIdentities looks for people on pictures, and there is none; give at least one")
         if not rows_ND.isfinite().all():
-            raise UserError("features contain NaN or infinite values, so nobody is told by them; the model has diverged")
+            raise UserError(
+                "features contain NaN or infinite values, so nobody is told by them; the model has diverged"
+            )
         x_ND, video_N = unit_rows(rows_ND), self._field(features, self.video)
         group_N = numbered(self._field(features, self.tracklet))
         stages = [self._stage("tracklets", features, group_N)]
@@ -113,9 +115,7 @@ class MineIdentities(Estimator):
         stages.append(self._stage("without noisy people", features, group_N))
         return MinedIdentities(tuple(stages), tensors={"label": group_N})
 
-    def _joined(
-        self, x_ND: Tensor, group_N: Tensor, least: float, reach: int, video_N: Tensor | None = None
-    ) -> Tensor:
+    def _joined(self, x_ND: Tensor, group_N: Tensor, least: float, reach: int, video_N: Tensor | None = None) -> Tensor:
         centre_TD, video_T = centres(x_ND, group_N), None
         if video_N is not None:
             kept_N = group_N >= 0  # a tracklet is of one video; the first one, should its fields name several

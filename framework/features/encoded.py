@@ -161,7 +161,8 @@ class Encoded(Input):
 
 
 class FeatureFile(Input):
-    """Features that another program made: a safetensors file with `features` and perhaps `label` and `index`.
+    """Features that another program made: a safetensors file with `features` and perhaps `label` and `index`. What else
+    it holds are fields of the samples, such as `tracklet` or `camera`.
 
     Args:
         path: of the file.
@@ -182,7 +183,8 @@ class FeatureFile(Input):
             raise UserError(f"{file} is not a complete safetensors file ({error})") from error
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
             raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
-        return Features(columns["features"], columns.get("label"), columns.get("index"), str(file))
+        x_ND, label_N, index_N = (columns.pop(name, None) for name in ("features", "label", "index"))
+        return Features(x_ND, label_N, index_N, str(file), fields=columns)
 
     def outlook(self, store: FeatureStore) -> str:
         return f"features of {len(self.load(store))} samples in {self.path}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.views import RandomViews
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import ClassGroups, GroupSizes
@@ -34,7 +35,7 @@ def test_a_batch_is_of_whole_groups_of_different_classes_with_distinct_samples(e
         assert (labels == labels[:, :1]).all()
         assert len(set(labels[:, 0])) == len(labels)
         for group, label in zip(groups, labels[:, 0], strict=True):
-            assert len(set(group)) == min(size, (LABELS == label).sum())
+            assert len(set(group)) == min(size, (label == LABELS).sum())
 
 
 def test_it_is_a_function_of_seed_and_epoch_and_every_class_comes_in_turn() -> None:
@@ -55,9 +56,7 @@ class Numbers:
 
 
 def test_every_rank_and_micro_batch_has_whole_groups_as_epochs_go_by() -> None:
-    loaders = [
-        ExactLoader(Numbers(), 16, rank=rank, world_size=2, accumulate=2, order=order()) for rank in range(2)
-    ]
+    loaders = [ExactLoader(Numbers(), 16, rank=rank, world_size=2, accumulate=2, order=order()) for rank in range(2)]
     for epoch in range(5):
         for loader in loaders:
             for batch in loader:
@@ -69,9 +68,11 @@ def test_every_rank_and_micro_batch_has_whole_groups_as_epochs_go_by() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a batch of 8 in groups of 2 has 4 classes, .* at least 2 .*, and the data have 1"):
+    with pytest.raises(
+        UserError, match=r"a batch of 8 in groups of 2 has 4 classes, .* at least 2 .*, and the data have 1"
+    ):
         order(np.zeros(30, np.int64), batch=8)
-    with pytest.raises(UserError, match="and the data have 1; lower data.init_args.batch_size, or give more classes"):
+    with pytest.raises(UserError, match=r"and the data have 1; lower .*batch_size, or give more classes"):
         order(np.zeros(30, np.int64), batch=4, groups=GroupSizes((4,), (0,)))
     with pytest.raises(UserError, match="10 samples at a time do not divide into whole groups of 4"):
         order(batch=10)
@@ -80,6 +81,16 @@ def test_what_does_not_fit_is_refused() -> None:
             GroupSizes((2, 4), starts)
     with pytest.raises(UserError, match=r"sizes=\[2, 0\] of groups must each be at least 1"):
         GroupSizes((2, 0), (0, 1))
+
+
+def test_a_set_of_pictures_has_one_order_or_the_other() -> None:
+    data = Shapes(batch_size=20, size=200, groups=GroupSizes((5,), (0,)))
+    data.setup()
+    for batch in data.train_dataloader():
+        groups = batch["label"].view(-1, 5)
+        assert (groups == groups[:, :1]).all()
+    with pytest.raises(UserError, match=r"per_class=5 and groups=.* are two orders of one set; set one of them"):
+        Shapes(per_class=5, groups=GroupSizes((5,), (0,)))
 
 
 def crops() -> RandomViews:

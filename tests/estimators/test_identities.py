@@ -16,7 +16,9 @@ PEOPLE, TRACKLETS, FRAMES = 6, 4, 5
 def crowd(strangers: int = 10, scatter: float = 0.02) -> Features:
     """Each person has a direction of its own; some pictures show another one. Tracklets come in random order."""
     generator = torch.Generator().manual_seed(0)
-    person, tracklet = torch.arange(PEOPLE * TRACKLETS * FRAMES).div(torch.tensor([TRACKLETS * FRAMES, FRAMES])[:, None], rounding_mode="floor")
+    person, tracklet = torch.arange(PEOPLE * TRACKLETS * FRAMES).div(
+        torch.tensor([TRACKLETS * FRAMES, FRAMES])[:, None], rounding_mode="floor"
+    )
     shuffled = torch.randperm(PEOPLE * TRACKLETS, generator=generator)
     camera, seen = tracklet % 2, person.clone()
     seen[::FRAMES][:strangers] += 1
@@ -49,7 +51,7 @@ def test_without_reach_cameras_stay_apart_and_a_scattered_person_is_left_out() -
     noisy = crowd(strangers=0)
     blurred = noisy.fields["identity"] == 2
     noisy.x[blurred] += 0.9 * torch.randn(int(blurred.sum()), PEOPLE, generator=torch.Generator().manual_seed(1))
-    found, label = mined(noisy, core=-1.0, noisy=0.2)
+    _, label = mined(noisy, core=-1.0, noisy=0.2)
     assert (label[blurred] < 0).all()
     assert (label[~blurred] >= 0).all()
 
@@ -62,7 +64,7 @@ def test_nothing_is_said_of_a_truth_that_nobody_knows() -> None:
 
 def test_what_cannot_be_mined_is_refused() -> None:
     features = crowd()
-    with pytest.raises(UserError, match="reads 'camera' of the batches, whole numbers .* but got nothing"):
+    with pytest.raises(UserError, match=r"reads 'camera' of the batches, whole numbers .* but got nothing"):
         MineIdentities().fit(Features(features.x, fields={"tracklet": features.fields["tracklet"]}))
     with pytest.raises(UserError, match="there is none; give at least one"):
         MineIdentities().fit(Features(features.x[:0]))

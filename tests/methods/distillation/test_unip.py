@@ -86,7 +86,9 @@ def test_what_lies_behind_the_last_attention_stays_where_it_began_and_the_rest_m
     fit(model, [batch(seed) for seed in range(3)], tmp_path)
     kept = {name for name, tensor in model.backbone.state_dict().items() if torch.equal(tensor, before[name])}
     last = ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    behind = {f"network.{part}.{of}" for part in ("norm", *(f"blocks.1.{one}" for one in last)) for of in ("weight", "bias")}
+    behind = {
+        f"network.{part}.{of}" for part in ("norm", *(f"blocks.1.{one}" for one in last)) for of in ("weight", "bias")
+    }
     assert kept == behind | {"network.pos_embed"}
     query, key, value = model.backbone.state_dict()["network.blocks.1.attn.qkv.weight"].chunk(3)
     assert torch.equal(value, before["network.blocks.1.attn.qkv.weight"][32:])
@@ -141,7 +143,7 @@ def test_networks_whose_maps_do_not_fit_are_refused() -> None:
         make(network(16, 1, 4))
     with pytest.raises(UserError, match="the teacher shares weights with the backbone"):
         make(shared := network(16, 2, 4), shared)
-    with pytest.raises(UserError, match="and teacher is SmallConvNet; use lightspan.backbones.vit.vit"):
+    with pytest.raises(UserError, match=r"and teacher is SmallConvNet; use lightspan.backbones.vit.vit"):
         make(network(16, 2, 4), SmallConvNet(in_chans=1, width=4, stages=2))
     with pytest.raises(UserError, match=r"img_size=8 of patch_size=3"):
         network(16, 2, 4, patch_size=3)

@@ -64,7 +64,7 @@ def test_heads_of_the_last_block_divide_the_same_weights() -> None:
 
 
 def test_what_cannot_be_read_is_refused() -> None:
-    with pytest.raises(UserError, match="layer 0 .* whose maps cannot be read; take lightspan.backbones.vit.vit"):
+    with pytest.raises(UserError, match=r"layer 0 .* whose maps cannot be read; take lightspan.backbones.vit.vit"):
         attention_of(SmallConvNet(in_chans=1, width=4, stages=2), 0)
     with pytest.raises(UserError, match="layer 3 is outside the 3 layers"):
         attention_of(network(), 3)
