@@ -44,7 +44,7 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2), 100
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 4, 64, 8, 4
-TEACHING, STEPS, BATCH, TRAINING, BANK, JUDGED = 2000, 500, 64, 2048, 300, 300
+TEACHING, STEPS, BATCH, TRAINING, BANK, JUDGED = 1500, 300, 32, 2048, 300, 300
 GREY, INFRARED = Style(grey=True), Style(grey=True, inverted=True, blur=1.0, texture=0.2)
 RATES, PLACES = (1e-3, 3e-3), (-2, -1)
 HYBRID, ARMS = "hybrid layer", ("random weights", "hybrid layer", "first layer", "last layer", "features")

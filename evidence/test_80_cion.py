@@ -1,7 +1,7 @@
 """CION (arXiv 2409.18569) on rendered people before two cameras: targets from other pictures of a person, or one's own.
 
 People of 48 x 24 pixels wear a code of colours and are filmed in four tracklets of eight pictures. A small
-convolutional network trains on 400 of them for equal steps and crops: DINO, each picture a person of its own; CION with
+convolutional network trains on 200 of them for equal steps and crops: DINO, each picture a person of its own; CION with
 the true people, in groups of two pictures and then four; CION where 30 % of the tracklets bear another person's name;
 and random weights. Figures are mean average precision of finding people whom nothing is trained on before the other
 camera. Rates of each arm are the best of the same two on other people, of seed 100.
@@ -33,7 +33,7 @@ from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.optim.schedules import WarmupCosineDecay
 
 SEEDS, SEARCH = (0, 1, 2), 100
-PEOPLE, JUDGED, BATCH, STEPS = 400, 100, 48, 500
+PEOPLE, JUDGED, BATCH, STEPS = 200, 100, 48, 300
 RATES = (1e-3, 3e-3)
 WRONG, MIXED = 0.3, 0.1
 ARMS = ("random weights", "DINO", "CION", "CION, 30 % wrong names", "CION, tracklets as names")

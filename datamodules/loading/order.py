@@ -195,7 +195,8 @@ class ClassGroups(Order):
         if wrong := [group for group in self.groups.sizes if size % group]:
             raise UserError(
                 f"{size} samples at a time do not divide into whole groups of {wrong[0]}; set "
-                f"data.init_args.batch_size so that each rank and micro-batch gets a multiple of each of {[*self.groups.sizes]}"
+                "data.init_args.batch_size so that each rank and micro-batch gets a multiple of each of "
+                f"{[*self.groups.sizes]}"
             )
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
