@@ -37,7 +37,7 @@ PEOPLE, JUDGED, BATCH, STEPS = 200, 100, 48, 300
 RATES = (1e-3, 3e-3)
 WRONG, MIXED = 0.3, 0.1
 ARMS = ("random weights", "DINO", "CION", "CION, 30 % wrong names", "CION, tracklets as names")
-CORES, WITHIN, ACROSS = (0.3, 0.6), (0.7, 0.85, 0.95), (0.7, 0.8, 0.9, 0.95)
+CORES, WITHIN, ACROSS = (0.3, 0.6), (0.5, 0.65, 0.8, 0.9), (0.5, 0.65, 0.8, 0.9)
 
 
 class Named(CION):

@@ -46,7 +46,7 @@ LARGE = {"language/smollm2_svfit"}
 
 UNDONE = {
     *("analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"),
-    *("merging/fisher", "merging/regmean", "merging/interference", "analysis/identities"),
+    *("merging/fisher", "merging/regmean", "merging/interference"),
 }
 """They read what other runs left (masks, statistics, task vectors, features); they are only built here, and run in
 tests of merging and estimators."""

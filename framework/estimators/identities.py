@@ -56,8 +56,8 @@ class MinedIdentities(Result):
 class MineIdentities(Estimator):
     """Progressive denoising: cleans tracklets, joins those of a video, then those of all, and drops noisy people.
 
-    Tracklets are numbered in the order in which they were filmed. Thresholds depend on the features: choose them on
-    tracklets whose people are known.
+    Tracklets are numbered in the order in which they were filmed. The mean of all pictures is taken off. Thresholds
+    depend on the features: choose them on tracklets whose people are known.
 
     Args:
         core: least cosine of a picture with the centre of its tracklet, in [-1, 1].
@@ -100,7 +100,8 @@ class MineIdentities(Estimator):
             raise UserError(
                 "features contain NaN or infinite values, so nobody is told by them; the model has diverged"
             )
-        x_ND, video_N = unit_rows(rows_ND), self._field(features, self.video)
+        # What all pictures have in common would make all of them close.
+        x_ND, video_N = unit_rows(rows_ND - rows_ND.mean(dim=0)), self._field(features, self.video)
         group_N = numbered(self._field(features, self.tracklet))
         stages = [self._stage("tracklets", features, group_N)]
         group_N = without_far_pictures(x_ND, group_N, self.core)

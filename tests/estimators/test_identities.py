@@ -45,7 +45,7 @@ def test_every_stage_brings_labels_nearer_to_the_truth_and_the_last_is_right() -
 
 
 def test_without_reach_cameras_stay_apart_and_a_scattered_person_is_left_out() -> None:
-    apart, _ = mined(crowd(), near=24, far=0)
+    apart, _ = mined(crowd(), near=24, far=0, noisy=1e9)
     assert apart.stages[-1]["groups"] == 2 * PEOPLE  # once for each camera
     assert apart.stages[-1]["precision"] == 1
     noisy = crowd(strangers=0)
