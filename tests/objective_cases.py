@@ -245,6 +245,7 @@ PARTS = {
         "means.mean",
         "means.squared_error",
         "prototypes.identity_shares",
+        "prototypes.mixed_targets",
         "prototypes.sinkhorn",
         "prototypes.column_potentials",
         "prototypes.centred_softmax",

@@ -90,7 +90,7 @@ def cross_view_loss(targets_GBK: Tensor, scores_VBK: Tensor, temperature: float)
 def identity_shares(label_B: Tensor) -> Tensor:
     """Of which images the target of each image is mixed, [B B] with rows that sum to 1 (CION, arXiv 2409.18569): an
     image whose identity has K images in the batch of this rank has 1 / (K (K - 1) + 1) of its own target, and
-    K / (K (K - 1) + 1) of that of each other one. Shares times targets in `cross_view_loss` give CION's loss.
+    K / (K (K - 1) + 1) of that of each other one. With targets that are so mixed `cross_view_loss` is CION's loss.
 
     Theirs is over groups of equal K: the sum over the ordered pairs of places in a group, each the mean over
     identities, and the mean over images of their own targets, divided by K (K - 1) + 1. In this form every image counts
@@ -104,6 +104,14 @@ def identity_shares(label_B: Tensor) -> Tensor:
     size_B1 = same_BB.sum(dim=1, keepdim=True)
     weight_BB = torch.where(alone, 1, size_B1) * same_BB
     return weight_BB / (size_B1 * (size_B1 - 1) + 1)
+
+
+@torch.no_grad()
+def mixed_targets(targets_GBK: Tensor, label_B: Tensor) -> Tensor:
+    """Targets by `identity_shares` of the given ones, [G B K] in float32 or wider, also under autocast."""
+    targets_GBK = wide(targets_GBK)
+    with torch.autocast(targets_GBK.device.type, enabled=False):
+        return identity_shares(label_B).to(targets_GBK) @ targets_GBK
 
 
 def class_and_patch_losses(

@@ -31,7 +31,7 @@ from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
 from lightspan.objectives.entropy import entropy
-from lightspan.objectives.prototypes import centred_softmax, cross_view_loss, identity_shares
+from lightspan.objectives.prototypes import centred_softmax, cross_view_loss, mixed_targets
 from lightspan.optim.schedules import TeacherMomentum
 from lightspan.ranges import require_shares, require_temperatures
 
@@ -92,12 +92,12 @@ class CION(Method):
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
         views = global_first(batch, "CION", self.global_views)
-        shares_BB = identity_shares(labels_of(batch, "CION", len(views[0])))
+        label_B = labels_of(batch, "CION", len(views[0]))
         taught_GBP = self.teacher(views[: self.global_views])
         targets_RP = centred_softmax(taught_GBP.flatten(0, 1), self.centre(), self.teacher_temperature)
         self.centre.see(taught_GBP.flatten(0, 1), self.global_step)
-        targets_GBP = targets_RP.view_as(taught_GBP)
-        loss = cross_view_loss(shares_BB.to(targets_GBP) @ targets_GBP, self.student(views), self.student_temperature)
+        targets_GBP = mixed_targets(targets_RP.view_as(taught_GBP), label_B)
+        loss = cross_view_loss(targets_GBP, self.student(views), self.student_temperature)
         # 0 if all draw one prototype each time, log P if none is preferred: both are collapses.
         self.log_training({"train/loss": loss, "train/target_entropy_nats": entropy(targets_RP).mean()})
         return loss

@@ -16,7 +16,7 @@ from lightspan.errors import UserError
 from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
 from lightspan.nn.heads.dino_head import DINOHead
-from lightspan.objectives.prototypes import centred_softmax, identity_shares
+from lightspan.objectives.prototypes import centred_softmax, identity_shares, mixed_targets
 
 SGD = partial(torch.optim.SGD, lr=0.05, weight_decay=0.04)
 
@@ -81,6 +81,9 @@ def test_shares_of_each_picture_sum_to_1_and_others_of_a_large_group_weigh_most(
     eight = identity_shares(torch.zeros(8, dtype=torch.int64))
     assert 1 - float(eight[0, 0]) == pytest.approx(56 / 57)  # what others have of a target where K is 8
     assert identity_shares(torch.zeros(0, dtype=torch.int64)).shape == (0, 0)
+    targets = torch.rand(2, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixed_targets(targets, torch.full((6,), -1)), targets)
 
 
 def test_gradients_reach_the_student_alone_and_the_centre_takes_a_tenth_of_the_mean() -> None:
