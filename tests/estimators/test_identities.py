@@ -50,8 +50,8 @@ def test_without_reach_cameras_stay_apart_and_a_scattered_person_is_left_out() -
     assert apart.stages[-1]["precision"] == 1
     noisy = crowd(strangers=0)
     blurred = noisy.fields["identity"] == 2
-    noisy.x[blurred] += 0.9 * torch.randn(int(blurred.sum()), PEOPLE, generator=torch.Generator().manual_seed(1))
-    _, label = mined(noisy, core=-1.0, noisy=0.2)
+    noisy.x[blurred] += 0.35 * torch.randn(int(blurred.sum()), PEOPLE, generator=torch.Generator().manual_seed(1))
+    _, label = mined(noisy, core=-1.0, within=0.6, across=0.6, noisy=0.1)
     assert (label[blurred] < 0).all()
     assert (label[~blurred] >= 0).all()
 
