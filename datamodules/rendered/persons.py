@@ -287,7 +287,7 @@ class Persons(RenderedSets):
         if self.together is not None:
             self.train = PersonGroups(crowd, self.together, self.draw_seed, moments)
         elif self.views is not None:
-            fields = ImageFields(*moments, self.views, self.views_on)
+            fields = ImageFields(moments.mean, moments.std, self.views, self.views_on)
             fields.attach(self)
             self.train = PersonSamples(crowd, self.draw_seed, moments, fields)
 

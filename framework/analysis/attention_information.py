@@ -13,6 +13,7 @@ Shapes: B images, H heads, Q queries, K keys, N tokens.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def information_of_layers(network: nn.Module, batches: Iterable[Tensor]) -> tupl
     layers, count = range(len(feature_modules(network))), 0
     totals: list[Tensor] | None = None
     for image_BChw in batches:
-        nmi = attention_logits(network, lambda image=image_BChw: network(image), layers, keep=_of_logits)
+        nmi = attention_logits(network, partial(network, image_BChw), layers, keep=_of_logits)
         totals = nmi if totals is None else [total + one for total, one in zip(totals, nmi, strict=True)]
         count += len(image_BChw)
     if totals is None:  # a rank without images still takes part in the sums

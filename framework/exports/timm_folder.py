@@ -50,7 +50,8 @@ def twin(network: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Any,
     name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
     arguments: dict[str, Any] = {"in_chans": channels}
     if type(network) is VisionTransformer:
-        if len({block.attn.num_heads for block in network.blocks}) > 1:
+        blocks: Any = network.blocks
+        if len({block.attn.num_heads for block in blocks}) > 1:
             return None  # the weights would fit: no shape tells how many heads they are divided among
         name, arguments = name or ARCHITECTURE, arguments | _sides(network)
     elif hasattr(network, "patch_embed"):
