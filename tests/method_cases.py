@@ -50,6 +50,7 @@ from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
 from lightspan.methods.distillation.byol import BYOL
+from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
 from lightspan.methods.distillation.fst import FST
 from lightspan.methods.distillation.ibot import IBOT
@@ -57,6 +58,7 @@ from lightspan.methods.distillation.mmc import MMC
 from lightspan.methods.distillation.poa import POA
 from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
+from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.pre import PRE
@@ -237,6 +239,11 @@ FREE: dict[str, Any] = {"freeze_prototypes": 0.0}
 
 def dino(prototypes: int, **optimization: Any) -> DINO:
     return DINO(Pooled(), dino_head(8, prototypes), temperature_warmup=0.5, **MOMENTA, **FREE, **optimization)
+
+
+def persons(rows: int, seed: int) -> dict[str, Any]:
+    """Views of pictures of which each two neighbours show the same person."""
+    return views(2, smaller=2)(rows, seed) | {"label": torch.arange(rows) // 2}
 
 
 def swav(prototypes: int, **optimization: Any) -> SwAV:
@@ -450,6 +457,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "distillation.byol": Case(lambda **o: BYOL(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), momentum=0.5, **o), views()),
+    "distillation.cion": Case(lambda **o: CION(Pooled(), dino_head(8, 9), **MOMENTA, **FREE, **o), persons),
     "distillation.dino": Case(partial(dino, 9), views(2, smaller=2)),
     "distillation.dino, wide": Case(partial(dino, 4), views(2, smaller=2)),
     "distillation.fst": Case(fst, domains, halves_differ=LOOKS_AHEAD, unsharded="with whole weights"),
@@ -468,6 +476,10 @@ CASES: dict[str, Case] = {
         lambda **o: SDFPT(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), patch_vit(), **o), views(1)
     ),
     "distillation.simsiam": Case(lambda **o: SimSiam(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), **o), views()),
+    "distillation.unip": Case(
+        lambda **o: UNIP(patch_vit(last_heads=4), vit(24, 2, 4, img_size=8, patch_size=2, in_chans=1), 0, **o),
+        views(1),
+    ),
     "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
     "image_text.clip": Case(
         lambda **o: CLIP(DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=5), **o),

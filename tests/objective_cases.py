@@ -74,6 +74,12 @@ def feature_distillation(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
     return distillation.feature_distillation([x @ weight, (x @ weight).tanh()], [x.sin(), x.cos()])
 
 
+def attention_divergence(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Of maps of two heads, one query and two keys."""
+    student, teacher = ((rows.unflatten(1, (2, 2))[:, :, None]) for rows in (x @ weight, x.sin()))
+    return distillation.attention_divergence(student, teacher)
+
+
 def class_pair_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     return info_nce.class_pair_loss(x @ weight, label_B, label_B[mixed_B], (x.cos() @ weight).sigmoid(), 0.5)
 
@@ -163,6 +169,7 @@ CASES = {
     "distillation.mean_squared": Case(
         lambda x, weight, label_B, mixed_B: distillation.mean_squared(x @ weight, x.sin())
     ),
+    "distillation.attention_divergence": Case(attention_divergence),
     "distillation.feature_distillation": Case(feature_distillation),
     "distillation.weight_perturbation": Case(
         lambda x, weight, label_B, mixed_B: distillation.weight_perturbation([weight], [weight.detach().round()], 0.01),
@@ -237,6 +244,8 @@ PARTS = {
         "classes.share_right",
         "means.mean",
         "means.squared_error",
+        "prototypes.identity_shares",
+        "prototypes.mixed_targets",
         "prototypes.sinkhorn",
         "prototypes.column_potentials",
         "prototypes.centred_softmax",

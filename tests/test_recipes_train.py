@@ -48,8 +48,8 @@ UNDONE = {
     *("analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"),
     *("merging/fisher", "merging/regmean", "merging/interference"),
 }
-"""They read what other runs left (masks, statistics, task vectors); they are only built here, and run in tests of
-merging and estimators."""
+"""They read what other runs left (masks, statistics, task vectors, features); they are only built here, and run in
+tests of merging and estimators."""
 
 
 def untrained(name: str) -> nn.Module:
@@ -66,7 +66,7 @@ def gives_its_result(resolved: Resolved) -> None:
     assert json.loads(Path("computed/result.json").read_text())["figures"]
 
 
-PAPER = r"'shards': |runs/clip/|isic19/"
+PAPER = r"'shards': |runs/clip/|isic19/|cion_al"
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
 NOT_HERE = "is not installed|install it"

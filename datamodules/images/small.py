@@ -17,7 +17,7 @@ import torch
 from lightspan.datamodules.images.augment.fields import ImageFields, Place
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.order import ClassBalanced, Order
+from lightspan.datamodules.loading.order import ClassBalanced, ClassGroups, GroupSizes, Order
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
@@ -80,6 +80,21 @@ class ImageSamples:
         return {**fields, "label": torch.tensor(label), "index": torch.tensor(index)}
 
 
+def require_one_order(per_class: int | None, groups: GroupSizes | None) -> None:
+    """Raises: UserError for a set that is to be in both orders of its classes."""
+    if per_class is not None and groups is not None:
+        raise UserError(f"per_class={per_class} and groups={groups} are two orders of one set; set one of them")
+
+
+def labelled_order(
+    train: ImageSamples, data: SampleSets, per_class: int | None, groups: GroupSizes | None, content: str = ""
+) -> Order | None:
+    """The order that goes by labels, if one was asked for. Arguments and errors are those of the two below."""
+    if per_class is not None:
+        return class_balanced(train, data, per_class, content)
+    return None if groups is None else class_groups(train.labels(), data, groups, content)
+
+
 def class_balanced(train: ImageSamples, data: SampleSets, per_class: int, content: str = "") -> ClassBalanced:
     """The order of a set whose batches have `per_class` images of each class. Raises: UserError if that does not fit.
 
@@ -90,6 +105,17 @@ def class_balanced(train: ImageSamples, data: SampleSets, per_class: int, conten
     return ClassBalanced(
         (len(train),), content=said, labels=labels, batch_size=data.batch_size, per_class=per_class, clusters=clusters
     )
+
+
+def class_groups(labels: np.ndarray, data: SampleSets, groups: GroupSizes, content: str = "") -> ClassGroups:
+    """The order of a set whose batches have groups of samples of one class. Raises: UserError if that does not fit.
+
+    Args:
+        labels: of each training sample.
+        content: what identifies the samples.
+    """
+    said = f"groups of {[*groups.sizes]} from {[*groups.from_epochs]} {content}".strip()
+    return ClassGroups((len(labels),), content=said, labels=labels, batch_size=data.batch_size, groups=groups)
 
 
 def evenly(labels: np.ndarray, size: int) -> np.ndarray:
@@ -133,6 +159,8 @@ class ImageData(SampleSets):
             batch where the model is, from the same numbers.
         per_class: images of each class in a batch, see `lightspan.datamodules.loading.order.ClassBalanced`; None mixes
             all images.
+        groups: images of one class that stand side by side, by epoch, see
+            `lightspan.datamodules.loading.order.ClassGroups`; not with `per_class`.
     """
 
     num_classes: ClassVar[int]
@@ -151,18 +179,19 @@ class ImageData(SampleSets):
         num_workers: int = 0,
         views_on: Place = "workers",
         per_class: int | None = None,
+        groups: GroupSizes | None = None,
     ) -> None:
         super().__init__()
+        require_one_order(per_class, groups)
         require_sizes(train_size, val_size)
         self.batch_size, self.views, self.train_size, self.val_size = batch_size, views, train_size, val_size
         self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
+        self.groups = groups
         self.train: ImageSamples | None = None
 
     def training_order(self) -> Order | None:
-        if self.per_class is None:
-            return None
         assert self.train is not None
-        return class_balanced(self.train, self, self.per_class)
+        return labelled_order(self.train, self, self.per_class, self.groups)
 
     @abstractmethod
     def load(self) -> tuple[Labelled, Labelled]:

@@ -76,6 +76,7 @@ class ExactLoader:
         self._fetcher = Fetcher(dataset, num_workers, pin_memory, keeps_workers=True)
         self.order = Order((len(dataset),)) if order is None else order
         assert len(self.order) == len(dataset)
+        self.order.require_micro_batch(self.micro_batch)
         limited = min(limit_batches, len(self)) if isinstance(limit_batches, int) else int(limit_batches * len(self))
         self.round_samples = self.micro_batch * world_size
         self._between_epochs = self.round_samples * limited  # samples from one `iter` to the next

@@ -1,5 +1,6 @@
 """The canonical order of samples: a function of seed and epoch, independent of ranks, workers and micro-batches."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,6 +40,9 @@ class Order:
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    def require_micro_batch(self, size: int) -> None:
+        """Raises: UserError for an order that means nothing when a rank gets `size` samples of it at a time."""
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of range(len(self)): int64 [len(self)]. It needs 8 bytes per sample."""
@@ -129,3 +133,82 @@ class _Deck:
             self.left = np.concatenate([self.left, self.generator.permutation(self.members)])
         taken, self.left = self.left[:count], self.left[count:]
         return taken
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """How many samples of a class stand side by side, by epoch.
+
+    Args:
+        sizes: at least 1 each.
+        from_epochs: the epoch from which each holds, ascending from 0; the last one holds to the end.
+    """
+
+    sizes: tuple[int, ...] = (2, 4, 6, 8)
+    from_epochs: tuple[int, ...] = (0, 40, 60, 80)
+
+    def __post_init__(self) -> None:
+        starts = list(self.from_epochs)
+        if not starts or starts[0] or starts != sorted(set(starts)) or len(self.sizes) != len(starts):
+            raise UserError(
+                f"sizes={[*self.sizes]} need as many from_epochs={starts}, which must begin with 0 and ascend"
+            )
+        if min(self.sizes) < 1:
+            raise UserError(f"sizes={[*self.sizes]} of groups must each be at least 1")
+
+    def at(self, epoch: int) -> int:
+        return self.sizes[bisect_right(self.from_epochs, epoch) - 1]
+
+
+@dataclass(frozen=True)
+class ClassGroups(Order):
+    """Groups of as many samples of one class side by side, so that ranks and micro-batches have whole ones.
+
+    No class is twice in a batch. Classes come in random order, each once before one comes again, but for those that do
+    not fill a batch any more, which wait for the next round. A group has distinct samples; a class with fewer repeats
+    them.
+
+    Args:
+        sizes: of the one block.
+        labels: of each sample, int64.
+        batch_size: samples of an optimiser step over all ranks, a multiple of each size of group.
+        groups: the size by epoch.
+    Raises: UserError for a batch that does not divide into groups, or has more of them than there are classes, and for
+        a single class.
+    """
+
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
+    batch_size: int = 1
+    groups: GroupSizes = field(default_factory=GroupSizes)
+
+    def __post_init__(self) -> None:
+        self.require_micro_batch(self.batch_size)
+        classes, most = len(np.unique(self.labels)), self.batch_size // min(self.groups.sizes)
+        if classes < max(2, most):
+            raise UserError(
+                f"a batch of {self.batch_size} in groups of {min(self.groups.sizes)} has {most} classes, of which it "
+                f"takes at least 2 to tell them apart, and the data have {classes}; lower data.init_args.batch_size, "
+                "or give more classes"
+            )
+
+    def require_micro_batch(self, size: int) -> None:
+        if wrong := [group for group in self.groups.sizes if size % group]:
+            raise UserError(
+                f"{size} samples at a time do not divide into whole groups of {wrong[0]}; set "
+                "data.init_args.batch_size so that each rank and micro-batch gets a multiple of each of "
+                f"{[*self.groups.sizes]}"
+            )
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
+        by_class = np.argsort(self.labels, kind="stable")
+        members = np.split(by_class, np.flatnonzero(np.diff(self.labels[by_class])) + 1)
+        group, batches = self.groups.at(epoch), len(self) // self.batch_size
+        per_batch = self.batch_size // group
+        in_a_round = len(members) // per_batch * per_batch
+        rounds = -(-batches * per_batch // in_a_round)
+        turns = np.concatenate([generator.permutation(len(members))[:in_a_round] for _ in range(rounds)])
+        drawn = [
+            np.resize(generator.permutation(members[turn])[:group], group) for turn in turns[: batches * per_batch]
+        ]
+        return np.resize(np.concatenate(drawn), len(self))  # the tail is dropped

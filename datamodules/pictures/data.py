@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from lightspan.datamodules.images.augment.fields import Place
-from lightspan.datamodules.images.small import ImageSamples, channel_moments, class_balanced
+from lightspan.datamodules.images.small import ImageSamples, channel_moments, labelled_order, require_one_order
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.order import GroupSizes, Order
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.errors import UserError
@@ -37,6 +37,12 @@ class Chosen:
 
     def total(self) -> int:
         return len(self.numbers)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [N], where the album knows them without reading a picture."""
+        labels: np.ndarray | None = getattr(self.album, "labels", None)
+        return None if labels is None else labels[self.numbers]
 
     def read(self, number: int) -> tuple[np.ndarray, int]:
         return self.album.read(int(self.numbers[number]))
@@ -95,6 +101,8 @@ class PictureData(SampleSets):
             batch where the model is, from the same numbers.
         per_class: pictures of each class in a batch, see `lightspan.datamodules.loading.order.ClassBalanced`; None
             mixes all pictures.
+        groups: pictures of one class that stand side by side, by epoch, see
+            `lightspan.datamodules.loading.order.ClassGroups`; not with `per_class`.
 
     Attributes:
         labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
@@ -113,14 +121,17 @@ class PictureData(SampleSets):
         num_workers: int = 0,
         views_on: Place = "workers",
         per_class: int | None = None,
+        groups: GroupSizes | None = None,
     ) -> None:
         super().__init__()
+        require_one_order(per_class, groups)
         if size < 1:
             raise UserError(f"size={size} pixels is too small; it must be at least 1")
         if not 0 < val_share < 1:
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
         self.size, self.batch_size, self.views, self.val_share = size, batch_size, views, val_share
         self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
+        self.groups = groups
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: ImageSamples | None = None
 
@@ -163,6 +174,5 @@ class PictureData(SampleSets):
 
     def training_order(self) -> Order:
         assert self.train is not None
-        if self.per_class is not None:
-            return class_balanced(self.train, self, self.per_class, self._content)
-        return Order((len(self.train),), content=self._content)
+        order = labelled_order(self.train, self, self.per_class, self.groups, self._content)
+        return order or Order((len(self.train),), content=self._content)

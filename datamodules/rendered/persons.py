@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
+from lightspan.datamodules.images.augment.fields import ImageFields, Place
+from lightspan.datamodules.images.small import class_groups
+from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.loading.order import GroupSizes, Order
 from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
@@ -151,16 +156,23 @@ def _drawn(seed: int, seen: Sighting, height: int, width: int) -> np.ndarray:
 
 
 class PersonSamples(RenderedSamples):
-    """Samples of `PersonBatch`."""
+    """Samples of `PersonBatch`; with `fields` their views, or what they are made of, in the place of the image."""
 
-    def __init__(self, crowd: Crowd, draw_seed: int, moments: ChannelMoments) -> None:
+    def __init__(
+        self, crowd: Crowd, draw_seed: int, moments: ChannelMoments, fields: ImageFields | None = None
+    ) -> None:
         super().__init__(0, len(crowd))
-        self.crowd, self.draw_seed, self.moments = crowd, draw_seed, moments
+        self.crowd, self.draw_seed, self.moments, self.fields = crowd, draw_seed, moments, fields
 
     def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
         seen = self.crowd.sightings(self.draw_seed, numbers)
-        images = self.moments.standardised(self.crowd.pictures(self.draw_seed, seen))
-        return {"image": images, **{name: torch.from_numpy(field) for name, field in seen._asdict().items()}}
+        pictures, make = self.crowd.pictures(self.draw_seed, seen), self.fields
+        if make is None:
+            made: dict[str, Any] = {"image": self.moments.standardised(pictures)}
+        else:
+            pairs = zip(torch.from_numpy(pictures), seeds.tolist(), strict=True)
+            made = default_collate([make(picture, seed) for picture, seed in pairs])
+        return {**made, **{name: torch.from_numpy(field) for name, field in seen._asdict().items()}}
 
 
 class PersonGroups(RenderedSamples):
@@ -190,7 +202,7 @@ class PersonGroups(RenderedSamples):
 class Persons(RenderedSets):
     """Persons in tracklets of several cameras. Training batches are `PersonBatch`, or with `together` `ViewsBatch` of
     as many pictures of each label, whose `parameters` are identity, tracklet, camera and frame; all others are
-    `PersonBatch`.
+    `PersonBatch`. With `views` training pictures have views of their own in the place of the image.
 
     Labels are confused in training alone. `size`, `val_size` and `test_size` count persons; together there are at most
     16,384. A training person is a function of its place counted from the front, a test or validation person of its
@@ -203,6 +215,10 @@ class Persons(RenderedSets):
         together: pictures of one label that stand in one row of a training batch; None trains on single pictures.
         wrong, mixed: shares of confused tracklets and pictures, as in `Crowd`.
         height, width: of a picture in pixels.
+        views: makes the views of a training picture; not with `together`.
+        views_on: "workers" or "device", as in `lightspan.datamodules.images.small.ImageData`.
+        groups: training pictures of one label that stand side by side, by epoch, see
+            `lightspan.datamodules.loading.order.ClassGroups`; None mixes all. Not with `together`.
         settings: those of `RenderedSets`.
     """
 
@@ -216,6 +232,9 @@ class Persons(RenderedSets):
         mixed: float = 0.0,
         height: int = 48,
         width: int = 24,
+        views: Views | None = None,
+        views_on: Place = "workers",
+        groups: GroupSizes | None = None,
         size: int = 400,
         val_size: int = 50,
         test_size: int = 50,
@@ -229,12 +248,18 @@ class Persons(RenderedSets):
             )
         if not 0 <= wrong <= 1 or not 0 <= mixed <= 1:
             raise UserError(f"wrong={wrong} and mixed={mixed} are shares of tracklets and pictures, in [0, 1]")
+        if together is not None and (views is not None or groups is not None):
+            raise UserError(
+                f"together={together} puts pictures of a label into one row, and views and groups are of single "
+                "pictures; leave together out, or both of them"
+            )
         if size + val_size + test_size > CODES:
             raise UserError(
                 f"size={size}, val_size={val_size} and test_size={test_size} ask for more than the {CODES} persons "
                 "that can be told apart; lower one of them"
             )
         self.together, self.wrong, self.mixed = together, wrong, mixed
+        self.views, self.views_on, self.groups = views, views_on, groups
         self.shape = tracklets, frames, cameras
         self.height, self.width, self.num_classes = height, width, size
 
@@ -254,9 +279,21 @@ class Persons(RenderedSets):
         return PersonSamples(self.crowd(part), self.draw_seed, moments)
 
     def setup(self, stage: str | None = None) -> None:
-        """As `RenderedSets.setup`; with `together`, pictures of a label are then trained on side by side."""
-        if self.train is None:
-            super().setup(stage)
-            if self.together is not None:
-                moments = self.bank.moments  # type: ignore[attr-defined]
-                self.train = PersonGroups(self.crowd("training"), self.together, self.draw_seed, moments)
+        """As `RenderedSets.setup`; training pictures then have their views, or others of their label beside them."""
+        if self.train is not None:
+            return
+        super().setup(stage)
+        crowd, moments = self.crowd("training"), self.bank.moments  # type: ignore[attr-defined]
+        if self.together is not None:
+            self.train = PersonGroups(crowd, self.together, self.draw_seed, moments)
+        elif self.views is not None:
+            fields = ImageFields(moments.mean, moments.std, self.views, self.views_on)
+            fields.attach(self)
+            self.train = PersonSamples(crowd, self.draw_seed, moments, fields)
+
+    def training_order(self) -> Order | None:
+        if self.groups is None:
+            return None
+        crowd = self.crowd("training")
+        labels = np.arange(len(crowd)) // (crowd.tracklets * crowd.frames)
+        return class_groups(labels, self, self.groups)

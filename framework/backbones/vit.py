@@ -92,6 +92,10 @@ class TokenViT(nn.Module):
         """The blocks: one layer of features each, see `lightspan.nn.tokens`."""
         return list(self.network.blocks)
 
+    def cut_behind(self, layer: int) -> None:
+        """Drops the blocks behind this one, counted from 0, in place: tokens are then its, after the last norm."""
+        self.network.blocks = self.network.blocks[: layer + 1]
+
     def grid(self, image_BChw: Tensor) -> tuple[int, int]:
         sides, embed = tuple(image_BChw.shape[2:]), self.patch_embed
         height, width = grid_of(sides, embed.patch_size)  # type: ignore[arg-type]
@@ -149,6 +153,7 @@ def vit(
     layer_scale: float | None = None,
     drop_path: float = 0.0,
     any_size: bool = False,
+    last_heads: int | None = None,
 ) -> TokenViT:
     """timm's VisionTransformer of any size, as masked modelling starts it: Xavier-uniform weights, fixed positions.
 
@@ -161,6 +166,8 @@ def vit(
         layer_scale: where LayerScale starts; None leaves it out.
         drop_path: share of residual branches that training drops in the last block, rising from 0 in the first.
         any_size: take images of other sizes as well, by interpolated positions.
+        last_heads: heads of the last block, if it has others than the rest, as UNIP's students do; weights have the
+            same shapes whatever it is.
     Raises: UserError for sizes that do not fit each other.
     """
     if min(width, depth, heads, patch_size, in_chans) < 1 or width % heads or img_size % patch_size or img_size < 1:
@@ -168,6 +175,8 @@ def vit(
             f"vit: width={width} must be a multiple of heads={heads}, img_size={img_size} of patch_size={patch_size}, "
             f"and all and depth={depth} and in_chans={in_chans} above 0"
         )
+    if last_heads is not None and (last_heads < 1 or width % last_heads):
+        raise UserError(f"vit: width={width} must be a multiple of last_heads={last_heads}, which must be above 0")
     if registers < 0 or not 0 <= drop_path < 1:
         raise UserError(f"vit: registers={registers} must be at least 0 and drop_path={drop_path} lie in [0, 1)")
     network = VisionTransformer(
@@ -176,4 +185,8 @@ def vit(
         global_pool=pool if class_token else "avg", fc_norm=False, drop_path_rate=drop_path, dynamic_img_size=any_size,
     )  # fmt: skip
     xavier_uniform_(network)
+    if last_heads is not None:
+        attention = network.blocks[-1].attn
+        attention.num_heads, attention.head_dim = last_heads, width // last_heads
+        attention.scale = attention.head_dim**-0.5
     return TokenViT(network, mask_token, sincos)

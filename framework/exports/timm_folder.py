@@ -44,11 +44,15 @@ def timm_network(backbone: object) -> nn.Module | None:
 def twin(network: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Any, dict[str, Any]] | None:
     """What `timm.create_model` builds that takes the weights of `network`, with them, and the arguments that build it.
 
-    None where no arguments do: its first layer, say, was replaced. A transformer need not be one of timm's own sizes.
+    None where no arguments do: its first layer, say, was replaced, or a block has other heads than the first. A
+    transformer need not be one of timm's own sizes.
     """
     name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
     arguments: dict[str, Any] = {"in_chans": channels}
     if type(network) is VisionTransformer:
+        blocks: Any = network.blocks
+        if len({block.attn.num_heads for block in blocks}) > 1:
+            return None  # the weights would fit: no shape tells how many heads they are divided among
         name, arguments = name or ARCHITECTURE, arguments | _sides(network)
     elif hasattr(network, "patch_embed"):
         arguments["img_size"] = size if size[0] != size[1] else size[0]

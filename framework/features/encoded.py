@@ -6,6 +6,7 @@ Shapes: B samples of a batch, C H W image, T positions, D features.
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from lightning import LightningDataModule
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightspan.distributed import digest_of_first_rank, rank, together
+from lightspan.distributed import digest_of_first_rank, gather_rows, rank, together
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.identity import data_identity, module_identity
@@ -44,6 +45,8 @@ class Encoded(Input):
         pool: what becomes of tokens, as `lightspan.nn.tokens.Tokens` arranges them: their "mean", the "first", or
             "none" keeps them.
         dtype: of the features on disk.
+        fields: of the batches, that the features carry beside their labels, such as `tracklet` or `camera`. They are
+            read off the data each time and are not in the store.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class Encoded(Input):
         layer: int | None = None,
         pool: Pool = "mean",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        fields: list[str] | None = None,
     ) -> None:
+        self.fields = list(fields or ())
         if layer is not None and not hasattr(encoder, "token_features"):
             chosen_layers(encoder, [layer])
         self.encoder, self.data, self.split, self.field = encoder, data, split, field
@@ -70,7 +75,8 @@ class Encoded(Input):
     def load(self, store: FeatureStore) -> Features:
         """Raises: UserError for data without that split or without an index, or features of another form."""
         loader = self._loader()
-        return store.get(self.key(loader), lambda done: self._rows(loader, done, store.device))
+        features = store.get(self.key(loader), lambda done: self._rows(loader, done, store.device))
+        return replace(features, fields=self._columns(loader, features)) if self.fields else features
 
     def outlook(self, store: FeatureStore) -> str:
         loader = self._loader()
@@ -105,6 +111,20 @@ class Encoded(Input):
             "data": data,
             "split": self.split,
         }
+
+    def _columns(self, loader: Any, features: Features) -> dict[str, Tensor]:
+        """The fields of all ranks' samples, in the order of the features."""
+        names, parts = ("index", *self.fields), list[list[Tensor]]()
+        with together("read the fields"):
+            for batch in loader:
+                if lacking := [name for name in names if name not in batch]:
+                    raise UserError(f"a batch has no {lacking[0]!r}; it contains {sorted(batch)}; set fields")
+                parts.append([batch[name] for name in names])
+        index_N, *columns = (gather_rows(torch.cat(column))[0] for column in zip(*parts, strict=True))
+        assert features.index_N is not None
+        order_N = index_N.argsort(stable=True)
+        place_N = order_N[torch.searchsorted(index_N[order_N], features.index_N)]  # a sample may come twice
+        return {name: column[place_N] for name, column in zip(self.fields, columns, strict=True)}
 
     def _loader(self) -> Any:
         make = getattr(self.data, name := f"{self.split}_dataloader", None)
@@ -161,7 +181,8 @@ class Encoded(Input):
 
 
 class FeatureFile(Input):
-    """Features that another program made: a safetensors file with `features` and perhaps `label` and `index`.
+    """Features that another program made: a safetensors file with `features` and perhaps `label` and `index`. What else
+    it holds are fields of the samples, such as `tracklet` or `camera`.
 
     Args:
         path: of the file.
@@ -182,7 +203,8 @@ class FeatureFile(Input):
             raise UserError(f"{file} is not a complete safetensors file ({error})") from error
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
             raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
-        return Features(columns["features"], columns.get("label"), columns.get("index"), str(file))
+        x_ND, label_N, index_N = (columns.pop(name, None) for name in ("features", "label", "index"))
+        return Features(x_ND, label_N, index_N, str(file), fields=columns)
 
     def outlook(self, store: FeatureStore) -> str:
         return f"features of {len(self.load(store))} samples in {self.path}"

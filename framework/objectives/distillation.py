@@ -1,19 +1,21 @@
-"""What a student learns from its teacher: hidden features, outputs, weights.
+"""What a student learns from its teacher: hidden features, outputs, weights, attention.
 
 Source: Guo, Wang, Kankanhalli, "PELA", 2024, arXiv 2310.10700, section 3.2 (features, perturbation), with the details
 of the authors' code: features of all layers have equal weight, and the norm of the perturbation is that of the largest
-entry. Nothing here sends a gradient into the teacher.
-Shapes: L layers, O outputs and I inputs of one layer.
+entry; Zhang et al., "UNIP", 2025, arXiv 2502.02257, section 3 (attention), with the mean that their code takes. Nothing
+here sends a gradient into the teacher.
+Shapes: L layers, O outputs and I inputs of one layer; B images, H heads, Q queries, K keys.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
-from lightspan.objectives.means import squared_error
+from lightspan.objectives.means import mean, squared_error
 
 
 def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -49,3 +51,22 @@ def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], ep
     """
     largest = [(wide(s_OI) - wide(t_OI.detach())).abs().max() for s_OI, t_OI in zip(student, teacher, strict=True)]
     return (torch.stack(largest) - eps).square().mean()
+
+
+def attention_divergence(student_BHQK: Tensor, teacher_BHQK: Tensor) -> Tensor:
+    """Mean over images, heads and queries of KL(softmax(t) || softmax(s)) over the keys, a scalar >= 0 in nats, in
+    float32 or wider. Cross-entropy differs from it by what the student cannot change.
+
+    Args:
+        student_BHQK, teacher_BHQK: scaled logits of attention, before the softmax.
+    Returns: 0, with gradient 0, where there are no images.
+    Raises: UserError for maps of different shapes.
+    """
+    if student_BHQK.shape != teacher_BHQK.shape:
+        raise UserError(
+            f"attention of the student {[*student_BHQK.shape]} and of the teacher {[*teacher_BHQK.shape]} must have as "
+            "many heads and tokens: give both equal patches and prefix tokens, and the student's layer the teacher's "
+            "heads"
+        )
+    student, teacher = (wide(logits).log_softmax(dim=3) for logits in (student_BHQK, teacher_BHQK.detach()))
+    return mean(F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=3))

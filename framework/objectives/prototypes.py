@@ -1,7 +1,8 @@
 """Self-distillation on prototypes: a teacher's scores become targets, a student's scores are held to them.
 
 Source: Caron et al., "SwAV", 2020, arXiv 2006.09882, section 3 and appendix A (Sinkhorn-Knopp); Caron et al., "DINO",
-2021, arXiv 2104.14294, eq. 1-3 (cross-view loss, centring); Zhou et al., "iBOT", 2021, arXiv 2111.07832, eq. 3 (masked
+2021, arXiv 2104.14294, eq. 1-3 (cross-view loss, centring); CION, 2024, arXiv 2409.18569 (targets of an identity); Zhou
+et al., "iBOT", 2021, arXiv 2111.07832, eq. 3 (masked
 patches, by the weights of `prototype_cross_entropy`).
 Targets carry no gradient. Temperatures are > 0; a target's is below a student's, or both collapse to a uniform answer.
 Shapes: B rows of this rank, K prototypes, G views with targets, V views of a student, N masked patches, H heads.
@@ -83,6 +84,34 @@ def cross_view_loss(targets_GBK: Tensor, scores_VBK: Tensor, temperature: float)
     others_VBK = torch.cat([targets_GBK.sum(dim=0) - targets_GBK, summed_VBK])
     pairs = targets * (views - 1)
     return prototype_cross_entropy(others_VBK.flatten(0, 1), scores_VBK.flatten(0, 1), temperature) * (views / pairs)
+
+
+@torch.no_grad()
+def identity_shares(label_B: Tensor) -> Tensor:
+    """Of which images the target of each image is mixed, [B B] with rows that sum to 1 (CION, arXiv 2409.18569): an
+    image whose identity has K images in the batch of this rank has 1 / (K (K - 1) + 1) of its own target, and
+    K / (K (K - 1) + 1) of that of each other one. With targets that are so mixed `cross_view_loss` is CION's loss.
+
+    Theirs is over groups of equal K: the sum over the ordered pairs of places in a group, each the mean over
+    identities, and the mean over images of their own targets, divided by K (K - 1) + 1. In this form every image counts
+    alike, whatever its group. Where all are alone it is the identity, and the loss DINO's.
+
+    Args:
+        label_B: below 0 for somebody unknown, who is alone.
+    """
+    alone = torch.eye(len(label_B), dtype=torch.bool, device=label_B.device)
+    same_BB = ((label_B[:, None] == label_B) & (label_B >= 0)) | alone
+    size_B1 = same_BB.sum(dim=1, keepdim=True)
+    weight_BB = torch.where(alone, 1, size_B1) * same_BB
+    return weight_BB / (size_B1 * (size_B1 - 1) + 1)
+
+
+@torch.no_grad()
+def mixed_targets(targets_GBK: Tensor, label_B: Tensor) -> Tensor:
+    """Targets by `identity_shares` of the given ones, [G B K] in float32 or wider, also under autocast."""
+    targets_GBK = wide(targets_GBK)
+    with torch.autocast(targets_GBK.device.type, enabled=False):
+        return identity_shares(label_B).to(targets_GBK) @ targets_GBK
 
 
 def class_and_patch_losses(

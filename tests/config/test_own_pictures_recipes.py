@@ -59,7 +59,10 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pyt
     monkeypatch.chdir(tmp_path)
 
 
-STAND_INS = {"distillation/sd_fpt_cub": ("scale/stand_ins_sd_fpt",)}
+STAND_INS = {
+    "distillation/sd_fpt_cub": ("scale/stand_ins_sd_fpt",),
+    "distillation/unip_infmix": ("scale/stand_ins_unip",),
+}
 """Overlays in the place of weights of earlier runs, which no machine here has."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 import lightspan.estimators
@@ -84,6 +85,24 @@ class Rows(Prompts):
         network(self.x.float())
 
 
+class Attending(nn.Module):
+    """One block of attention among two tokens of four numbers: what rows there are, filled up with zeros or cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.attn = Attention(4, num_heads=2)
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return [self]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float().flatten(1)
+        return self.attn(nn.functional.pad(x, (0, 8 - x.shape[1])).view(-1, 2, 4))
+
+
 class Layer(nn.Module):
     """A linear layer of three classes that takes what rows there are."""
 
@@ -98,10 +117,9 @@ class Layer(nn.Module):
         return self.linear(x.float())
 
 
-def network_on(features: Features) -> NetworkOnData:
-    return NetworkOnData(
-        Layer(features.x.shape[-1]), [{"x": x} for x in features.x.split(16)], "x", torch.device("cpu")
-    )
+def network_on(features: Features, network: nn.Module | None = None) -> NetworkOnData:
+    batches = [{"x": x} for x in features.x.split(16)]
+    return NetworkOnData(network or Layer(features.x.shape[-1]), batches, "x", torch.device("cpu"))
 
 
 def weights_of(scale: float) -> Callable[[Features], Weights]:
@@ -136,6 +154,12 @@ def seen_of(features: Features) -> Features:
     return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
 
 
+def filmed_of(features: Features) -> Features:
+    """A row as a picture of the tracklet that its label says, in one of two videos."""
+    fields = {} if features.label_N is None else {"tracklet": features.label_N}
+    return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
+
+
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
     NetworkOnData: network_on,
@@ -144,6 +168,7 @@ OF: dict[type, Callable[[Features], Any]] = {
 """What an estimator takes, made of the same features, by type."""
 
 GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
+    "AttentionPatterns": {"network": lambda features: network_on(features, Attending())},
     "Interference": {"base": weights_of(1), "one": weights_of(2), "two": weights_of(4)},
     "FilterStatistics": {"first": Bank, "second": Bank},
     "GDABaseToNew": {
@@ -158,6 +183,7 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
     },
     **{name: {"bank": dense_of, "query": dense_of} for name in ("LinearSegmentation", "DepthOrder", "PromptIoU")},
     "CrossCameraRetrieval": {"bank": seen_of, "query": seen_of},
+    "MineIdentities": {"features": filmed_of},
     "ExtractionAttack": {
         "network": lambda features: Painter(),
         "prompts": lambda features: DrawnImages([0, 1, 2], (1, 1, features.x.shape[-1]), steps=1, first=1),
@@ -243,6 +269,12 @@ WRONG = {
         )
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
+    "AttentionPatterns": [*({"hybrid": wrong} for wrong in (-0.1, 1.1, math.nan)), {"most": 0}],
+    "MineIdentities": [
+        *({name: wrong} for name in ("core", "within", "across") for wrong in (-1.1, 1.1, math.nan)),
+        *({name: -1} for name in ("near", "far")),
+        *({"noisy": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
+    ],
     "GDAWithText": [{"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)],
     "GDABaseToNew": [
         *({"scale": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
@@ -298,6 +330,14 @@ COMPUTED = {
     },
     "Spectrum": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "without labels"},
     "FrechetDistance": {"two rows", "one class", "constant features", "zeros", "a lattice", "without labels"},
+    "AttentionPatterns": {
+        *("one row", "two rows", "one class", "classes left out", "constant features", "zeros", "a row of zeros"),
+        *("equal points", "a lattice", "no feature", "denormal", "positions kept", "without labels"),
+    },
+    "MineIdentities": {
+        *("one row", "two rows", "one class", "a class of one sample", "classes left out", "constant features"),
+        *("zeros", "a row of zeros", "equal points", "a lattice", "no feature", "denormal", "huge"),
+    },
     "Interference": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "DiagonalFisher": {"one row", "one class", "constant features", "zeros", "a lattice", "without labels"},
     "InputGrams": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "without labels"},

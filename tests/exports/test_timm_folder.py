@@ -75,3 +75,12 @@ def test_other_networks_are_not_timms_and_nothing_is_written(tmp_path: Path) -> 
     replaced.conv1 = nn.Sequential(nn.Identity(), replaced.conv1)
     assert not write_timm(replaced, (16, 16), [0.5] * 3, [0.5] * 3, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_last_block_with_other_heads_is_not_written_since_its_weights_would_fit_another_network(
+    tmp_path: Path,
+) -> None:
+    network = timm_network(vit(width=16, depth=2, heads=2, img_size=16, patch_size=8, in_chans=1, last_heads=4))
+    assert network is not None
+    assert not write_timm(network, (16, 16), [0.25], [0.5], tmp_path)
+    assert not [*tmp_path.iterdir()]

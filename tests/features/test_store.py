@@ -391,6 +391,11 @@ def test_features_of_other_programs_are_read(tmp_path: Path) -> None:
 
     save_file({"features": torch.ones(3, 2)}, tmp_path / "f.safetensors")
     assert FeatureFile(str(tmp_path / "f.safetensors")).load(FeatureStore(tmp_path)).x.shape == (3, 2)
+    camera = torch.tensor([1, 0, 2])
+    save_file({"features": torch.ones(3, 2), "label": camera, "camera": camera.clone()}, tmp_path / "c.safetensors")
+    found = FeatureFile(str(tmp_path / "c.safetensors")).load(FeatureStore(tmp_path))
+    assert [*found.fields] == ["camera"]
+    assert torch.equal(found.fields["camera"], camera)
     save_file({"weights": torch.ones(3, 2)}, tmp_path / "w.safetensors")
     (tmp_path / "t.safetensors").write_bytes(b"torn")
     for name, message in (
@@ -400,6 +405,16 @@ def test_features_of_other_programs_are_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             FeatureFile(str(tmp_path / f"{name}.safetensors")).load(FeatureStore(tmp_path))
+
+
+def test_fields_of_the_samples_stand_beside_their_features_and_not_in_the_store(tmp_path: Path) -> None:
+    made = encoded(fields=["label", "index"]).load(FeatureStore(tmp_path))
+    assert made.index_N is not None
+    assert torch.equal(made.fields["index"], made.index_N)
+    assert torch.equal(made.fields["label"], made.index_N % 3)
+    assert not encoded().load(FeatureStore(tmp_path)).fields
+    with pytest.raises(UserError, match=r"a batch has no 'video'; it contains .*; set fields"):
+        encoded(fields=["video"]).load(FeatureStore(tmp_path))
 
 
 def one_rank(index: int, folder: str) -> None:

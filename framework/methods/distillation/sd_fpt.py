@@ -25,7 +25,7 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
-from lightspan.nn.teachers.frozen import Frozen
+from lightspan.nn.teachers.frozen import Frozen, require_apart
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import given_features
 from lightspan.objectives.masked import patch_regression
@@ -71,8 +71,7 @@ class SDFPT(Method):
                 f"the teacher gives {given_features(teacher)} features and the backbone {given_features(backbone)}; "
                 "both must be the same network, with weights of their own"
             )
-        if {*map(id, teacher.parameters())} & {*map(id, backbone.parameters())}:
-            raise UserError("the teacher shares weights with the backbone, and would be frozen with it; give it a copy")
+        require_apart(teacher, backbone)
         self.backbone, self.decoder, self.teacher = backbone, decoder, Frozen(teacher)
         self.masks, self.normalise, self.distillation = masks or RandomMasks(0.75), normalise, distillation
 

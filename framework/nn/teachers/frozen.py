@@ -5,6 +5,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lightspan.errors import UserError
+
 
 class Frozen(nn.Module):
     """Calls `module` without gradients, always in evaluation mode, whatever the mode of the module around it.
@@ -23,3 +25,9 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+
+def require_apart(teacher: nn.Module, backbone: nn.Module) -> None:
+    """Raises: UserError for a teacher that shares a weight with the student's backbone."""
+    if {*map(id, teacher.parameters())} & {*map(id, backbone.parameters())}:
+        raise UserError("the teacher shares weights with the backbone, and would be frozen with it; give it a copy")

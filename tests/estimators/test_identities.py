@@ -1,0 +1,71 @@
+"""Mined identities: tracklets of the same people are joined, strangers in them are left out, on data that is known."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.estimators.identities import MinedIdentities, MineIdentities
+from lightspan.features.features import Features
+
+PEOPLE, TRACKLETS, FRAMES = 6, 4, 5
+
+
+def crowd(strangers: int = 10, scatter: float = 0.02) -> Features:
+    """Each person has a direction of its own; some pictures show another one. Tracklets come in random order."""
+    generator = torch.Generator().manual_seed(0)
+    person, tracklet = torch.arange(PEOPLE * TRACKLETS * FRAMES).div(
+        torch.tensor([TRACKLETS * FRAMES, FRAMES])[:, None], rounding_mode="floor"
+    )
+    shuffled = torch.randperm(PEOPLE * TRACKLETS, generator=generator)
+    camera, seen = tracklet % 2, person.clone()
+    seen[::FRAMES][:strangers] += 1
+    x = torch.eye(PEOPLE)[seen % PEOPLE] + scatter * torch.randn(len(seen), PEOPLE, generator=generator)
+    return Features(x, fields={"tracklet": shuffled[tracklet], "camera": camera, "identity": seen % PEOPLE})
+
+
+def mined(features: Features, **settings: Any) -> tuple[MinedIdentities, Tensor]:
+    found = MineIdentities(truth="identity", **settings).fit(features)
+    return found, found.tensors["label"]
+
+
+def test_every_stage_brings_labels_nearer_to_the_truth_and_the_last_is_right() -> None:
+    features = crowd()
+    found, label = mined(features, near=24)
+    f1 = [stage["f1"] for stage in found.stages]
+    assert f1[0] < 0.4
+    assert found.stages[1]["precision"] == 1
+    assert f1[2] >= f1[1]
+    assert f1[3] > 0.9
+    assert [stage["groups"] for stage in found.stages] == [24, 24, 12, 6, 6]
+    assert found.stages[0]["pictures"] - found.stages[-1]["pictures"] == int((label < 0).sum()) == 10
+    assert set(label[label >= 0].tolist()) == set(range(PEOPLE))
+
+
+def test_without_reach_cameras_stay_apart_and_a_scattered_person_is_left_out() -> None:
+    apart, _ = mined(crowd(), near=24, far=0, noisy=1e9)
+    assert apart.stages[-1]["groups"] == 2 * PEOPLE  # once for each camera
+    assert apart.stages[-1]["precision"] == 1
+    axes = torch.eye(4)
+    scattered = axes[1] + torch.stack([axes[2], -axes[2], axes[3], -axes[3]])
+    x, tracklet = torch.cat([axes[:1].expand(4, 4), scattered]), torch.arange(8) // 4
+    label = MineIdentities(core=-1.0, noisy=0.1).fit(Features(x, fields={"tracklet": tracklet, "camera": tracklet}))
+    assert label.tensors["label"].tolist() == [0] * 4 + [-1] * 4
+
+
+def test_nothing_is_said_of_a_truth_that_nobody_knows() -> None:
+    found = MineIdentities().fit(crowd())
+    assert "f1" not in found.stages[0]
+    assert [figure.name for figure in found.figures()] == ["people", "tracklets", "pictures left out"]
+
+
+def test_what_cannot_be_mined_is_refused() -> None:
+    features = crowd()
+    with pytest.raises(UserError, match=r"reads 'camera' of the batches, whole numbers .* but got nothing"):
+        MineIdentities().fit(Features(features.x, fields={"tracklet": features.fields["tracklet"]}))
+    with pytest.raises(UserError, match="there is none; give at least one"):
+        MineIdentities().fit(Features(features.x[:0]))
+    with pytest.raises(UserError, match="the model has diverged"):
+        MineIdentities().fit(Features(features.x * torch.nan, fields=features.fields))
