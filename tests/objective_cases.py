@@ -16,6 +16,7 @@ from lightspan import objectives
 from lightspan.distributed import gather_rows
 from lightspan.experiments import class_text
 from lightspan.objectives import (
+    asymmetric,
     barlow,
     classes,
     coding_rate,
@@ -58,6 +59,11 @@ class Case:
 def class_text_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     text = F.normalize(torch.eye(6, 4, dtype=x.dtype) @ weight + 0.1, dim=1)
     return class_text.current_class_text_loss(F.normalize(x @ weight, dim=1), text, label_B, CURRENT, 20.0)
+
+
+def asymmetric_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Ranks differ in how much is known."""
+    return asymmetric.asymmetric_loss(x @ weight, x.sin() > 0, (label_B % 2 == 0)[:, None] & (x.cos() > 0))
 
 
 def barlow_twins_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -155,6 +161,7 @@ CASES = {
     "classes.label_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: classes.label_cross_entropy(x @ weight, label_B % 4)
     ),
+    "asymmetric.asymmetric_loss": Case(asymmetric_loss, 1),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
     "barlow.mixed_regulariser": Case(mixed_regulariser, 2 + 2 + 2 + 1),
     "diffusion.prediction_loss": Case(
@@ -224,6 +231,7 @@ CASES = {
 }
 PARTS = {
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
+    "asymmetric.require_asymmetry",
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
@@ -236,6 +244,7 @@ PARTS = {
         "masked.denormalised_patches",
         "classes.share_right",
         "means.mean",
+        "means.known_mean",
         "means.squared_error",
         "prototypes.sinkhorn",
         "prototypes.column_potentials",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from picture_files import write_pictures
-from shard_files import pair_shard, posed_shard, write_shards
+from shard_files import pair_shard, posed_shard, tagged_shard, write_shards
 from torch import Tensor
 
 from lightspan import datamodules
@@ -42,6 +42,7 @@ from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
+from lightspan.datamodules.shards.tagged import TaggedShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -113,6 +114,16 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: PosedShards([posed_shard(folder / "posed.tar")], columns=2, batch_size=4),
         "ViewsBatch",
     ),
+    "TaggedShards": (
+        lambda folder: TaggedShards([tagged_shard(folder / "t.tar", ["null"] * 4)], num_tags=3, batch_size=4),
+        "TaggedBatch",
+    ),
+    "TaggedShards, two views": (
+        lambda folder: TaggedShards(
+            [tagged_shard(folder / "t.tar", ["null"] * 4)], num_tags=3, views=TwoViews(), batch_size=4
+        ),
+        "TaggedViewsBatch",
+    ),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
         "ImageTextBatch",
@@ -120,6 +131,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Scenes": (lambda folder: Scenes(tokenizer=HashedWords(), batch_size=4, size=288), "LabelledImageTextBatch"),
     "Stamps": (lambda folder: Stamps(tokenizer=HashedWords(), batch_size=4), "LabelledImageTextBatch"),
     "RenderedScenes": (lambda folder: RenderedScenes(batch_size=4), "SceneBatch"),
+    "RenderedScenes, two views": (lambda folder: RenderedScenes(views=TwoViews(), batch_size=4), "SceneViewsBatch"),
     "RenderedScenes, captions": (
         lambda folder: RenderedScenes(tokenizer=HashedWords(), batch_size=4),
         "CaptionedSceneBatch",
