@@ -74,6 +74,7 @@ from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
@@ -198,6 +199,12 @@ def pairs(rows: int, seed: int) -> dict[str, Any]:
     return images()(rows, seed) | texts(rows, seed)
 
 
+def tagged_views(rows: int, seed: int) -> dict[str, Any]:
+    """Two views, and three tags, of which some are not known."""
+    tags, known = (torch.rand(2, rows, 3, generator=torch.Generator().manual_seed(seed)) < 0.6).long()
+    return views()(rows, seed) | {"tags": tags * known, "tags_known": known}
+
+
 def texts(rows: int, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     length = torch.randint(1, 7, (rows, 1), generator=generator)
@@ -281,6 +288,11 @@ def mmc(**optimization: Any) -> MMC:
 def sit(**optimization: Any) -> SiT:
     corruption = GroupCorruption(RectangleMasks(0.5, longest=0.5), alien=0.0, fill="shifted")
     return SiT(patch_vit(), nn.Linear(16, 8), corruption=corruption, momentum=0.5, **optimization)
+
+
+def heuristic_mtl(**optimization: Any) -> HeuristicMTL:
+    parts = patch_vit(mask_token=True), nn.Linear(16, 3), nn.Linear(16, 8)
+    return HeuristicMTL(*parts, negative_focus=1.0, momentum=0.5, **optimization)
 
 
 class Strided(nn.Module):
@@ -509,6 +521,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
         unsharded="which FSDP2 splits",
     ),
+    "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

@@ -27,11 +27,15 @@ def test_tags_in_neither_list_are_absent_or_unknown(tmp_path: Path, complete: bo
     assert batch["tags_known"].tolist() == known
 
 
-@pytest.mark.parametrize("said", ['{"present": [4]}', '{"present": [-1]}', '{"absent": [true]}', '{"tags": [1]}', "[1]"])
+@pytest.mark.parametrize(
+    "said", ['{"present": [4]}', '{"present": [-1]}', '{"absent": [true]}', '{"tags": [1]}', "[1]"]
+)
 def test_what_is_no_list_of_tags_is_refused(tmp_path: Path, said: str) -> None:
     made = data(tmp_path, [said])
     made.setup()
-    with pytest.raises(UserError, match=r"sample 0000 has tags .* lists of numbers from 0 to num_tags - 1 = 3, or null"):
+    with pytest.raises(
+        UserError, match=r"sample 0000 has tags .* lists of numbers from 0 to num_tags - 1 = 3, or null"
+    ):
         next(iter(made.bank_dataloader()))
 
 
