@@ -169,6 +169,23 @@ class LabelledImageTextBatch(ImageTextBatch):
     label: Tensor
 
 
+class PartlyLabelledBatch(ImageTextBatch):
+    """An `ImageTextBatch` of which some pictures have no text, and some a class.
+
+    image: float32 [B, C, H, W].
+    tokens: int64 [B, T]; those of an empty text where there is none.
+    mask: int64 [B, T].
+    caption_known: int64 [B], 0 where there is no text.
+    label: int64 [B], each in [0, num_classes); 0 where there is none.
+    label_known: int64 [B], 0 where there is no class.
+    index: int64 [B].
+    """
+
+    caption_known: Tensor
+    label: Tensor
+    label_known: Tensor
+
+
 class SceneBatch(TypedDict):
     """Rendered scenes with exact labels of objects and pixels, see `lightspan.datamodules.rendered.scenes`.
 

@@ -59,6 +59,7 @@ from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
+from lightspan.methods.image_text.m3i import M3I, MomentumFeatures
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
@@ -94,6 +95,7 @@ from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
+from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.token_lstm import TokenLSTM
@@ -107,6 +109,7 @@ IMAGES = 4 * ROWS
 
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
+MIXED = "images are mixed with others of their rank"
 PER_RANK = "random numbers are those of the rank"
 
 
@@ -217,6 +220,12 @@ def texts(rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+def partly_labelled(rows: int, seed: int) -> dict[str, Any]:
+    """Pairs of which some have a class, some a caption, some both and some neither."""
+    known = {"caption_known": torch.arange(rows) % 2, "label_known": torch.arange(rows) // 2 % 2}
+    return pairs(rows, seed) | known
+
+
 def windows(rows: int, seed: int) -> dict[str, Any]:
     return {"tokens": torch.randint(16, (rows, 9), generator=torch.Generator().manual_seed(seed))}
 
@@ -293,6 +302,12 @@ def sit(**optimization: Any) -> SiT:
 def heuristic_mtl(**optimization: Any) -> HeuristicMTL:
     parts = patch_vit(mask_token=True), nn.Linear(16, 3), nn.Linear(16, 8)
     return HeuristicMTL(*parts, negative_focus=1.0, momentum=0.5, **optimization)
+
+
+def m3i(mix: PatchMix, **optimization: Any) -> M3I:
+    encoders = DualEncoder(patch_vit(class_token=False), TextTransformer(20, 8, 1, 2, 6), width=5)
+    decoder = MaskDecoder(16, width=8, depth=1, heads=2)
+    return M3I(encoders, decoder, nn.Linear(16, 3), MomentumFeatures(0.5, 0.9), mix, **optimization)
 
 
 class Strided(nn.Module):
@@ -485,6 +500,10 @@ CASES: dict[str, Case] = {
         lambda **o: CLIP(DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=5), **o),
         pairs,
         halves_differ=AMONG_ROWS,
+    ),
+    "image_text.m3i": Case(partial(m3i, PatchMix()), partly_labelled, halves_differ=AMONG_ROWS, ranks_differ=MIXED),
+    "image_text.m3i, one source": Case(
+        partial(m3i, PatchMix(1, hidden=0.5)), partly_labelled, halves_differ=AMONG_ROWS
     ),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),

@@ -100,7 +100,9 @@ def nt_xent(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tens
 
 
 def paired_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
-    return info_nce.paired_info_nce(x @ weight, x.tanh() @ weight, temperature_of(weight))
+    """Of all pairs, and of those that are known, of which ranks have several numbers."""
+    rows = x @ weight, x.tanh() @ weight, temperature_of(weight)
+    return info_nce.paired_info_nce(*rows) + info_nce.paired_info_nce(*rows, known_B=label_B % 2 == 0)
 
 
 def crossed_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -161,6 +163,9 @@ CASES = {
     "classes.label_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: classes.label_cross_entropy(x @ weight, label_B % 4)
     ),
+    "classes.known_cross_entropy": Case(
+        lambda x, weight, label_B, mixed_B: classes.known_cross_entropy(x @ weight, label_B % 4, x[:, 0] > 0), 1
+    ),
     "asymmetric.asymmetric_loss": Case(asymmetric_loss, 1),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
     "barlow.mixed_regulariser": Case(mixed_regulariser, 2 + 2 + 2 + 1),
@@ -179,7 +184,7 @@ CASES = {
     "info_nce.multi_positive_info_nce": Case(multi_positive_info_nce, 2 + 2 + 1),
     "info_nce.soft_info_nce": Case(soft_info_nce, 2 + 2 + 1),
     "info_nce.nt_xent": Case(nt_xent, 2 + 1),
-    "info_nce.paired_info_nce": Case(paired_info_nce, 2 + 1),
+    "info_nce.paired_info_nce": Case(paired_info_nce, 2 + 1 + 2 + 2 + 1),
     "info_nce.crossed_info_nce": Case(crossed_info_nce, 2 * (2 + 1)),
     "info_nce.queued_info_nce": Case(queued_info_nce, 1),
     "sigreg.sigreg": Case(sigreg_loss, 1),
