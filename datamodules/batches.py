@@ -175,10 +175,10 @@ class PartlyLabelledBatch(ImageTextBatch):
     image: float32 [B, C, H, W].
     tokens: int64 [B, T]; those of an empty text where there is none.
     mask: int64 [B, T].
+    index: int64 [B].
     caption_known: int64 [B], 0 where there is no text.
     label: int64 [B], each in [0, num_classes); 0 where there is none.
     label_known: int64 [B], 0 where there is no class.
-    index: int64 [B].
     """
 
     caption_known: Tensor

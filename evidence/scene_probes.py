@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
 from lightspan.datamodules.rendered.scene_data import RenderedScenes
 from lightspan.estimators.dense_probes import DepthOrder, LinearSegmentation
@@ -27,9 +29,27 @@ def adamw(rate: float) -> dict[str, Callable[..., Any]]:
     }
 
 
+def kept(data: RenderedScenes, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The training batches of one epoch, drawn once for all arms; pictures in half precision."""
+    data.setup()
+    return [
+        tree_map(lambda x: x.half() if x.is_floating_point() else x, {name: batch[name] for name in fields})
+        for batch in data.train_dataloader()
+    ]
+
+
+def served(batches: list[dict[str, Any]]) -> DataLoader:
+    """In their order, in single precision."""
+
+    def widened(batch: dict[str, Any]) -> dict[str, Any]:
+        return tree_map(lambda x: x.float() if x.is_floating_point() else x, batch)
+
+    return DataLoader(batches, batch_size=None, collate_fn=widened)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def seen(backbone: nn.Module, data: RenderedScenes, part: str, fields: Sequence[str]) -> Features:
-    """Patches [N T D] of the bank, the validation or the test scenes, with fields of their batches."""
+    """Patches [N T D] of the validation or the test scenes, with fields of their batches."""
     backbone.eval()
     loader: Any = getattr(data, f"{part}_dataloader")()
     tokens, found, grid = list[Tensor](), dict[str, list[Tensor]](), (0, 0)

@@ -49,13 +49,13 @@ def pair_shard(path: Path, ending: str) -> str:
     return str(path)
 
 
-def tagged_shard(path: Path, tags: list[str]) -> str:
-    """A picture for each of these contents of its .json member."""
+def partial_shard(path: Path, said: list[dict[str, str]]) -> str:
+    """A picture for each of these, with the members {ending: content} beside it."""
     with tarfile.open(path, "w") as archive:
-        for number, said in enumerate(tags):
+        for number, members in enumerate(said):
             picture = io.BytesIO()
             Image.new("RGB", (6, 6), (number, 0, 255)).save(picture, "PNG")
-            for ending, content in (("png", picture.getvalue()), ("json", said.encode())):
+            for ending, content in {"png": picture.getvalue(), **{k: v.encode() for k, v in members.items()}}.items():
                 member = tarfile.TarInfo(f"{number:04}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))

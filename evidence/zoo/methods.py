@@ -319,6 +319,7 @@ LEFT_OUT = {
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
     "FST": "labels pixels, of which these pictures have no classes",
     "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
+    "HeuristicMTL": "learns from tags, of which these pictures have none",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_files import tagged_shard
+from shard_files import partial_shard
 
 from lightspan.datamodules.shards.tagged import TaggedShards
 from lightspan.errors import UserError
@@ -15,7 +15,9 @@ ANNOTATED = [[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0
 
 
 def data(folder: Path, said: list[str], **settings: Any) -> TaggedShards:
-    return TaggedShards([tagged_shard(folder / "train.tar", said)], num_tags=4, batch_size=5, **settings)
+    return TaggedShards(
+        [partial_shard(folder / "train.tar", [{"json": one} for one in said])], num_tags=4, batch_size=5, **settings
+    )
 
 
 @pytest.mark.parametrize(("complete", "known"), [(False, ANNOTATED), (True, [[1] * 4] * 5)])
