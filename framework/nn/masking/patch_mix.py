@@ -78,12 +78,14 @@ class PatchMix:
     def __call__(
         self, image_BChw: Tensor, patch: Sequence[int], grid: tuple[int, int], index_B: Tensor, step: int
     ) -> Mixtures:
-        """Args:
+        """Mixtures of a batch.
+
+        Args:
             patch, grid: sides of a patch in pixels, and patches along each side.
             index_B: the images' numbers in their dataset.
         Raises: UserError for a grid with fewer visible places than sources.
         """
-        images, device, places = len(image_BChw), image_BChw.device, math.prod(grid)
+        images, places = len(image_BChw), math.prod(grid)
         seen, mixtures = visible_count(self.hidden, places), -(-images // self.sources)
         if seen < self.sources:
             raise UserError(
@@ -102,9 +104,12 @@ class PatchMix:
             see.append(order_RT[:, first:last])
             ask.append(np.delete(order_RT, np.s_[first:last], axis=1))
             np.put_along_axis(owner_RT, see[-1], source, axis=1)
-        rows, owner = (torch.from_numpy(array).to(device) for array in (rows_MR, owner_RT))
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(image_BChw.device)
+
+        rows, owner = put(rows_MR), put(owner_RT)
         patches_MRTd = patchify(image_BChw, patch)[rows.flatten()].unflatten(0, (self.sources, mixtures))
         at_1RTd = owner[None, :, :, None].expand(1, -1, -1, patches_MRTd.shape[3])
         mixed_RChw = unpatchify(patches_MRTd.gather(0, at_1RTd)[0], patch, grid)
-        see_ask = ([torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in of] for of in (see, ask))
-        return Mixtures(mixed_RChw, rows, *see_ask, images)
+        return Mixtures(mixed_RChw, rows, [*map(put, see)], [*map(put, ask)], images)
