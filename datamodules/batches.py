@@ -96,6 +96,38 @@ class ViewsBatch(TypedDict):
     index: Tensor
 
 
+class TaggedBatch(TypedDict):
+    """Pictures with tags, of which any number may hold of one picture.
+
+    image: float32 [B, C, H, W], standardised as in `ImageBatch`.
+    tags: int64 [B, G], 1 for each tag that holds.
+    tags_known: int64 [B, G], 0 where it is not known whether a tag holds; `tags` is then 0.
+    index: int64 [B].
+    """
+
+    image: Tensor
+    tags: Tensor
+    tags_known: Tensor
+    index: Tensor
+
+
+class TaggedViewsBatch(TypedDict):
+    """Several views of each picture, as in `ViewsBatch`, with the tags of a `TaggedBatch`.
+
+    views: V tensors, float32 [B, C, H, W].
+    parameters: float32 [B, V, P]. Absent where views are made without them.
+    tags: int64 [B, G].
+    tags_known: int64 [B, G].
+    index: int64 [B].
+    """
+
+    views: list[Tensor]
+    parameters: NotRequired[Tensor]
+    tags: Tensor
+    tags_known: Tensor
+    index: Tensor
+
+
 class TasksBatch(TypedDict):
     """One picture of each of several tasks a sample, standardised as each task's own.
 
@@ -137,6 +169,23 @@ class LabelledImageTextBatch(ImageTextBatch):
     label: Tensor
 
 
+class PartlyLabelledBatch(ImageTextBatch):
+    """An `ImageTextBatch` of which some pictures have no text, and some a class.
+
+    image: float32 [B, C, H, W].
+    tokens: int64 [B, T]; those of an empty text where there is none.
+    mask: int64 [B, T].
+    index: int64 [B].
+    caption_known: int64 [B], 0 where there is no text.
+    label: int64 [B], each in [0, num_classes); 0 where there is none.
+    label_known: int64 [B], 0 where there is no class.
+    """
+
+    caption_known: Tensor
+    label: Tensor
+    label_known: Tensor
+
+
 class SceneBatch(TypedDict):
     """Rendered scenes with exact labels of objects and pixels, see `lightspan.datamodules.rendered.scenes`.
 
@@ -176,6 +225,34 @@ class SceneBatch(TypedDict):
     label: Tensor
     label_known: Tensor
     index: Tensor
+
+
+class SceneViewsBatch(SceneBatch):
+    """A `SceneBatch` whose scenes also have several views, which are random variants of the image. Labels of pixels are
+    those of the image; a tag may hold of what a view has cut off.
+
+    image: float32 [B, C, H, W].
+    instances: int64 [B, H, W].
+    semantic: int64 [B, H, W].
+    depth: float32 [B, H, W].
+    shape: int64 [B, K].
+    colour: int64 [B, K].
+    texture: int64 [B, K].
+    size: int64 [B, K].
+    pose: float32 [B, K, 4].
+    visible: float32 [B, K].
+    hides: int64 [B, K, K].
+    tags: int64 [B, G].
+    tags_known: int64 [B, G].
+    label: int64 [B].
+    label_known: int64 [B].
+    index: int64 [B].
+    views: V tensors, float32 [B, C, H, W], standardised as the image; H and W may differ between views.
+    parameters: float32 [B, V, P], as in `ViewsBatch`; absent where views are made without them.
+    """
+
+    views: list[Tensor]
+    parameters: NotRequired[Tensor]
 
 
 class CaptionedSceneBatch(SceneBatch):

@@ -61,6 +61,7 @@ from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
+from lightspan.methods.image_text.m3i import M3I, MomentumFeatures
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
@@ -76,6 +77,7 @@ from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
@@ -95,6 +97,7 @@ from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
+from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.token_lstm import TokenLSTM
@@ -108,6 +111,7 @@ IMAGES = 4 * ROWS
 
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
+MIXED = "images are mixed with others of their rank"
 PER_RANK = "random numbers are those of the rank"
 
 
@@ -200,6 +204,12 @@ def pairs(rows: int, seed: int) -> dict[str, Any]:
     return images()(rows, seed) | texts(rows, seed)
 
 
+def tagged_views(rows: int, seed: int) -> dict[str, Any]:
+    """Two views, and three tags, of which some are not known."""
+    tags, known = (torch.rand(2, rows, 3, generator=torch.Generator().manual_seed(seed)) < 0.6).long()
+    return views()(rows, seed) | {"tags": tags * known, "tags_known": known}
+
+
 def texts(rows: int, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     length = torch.randint(1, 7, (rows, 1), generator=generator)
@@ -210,6 +220,12 @@ def texts(rows: int, seed: int) -> dict[str, Any]:
         "label": (torch.arange(rows) + seed) % 3,
         "index": torch.arange(rows) + ROWS * seed,
     }
+
+
+def partly_labelled(rows: int, seed: int) -> dict[str, Any]:
+    """Pairs of which some have a class, some a caption, some both and some neither."""
+    known = {"caption_known": torch.arange(rows) % 2, "label_known": torch.arange(rows) // 2 % 2}
+    return pairs(rows, seed) | known
 
 
 def windows(rows: int, seed: int) -> dict[str, Any]:
@@ -288,6 +304,17 @@ def mmc(**optimization: Any) -> MMC:
 def sit(**optimization: Any) -> SiT:
     corruption = GroupCorruption(RectangleMasks(0.5, longest=0.5), alien=0.0, fill="shifted")
     return SiT(patch_vit(), nn.Linear(16, 8), corruption=corruption, momentum=0.5, **optimization)
+
+
+def heuristic_mtl(**optimization: Any) -> HeuristicMTL:
+    parts = patch_vit(mask_token=True), nn.Linear(16, 3), nn.Linear(16, 8)
+    return HeuristicMTL(*parts, negative_focus=1.0, momentum=0.5, **optimization)
+
+
+def m3i(mix: PatchMix, **optimization: Any) -> M3I:
+    encoders = DualEncoder(patch_vit(class_token=False), TextTransformer(20, 8, 1, 2, 6), width=5)
+    decoder = MaskDecoder(16, width=8, depth=1, heads=2)
+    return M3I(encoders, decoder, nn.Linear(16, 3), MomentumFeatures(0.5, 0.9), mix, **optimization)
 
 
 class Strided(nn.Module):
@@ -486,6 +513,10 @@ CASES: dict[str, Case] = {
         pairs,
         halves_differ=AMONG_ROWS,
     ),
+    "image_text.m3i": Case(partial(m3i, PatchMix()), partly_labelled, halves_differ=AMONG_ROWS, ranks_differ=MIXED),
+    "image_text.m3i, one source": Case(
+        partial(m3i, PatchMix(1, hidden=0.5)), partly_labelled, halves_differ=AMONG_ROWS
+    ),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
     "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
@@ -521,6 +552,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
         unsharded="which FSDP2 splits",
     ),
+    "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

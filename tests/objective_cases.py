@@ -16,6 +16,7 @@ from lightspan import objectives
 from lightspan.distributed import gather_rows
 from lightspan.experiments import class_text
 from lightspan.objectives import (
+    asymmetric,
     barlow,
     classes,
     coding_rate,
@@ -60,6 +61,11 @@ def class_text_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor)
     return class_text.current_class_text_loss(F.normalize(x @ weight, dim=1), text, label_B, CURRENT, 20.0)
 
 
+def asymmetric_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Ranks differ in how much is known."""
+    return asymmetric.asymmetric_loss(x @ weight, x.sin() > 0, (label_B % 2 == 0)[:, None] & (x.cos() > 0))
+
+
 def barlow_twins_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     z1, z2 = barlow.standardise(x @ weight), barlow.standardise(x.tanh() @ weight)
     return barlow.barlow_twins_loss(z1, z2, 0.1)
@@ -100,7 +106,9 @@ def nt_xent(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tens
 
 
 def paired_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
-    return info_nce.paired_info_nce(x @ weight, x.tanh() @ weight, temperature_of(weight))
+    """Of all pairs, and of those that are known, of which ranks have several numbers."""
+    rows = x @ weight, x.tanh() @ weight, temperature_of(weight)
+    return info_nce.paired_info_nce(*rows) + info_nce.paired_info_nce(*rows, known_B=label_B % 2 == 0)
 
 
 def crossed_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -161,6 +169,10 @@ CASES = {
     "classes.label_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: classes.label_cross_entropy(x @ weight, label_B % 4)
     ),
+    "classes.known_cross_entropy": Case(
+        lambda x, weight, label_B, mixed_B: classes.known_cross_entropy(x @ weight, label_B % 4, x[:, 0] > 0), 1
+    ),
+    "asymmetric.asymmetric_loss": Case(asymmetric_loss, 1),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
     "barlow.mixed_regulariser": Case(mixed_regulariser, 2 + 2 + 2 + 1),
     "diffusion.prediction_loss": Case(
@@ -179,7 +191,7 @@ CASES = {
     "info_nce.multi_positive_info_nce": Case(multi_positive_info_nce, 2 + 2 + 1),
     "info_nce.soft_info_nce": Case(soft_info_nce, 2 + 2 + 1),
     "info_nce.nt_xent": Case(nt_xent, 2 + 1),
-    "info_nce.paired_info_nce": Case(paired_info_nce, 2 + 1),
+    "info_nce.paired_info_nce": Case(paired_info_nce, 2 + 1 + 2 + 2 + 1),
     "info_nce.crossed_info_nce": Case(crossed_info_nce, 2 * (2 + 1)),
     "info_nce.queued_info_nce": Case(queued_info_nce, 1),
     "sigreg.sigreg": Case(sigreg_loss, 1),
@@ -231,6 +243,7 @@ CASES = {
 }
 PARTS = {
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
+    "asymmetric.require_asymmetry",
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
@@ -243,6 +256,7 @@ PARTS = {
         "masked.denormalised_patches",
         "classes.share_right",
         "means.mean",
+        "means.known_mean",
         "means.squared_error",
         "prototypes.identity_shares",
         "prototypes.mixed_targets",

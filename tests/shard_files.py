@@ -49,6 +49,19 @@ def pair_shard(path: Path, ending: str) -> str:
     return str(path)
 
 
+def partial_shard(path: Path, said: list[dict[str, str]]) -> str:
+    """A picture for each of these, with the members {ending: content} beside it."""
+    with tarfile.open(path, "w") as archive:
+        for number, members in enumerate(said):
+            picture = io.BytesIO()
+            Image.new("RGB", (6, 6), (number, 0, 255)).save(picture, "PNG")
+            for ending, content in {"png": picture.getvalue(), **{k: v.encode() for k, v in members.items()}}.items():
+                member = tarfile.TarInfo(f"{number:04}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
 def posed_shard(path: Path, objects: int = 4, renders: int = 3) -> str:
     """Objects whose render r of object n has red 10 n + r and the parameters (n, r), and whose class is n."""
     with tarfile.open(path, "w") as archive:

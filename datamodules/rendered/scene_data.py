@@ -3,13 +3,16 @@
 Shapes: B samples, K places for objects, C H W picture, G tags, P parameters.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.datamodules.images.augment.fields import ImageFields
 from lightspan.datamodules.images.small import ImageData, Labelled
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.rendered.data import MOST, PARTS, ChannelMoments, RenderedSamples, RenderedSets
@@ -60,7 +63,7 @@ class Known:
 
 
 class SceneSamples(RenderedSamples):
-    """Samples of `SceneBatch`, or with a tokenizer of `CaptionedSceneBatch`."""
+    """Samples of `SceneBatch`, with views of `SceneViewsBatch`, or with a tokenizer of `CaptionedSceneBatch`."""
 
     def __init__(
         self,
@@ -73,10 +76,17 @@ class SceneSamples(RenderedSamples):
         known: Known,
         tokenizer: PreTrainedTokenizerBase | None,
         length: int,
+        views: Views | None,
     ) -> None:
         super().__init__(first, count)
         self.space, self.style, self.draw_seed, self.moments = space, style, draw_seed, moments
-        self.known, self.tokenizer, self.length = known, tokenizer, length
+        self.known, self.tokenizer, self.length, self.views = known, tokenizer, length, views
+
+    def without_views(self) -> "SceneSamples":
+        """The same samples, as they are."""
+        plain = copy.copy(self)
+        plain.views = None
+        return plain
 
     def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
         layout = self.space.layout(self.draw_seed, numbers)
@@ -107,7 +117,15 @@ class SceneSamples(RenderedSamples):
             tokens, mask = tokenized(self.tokenizer, captions(layout, drawn, shown), self.length)
             fields |= {"tokens": tokens, "mask": mask, "caption_known": caption_known.astype(np.int64)}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(field)) for name, field in fields.items()}
-        return {"image": self.moments.standardised(drawn.images), **tensors}
+        return {"image": self.moments.standardised(drawn.images), **tensors, **self._views(drawn.images, seeds)}
+
+    def _views(self, images: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
+        """Of each image by its seed; none without rows, whose number of views nobody knows."""
+        if self.views is None or not len(images):
+            return {}
+        made = ImageFields(*self.moments, self.views)
+        pairs = zip(images, seeds, strict=True)
+        return default_collate([made(torch.from_numpy(image), int(seed)) for image, seed in pairs])
 
 
 def labels(layout: SceneLayout, instances: np.ndarray) -> np.ndarray:
@@ -126,7 +144,8 @@ def labels(layout: SceneLayout, instances: np.ndarray) -> np.ndarray:
 class RenderedScenes(RenderedSets):
     """Scenes with all their labels: batches of `SceneBatch`, or with a tokenizer of `CaptionedSceneBatch`.
 
-    What a method may read (`known`) is limited in training alone.
+    What a method may read (`known`) is limited in training alone, and only training samples have `views`, beside the
+    fields that all have (`SceneViewsBatch`); the bank's have none.
 
     Args:
         space: which scenes there are; None is `SceneSpace()`.
@@ -134,10 +153,12 @@ class RenderedScenes(RenderedSets):
         known: shares of labels, captions and tags that a method may read; None is all.
         tokenizer: turns a caption into tokens, special tokens included; None leaves captions out.
         length: T, tokens of a caption that are read, special ones included, at least 3.
+        views: makes the views of a training image, anew in each epoch; None makes none.
         settings: those of `RenderedSets`.
     """
 
     num_classes = len(SHAPES) + 1
+    num_tags = len(TAGS)
 
     def __init__(
         self,
@@ -146,20 +167,29 @@ class RenderedScenes(RenderedSets):
         known: Known | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         length: int = 48,
+        views: Views | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         require_length(length)
         self.space, self.style, self.known = space or SceneSpace(), style or Style(), known or Known()
-        self.tokenizer, self.length = tokenizer, length
+        self.tokenizer, self.length, self.views = tokenizer, length, views
+
+    def setup(self, stage: str | None = None) -> None:
+        """As `RenderedSets.setup`; the bank then has no views."""
+        if self.train is None:
+            super().setup(stage)
+            assert isinstance(self.train, SceneSamples)
+            self.bank = self.train.without_views()
 
     def pictures(self, numbers: np.ndarray) -> np.ndarray:
         return painted(self.space, self.draw_seed, numbers, self.style)
 
     def samples(self, first: int, count: int, moments: ChannelMoments) -> SceneSamples:
-        known = self.known if first == PARTS["training"] else Known()
+        training = first == PARTS["training"]
+        known, views = (self.known, self.views) if training else (Known(), None)
         return SceneSamples(
-            first, count, self.space, self.style, self.draw_seed, moments, known, self.tokenizer, self.length
+            first, count, self.space, self.style, self.draw_seed, moments, known, self.tokenizer, self.length, views
         )
 
 

@@ -28,6 +28,24 @@ def targets_of(batch: Mapping[str, Any], method: str, samples: int | None = None
     return _of_each_sample(batch, "label" if "target" not in batch else "target", False, method, samples)
 
 
+def known_rows(batch: Mapping[str, Any], field: str, like_B: Tensor) -> Tensor:
+    """A field of 0 and 1, such as `label_known`, as bool [B]: which samples have what another field of the batch gives.
+    All, where a batch does not say.
+
+    Args:
+        like_B: that other field.
+    Raises: UserError for another number of them.
+    """
+    known_B = batch.get(field)
+    if known_B is None:
+        return torch.ones(len(like_B), dtype=torch.bool, device=like_B.device)
+    if known_B.shape != like_B.shape[:1]:
+        raise UserError(
+            f"{field} of this batch is {list(known_B.shape)}; it must be one 0 or 1 for each of its samples"
+        )
+    return known_B.bool()
+
+
 def require_labels(label_B: Any, num_classes: int, owner: object) -> None:
     """Raises: UserError for labels that are no whole numbers [B], and for one outside [0, num_classes) on the CPU;
     asking an accelerator would wait for it.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
-from lightspan.objectives.means import mean
+from lightspan.objectives.means import known_mean, mean
 
 
 def label_cross_entropy(logits_RK: Tensor, label_R: Tensor) -> Tensor:
@@ -20,6 +20,16 @@ def label_cross_entropy(logits_RK: Tensor, label_R: Tensor) -> Tensor:
     """
     reduction = "mean" if len(label_R) else "sum"
     return F.cross_entropy(wide(logits_RK), label_R.long(), reduction=reduction)
+
+
+def known_cross_entropy(logits_RK: Tensor, label_R: Tensor, known_R: Tensor) -> Tensor:
+    """As `label_cross_entropy`, mean over the rows of all ranks whose label is known; 0 without any.
+
+    Args:
+        label_R: whole numbers in [0, K), also where they are not known.
+        known_R: bool.
+    """
+    return known_mean(F.cross_entropy(wide(logits_RK), label_R.long(), reduction="none"), known_R)
 
 
 def share_right(scores_RK: Tensor, label_R: Tensor) -> Tensor:

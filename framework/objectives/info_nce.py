@@ -112,7 +112,11 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float | Tensor = 0.5) -> 
 
 
 def paired_info_nce(
-    query_BD: Tensor, key_BD: Tensor, temperature: float | Tensor = 0.2, target_BN: Tensor | None = None
+    query_BD: Tensor,
+    key_BD: Tensor,
+    temperature: float | Tensor = 0.2,
+    target_BN: Tensor | None = None,
+    known_B: Tensor | None = None,
 ) -> Tensor:
     """Each query finds the key of its pair among the keys of all ranks, which have gradients if they require them.
 
@@ -121,13 +125,19 @@ def paired_info_nce(
     Args:
         query_BD, key_BD: row i of both is a pair.
         target_BN: shares of the keys of all ranks, in their order, for each query; None gives its own pair all.
+        known_B: bool, which rows are pairs at all: the keys of others are not seen, and their queries have no say. None
+            is all of them.
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError as `nt_xent` does.
     """
     require_temperatures(temperature=temperature)
     key_ND, first = gather_rows(key_BD)
     target_BN = own_rows(len(query_BD), first, key_ND) if target_BN is None else target_BN
-    return soft_info_nce(gated_cosine(query_BD, key_ND) / temperature, target_BN)
+    logits_BN, seen_BN = gated_cosine(query_BD, key_ND) / temperature, None
+    if known_B is not None:
+        seen_BN = (gather_rows(known_B.long())[0] > 0).expand_as(logits_BN)
+        target_BN = target_BN * (seen_BN & known_B[:, None])
+    return soft_info_nce(logits_BN, target_BN, seen_BN)
 
 
 def crossed_info_nce(queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: float | Tensor = 0.2) -> Tensor:

@@ -21,6 +21,17 @@ def mean(x: Tensor) -> Tensor:
     return x.sum() / max(x.numel(), 1)
 
 
+def known_mean(x: Tensor, known: Tensor) -> Tensor:
+    """Over the known entries of all ranks, a scalar; 0, with gradient 0, if nothing is known.
+
+    Args:
+        known: bool, of a shape that expands to that of `x`; entries that are not known may hold anything.
+    """
+    known = known.expand_as(x)
+    total, count = all_reduce_sums(x.where(known, 0).sum(), known.sum().to(x.dtype))
+    return total / count.clamp_min(1)
+
+
 def squared_error(x: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over all entries, a scalar in float32 or wider; 0, with gradient 0, without entries."""
     x, target = wide(x), wide(target)

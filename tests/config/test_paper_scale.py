@@ -30,7 +30,10 @@ WITHOUT = {
 }
 """Methods and papers without a recipe at a paper's scale, and why."""
 
-UNKNOWN = {"contrastive/hydra_imagenet", "clustering/mlc_imagenet", "supervised/look_imagenet"}
+UNKNOWN = {
+    *("contrastive/hydra_imagenet", "clustering/mlc_imagenet", "supervised/look_imagenet"),
+    *("supervised/heuristic_mtl_openimages", "image_text/m3i_vit_b16"),
+}
 """There is no code of their authors; headers say what was assumed."""
 
 ONE_RANK = [

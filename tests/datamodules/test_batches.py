@@ -12,13 +12,14 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from picture_files import write_pictures
-from shard_files import pair_shard, posed_shard, write_shards
+from shard_files import pair_shard, partial_shard, posed_shard, write_shards
 from torch import Tensor
 
 from lightspan import datamodules
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules import batches
 from lightspan.datamodules.image_text.pairs import ImageTextShards
+from lightspan.datamodules.image_text.partial import PartlyLabelledShards
 from lightspan.datamodules.image_text.scenes import Scenes
 from lightspan.datamodules.image_text.stamps import Stamps
 from lightspan.datamodules.images.blank import Blank
@@ -41,6 +42,7 @@ from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
+from lightspan.datamodules.shards.tagged import TaggedShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -111,13 +113,32 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: PosedShards([posed_shard(folder / "posed.tar")], columns=2, batch_size=4),
         "ViewsBatch",
     ),
+    "TaggedShards": (
+        lambda folder: TaggedShards(
+            [partial_shard(folder / "t.tar", [{"json": "null"}] * 4)], num_tags=3, batch_size=4
+        ),
+        "TaggedBatch",
+    ),
+    "TaggedShards, two views": (
+        lambda folder: TaggedShards(
+            [partial_shard(folder / "t.tar", [{"json": "null"}] * 4)], num_tags=3, views=TwoViews(), batch_size=4
+        ),
+        "TaggedViewsBatch",
+    ),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
         "ImageTextBatch",
     ),
+    "PartlyLabelledShards": (
+        lambda folder: PartlyLabelledShards(
+            [partial_shard(folder / "p.tar", [{"txt": "a"}, {"cls": "1"}, {}, {}])], HashedWords(), batch_size=4
+        ),
+        "PartlyLabelledBatch",
+    ),
     "Scenes": (lambda folder: Scenes(tokenizer=HashedWords(), batch_size=4, size=288), "LabelledImageTextBatch"),
     "Stamps": (lambda folder: Stamps(tokenizer=HashedWords(), batch_size=4), "LabelledImageTextBatch"),
     "RenderedScenes": (lambda folder: RenderedScenes(batch_size=4), "SceneBatch"),
+    "RenderedScenes, two views": (lambda folder: RenderedScenes(views=TwoViews(), batch_size=4), "SceneViewsBatch"),
     "RenderedScenes, captions": (
         lambda folder: RenderedScenes(tokenizer=HashedWords(), batch_size=4),
         "CaptionedSceneBatch",

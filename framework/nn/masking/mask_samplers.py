@@ -54,6 +54,16 @@ def seen_and_hidden(masks_B: np.ndarray, device: torch.device | str = "cpu") -> 
     return torch.from_numpy(places(~masks_B)).to(device), torch.from_numpy(places(masks_B)).to(device)
 
 
+def require_seen_and_hidden(masks_B: np.ndarray, method: str) -> None:
+    """Raises: UserError for masks of a batch that leave nothing to see in any image, or nothing to guess."""
+    if masks_B.size and (masks_B.all() or not masks_B.any()):
+        what, patches = ("all", "see") if masks_B.all() else ("none", "guess")
+        raise UserError(
+            f"{method}: masks hide {what} of the {math.prod(masks_B.shape[1:])} patches of each image, which leaves "
+            f"nothing to {patches}; set model.init_args.masks to hide a part of them"
+        )
+
+
 def _require(kind: str, ratio: float, seed: int) -> None:
     if not (0 <= ratio < 1 and seed >= 0):
         raise UserError(f"{kind}: ratio={ratio} must lie in [0, 1), and seed={seed} be at least 0")

@@ -1,7 +1,8 @@
 """What a backbone of tokens offers: the one contract of masked modelling, of self-distillation by patches, and of dense
 features.
 
-`lightspan.backbones.vit.TokenViT` gives it to timm's transformers, and `lightspan.backbones.elastic.ElasticViT` has it.
+`lightspan.backbones.vit.TokenViT` gives it to timm's transformers, `lightspan.backbones.swin.TokenSwin` to its Swin
+transformers, and `lightspan.backbones.elastic.ElasticViT` has it.
 Shapes: B images, h w their sides, H W grid of patches, T = H W, P prefix tokens (class token first, then registers),
 K patches that are seen, D width.
 """
@@ -110,6 +111,31 @@ class ClassTokenNetwork(nn.Module):
     def forward(self, image_BChw: Tensor) -> ClassAndPatches:
         tokens_BPD = self.backbone.tokens(image_BChw)  # type: ignore[operator]
         return ClassAndPatches(self.projector(tokens_BPD[:, 0]), tokens_BPD[:, self.backbone.num_prefix_tokens :])
+
+
+class SeenPatches(NamedTuple):
+    """The mean over the tokens of patches, its embedding, and these tokens."""
+
+    mean_BD: Tensor
+    z_BE: Tensor
+    patches_BTD: Tensor
+
+
+class PatchMeanNetwork(nn.Module):
+    """A backbone of tokens and a projector of the mean over its patches, which networks without a class token have too:
+    what a method trains and copies.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def forward(self, image_BChw: Tensor, mask_BHW: Tensor | None = None) -> SeenPatches:
+        """Arguments as in `TokenBackbone.tokens`."""
+        tokens_BPD = self.backbone.tokens(image_BChw, mask_BHW=mask_BHW)  # type: ignore[operator]
+        patches_BTD = tokens_BPD[:, self.backbone.num_prefix_tokens :]
+        mean_BD = patches_BTD.mean(dim=1)
+        return SeenPatches(mean_BD, self.projector(mean_BD), patches_BTD)
 
 
 class ClassAndMean(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightspan.backbones.tokenizers import HashedWords
-from lightspan.datamodules.images.views import TwoViews
+from lightspan.datamodules.images.views import Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.rendered.data import RenderedSets
 from lightspan.datamodules.rendered.scene_data import (
@@ -24,6 +24,7 @@ from lightspan.errors import UserError
 SMALL: dict[str, Any] = {"size": 24, "val_size": 12, "test_size": 12, "batch_size": 8}
 KINDS = {
     "scenes": lambda: RenderedScenes(SceneSpace(16, 16), tokenizer=HashedWords(), **SMALL),
+    "scenes, two views": lambda: RenderedScenes(SceneSpace(16, 16), views=TwoViews(), **SMALL),
     "domains": lambda: TwoDomains(SceneSpace(16, 16), **SMALL),
     "poses": lambda: PosedViews(side=16, **SMALL),
 }
@@ -104,6 +105,20 @@ def test_what_is_known_is_limited_in_training_alone_and_tells_no_lie() -> None:
     assert (batch["tags_known"][batch["tags"] == 0] == 1).all()
     held_out = data.val.batch(range(50), [0] * 50)
     assert all((held_out[field] == 1).all() for field in ("label_known", "caption_known", "tags_known"))
+
+
+def test_training_scenes_have_views_by_their_seed_beside_all_labels_and_others_have_none() -> None:
+    views = RandomViews(2, scale=(0.6, 1.0), saturation=0.4)
+    with_views, plain = (ready(RenderedScenes(views=made, **SMALL)) for made in (views, None))
+    batch, other = with_views.train.batch(range(8), range(8)), with_views.train.batch(range(8), range(1, 9))
+    assert equal(batch, with_views.train.batch(range(8), range(8)))
+    assert not torch.equal(batch["views"][0], batch["views"][1])
+    assert not torch.equal(batch["views"][0], other["views"][0])
+    fields = plain.train.batch(range(8), range(8))
+    assert equal({name: batch[name] for name in fields}, fields)
+    assert with_views.bank.batch(range(8), range(8)).keys() == fields.keys() == with_views.val.batch([0], [0]).keys()
+    whole = ready(RenderedScenes(views=Plain(2), **SMALL)).train.batch(range(8), range(8))
+    torch.testing.assert_close(whole["views"], [whole["image"]] * 2)
 
 
 def test_domains_differ_in_style_alone() -> None:
