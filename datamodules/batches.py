@@ -96,6 +96,17 @@ class ViewsBatch(TypedDict):
     index: Tensor
 
 
+class PairBatch(TypedDict):
+    """Two photographs of each scene, of which nothing else is known.
+
+    views: V tensors, float32 [B, C, H, W], standardised as in `ImageBatch`; V is 2.
+    index: int64 [B], the pair's position in its dataset.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+
+
 class TasksBatch(TypedDict):
     """One picture of each of several tasks a sample, standardised as each task's own.
 
@@ -235,6 +246,7 @@ class ScenePairBatch(TypedDict):
     matches: float32 [B, V, H, W, 2]: x and y in the other view, in pixels, of the point that a pixel shows.
     covisible: int64 [B, V, H, W], 1 where the other view shows that point too.
     rotation: float32 [B, 3, 3].
+    turn: float32 [B, 3], the same as a vector: its axis times its angle, in radians.
     translation: float32 [B, 3], in the unit of the depths.
     intrinsics: float32 [B, 3, 3], of both cameras.
     label: int64 [B], how many boxes a scene has more than the fewest.
@@ -246,6 +258,7 @@ class ScenePairBatch(TypedDict):
     matches: Tensor
     covisible: Tensor
     rotation: Tensor
+    turn: Tensor
     translation: Tensor
     intrinsics: Tensor
     label: Tensor

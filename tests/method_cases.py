@@ -63,6 +63,7 @@ from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.methods.masked.cae import CAE
+from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
@@ -77,7 +78,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
-from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
+from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
@@ -265,6 +266,11 @@ def depict(**optimization: Any) -> DEPICT:
     built = DEPICT(network, IMAGES, 3, first_share=0.0, hard_share=0.5, **optimization)
     built.target_MK.copy_(torch.eye(3)[torch.arange(IMAGES) % 3])
     return built
+
+
+def croco(**optimization: Any) -> CroCo:
+    decoder = CrossDecoder(16, width=8, depth=1, block=partial(SelfFirst, heads=2))
+    return CroCo(patch_vit(class_token=False), decoder, **optimization)
 
 
 def cropmae(**optimization: Any) -> CropMAE:
@@ -479,6 +485,7 @@ CASES: dict[str, Case] = {
     "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
     "masked.cae": Case(partial(cae, 5), views(1), halves_differ="the first micro-batch alone gives the codes"),
     "masked.cae, pixels": Case(partial(cae, None), views(1)),
+    "masked.croco": Case(croco, views(2)),
     "masked.cropmae": Case(cropmae, views(2)),
     "masked.i_jepa": Case(
         lambda **o: IJEPA(

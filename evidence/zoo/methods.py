@@ -315,6 +315,7 @@ SUPERVISED = {
 }
 ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
+    "CroCo": "learns from two photographs of one scene, and these pictures have one each",
     "DEPICT": "has an encoder of its own, the half of an autoencoder",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
     "FST": "labels pixels, of which these pictures have no classes",

@@ -40,6 +40,7 @@ from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
+from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
@@ -112,6 +113,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PosedShards": (
         lambda folder: PosedShards([posed_shard(folder / "posed.tar")], columns=2, batch_size=4),
         "ViewsBatch",
+    ),
+    "PairedShards": (
+        lambda folder: PairedShards([posed_shard(folder / "pairs.tar", renders=2)], batch_size=4),
+        "PairBatch",
     ),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
