@@ -303,6 +303,37 @@ class WordBatch(TypedDict):
     index: Tensor
 
 
+class SpelledWordBatch(WordBatch):
+    """A `WordBatch` whose words also stand in a sentence.
+
+    image: float32 [B, C, H, W].
+    ink: int64 [B, H, W].
+    characters: int64 [B, T].
+    label: int64 [B].
+    index: int64 [B].
+    tokens: int64 [B, P], of the sentence with its special tokens.
+    mask: int64 [B, P], 1 where a token is the sentence's own and 0 on padding, which is at the end.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+
+class SpellingBatch(TypedDict):
+    """Words without a picture, each in a sentence.
+
+    characters: int64 [B, T], 1 + the place of a letter in the alphabet, and 0 behind a word's end.
+    tokens: int64 [B, P], of the sentence with its special tokens.
+    mask: int64 [B, P], 1 where a token is the sentence's own and 0 on padding, which is at the end.
+    index: int64 [B], the word's position in its list.
+    """
+
+    characters: Tensor
+    tokens: Tensor
+    mask: Tensor
+    index: Tensor
+
+
 class SliceBatch(TypedDict):
     """Rendered slices through bodies, see `lightspan.datamodules.rendered.slices`.
 

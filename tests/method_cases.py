@@ -59,6 +59,7 @@ from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
+from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
@@ -76,13 +77,16 @@ from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.word_reader import WordReader
+from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
-from lightspan.nn.heads.attention_pool import SummaryTransformer
+from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
@@ -105,6 +109,7 @@ ROWS = 8
 IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
+AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 PER_RANK = "random numbers are those of the rank"
@@ -209,6 +214,18 @@ def texts(rows: int, seed: int) -> dict[str, Any]:
         "label": (torch.arange(rows) + seed) % 3,
         "index": torch.arange(rows) + ROWS * seed,
     }
+
+
+def words(rows: int, seed: int) -> dict[str, Any]:
+    """Pictures of words of one to four letters."""
+    length = torch.randint(1, 5, (rows, 1), generator=torch.Generator().manual_seed(seed + 100))
+    letters = torch.randint(1, 6, (rows, 4), generator=torch.Generator().manual_seed(seed + 200))
+    return images()(rows, seed) | {"characters": letters * (torch.arange(4) < length)}
+
+
+def spelled_words(rows: int, seed: int) -> dict[str, Any]:
+    given = words(rows, seed) | texts(rows, seed)
+    return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
 
 
 def windows(rows: int, seed: int) -> dict[str, Any]:
@@ -353,6 +370,16 @@ def pre(**optimization: Any) -> PRE:
     return built
 
 
+def dptr(**optimization: Any) -> DPTR:
+    encoders, noise = DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=8), BankNoise(torch.ones(5, 8, 8))
+    return DPTR(encoders, LetterDecoder(5, 4, 8, depth=2, heads=2, dropout=0.0), noise, **optimization)
+
+
+def word_reader(**optimization: Any) -> WordReader:
+    decoder = LetterDecoder(5, 4, 16, depth=1, heads=2, dropout=0.0)
+    return WordReader(patch_vit(class_token=False), decoder, FeatureMerge(16, 5, heads=2), **optimization)
+
+
 def framed(optimizer: Any) -> Classifier:
     head, rule = GrassmannHead(8, 4, rank=2), partial(RiemannianSGD, lr=0.5, rest=optimizer)
     return Classifier(Pooled(), 4, head=head, optimizer=rule)
@@ -481,6 +508,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
+    "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
     "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
     "masked.cae": Case(partial(cae, 5), views(1), halves_differ="the first micro-batch alone gives the codes"),
@@ -516,6 +544,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
         unsharded="which FSDP2 splits",
     ),
+    "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

@@ -46,6 +46,7 @@ from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
+from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.errors import UserError
 
@@ -87,6 +88,11 @@ def text(folder: Path) -> ByteText:
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text("to be or not to be, " * 200)
     return ByteText([str(folder)], (".txt",), context=9, batch_size=4, val_fraction=0.5, val_windows=4)
+
+
+def word_list(folder: Path) -> WordList:
+    (folder / "words.txt").write_text("to\nbe\nor\nnot\nagain\n")
+    return WordList(str(folder / "words.txt"), HashedWords(), length=9, val_size=1, batch_size=4)
 
 
 MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
@@ -136,6 +142,8 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Persons": (lambda folder: Persons(batch_size=4), "PersonBatch"),
     "Persons, together": (lambda folder: Persons(batch_size=4, together=3), "ViewsBatch"),
     "PrintedWords": (lambda folder: PrintedWords(batch_size=4), "WordBatch"),
+    "PrintedWords, sentences": (lambda folder: PrintedWords(tokenizer=HashedWords(), batch_size=4), "SpelledWordBatch"),
+    "WordList": (word_list, "SpellingBatch"),
     "BodySlices": (lambda folder: BodySlices(batch_size=4), "SliceBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
