@@ -241,8 +241,8 @@ def test_croco(evidence):
     for seed, share in same_place.items():
         evidence.figure("hits, of the same place", share, seed, "%")
     evidence.note(
-        f"{TRAINING} pairs, {STEPS} steps of {BATCH}; {BANK} pairs for probes and {TEST} to judge. Rates of {RATES} chosen "
-        f"in {STEPS // SEARCH_SHARE} steps on seed {SEARCH_SEED}",
+        f"{TRAINING} pairs, {STEPS} steps of {BATCH}; {BANK} pairs for probes and {TEST} to judge. Rates of {RATES} "
+        f"chosen in {STEPS // SEARCH_SHARE} steps on seed {SEARCH_SEED}",
         chosen,
     )
 

@@ -68,7 +68,8 @@ def test_orders_come_in_pairs_none_twice_and_the_end_first_in_the_second(letters
         for order, mirror in zip(orders[2::2, :-1], orders[3::2, :-1], strict=True):
             assert order.tolist() == mirror[::-1].tolist()
         seen |= {tuple(order) for order in orders[2:, :-1]}
-    assert len(seen) == (0, 0, 0, 4, 22, len(seen))[letters]  # all but the first and its mirror, where 60 steps suffice
+    if letters < 5:  # 60 steps suffice
+        assert len(seen) == math.factorial(letters) - 2  # all but the first and its mirror
     assert np.array_equal(LetterOrders(6, seed=3).draw(letters, 7), LetterOrders(6, seed=3).draw(letters, 7))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import WordBatch
+from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of
 from lightspan.nn.heads.attention_pool import FeatureMerge
@@ -27,7 +28,7 @@ class WordReader(Method):
 
     Args:
         backbone: a `lightspan.nn.sequences.token_backbone.TokenBackbone`; what probes read.
-        decoder: of the backbone's width; with weights from a run of DPTR, say.
+        decoder: a `LetterDecoder` of the backbone's width; with weights from a run of DPTR, say.
         merge: with a query for each place of the decoder's longest word; None lets the decoder read the patches.
         orders: in which letters are guessed; None is six of them.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
@@ -36,17 +37,19 @@ class WordReader(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        decoder: LetterDecoder,
+        decoder: nn.Module,
         merge: FeatureMerge | None = None,
         orders: LetterOrders | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
         require_tokens(backbone, "WordReader")
+        if not isinstance(decoder, LetterDecoder):
+            raise UserError(f"WordReader's decoder is a LetterDecoder, not {type(decoder).__name__}; set that")
         require_width(backbone, "decoder.width", decoder.in_features)
         if merge is not None:
             require_width(backbone, "merge.width", merge.in_features)
-        self.backbone, self.decoder, self.merge = backbone, decoder, merge
+        self.backbone, self.merge, self.decoder = backbone, merge, decoder
         self.orders = orders or LetterOrders()
 
     def memories(self, image_BChw: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ def test_what_does_not_fit_is_refused() -> None:
         WordReader(backbone, decoder, FeatureMerge(8, 3, 2), optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match=r"decoder\.width=8, but TokenViT gives 16"):
         WordReader(backbone, LetterDecoder(width=8), optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match="WordReader's decoder is a LetterDecoder, not Linear"):
+        WordReader(backbone, torch.nn.Linear(2, 2), optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match="WordReader needs a backbone with tokens"):
         WordReader(torch.nn.Linear(2, 2), decoder, optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match="of up to 3 letters are longer"):
