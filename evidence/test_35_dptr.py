@@ -3,7 +3,7 @@
 A small CLIP of pictures and letters of words stands in for CLIP. Of its image encoder every reader starts; arms differ
 in their decoder alone: not pre-trained, pre-trained on strings without noise, with noise from pictures of scenes, and
 with noise on what an untrained text encoder says. All are fine-tuned by equal steps, each at the rate that was best of
-the same two for words of the validation set on seed 100. They are judged by words and pictures that no part has seen,
+the same two in half of the steps, for words of the validation set on seed 100. They are judged by words and pictures that no part has seen,
 as clean as those of training, and with more grain.
 """
 
@@ -38,8 +38,8 @@ from lightspan.optim.schedules import WarmupCosine
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 HEIGHT, WIDTH_OF_PICTURE, LONGEST, WIDTH, HEADS = 32, 96, 10, 64, 4
 PICTURES, FEW, BANK, JUDGED = 4000, 200, 256, 400
-CLIP_STEPS, TEXT_STEPS, STEPS = 300, 400, 150
-BATCH, FEW_BATCH = 128, 50
+CLIP_STEPS, TEXT_STEPS, STEPS, SEARCH_STEPS = 300, 250, 120, 60
+BATCH, FEW_BATCH = 96, 50
 RATE, RATES = 2e-3, (1e-3, 3e-3)
 GRAIN, MORE_GRAIN = 0.05, 0.2
 ARMS = ("no pre-training", "text", "text and noise", "untrained text encoder")
@@ -86,7 +86,7 @@ def encoders() -> DualEncoder:
 
 
 def decoder() -> LetterDecoder:
-    return LetterDecoder(26, LONGEST, WIDTH, depth=2, heads=HEADS)
+    return LetterDecoder(26, LONGEST, WIDTH, depth=1, heads=HEADS)
 
 
 def optimisation(rate: float, weight_decay: float = 0.0) -> dict[str, Any]:
@@ -134,11 +134,13 @@ def decoders(pair: DualEncoder, given: Sets, seed: int) -> dict[str, LetterDecod
     return found
 
 
-def reader(pair: DualEncoder, start: LetterDecoder, given: Sets, seed: int, rate: float) -> WordReader:
+def reader(
+    pair: DualEncoder, start: LetterDecoder, given: Sets, seed: int, rate: float, steps: int = STEPS
+) -> WordReader:
     seed_everything(seed + 2, verbose=False)
     merge = FeatureMerge(WIDTH, LONGEST + 1, HEADS)
     method = WordReader(copy.deepcopy(pair.image), copy.deepcopy(start), merge, **optimisation(rate))
-    trained(method, given.training, FEW, FEW_BATCH, STEPS, seed)
+    trained(method, given.training, FEW, FEW_BATCH, steps, seed)
     return method
 
 
@@ -155,7 +157,7 @@ def test_dptr(evidence):
     starts = decoders(pair, searched, SEARCH_SEED)
 
     def score(arm: str, rate: float) -> float:
-        return letters_right(reader(pair, starts[arm], searched, SEARCH_SEED, rate), searched.validation)
+        return letters_right(reader(pair, starts[arm], searched, SEARCH_SEED, rate, SEARCH_STEPS), searched.validation)
 
     chosen = {arm: max(RATES, key=partial(score, arm)) for arm in ARMS}
     clean: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
@@ -173,7 +175,8 @@ def test_dptr(evidence):
             evidence.figure(f"letters right with more grain, {arm}", noisy[arm][seed], seed, "%")
     evidence.note(
         f"{CLIP_STEPS} steps of {BATCH} pairs for the stand-in of CLIP, {TEXT_STEPS} of {BATCH} strings, {STEPS} of "
-        f"{FEW_BATCH} out of {FEW} pictures; {JUDGED} pictures to judge. Rates of {RATES} chosen on seed {SEARCH_SEED}",
+        f"{FEW_BATCH} out of {FEW} pictures; {JUDGED} pictures to judge. Rates of {RATES} chosen in {SEARCH_STEPS} "
+        f"steps on seed {SEARCH_SEED}",
         chosen,
     )
 
