@@ -3,8 +3,8 @@
 A small CLIP of pictures and letters of words stands in for CLIP. Of its image encoder every reader starts; arms differ
 in their decoder alone: not pre-trained, pre-trained on strings without noise, with noise from pictures of scenes, and
 with noise on what an untrained text encoder says. All are fine-tuned by equal steps, each at the rate that was best of
-the same two in half of the steps, for words of the validation set on seed 100. They are judged by words and pictures that no part has seen,
-as clean as those of training, and with more grain.
+the same two in half of the steps, for words of the validation set on seed 100. They are judged by words and pictures
+that no part has seen, as clean as those of training, and with more grain.
 """
 
 import copy
