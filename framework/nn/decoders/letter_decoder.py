@@ -182,6 +182,7 @@ class LetterDecoder(nn.Module):
         guess_BSw, letter_BSw = self.drop(places_Sw.expand(len(letters_BT), -1, -1)), self.drop(letter_BSw)
         known_BS = torch.cat([torch.ones_like(letters_BT[:, :1], dtype=torch.bool), letters_BT > 0], dim=1)
         guess_seen, letter_seen = (seen_SS & known_BS[:, None, None] for seen_SS in (guess_SS, letter_SS))
+        block: Any  # its attributes are those of LetterBlock
         for number, block in enumerate(self.blocks):
             normed_BSw = block.norm_letter(letter_BSw)
             guess_BSw = block(guess_BSw, block.norm_guess(guess_BSw), normed_BSw, memory_BMw, guess_seen)
