@@ -371,7 +371,7 @@ def pre(**optimization: Any) -> PRE:
 
 
 def dptr(**optimization: Any) -> DPTR:
-    encoders, noise = DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=8), BankNoise(torch.ones(5, 8, 8))
+    encoders, noise = DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=8), BankNoise(torch.randn(5, 8, 8))
     return DPTR(encoders, LetterDecoder(5, 4, 8, depth=2, heads=2, dropout=0.0), noise, **optimization)
 
 
