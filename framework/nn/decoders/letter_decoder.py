@@ -94,13 +94,18 @@ class LetterBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(
+        self, guess_BSw: Tensor, letter_BSw: Tensor, memory_BMw: Tensor, guess_seen: Tensor, letter_seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Guesses and letters, each after what they have seen; without `letter_seen` letters stay as they are."""
+        normed_BSw = self.norm_letter(letter_BSw)
+        seen_BSw = self._stream(guess_BSw, self.norm_guess(guess_BSw), normed_BSw, memory_BMw, guess_seen)
+        if letter_seen is None:
+            return seen_BSw, letter_BSw
+        return seen_BSw, self._stream(letter_BSw, normed_BSw, normed_BSw, memory_BMw, letter_seen)
+
+    def _stream(
         self, x_BSw: Tensor, normed_BSw: Tensor, letter_BSw: Tensor, memory_BMw: Tensor, seen: Tensor
     ) -> Tensor:
-        """One of the two streams.
-
-        Args:
-            normed_BSw, letter_BSw: the stream after its first norm, and the letters after theirs.
-        """
         x_BSw = x_BSw + self.drop(self.own(normed_BSw, letter_BSw, letter_BSw, seen))
         x_BSw = x_BSw + self.drop(self.cross(self.norm_memory(x_BSw), memory_BMw, memory_BMw))
         return x_BSw + self.drop(self.mlp(self.norm_mlp(x_BSw)))
@@ -182,12 +187,9 @@ class LetterDecoder(nn.Module):
         guess_BSw, letter_BSw = self.drop(places_Sw.expand(len(letters_BT), -1, -1)), self.drop(letter_BSw)
         known_BS = torch.cat([torch.ones_like(letters_BT[:, :1], dtype=torch.bool), letters_BT > 0], dim=1)
         guess_seen, letter_seen = (seen_SS & known_BS[:, None, None] for seen_SS in (guess_SS, letter_SS))
-        block: Any  # its attributes are those of LetterBlock
         for number, block in enumerate(self.blocks):
-            normed_BSw = block.norm_letter(letter_BSw)
-            guess_BSw = block(guess_BSw, block.norm_guess(guess_BSw), normed_BSw, memory_BMw, guess_seen)
-            if number + 1 < len(self.blocks):  # nothing reads the letters after the last
-                letter_BSw = block(letter_BSw, normed_BSw, normed_BSw, memory_BMw, letter_seen)
+            last = number + 1 == len(self.blocks)  # after which nothing reads the letters
+            guess_BSw, letter_BSw = block(guess_BSw, letter_BSw, memory_BMw, guess_seen, None if last else letter_seen)
         return self.head(self.norm(guess_BSw))
 
 
