@@ -128,6 +128,17 @@ class TaggedViewsBatch(TypedDict):
     index: Tensor
 
 
+class PairBatch(TypedDict):
+    """Two photographs of each scene, of which nothing else is known.
+
+    views: V tensors, float32 [B, C, H, W], standardised as in `ImageBatch`; V is 2.
+    index: int64 [B], the pair's position in its dataset.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+
+
 class TasksBatch(TypedDict):
     """One picture of each of several tasks a sample, standardised as each task's own.
 
@@ -312,6 +323,7 @@ class ScenePairBatch(TypedDict):
     matches: float32 [B, V, H, W, 2]: x and y in the other view, in pixels, of the point that a pixel shows.
     covisible: int64 [B, V, H, W], 1 where the other view shows that point too.
     rotation: float32 [B, 3, 3].
+    turn: float32 [B, 3], the same as a vector: its axis times its angle, in radians.
     translation: float32 [B, 3], in the unit of the depths.
     intrinsics: float32 [B, 3, 3], of both cameras.
     label: int64 [B], how many boxes a scene has more than the fewest.
@@ -323,6 +335,7 @@ class ScenePairBatch(TypedDict):
     matches: Tensor
     covisible: Tensor
     rotation: Tensor
+    turn: Tensor
     translation: Tensor
     intrinsics: Tensor
     label: Tensor
@@ -364,6 +377,37 @@ class WordBatch(TypedDict):
     ink: Tensor
     characters: Tensor
     label: Tensor
+    index: Tensor
+
+
+class SpelledWordBatch(WordBatch):
+    """A `WordBatch` whose words also stand in a sentence.
+
+    image: float32 [B, C, H, W].
+    ink: int64 [B, H, W].
+    characters: int64 [B, T].
+    label: int64 [B].
+    index: int64 [B].
+    tokens: int64 [B, P], of the sentence with its special tokens.
+    mask: int64 [B, P], 1 where a token is the sentence's own and 0 on padding, which is at the end.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+
+class SpellingBatch(TypedDict):
+    """Words without a picture, each in a sentence.
+
+    characters: int64 [B, T], 1 + the place of a letter in the alphabet, and 0 behind a word's end.
+    tokens: int64 [B, P], of the sentence with its special tokens.
+    mask: int64 [B, P], 1 where a token is the sentence's own and 0 on padding, which is at the end.
+    index: int64 [B], the word's position in its list.
+    """
+
+    characters: Tensor
+    tokens: Tensor
+    mask: Tensor
     index: Tensor
 
 

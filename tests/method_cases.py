@@ -62,10 +62,12 @@ from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.m3i import M3I, MomentumFeatures
+from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.methods.masked.cae import CAE
+from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
@@ -79,13 +81,16 @@ from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.word_reader import WordReader
+from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
-from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
+from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
+from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
-from lightspan.nn.heads.attention_pool import SummaryTransformer
+from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
@@ -109,6 +114,7 @@ ROWS = 8
 IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
+AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -228,6 +234,18 @@ def partly_labelled(rows: int, seed: int) -> dict[str, Any]:
     return pairs(rows, seed) | known
 
 
+def words(rows: int, seed: int) -> dict[str, Any]:
+    """Pictures of words of one to four letters."""
+    length = torch.randint(1, 5, (rows, 1), generator=torch.Generator().manual_seed(seed + 100))
+    letters = torch.randint(1, 6, (rows, 4), generator=torch.Generator().manual_seed(seed + 200))
+    return images()(rows, seed) | {"characters": letters * (torch.arange(4) < length)}
+
+
+def spelled_words(rows: int, seed: int) -> dict[str, Any]:
+    given = words(rows, seed) | texts(rows, seed)
+    return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
+
+
 def windows(rows: int, seed: int) -> dict[str, Any]:
     return {"tokens": torch.randint(16, (rows, 9), generator=torch.Generator().manual_seed(seed))}
 
@@ -288,6 +306,11 @@ def depict(**optimization: Any) -> DEPICT:
     built = DEPICT(network, IMAGES, 3, first_share=0.0, hard_share=0.5, **optimization)
     built.target_MK.copy_(torch.eye(3)[torch.arange(IMAGES) % 3])
     return built
+
+
+def croco(**optimization: Any) -> CroCo:
+    decoder = CrossDecoder(16, width=8, depth=1, block=partial(SelfFirst, heads=2))
+    return CroCo(patch_vit(class_token=False), decoder, **optimization)
 
 
 def cropmae(**optimization: Any) -> CropMAE:
@@ -379,6 +402,16 @@ def pre(**optimization: Any) -> PRE:
     built.tokenizer, built.class_names = HashedWords(64), ["red ring", "blue bar", "large white cross", "disc"]
     built.name_classes(built.tokenizer, built.class_names)
     return built
+
+
+def dptr(**optimization: Any) -> DPTR:
+    encoders, noise = DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=8), BankNoise(torch.randn(5, 8, 8))
+    return DPTR(encoders, LetterDecoder(5, 4, 8, depth=2, heads=2, dropout=0.0), noise, **optimization)
+
+
+def word_reader(**optimization: Any) -> WordReader:
+    decoder = LetterDecoder(5, 4, 16, depth=1, heads=2, dropout=0.0)
+    return WordReader(patch_vit(class_token=False), decoder, FeatureMerge(16, 5, heads=2), **optimization)
 
 
 def framed(optimizer: Any) -> Classifier:
@@ -518,10 +551,12 @@ CASES: dict[str, Case] = {
         partial(m3i, PatchMix(1, hidden=0.5)), partly_labelled, halves_differ=AMONG_ROWS
     ),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
+    "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
     "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
     "masked.cae": Case(partial(cae, 5), views(1), halves_differ="the first micro-batch alone gives the codes"),
     "masked.cae, pixels": Case(partial(cae, None), views(1)),
+    "masked.croco": Case(croco, views(2)),
     "masked.cropmae": Case(cropmae, views(2)),
     "masked.i_jepa": Case(
         lambda **o: IJEPA(
@@ -553,6 +588,7 @@ CASES: dict[str, Case] = {
         unsharded="which FSDP2 splits",
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

@@ -26,6 +26,7 @@ from lightspan.objectives import (
     info_nce,
     koleo,
     language,
+    letters,
     margin,
     masked,
     prototypes,
@@ -113,6 +114,13 @@ def paired_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor)
 
 def crossed_info_nce(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     return info_nce.crossed_info_nce([x @ weight, x.sin() @ weight], [x.tanh(), x.cos()], temperature_of(weight))
+
+
+def permuted_letter_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    word_BT = 1 + torch.stack([label_B % 3, (label_B + 1) % 3], dim=1)
+    word_BT[:, 1] *= label_B % 2  # words of one letter and of two
+    logits = torch.stack([(number * x).sin() @ weight for number in range(1, 10)]).view(3, 3, len(x), 4).transpose(1, 2)
+    return letters.permuted_letter_loss(logits, word_BT)
 
 
 def hidden_absolute_error(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -228,6 +236,7 @@ CASES = {
         ),
         2 + 2 + 1,
     ),
+    "letters.permuted_letter_loss": Case(permuted_letter_loss, 1),
     "masked.hidden_absolute_error": Case(hidden_absolute_error, 1),
     "masked.patch_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.patch_regression((x @ weight)[:, None], x.sin()[:, None])
@@ -255,6 +264,7 @@ PARTS = {
         "masked.normalised_patches",
         "masked.denormalised_patches",
         "classes.share_right",
+        "letters.reading_scores",
         "means.mean",
         "means.known_mean",
         "means.squared_error",

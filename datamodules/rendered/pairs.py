@@ -211,6 +211,19 @@ def draw_pairs(
     return DrawnPairs(*(np.stack(field, axis=1) for field in (bytes_of, depths, matches, covisible)))
 
 
+def turns(rotation: np.ndarray) -> np.ndarray:
+    """Rotations as vectors, axis times angle in radians: float32 [B, 3] of [B, 3, 3], for angles below half a turn.
+
+    Of R - R^T the vector part has the length 2 sin(angle), and the trace is 1 + 2 cos(angle).
+    """
+    y, z, x = ((rotation[:, i, j] - rotation[:, j, i]) / 2 for i, j in ((0, 2), (1, 0), (2, 1)))
+    sine = np.sqrt(x**2 + y**2 + z**2)
+    cosine = (rotation[:, 0, 0] + rotation[:, 1, 1] + rotation[:, 2, 2] - 1) / 2
+    # Where the angle is 0 to rounding it is its own sine.
+    longer = np.where(sine > 1e-6, np.arctan2(sine, cosine) / np.maximum(sine, np.float32(1e-6)), np.float32(1))
+    return longer[:, None] * np.stack([x, y, z], axis=1)
+
+
 class PairSpace(NamedTuple):
     """All pairs that may be drawn: sides in pixels, boxes, how far apart the cameras are, and the style."""
 
@@ -252,6 +265,7 @@ class ScenePairSamples(RenderedSamples):
             "matches": drawn.matches,
             "covisible": drawn.covisible.astype(np.int64),
             "rotation": rotation,
+            "turn": turns(rotation),
             "translation": translation,
             "intrinsics": lens,
             "label": (boxes.half[:, 1:, 0] > 0).sum(axis=1) - self.space.fewest,

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
+from lightspan.datamodules.text.spelling import SENTENCE, sentences, spelled
+from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.errors import UserError
 from lightspan.files import expanded
 
@@ -166,35 +169,50 @@ def _mottled(draws: Draws, height: int, width: int) -> np.ndarray:
 
 
 class WordSamples(RenderedSamples):
-    """Samples of `WordBatch`."""
+    """Samples of `WordBatch`, or with a tokenizer of `SpelledWordBatch`."""
 
     def __init__(
-        self, first: int, count: int, press: Press, longest: int, draw_seed: int, moments: ChannelMoments
+        self,
+        first: int,
+        count: int,
+        press: Press,
+        longest: int,
+        draw_seed: int,
+        moments: ChannelMoments,
+        tokenizer: PreTrainedTokenizerBase | None,
+        sentence: str,
+        length: int,
     ) -> None:
         super().__init__(first, count)
         self.press, self.longest, self.draw_seed, self.moments = press, longest, draw_seed, moments
+        self.tokenizer, self.sentence, self.length = tokenizer, sentence, length
 
     def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
         printed = self.press.pictures(self.draw_seed, numbers)
-        characters = np.zeros((len(numbers), self.longest), dtype=np.int64)
-        for row, word in zip(characters, printed.words, strict=True):
-            row[: len(word)] = [ALPHABET.index(letter) + 1 for letter in word]
-        return {
-            "image": self.moments.standardised(printed.images),
-            "ink": torch.from_numpy((printed.ink >= 0.5).astype(np.int64)),
-            "characters": torch.from_numpy(characters),
-            "label": torch.from_numpy(self.press.chosen(self.draw_seed, numbers)),
+        fields = {
+            "ink": (printed.ink >= 0.5).astype(np.int64),
+            "characters": spelled(printed.words, self.longest, ALPHABET),
+            "label": self.press.chosen(self.draw_seed, numbers),
         }
+        if self.tokenizer is not None:
+            said = sentences(printed.words, self.sentence)
+            fields["tokens"], fields["mask"] = tokenized(self.tokenizer, said, self.length)
+        tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
+        return {"image": self.moments.standardised(printed.images), **tensors}
 
 
 class PrintedWords(RenderedSets):
-    """Pictures of printed words: batches of `WordBatch`. No word of one set is in another.
+    """Pictures of printed words: batches of `WordBatch`, or with a tokenizer of `SpelledWordBatch`. No word of one set
+    is in another.
 
     Args:
         height, width: of a picture in pixels, at least 1.
         longest: T, letters of the longest word, at least 2.
         fonts: paths of font files; None is the seven that matplotlib brings along.
         grain: standard deviation of the noise on each channel, where white is 1.
+        tokenizer: turns a sentence with the word into tokens, special tokens included; None leaves sentences out.
+        sentence: with {} where the word stands.
+        length: tokens of a sentence that are read, special ones included, at least 3.
         settings: those of `RenderedSets`.
     """
 
@@ -205,15 +223,21 @@ class PrintedWords(RenderedSets):
         longest: int = 10,
         fonts: list[str] | None = None,
         grain: float = 0.05,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        sentence: str = SENTENCE,
+        length: int = 32,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        require_length(length)
+        sentences([], sentence)
         if min(height, width) < 1 or longest < 2 or grain < 0:
             raise UserError(
                 f"words of longest={longest} letters in height={height} and width={width} pixels with grain={grain}: "
                 "longest must be at least 2, sides at least 1, and grain at least 0"
             )
         self.height, self.width, self.longest, self.fonts, self.grain = height, width, longest, fonts, grain
+        self.tokenizer, self.sentence, self.length = tokenizer, sentence, length
         self.num_classes = len(vocabulary(longest)["training"])
 
     def press(self, part: str) -> Press:
@@ -225,4 +249,5 @@ class PrintedWords(RenderedSets):
 
     def samples(self, first: int, count: int, moments: ChannelMoments) -> WordSamples:
         part = next(name for name, start in PARTS.items() if start == first)
-        return WordSamples(first, count, self.press(part), self.longest, self.draw_seed, moments)
+        read = self.tokenizer, self.sentence, self.length
+        return WordSamples(first, count, self.press(part), self.longest, self.draw_seed, moments, *read)

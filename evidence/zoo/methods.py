@@ -315,6 +315,7 @@ SUPERVISED = {
 }
 ENTRIES = SELF_SUPERVISED | SUPERVISED
 LEFT_OUT = {
+    "CroCo": "learns from two photographs of one scene, and these pictures have one each",
     "DEPICT": "has an encoder of its own, the half of an autoencoder",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
     "FST": "labels pixels, of which these pictures have no classes",
@@ -324,6 +325,7 @@ LEFT_OUT = {
     "HeuristicMTL": "learns from tags, of which these pictures have none",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
+    "WordReader": "reads words, of which these pictures show none",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
 }
 """Methods by the name of their class."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightspan.errors import UserError
 
-# A recipe may name the class listed here.
-__all__ = ["TextTransformer"]
+# A recipe may name the classes listed here.
+__all__ = ["TextMemory", "TextTransformer"]
 
 
 class TextTransformer(nn.Module):
@@ -71,6 +71,13 @@ class TextTransformer(nn.Module):
 
         Raises: UserError for more tokens than there are positions.
         """
+        return self.norm(_last(self._states(embedded_BTD), mask_BT))
+
+    def states(self, tokens_BT: Tensor) -> Tensor:
+        """[B T D], of every token after the last norm; `forward` gives that of each text's last. Raises: as `read`."""
+        return self.norm(self._states(self.tokens(tokens_BT)))
+
+    def _states(self, embedded_BTD: Tensor) -> Tensor:
         length = embedded_BTD.shape[1]
         if length > self.context:
             raise UserError(
@@ -81,5 +88,43 @@ class TextTransformer(nn.Module):
         after_TT = torch.ones(length, length, dtype=torch.bool, device=x_BTD.device).triu(1)
         for block in self.blocks:
             x_BTD = block(x_BTD, src_mask=after_TT, is_causal=True)
-        end_B = (mask_BT.sum(dim=1) - 1).clamp_min(0)
-        return self.norm(x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B])
+        return x_BTD
+
+
+class TextMemory(nn.Module):
+    """Texts as tokens for a decoder to look at: tokens and mask [B T] -> [B 1+T D], the map of the last token's state
+    into the space that texts share with images, before it is scaled to length 1, then the states of all tokens.
+
+    Source: Zhao et al., "DPTR", 2024, arXiv 2408.05706, section 3.2.
+
+    Args:
+        encoders: a `lightspan.backbones.dual_encoder.DualEncoder` whose text encoder has `states`; of it the text's
+            half is kept.
+    Raises: UserError for another, or one whose common space is not as wide as the states.
+    """
+
+    def __init__(self, encoders: nn.Module) -> None:
+        super().__init__()
+        text: Any = getattr(encoders, "text", None)
+        map_ = getattr(encoders, "text_map", None)
+        if not callable(getattr(text, "states", None)) or not isinstance(map_, nn.Linear):
+            raise UserError(
+                "TextMemory needs a lightspan.backbones.dual_encoder.DualEncoder whose text encoder gives the states "
+                f"of all tokens, such as TextTransformer, not {type(encoders).__name__}"
+            )
+        if map_.out_features != map_.in_features:
+            raise UserError(
+                f"the space of texts and images has {map_.out_features} dimensions and the text encoder's states "
+                f"{map_.in_features}; a memory needs both of one width"
+            )
+        self.num_features, self.text, self.text_map = map_.out_features, text, map_
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        states_BTD = self.text.states(tokens_BT)
+        return torch.cat([self.text_map(_last(states_BTD, mask_BT)).unsqueeze(1), states_BTD], dim=1)
+
+
+def _last(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """That of each text's last token, of a text without any its first: [B D]."""
+    end_B = (mask_BT.sum(dim=1) - 1).clamp_min(0)
+    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["HashedWords", "stored_tokenizer"]
+__all__ = ["HashedWords", "Letters", "stored_tokenizer"]
 
 SPECIAL = {"<pad>": 0, "<start>": 1, "<end>": 2}
 
@@ -46,6 +46,33 @@ class HashedWords(PreTrainedTokenizer):
         if token in SPECIAL:
             return SPECIAL[token]
         return len(SPECIAL) + zlib.crc32(token.encode()) % (self.size - len(SPECIAL))
+
+    def build_inputs_with_special_tokens(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
+        return [SPECIAL["<start>"], *ids, *(pair or []), SPECIAL["<end>"]]
+
+
+class Letters(PreTrainedTokenizer):
+    """Single letters of ASCII in lower case: a text becomes <start> letters <end>, and what is no ASCII is left out.
+
+    For text encoders that have to know how a word is spelled.
+    """
+
+    def __init__(self) -> None:
+        pad, start, end = SPECIAL
+        super().__init__(pad_token=pad, bos_token=start, eos_token=end)
+
+    @property
+    def vocab_size(self) -> int:
+        return 128 + len(SPECIAL)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(SPECIAL)
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        return [letter for letter in text.lower() if letter.isascii()]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return SPECIAL[token] if token in SPECIAL else len(SPECIAL) + ord(token)
 
     def build_inputs_with_special_tokens(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
         return [SPECIAL["<start>"], *ids, *(pair or []), SPECIAL["<end>"]]

@@ -6,10 +6,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
+from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 
 # A recipe may name the functions listed here.
-__all__ = ["decoder_with_weights", "stored_linear", "with_weights"]
+__all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weights"]
 
 
 def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
@@ -61,6 +62,17 @@ def decoder_with_weights(decoder: MaskDecoder, path: str, prefix: str = "decoder
         decoder.settle(len(head))
     with_weights(decoder, path, prefix)
     return decoder
+
+
+def stored_noise(path: str, weight: float = 0.1, seed: int = 0) -> BankNoise:
+    """Noise from the features of pictures that a safetensors file holds as `bank`, [N S w].
+
+    Raises: UserError for a file that is missing or has no bank, or as `BankNoise`.
+    """
+    bank_NSw = _stored(path, "").get("bank")
+    if bank_NSw is None:
+        raise UserError(f"{path} has no tensor called bank: save the tokens of N pictures there as bank, [N, S, w]")
+    return BankNoise(bank_NSw, weight, seed)
 
 
 def _stored(path: str, prefix: str) -> dict[str, Tensor]:

@@ -72,8 +72,6 @@ class Probe(Estimator):
 
     def require(self, features: Features) -> None:
         """Raises: UserError for samples that it cannot read. `OnlineProbes` asks before the first step."""
-        if features.label_N is not None:
-            kind_of(features.label_N)
 
     @abstractmethod
     def fit(self, bank: Features, query: Features) -> ProbeScores:
@@ -82,16 +80,54 @@ class Probe(Estimator):
         """
 
 
-class KNN(Probe):
+class FieldProbe(Probe):
+    """A probe of one field of the batches: classes, tags or numbers, by its dtype.
+
+    Args:
+        field: its name. Beside the labels this may be any other that says something of a whole sample, such as how the
+            camera moved between two views.
+    """
+
+    def __init__(self, field: str) -> None:
+        self.field, self.reads = field, (field,)
+
+    def require(self, features: Features) -> None:
+        if (labels := self._labels_of(features)) is not None:
+            kind_of(labels)
+
+    def _labels_of(self, features: Features) -> Tensor | None:
+        return features.label_N if self.field == "label" else features.fields.get(self.field)
+
+    def _labels(self, bank: Features, query: Features) -> tuple[Tensor, Tensor]:
+        """Labels of both. Raises: UserError for features of different width, or labels that are missing or of two
+        kinds.
+        """
+        if bank.x.shape[2:] != query.x.shape[2:] or bank.x.shape[-1] != query.x.shape[-1]:
+            raise UserError(
+                f"features are {list(bank.x.shape[1:])} in bank and {list(query.x.shape[1:])} in query; take both from "
+                "one encoder"
+            )
+        known, asked = self._labels_of(bank), self._labels_of(query)
+        if known is None or asked is None:
+            raise UserError(f"a probe needs a {self.field} for each sample, but the bank or the query has none")
+        kinds = kind_of(known), kind_of(asked)
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{self.field}s are {kinds[0]} in bank and {kinds[1]} in query; give both the same")
+        return known, asked
+
+
+class KNN(FieldProbe):
     """Nearest neighbours by cosine, by `lightspan.analysis.knn`: they vote for a class, or their tags or numbers are
     averaged.
 
     Args:
         k: neighbours, from 1 to the number of rows of the bank.
         temperature: of the votes, above 0; None for equal votes.
+        field: as in `FieldProbe`.
     """
 
-    def __init__(self, k: int = 20, temperature: float | None = 0.07) -> None:
+    def __init__(self, k: int = 20, temperature: float | None = 0.07, field: str = "label") -> None:
+        super().__init__(field)
         if k < 1:
             raise UserError(f"KNN k={k} must be at least 1")
         if temperature is not None and not 0 < temperature < math.inf:
@@ -99,7 +135,7 @@ class KNN(Probe):
         self.k, self.temperature = k, temperature
 
     def fit(self, bank: Features, query: Features) -> ProbeScores:
-        known, asked = _labels(bank, query)
+        known, asked = self._labels(bank, query)
         if kind_of(known) == "classes":
             accuracy = knn_accuracy(bank.rows(), known, query.rows(), asked, k=self.k, temperature=self.temperature)
             scores = {"accuracy": accuracy}
@@ -110,7 +146,7 @@ class KNN(Probe):
         return ProbeScores(scores, len(bank), len(query))
 
 
-class LinearProbe(Probe):
+class LinearProbe(FieldProbe):
     """The regression of `lightspan.analysis.linear_probe`: logistic for classes and tags, ridge for numbers; the result
     keeps its weights.
 
@@ -118,16 +154,18 @@ class LinearProbe(Probe):
         l2: penalty, finite and above 0; of several, the best one on a fifth of the bank, with which the whole bank is
             then fitted.
         max_iterations: of L-BFGS, at least 1.
+        field: as in `FieldProbe`.
     """
 
-    def __init__(self, l2: float | Sequence[float] = 1.0, max_iterations: int = 100) -> None:
+    def __init__(self, l2: float | Sequence[float] = 1.0, max_iterations: int = 100, field: str = "label") -> None:
+        super().__init__(field)
         self.l2 = settings_of("LinearProbe l2", l2)
         if max_iterations < 1:
             raise UserError(f"LinearProbe max_iterations={max_iterations} must be at least 1")
         self.max_iterations = max_iterations
 
     def fit(self, bank: Features, query: Features) -> ProbeScores:
-        known, asked = _labels(bank, query)
+        known, asked = self._labels(bank, query)
         x_ND = bank.rows()
 
         def fitted(rows: Tensor | slice, l2: float) -> tuple[Tensor, Tensor]:
@@ -143,7 +181,7 @@ class LinearProbe(Probe):
         return ProbeScores(scores, len(bank), len(query), chosen, tensors={"weight": weight_DC, "bias": bias_C})
 
 
-class AttentiveProbe(Probe):
+class AttentiveProbe(FieldProbe):
     """Attention over tokens, then a linear layer, by `lightspan.analysis.attentive_probe`.
 
     Args:
@@ -154,6 +192,7 @@ class AttentiveProbe(Probe):
         weight_decay: at least 0 and finite.
         heads: of the attention, at least 1; see `AttentionPool`.
         seed: of the weights and the order of rows, at least 0.
+        field: as in `FieldProbe`.
     """
 
     reads_tokens = True
@@ -166,7 +205,9 @@ class AttentiveProbe(Probe):
         weight_decay: float = 0.01,
         heads: int = 8,
         seed: int = 0,
+        field: str = "label",
     ) -> None:
+        super().__init__(field)
         self.rate = settings_of("AttentiveProbe rate", rate)
         for name, value, least in (
             ("steps", steps, 1), ("batch_size", batch_size, 1), ("heads", heads, 1), ("seed", seed, 0),
@@ -179,7 +220,7 @@ class AttentiveProbe(Probe):
         self.heads, self.seed = heads, seed
 
     def fit(self, bank: Features, query: Features) -> ProbeScores:
-        known, asked = _labels(bank, query)
+        known, asked = self._labels(bank, query)
         x_NTD, query_MTD = (_tokens(features.x) for features in (bank, query))
         several = len(self.rate) > 1
         held = rows_to_choose_by(len(bank)) if several else torch.zeros(len(bank), dtype=torch.bool)
@@ -194,21 +235,6 @@ class AttentiveProbe(Probe):
         best = best_of([scored(head, x_NTD[held], known[held]) for head in heads]) if several else 0
         scores, chosen = scored(heads[best], query_MTD, asked), {"rate": self.rate[best]} if several else {}
         return ProbeScores(scores, len(bank), len(query), chosen, tensors=heads[best].state_dict())
-
-
-def _labels(bank: Features, query: Features) -> tuple[Tensor, Tensor]:
-    """Labels of both. Raises: UserError for features of different width, or labels that are missing or of two kinds."""
-    if bank.x.shape[2:] != query.x.shape[2:] or bank.x.shape[-1] != query.x.shape[-1]:
-        raise UserError(
-            f"features are {list(bank.x.shape[1:])} in bank and {list(query.x.shape[1:])} in query; take both from one "
-            "encoder"
-        )
-    if bank.label_N is None or query.label_N is None:
-        raise UserError("a probe needs a label for each sample, but the bank or the query has none")
-    kinds = kind_of(bank.label_N), kind_of(query.label_N)
-    if kinds[0] != kinds[1]:
-        raise UserError(f"labels are {kinds[0]} in bank and {kinds[1]} in query; give both the same")
-    return bank.label_N, query.label_N
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -75,17 +75,20 @@ class WarmupCosine(LRScheduler):
     """Linear warm-up from 0, then a half cosine down to a floor; every group keeps its own peak rate.
 
     With s the number of optimiser steps done, W = warmup * total_steps and T = total_steps:
-    factor = (s + 1) / (W + 1) while s < W, then final + (1 - final) (1 + cos(pi (s - W) / (T - W))) / 2, and `final`
-    after T.
+    factor = (s + 1) / (W + 1) while s < W, then final + (1 - final) (1 + cos(pi c (s - W) / (T - W))) / 2 with
+    c = covered, and after T what it was there: `final`, if c is 1.
 
     Args:
         total_steps: optimiser steps of the whole run, >= 1.
         warmup: share of the run, in [0, 1).
-        final: share of the peak rate left at the end, in [0, 1].
+        final: share of the peak rate left at the end of the cosine, in [0, 1].
+        covered: share of the cosine that the run goes through, in (0, 1]; below 1 it stops while the rate still falls.
     Raises: UserError for values outside these ranges.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1, final: float = 0.1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1, final: float = 0.1, covered: float = 1.0
+    ) -> None:
         if total_steps < 1:
             raise UserError(
                 f"total_steps={total_steps} must be at least 1; set trainer.max_steps or trainer.max_epochs"
@@ -94,7 +97,9 @@ class WarmupCosine(LRScheduler):
             raise UserError(f"warmup={warmup} is a share of the run and must be in [0, 1)")
         if not 0 <= final <= 1:
             raise UserError(f"final={final} is a share of the peak rate and must be in [0, 1]")
-        self.total_steps, self.warmup, self.final = total_steps, warmup, final
+        if not 0 < covered <= 1:
+            raise UserError(f"covered={covered} is a share of the cosine and must be in (0, 1]")
+        self.total_steps, self.warmup, self.final, self.covered = total_steps, warmup, final, covered
         super().__init__(optimizer)
 
     def factor(self, step: int) -> float:
@@ -103,7 +108,7 @@ class WarmupCosine(LRScheduler):
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         done = min((step - warmup_steps) / max(self.total_steps - warmup_steps, 1), 1.0)
-        return cosine_between(1.0, self.final, done)
+        return cosine_between(1.0, self.final, self.covered * done)
 
     def get_lr(self) -> list[float | Tensor]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]

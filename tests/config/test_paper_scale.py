@@ -23,6 +23,7 @@ WITHOUT = {
     "lightspan.methods.generative.denoising_diffusion": "none yet; DiffScaler's paper starts from DiT",
     "lightspan.methods.language.causal_lm": "no paper of its own: it carries the recipes of optimisers",
     "lightspan.methods.language.text_classifier": "no paper of its own: its recipes fine-tune a whole MiniLM",
+    "lightspan.methods.supervised.word_reader": "none yet; no data module reads shards of pictures with words",
     "Learning from Future: A Novel Self-Training Framework for Semantic Segmentation "
     "(arXiv 2209.06993)": "distillation/fst is on rendered scenes",
     "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "image_text/pre_eurosat without `encoder`",
@@ -43,8 +44,9 @@ ONE_RANK = [
 
 
 def at_scale(config: dict[str, Any]) -> bool:
-    """A paper's data come as shards or as folders of pictures, which no package has."""
-    return "'shards': " in str(config["data"]) or config["data"]["class_path"].endswith(".folder.ImageFolder")
+    """A paper's data come as shards, folders of pictures or lists of words, which no package has."""
+    files = (".folder.ImageFolder", ".spelling.WordList")
+    return "'shards': " in str(config["data"]) or config["data"]["class_path"].endswith(files)
 
 
 MERGED = {name: plain(merge_layers(load(name).layers)[0]) for name in catalogue_names()}
@@ -75,7 +77,7 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
 def built(name: str) -> Method:
     """The method of a recipe, without numbers in its weights where it can be made so."""
     overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
-    overlays += [f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip") if f"/{of}" in name]
+    overlays += [f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip", "dptr") if f"/{of}" in name]
     flags = [*ONE_RANK]
     if "/cae" in name:
         flags.append("model.init_args.tokenizer.init_args.weights=null")
@@ -95,7 +97,7 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
     spared = {key for key, parameter in trained.items() if id(parameter) not in decayed}
     if name in ALL_DECAY:
         assert not spared
-    elif name in ("contrastive/supremix_agedb", "clustering/depict_mnist"):  # without decay
+    elif name in ("contrastive/supremix_agedb", "clustering/depict_mnist", "image_text/dptr_union14m"):  # without decay
         assert spared == set(trained)
     elif name == "supervised/grassmann_imagenet":
         assert spared == {"head.frame_KFR"}

@@ -40,12 +40,14 @@ from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
+from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.shards.tagged import TaggedShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
+from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.errors import UserError
 
@@ -89,6 +91,11 @@ def text(folder: Path) -> ByteText:
     return ByteText([str(folder)], (".txt",), context=9, batch_size=4, val_fraction=0.5, val_windows=4)
 
 
+def word_list(folder: Path) -> WordList:
+    (folder / "words.txt").write_text("to\nbe\nor\nnot\nagain\n")
+    return WordList(str(folder / "words.txt"), HashedWords(), length=9, val_size=1, batch_size=4)
+
+
 MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Digits": (lambda folder: Digits(4), "ImageBatch"),
     "Digits, two views": (lambda folder: Digits(4, TwoViews(flip=0.0)), "ViewsBatch"),
@@ -125,6 +132,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         ),
         "TaggedViewsBatch",
     ),
+    "PairedShards": (
+        lambda folder: PairedShards([posed_shard(folder / "pairs.tar", renders=2)], batch_size=4),
+        "PairBatch",
+    ),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
         "ImageTextBatch",
@@ -150,6 +161,8 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Persons": (lambda folder: Persons(batch_size=4), "PersonBatch"),
     "Persons, together": (lambda folder: Persons(batch_size=4, together=3), "ViewsBatch"),
     "PrintedWords": (lambda folder: PrintedWords(batch_size=4), "WordBatch"),
+    "PrintedWords, sentences": (lambda folder: PrintedWords(tokenizer=HashedWords(), batch_size=4), "SpelledWordBatch"),
+    "WordList": (word_list, "SpellingBatch"),
     "BodySlices": (lambda folder: BodySlices(batch_size=4), "SliceBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),

@@ -1,6 +1,8 @@
 """Probes of classes, tags and numbers against scikit-learn, and honest choices among settings."""
 
 import math
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +47,18 @@ def test_numbers_are_ridge_regression_on_standardised_features() -> None:
     assert expected.shape == (M, 3)
     one = fit_linear_probe(bank.x[:, kept], bank.label_N[:, 0], l2=3.0)
     torch.testing.assert_close(one[0], weight[kept][:, :1])
+
+
+@pytest.mark.parametrize("probe", [KNN, LinearProbe, partial(AttentiveProbe, steps=2)])
+def test_another_field_is_read_as_labels_are(probe: Any) -> None:
+    bank, query = sides("numbers")
+    named = [Features(side.x, torch.zeros(len(side)), fields={"turn": side.label_N}) for side in (bank, query)]
+    assert probe(field="turn").reads == ("turn",)
+    assert probe(field="turn").fit(*named).scores == probe().fit(bank, query).scores
+    with pytest.raises(UserError, match="needs a move for each sample"):
+        probe(field="move").fit(*named)
+    with pytest.raises(UserError, match="of no known kind"):
+        probe(field="turn").require(Features(bank.x, fields={"turn": torch.zeros(N, 3, 3)}))
 
 
 def test_tags_are_a_logistic_regression_each() -> None:

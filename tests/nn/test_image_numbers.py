@@ -17,7 +17,7 @@ from lightspan.nn.pretext import Jigsaw
 
 META = torch.device("meta")
 DRAWING: dict[str, dict[str, Any]] = {
-    "masked.mae": {}, "masked.cae": {"codes": None}, "masked.cropmae": {}, "masked.i_jepa": {},
+    "masked.mae": {}, "masked.cae": {"codes": None}, "masked.croco": {}, "masked.cropmae": {}, "masked.i_jepa": {},
     "distillation.ibot": {}, "distillation.mmc": {}, "distillation.poa": {}, "contrastive.supremix": {"most_pairs": 9},
 }  # fmt: skip
 

@@ -32,6 +32,14 @@ def test_warmup_rises_in_equal_steps_to_the_peak_and_the_cosine_ends_at_the_floo
     assert all(a > b for a, b in pairwise(got[10:100]))
 
 
+def test_a_run_that_covers_half_of_the_cosine_is_the_first_half_of_one_twice_as_long():
+    optimizer = torch.optim.SGD([parameter()], lr=2.0)
+    half = rates(WarmupCosine(optimizer, total_steps=50, warmup=0.0, final=0.1, covered=0.5), optimizer, 52)
+    optimizer = torch.optim.SGD([parameter()], lr=2.0)
+    assert half[:51] == pytest.approx(rates(WarmupCosine(optimizer, 100, warmup=0.0, final=0.1), optimizer, 51))
+    assert half[50:] == pytest.approx([1.1, 1.1])  # stays where it stopped
+
+
 def test_groups_keep_the_ratio_of_their_rates_throughout():
     optimizer = torch.optim.SGD([{"params": [parameter()], "lr": 1.0}, {"params": [parameter()], "lr": 0.25}], lr=1.0)
     scheduler = WarmupCosine(optimizer, total_steps=20)
@@ -58,7 +66,12 @@ def test_a_schedule_loaded_halfway_goes_on_as_if_it_had_never_stopped():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"total_steps": 0}, "total_steps=0"), ({"warmup": 1.0}, "warmup=1.0"), ({"final": 2.0}, "final=2.0")],
+    [
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"warmup": 1.0}, "warmup=1.0"),
+        ({"final": 2.0}, "final=2.0"),
+        ({"covered": 0.0}, "covered=0.0"),
+    ],
 )
 def test_schedules_refuse_what_lies_outside_their_ranges(options, message):
     with pytest.raises(UserError, match=message):

@@ -1,18 +1,22 @@
-"""One vector from tokens by attention: a learned query asks all of them, or a learned token joins them in blocks.
+"""One vector from tokens by attention, or a few: learned queries ask all of them, or a learned token joins them in
+blocks.
 
 Source: Chen et al., "Context Autoencoder for Self-Supervised Representation Learning" (2202.03026), whose attentive
 probing this follows: cross-attention of a learned query, then a linear layer. The norm is a choice of this project: a
 LayerNorm of the tokens, which keeps no statistics of batches. Trinh et al., "Selfie", 2019, arXiv 1906.02940, section
-2.3: blocks that end in a norm, over the tokens and a learned start.
-Shapes: B samples, T tokens, D width, C outputs.
+2.3: blocks that end in a norm, over the tokens and a learned start. Zhao et al., "DPTR", 2024, arXiv 2408.05706,
+section 3.3: several queries and an MLP, the feature merge unit.
+Shapes: B samples, T tokens, Q queries, D width, C outputs.
 """
 
 import math
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
+from lightspan.nn.sequences.attention import MultiHeadAttention
 
 
 class AttentionPool(nn.Module):
@@ -66,3 +70,30 @@ class SummaryTransformer(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return x_BTD[:, 0]
+
+
+class FeatureMerge(nn.Module):
+    """[B T D] -> [B Q D], the same for any order of the tokens: x = q + attention(q, tokens); x + MLP(norm x).
+
+    Neither queries nor tokens are normalised before the attention, as in the authors' code. Queries start at
+    N(0, 0.02^2), where that code leaves them at what was in memory.
+
+    Args:
+        width: D, a multiple of `heads`.
+        queries: Q, at least 1; of a decoder of words one more than its longest word has letters.
+        mlp_ratio: width of the MLP by D.
+    """
+
+    def __init__(self, width: int, queries: int = 26, heads: int = 8, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        if queries < 1:
+            raise UserError(f"FeatureMerge queries={queries} must be at least 1")
+        self.in_features = self.out_features = width
+        self.query_tokens = nn.Parameter(0.02 * torch.randn(queries, width))
+        self.attention, self.norm = MultiHeadAttention(width, heads), nn.LayerNorm(width)
+        self.mlp = Mlp(width, int(mlp_ratio * width))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        query_BQD = self.query_tokens.to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+        merged_BQD = query_BQD + self.attention(query_BQD, x_BTD, x_BTD)
+        return merged_BQD + self.mlp(self.norm(merged_BQD))

@@ -26,10 +26,14 @@ class MultiHeadAttention(nn.Module):
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=key_bias)
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, query_BQw: Tensor, key_BSw: Tensor, value_BSw: Tensor) -> Tensor:
-        """[B Q w]. Without keys (S = 0) it is the bias of the last layer."""
+    def forward(self, query_BQw: Tensor, key_BSw: Tensor, value_BSw: Tensor, seen: Tensor | None = None) -> Tensor:
+        """[B Q w]. Without keys (S = 0) it is the bias of the last layer.
+
+        Args:
+            seen: bool, of a shape that expands to [B a Q S], True where a query may look; at least one key of each.
+        """
         parts = self.query(query_BQw), self.key(key_BSw), self.value(value_BSw)
         q_BaQc, k_BaSc, v_BaSc = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         dropout = self.dropout if self.training else 0.0
-        mixed_BaQc = F.scaled_dot_product_attention(q_BaQc, k_BaSc, v_BaSc, dropout_p=dropout)
+        mixed_BaQc = F.scaled_dot_product_attention(q_BaQc, k_BaSc, v_BaSc, attn_mask=seen, dropout_p=dropout)
         return self.out(mixed_BaQc.transpose(1, 2).flatten(2))

@@ -6,11 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.datamodules.rendered.pairs import PairSpace, ScenePairs, cast, intrinsics
+from lightspan.datamodules.rendered.pairs import PairSpace, ScenePairs, cast, intrinsics, turns
 from lightspan.datamodules.rendered.scenes import Style
 from lightspan.errors import UserError
 
 CLEAN = PairSpace(48, 48, 2, 5, 1.0, Style(grain=0.0))
+
+
+def test_a_turn_as_a_vector_gives_its_rotation_back() -> None:
+    vectors = np.random.default_rng(0).normal(size=(50, 3))
+    vectors = np.concatenate([vectors, 1e-4 * vectors, np.zeros((1, 3)), [[0, 0, 3.1]]])
+    x, y, z = vectors.T
+    zero = np.zeros_like(x)
+    cross = np.array([[zero, -z, y], [z, zero, -x], [-y, x, zero]]).transpose(2, 0, 1)
+    rotation = torch.linalg.matrix_exp(torch.from_numpy(cross)).numpy()
+    np.testing.assert_allclose(turns(rotation), vectors, atol=1e-9)
+    found = turns(rotation.astype(np.float32))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, vectors, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

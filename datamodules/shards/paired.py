@@ -1,0 +1,58 @@
+"""Two photographs of each scene from tar shards, such as CroCo's renders of Habitat's rooms from two places."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+from torchvision.io import encode_png
+
+from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.shards.decoders import IMAGES
+from lightspan.datamodules.shards.stream import Decoding, Shards
+from lightspan.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairedDecoding(Decoding):
+    """Both pictures of a sample as its views, each changed at random by itself."""
+
+    def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
+        names = sorted(name for name in members if name.rpartition(".")[2] in IMAGES)
+        if len(names) != 2:
+            raise UserError(
+                f"shard {members['__url__']}: sample {members['__key__']} has {len(names)} pictures; a pair has two, "
+                "such as KEY.1.jpg and KEY.2.jpg"
+            )
+        views = []
+        for number, name in enumerate(names):
+            made = super().__call__(members | {name.rpartition(".")[2]: members[name]}, 2 * seed + number)
+            views += made.get("views", [made.get("image")])
+        return {"views": views}
+
+
+class PairedShards(Shards):
+    """Batches are `PairBatch`: the two photographs of each scene in the order of their names. Order, resume, damage and
+    memory are those of `Shards`; a sample is a pair.
+
+    Args:
+        shards, val_shards: as in `Shards`. A pair has two members such as KEY.1.jpg and KEY.2.jpg.
+        view: makes the one view of a training photograph, drawn for each by itself; None leaves them as they are.
+        settings: `batch_size`, `image_size`, `mean`, `std`, `window`, `seed`, `num_workers` and the others of `Shards`
+            but `fields`, `views` and `views_on`.
+    """
+
+    def __init__(
+        self, shards: list[str], val_shards: list[str] | None = None, view: Views | None = None, **settings: Any
+    ) -> None:
+        super().__init__(shards, val_shards, fields={"image": "|".join(IMAGES)}, **settings)
+        image = replace(self.decode.image, views=view)
+        self.decode = PairedDecoding(**vars(self.decode) | {"image": image})
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """Two pairs of black pictures, where no shard is."""
+        if not self.is_absent():
+            return None
+        picture = encode_png(torch.zeros(3, 256, 256, dtype=torch.uint8)).numpy().tobytes()
+        members = {"__url__": "none", "__key__": "none", "1.png": picture, "2.png": picture}
+        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
