@@ -61,8 +61,8 @@ from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
-from lightspan.methods.image_text.m3i import M3I, MomentumFeatures
 from lightspan.methods.image_text.dptr import DPTR
+from lightspan.methods.image_text.m3i import M3I, MomentumFeatures
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
