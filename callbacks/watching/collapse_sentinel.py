@@ -118,9 +118,9 @@ class CollapseSentinel(Callback):
         self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A measurement out of turn would count among those that `patience` wants, if the run is lengthened.
-        if ends_with_epoch(trainer) and trainer.global_step != self._measured:
-            self._measured = trainer.global_step
+        # A measurement out of turn would count among those that `patience` wants, if the run is lengthened. Whether
+        # this step had its turn is not told from `_measured`: the end may be what a killed run still has to do.
+        if ends_with_epoch(trainer) and trainer.global_step % self.every_n_steps:
             with detached(pl_module):
                 logged = self._logged(self._figures(trainer, pl_module))
             pl_module.log_dict(logged, batch_size=1, sync_dist=trainer.world_size > 1)

@@ -107,7 +107,9 @@ class OnlineProbes(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = self.every_n_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if (due or ends_with_epoch(trainer)) and trainer.global_step != self._probed:
+        # The end may be all that a killed run still has to do, so `_probed` does not know of this step's turn.
+        had_its_turn = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if (due or ends_with_epoch(trainer)) and not had_its_turn and trainer.global_step != self._probed:
             self._log(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,6 +19,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightspan.analysis.collapse import lidar, rankme
+from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.callbacks.watching.collapse_signs import SIGNS, Judge
 from lightspan.distributed import leave
@@ -117,6 +118,20 @@ def test_the_last_figures_are_of_the_end_and_judge_nothing(make_trainer, tmp_pat
     assert last == rows[-1]["collapse/length"] != rows[0]["collapse/length"]
     assert watch.sound_step == trainer.global_step // 10 * 10
     assert module.embeddings({"image": batch["views"][0]}).norm(dim=1).mean().item() == pytest.approx(last, rel=0.2)
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+def test_a_run_killed_behind_its_last_checkpoint_still_measures_its_end(make_trainer, tmp_path, steps) -> None:
+    def start(ckpt_path: Path | None = None) -> list[dict[str, Any]]:
+        callbacks = [sentinel(), Checkpoint(dirpath=str(tmp_path / "checkpoints"), every_n_train_steps=1)]
+        options = {"logger": JsonlLogger(str(tmp_path)), "enable_checkpointing": True, "max_steps": steps}
+        trainer = make_trainer(**options, callbacks=callbacks)
+        seed_everything(3, verbose=False)
+        trainer.fit(Siamese("contrast"), datamodule=Pairs(), ckpt_path=ckpt_path, weights_only=True)
+        return [{**row, "time_s": 0} for row in measured(tmp_path)]
+
+    straight = start()
+    assert start(tmp_path / "checkpoints" / "last.ckpt") == straight  # written before the end of the epoch
 
 
 def test_training_is_bit_identical_with_and_without_it(make_trainer) -> None:
