@@ -252,11 +252,8 @@ def test_croco(evidence):
     evidence.claim(
         "error with another pair's second view by that with the right one",
         {seed: runs["CroCo"][seed]["other by right"] for seed in SEEDS},
-        at_least=1.2,
+        at_least=4 / 3,
     )
-    evidence.claim(
-        "hits of moved patches", {seed: runs["CroCo"][seed]["hits of moved patches"] for seed in SEEDS}, at_least=10.0,
-        unit="%",
-    )  # fmt: skip
-    evidence.claim("R2 of depth, CroCo minus untrained", gain("R2 of depth", "untrained"), at_least=0.02)
+    evidence.claim("hits", {seed: runs["CroCo"][seed]["hits"] for seed in SEEDS}, at_least=40.0, unit="%")
+    evidence.claim("R2 of depth, CroCo minus untrained", gain("R2 of depth", "untrained"), at_least=0.15)
     evidence.claim("R2 of depth, CroCo minus MAE, 0.75", gain("R2 of depth", "MAE, 0.75"), at_least=0.05)
