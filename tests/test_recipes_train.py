@@ -37,7 +37,9 @@ SHORT = [
 def shortened(name: str, overlays: list[str], flags: list[str] = SHORT) -> Resolved:
     """A recipe with these settings; a batch of a few of each class has two of each."""
     resolved = resolve(name, overlays, flags)
-    pairs = ["data.init_args.per_class=2"] if "per_class" in resolved.config["data"].get("init_args", {}) else []
+    given = resolved.config["data"].get("init_args", {})
+    pairs = ["data.init_args.per_class=2"] if "per_class" in given else []
+    pairs += ["data.init_args.groups.sizes=[2]", "data.init_args.groups.from_epochs=[0]"] if "groups" in given else []
     return resolve(name, overlays, [*flags, *pairs]) if pairs else resolved
 
 

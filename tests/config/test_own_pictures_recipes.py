@@ -68,7 +68,10 @@ STAND_INS = {
 
 def built(name: str, folder: Path, flags: Sequence[str], size: int = 64) -> Built:
     def make(name: str) -> Built:
-        return build(with_pictures(name, STAND_INS.get(name, ()), folder, size, [*QUIET, *flags]), Path("run"))
+        # The folder has two classes, of which a batch cannot have as many groups as a recipe may want.
+        mixed = ["data.init_args.groups=null"] if "'groups': {'sizes'" in str(FOUND[name]) else []
+        given = [*QUIET, *mixed, *flags]
+        return build(with_pictures(name, STAND_INS.get(name, ()), folder, size, given), Path("run"))
 
     return after_runs_before(lambda: make(name), lambda before: make(before).model)
 
