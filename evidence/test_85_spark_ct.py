@@ -1,8 +1,9 @@
 """SparK-CT (arXiv 2308.06534): SparK, contrast and dense masked modelling, when labels of drawn CT slices become few.
 
-Drawn slices of a chest, 64 x 64 pixels, in three classes: no nodule, a solid one, a ring. A small ResNet of four
+Drawn slices of bodies, 64 x 64 pixels, in four classes: no lesion, a solid one, a cyst, a ring. A small ResNet of four
 stages, whose coarsest map has a stride of 16 pixels, is pre-trained on 1,500 of them without labels, then fine-tuned on
-400, 120 or 40 labelled others (100, 30 and 10 %), drawn class by class, and classifies 600. Arms, with equal steps:
+400, 120 or 40 labelled ones (100, 30 and 10 %) of other patients, drawn class by class, and classifies 600 of others
+again. Where a slice has a label, its lesion has a radius of at least 3 pixels. Arms, with equal steps:
 SparK; SimCLR; SparK's masked modelling with the network as it is, dense; random weights. The score is the mean over
 classes of the AUC of one against the rest. The rates of each arm, of pre-training and of fine-tuning (with 40 labels),
 are searched first, among the same for all, on slices that no figure is taken on. A step of SimCLR sees two views of
@@ -21,8 +22,9 @@ from sklearn.metrics import roc_auc_score
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from lightspan.datamodules.images.ct_slices import CLASSES, draw
 from lightspan.datamodules.images.views import RandomViews
+from lightspan.datamodules.rendered.data import MOST
+from lightspan.datamodules.rendered.slices import KINDS, CutSlices, Ward
 from lightspan.method import Method
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.masked.spark import SparK
@@ -31,10 +33,11 @@ from lightspan.nn.heads.projector import Projector
 from lightspan.nn.masking.sparse_convs import ActiveCells
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
-SIDE, NOISE, UNLABELLED, LABELLED, TEST = 64, 0.04, 1500, 400, 600
+WARD, SMALLEST, POOL = Ward(side=64, cuts=16, diseased=1.0, noise=0.04), 3.0, 6144
+UNLABELLED, LABELLED, TEST = 1500, 400, 600
 SHARES = (1.0, 0.3, 0.1)
-STEPS, TUNING = 250, 80
-RATES, TUNING_RATES = (1e-3, 3e-3), (1e-3, 4e-3)
+STEPS, TUNING = 250, 160
+RATES, TUNING_RATES = (1e-3, 3e-3), (3e-3, 1e-2)
 SETTINGS = {"scale": (0.67, 1.0), "brightness": 0.2, "contrast": 0.2}
 CHANNELS = (16, 24, 32, 64)
 
@@ -63,10 +66,24 @@ def method(arm: str, rate: float) -> Method:
 ARMS = ("SparK", "SimCLR", "dense", "random weights")
 
 
+def slices(count: int, seed: int, stream: int) -> CutSlices:
+    """Of patients that no other stream has."""
+    return WARD.slices(seed, stream * MOST + np.arange(count))
+
+
 @cache
-def slices(count: int, seed: int, stream: int) -> tuple[Tensor, Tensor]:
-    drawn = draw(count, SIDE, NOISE, np.random.default_rng((seed, stream)))
-    return torch.from_numpy(drawn.images).float() / 255, torch.from_numpy(drawn.labels)
+def unlabelled(count: int, seed: int, stream: int) -> Tensor:
+    return torch.from_numpy(slices(count, seed, stream).images).float() / 255
+
+
+@cache
+def labelled(count: int, seed: int, stream: int) -> tuple[Tensor, Tensor]:
+    """Equally many of each kind."""
+    drawn = slices(POOL, seed, stream)
+    clear = np.flatnonzero((drawn.label == 0) | (drawn.radius >= SMALLEST))
+    label_N = torch.from_numpy(drawn.label[clear])
+    rows = few(label_N, count // len(KINDS), seed)
+    return torch.from_numpy(drawn.images[clear]).float()[rows] / 255, label_N[rows]
 
 
 @torch.no_grad()
@@ -83,9 +100,8 @@ def measured(
     """AUC for each rate of fine-tuning and share of the labels, after one pre-training; its processor seconds."""
     seed_everything(seed, verbose=False)
     streams = (3, 4, 5) if searching else (0, 1, 2)
-    (pictures, _), train, test = (
-        slices(count, seed, stream) for count, stream in zip((UNLABELLED, LABELLED, TEST), streams, strict=True)
-    )
+    pictures = unlabelled(UNLABELLED, seed, streams[0])
+    train, test = (labelled(count, seed, stream) for count, stream in zip((LABELLED, TEST), streams[1:], strict=True))
     views, steps = RandomViews(2 if arm == "SimCLR" else 1, **SETTINGS), 0 if arm == "random weights" else steps
     began = time.process_time()
     trained = pretrained(method(arm, rate), pictures, views, steps, seed)
@@ -95,8 +111,8 @@ def measured(
         torch.manual_seed(seed)
         whole = network()
         whole.load_state_dict(start)
-        rows = few(train[1], round(share * LABELLED / len(CLASSES)), seed)
-        tuned = nn.Sequential(whole, nn.Linear(CHANNELS[-1], len(CLASSES)))
+        rows = few(train[1], round(share * LABELLED / len(KINDS)), seed)
+        tuned = nn.Sequential(whole, nn.Linear(CHANNELS[-1], len(KINDS)))
         fine_tuned(tuned, (train[0][rows], train[1][rows]), RandomViews(1, **SETTINGS), tuning, tuning_rate, seed)
         found[f"{tuning_rate:g}, {share:g}"] = auc(tuned, test)
     return found

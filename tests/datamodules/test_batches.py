@@ -25,7 +25,6 @@ from lightspan.datamodules.images.blank import Blank
 from lightspan.datamodules.images.class_stream import ClassStream
 from lightspan.datamodules.images.classes import ClassSubset
 from lightspan.datamodules.images.coloured_shapes import ColouredShapes
-from lightspan.datamodules.images.ct_slices import CTSlices
 from lightspan.datamodules.images.few_shots import FewShots
 from lightspan.datamodules.images.repeated import RepeatedImages
 from lightspan.datamodules.images.shapes import Shapes
@@ -99,7 +98,6 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "MNIST5k": (lambda folder: MNIST5k(4), "ImageBatch"),
     "Shapes": (lambda folder: Shapes(4, size=64), "ImageBatch"),
     "ClassSubset": (lambda folder: ClassSubset(Digits(), [1, 2], batch_size=4), "ImageBatch"),
-    "CTSlices": (lambda folder: CTSlices(4, size=16, side=16), "ImageBatch"),
     "ColouredShapes": (lambda folder: ColouredShapes(4, size=256), "ImageBatch"),
     "RepeatedImages": (lambda folder: RepeatedImages(Digits(), count=3, times=2, batch_size=4), "ImageBatch"),
     "Blank": (lambda folder: Blank(3, (3, 6, 8), 9, batch_size=4), "ImageBatch"),

@@ -26,7 +26,7 @@ from lightspan.nn.masking.sparse_convs import ActiveCells, require_sparse, spars
 from lightspan.nn.sequences.patches import at_places, grid_of, patchify
 from lightspan.nn.taps import tapped
 from lightspan.nn.tokens import feature_modules
-from lightspan.nn.views import views_of
+from lightspan.nn.views import image_of
 from lightspan.objectives.masked import denormalised_patches, patch_regression
 
 
@@ -114,7 +114,7 @@ class SparK(Method):
         return hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        (image_BChw,) = views_of(batch, "SparK", 1)
+        image_BChw = image_of(batch, "SparK")
         hidden = self.hidden(image_BChw, index_in(batch, self))
         loss = patch_regression(self.guess(hidden), hidden.pixels(), self.normalise)
         self.log_training({"train/loss": loss})
