@@ -1,11 +1,11 @@
 """FST (arXiv 2209.06993) on rendered scenes: pixels are labelled in plain colours and told in another style.
 
 Scenes of 32 x 32 pixels with two to four discs and rings on a ground: with more shapes a U-Net of this size takes
-thousands of steps before it tells them apart in the source. The source has plain colours, the target turned hues, textures
-and grain. Arms with one small U-Net: the source alone, the mean teacher (FST without virtual steps), FST with three
-virtual steps one after the other (deep) and with three averaged ones (wide), at equal real steps; and the mean teacher
-with four times the steps, which are FST's computation. Figures are the student's mean IoU on target scenes that nothing
-is trained on. Rates of each arm are the best of the same two on scenes of another seed (`python
+thousands of steps before it tells them apart in the source. The source has plain colours, the target turned hues,
+textures and grain. Arms with one small U-Net: the source alone, the mean teacher (FST without virtual steps), FST with
+three virtual steps one after the other (deep) and with three averaged ones (wide), at equal real steps; and the mean
+teacher with four times the steps, which are FST's computation. Figures are the student's mean IoU on target scenes that
+nothing is trained on. Rates of each arm are the best of the same two on scenes of another seed (`python
 evidence/test_46_fst.py`).
 """
 
