@@ -5,7 +5,8 @@ network with spatial attention, an embedding of 32 coordinates, the same picture
 steps. Fixed numbers of subspaces keep them from the start to the tuning at 5/6 of the run; the cross-entropy network is
 read before its classifier. Each arm's rate is the best of three on seed 100, by the mean of NMI and Recall@1 on
 validation pictures, and so is the number of subspaces, of 1, 2 and 4. Splits follow the validation pictures of each
-seed. Figures are of test pictures that nothing was chosen on.
+seed; in runs of 24 epochs the NMI rises to their end, and nothing is split. Figures are of test pictures that nothing
+was chosen on.
 """
 
 from functools import partial
@@ -31,7 +32,7 @@ SEEDS, SEARCH = (0, 1, 2), 100
 RATES = (3e-4, 1e-3, 3e-3)
 FIXED = {"K=1": 1, "K=2": 2, "K=4": 4}
 ARMS = ("ADSL", *FIXED, "cross-entropy")
-TRAINED, HELD, TESTED, EPOCHS, BATCH, WIDTH, CLASSES = 1600, 400, 800, 24, 64, 32, 16
+TRAINED, HELD, TESTED, EPOCHS, BATCH, WIDTH, CLASSES = 1600, 400, 800, 72, 64, 32, 16
 NEVER = 10**6
 
 

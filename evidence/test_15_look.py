@@ -37,7 +37,7 @@ STEPS, BATCH, QUEUE = 600, 128, 512
 RATES, NEIGHBOURS = (1e-3, 3e-3, 1e-2, 3e-2), (5, 10, 20)
 SWEEP = (5, 20, 80, 256, QUEUE)
 CHOSEN: dict[str, tuple[float, int | None]] = {
-    "LOOK": (1e-2, 10), "SupCon": (1e-2, None), "cross-entropy": (1e-2, None),
+    "LOOK": (1e-2, 5), "SupCon": (1e-2, None), "cross-entropy": (3e-2, None),
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ WIDTH, DEPTH, HEADS, BATCH = 32, 3, 4, 64
 PRETRAINING, FEW, LONG, TUNING = 800, (100, 300), 1000, 200
 UNLABELLED, LABELLED = 150, 100
 PRETRAINING_RATE, RATES, TUNING_RATES = 2e-3, (5e-4, 2e-3), (1e-3, 3e-3)
-CHOSEN = {"fine-tuned": (0.0, 1e-3), "further": (2e-3, 1e-3), "SD-FPT": (2e-3, 1e-3)}
+CHOSEN = {"fine-tuned": (0.0, 1e-3), "further": (5e-4, 1e-3), "SD-FPT": (2e-3, 3e-3)}
 
 
 class Digits(NamedTuple):

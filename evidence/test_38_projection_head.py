@@ -36,7 +36,7 @@ STRENGTHS = np.geomspace(0.2, 2.0, FEATURES)
 STEPS, BATCH, KAPPA = 600, 128, 1.05
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
-CHOSEN = {"MLP head": 1e-2, "fixed head": 1e-2, "no head": 1e-2}
+CHOSEN = {"MLP head": 1e-2, "fixed head": 3e-3, "no head": 3e-2}
 
 
 def drawn(count: int, generator: torch.Generator, directions: Tensor, views: int) -> tuple[list[Tensor], Tensor]:
