@@ -1,6 +1,7 @@
 """The ledger of consumed samples: exact for straight and resumed runs, and it shows what is not exact."""
 
 import json
+import logging
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -187,12 +188,18 @@ def test_stretches_cover_exactly_the_true_places(flags: list[bool]) -> None:
 
 
 def test_a_loader_without_an_order_leaves_no_ledger_and_a_folder_without_one_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Plain(LightningDataModule):
         def train_dataloader(self) -> DataLoader:
             return DataLoader([{"index": torch.tensor(0)}])  # type: ignore[arg-type]
 
+    # Lightning keeps its lines to itself where it finds no handler when it is imported.
+    for name in ("lightning", "lightning.pytorch"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(tmp_path, Plain(), 1)
     assert "no ledger is kept: a DataLoader has no order independent of ranks" in caplog.text

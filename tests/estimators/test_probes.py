@@ -193,6 +193,6 @@ def test_labels_of_two_kinds_are_refused() -> None:
 def test_average_precision_and_r2_are_those_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(3)
     predicted, truth = torch.randn(30, 4, generator=generator), torch.randn(30, 4, generator=generator)
-    assert probe_scores(predicted, truth)["r2"] == pytest.approx(r2_score(truth, predicted), rel=1e-5)
+    assert probe_scores(predicted, truth)["r2"] == pytest.approx(r2_score(truth.numpy(), predicted.numpy()), rel=1e-5)
     expected = average_precision_score((truth > 0).numpy(), predicted.numpy())
     assert probe_scores(predicted, truth > 0)["mean_average_precision"] == pytest.approx(expected)

