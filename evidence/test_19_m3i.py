@@ -33,7 +33,7 @@ from lightspan.nn.masking.patch_mix import PatchMix
 
 SEEDS, SEARCH = (0, 1, 2), 100
 SIDE, PATCH, WIDTH, SHAPES, LENGTH = 24, 4, 48, 4, 4
-STEPS, BATCH, JUDGED, LABELLED = 270, 64, 800, 400
+STEPS, BATCH, JUDGED, LABELLED = 390, 64, 800, 400
 RATES = (1e-3, 3e-3)
 TARGETS = ("dense", "captions", "labels")
 ONE_STAGE, CHAIN, UNMIXED = "one stage", "three stages", "one stage, not mixed"

@@ -27,7 +27,7 @@ from lightspan.nn.heads.projector import Projector
 
 SEEDS, SEARCH = (0, 1, 2), 100
 SIDE, PATCH, WIDTH = 32, 4, 48
-STEPS, BATCH, JUDGED, LABELS = 500, 32, 512, 100
+STEPS, BATCH, JUDGED, LABELS = 400, 32, 512, 100
 RATES = (1e-3, 3e-3)
 WEIGHTS = {"tags": 5.0, "pixels": 1.0, "contrast": 0.3}
 TOGETHER = "all three"
