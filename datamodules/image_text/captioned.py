@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.images.small import ImageSamples, Labelled, channel_moments, evenly
-from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.images.views import Views, view_as_image
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
@@ -39,10 +39,7 @@ class PairSamples:
         return len(self.images)
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
-        sample = self.images.sample(index, seed)
-        if "views" in sample:
-            (sample["image"],) = sample.pop("views")
-            sample.pop("parameters", None)
+        sample = view_as_image(self.images.sample(index, seed))
         text = {"tokens": torch.from_numpy(self.tokens[index]), "mask": torch.from_numpy(self.mask[index])}
         return sample | text
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.images.views import Views, view_as_image
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 
@@ -19,10 +19,7 @@ class PairDecoding(Decoding):
     length: int
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
-        sample = super().__call__(members, seed)
-        if "views" in sample:
-            (sample["image"],) = sample.pop("views")
-            sample.pop("parameters", None)
+        sample = view_as_image(super().__call__(members, seed))
         tokens, mask = tokenized(self.tokenizer, [sample.pop("text")], self.length)
         return sample | {"tokens": torch.from_numpy(tokens[0]), "mask": torch.from_numpy(mask[0])}
 

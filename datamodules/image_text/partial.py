@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.datamodules.images.views import Views
+from lightspan.datamodules.images.views import Views, view_as_image
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -22,10 +22,7 @@ class PartialDecoding(Decoding):
     length: int
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
-        sample = super().__call__(members, seed)
-        if "views" in sample:
-            (sample["image"],) = sample.pop("views")
-            sample.pop("parameters", None)
+        sample = view_as_image(super().__call__(members, seed))
         there = {field: ending for field, ending in (("label", "cls"), ("text", "txt")) if ending in members}
         said = decode_fields(members, there)
         tokens, mask = tokenized(self.tokenizer, [said.get("text", "")], self.length)

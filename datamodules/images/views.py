@@ -329,6 +329,15 @@ def _require_drawn(kind: str, part: DrawnViews) -> None:
         )
 
 
+def view_as_image(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample with its one view as its image, without `parameters`; as it is where it has no views."""
+    if "views" not in sample:
+        return sample
+    rest = {name: field for name, field in sample.items() if name not in ("views", "parameters")}
+    (rest["image"],) = sample["views"]
+    return rest
+
+
 def _between(draw: float, least: float, most: float) -> float:
     return least + draw * (most - least)
 
