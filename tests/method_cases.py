@@ -62,7 +62,7 @@ from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
-from lightspan.methods.image_text.m3i import M3I, MomentumFeatures
+from lightspan.methods.image_text.m3i import M3I
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
@@ -100,6 +100,7 @@ from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.masking.dense_targets import MomentumFeatures
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix

@@ -49,22 +49,25 @@ def image_numbers(index_B: Tensor) -> list[int]:
     return host_B.tolist() if has_values(host_B) else list(range(len(host_B)))
 
 
-def require_room(data: Any, room: int, method: str) -> int | None:
-    """The number of a data module's training images, where it knows them.
+def training_images(data: Any) -> int | None:
+    """How many training images a data module has, where it knows."""
+    training = getattr(data, "train", None)
+    return len(training) if isinstance(training, Sized) else None
+
+
+def require_room(data: Any, room: int, method: str) -> None:
+    """For data that know how many training images they have.
 
     Args:
+        data: a data module, or None.
         room: places that a memory of the method has, its `images`.
     Raises: UserError for more images than places.
     """
-    training = getattr(data, "train", None)
-    if not isinstance(training, Sized):
-        return None
-    if (count := len(training)) > room:
+    if (count := training_images(data)) is not None and count > room:
         raise UserError(
             f"the data have {count} training images, and {method}'s memory holds images={room}; set "
             f"model.init_args.images={count}"
         )
-    return count
 
 
 def require_places(batch: Any, room: int, method: str) -> None:

@@ -102,3 +102,25 @@ def require_global_views(count: int) -> None:
     """Raises: UserError for fewer than two: each needs another one from which to take its target."""
     if count < 2:
         raise UserError(f"global_views={count} leaves a global view without another one; it must be 2 or more")
+
+
+def require_domains(batch: Any, method: str) -> None:
+    """Raises: UserError for a batch that is no `lightspan.datamodules.batches.DomainsBatch`: without images of both
+    domains or without a class for each pixel of the first.
+
+    Args:
+        method: its name, for messages.
+    """
+    require_fields(batch, method)
+    lacking = [name for name in ("image", "semantic", "target_image", "index") if name not in batch]
+    if lacking:
+        raise UserError(
+            f"{method} needs {', '.join(lacking)} in a batch, and this one holds {', '.join(sorted(batch))}; take data "
+            "of two domains, whose batches are a DomainsBatch (lightspan.datamodules.batches)"
+        )
+    image, label, target = batch["image"], batch["semantic"], batch["target_image"]
+    if label.shape != (len(image), *image.shape[2:]) or label.is_floating_point() or image.shape != target.shape:
+        raise UserError(
+            f"{method} needs a whole number for each pixel and images of both domains of one size, and this batch has "
+            f"image {[*image.shape]}, semantic {label.dtype} {[*label.shape]} and target_image {[*target.shape]}"
+        )

@@ -1,6 +1,7 @@
 """What holds for every training method: it resumes bit for bit, accumulates, trains in half precision, stays finite."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,32 @@ def test_micro_batches_train_as_one_batch_unless_its_rows_see_one_another(name: 
     method_runs.fit(two, halves, tmp_path, callbacks=[RandomState(0)], accumulate_grad_batches=2)
     differ = differences(two.state_dict(), one.state_dict())
     assert bool(differ) == (CASES[name].halves_differ is not None), differ
+
+
+DRAWN = (
+    "contrastive.selfie",
+    "distillation.sd_fpt",
+    "image_text.dptr",
+    "image_text.m3i",
+    "image_text.m3i, one source",
+    "masked.cae, pixels",
+    "masked.croco",
+    "masked.cropmae",
+    "masked.i_jepa",
+    "masked.mae",
+    "masked.sit",
+    "masked.spark",
+    "supervised.heuristic_mtl",
+    "supervised.word_reader",
+)
+"""Whose steps differ, of the same images and weights, in what is drawn alone: masks, orders of letters."""
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_each_step_draws_anew(name: str, tmp_path: Path) -> None:
+    model = CASES[name].make(partial(torch.optim.SGD, lr=0.0))
+    first, second = method_runs.fit(model, [CASES[name].batch(ROWS, 0)] * 2, tmp_path)
+    assert first != second
 
 
 class Skips(Callback):

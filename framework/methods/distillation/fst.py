@@ -19,49 +19,25 @@ Shapes: B batch of this rank, C H W image, F width of maps, K classes.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
-from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_mix import pasted_pixels
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
-from lightspan.nn.views import require_fields
+from lightspan.nn.views import require_domains
 from lightspan.nn.widths import given_features
 from lightspan.objectives.means import mean
+from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
 from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
 from lightspan.ranges import require_shares
-
-UNLABELLED = -1
-
-
-class PseudoLabels(NamedTuple):
-    """Answers int64 [B H W], and of each image the share of pixels with a sure one, [B]."""
-
-    label_BHW: Tensor
-    sure_B: Tensor
-
-
-def pseudo_labels(logits_BKHW: Tensor, confidence: float) -> PseudoLabels:
-    """The most likely class of each pixel, and how many of an image's are likelier than `confidence`."""
-    likely_BHW, label_BHW = wide(logits_BKHW).softmax(dim=1).max(dim=1)
-    return PseudoLabels(label_BHW, (likely_BHW > confidence).flatten(1).to(likely_BHW.dtype).mean(dim=1))
-
-
-def pixel_cross_entropy(logits_BKHW: Tensor, label_BHW: Tensor, weight_BHW: Tensor | None = None) -> Tensor:
-    """Mean over all pixels of weight * cross-entropy; a label below 0 gives 0. 0 without images."""
-    loss_BHW = F.cross_entropy(
-        wide(logits_BKHW), label_BHW.clamp_min(UNLABELLED), ignore_index=UNLABELLED, reduction="none"
-    )
-    return mean(loss_BHW if weight_BHW is None else weight_BHW * loss_BHW)
 
 
 class FST(Method):
@@ -126,7 +102,7 @@ class FST(Method):
 
     @torch.compiler.disable  # weights change under its feet
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        require_masks(batch)
+        require_domains(batch, "FST")
         if self.ahead is None or self.ahead[0] != self.global_step:
             self.ahead = self.global_step, self.look_ahead(batch)
         figures = self.losses(batch, self.ahead[1], self.virtual_steps)
@@ -144,7 +120,7 @@ class FST(Method):
         names = [name for name, _ in (*self.student.named_parameters(), *self.student.named_buffers())]
         with torch.no_grad():
             answers = functional_call(self.teacher.module, dict(zip(names, teacher, strict=True)), (target_BCHW,))
-        pseudo = pseudo_labels(answers, self.confidence)
+        pseudo = pixel_labels(answers, self.confidence)
         draw = self.global_step * (self.virtual_steps + 1) + number
         pasted_BHW = pasted_pixels(label_BHW, self.classes, index_in(batch, self), self.seed, draw)
         mixed_BCHW = torch.where(pasted_BHW[:, None], image_BCHW, target_BCHW)
@@ -201,20 +177,3 @@ class FST(Method):
 
     def _momentum(self) -> float:
         return min(self.momentum, 1 - 1 / (self.global_step + 1)) if self.momentum_warmup else self.momentum
-
-
-def require_masks(batch: Any) -> None:
-    """Raises: UserError for a batch without images of both domains or without a class for each pixel of the first."""
-    require_fields(batch, "FST")
-    lacking = [name for name in ("image", "semantic", "target_image", "index") if name not in batch]
-    if lacking:
-        raise UserError(
-            f"FST needs {', '.join(lacking)} in a batch, and this one holds {', '.join(sorted(batch))}; take data of "
-            "two domains, whose batches are a DomainsBatch (lightspan.datamodules.batches)"
-        )
-    image, label, target = batch["image"], batch["semantic"], batch["target_image"]
-    if label.shape != (len(image), *image.shape[2:]) or label.is_floating_point() or image.shape != target.shape:
-        raise UserError(
-            "FST needs a whole number for each pixel and images of both domains of one size, and this batch has image "
-            f"{[*image.shape]}, semantic {label.dtype} {[*label.shape]} and target_image {[*target.shape]}"
-        )

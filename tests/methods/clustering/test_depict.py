@@ -18,7 +18,8 @@ from lightspan.analysis.clustering import kmeans
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
 from lightspan.callbacks.resilience.random_state import RandomState
 from lightspan.errors import UserError
-from lightspan.methods.clustering.depict import DEPICT, HARD, PRETRAINING, SOFT, target_distribution
+from lightspan.methods.clustering.depict import DEPICT, HARD, PRETRAINING, SOFT
+from lightspan.objectives.prototypes import target_distribution
 
 PAPER, CODE = (1.0, 0.5), (2.0, 1.0)
 

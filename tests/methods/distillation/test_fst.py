@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from lightspan.backbones.dense import UNet
 from lightspan.errors import UserError
 from lightspan.methods.distillation import fst
-from lightspan.methods.distillation.fst import FST, pixel_cross_entropy, pseudo_labels
+from lightspan.methods.distillation.fst import FST
+from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
 from lightspan.optim.virtual import copies
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -182,7 +183,7 @@ def test_pixels_without_a_class_and_images_without_a_sure_answer_add_nothing() -
     torch.testing.assert_close(pixel_cross_entropy(logits, label), expected)
     assert pixel_cross_entropy(logits, label, torch.zeros(2, 1, 1)) == 0
     assert pixel_cross_entropy(logits[:0], label[:0]) == 0
-    even = pseudo_labels(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16), 0.968)
+    even = pixel_labels(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16), 0.968)
     assert even.sure_B.tolist() == [0, 0]
     assert even.sure_B.dtype == torch.float32
 

@@ -16,8 +16,9 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
-from lightspan.methods.image_text.m3i import M3I, MomentumFeatures, Pixels
+from lightspan.methods.image_text.m3i import M3I
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.masking.dense_targets import MomentumFeatures, Pixels
 from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.objectives.info_nce import soft_info_nce

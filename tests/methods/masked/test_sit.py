@@ -152,6 +152,11 @@ def test_the_defaults_are_zeros_over_half_and_other_images_over_three_tenths() -
     assert torch.equal(seen.where(~hidden, 0), image.where(~hidden, 0))
 
 
+def test_by_default_three_hidden_layers_as_wide_as_the_network_guess_the_pixels_of_a_patch() -> None:
+    layers = [[*layer.weight.shape] for layer in method().decoder.layers if isinstance(layer, nn.Linear)]
+    assert layers == [[16, 16]] * 3 + [[4, 16]]
+
+
 def test_an_image_alone_has_no_contrast_and_trains_by_its_reconstruction(tmp_path: Path) -> None:
     model, given = method(Projector(16, [12], 8, batch_norm=True)), batch(rows=1, locals_=0)
     without_norms = method(decoder=model.decoder)  # which one row cannot go through
