@@ -120,6 +120,24 @@ def test_one_wide_step_is_one_deep_step(tmp_path: Path) -> None:
     assert same(*ends)
 
 
+def test_a_soup_of_equal_wide_steps_is_one_of_them(tmp_path: Path, monkeypatch: Any) -> None:
+    mixtures, ends = fst.pasted_pixels, []
+    monkeypatch.setattr(fst, "pasted_pixels", lambda *given: mixtures(*given[:3], 0, 0))  # one for all
+    for steps in (1, 3):
+        model = method(ADAM, form="wide", virtual_steps=steps)
+        fit(model, BATCHES, tmp_path)
+        ends.append(state(model))
+    assert same(*ends)
+
+
+def test_only_the_first_micro_batch_of_a_step_looks_ahead(tmp_path: Path) -> None:
+    model, looked = method(), list[Tensor]()
+    look_ahead = model.look_ahead
+    model.look_ahead = lambda given: (looked.append(given["index"]), look_ahead(given))[1]  # type: ignore[method-assign]
+    fit(model, [*BATCHES, batch(3)], tmp_path, accumulate_grad_batches=2)
+    assert [int(index[0]) for index in looked] == [0, 20]
+
+
 def test_without_virtual_steps_it_is_the_mean_teacher(tmp_path: Path) -> None:
     model = method(virtual_steps=0, momentum=0.75)
     before = [p.clone() for p in model.teacher.module.parameters()]
@@ -173,6 +191,52 @@ def test_the_loss_is_that_of_the_source_and_of_mixtures_with_the_teachers_answer
     torch.testing.assert_close(figures["train/source_nats"], F.cross_entropy(model(given["image"]), given["semantic"]))
     torch.testing.assert_close(figures["train/loss"], figures["train/mixed_nats"] + figures["train/source_nats"])
     torch.testing.assert_close(figures["train/sure"], sure.mean())
+    assert "train/pseudo_accuracy" not in figures
+    true = answers.argmax(dim=1).clone()
+    true[:, :2] = (true[:, :2] + 1) % 3  # a quarter of the rows of 8
+    told = model.losses(given | {"target_semantic": true}, copies(teacher), 2)
+    assert float(told["train/pseudo_accuracy"]) == 0.75
+
+
+def test_each_virtual_step_and_the_real_one_have_mixtures_of_their_own_and_so_has_each_step(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    draws, mixtures = list[int](), fst.pasted_pixels
+    monkeypatch.setattr(fst, "pasted_pixels", lambda *given: (draws.append(given[4]), mixtures(*given))[1])
+    fit(method(virtual_steps=2), BATCHES, tmp_path)
+    assert draws == [*range(9)]
+
+
+class Normed(nn.Module):
+    """With statistics of batches, and noise."""
+
+    num_features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(image)
+
+
+def test_the_teacher_answers_in_evaluation_mode(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, modes = FST(Normed(), 3, virtual_steps=1, optimizer=SGD), set[bool]()
+    for part in model.teacher.module.modules():
+        part.register_forward_pre_hook(lambda module, args: modes.add(module.training))
+    fit(model, BATCHES, tmp_path)
+    assert modes == {False}
+
+
+def test_validation_is_the_share_of_right_pixels_in_the_other_domain(tmp_path: Path) -> None:
+    model, given, logged = method(), batch(), dict[str, Tensor]()
+    model.log_dict = lambda figures, **options: logged.update(figures)  # type: ignore[method-assign]
+    answers = model(given["target_image"]).argmax(dim=1)
+    model.validation_step(given | {"target_semantic": torch.where(answers == 0, 1, answers)}, 0)
+    assert float(logged["val/pixel_accuracy"]) == pytest.approx(float((answers != 0).float().mean()))
+    assert 0 < float(logged["val/pixel_accuracy"]) < 1
+    torch.testing.assert_close(model.features(given), model.backbone(given["image"]).mean(dim=(2, 3)))
 
 
 def test_pixels_without_a_class_and_images_without_a_sure_answer_add_nothing() -> None:
