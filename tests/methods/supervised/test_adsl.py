@@ -134,6 +134,17 @@ def test_clusters_are_as_many_as_learners_and_a_batch_compares_rows_of_a_cluster
     assert len(set(cluster_B.tolist())) == 2
 
 
+def test_clusters_are_of_directions_and_keep_their_numbers(tmp_path: Path) -> None:
+    model = method(**SOON)
+    fit(model, BATCHES, tmp_path, max_epochs=1)
+    torch.testing.assert_close(model.memory.rows_MF.norm(dim=1), torch.ones(36))
+    before = torch.arange(36) % 2
+    model.cluster_M.copy_(before)
+    model.memory.clusters = lambda *given: (torch.arange(36), 1 - before)  # type: ignore[method-assign]
+    model.recluster(2, 1)
+    assert torch.equal(model.cluster_M, before)
+
+
 def test_at_the_end_one_cluster_trains_the_whole_embedding(tmp_path: Path) -> None:
     model = method(**SOON | {"tune_from": 0.5})
     fit(model, BATCHES, tmp_path, max_epochs=4)
