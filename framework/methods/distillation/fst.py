@@ -13,8 +13,8 @@ image; target pixels have the teacher's answers, weighted by the share of pixels
 As in the authors' code the teacher keeps what it took from undone steps, and the same images serve virtual and real
 steps, each with a mixture of its own. Theirs differs: wide steps have batches of their own, deep ones average theta
 before the next step and not after this one, moments and running statistics stay where virtual steps leave them
-(`keep_moments` does so with moments), and colours of mixtures are jittered. ImageNet's feature distance and rare
-classes are left out.
+(`keep_moments` does so with moments), mixtures are blurred and their colours jittered, and the first and last rows of
+Cityscapes have no weight. ImageNet's feature distance, rare classes and the semi-supervised form are left out.
 Shapes: B batch of this rank, C H W image, F width of maps, K classes.
 """
 
