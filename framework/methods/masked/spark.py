@@ -94,6 +94,7 @@ class SparK(Method):
             return self._dense_maps(active.alone(image_BChw))
 
     def hidden(self, image_BChw: Tensor, index_B: Tensor) -> HiddenPatches:
+        """The cells that this step hides. Raises: UserError for images that cells do not divide."""
         cell = self.decoder.cell
         height, width = grid_of(image_BChw.shape[2:], (cell, cell))
         masks_BHW = self.masks.draw((height, width), self.global_step, image_numbers(index_B))

@@ -117,6 +117,7 @@ class ClassTokenNetwork(nn.Module):
         self.backbone, self.projector = backbone, projector
 
     def forward(self, image_BChw: Tensor) -> ClassAndPatches:
+        """Embeddings [B E] and tokens [B T D] of images [B C h w]."""
         tokens_BPD = self.backbone.tokens(image_BChw)  # type: ignore[operator]
         return ClassAndPatches(self.projector(tokens_BPD[:, 0]), tokens_BPD[:, self.backbone.num_prefix_tokens :])
 

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import method_runs
 import pytest
 import torch
 from method_cases import tagged_views
@@ -122,21 +123,8 @@ def test_the_first_view_is_seen_whole_and_masked_the_second_by_the_teacher_alone
 
 
 def test_the_teacher_is_the_moving_average_of_the_student(tmp_path: Path) -> None:
-    model = method(momentum=0.5, final_momentum=0.9)
-    expected = [parameter.detach().double() for parameter in model.student.parameters()]
-    follow, momenta = model.teacher.follow, list[float]()
-
-    def watched(student: nn.Module, momentum: float) -> None:
-        momenta.append(momentum)
-        for mean, parameter in zip(expected, student.parameters(), strict=True):
-            mean.mul_(momentum).add_(parameter.detach().double(), alpha=1 - momentum)
-        follow(student, momentum)
-
-    model.teacher.follow = watched  # type: ignore[method-assign]
-    fit(model, BATCHES, tmp_path)
+    momenta = method_runs.averages(method(momentum=0.5, final_momentum=0.9), BATCHES, tmp_path)
     assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / 4) for step in range(4)])
-    for parameter, mean in zip(model.teacher.module.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.double(), mean, rtol=1e-5, atol=1e-6)
 
 
 def test_features_are_the_mean_of_patches_and_a_reconstruction_changes_what_is_hidden_alone() -> None:
