@@ -100,7 +100,6 @@ from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.corruption import GroupCorruption
-from lightspan.nn.masking.dense_targets import MomentumFeatures
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
@@ -108,6 +107,7 @@ from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.optim.riemannian import RiemannianSGD
+from lightspan.targets import MomentumFeatures
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ROWS = 8

@@ -59,7 +59,7 @@ CLASSES = (
         for module in ("inputs", "interference")
     }
     | {
-        f"lightspan.methods.image_text.m3i.{name}": f"lightspan.nn.masking.dense_targets.{name}"
+        f"lightspan.methods.image_text.m3i.{name}": f"lightspan.targets.{name}"
         for name in ("MomentumFeatures", "Pixels")
     }
 )

@@ -31,7 +31,6 @@ from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.labels import known_rows, labels_of
-from lightspan.nn.masking.dense_targets import DenseTarget, MomentumFeatures
 from lightspan.nn.masking.patch_mix import Mixtures, PatchMix
 from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import at_places
@@ -43,6 +42,7 @@ from lightspan.objectives.classes import known_cross_entropy
 from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.means import known_mean, weighted_sum
 from lightspan.ranges import require_weights
+from lightspan.targets import DenseTarget, MomentumFeatures
 from lightspan.unit_length import unit_length
 
 
@@ -57,7 +57,7 @@ class M3I(Method):
             token, which sees all images of a mixture; probes read the mean of its patches.
         decoder: of the dense target, whose numbers o it may leave open (`out_features`).
         categories: [B D] -> logits [B classes]; None trains without labels.
-        target: see `lightspan.nn.masking.dense_targets`; None is `MomentumFeatures()`.
+        target: see `lightspan.targets`; None is `MomentumFeatures()`.
         mix: None mixes two images.
         dense, captions, labels: weights of the losses, each >= 0.
         most_scale: largest 1 / temperature of captions, at least 1.

@@ -7,10 +7,10 @@ from torch import nn
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
-from lightspan.nn.masking.dense_targets import MomentumFeatures, Pixels
 from lightspan.nn.sequences.patches import patchify
 from lightspan.objectives.masked import normalised_patches
 from lightspan.optim.schedules import cosine_between
+from lightspan.targets import MomentumFeatures, Pixels
 
 IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
