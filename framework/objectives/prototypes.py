@@ -57,7 +57,7 @@ def target_distribution(p_NK: Tensor, power: float = 1.0, balance: float = 0.5) 
     Args:
         p_NK: predictions of all images, rows sum to 1. A cluster that nobody is in stays without a share.
         power: > 0; above 1 sharpens.
-        balance: >= 0; above 0 large clusters have less.
+        balance: >= 0; above 0 large clusters have less, as suits classes of about equal size.
     """
     p_NK = wide(p_NK)
     least = torch.finfo(p_NK.dtype).tiny

@@ -6,8 +6,11 @@ view and all of the second; a decoder guesses the hidden ones by looking at the 
 The loss is MAE's, on hidden patches normalised by themselves.
 What it trains serves two kinds of tasks: on single pictures the encoder alone, on pairs (flow, disparity, pose) encoder
 and decoder with nothing hidden.
+Two transforms of one photograph make poor pairs, as the network fits the transform (the paper's table 2); see
+`lightspan.methods.masked.cropmae` for crops that serve.
 Difference from the authors' code: the linear layer after the decoder runs on hidden patches alone, which are all that
-the loss reads; and masks are functions of seed, step and pair.
+the loss reads; masks are functions of seed, step and pair; and where nine tenths are no whole number the count of those
+that stay is rounded to the nearest, theirs upwards, which is the same for 196.
 Shapes: B pairs of this rank, C h w image, H W grid of T patches, K visible and M hidden ones, P prefix tokens, D width
 of the encoder, w of the decoder, d = p q C numbers of a patch.
 """
