@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightspan.devices import wide
+from lightspan.devices import has_values, wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_mix import pasted_pixels
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.parts import part
+from lightspan.nn.samples import require_fields
 from lightspan.nn.teachers.ema import EMATeacher
-from lightspan.nn.views import require_fields
+from lightspan.nn.views import pictures
 from lightspan.nn.widths import given_features
 from lightspan.objectives.means import mean
 from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
@@ -117,6 +118,12 @@ class FST(Method):
         self.classes, self.confidence, self.seed = num_classes, confidence, seed
         self.ahead: tuple[int, list[Tensor]] | None = None  # a step, and the teacher of its future
 
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Mapping) and "semantic" in batch:
+            require_classes(batch["semantic"], self.classes)
+        return batch
+
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits [B K H W]."""
         return self.student(image_BCHW)
@@ -140,7 +147,7 @@ class FST(Method):
             teacher: phi, weights and buffers.
             number: of the virtual step, from 0; `virtual_steps` is the real one.
         """
-        image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"]
+        image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"].long()
         names = [name for name, _ in (*self.student.named_parameters(), *self.student.named_buffers())]
         with torch.no_grad():
             answers = functional_call(self.teacher.module, dict(zip(names, teacher, strict=True)), (target_BCHW,))
@@ -212,9 +219,19 @@ def require_masks(batch: Any) -> None:
             f"FST needs {', '.join(lacking)} in a batch, and this one holds {', '.join(sorted(batch))}; take data of "
             "two domains, whose batches are a DomainsBatch (lightspan.datamodules.batches)"
         )
-    image, label, target = batch["image"], batch["semantic"], batch["target_image"]
+    (image, target), label = pictures((batch["image"], batch["target_image"]), "FST"), batch["semantic"]
     if label.shape != (len(image), *image.shape[2:]) or label.is_floating_point() or image.shape != target.shape:
         raise UserError(
             "FST needs a whole number for each pixel and images of both domains of one size, and this batch has image "
             f"{[*image.shape]}, semantic {label.dtype} {[*label.shape]} and target_image {[*target.shape]}"
         )
+
+
+def require_classes(label_BHW: Tensor, classes: int) -> None:
+    """For masks that are still on the host. Raises: UserError for a class that is not below `classes`."""
+    if not label_BHW.numel() or not has_values(label_BHW) or (largest := int(label_BHW.max())) < classes:
+        return
+    raise UserError(
+        f"semantic has the class {largest}, and FST num_classes={classes} knows those in [0, {classes}); raise "
+        f"num_classes, or let the data give {UNLABELLED} to pixels that do not count"
+    )

@@ -220,3 +220,15 @@ def test_what_it_cannot_train_is_refused() -> None:
             method().training_step(given, 0)
     with pytest.raises(UserError, match=r"a whole number for each pixel .* semantic torch.int64 \[4, 8\]"):
         method().training_step(batch() | {"semantic": torch.zeros(4, 8, dtype=torch.int64)}, 0)
+
+
+def test_masks_of_small_whole_numbers_train_and_a_class_that_it_does_not_have_is_refused(tmp_path: Path) -> None:
+    given, plain, bytes_ = batch(), method(), method()
+    given["semantic"] = given["semantic"].clamp_min(0)
+    fit(plain, [given], tmp_path)
+    fit(bytes_, [given | {"semantic": given["semantic"].to(torch.uint8)}], tmp_path)
+    assert same(state(plain), state(bytes_))
+    ignored = given["semantic"].clone()
+    ignored[0, 0, 0] = 255
+    with pytest.raises(UserError, match=r"semantic has the class 255, and FST num_classes=\d knows .* give -1"):
+        fit(method(), [given | {"semantic": ignored}], tmp_path)
