@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shlex
 import signal
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import standing
+from lightspan.config.blame import unfit_batch
 from lightspan.config.build import Built, Resolved
 from lightspan.errors import UserError
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank
@@ -83,11 +83,9 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
     """The message for a library's error that a user can fix, by where it was raised; None for all others."""
     if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError | IndexError):
         return None
-    passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if (said := _unfit_batch(str(error), passed)) is not None:
+    if (said := unfit_batch(error)) is not None or isinstance(error, IndexError):
         return said
-    if isinstance(error, IndexError):
-        return None
+    passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if isinstance(error, ValueError) and "configure_optimizers" in passed:
         return f"the optimiser or its schedule refuses its settings: {error}"
     if "setup_data" in passed and "`val_check_interval`" in str(error):
@@ -100,28 +98,6 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
         return said
     if checkpoint is not None and "load_state_dict" in passed:
         return f"{checkpoint} is a checkpoint of another model: {_few_lines(str(error))}"
-    return None
-
-
-def _unfit_batch(error: str, passed: set[str]) -> str | None:
-    """What torch says of a batch that the model's layers cannot take, where a setting mends it."""
-    if found := re.search(r"expected input\[[^\]]*\] to have (\d+) channels, but got (\d+) channels", error):
-        taken, given = found.groups()
-        return (
-            f"a convolution of the model takes {taken} channels and got {given}; give the network's first layer as "
-            f"many as the images have (in_chans={given} of most networks), or the data as many as it takes"
-        )
-    if found := re.search(r"Input type \((.+?)\) and (?:bias|weight) type \((.+?)\) should be the same", error):
-        given, taken = found.groups()
-        return (
-            f"a layer of the model computes in {taken} and got {given}; let the dataset give images as float32, or set "
-            "trainer.precision to their type"
-        )
-    if "index out of range in self" in error and "embedding" in passed:
-        return (
-            "a number of the batch lies outside the table of an embedding, such as a token that the text encoder does "
-            "not have; give it as many as the tokenizer has (vocab_size), and numbers from 0"
-        )
     return None
 
 

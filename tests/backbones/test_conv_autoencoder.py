@@ -49,7 +49,5 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_images_of_another_shape_are_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"images of in_shape=\(1, 28, 28\) .* these are \(1, 32, 32\); set in_shape"
-    ):
+    with pytest.raises(UserError, match=r"images of in_shape=\(1, 28, 28\) .* these are \(1, 32, 32\); set in_shape"):
         ConvAutoencoder()(torch.zeros(2, 1, 32, 32))
