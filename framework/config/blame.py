@@ -79,6 +79,11 @@ def unfit_batch(error: BaseException) -> str | None:
             f"a layer of the model computes in {taken} and got {given}; let the dataset give images as float32, or set "
             "trainer.precision to their type"
         )
+    if found := re.search(r"input size per channel: \((.+?)\)\. Kernel size: \((.+?)\)\. Kernel size can't be", text):
+        return (
+            f"a layer of the model looks at {found[2]} pixels at a time and is given {found[1]}; take larger images "
+            "(or views, or patches), or a network with fewer or smaller strides"
+        )
     if "Expected more than 1 value per channel when training" in text:
         return (
             "a BatchNorm of the model got a single row, which has no variance; raise data.init_args.batch_size, so "

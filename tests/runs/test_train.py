@@ -100,6 +100,11 @@ def test_a_validation_that_is_due_after_the_end_of_an_epoch_is_refused_in_words(
     [
         (nn.Conv2d(1, 4, 3), torch.zeros(2, 3, 8, 8), r"takes 1 channels and got 3; .*\(in_chans=3 of most networks\)"),
         (nn.Conv2d(1, 4, 3), torch.zeros(2, 1, 8, 8).double(), "computes in float and got double; .* as float32"),
+        (
+            nn.Conv2d(1, 4, 3),
+            torch.zeros(2, 1, 2, 2),
+            "looks at 3 x 3 pixels at a time and is given 2 x 2",
+        ),
         (nn.BatchNorm1d(3), torch.zeros(1, 3), r"a single row, .* raise data\.init_args\.batch_size"),
         (nn.Embedding(4, 2), torch.tensor([[4]]), "outside the table of an embedding.*vocab_size"),
     ],

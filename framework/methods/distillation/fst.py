@@ -31,6 +31,7 @@ from lightspan.devices import has_values, wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_mix import pasted_pixels
+from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.parts import part
 from lightspan.nn.samples import require_fields
@@ -111,7 +112,7 @@ class FST(Method):
             raise UserError(
                 f"FST needs the width of its backbone's maps, but {type(backbone).__name__} has no num_features"
             )
-        self.student = nn.Sequential(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
+        self.student = PixelClassifier(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
         self.teacher = EMATeacher(self.student)
         self.virtual_steps, self.form, self.keep_moments = virtual_steps, form, keep_moments
         self.momentum, self.momentum_warmup = momentum, momentum_warmup
@@ -149,6 +150,7 @@ class FST(Method):
         """
         image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"].long()
         names = [name for name, _ in (*self.student.named_parameters(), *self.student.named_buffers())]
+        self.teacher.require_wide()
         with torch.no_grad():
             answers = functional_call(self.teacher.module, dict(zip(names, teacher, strict=True)), (target_BCHW,))
         pseudo = pseudo_labels(answers, self.confidence)

@@ -232,3 +232,15 @@ def test_masks_of_small_whole_numbers_train_and_a_class_that_it_does_not_have_is
     ignored[0, 0, 0] = 255
     with pytest.raises(UserError, match=r"semantic has the class 255, and FST num_classes=\d knows .* give -1"):
         fit(method(), [given | {"semantic": ignored}], tmp_path)
+
+
+def test_weights_in_half_precision_in_which_the_teacher_would_stand_still_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the teacher's weights are torch\.bfloat16, where steps"):
+        fit(method(), [batch()], tmp_path, precision="bf16-true")
+
+
+@pytest.mark.parametrize("network", [nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()), nn.Conv2d(1, 4, 3, stride=2)])
+def test_a_backbone_without_maps_of_the_images_size_is_refused(network: Any, tmp_path: Path) -> None:
+    network.num_features = 4
+    with pytest.raises(UserError, match=r"each pixel is classified, and of images .* the backbone .* gives"):
+        fit(FST(network, 3, optimizer=SGD), [batch()], tmp_path)
