@@ -29,8 +29,10 @@ from torch.func import functional_call
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_mix import pasted_pixels
+from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.parts import part
+from lightspan.nn.samples import require_classes
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import require_domains
 from lightspan.nn.widths import given_features
@@ -86,12 +88,18 @@ class FST(Method):
             raise UserError(
                 f"FST needs the width of its backbone's maps, but {type(backbone).__name__} has no num_features"
             )
-        self.student = nn.Sequential(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
+        self.student = PixelClassifier(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
         self.teacher = EMATeacher(self.student)
         self.virtual_steps, self.form, self.keep_moments = virtual_steps, form, keep_moments
         self.momentum, self.momentum_warmup = momentum, momentum_warmup
         self.classes, self.confidence, self.seed = num_classes, confidence, seed
         self.ahead: tuple[int, list[Tensor]] | None = None  # a step, and the teacher of its future
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Mapping) and "semantic" in batch:
+            require_classes(batch["semantic"], self.classes, "FST")
+        return batch
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits [B K H W]."""
@@ -116,8 +124,9 @@ class FST(Method):
             teacher: phi, weights and buffers.
             number: of the virtual step, from 0; `virtual_steps` is the real one.
         """
-        image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"]
+        image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"].long()
         names = [name for name, _ in (*self.student.named_parameters(), *self.student.named_buffers())]
+        self.teacher.require_wide()
         with torch.no_grad():
             answers = functional_call(self.teacher.module, dict(zip(names, teacher, strict=True)), (target_BCHW,))
         pseudo = pixel_labels(answers, self.confidence)

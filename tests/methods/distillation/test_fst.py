@@ -285,3 +285,27 @@ def test_what_it_cannot_train_is_refused() -> None:
             method().training_step(given, 0)
     with pytest.raises(UserError, match=r"a whole number for each pixel .* semantic torch.int64 \[4, 8\]"):
         method().training_step(batch() | {"semantic": torch.zeros(4, 8, dtype=torch.int64)}, 0)
+
+
+def test_masks_of_small_whole_numbers_train_and_a_class_that_it_does_not_have_is_refused(tmp_path: Path) -> None:
+    given, plain, bytes_ = batch(), method(), method()
+    given["semantic"] = given["semantic"].clamp_min(0)
+    fit(plain, [given], tmp_path)
+    fit(bytes_, [given | {"semantic": given["semantic"].to(torch.uint8)}], tmp_path)
+    assert same(state(plain), state(bytes_))
+    ignored = given["semantic"].clone()
+    ignored[0, 0, 0] = 255
+    with pytest.raises(UserError, match=r"semantic has the class 255, and FST num_classes=\d knows .* give -1"):
+        fit(method(), [given | {"semantic": ignored}], tmp_path)
+
+
+def test_weights_in_half_precision_in_which_the_teacher_would_stand_still_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the teacher's weights are torch\.bfloat16, where steps"):
+        fit(method(), [batch()], tmp_path, precision="bf16-true")
+
+
+@pytest.mark.parametrize("network", [nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()), nn.Conv2d(1, 4, 3, stride=2)])
+def test_a_backbone_without_maps_of_the_images_size_is_refused(network: Any, tmp_path: Path) -> None:
+    network.num_features = 4
+    with pytest.raises(UserError, match=r"each pixel is classified, and of images .* the backbone .* gives"):
+        fit(FST(network, 3, optimizer=SGD), [batch()], tmp_path)

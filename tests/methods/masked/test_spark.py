@@ -190,3 +190,11 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             decoder(**wrong)
     with pytest.raises(UserError, match=r"norm='group' batch or layer"):
         decoder(norm="group")
+
+
+def test_a_network_that_does_not_see_one_cell_is_refused() -> None:
+    deep = ConvNeXt(in_chans=1, depths=(1, 1, 1, 1), dims=(4, 8, 8, 16), num_classes=0)
+    with pytest.raises(UserError, match=r"ConvNeXt does not see an image of one cell, 4 x 4 .*; set decoder\.cell"):
+        SparK(deep, decoder(channels=[8, 8], cell=4), optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match=r"with 3 channels .*; set .* decoder\.in_chans to the channels that it takes"):
+        SparK(SmallConvNet(1, 4, 4), decoder(channels=[32, 16], in_chans=3, cell=4), optimizer=torch.optim.SGD)
