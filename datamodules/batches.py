@@ -299,16 +299,17 @@ class DomainsBatch(TypedDict):
     """Two pictures a sample, of different scenes in different styles, each with the class of each pixel.
 
     image: float32 [B, C, H, W], in the source style, standardised with the moments of that style.
-    semantic: int64 [B, H, W], as in `SceneBatch`.
+    semantic: int64 [B, H, W], each in [0, num_classes), or -1 where a pixel has no class.
     target_image: float32 [B, C, H, W], in the target style, standardised with the source's moments.
-    target_semantic: int64 [B, H, W], which a method reads to judge itself, not to learn.
+    target_semantic: int64 [B, H, W], which a method reads to judge itself, not to learn. Absent in training where the
+        target has no masks.
     index: int64 [B].
     """
 
     image: Tensor
     semantic: Tensor
     target_image: Tensor
-    target_semantic: Tensor
+    target_semantic: NotRequired[Tensor]
     index: Tensor
 
 
