@@ -45,6 +45,7 @@ from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.shards.tagged import TaggedShards
+from lightspan.datamodules.shards.words import WordShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -145,6 +146,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
             batch_size=4,
         ),
         "DomainsBatch",
+    ),
+    "WordShards": (
+        lambda folder: WordShards([pair_shard(folder / "w.tar", "txt")], sides=(4, 8), batch_size=4),
+        "ReadingBatch",
     ),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),
