@@ -81,8 +81,8 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
 
 
 def decodable(ending: str) -> str:
-    """The ending that says how a member is read: its own if it has a decoder, otherwise what follows its last dot, as in
-    `1.jpg`, the first picture of a pair.
+    """The ending that says how a member is read: its own if it has a decoder, otherwise what follows its last dot, as
+    in `1.jpg`, the first picture of a pair.
     """
     return ending if ending in DECODERS else ending.rpartition(".")[2]
 
