@@ -211,6 +211,20 @@ def test_a_flat_folder_of_images_has_no_labels_and_says_so(
     assert next(iter(data.train_dataloader()))["image"].shape == (2, 3, 4, 4)
 
 
+def test_a_picture_and_its_mask_are_one_sample_with_a_field_for_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / f"{number}.png")
+        Image.new("L", (4, 4), number).save(tmp_path / "in" / f"{number}.mask.png")
+    assert main(["data", "pack", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert "'data.init_args.fields={image: png, semantic: mask.png}'" in capsys.readouterr().out
+    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "1.mask.png")
+    with pytest.raises(UserError, match=r"1\.mask\.png: it has 3 channels \(RGB\), and a mask has one"):
+        list(packing.pack(sources(tmp_path / "in").samples, [], tmp_path / "again", 2**20))
+
+
 def test_names_with_dots_keep_their_ending(pictures: Path) -> None:
     (pictures / "dogs" / "0.png").rename(pictures / "dogs" / "at 12.30.15.PNG")
     samples = sources(pictures).samples

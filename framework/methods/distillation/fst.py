@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightspan.devices import wide
 from lightspan.errors import UserError
@@ -68,9 +69,11 @@ class FST(Method):
     """Labels pixels of one domain with masks, and learns to do so in another without. The student is what is kept.
 
     A batch is a `lightspan.datamodules.batches.DomainsBatch`: `image`, `semantic`, `target_image` and `index`; with a
-    `target_semantic` the accuracy of pseudo-labels is logged. Virtual steps are the run's own optimiser's, without
-    clipping, on the first micro-batch of a step. With the weights go back running statistics and the optimiser's state.
-    What a step that is skipped would have given the teacher is dropped. Weights must be whole on each rank.
+    `target_semantic` the accuracy of pseudo-labels is logged. Pixels below 0 have no class: they are not learned,
+    pasted or counted. Validation logs val/pixel_accuracy and val/mean_iou of the target, the latter over the classes
+    that it or an answer has. Virtual steps are the run's own optimiser's, without clipping, on the first micro-batch of
+    a step. With the weights go back running statistics and the optimiser's state. What a step that is skipped would
+    have given the teacher is dropped. Weights must be whole on each rank.
 
     Args:
         backbone: [B C H W] -> maps [B F H W] of the images' size, with `num_features` F; probes read their mean.
@@ -115,6 +118,13 @@ class FST(Method):
         self.virtual_steps, self.form, self.keep_moments = virtual_steps, form, keep_moments
         self.momentum, self.momentum_warmup = momentum, momentum_warmup
         self.classes, self.confidence, self.seed = num_classes, confidence, seed
+        settings: dict[str, Any] = {"num_classes": num_classes, "ignore_index": UNLABELLED, "validate_args": False}
+        self.scores = nn.ModuleDict(
+            {
+                "pixel_accuracy": MulticlassAccuracy(average="micro", **settings),
+                "mean_iou": MulticlassJaccardIndex(average="macro", **settings),
+            }
+        )
         self.ahead: tuple[int, list[Tensor]] | None = None  # a step, and the teacher of its future
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
@@ -127,9 +137,11 @@ class FST(Method):
     @torch.compiler.disable  # weights change under its feet
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         require_masks(batch)
-        if self.ahead is None or self.ahead[0] != self.global_step:
-            self.ahead = self.global_step, self.look_ahead(batch)
-        figures = self.losses(batch, self.ahead[1], self.virtual_steps)
+        ahead = self.ahead
+        if ahead is None or ahead[0] != self.global_step:
+            ahead = self.global_step, self.look_ahead(batch)
+        self.ahead = ahead if self._optimizers() else None
+        figures = self.losses(batch, ahead[1], self.virtual_steps)
         self.log_training(figures)
         return figures["train/loss"]
 
@@ -155,14 +167,16 @@ class FST(Method):
         figures = {"train/loss": source + mixed, "train/source_nats": source, "train/mixed_nats": mixed}
         figures["train/sure"] = mean(pseudo.sure_B)
         if "target_semantic" in batch:
-            figures["train/pseudo_accuracy"] = mean((pseudo.label_BHW == batch["target_semantic"]).float())
+            known_BHW = batch["target_semantic"] >= 0
+            right_BHW = known_BHW & (pseudo.label_BHW == batch["target_semantic"])
+            figures["train/pseudo_accuracy"] = right_BHW.sum() / known_BHW.sum().clamp_min(1)
         return figures
 
     def look_ahead(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """The teacher of the future: weights and buffers. Student, teacher and, without `keep_moments`, the optimiser
-        are afterwards what they were. Where there is no optimiser, as in `lightspan plan`, the present teacher.
+        are afterwards what they were. Where there is no run, as in `lightspan plan`, the present teacher.
         """
-        optimizers = self.trainer.optimizers if self._trainer is not None else []
+        optimizers = self._optimizers()
         if not self.virtual_steps or not optimizers:
             return copies(self.teacher.module)
         (optimizer,) = optimizers
@@ -189,15 +203,19 @@ class FST(Method):
         self.teacher.follow(self.student, self._momentum())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        right = mean((self(batch["target_image"]).argmax(dim=1) == batch["target_semantic"]).float())
-        self.log_dict(
-            {"val/pixel_accuracy": right}, batch_size=len(batch["target_image"]), sync_dist=True, prog_bar=True
-        )
+        answer_BHW = self(batch["target_image"]).argmax(dim=1)
+        for metric in self.scores.values():
+            metric.update(answer_BHW, batch["target_semantic"])
+        self.log_dict({f"val/{name}": metric for name, metric in self.scores.items()}, prog_bar=True)
 
     def configure_model(self) -> None:
         if self._trainer is not None and isinstance(self._trainer.strategy, ModelParallelStrategy):
             raise UserError("FST takes steps that are undone, with whole weights; train with trainer.strategy=ddp")
         super().configure_model()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of a run; none where steps are only tried or counted, which are not followed by the next one."""
+        return self.trainer.optimizers if self._trainer is not None and self.trainer.training else []
 
     def _momentum(self) -> float:
         return min(self.momentum, 1 - 1 / (self.global_step + 1)) if self.momentum_warmup else self.momentum

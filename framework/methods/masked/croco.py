@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.datamodules.batches import PairBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.image_numbers import index_in
-from lightspan.nn.masking.hidden_patches import HiddenPatches
+from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.nn.views import require_one_size, views_of
-from lightspan.objectives.masked import patch_regression
+from lightspan.objectives.masked import denormalised_patches, patch_regression
 
 
 class CroCo(Method):
@@ -98,14 +99,30 @@ class CroCo(Method):
             )
         return hidden
 
+    def reconstruct(self, batch: PairBatch) -> Reconstruction:
+        """See `lightspan.nn.masking.hidden_patches`. Normalised guesses get the brightness and contrast of what was
+        hidden.
+        """
+        first_BChw, second_BChw = _pair(batch)
+        hidden = self.hidden(first_BChw, index_in(batch, self))
+        guess_BMd = self.guess(first_BChw, second_BChw, hidden.see_BK, hidden.hide_BM)
+        found = hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
+        return found._replace(other_BChw=second_BChw)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        first_BChw, second_BChw = views = views_of(batch, "CroCo", 2)
-        require_one_size(views, "CroCo")
+        first_BChw, second_BChw = _pair(batch)
         hidden = self.hidden(first_BChw, index_in(batch, self))
         guess_BMd = self.guess(first_BChw, second_BChw, hidden.see_BK, hidden.hide_BM)
         loss = patch_regression(guess_BMd, hidden.pixels(), self.normalise)
         self.log_training({"train/loss": loss})
         return loss
+
+
+def _pair(batch: Mapping[str, Any]) -> list[Tensor]:
+    """Both views. Raises: UserError for another number of views, or two sizes."""
+    views = views_of(batch, "CroCo", 2)
+    require_one_size(views, "CroCo")
+    return views
 
 
 def _paired(batch: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import WordBatch
+from lightspan.datamodules.batches import ReadingBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of
@@ -65,14 +65,14 @@ class WordReader(Method):
         letters_of(batch, self.decoder, "WordReader")
         return super()._on_before_batch_transfer(batch, dataloader_idx)
 
-    def training_step(self, batch: WordBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ReadingBatch, batch_idx: int) -> Tensor:
         letters_BT, memory_BMD = letters_of(batch, self.decoder, "WordReader"), self.memories(batch["image"])
         logits_KBSC = self.decoder.in_orders(memory_BMD, letters_BT, self.orders, self.global_step)
         loss = permuted_letter_loss(logits_KBSC, letters_BT)
         self.log_training({"train/loss_nats": loss})
         return loss
 
-    def validation_step(self, batch: WordBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ReadingBatch, batch_idx: int) -> None:
         letters_BT = letters_of(batch, self.decoder, "WordReader")
         found_BT = self(batch["image"])
         figures = {f"val/{name}": value for name, value in reading_scores(found_BT, letters_BT).items()}

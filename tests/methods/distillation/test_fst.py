@@ -6,15 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from method_runs import fit
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightspan.backbones.dense import UNet
+from lightspan.datamodules.rendered.scene_data import TwoDomains
+from lightspan.datamodules.rendered.scenes import SceneSpace
 from lightspan.errors import UserError
 from lightspan.methods.distillation import fst
 from lightspan.methods.distillation.fst import FST, pixel_cross_entropy, pseudo_labels
-from lightspan.optim.virtual import copies
+from lightspan.optim.virtual import copies, set_to, tensors_of
+from lightspan.planning.planned_step import make_plan
+from lightspan.planning.step_memory import faked, resized
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)
@@ -185,6 +192,58 @@ def test_pixels_without_a_class_and_images_without_a_sure_answer_add_nothing() -
     even = pseudo_labels(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16), 0.968)
     assert even.sure_B.tolist() == [0, 0]
     assert even.sure_B.dtype == torch.float32
+
+
+def test_a_plan_needs_no_numbers(tmp_path: Path) -> None:
+    """Its second step has an optimiser, with which no virtual step is taken."""
+    data = TwoDomains(SceneSpace(8, 8, fewest=1, most=1), size=8, val_size=4, test_size=4, batch_size=4)
+    model = FST(UNet(3, width=4, levels=2), data.num_classes, optimizer=ADAM)
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_model_summary=False)
+    plan = make_plan(trainer, model, data, 2**32)
+    assert not plan.notes
+
+
+def test_a_step_is_tried_on_tensors_without_numbers_and_then_on_real_ones() -> None:
+    model, given, mode = method(), batch(), FakeTensorMode()
+    with faked(model, mode), mode:
+        model.training_step(resized(given, 3), 0)
+    assert model.training_step(given, 0).isfinite()
+    set_to(tensors_of(model.teacher.module), [torch.zeros_like(t) for t in tensors_of(model.teacher.module)])
+    teacher = copies(model.teacher.module)  # of now, as in the next step
+    torch.testing.assert_close(model.training_step(given, 0), model.losses(given, teacher, 2)["train/loss"])
+
+
+def test_pixels_without_a_class_are_not_judged(tmp_path: Path) -> None:
+    model = method()
+    given = batch() | {"target_semantic": torch.zeros(4, 8, 8, dtype=torch.int64)}
+    with torch.no_grad():
+        teacher, answer = copies(model.teacher.module), model(given["target_image"]).argmax(dim=1)
+    right = torch.where(torch.arange(8) < 4, answer, (answer + 1) % 3)  # half of each row
+    losses = {}
+    for name, target in (("all", right), ("left", right.clone()), ("none", torch.full_like(right, -1))):
+        if name == "left":
+            target[..., 4:] = -1
+        losses[name] = float(model.losses(given | {"target_semantic": target}, teacher, 0)["train/pseudo_accuracy"])
+    assert losses == {"all": 0.5, "left": 1.0, "none": 0.0}
+
+
+def test_validation_has_the_mean_iou_and_the_accuracy_of_pixels_that_have_a_class(tmp_path: Path) -> None:
+    class Told(FST):
+        def forward(self, image_BCHW: Tensor) -> Tensor:
+            return F.one_hot(image_BCHW[:, 0].long(), 4).permute(0, 3, 1, 2).float()
+
+    model = Told(UNet(1, width=4, levels=2), 4, optimizer=SGD)
+    answer = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 1, 2]], [[1, 1, 1, 1]]])
+    right = torch.tensor([[[0, 1, 1, 1]], [[0, 0, 1, -1]], [[-1, -1, -1, -1]]])
+    batches = [{"target_image": answer[rows, None].float(), "target_semantic": right[rows]} for rows in ([0], [1, 2])]
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    (found,) = trainer.validate(model, DataLoader(batches, batch_size=None), verbose=False)
+    # Of class 0 three of four, of class 1 three of four; 2 is an answer to no question, and 3 nowhere.
+    assert found == {"val/pixel_accuracy": pytest.approx(6 / 7), "val/mean_iou": pytest.approx(0.75)}
+    assert not [name for name in model.state_dict() if name.startswith("scores")]
 
 
 def test_bfloat16_restores_weights_too_and_its_virtual_steps_see_their_own_weights(tmp_path: Path) -> None:
