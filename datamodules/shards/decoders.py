@@ -99,6 +99,13 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
+def decodable(ending: str) -> str:
+    """The ending that says how a member is read: its own if it has a decoder, otherwise what follows its last dot, as
+    in `1.jpg`, the first picture of a pair.
+    """
+    return ending if ending in DECODERS else ending.rpartition(".")[2]
+
+
 def damage_of(ending: str, content: bytes, whole: bool) -> str | None:
     """Why `content` cannot be decoded as its ending says; None if it can, or the ending has no decoder.
 
@@ -106,6 +113,7 @@ def damage_of(ending: str, content: bytes, whole: bool) -> str | None:
         whole: False reads only the header of an image, which takes a thousandth of the time: it finds what is empty,
             not an image or too large, but not what is truncated.
     """
+    ending = decodable(ending)
     try:
         if ending in IMAGES and not whole:
             open_image(content).close()

@@ -185,6 +185,11 @@ class SeenSamples:
         names = {"cls": "label", MASK: "semantic"}
         return {names.get(name, name): endings for name, endings in fields.items()}
 
+    def are_pairs(self) -> bool:
+        """Whether each sample has two pictures, such as KEY.1.jpg and KEY.2.jpg, as `PairedShards` reads them."""
+        pictures = [sum(ending.rpartition(".")[2] in IMAGES for ending in endings) for endings in self.endings]
+        return {*pictures} == {2} and "image" not in self.fields()
+
 
 def _side(sample: Members) -> int | None:
     for name, source in sample.items():

@@ -255,6 +255,21 @@ def test_endings_that_nothing_decodes_are_refused_unless_asked_for(tmp_path: Pat
     assert len(sources(tmp_path, as_files=True).samples) == 1
 
 
+def test_pairs_are_packed_for_the_data_that_read_pairs(tmp_path: Path, capsys) -> None:
+    folder, out = tmp_path / "pairs", tmp_path / "packed"
+    folder.mkdir()
+    for name in ("a.1.png", "a.2.png", "b.1.png", "b.2.png"):
+        Image.new("RGB", (8, 6)).save(folder / name)
+    assert main(["data", "pack", str(folder), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(
+        "next: data.class_path=lightspan.datamodules.shards.paired.PairedShards "
+        f"'data.init_args.shards=[{out}/00000.tar]' data.init_args.batch_size=2 data.init_args.image_size=6\n"
+    )
+    (folder / "b.2.png").write_bytes(b"no image")
+    assert main(["data", "pack", str(folder), "--out", str(tmp_path / "again")]) == 2
+    assert "b.2.png: it is not a JPEG, PNG or WebP image" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names of other systems are text")
 def test_names_that_are_not_utf8_are_refused(pictures: Path) -> None:
     os.rename(os.fsencode(pictures / "cats"), os.fsencode(pictures) + b"/c\xe4ts")
