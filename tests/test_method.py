@@ -218,6 +218,10 @@ def test_each_epoch_is_entered_once_before_its_first_batch_or_earlier_if_asked(t
     longer.fit(second, data, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
     assert second.entered == [(2, False), (3, False)]
     assert int(second.begun) == 3
+    within = Enters()  # resumed within an epoch, which its buffer tells
+    within.begun.fill_(1)
+    within.begin(1)
+    assert within.entered == []
 
 
 class Remembers(Method):

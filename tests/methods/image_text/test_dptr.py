@@ -113,6 +113,18 @@ def test_noise_is_that_of_the_step_and_of_the_words(tmp_path: Path) -> None:
     assert seen == [(0, given["index"].tolist()), (1, given["index"].tolist())]
 
 
+def test_words_are_read_in_validation_without_noise() -> None:
+    given, bank = batch(), 50 * torch.randn(9, 8, 8)
+    plain, noisy, logged = method(), method(noise=BankNoise(bank, weight=1.0)), list[dict[str, Tensor]]()
+    for model in (plain, noisy):
+        model.log_dict = lambda figures, **options: logged.append(figures)  # type: ignore[method-assign]
+        seen: list[Tensor] = []
+        model.decoder.read = lambda memory, seen=seen: (seen.append(memory), torch.zeros(6, 4).long())[1]
+        model.validation_step(given, 0)
+        assert torch.equal(seen[0], plain.memory(given["tokens"], given["mask"]))
+    assert logged[0] == logged[1]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     decoder = LetterDecoder(letters=5, length=4, width=12, depth=1, heads=2)
     with pytest.raises(UserError, match=r"decoder\.width=12, but TextMemory gives 8"):

@@ -17,6 +17,7 @@ from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.nn.heads.mlp_head import MLPHead
+from lightspan.nn.heads.projector import Projector
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.sequences.patches import unpatchify
@@ -97,6 +98,16 @@ def test_visible_pixels_and_unknown_tags_have_no_say() -> None:
     assert not torch.equal(changed["tags"], given["tags"])
     assert torch.equal(model.losses(changed)["tags"], losses["tags"])
     assert model.losses(given | {"tags_known": torch.zeros(6, 3)})["tags"] == 0
+
+
+def test_norms_of_the_teachers_projector_see_its_own_batch() -> None:
+    model, given, modes = method(), batch(), list[bool]()
+    projector = Projector(16, [12], 8, batch_norm=True)
+    model = HeuristicMTL(model.backbone, nn.Linear(16, 3), projector, optimizer=torch.optim.SGD)
+    norm = next(module for module in model.teacher.module.modules() if isinstance(module, nn.BatchNorm1d))
+    norm.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    model.training_step(given, 0)
+    assert modes == [True]
 
 
 def test_all_tags_are_known_where_nothing_else_is_said() -> None:
