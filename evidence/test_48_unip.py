@@ -1,8 +1,8 @@
 """UNIP (arXiv 2502.02257) on Fashion-MNIST in an infrared style: whose attention a small transformer should learn.
 
 Photographs of clothes of 28 x 28 pixels, in patches of 4; each pixel that shows something has the garment's class, and
-the others are ground. In scenes of small drawn shapes no layer of such a teacher told patches better than random
-weights did; on clothes all layers do. A teacher of 8 blocks and 64 channels trains as MAE on grey pictures. Students of
+the others are ground. (In scenes of small drawn shapes no layer of such a teacher told patches better than random
+weights did, so that there was nothing to learn from it.) A teacher of 8 blocks and 64 channels trains as MAE on grey pictures. Students of
 4 blocks and 32 channels see grey pictures and infrared ones (inverted, blurred, with a third of the contrast and with
 noise), and learn of it for equal steps: the attention of the layer nearest the hybrid level of mutual information, of
 the first layer, or of the last one; or the features of that hybrid layer; or nothing. Figures are the mean IoU of a
