@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightspan.errors import UserError
@@ -97,11 +98,13 @@ class FST(Method):
         self.momentum, self.momentum_warmup = momentum, momentum_warmup
         self.classes, self.confidence, self.seed = num_classes, confidence, seed
         settings: dict[str, Any] = {"num_classes": num_classes, "ignore_index": -1, "validate_args": False}
-        self.scores = nn.ModuleDict(
+        self.scores = MetricCollection(
             {
                 "pixel_accuracy": MulticlassAccuracy(average="micro", **settings),
                 "mean_iou": MulticlassJaccardIndex(average="macro", **settings),
-            }
+            },
+            prefix="val/",
+            compute_groups=False,
         )
         self.ahead: tuple[int, list[Tensor]] | None = None  # a step, and the teacher of its future
 
@@ -189,9 +192,8 @@ class FST(Method):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         answer_BHW = self(batch["target_image"]).argmax(dim=1)
-        for metric in self.scores.values():
-            metric.update(answer_BHW, batch["target_semantic"])
-        self.log_dict({f"val/{name}": metric for name, metric in self.scores.items()}, prog_bar=True)
+        self.scores.update(answer_BHW, batch["target_semantic"])
+        self.log_dict(self.scores, prog_bar=True)
 
     def configure_model(self) -> None:
         if self._trainer is not None and isinstance(self._trainer.strategy, ModelParallelStrategy):
