@@ -57,7 +57,8 @@ class MineIdentities(Estimator):
     """Progressive denoising: cleans tracklets, joins those of a video, then those of all, and drops noisy people.
 
     Tracklets are numbered in the order in which they were filmed. The mean of all pictures is taken off. Thresholds
-    depend on the features: choose them on tracklets whose people are known.
+    depend on the features: choose them on tracklets whose people are known. In features of few strong directions a
+    chain of similar tracklets joins everybody: whiten them first.
 
     Args:
         core: least cosine of a picture with the centre of its tracklet, in [-1, 1].
