@@ -186,8 +186,8 @@ class ClassGroups(Order):
         largest = max(self.groups.sizes)
         if self.batch_size < 2 * largest:
             raise UserError(
-                f"a batch of {self.batch_size} in groups of {largest} has a single class, which there is nothing to tell "
-                f"from; set data.init_args.batch_size to at least {2 * largest}, or groups to sizes of at most "
+                f"a batch of {self.batch_size} in groups of {largest} has a single class, with nothing to tell "
+                f"it from; set data.init_args.batch_size to at least {2 * largest}, or groups to sizes of at most "
                 f"{self.batch_size // 2}"
             )
         classes, most = len(np.unique(self.labels)), self.batch_size // min(self.groups.sizes)

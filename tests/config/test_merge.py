@@ -69,8 +69,8 @@ def test_a_removed_callback_can_come_back_without_its_old_settings():
 
 def test_a_changed_class_drops_the_old_settings_and_warns_of_it():
     base = layer("model: {class_path: a.Vit, init_args: {depth: 12}}")
-    for given in ("", ", init_args: {}"):
-        over = layer(f"\nmodel: {{class_path: a.ResNet{given}}}", "over.yaml")
+    for settings in ("", ", init_args: {}"):
+        over = layer(f"\nmodel: {{class_path: a.ResNet{settings}}}", "over.yaml")
         merged, notes = merge_layers([base, over])
         assert plain(merged)["model"].get("init_args", {}) == {}
         assert notes == [

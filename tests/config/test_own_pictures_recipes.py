@@ -36,6 +36,8 @@ QUIET = [
     *("trainer.max_steps=1", "trainer.limit_val_batches=0", "data.init_args.num_workers=0"),
     "data.init_args.batch_size=8",
 ]
+GROUPS = ["data.init_args.groups.sizes=[2, 4]", "data.init_args.groups.from_epochs=[0, 1]"]
+"""Of classes, which a batch of eight and five folders have room for."""
 WITHOUT = ("preemption", "watchdog", "learning_rate", "progress", "summary", "ledger", "checkpoint")
 SLOW = ("feature_pictures",)
 """Whose drawing takes longer than the rest of a step; that they fit is seen in the sweep."""
@@ -74,7 +76,8 @@ STAND_INS = {
 
 def built(name: str, folder: Path, flags: Sequence[str], size: int = 64) -> Built:
     def make(name: str) -> Built:
-        return build(with_pictures(name, STAND_INS.get(name, ()), folder, size, [*QUIET, *flags]), Path("run"))
+        grown = GROUPS if "'groups': {'sizes'" in str(FOUND[name]) else []
+        return build(with_pictures(name, STAND_INS.get(name, ()), folder, size, [*QUIET, *grown, *flags]), Path("run"))
 
     return after_runs_before(lambda: make(name), lambda before: make(before).model)
 

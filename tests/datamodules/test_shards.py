@@ -137,7 +137,13 @@ def test_ranks_share_out_validation_without_padding(shards: list[str]) -> None:
 
 
 def test_without_validation_shards_there_is_no_validation(shards: list[str]) -> None:
-    assert opened(shards).val_dataloader() == []
+    loaders = opened(shards).val_dataloader()
+    assert loaders == []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        calm()
+        has_len_all_ranks(loaders, SingleDeviceStrategy())  # Lightning takes the empty list for a loader
+    assert not said
 
 
 # Samples
